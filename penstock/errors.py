@@ -1,0 +1,176 @@
+"""Every error penstock raises on purpose. Each says what went wrong, what was expected, what was
+found and what to do next, and carries a stable ``code`` for programs.
+
+    PenstockError                     exit 1
+    |-- UsageError        usage       exit 2: the call itself is wrong
+    |   |-- RequestError      request         a field of a GenerationRequest
+    |   |-- ImageError        image           the conditioning picture
+    |   |-- OutputError       output          the place the video goes to
+    |   `-- ProfileError      profile         a profile or its overrides
+    |-- OverBudget        over_budget         no plan fits the budget
+    |-- LedgerOverflow    ledger_overflow     a reservation would pass a cap while running
+    |-- CheckpointError   checkpoint
+    |   |-- HeaderError       checkpoint_header    a file's header is damaged, lying or foreign
+    |   |-- PickleRefused     checkpoint_pickle    a pickle is never opened
+    |   |-- TensorMismatch    checkpoint_tensors   missing, extra or misshaped tensors
+    |   `-- CheckpointChanged checkpoint_changed   a file changed after it was opened
+    |-- NonFinite         non_finite          NaN or Inf in the latents
+    |-- VideoError        video               the encoder or the container failed
+    `-- JobCancelled      cancelled   exit 130
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class PenstockError(Exception):
+    """Base of all errors here.
+
+    Args:
+        what: what went wrong, in one clause.
+        expected: what would have been right.
+        found: what was there instead.
+        remedy: what the user can do next.
+    """
+
+    code = "penstock"
+    exit_code = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        expected: str | None = None,
+        found: str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        self.what, self.expected, self.found, self.remedy = what, expected, found, remedy
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        facts = [
+            f"{label} {text}"
+            for label, text in (("expected", self.expected), ("found", self.found))
+            if text is not None
+        ]
+        line = self.what + (": " + ", ".join(facts) if facts else "")
+        return line if self.remedy is None else f"{line}. {self.remedy}"
+
+
+class UsageError(PenstockError):
+    """The call itself is wrong: a flag, a field, a path."""
+
+    code = "usage"
+    exit_code = 2
+
+
+class RequestError(UsageError):
+    """A field of a GenerationRequest is illegal; names the nearest legal value."""
+
+    code = "request"
+
+
+class ImageError(UsageError):
+    """The conditioning picture is missing, unreadable, too large or no picture."""
+
+    code = "image"
+
+
+class OutputError(UsageError):
+    """The video cannot be written where it was asked for."""
+
+    code = "output"
+
+
+class ProfileError(UsageError):
+    """A profile, or a value that overrides it, is unknown or illegal."""
+
+    code = "profile"
+
+
+class OverBudget(PenstockError):
+    """No plan fits: names the resource, the need, the limit and the largest consumers.
+
+    Args:
+        resource: ``"VRAM"`` or ``"RAM"``.
+        need_bytes: the smallest peak that any plan reaches.
+        limit_bytes: the budget.
+        consumers: ``(label, bytes)`` that make up the need, in any order.
+        remedy: what would fit.
+    """
+
+    code = "over_budget"
+
+    def __init__(
+        self,
+        resource: str,
+        need_bytes: int,
+        limit_bytes: int,
+        consumers: Sequence[tuple[str, int]],
+        remedy: str,
+    ) -> None:
+        self.resource, self.need_bytes, self.limit_bytes = resource, need_bytes, limit_bytes
+        self.consumers = tuple(sorted(consumers, key=lambda item: -item[1]))
+        label, largest = self.consumers[0]
+        super().__init__(
+            f"no plan fits the {resource} budget",
+            expected=f"at least {need_bytes:,} bytes",
+            found=f"a limit of {limit_bytes:,} bytes (largest consumer: {label}, {largest:,} bytes)",
+            remedy=remedy,
+        )
+
+
+class LedgerOverflow(PenstockError):
+    """A reservation would pass the ledger's cap while a job runs."""
+
+    code = "ledger_overflow"
+
+
+class CheckpointError(PenstockError):
+    """A model's files cannot be used."""
+
+    code = "checkpoint"
+
+
+class HeaderError(CheckpointError):
+    """A header is damaged, lies about the file, or belongs to something else."""
+
+    code = "checkpoint_header"
+
+
+class PickleRefused(CheckpointError):
+    """The file is a pickle, which can run code when opened; it is never opened."""
+
+    code = "checkpoint_pickle"
+
+
+class TensorMismatch(CheckpointError):
+    """Tensors are missing, extra or of another shape than the model's config demands."""
+
+    code = "checkpoint_tensors"
+
+
+class CheckpointChanged(CheckpointError):
+    """A file was truncated, replaced or touched after it was opened."""
+
+    code = "checkpoint_changed"
+
+
+class NonFinite(PenstockError):
+    """NaN or Inf appeared in the latents; the job stops at that step."""
+
+    code = "non_finite"
+
+
+class VideoError(PenstockError):
+    """The video encoder or container failed."""
+
+    code = "video"
+
+
+class JobCancelled(PenstockError):
+    """The job was stopped on request."""
+
+    code = "cancelled"
+    exit_code = 130

@@ -1,0 +1,59 @@
+"""Bytes as people write them, and as the engine counts them: always ints, always binary units."""
+
+from __future__ import annotations
+
+import re
+
+from penstock.errors import UsageError
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+
+_FACTORS = {
+    "": 1, "b": 1,
+    "k": KIB, "kb": KIB, "kib": KIB,
+    "m": MIB, "mb": MIB, "mib": MIB,
+    "g": GIB, "gb": GIB, "gib": GIB,
+    "t": 1 << 40, "tb": 1 << 40, "tib": 1 << 40,
+}  # fmt: skip
+_PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes named by ``text``: ``"11.5GiB"``, ``"512M"``, ``"1024"``; an int passes through.
+
+    Units are binary whatever their spelling, as GPU makers use them (a "12 GB" card holds 12 GiB).
+
+    Raises:
+        UsageError: the text is no size, or not positive.
+    """
+    if isinstance(text, int):
+        match_value: float = text
+    else:
+        match = _PATTERN.fullmatch(text)
+        factor = _FACTORS.get(match[2].lower()) if match else None
+        if match is None or factor is None:
+            raise UsageError(
+                "not a size in bytes",
+                expected='a number with a unit, such as "11.5GiB" or "512MiB"',
+                found=repr(text),
+            )
+        match_value = float(match[1]) * factor
+    value = round(match_value)
+    if value <= 0:
+        raise UsageError("a size must be positive", expected="1 byte or more", found=str(text))
+    return value
+
+
+def format_bytes(count: int) -> str:
+    """``count`` bytes for people: ``"11.50 GiB"``, ``"512.0 MiB"``, ``"17 B"``."""
+    for unit, factor, digits in (("GiB", GIB, 2), ("MiB", MIB, 1), ("KiB", KIB, 1)):
+        if abs(count) >= factor:
+            return f"{count / factor:.{digits}f} {unit}"
+    return f"{count} B"
+
+
+def align_up(count: int, alignment: int) -> int:
+    """The smallest multiple of ``alignment`` that is not below ``count``."""
+    return -(-count // alignment) * alignment

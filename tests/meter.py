@@ -1,0 +1,49 @@
+"""An independent measure of memory: the live storages that torch operations have made."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+class StorageMeter(TorchDispatchMode):
+    """Sums the storages of all tensors that operations inside it return, while they live.
+
+    Works on real and on fake tensors and counts each storage once, whatever views exist. Storages
+    of ``exclude`` (weights, given inputs) are not counted. ``live`` and ``peak`` are bytes.
+    """
+
+    def __init__(self, exclude: Iterable[torch.Tensor] = ()) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+        self._keep = [t.untyped_storage() for t in exclude]
+        self._known.update(s._cdata for s in self._keep)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_iter(out):
+            if isinstance(leaf, torch.Tensor):
+                self._count(leaf.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._known:
+            return
+        self._known.add(key)
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size

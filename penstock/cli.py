@@ -148,7 +148,7 @@ def _generate(
         with _stopping(job.cancel), Display(console, plan) as display:
             for event in job.events():
                 display.show(event)
-        report = job.result()
+        report = job.result().report
     console.print(report_summary(report), highlight=False, soft_wrap=True)
     if as_json:
         print(json.dumps({"plan": plan.to_json(), "report": report.to_json()}))

@@ -24,7 +24,7 @@ from penstock.engine import image as pictures
 from penstock.engine import text as prompts
 from penstock.engine.events import Listener, Monitor, PhaseMonitor
 from penstock.engine.model import Component, ModelFiles
-from penstock.engine.report import RunReport, versions
+from penstock.engine.report import JobResult, RunReport, versions
 from penstock.engine.request import GenerationRequest
 from penstock.engine.sampler import Sampler, guide, initial_noise, read_scheduler_config
 from penstock.engine.video import write_video
@@ -62,7 +62,7 @@ class Run:
 
 
 @torch.no_grad()
-def run(job: Run, listener: Listener, cancelled: threading.Event) -> RunReport:
+def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
     """Do the whole job and report it.
 
     Raises:
@@ -81,7 +81,8 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> RunReport:
     video = decode(stage, latents)
     if job.output is not None:
         mux(stage, video, job.output)
-    return _report(job, stage.monitor, time.perf_counter() - started)
+    report = _report(job, stage.monitor, time.perf_counter() - started)
+    return JobResult(report, latents, video)
 
 
 class Stage:

@@ -79,7 +79,7 @@ def crop(clip: Tensor) -> Callable[[int, Window], Tensor]:
 def test_decoded_tiles_equal_whole_frames(blocks, shape, grid) -> None:
     vae, latents = tiny_vae(num_res_blocks=blocks), latents_of(shape)
     whole = whole_decode(vae, latents)
-    assert 0.05 < whole.std() < 0.8 and (whole.abs() == 1).float().mean() < 0.2
+    assert 0.02 < whole.std() < 0.8 and (whole.abs() == 1).float().mean() < 0.2
     assert (assembled(vae, latents, TileGrid(*grid)) - whole).abs().max() < EXACT
 
 
@@ -210,7 +210,7 @@ def _cropping(run):
 
     def tile_frames(encoder, frames, tile):
         halved = vae_encode._halved_size
-        entries = {level[-1]: after[0] for level, after in zip(tile.levels, tile.levels[1:])}
+        entries = {level[-1]: after[0] for level, after in zip(tile.levels, tile.levels[1:], strict=False)}
 
         def cropped(downsampler, before, after, frame):
             out = halved(downsampler, before, after, frame)

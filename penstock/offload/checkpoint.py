@@ -42,7 +42,7 @@ _STEMS = ("model", "diffusion_pytorch_model")
 _PICKLES = (".bin", ".ckpt", ".pth", ".pt", ".pkl")
 _PICKLE_MAGIC = re.compile(rb"PK\x03\x04|\x80[\x02-\x05]")
 _CONVERT = (
-    "Convert it where you trust it: python -c \"import torch, safetensors.torch as s; "
+    'Convert it where you trust it: python -c "import torch, safetensors.torch as s; '
     "s.save_file({k: v.clone() for k, v in torch.load('FILE', weights_only=True).items()}, "
     "'FILE.safetensors')\", or download the safetensors version."
 )
@@ -148,7 +148,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
         entry = self._entries[name]
         flat = torch.empty(entry.nbytes, dtype=torch.uint8)
         file = self._file(entry.file)
-        file.read_into(memoryview(flat.numpy()), entry.offset)
+        file.read_into(flat.numpy().data, entry.offset)
         file.check_unchanged()
         return view_as_stored(flat, entry.dtype, entry.shape)
 
@@ -175,7 +175,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
             )
         row_bytes = entry.nbytes // max(count, 1)
         flat = torch.empty(len(wanted) * row_bytes, dtype=torch.uint8)
-        target, file = memoryview(flat.numpy()), self._file(entry.file)
+        target, file = flat.numpy().data, self._file(entry.file)
         for place, row in enumerate(wanted):
             slot = target[place * row_bytes : (place + 1) * row_bytes]
             file.read_into(slot, entry.offset + row * row_bytes)

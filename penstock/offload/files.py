@@ -39,7 +39,9 @@ def check_stamp(path: Path, status: os.stat_result, stamp: FileStamp) -> None:
     """Raise CheckpointChanged unless ``status`` of ``path`` still carries ``stamp``."""
     found = FileStamp.of(status)
     if found != stamp:
-        raise changed(path, f"{stamp.size:,} bytes, as when it was opened", _difference(found, stamp))
+        raise changed(
+            path, f"{stamp.size:,} bytes, as when it was opened", _difference(found, stamp)
+        )
 
 
 def changed(path: Path, expected: str, found: str) -> CheckpointChanged:
@@ -106,8 +108,11 @@ class WeightFile:
         check_stamp(self.path, os.fstat(self._direct_fd), self.stamp)
         return True
 
-    def read_into(self, target: memoryview, offset: int) -> int:
-        """Fill ``target`` from ``offset`` on, buffered or direct as alignment allows.
+    def read_into(self, target: memoryview, offset: int, *, on_page: bool = False) -> int:
+        """Fill ``target`` from ``offset`` on: directly if both begin on a page.
+
+        Args:
+            on_page: whether the memory of ``target`` begins on a page.
 
         Returns:
             How many of the bytes were read directly.
@@ -116,7 +121,8 @@ class WeightFile:
             CheckpointChanged: the file ends too early.
             CheckpointError: the disk reports an error.
         """
-        direct = self._read_direct(target, offset) if self.direct else 0
+        aligned = on_page and offset % DIRECT_ALIGNMENT == 0
+        direct = self._read_direct(target, offset) if self.direct and aligned else 0
         done = direct
         while done < len(target):
             count = self._read_some(target[done:], offset + done)

@@ -187,7 +187,9 @@ def _parse_tensor(name: str, fields: Any) -> HeaderTensor:
         raise HeaderFault(f"{name} with a start and an end not before it", offsets)
     need = _extent(name, shape, ITEM_BYTES[dtype])
     if offsets[1] - offsets[0] != need:
-        raise HeaderFault(f"{name} in {need:,} bytes ({dtype} {shape})", f"{offsets[1] - offsets[0]:,}")
+        raise HeaderFault(
+            f"{name} in {need:,} bytes ({dtype} {shape})", f"{offsets[1] - offsets[0]:,}"
+        )
     return HeaderTensor(dtype, tuple(shape), offsets[0], offsets[1])
 
 
@@ -208,7 +210,9 @@ def _check_cover(ordered: Mapping[str, HeaderTensor], data_bytes: int) -> None:
     position = 0
     for name, tensor in ordered.items():
         if tensor.start != position:
-            raise HeaderFault(f"{name} to start at byte {position:,} of the data", f"{tensor.start:,}")
+            raise HeaderFault(
+                f"{name} to start at byte {position:,} of the data", f"{tensor.start:,}"
+            )
         position = tensor.end
     if position != data_bytes:
         raise HeaderFault(f"{position:,} bytes of data", f"{data_bytes:,}")

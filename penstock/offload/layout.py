@@ -6,7 +6,7 @@ tensors are views. What pads the tensors is never looked at.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -18,7 +18,7 @@ from penstock.offload.files import DIRECT_ALIGNMENT, FileStamp
 from penstock.units import align_up
 
 TENSOR_ALIGNMENT = 64
-"""Where torch's own CPU allocator puts tensors: kernels take the same path, results the same bits."""
+"""As torch's own CPU allocator places tensors: kernels take the same path, with the same bits."""
 
 _LONGEST_GAP = 4096
 """Bytes between two tensors of a file that are rather read along than skipped (padding tensors)."""
@@ -32,11 +32,6 @@ class Extent:
     file_offset: int
     nbytes: int
     buffer_offset: int
-
-    @property
-    def is_page_aligned(self) -> bool:
-        """Whether disk and buffer positions both suit direct reads."""
-        return self.file_offset % DIRECT_ALIGNMENT == 0 == self.buffer_offset % DIRECT_ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -131,11 +126,4 @@ def _continues(last: Extent, entry: TensorEntry) -> bool:
     """Whether ``entry`` can be read along with ``last`` and is aligned where that puts it."""
     gap = entry.offset - last.file_offset - last.nbytes
     offset = last.buffer_offset + entry.offset - last.file_offset
-    return (
-        last.file == entry.file and 0 <= gap <= _LONGEST_GAP and offset % TENSOR_ALIGNMENT == 0
-    )
-
-
-def largest_bytes(layouts: Iterable[BlockLayout]) -> int:
-    """Bytes of a buffer that any of ``layouts`` fits into."""
-    return max((layout.nbytes for layout in layouts), default=0)
+    return last.file == entry.file and 0 <= gap <= _LONGEST_GAP and offset % TENSOR_ALIGNMENT == 0

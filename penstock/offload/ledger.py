@@ -68,13 +68,18 @@ class ByteLedger:
 
     @property
     def peak(self) -> int:
-        """Most bytes that were ever reserved at once."""
+        """Most bytes that were reserved at once, since the beginning or the last `reset_peak`."""
         return self._peak
 
     @property
     def free(self) -> int:
         """Bytes that can still be reserved."""
         return self.cap_bytes - self._used
+
+    def reset_peak(self) -> None:
+        """Begin a new peak at what is reserved now."""
+        with self._lock:
+            self._peak = self._used
 
     def by_label(self) -> dict[str, int]:
         """Bytes reserved now, by label, the largest first."""

@@ -1,10 +1,10 @@
 """What is read, copied and computed, in which order, and what waits for what: pure, as data.
 
 A network's blocks are visited 0..n-1, again and again (a cycle each). Visits are numbered through:
-visit ``v`` is block ``v % n`` of cycle ``v // n``. There are three queues (read, copy, compute), each
-works through its operations in the order of visits, and an operation begins when those it names in
-``after`` are finished. How far a queue runs ahead follows from the rings alone: a slab or a slot is
-filled again as soon as its last reader is done, across the end of a cycle too.
+visit ``v`` is block ``v % n`` of cycle ``v // n``. There are three queues (read, copy, compute);
+each works through its operations in the order of visits, and an operation begins when those it
+names in ``after`` are finished. How far a queue runs ahead follows from the rings alone: a slab or
+a slot is filled again as soon as its last reader is done, across the end of a cycle too.
 
 LRU would miss every time on such a pattern (the same blocks in the same order), so what stays
 resident is fixed, and spread evenly between what streams.
@@ -179,7 +179,8 @@ def _operations(residency: Residency, cycles: int) -> Iterator[Op]:
         if block in on_device:
             yield Compute(visit, block, None, ())
             continue
-        slab, ready = None, ()
+        slab: int | None = None
+        ready: tuple[Ref, ...] = ()
         if block not in in_host:
             slab, after = slabs.take(visit)
             yield Read(visit, block, slab, after)

@@ -51,8 +51,8 @@ class Gguf:
         return {"weight": ("U8", (rows, columns // self.block * self.block_bytes))}
 
     def workspace_bytes(self, shape: Shape, device: torch.device) -> int:
-        """A chunk in fp32, and half as much again for its codes, scales and minima."""
-        return 6 * shape[1] * chunk_rows(*shape, device)
+        """A chunk in fp32, its codes in bytes, and as much again for upper bits and scales."""
+        return 7 * shape[1] * chunk_rows(*shape, device)
 
     def quantise(self, weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
         """Stored bytes, for Q8_0 only: equal to ggml's reference.
@@ -123,15 +123,24 @@ def _runs(blocks: Tensor, start: int, runs: int, size: int) -> Tensor:
     return blocks.as_strided((len(blocks), runs, size), (stride, size, 1), offset)
 
 
-def _nibbles(codes: Tensor, out: Tensor) -> None:
-    """``codes`` (blocks, runs, n) into ``out`` (blocks, runs, 2, n): low halves, then high."""
-    out[:, :, 0].copy_(codes & 15)
-    out[:, :, 1].copy_(codes >> 4)
+def _nibbles(packed: Tensor) -> Tensor:
+    """Bytes (blocks, runs, n) -> codes (blocks, 2 * runs * n): each run's low halves, then high."""
+    blocks, runs, size = packed.shape
+    codes = torch.empty(blocks, runs, 2, size, dtype=torch.uint8, device=packed.device)
+    torch.bitwise_and(packed, 15, out=codes[:, :, 0])
+    torch.bitwise_right_shift(packed, 4, out=codes[:, :, 1])
+    return codes.view(blocks, -1)
 
 
-def _add_bits(out: Tensor, packed: Tensor, shift: int, mask: int) -> None:
-    """Adds ``((packed >> shift) & mask) << 4`` to ``out``, shapes equal."""
-    out.add_(packed.bitwise_right_shift(shift).bitwise_and_(mask).bitwise_left_shift_(4))
+def _moved(packed: Tensor, left: int, mask: int) -> Tensor:
+    """``packed`` shifted left (right if negative), masked."""
+    shifted = packed << left if left >= 0 else packed >> -left
+    return shifted.bitwise_and_(mask)
+
+
+def _signed(codes: Tensor, offset: int) -> Tensor:
+    """``codes - offset`` as int8, in place."""
+    return codes.view(torch.int8).sub_(offset)
 
 
 def _q8_0(blocks: Tensor, out: Tensor) -> None:
@@ -139,32 +148,30 @@ def _q8_0(blocks: Tensor, out: Tensor) -> None:
 
 
 def _q4_0(blocks: Tensor, out: Tensor) -> None:
-    _nibbles(blocks[:, None, 2:], out.view(-1, 1, 2, 16))
-    out.sub_(8).mul_(_half(blocks, 0))
+    out.copy_(_signed(_nibbles(blocks[:, None, 2:]), 8)).mul_(_half(blocks, 0))
 
 
 def _q4_1(blocks: Tensor, out: Tensor) -> None:
-    _nibbles(blocks[:, None, 4:], out.view(-1, 1, 2, 16))
-    out.mul_(_half(blocks, 0)).add_(_half(blocks, 2))
+    out.copy_(_nibbles(blocks[:, None, 4:])).mul_(_half(blocks, 0)).add_(_half(blocks, 2))
 
 
-def _fifth_bits(packed: Tensor, out: Tensor) -> None:
-    """Bit ``i % 8`` of byte ``i // 8`` is the fifth bit of element ``i``."""
-    bits = out.view(-1, 4, 8)
-    for bit in range(8):
-        _add_bits(bits[:, :, bit], packed, bit, 1)
+def _fifth_bits(packed: Tensor) -> Tensor:
+    """Bytes (blocks, 4) -> 0 or 16 for each of 32 elements: bit ``i % 8`` of byte ``i // 8``."""
+    byte = torch.arange(256, dtype=torch.uint8, device=packed.device)
+    table = torch.stack([_moved(byte, 4 - bit, 16) for bit in range(8)], dim=1)
+    # Eight bytes of the table move as one integer.
+    eight = table.view(torch.int64).flatten()
+    return eight.index_select(0, packed.flatten().int()).view(torch.uint8).view(-1, 32)
 
 
 def _q5_0(blocks: Tensor, out: Tensor) -> None:
-    _nibbles(blocks[:, None, 6:], out.view(-1, 1, 2, 16))
-    _fifth_bits(blocks[:, 2:6], out)
-    out.sub_(16).mul_(_half(blocks, 0))
+    codes = _nibbles(blocks[:, None, 6:]).bitwise_or_(_fifth_bits(blocks[:, 2:6]))
+    out.copy_(_signed(codes, 16)).mul_(_half(blocks, 0))
 
 
 def _q5_1(blocks: Tensor, out: Tensor) -> None:
-    _nibbles(blocks[:, None, 8:], out.view(-1, 1, 2, 16))
-    _fifth_bits(blocks[:, 4:8], out)
-    out.mul_(_half(blocks, 0)).add_(_half(blocks, 2))
+    codes = _nibbles(blocks[:, None, 8:]).bitwise_or_(_fifth_bits(blocks[:, 4:8]))
+    out.copy_(codes).mul_(_half(blocks, 0)).add_(_half(blocks, 2))
 
 
 def _scale_groups(blocks: Tensor, out: Tensor) -> None:
@@ -179,26 +186,24 @@ def _scale_groups(blocks: Tensor, out: Tensor) -> None:
 
 
 def _q4_k(blocks: Tensor, out: Tensor) -> None:
-    _nibbles(_runs(blocks, 16, 4, 32), out.view(-1, 4, 2, 32))
+    out.copy_(_nibbles(_runs(blocks, 16, 4, 32)))
     _scale_groups(blocks, out)
 
 
 def _q5_k(blocks: Tensor, out: Tensor) -> None:
-    _nibbles(_runs(blocks, 48, 4, 32), out.view(-1, 4, 2, 32))
-    groups = out.view(-1, 8, 32)
-    for group in range(8):
-        _add_bits(groups[:, group], blocks[:, 16:48], group, 1)
+    codes = _nibbles(_runs(blocks, 48, 4, 32))
+    for group, part in enumerate(codes.view(-1, 8, 32).unbind(1)):
+        part |= _moved(blocks[:, 16:48], 4 - group, 16)
+    out.copy_(codes)
     _scale_groups(blocks, out)
 
 
 def _q6_k(blocks: Tensor, out: Tensor) -> None:
-    _nibbles(_runs(blocks, 0, 2, 64), out.view(-1, 2, 2, 64))
-    upper = _runs(blocks, 128, 2, 32)
-    runs = out.view(-1, 2, 4, 32)
-    for run in range(4):
-        _add_bits(runs[:, :, run], upper, 2 * run, 3)
+    codes, upper = _nibbles(_runs(blocks, 0, 2, 64)), _runs(blocks, 128, 2, 32)
+    for run, part in enumerate(codes.view(-1, 2, 4, 32).unbind(2)):
+        part |= _moved(upper, 4 - 2 * run, 48)
     scale = _half(blocks, 208) * blocks.view(torch.int8)[:, 192:208]
-    out.sub_(32)
+    out.copy_(_signed(codes, 32))
     out.view(-1, 16, 16).mul_(scale[:, :, None])
 
 

@@ -90,11 +90,12 @@ def test_q8_0_is_written_as_the_gguf_package_writes_it() -> None:
 def quanto(monkeypatch: pytest.MonkeyPatch) -> Any:
     """optimum-quanto, unpacking with its Python code: its C++ takes minutes to compile at first."""
     quanto = pytest.importorskip("optimum.quanto")
-    library = importlib.import_module("optimum.quanto.library.unpack")
     packed = importlib.import_module("optimum.quanto.tensor.packed")
 
     def unpack(self: Any) -> Tensor:
-        return library.unpack(self._data, self._bits)[: self.shape[0]]
+        kernel = torch.ops.quanto.unpack.default._op_dk
+        python = torch._C.DispatchKey.CompositeExplicitAutograd
+        return kernel(python, self._data, self._bits)[: self.shape[0]]
 
     monkeypatch.setattr(packed.PackedTensor, "unpack", unpack)
     return quanto

@@ -89,11 +89,10 @@ GEMMS = {"fp8": Fp8Gemm, "int8": Int8Gemm, "quanto-fp8": Fp8Gemm, "quanto-int8":
 def test_8_bit_products_are_near_the_reference(name: str, dtype: torch.dtype) -> None:
     layer, weight = linear(get_format(name), GEMMS[name](), dtype)
     x = tokens(3, 40, 256, dtype=dtype) * torch.logspace(-3, 3, 40)[:, None].to(dtype)
-    found = layer(x) - tokens(48, dtype=dtype)
-    wanted = F.linear(x, weight)
+    layer.bias = None
+    found, wanted = layer(x), F.linear(x, weight)
     assert found.dtype == dtype and found.shape == (3, 40, 48)
-    large = slice(10, None)  # below, bf16 of the sum with the bias hides the product
-    cosine = F.cosine_similarity(found[:, large].double(), wanted[:, large].double(), dim=-1)
+    cosine = F.cosine_similarity(found.double(), wanted.double(), dim=-1)
     assert cosine.min() > {"fp8": 0.998, "int8": 0.9995}[name.removeprefix("quanto-")]
 
 
@@ -120,7 +119,7 @@ def test_int8_in_chunks_is_bit_equal_to_int8_at_once(rows: int) -> None:
 def test_temporaries_stay_within_the_chunk_bytes(name: str) -> None:
     limit = 64 * 1024
     layer, _ = linear(get_format(name), GEMMS[name](limit), torch.bfloat16)
-    x = tokens(4000, 256, dtype=torch.bfloat16)
+    x = tokens(300, 256, dtype=torch.bfloat16)
     layer(x)
     with StorageMeter(exclude=[x, *layer.buffers()]) as meter:
         out = layer(x)

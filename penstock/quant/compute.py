@@ -10,7 +10,7 @@ row-wise scaling inside `_scaled_mm` is not there on every architecture.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias
 
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from penstock.errors import LedgerOverflow
 from penstock.quant.format import QuantFormat
 from penstock.quant.plain import Plain
-from penstock.quant.rows import Shape
+from penstock.quant.rows import ITEM_BYTES, Shape
 from penstock.quant.scaled import E4M3_MAX, INT8_MAX, Gemm, Scaled8
 from penstock.units import MIB
 
@@ -219,3 +219,22 @@ class Computing:
         if self.mode == "exact" or gemm not in self.working or not aligned:
             return Dequant(self.scratch)
         return Fp8Gemm(self.chunk_bytes) if gemm == "fp8" else Int8Gemm(self.chunk_bytes)
+
+    def workspace_bytes(self, fmt: QuantFormat, shape: Shape, device: torch.device) -> int:
+        """Most bytes that one linear allocates beside scratch and output, for any token count."""
+        if self.path_for(fmt, shape).path == "dequant":
+            return fmt.workspace_bytes(shape, device)
+        return max(self.chunk_bytes, 5 * shape[1] + 8 * shape[0])
+
+
+def scratch_bytes(weights: Iterable[tuple[QuantFormat, Shape]], compute_dtype: str) -> int:
+    """Bytes that a `Scratch` needs for ``weights``: the largest that must be decoded, in
+    ``compute_dtype`` (a safetensors tag)."""
+    return max(
+        (
+            shape[0] * shape[1] * ITEM_BYTES[compute_dtype]
+            for fmt, shape in weights
+            if not (isinstance(fmt, Plain) and fmt.tag == compute_dtype)
+        ),
+        default=0,
+    )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from penstock.errors import CheckpointError, UsageError
 from penstock.quant.format import FORMATS, QuantFormat, get_format
-from penstock.quant.rows import ITEM_BYTES, dtype_tag, storage_bytes
+from penstock.quant.rows import DTYPES, ITEM_BYTES, dtype_tag, storage_bytes
 from penstock.quant.scaled import Scaled8
 from tests.meter import StorageMeter
 from tests.quant.weights import outlier_weight, relative_rms, small_weight
@@ -159,17 +159,22 @@ def test_formats_that_are_only_read_say_so(name: str) -> None:
         get_format(name).quantise(small_weight())
 
 
-@pytest.mark.parametrize("name", WRITABLE)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_decoding_allocates_no_more_than_it_says(name: str, dtype: torch.dtype) -> None:
-    fmt = get_format(name)
-    weight = small_weight(700, 1024, torch.bfloat16)
-    stored = fmt.quantise(weight)
-    out = torch.empty(700, 1024, dtype=dtype)
-    fmt.dequantise(stored, (700, 1024), dtype, out)
+def test_decoding_allocates_no_more_than_it_says(
+    name: str, dtype: torch.dtype, device: str
+) -> None:
+    fmt, shape = get_format(name), (700, 1024) if device == "cpu" else (5120, 13824)
+    stored = {
+        suffix: torch.zeros(dims, dtype=DTYPES[tag], device=device)
+        for suffix, (tag, dims) in fmt.storage(shape, "BF16").items()
+    }
+    out = torch.empty(shape, dtype=dtype, device=device)
+    fmt.dequantise(stored, shape, dtype, out)
     with StorageMeter(exclude=[out, *stored.values()]) as meter:
-        fmt.dequantise(stored, (700, 1024), dtype, out)
-    assert meter.peak <= fmt.workspace_bytes((700, 1024), torch.device("cpu"))
+        fmt.dequantise(stored, shape, dtype, out)
+    assert meter.peak <= fmt.workspace_bytes(shape, torch.device(device)) <= 2 * out.nbytes
 
 
 def test_an_unknown_format_lists_the_known_ones() -> None:
@@ -181,4 +186,7 @@ def test_the_registry_cannot_be_changed() -> None:
     with pytest.raises(TypeError):
         FORMATS["mine"] = FORMATS["int8"]  # type: ignore[index]
     assert all(name == fmt.name for name, fmt in FORMATS.items())
-    assert ITEM_BYTES["F8_E4M3"] == 1
+
+
+def test_tags_and_their_bytes_agree_with_torch() -> None:
+    assert {tag: dtype.itemsize for tag, dtype in DTYPES.items()} == ITEM_BYTES

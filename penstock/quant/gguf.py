@@ -191,15 +191,15 @@ def _q4_k(blocks: Tensor, out: Tensor) -> None:
 
 
 def _q5_k(blocks: Tensor, out: Tensor) -> None:
-    codes = _nibbles(_runs(blocks, 48, 4, 32))
+    codes, upper = _nibbles(_runs(blocks, 48, 4, 32)), blocks[:, 16:48].contiguous()
     for group, part in enumerate(codes.view(-1, 8, 32).unbind(1)):
-        part |= _moved(blocks[:, 16:48], 4 - group, 16)
+        part |= _moved(upper, 4 - group, 16)
     out.copy_(codes)
     _scale_groups(blocks, out)
 
 
 def _q6_k(blocks: Tensor, out: Tensor) -> None:
-    codes, upper = _nibbles(_runs(blocks, 0, 2, 64)), _runs(blocks, 128, 2, 32)
+    codes, upper = _nibbles(_runs(blocks, 0, 2, 64)), _runs(blocks, 128, 2, 32).contiguous()
     for run, part in enumerate(codes.view(-1, 2, 4, 32).unbind(2)):
         part |= _moved(upper, 4 - 2 * run, 48)
     scale = _half(blocks, 208) * blocks.view(torch.int8)[:, 192:208]

@@ -49,8 +49,8 @@ class Scaled8:
     """A weight of one byte an element: ``value = stored * scale``.
 
     Quantising rounds ``weight / scale`` to nearest even with ``scale = max |row| / largest`` (448
-    for e4m3fn, 127 for int8); a row of zeros gets the smallest scale. One scale for the whole tensor is read
-    but is no default: a single outlier costs int8 eight times the error.
+    for e4m3fn, 127 for int8); a row of zeros gets the smallest scale. One scale for the whole
+    tensor is read but is no default: a few outliers cost int8 eight times the error.
 
     Attributes:
         tag: "F8_E4M3" or "I8".

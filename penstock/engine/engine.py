@@ -12,14 +12,13 @@ import torch
 from penstock.engine.events import Listener
 from penstock.engine.job import Job
 from penstock.engine.model import ModelFiles
-from penstock.engine.pipeline import Run, run
+from penstock.engine.pipeline import Run, run, workload_of
 from penstock.engine.report import JobResult
 from penstock.engine.request import GenerationRequest, check_task
 from penstock.engine.video import check_output
 from penstock.errors import UsageError
 from penstock.profiles.hardware import Hardware, probe
 from penstock.profiles.plan import Plan
-from penstock.profiles.planner import Workload
 from penstock.profiles.planner import plan as make_plan
 from penstock.units import parse_bytes
 
@@ -80,10 +79,7 @@ class Engine:
             RequestError: the request does not suit the model.
         """
         check_task(request, image_to_video=self.model.image_to_video)
-        workload = Workload(
-            shape=request.video_shape, steps=request.steps, guided=request.uses_guidance
-        )
-        return make_plan(self.model.manifest, workload, self.hardware)
+        return make_plan(self.model.manifest, workload_of(request), self.hardware)
 
     def submit(
         self,

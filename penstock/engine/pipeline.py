@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from penstock.offload.ledger import ByteLedger
 from penstock.offload.schedule import Residency, spread
 from penstock.offload.streamer import BlockStream, load_block
 from penstock.profiles.plan import PhasePlan, Plan, StreamPlan
+from penstock.profiles.planner import Workload, carried_bytes
 from penstock.profiles.tiling import TileGrid
 
 
@@ -59,6 +60,16 @@ class Run:
     overwrite: bool
     metadata: bool
 
+    @property
+    def carried_bytes(self) -> int:
+        """What passes from phase to phase in host memory."""
+        return carried_bytes(self.model.manifest, workload_of(self.request))
+
+
+def workload_of(request: GenerationRequest) -> Workload:
+    """The request as the planner takes it."""
+    return Workload(request.video_shape, request.steps, request.uses_guidance)
+
 
 @torch.no_grad()
 def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
@@ -72,16 +83,22 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
     stage = Stage(job, listener, cancelled)
     for warning in job.request.warnings:
         stage.monitor.notice(warning.message)
+    with stage.host_ledger.reserve("carried between phases", job.carried_bytes):
+        latents, video = _make(stage)
+        if job.output is not None:
+            mux(stage, video, job.output)
+    report = _report(job, stage.monitor, time.perf_counter() - started)
+    return JobResult(report, latents, video)
+
+
+def _make(stage: Stage) -> tuple[Tensor, Tensor]:
+    request = stage.job.request
     states = encode_prompts(stage)
-    picture = None if job.request.image is None else pictures.open_image(job.request.image)
+    picture = None if request.image is None else pictures.open_image(request.image)
     image_states = None if picture is None else encode_picture(stage, picture)
     condition = None if picture is None else encode_condition(stage, picture)
     latents = denoise(stage, states, image_states, condition)
-    video = decode(stage, latents)
-    if job.output is not None:
-        mux(stage, video, job.output)
-    report = _report(job, stage.monitor, time.perf_counter() - started)
-    return JobResult(report, latents, video)
+    return latents, decode(stage, latents)
 
 
 class Stage:
@@ -236,8 +253,7 @@ def denoise(
 ) -> Tensor:
     """From noise to latents (1, z, t, h, w), fp32, on the CPU."""
     component, request = stage.model.transformer, stage.job.request
-    sampler = _sampler(stage)
-    with stage.rest(component) as model:
+    with closing(_sampler(stage)) as sampler, stage.rest(component) as model:
         cross, modulation = prepare(stage, model, states, image_states, sampler.timesteps)
         with stage.phase("denoise", request.steps, "step") as (plan, phase):
             passes = plan.passes(len(states))

@@ -88,7 +88,29 @@ def minimum_vram_bytes(manifest: ModelManifest, workload: Workload, hardware: Ha
     return need
 
 
+def carried_bytes(manifest: ModelManifest, workload: Workload) -> int:
+    """Host memory of what passes from phase to phase: states, pixels, condition, latents."""
+    spec, itemsize = manifest.transformer, manifest.text.weights.itemsize
+    states = workload.branches * transformer.TEXT_TOKENS * spec.text_dim * itemsize
+    image = manifest.image
+    if image is not None:
+        states += image.tokens * image.hidden_size * image.weights.itemsize
+        states += 3 * image.image_size**2 * transformer.FP32_BYTES
+    frames, height, width = workload.shape.latent(manifest.vae)
+    return states + spec.in_channels * frames * height * width * transformer.FP32_BYTES
+
+
 def _groups(
+    manifest: ModelManifest, workload: Workload, hardware: Hardware
+) -> Iterator[list[Group]]:
+    carried = ("carried between phases", carried_bytes(manifest, workload))
+    for groups in _bare_groups(manifest, workload, hardware):
+        yield [
+            tuple(replace(phase, ram=(*phase.ram, carried)) for phase in group) for group in groups
+        ]
+
+
+def _bare_groups(
     manifest: ModelManifest, workload: Workload, hardware: Hardware
 ) -> Iterator[list[Group]]:
     yield list(_text(manifest, workload, hardware))
@@ -215,12 +237,12 @@ def _tile_grids(grid: tuple[int, int, int]) -> Iterator[TileGrid]:
 
 def _denoise(manifest: ModelManifest, workload: Workload, hardware: Hardware) -> Iterator[Group]:
     """The two phases of the transformer, which share its non-block weights and the context."""
-    spec = manifest.transformer
+    spec, carried = manifest.transformer, carried_bytes(manifest, workload)
     for case in _denoise_cases(manifest, workload):
         work = _denoise_work(spec, case)
         traffic = _denoise_traffic(manifest, workload, case)
         for context in _contexts(spec, case, hardware):
-            for stream in _placements(spec.weights, work, hardware):
+            for stream in _placements(spec.weights, work, hardware, carried):
                 base = replace(work, stream=stream)
                 yield context, _streamed(base, spec.weights.block_bytes, traffic, hardware)
 
@@ -298,11 +320,13 @@ def _contexts(
     return [min(found, key=lambda phase: (phase.vram_bytes, phase.ram_bytes))]
 
 
-def _placements(weights: Weights, work: PhasePlan, hardware: Hardware) -> Iterator[StreamPlan]:
+def _placements(
+    weights: Weights, work: PhasePlan, hardware: Hardware, carried: int
+) -> Iterator[StreamPlan]:
     """Rings of every size, each with as many residents as the budgets leave room for."""
     n_blocks, block = len(weights.block_bytes), max(weights.block_bytes)
     vram_room = hardware.vram_bytes - work.work_bytes - weights.rest_bytes
-    ram_room = hardware.ram_bytes - work.ram_bytes - staging_bytes(weights)
+    ram_room = hardware.ram_bytes - work.ram_bytes - staging_bytes(weights) - carried
     for slots in (0, *RING):
         if slots == 0 and vram_room < n_blocks * block:
             continue

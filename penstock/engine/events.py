@@ -1,0 +1,175 @@
+"""What a job tells while it runs: typed events, and the monitor through which the pipeline tells them.
+
+The pipeline calls the monitor between units of work (a block, a tile, a step); that is also where a
+cancel takes effect.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from penstock.engine.report import PhaseReport
+from penstock.errors import JobCancelled
+from penstock.offload.ledger import ByteLedger
+from penstock.offload.streamer import StreamStats
+from penstock.profiles.plan import PhasePlan
+
+
+@dataclass(frozen=True)
+class PhaseStarted:
+    """A phase begins; ``total`` units of work will follow (``unit`` names one)."""
+
+    phase: str
+    total: int
+    unit: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """``done`` of ``total`` units are finished; bytes as the ledgers hold them now.
+
+    Attributes:
+        seconds_per_unit: mean over the units finished so far.
+        eta_s: seconds until the phase ends at that pace.
+        stall_s: seconds in which the computation has waited for weights in this phase.
+    """
+
+    phase: str
+    done: int
+    total: int
+    unit: str
+    seconds_per_unit: float
+    eta_s: float
+    vram_bytes: int
+    ram_bytes: int
+    stall_s: float
+
+
+@dataclass(frozen=True)
+class PhaseEnded:
+    """A phase is over; its figures."""
+
+    report: PhaseReport
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something the user should know: a cut prompt, a platform feature that is missing."""
+
+    message: str
+
+
+Event = PhaseStarted | Progress | PhaseEnded | Notice
+Listener = Callable[[Event], None]
+
+
+class Monitor:
+    """The pipeline's line to the outside: phases, units of work, notices, and the cancel flag.
+
+    Args:
+        listener: receives every event, on the job's own thread.
+        device_ledger: counts the bytes on the device.
+        host_ledger: counts the bytes in host memory.
+        cancelled: set by another thread to stop the job at the next unit of work.
+    """
+
+    def __init__(
+        self,
+        listener: Listener,
+        device_ledger: ByteLedger,
+        host_ledger: ByteLedger,
+        cancelled: threading.Event,
+    ) -> None:
+        self._listener = listener
+        self.device_ledger = device_ledger
+        self.host_ledger = host_ledger
+        self._cancelled = cancelled
+        self.phases: list[PhaseReport] = []
+        self.notices: list[str] = []
+
+    def check(self) -> None:
+        """Raise JobCancelled if the job was asked to stop. Called between blocks and tiles."""
+        if self._cancelled.is_set():
+            raise JobCancelled("the job was cancelled", remedy="Nothing was written.")
+
+    def notice(self, message: str) -> None:
+        """Tell the user something, and keep it for the report."""
+        self.notices.append(message)
+        self._listener(Notice(message))
+
+    @contextmanager
+    def phase(self, plan: PhasePlan, total: int, unit: str) -> Iterator[PhaseMonitor]:
+        """Announce a phase, measure it, and report it beside what ``plan`` predicted."""
+        self.check()
+        self._listener(PhaseStarted(plan.name, total, unit))
+        self.device_ledger.reset_peak()
+        self.host_ledger.reset_peak()
+        monitor = PhaseMonitor(self, plan.name, total, unit)
+        yield monitor
+        report = PhaseReport(
+            name=plan.name,
+            seconds=monitor.elapsed_s(),
+            units=monitor.done,
+            unit=unit,
+            predicted_vram_bytes=plan.vram_bytes,
+            measured_vram_bytes=self.device_ledger.peak,
+            predicted_ram_bytes=plan.ram_bytes,
+            measured_ram_bytes=self.host_ledger.peak,
+            read_bytes=sum(s.read_bytes for s in monitor.streams),
+            copied_bytes=sum(s.copied_bytes for s in monitor.streams),
+            stall_s=monitor.stall_s(),
+        )
+        self.phases.append(report)
+        self._listener(PhaseEnded(report))
+
+    def tell(self, event: Event) -> None:
+        """Pass an event on to the listener."""
+        self._listener(event)
+
+
+@dataclass
+class PhaseMonitor:
+    """Progress within one phase; ``streams`` are the statistics of the streams it has opened."""
+
+    monitor: Monitor
+    name: str
+    total: int
+    unit: str
+    done: int = 0
+    streams: list[StreamStats] = field(default_factory=list)
+    _started: float = field(default_factory=time.perf_counter)
+
+    def elapsed_s(self) -> float:
+        """Seconds since the phase began."""
+        return time.perf_counter() - self._started
+
+    def stall_s(self) -> float:
+        """Seconds in which the computation has waited for weights."""
+        return sum(stats.compute_wait_s for stats in self.streams)
+
+    def check(self) -> None:
+        """Raise JobCancelled if the job was asked to stop."""
+        self.monitor.check()
+
+    def advance(self) -> None:
+        """One more unit of work is finished."""
+        self.done += 1
+        pace = self.elapsed_s() / self.done
+        self.monitor.tell(
+            Progress(
+                phase=self.name,
+                done=self.done,
+                total=self.total,
+                unit=self.unit,
+                seconds_per_unit=pace,
+                eta_s=pace * (self.total - self.done),
+                vram_bytes=self.monitor.device_ledger.used,
+                ram_bytes=self.monitor.host_ledger.used,
+                stall_s=self.stall_s(),
+            )
+        )
+        self.check()

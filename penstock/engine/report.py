@@ -1,0 +1,107 @@
+"""What a job did, beside what its plan had promised."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+from torch import Tensor
+
+from penstock._version import __version__
+
+
+@dataclass(frozen=True)
+class PhaseReport:
+    """One phase: seconds, predicted and measured peaks (by the ledgers), bytes moved.
+
+    Attributes:
+        read_bytes: weights read from disk.
+        copied_bytes: weights copied from host memory to the device.
+        stall_s: seconds in which the computation waited for weights.
+    """
+
+    name: str
+    seconds: float
+    units: int
+    unit: str
+    predicted_vram_bytes: int
+    measured_vram_bytes: int
+    predicted_ram_bytes: int
+    measured_ram_bytes: int
+    read_bytes: int
+    copied_bytes: int
+    stall_s: float
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """A finished job.
+
+    Attributes:
+        output: path of the video, or None where the frames were kept in memory.
+        frames, width, height, fps: of the video.
+        seed: the seed that was used, also where the request left it open.
+        phases: in the order they ran.
+        allocated_vram_bytes: peak of the device's own allocator (0 where it has none: the CPU).
+        notices: all that the user was told on the way.
+    """
+
+    output: str | None
+    frames: int
+    width: int
+    height: int
+    fps: int
+    seed: int
+    seconds: float
+    vram_limit_bytes: int
+    ram_limit_bytes: int
+    allocated_vram_bytes: int
+    phases: tuple[PhaseReport, ...]
+    notices: tuple[str, ...]
+    versions: dict[str, str]
+
+    @property
+    def peak_vram_bytes(self) -> int:
+        """Highest peak of the device ledger over all phases."""
+        return max(phase.measured_vram_bytes for phase in self.phases)
+
+    @property
+    def peak_ram_bytes(self) -> int:
+        """Highest peak of the host ledger over all phases."""
+        return max(phase.measured_ram_bytes for phase in self.phases)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, ready for json.dumps."""
+        return asdict(self) | {
+            "peak_vram_bytes": self.peak_vram_bytes,
+            "peak_ram_bytes": self.peak_ram_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What a finished job hands over.
+
+    Attributes:
+        report: what it did, beside what was promised.
+        latents: (1, z, t, h, w), fp32, on the CPU.
+        video: uint8 (frames, height, width, 3), on the CPU.
+    """
+
+    report: RunReport
+    latents: Tensor
+    video: Tensor
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    packages = ("penstock", "torch", "diffusers", "transformers", "safetensors", "av")
+    return {"python": platform.python_version()} | {name: _version(name) for name in packages}
+
+
+def _version(package: str) -> str:
+    if package == "penstock":
+        return __version__
+    return version(package)

@@ -1,0 +1,121 @@
+"""The plan of a job as a value: what lies where in each phase, and the bytes that follow from it.
+
+Execution only obeys it; the report holds it beside what was measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+Items = tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """Where the blocks of a network live during a phase.
+
+    The residents are spread evenly between the streamed ones.
+
+    Attributes:
+        n_blocks: blocks of the network.
+        device_resident: how many stay in VRAM for the whole phase.
+        host_resident: how many stay in RAM and are copied at every visit.
+        device_slots: ring of block buffers in VRAM.
+        host_slabs: ring of block buffers in RAM that the disk is read into.
+    """
+
+    n_blocks: int
+    device_resident: int = 0
+    host_resident: int = 0
+    device_slots: int = 0
+    host_slabs: int = 0
+
+    @property
+    def disk_blocks(self) -> int:
+        """Blocks read from disk at every pass."""
+        return self.n_blocks - self.device_resident - self.host_resident
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One phase: its streams, its numbers of chunks or tiles, its bytes by item, its seconds.
+
+    Attributes:
+        weights: ``(label, bytes)`` of the weights in VRAM.
+        work: ``(label, bytes)`` of everything else in VRAM at the phase's peak.
+        ram: ``(label, bytes)`` of everything in host memory at the phase's peak.
+        chunk_tokens: tokens a chunk of the DiT forward.
+        branches: CFG branches that go through a block during one visit.
+        cross_kv_on_device: the cross-attention K/V of all blocks stay in VRAM (else in RAM).
+        tiles: rows and columns of the VAE's tile grid.
+        seconds: predicted duration.
+        bound: what bounds it: "compute", "copy" or "read".
+    """
+
+    name: str
+    weights: Items
+    work: Items
+    ram: Items
+    stream: StreamPlan | None = None
+    chunk_tokens: int = 0
+    branches: int = 0
+    cross_kv_on_device: bool = False
+    tiles: tuple[int, int] = (1, 1)
+    seconds: float = 0.0
+    bound: str = "compute"
+
+    def passes(self, total_branches: int) -> list[range]:
+        """The branches of a step, divided into the passes over the blocks that serve them."""
+        starts = range(0, total_branches, self.branches)
+        return [range(start, min(start + self.branches, total_branches)) for start in starts]
+
+    @property
+    def work_bytes(self) -> int:
+        """VRAM that is not weights."""
+        return sum(count for _, count in self.work)
+
+    @property
+    def vram_bytes(self) -> int:
+        """Peak VRAM of the phase."""
+        return sum(count for _, count in self.weights) + self.work_bytes
+
+    @property
+    def ram_bytes(self) -> int:
+        """Peak host memory of the phase."""
+        return sum(count for _, count in self.ram)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The phases of a job, in order, and the budgets they were made for."""
+
+    phases: tuple[PhasePlan, ...]
+    vram_limit_bytes: int
+    ram_limit_bytes: int
+
+    def __getitem__(self, name: str) -> PhasePlan:
+        return next(phase for phase in self.phases if phase.name == name)
+
+    @property
+    def peak_vram_bytes(self) -> int:
+        """Highest VRAM peak of all phases."""
+        return max(phase.vram_bytes for phase in self.phases)
+
+    @property
+    def peak_ram_bytes(self) -> int:
+        """Highest host memory peak of all phases."""
+        return max(phase.ram_bytes for phase in self.phases)
+
+    @property
+    def seconds(self) -> float:
+        """Predicted duration of the job."""
+        return sum(phase.seconds for phase in self.phases)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, ready for json.dumps."""
+        return asdict(self) | {
+            "peak_vram_bytes": self.peak_vram_bytes,
+            "peak_ram_bytes": self.peak_ram_bytes,
+            "seconds": self.seconds,
+        }

@@ -1,0 +1,129 @@
+"""What a person sees while a job runs: a rich display on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from penstock.engine.events import Event, Notice, PhaseEnded, PhaseStarted
+from penstock.engine.events import Progress as Advance
+from penstock.engine.report import PhaseReport, RunReport
+from penstock.profiles.plan import Plan
+from penstock.units import format_bytes
+
+
+class Display:
+    """Shows the events of one job on ``console`` (stderr).
+
+    Args:
+        console: where to write; its ``is_terminal`` picks bars or lines.
+        plan: for the budgets that the bytes are shown against.
+    """
+
+    def __init__(self, console: Console, plan: Plan) -> None:
+        self._console = console
+        self._plan = plan
+        self._bars = _bars(console) if console.is_terminal else None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Display:
+        self._context: AbstractContextManager[object] = self._bars or nullcontext()
+        self._context.__enter__()
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._context.__exit__(None, None, None)
+
+    def show(self, event: Event) -> None:
+        """Show one event."""
+        if isinstance(event, Notice):
+            self._console.print(f"note: {event.message}", style="yellow", highlight=False)
+        elif self._bars is not None:
+            self._show_bar(self._bars, event)
+        else:
+            self._show_line(event)
+
+    def _show_bar(self, bars: Progress, event: Event) -> None:
+        if isinstance(event, PhaseStarted):
+            self._task = bars.add_task(event.phase, total=event.total, facts="")
+        elif isinstance(event, Advance) and self._task is not None:
+            bars.update(self._task, completed=event.done, facts=self._facts(event))
+        elif isinstance(event, PhaseEnded) and self._task is not None:
+            bars.update(self._task, completed=event.report.units, facts=_summary(event.report))
+
+    def _show_line(self, event: Event) -> None:
+        if isinstance(event, PhaseStarted):
+            line = f"{event.phase}: {event.total} {event.unit}s"
+        elif isinstance(event, Advance):
+            if event.unit != "step":
+                return
+            line = f"{event.phase}: {event.done}/{event.total}  {self._facts(event)}"
+        elif isinstance(event, PhaseEnded):
+            line = f"{event.report.name}: {_summary(event.report)}"
+        else:
+            return
+        self._console.print(line, highlight=False, soft_wrap=True)
+
+    def _facts(self, event: Advance) -> str:
+        plan = self._plan
+        return (
+            f"{event.seconds_per_unit:.2f} s/{event.unit}, {_clock(event.eta_s)} left, "
+            f"VRAM {format_bytes(event.vram_bytes)} of {format_bytes(plan.vram_limit_bytes)}, "
+            f"RAM {format_bytes(event.ram_bytes)} of {format_bytes(plan.ram_limit_bytes)}"
+        )
+
+
+def _bars(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:>8}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[facts]}"),
+        console=console,
+    )
+
+
+def _summary(report: PhaseReport) -> str:
+    return (
+        f"{report.seconds:.1f} s, peak VRAM {format_bytes(report.measured_vram_bytes)}, "
+        f"RAM {format_bytes(report.measured_ram_bytes)}"
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def plan_summary(plan: Plan) -> str:
+    """The plan in two lines, as printed before anything is loaded."""
+    denoise = plan["denoise"]
+    stream = denoise.stream
+    assert stream is not None
+    return (
+        f"plan: peak VRAM {format_bytes(plan.peak_vram_bytes)} "
+        f"of {format_bytes(plan.vram_limit_bytes)}, "
+        f"RAM {format_bytes(plan.peak_ram_bytes)} of {format_bytes(plan.ram_limit_bytes)}\n"
+        f"plan: {stream.n_blocks} blocks: {stream.device_resident} stay in VRAM, "
+        f"{stream.host_resident} in RAM, {stream.disk_blocks} stream from disk; "
+        f"{denoise.chunk_tokens} tokens a chunk, {denoise.branches} branch(es) a visit, "
+        f"decode in {plan['decode'].tiles[0]}x{plan['decode'].tiles[1]} tiles"
+    )
+
+
+def report_summary(report: RunReport) -> str:
+    """One line about a finished job."""
+    return (
+        f"wrote {report.output}: {report.frames} frames, {report.width}x{report.height}, "
+        f"seed {report.seed}, {report.seconds:.1f} s, "
+        f"peak VRAM {format_bytes(report.peak_vram_bytes)}, "
+        f"RAM {format_bytes(report.peak_ram_bytes)}"
+    )
+
+
+Show = Callable[[Event], None]

@@ -148,6 +148,33 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         WeightFile(tmp_path / "nothing.safetensors")
 
 
+def test_a_file_exchanged_between_two_looks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not has_direct(path):
+        pytest.skip("no direct reads on this file system")
+    real, before = os.open, open_descriptors()
+
+    def exchange(name: Any, *rest: Any, **named: Any) -> int:
+        (path.parent / "new").write_bytes(CONTENT)
+        (path.parent / "new").replace(path)
+        return real(name, *rest, **named)
+
+    monkeypatch.setattr(os, "open", exchange)
+    with pytest.raises(CheckpointChanged, match="another file in its place"):
+        WeightFile(path, direct=True)
+    assert open_descriptors() == before
+
+
+def test_direct_reads_that_are_not_allowed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **named: Any) -> int:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    if not has_direct(path):
+        pytest.skip("no direct reads on this file system")
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(CheckpointError, match="Permission denied"):
+        WeightFile(path, direct=True)
+
+
 def test_closing_twice_and_no_descriptor_left(path: Path) -> None:
     before = open_descriptors()
     file = WeightFile(path, direct=True)

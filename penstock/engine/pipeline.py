@@ -34,7 +34,7 @@ from penstock.engine.wan.vae_encode import encode_tiled, first_frame_then_zeros
 from penstock.engine.weights import bind, unbind
 from penstock.offload.layout import BlockLayout
 from penstock.offload.ledger import ByteLedger
-from penstock.offload.schedule import Residency, spread
+from penstock.offload.schedule import Residency
 from penstock.offload.streamer import BlockStream, load_block
 from penstock.profiles.plan import PhasePlan, Plan, StreamPlan
 from penstock.profiles.tiling import TileGrid
@@ -100,6 +100,7 @@ class Stage:
         with (
             self.monitor.phase(plan, total, unit) as phase,
             self.device_ledger.reserve(f"{name}: activations", plan.work_bytes),
+            self.host_ledger.reserve(f"{name}: host work", plan.ram_work_bytes),
         ):
             yield plan, phase
 
@@ -142,10 +143,8 @@ class Stage:
 
 
 def residency(plan: StreamPlan) -> Residency:
-    """The plan's counts as places: residents lie evenly between the blocks that stream."""
-    on_device = spread(plan.n_blocks, plan.device_resident)
-    left = [index for index in range(plan.n_blocks) if index not in set(on_device)]
-    in_ram = tuple(left[place] for place in spread(len(left), plan.host_resident))
+    """The plan's places, as the stream takes them."""
+    on_device, in_ram = plan.device_blocks, plan.host_blocks
     return Residency(plan.n_blocks, on_device, in_ram, plan.device_slots, plan.host_slabs)
 
 
@@ -342,12 +341,10 @@ def _guided(predictions: list[Tensor], request: GenerationRequest) -> Tensor:
 def decode(stage: Stage, latents: Tensor) -> Tensor:
     """Latents to the video, uint8 (frames, h, w, 3) in RAM."""
     component, request = stage.model.vae_decoder, stage.job.request
-    video_bytes = 3 * request.frames * request.height * request.width
     tiles = TileGrid(*stage.job.plan["decode"].tiles)
     units = latents.shape[2] + request.frames * tiles.rows * tiles.cols
     with (
         stage.phase("decode", units, "frame") as (_, phase),
-        stage.host_ledger.reserve("video frames", video_bytes),
         stage.rest(component) as vae,
     ):
         raw = _raw_latents(latents.to(stage.device, component.dtype), vae.config)
@@ -366,13 +363,15 @@ def _raw_latents(latents: Tensor, config: Any) -> Tensor:
 def mux(stage: Stage, video: Tensor, output: Path) -> None:
     """Write the frames to ``output``."""
     job = stage.job
-    write_video(
-        output,
-        video.numpy(),
-        job.request.fps,
-        metadata=_metadata(job.request) if job.metadata else None,
-        overwrite=job.overwrite,
-    )
+    with stage.phase("mux", 1, "video") as (_, phase):
+        write_video(
+            output,
+            video.numpy(),
+            job.request.fps,
+            metadata=_metadata(job.request) if job.metadata else None,
+            overwrite=job.overwrite,
+        )
+        phase.advance()
 
 
 def _metadata(request: GenerationRequest) -> dict[str, Any]:

@@ -34,10 +34,10 @@ from penstock.engine.wan.vae_encode import encode_tiled, first_frame_then_zeros
 from penstock.engine.weights import bind, unbind
 from penstock.offload.layout import BlockLayout
 from penstock.offload.ledger import ByteLedger
-from penstock.offload.schedule import Residency, spread
+from penstock.offload.schedule import Residency
 from penstock.offload.streamer import BlockStream, load_block
 from penstock.profiles.plan import PhasePlan, Plan, StreamPlan
-from penstock.profiles.planner import Workload, carried_bytes
+from penstock.profiles.planner import Workload
 from penstock.profiles.tiling import TileGrid
 
 
@@ -60,11 +60,6 @@ class Run:
     overwrite: bool
     metadata: bool
 
-    @property
-    def carried_bytes(self) -> int:
-        """What passes from phase to phase in host memory."""
-        return carried_bytes(self.model.manifest, workload_of(self.request))
-
 
 def workload_of(request: GenerationRequest) -> Workload:
     """The request as the planner takes it."""
@@ -83,10 +78,9 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
     stage = Stage(job, listener, cancelled)
     for warning in job.request.warnings:
         stage.monitor.notice(warning.message)
-    with stage.host_ledger.reserve("carried between phases", job.carried_bytes):
-        latents, video = _make(stage)
-        if job.output is not None:
-            mux(stage, video, job.output)
+    latents, video = _make(stage)
+    if job.output is not None:
+        mux(stage, video, job.output)
     report = _report(job, stage.monitor, time.perf_counter() - started)
     return JobResult(report, latents, video)
 
@@ -117,6 +111,7 @@ class Stage:
         with (
             self.monitor.phase(plan, total, unit) as phase,
             self.device_ledger.reserve(f"{name}: activations", plan.work_bytes),
+            self.host_ledger.reserve(f"{name}: host work", plan.ram_work_bytes),
         ):
             yield plan, phase
 
@@ -159,10 +154,8 @@ class Stage:
 
 
 def residency(plan: StreamPlan) -> Residency:
-    """The plan's counts as places: residents lie evenly between the blocks that stream."""
-    on_device = spread(plan.n_blocks, plan.device_resident)
-    left = [index for index in range(plan.n_blocks) if index not in set(on_device)]
-    in_ram = tuple(left[place] for place in spread(len(left), plan.host_resident))
+    """The plan's places, as the stream takes them."""
+    on_device, in_ram = plan.device_blocks, plan.host_blocks
     return Residency(plan.n_blocks, on_device, in_ram, plan.device_slots, plan.host_slabs)
 
 
@@ -358,12 +351,10 @@ def _guided(predictions: list[Tensor], request: GenerationRequest) -> Tensor:
 def decode(stage: Stage, latents: Tensor) -> Tensor:
     """Latents to the video, uint8 (frames, h, w, 3) in RAM."""
     component, request = stage.model.vae_decoder, stage.job.request
-    video_bytes = 3 * request.frames * request.height * request.width
     tiles = TileGrid(*stage.job.plan["decode"].tiles)
     units = latents.shape[2] + request.frames * tiles.rows * tiles.cols
     with (
         stage.phase("decode", units, "frame") as (_, phase),
-        stage.host_ledger.reserve("video frames", video_bytes),
         stage.rest(component) as vae,
     ):
         raw = _raw_latents(latents.to(stage.device, component.dtype), vae.config)
@@ -382,13 +373,15 @@ def _raw_latents(latents: Tensor, config: Any) -> Tensor:
 def mux(stage: Stage, video: Tensor, output: Path) -> None:
     """Write the frames to ``output``."""
     job = stage.job
-    write_video(
-        output,
-        video.numpy(),
-        job.request.fps,
-        metadata=_metadata(job.request) if job.metadata else None,
-        overwrite=job.overwrite,
-    )
+    with stage.phase("mux", 1, "video") as (_, phase):
+        write_video(
+            output,
+            video.numpy(),
+            job.request.fps,
+            metadata=_metadata(job.request) if job.metadata else None,
+            overwrite=job.overwrite,
+        )
+        phase.advance()
 
 
 def _metadata(request: GenerationRequest) -> dict[str, Any]:

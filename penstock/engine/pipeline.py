@@ -235,10 +235,9 @@ def encode_condition(stage: Stage, picture: Image) -> Tensor:
     with stage.phase("encode", units, "frame") as (_, phase), stage.rest(component) as vae:
         source = first_frame_then_zeros(pixels[0].to(stage.device, component.dtype))
         encoded = encode_tiled(vae, source, size, tiles, should_stop=phase.advance)
-        condition = pictures.conditioning(
+        return pictures.conditioning(
             encoded.float(), vae.config.latents_mean, vae.config.latents_std
         ).cpu()
-    return condition
 
 
 def denoise(
@@ -345,7 +344,8 @@ def _model_input(latents: Tensor, condition: Tensor | None, dtype: torch.dtype) 
 def _guided(predictions: list[Tensor], request: GenerationRequest) -> Tensor:
     if len(predictions) == 1:
         return predictions[0]
-    return guide(*predictions, request.guidance_scale)
+    conditional, unconditional = predictions
+    return guide(conditional, unconditional, request.guidance_scale)
 
 
 def decode(stage: Stage, latents: Tensor) -> Tensor:
@@ -358,8 +358,7 @@ def decode(stage: Stage, latents: Tensor) -> Tensor:
         stage.rest(component) as vae,
     ):
         raw = _raw_latents(latents.to(stage.device, component.dtype), vae.config)
-        video = decode_frames(vae, raw, tiles, should_stop=phase.advance)
-    return video
+        return decode_frames(vae, raw, tiles, should_stop=phase.advance)
 
 
 def _raw_latents(latents: Tensor, config: Any) -> Tensor:

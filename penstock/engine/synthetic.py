@@ -1,6 +1,6 @@
 """Random-weight Wan2.1 models of the true architecture, a few MB small, for the demo and for tests.
 
-The folder is written by diffusers' own ``save_pretrained``: to penstock it is a model like any other.
+The folder is written by diffusers' own ``save_pretrained``: a model like any other.
 """
 
 from __future__ import annotations

@@ -14,6 +14,10 @@ found and what to do next, and carries a stable ``code`` for programs.
     |   |-- PickleRefused     checkpoint_pickle    a pickle is never opened
     |   |-- TensorMismatch    checkpoint_tensors   missing, extra or misshaped tensors
     |   `-- CheckpointChanged checkpoint_changed   a file changed after it was opened
+    |-- JournalError      job_state           a job's directory is damaged, or holds no job
+    |   |-- JobLocked          job_locked           another process is working on the job
+    |   |-- StorageError       job_storage          disk full or I/O error; the last state is intact
+    |   `-- FingerprintMismatch job_fingerprint     what determines the result has changed
     |-- NonFinite         non_finite          NaN or Inf in the latents
     |-- VideoError        video               the encoder or the container failed
     `-- JobCancelled      cancelled   exit 130
@@ -155,6 +159,43 @@ class CheckpointChanged(CheckpointError):
     """A file was truncated, replaced or touched after it was opened."""
 
     code = "checkpoint_changed"
+
+
+class JournalError(PenstockError):
+    """A job's directory cannot be used: it is damaged beyond both generations, or holds no job."""
+
+    code = "job_state"
+
+
+class JobLocked(JournalError):
+    """Another process (or another job of this one) is working in the job's directory."""
+
+    code = "job_locked"
+
+
+class StorageError(JournalError):
+    """A job's state could not be written or read; what was saved before is intact."""
+
+    code = "job_storage"
+
+
+class FingerprintMismatch(JournalError):
+    """A resume would not be identical: names what differs.
+
+    Args:
+        differences: ``(field, then, now)`` of everything that differs.
+    """
+
+    code = "job_fingerprint"
+
+    def __init__(self, differences: Sequence[tuple[str, object, object]]) -> None:
+        self.differences = tuple(differences)
+        super().__init__(
+            "the job began under other conditions, so its continuation would not be identical",
+            expected="; ".join(f"{field} {then!r}" for field, then, _ in self.differences),
+            found="; ".join(f"{field} {now!r}" for field, _, now in self.differences),
+            remedy="Restore them, or pass --allow-nonidentical to continue all the same.",
+        )
 
 
 class NonFinite(PenstockError):

@@ -41,3 +41,147 @@ Vram = Annotated[str | None, typer.Option(help='Ceiling on VRAM, such as "12GiB"
 Ram = Annotated[str | None, typer.Option(help="Ceiling on host memory for weights and frames.")]
 Device = Annotated[str, typer.Option(help="auto, cuda or cpu.")]
 Force = Annotated[bool, typer.Option(help="Replace an existing output.")]
+
+
+@app.callback()
+def main_options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Runs video models far larger than the card, inside a byte budget you choose."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Option(help="Folder of a Wan2.1 model in diffusers' layout.")],
+    prompt: Annotated[str, typer.Option(help="What should happen.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The mp4 to write.")],
+    image: Annotated[Path | None, typer.Option(help="The picture to start from.")] = None,
+    negative: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
+    size: Annotated[str | None, typer.Option(help="Pixels, such as 1280x720.")] = None,
+    max_area: Annotated[
+        str | None, typer.Option(help="720p, 480p or WxH: the picture's aspect within this area.")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames, 4n+1 (81).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps (40).")] = None,
+    cfg: Annotated[float | None, typer.Option(help="Guidance scale (5); 1 is off.")] = None,
+    shift: Annotated[float | None, typer.Option(help="Flow shift (5 at 720p, 3 at 480p).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the noise (drawn if absent).")] = None,
+    sampler: Annotated[SamplerName, typer.Option(help="Sampler.")] = SamplerName.UNIPC,
+    fps: Annotated[int | None, typer.Option(help="Frames a second of the file (16).")] = None,
+    vram: Vram = None,
+    ram: Ram = None,
+    device: Device = "auto",
+    force: Force = False,
+    no_metadata: Annotated[
+        bool, typer.Option("--no-metadata", help="Leave prompt and settings out of the file.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make a video from a prompt, and a picture where the model takes one."""
+    from penstock.engine.settings import Settings
+
+    settings = Settings(
+        prompt=prompt,
+        image=image,
+        negative_prompt=negative,
+        size=size,
+        max_area=max_area,
+        frames=frames,
+        steps=steps,
+        guidance_scale=cfg,
+        shift=shift,
+        seed=seed,
+        sampler=sampler.value,
+        fps=fps,
+    )
+    with _reported(debug):
+        _generate(model, settings, output, vram, ram, device, force, not no_metadata, as_json)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The mp4 to write.")] = Path(
+        "demo.mp4"
+    ),
+    prompt: Annotated[str | None, typer.Option(help="What should happen.")] = None,
+    image: Annotated[Path | None, typer.Option(help="The picture to start from.")] = None,
+    vram: Vram = None,
+    ram: Ram = None,
+    device: Device = "auto",
+    force: Force = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make a video with the small model in the box."""
+    from penstock.engine.demo import demo_model
+
+    with _reported(debug), tempfile.TemporaryDirectory(prefix="penstock-demo-") as scratch:
+        model, settings = demo_model(Path(scratch), prompt=prompt, image=image)
+        _generate(model, settings, output, vram, ram, device, force, True, as_json)
+
+
+def _generate(
+    model: Path,
+    settings: Any,
+    output: Path,
+    vram: str | None,
+    ram: str | None,
+    device: str,
+    force: bool,
+    metadata: bool,
+    as_json: bool,
+) -> None:
+    from penstock.engine.engine import Engine
+    from penstock.engine.settings import resolve
+    from penstock.progress import Display, plan_summary, report_summary
+
+    console = Console(stderr=True)
+    with Engine.open(model, vram=vram, ram=ram, device=device) as engine:
+        request = resolve(settings, engine.model)
+        plan = engine.plan(request)
+        console.print(plan_summary(plan), highlight=False, soft_wrap=True)
+        job = engine.submit(request, output, force=force, metadata=metadata)
+        with _stopping(job.cancel), Display(console, plan) as display:
+            for event in job.events():
+                display.show(event)
+        report = job.result().report
+    console.print(report_summary(report), highlight=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps({"plan": plan.to_json(), "report": report.to_json()}))
+
+
+@contextmanager
+def _stopping(cancel: Callable[[], None]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask the job to stop instead of tearing it down."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: cancel()) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _reported(debug: bool) -> Iterator[None]:
+    """Errors of penstock's own become one line and an exit code; others stay tracebacks."""
+    try:
+        yield
+    except PenstockError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from error
+
+
+def main() -> None:
+    """Entry point of the ``penstock`` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +13,11 @@ from penstock.engine.events import Listener
 from penstock.engine.job import Job
 from penstock.engine.model import ModelFiles
 from penstock.engine.pipeline import Run, run
-from penstock.engine.report import RunReport
-from penstock.engine.request import GenerationRequest, check_modality
+from penstock.engine.report import JobResult
+from penstock.engine.request import GenerationRequest, check_task
 from penstock.engine.video import check_output
 from penstock.errors import UsageError
 from penstock.profiles.hardware import Hardware, probe
-from penstock.profiles.manifest import VideoShape
 from penstock.profiles.plan import Plan
 from penstock.profiles.planner import Workload
 from penstock.profiles.planner import plan as make_plan
@@ -35,7 +33,7 @@ class Engine:
     Example:
         >>> with Engine.open("Wan2.1-I2V-14B-720P-Diffusers", vram="12GiB") as engine:
         ...     job = engine.submit(GenerationRequest(prompt="a cat", image="cat.png"), "cat.mp4")
-        ...     report = job.result()
+        ...     report = job.result().report
     """
 
     def __init__(self, model: ModelFiles, hardware: Hardware, *, overlapped: bool = True) -> None:
@@ -81,16 +79,19 @@ class Engine:
             OverBudget: no plan fits the budgets.
             RequestError: the request does not suit the model.
         """
-        check_modality(request, image_to_video=self.model.image_to_video)
+        check_task(request, image_to_video=self.model.image_to_video)
         workload = Workload(
-            shape=VideoShape(request.width, request.height, request.frames),
-            steps=request.steps,
-            guided=request.guided,
+            shape=request.video_shape, steps=request.steps, guided=request.uses_guidance
         )
         return make_plan(self.model.manifest, workload, self.hardware)
 
     def submit(
-        self, request: GenerationRequest, output: str | Path | None = None, *, force: bool = False
+        self,
+        request: GenerationRequest,
+        output: str | Path | None = None,
+        *,
+        force: bool = False,
+        metadata: bool = True,
     ) -> Job:
         """Start a job.
 
@@ -98,18 +99,18 @@ class Engine:
             request: what to make. An open seed is drawn now.
             output: path of the mp4; None keeps the frames in the report's job only.
             force: replace an existing file.
+            metadata: put prompt, seed and settings into the file.
 
         Raises:
             OverBudget, RequestError, OutputError: before anything is loaded.
         """
-        if request.seed is None:
-            request = replace(request, seed=secrets.randbits(32))
+        request = request.with_seed()
         path = None if output is None else Path(output)
         if path is not None:
             check_output(path, overwrite=force)
         plan = self.plan(request)
 
-        def work(listener: Listener, cancelled: threading.Event) -> RunReport:
+        def work(listener: Listener, cancelled: threading.Event) -> JobResult:
             with self._turn:
                 return run(
                     Run(
@@ -120,6 +121,7 @@ class Engine:
                         overlapped=self._overlapped,
                         output=path,
                         overwrite=force,
+                        metadata=metadata,
                     ),
                     listener,
                     cancelled,

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from penstock.engine.wan.forward import CROSS_KV_NAMES
+from penstock.engine.wan.forward import is_cross_kv
 from penstock.engine.weights import skeleton
 from penstock.errors import CheckpointError, TensorMismatch
 from penstock.offload.checkpoint import Checkpoint, TensorEntry, torch_dtype
@@ -183,7 +183,7 @@ def _open_transformer(folder: Path) -> Component:
         module.blocks[0],
         prefix="blocks.",
         count=config.get("num_layers", 40),
-        leaves_stream=lambda name: name in CROSS_KV_NAMES,
+        leaves_stream=is_cross_kv,
     )
 
 

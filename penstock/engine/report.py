@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from typing import Any
+
+from torch import Tensor
+
+from penstock._version import __version__
 
 
 @dataclass(frozen=True)
@@ -72,3 +78,30 @@ class RunReport:
             "peak_vram_bytes": self.peak_vram_bytes,
             "peak_ram_bytes": self.peak_ram_bytes,
         }
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What a finished job hands over.
+
+    Attributes:
+        report: what it did, beside what was promised.
+        latents: (1, z, t, h, w), fp32, on the CPU.
+        video: uint8 (frames, height, width, 3), on the CPU.
+    """
+
+    report: RunReport
+    latents: Tensor
+    video: Tensor
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    packages = ("penstock", "torch", "diffusers", "transformers", "safetensors", "av")
+    return {"python": platform.python_version()} | {name: _version(name) for name in packages}
+
+
+def _version(package: str) -> str:
+    if package == "penstock":
+        return __version__
+    return version(package)

@@ -42,7 +42,9 @@ class PhasePlan:
     """One phase: its streams, its numbers of chunks or tiles, its bytes by item, its seconds.
 
     Attributes:
-        vram, ram: ``(label, bytes)`` of everything that lives at the phase's peak.
+        weights: ``(label, bytes)`` of the weights in VRAM.
+        work: ``(label, bytes)`` of everything else in VRAM at the phase's peak.
+        ram: ``(label, bytes)`` of everything in host memory at the phase's peak.
         chunk_tokens: tokens a chunk of the DiT forward.
         branches: CFG branches that go through a block during one visit.
         cross_kv_on_device: the cross-attention K/V of all blocks stay in VRAM (else in RAM).
@@ -52,7 +54,8 @@ class PhasePlan:
     """
 
     name: str
-    vram: Items
+    weights: Items
+    work: Items
     ram: Items
     stream: StreamPlan | None = None
     chunk_tokens: int = 0
@@ -62,10 +65,20 @@ class PhasePlan:
     seconds: float = 0.0
     bound: str = "compute"
 
+    def passes(self, total_branches: int) -> list[range]:
+        """The branches of a step, divided into the passes over the blocks that serve them."""
+        starts = range(0, total_branches, self.branches)
+        return [range(start, min(start + self.branches, total_branches)) for start in starts]
+
+    @property
+    def work_bytes(self) -> int:
+        """VRAM that is not weights."""
+        return sum(count for _, count in self.work)
+
     @property
     def vram_bytes(self) -> int:
         """Peak VRAM of the phase."""
-        return sum(count for _, count in self.vram)
+        return sum(count for _, count in self.weights) + self.work_bytes
 
     @property
     def ram_bytes(self) -> int:

@@ -7,13 +7,20 @@ the least predicted seconds wins, ties going to fewer bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from penstock.errors import OverBudget
 from penstock.profiles.cost import encoders, transformer, vae
 from penstock.profiles.hardware import Hardware
-from penstock.profiles.manifest import ModelManifest, VideoShape, Weights
+from penstock.profiles.manifest import (
+    ImageSpec,
+    ModelManifest,
+    TransformerSpec,
+    VaeSpec,
+    VideoShape,
+    Weights,
+)
 from penstock.profiles.plan import Items, PhasePlan, Plan, StreamPlan
 from penstock.units import MIB, format_bytes
 
@@ -24,6 +31,9 @@ TILE_GRIDS = (
     (1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (4, 3), (4, 4), (5, 4), (5, 5), (6, 6), (7, 7), (8, 8),
 )  # fmt: skip
 """Rows and columns of VAE tiles that are tried, fewest first."""
+
+STAGING_BYTES = 64 * MIB
+"""Host buffer that non-block weights are read through."""
 
 CHUNK_SECONDS = 2e-4
 """Launch cost of one chunk of one block."""
@@ -46,54 +56,71 @@ class Workload:
         return 2 if self.guided else 1
 
 
+Group = tuple[PhasePlan, ...]
+"""Phases that are planned together, because what the first leaves behind lives on in the next."""
+
+
 def plan(manifest: ModelManifest, workload: Workload, hardware: Hardware) -> Plan:
     """The fastest plan inside the budgets of ``hardware``.
 
     Raises:
         OverBudget: none fits; names the phase's need, the limit and the largest consumer.
     """
-    phases = (
-        _choose(name, candidates(), hardware)
-        for name, candidates in _phases(manifest, workload, hardware).items()
-    )
-    return Plan(tuple(phases), hardware.vram_bytes, hardware.ram_bytes)
+    chosen = [_choose(candidates, hardware) for candidates in _groups(manifest, workload, hardware)]
+    phases = tuple(phase for group in chosen for phase in group)
+    return Plan(phases, hardware.vram_bytes, hardware.ram_bytes)
 
 
-def minimum_bytes(
+def minimum_vram_bytes(manifest: ModelManifest, workload: Workload, hardware: Hardware) -> int:
+    """The least VRAM that any plan needs inside the RAM budget of ``hardware``.
+
+    Raises:
+        OverBudget: no plan fits the RAM budget, whatever the VRAM.
+    """
+    tight = replace(hardware, vram_bytes=0)
+    need = 0
+    for candidates in _groups(manifest, workload, tight):
+        seen = [c for c in candidates if _ram_bytes(c) <= hardware.ram_bytes]
+        if not seen:
+            _choose(candidates, hardware)
+        need = max(need, min(map(_vram_bytes, seen)))
+    return need
+
+
+def _groups(
     manifest: ModelManifest, workload: Workload, hardware: Hardware
-) -> tuple[int, int]:
-    """The least VRAM and the least RAM (each with the other unlimited) that any plan needs."""
-    phases = [list(make()) for make in _phases(manifest, workload, hardware).values()]
-    return (
-        max(min(c.vram_bytes for c in candidates) for candidates in phases),
-        max(min(c.ram_bytes for c in candidates) for candidates in phases),
-    )
-
-
-def _phases(
-    manifest: ModelManifest, workload: Workload, hardware: Hardware
-) -> Mapping[str, Callable[[], Iterator[PhasePlan]]]:
-    phases = {"text": lambda: _text(manifest, workload, hardware)}
+) -> Iterator[list[Group]]:
+    yield list(_text(manifest, workload, hardware))
     if manifest.image is not None:
-        phases["image"] = lambda: _image(manifest, hardware)
+        yield list(_image(manifest.image, hardware))
     if manifest.transformer.in_channels > manifest.vae.z_dim:
-        phases["encode"] = lambda: _encode(manifest, workload, hardware)
-    phases["denoise"] = lambda: _denoise(manifest, workload, hardware)
-    phases["decode"] = lambda: _decode(manifest, workload, hardware)
-    return phases
+        yield list(_encode(manifest.vae, workload, hardware))
+    yield list(_denoise(manifest, workload, hardware))
+    yield list(_decode(manifest.vae, workload, hardware))
 
 
-def _choose(name: str, candidates: Iterable[PhasePlan], hardware: Hardware) -> PhasePlan:
-    seen = list(candidates)
-    fits_ram = [c for c in seen if c.ram_bytes <= hardware.ram_bytes]
-    fits = [c for c in fits_ram if c.vram_bytes <= hardware.vram_bytes]
+def _vram_bytes(group: Group) -> int:
+    return max(phase.vram_bytes for phase in group)
+
+
+def _ram_bytes(group: Group) -> int:
+    return max(phase.ram_bytes for phase in group)
+
+
+def _choose(candidates: list[Group], hardware: Hardware) -> Group:
+    fits_ram = [c for c in candidates if _ram_bytes(c) <= hardware.ram_bytes]
+    fits = [c for c in fits_ram if _vram_bytes(c) <= hardware.vram_bytes]
     if fits:
-        return min(fits, key=lambda c: (c.seconds, c.vram_bytes + c.ram_bytes))
+        return min(fits, key=_preference)
     if fits_ram:
-        least = min(fits_ram, key=lambda c: c.vram_bytes)
-        raise _over("VRAM", name, least.vram, hardware.vram_bytes)
-    least = min(seen, key=lambda c: c.ram_bytes)
-    raise _over("RAM", name, least.ram, hardware.ram_bytes)
+        worst = max(min(fits_ram, key=_vram_bytes), key=lambda phase: phase.vram_bytes)
+        raise _over("VRAM", worst.name, worst.weights + worst.work, hardware.vram_bytes)
+    worst = max(min(candidates, key=_ram_bytes), key=lambda phase: phase.ram_bytes)
+    raise _over("RAM", worst.name, worst.ram, hardware.ram_bytes)
+
+
+def _preference(group: Group) -> tuple[float, int]:
+    return sum(phase.seconds for phase in group), _vram_bytes(group) + _ram_bytes(group)
 
 
 def _over(resource: str, phase: str, items: Items, limit_bytes: int) -> OverBudget:
@@ -104,77 +131,79 @@ def _over(resource: str, phase: str, items: Items, limit_bytes: int) -> OverBudg
         need,
         limit_bytes,
         [(f"{phase}: {label}", count) for label, count in items],
-        remedy=f"Give {flag} {format_bytes(need)} or more, or ask for a smaller or shorter video.",
+        remedy=f"Give {flag} {need} ({format_bytes(need)}) or more, "
+        "or ask for a smaller or shorter video",
     )
 
 
-def _text(manifest: ModelManifest, workload: Workload, hardware: Hardware) -> Iterator[PhasePlan]:
+def _text(manifest: ModelManifest, workload: Workload, hardware: Hardware) -> Iterator[Group]:
     spec = manifest.text
-    work = encoders.text_bytes(spec, prompts=workload.branches)
-    flops = encoders.text_flops(spec) * workload.branches
-    yield from _one_pass("text", spec.weights, work, flops, hardware)
+    work = encoders.text_bytes(spec, prompts=workload.branches).items
+    traffic = Traffic(spec.weights, flops=encoders.text_flops(spec) * workload.branches)
+    for phase in _one_pass("text", spec.weights.block_bytes, work, traffic, hardware):
+        yield (phase,)
 
 
-def _image(manifest: ModelManifest, hardware: Hardware) -> Iterator[PhasePlan]:
-    spec = manifest.image
-    assert spec is not None
-    work = encoders.image_bytes(spec)
-    yield from _one_pass("image", spec.weights, work, encoders.image_flops(spec), hardware)
+def _image(spec: ImageSpec, hardware: Hardware) -> Iterator[Group]:
+    work = encoders.image_bytes(spec).items
+    traffic = Traffic(spec.weights, flops=encoders.image_flops(spec))
+    for phase in _one_pass("image", spec.weights.block_bytes, work, traffic, hardware):
+        yield (phase,)
 
 
 def _one_pass(
-    name: str, weights: Weights, work: Items, flops: float, hardware: Hardware
+    name: str,
+    block_bytes: tuple[int, ...],
+    work: Items,
+    traffic: Traffic,
+    hardware: Hardware,
+    ram: Items = (),
 ) -> Iterator[PhasePlan]:
-    """Candidates of a network whose blocks are visited once: nothing is worth keeping."""
-    block = max(weights.block_bytes)
-    n_blocks = len(weights.block_bytes)
+    """Candidates for blocks that are visited once: nothing is worth keeping."""
+    n_blocks = len(block_bytes)
     for slots in RING:
         for slabs in RING:
             stream = StreamPlan(
                 n_blocks, device_slots=min(slots, n_blocks), host_slabs=min(slabs, n_blocks)
             )
-            yield _timed(
-                PhasePlan(
-                    name,
-                    vram=_vram(weights, stream, block) + work,
-                    ram=_ram(weights, stream, block),
-                    stream=stream,
-                ),
-                block,
-                passes=1,
-                pass_flops=flops,
-                hardware=hardware,
-            )
+            base = PhasePlan(name, (), work, ram, stream)
+            yield _streamed(base, block_bytes, traffic, hardware)
 
 
-def _encode(manifest: ModelManifest, workload: Workload, hardware: Hardware) -> Iterator[PhasePlan]:
-    spec = manifest.vae
+def _encode(spec: VaeSpec, workload: Workload, hardware: Hardware) -> Iterator[Group]:
     grid = workload.shape.latent(spec)
     for tiles in _tile_grids(grid):
-        yield PhasePlan(
-            "encode",
-            vram=(("VAE encoder", spec.encoder.rest_bytes), *vae.encode_bytes(spec, grid, tiles)),
-            ram=(("staging", _staging(spec.encoder)),),
-            tiles=tiles,
-            seconds=vae.encode_flops(spec, grid, tiles) / hardware.flops
-            + spec.encoder.rest_bytes / hardware.read_bytes_per_s,
+        yield (
+            PhasePlan(
+                "encode",
+                weights=(("VAE encoder", spec.encoder.rest_bytes),),
+                work=vae.encode_bytes(spec, grid, tiles).items,
+                ram=(("staging", staging_bytes(spec.encoder)),),
+                tiles=tiles,
+                seconds=_loaded(vae.encode_flops(spec, grid, tiles), spec.encoder, hardware),
+            ),
         )
 
 
-def _decode(manifest: ModelManifest, workload: Workload, hardware: Hardware) -> Iterator[PhasePlan]:
-    spec = manifest.vae
+def _decode(spec: VaeSpec, workload: Workload, hardware: Hardware) -> Iterator[Group]:
     shape = workload.shape
     grid = shape.latent(spec)
     video_bytes = 3 * shape.frames * shape.height * shape.width
     for tiles in _tile_grids(grid):
-        yield PhasePlan(
-            "decode",
-            vram=(("VAE decoder", spec.decoder.rest_bytes), *vae.decode_bytes(spec, grid, tiles)),
-            ram=(("staging", _staging(spec.decoder)), ("video frames", video_bytes)),
-            tiles=tiles,
-            seconds=vae.decode_flops(spec, grid, tiles) / hardware.flops
-            + spec.decoder.rest_bytes / hardware.read_bytes_per_s,
+        yield (
+            PhasePlan(
+                "decode",
+                weights=(("VAE decoder", spec.decoder.rest_bytes),),
+                work=vae.decode_bytes(spec, grid, tiles).items,
+                ram=(("staging", staging_bytes(spec.decoder)), ("video frames", video_bytes)),
+                tiles=tiles,
+                seconds=_loaded(vae.decode_flops(spec, grid, tiles), spec.decoder, hardware),
+            ),
         )
+
+
+def _loaded(flops: float, weights: Weights, hardware: Hardware) -> float:
+    return flops / hardware.flops + weights.rest_bytes / hardware.read_bytes_per_s
 
 
 def _tile_grids(grid: tuple[int, int, int]) -> Iterator[tuple[int, int]]:
@@ -184,43 +213,173 @@ def _tile_grids(grid: tuple[int, int, int]) -> Iterator[tuple[int, int]]:
             yield rows, columns
 
 
-def _denoise(
-    manifest: ModelManifest, workload: Workload, hardware: Hardware
-) -> Iterator[PhasePlan]:
+def _denoise(manifest: ModelManifest, workload: Workload, hardware: Hardware) -> Iterator[Group]:
+    """The two phases of the transformer, which share its non-block weights and the context."""
     spec = manifest.transformer
-    grid = workload.shape.latent(manifest.vae)
-    tokens = workload.shape.tokens(manifest.vae, spec)
-    chunks = [tokens, *(c for c in CHUNKS if c < tokens)]
+    for case in _denoise_cases(manifest, workload):
+        work = _denoise_work(spec, case)
+        traffic = _denoise_traffic(manifest, workload, case)
+        for context in _contexts(spec, case, hardware):
+            for stream in _placements(spec.weights, work, hardware):
+                base = replace(work, stream=stream)
+                yield context, _streamed(base, spec.weights.block_bytes, traffic, hardware)
+
+
+def _denoise_cases(
+    manifest: ModelManifest, workload: Workload
+) -> Iterator[transformer.DenoiseCase]:
+    tokens = workload.shape.tokens(manifest.vae, manifest.transformer)
     for branches in range(workload.branches, 0, -1):
-        for chunk in chunks:
+        for chunk in (tokens, *(c for c in CHUNKS if c < tokens)):
             for on_device in (True, False):
-                work = transformer.denoise_bytes(
-                    spec,
-                    grid,
+                yield transformer.DenoiseCase(
+                    latent=workload.shape.latent(manifest.vae),
                     chunk_tokens=chunk,
-                    branches=branches,
-                    total_branches=workload.branches,
+                    branches=workload.branches,
+                    visit_branches=branches,
+                    steps=workload.steps,
                     image_tokens=0 if manifest.image is None else manifest.image.tokens,
                     cross_kv_on_device=on_device,
                 )
-                yield from _placements(manifest, workload, hardware, branches, chunk, work)
 
 
-def _vram(weights: Weights, stream: StreamPlan, block: int) -> Items:
-    return (
-        ("non-block weights", weights.rest_bytes),
-        ("resident blocks", stream.device_resident * block),
-        ("block slots", stream.device_slots * block),
+def _denoise_work(spec: TransformerSpec, case: transformer.DenoiseCase) -> PhasePlan:
+    return PhasePlan(
+        "denoise",
+        weights=(),
+        work=transformer.denoise_bytes(spec, case).items,
+        ram=_host_cross(spec, case),
+        chunk_tokens=case.chunk_tokens,
+        branches=case.visit_branches,
+        cross_kv_on_device=case.cross_kv_on_device,
     )
 
 
-def _ram(weights: Weights, stream: StreamPlan, block: int) -> Items:
-    return (
-        ("resident blocks", stream.host_resident * block),
-        ("block slabs", stream.host_slabs * block),
-        ("staging", _staging(weights)),
+def _host_cross(spec: TransformerSpec, case: transformer.DenoiseCase) -> Items:
+    if case.cross_kv_on_device:
+        return ()
+    return (("cross-attention K/V", transformer.cross_kv_bytes(spec, case)),)
+
+
+def _denoise_traffic(
+    manifest: ModelManifest, workload: Workload, case: transformer.DenoiseCase
+) -> Traffic:
+    spec = manifest.transformer
+    tokens = workload.shape.tokens(manifest.vae, spec)
+    flops = transformer.denoise_flops(spec, tokens, case.image_tokens).total
+    chunks = -(-tokens // case.chunk_tokens)
+    return Traffic(
+        spec.weights,
+        flops=flops * case.visit_branches,
+        passes=workload.steps * -(-workload.branches // case.visit_branches),
+        launch_seconds=CHUNK_SECONDS * chunks * spec.num_layers * case.visit_branches,
+        copied_bytes=sum(count for _, count in _host_cross(spec, case)),
     )
 
 
-def _staging(weights: Weights) -> int:
-    return min(weights.rest_bytes, 64 * MIB)
+def _contexts(
+    spec: TransformerSpec, case: transformer.DenoiseCase, hardware: Hardware
+) -> list[PhasePlan]:
+    """The one best way to compute the context that fits, or else the smallest one."""
+    traffic = Traffic(spec.weights, flops=transformer.context_flops(spec, case))
+    work = transformer.context_bytes(spec, case).items
+    ram = _host_cross(spec, case)
+    found = [
+        replace(phase, cross_kv_on_device=case.cross_kv_on_device)
+        for phase in _one_pass("context", spec.cross_block_bytes, work, traffic, hardware, ram)
+    ]
+    fits = [
+        phase
+        for phase in found
+        if phase.vram_bytes <= hardware.vram_bytes and phase.ram_bytes <= hardware.ram_bytes
+    ]
+    if fits:
+        return [min(fits, key=lambda phase: _preference((phase,)))]
+    return [min(found, key=lambda phase: (phase.vram_bytes, phase.ram_bytes))]
+
+
+def _placements(weights: Weights, work: PhasePlan, hardware: Hardware) -> Iterator[StreamPlan]:
+    """Rings of every size, each with as many residents as the budgets leave room for."""
+    n_blocks, block = len(weights.block_bytes), max(weights.block_bytes)
+    vram_room = hardware.vram_bytes - work.work_bytes - weights.rest_bytes
+    ram_room = hardware.ram_bytes - work.ram_bytes - staging_bytes(weights)
+    for slots in (0, *RING):
+        if slots == 0 and vram_room < n_blocks * block:
+            continue
+        on_device = n_blocks if slots == 0 else _clamp(vram_room // block - slots, n_blocks - slots)
+        left = n_blocks - on_device
+        for slabs in (0, *RING):
+            if slabs == 0 and left and ram_room < left * block:
+                continue
+            if slabs > left:
+                continue
+            in_ram = left if slabs == 0 else _clamp(ram_room // block - slabs, left - slabs)
+            yield StreamPlan(n_blocks, on_device, in_ram, min(slots, left), slabs)
+
+
+def _clamp(value: int, high: int) -> int:
+    return max(0, min(value, high))
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a pass over all blocks takes besides the bytes that lie still.
+
+    Attributes:
+        flops: operations of one pass.
+        passes: how often all blocks are visited.
+        launch_seconds: fixed cost of one pass.
+        copied_bytes: copied to the device in one pass besides the blocks.
+    """
+
+    weights: Weights
+    flops: float
+    passes: int = 1
+    launch_seconds: float = 0.0
+    copied_bytes: int = 0
+
+
+def _streamed(
+    phase: PhasePlan, block_bytes: tuple[int, ...], traffic: Traffic, hardware: Hardware
+) -> PhasePlan:
+    """``phase`` with the bytes and the seconds that follow from its stream."""
+    weights, stream = traffic.weights, phase.stream
+    assert stream is not None
+    block = max(block_bytes)
+    compute = traffic.flops / hardware.flops + traffic.launch_seconds
+    streamed = stream.n_blocks - stream.device_resident
+    copy = (streamed * block + traffic.copied_bytes) / hardware.copy_bytes_per_s
+    read = stream.disk_blocks * block / hardware.read_bytes_per_s
+    one_pass, bound = _overlap(compute, copy, read, stream)
+    first = (weights.rest_bytes + sum(block_bytes)) / hardware.read_bytes_per_s
+    return replace(
+        phase,
+        weights=(
+            ("non-block weights", weights.rest_bytes),
+            ("resident blocks", stream.device_resident * block),
+            ("block slots", stream.device_slots * block),
+        ),
+        ram=(
+            *phase.ram,
+            ("resident blocks", stream.host_resident * block),
+            ("block slabs", stream.host_slabs * block),
+            ("staging", staging_bytes(weights)),
+        ),
+        seconds=first + traffic.passes * one_pass,
+        bound=bound,
+    )
+
+
+def _overlap(compute: float, copy: float, read: float, stream: StreamPlan) -> tuple[float, str]:
+    """Seconds of a pass and what bounds it: a ring of one cannot work ahead."""
+    bound = max((compute, "compute"), (copy, "copy"), (read, "read"))[1]
+    if stream.device_slots == 1:
+        compute = copy = compute + copy
+    if stream.host_slabs == 1:
+        read = copy = read + copy
+    return max(compute, copy, read), bound
+
+
+def staging_bytes(weights: Weights) -> int:
+    """Host memory through which weights outside the blocks are read."""
+    return min(weights.rest_bytes, STAGING_BYTES)

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.faults.life import FINGERPRINT, PLAN, REQUEST, STEPS, live, start
 
 from penstock.engine.durable import FileOps
-from penstock.engine.journal import JOB_FILES, Journal, read_record
 from penstock.engine.jobs import (
     data_directory,
     find_job,
@@ -20,7 +18,9 @@ from penstock.engine.jobs import (
     new_job_folder,
     remove_job,
 )
+from penstock.engine.journal import JOB_FILES, Journal, read_record
 from penstock.errors import JobLocked, JournalError
+from tests.faults.life import FINGERPRINT, PLAN, REQUEST, STEPS, live, start
 
 
 def partial(folder: Path, stop_after: str, state: str | None = None) -> Path:

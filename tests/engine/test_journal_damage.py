@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.faults.life import GRID, after, conditioning, live, start, tile
 
 from penstock.engine.durable import FileOps
 from penstock.engine.journal import (
@@ -22,6 +21,7 @@ from penstock.engine.journal import (
 )
 from penstock.engine.sealed import open_json, open_tensors, seal_json, seal_tensors
 from penstock.errors import JournalError
+from tests.faults.life import GRID, after, conditioning, live, start, tile
 
 TILE_FILE = f"tile-{GRID[0]}x{GRID[1]}-0.safetensors"
 

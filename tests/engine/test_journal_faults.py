@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.faults.life import RESERVE_BYTES, finish, observe, start, whole_life
-from tests.faults.storage import OPERATIONS, CountingOps, FaultyOps, InterceptedOps, KillingOps
 
 from penstock.engine.durable import FileOps
 from penstock.engine.journal import RESERVE_FILE, Journal
 from penstock.errors import JournalError, StorageError
+from tests.faults.life import RESERVE_BYTES, finish, observe, start, whole_life
+from tests.faults.storage import OPERATIONS, CountingOps, FaultyOps, InterceptedOps, KillingOps
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from tests.faults.life import Seen, live, observe, start
 from tests.faults.power import Disk, states_after
 from tests.faults.storage import RecordingOps

@@ -36,7 +36,9 @@ def cases(draw):
         tuple(draw(st.lists(st.booleans(), min_size=depth - 1, max_size=depth - 1))),
     )
     latent = draw(st.integers(1, 3)), draw(st.integers(2, 7)), draw(st.integers(2, 7))
-    grid = TileGrid(draw(st.integers(1, min(3, latent[1]))), draw(st.integers(1, min(2, latent[2]))))
+    grid = TileGrid(
+        draw(st.integers(1, min(3, latent[1]))), draw(st.integers(1, min(2, latent[2])))
+    )
     return spec, latent, grid, draw(st.sampled_from([torch.float32, torch.bfloat16]))
 
 

@@ -9,6 +9,8 @@ found and what to do next, and carries a stable ``code`` for programs.
     |   `-- ProfileError      profile         a profile or its overrides
     |-- OverBudget        over_budget         no plan fits the budget
     |-- LedgerOverflow    ledger_overflow     a reservation would pass a cap while running
+    |-- OutOfMemory       out_of_memory       memory ran out, and no smaller plan is left
+    |-- DeviceLost        device_lost         the device failed; this process cannot use it again
     |-- CheckpointError   checkpoint
     |   |-- HeaderError       checkpoint_header    a file's header is damaged, lying or foreign
     |   |-- PickleRefused     checkpoint_pickle    a pickle is never opened
@@ -129,6 +131,18 @@ class LedgerOverflow(PenstockError):
     """A reservation would pass the ledger's cap while a job runs."""
 
     code = "ledger_overflow"
+
+
+class OutOfMemory(PenstockError):
+    """Memory ran out while a job ran, and every smaller plan has been tried."""
+
+    code = "out_of_memory"
+
+
+class DeviceLost(PenstockError):
+    """The device reported an error that this process cannot recover from (a lost CUDA context)."""
+
+    code = "device_lost"
 
 
 class CheckpointError(PenstockError):

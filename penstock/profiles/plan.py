@@ -5,7 +5,8 @@ Execution only obeys it; the report holds it beside what was measured.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 Items = tuple[tuple[str, int], ...]
@@ -107,6 +108,11 @@ class Plan:
         """Highest host memory peak of all phases."""
         return max(phase.ram_bytes for phase in self.phases)
 
+    def with_phases(self, changed: tuple[PhasePlan, ...]) -> Plan:
+        """This plan with the phases of the same names replaced."""
+        new = {phase.name: phase for phase in changed}
+        return replace(self, phases=tuple(new.get(phase.name, phase) for phase in self.phases))
+
     @property
     def seconds(self) -> float:
         """Predicted duration of the job."""
@@ -119,3 +125,28 @@ class Plan:
             "peak_ram_bytes": self.peak_ram_bytes,
             "seconds": self.seconds,
         }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Plan:
+        """The plan that :meth:`to_json` gave ``value`` for.
+
+        Raises:
+            TypeError, ValueError, KeyError: ``value`` is no plan.
+        """
+        return cls(
+            phases=tuple(_phase_from_json(phase) for phase in value["phases"]),
+            vram_limit_bytes=int(value["vram_limit_bytes"]),
+            ram_limit_bytes=int(value["ram_limit_bytes"]),
+        )
+
+
+def _phase_from_json(value: Mapping[str, Any]) -> PhasePlan:
+    plain = dict(value)
+    for name in ("weights", "work", "ram"):
+        plain[name] = tuple((str(label), int(count)) for label, count in plain[name])
+    rows, columns = plain["tiles"]
+    plain["tiles"] = (int(rows), int(columns))
+    if plain["stream"] is not None:
+        plain["stream"] = StreamPlan(**{k: int(v) for k, v in plain["stream"].items()})
+    known = {field.name for field in fields(PhasePlan)}
+    return PhasePlan(**{name: plain[name] for name in plain if name in known})

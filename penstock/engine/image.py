@@ -258,6 +258,7 @@ def _attend(module: Any, normed: Tensor) -> Tensor:
         for part in (module.q_proj, module.k_proj, module.v_proj)
     )
     mixed = scaled_dot_product_attention(query, key, value, scale=module.scale)
+    del query, key, value
     return module.out_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 

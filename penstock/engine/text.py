@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import scaled_dot_product_attention
 
-from penstock.errors import CheckpointError, RequestError
+from penstock.errors import CheckpointError, RequestError, TensorMismatch
 
 TOKENS = 512
 
+_TABLES = ("shared.weight", "encoder.embed_tokens.weight")
 _SPACES = re.compile(r"\s+")
 
 
@@ -89,6 +90,20 @@ def tokenise(tokenizer: Any, text: str, max_tokens: int = TOKENS) -> TokenisedPr
     return TokenisedPrompt(tuple(fitted.input_ids), length, cut)
 
 
+def embedding_name(names: Container[str]) -> str:
+    """The embedding table's name among a checkpoint's tensors; files carry one of two, or both.
+
+    Raises:
+        TensorMismatch: neither is there.
+    """
+    for name in _TABLES:
+        if name in names:
+            return name
+    raise TensorMismatch(
+        "the text encoder has no embedding table", expected=" or ".join(_TABLES), found="neither"
+    )
+
+
 def embed(
     prompts: Sequence[TokenisedPrompt],
     read_rows: Callable[[list[int]], Tensor],
@@ -133,7 +148,7 @@ def encode_layers(
     tokens = hidden[0].shape[1]
     steps = torch.arange(tokens, device=hidden[0].device)
     # Distance key - query, counted from 0: (tokens, tokens) -> flat, one entry a score
-    distances = (steps[None, :] - steps[:, None] + (tokens - 1)).flatten()
+    distances = (steps[None, :] - steps[:, None]).add_(tokens - 1).flatten()
     for _, block in blocks:
         for prompt, length in enumerate(lengths):
             hidden[prompt] = _run_block(block, hidden[prompt], length, distances)
@@ -165,6 +180,7 @@ def _attend(layer: Any, hidden: Tensor, length: int, distances: Tensor) -> Tenso
     bias = _position_bias(module, length, distances).to(query.dtype)
     # T5 does not scale its scores
     mixed = scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
+    del query, key, value, bias
     return module.o(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -247,31 +248,29 @@ class Overlapped:
 
     def _read_all(self) -> None:
         for op in self._stream.ops():
-            if not isinstance(op, Read):
-                continue
-            if op.after_copy is not None:
-                before = op.after_copy
-                self._stream.stats.read_wait_s += self._wait(lambda: self._copied >= before)
+            if isinstance(op, Read):
+                self._stream.stats.read_wait_s += self._wait(partial(self._slab_is_free, op))
                 if self._over:
                     return
-                self._link.await_copy_on_host(self._out_of_slab[op.slab])
-            if self._over:
-                return
-            self._stream.read(op)
-            self._advance("_read", op.visit)
+                if op.after_copy is not None:
+                    self._link.await_copy_on_host(self._out_of_slab[op.slab])
+                self._stream.read(op)
+                self._advance("_read", op.visit)
 
     def _copy_all(self) -> None:
         for op in self._stream.ops():
-            if not isinstance(op, Copy):
-                continue
-            self._stream.stats.copy_wait_s += self._wait(lambda: self._ready_to_copy(op))
-            if self._over:
-                return
-            copied = self._stream.copy(op, self._last_use[op.slot])
-            self._into_slot[op.slot] = copied
-            if op.slab is not None:
-                self._out_of_slab[op.slab] = copied
-            self._advance("_copied", op.visit)
+            if isinstance(op, Copy):
+                self._stream.stats.copy_wait_s += self._wait(partial(self._ready_to_copy, op))
+                if self._over:
+                    return
+                copied = self._stream.copy(op, self._last_use[op.slot])
+                self._into_slot[op.slot] = copied
+                if op.slab is not None:
+                    self._out_of_slab[op.slab] = copied
+                self._advance("_copied", op.visit)
+
+    def _slab_is_free(self, op: Read) -> bool:
+        return op.after_copy is None or self._copied >= op.after_copy
 
     def _ready_to_copy(self, op: Copy) -> bool:
         was_read = op.slab is None or self._read >= op.visit

@@ -13,7 +13,6 @@ from PIL import Image
 
 from penstock.engine.engine import Engine
 from penstock.engine.request import GenerationRequest
-from penstock.engine.video import read_video
 
 STEPS = 6
 SHAPES = [(64, 48, 9), (80, 64, 5), (48, 112, 13)]

@@ -68,9 +68,7 @@ def causal_conv(
         return F.conv3d(stacked, conv.weight, conv.bias, padding=(0, *spatial))
     before, after = windows
     rows, cols = before.rows.convolved(after.rows), before.cols.convolved(after.cols)
-    made = F.conv3d(
-        stacked, conv.weight, conv.bias, padding=(0, rows.padding, cols.padding)
-    )
+    made = F.conv3d(stacked, conv.weight, conv.bias, padding=(0, rows.padding, cols.padding))
     return made[..., rows.kept, cols.kept]
 
 

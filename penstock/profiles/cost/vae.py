@@ -209,7 +209,9 @@ class _Walk:
         wide = max(self.itemsize, _WIDE_ITEMSIZE)
         cast = 2 * width * area * wide if self.itemsize < _WIDE_ITEMSIZE else 0
         chunk = min(QUERY_CHUNK, area)
-        queries, keys, scores = (count * wide for count in (chunk * width, area * width, chunk * area))
+        queries, keys, scores = (
+            count * wide for count in (chunk * width, area * width, chunk * area)
+        )
         self.need(x, 3 * one, one, cast, 2 * queries, scores, max(keys, scores))
         self.need(x, one, one, one)
         self.flops += (8 * width**2 * area + 4 * width * area**2) * self.frames
@@ -266,7 +268,9 @@ def _enlarge(
         # The past is the frames themselves; at the first level they are views of the features.
         walk.past += walk.cached * frame
         walk.frames -= 1
-        pair = walk.convolve((width, 2 * width), area, area, 3, max(0, frame - walk.bytes(width, area)))
+        pair = walk.convolve(
+            (width, 2 * width), area, area, 3, max(0, frame - walk.bytes(width, area))
+        )
         walk.frames = 1 + 2 * walk.frames
         walk.waiting += pair
         frame = 0

@@ -143,9 +143,7 @@ def clipped(window: Window, limit: Window) -> Window:
 
 
 def short_window(window: Window, axis: str, side: str, size: tuple[int, int]) -> Window:
-    return replace(
-        window, **{axis: shortened(getattr(window, axis), side, size[axis == "cols"])}
-    )
+    return replace(window, **{axis: shortened(getattr(window, axis), side, size[axis == "cols"])})
 
 
 def short_decode_tile(tile: DecodeTile, level: int, axis: str, side: str, size) -> DecodeTile:
@@ -210,7 +208,9 @@ def _cropping(run):
 
     def tile_frames(encoder, frames, tile):
         halved = vae_encode._halved_size
-        entries = {level[-1]: after[0] for level, after in zip(tile.levels, tile.levels[1:], strict=False)}
+        entries = {
+            level[-1]: after[0] for level, after in zip(tile.levels, tile.levels[1:], strict=False)
+        }
 
         def cropped(downsampler, before, after, frame):
             out = halved(downsampler, before, after, frame)

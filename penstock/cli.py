@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import sys
 import tempfile
@@ -180,6 +181,8 @@ def _reported(debug: bool) -> Iterator[None]:
 
 def main() -> None:
     """Entry point of the ``penstock`` command."""
+    for library in ("bitsandbytes", "diffusers", "transformers"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     app()
 
 

@@ -220,13 +220,15 @@ def encode_condition(stage: Stage, picture: Image) -> Tensor:
     component, request = stage.model.vae_encoder, stage.job.request
     size = (request.frames, request.height, request.width)
     pixels = pictures.preprocess(picture, request.width, request.height)
-    with stage.phase("encode", 1, "pass") as (plan, phase), stage.rest(component) as vae:
+    tiles = TileGrid(*stage.job.plan["encode"].tiles)
+    latent_frames = request.video_shape.latent(stage.model.manifest.vae)[0]
+    units = latent_frames * (tiles.rows * tiles.cols + 1)
+    with stage.phase("encode", units, "frame") as (_, phase), stage.rest(component) as vae:
         source = first_frame_then_zeros(pixels[0].to(stage.device, component.dtype))
-        encoded = encode_tiled(vae, source, size, TileGrid(*plan.tiles), should_stop=phase.check)
+        encoded = encode_tiled(vae, source, size, tiles, should_stop=phase.advance)
         condition = pictures.conditioning(
             encoded.float(), vae.config.latents_mean, vae.config.latents_std
         ).cpu()
-        phase.advance()
     return condition
 
 
@@ -342,14 +344,15 @@ def decode(stage: Stage, latents: Tensor) -> Tensor:
     """Latents to the video, uint8 (frames, h, w, 3) in RAM."""
     component, request = stage.model.vae_decoder, stage.job.request
     video_bytes = 3 * request.frames * request.height * request.width
+    tiles = TileGrid(*stage.job.plan["decode"].tiles)
+    units = latents.shape[2] + request.frames * tiles.rows * tiles.cols
     with (
-        stage.phase("decode", 1, "pass") as (plan, phase),
+        stage.phase("decode", units, "frame") as (_, phase),
         stage.host_ledger.reserve("video frames", video_bytes),
         stage.rest(component) as vae,
     ):
         raw = _raw_latents(latents.to(stage.device, component.dtype), vae.config)
-        video = decode_frames(vae, raw, TileGrid(*plan.tiles), should_stop=phase.check)
-        phase.advance()
+        video = decode_frames(vae, raw, tiles, should_stop=phase.advance)
     return video
 
 

@@ -54,6 +54,10 @@ class PenstockError(Exception):
         self.what, self.expected, self.found, self.remedy = what, expected, found, remedy
         super().__init__(what)
 
+    def add_remedy(self, text: str) -> None:
+        """Say one thing more that the user can do next."""
+        self.remedy = text if self.remedy is None else f"{self.remedy.rstrip('.')}. {text}"
+
     def __str__(self) -> str:
         facts = [
             f"{label} {text}"
@@ -128,9 +132,18 @@ class OverBudget(PenstockError):
 
 
 class LedgerOverflow(PenstockError):
-    """A reservation would pass the ledger's cap while a job runs."""
+    """A reservation would pass the ledger's cap while a job runs.
+
+    Args:
+        memory: name of the ledger, "VRAM" or "RAM".
+        what, expected, found, remedy: as for every error.
+    """
 
     code = "ledger_overflow"
+
+    def __init__(self, memory: str, what: str, **facts: str) -> None:
+        self.memory = memory
+        super().__init__(f"{memory}: {what}", **facts)
 
 
 class OutOfMemory(PenstockError):

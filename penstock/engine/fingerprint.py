@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,18 +55,24 @@ def stamp(path: Path) -> dict[str, Any]:
         StorageError: it cannot be read.
     """
     sha = hashlib.sha256()
+    with reading(path), path.open("rb") as file:
+        nbytes = path.stat().st_size
+        if nbytes <= SAMPLES * SAMPLE_BYTES:
+            sha.update(file.read())
+            return {"bytes": nbytes, "sha256": sha.hexdigest()}
+        for index in range(SAMPLES):
+            file.seek(index * (nbytes - SAMPLE_BYTES) // (SAMPLES - 1))
+            sha.update(file.read(SAMPLE_BYTES))
+    return {"bytes": nbytes, "samples_sha256": sha.hexdigest()}
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn an OSError of the body into a StorageError that names ``path``."""
     try:
-        with path.open("rb") as file:
-            nbytes = path.stat().st_size
-            if nbytes <= SAMPLES * SAMPLE_BYTES:
-                sha.update(file.read())
-                return {"bytes": nbytes, "sha256": sha.hexdigest()}
-            for index in range(SAMPLES):
-                file.seek(index * (nbytes - SAMPLE_BYTES) // (SAMPLES - 1))
-                sha.update(file.read(SAMPLE_BYTES))
+        yield
     except OSError as error:
         raise StorageError(f"{path} cannot be read", found=error.strerror) from error
-    return {"bytes": nbytes, "samples_sha256": sha.hexdigest()}
 
 
 def compare_fingerprint(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:

@@ -3,6 +3,7 @@
     job-0.json, job-1.json              request, plan, fingerprint, state; the newer file counts
     conditioning.safetensors            encoded prompt and picture
     state-0.safetensors, state-1...     the sampler's state after a step; likewise
+    picture                             a copy of the request's picture
     latents.safetensors                 the final latents
     tile-ROWSxCOLUMNS-N.safetensors     decoded pixels of one VAE tile
     reserve                             disk space kept for those still to come
@@ -47,6 +48,7 @@ JOB_FILES = ("job-0.json", "job-1.json")
 STATE_FILES = ("state-0.safetensors", "state-1.safetensors")
 CONDITIONING_FILE = "conditioning.safetensors"
 LATENTS_FILE = "latents.safetensors"
+PICTURE_FILE = "picture"
 RESERVE_FILE = "reserve"
 LOCK_FILE = "lock"
 HEADER_BYTES = 4096
@@ -100,7 +102,15 @@ class JobRecord:
 def is_job_file(name: str) -> bool:
     """Whether a job's directory may hold a file of this name."""
     name = name.removesuffix(NEW_SUFFIX)
-    fixed = (*JOB_FILES, *STATE_FILES, CONDITIONING_FILE, LATENTS_FILE, RESERVE_FILE, LOCK_FILE)
+    fixed = (
+        *JOB_FILES,
+        *STATE_FILES,
+        CONDITIONING_FILE,
+        PICTURE_FILE,
+        LATENTS_FILE,
+        RESERVE_FILE,
+        LOCK_FILE,
+    )
     return name in fixed or _TILE_NAME.fullmatch(name) is not None
 
 
@@ -249,6 +259,17 @@ class Journal:
         merged = {k: v for k, v in (self.record.facts | facts).items() if v is not None}
         record = replace(self.record, state=state, facts=merged)
         self._save_record(record if plan is None else replace(record, plan=dict(plan)))
+
+    def save_picture(self, content: bytes) -> Path:
+        """Keep a copy of the request's picture; returns where.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        self._make_room(len(content))
+        path = self.folder / PICTURE_FILE
+        write_atomically(self._ops, path, [content])
+        return path
 
     def save_conditioning(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep the encoded prompt and picture.

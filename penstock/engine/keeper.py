@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from penstock.engine.journal import Journal
+from penstock.engine.report import RunReport
 from penstock.engine.sampler import SamplerState
 from penstock.errors import JobCancelled, JournalError, PenstockError
 from penstock.profiles.plan import Plan
@@ -92,12 +93,18 @@ class Keeper:
     def keep_plan(self, plan: Plan) -> None:
         """The job goes on under another plan."""
 
-    def finished(self, output: str | None) -> None:
+    def writing_output(self) -> None:
+        """The file is about to appear under its name."""
+
+    def finished(self, report: RunReport) -> None:
         """The job is done."""
 
     def ended(self, error: BaseException) -> str | None:
         """The job ends with ``error``; returns how it is continued."""
         return None
+
+    def close(self) -> None:
+        """Nothing more will be kept."""
 
 
 class JournalKeeper(Keeper):
@@ -197,10 +204,15 @@ class JournalKeeper(Keeper):
         self.settle()
         self._journal.mark("running", plan=plan.to_json())
 
-    def finished(self, output: str | None) -> None:
+    def writing_output(self) -> None:
+        """From now on a file under the output's name may be this job's own."""
+        self.settle()
+        self._journal.mark("running", output_begun=True)
+
+    def finished(self, report: RunReport) -> None:
         """The job is done; what it no longer needs is removed."""
         self.settle()
-        self._journal.mark("done", output=output, error=None)
+        self._journal.mark("done", report=report.to_json(), error=None)
         self._journal.discard_work()
 
     def ended(self, error: BaseException) -> str | None:

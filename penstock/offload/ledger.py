@@ -98,7 +98,8 @@ class ByteLedger:
         holders = ", ".join(f"{held.label} {format_bytes(held.nbytes)}" for held in largest)
         free = self.cap_bytes - self._used
         return LedgerOverflow(
-            f"{self.name}: no room for {label}",
+            self.name,
+            f"no room for {label}",
             expected=f"{nbytes:,} bytes free",
             found=f"{free:,} of {self.cap_bytes:,} (held by {holders or 'nobody'})",
             remedy="The plan promised less than this: please report it with the plan's JSON",

@@ -169,3 +169,9 @@ class CudaLink:
 def make_link(device: torch.device) -> Link:
     """The link to ``device``."""
     return CudaLink(device) if device.type == "cuda" else CpuLink()
+
+
+def release_cached(device: torch.device) -> None:
+    """Give back to the driver what torch's allocator holds but nobody uses."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

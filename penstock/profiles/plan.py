@@ -150,3 +150,40 @@ def _phase_from_json(value: Mapping[str, Any]) -> PhasePlan:
         plain["stream"] = StreamPlan(**{k: int(v) for k, v in plain["stream"].items()})
     known = {field.name for field in fields(PhasePlan)}
     return PhasePlan(**{name: plain[name] for name in plain if name in known})
+
+
+def changes(old: Plan, new: Plan) -> tuple[tuple[str, ...], bool]:
+    """What ``new`` does otherwise, in words, and whether its result is the same to the bit.
+
+    Only the number of tokens in a chunk alters rounding: streaming and tiles are exact.
+    """
+    told: list[str] = []
+    identical = True
+    for before, after in zip(old.phases, new.phases, strict=True):
+        identical &= before.chunk_tokens == after.chunk_tokens
+        for what, then, now in _facts(before, after):
+            if then != now:
+                told.append(f"{now} {what} instead of {then}")
+    return tuple(told) or ("smaller buffers",), identical
+
+
+def _facts(before: PhasePlan, after: PhasePlan) -> list[tuple[str, object, object]]:
+    told: list[tuple[str, object, object]] = [
+        ("tokens a chunk", before.chunk_tokens, after.chunk_tokens),
+        ("CFG branches a visit", before.branches, after.branches),
+        ("tiles", "x".join(map(str, before.tiles)), "x".join(map(str, after.tiles))),
+        ("as the place of cross-attention K/V", _place(before), _place(after)),
+    ]
+    if before.stream is not None and after.stream is not None:
+        then, now = before.stream, after.stream
+        told += [
+            ("blocks resident in VRAM", then.device_resident, now.device_resident),
+            ("blocks resident in RAM", then.host_resident, now.host_resident),
+            ("block slots in VRAM", then.device_slots, now.device_slots),
+            ("block slabs in RAM", then.host_slabs, now.host_slabs),
+        ]
+    return told
+
+
+def _place(phase: PhasePlan) -> str:
+    return "VRAM" if phase.cross_kv_on_device else "RAM"

@@ -145,22 +145,6 @@ def preprocess(picture: Image.Image, width: int, height: int) -> Tensor:
     )  # (h, w, 3) -> (1, 3, h, w)
 
 
-def conditioning_frames(image: Tensor, start: int, stop: int) -> Tensor:
-    """Frames ``start`` to ``stop`` of the video the VAE encodes: the picture, then zeros.
-
-    Args:
-        image: ``(1, 3, h, w)`` from `preprocess`.
-        start, stop: frame numbers.
-
-    Returns:
-        ``(1, 3, stop - start, h, w)``; only these frames exist in memory.
-    """
-    frames = image.new_zeros(*image.shape[:2], stop - start, *image.shape[2:])
-    if start == 0 < stop:
-        frames[:, :, 0] = image
-    return frames
-
-
 def conditioning(
     encoded: Tensor, latents_mean: Sequence[float], latents_std: Sequence[float], temporal: int = 4
 ) -> Tensor:
@@ -170,7 +154,7 @@ def conditioning(
     video frame of a latent frame, and is one where the frame is given: the first latent frame.
 
     Args:
-        encoded: the VAE's mean for `conditioning_frames`, ``(1, z, t, h, w)``, not normalised.
+        encoded: the VAE's mean for the picture followed by zeros, ``(1, z, t, h, w)``, not normalised.
         latents_mean, latents_std: the VAE config's, one a channel.
         temporal: video frames a latent frame.
 

@@ -6,7 +6,6 @@ states, image states, condition, latents) pass from one to the next.
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 import time
@@ -296,17 +295,10 @@ def mux(stage: Stage, video: Tensor, output: Path) -> None:
     )
 
 
-def _metadata(request: GenerationRequest) -> dict[str, str]:
-    settings = {
-        name: value
-        for name, value in asdict(request).items()
-        if name not in ("image", "grid", "prompt") and value is not None
-    } | {"shift": request.effective_shift}
-    return {
-        "title": request.prompt,
-        "comment": json.dumps({"prompt": request.prompt, **settings}, ensure_ascii=False),
-        "encoder": f"penstock {__version__}",
-    }
+def _metadata(request: GenerationRequest) -> dict[str, Any]:
+    """What the file tells of itself: all settings but the place of the picture."""
+    settings = asdict(request) | {"shift": request.effective_shift, "penstock": __version__}
+    return {name: settings[name] for name in settings if name not in ("image", "grid")}
 
 
 def _report(job: Run, monitor: Monitor, seconds: float) -> RunReport:

@@ -15,7 +15,6 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from penstock.engine.image import (
     MAX_PIXELS,
     conditioning,
-    conditioning_frames,
     embed_pixels,
     encode_layers,
     layers_needed,
@@ -285,21 +284,15 @@ def test_conditioning_equals_prepare_latents(pipeline, frames):
         _, theirs = pipeline.prepare_latents(
             image, 1, 16, 48, 32, frames, torch.float32, "cpu", latents=noise
         )
-        encoded = vae.encode(conditioning_frames(image, 0, frames)).latent_dist.mode()
+        clip = torch.cat(
+            [image[:, :, None], image.new_zeros(1, 3, frames - 1, *image.shape[2:])], 2
+        )
+        encoded = vae.encode(clip).latent_dist.mode()
     ours = conditioning(encoded, vae.config.latents_mean, vae.config.latents_std)
     assert ours.shape == (1, 20, *shape[2:])
     assert torch.equal(ours, theirs)
     assert ours[:, :4, 0].eq(1).all()
     assert not ours[:, :4, 1:].any()
-
-
-def test_conditioning_frames_come_in_pieces():
-    image = torch.randn(1, 3, 4, 6)
-    whole = conditioning_frames(image, 0, 9)
-    pieces = [conditioning_frames(image, a, b) for a, b in ((0, 1), (1, 5), (5, 9))]
-    assert torch.equal(torch.cat(pieces, dim=2), whole)
-    assert torch.equal(whole[:, :, 0], image)
-    assert not whole[:, :, 1:].any()
 
 
 def test_to_rgb_keeps_an_rgb_picture():

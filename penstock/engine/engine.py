@@ -22,6 +22,7 @@ from penstock.engine.stored import (
     Order,
     begin,
     check_conditions,
+    check_picture,
     check_unfinished,
     conditions_now,
     restored_order,
@@ -166,6 +167,7 @@ class Engine:
         self, journal: Journal, output: str | Path | None, force: bool, allow_nonidentical: bool
     ) -> Job:
         check_unfinished(journal)
+        check_picture(journal)
         request, plan, order = (
             restored_request(journal), restored_plan(journal), restored_order(journal)
         )  # fmt: skip

@@ -99,7 +99,7 @@ def begin(
 
 
 def conditions_now(model: ModelFiles, device: torch.device) -> Fingerprint:
-    """The fingerprint of a job of this model on this device; the chunk of tokens is the plan's."""
+    """The fingerprint of a job of this model on this device; the chunks and tiles are the plan's."""
     files = sorted(p for p in model.folder.rglob("*") if p.suffix in _MODEL_FILES and p.is_file())
     dtypes = {component.name: str(component.dtype) for component in model.components()}
     return fingerprint(
@@ -175,9 +175,9 @@ def check_conditions(
     Raises:
         FingerprintMismatch: something differs, and that is not allowed.
     """
-    then = journal.record.fingerprint | {"chunk_tokens": _chunk(restored_plan(journal))}
+    then = journal.record.fingerprint | {"plan": _rounding(restored_plan(journal))}
     differences = check_fingerprint(
-        then, now | {"chunk_tokens": _chunk(plan)}, allow_nonidentical=allow_nonidentical
+        then, now | {"plan": _rounding(plan)}, allow_nonidentical=allow_nonidentical
     )
     return tuple(
         f"the result will not be identical: {field} was {old!r} and is {new!r}"
@@ -215,5 +215,9 @@ def reserve_bytes(model: ModelFiles, request: GenerationRequest) -> int:
     return states + latents + condition + texts + image + video + picture + 64 * HEADER_BYTES
 
 
-def _chunk(plan: Plan) -> int:
-    return plan["denoise"].chunk_tokens
+def _rounding(plan: Plan) -> dict[str, Any]:
+    """What of a plan alters rounding (`penstock.profiles.plan.same_rounding`)."""
+    return {
+        phase.name: {"chunk_tokens": phase.chunk_tokens, "tiles": list(phase.tiles)}
+        for phase in plan.phases
+    }

@@ -21,7 +21,7 @@ from penstock.profiles.manifest import (
     VideoShape,
     Weights,
 )
-from penstock.profiles.plan import Items, PhasePlan, Plan, StreamPlan
+from penstock.profiles.plan import Items, PhasePlan, Plan, StreamPlan, same_rounding
 from penstock.profiles.tiling import TileGrid
 from penstock.units import MIB, format_bytes
 
@@ -99,8 +99,8 @@ def smaller(
     """``current`` with the group of ``phase`` replaced by one that takes less memory.
 
     Plans with the same chunk of tokens are preferred, as their results are the same to the bit:
-    fewer residents, smaller rings, fewer branches a visit, smaller tiles. Every call gives strictly
-    less, so that repeated calls come to an end.
+    fewer residents, smaller rings, fewer branches a visit. Every call gives strictly less, so that
+    repeated calls come to an end.
 
     Args:
         manifest, workload, hardware: as for `plan`; the budgets still hold.
@@ -111,44 +111,36 @@ def smaller(
     Returns:
         The new plan, or None: nothing smaller exists.
     """
-    measure = {"VRAM": _vram_bytes, "RAM": _ram_bytes, "memory": _all_bytes}[resource]
-    names = _group_names(manifest, workload, hardware, phase)
+    names = ("context", "denoise") if phase in ("context", "denoise") else (phase,)
     held = tuple(current[name] for name in names)
-    bytes_now = measure(held)
+    place = names.index(phase)
+    bytes_now = _taken(held[place], resource)
     for exact in (True, False):
         for limit_bytes in (int(SHRINK * bytes_now), bytes_now - 1):
             found = [
                 group
-                for group in _under(manifest, workload, hardware, resource, limit_bytes)
-                if tuple(p.name for p in group) == names
-                and measure(group) <= limit_bytes
+                for tight in _tighter(hardware, resource, limit_bytes)
+                for group in _candidates(phase, manifest, workload, tight)
+                if _taken(group[place], resource) <= limit_bytes
                 and _vram_bytes(group) <= hardware.vram_bytes
                 and _ram_bytes(group) <= hardware.ram_bytes
-                and (not exact or group[-1].chunk_tokens == held[-1].chunk_tokens)
+                and (not exact or all(map(same_rounding, group, held)))
             ]
             if found:
                 return current.with_phases(min(found, key=_preference))
     return None
 
 
-def _all_bytes(group: Group) -> int:
-    return max(phase.vram_bytes + phase.ram_bytes for phase in group)
+def _taken(phase: PhasePlan, resource: str) -> int:
+    return {
+        "VRAM": phase.vram_bytes,
+        "RAM": phase.ram_bytes,
+        "memory": phase.vram_bytes + phase.ram_bytes,
+    }[resource]
 
 
-def _group_names(
-    manifest: ModelManifest, workload: Workload, hardware: Hardware, phase: str
-) -> tuple[str, ...]:
-    for candidates in _groups(manifest, workload, hardware):
-        names = tuple(p.name for p in candidates[0])
-        if phase in names:
-            return names
-    raise ValueError(f"no phase {phase}")
-
-
-def _under(
-    manifest: ModelManifest, workload: Workload, hardware: Hardware, resource: str, limit_bytes: int
-) -> Iterator[Group]:
-    """Candidates made for tighter budgets: with fewer residents than the machine would allow."""
+def _tighter(hardware: Hardware, resource: str, limit_bytes: int) -> Iterator[Hardware]:
+    """Smaller machines: plans made for them have fewer residents than this one has room for."""
     vram_bytes, ram_bytes = hardware.vram_bytes, hardware.ram_bytes
     budgets = {
         "VRAM": [(limit_bytes, ram_bytes)],
@@ -156,11 +148,21 @@ def _under(
         "memory": [(limit_bytes // 2, limit_bytes // 2), (limit_bytes, 0), (0, 0)],
     }[resource]
     for vram, ram in budgets:
-        tight = replace(
-            hardware, vram_bytes=min(vram, vram_bytes), ram_bytes=min(ram, ram_bytes)
-        )
-        for candidates in _groups(manifest, workload, tight):
-            yield from candidates
+        yield replace(hardware, vram_bytes=min(vram, vram_bytes), ram_bytes=min(ram, ram_bytes))
+
+
+def _candidates(
+    phase: str, manifest: ModelManifest, workload: Workload, hardware: Hardware
+) -> Iterator[Group]:
+    if phase in ("context", "denoise"):
+        return _denoise(manifest, workload, hardware)
+    if phase == "image":
+        assert manifest.image is not None
+        return _image(manifest.image, hardware)
+    if phase == "text":
+        return _text(manifest, workload, hardware)
+    make = {"encode": _encode, "decode": _decode}[phase]
+    return make(manifest.vae, workload, hardware)
 
 
 def _groups(

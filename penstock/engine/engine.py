@@ -17,7 +17,7 @@ from penstock.engine.model import ModelFiles
 from penstock.engine.pipeline import run
 from penstock.engine.report import JobResult
 from penstock.engine.request import GenerationRequest, check_task
-from penstock.engine.stage import Run
+from penstock.engine.stage import Run, workload_of
 from penstock.engine.stored import (
     Order,
     begin,
@@ -87,15 +87,19 @@ class Engine:
             hardware = replace(hardware, ram_bytes=parse_bytes(ram))
         return cls(ModelFiles.open(Path(model)), hardware, overlapped=overlapped)
 
-    def plan(self, request: GenerationRequest) -> Plan:
+    def plan(self, request: GenerationRequest, *, keeps: bool = False) -> Plan:
         """What the request will take. Pure arithmetic over headers: nothing is loaded.
+
+        Args:
+            request: what to make.
+            keeps: the job is kept on the disk (``job_dir``), which takes some host memory.
 
         Raises:
             OverBudget: no plan fits the budgets.
             RequestError: the request does not suit the model.
         """
         check_task(request, image_to_video=self.model.image_to_video)
-        return make_plan(self.model.manifest, _workload(request), self.hardware)
+        return make_plan(self.model.manifest, workload_of(request, keeps=keeps), self.hardware)
 
     def submit(
         self,
@@ -126,13 +130,14 @@ class Engine:
         order = Order(None if output is None else Path(output), force, metadata)
         if order.output is not None:
             check_output(order.output, overwrite=force)
-        plan = self.plan(request)
+        plan = self.plan(request, keeps=job_dir is not None)
         if job_dir is None:
-            return self._start(request, plan, order, Keeper())
+            return self._start(request, workload_of(request), plan, order, Keeper())
         journal, request = begin(
             Path(job_dir), self.model, request, plan, self._device, order, self._budgets()
         )
-        return self._start(request, plan, order, JournalKeeper(journal))
+        workload = workload_of(request, keeps=True)
+        return self._start(request, workload, plan, order, JournalKeeper(journal))
 
     def resume(
         self,
@@ -180,31 +185,32 @@ class Engine:
         now = conditions_now(self.model, self._device)
         notices = check_conditions(journal, plan, now, allow_nonidentical=allow_nonidentical)
         journal.mark("running", plan=plan.to_json(), error=None, **order.facts(), **self._budgets())
-        return self._start(request, plan, order, JournalKeeper(journal), notices)
+        workload = workload_of(request, keeps=True)
+        return self._start(request, workload, plan, order, JournalKeeper(journal), notices)
 
     def _fitting(self, plan: Plan, request: GenerationRequest) -> Plan:
         """The job's own plan where it fits today's budgets, else a new one."""
         vram_bytes, ram_bytes = self.hardware.vram_bytes, self.hardware.ram_bytes
         if plan.peak_vram_bytes > vram_bytes or plan.peak_ram_bytes > ram_bytes:
-            return self.plan(request)
+            return self.plan(request, keeps=True)
         return replace(plan, vram_limit_bytes=vram_bytes, ram_limit_bytes=ram_bytes)
 
     def _start(
         self,
         request: GenerationRequest,
+        workload: Workload,
         plan: Plan,
         order: Order,
         keeper: Keeper,
         notices: tuple[str, ...] = (),
     ) -> Job:
-        workload = _workload(request)
-
         def shrink(plan: Plan, phase: str, resource: str) -> Plan | None:
             return smaller(self.model.manifest, workload, self.hardware, plan, phase, resource)
 
         work = Run(
             model=self.model,
             request=request,
+            workload=workload,
             plan=plan,
             device=self._device,
             overlapped=self._overlapped,
@@ -215,7 +221,7 @@ class Engine:
             keeper=keeper,
             notices=notices,
         )
-        job = Job(lambda listener, cancelled: self._work(work, listener, cancelled))
+        job = Job(plan, lambda listener, cancelled: self._work(work, listener, cancelled))
         self._jobs = [known for known in self._jobs if not known.done] + [job]
         return job
 
@@ -278,7 +284,3 @@ def _device_type(name: str) -> str:
             remedy="Install a CUDA build of torch, or pass --device cpu.",
         )
     return name
-
-
-def _workload(request: GenerationRequest) -> Workload:
-    return Workload(shape=request.video_shape, steps=request.steps, guided=request.uses_guidance)

@@ -10,6 +10,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,12 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
     with Ending(job.keeper):
         for message in (*job.notices, *(warning.message for warning in job.request.warnings)):
             stage.monitor.notice(message)
-        latents = sample(stage)
-        video = stage.attempt("decode", lambda: decode(stage, latents))
-        if job.output is not None:
-            job.keeper.writing_output()
-            mux(stage, video, job.output)
+        with stage.host_ledger.reserve("carried between phases", job.carried_bytes):
+            latents = sample(stage)
+            video = stage.attempt("decode", lambda: decode(stage, latents))
+            if job.output is not None:
+                job.keeper.writing_output()
+                mux(stage, video, job.output)
         for problem in job.keeper.problems:
             stage.monitor.notice(problem)
         report = _report(job, stage.monitor, time.perf_counter() - started)
@@ -166,9 +168,8 @@ def encode_condition(stage: Stage, picture: Image) -> Tensor:
 def denoise(stage: Stage, conditions: Conditions, sampling: Sampling) -> Tensor:
     """From the point that ``sampling`` has reached to latents (1, z, t, h, w), fp32, on the CPU."""
     component, request = stage.model.transformer, stage.job.request
-    sampler, latents = sampling.resume()
-    start, steps = sampler.next_step, request.steps
-    with stage.rest(component) as model:
+    with closing(sampling.resume()) as sampler, stage.rest(component) as model:
+        start, steps, latents = sampler.next_step, request.steps, sampling.latents
         cross, modulation = prepare(stage, model, conditions, sampler.timesteps)
         with stage.phase("denoise", steps, "step", done=start) as (plan, phase):
             passes = plan.passes(len(conditions.texts))

@@ -25,6 +25,7 @@ from penstock.offload.schedule import Residency, spread
 from penstock.offload.streamer import BlockStream, load_block
 from penstock.offload.tiers import release_cached
 from penstock.profiles.plan import PhasePlan, Plan, StreamPlan, changes
+from penstock.profiles.planner import Workload, carried_bytes
 
 Result = TypeVar("Result")
 Shrink = Callable[[Plan, str, str], "Plan | None"]
@@ -50,6 +51,7 @@ class Run:
 
     model: ModelFiles
     request: GenerationRequest
+    workload: Workload
     plan: Plan
     device: torch.device
     overlapped: bool
@@ -59,6 +61,16 @@ class Run:
     shrink: Shrink = nothing_smaller
     keeper: Keeper = field(default_factory=Keeper)
     notices: tuple[str, ...] = ()
+
+    @property
+    def carried_bytes(self) -> int:
+        """What passes from phase to phase in host memory."""
+        return carried_bytes(self.model.manifest, self.workload)
+
+
+def workload_of(request: GenerationRequest, *, keeps: bool = False) -> Workload:
+    """The request as the planner takes it; ``keeps``: the job is kept on the disk."""
+    return Workload(request.video_shape, request.steps, request.uses_guidance, keeps)
 
 
 class Stage:

@@ -153,9 +153,7 @@ def _phase_from_json(value: Mapping[str, Any]) -> PhasePlan:
 
 
 def changes(old: Plan, new: Plan) -> tuple[tuple[str, ...], bool]:
-    """What ``new`` does otherwise, in words, and whether its result is the same to the bit.
-
-    """
+    """What ``new`` does otherwise, in words, and whether its result is the same to the bit."""
     told: list[str] = []
     identical = True
     for before, after in zip(old.phases, new.phases, strict=True):

@@ -7,7 +7,7 @@ the least predicted seconds wins, ties going to fewer bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from penstock.errors import OverBudget
@@ -45,11 +45,13 @@ RING = (3, 2, 1)
 
 @dataclass(frozen=True)
 class Workload:
-    """What is asked of the model: the video's shape, the steps, and whether CFG is on."""
+    """What is asked of the model: the video's shape, the steps, whether CFG is on, and whether the
+    sampler's state is kept on the disk (a copy of it passes through host memory)."""
 
     shape: VideoShape
     steps: int
     guided: bool
+    keeps: bool = False
 
     @property
     def branches(self) -> int:
@@ -89,7 +91,7 @@ def minimum_vram_bytes(manifest: ModelManifest, workload: Workload, hardware: Ha
 
 
 SHRINK = 0.9
-"""How much of the memory that ran out a smaller plan may take: fewer attempts than block by block."""
+"""How much of the memory that ran out a smaller plan may take: few attempts lead far down."""
 
 
 def smaller(
@@ -153,6 +155,12 @@ def _tighter(hardware: Hardware, resource: str, limit_bytes: int) -> Iterator[Ha
 
 def _candidates(
     phase: str, manifest: ModelManifest, workload: Workload, hardware: Hardware
+) -> list[Group]:
+    return _with_carried(_bare(phase, manifest, workload, hardware), manifest, workload)
+
+
+def _bare(
+    phase: str, manifest: ModelManifest, workload: Workload, hardware: Hardware
 ) -> Iterator[Group]:
     if phase in ("context", "denoise"):
         return _denoise(manifest, workload, hardware)
@@ -165,7 +173,40 @@ def _candidates(
     return make(manifest.vae, workload, hardware)
 
 
+KEPT_TENSORS = 4
+"""Of the latents' size in a state that is kept: the latents and, of UniPC's order 2, three more."""
+
+
+def carried_bytes(manifest: ModelManifest, workload: Workload) -> int:
+    """Host memory of what passes from phase to phase: states, pixels, condition, latents."""
+    spec, itemsize = manifest.transformer, manifest.text.weights.itemsize
+    states = workload.branches * transformer.TEXT_TOKENS * spec.text_dim * itemsize
+    image = manifest.image
+    if image is not None:
+        states += image.tokens * image.hidden_size * image.weights.itemsize
+        states += 3 * image.image_size**2 * transformer.FP32_BYTES
+    frames, height, width = workload.shape.latent(manifest.vae)
+    if workload.keeps:
+        latents = manifest.vae.z_dim * frames * height * width * transformer.FP32_BYTES
+        states += KEPT_TENSORS * latents
+    return states + spec.in_channels * frames * height * width * transformer.FP32_BYTES
+
+
 def _groups(
+    manifest: ModelManifest, workload: Workload, hardware: Hardware
+) -> Iterator[list[Group]]:
+    for groups in _bare_groups(manifest, workload, hardware):
+        yield _with_carried(groups, manifest, workload)
+
+
+def _with_carried(
+    groups: Iterable[Group], manifest: ModelManifest, workload: Workload
+) -> list[Group]:
+    carried = ("carried between phases", carried_bytes(manifest, workload))
+    return [tuple(replace(phase, ram=(*phase.ram, carried)) for phase in group) for group in groups]
+
+
+def _bare_groups(
     manifest: ModelManifest, workload: Workload, hardware: Hardware
 ) -> Iterator[list[Group]]:
     yield list(_text(manifest, workload, hardware))
@@ -292,12 +333,12 @@ def _tile_grids(grid: tuple[int, int, int]) -> Iterator[TileGrid]:
 
 def _denoise(manifest: ModelManifest, workload: Workload, hardware: Hardware) -> Iterator[Group]:
     """The two phases of the transformer, which share its non-block weights and the context."""
-    spec = manifest.transformer
+    spec, carried = manifest.transformer, carried_bytes(manifest, workload)
     for case in _denoise_cases(manifest, workload):
         work = _denoise_work(spec, case)
         traffic = _denoise_traffic(manifest, workload, case)
         for context in _contexts(spec, case, hardware):
-            for stream in _placements(spec.weights, work, hardware):
+            for stream in _placements(spec.weights, work, hardware, carried):
                 base = replace(work, stream=stream)
                 yield context, _streamed(base, spec.weights.block_bytes, traffic, hardware)
 
@@ -375,11 +416,13 @@ def _contexts(
     return [min(found, key=lambda phase: (phase.vram_bytes, phase.ram_bytes))]
 
 
-def _placements(weights: Weights, work: PhasePlan, hardware: Hardware) -> Iterator[StreamPlan]:
+def _placements(
+    weights: Weights, work: PhasePlan, hardware: Hardware, carried: int
+) -> Iterator[StreamPlan]:
     """Rings of every size, each with as many residents as the budgets leave room for."""
     n_blocks, block = len(weights.block_bytes), max(weights.block_bytes)
     vram_room = hardware.vram_bytes - work.work_bytes - weights.rest_bytes
-    ram_room = hardware.ram_bytes - work.ram_bytes - staging_bytes(weights)
+    ram_room = hardware.ram_bytes - work.ram_bytes - staging_bytes(weights) - carried
     for slots in (0, *RING):
         if slots == 0 and vram_room < n_blocks * block:
             continue

@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.engine.test_resume import a_request, an_engine
-from tests.faults.memory import DeviceAllocations, Reservations
 
 from penstock.engine.engine import Engine
 from penstock.engine.events import Event, Progress, Replanned
@@ -24,6 +22,8 @@ from penstock.offload.ledger import ByteLedger
 from penstock.profiles.manifest import VideoShape
 from penstock.profiles.plan import Plan, changes
 from penstock.profiles.planner import Workload, plan, smaller
+from tests.engine.test_resume import a_request, an_engine
+from tests.faults.memory import DeviceAllocations, Reservations
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -43,8 +43,8 @@ def latents(t2v_folder: Path) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("error", "device", "resource"),
     [
-        (LedgerOverflow("VRAM", "x"), CPU, "VRAM"),
-        (LedgerOverflow("RAM", "x"), CUDA, "RAM"),
+        (LedgerOverflow("x"), CPU, "VRAM"),
+        (LedgerOverflow("x", memory="RAM"), CUDA, "RAM"),
         (torch.OutOfMemoryError("CUDA out of memory"), CUDA, "VRAM"),
         (MemoryError(), CUDA, "RAM"),
         (MemoryError(), CPU, "memory"),
@@ -124,7 +124,9 @@ def test_plans_with_the_same_result_come_first(engine: Engine) -> None:
 def test_changes_are_told_in_words_with_their_effect(engine: Engine) -> None:
     plans = plans_of(engine, "denoise", "VRAM")
     told, identical = changes(plans[0], plans[1])
-    assert identical and told == ("cross-attention K/V in RAM instead of cross-attention K/V in VRAM",)
+    assert identical and told == (
+        "cross-attention K/V in RAM instead of cross-attention K/V in VRAM",
+    )
     told, identical = changes(plans[1], plans[2])
     assert identical and any("blocks resident in VRAM instead of" in line for line in told)
     told, identical = changes(plans[0], plans[-1])

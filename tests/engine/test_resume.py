@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.faults.film import frames_sha
 
 from penstock.engine.engine import Engine
 from penstock.engine.events import Event, Notice, PhaseStarted, Progress
@@ -30,6 +29,7 @@ from penstock.errors import (
     JournalError,
     OutputError,
 )
+from tests.faults.film import frames_sha
 
 STEPS = 4
 
@@ -80,9 +80,7 @@ def whole(t2v_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
 
 
 @pytest.fixture(scope="module")
-def whole_i2v(
-    i2v_folder: Path, picture: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Whole:
+def whole_i2v(i2v_folder: Path, picture: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return _whole(i2v_folder, picture, tmp_path_factory.mktemp("whole"))
 
 
@@ -123,8 +121,10 @@ def at_step(number: int) -> Callable[[Event], bool]:
 
 
 def in_phase(name: str, done: int = 0) -> Callable[[Event], bool]:
-    return lambda e: isinstance(e, PhaseStarted | Progress) and e.phase == name and (
-        getattr(e, "done", 0) >= done
+    return lambda e: (
+        isinstance(e, PhaseStarted | Progress)
+        and e.phase == name
+        and (getattr(e, "done", 0) >= done)
     )
 
 

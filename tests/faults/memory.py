@@ -40,7 +40,7 @@ class Reservations:
                 fails = self.calls == self._fail_at or late
                 self.failed += bool(fails)
             if fails:
-                raise LedgerOverflow(ledger.name, f"no room for {label} (a test)")
+                raise LedgerOverflow(f"no room for {label} (a test)", memory=ledger.name)
             return original(ledger, label, nbytes)
 
         ByteLedger.reserve = reserve  # type: ignore[method-assign]
@@ -123,7 +123,11 @@ class _Counting(TorchDispatchMode):
         self._faults = faults
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if not _is_view(func):
             self._faults.count()

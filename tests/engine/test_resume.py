@@ -159,7 +159,7 @@ def test_decoded_tiles_are_not_decoded_again(
     with an_engine(whole.folder) as engine:
         plan = engine.plan(a_request(None))
         tiled = plan.with_phases((replace(plan["decode"], tiles=(2, 2)),))
-        monkeypatch.setattr(engine, "plan", lambda request: tiled)
+        monkeypatch.setattr(engine, "plan", lambda request, **_: tiled)
         job = engine.submit(a_request(None), tmp_path / "out.mp4", job_dir=tmp_path / "job")
         run_until(job, in_phase("decode", done=latent_frames + 2 * frames + 1))
         assert len(list((tmp_path / "job").glob("tile-2x2-*.safetensors"))) == 2

@@ -51,6 +51,11 @@ class Sampling:
         """(1, z, t, h, w), fp32, on the device."""
         return self._point.latents
 
+    @property
+    def steps_done(self) -> int:
+        """Steps that are finished."""
+        return self._point.step
+
     def resume(self) -> Sampler:
         """A fresh sampler that stands at the point."""
         sampler = self._sampler()

@@ -79,22 +79,21 @@ def begin(
         StorageError: no space, or the folder cannot be written.
         JournalError, JobLocked: there is a job already.
     """
+    picture = None
+    if request.image is not None:
+        with reading(request.image):
+            picture = request.image.read_bytes()
     journal = Journal.create(
         folder,
         request_values(request, model.folder),
         plan.to_json(),
         conditions_now(model, device),
+        facts=order.facts() | dict(budgets),
+        picture=picture,
         reserve_bytes=reserve_bytes(model, request),
     )
-    try:
-        if request.image is not None:
-            with reading(request.image):
-                content = request.image.read_bytes()
-            request = replace(request, image=journal.save_picture(content))
-        journal.mark("running", **order.facts(), **budgets)
-    except BaseException:
-        journal.close()
-        raise
+    if picture is not None:
+        request = replace(request, image=folder / PICTURE_FILE)
     return journal, request
 
 

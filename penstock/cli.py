@@ -236,7 +236,7 @@ def _generate(
     with Engine.open(model, vram=vram, ram=ram, device=device) as engine:
         request = resolve(settings, engine.model)
         folder, resumes = (None, False) if job_folder is None else job_folder(engine, request)
-        plan = engine.plan(request, keeps=folder is not None)
+        plan = engine.plan(request)
         if resumes and folder is not None:
             job = engine.resume(folder, output, force=force)
         else:

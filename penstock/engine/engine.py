@@ -33,7 +33,7 @@ from penstock.engine.video import check_output
 from penstock.errors import DeviceLost, UsageError
 from penstock.profiles.hardware import Hardware, probe
 from penstock.profiles.plan import Plan
-from penstock.profiles.planner import Workload, smaller
+from penstock.profiles.planner import smaller
 from penstock.profiles.planner import plan as make_plan
 from penstock.units import parse_bytes
 
@@ -87,19 +87,15 @@ class Engine:
             hardware = replace(hardware, ram_bytes=parse_bytes(ram))
         return cls(ModelFiles.open(Path(model)), hardware, overlapped=overlapped)
 
-    def plan(self, request: GenerationRequest, *, keeps: bool = False) -> Plan:
+    def plan(self, request: GenerationRequest) -> Plan:
         """What the request will take. Pure arithmetic over headers: nothing is loaded.
-
-        Args:
-            request: what to make.
-            keeps: the job is kept on the disk (``job_dir``), which takes some host memory.
 
         Raises:
             OverBudget: no plan fits the budgets.
             RequestError: the request does not suit the model.
         """
         check_task(request, image_to_video=self.model.image_to_video)
-        return make_plan(self.model.manifest, workload_of(request, keeps=keeps), self.hardware)
+        return make_plan(self.model.manifest, workload_of(request), self.hardware)
 
     def submit(
         self,
@@ -130,14 +126,13 @@ class Engine:
         order = Order(None if output is None else Path(output), force, metadata)
         if order.output is not None:
             check_output(order.output, overwrite=force)
-        plan = self.plan(request, keeps=job_dir is not None)
+        plan = self.plan(request)
         if job_dir is None:
-            return self._start(request, workload_of(request), plan, order, Keeper())
+            return self._start(request, plan, order, Keeper())
         journal, request = begin(
             Path(job_dir), self.model, request, plan, self._device, order, self._budgets()
         )
-        workload = workload_of(request, keeps=True)
-        return self._start(request, workload, plan, order, JournalKeeper(journal))
+        return self._start(request, plan, order, JournalKeeper(journal))
 
     def resume(
         self,
@@ -185,32 +180,31 @@ class Engine:
         now = conditions_now(self.model, self._device)
         notices = check_conditions(journal, plan, now, allow_nonidentical=allow_nonidentical)
         journal.mark("running", plan=plan.to_json(), error=None, **order.facts(), **self._budgets())
-        workload = workload_of(request, keeps=True)
-        return self._start(request, workload, plan, order, JournalKeeper(journal), notices)
+        return self._start(request, plan, order, JournalKeeper(journal), notices)
 
     def _fitting(self, plan: Plan, request: GenerationRequest) -> Plan:
         """The job's own plan where it fits today's budgets, else a new one."""
         vram_bytes, ram_bytes = self.hardware.vram_bytes, self.hardware.ram_bytes
         if plan.peak_vram_bytes > vram_bytes or plan.peak_ram_bytes > ram_bytes:
-            return self.plan(request, keeps=True)
+            return self.plan(request)
         return replace(plan, vram_limit_bytes=vram_bytes, ram_limit_bytes=ram_bytes)
 
     def _start(
         self,
         request: GenerationRequest,
-        workload: Workload,
         plan: Plan,
         order: Order,
         keeper: Keeper,
         notices: tuple[str, ...] = (),
     ) -> Job:
+        workload = workload_of(request)
+
         def shrink(plan: Plan, phase: str, resource: str) -> Plan | None:
             return smaller(self.model.manifest, workload, self.hardware, plan, phase, resource)
 
         work = Run(
             model=self.model,
             request=request,
-            workload=workload,
             plan=plan,
             device=self._device,
             overlapped=self._overlapped,

@@ -6,7 +6,6 @@ states, image states, condition, latents) pass from one to the next.
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Iterator
@@ -36,48 +35,10 @@ from penstock.engine.video import write_video
 from penstock.engine.wan import forward as dit
 from penstock.engine.wan.cross import CrossStore
 from penstock.engine.wan.vae_encode import encode_tiled, first_frame_then_zeros
-<<<<<<< HEAD
 from penstock.offload.streamer import BlockStream
 from penstock.profiles.tiling import TileGrid
 
 
-=======
-from penstock.engine.weights import bind, unbind
-from penstock.offload.layout import BlockLayout
-from penstock.offload.ledger import ByteLedger
-from penstock.offload.schedule import Residency
-from penstock.offload.streamer import BlockStream, load_block
-from penstock.profiles.plan import PhasePlan, Plan, StreamPlan
-from penstock.profiles.planner import Workload
-from penstock.profiles.tiling import TileGrid
-
-
-@dataclass(frozen=True)
-class Run:
-    """All that a job is made of.
-
-    Attributes:
-        overlapped: stream ahead of the computation (else the sequential reference).
-        output: where the mp4 goes; None: decode, but write nothing.
-        metadata: prompt and settings go into the file.
-    """
-
-    model: ModelFiles
-    request: GenerationRequest
-    plan: Plan
-    device: torch.device
-    overlapped: bool
-    output: Path | None
-    overwrite: bool
-    metadata: bool
-
-
-def workload_of(request: GenerationRequest) -> Workload:
-    """The request as the planner takes it."""
-    return Workload(request.video_shape, request.steps, request.uses_guidance)
-
-
->>>>>>> main
 @torch.no_grad()
 def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
     """Do the whole job and report it.
@@ -88,28 +49,19 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
     """
     started = time.perf_counter()
     stage = Stage(job, listener, cancelled)
-<<<<<<< HEAD
     with Ending(job.keeper):
         for message in (*job.notices, *(warning.message for warning in job.request.warnings)):
             stage.monitor.notice(message)
-        with stage.host_ledger.reserve("carried between phases", job.carried_bytes):
-            latents = sample(stage)
-            video = stage.attempt("decode", lambda: decode(stage, latents))
-            if job.output is not None:
-                job.keeper.writing_output()
-                mux(stage, video, job.output)
+        latents = sample(stage)
+        video = stage.attempt("decode", lambda: decode(stage, latents))
+        output = job.output
+        if output is not None:
+            job.keeper.writing_output()
+            stage.attempt("mux", lambda: mux(stage, video, output))
         for problem in job.keeper.problems:
             stage.monitor.notice(problem)
         report = _report(job, stage.monitor, time.perf_counter() - started)
         job.keeper.finished(report)
-=======
-    for warning in job.request.warnings:
-        stage.monitor.notice(warning.message)
-    latents, video = _make(stage)
-    if job.output is not None:
-        mux(stage, video, job.output)
-    report = _report(job, stage.monitor, time.perf_counter() - started)
->>>>>>> main
     return JobResult(report, latents, video)
 
 
@@ -128,7 +80,6 @@ def sample(stage: Stage) -> Tensor:
     return latents
 
 
-<<<<<<< HEAD
 def condition(stage: Stage) -> Conditions:
     """Encode the prompt and the picture."""
     path = stage.job.request.image
@@ -141,82 +92,6 @@ def condition(stage: Stage) -> Conditions:
         stage.attempt("image", lambda: encode_picture(stage, picture)),
         stage.attempt("encode", lambda: encode_condition(stage, picture)),
     )
-=======
-class Stage:
-    """What the phases share: the run, its ledgers and its monitor; and how weights come and go."""
-
-    def __init__(self, job: Run, listener: Listener, cancelled: threading.Event) -> None:
-        self.job, self.model, self.device = job, job.model, job.device
-        self.device_ledger = ByteLedger("VRAM", job.plan.vram_limit_bytes)
-        self.host_ledger = ByteLedger("RAM", job.plan.ram_limit_bytes)
-        self.monitor = Monitor(listener, self.device_ledger, self.host_ledger, cancelled)
-
-    @contextmanager
-    def phase(self, name: str, total: int, unit: str) -> Iterator[tuple[PhasePlan, PhaseMonitor]]:
-        """One phase of the plan, its room for activations reserved."""
-        plan = self.job.plan[name]
-        with (
-            self.monitor.phase(plan, total, unit) as phase,
-            self.device_ledger.reserve(f"{name}: activations", plan.work_bytes),
-            self.host_ledger.reserve(f"{name}: host work", plan.ram_work_bytes),
-        ):
-            yield plan, phase
-
-    @contextmanager
-    def rest(self, component: Component) -> Iterator[Any]:
-        """The network of ``component`` with all that is not in a block loaded."""
-        with load_block(
-            component.rest,
-            device=self.device,
-            device_ledger=self.device_ledger,
-            host_ledger=self.host_ledger,
-        ) as tensors:
-            bind(component.module, tensors)
-            try:
-                yield component.module
-            finally:
-                unbind(component.module)
-
-    @contextmanager
-    def stream(
-        self,
-        layouts: Sequence[BlockLayout],
-        plan: StreamPlan | None,
-        phase: PhaseMonitor,
-        cycles: int,
-    ) -> Iterator[BlockStream]:
-        """A stream over ``layouts`` as planned, its statistics joined to the phase's."""
-        assert plan is not None
-        with BlockStream(
-            layouts,
-            residency(plan),
-            cycles=cycles,
-            device=self.device,
-            device_ledger=self.device_ledger,
-            host_ledger=self.host_ledger,
-            overlapped=self.job.overlapped,
-        ) as stream:
-            phase.streams.append(stream.stats)
-            yield stream
-
-
-def residency(plan: StreamPlan) -> Residency:
-    """The plan's places, as the stream takes them."""
-    on_device, in_ram = plan.device_blocks, plan.host_blocks
-    return Residency(plan.n_blocks, on_device, in_ram, plan.device_slots, plan.host_slabs)
-
-
-def visits(stream: BlockStream, block: Any, phase: PhaseMonitor) -> Iterator[tuple[int, Any]]:
-    """One pass over all blocks: each index with the block module, its weights bound meanwhile."""
-    try:
-        for index, tensors in stream.cycle():
-            phase.check()
-            bind(block, tensors)
-            yield index, block
-            unbind(block)
-    finally:
-        unbind(block)
->>>>>>> main
 
 
 def encode_prompts(stage: Stage) -> list[Tensor]:
@@ -387,19 +262,11 @@ def _guided(predictions: list[Tensor], request: GenerationRequest) -> Tensor:
 def decode(stage: Stage, latents: Tensor) -> Tensor:
     """Latents to the video, uint8 (frames, h, w, 3) in RAM."""
     component, request = stage.model.vae_decoder, stage.job.request
-<<<<<<< HEAD
     shape = (request.frames, request.height, request.width, 3)
     grid = TileGrid(*stage.plan["decode"].tiles)
     units = latents.shape[2] + request.frames * grid.rows * grid.cols
     with (
         stage.phase("decode", units, "frame") as (_, phase),
-        stage.host_ledger.reserve("video frames", math.prod(shape)),
-=======
-    tiles = TileGrid(*stage.job.plan["decode"].tiles)
-    units = latents.shape[2] + request.frames * tiles.rows * tiles.cols
-    with (
-        stage.phase("decode", units, "frame") as (_, phase),
->>>>>>> main
         stage.rest(component) as vae,
     ):
         raw = _raw_latents(latents.to(stage.device, component.dtype), vae.config)

@@ -1,4 +1,4 @@
-"""A job as its journal holds it: the request, the plan and the settings as plain values, and back."""
+"""A job as its journal holds it: request, plan and settings as plain values, and back."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def begin(
 
 
 def conditions_now(model: ModelFiles, device: torch.device) -> Fingerprint:
-    """The fingerprint of a job of this model on this device; the chunks and tiles are the plan's."""
+    """The fingerprint of a job of this model on this device; chunks and tiles are the plan's."""
     files = sorted(p for p in model.folder.rglob("*") if p.suffix in _MODEL_FILES and p.is_file())
     dtypes = {component.name: str(component.dtype) for component in model.components()}
     return fingerprint(

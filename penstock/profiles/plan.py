@@ -6,11 +6,7 @@ Execution only obeys it; the report holds it beside what was measured.
 from __future__ import annotations
 
 from collections.abc import Mapping
-<<<<<<< HEAD
-from dataclasses import asdict, dataclass, fields, replace
-=======
 from dataclasses import asdict, dataclass, replace
->>>>>>> main
 from typing import Any
 
 Items = tuple[tuple[str, int], ...]
@@ -185,18 +181,6 @@ class Plan:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Plan:
-<<<<<<< HEAD
-        """The plan that :meth:`to_json` gave ``value`` for.
-
-        Raises:
-            TypeError, ValueError, KeyError: ``value`` is no plan.
-        """
-        return cls(
-            phases=tuple(_phase_from_json(phase) for phase in value["phases"]),
-            vram_limit_bytes=int(value["vram_limit_bytes"]),
-            ram_limit_bytes=int(value["ram_limit_bytes"]),
-        )
-=======
         """The plan that `to_json` gave ``value`` for.
 
         Raises:
@@ -207,20 +191,16 @@ class Plan:
         plain["phases"] = tuple(_phase_from_json(phase) for phase in value["phases"])
         plain["origins"] = tuple(Origin(**origin) for origin in value["origins"])
         return cls(**plain)
->>>>>>> main
 
 
 def _phase_from_json(value: Mapping[str, Any]) -> PhasePlan:
     plain = dict(value)
-<<<<<<< HEAD
-    for name in ("weights", "work", "ram"):
+    for name in ("weights", "work", "ram_weights", "ram_work"):
         plain[name] = tuple((str(label), int(count)) for label, count in plain[name])
-    rows, columns = plain["tiles"]
-    plain["tiles"] = (int(rows), int(columns))
+    plain["tiles"] = tuple(plain["tiles"])
     if plain["stream"] is not None:
-        plain["stream"] = StreamPlan(**{k: int(v) for k, v in plain["stream"].items()})
-    known = {field.name for field in fields(PhasePlan)}
-    return PhasePlan(**{name: plain[name] for name in plain if name in known})
+        plain["stream"] = StreamPlan(**plain["stream"])
+    return PhasePlan(**plain)
 
 
 def changes(old: Plan, new: Plan) -> tuple[tuple[str, ...], bool]:
@@ -258,11 +238,3 @@ def _told(phase: PhasePlan) -> list[str]:
             f"{phase.stream.host_slabs} block slabs in RAM",
         ]
     return told
-=======
-    for name in ("weights", "work", "ram_weights", "ram_work"):
-        plain[name] = tuple((str(label), int(count)) for label, count in plain[name])
-    plain["tiles"] = tuple(plain["tiles"])
-    if plain["stream"] is not None:
-        plain["stream"] = StreamPlan(**plain["stream"])
-    return PhasePlan(**plain)
->>>>>>> main

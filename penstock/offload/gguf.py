@@ -8,6 +8,7 @@ anything of that size is read or made, and every tensor must lie inside the file
 from __future__ import annotations
 
 import math
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 
 from penstock.errors import HeaderError
 from penstock.offload.checkpoint import TensorEntry
+from penstock.offload.files import FileStamp
 from penstock.units import align_up
 
 MAGIC = b"GGUF"
@@ -97,12 +99,14 @@ class GgufHeader:
         version: 2 or 3.
         metadata: scalars, strings, and arrays as tuples (long ones as `LongArray`).
         entries: tensors by name; shapes are the logical ones, slowest dimension first.
+        stamp: what the file was when it was read.
     """
 
     path: Path
     version: int
     metadata: Mapping[str, Any]
     entries: Mapping[str, TensorEntry]
+    stamp: FileStamp
 
     @property
     def architecture(self) -> str:
@@ -132,24 +136,24 @@ def read_gguf(path: Path) -> GgufHeader:
         HeaderError: no GGUF file, another version or byte order, or a header that is damaged or
             lies about the file.
     """
-    size = path.stat().st_size
     with path.open("rb", buffering=1 << 20) as file:
-        cursor = _Cursor(file, path, size)
+        cursor = _Cursor(file, path)
         version = _version(cursor)
         tensor_count, pair_count = cursor.counts("QQ", (24, 13))
         metadata = _metadata(cursor, pair_count)
         infos = [_tensor_info(cursor) for _ in range(tensor_count)]
         start = align_up(cursor.position, _alignment(cursor, metadata))
     entries = _entries(cursor, infos, start, metadata)
-    return GgufHeader(path, version, MappingProxyType(metadata), MappingProxyType(entries))
+    return GgufHeader(path, version, MappingProxyType(metadata), MappingProxyType(entries), cursor.stamp)
 
 
 class _Cursor:
     """Reads forward through the header and never past the file or the header's limit."""
 
-    def __init__(self, file: BufferedReader, path: Path, size: int) -> None:
-        self.path, self.size, self.position = path, size, 0
-        self._file, self._end = file, min(size, MAX_HEADER_BYTES)
+    def __init__(self, file: BufferedReader, path: Path) -> None:
+        self.stamp = FileStamp.of(os.fstat(file.fileno()))
+        self.path, self.size, self.position = path, self.stamp.size, 0
+        self._file, self._end = file, min(self.size, MAX_HEADER_BYTES)
 
     def take(self, nbytes: int, what: str) -> bytes:
         self._room(nbytes, what)
@@ -318,7 +322,9 @@ def _entry(cursor: _Cursor, info: _Info, start: int, metadata: Mapping[str, Any]
             expected=f"a file of that size (it has {cursor.size:,} bytes)",
         )
     shape = _original_shape(cursor, info, elements, metadata)
-    return TensorEntry(info.name, cursor.path, start + info.offset, tag, shape, nbytes)
+    return TensorEntry(
+        info.name, cursor.path, start + info.offset, tag, shape, nbytes, cursor.stamp
+    )
 
 
 def _original_shape(

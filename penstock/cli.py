@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import sys
 import tempfile
@@ -148,7 +149,7 @@ def _generate(
         with _stopping(job.cancel), Display(console, plan) as display:
             for event in job.events():
                 display.show(event)
-        report = job.result()
+        report = job.result().report
     console.print(report_summary(report), highlight=False, soft_wrap=True)
     if as_json:
         print(json.dumps({"plan": plan.to_json(), "report": report.to_json()}))
@@ -180,6 +181,8 @@ def _reported(debug: bool) -> Iterator[None]:
 
 def main() -> None:
     """Entry point of the ``penstock`` command."""
+    for library in ("bitsandbytes", "diffusers", "transformers"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     app()
 
 

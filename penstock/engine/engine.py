@@ -13,7 +13,7 @@ from penstock.engine.events import Listener
 from penstock.engine.job import Job
 from penstock.engine.model import ModelFiles
 from penstock.engine.pipeline import Run, run
-from penstock.engine.report import RunReport
+from penstock.engine.report import JobResult
 from penstock.engine.request import GenerationRequest, check_task
 from penstock.engine.video import check_output
 from penstock.errors import UsageError
@@ -33,7 +33,7 @@ class Engine:
     Example:
         >>> with Engine.open("Wan2.1-I2V-14B-720P-Diffusers", vram="12GiB") as engine:
         ...     job = engine.submit(GenerationRequest(prompt="a cat", image="cat.png"), "cat.mp4")
-        ...     report = job.result()
+        ...     report = job.result().report
     """
 
     def __init__(self, model: ModelFiles, hardware: Hardware, *, overlapped: bool = True) -> None:
@@ -110,7 +110,7 @@ class Engine:
             check_output(path, overwrite=force)
         plan = self.plan(request)
 
-        def work(listener: Listener, cancelled: threading.Event) -> RunReport:
+        def work(listener: Listener, cancelled: threading.Event) -> JobResult:
             with self._turn:
                 return run(
                     Run(

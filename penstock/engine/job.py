@@ -7,10 +7,10 @@ import threading
 from collections.abc import Callable, Iterator
 
 from penstock.engine.events import Event
-from penstock.engine.report import RunReport
+from penstock.engine.report import JobResult
 from penstock.errors import JobCancelled
 
-Work = Callable[[Callable[[Event], None], threading.Event], RunReport]
+Work = Callable[[Callable[[Event], None], threading.Event], JobResult]
 
 
 class Job:
@@ -24,14 +24,14 @@ class Job:
         self._work = work
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._cancelled = threading.Event()
-        self._report: RunReport | None = None
+        self._result: JobResult | None = None
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="penstock-job")
         self._thread.start()
 
     def _run(self) -> None:
         try:
-            self._report = self._work(self._events.put, self._cancelled)
+            self._result = self._work(self._events.put, self._cancelled)
         except BaseException as error:  # noqa: BLE001 - handed to the caller by result()
             self._error = error
         finally:
@@ -56,8 +56,8 @@ class Job:
         """Wait until the job has ended, well or not."""
         self._thread.join()
 
-    def result(self, timeout_s: float | None = None) -> RunReport:
-        """Wait for the end and return the report.
+    def result(self, timeout_s: float | None = None) -> JobResult:
+        """Wait for the end and return what was made.
 
         Raises:
             TimeoutError: the job is still running after ``timeout_s`` seconds.
@@ -69,6 +69,6 @@ class Job:
             raise TimeoutError(f"the job is still running after {timeout_s} s")
         if self._error is not None:
             raise self._error
-        if self._report is None:
-            raise JobCancelled("the job ended without a report")
-        return self._report
+        if self._result is None:
+            raise JobCancelled("the job ended without a result")
+        return self._result

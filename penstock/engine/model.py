@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from penstock.engine.request import Grid
 from penstock.engine.wan.forward import is_cross_kv
 from penstock.engine.weights import skeleton
 from penstock.errors import CheckpointError, TensorMismatch
@@ -82,6 +83,16 @@ class ModelFiles:
     def image_to_video(self) -> bool:
         """Whether a conditioning picture is needed (and the model has 36 input channels)."""
         return self.manifest.transformer.in_channels > self.manifest.vae.z_dim
+
+    @property
+    def grid(self) -> Grid:
+        """The sizes that the model can represent."""
+        spec, config = self.manifest, self.transformer.module.config
+        return Grid(
+            side=spec.vae.spatial_factor * max(spec.transformer.patch_size[1:]),
+            temporal=spec.vae.temporal_factor,
+            positions=config.rope_max_seq_len,
+        )
 
     @classmethod
     def open(cls, folder: Path) -> ModelFiles:

@@ -24,7 +24,7 @@ from penstock.engine import image as pictures
 from penstock.engine import text as prompts
 from penstock.engine.events import Listener, Monitor, PhaseMonitor
 from penstock.engine.model import Component, ModelFiles
-from penstock.engine.report import RunReport, versions
+from penstock.engine.report import JobResult, RunReport, versions
 from penstock.engine.request import GenerationRequest
 from penstock.engine.sampler import Sampler, guide, initial_noise, read_scheduler_config
 from penstock.engine.video import write_video
@@ -62,7 +62,7 @@ class Run:
 
 
 @torch.no_grad()
-def run(job: Run, listener: Listener, cancelled: threading.Event) -> RunReport:
+def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
     """Do the whole job and report it.
 
     Raises:
@@ -81,7 +81,8 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> RunReport:
     video = decode(stage, latents)
     if job.output is not None:
         mux(stage, video, job.output)
-    return _report(job, stage.monitor, time.perf_counter() - started)
+    report = _report(job, stage.monitor, time.perf_counter() - started)
+    return JobResult(report, latents, video)
 
 
 class Stage:
@@ -219,13 +220,15 @@ def encode_condition(stage: Stage, picture: Image) -> Tensor:
     component, request = stage.model.vae_encoder, stage.job.request
     size = (request.frames, request.height, request.width)
     pixels = pictures.preprocess(picture, request.width, request.height)
-    with stage.phase("encode", 1, "pass") as (plan, phase), stage.rest(component) as vae:
+    tiles = TileGrid(*stage.job.plan["encode"].tiles)
+    latent_frames = request.video_shape.latent(stage.model.manifest.vae)[0]
+    units = latent_frames * (tiles.rows * tiles.cols + 1)
+    with stage.phase("encode", units, "frame") as (_, phase), stage.rest(component) as vae:
         source = first_frame_then_zeros(pixels[0].to(stage.device, component.dtype))
-        encoded = encode_tiled(vae, source, size, TileGrid(*plan.tiles), should_stop=phase.check)
+        encoded = encode_tiled(vae, source, size, tiles, should_stop=phase.advance)
         condition = pictures.conditioning(
             encoded.float(), vae.config.latents_mean, vae.config.latents_std
         ).cpu()
-        phase.advance()
     return condition
 
 
@@ -341,14 +344,15 @@ def decode(stage: Stage, latents: Tensor) -> Tensor:
     """Latents to the video, uint8 (frames, h, w, 3) in RAM."""
     component, request = stage.model.vae_decoder, stage.job.request
     video_bytes = 3 * request.frames * request.height * request.width
+    tiles = TileGrid(*stage.job.plan["decode"].tiles)
+    units = latents.shape[2] + request.frames * tiles.rows * tiles.cols
     with (
-        stage.phase("decode", 1, "pass") as (plan, phase),
+        stage.phase("decode", units, "frame") as (_, phase),
         stage.host_ledger.reserve("video frames", video_bytes),
         stage.rest(component) as vae,
     ):
         raw = _raw_latents(latents.to(stage.device, component.dtype), vae.config)
-        video = decode_frames(vae, raw, TileGrid(*plan.tiles), should_stop=phase.check)
-        phase.advance()
+        video = decode_frames(vae, raw, tiles, should_stop=phase.advance)
     return video
 
 
@@ -372,17 +376,10 @@ def mux(stage: Stage, video: Tensor, output: Path) -> None:
     )
 
 
-def _metadata(request: GenerationRequest) -> dict[str, str]:
-    settings = {
-        name: value
-        for name, value in asdict(request).items()
-        if name not in ("image", "grid", "prompt") and value is not None
-    } | {"shift": request.effective_shift}
-    return {
-        "title": request.prompt,
-        "comment": json.dumps({"prompt": request.prompt, **settings}, ensure_ascii=False),
-        "encoder": f"penstock {__version__}",
-    }
+def _metadata(request: GenerationRequest) -> dict[str, Any]:
+    """What the file tells of itself: all settings but the place of the picture."""
+    settings = asdict(request) | {"shift": request.effective_shift, "penstock": __version__}
+    return {name: settings[name] for name in settings if name not in ("image", "grid")}
 
 
 def _report(job: Run, monitor: Monitor, seconds: float) -> RunReport:

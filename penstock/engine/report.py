@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
+from torch import Tensor
+
 from penstock._version import __version__
 
 
@@ -76,6 +78,21 @@ class RunReport:
             "peak_vram_bytes": self.peak_vram_bytes,
             "peak_ram_bytes": self.peak_ram_bytes,
         }
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What a finished job hands over.
+
+    Attributes:
+        report: what it did, beside what was promised.
+        latents: (1, z, t, h, w), fp32, on the CPU.
+        video: uint8 (frames, height, width, 3), on the CPU.
+    """
+
+    report: RunReport
+    latents: Tensor
+    video: Tensor
 
 
 def versions() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """From what a user said to a full request: what is left open takes the model's defaults.
 
 A model folder may carry a ``defaults.json`` (width, height, frames, steps, guidance_scale, shift,
-fps) where the official Wan2.1 defaults do not suit it.
+fps, negative_prompt) where the official Wan2.1 defaults do not suit it.
 """
 
 from __future__ import annotations
@@ -64,12 +64,18 @@ def _defaults(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     found = read_json(path)
-    unknown = sorted(found.keys() - set(_NUMBERS))
-    if unknown or not all(type(value) in (int, float) for value in found.values()):
+    texts = {"negative_prompt"}
+    unknown = sorted(found.keys() - set(_NUMBERS) - texts)
+    wrong = [
+        name
+        for name, value in found.items()
+        if type(value) not in ((str,) if name in texts else (int, float))
+    ]
+    if unknown or wrong:
         raise CheckpointError(
             f"{path} cannot be used",
-            expected="numbers named " + ", ".join(_NUMBERS),
-            found=", ".join(unknown) or "a value that is no number",
+            expected="numbers named " + ", ".join(_NUMBERS) + " and a text negative_prompt",
+            found=", ".join(unknown + wrong),
         )
     return found
 

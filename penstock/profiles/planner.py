@@ -22,6 +22,7 @@ from penstock.profiles.manifest import (
     Weights,
 )
 from penstock.profiles.plan import Items, PhasePlan, Plan, StreamPlan
+from penstock.profiles.tiling import TileGrid
 from penstock.units import MIB, format_bytes
 
 CHUNKS = (1 << 16, 1 << 15, 1 << 14, 1 << 13, 4096, 2048, 1024, 512, 256, 128, 64)
@@ -138,14 +139,14 @@ def _over(resource: str, phase: str, items: Items, limit_bytes: int) -> OverBudg
 
 def _text(manifest: ModelManifest, workload: Workload, hardware: Hardware) -> Iterator[Group]:
     spec = manifest.text
-    work = encoders.text_bytes(spec, prompts=workload.branches).items
-    traffic = Traffic(spec.weights, flops=encoders.text_flops(spec) * workload.branches)
+    work = (("activations", encoders.text_bytes(spec, prompts=workload.branches)),)
+    traffic = Traffic(spec.weights, flops=encoders.text_flops(spec, prompts=workload.branches))
     for phase in _one_pass("text", spec.weights.block_bytes, work, traffic, hardware):
         yield (phase,)
 
 
 def _image(spec: ImageSpec, hardware: Hardware) -> Iterator[Group]:
-    work = encoders.image_bytes(spec).items
+    work = (("activations", encoders.image_bytes(spec)),)
     traffic = Traffic(spec.weights, flops=encoders.image_flops(spec))
     for phase in _one_pass("image", spec.weights.block_bytes, work, traffic, hardware):
         yield (phase,)
@@ -177,26 +178,25 @@ def _encode(spec: VaeSpec, workload: Workload, hardware: Hardware) -> Iterator[G
             PhasePlan(
                 "encode",
                 weights=(("VAE encoder", spec.encoder.rest_bytes),),
-                work=vae.encode_bytes(spec, grid, tiles).items,
+                work=vae.encode_bytes(spec, grid, tiles, spec.encoder.itemsize).device,
                 ram=(("staging", staging_bytes(spec.encoder)),),
-                tiles=tiles,
+                tiles=(tiles.rows, tiles.cols),
                 seconds=_loaded(vae.encode_flops(spec, grid, tiles), spec.encoder, hardware),
             ),
         )
 
 
 def _decode(spec: VaeSpec, workload: Workload, hardware: Hardware) -> Iterator[Group]:
-    shape = workload.shape
-    grid = shape.latent(spec)
-    video_bytes = 3 * shape.frames * shape.height * shape.width
+    grid = workload.shape.latent(spec)
     for tiles in _tile_grids(grid):
+        work = vae.decode_bytes(spec, grid, tiles, spec.decoder.itemsize)
         yield (
             PhasePlan(
                 "decode",
                 weights=(("VAE decoder", spec.decoder.rest_bytes),),
-                work=vae.decode_bytes(spec, grid, tiles).items,
-                ram=(("staging", staging_bytes(spec.decoder)), ("video frames", video_bytes)),
-                tiles=tiles,
+                work=work.device,
+                ram=(*work.ram, ("weights staging", staging_bytes(spec.decoder))),
+                tiles=(tiles.rows, tiles.cols),
                 seconds=_loaded(vae.decode_flops(spec, grid, tiles), spec.decoder, hardware),
             ),
         )
@@ -206,11 +206,11 @@ def _loaded(flops: float, weights: Weights, hardware: Hardware) -> float:
     return flops / hardware.flops + weights.rest_bytes / hardware.read_bytes_per_s
 
 
-def _tile_grids(grid: tuple[int, int, int]) -> Iterator[tuple[int, int]]:
+def _tile_grids(grid: tuple[int, int, int]) -> Iterator[TileGrid]:
     _, height, width = grid
     for rows, columns in TILE_GRIDS:
         if rows <= height and columns <= width:
-            yield rows, columns
+            yield TileGrid(rows, columns)
 
 
 def _denoise(manifest: ModelManifest, workload: Workload, hardware: Hardware) -> Iterator[Group]:
@@ -281,7 +281,7 @@ def _contexts(
     spec: TransformerSpec, case: transformer.DenoiseCase, hardware: Hardware
 ) -> list[PhasePlan]:
     """The one best way to compute the context that fits, or else the smallest one."""
-    traffic = Traffic(spec.weights, flops=transformer.context_flops(spec, case))
+    traffic = Traffic(spec.weights, flops=0.0)
     work = transformer.context_bytes(spec, case).items
     ram = _host_cross(spec, case)
     found = [

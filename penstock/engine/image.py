@@ -1,0 +1,250 @@
+"""The picture a video starts from: opened safely, encoded by CLIP, turned into conditioning.
+
+The encoder is run layer by layer as free functions over the modules of transformers'
+``CLIPVisionModel``. The transformer wants ``hidden_states[-2]``, so the last layer, the pooled
+output and the post-norm are never needed: do not load them.
+"""
+
+from __future__ import annotations
+
+import struct
+import warnings
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.functional import scaled_dot_product_attention
+
+from penstock.errors import CheckpointError, ImageError
+
+MAX_PIXELS = 64_000_000
+# Decoders that only decode: Pillow's EPS reader, for one, starts another program.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
+
+_BROKEN = (
+    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error,
+    zlib.error,
+)  # fmt: skip
+_BACKGROUND = (255, 255, 255, 255)
+
+
+def open_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The picture in a file, upright, opaque and in RGB.
+
+    The first frame of an animation; EXIF orientation applied; transparency laid over white; 16-bit
+    grey scaled to 8 bits. The size is checked before a pixel is decoded.
+
+    Raises:
+        ImageError: missing, unreadable, no picture of a known format, damaged, or too large.
+    """
+    try:
+        with _open_file(path) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # oversize and metadata warnings: we check ourselves
+            picture = _identify(file, path)
+            _check_pixels(picture.size, path, max_pixels)
+            return _decode(picture, path)
+    except Image.DecompressionBombError as error:
+        raise ImageError(
+            "the picture is too large",
+            expected=f"at most {max_pixels:,} pixels",
+            found=f"{path}: {error}",
+            remedy="Scale it down first",
+        ) from error
+
+
+def _open_file(path: Path) -> BinaryIO:
+    if not path.exists():
+        raise ImageError("no such picture", expected="an image file", found=str(path))
+    if not path.is_file():
+        raise ImageError("not a file", expected="an image file", found=str(path))
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise ImageError(
+            "the picture cannot be read",
+            found=f"{path}: {error.strerror}",
+            remedy="Check the file's permissions",
+        ) from error
+
+
+def _identify(file: BinaryIO, path: Path) -> Image.Image:
+    Image.init()
+    known = [name for name in FORMATS if name in Image.OPEN]
+    try:
+        return Image.open(file, formats=known)
+    except UnidentifiedImageError as error:
+        raise ImageError("not a picture", expected=" or ".join(known), found=str(path)) from error
+    except _BROKEN as error:
+        raise _damaged(path, error) from error
+
+
+def _check_pixels(size: tuple[int, int], path: Path, max_pixels: int) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        raise ImageError(
+            "the picture is too large",
+            expected=f"at most {max_pixels:,} pixels",
+            found=f"{path}: {width} x {height} = {width * height:,} pixels",
+            remedy="Scale it down first",
+        )
+
+
+def _decode(picture: Image.Image, path: Path) -> Image.Image:
+    try:
+        picture.load()
+        return to_rgb(ImageOps.exif_transpose(picture))
+    except _BROKEN as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ImageError:
+    return ImageError(
+        "the picture is damaged",
+        expected="a complete image file",
+        found=f"{path}: {error}",
+        remedy="Open it in an image editor and save it again",
+    )
+
+
+def to_rgb(picture: Image.Image) -> Image.Image:
+    """The picture in mode RGB: alpha over white, 16-bit grey scaled, palettes and CMYK resolved.
+
+    Raises:
+        ImageError: floating-point pixels, whose white is not known.
+    """
+    if picture.mode == "F":
+        raise ImageError(
+            "floating-point pixels are not supported",
+            expected="8 or 16 bits a channel",
+            remedy="Save the picture as PNG or JPEG",
+        )
+    if picture.mode.startswith("I"):
+        grey = np.asarray(picture).astype(np.float64) / 257.0
+        picture = Image.fromarray(grey.round().clip(0, 255).astype(np.uint8))
+    if picture.has_transparency_data:
+        layer = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", layer.size, _BACKGROUND), layer)
+    return picture.convert("RGB")
+
+
+def preprocess(picture: Image.Image, width: int, height: int) -> Tensor:
+    """The picture at the video's size, ``(1, 3, height, width)`` fp32 in [-1, 1].
+
+    As diffusers' ``VideoProcessor.preprocess``: Lanczos to exactly this size, whatever the aspect.
+    """
+    sized = picture.resize((width, height), resample=Image.Resampling.LANCZOS)
+    scaled = torch.from_numpy(np.array(sized).astype(np.float32) / 255.0)
+    return (
+        (2.0 * scaled - 1.0).permute(2, 0, 1).unsqueeze(0).contiguous()
+    )  # (h, w, 3) -> (1, 3, h, w)
+
+
+def conditioning(
+    encoded: Tensor, latents_mean: Sequence[float], latents_std: Sequence[float], temporal: int = 4
+) -> Tensor:
+    """What is concatenated to the noise: the mask of given frames and the encoded picture.
+
+    As ``WanImageToVideoPipeline.prepare_latents``: the mask has ``temporal`` channels, one for each
+    video frame of a latent frame, and is one where the frame is given: the first latent frame.
+
+    Args:
+        encoded: the VAE's mean for the picture followed by zeros, ``(1, z, t, h, w)``, not normalised.
+        latents_mean, latents_std: the VAE config's, one a channel.
+        temporal: video frames a latent frame.
+
+    Returns:
+        ``(1, temporal + z, t, h, w)``, 20 channels for Wan2.1, in the type of ``encoded``.
+    """
+    batch, channels, frames, height, width = encoded.shape
+    view = (1, channels, 1, 1, 1)
+    mean = torch.tensor(latents_mean).view(view).to(encoded)
+    inverse_std = 1.0 / torch.tensor(latents_std).view(view).to(encoded)
+    joined = encoded.new_zeros(batch, temporal + channels, frames, height, width)
+    joined[:, :temporal, 0] = 1
+    joined[:, temporal:] = (encoded - mean) * inverse_std
+    return joined
+
+
+def load_image_processor(folder: Path) -> Any:
+    """The CLIP image processor in ``folder``, from local files only.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    from transformers import CLIPImageProcessor
+
+    try:
+        return CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            "no usable image processor",
+            expected=f"preprocessor_config.json in {folder}",
+            found=str(error).strip().partition("\n")[0],
+            remedy="Download the model's image_processor folder again",
+        ) from error
+
+
+def pixel_values(processor: Any, picture: Image.Image) -> Tensor:
+    """The picture as CLIP sees it, ``(1, 3, s, s)`` fp32, normalised by the folder's processor."""
+    return processor(images=picture, return_tensors="pt").pixel_values  # type: ignore[no-any-return]
+
+
+def layers_needed(num_hidden_layers: int) -> int:
+    """Encoder layers that run: all but the last."""
+    return num_hidden_layers - 1
+
+
+def embed_pixels(embeddings: Any, pre_layer_norm: Module, pixels: Tensor) -> Tensor:
+    """Patches, class token and positions, normed: ``(1, 3, s, s) -> (1, n, d)``.
+
+    Args:
+        embeddings: ``CLIPVisionModel.embeddings``; only its weights are used, not its buffers.
+        pre_layer_norm: ``CLIPVisionModel.pre_layrnorm``.
+        pixels: from `pixel_values`.
+    """
+    weight = embeddings.patch_embedding.weight
+    patches = embeddings.patch_embedding(pixels.to(weight)).flatten(2).transpose(1, 2)
+    head = embeddings.class_embedding.expand(1, 1, -1)
+    tokens = torch.cat([head, patches], dim=1) + embeddings.position_embedding.weight
+    return pre_layer_norm(tokens)  # type: ignore[no-any-return]
+
+
+def encode_layers(blocks: Iterable[tuple[int, Module]], hidden: Tensor) -> Tensor:
+    """Run CLIP encoder layers; give it the first `layers_needed`.
+
+    Args:
+        blocks: ``(index, CLIPEncoderLayer)`` in order, weights bound while the loop holds them.
+        hidden: ``(1, n, d)`` from `embed_pixels`.
+
+    Returns:
+        ``(1, n, d)``: after all but the last layer, ``hidden_states[-2]``.
+    """
+    for _, block in blocks:
+        hidden = _run_layer(block, hidden)
+    return hidden
+
+
+def _run_layer(layer: Any, hidden: Tensor) -> Tensor:
+    hidden = hidden + _attend(layer.self_attn, layer.layer_norm1(hidden))
+    return hidden + _feed_forward(layer.mlp, layer.layer_norm2(hidden))
+
+
+def _attend(module: Any, normed: Tensor) -> Tensor:
+    # (1, n, heads * d) -> (1, heads, n, d)
+    query, key, value = (
+        part(normed).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+        for part in (module.q_proj, module.k_proj, module.v_proj)
+    )
+    mixed = scaled_dot_product_attention(query, key, value, scale=module.scale)
+    del query, key, value
+    return module.out_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def _feed_forward(module: Any, normed: Tensor) -> Tensor:
+    return module.fc2(module.activation_fn(module.fc1(normed)))  # type: ignore[no-any-return]

@@ -1,0 +1,213 @@
+"""Denoising: the scheduler of the model, its noise, guidance, and its state as plain values.
+
+The solvers are diffusers' own; a `Sampler` sets them up as Wan2.1 wants them (flow matching, the
+request's shift) and can hand out its complete history, so that a job continues bit-identically.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from penstock.errors import CheckpointError, NonFinite, UsageError
+
+_FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+# What each solver carries from step to step (the attributes of diffusers' schedulers)
+_HISTORY = {
+    "unipc": ("model_outputs", "timestep_list", "last_sample", "lower_order_nums", "this_order"),
+    "dpm++": ("model_outputs", "lower_order_nums"),
+    "euler": (),
+}
+
+
+@dataclass(frozen=True)
+class SamplerState:
+    """All that a solver remembers between two steps.
+
+    Attributes:
+        values: plain, JSON-ready settings and counters; the next step is ``values["next_step"]``.
+        tensors: the history, by name; an absent entry of a list is an unused slot.
+    """
+
+    values: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+class Sampler:
+    """One run of a solver over ``steps`` steps.
+
+    Args:
+        config: the folder's scheduler config (`read_scheduler_config`).
+        sampler: ``"unipc"``, ``"dpm++"`` or ``"euler"``.
+        steps: number of steps.
+        shift: flow shift, in the place of the config's own (the converted 720p model says 3.0
+            where 5.0 is right).
+        device: where latents and predictions are.
+
+    Attributes:
+        timesteps: ``(steps,)``, what the transformer is given at each step.
+        next_step: number of steps done.
+    """
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        *,
+        sampler: str,
+        steps: int,
+        shift: float,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._settings = {"sampler": sampler, "steps": steps, "shift": float(shift)}
+        self._history = _HISTORY.get(sampler, ())
+        self._scheduler = _make_scheduler(config, sampler, float(shift))
+        self._scheduler.set_timesteps(steps, device=device)
+        # By count, never by looking a timestep up: rounded ones can repeat
+        self._scheduler.set_begin_index(0)
+        self.timesteps: Tensor = self._scheduler.timesteps
+        self.next_step = 0
+
+    def step(self, noise_pred: Tensor, i: int, latents: Tensor) -> Tensor:
+        """Latents after step ``i``, of the shape and type of ``latents``.
+
+        Args:
+            noise_pred: the (guided) prediction.
+            i: the step's number, from 0; each once and in order.
+            latents: as given to the transformer, fp32.
+
+        Raises:
+            NonFinite: NaN or Inf came out; the sampler is spent.
+            UsageError: the step is out of order.
+        """
+        if i != self.next_step or i >= len(self.timesteps):
+            raise UsageError(
+                "a sampler's steps are taken once and in order",
+                expected=f"step {self.next_step} of {len(self.timesteps)}",
+                found=f"step {i}",
+            )
+        timestep = self.timesteps[i]
+        (stepped,) = self._scheduler.step(noise_pred, timestep, latents, return_dict=False)
+        self.next_step += 1
+        check_finite(stepped, i, len(self.timesteps))
+        return stepped  # type: ignore[no-any-return]
+
+    def state(self) -> SamplerState:
+        """The solver's history. The tensors are its own: save them before the next step."""
+        values: dict[str, Any] = self._settings | {"next_step": self.next_step}
+        tensors: dict[str, Tensor] = {}
+        for name in self._history:
+            entry = getattr(self._scheduler, name, None)
+            slots = entry if isinstance(entry, list) else [entry]
+            if all(slot is None or isinstance(slot, Tensor) for slot in slots):
+                tensors |= {f"{name}.{k}": t for k, t in enumerate(slots) if t is not None}
+            else:
+                values[name] = entry
+        return SamplerState(values, tensors)
+
+    def load_state(self, state: SamplerState) -> None:
+        """Continue where ``state`` was taken; call on a fresh sampler of the same settings.
+
+        Raises:
+            UsageError: the state belongs to another sampler, step count or shift.
+        """
+        found = {name: state.values.get(name) for name in self._settings}
+        if found != self._settings:
+            raise UsageError(
+                "the saved sampler state belongs to other settings",
+                expected=str(self._settings),
+                found=str(found),
+                remedy="Continue with the settings the job was started with",
+            )
+        self.next_step = int(state.values["next_step"])
+        for name in self._history:
+            self._restore(name, state)
+        if self.next_step:
+            self._scheduler._step_index = self.next_step
+
+    def _restore(self, name: str, state: SamplerState) -> None:
+        slots = getattr(self._scheduler, name, None)
+        if name in state.values:
+            setattr(self._scheduler, name, state.values[name])
+        elif isinstance(slots, list):
+            restored = [state.tensors.get(f"{name}.{k}") for k in range(len(slots))]
+            setattr(self._scheduler, name, restored)
+        else:
+            setattr(self._scheduler, name, state.tensors.get(f"{name}.0"))
+
+
+def read_scheduler_config(folder: Path) -> dict[str, Any]:
+    """The scheduler's config in ``folder`` (``scheduler_config.json``).
+
+    Raises:
+        CheckpointError: missing, unreadable, or no JSON object.
+    """
+    path = folder / "scheduler_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            "no usable scheduler config", expected=str(path), found=str(error)
+        ) from error
+    if not isinstance(config, dict):
+        raise CheckpointError(
+            "no usable scheduler config", expected="a JSON object", found=f"{path}: {config!r:.40}"
+        )
+    return config
+
+
+def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
+    """Gaussian fp32 noise from torch's CPU generator, as diffusers draws it with one.
+
+    A function of the seed on one machine; across machines only the tensor itself is sure.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float32)
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance, ``uncond + scale * (cond - uncond)``, into ``conditional``.
+
+    Source: Ho and Salimans, "Classifier-Free Diffusion Guidance", arXiv:2207.12598. Rounded as
+    diffusers' expression is, operation by operation.
+    """
+    return conditional.sub_(unconditional).mul_(scale).add_(unconditional)
+
+
+def check_finite(latents: Tensor, i: int, steps: int) -> None:
+    """Stop at NaN or Inf.
+
+    Raises:
+        NonFinite: names the step (counted from 1) and how many values are bad.
+    """
+    bad = latents.numel() - int(latents.isfinite().sum())
+    if bad:
+        raise NonFinite(
+            f"NaN or Inf in the latents after step {i + 1} of {steps}",
+            expected="finite values",
+            found=f"{bad:,} of {latents.numel():,} bad",
+            remedy="Try another weight format (fp16 can overflow), or check the model's files",
+        )
+
+
+def _make_scheduler(config: dict[str, Any], sampler: str, shift: float) -> Any:
+    from diffusers import (
+        DPMSolverMultistepScheduler,
+        FlowMatchEulerDiscreteScheduler,
+        UniPCMultistepScheduler,
+    )
+
+    static = {"use_dynamic_shifting": False}
+    if sampler == "unipc":
+        return UniPCMultistepScheduler.from_config(config, **_FLOW, **static, flow_shift=shift)
+    if sampler == "dpm++":
+        return DPMSolverMultistepScheduler.from_config(
+            config, **_FLOW, **static, flow_shift=shift, algorithm_type="dpmsolver++"
+        )
+    if sampler == "euler":
+        return FlowMatchEulerDiscreteScheduler.from_config(config, **static, shift=shift)
+    raise UsageError("unknown sampler", expected=" or ".join(_HISTORY), found=repr(sampler))

@@ -1,0 +1,218 @@
+"""The prompt's way to the transformer: cleaned, tokenised, embedded, run through UMT5 by layers.
+
+Free functions over the block modules of transformers' ``UMT5EncoderModel``; what they compute is
+bit-equal to that model under diffusers' Wan pipelines. Each visit to a block serves all prompts,
+one after another, so a streamed encoder is read once. Inference only: there is no dropout.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ftfy
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.functional import scaled_dot_product_attention
+
+from penstock.errors import CheckpointError, RequestError, TensorMismatch
+
+TOKENS = 512
+
+_TABLES = ("shared.weight", "encoder.embed_tokens.weight")
+_SPACES = re.compile(r"\s+")
+
+
+@dataclass(frozen=True)
+class TokenisedPrompt:
+    """A prompt as the encoder sees it.
+
+    Attributes:
+        ids: token ids, end mark included, padded to the full length.
+        length: how many of them are not padding.
+        cut: the text that did not fit, ``""`` if all did. Tell the user.
+    """
+
+    ids: tuple[int, ...]
+    length: int
+    cut: str
+
+
+def clean_prompt(text: str) -> str:
+    """Mended encoding, resolved HTML entities, single spaces: as diffusers' Wan pipelines do it."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return _SPACES.sub(" ", text.strip()).strip()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in ``folder``, from local files only.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            "no usable tokenizer",
+            expected=f"tokenizer files in {folder}",
+            found=str(error).strip().partition("\n")[0],
+            remedy="Download the model's tokenizer folder again",
+        ) from error
+
+
+def tokenise(tokenizer: Any, text: str, max_tokens: int = TOKENS) -> TokenisedPrompt:
+    """Clean and tokenise one prompt, padded or cut to ``max_tokens``.
+
+    Raises:
+        RequestError: the tokenizer makes nothing of the prompt, not even an end mark.
+    """
+    cleaned = clean_prompt(text)
+    whole = tokenizer(cleaned, verbose=False).input_ids
+    fitted = tokenizer(cleaned, padding="max_length", max_length=max_tokens, truncation=True)
+    length = sum(fitted.attention_mask)
+    if length == 0:
+        raise RequestError(
+            "the prompt has no tokens", expected="text that the model knows", found=repr(text)
+        )
+    cut = ""
+    if len(whole) > max_tokens:
+        specials = tokenizer.num_special_tokens_to_add()
+        tail = whole[max_tokens - specials : len(whole) - specials]
+        cut = tokenizer.decode(tail, skip_special_tokens=True)
+    return TokenisedPrompt(tuple(fitted.input_ids), length, cut)
+
+
+def embedding_name(names: Container[str]) -> str:
+    """The embedding table's name among a checkpoint's tensors; files carry one of two, or both.
+
+    Raises:
+        TensorMismatch: neither is there.
+    """
+    for name in _TABLES:
+        if name in names:
+            return name
+    raise TensorMismatch(
+        "the text encoder has no embedding table", expected=" or ".join(_TABLES), found="neither"
+    )
+
+
+def embed(
+    prompts: Sequence[TokenisedPrompt],
+    read_rows: Callable[[list[int]], Tensor],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+) -> list[Tensor]:
+    """Embedding vectors of the prompts; each distinct token's row is read once, no other.
+
+    Args:
+        prompts: the tokenised prompts.
+        read_rows: gives the rows ``(n, d)`` of the embedding table for ascending row numbers.
+        dtype: the compute type.
+        device: where the vectors go.
+
+    Returns:
+        One tensor ``(1, tokens, d)`` a prompt.
+    """
+    distinct = sorted({token for prompt in prompts for token in prompt.ids})
+    place = {token: index for index, token in enumerate(distinct)}
+    rows = read_rows(distinct).to(device=device, dtype=dtype)
+    return [
+        rows[torch.tensor([place[token] for token in prompt.ids], device=device)].unsqueeze(0)
+        for prompt in prompts
+    ]
+
+
+def encode_layers(
+    blocks: Iterable[tuple[int, Module]], hidden: list[Tensor], lengths: Sequence[int]
+) -> list[Tensor]:
+    """Run UMT5 encoder blocks over all prompts, all prompts in one visit to each block.
+
+    Args:
+        blocks: ``(index, UMT5Block)`` in order, weights bound while the loop holds them.
+        hidden: one tensor ``(1, tokens, d)`` a prompt. The list is used up: its entries are
+            replaced as the blocks go by, so that no layer's input outlives the layer.
+        lengths: tokens of each prompt that are not padding.
+
+    Returns:
+        ``hidden``, holding the last block's output.
+    """
+    tokens = hidden[0].shape[1]
+    steps = torch.arange(tokens, device=hidden[0].device)
+    # Distance key - query, counted from 0: (tokens, tokens) -> flat, one entry a score
+    distances = (steps[None, :] - steps[:, None]).add_(tokens - 1).flatten()
+    for _, block in blocks:
+        for prompt, length in enumerate(lengths):
+            hidden[prompt] = _run_block(block, hidden[prompt], length, distances)
+    return hidden
+
+
+def finish(final_layer_norm: Module, hidden: Tensor, length: int) -> Tensor:
+    """The encoder's last norm, and zeros in the place of padding: ``(1, tokens, d)``."""
+    states: Tensor = final_layer_norm(hidden)
+    states[:, length:] = 0
+    return states
+
+
+def _run_block(block: Any, hidden: Tensor, length: int, distances: Tensor) -> Tensor:
+    attention, feed_forward = block.layer[0], block.layer[-1]
+    hidden = _clamp_half(hidden + _attend(attention, hidden, length, distances))
+    return _clamp_half(hidden + _feed_forward(feed_forward, hidden))
+
+
+def _attend(layer: Any, hidden: Tensor, length: int, distances: Tensor) -> Tensor:
+    module = layer.SelfAttention
+    normed = layer.layer_norm(hidden)
+    # (1, n, heads * d) -> (1, heads, n, d)
+    query, key, value = (
+        part(normed).unflatten(-1, (module.n_heads, -1)).transpose(1, 2)
+        for part in (module.q, module.k, module.v)
+    )
+    del normed
+    bias = _position_bias(module, length, distances).to(query.dtype)
+    # T5 does not scale its scores
+    mixed = scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=1.0)
+    del query, key, value, bias
+    return module.o(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def _position_bias(module: Any, length: int, distances: Tensor) -> Tensor:
+    """The learned bias of each score, ``(1, heads, n, n)``, lowest where the key is padding.
+
+    Only ``2n - 1`` distances differ: the module is asked for those, and each score picks its own.
+    """
+    tokens = int(len(distances) ** 0.5)
+    behind = module.compute_bias(tokens, 1)[0, :, :, 0]  # query 0..n-1 to key 0
+    ahead = module.compute_bias(1, tokens)[0, :, 0, 1:]  # query 0 to key 1..n-1
+    table = torch.cat([behind.flip(-1), ahead], dim=-1)  # (heads, 2n - 1)
+    bias = table.index_select(1, distances).view(1, -1, tokens, tokens)
+    bias[..., length:] = torch.finfo(bias.dtype).min
+    return bias
+
+
+def _feed_forward(layer: Any, hidden: Tensor) -> Tensor:
+    dense = layer.DenseReluDense
+    normed = layer.layer_norm(hidden)
+    states = dense.act(dense.wi_0(normed)).mul_(dense.wi_1(normed))
+    weight = getattr(dense.wo, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.itemsize > 1:
+        # transformers keeps wo in fp32 where the rest is fp16
+        states = states.to(weight.dtype)
+    return dense.wo(states)  # type: ignore[no-any-return]
+
+
+def _clamp_half(hidden: Tensor) -> Tensor:
+    """As in transformers' UMT5Block: fp16 overflow becomes (nearly) the largest finite value."""
+    if hidden.dtype != torch.float16:
+        return hidden
+    largest = torch.finfo(torch.float16).max
+    bound = torch.where(hidden.isinf().any(), largest - 1000, largest)
+    return hidden.clamp_(-bound, bound)

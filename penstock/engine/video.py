@@ -1,0 +1,286 @@
+"""Frames to a finished mp4, or nothing: H.264, 4:2:0, BT.709, playable while it downloads.
+
+Frames are encoded as they come; the file appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace
+
+from penstock.errors import OutputError, VideoError
+
+SUFFIX = ".mp4"
+# libx264 first; the others are what an FFmpeg without it may have on Linux, macOS and Windows
+ENCODERS = ("libx264", "libopenh264", "h264_videotoolbox", "h264_mf")
+# Visually lossless for x264 by common usage (its own default is 23)
+DEFAULT_CRF = 17
+# x264's output depends on its thread count: a fixed one makes files the same everywhere
+_X264_THREADS = 4
+_BITS_A_PIXEL = 0.25  # for encoders without CRF
+_BT709 = 1  # ITU-T H.273: primaries, transfer and matrix alike
+
+
+@dataclass(frozen=True)
+class WrittenVideo:
+    """What `write_video` made.
+
+    Attributes:
+        path: the file.
+        encoder: the H.264 encoder that wrote it, one of `ENCODERS`.
+        frames: number of frames.
+        size_bytes: of the file.
+    """
+
+    path: Path
+    encoder: str
+    frames: int
+    size_bytes: int
+
+
+def check_output(path: Path, overwrite: bool = False) -> None:
+    """Find out before the job whether ``path`` can be written after it.
+
+    Really makes (and removes) a file in the folder, which is the only sure test.
+
+    Raises:
+        OutputError: wrong extension, no such folder, folder not writable, a folder or device in the
+            file's place, or an existing file without ``overwrite``.
+    """
+    if path.suffix.lower() != SUFFIX:
+        raise OutputError(
+            "unsupported video format",
+            expected=f"a name that ends in {SUFFIX}",
+            found=str(path),
+            remedy=f"Call it {path.with_suffix(SUFFIX).name}" if path.name else None,
+        )
+    if not path.parent.is_dir():
+        raise OutputError(
+            "no such folder",
+            expected="an existing folder",
+            found=str(path.parent),
+            remedy="Make the folder first",
+        )
+    _check_vacant(path, overwrite)
+    with _temporary_beside(path):
+        pass
+
+
+def _check_vacant(path: Path, overwrite: bool) -> None:
+    if path.exists() and not path.is_file():
+        raise OutputError(
+            "the output is not a file", expected="a file name", found=f"{path}, which is none"
+        )
+    if path.exists() and not overwrite:
+        raise OutputError(
+            "the output exists",
+            expected="a new file name",
+            found=str(path),
+            remedy="Choose another name, or overwrite with --force (overwrite=True)",
+        )
+
+
+def write_video(
+    path: Path,
+    frames: Iterable[Any],
+    fps: int,
+    metadata: dict[str, Any] | None = None,
+    *,
+    overwrite: bool = False,
+    crf: int = DEFAULT_CRF,
+) -> WrittenVideo:
+    """Encode frames into an mp4 that appears when it is complete.
+
+    Written to a temporary file in the same folder, flushed to disk and renamed. Whatever goes
+    wrong, Ctrl-C and errors of ``frames`` included, nothing is left behind and an existing file is
+    untouched.
+
+    Args:
+        path: the mp4.
+        frames: uint8 arrays or CPU tensors ``(h, w, 3)``, RGB, all of one even size.
+        fps: frames a second.
+        metadata: JSON-ready; stored as the file's comment, read again by `read_metadata`.
+        overwrite: replace an existing file.
+        crf: x264's constant rate factor, 0 (lossless) to 51.
+
+    Raises:
+        OutputError: see `check_output`.
+        VideoError: no encoder, no frames, a frame of the wrong kind, or a failure of the encoder or
+            the disk.
+    """
+    check_output(path, overwrite)
+    encoder = _find_encoder()
+    with _temporary_beside(path) as temporary:
+        count = _encode(temporary, frames, fps, metadata, encoder, crf)
+        _check_vacant(path, overwrite)
+        with _as_video_error(path):
+            _flush(temporary)
+            size_bytes = temporary.stat().st_size
+            temporary.replace(path)
+            _flush_folder(path.parent)
+    return WrittenVideo(path, encoder, count, size_bytes)
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What `write_video` stored; empty if the file has none of ours.
+
+    Raises:
+        VideoError: the file cannot be read as a video.
+    """
+    with _as_video_error(path), av.open(str(path)) as container:
+        comment = container.metadata.get("comment", "")
+    try:
+        stored = json.loads(comment)
+    except ValueError:
+        return {}
+    return stored if isinstance(stored, dict) else {}
+
+
+@contextmanager
+def _temporary_beside(path: Path) -> Iterator[Path]:
+    """A new file in ``path``'s folder, gone afterwards unless it was renamed."""
+    temporary = path.with_name(f".{path.stem[:40]}.{secrets.token_hex(4)}.part{SUFFIX}")
+    try:
+        temporary.open("xb").close()
+    except OSError as error:
+        raise OutputError(
+            "the folder cannot be written",
+            expected="a writable folder",
+            found=f"{path.parent}: {error.strerror}",
+            remedy="Choose another folder, or change its permissions",
+        ) from error
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _as_video_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (av.error.FFmpegError, OSError) as error:
+        raise VideoError(
+            "the video could not be written or read",
+            found=f"{path}: {error.strerror or error}",
+            remedy="Check the free space on the disk and the file",
+        ) from error
+
+
+def _find_encoder() -> str:
+    for name in ENCODERS:
+        if name in av.codecs_available:
+            return name
+    raise VideoError(
+        "no H.264 encoder",
+        expected=" or ".join(ENCODERS) + " in PyAV's FFmpeg",
+        found="none of them",
+        remedy="Install PyAV's own wheel: pip install --force-reinstall av",
+    )
+
+
+def _encode(
+    temporary: Path,
+    frames: Iterable[Any],
+    fps: int,
+    metadata: dict[str, Any] | None,
+    encoder: str,
+    crf: int,
+) -> int:
+    with _as_video_error(temporary):
+        container = av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"})
+    count = 0
+    stream = None
+    with ExitStack() as on_failure:
+        on_failure.callback(_abandon, container)
+        if metadata is not None:
+            container.metadata["comment"] = json.dumps(metadata, ensure_ascii=False)
+        for frame in frames:
+            pixels = _as_pixels(frame, stream)
+            with _as_video_error(temporary):
+                if stream is None:
+                    stream = _add_stream(container, pixels.shape, fps, encoder, crf)
+                container.mux(stream.encode(_convert(pixels, count)))
+            count += 1
+        if stream is None:
+            raise VideoError("there are no frames to write", expected="one frame or more")
+        with _as_video_error(temporary):
+            container.mux(stream.encode(None))
+        on_failure.pop_all()
+    with _as_video_error(temporary):
+        container.close()  # completes the file
+    return count
+
+
+def _abandon(container: Any) -> None:
+    try:
+        container.close()
+    except (av.error.FFmpegError, OSError):
+        # The file is about to be removed, and the first error is the one to report
+        return
+
+
+def _add_stream(container: Any, shape: tuple[int, ...], fps: int, encoder: str, crf: int) -> Any:
+    stream = container.add_stream(encoder, rate=fps)
+    stream.height, stream.width = shape[:2]
+    stream.pix_fmt = "yuv420p"
+    context = stream.codec_context
+    context.color_range = int(ColorRange.MPEG)
+    context.color_primaries = context.color_trc = context.colorspace = _BT709
+    if encoder == "libx264":
+        stream.options = {"crf": str(crf), "preset": "medium"}
+        context.thread_count = _X264_THREADS
+    else:
+        stream.bit_rate = round(_BITS_A_PIXEL * shape[0] * shape[1] * fps)
+    return stream
+
+
+def _as_pixels(frame: Any, stream: Any) -> np.ndarray[Any, Any]:
+    pixels = np.ascontiguousarray(frame)
+    kind = f"{pixels.dtype} {pixels.shape}"
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise VideoError("not a frame", expected="uint8 (h, w, 3)", found=kind)
+    if pixels.shape[0] % 2 or pixels.shape[1] % 2:
+        raise VideoError("4:2:0 video has even sides", expected="an even size", found=kind)
+    if stream is not None and pixels.shape[:2] != (stream.height, stream.width):
+        raise VideoError(
+            "the frames differ in size",
+            expected=f"uint8 ({stream.height}, {stream.width}, 3)",
+            found=kind,
+        )
+    return pixels
+
+
+def _convert(pixels: np.ndarray[Any, Any], index: int) -> Any:
+    picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+    frame = picture.reformat(
+        format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+    )
+    frame.pts = index
+    return frame
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make the rename last; Windows cannot open folders and does this itself."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,328 @@
+"""Bytes and arithmetic of the tiled VAE, by walking its layers as the engine does.
+
+The walk mirrors `penstock.engine.wan.vae_layers`, `vae_decode` and `vae_encode` statement by
+statement: which frames are alive when the next is made. It assumes the worst moment, with every
+causal past full, and the attention kernel that stores its scores; workspaces that a convolution
+library takes for itself are not in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from penstock.profiles.manifest import VaeSpec
+from penstock.profiles.tiling import (
+    QUERY_CHUNK,
+    DecodeTile,
+    EncodeTile,
+    TileGrid,
+    VaeLevels,
+    Window,
+    decode_tiles,
+    encode_tiles,
+)
+
+_PIXELS = 3
+_CACHED = 2
+_WIDE_ITEMSIZE = 4
+
+
+@dataclass(frozen=True)
+class VaeBytes:
+    """Peak bytes of one pass above the weights, by what holds them at that moment.
+
+    Attributes:
+        device: ``(label, bytes)`` in device memory.
+        ram: ``(label, bytes)`` in host memory.
+    """
+
+    device: tuple[tuple[str, int], ...]
+    ram: tuple[tuple[str, int], ...]
+
+    @property
+    def device_bytes(self) -> int:
+        """Sum of the device items."""
+        return sum(count for _, count in self.device)
+
+    @property
+    def ram_bytes(self) -> int:
+        """Sum of the host items."""
+        return sum(count for _, count in self.ram)
+
+
+def levels_of(spec: VaeSpec) -> VaeLevels:
+    """The geometry of a VAE."""
+    return VaeLevels(len(spec.dim_mult), spec.num_res_blocks)
+
+
+def decode_bytes(
+    spec: VaeSpec, latent: tuple[int, int, int], grid: TileGrid, itemsize: int
+) -> VaeBytes:
+    """Peak of `penstock.engine.wan.vae_decode.decode_frames` above the decoder's weights.
+
+    Args:
+        spec: the VAE.
+        latent: latent frames, height and width.
+        grid: rows and columns of tiles.
+        itemsize: bytes of one activation element.
+
+    Raises:
+        UsageError: more tiles than latents along an axis.
+    """
+    frames, height, width = latent
+    plane = height * width * itemsize
+    features = spec.base_dim * spec.dim_mult[-1] * plane
+    whole = _decode_whole(spec, latent, itemsize)
+    tiles = decode_tiles(levels_of(spec), grid, height, width)
+    walks = [_decode_tile(spec, frames, tile, itemsize) for tile in tiles]
+    largest = max(walks, key=lambda walk: walk.peak_bytes)
+    if whole.peak_bytes - features > largest.peak_bytes:
+        items = whole.items(features=(frames - 1) * features)
+    else:
+        items = largest.items(features=frames * features)
+    out_frames = 1 + (frames - 1) * spec.temporal_factor
+    area = height * width * spec.spatial_factor**2
+    staging = max(_area(tile.output) for tile in tiles) * _PIXELS
+    return VaeBytes(
+        (*items, ("latents", spec.z_dim * frames * plane)),
+        (("video frames", out_frames * area * _PIXELS), ("staging", staging)),
+    )
+
+
+def encode_bytes(
+    spec: VaeSpec, latent: tuple[int, int, int], grid: TileGrid, itemsize: int
+) -> VaeBytes:
+    """Peak of `penstock.engine.wan.vae_encode.encode_tiled` above the encoder's weights.
+
+    Arguments and errors are those of `decode_bytes`; the picture is counted, the clip never exists.
+    """
+    frames, height, width = latent
+    plane = height * width * itemsize
+    features = spec.base_dim * spec.dim_mult[-2] * plane
+    tiles = encode_tiles(levels_of(spec), grid, height, width)
+    walks = [_encode_tile(spec, frames, tile, itemsize) for tile in tiles]
+    largest = max(walks, key=lambda walk: walk.peak_bytes)
+    candidates = [largest.items(features=frames * features)]
+    for done in {*range(min(frames, _CACHED + 1)), frames - 1}:
+        whole = _encode_whole(spec, done, latent, itemsize)
+        modes = done + 1 + (frames if done == frames - 1 else 0)
+        items = whole.items(features=(frames - 1 - done) * features)
+        candidates.append((*items, ("latents", spec.z_dim * modes * plane)))
+    items = max(candidates, key=lambda found: sum(count for _, count in found))
+    picture = _PIXELS * plane * spec.spatial_factor**2
+    return VaeBytes((*items, ("picture", picture)), ())
+
+
+def decode_flops(spec: VaeSpec, latent: tuple[int, int, int], grid: TileGrid) -> int:
+    """Floating-point operations of a decoding, two for each multiply-add, halos included."""
+    tiles = decode_tiles(levels_of(spec), grid, *latent[1:])
+    walks = [_decode_tile(spec, latent[0], tile, 1) for tile in tiles]
+    return _decode_whole(spec, latent, 1).flops + sum(walk.flops for walk in walks)
+
+
+def encode_flops(spec: VaeSpec, latent: tuple[int, int, int], grid: TileGrid) -> int:
+    """Floating-point operations of an encoding, two for each multiply-add, halos included."""
+    tiles = encode_tiles(levels_of(spec), grid, *latent[1:])
+    walks = [_encode_tile(spec, latent[0], tile, 1) for tile in tiles]
+    return _encode_whole(spec, latent[0] - 1, latent, 1).flops + sum(walk.flops for walk in walks)
+
+
+def _area(window: Window) -> int:
+    return window.shape[0] * window.shape[1]
+
+
+def _made(before: Window, after: Window) -> int:
+    """Pixels a 3x3 convolution makes, those it does not keep included."""
+    return len(before.rows.convolved(after.rows).made) * len(before.cols.convolved(after.cols).made)
+
+
+class _Walk:
+    """One pass through layers, frame by frame: what is alive at the worst moment.
+
+    ``past`` is what causal layers remember, ``waiting`` what other frames on their way hold, and
+    ``working`` the most that one layer needs besides. ``frame`` is the storage of the frame in hand.
+    """
+
+    def __init__(self, itemsize: int, frames: int, cached: int) -> None:
+        self.itemsize, self.frames, self.cached = itemsize, frames, cached
+        self.past = self.waiting = self.working = self.flops = self.frame = 0
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.past + self.working
+
+    def items(self, features: int) -> tuple[tuple[str, int], ...]:
+        return (
+            ("features", features),
+            ("causal past", self.past),
+            ("working set", self.working),
+        )
+
+    def need(self, *live: int) -> None:
+        self.working = max(self.working, self.waiting + sum(live))
+
+    def bytes(self, channels: int, area: int) -> int:
+        return channels * area * self.itemsize
+
+    def normalise(self, channels: int, area: int, *live: int) -> None:
+        wide = channels * area * _WIDE_ITEMSIZE if self.itemsize < _WIDE_ITEMSIZE else 0
+        length = area * max(self.itemsize, _WIDE_ITEMSIZE)
+        self.need(*live, wide, length, self.bytes(channels, area))
+
+    def remember(self, channels: int, area: int) -> None:
+        self.past += self.cached * self.bytes(channels, area)
+
+    def convolve(self, widths: tuple[int, int], area: int, made: int, taps: int, *live: int) -> int:
+        """A causal convolution of three frames; ``taps`` weights a channel pair. Bytes made."""
+        new, out = self.bytes(widths[0], area), self.bytes(widths[1], made)
+        self.need(*live, new, 3 * new, self.itemsize)  # one zero stands for absent frames
+        self.need(*live, 3 * new, out)
+        self.flops += 2 * widths[0] * widths[1] * taps * made * self.frames
+        return out
+
+    def residual(self, width_in: int, width_out: int, windows: Sequence[Window]) -> None:
+        x, area_in = self.frame, _area(windows[0])
+        self.normalise(width_in, area_in, x)
+        self.remember(width_in, area_in)
+        made = _made(windows[0], windows[1])
+        h = self.convolve((width_in, width_out), area_in, made, 27, x)
+        between, kept = _area(windows[1]), _area(windows[2])
+        self.normalise(width_out, between, x, h)
+        self.remember(width_out, between)
+        made = _made(windows[1], windows[2])
+        h = self.convolve((width_out, width_out), between, made, 27, x)
+        if width_in != width_out:
+            self.need(x, h, self.bytes(width_in, kept), self.bytes(width_out, kept))
+            self.flops += 2 * width_in * width_out * kept * self.frames
+        self.frame = h
+
+    def middle(self, width: int, window: Window) -> None:
+        self.residual(width, width, (window,) * 3)
+        self.attend(width, _area(window))
+        self.residual(width, width, (window,) * 3)
+
+    def attend(self, width: int, area: int) -> None:
+        x, one = self.frame, self.bytes(width, area)
+        self.normalise(width, area, x)
+        self.need(x, 3 * one, 3 * one)
+        wide = max(self.itemsize, _WIDE_ITEMSIZE)
+        cast = 2 * width * area * wide if self.itemsize < _WIDE_ITEMSIZE else 0
+        chunk = min(QUERY_CHUNK, area)
+        queries, keys, scores = (
+            count * wide for count in (chunk * width, area * width, chunk * area)
+        )
+        self.need(x, 3 * one, one, cast, 2 * queries, scores, max(keys, scores))
+        self.need(x, one, one, one)
+        self.flops += (8 * width**2 * area + 4 * width * area**2) * self.frames
+        self.frame = one
+
+    def head(self, width: int, width_out: int, before: Window, after: Window) -> None:
+        area, x = _area(before), self.frame
+        self.normalise(width, area, x)
+        self.remember(width, area)
+        self.frame = self.convolve((width, width_out), area, _made(before, after), 27, x)
+
+
+def _cached(frames: int) -> int:
+    return min(_CACHED, frames)
+
+
+def _decode_whole(spec: VaeSpec, latent: tuple[int, int, int], itemsize: int) -> _Walk:
+    frames, window = latent[0], Window.whole(*latent[1:])
+    walk = _Walk(itemsize, frames, _cached(frames))
+    width, area = spec.base_dim * spec.dim_mult[-1], _area(window)
+    walk.flops += 2 * spec.z_dim**2 * area * frames
+    walk.remember(spec.z_dim, area)
+    walk.frame = walk.convolve((spec.z_dim, width), area, area, 27)
+    walk.middle(width, window)
+    for _ in range(spec.num_res_blocks + 1):
+        walk.residual(width, width, (window,) * 3)
+    return walk
+
+
+def _decode_tile(spec: VaeSpec, frames: int, tile: DecodeTile, itemsize: int) -> _Walk:
+    widths = [spec.base_dim * factor for factor in spec.dim_mult[::-1]]
+    walk = _Walk(itemsize, frames, _cached(frames))
+    # The piece before this one may still be in its reader's hands.
+    walk.waiting = _PIXELS * _made(*tile.levels[-1][-2:]) * itemsize
+    low = tile.tail
+    for level, windows in enumerate(tile.levels):
+        _enlarge(walk, spec, level, widths[level], low, windows[0])
+        width = widths[level] // 2
+        for index in range(spec.num_res_blocks + 1):
+            walk.residual(width, widths[level + 1], windows[2 * index : 2 * index + 3])
+            width = widths[level + 1]
+        low = windows[2 * (spec.num_res_blocks + 1)]
+    walk.head(widths[-1], _PIXELS, *tile.levels[-1][-2:])
+    pixels = _PIXELS * _area(tile.output)
+    walk.need(walk.frame, pixels * (itemsize + _WIDE_ITEMSIZE + 2))
+    return walk
+
+
+def _enlarge(
+    walk: _Walk, spec: VaeSpec, level: int, width: int, low: Window, after: Window
+) -> None:
+    area, frame = _area(low), walk.frame
+    if spec.temporal_downsample[::-1][level]:
+        # The past is the frames themselves; at the first level they are views of the features.
+        walk.past += walk.cached * frame
+        walk.frames -= 1
+        pair = walk.convolve(
+            (width, 2 * width), area, area, 3, max(0, frame - walk.bytes(width, area))
+        )
+        walk.frames = 1 + 2 * walk.frames
+        walk.waiting += pair
+        frame = 0
+    large, made = walk.bytes(width, 4 * area), _made(low.scaled(2), after)
+    walk.frame = walk.bytes(width // 2, made)
+    walk.need(frame, large, walk.frame)
+    walk.flops += 2 * width * (width // 2) * 9 * made * walk.frames
+
+
+def _encode_whole(spec: VaeSpec, done: int, latent: tuple[int, int, int], itemsize: int) -> _Walk:
+    """The suffix when ``done`` latent frames are behind."""
+    window = Window.whole(*latent[1:])
+    walk = _Walk(itemsize, latent[0], _cached(done + 1))
+    width, area = spec.base_dim * spec.dim_mult[-2], _area(window)
+    walk.frame = walk.bytes(width, area)
+    for _ in range(spec.num_res_blocks):
+        walk.residual(width, spec.base_dim * spec.dim_mult[-1], (window,) * 3)
+        width = spec.base_dim * spec.dim_mult[-1]
+    walk.middle(width, window)
+    walk.head(width, 2 * spec.z_dim, window, window)
+    walk.need(walk.frame, walk.frame, walk.frame)
+    walk.flops += 8 * spec.z_dim**2 * area * latent[0]
+    return walk
+
+
+def _encode_tile(spec: VaeSpec, frames: int, tile: EncodeTile, itemsize: int) -> _Walk:
+    frames = 1 + (frames - 1) * spec.temporal_factor
+    walk = _Walk(itemsize, frames, _cached(frames))
+    width, first = spec.base_dim, tile.levels[0]
+    walk.waiting = 4 * itemsize  # frames of zeros are one element each
+    walk.remember(_PIXELS, _area(first[0]))
+    made = _made(first[0], first[1])
+    walk.frame = walk.convolve((_PIXELS, width), _area(first[0]), made, 27)
+    for level, windows in enumerate(tile.levels):
+        width_out, at = spec.base_dim * spec.dim_mult[level], 1 if level == 0 else 0
+        for _ in range(spec.num_res_blocks):
+            walk.residual(width, width_out, windows[at : at + 3])
+            width, at = width_out, at + 2
+        _reduce(walk, spec.temporal_downsample[level], width, windows[-2:])
+    return walk
+
+
+def _reduce(walk: _Walk, in_time: bool, width: int, windows: Sequence[Window]) -> None:
+    read, made = windows[0], windows[1]
+    padded = (len(read.rows) + 1) * (len(read.cols) + 1)
+    out = walk.bytes(width, _area(made))
+    walk.need(walk.frame, walk.bytes(width, padded), out)
+    walk.flops += 2 * width**2 * 9 * _area(made) * walk.frames
+    walk.frame = out
+    if in_time:
+        # The last frame and the one that waits for its pair.
+        walk.past += 2 * out
+        walk.frames = 1 + (walk.frames - 1) // 2
+        walk.need(out, 3 * out, out)
+        walk.flops += 2 * width**2 * 3 * _area(made) * (walk.frames - 1)

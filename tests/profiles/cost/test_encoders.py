@@ -1,0 +1,194 @@
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPVisionConfig, UMT5Config
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
+from transformers.models.umt5.modeling_umt5 import UMT5Block, UMT5LayerNorm
+
+from penstock.engine import image, text
+from penstock.profiles.cost.encoders import image_bytes, image_flops, text_bytes, text_flops
+from penstock.profiles.manifest import ImageSpec, TextSpec, Weights
+from penstock.units import GIB
+from tests.meter import StorageMeter
+
+BF16 = Weights(0, (), 2)
+UMT5_XXL = TextSpec(BF16, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+VIT_H = ImageSpec(
+    BF16, hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16,
+    image_size=224, patch_size=14,
+)  # fmt: skip
+TYPES = {2: torch.bfloat16, 4: torch.float32}
+
+
+@contextmanager
+def default_type(itemsize):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(TYPES[itemsize])
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def text_modules(spec, layers):
+    config = UMT5Config(
+        d_model=spec.d_model, d_kv=spec.d_kv, d_ff=spec.d_ff, num_heads=spec.num_heads
+    )
+    blocks = [UMT5Block(config, layer_idx=index) for index in range(layers)]
+    return blocks, UMT5LayerNorm(spec.d_model)
+
+
+def weights(*modules):
+    return [weight for module in modules for weight in module.parameters()]
+
+
+def run_text(spec, blocks, norm, rows, tokens, prompts, length):
+    ids = [tuple(range(k * tokens, (k + 1) * tokens)) for k in range(prompts)]
+    tokenised = [text.TokenisedPrompt(each, length, "") for each in ids]
+    dtype = norm.weight.dtype
+    hidden = text.embed(tokenised, lambda distinct: rows[torch.tensor(distinct)], dtype=dtype)
+    text.encode_layers(enumerate(blocks), hidden, [length] * prompts)
+    return [text.finish(norm, states, length) for states in hidden]
+
+
+def measured_text_bytes(spec, itemsize, tokens, prompts, length, tensors=FakeTensorMode):
+    with tensors(), default_type(itemsize), torch.inference_mode():
+        blocks, norm = text_modules(spec, 2)
+        rows = torch.empty(tokens * prompts, spec.d_model, dtype=torch.float32)
+        with StorageMeter([*weights(*blocks, norm), rows]) as meter:
+            run_text(spec, blocks, norm, rows, tokens, prompts, length)
+    return meter.peak
+
+
+def image_modules(spec, layers):
+    config = CLIPVisionConfig(
+        hidden_size=spec.hidden_size, intermediate_size=spec.intermediate_size,
+        num_attention_heads=spec.num_attention_heads, image_size=spec.image_size,
+        patch_size=spec.patch_size, hidden_act="gelu",
+    )  # fmt: skip
+    encoder_layers = [CLIPEncoderLayer(config) for _ in range(layers)]
+    return CLIPVisionEmbeddings(config), torch.nn.LayerNorm(spec.hidden_size), encoder_layers
+
+
+def run_image(spec, embeddings, norm, layers):
+    pixels = torch.empty(1, 3, spec.image_size, spec.image_size, dtype=torch.float32)
+    hidden = image.embed_pixels(embeddings, norm, pixels)
+    return image.encode_layers(enumerate(layers), hidden)
+
+
+def measured_image_bytes(spec, itemsize, tensors=FakeTensorMode):
+    with tensors(), default_type(itemsize), torch.inference_mode():
+        embeddings, norm, layers = image_modules(spec, 2)
+        with StorageMeter(weights(embeddings, norm, *layers)) as meter:
+            run_image(spec, embeddings, norm, layers)
+    return meter.peak
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("prompts", [1, 2])
+@pytest.mark.parametrize("length", [9, 512])
+def test_text_prediction_at_the_true_shape(itemsize, prompts, length):
+    measured = measured_text_bytes(UMT5_XXL, itemsize, 512, prompts, length)
+    predicted = text_bytes(UMT5_XXL, 512, prompts, itemsize)
+    assert measured <= predicted <= 1.05 * measured
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_image_prediction_at_the_true_shape(itemsize):
+    measured = measured_image_bytes(VIT_H, itemsize)
+    predicted = image_bytes(VIT_H, itemsize)
+    assert measured <= predicted <= 1.05 * measured
+
+
+text_specs = st.builds(
+    TextSpec,
+    st.just(BF16),
+    d_model=st.integers(1, 80),
+    d_kv=st.integers(1, 40),
+    d_ff=st.integers(1, 160),
+    num_layers=st.just(2),
+    num_heads=st.integers(1, 9),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    text_specs,
+    st.sampled_from([2, 4]),
+    st.integers(2, 64),
+    st.integers(1, 3),
+    st.floats(0.01, 1),
+)
+def test_text_prediction_is_never_under(spec, itemsize, tokens, prompts, share):
+    length = max(1, round(tokens * share))
+    measured = measured_text_bytes(spec, itemsize, tokens, prompts, length, nullcontext)
+    assert measured <= text_bytes(spec, tokens, prompts, itemsize)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 20),
+    st.integers(1, 8),
+    st.integers(1, 200),
+    st.integers(1, 6),
+    st.integers(2, 12),
+    st.sampled_from([2, 4]),
+)
+def test_image_prediction_is_never_under(head, heads, inner, grid, patch, itemsize):
+    spec = ImageSpec(BF16, head * heads, inner, 3, heads, grid * patch, patch)
+    assert measured_image_bytes(spec, itemsize, nullcontext) <= image_bytes(spec, itemsize)
+
+
+def test_the_itemsize_is_the_weights_unless_given():
+    assert (
+        text_bytes(UMT5_XXL) == text_bytes(UMT5_XXL, itemsize=2) < text_bytes(UMT5_XXL, itemsize=4)
+    )
+    assert image_bytes(VIT_H) == image_bytes(VIT_H, 2) < image_bytes(VIT_H, 4)
+
+
+def test_each_encoder_fits_in_one_and_a_half_gib_with_a_bf16_block():
+    text_block = 2 * (
+        UMT5_XXL.d_model * (4 * UMT5_XXL.num_heads * UMT5_XXL.d_kv + 3 * UMT5_XXL.d_ff)
+        + 2 * UMT5_XXL.d_model
+        + 32 * UMT5_XXL.num_heads
+    )
+    with FakeTensorMode(), default_type(2):
+        blocks, _ = text_modules(UMT5_XXL, 1)
+        embeddings, norm, layers = image_modules(VIT_H, 1)
+        assert text_block == sum(weight.nbytes for weight in weights(*blocks))
+        image_block = sum(weight.nbytes for weight in weights(*layers))
+        image_rest = sum(weight.nbytes for weight in weights(embeddings, norm))
+    assert measured_text_bytes(UMT5_XXL, 2, 512, 2, 100) + text_block < 1.5 * GIB
+    assert text_bytes(UMT5_XXL) + text_block < 1.5 * GIB
+    # and so do the three slots of a ring
+    assert text_bytes(UMT5_XXL) + 3 * text_block < 1.5 * GIB
+    assert image_bytes(VIT_H) + image_rest + 3 * image_block < 1.5 * GIB
+
+
+def counted_flops(run):
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def test_text_flops_are_those_counted():
+    spec = TextSpec(BF16, d_model=48, d_kv=12, d_ff=96, num_layers=3, num_heads=4)
+    with FakeTensorMode(), torch.inference_mode():
+        blocks, norm = text_modules(spec, 3)
+        rows = torch.empty(64, 48)
+        counted = counted_flops(lambda: run_text(spec, blocks, norm, rows, 32, 2, 7))
+    assert counted == text_flops(spec, 32, 2)
+
+
+def test_image_flops_are_those_counted():
+    spec = ImageSpec(BF16, 40, 80, 4, 4, 32, 8)
+    with FakeTensorMode(), torch.inference_mode():
+        modules = image_modules(spec, image.layers_needed(4))
+        counted = counted_flops(lambda: run_image(spec, *modules))
+    assert counted == image_flops(spec)

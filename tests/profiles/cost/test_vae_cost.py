@@ -1,0 +1,127 @@
+"""Predicted bytes and arithmetic of the VAE against what torch operations do."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from penstock.engine.wan.vae_decode import decode_frames, decode_tiled
+from penstock.engine.wan.vae_encode import encode_tiled, first_frame_then_zeros
+from penstock.profiles.cost.vae import decode_bytes, decode_flops, encode_bytes, encode_flops
+from penstock.profiles.manifest import VaeSpec, Weights
+from penstock.profiles.tiling import TileGrid
+from tests.engine.wan.tiny_vae import tiny_vae
+from tests.meter import StorageMeter
+
+NONE = Weights(0, (), 2)
+WAN = VaeSpec(NONE, NONE, 96, 16, (1, 2, 4, 4), 2, (False, True, True))
+
+
+@st.composite
+def cases(draw):
+    depth = draw(st.sampled_from([2, 3, 4]))
+    spec = VaeSpec(
+        NONE,
+        NONE,
+        draw(st.sampled_from([2, 4, 6])),
+        draw(st.sampled_from([2, 4, 16])),
+        tuple(draw(st.lists(st.sampled_from([1, 2, 4]), min_size=depth, max_size=depth))),
+        draw(st.sampled_from([1, 2])),
+        tuple(draw(st.lists(st.booleans(), min_size=depth - 1, max_size=depth - 1))),
+    )
+    latent = draw(st.integers(1, 3)), draw(st.integers(2, 7)), draw(st.integers(2, 7))
+    grid = TileGrid(
+        draw(st.integers(1, min(3, latent[1]))), draw(st.integers(1, min(2, latent[2])))
+    )
+    return spec, latent, grid, draw(st.sampled_from([torch.float32, torch.bfloat16]))
+
+
+def vae_of(spec: VaeSpec, dtype: torch.dtype):
+    return tiny_vae(
+        dtype,
+        base_dim=spec.base_dim,
+        z_dim=spec.z_dim,
+        dim_mult=list(spec.dim_mult),
+        num_res_blocks=spec.num_res_blocks,
+        temperal_downsample=list(spec.temporal_downsample),
+    )
+
+
+def run_decode(vae, spec: VaeSpec, latent, grid: TileGrid, dtype: torch.dtype) -> None:
+    for piece in decode_tiled(vae, torch.zeros(1, spec.z_dim, *latent, dtype=dtype), grid):
+        del piece
+
+
+def run_encode(vae, spec: VaeSpec, latent, grid: TileGrid, dtype: torch.dtype) -> None:
+    frames = 1 + (latent[0] - 1) * spec.temporal_factor
+    size = latent[1] * spec.spatial_factor, latent[2] * spec.spatial_factor
+    picture = torch.zeros(3, *size, dtype=dtype)
+    encode_tiled(vae, first_frame_then_zeros(picture), (frames, *size), grid)
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+@settings(max_examples=8, deadline=None)
+@given(case=cases())
+def test_measured_bytes_never_pass_the_prediction(backend, case) -> None:
+    spec, latent, grid, dtype = case
+    vae, itemsize = vae_of(spec, dtype), torch.empty(0, dtype=dtype).itemsize
+    for run, predict in ((run_decode, decode_bytes), (run_encode, encode_bytes)):
+        with StorageMeter(vae.parameters()) as meter, sdpa_kernel(backend):
+            run(vae, spec, latent, grid, dtype)
+        assert meter.peak <= predict(spec, latent, grid, itemsize).device_bytes
+
+
+@settings(max_examples=6, deadline=None)
+@given(case=cases())
+def test_flops_are_those_of_the_operations(case) -> None:
+    spec, latent, grid, _ = case
+    vae = vae_of(spec, torch.float32)
+    for run, predict in ((run_decode, decode_flops), (run_encode, encode_flops)):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            run(vae, spec, latent, grid, torch.float32)
+        assert counter.get_total_flops() == predict(spec, latent, grid)
+
+
+def test_video_and_staging_are_host_memory() -> None:
+    vae, spec = tiny_vae(torch.float32, num_res_blocks=1), vae_spec_of_tiny()
+    predicted = decode_bytes(spec, (2, 5, 4), TileGrid(2, 1), 4)
+    video = decode_frames(vae, torch.zeros(1, 4, 2, 5, 4), TileGrid(2, 1))
+    assert dict(predicted.ram) == {"video frames": video.nbytes, "staging": 24 * 32 * 3}
+    assert predicted.ram_bytes == video.nbytes + 24 * 32 * 3
+    assert encode_bytes(spec, (2, 5, 4), TileGrid(2, 1), 4).ram_bytes == 0
+
+
+def vae_spec_of_tiny() -> VaeSpec:
+    return VaeSpec(NONE, NONE, 4, 4, (1, 2, 4, 4), 1, (False, True, True))
+
+
+@pytest.mark.parametrize("predict", [decode_bytes, encode_bytes])
+def test_finer_grids_need_less_and_compute_more(predict) -> None:
+    flops = decode_flops if predict is decode_bytes else encode_flops
+    grids = [TileGrid(side, side) for side in (1, 2, 3, 4)]
+    peaks = [predict(WAN, (21, 90, 160), grid, 2).device_bytes for grid in grids]
+    work = [flops(WAN, (21, 90, 160), grid) for grid in grids]
+    assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 4
+    assert work == sorted(work) and len(set(work)) == 4
+
+
+def test_tile_overhead_at_720p() -> None:
+    whole = decode_flops(WAN, (21, 90, 160), TileGrid(1, 1))
+    overhead = {
+        grid: decode_flops(WAN, (21, 90, 160), TileGrid(*grid)) / whole
+        for grid in ((2, 2), (4, 1), (4, 4))
+    }
+    assert overhead[2, 2] < 1.08 and overhead[4, 1] < 1.16 and overhead[4, 4] < 1.27
+
+
+def test_predictions_are_instant() -> None:
+    started = time.process_time()
+    decode_bytes(WAN, (21, 90, 160), TileGrid(4, 4), 2)
+    encode_bytes(WAN, (21, 90, 160), TileGrid(4, 4), 2)
+    assert time.process_time() - started < 0.05

@@ -1,114 +1,134 @@
-"""The tensors of a network by name, wherever they lie: one file, or shards beside an index.
+"""Checkpoints as users have them: one safetensors file, a sharded index, or a folder with either.
 
-Opened by headers alone and read by position; nothing is mapped into memory, so that a file which
-shrinks under us is an error and not a crash.
+Opening reads headers only; data is read when asked for, by position, never mapped, never unpickled.
 """
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from penstock.errors import CheckpointChanged, CheckpointError, HeaderError, TensorMismatch
-from penstock.offload.files import FileReader
-from penstock.offload.header import TensorEntry, read_header, refuse_pickle
+from penstock.errors import CheckpointError, PickleRefused, TensorMismatch
+from penstock.offload.files import FileStamp, WeightFile, check_stamp, unreadable
+from penstock.offload.header import (
+    MAX_HEADER_BYTES,
+    Header,
+    HeaderFault,
+    check_name,
+    faults_of,
+    parse_object,
+    read_header,
+)
 
-_STEMS = ("diffusion_pytorch_model", "model")
-_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
-    "I32": torch.int32, "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F32": torch.float32, "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
+_TORCH_DTYPES = MappingProxyType({
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32,
+    "I64": torch.int64, "U64": torch.uint64, "F64": torch.float64, "C64": torch.complex64,
+})  # fmt: skip
+
+_STEMS = ("model", "diffusion_pytorch_model")
+_PICKLES = (".bin", ".ckpt", ".pth", ".pt", ".pkl")
+_PICKLE_MAGIC = re.compile(rb"PK\x03\x04|\x80[\x02-\x05]")
+_CONVERT = (
+    'Convert it where you trust it: python -c "import torch, safetensors.torch as s; '
+    "s.save_file({k: v.clone() for k, v in torch.load('FILE', weights_only=True).items()}, "
+    "'FILE.safetensors')\", or download the safetensors version."
+)
 
 
 def torch_dtype(tag: str) -> torch.dtype:
-    """The torch type of a safetensors tag.
+    """The torch type of a safetensors tag (``"BF16"``, ``"F8_E4M3"``, ...).
 
     Raises:
-        HeaderError: penstock computes with no such type.
+        TensorMismatch: the tag names a packed type, which has no torch type of its own.
     """
-    try:
-        return _DTYPES[tag]
-    except KeyError:
-        raise HeaderError(
-            "unsupported tensor type", expected=", ".join(_DTYPES), found=tag
-        ) from None
+    if tag not in _TORCH_DTYPES:
+        raise TensorMismatch(
+            "no torch type holds these elements",
+            expected=", ".join(_TORCH_DTYPES),
+            found=tag,
+            remedy="Packed types are read as bytes and unpacked by their format.",
+        )
+    return _TORCH_DTYPES[tag]
+
+
+def view_as_stored(flat: Tensor, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """Bytes (uint8, 1-D) as the tensor they store, uncopied; packed types stay flat bytes."""
+    return flat.view(_TORCH_DTYPES[dtype]).view(shape) if dtype in _TORCH_DTYPES else flat
 
 
 @dataclass(frozen=True)
-class FileStamp:
-    """What a file was when it was opened."""
+class TensorEntry:
+    """Where a tensor lies: ``nbytes`` at ``offset`` (absolute) of ``file``.
 
-    size: int
-    mtime_ns: int
-    inode: int
+    Attributes:
+        dtype: safetensors tag, or the tag of a packed type.
+        stamp: what the file was when its header was read; None if nobody looked.
+    """
 
-    @classmethod
-    def of(cls, path: Path) -> FileStamp:
-        """The stamp of ``path`` now."""
-        found = path.stat()
-        return cls(found.st_size, found.st_mtime_ns, found.st_ino)
+    name: str
+    file: Path
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    stamp: FileStamp | None = field(default=None, repr=False)
 
 
 class Checkpoint(Mapping[str, TensorEntry]):
-    """Tensor entries by name. Make one with :meth:`open`."""
+    """The tensors of a checkpoint by name, in the order of files and bytes.
+
+    Attributes:
+        path: what was opened: a file, or an index.
+        files: every file that holds tensors, with its stamp.
+        metadata: text from the header; for a sharded checkpoint, from all headers together.
+    """
 
     def __init__(
-        self, entries: Mapping[str, TensorEntry], stamps: Mapping[Path, FileStamp]
+        self,
+        path: Path,
+        entries: Mapping[str, TensorEntry],
+        files: Mapping[Path, FileStamp],
+        metadata: Mapping[str, str],
     ) -> None:
+        self.path = path
+        self.files = MappingProxyType(dict(files))
+        self.metadata = MappingProxyType(dict(metadata))
         self._entries = dict(entries)
-        self.stamps = dict(stamps)
-        self._reader = FileReader()
+        self._open_files: dict[Path, WeightFile] = {}
+        self._stack = ExitStack()
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
-        """Open a .safetensors file, an index of shards, or a folder that holds one of them.
+        """Read the headers of ``path``.
+
+        Args:
+            path: one ``.safetensors``, a sharded ``*.index.json``, or a folder that holds one of
+                them (``model.*`` or ``diffusion_pytorch_model.*``, also with one variant such as
+                ``.fp16``; a single file wins over an index; else the only ``.safetensors``).
 
         Raises:
-            CheckpointError: there is none; HeaderError, PickleRefused: it cannot be used.
+            HeaderError: a header or an index is damaged, lies or belongs to something else.
+            PickleRefused: there are only pickles.
+            CheckpointError: nothing is there, or more than one candidate.
         """
-        path = Path(path)
         if path.is_dir():
-            path = _in_folder(path)
-        if path.name.endswith(".index.json"):
-            return cls._open_shards(path)
-        stamp = FileStamp.of(path)
-        return cls({entry.name: entry for entry in read_header(path).entries}, {path: stamp})
-
-    @classmethod
-    def _open_shards(cls, index: Path) -> Checkpoint:
-        weight_map = _weight_map(index)
-        entries: dict[str, TensorEntry] = {}
-        stamps = {}
-        for name in sorted(set(weight_map.values())):
-            shard = index.parent / name
-            if not shard.is_file():
-                raise CheckpointError(
-                    f"a shard of {index} is missing", expected=str(shard), found="no such file",
-                    remedy="Copy or download the model again",
-                )  # fmt: skip
-            stamps[shard] = FileStamp.of(shard)
-            for entry in read_header(shard).entries:
-                if weight_map.get(entry.name) != name:
-                    raise TensorMismatch(
-                        f"{shard} and {index.name} disagree",
-                        expected=f"{entry.name} in {weight_map.get(entry.name, 'no shard')}",
-                        found=f"it in {name}",
-                    )
-                entries[entry.name] = entry
-        absent = weight_map.keys() - entries.keys()
-        if absent:
-            raise TensorMismatch(
-                f"{len(absent)} tensors of {index} are in no shard", found=min(absent)
-            )
-        return cls(entries, stamps)
+            path = find_checkpoint(path)
+        if path.name.endswith(".json"):
+            return _open_sharded(path)
+        return _open_files(path, [path])
 
     def __getitem__(self, name: str) -> TensorEntry:
         return self._entries[name]
@@ -120,50 +140,67 @@ class Checkpoint(Mapping[str, TensorEntry]):
         return len(self._entries)
 
     def read(self, name: str) -> Tensor:
-        """One tensor, on the CPU."""
-        entry = self[name]
-        buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
-        self._reader.read_into(entry.file, entry.offset, buffer)
-        return buffer.view(torch_dtype(entry.dtype)).view(entry.shape)
-
-    def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
-        """The given rows (len(rows), ...) of a tensor, on the CPU; nothing else of it is read.
+        """The tensor ``name``, read into new memory on the CPU (packed types as flat uint8).
 
         Raises:
-            IndexError: there is no such row.
+            CheckpointChanged: the file was truncated or touched since it was opened.
         """
-        entry = self[name]
-        count = entry.shape[0]
-        width = entry.nbytes // count
-        buffer = torch.empty((len(rows), width), dtype=torch.uint8)
-        for place, row in zip(buffer, rows, strict=True):
-            if not 0 <= row < count:
-                raise IndexError(f"{name} has {count} rows, not one numbered {row}")
-            self._reader.read_into(entry.file, entry.offset + row * width, place)
-        return buffer.view(torch_dtype(entry.dtype)).view(len(rows), *entry.shape[1:])
+        entry = self._entries[name]
+        flat = torch.empty(entry.nbytes, dtype=torch.uint8)
+        file = self._file(entry.file)
+        file.read_into(flat.numpy().data, entry.offset)
+        file.check_unchanged()
+        return view_as_stored(flat, entry.dtype, entry.shape)
+
+    def read_rows(self, name: str, rows: Sequence[int] | Tensor) -> Tensor:
+        """The ``rows`` of the tensor ``name`` along its first dimension; nothing else is read.
+
+        Args:
+            rows: row numbers in any order, repeats allowed.
+
+        Returns:
+            Tensor ``(len(rows), *shape[1:])`` on the CPU.
+
+        Raises:
+            TensorMismatch: the tensor has no rows, or not that one.
+            CheckpointChanged: the file was truncated or touched since it was opened.
+        """
+        entry = self._entries[name]
+        wanted = [int(row) for row in rows]
+        count = entry.shape[0] if entry.shape and entry.dtype in _TORCH_DTYPES else 0
+        outside = next((row for row in wanted if not 0 <= row < count), None)
+        if outside is not None:
+            raise TensorMismatch(
+                f"{name} has no such row", expected=f"0 to {count - 1}", found=str(outside)
+            )
+        row_bytes = entry.nbytes // max(count, 1)
+        flat = torch.empty(len(wanted) * row_bytes, dtype=torch.uint8)
+        target, file = flat.numpy().data, self._file(entry.file)
+        for place, row in enumerate(wanted):
+            slot = target[place * row_bytes : (place + 1) * row_bytes]
+            file.read_into(slot, entry.offset + row * row_bytes)
+        file.check_unchanged()
+        return view_as_stored(flat, entry.dtype, (len(wanted), *entry.shape[1:]))
 
     def check_unchanged(self) -> None:
-        """Compare size, time and identity of all files with what they were at opening.
-
-        Raises:
-            CheckpointChanged: names the first file that differs.
-        """
-        for path, stamp in self.stamps.items():
+        """Raise CheckpointChanged if a file was truncated, replaced or touched since opening."""
+        for path, stamp in self.files.items():
             try:
-                now = FileStamp.of(path)
-            except OSError:
-                now = None
-            if now != stamp:
-                raise CheckpointChanged(
-                    f"{path} was changed after it was opened",
-                    expected=str(stamp),
-                    found=str(now) if now else "no such file",
-                    remedy="Leave the model alone while a job runs; start the job again",
-                )
+                status = path.stat()
+            except OSError as error:
+                raise unreadable(path, error) from error
+            check_stamp(path, status, stamp)
+
+    def _file(self, path: Path) -> WeightFile:
+        if path not in self._open_files:
+            file = WeightFile(path, self.files[path])
+            self._open_files[path] = self._stack.enter_context(file)
+        return self._open_files[path]
 
     def close(self) -> None:
-        """Close the files."""
-        self._reader.close()
+        """Close the files; the entries stay, and a later read opens them again."""
+        self._open_files.clear()
+        self._stack.close()
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -177,44 +214,145 @@ class Checkpoint(Mapping[str, TensorEntry]):
         self.close()
 
 
-def _in_folder(folder: Path) -> Path:
-    for suffix in (".safetensors.index.json", ".safetensors"):
-        found = [
-            p for stem in _STEMS for p in folder.glob(f"{stem}*{suffix}") if "-of-" not in p.name
-        ]
-        exact = [p for p in found if p.name in {f"{stem}{suffix}" for stem in _STEMS}]
-        if len(exact or found) == 1:
-            return (exact or found)[0]
+def find_checkpoint(folder: Path) -> Path:
+    """The file or index that makes ``folder`` a checkpoint; see `Checkpoint.open` for the rules.
+
+    Raises:
+        PickleRefused: there are only pickles.
+        CheckpointError: nothing is there, or more than one candidate.
+    """
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
+    for variant in ("", r"\.[A-Za-z0-9_]+"):
+        found = [name for stem in _STEMS for name in _candidates(stem, variant, names)[:1]]
+        if variant:
+            found = [name for stem in _STEMS for name in _candidates(stem, variant, names)]
         if found:
-            raise CheckpointError(
-                f"{folder} holds several variants", expected="one",
-                found=", ".join(sorted(p.name for p in found)), remedy="Keep the one you want",
-            )  # fmt: skip
-    for path in sorted(folder.glob("*")):
-        if path.is_file() and path.suffix in (".bin", ".ckpt", ".pth", ".pt"):
-            refuse_pickle(path)
+            return folder / _only(folder, found)
+    loose = [name for name in names if name.endswith(".safetensors")]
+    if loose:
+        return folder / _only(folder, loose)
+    pickles = [name for name in names if name.endswith(_PICKLES)]
+    if pickles:
+        raise _pickle(folder / pickles[0])
     raise CheckpointError(
-        f"no weights in {folder}",
-        expected=" or ".join(f"{stem}.safetensors" for stem in _STEMS),
-        found="neither, nor an index of shards",
-        remedy="Copy or download the model again",
+        f"{folder} holds no weights",
+        expected="model.safetensors, diffusion_pytorch_model.safetensors or their .index.json",
+        found=", ".join(names[:5]) or "an empty folder",
+        remedy="Check the path, or finish the download.",
     )
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        value = json.loads(index.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise HeaderError(f"{index} cannot be read", found=str(error)) from error
-    weight_map = value.get("weight_map") if isinstance(value, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise HeaderError(f"{index} is no index of shards", expected='an object "weight_map"')
-    for name in weight_map.values():
-        plain = isinstance(name, str) and name == Path(name).name and name.endswith(".safetensors")
-        if not plain or not name.isprintable():
-            raise HeaderError(
-                f"{index} names a file outside its folder",
-                expected="names of .safetensors files beside it",
-                found=repr(name)[:80],
+def _candidates(stem: str, variant: str, names: Sequence[str]) -> list[str]:
+    """Names of this stem and variant: single files before indexes."""
+    single = re.compile(rf"{stem}{variant}\.safetensors")
+    index = re.compile(
+        rf"{stem}{variant}\.safetensors\.index\.json|{stem}\.safetensors\.index{variant}\.json"
+    )
+    return [name for pattern in (single, index) for name in names if pattern.fullmatch(name)]
+
+
+def _only(folder: Path, names: Sequence[str]) -> str:
+    if len(names) > 1:
+        raise CheckpointError(
+            f"{folder} holds more than one checkpoint",
+            expected="one",
+            found=", ".join(names),
+            remedy="Name the file you mean.",
+        )
+    return names[0]
+
+
+def _open_files(path: Path, files: Sequence[Path]) -> Checkpoint:
+    entries: dict[str, TensorEntry] = {}
+    stamps: dict[Path, FileStamp] = {}
+    metadata: dict[str, str] = {}
+    for file in files:
+        header, stamps[file] = _open_header(file)
+        metadata |= header.metadata
+        for name, found in _entries(file, stamps[file], header).items():
+            with faults_of(path):
+                if name in entries:
+                    raise HeaderFault(f"{name} once", f"{entries[name].file.name} and {file.name}")
+            entries[name] = found
+    return Checkpoint(path, entries, stamps, metadata)
+
+
+def _open_header(path: Path) -> tuple[Header, FileStamp]:
+    if path.name.endswith(_PICKLES):
+        raise _pickle(path)
+    with WeightFile(path) as file:
+        start = bytearray(min(9, file.stamp.size))
+        file.read_into(memoryview(start), 0)
+        # A header length may begin with the same bytes as a pickle; a header begins with "{".
+        if _PICKLE_MAGIC.match(start) and start[8:9] != b"{":
+            raise _pickle(path)
+        return read_header(file), file.stamp
+
+
+def _entries(path: Path, stamp: FileStamp, header: Header) -> dict[str, TensorEntry]:
+    return {
+        name: TensorEntry(
+            name=name,
+            file=path,
+            offset=header.data_start + tensor.start,
+            dtype=tensor.dtype,
+            shape=tensor.shape,
+            nbytes=tensor.end - tensor.start,
+            stamp=stamp,
+        )
+        for name, tensor in header.tensors.items()
+    }
+
+
+def _open_sharded(path: Path) -> Checkpoint:
+    with faults_of(path):
+        weight_map = _read_index(path)
+    shards = sorted(set(weight_map.values()))
+    checkpoint = _open_files(path, [path.parent / shard for shard in shards])
+    lost = [name for name in weight_map if name not in checkpoint]
+    unknown = [name for name in checkpoint if name not in weight_map]
+    for names, what in ((lost, "missing from the shards"), (unknown, "not in the index")):
+        if names:
+            raise TensorMismatch(
+                f"{path} and its shards do not agree",
+                expected=f"the same {len(weight_map)} tensors",
+                found=f"{len(names)} {what}, the first is {names[0]}",
+                remedy="Download the folder again: index and shards come from different versions.",
             )
+    with faults_of(path):
+        _check_places(checkpoint, weight_map)
+    return checkpoint
+
+
+def _check_places(checkpoint: Checkpoint, weight_map: Mapping[str, str]) -> None:
+    for name, shard in weight_map.items():
+        found = checkpoint[name].file.name
+        if found != shard:
+            raise HeaderFault(f"{name} in {shard}", f"it is in {found}")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    with WeightFile(path) as file:
+        if file.stamp.size > MAX_HEADER_BYTES:
+            raise HeaderFault(f"an index of at most {MAX_HEADER_BYTES:,} bytes", file.stamp.size)
+        text = bytearray(file.stamp.size)
+        file.read_into(memoryview(text), 0)
+    weight_map: Any = parse_object(bytes(text)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise HeaderFault("a weight_map from tensors to shards", weight_map)
+    for name, shard in weight_map.items():
+        check_name(name)
+        if not isinstance(shard, str):
+            raise HeaderFault(f"the file name of {name}", shard)
+        check_name(shard)
+        if "/" in shard:
+            raise HeaderFault("shards beside the index", shard)
     return weight_map
+
+
+def _pickle(path: Path) -> PickleRefused:
+    return PickleRefused(
+        f"{path} is a pickle, which can run any code when it is opened",
+        expected="safetensors",
+        remedy=_CONVERT,
+    )

@@ -1,82 +1,198 @@
-"""Reading bytes by position, straight into the buffer they are wanted in."""
+"""Files of weights: opened once, read at positions, and found out when they change under us.
+
+Nothing is mapped into memory: a mapped file that shrinks kills the process, a short read does not.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
-from torch import Tensor
+from penstock.errors import CheckpointChanged, CheckpointError
 
-from penstock.errors import CheckpointChanged
+DIRECT_ALIGNMENT = 4096
+"""Direct reads want offsets, addresses and lengths in multiples of this (the page size covers the
+logical block size of every disk that open(2) speaks of)."""
 
-_CHUNK_BYTES = 16 << 20
+_NO_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
 
 
-class FileReader:
-    """Open files, read by position; safe to use from several threads.
+@dataclass(frozen=True)
+class FileStamp:
+    """What tells a file from a changed one: size, time of the last change, identity."""
 
-    What was read is not kept in the system's page cache: the tiers hold what is worth holding.
+    size: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileStamp:
+        """The stamp in a stat result."""
+        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def check_stamp(path: Path, status: os.stat_result, stamp: FileStamp) -> None:
+    """Raise CheckpointChanged unless ``status`` of ``path`` still carries ``stamp``."""
+    found = FileStamp.of(status)
+    if found != stamp:
+        raise changed(
+            path, f"{stamp.size:,} bytes, as when it was opened", _difference(found, stamp)
+        )
+
+
+def changed(path: Path, expected: str, found: str) -> CheckpointChanged:
+    """The error for a file that is no longer what it was when it was opened."""
+    return CheckpointChanged(
+        f"{path} changed while it was in use",
+        expected=expected,
+        found=found,
+        remedy="Let downloads and copies finish, check the file, and start again.",
+    )
+
+
+def _difference(found: FileStamp, stamp: FileStamp) -> str:
+    if found.size != stamp.size:
+        return f"{found.size:,} bytes"
+    if found.inode != stamp.inode:
+        return "another file in its place"
+    return "a newer time of change"
+
+
+class WeightFile:
+    """An open file that is read at positions, from any number of threads at once.
+
+    Args:
+        path: the file.
+        stamp: what it must still be; None takes what it is now.
+        direct: read around the page cache where platform, file system and alignment allow.
+
+    Attributes:
+        direct: whether direct reads work here (False from the first refusal on).
+
+    Raises:
+        CheckpointError: it cannot be opened.
+        CheckpointChanged: it no longer carries ``stamp``.
     """
 
-    def __init__(self) -> None:
-        self._files: dict[Path, int] = {}
-        self._lock = threading.Lock()
+    def __init__(self, path: Path, stamp: FileStamp | None = None, *, direct: bool = False) -> None:
+        self.path = path
+        try:
+            self._file = path.open("rb", buffering=0)
+        except OSError as error:
+            raise unreadable(path, error) from error
+        self._direct_fd: int | None = None
+        self._seek_lock = threading.Lock()
+        try:
+            status = os.fstat(self._file.fileno())
+            self.stamp = FileStamp.of(status) if stamp is None else stamp
+            check_stamp(path, status, self.stamp)
+            self.direct = direct and self._open_direct()
+        except CheckpointError:
+            self.close()
+            raise
 
-    def read_into(self, path: Path, offset: int, buffer: Tensor) -> None:
-        """Fill ``buffer`` (uint8, on the CPU, contiguous) from ``offset`` in the file.
+    def _open_direct(self) -> bool:
+        if not hasattr(os, "O_DIRECT") or not hasattr(os, "preadv"):
+            return False
+        try:
+            self._direct_fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        except OSError as error:
+            if error.errno in _NO_DIRECT:
+                return False
+            raise unreadable(self.path, error) from error
+        # The path was looked up a second time: it must have led to the same file.
+        check_stamp(self.path, os.fstat(self._direct_fd), self.stamp)
+        return True
+
+    def read_into(self, target: memoryview, offset: int, *, on_page: bool = False) -> int:
+        """Fill ``target`` from ``offset`` on: directly if both begin on a page.
+
+        Args:
+            on_page: whether the memory of ``target`` begins on a page.
+
+        Returns:
+            How many of the bytes were read directly.
 
         Raises:
-            CheckpointChanged: the file is gone, or ends before the buffer is full.
+            CheckpointChanged: the file ends too early.
+            CheckpointError: the disk reports an error.
         """
-        view = memoryview(buffer.numpy())
-        try:
-            done = self._read(path, offset, view)
-        except OSError as error:
-            raise _changed(path, str(error)) from error
-        if done < len(view):
-            raise _changed(path, f"the file ends after {offset + done:,} bytes")
+        aligned = on_page and offset % DIRECT_ALIGNMENT == 0
+        direct = self._read_direct(target, offset) if self.direct and aligned else 0
+        done = direct
+        while done < len(target):
+            count = self._read_some(target[done:], offset + done)
+            if count == 0:
+                raise changed(
+                    self.path, f"{offset + len(target):,} bytes or more", f"{offset + done:,}"
+                )
+            done += count
+        self._drop_cache(offset + direct, done - direct)
+        return direct
 
-    def _read(self, path: Path, offset: int, view: memoryview) -> int:
-        descriptor = self._descriptor(path)
+    def _read_direct(self, target: memoryview, offset: int) -> int:
+        """Whole pages of ``target``, as many as come; the caller reads what is left."""
+        assert self._direct_fd is not None
+        whole = len(target) - len(target) % DIRECT_ALIGNMENT
         done = 0
-        while done < len(view):
-            part = view[done : done + _CHUNK_BYTES]
-            count = self._read_at(descriptor, part, offset + done)
+        while done < whole and done % DIRECT_ALIGNMENT == 0:
+            try:
+                count = os.preadv(self._direct_fd, [target[done:whole]], offset + done)
+            except OSError as error:
+                if error.errno not in _NO_DIRECT:
+                    raise unreadable(self.path, error) from error
+                self.direct = False
+                break
             if count == 0:
                 break
             done += count
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, offset, len(view), os.POSIX_FADV_DONTNEED)
         return done
 
-    def _read_at(self, descriptor: int, view: memoryview, offset: int) -> int:
-        if hasattr(os, "preadv"):
-            return os.preadv(descriptor, [view], offset)
-        with self._lock:  # Windows: seek and read are two calls
-            os.lseek(descriptor, offset, os.SEEK_SET)
-            data = os.read(descriptor, len(view))
-        view[: len(data)] = data
-        return len(data)
+    def _read_some(self, target: memoryview, offset: int) -> int:
+        try:
+            if hasattr(os, "preadv"):
+                return os.preadv(self._file.fileno(), [target], offset)
+            with self._seek_lock:  # Windows has no positional reads: seek and read as one step.
+                self._file.seek(offset)
+                return self._file.readinto(target) or 0
+        except OSError as error:
+            raise unreadable(self.path, error) from error
 
-    def _descriptor(self, path: Path) -> int:
-        with self._lock:
-            if path not in self._files:
-                self._files[path] = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-            return self._files[path]
+    def _drop_cache(self, offset: int, nbytes: int) -> None:
+        if nbytes and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._file.fileno(), offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointChanged if the open file was truncated, extended or written to."""
+        check_stamp(self.path, os.fstat(self._file.fileno()), self.stamp)
 
     def close(self) -> None:
-        """Close all files; a later read opens them again."""
-        with self._lock:
-            for descriptor in self._files.values():
-                os.close(descriptor)
-            self._files.clear()
+        """Close the file; a second call does nothing."""
+        self._file.close()
+        descriptor, self._direct_fd = self._direct_fd, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def __enter__(self) -> WeightFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
 
-def _changed(path: Path, found: str) -> CheckpointChanged:
-    return CheckpointChanged(
-        f"{path} can no longer be read as it was",
-        expected="the file that was opened",
-        found=found,
-        remedy="Put the file back (or copy it again) and start the job again",
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """The error for a file that the operating system does not give us."""
+    return CheckpointError(
+        f"{path} cannot be read",
+        found=error.strerror or str(error),
+        remedy="Check that the file is there, readable and on a healthy disk.",
     )

@@ -1,198 +1,218 @@
-"""The safetensors header, read and checked by ourselves: the file is hostile until every byte adds up.
+"""Headers of safetensors files, read by our own strict parser.
 
-Format: https://github.com/huggingface/safetensors (8 bytes of header length, a JSON object, data).
-We refuse all that the library refuses, and what it lets pass: duplicate keys, unknown fields, names
-that look like paths, metadata that is not text.
+The format is described at https://github.com/huggingface/safetensors: eight bytes of header length
+(little endian), a JSON object, then the data. Everything that the library refuses is refused here,
+and beyond it duplicate keys, unknown fields, path-like names and types smaller than a byte.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from types import MappingProxyType
+from typing import Any
 
-from penstock.errors import HeaderError, PickleRefused
+from penstock.errors import HeaderError
+from penstock.offload.files import WeightFile
 
 MAX_HEADER_BYTES = 100_000_000
-MAX_NAME_CHARS = 1024
-MAX_DIMS = 16
+"""The library's own limit."""
 
-ITEM_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
-    "I32": 32, "U32": 32, "F32": 32,
-    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
-}  # fmt: skip
-_PICKLE_SUFFIXES = (".bin", ".ckpt", ".pth", ".pt", ".pkl")
+ITEM_BYTES = MappingProxyType({
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
+    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4,
+    "I64": 8, "U64": 8, "F64": 8, "C64": 8,
+})  # fmt: skip
+"""Bytes of one element, by safetensors tag; types smaller than a byte are left out on purpose."""
+
+_U64_MAX = (1 << 64) - 1
+_METADATA = "__metadata__"
+_FIELDS = {"dtype", "shape", "data_offsets"}
+_PATH_LIKE = re.compile(r"[\x00-\x1f\x7f\\]|^/|^[A-Za-z]:|(^|/)\.\.?(/|$)")
+_SHOWN = 80
 
 
 @dataclass(frozen=True)
-class TensorEntry:
-    """Where one tensor lies.
+class HeaderTensor:
+    """One tensor of a header; ``start`` and ``end`` are bytes from the start of the data."""
 
-    Attributes:
-        offset: bytes from the start of the file.
-        dtype: safetensors' tag, such as "BF16".
-    """
-
-    name: str
-    file: Path
-    offset: int
     dtype: str
     shape: tuple[int, ...]
-    nbytes: int
+    start: int
+    end: int
 
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header: tensors in the order of the file, and the metadata."""
+    """A checked header: tensors in the order of their bytes, metadata, first byte of the data."""
 
-    entries: tuple[TensorEntry, ...]
-    metadata: dict[str, str]
-
-
-def refuse_pickle(path: Path) -> None:
-    """Refuse a file that a pickle reader would open, by its name or its first bytes.
-
-    Raises:
-        PickleRefused: with the way to convert it.
-    """
-    with path.open("rb") as file:
-        start = file.read(4)
-    by_content = start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-    if by_content or path.suffix.lower() in _PICKLE_SUFFIXES:
-        raise PickleRefused(
-            f"{path} is a pickle, which can run any code when it is opened",
-            expected="a .safetensors file",
-            found="a zip or pickle" if by_content else f"a {path.suffix} file",
-            remedy="Download the model as .safetensors, or convert it once on a machine you do not "
-            "mind losing: safetensors.torch.save_file(torch.load(FILE, weights_only=True), OUT)",
-        )
+    tensors: Mapping[str, HeaderTensor]
+    metadata: Mapping[str, str]
+    data_start: int
 
 
-def read_header(path: Path) -> Header:
-    """Read and check the header of a .safetensors file; no data is read.
+class HeaderFault(ValueError):
+    """Why a header (or an index) is refused, before the file's name is known."""
+
+    def __init__(self, expected: str, found: object) -> None:
+        self.expected, self.found = expected, found
+        super().__init__(expected)
+
+
+def read_header(file: WeightFile) -> Header:
+    """The header of an open safetensors file, checked against the file's size.
 
     Raises:
         HeaderError: it is damaged, lies about the file, or belongs to something else.
-        PickleRefused: the file is a pickle.
     """
+    size = file.stamp.size
+    with faults_of(file.path):
+        if size < 8:
+            raise HeaderFault("8 bytes of header length", f"a file of {size} bytes")
+        length = int.from_bytes(_read(file, 0, 8), "little")
+        if not 2 <= length <= MAX_HEADER_BYTES:
+            raise HeaderFault(f"a header of 2 to {MAX_HEADER_BYTES:,} bytes", f"{length:,}")
+        if 8 + length > size:
+            raise HeaderFault(f"a header of {length:,} bytes", f"a file of {size:,} bytes")
+        return parse_header(_read(file, 8, length), size)
+
+
+def parse_header(text: bytes, file_bytes: int) -> Header:
+    """A checked header from its JSON ``text``, in a file of ``file_bytes`` bytes in all."""
+    table = parse_object(text)
+    metadata = _parse_metadata(table.pop(_METADATA, {}))
+    tensors = {name: _parse_tensor(name, fields) for name, fields in table.items()}
+    ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)))
+    _check_cover(ordered, file_bytes - 8 - len(text))
+    return Header(MappingProxyType(ordered), MappingProxyType(metadata), 8 + len(text))
+
+
+@contextmanager
+def faults_of(path: Path) -> Iterator[None]:
+    """Turn a HeaderFault inside into the HeaderError that names ``path``."""
     try:
-        refuse_pickle(path)
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            text, start = _header_text(path, file, size)
-    except OSError as error:
-        raise HeaderError(f"{path} cannot be read", found=str(error.strerror)) from error
-    fields = _parse(path, text)
-    metadata = _metadata(path, fields.pop("__metadata__", {}))
-    entries = [_entry(path, name, value, start) for name, value in fields.items()]
-    entries.sort(key=lambda entry: (entry.offset, entry.nbytes))
-    _check_cover(path, entries, start, size)
-    return Header(tuple(entries), metadata)
+        yield
+    except HeaderFault as fault:
+        shown = fault.found if isinstance(fault.found, str) else repr(fault.found)
+        raise HeaderError(
+            f"{path} cannot be used",
+            expected=fault.expected,
+            found=shown if len(shown) <= _SHOWN else shown[:_SHOWN] + "...",
+            remedy="Download or copy the file again, and compare its size with the source.",
+        ) from None
 
 
-def _bad(
-    path: Path, what: str, expected: str | None = None, found: str | None = None
-) -> HeaderError:
-    return HeaderError(
-        f"{path} is not a sound safetensors file: {what}",
-        expected=expected,
-        found=found,
-        remedy="The file is damaged or cut short: copy or download it again",
-    )
+def parse_object(text: bytes) -> dict[str, Any]:
+    """The JSON object in ``text``: UTF-8, no key twice, no NaN, no number but whole ones >= 0.
 
-
-def _header_text(path: Path, file: BinaryIO, size: int) -> tuple[bytes, int]:
-    prefix = file.read(8)
-    if len(prefix) < 8:
-        raise _bad(path, "it is too short", "8 bytes or more", f"{size}")
-    length = int.from_bytes(prefix, "little")
-    if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-        raise _bad(
-            path, "the header's length is impossible",
-            f"2 to {max(2, min(MAX_HEADER_BYTES, size - 8)):,} bytes", f"{length:,}",
-        )  # fmt: skip
-    text = file.read(length)
-    if len(text) != length or not text.startswith(b"{"):
-        raise _bad(path, "the header is no JSON object")
-    return text, 8 + length
-
-
-def _parse(path: Path, text: bytes) -> dict[str, Any]:
-    def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise _bad(path, "a key stands twice in the header", found=repr(key)[:80])
-            found[key] = value
-        return found
-
+    Raises:
+        HeaderFault: it is none.
+    """
+    if not text.startswith(b"{"):
+        raise HeaderFault("a JSON object", text[:16])
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=_no_nan)
-    except (ValueError, RecursionError) as error:
-        raise _bad(path, "the header is no JSON", found=str(error)[:120]) from error
+        value = json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_int=_parse_int,
+            parse_float=_refuse_number,
+            parse_constant=_refuse_number,
+        )
+    except (UnicodeError, json.JSONDecodeError, RecursionError) as error:
+        raise HeaderFault("a JSON object in UTF-8", str(error)) from error
+    assert isinstance(value, dict)
+    return value
+
+
+def check_name(name: str) -> None:
+    """Raise HeaderFault for names that could lead out of a folder, or that cannot be printed."""
+    if not name or _PATH_LIKE.search(name) or _has_surrogate(name):
+        raise HeaderFault("plain names", name)
+
+
+def _read(file: WeightFile, offset: int, nbytes: int) -> bytes:
+    buffer = bytearray(nbytes)
+    file.read_into(memoryview(buffer), offset)
+    return bytes(buffer)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise HeaderFault("every key once", next(name for name in names if names.count(name) > 1))
+    return table
+
+
+def _parse_int(digits: str) -> int:
+    # "-0" is an integer to Python and none to the library; 20 digits hold every 64-bit number.
+    if digits.startswith("-") or len(digits) > 20 or int(digits) > _U64_MAX:
+        raise HeaderFault("whole numbers from 0 to 2^64 - 1", digits)
+    return int(digits)
+
+
+def _refuse_number(text: str) -> Any:
+    raise HeaderFault("whole numbers only", text)
+
+
+def _has_surrogate(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _parse_metadata(value: Any) -> dict[str, str]:
     if not isinstance(value, dict):
-        raise _bad(path, "the header is no JSON object")
+        raise HeaderFault("metadata as an object", value)
+    for key, text in value.items():
+        if not isinstance(text, str) or _has_surrogate(key) or _has_surrogate(text):
+            raise HeaderFault("metadata of text by text", {key: text})
     return value
 
 
-def _no_nan(constant: str) -> Any:
-    raise ValueError(f"{constant} is not JSON")
+def _parse_tensor(name: str, fields: Any) -> HeaderTensor:
+    check_name(name)
+    if not isinstance(fields, dict) or set(fields) != _FIELDS:
+        raise HeaderFault(f"{name} with dtype, shape and data_offsets", fields)
+    dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise HeaderFault(f"{name} of a known type of whole bytes", dtype)
+    if not _whole_numbers(shape):
+        raise HeaderFault(f"{name} with a shape of whole numbers", shape)
+    if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise HeaderFault(f"{name} with a start and an end not before it", offsets)
+    need = _extent(name, shape, ITEM_BYTES[dtype])
+    if offsets[1] - offsets[0] != need:
+        raise HeaderFault(
+            f"{name} in {need:,} bytes ({dtype} {shape})", f"{offsets[1] - offsets[0]:,}"
+        )
+    return HeaderTensor(dtype, tuple(shape), offsets[0], offsets[1])
 
 
-def _metadata(path: Path, value: Any) -> dict[str, str]:
-    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-        raise _bad(path, "the metadata is not text by name")
-    return value
+def _whole_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(number) is int for number in value)
 
 
-def _entry(path: Path, name: str, value: Any, start: int) -> TensorEntry:
-    _check_name(path, name)
-    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _bad(path, f"{name!r} is not described by dtype, shape and data_offsets")
-    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_BITS:
-        raise _bad(path, f"{name!r} has an unknown dtype", found=repr(dtype)[:40])
-    if not _are_counts(shape) or len(shape) > MAX_DIMS:
-        raise _bad(path, f"{name!r} has no legal shape", found=repr(shape)[:80])
-    if not _are_counts(offsets) or len(offsets) != 2:
-        raise _bad(path, f"{name!r} has no legal offsets", found=repr(offsets)[:80])
-    nbytes = ITEM_BITS[dtype] // 8
-    for size in shape:
+def _extent(name: str, shape: list[int], item_bytes: int) -> int:
+    nbytes = 1
+    for size in (*shape, item_bytes):
         nbytes *= size
-    if nbytes != offsets[1] - offsets[0]:
-        raise _bad(
-            path, f"{name!r} lies about its size", f"{nbytes:,} bytes by shape and dtype",
-            f"{offsets[1] - offsets[0]:,}",
-        )  # fmt: skip
-    return TensorEntry(name, path, start + offsets[0], dtype, tuple(shape), nbytes)
+        if nbytes > _U64_MAX:
+            raise HeaderFault(f"{name} of less than 2^64 bytes", shape)
+    return nbytes
 
 
-def _check_name(path: Path, name: str) -> None:
-    path_like = name.startswith(("/", "\\", "~")) or ".." in name or "\\" in name
-    if not name or len(name) > MAX_NAME_CHARS or path_like or not name.isprintable():
-        raise _bad(path, "a tensor has a name no model uses", found=repr(name)[:80])
-
-
-def _are_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        type(item) is int and 0 <= item < 1 << 63 for item in value
-    )
-
-
-def _check_cover(path: Path, entries: list[TensorEntry], start: int, size: int) -> None:
-    at = start
-    for entry in entries:
-        if entry.offset != at:
-            raise _bad(
-                path, f"{entry.name!r} does not begin where the tensor before it ends",
-                f"byte {at:,}", f"{entry.offset:,}",
-            )  # fmt: skip
-        at += entry.nbytes
-    if at != size:
-        raise _bad(path, "the tensors do not fill the file", f"{at:,} bytes", f"{size:,}")
+def _check_cover(ordered: Mapping[str, HeaderTensor], data_bytes: int) -> None:
+    position = 0
+    for name, tensor in ordered.items():
+        if tensor.start != position:
+            raise HeaderFault(
+                f"{name} to start at byte {position:,} of the data", f"{tensor.start:,}"
+            )
+        position = tensor.end
+    if position != data_bytes:
+        raise HeaderFault(f"{position:,} bytes of data", f"{data_bytes:,}")

@@ -1,38 +1,32 @@
-"""A block as one run of bytes: the same in host memory and on the device, so one copy moves it."""
+"""One block of weights as one contiguous, aligned run of bytes: one buffer, one copy.
+
+The same bytes lie in the host slab and in the device slot, so a block is copied at once, and its
+tensors are views. What pads the tensors is never looked at.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import Tensor
 
-from penstock.offload.checkpoint import torch_dtype
-from penstock.offload.header import TensorEntry
+from penstock.offload.checkpoint import TensorEntry, view_as_stored
+from penstock.offload.files import DIRECT_ALIGNMENT, FileStamp
 from penstock.units import align_up
 
 TENSOR_ALIGNMENT = 64
-"""What torch aligns its own CPU tensors to: kernels round by alignment, results must not change."""
+"""As torch's own CPU allocator places tensors: kernels take the same path, with the same bits."""
 
-BLOCK_ALIGNMENT = 4096
-"""A page, and the sector of a disk."""
-
-
-@dataclass(frozen=True)
-class TensorSlot:
-    """A tensor's place in the run."""
-
-    name: str
-    offset: int
-    nbytes: int
-    dtype: str
-    shape: tuple[int, ...]
+_LONGEST_GAP = 4096
+"""Bytes between two tensors of a file that are rather read along than skipped (padding tensors)."""
 
 
 @dataclass(frozen=True)
 class Extent:
-    """A contiguous read: ``nbytes`` at ``file_offset`` go to ``buffer_offset`` of the run."""
+    """One read: ``nbytes`` at ``file_offset`` of ``file`` go to ``buffer_offset``."""
 
     file: Path
     file_offset: int
@@ -41,52 +35,95 @@ class Extent:
 
 
 @dataclass(frozen=True)
-class BlockLayout:
-    """Tensors one after another in the order of their file, each aligned; and how to read them."""
+class Place:
+    """A tensor in the buffer."""
 
-    tensors: tuple[TensorSlot, ...]
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Where the tensors of a block lie in a buffer, and what must be read to fill it.
+
+    Attributes:
+        places: by local name; each at a multiple of `TENSOR_ALIGNMENT`.
+        extents: the reads, ascending in the buffer, neighbours of a file joined.
+        stamps: what each file must still be.
+        nbytes: size of the buffer, a multiple of the page size (0 for no tensors).
+    """
+
+    places: Mapping[str, Place]
     extents: tuple[Extent, ...]
+    stamps: Mapping[Path, FileStamp | None]
     nbytes: int
 
     @classmethod
     def from_entries(cls, entries: Mapping[str, TensorEntry]) -> BlockLayout:
-        """The layout of some tensors of a checkpoint, by the names they shall have."""
-        order = sorted(entries.items(), key=lambda item: (str(item[1].file), item[1].offset))
-        slots: list[TensorSlot] = []
-        extents: list[Extent] = []
-        at = 0
-        for name, entry in order:
-            slots.append(TensorSlot(name, at, entry.nbytes, entry.dtype, entry.shape))
-            _append(extents, Extent(entry.file, entry.offset, entry.nbytes, at))
-            at = align_up(at + entry.nbytes, TENSOR_ALIGNMENT)
-        return cls(tuple(slots), tuple(extents), align_up(at, BLOCK_ALIGNMENT))
+        """Lay out ``entries`` (by local name), in the order in which their files hold them.
+
+        They may lie in any files; two names of the same bytes share a place. A run of tensors that
+        a file holds aligned is kept as it is, and becomes one read; a run that begins on a page of
+        the file begins on a page of the buffer, so that it can be read directly.
+        """
+        packer = _Packer()
+        ordered = sorted(entries.items(), key=lambda item: (str(item[1].file), item[1].offset))
+        places = {name: packer.place(entry) for name, entry in ordered}
+        return cls(
+            places=MappingProxyType({name: places[name] for name in entries}),
+            extents=tuple(packer.extents),
+            stamps=MappingProxyType({entry.file: entry.stamp for entry in entries.values()}),
+            nbytes=align_up(packer.end, DIRECT_ALIGNMENT),
+        )
+
+    @property
+    def read_bytes(self) -> int:
+        """What reading the block takes from disk."""
+        return sum(extent.nbytes for extent in self.extents)
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
-        """The tensors in ``buffer`` (uint8, ``nbytes`` or longer), as views.
-
-        Raises:
-            ValueError: the buffer is too short.
-        """
-        if buffer.numel() < self.nbytes:
-            raise ValueError(f"a buffer of {buffer.numel()} bytes for a block of {self.nbytes}")
+        """The tensors in ``buffer`` (uint8, 1-D, `nbytes` or longer), uncopied, by local name."""
         return {
-            slot.name: buffer[slot.offset : slot.offset + slot.nbytes]
-            .view(torch_dtype(slot.dtype))
-            .view(slot.shape)
-            for slot in self.tensors
+            name: view_as_stored(
+                buffer[place.offset : place.offset + place.nbytes], place.dtype, place.shape
+            )
+            for name, place in self.places.items()
         }
 
 
-def _append(extents: list[Extent], new: Extent) -> None:
-    """Join ``new`` to the last extent where it continues it in the file and in the buffer."""
-    last = extents[-1] if extents else None
-    if (
-        last is not None
-        and last.file == new.file
-        and last.file_offset + last.nbytes == new.file_offset
-        and last.buffer_offset + last.nbytes == new.buffer_offset
-    ):
-        joined = Extent(last.file, last.file_offset, last.nbytes + new.nbytes, last.buffer_offset)
-        extents[-1] = joined
-    elif new.nbytes:
-        extents.append(new)
+class _Packer:
+    """Places tensors one after the other; they come in the order of files and bytes."""
+
+    def __init__(self) -> None:
+        self.extents: list[Extent] = []
+        self.end = 0
+        self._seen: dict[tuple[Path, int, int], int] = {}
+
+    def place(self, entry: TensorEntry) -> Place:
+        """The next tensor's place; its bytes join the last read, or begin a new one."""
+        key = (entry.file, entry.offset, entry.nbytes)
+        if entry.nbytes and key not in self._seen:
+            self._seen[key] = self._append(entry)
+        return Place(self._seen.get(key, 0), entry.nbytes, entry.dtype, entry.shape)
+
+    def _append(self, entry: TensorEntry) -> int:
+        last = self.extents[-1] if self.extents else None
+        if last is not None and _continues(last, entry):
+            offset = last.buffer_offset + entry.offset - last.file_offset
+            length = offset + entry.nbytes - last.buffer_offset
+            self.extents[-1] = Extent(last.file, last.file_offset, length, last.buffer_offset)
+        else:
+            on_page = entry.offset % DIRECT_ALIGNMENT == 0
+            offset = align_up(self.end, DIRECT_ALIGNMENT if on_page else TENSOR_ALIGNMENT)
+            self.extents.append(Extent(entry.file, entry.offset, entry.nbytes, offset))
+        self.end = offset + entry.nbytes
+        return offset
+
+
+def _continues(last: Extent, entry: TensorEntry) -> bool:
+    """Whether ``entry`` can be read along with ``last`` and is aligned where that puts it."""
+    gap = entry.offset - last.file_offset - last.nbytes
+    offset = last.buffer_offset + entry.offset - last.file_offset
+    return last.file == entry.file and 0 <= gap <= _LONGEST_GAP and offset % TENSOR_ALIGNMENT == 0

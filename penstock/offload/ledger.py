@@ -1,26 +1,33 @@
-"""A ledger of bytes under a hard cap: what is not reserved is not allocated."""
+"""Bytes under a hard cap: reserved before they are allocated, given back when they are freed."""
 
 from __future__ import annotations
 
 import threading
 from types import TracebackType
 
-from penstock.errors import LedgerOverflow
+from penstock.errors import LedgerOverflow, UsageError
 from penstock.units import format_bytes
+
+_NAMED_HOLDERS = 4
 
 
 class Reservation:
-    """Bytes held in a ledger until released; a context manager."""
+    """Bytes held in a ledger until released; a context manager.
+
+    Attributes:
+        label: what the bytes are for.
+        nbytes: how many.
+    """
 
     def __init__(self, ledger: ByteLedger, label: str, nbytes: int) -> None:
-        self.label, self.nbytes = label, nbytes
         self._ledger: ByteLedger | None = ledger
+        self.label, self.nbytes = label, nbytes
 
     def release(self) -> None:
-        """Give the bytes back. A second call does nothing."""
+        """Give the bytes back; a second call does nothing."""
         ledger, self._ledger = self._ledger, None
         if ledger is not None:
-            ledger._release(self)
+            ledger._give_back(self.label, self.nbytes)
 
     def __enter__(self) -> Reservation:
         return self
@@ -35,18 +42,24 @@ class Reservation:
 
 
 class ByteLedger:
-    """Counts the bytes of one memory (VRAM or RAM) and refuses to pass its cap.
+    """What one memory holds, by label, never above ``cap_bytes``. Safe to use from any thread.
 
     Args:
-        name: of the memory, for messages.
-        cap_bytes: the most that may be reserved at once.
+        name: of the memory, for messages: ``"VRAM"``, ``"RAM"``.
+        cap_bytes: the ceiling, positive.
     """
 
     def __init__(self, name: str, cap_bytes: int) -> None:
+        if cap_bytes <= 0:
+            raise UsageError(
+                f"the {name} budget must be positive",
+                expected="1 byte or more",
+                found=f"{cap_bytes:,} bytes",
+            )
         self.name, self.cap_bytes = name, cap_bytes
-        self._held: list[Reservation] = []
-        self._used = self._peak = 0
         self._lock = threading.Lock()
+        self._held: dict[str, int] = {}
+        self._used = self._peak = 0
 
     @property
     def used(self) -> int:
@@ -55,51 +68,57 @@ class ByteLedger:
 
     @property
     def peak(self) -> int:
-        """The most bytes that were reserved at once since the last `reset_peak`."""
+        """Most bytes that were reserved at once, since the beginning or the last `reset_peak`."""
         return self._peak
 
+    @property
+    def free(self) -> int:
+        """Bytes that can still be reserved."""
+        return self.cap_bytes - self._used
+
     def reset_peak(self) -> None:
-        """Forget the peak: it is what is reserved now."""
+        """Begin a new peak at what is reserved now."""
         with self._lock:
             self._peak = self._used
 
+    def by_label(self) -> dict[str, int]:
+        """Bytes reserved now, by label, the largest first."""
+        with self._lock:
+            return dict(sorted(self._held.items(), key=lambda item: -item[1]))
+
     def reserve(self, label: str, nbytes: int) -> Reservation:
-        """Reserve ``nbytes`` for ``label``.
+        """Take ``nbytes`` (zero or more) under ``label``.
 
         Raises:
-            LedgerOverflow: they do not fit under the cap; names the largest holders.
+            LedgerOverflow: they would pass the cap; names the need, what is free and the holders.
         """
         if nbytes < 0:
-            raise ValueError(f"cannot reserve {nbytes} bytes")
+            raise UsageError(
+                f"{label}: a reservation cannot be negative",
+                expected="0 bytes or more",
+                found=f"{nbytes:,} bytes",
+            )
         with self._lock:
             if self._used + nbytes > self.cap_bytes:
                 raise self._overflow(label, nbytes)
-            reservation = Reservation(self, label, nbytes)
-            self._held.append(reservation)
             self._used += nbytes
             self._peak = max(self._peak, self._used)
-        return reservation
-
-    def by_label(self) -> dict[str, int]:
-        """Bytes reserved now, by label."""
-        totals: dict[str, int] = {}
-        with self._lock:
-            for held in self._held:
-                totals[held.label] = totals.get(held.label, 0) + held.nbytes
-        return totals
-
-    def _release(self, reservation: Reservation) -> None:
-        with self._lock:
-            self._held.remove(reservation)
-            self._used -= reservation.nbytes
+            self._held[label] = self._held.get(label, 0) + nbytes
+        return Reservation(self, label, nbytes)
 
     def _overflow(self, label: str, nbytes: int) -> LedgerOverflow:
-        largest = sorted(self._held, key=lambda held: -held.nbytes)[:3]
-        holders = ", ".join(f"{held.label} {format_bytes(held.nbytes)}" for held in largest)
-        free = self.cap_bytes - self._used
+        largest = sorted(self._held.items(), key=lambda item: -item[1])[:_NAMED_HOLDERS]
+        holders = ", ".join(f"{name} {format_bytes(held)}" for name, held in largest) or "nothing"
         return LedgerOverflow(
-            f"{self.name}: no room for {label}",
+            f"{label} does not fit into the {self.name} budget of {self.cap_bytes:,} bytes",
             expected=f"{nbytes:,} bytes free",
-            found=f"{free:,} of {self.cap_bytes:,} (held by {holders or 'nobody'})",
-            remedy="The plan promised less than this: please report it with the plan's JSON",
+            found=f"{self.free:,} (held: {holders})",
+            remedy=f"Raise the {self.name} budget, or ask for a smaller video.",
         )
+
+    def _give_back(self, label: str, nbytes: int) -> None:
+        with self._lock:
+            self._used -= nbytes
+            self._held[label] -= nbytes
+            if not self._held[label]:
+                del self._held[label]

@@ -1,30 +1,103 @@
-"""Which block is where, and in which order things happen: a schedule as data.
+"""What is read, copied and computed, in which order, and what waits for what: pure, as data.
 
-Blocks are visited 0..N-1 again and again. Residents stay where they are; the others pass through
-two rings of buffers, slabs in host memory and slots on the device. Every operation names the
-operations it must come after; whoever keeps to that, in one thread or in three, computes the same.
+A network's blocks are visited 0..n-1, again and again (a cycle each). Visits are numbered through:
+visit ``v`` is block ``v % n`` of cycle ``v // n``. There are three queues (read, copy, compute);
+each works through its operations in the order of visits, and an operation begins when those it
+names in ``after`` are finished. How far a queue runs ahead follows from the rings alone: a slab or
+a slot is filled again as soon as its last reader is done, across the end of a cycle too.
+
+LRU would miss every time on such a pattern (the same blocks in the same order), so what stays
+resident is fixed, and spread evenly between what streams.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
 
 from penstock.errors import UsageError
 
 
+class Queue(Enum):
+    """The three resources that work at the same time."""
+
+    READ = "read"
+    COPY = "copy"
+    COMPUTE = "compute"
+
+
+class Ref(NamedTuple):
+    """Names one operation: there is at most one a queue and visit."""
+
+    queue: Queue
+    visit: int
+
+
+@dataclass(frozen=True)
+class Read:
+    """Read ``block`` from disk into ``slab``."""
+
+    visit: int
+    block: int
+    slab: int
+    after: tuple[Ref, ...]
+
+    @property
+    def ref(self) -> Ref:
+        """This operation's name."""
+        return Ref(Queue.READ, self.visit)
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Copy ``block`` from ``slab``, or from its place in host memory (None), into ``slot``."""
+
+    visit: int
+    block: int
+    slab: int | None
+    slot: int
+    after: tuple[Ref, ...]
+
+    @property
+    def ref(self) -> Ref:
+        """This operation's name."""
+        return Ref(Queue.COPY, self.visit)
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Compute with ``block`` in ``slot``, or in its place on the device (None)."""
+
+    visit: int
+    block: int
+    slot: int | None
+    after: tuple[Ref, ...]
+
+    @property
+    def ref(self) -> Ref:
+        """This operation's name."""
+        return Ref(Queue.COMPUTE, self.visit)
+
+
+Op = Read | Copy | Compute
+
+
 @dataclass(frozen=True)
 class Residency:
-    """Where the blocks of a network live.
+    """Which blocks stay where, and how many buffers the others pass through.
 
     Attributes:
-        device_resident: blocks that stay on the device.
-        host_resident: blocks that stay in host memory.
-        device_slots: buffers in the device's ring.
-        host_slabs: buffers in the host's ring.
+        n_blocks: blocks of the network, 1 or more.
+        device_resident: blocks that stay on the device, ascending.
+        host_resident: blocks that stay in host memory and are copied at every visit, ascending.
+        device_slots: ring of buffers on the device: 1 or more if any block is not device-resident;
+            2 let a copy run beside the computation.
+        host_slabs: ring of buffers in host memory: 1 or more if any block is in neither set.
 
     Raises:
-        UsageError: a block is in two places or nowhere, or a ring is missing.
+        UsageError: the sets overlap or name blocks that are not there, or a ring is missing.
     """
 
     n_blocks: int
@@ -34,89 +107,103 @@ class Residency:
     host_slabs: int = 0
 
     def __post_init__(self) -> None:
-        resident = self.device_resident + self.host_resident
-        if len(set(resident)) != len(resident) or not set(resident) <= set(range(self.n_blocks)):
-            raise UsageError(
-                "a block cannot live in two places",
-                expected=f"distinct blocks below {self.n_blocks}",
-                found=str(resident),
-            )
-        streamed = self.n_blocks - len(self.device_resident)
-        from_disk = streamed - len(self.host_resident)
-        for what, count, needed in (
-            ("device slots", self.device_slots, streamed),
-            ("host slabs", self.host_slabs, from_disk),
-        ):
-            if count < min(1, needed):
-                raise UsageError(
-                    f"blocks stream, but there are no {what}",
-                    expected="1 or more",
-                    found=str(count),
-                )
+        _require(self.n_blocks >= 1, "a network has blocks", "1 or more", self.n_blocks)
+        for blocks in (self.device_resident, self.host_resident):
+            legal = list(blocks) == sorted(set(blocks) & set(range(self.n_blocks)))
+            _require(legal, "residents", f"ascending blocks below {self.n_blocks}", blocks)
+        both = sorted(set(self.device_resident) & set(self.host_resident))
+        _require(not both, "residents", "each block in one memory", both)
+        need_slots, need_slabs = int(bool(self.streamed)), int(bool(self.disk_blocks))
+        _require(self.device_slots >= need_slots, "slots", f">= {need_slots}", self.device_slots)
+        _require(self.host_slabs >= need_slabs, "slabs", f">= {need_slabs}", self.host_slabs)
+
+    @property
+    def streamed(self) -> tuple[int, ...]:
+        """Blocks that pass through device slots."""
+        return _without(range(self.n_blocks), self.device_resident)
+
+    @property
+    def disk_blocks(self) -> tuple[int, ...]:
+        """Blocks that are read from disk at every visit."""
+        return _without(self.streamed, self.host_resident)
+
+    @property
+    def longest_wait(self) -> int:
+        """No operation waits for one that is more visits back than this."""
+        return self.n_blocks * max(self.device_slots, self.host_slabs, 1)
+
+
+def _require(holds: bool, what: str, expected: str, found: object) -> None:
+    if not holds:
+        raise UsageError(
+            f"illegal residency: {what}",
+            expected=expected,
+            found=str(found),
+            remedy="Let the planner choose, or correct the numbers.",
+        )
+
+
+def _without(blocks: tuple[int, ...] | range, taken: tuple[int, ...]) -> tuple[int, ...]:
+    gone = set(taken)
+    return tuple(block for block in blocks if block not in gone)
 
 
 def spread(n: int, k: int) -> tuple[int, ...]:
-    """``k`` of the numbers below ``n``, as evenly as can be, so that gaps between them are equal."""
+    """``k`` of the places ``0..n-1``, ascending, with gaps that differ by at most one.
+
+    Raises:
+        UsageError: not 0 <= k <= n.
+    """
+    _require(0 <= k <= n, "spread", f"0 to {n} places", k)
     return tuple((2 * i + 1) * n // (2 * k) for i in range(k))
 
 
-@dataclass(frozen=True)
-class Read:
-    """Read ``block`` from disk into ``slab``, after the copy of visit ``after_copy`` is complete."""
-
-    visit: int
-    block: int
-    slab: int
-    after_copy: int | None
-
-
-@dataclass(frozen=True)
-class Copy:
-    """Copy ``block`` into ``slot``: from ``slab``, after this visit's read (or from the block's
-    place in host memory, where ``slab`` is None), and after the compute of ``after_compute``."""
-
-    visit: int
-    block: int
-    slab: int | None
-    slot: int
-    after_compute: int | None
-
-
-@dataclass(frozen=True)
-class Compute:
-    """Compute with ``block`` in ``slot``, after this visit's copy (resident: ``slot`` is None)."""
-
-    visit: int
-    block: int
-    slot: int | None
-
-
-Op = Read | Copy | Compute
-
-
 def build_schedule(residency: Residency, cycles: int) -> Iterator[Op]:
-    """The operations of ``cycles`` passes over all blocks, in the sequential order.
+    """The operations of ``cycles`` passes over all blocks, lazily.
 
-    A visit is one block in one pass, numbered through all passes; it has at most one operation of
-    each kind. Rings run on from the last block of a pass to the first of the next.
+    The order is a legal order of execution by itself: read, copy, compute, visit by visit.
+
+    Raises:
+        UsageError: no cycle.
     """
-    on_device, in_ram = set(residency.device_resident), set(residency.host_resident)
-    slab_copy: list[int | None] = [None] * residency.host_slabs
-    slot_compute: list[int | None] = [None] * residency.device_slots
-    reads = copies = 0
+    _require(cycles >= 1, "cycles", "1 or more", cycles)
+    return _operations(residency, cycles)
+
+
+def _operations(residency: Residency, cycles: int) -> Iterator[Op]:
+    on_device, in_host = set(residency.device_resident), set(residency.host_resident)
+    slabs = _Ring(residency.host_slabs, Queue.COPY)
+    slots = _Ring(residency.device_slots, Queue.COMPUTE)
     for visit in range(cycles * residency.n_blocks):
         block = visit % residency.n_blocks
         if block in on_device:
-            yield Compute(visit, block, None)
+            yield Compute(visit, block, None, ())
             continue
-        slab = None
-        if block not in in_ram:
-            slab = reads % residency.host_slabs
-            reads += 1
-            yield Read(visit, block, slab, slab_copy[slab])
-            slab_copy[slab] = visit
-        slot = copies % residency.device_slots
-        copies += 1
-        yield Copy(visit, block, slab, slot, slot_compute[slot])
-        slot_compute[slot] = visit
-        yield Compute(visit, block, slot)
+        slab: int | None = None
+        ready: tuple[Ref, ...] = ()
+        if block not in in_host:
+            slab, after = slabs.take(visit)
+            yield Read(visit, block, slab, after)
+            ready = (Ref(Queue.READ, visit),)
+        slot, after = slots.take(visit)
+        yield Copy(visit, block, slab, slot, ready + after)
+        yield Compute(visit, block, slot, (Ref(Queue.COPY, visit),))
+
+
+class _Ring:
+    """Buffers taken in turn, each free again after the ``reader`` operation of its last visit."""
+
+    def __init__(self, size: int, reader: Queue) -> None:
+        self._size, self._reader = size, reader
+        self._visits: list[int] = []
+        self._taken = 0
+
+    def take(self, visit: int) -> tuple[int, tuple[Ref, ...]]:
+        """The next buffer for ``visit``, and what it must wait for."""
+        index = self._taken % self._size
+        self._taken += 1
+        if index == len(self._visits):
+            self._visits.append(visit)
+            return index, ()
+        last, self._visits[index] = self._visits[index], visit
+        return index, (Ref(self._reader, last),)

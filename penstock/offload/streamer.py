@@ -1,62 +1,69 @@
 """Executes a schedule: blocks come from disk and host memory just ahead of the computation.
 
-`Overlapped` has a thread that reads and one that copies; `Sequential` does the same operations one
-after another and is what the other must equal. The only file with threads.
+`_Overlapped` gives each queue a thread (computing is the caller's); `_Sequential` does the same
+operations one after another, and is what the other must equal.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from penstock.errors import UsageError
 from penstock.offload.layout import BlockLayout
 from penstock.offload.ledger import ByteLedger
-from penstock.offload.schedule import Compute, Copy, Read, Residency, build_schedule
-from penstock.offload.tiers import STAGING_BYTES, DeviceTier, DiskTier, HostTier, make_link
+from penstock.offload.mover import Buffers, Carrier, Mover, StreamStats
+from penstock.offload.schedule import (
+    Compute,
+    Copy,
+    Queue,
+    Read,
+    Ref,
+    Residency,
+    build_schedule,
+)
+from penstock.offload.tiers import DeviceTier, DiskTier, HostTier, open_link
+from penstock.units import MIB
+
+__all__ = ["STAGING_BYTES", "BlockStream", "StreamStats", "load_block"]
+
+STAGING_BYTES = 64 * MIB
+"""The most host memory through which weights are read that stay on the device."""
 
 Tensors = dict[str, Tensor]
-
-
-@dataclass
-class StreamStats:
-    """What moved, and who waited for whom.
-
-    Attributes:
-        read_bytes: from disk to host memory. copied_bytes: from there to the device.
-        read_wait_s: reading waited for a free slab.
-        copy_wait_s: copying waited for a read or for a free slot.
-        compute_wait_s: the computation waited for a copy.
-    """
-
-    read_bytes: int = 0
-    copied_bytes: int = 0
-    read_wait_s: float = 0.0
-    copy_wait_s: float = 0.0
-    compute_wait_s: float = 0.0
+_Kind = TypeVar("_Kind", Read, Copy, Compute)
 
 
 class BlockStream:
-    """The blocks of a network, one at a time and in order, on the device.
+    """The blocks of a network, in order, again and again, on the device; a context manager.
+
+    Entering allocates every buffer, loads the residents and begins to read ahead; leaving, at any
+    moment and for any reason, ends all threads and gives every byte back.
 
     Args:
         layouts: one a block.
-        residency: where each lives.
+        residency: where each block lives.
         cycles: passes over all blocks that will be asked for; nothing is fetched beyond the last.
+        device: where tensors are wanted.
         device_ledger, host_ledger: every buffer is reserved there first.
         overlapped: work ahead of the computation; False is the sequential reference.
 
-    Raises (on entry):
-        LedgerOverflow: the residency does not fit the budgets.
-        CheckpointChanged: a file is gone or too short (also while streaming).
+    Attributes:
+        stats: what moved and who waited, so far.
+
+    Raises:
+        UsageError: residency, layouts and cycles do not fit together.
+        LedgerOverflow: (on entry) the buffers do not fit the budgets.
+        CheckpointChanged: (on entry, or while streaming) a file is no longer what it was.
     """
 
     def __init__(
@@ -70,77 +77,100 @@ class BlockStream:
         host_ledger: ByteLedger,
         overlapped: bool = True,
     ) -> None:
+        if len(layouts) != residency.n_blocks:
+            raise UsageError(
+                "every block needs a layout",
+                expected=str(residency.n_blocks),
+                found=str(len(layouts)),
+            )
         self.stats = StreamStats()
-        self._layouts, self._residency = layouts, residency
-        self._host = HostTier(host_ledger, pinned=device.type == "cuda")
+        self._layouts, self._residency = tuple(layouts), residency
+        self._computes = _queue_of(residency, cycles, Compute)
+        self._cycles, self._overlapped = cycles, overlapped
         self._device = DeviceTier(device, device_ledger)
-        self._disk = DiskTier()
-        self._link = make_link(device)
-        self._overlapped = overlapped
-        self._cycles = cycles
+        self._host = HostTier(host_ledger, device)
+        self._loop: _Loop | None = None
         self._stack = ExitStack()
 
     def __enter__(self) -> BlockStream:
         with ExitStack() as stack:
-            self._open(stack)
+            self._loop = self._open(stack)
             self._stack = stack.pop_all()
         return self
 
-    def _open(self, stack: ExitStack) -> None:
-        stack.callback(self._disk.close)
-        places, layouts = self._residency, self._layouts
-        largest = max(layout.nbytes for layout in layouts)
-        self._on_device = {
-            block: stack.enter_context(self._device.buffer("resident block", layouts[block].nbytes))
-            for block in places.device_resident
-        }
-        self._in_ram = {
-            block: stack.enter_context(self._host.buffer("resident block", layouts[block].nbytes))
-            for block in places.host_resident
-        }
-        load_staged(self._disk, self._host, [(layouts[b], t) for b, t in self._on_device.items()])
-        for block, buffer in self._in_ram.items():
-            self._disk.read(layouts[block], buffer)
-        self.stats.read_bytes += sum(
-            layouts[block].nbytes for block in (*places.device_resident, *places.host_resident)
+    def _open(self, stack: ExitStack) -> _Loop:
+        disk = DiskTier()
+        stack.callback(disk.close)
+        buffers = self._allocate(stack)
+        self.stats.pageable_bytes = self._host.pageable_bytes
+        # After the allocation: on CUDA the link begins behind whatever used that memory before.
+        link = open_link(self._device.device, self._residency.longest_wait)
+        stack.callback(link.drain)
+        carrier = Carrier(disk, link, self.stats)
+        self._mover = Mover(self._layouts, self._residency, buffers, carrier)
+        self._load_residents(buffers, carrier)
+        loop = _Overlapped if self._overlapped else _Sequential
+        loop_here: _Loop = loop(self._mover, self._residency, self._cycles)
+        stack.callback(loop_here.close)
+        return loop_here
+
+    def _allocate(self, stack: ExitStack) -> Buffers:
+        places, device, host = self._residency, self._device, self._host
+        resident, streamed, kept, from_disk = (
+            [self._layouts[block].nbytes for block in blocks]
+            for blocks in (
+                places.device_resident,
+                places.streamed,
+                places.host_resident,
+                places.disk_blocks,
+            )
         )
-        self._slots = [
-            stack.enter_context(self._device.buffer("block slot", largest))
-            for _ in range(places.device_slots)
-        ]
-        self._slabs = [
-            stack.enter_context(self._host.buffer("block slab", largest))
-            for _ in range(places.host_slabs)
-        ]
-        loop = Overlapped if self._overlapped else Sequential
-        self._loop = stack.enter_context(loop(self))
+        slots = [max(streamed, default=0)] * places.device_slots
+        slabs = [max(from_disk, default=0)] * places.host_slabs
+        return Buffers(
+            resident=stack.enter_context(device.buffers("resident blocks", resident)),
+            slots=stack.enter_context(device.buffers("block slots", slots)),
+            kept=stack.enter_context(host.buffers("resident blocks", kept)),
+            slabs=stack.enter_context(host.buffers("block slabs", slabs)),
+        )
+
+    def _load_residents(self, buffers: Buffers, carrier: Carrier) -> None:
+        places, layouts = self._residency, self._layouts
+        for block, kept in zip(places.host_resident, buffers.kept, strict=True):
+            carrier.read(layouts[block], kept)
+        largest = max((layouts[block].nbytes for block in places.device_resident), default=0)
+        with ExitStack() as stack:
+            if places.disk_blocks:
+                through = buffers.slabs[0]
+            else:
+                through = stack.enter_context(self._host.staging(largest, STAGING_BYTES))
+            for block, target in zip(places.device_resident, buffers.resident, strict=True):
+                carrier.load(layouts[block], through, target)
 
     def cycle(self) -> Iterator[tuple[int, Tensors]]:
-        """One pass: each block's index and its tensors by name, valid inside the loop's body."""
-        for _ in self._layouts:
-            op, finish = self._loop.next_block()
-            buffer = self._on_device[op.block] if op.slot is None else self._slots[op.slot]
-            try:
-                yield op.block, self._layouts[op.block].views(buffer)
-            finally:
-                finish()
+        """One pass over the blocks: each index with its tensors by local name.
 
-    def ops(self) -> Iterator[Read | Copy | Compute]:
-        """The schedule."""
-        return build_schedule(self._residency, self._cycles)
+        The body of the loop is the computation (on CUDA: issues it, on the stream that was current
+        on entry). The tensors are views of a buffer that is filled again afterwards.
 
-    def read(self, op: Read) -> None:
-        """Do a read."""
-        layout = self._layouts[op.block]
-        self._disk.read(layout, self._slabs[op.slab])
-        self.stats.read_bytes += layout.nbytes
-
-    def copy(self, op: Copy, after: Any) -> Any:
-        """Start a copy; returns the link's token for its end."""
-        layout = self._layouts[op.block]
-        source = self._in_ram[op.block] if op.slab is None else self._slabs[op.slab]
-        self.stats.copied_bytes += layout.nbytes
-        return self._link.copy(self._slots[op.slot], source[: layout.nbytes], after)
+        Raises:
+            UsageError: the stream was opened for fewer passes, or the last one was not finished.
+            CheckpointChanged, OSError, ...: whatever a thread ran into, as itself.
+        """
+        for index in range(self._residency.n_blocks):
+            loop = self._loop
+            if loop is None:
+                raise UsageError("the stream is closed", remedy="Enter it with a with statement.")
+            op = next(self._computes, None)
+            if op is None or op.block != index:
+                raise UsageError(
+                    "the stream has no such pass",
+                    expected=f"at most {self._cycles} passes, each to its end",
+                    found="one more" if op is None else f"a pass that was left at block {op.block}",
+                )
+            loop.bring(op)
+            yield index, self._mover.tensors(op)
+            loop.leave(op)
 
     def __exit__(
         self,
@@ -148,167 +178,8 @@ class BlockStream:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._loop = None
         self._stack.close()
-        self._on_device, self._in_ram, self._slots, self._slabs = {}, {}, [], []
-
-
-Finish = Callable[[], None]
-
-
-class Sequential:
-    """Reads, copies and computes one after another, in the schedule's own order."""
-
-    def __init__(self, stream: BlockStream) -> None:
-        self._stream, self._link = stream, stream._link
-        self._ops = stream.ops()
-
-    def __enter__(self) -> Sequential:
-        return self
-
-    def __exit__(self, *details: object) -> None:
-        pass
-
-    def next_block(self) -> tuple[Compute, Finish]:
-        """Bring the next block; ``finish`` is called after its computation."""
-        for op in self._ops:
-            if isinstance(op, Read):
-                self._stream.read(op)
-            elif isinstance(op, Copy):
-                copied = self._stream.copy(op, self._link.computed())
-                self._link.await_copy(copied)
-                self._link.await_copy_on_host(copied)
-            else:
-                return op, lambda: None
-        raise RuntimeError("more passes were asked for than the stream was opened for")
-
-
-class Overlapped:
-    """A thread reads ahead and another copies ahead, as far as the rings allow.
-
-    Each of the three queues runs in order, so "visit v is done" is one number a queue; whoever
-    depends on a visit waits until the number has reached it.
-    """
-
-    def __init__(self, stream: BlockStream) -> None:
-        self._stream, self._link = stream, stream._link
-        self._changed = threading.Condition()
-        self._read = self._copied = self._computed = -1
-        places = stream._residency
-        self._into_slot: list[Any] = [None] * places.device_slots
-        self._out_of_slab: list[Any] = [None] * places.host_slabs
-        self._last_use: list[Any] = [None] * places.device_slots
-        self._stopped = False
-        self._error: BaseException | None = None
-        self._computes = (op for op in stream.ops() if isinstance(op, Compute))
-
-    def __enter__(self) -> Overlapped:
-        self._threads = [
-            threading.Thread(target=self._guarded, args=(work,), name=f"penstock-{name}")
-            for name, work in (("read", self._read_all), ("copy", self._copy_all))
-        ]
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *details: object) -> None:
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
-        for token in self._into_slot:
-            if token is not None:
-                self._link.await_copy_on_host(token)
-
-    def next_block(self) -> tuple[Compute, Finish]:
-        """Wait for the next block; ``finish`` is called after its computation was asked for."""
-        op = next(self._computes, None)
-        if op is None:
-            raise RuntimeError("more passes were asked for than the stream was opened for")
-        if op.slot is None:
-            return op, lambda: None
-        self._stream.stats.compute_wait_s += self._wait(lambda: self._copied >= op.visit)
-        if self._error is not None and self._copied < op.visit:
-            raise self._error
-        self._link.await_copy(self._into_slot[op.slot])
-        return op, lambda: self._finish(op)
-
-    def _finish(self, op: Compute) -> None:
-        assert op.slot is not None
-        self._last_use[op.slot] = self._link.computed()
-        self._advance("_computed", op.visit)
-
-    def _guarded(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except BaseException as error:  # noqa: BLE001 - raised again in the consumer's thread
-            with self._changed:
-                self._error = self._error or error
-                self._changed.notify_all()
-
-    def _read_all(self) -> None:
-        for op in self._stream.ops():
-            if isinstance(op, Read):
-                self._stream.stats.read_wait_s += self._wait(partial(self._slab_is_free, op))
-                if self._over:
-                    return
-                if op.after_copy is not None:
-                    self._link.await_copy_on_host(self._out_of_slab[op.slab])
-                self._stream.read(op)
-                self._advance("_read", op.visit)
-
-    def _copy_all(self) -> None:
-        for op in self._stream.ops():
-            if isinstance(op, Copy):
-                self._stream.stats.copy_wait_s += self._wait(partial(self._ready_to_copy, op))
-                if self._over:
-                    return
-                copied = self._stream.copy(op, self._last_use[op.slot])
-                self._into_slot[op.slot] = copied
-                if op.slab is not None:
-                    self._out_of_slab[op.slab] = copied
-                self._advance("_copied", op.visit)
-
-    def _slab_is_free(self, op: Read) -> bool:
-        return op.after_copy is None or self._copied >= op.after_copy
-
-    def _ready_to_copy(self, op: Copy) -> bool:
-        was_read = op.slab is None or self._read >= op.visit
-        return was_read and (op.after_compute is None or self._computed >= op.after_compute)
-
-    @property
-    def _over(self) -> bool:
-        return self._stopped or self._error is not None
-
-    def _advance(self, queue: str, visit: int) -> None:
-        with self._changed:
-            setattr(self, queue, visit)
-            self._changed.notify_all()
-
-    def _wait(self, condition: Callable[[], bool]) -> float:
-        with self._changed:
-            if condition() or self._over:
-                return 0.0
-            started = time.perf_counter()
-            self._changed.wait_for(lambda: condition() or self._over)
-            return time.perf_counter() - started
-
-
-def load_staged(
-    disk: DiskTier, host: HostTier, targets: Sequence[tuple[BlockLayout, Tensor]]
-) -> None:
-    """Read each layout into its device buffer, piece by piece through a bounded host buffer."""
-    if not targets:
-        return
-    room = min(STAGING_BYTES, max(layout.nbytes for layout, _ in targets))
-    with host.buffer("staging", room) as staging:
-        for layout, target in targets:
-            for extent in layout.extents:
-                for done in range(0, extent.nbytes, room):
-                    piece = staging[: min(room, extent.nbytes - done)]
-                    disk.read_part(extent, done, piece)
-                    at = extent.buffer_offset + done
-                    target[at : at + piece.numel()].copy_(piece)
 
 
 @contextmanager
@@ -319,16 +190,156 @@ def load_block(
     device_ledger: ByteLedger,
     host_ledger: ByteLedger,
 ) -> Iterator[Tensors]:
-    """Weights that stay on the device for a phase, by name.
+    """Weights that stay on the device, by name, until the context ends. They are read through a
+    host buffer of at most `STAGING_BYTES`, which is gone when the tensors are given.
 
     Raises:
-        LedgerOverflow: they do not fit the budgets; CheckpointChanged: a file changed.
+        LedgerOverflow: they do not fit the budgets.
+        CheckpointChanged: a file is no longer what it was.
     """
-    disk = DiskTier()
-    host = HostTier(host_ledger, pinned=device.type == "cuda")
-    try:
-        with DeviceTier(device, device_ledger).buffer("non-block weights", layout.nbytes) as buffer:
-            load_staged(disk, host, [(layout, buffer)])
-            yield layout.views(buffer)
-    finally:
-        disk.close()
+    with ExitStack() as stack:
+        tier = DeviceTier(device, device_ledger)
+        (buffer,) = stack.enter_context(tier.buffers("non-block weights", [layout.nbytes]))
+        host = HostTier(host_ledger, device)
+        with ExitStack() as loading:
+            disk = DiskTier()
+            loading.callback(disk.close)
+            through = loading.enter_context(host.staging(layout.nbytes, STAGING_BYTES))
+            Carrier(disk, open_link(device, 1), StreamStats()).load(layout, through, buffer)
+        yield layout.views(buffer)
+
+
+class _Loop(Protocol):
+    """Makes sure that a block is there when it is computed with."""
+
+    def bring(self, op: Compute) -> None:
+        """Return when the computation may be issued."""
+
+    def leave(self, op: Compute) -> None:
+        """The computation was issued: its slot may be filled again behind it."""
+
+    def close(self) -> None:
+        """Stop, wherever it is."""
+
+
+class _Sequential:
+    """Reads, copies and computes one after another, in the schedule's own order."""
+
+    def __init__(self, mover: Mover, residency: Residency, cycles: int) -> None:
+        self._mover, self._link = mover, mover.link
+        self._ops = build_schedule(residency, cycles)
+
+    def bring(self, op: Compute) -> None:
+        """Do everything that comes before ``op``."""
+        with self._link.timed(
+            Queue.COMPUTE, partial(self._mover.stats.add_seconds, "compute_wait_s")
+        ):
+            for earlier in self._ops:
+                if isinstance(earlier, Compute):
+                    break
+                self._mover.do(earlier)
+            for ref in op.after:
+                self._link.wait(Queue.COMPUTE, ref)
+
+    def leave(self, op: Compute) -> None:
+        """Mark its end."""
+        self._link.record(op.ref)
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+
+class _Overlapped:
+    """A thread reads ahead and another copies ahead, as far as the rings allow."""
+
+    def __init__(self, mover: Mover, residency: Residency, cycles: int) -> None:
+        self._mover, self._link, self._board = mover, mover.link, _Board()
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="penstock-stream")
+        for ops in (_queue_of(residency, cycles, Read), _queue_of(residency, cycles, Copy)):
+            self._threads.submit(self._work, ops).add_done_callback(self._board.note_end)
+
+    def _work(self, ops: Iterator[Read | Copy]) -> None:
+        stats = self._mover.stats
+        for op in ops:
+            for ref in op.after:
+                waited = self._board.wait(ref)
+                if waited is None:
+                    return
+                stats.add_seconds(_WAITS[op.ref.queue, ref.queue], waited)
+            if self._board.is_stopped:  # the first operations wait for nothing
+                return
+            self._mover.do(op)
+            self._board.mark(op.ref)
+
+    def bring(self, op: Compute) -> None:
+        """Wait until the block's copy is issued, and let the computation follow it."""
+        with self._link.timed(
+            Queue.COMPUTE, partial(self._mover.stats.add_seconds, "compute_wait_s")
+        ):
+            self._board.raise_failure()
+            for ref in op.after:
+                self._board.wait(ref)
+                self._board.raise_failure()
+                self._link.wait(Queue.COMPUTE, ref)
+
+    def leave(self, op: Compute) -> None:
+        """Mark its end, for the device and for the other threads."""
+        self._link.record(op.ref)
+        self._board.mark(op.ref)
+
+    def close(self) -> None:
+        """Let the threads end after what they are at, and wait for them."""
+        self._board.stop()
+        self._threads.shutdown()
+
+
+_WAITS = {
+    (Queue.READ, Queue.COPY): "slab_wait_s",
+    (Queue.COPY, Queue.READ): "disk_wait_s",
+    (Queue.COPY, Queue.COMPUTE): "slot_wait_s",
+}
+
+
+class _Board:
+    """How far each queue has come (it works in the order of visits), and whether all is well."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._last = dict.fromkeys(Queue, -1)
+        self._failure: BaseException | None = None
+        self.is_stopped = False
+
+    def mark(self, ref: Ref) -> None:
+        """``ref`` is issued."""
+        with self._changed:
+            self._last[ref.queue] = ref.visit
+            self._changed.notify_all()
+
+    def wait(self, ref: Ref) -> float | None:
+        """Wait until ``ref`` is issued; seconds, or None if everything was stopped instead."""
+        with self._changed:
+            began = time.perf_counter()
+            self._changed.wait_for(lambda: self.is_stopped or self._last[ref.queue] >= ref.visit)
+            return None if self.is_stopped else time.perf_counter() - began
+
+    def raise_failure(self) -> None:
+        """Raise what ended a thread, if anything did."""
+        if self._failure is not None:
+            raise self._failure
+
+    def note_end(self, thread: Future[None]) -> None:
+        """A thread has ended; if by an exception, so does everything else."""
+        if thread.exception() is not None:
+            with self._changed:
+                self._failure = self._failure or thread.exception()
+            self.stop()
+
+    def stop(self) -> None:
+        """Wake everybody up, to end."""
+        with self._changed:
+            self.is_stopped = True
+            self._changed.notify_all()
+
+
+def _queue_of(residency: Residency, cycles: int, kind: type[_Kind]) -> Iterator[_Kind]:
+    return (op for op in build_schedule(residency, cycles) if isinstance(op, kind))

@@ -1,85 +1,212 @@
-"""Disk, host memory and device: who allocates, who reads, who copies. Bytes are reserved first."""
+"""Disk, host memory and device: what is allocated in each, and how bytes get from one to the next.
+
+Bytes are reserved in a ledger before they are allocated. The device's queues (streams and events on
+CUDA, nothing at all where the device is the CPU) stand behind the `Link` protocol.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import mmap
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from penstock.offload.files import FileReader
+from penstock.offload.files import DIRECT_ALIGNMENT, FileStamp, WeightFile
 from penstock.offload.layout import BlockLayout, Extent
 from penstock.offload.ledger import ByteLedger
-from penstock.units import MIB, align_up
+from penstock.offload.schedule import Queue, Ref
+from penstock.units import MIB
 
-STAGING_BYTES = 64 * MIB
-"""The most host memory through which weights are read that go to the device once and stay."""
+PIECE_BYTES = 8 * MIB
+"""One read request."""
+
+_cuda: Any = torch.cuda  # untyped in torch
+
+READS_IN_FLIGHT = 4
+"""Read requests at a time: one does not fill an NVMe disk's queue."""
+
+
+class BytesRead(NamedTuple):
+    """Bytes that a read has moved, and how many of them directly."""
+
+    nbytes: int
+    direct_bytes: int
 
 
 class DiskTier:
-    """Reads blocks from their files into host memory."""
+    """Reads blocks into host memory, in pieces, several in flight: directly where a block's place
+    in its file and in the buffer allow it (whole pages), else through the page cache, which is told
+    to forget what was read."""
 
     def __init__(self) -> None:
-        self._reader = FileReader()
+        self._files: dict[Path, WeightFile] = {}
+        self._stack = ExitStack()
+        self._pool: ThreadPoolExecutor | None = None
 
-    def read(self, layout: BlockLayout, slab: Tensor) -> None:
-        """Fill ``slab`` with the block.
+    def read(
+        self, layout: BlockLayout, target: memoryview, start: int = 0, stop: int | None = None
+    ) -> BytesRead:
+        """Fill ``target`` (it begins on a page, as do ``start`` and `HostBuffer.view`) with bytes
+        ``start`` to ``stop`` (default: the end) of the block.
+
+        Not to be called from two threads at once.
 
         Raises:
-            CheckpointChanged: a file is gone or too short.
+            CheckpointChanged: a file is shorter or newer than when its header was read.
+            CheckpointError: a file cannot be read.
         """
-        for extent in layout.extents:
-            place = slab[extent.buffer_offset : extent.buffer_offset + extent.nbytes]
-            self._reader.read_into(extent.file, extent.file_offset, place)
+        stop = layout.nbytes if stop is None else stop
+        pieces = [
+            (self._file(piece.file, layout.stamps[piece.file]), piece)
+            for extent in layout.extents
+            for piece in _pieces(extent, start, stop)
+        ]
+        direct_bytes = self._run([_job(file, piece, target, start) for file, piece in pieces])
+        for file in {file for file, _ in pieces}:
+            file.check_unchanged()
+        return BytesRead(sum(piece.nbytes for _, piece in pieces), direct_bytes)
 
-    def read_part(self, extent: Extent, done: int, piece: Tensor) -> None:
-        """Fill ``piece`` with bytes of ``extent`` from its byte ``done`` on."""
-        self._reader.read_into(extent.file, extent.file_offset + done, piece)
+    def _run(self, jobs: Sequence[Callable[[], int]]) -> int:
+        if len(jobs) <= 1:
+            return sum(job() for job in jobs)
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(READS_IN_FLIGHT, thread_name_prefix="penstock-disk")
+            self._stack.callback(self._pool.shutdown)
+        futures = [self._pool.submit(job) for job in jobs]
+        # No piece may still be written to when an error lets the buffer go.
+        wait(futures)
+        return sum(future.result() for future in futures)
+
+    def _file(self, path: Path, stamp: FileStamp | None) -> WeightFile:
+        if path not in self._files:
+            file = self._stack.enter_context(WeightFile(path, stamp, direct=True))
+            self._files[path] = file
+        return self._files[path]
 
     def close(self) -> None:
-        """Close the files."""
-        self._reader.close()
+        """Close files and end threads."""
+        self._files.clear()
+        self._pool = None
+        self._stack.close()
+
+
+def _pieces(extent: Extent, start: int, stop: int) -> Iterator[Extent]:
+    """The part of ``extent`` that lies in ``start`` to ``stop`` of the buffer, in pieces."""
+    first = max(extent.buffer_offset, start)
+    last = min(extent.buffer_offset + extent.nbytes, stop)
+    for position in range(first, last, PIECE_BYTES):
+        file_offset = extent.file_offset + position - extent.buffer_offset
+        yield Extent(extent.file, file_offset, min(PIECE_BYTES, last - position), position)
+
+
+def _job(file: WeightFile, piece: Extent, target: memoryview, start: int) -> Callable[[], int]:
+    """The read of ``piece`` into ``target``, which is on a page and at ``start`` of the block."""
+    position = piece.buffer_offset - start
+    view = target[position : position + piece.nbytes]
+    on_page = position % DIRECT_ALIGNMENT == 0
+    return partial(file.read_into, view, piece.file_offset, on_page=on_page)
+
+
+@dataclass(frozen=True)
+class HostBuffer:
+    """Page-aligned host memory: ``view`` for reads, ``tensor`` (uint8, 1-D) for copies."""
+
+    view: memoryview
+    tensor: Tensor
+    is_pinned: bool
 
 
 class HostTier:
-    """Page-aligned buffers in host memory, registered with the driver where there is one.
+    """Buffers in host memory, exactly as large as they say.
 
-    torch's own pinned allocator rounds up to powers of two; these take what they say, rounded to
-    a page.
+    torch's pinned allocator rounds up to powers of two; these are anonymous mappings, registered
+    with the CUDA driver one by one. What it refuses stays pageable: copies from there are slower.
 
     Args:
-        ledger: every buffer is reserved in it first.
-        pinned: register buffers with CUDA, so that copies run at the link's speed and alongside.
+        ledger: of host memory; every buffer is reserved in it first.
+        device: where the bytes go next.
+
+    Attributes:
+        pageable_bytes: buffers that the driver refused to pin.
     """
 
-    def __init__(self, ledger: ByteLedger, *, pinned: bool) -> None:
-        self._ledger, self._pinned = ledger, pinned
-        self.pageable_buffers = 0
+    def __init__(self, ledger: ByteLedger, device: torch.device) -> None:
+        self._ledger, self._device = ledger, device
+        self.pageable_bytes = 0
 
     @contextmanager
-    def buffer(self, label: str, nbytes: int) -> Iterator[Tensor]:
-        """A uint8 buffer of ``nbytes``.
+    def buffers(self, label: str, sizes: Sequence[int]) -> Iterator[list[HostBuffer]]:
+        """Buffers of ``sizes`` bytes (multiples of the page size), until the context ends.
 
         Raises:
-            LedgerOverflow: the budget does not hold it.
+            LedgerOverflow: the budget does not hold them.
         """
-        with self._ledger.reserve(label, nbytes), ExitStack() as registered:
-            memory = mmap.mmap(-1, align_up(max(nbytes, 1), mmap.PAGESIZE))
-            whole = torch.frombuffer(memory, dtype=torch.uint8)
-            if self._pinned and not self._register(whole, registered):
-                self.pageable_buffers += 1
-            yield whole[:nbytes]
+        with self._ledger.reserve(label, sum(sizes)), ExitStack() as pins:
+            made = [self._allocate(size, pins) for size in sizes]
+            try:
+                yield made
+            finally:
+                made.clear()
 
-    def _register(self, whole: Tensor, registered: ExitStack) -> bool:
-        runtime: Any = torch.cuda.cudart()
-        status = runtime.cudaHostRegister(whole.data_ptr(), whole.numel(), 0)
-        if int(status) != 0:
+    @contextmanager
+    def staging(self, nbytes: int, most_bytes: int) -> Iterator[HostBuffer]:
+        """A buffer to bring ``nbytes`` through: at most ``most_bytes``, smaller where little is
+        left of the budget, but a page at least.
+
+        Raises:
+            LedgerOverflow: not even a page is left.
+        """
+        room = self._ledger.free - self._ledger.free % DIRECT_ALIGNMENT
+        size = max(min(nbytes, most_bytes, room), DIRECT_ALIGNMENT)
+        with self.buffers("staging", [size]) as (buffer,):
+            yield buffer
+
+    def _allocate(self, nbytes: int, pins: ExitStack) -> HostBuffer:
+        memory = _anonymous(max(nbytes, 1))
+        with torch.inference_mode(False):
+            tensor = torch.frombuffer(memory, dtype=torch.uint8)[:nbytes]
+        pinned = self._device.type == "cuda" and self._pin(tensor, pins)
+        if self._device.type == "cuda" and not pinned:
+            self.pageable_bytes += nbytes
+        return HostBuffer(memoryview(memory)[:nbytes], tensor, pinned)
+
+    def _pin(self, tensor: Tensor, pins: ExitStack) -> bool:
+        runtime = _cuda.cudart()
+        if int(runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)) != 0:
+            _forget_cuda_error(self._device)
             return False
-        registered.callback(runtime.cudaHostUnregister, whole.data_ptr())
+        pins.callback(runtime.cudaHostUnregister, tensor.data_ptr())
         return True
+
+
+def _anonymous(nbytes: int) -> mmap.mmap:
+    if os.name != "posix":
+        return mmap.mmap(-1, nbytes)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        # Fewer pages to pin and to hand to the disk; a kernel built without them says EINVAL.
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def _forget_cuda_error(device: torch.device) -> None:
+    """A refused registration stays the runtime's last error, and the next kernel launch, which did
+    nothing wrong, would report it: let one that does not matter take it."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device=device)
 
 
 class DeviceTier:
@@ -87,85 +214,168 @@ class DeviceTier:
 
     Args:
         device: where.
-        ledger: every buffer is reserved in it first.
+        ledger: of its memory; every buffer is reserved in it first.
     """
 
     def __init__(self, device: torch.device, ledger: ByteLedger) -> None:
         self.device, self._ledger = device, ledger
 
     @contextmanager
-    def buffer(self, label: str, nbytes: int) -> Iterator[Tensor]:
-        """A uint8 buffer of ``nbytes``.
+    def buffers(self, label: str, sizes: Sequence[int]) -> Iterator[list[Tensor]]:
+        """Buffers of ``sizes`` bytes (multiples of the page size; uint8, 1-D), until the context
+        ends. They are cut from one allocation: an allocator rounds up once, not every time.
 
         Raises:
-            LedgerOverflow: the budget does not hold it.
+            LedgerOverflow: the budget does not hold them.
         """
-        with self._ledger.reserve(label, nbytes):
-            yield torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        with self._ledger.reserve(label, sum(sizes)):
+            with torch.inference_mode(False):
+                whole = torch.empty(sum(sizes), dtype=torch.uint8, device=self.device)
+            ends = list(accumulate(sizes))
+            made = [whole[end - size : end] for size, end in zip(sizes, ends, strict=True)]
+            del whole
+            try:
+                yield made
+            finally:
+                made.clear()
 
 
 class Link(Protocol):
-    """How bytes get from host memory to the device, and how a copy and a computation wait for each
-    other. A token stands for a moment in one of the two queues."""
+    """How the read, copy and compute queues wait for each other on the device's side.
 
-    def copy(self, slot: Tensor, slab: Tensor, after: Any) -> Any:
-        """Start the copy once the computation has passed ``after``; a token for its end."""
+    The streamer calls ``wait`` for each operation that the next one comes after, starts that one,
+    and calls ``record`` when it has been issued. An operation is only waited for after its
+    ``record`` has returned; each queue has one thread.
+    """
 
-    def await_copy(self, copied: Any) -> None:
-        """Let the computation go on only when the copy is complete; the host does not wait."""
+    def wait(self, queue: Queue, ref: Ref) -> None:
+        """Let ``queue`` go on only when ``ref`` is finished."""
 
-    def computed(self) -> Any:
-        """A token for the end of all computation that was asked for so far."""
+    def record(self, ref: Ref) -> None:
+        """Operation ``ref`` was issued last in its queue."""
 
-    def await_copy_on_host(self, copied: Any) -> None:
-        """Wait here until the copy is complete: its source is about to be overwritten."""
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Issue a copy from host memory to the device in the copy queue."""
+
+    def timed(self, queue: Queue, add: Callable[[float], None]) -> AbstractContextManager[None]:
+        """Give ``add`` the seconds that ``queue`` takes for what is issued inside, once known."""
+
+    def drain(self) -> None:
+        """Return when all that was issued is finished."""
 
 
 class CpuLink:
-    """The device is host memory under a cap: a copy is complete when the call returns."""
+    """The device is host memory under a cap: what is issued is finished when the call returns."""
 
-    def copy(self, slot: Tensor, slab: Tensor, after: Any) -> None:
-        """Copy now."""
-        slot[: slab.numel()].copy_(slab)
-
-    def await_copy(self, copied: Any) -> None:
-        """Nothing to wait for."""
-
-    def computed(self) -> None:
+    def wait(self, queue: Queue, ref: Ref) -> None:
         """Nothing is outstanding."""
 
-    def await_copy_on_host(self, copied: Any) -> None:
-        """Nothing to wait for."""
+    def record(self, ref: Ref) -> None:
+        """Nothing to mark."""
+
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Copy now."""
+        target.copy_(source)
+
+    @contextmanager
+    def timed(self, queue: Queue, add: Callable[[float], None]) -> Iterator[None]:
+        """By the clock of the calling thread."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            add(time.perf_counter() - started)
+
+    def drain(self) -> None:
+        """Nothing is outstanding."""
 
 
 class CudaLink:
-    """A copy stream beside the compute stream, and events between them."""
+    """A copy stream beside the compute stream, with events both ways; the host waits only where a
+    slab is to be read into again (in the reading thread).
 
-    def __init__(self, device: torch.device) -> None:
-        self._compute = torch.cuda.current_stream(device)
-        self._copy = torch.cuda.Stream(device)
+    Args:
+        device: a CUDA device; its current stream, now, is the compute stream.
+        longest_wait: no operation waits for one that is more visits back.
+    """
 
-    def copy(self, slot: Tensor, slab: Tensor, after: torch.cuda.Event | None) -> torch.cuda.Event:
-        """Enqueue the copy behind ``after``."""
-        if after is not None:
-            self._copy.wait_event(after)
-        with torch.cuda.stream(self._copy):
-            slot[: slab.numel()].copy_(slab, non_blocking=True)
-        return self._copy.record_event()
+    def __init__(self, device: torch.device, longest_wait: int) -> None:
+        self._compute = _cuda.current_stream(device)
+        self._copy = _cuda.Stream(device)
+        # The buffers may lie where earlier kernels of the compute stream are still at work.
+        self._copy.wait_stream(self._compute)
+        self._longest_wait = longest_wait
+        self._events: dict[Ref, Any] = {}
+        self._spans: dict[Queue, deque[_Span]] = {Queue.COPY: deque(), Queue.COMPUTE: deque()}
 
-    def await_copy(self, copied: torch.cuda.Event) -> None:
-        """The compute stream waits."""
-        self._compute.wait_event(copied)
+    def wait(self, queue: Queue, ref: Ref) -> None:
+        """The stream of ``queue`` waits; for reads, the calling thread. A read that is waited for
+        is finished already: its thread recorded it at its end."""
+        if ref.queue is Queue.READ:
+            return
+        event = self._events[ref]
+        if queue is Queue.READ:
+            event.synchronize()
+        else:
+            self._stream(queue).wait_event(event)
 
-    def computed(self) -> torch.cuda.Event:
-        """An event at the end of the compute stream."""
-        return self._compute.record_event()
+    def record(self, ref: Ref) -> None:
+        """An event in the stream of the operation."""
+        if ref.queue is Queue.READ:
+            return
+        event = _cuda.Event(blocking=True)
+        event.record(self._stream(ref.queue))
+        self._events[ref] = event
+        if ref.queue is Queue.COMPUTE:
+            done = ref.visit - self._longest_wait - 1
+            self._events.pop(Ref(Queue.COPY, done), None)
+            self._events.pop(Ref(Queue.COMPUTE, done), None)
 
-    def await_copy_on_host(self, copied: torch.cuda.Event) -> None:
-        """The calling thread waits."""
-        copied.synchronize()
+    def copy(self, target: Tensor, source: Tensor) -> None:
+        """Issue a copy that the host does not wait for."""
+        with _cuda.stream(self._copy):
+            target.copy_(source, non_blocking=True)
+
+    @contextmanager
+    def timed(self, queue: Queue, add: Callable[[float], None]) -> Iterator[None]:
+        """By events in the queue's stream; ``add`` is called when the device has passed them."""
+        spans, stream = self._spans[queue], self._stream(queue)
+        while spans and spans[0].is_known():
+            spans.popleft().settle()
+        start = _cuda.Event(enable_timing=True)
+        start.record(stream)
+        yield
+        stop = _cuda.Event(enable_timing=True)
+        stop.record(stream)
+        spans.append(_Span(start, stop, add))
+
+    def drain(self) -> None:
+        """Wait for both streams, and settle what was timed."""
+        self._copy.synchronize()
+        self._compute.synchronize()
+        for spans in self._spans.values():
+            while spans:
+                spans.popleft().settle()
+
+    def _stream(self, queue: Queue) -> Any:
+        return self._copy if queue is Queue.COPY else self._compute
 
 
-def make_link(device: torch.device) -> Link:
+@dataclass(frozen=True)
+class _Span:
+    """Two events of a stream, and who wants to know the seconds between them."""
+
+    start: Any
+    stop: Any
+    add: Callable[[float], None]
+
+    def is_known(self) -> bool:
+        return bool(self.stop.query())
+
+    def settle(self) -> None:
+        self.add(self.start.elapsed_time(self.stop) / 1000)
+
+
+def open_link(device: torch.device, longest_wait: int) -> Link:
     """The link to ``device``."""
-    return CudaLink(device) if device.type == "cuda" else CpuLink()
+    return CudaLink(device, longest_wait) if device.type == "cuda" else CpuLink()

@@ -12,11 +12,10 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from io import BufferedReader
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import IO, Any
 
 from penstock.errors import HeaderError
 from penstock.offload.checkpoint import TensorEntry
@@ -144,13 +143,15 @@ def read_gguf(path: Path) -> GgufHeader:
         infos = [_tensor_info(cursor) for _ in range(tensor_count)]
         start = align_up(cursor.position, _alignment(cursor, metadata))
     entries = _entries(cursor, infos, start, metadata)
-    return GgufHeader(path, version, MappingProxyType(metadata), MappingProxyType(entries), cursor.stamp)
+    return GgufHeader(
+        path, version, MappingProxyType(metadata), MappingProxyType(entries), cursor.stamp
+    )
 
 
 class _Cursor:
     """Reads forward through the header and never past the file or the header's limit."""
 
-    def __init__(self, file: BufferedReader, path: Path) -> None:
+    def __init__(self, file: IO[bytes], path: Path) -> None:
         self.stamp = FileStamp.of(os.fstat(file.fileno()))
         self.path, self.size, self.position = path, self.stamp.size, 0
         self._file, self._end = file, min(self.size, MAX_HEADER_BYTES)
@@ -179,7 +180,7 @@ class _Cursor:
         return struct.unpack("<" + layout, self.take(struct.calcsize("<" + layout), what))
 
     def counts(self, layout: str, item_bytes: tuple[int, ...]) -> tuple[int, ...]:
-        """Numbers of items, each item at least so many bytes long: no more than the file can hold."""
+        """Numbers of items, each at least so many bytes long: no more than the file can hold."""
         values = self.unpack(layout, "a count")
         for value, least in zip(values, item_bytes, strict=True):
             self._room(value * least, f"{value:,} items")

@@ -32,7 +32,9 @@ def diffusers_peaks(fake: FakeVae, latent: tuple[int, int, int]) -> dict[str, in
     frames = 1 + 4 * (STEADY_LATENTS - 1)
 
     def decode(vae: Any) -> Any:
-        return vae.decode(torch.empty(1, 16, STEADY_LATENTS, height, width, dtype=fake.dtype)).sample
+        return vae.decode(
+            torch.empty(1, 16, STEADY_LATENTS, height, width, dtype=fake.dtype)
+        ).sample
 
     def encode(vae: Any) -> Any:
         clip = torch.empty(1, 3, frames, 8 * height, 8 * width, dtype=fake.dtype)

@@ -44,14 +44,22 @@ Device = Annotated[str, typer.Option(help="auto, cuda or cpu.")]
 Force = Annotated[bool, typer.Option(help="Replace an existing output.")]
 
 
-@app.callback()
-def main_options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
-    """Runs video models far larger than the card, inside a byte budget you choose."""
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         print(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Runs video models far larger than the card, inside a byte budget you choose."""
 
 
 @app.command()

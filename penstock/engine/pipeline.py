@@ -6,7 +6,6 @@ states, image states, condition, latents) pass from one to the next.
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Iterator, Sequence

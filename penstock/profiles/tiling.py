@@ -19,7 +19,7 @@ RADIUS = 1
 
 QUERY_CHUNK = 512
 """Queries attended at once in the mid block. Its one head of 384 is too wide for flash attention;
-the kernel that stores its scores then stores ``QUERY_CHUNK`` x latents of them, not latents squared.
+the kernel that stores its scores then stores ``QUERY_CHUNK`` x latents, not latents squared.
 """
 
 

@@ -101,14 +101,15 @@ def to_uint8(pixels: Tensor) -> Tensor:
 
 
 def _temporal_factor(decoder: Any) -> int:
-    return 1 << sum(decoder.temperal_upsample)
+    return 1 << int(sum(decoder.temperal_upsample))
 
 
 def _whole_frames(vae: Any, latents: Tensor) -> Iterator[Tensor]:
     """Features (1, c, 1, h, w) of each latent frame after the first up block's residual blocks."""
     past: Past = {}
     window, decoder = Window.whole(*latents.shape[-2:]), vae.decoder
-    frames = map(partial(pointwise, vae.post_quant_conv), latents.split(1, dim=2))
+    single: Iterator[Tensor] = (latents[:, :, at : at + 1] for at in range(latents.shape[2]))
+    frames: Iterator[Tensor] = map(partial(pointwise, vae.post_quant_conv), single)
     frames = map(partial(causal_conv, decoder.conv_in, past), frames)
     frames = middle(decoder.mid_block, past, window, frames)
     return residuals(decoder.up_blocks[0].resnets, past, window, frames)

@@ -2,8 +2,8 @@
 
 The way down to the last downsampler runs tile by tile, and within a tile frame by frame; its
 features, of latent size, are assembled. What attends across the frame (the mid block), and the
-residual blocks before it, then run on whole latent frames. The pixels are asked for crop by crop, so
-that the clip never exists as a whole.
+residual blocks before it, then run on whole latent frames. The pixels are asked for crop by crop:
+the clip never exists as a whole.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _tile_frames(encoder: Any, frames: Iterator[Tensor], tile: EncodeTile) -> It
             frames = map(partial(residual, next(layers), past, windows[at : at + 3]), frames)
             at += 2
         downsampler = next(layers)
-        frames = map(partial(_halved_size, downsampler, *windows[-2:]), frames)
+        frames = map(partial(_halved_size, downsampler, windows[-2], windows[-1]), frames)
         frames = _halved_rate(downsampler, frames)
     return frames
 

@@ -191,7 +191,7 @@ def denoise_flops(
 
 
 def context_flops(spec: TransformerSpec, case: DenoiseCase) -> int:
-    """Arithmetic of the phase before denoising: embedders, time embedding and cross-attention K/V."""
+    """Arithmetic before denoising: embedders, time embedding and cross-attention K/V."""
     d, image_dim = spec.inner_dim, spec.image_dim or 0
     texts = case.branches * case.text_tokens
     blocks = spec.num_layers * (texts + case.image_tokens) * 2 * d * d

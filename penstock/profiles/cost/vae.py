@@ -141,7 +141,7 @@ class _Walk:
     """One pass through layers, frame by frame: what is alive at the worst moment.
 
     ``past`` is what causal layers remember, ``waiting`` what other frames on their way hold, and
-    ``working`` the most that one layer needs besides. ``frame`` is the storage of the frame in hand.
+    ``working`` the most that one layer needs besides. ``frame`` is the storage of the one in hand.
     """
 
     def __init__(self, itemsize: int, frames: int, cached: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -47,15 +47,23 @@ class FakeVae:
     def measured(self):
         """A meter that counts all but the weights, with the attention that stores its scores."""
         weights = list(self.vae.parameters())
-        with self.mode, StorageMeter(weights) as meter, torch.no_grad():
-            with sdpa_kernel(SDPBackend.MATH):
-                yield meter
+        attention = sdpa_kernel(SDPBackend.MATH)
+        with self.mode, StorageMeter(weights) as meter, torch.no_grad(), attention:
+            yield meter
 
     def decode_peak(self, latent: tuple[int, int, int], grid: TileGrid) -> int:
-        """Peak of a decoding: all latent frames whole, then the largest tile until it is steady."""
+        """Peak of a decoding: the last whole latent frames, then the largest tile, until steady."""
         with self.measured() as meter:
             latents = torch.empty(1, self.vae.config.z_dim, *latent, dtype=self.dtype)
-            features = list(vae_decode._whole_frames(self.vae, latents))
+            features = _blank(
+                self.vae.decoder.dim * self.vae.decoder.dim_mult[-1],
+                latent,
+                self.dtype,
+                STEADY_LATENTS,
+            )
+            for feature in vae_decode._whole_frames(self.vae, latents[:, :, :STEADY_LATENTS]):
+                features.append(feature)
+            del feature
             tiles = decode_tiles(levels_of(self.vae), grid, *latent[1:])
             tile = max(tiles, key=lambda tile: _area(tile.levels[-1][0]))
             frames = vae_decode._tile_frames(self.vae.decoder, features, tile)
@@ -64,14 +72,12 @@ class FakeVae:
             return meter.peak
 
     def encode_peak(self, latent: tuple[int, int, int], grid: TileGrid) -> int:
-        """Peak of an encoding: the largest tile until it is steady, then all whole frames."""
+        """Peak of an encoding: the largest tile, then the first whole frames, until steady."""
         frames, height, width = latent
         with self.measured() as meter:
             picture = torch.empty(3, 8 * height, 8 * width, dtype=self.dtype)
             channels = self.vae.encoder.dim * self.vae.encoder.dim_mult[-2]
-            features = [
-                torch.empty(1, channels, 1, height, width, dtype=self.dtype) for _ in range(frames)
-            ]
+            features = _blank(channels, latent, self.dtype, 0)
             tiles = encode_tiles(levels_of(self.vae), grid, height, width)
             tile = max(tiles, key=lambda tile: _area(tile.pixels))
             source = vae_encode.first_frame_then_zeros(picture)
@@ -80,7 +86,8 @@ class FakeVae:
                 vae_encode._tile_frames(self.vae.encoder, clip, tile), STEADY_LATENTS + 1
             ):
                 del feature
-            vae_encode._whole_frames(self.vae, features, lambda: None)
+            with suppress(_Steady):
+                vae_encode._whole_frames(self.vae, features, _stop_when_steady())
             return meter.peak
 
     def peak_of(self, work: Callable[[Any], Tensor]) -> int:
@@ -88,6 +95,28 @@ class FakeVae:
         with self.measured() as meter:
             work(self.vae)
             return meter.peak
+
+
+class _Steady(Exception):  # noqa: N818
+    """Nothing new happens from here on."""
+
+
+def _stop_when_steady() -> Callable[[], None]:
+    seen = iter(range(STEADY_LATENTS))
+
+    def should_stop() -> None:
+        if next(seen, None) is None:
+            raise _Steady
+
+    return should_stop
+
+
+def _blank(
+    channels: int, latent: tuple[int, int, int], dtype: torch.dtype, fewer: int
+) -> list[Tensor]:
+    """Features of latent frames, made outside the layers under test."""
+    frames, height, width = latent
+    return [torch.empty(1, channels, 1, height, width, dtype=dtype) for _ in range(frames - fewer)]
 
 
 def _area(window: Any) -> int:

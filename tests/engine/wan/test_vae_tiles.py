@@ -204,7 +204,7 @@ def test_encoding_breaks_with_a_halo_one_short(monkeypatch, blocks, level, axis,
 
 
 def _cropping(run):
-    """Crops between levels, which exact tiles never need: what a level makes is what the next reads."""
+    """Crops between levels; exact tiles never need it, a level makes what the next one reads."""
 
     def tile_frames(encoder, frames, tile):
         halved = vae_encode._halved_size

@@ -21,11 +21,12 @@ from tests.meter import StorageMeter
 
 NONE = Weights(0, (), 2)
 WAN = VaeSpec(NONE, NONE, 96, 16, (1, 2, 4, 4), 2, (False, True, True))
+BACKENDS = [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]
 
 
 @st.composite
 def cases(draw):
-    depth = draw(st.sampled_from([2, 3, 4]))
+    depth = draw(st.sampled_from([4, 3, 2]))
     spec = VaeSpec(
         NONE,
         NONE,
@@ -35,11 +36,12 @@ def cases(draw):
         draw(st.sampled_from([1, 2])),
         tuple(draw(st.lists(st.booleans(), min_size=depth - 1, max_size=depth - 1))),
     )
-    latent = draw(st.integers(1, 3)), draw(st.integers(2, 7)), draw(st.integers(2, 7))
+    latent = draw(st.integers(1, 3)), draw(st.integers(2, 4)), draw(st.integers(2, 4))
     grid = TileGrid(
-        draw(st.integers(1, min(3, latent[1]))), draw(st.integers(1, min(2, latent[2])))
+        draw(st.integers(1, min(2, latent[1]))), draw(st.integers(1, min(2, latent[2])))
     )
-    return spec, latent, grid, draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    return spec, latent, grid, dtype, draw(st.sampled_from(BACKENDS))
 
 
 def vae_of(spec: VaeSpec, dtype: torch.dtype):
@@ -65,11 +67,10 @@ def run_encode(vae, spec: VaeSpec, latent, grid: TileGrid, dtype: torch.dtype) -
     encode_tiled(vae, first_frame_then_zeros(picture), (frames, *size), grid)
 
 
-@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
 @settings(max_examples=8, deadline=None)
 @given(case=cases())
-def test_measured_bytes_never_pass_the_prediction(backend, case) -> None:
-    spec, latent, grid, dtype = case
+def test_measured_bytes_never_pass_the_prediction(case) -> None:
+    spec, latent, grid, dtype, backend = case
     vae, itemsize = vae_of(spec, dtype), torch.empty(0, dtype=dtype).itemsize
     for run, predict in ((run_decode, decode_bytes), (run_encode, encode_bytes)):
         with StorageMeter(vae.parameters()) as meter, sdpa_kernel(backend):
@@ -80,7 +81,7 @@ def test_measured_bytes_never_pass_the_prediction(backend, case) -> None:
 @settings(max_examples=6, deadline=None)
 @given(case=cases())
 def test_flops_are_those_of_the_operations(case) -> None:
-    spec, latent, grid, _ = case
+    spec, latent, grid, *_ = case
     vae = vae_of(spec, torch.float32)
     for run, predict in ((run_decode, decode_flops), (run_encode, encode_flops)):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -120,8 +121,17 @@ def test_tile_overhead_at_720p() -> None:
     assert overhead[2, 2] < 1.08 and overhead[4, 1] < 1.16 and overhead[4, 4] < 1.27
 
 
-def test_predictions_are_instant() -> None:
-    started = time.process_time()
-    decode_bytes(WAN, (21, 90, 160), TileGrid(4, 4), 2)
-    encode_bytes(WAN, (21, 90, 160), TileGrid(4, 4), 2)
-    assert time.process_time() - started < 0.05
+@pytest.mark.parametrize("predict", [decode_bytes, encode_bytes])
+def test_whole_frames_decide_where_tiles_are_small(predict) -> None:
+    peaks = {predict(WAN, (21, 90, 160), TileGrid(side, side), 2).device_bytes for side in (8, 9)}
+    assert len(peaks) == 1
+
+
+@pytest.mark.parametrize("predict", [decode_bytes, encode_bytes])
+def test_predictions_are_instant(predict) -> None:
+    seconds = []
+    for _ in range(3):
+        started = time.process_time()
+        predict(WAN, (21, 90, 160), TileGrid(4, 4), 2)
+        seconds.append(time.process_time() - started)
+    assert min(seconds) < 0.05

@@ -119,10 +119,9 @@ def _vae_table(stages: int = 4, res_blocks: int = 2) -> dict[str, str]:
         table |= {f"{half}.conv1": f"{half}.conv_in", f"{half}.head.0": f"{half}.norm_out"}
         table |= {f"{half}.head.2": f"{half}.conv_out"}
         table |= {f"{half}.middle.1": f"{half}.mid_block.attentions.0"}
-        for old, new in ((0, 0), (2, 1)):
-            table |= _attention(
-                f"{half}.middle.{old}", f"{half}.mid_block.resnets.{new}", _RESIDUAL
-            )
+        for theirs, ours in ((0, 0), (2, 1)):
+            name = f"{half}.mid_block.resnets.{ours}"
+            table |= _attention(f"{half}.middle.{theirs}", name, _RESIDUAL)
     for place in range(stages * (res_blocks + 1) - 1):
         old, new = f"encoder.downsamples.{place}", f"encoder.down_blocks.{place}"
         table |= _attention(old, new, _RESIDUAL | _same("resample", "time_conv"))

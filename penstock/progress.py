@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from penstock.engine.events import Event, Notice, PhaseEnded, PhaseStarted
+from penstock.engine.events import Event, Notice, PhaseEnded, PhaseStarted, Replanned
 from penstock.engine.events import Progress as Advance
 from penstock.engine.report import PhaseReport, RunReport
 from penstock.profiles.plan import Plan
@@ -39,7 +39,7 @@ class Display:
 
     def show(self, event: Event) -> None:
         """Show one event."""
-        if isinstance(event, Notice):
+        if isinstance(event, Notice | Replanned):
             self._console.print(f"note: {event.message}", style="yellow", highlight=False)
         elif self._bars is not None:
             self._show_bar(self._bars, event)

@@ -5,7 +5,8 @@ Execution only obeys it; the report holds it beside what was measured.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 Items = tuple[tuple[str, int], ...]
@@ -107,6 +108,11 @@ class Plan:
         """Highest host memory peak of all phases."""
         return max(phase.ram_bytes for phase in self.phases)
 
+    def with_phases(self, changed: tuple[PhasePlan, ...]) -> Plan:
+        """This plan with the phases of the same names replaced."""
+        new = {phase.name: phase for phase in changed}
+        return replace(self, phases=tuple(new.get(phase.name, phase) for phase in self.phases))
+
     @property
     def seconds(self) -> float:
         """Predicted duration of the job."""
@@ -119,3 +125,65 @@ class Plan:
             "peak_ram_bytes": self.peak_ram_bytes,
             "seconds": self.seconds,
         }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Plan:
+        """The plan that :meth:`to_json` gave ``value`` for.
+
+        Raises:
+            TypeError, ValueError, KeyError: ``value`` is no plan.
+        """
+        return cls(
+            phases=tuple(_phase_from_json(phase) for phase in value["phases"]),
+            vram_limit_bytes=int(value["vram_limit_bytes"]),
+            ram_limit_bytes=int(value["ram_limit_bytes"]),
+        )
+
+
+def _phase_from_json(value: Mapping[str, Any]) -> PhasePlan:
+    plain = dict(value)
+    for name in ("weights", "work", "ram"):
+        plain[name] = tuple((str(label), int(count)) for label, count in plain[name])
+    rows, columns = plain["tiles"]
+    plain["tiles"] = (int(rows), int(columns))
+    if plain["stream"] is not None:
+        plain["stream"] = StreamPlan(**{k: int(v) for k, v in plain["stream"].items()})
+    known = {field.name for field in fields(PhasePlan)}
+    return PhasePlan(**{name: plain[name] for name in plain if name in known})
+
+
+def changes(old: Plan, new: Plan) -> tuple[tuple[str, ...], bool]:
+    """What ``new`` does otherwise, in words, and whether its result is the same to the bit.
+
+    Only the number of tokens in a chunk alters rounding: streaming and tiles are exact.
+    """
+    told: list[str] = []
+    identical = True
+    for before, after in zip(old.phases, new.phases, strict=True):
+        identical &= before.chunk_tokens == after.chunk_tokens
+        for what, then, now in _facts(before, after):
+            if then != now:
+                told.append(f"{now} {what} instead of {then}")
+    return tuple(told) or ("smaller buffers",), identical
+
+
+def _facts(before: PhasePlan, after: PhasePlan) -> list[tuple[str, object, object]]:
+    told: list[tuple[str, object, object]] = [
+        ("tokens a chunk", before.chunk_tokens, after.chunk_tokens),
+        ("CFG branches a visit", before.branches, after.branches),
+        ("tiles", "x".join(map(str, before.tiles)), "x".join(map(str, after.tiles))),
+        ("as the place of cross-attention K/V", _place(before), _place(after)),
+    ]
+    if before.stream is not None and after.stream is not None:
+        then, now = before.stream, after.stream
+        told += [
+            ("blocks resident in VRAM", then.device_resident, now.device_resident),
+            ("blocks resident in RAM", then.host_resident, now.host_resident),
+            ("block slots in VRAM", then.device_slots, now.device_slots),
+            ("block slabs in RAM", then.host_slabs, now.host_slabs),
+        ]
+    return told
+
+
+def _place(phase: PhasePlan) -> str:
+    return "VRAM" if phase.cross_kv_on_device else "RAM"

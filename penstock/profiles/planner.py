@@ -88,6 +88,81 @@ def minimum_vram_bytes(manifest: ModelManifest, workload: Workload, hardware: Ha
     return need
 
 
+SHRINK = 0.9
+"""How much of the memory that ran out a smaller plan may take: fewer attempts than block by block."""
+
+
+def smaller(
+    manifest: ModelManifest, workload: Workload, hardware: Hardware, current: Plan, phase: str,
+    resource: str,
+) -> Plan | None:  # fmt: skip
+    """``current`` with the group of ``phase`` replaced by one that takes less memory.
+
+    Plans with the same chunk of tokens are preferred, as their results are the same to the bit:
+    fewer residents, smaller rings, fewer branches a visit, smaller tiles. Every call gives strictly
+    less, so that repeated calls come to an end.
+
+    Args:
+        manifest, workload, hardware: as for `plan`; the budgets still hold.
+        current: the plan under which memory ran out.
+        phase: where it ran out.
+        resource: what ran out: ``"VRAM"``, ``"RAM"`` or ``"memory"`` (both are one).
+
+    Returns:
+        The new plan, or None: nothing smaller exists.
+    """
+    measure = {"VRAM": _vram_bytes, "RAM": _ram_bytes, "memory": _all_bytes}[resource]
+    names = _group_names(manifest, workload, hardware, phase)
+    held = tuple(current[name] for name in names)
+    bytes_now = measure(held)
+    for exact in (True, False):
+        for limit_bytes in (int(SHRINK * bytes_now), bytes_now - 1):
+            found = [
+                group
+                for group in _under(manifest, workload, hardware, resource, limit_bytes)
+                if tuple(p.name for p in group) == names
+                and measure(group) <= limit_bytes
+                and _vram_bytes(group) <= hardware.vram_bytes
+                and _ram_bytes(group) <= hardware.ram_bytes
+                and (not exact or group[-1].chunk_tokens == held[-1].chunk_tokens)
+            ]
+            if found:
+                return current.with_phases(min(found, key=_preference))
+    return None
+
+
+def _all_bytes(group: Group) -> int:
+    return max(phase.vram_bytes + phase.ram_bytes for phase in group)
+
+
+def _group_names(
+    manifest: ModelManifest, workload: Workload, hardware: Hardware, phase: str
+) -> tuple[str, ...]:
+    for candidates in _groups(manifest, workload, hardware):
+        names = tuple(p.name for p in candidates[0])
+        if phase in names:
+            return names
+    raise ValueError(f"no phase {phase}")
+
+
+def _under(
+    manifest: ModelManifest, workload: Workload, hardware: Hardware, resource: str, limit_bytes: int
+) -> Iterator[Group]:
+    """Candidates made for tighter budgets: with fewer residents than the machine would allow."""
+    vram_bytes, ram_bytes = hardware.vram_bytes, hardware.ram_bytes
+    budgets = {
+        "VRAM": [(limit_bytes, ram_bytes)],
+        "RAM": [(vram_bytes, limit_bytes)],
+        "memory": [(limit_bytes // 2, limit_bytes // 2), (limit_bytes, 0), (0, 0)],
+    }[resource]
+    for vram, ram in budgets:
+        tight = replace(
+            hardware, vram_bytes=min(vram, vram_bytes), ram_bytes=min(ram, ram_bytes)
+        )
+        for candidates in _groups(manifest, workload, tight):
+            yield from candidates
+
+
 def _groups(
     manifest: ModelManifest, workload: Workload, hardware: Hardware
 ) -> Iterator[list[Group]]:

@@ -3,6 +3,7 @@ is missing or unknown. Only headers are read, and ComfyUI's short descriptions o
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
@@ -11,14 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from penstock.engine.source import RawFile, read_bytes
-from penstock.engine.storage import COMFY_MARK, PADDING, StoredWeight, gather
+from penstock.engine.storage import COMFY_MARK, PACK_METADATA, StoredWeight, gather
 from penstock.engine.wan.config import FAMILIES, ShapesOf, check_transformer, derive
 from penstock.engine.wan.keys import FUSED_QKV, Naming, find_naming
 from penstock.engine.wan.structure import tensor_shapes
 from penstock.errors import CheckpointError, TensorMismatch
 from penstock.offload.checkpoint import TensorEntry
+from penstock.offload.gguf import BLOCK_SIZES, block_size
 from penstock.offload.gguf import PREFIX as GGUF
-from penstock.offload.gguf import block_size
 
 COMPONENTS = ("transformer", "text_encoder", "vae", "image_encoder")
 _EMBED_TOKENS = "encoder.embed_tokens.weight"
@@ -160,11 +161,42 @@ def _rename(raw: RawFile, naming: Naming, prefix: str) -> _Named:
             named.entries[COMFY_MARK] = entry
         elif local.startswith(naming.ignored):
             named.extras[local] = entry
-        elif not key.startswith(PADDING):
+        elif not key.startswith("__"):  # padding and checksums of packs
             _place(named, key, naming.rename(local), entry)
     if naming.component == "text_encoder":
         _untie(named.entries)
+    for name, kind in packed_gguf(raw).items():
+        if name in named.entries:
+            named.entries[name] = _as_blocks(named.entries[name], kind)
     return named
+
+
+def packed_gguf(raw: RawFile) -> dict[str, str]:
+    """ggml type of the parameters that a pack stores as GGUF blocks.
+
+    Raises:
+        CheckpointError: the pack's metadata are damaged.
+    """
+    if PACK_METADATA not in raw.metadata:
+        return {}
+    try:
+        types = json.loads(raw.metadata[PACK_METADATA])["gguf"]
+        return {str(name): str(kind) for name, kind in types.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{raw.path} has damaged metadata", expected="those of a pack", found=str(error)
+        ) from error
+
+
+def _as_blocks(entry: TensorEntry, kind: str) -> TensorEntry:
+    """Rows of bytes as the GGUF blocks they are."""
+    block, nbytes = BLOCK_SIZES.get(GGUF + kind, (0, 0))
+    if not block or entry.dtype != "U8" or len(entry.shape) != 2 or entry.shape[1] % nbytes:
+        raise CheckpointError(
+            f"{entry.name} cannot be read", expected=f"blocks of {kind}", found=str(entry.shape)
+        )
+    shape = (entry.shape[0], entry.shape[1] // nbytes * block)
+    return replace(entry, dtype=GGUF + kind, shape=shape)
 
 
 def _place(named: _Named, key: str, target: str | None, entry: TensorEntry) -> None:

@@ -24,6 +24,7 @@ from penstock.offload.gguf import block_size
 COMFY_MARK = "scaled_fp8"
 COMFY_METADATA = "_quantization_metadata"
 PADDING = "__pad__."
+PACK_METADATA = "penstock"
 
 _SUFFIX = re.compile(
     r"(.+)\.(weight\._data\._data|weight\._data|weight\._scale|weight\._shift|weight_scale_2"
@@ -106,7 +107,7 @@ def gather(
 def _by_parameter(entries: Mapping[str, TensorEntry]) -> dict[str, dict[str, TensorEntry]]:
     grouped: dict[str, dict[str, TensorEntry]] = {}
     for key, entry in entries.items():
-        if key == COMFY_MARK or key.startswith(PADDING):
+        if key == COMFY_MARK:
             continue
         match = _SUFFIX.fullmatch(key)
         name, suffix = (f"{match[1]}.weight", match[2]) if match else (key, "weight")
@@ -179,14 +180,21 @@ def _stored(
             f"{name} has a scale and no weight", expected=f"a tensor {name}", found=first.name
         )
     _refuse_comfy(data.name, comfy)
+    label = _label(data, used)
     return StoredWeight(
         name=name,
         tensors=MappingProxyType(used),
-        label=_label(data, used),
-        shape=None if "weight._data._data" in used else data.shape,
+        label=label,
+        shape=_logical(label, data.shape),
         comfy=comfy,
         full_precision=full_precision or bool(comfy.get("full_precision_matrix_mult")),
     )
+
+
+def _logical(label: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    if label == "quanto-int4":
+        return None
+    return (shape[0], 2 * shape[1]) if label == "nf4" else shape
 
 
 def _refuse_comfy(name: str, comfy: Mapping[str, Any]) -> None:
@@ -218,7 +226,7 @@ def _label(data: TensorEntry, used: Mapping[str, TensorEntry]) -> str:
         return "fp8 raw"
     if set(used) == {"weight._data._data", "weight._scale", "weight._shift"}:
         return "quanto-int4"
-    if set(used) == {"weight", "weight_absmax"} and data.dtype == "U8":
+    if set(used) == {"weight", "weight_absmax"} and data.dtype == "U8" and len(data.shape) == 2:
         return "nf4"
     raise _unreadable(data, ", ".join(f"{k} {e.dtype}{list(e.shape)}" for k, e in used.items()))
 

@@ -67,7 +67,10 @@ GGML_TYPES: Mapping[int, tuple[str, int, int]] = MappingProxyType(
         30: ("BF16", 1, 2),
     }
 )
-_BLOCKS = {tag: (block, nbytes) for tag, block, nbytes in GGML_TYPES.values()}
+BLOCK_SIZES: Mapping[str, tuple[int, int]] = MappingProxyType(
+    {tag: (block, nbytes) for tag, block, nbytes in GGML_TYPES.values()}
+)
+"""Elements and bytes of a block, by dtype tag."""
 
 _SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
@@ -125,7 +128,7 @@ def block_size(dtype: str) -> tuple[int, int]:
     Raises:
         KeyError: not such a tag.
     """
-    return _BLOCKS[dtype]
+    return BLOCK_SIZES[dtype]
 
 
 def read_gguf(path: Path) -> GgufHeader:

@@ -114,7 +114,8 @@ class Chosen:
 
 
 def choose(profile: Profile, overrides: Overrides, hardware: Hardware) -> Chosen:
-    """Budgets and policy in force, each with its origin.
+    """Budgets and policy in force, each with its origin. A profile's ceiling counts where that much
+    is free; a flag counts as it is.
 
     Raises:
         ProfileError: an illegal value in a flag.
@@ -128,7 +129,7 @@ def choose(profile: Profile, overrides: Overrides, hardware: Hardware) -> Chosen
     ):
         if flag is not None:
             budgets[name], source = parse_bytes(flag), "flag"
-        elif set_bytes is not None:
+        elif set_bytes is not None and set_bytes <= free_bytes:
             budgets[name], source = set_bytes, from_profile
         else:
             budgets[name], source = free_bytes, f"free on {hardware.name}, less a reserve"
@@ -220,7 +221,8 @@ def load(name: str, folder: Path | None = None) -> Profile:
         ProfileError: there is none, or the file is no profile.
     """
     if name == AUTO:
-        return Profile(AUTO, "what is free on this machine, less a reserve")
+        policy = Policy(disk="spare")
+        return Profile(AUTO, "what is free on this machine, less a reserve", policy=policy)
     if name.endswith(".toml"):
         return parse(Path(name).stem, _text(Path(name)), Path(name))
     own = _own_dir(folder) / f"{name}.toml"

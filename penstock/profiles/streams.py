@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from penstock.profiles.plan import Items, StreamPlan
@@ -72,6 +73,22 @@ class Network:
             n_blocks, tuple(_placement(blocks, StreamPlan(n_blocks, d, h)) for d, h in counts)
         )
 
+    @property
+    def smallest(self) -> Iterator[Placement]:
+        """Placements among which are the smallest in each memory: nothing resident but one slot and
+        one slab, or nothing that streams from disk; others need a host memory in between only
+        where blocks differ in size."""
+        even = len({place.slot_bytes for place in self.choices if place.slot_bytes}) == 1
+        for place in self.choices:
+            lone = place.device_resident in (0, self.n_blocks) or not even
+            if not place.read_bytes or (lone and not place.host_resident):
+                yield place
+
+    @cached_property
+    def least_vram_bytes(self) -> int:
+        """No placement takes less."""
+        return min(place.device_bytes + place.slot_bytes for place in self.choices)
+
     def rings(self, place: Placement) -> Iterator[tuple[int, int]]:
         """Slots and slabs that make sense for a placement: none where nothing passes."""
         streamed = self.n_blocks - place.device_resident
@@ -86,6 +103,8 @@ def _ring(passing: int) -> tuple[int, ...]:
 
 
 def _placement(blocks: Sequence[int], counts: StreamPlan) -> Placement:
+    if len(set(blocks)) == 1:
+        return _even_placement(blocks[0], counts)
     on_device, in_host = set(counts.device_blocks), set(counts.host_blocks)
     streamed = [count for block, count in enumerate(blocks) if block not in on_device]
     from_disk = [c for block, c in enumerate(blocks) if block not in on_device | in_host]
@@ -100,6 +119,23 @@ def _placement(blocks: Sequence[int], counts: StreamPlan) -> Placement:
         copied_bytes=sum(streamed),
         read_bytes=sum(from_disk),
         through_bytes=0 if from_disk else max(device, default=0),
+    )
+
+
+def _even_placement(block: int, counts: StreamPlan) -> Placement:
+    """The same where all blocks are of one size, which needs no looking at each."""
+    on_device, in_host = counts.device_resident, counts.host_resident
+    streamed, from_disk = counts.n_blocks - on_device, counts.disk_blocks
+    return Placement(
+        device_resident=on_device,
+        host_resident=in_host,
+        device_bytes=on_device * block,
+        host_bytes=in_host * block,
+        slot_bytes=block if streamed else 0,
+        slab_bytes=block if from_disk else 0,
+        copied_bytes=streamed * block,
+        read_bytes=from_disk * block,
+        through_bytes=block if on_device and not from_disk else 0,
     )
 
 
@@ -207,6 +243,8 @@ def best_stream(
         better_than: objectives above this need not be looked at.
     """
     best: Stream | None = None
+    if room.vram_bytes < network.least_vram_bytes:
+        return None
     for place in network.choices:
         if place.read_bytes and not from_disk:
             continue
@@ -248,20 +286,42 @@ def _fits(room: Limits, vram: int, ram: int, pinned: int) -> bool:
     )
 
 
+def _by_gap(n_blocks: int, passing: int, visit: float, moving: float, fixed: float = 0.0) -> float:
+    """Seconds of a pass in which each of ``passing`` blocks, evenly spread, must be moved while the
+    blocks before it are computed with, and while nothing else that it waits for goes on.
+
+    Args:
+        moving: of all of them together.
+        fixed: of each visit, beside which nothing is moved.
+    """
+    short, longer = divmod(n_blocks, passing)
+    one = moving / passing
+
+    def gap(visits: int) -> float:
+        free = visits * visit - fixed
+        return fixed + max(one, free)
+
+    return longer * gap(short + 1) + (passing - longer) * gap(short)
+
+
 def _timing(
     place: Placement, n_blocks: int, slots: int, slabs: int, pace: Pace, rates: Rates
 ) -> Timing:
-    """A ring of one cannot be filled while it is read from: its two queues take turns."""
+    """Queues run beside each other; but a ring of one cannot be filled while it is read from."""
+    streamed = n_blocks - place.device_resident
+    from_disk = streamed - place.host_resident
     copy_rate, read_rate = rates.copy_bytes_per_s, rates.read_bytes_per_s
     visit = pace.compute_s / n_blocks
     copy = place.copied_bytes / copy_rate
     read = place.read_bytes / read_rate
     bound = max((pace.compute_s, "compute"), (copy, "copy"), (read, "read"))[1]
-    one_pass = max(
-        pace.compute_s,
-        copy + visit * (n_blocks - place.device_resident) if slots == 1 else copy,
-        read + place.read_bytes / copy_rate if slabs == 1 else read,
-    )
+    one_pass = max(pace.compute_s, copy, read)
+    if slots == 1:
+        taking_turns = _by_gap(n_blocks, streamed, visit, copy, fixed=visit)
+        one_pass = max(one_pass, taking_turns)
+    if slabs == 1:
+        turn = read + place.read_bytes / copy_rate
+        one_pass = max(one_pass, _by_gap(n_blocks, from_disk, visit, turn))
     opening = (place.device_bytes + place.host_bytes) / read_rate + place.device_bytes / copy_rate
     first_read, first_copy = place.slab_bytes / read_rate, place.slot_bytes / copy_rate
     ends = {

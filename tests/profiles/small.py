@@ -23,9 +23,9 @@ PAGE = 4096
 
 
 @st.composite
-def weights(draw: st.DrawFn, most: int = 5) -> Weights:
+def weights(draw: st.DrawFn, most: int = 5, largest: int = 40) -> Weights:
     blocks = draw(st.integers(1, most))
-    pages = st.integers(1, 40)
+    pages = st.integers(1, largest)
     sizes = draw(
         st.one_of(
             st.tuples(pages).map(lambda one: one * blocks),
@@ -38,9 +38,9 @@ def weights(draw: st.DrawFn, most: int = 5) -> Weights:
 
 @st.composite
 def manifests(draw: st.DrawFn) -> ModelManifest:
-    dit, text = draw(weights()), draw(weights(3))
+    dit, text = draw(weights(largest=1500)), draw(weights(3))
     pictured = draw(st.booleans())
-    storage = draw(st.sampled_from([Storage(), Storage("int8", 9000, 100, 30000)]))
+    storage = draw(st.sampled_from([Storage(), Storage("int8", 900_000, 100, 30000)]))
     image = ImageSpec(draw(weights(3)), 16, 32, 3, 2, 8, 4) if pictured else None
     half = Weights(draw(st.integers(1, 30)) * PAGE, (), 2)
     return ModelManifest(
@@ -59,7 +59,7 @@ def manifests(draw: st.DrawFn) -> ModelManifest:
             image_dim=16 if pictured else None,
             storage=storage,
         ),
-        text=TextSpec(text, 8, 4, 16, len(text.block_bytes), 2),
+        text=TextSpec(text, 8, 4, 16, len(text.block_bytes), 1),
         vae=VaeSpec(half, half, 4, 16, (1, 2, 2, 2), 1, (False, True, True)),
         image=image,
     )
@@ -90,8 +90,8 @@ _rates = st.builds(
 machines = st.builds(
     lambda device, vram, ram, rates: Hardware(device, "a machine", vram, ram, rates),
     st.sampled_from(["cpu", "cuda"]),
-    st.integers(0, 12 << 20),
-    st.one_of(st.integers(0, 4 << 20), st.integers(16 << 20, 24 << 20)),
+    st.integers(6 << 20, 32 << 20),
+    st.integers(16 << 20, 40 << 20),
     _rates,
 )
 

@@ -211,6 +211,27 @@ def profiles_show(name: Annotated[str, typer.Argument(help="A name, or a file.")
         Console().print(profile_view(load(name)))
 
 
+@app.command()
+def doctor(
+    device: Device = "auto",
+    folder: Annotated[Path | None, typer.Option(help="On the disk that the models are on.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what this machine is and does, measure it, and keep the rates for plans."""
+    from penstock.engine.doctor import examine
+    from penstock.plan_view import findings_view
+
+    with _reported(debug):
+        found = examine(device, folder)
+    if as_json:
+        print(json.dumps(found.to_json()))
+        return
+    rows = [(each.topic, each.found, each.remedy) for each in found.findings]
+    Console().print(findings_view(found.machine, rows), highlight=False)
+    print(f"rates are kept in {found.stored_in}")
+
+
 def _generate(
     model: Path,
     settings: Any,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -133,4 +135,14 @@ def profile_view(profile: Profile) -> Table:
     ]
     for name, value in rows:
         table.add_row(name, str(value), str(profile.path) if name in profile.given else "default")
+    return table
+
+
+def findings_view(machine: str, findings: Sequence[tuple[str, str, str | None]]) -> Table:
+    """What a doctor found: topic, fact, and what to do."""
+    table = Table(title=machine, title_justify="left", box=box.SIMPLE)
+    for heading in ("", "found", "what to do"):
+        table.add_column(heading)
+    for topic, found, remedy in findings:
+        table.add_row(topic, found, remedy or "")
     return table

@@ -9,11 +9,17 @@ found and what to do next, and carries a stable ``code`` for programs.
     |   `-- ProfileError      profile         a profile or its overrides
     |-- OverBudget        over_budget         no plan fits the budget
     |-- LedgerOverflow    ledger_overflow     a reservation would pass a cap while running
+    |-- OutOfMemory       out_of_memory       memory ran out, and no smaller plan is left
+    |-- DeviceLost        device_lost         the device failed; this process cannot use it again
     |-- CheckpointError   checkpoint
     |   |-- HeaderError       checkpoint_header    a file's header is damaged, lying or foreign
     |   |-- PickleRefused     checkpoint_pickle    a pickle is never opened
     |   |-- TensorMismatch    checkpoint_tensors   missing, extra or misshaped tensors
     |   `-- CheckpointChanged checkpoint_changed   a file changed after it was opened
+    |-- JournalError      job_state           a job's directory is damaged, or holds no job
+    |   |-- JobLocked          job_locked           another process is working on the job
+    |   |-- StorageError       job_storage          disk full or I/O error; the last state is intact
+    |   `-- FingerprintMismatch job_fingerprint     what determines the result has changed
     |-- NonFinite         non_finite          NaN or Inf in the latents
     |-- VideoError        video               the encoder or the container failed
     `-- JobCancelled      cancelled   exit 130
@@ -47,6 +53,10 @@ class PenstockError(Exception):
     ) -> None:
         self.what, self.expected, self.found, self.remedy = what, expected, found, remedy
         super().__init__(what)
+
+    def add_remedy(self, text: str) -> None:
+        """Say one thing more that the user can do next."""
+        self.remedy = text if self.remedy is None else f"{self.remedy.rstrip('.')}. {text}"
 
     def __str__(self) -> str:
         facts = [
@@ -116,15 +126,37 @@ class OverBudget(PenstockError):
         super().__init__(
             f"no plan fits the {resource} budget",
             expected=f"at least {need_bytes:,} bytes",
-            found=f"a limit of {limit_bytes:,} bytes (largest consumer: {label}, {largest:,} bytes)",
+            found=f"a limit of {limit_bytes:,} bytes "
+            f"(largest consumer: {label}, {largest:,} bytes)",
             remedy=remedy,
         )
 
 
 class LedgerOverflow(PenstockError):
-    """A reservation would pass the ledger's cap while a job runs."""
+    """A reservation would pass the ledger's cap while a job runs.
+
+    Args:
+        what, expected, found, remedy: as for every error.
+        memory: name of the ledger, "VRAM" or "RAM".
+    """
 
     code = "ledger_overflow"
+
+    def __init__(self, what: str, *, memory: str = "VRAM", **facts: str) -> None:
+        self.memory = memory
+        super().__init__(what, **facts)
+
+
+class OutOfMemory(PenstockError):
+    """Memory ran out while a job ran, and every smaller plan has been tried."""
+
+    code = "out_of_memory"
+
+
+class DeviceLost(PenstockError):
+    """The device reported an error that this process cannot recover from (a lost CUDA context)."""
+
+    code = "device_lost"
 
 
 class CheckpointError(PenstockError):
@@ -155,6 +187,43 @@ class CheckpointChanged(CheckpointError):
     """A file was truncated, replaced or touched after it was opened."""
 
     code = "checkpoint_changed"
+
+
+class JournalError(PenstockError):
+    """A job's directory cannot be used: it is damaged beyond both generations, or holds no job."""
+
+    code = "job_state"
+
+
+class JobLocked(JournalError):
+    """Another process (or another job of this one) is working in the job's directory."""
+
+    code = "job_locked"
+
+
+class StorageError(JournalError):
+    """A job's state could not be written or read; what was saved before is intact."""
+
+    code = "job_storage"
+
+
+class FingerprintMismatch(JournalError):
+    """A resume would not be identical: names what differs.
+
+    Args:
+        differences: ``(field, then, now)`` of everything that differs.
+    """
+
+    code = "job_fingerprint"
+
+    def __init__(self, differences: Sequence[tuple[str, object, object]]) -> None:
+        self.differences = tuple(differences)
+        super().__init__(
+            "the job began under other conditions, so its continuation would not be identical",
+            expected="; ".join(f"{field} {then!r}" for field, then, _ in self.differences),
+            found="; ".join(f"{field} {now!r}" for field, _, now in self.differences),
+            remedy="Restore them, or pass --allow-nonidentical to continue all the same.",
+        )
 
 
 class NonFinite(PenstockError):

@@ -11,16 +11,31 @@ import torch
 
 from penstock.engine.events import Listener
 from penstock.engine.job import Job
+from penstock.engine.journal import Journal
+from penstock.engine.keeper import JournalKeeper, Keeper
 from penstock.engine.model import ModelFiles
-from penstock.engine.pipeline import Run, run
+from penstock.engine.pipeline import run
 from penstock.engine.report import JobResult
 from penstock.engine.request import GenerationRequest, check_task
+from penstock.engine.stage import Run, workload_of
+from penstock.engine.stored import (
+    Order,
+    begin,
+    check_conditions,
+    check_picture,
+    check_unfinished,
+    conditions_now,
+    restored_order,
+    restored_plan,
+    restored_request,
+)
 from penstock.engine.video import check_output
-from penstock.errors import UsageError
+from penstock.errors import DeviceLost, UsageError
 from penstock.profiles.advice import plan_chosen
 from penstock.profiles.hardware import Hardware, probe
 from penstock.profiles.phases import Workload
 from penstock.profiles.plan import Plan
+from penstock.profiles.planner import smaller
 from penstock.profiles.profile import AUTO, Chosen, Overrides, choose, load
 
 
@@ -50,6 +65,7 @@ class Engine:
         self._overlapped = overlapped
         self._turn = threading.Lock()
         self._jobs: list[Job] = []
+        self._lost: DeviceLost | None = None
 
     @classmethod
     def open(
@@ -78,7 +94,7 @@ class Engine:
             UsageError: an illegal size, device or profile.
         """
         flags = replace(overrides or Overrides(), vram=vram, ram=ram)
-        hardware = probe(_device(device))
+        hardware = probe(_device_type(device))
         chosen = choose(load(profile), flags, hardware)
         model_files = ModelFiles.open(Path(model))
         return cls(model_files, hardware, overlapped=overlapped, chosen=chosen)
@@ -91,9 +107,7 @@ class Engine:
             RequestError: the request does not suit the model.
         """
         check_task(request, image_to_video=self.model.image_to_video)
-        return self.plan_workload(
-            Workload(request.video_shape, steps=request.steps, guided=request.uses_guidance)
-        )
+        return self.plan_workload(workload_of(request))
 
     def plan_workload(self, workload: Workload) -> Plan:
         """What a video of that shape will take, whatever it shows.
@@ -110,6 +124,7 @@ class Engine:
         *,
         force: bool = False,
         metadata: bool = True,
+        job_dir: str | Path | None = None,
     ) -> Job:
         """Start a job.
 
@@ -118,36 +133,140 @@ class Engine:
             output: path of the mp4; None keeps the frames in the report's job only.
             force: replace an existing file.
             metadata: put prompt, seed and settings into the file.
+            job_dir: a folder in which the job is kept while it runs, so that it can be resumed;
+                None keeps nothing.
 
         Raises:
             OverBudget, RequestError, OutputError: before anything is loaded.
+            JournalError: the job cannot be kept in ``job_dir``.
+            DeviceLost: an earlier job of this process has lost the device.
         """
+        self._check_device()
         request = request.with_seed()
-        path = None if output is None else Path(output)
-        if path is not None:
-            check_output(path, overwrite=force)
+        order = Order(None if output is None else Path(output), force, metadata)
+        if order.output is not None:
+            check_output(order.output, overwrite=force)
         plan = self.plan(request)
+        if job_dir is None:
+            return self._start(request, plan, order, Keeper())
+        journal, request = begin(
+            Path(job_dir), self.model, request, plan, self._device, order, self._budgets()
+        )
+        return self._start(request, plan, order, JournalKeeper(journal))
 
-        def work(listener: Listener, cancelled: threading.Event) -> JobResult:
-            with self._turn:
-                return run(
-                    Run(
-                        model=self.model,
-                        request=request,
-                        plan=plan,
-                        device=torch.device(self.hardware.device),
-                        overlapped=self._overlapped,
-                        output=path,
-                        overwrite=force,
-                        metadata=metadata,
-                    ),
-                    listener,
-                    cancelled,
-                )
+    def resume(
+        self,
+        job_dir: str | Path,
+        output: str | Path | None = None,
+        *,
+        force: bool = False,
+        allow_nonidentical: bool = False,
+    ) -> Job:
+        """Continue a job that was stopped, failed or killed.
 
-        job = Job(work)
+        Args:
+            job_dir: its folder.
+            output: instead of the job's own; None leaves it as it was.
+            force: replace an existing file.
+            allow_nonidentical: go on also where the result will not be the same to the bit.
+
+        Raises:
+            FingerprintMismatch: what determines the result has changed; names the fields.
+            JournalError: the folder holds no job, one that is done, or a damaged one.
+            OverBudget, OutputError: as for :meth:`submit`.
+        """
+        self._check_device()
+        journal = Journal.open(Path(job_dir))
+        try:
+            return self._resume(journal, output, force, allow_nonidentical)
+        except BaseException:
+            journal.close()
+            raise
+
+    def _resume(
+        self, journal: Journal, output: str | Path | None, force: bool, allow_nonidentical: bool
+    ) -> Job:
+        check_unfinished(journal)
+        check_picture(journal)
+        request, plan, order = (
+            restored_request(journal), restored_plan(journal), restored_order(journal)
+        )  # fmt: skip
+        if output is not None:
+            order = replace(order, output=Path(output), overwrite=False)
+        order = replace(order, overwrite=order.overwrite or force)
+        if order.output is not None:
+            check_output(order.output, overwrite=order.overwrite)
+        plan = self._fitting(plan, request)
+        now = conditions_now(self.model, self._device)
+        notices = check_conditions(journal, plan, now, allow_nonidentical=allow_nonidentical)
+        journal.mark("running", plan=plan.to_json(), error=None, **order.facts(), **self._budgets())
+        return self._start(request, plan, order, JournalKeeper(journal), notices)
+
+    def _fitting(self, plan: Plan, request: GenerationRequest) -> Plan:
+        """The job's own plan where it fits today's budgets, else a new one."""
+        vram_bytes, ram_bytes = self.hardware.vram_bytes, self.hardware.ram_bytes
+        if plan.peak_vram_bytes > vram_bytes or plan.peak_ram_bytes > ram_bytes:
+            return self.plan(request)
+        return replace(plan, vram_limit_bytes=vram_bytes, ram_limit_bytes=ram_bytes)
+
+    def _start(
+        self,
+        request: GenerationRequest,
+        plan: Plan,
+        order: Order,
+        keeper: Keeper,
+        notices: tuple[str, ...] = (),
+    ) -> Job:
+        workload = workload_of(request)
+
+        def shrink(plan: Plan, phase: str, resource: str) -> Plan | None:
+            policy = self.chosen.policy
+            manifest = self.model.manifest
+            return smaller(manifest, workload, self.hardware, plan, phase, resource, policy)
+
+        work = Run(
+            model=self.model,
+            request=request,
+            plan=plan,
+            device=self._device,
+            overlapped=self._overlapped,
+            output=order.output,
+            overwrite=order.overwrite,
+            metadata=order.metadata,
+            shrink=shrink,
+            keeper=keeper,
+            notices=notices,
+        )
+        job = Job(plan, lambda listener, cancelled: self._work(work, listener, cancelled))
         self._jobs = [known for known in self._jobs if not known.done] + [job]
         return job
+
+    def _work(self, work: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
+        try:
+            with self._turn:
+                self._check_device()
+                return run(work, listener, cancelled)
+        except DeviceLost as error:
+            self._lost = error
+            raise
+        finally:
+            work.keeper.close()
+
+    def _check_device(self) -> None:
+        if self._lost is not None:
+            raise self._lost
+
+    @property
+    def _device(self) -> torch.device:
+        return torch.device(self.hardware.device)
+
+    def _budgets(self) -> dict[str, int | str]:
+        hardware = self.hardware
+        return {
+            "vram_bytes": hardware.vram_bytes,
+            "ram_bytes": hardware.ram_bytes,
+            "device": hardware.device,
+        }
 
     def close(self) -> None:
         """Cancel what runs, wait for it, and close the model's files."""
@@ -168,7 +287,7 @@ class Engine:
         self.close()
 
 
-def _device(name: str) -> str:
+def _device_type(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cuda", "cpu"):

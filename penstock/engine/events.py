@@ -1,4 +1,4 @@
-"""What a job tells while it runs: typed events, and the monitor through which the pipeline tells them.
+"""What a job tells while it runs: typed events, and the monitor through which it tells them.
 
 The pipeline calls the monitor between units of work (a block, a tile, a step); that is also where a
 cancel takes effect.
@@ -63,7 +63,34 @@ class Notice:
     message: str
 
 
-Event = PhaseStarted | Progress | PhaseEnded | Notice
+@dataclass(frozen=True)
+class Replanned:
+    """Memory ran out, and the job goes on under a smaller plan.
+
+    Attributes:
+        phase: where it ran out.
+        reason: what was reported.
+        changes: what the new plan does otherwise.
+        identical: the result is the same to the bit.
+    """
+
+    phase: str
+    reason: str
+    changes: tuple[str, ...]
+    identical: bool
+
+    @property
+    def message(self) -> str:
+        """All of it in a line."""
+        effect = (
+            "the result stays the same to the bit"
+            if self.identical
+            else "the result can differ by rounding"
+        )
+        return f"{self.phase}: {self.reason}; going on with {', '.join(self.changes)} ({effect})"
+
+
+Event = PhaseStarted | Progress | PhaseEnded | Notice | Replanned
 Listener = Callable[[Event], None]
 
 
@@ -101,19 +128,29 @@ class Monitor:
         self.notices.append(message)
         self._listener(Notice(message))
 
+    def replanned(self, event: Replanned) -> None:
+        """Tell of a smaller plan, and keep it for the report."""
+        self.notices.append(event.message)
+        self._listener(event)
+
     @contextmanager
-    def phase(self, plan: PhasePlan, total: int, unit: str) -> Iterator[PhaseMonitor]:
-        """Announce a phase, measure it, and report it beside what ``plan`` predicted."""
+    def phase(
+        self, plan: PhasePlan, total: int, unit: str, done: int = 0
+    ) -> Iterator[PhaseMonitor]:
+        """Announce a phase, measure it, and report it beside what ``plan`` predicted.
+
+        ``done`` units were finished by an earlier process or attempt.
+        """
         self.check()
         self._listener(PhaseStarted(plan.name, total, unit))
         self.device_ledger.reset_peak()
         self.host_ledger.reset_peak()
-        monitor = PhaseMonitor(self, plan.name, total, unit)
+        monitor = PhaseMonitor(self, plan.name, total, unit, done, done)
         yield monitor
         report = PhaseReport(
             name=plan.name,
             seconds=monitor.elapsed_s(),
-            units=monitor.done,
+            units=monitor.done - monitor.before,
             unit=unit,
             predicted_vram_bytes=plan.vram_bytes,
             measured_vram_bytes=self.device_ledger.peak,
@@ -133,13 +170,17 @@ class Monitor:
 
 @dataclass
 class PhaseMonitor:
-    """Progress within one phase; ``streams`` are the statistics of the streams it has opened."""
+    """Progress within one phase; ``streams`` are the statistics of the streams it has opened.
+
+    ``before`` of the ``done`` units were finished by an earlier process or attempt.
+    """
 
     monitor: Monitor
     name: str
     total: int
     unit: str
     done: int = 0
+    before: int = 0
     streams: list[StreamStats] = field(default_factory=list)
     _started: float = field(default_factory=time.perf_counter)
 
@@ -158,7 +199,7 @@ class PhaseMonitor:
     def advance(self) -> None:
         """One more unit of work is finished."""
         self.done += 1
-        pace = self.elapsed_s() / self.done
+        pace = self.elapsed_s() / (self.done - self.before)
         self.monitor.tell(
             Progress(
                 phase=self.name,

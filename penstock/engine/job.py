@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import queue
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 
-from penstock.engine.events import Event
+from penstock.engine.events import Event, Notice
 from penstock.engine.report import JobResult
 from penstock.errors import JobCancelled
+from penstock.profiles.plan import Plan
 
 Work = Callable[[Callable[[Event], None], threading.Event], JobResult]
 
@@ -17,10 +19,12 @@ class Job:
     """A running job. Made by :meth:`penstock.Engine.submit`.
 
     Args:
+        plan: that it starts under.
         work: does the job; takes a listener for events and the cancel flag.
     """
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, plan: Plan, work: Work) -> None:
+        self.plan = plan
         self._work = work
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._cancelled = threading.Event()
@@ -33,6 +37,7 @@ class Job:
         try:
             self._result = self._work(self._events.put, self._cancelled)
         except BaseException as error:  # noqa: BLE001 - handed to the caller by result()
+            _forget_locals(error)
             self._error = error
         finally:
             self._events.put(None)
@@ -44,7 +49,9 @@ class Job:
 
     def cancel(self) -> None:
         """Ask the job to stop at the next block or tile; returns at once."""
-        self._cancelled.set()
+        if not self._cancelled.is_set():
+            self._cancelled.set()
+            self._events.put(Notice("stopping at the next block or tile"))
 
     def events(self) -> Iterator[Event]:
         """Every event, as it happens, until the job ends. For one consumer."""
@@ -72,3 +79,10 @@ class Job:
         if self._result is None:
             raise JobCancelled("the job ended without a result")
         return self._result
+
+
+def _forget_locals(error: BaseException | None) -> None:
+    """Let go of the tensors that the frames of an error's traceback hold."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,43 +21,22 @@ from torch import Tensor
 from penstock._version import __version__
 from penstock.engine import image as pictures
 from penstock.engine import text as prompts
+from penstock.engine.ending import Ending
 from penstock.engine.events import Listener, Monitor, PhaseMonitor
-from penstock.engine.model import Component, ModelFiles
+from penstock.engine.film import Film
+from penstock.engine.keeper import Conditions
+from penstock.engine.model import Component
 from penstock.engine.report import JobResult, RunReport, versions
 from penstock.engine.request import GenerationRequest
-from penstock.engine.sampler import Sampler, guide, initial_noise, read_scheduler_config
+from penstock.engine.sampler import guide
+from penstock.engine.sampling import Sampling
+from penstock.engine.stage import Run, Stage, visits
 from penstock.engine.video import write_video
 from penstock.engine.wan import forward as dit
 from penstock.engine.wan.cross import CrossStore
-from penstock.engine.wan.vae_decode import decode_frames
 from penstock.engine.wan.vae_encode import encode_tiled, first_frame_then_zeros
-from penstock.engine.weights import bind, unbind
-from penstock.offload.layout import BlockLayout
-from penstock.offload.ledger import ByteLedger
-from penstock.offload.schedule import Residency
-from penstock.offload.streamer import BlockStream, load_block
-from penstock.profiles.plan import PhasePlan, Plan, StreamPlan
+from penstock.offload.streamer import BlockStream
 from penstock.profiles.tiling import TileGrid
-
-
-@dataclass(frozen=True)
-class Run:
-    """All that a job is made of.
-
-    Attributes:
-        overlapped: stream ahead of the computation (else the sequential reference).
-        output: where the mp4 goes; None: decode, but write nothing.
-        metadata: prompt and settings go into the file.
-    """
-
-    model: ModelFiles
-    request: GenerationRequest
-    plan: Plan
-    device: torch.device
-    overlapped: bool
-    output: Path | None
-    overwrite: bool
-    metadata: bool
 
 
 @torch.no_grad()
@@ -70,94 +49,49 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
     """
     started = time.perf_counter()
     stage = Stage(job, listener, cancelled)
-    for warning in job.request.warnings:
-        stage.monitor.notice(warning.message)
-    states = encode_prompts(stage)
-    picture = None if job.request.image is None else pictures.open_image(job.request.image)
-    image_states = None if picture is None else encode_picture(stage, picture)
-    condition = None if picture is None else encode_condition(stage, picture)
-    latents = denoise(stage, states, image_states, condition)
-    video = decode(stage, latents)
-    if job.output is not None:
-        mux(stage, video, job.output)
-    report = _report(job, stage.monitor, time.perf_counter() - started)
+    with Ending(job.keeper):
+        for message in (*job.notices, *(warning.message for warning in job.request.warnings)):
+            stage.monitor.notice(message)
+        latents = sample(stage)
+        video = stage.attempt("decode", lambda: decode(stage, latents))
+        output = job.output
+        if output is not None:
+            job.keeper.writing_output()
+            stage.attempt("mux", lambda: mux(stage, video, output))
+        for problem in job.keeper.problems:
+            stage.monitor.notice(problem)
+        report = _report(job, stage.monitor, time.perf_counter() - started)
+        job.keeper.finished(report)
     return JobResult(report, latents, video)
 
 
-class Stage:
-    """What the phases share: the run, its ledgers and its monitor; and how weights come and go."""
-
-    def __init__(self, job: Run, listener: Listener, cancelled: threading.Event) -> None:
-        self.job, self.model, self.device = job, job.model, job.device
-        self.device_ledger = ByteLedger("VRAM", job.plan.vram_limit_bytes)
-        self.host_ledger = ByteLedger("RAM", job.plan.ram_limit_bytes)
-        self.monitor = Monitor(listener, self.device_ledger, self.host_ledger, cancelled)
-
-    @contextmanager
-    def phase(self, name: str, total: int, unit: str) -> Iterator[tuple[PhasePlan, PhaseMonitor]]:
-        """One phase of the plan, its room for activations reserved."""
-        plan = self.job.plan[name]
-        with (
-            self.monitor.phase(plan, total, unit) as phase,
-            self.device_ledger.reserve(f"{name}: activations", plan.work_bytes),
-            self.host_ledger.reserve(f"{name}: host work", plan.ram_work_bytes),
-        ):
-            yield plan, phase
-
-    @contextmanager
-    def rest(self, component: Component) -> Iterator[Any]:
-        """The network of ``component`` with all that is not in a block loaded."""
-        with load_block(
-            component.rest,
-            device=self.device,
-            device_ledger=self.device_ledger,
-            host_ledger=self.host_ledger,
-        ) as tensors:
-            bind(component.module, tensors)
-            try:
-                yield component.module
-            finally:
-                unbind(component.module)
-
-    @contextmanager
-    def stream(
-        self,
-        layouts: Sequence[BlockLayout],
-        plan: StreamPlan | None,
-        phase: PhaseMonitor,
-        cycles: int,
-    ) -> Iterator[BlockStream]:
-        """A stream over ``layouts`` as planned, its statistics joined to the phase's."""
-        assert plan is not None
-        with BlockStream(
-            layouts,
-            residency(plan),
-            cycles=cycles,
-            device=self.device,
-            device_ledger=self.device_ledger,
-            host_ledger=self.host_ledger,
-            overlapped=self.job.overlapped,
-        ) as stream:
-            phase.streams.append(stream.stats)
-            yield stream
+def sample(stage: Stage) -> Tensor:
+    """The final latents (1, z, t, h, w), fp32, on the CPU: those that are kept, or new ones."""
+    keeper = stage.keeper
+    latents = keeper.latents()
+    if latents is None:
+        conditions = keeper.conditions()
+        if conditions is None:
+            conditions = condition(stage)
+            keeper.keep_conditions(conditions)
+        sampling = Sampling(stage)
+        latents = stage.attempt("denoise", lambda: denoise(stage, conditions, sampling))
+        keeper.keep_latents(latents)
+    return latents
 
 
-def residency(plan: StreamPlan) -> Residency:
-    """The plan's places, as the stream takes them."""
-    on_device, in_ram = plan.device_blocks, plan.host_blocks
-    return Residency(plan.n_blocks, on_device, in_ram, plan.device_slots, plan.host_slabs)
-
-
-def visits(stream: BlockStream, block: Any, phase: PhaseMonitor) -> Iterator[tuple[int, Any]]:
-    """One pass over all blocks: each index with the block module, its weights bound meanwhile."""
-    try:
-        for index, tensors in stream.cycle():
-            phase.check()
-            bind(block, tensors)
-            yield index, block
-            unbind(block)
-    finally:
-        unbind(block)
+def condition(stage: Stage) -> Conditions:
+    """Encode the prompt and the picture."""
+    path = stage.job.request.image
+    texts = stage.attempt("text", lambda: encode_prompts(stage))
+    if path is None:
+        return Conditions(tuple(texts))
+    picture = pictures.open_image(path)
+    return Conditions(
+        tuple(texts),
+        stage.attempt("image", lambda: encode_picture(stage, picture)),
+        stage.attempt("encode", lambda: encode_condition(stage, picture)),
+    )
 
 
 def encode_prompts(stage: Stage) -> list[Tensor]:
@@ -218,43 +152,42 @@ def encode_condition(stage: Stage, picture: Image) -> Tensor:
     component, request = stage.model.vae_encoder, stage.job.request
     size = (request.frames, request.height, request.width)
     pixels = pictures.preprocess(picture, request.width, request.height)
-    tiles = TileGrid(*stage.job.plan["encode"].tiles)
+    tiles = TileGrid(*stage.plan["encode"].tiles)
     latent_frames = request.video_shape.latent(stage.model.manifest.vae)[0]
     units = latent_frames * (tiles.rows * tiles.cols + 1)
     with stage.phase("encode", units, "frame") as (_, phase), stage.rest(component) as vae:
         source = first_frame_then_zeros(pixels[0].to(stage.device, component.dtype))
         encoded = encode_tiled(vae, source, size, tiles, should_stop=phase.advance)
-        condition = pictures.conditioning(
+        return pictures.conditioning(
             encoded.float(), vae.config.latents_mean, vae.config.latents_std
         ).cpu()
-    return condition
 
 
-def denoise(
-    stage: Stage, states: list[Tensor], image_states: Tensor | None, condition: Tensor | None
-) -> Tensor:
-    """From noise to latents (1, z, t, h, w), fp32, on the CPU."""
+def denoise(stage: Stage, conditions: Conditions, sampling: Sampling) -> Tensor:
+    """From the point that ``sampling`` has reached to latents (1, z, t, h, w), fp32, on the CPU."""
     component, request = stage.model.transformer, stage.job.request
-    sampler = _sampler(stage)
-    with stage.rest(component) as model:
-        cross, modulation = prepare(stage, model, states, image_states, sampler.timesteps)
-        with stage.phase("denoise", request.steps, "step") as (plan, phase):
-            passes = plan.passes(len(states))
-            cycles = request.steps * len(passes)
+    if sampling.steps_done == request.steps:
+        return sampling.latents.cpu()
+    with closing(sampling.resume()) as sampler, stage.rest(component) as model:
+        start, steps, latents = sampler.next_step, request.steps, sampling.latents
+        cross, modulation = prepare(stage, model, conditions, sampler.timesteps)
+        with stage.phase("denoise", steps, "step", done=start) as (plan, phase):
+            passes = plan.passes(len(conditions.texts))
+            cycles = (steps - start) * len(passes)
             with stage.stream(component.blocks, plan.stream, phase, cycles) as stream:
                 forward = Forward(model, component, stream, cross, plan.chunk_tokens, phase)
-                latents = _initial_latents(stage)
                 rope = dit.rope_tables(model, latents.shape[2:], stage.device)
-                condition = None if condition is None else condition.to(stage.device)
-                for step in range(request.steps):
-                    model_input = _model_input(latents, condition, component.dtype)
+                picture = _on_device(conditions.condition, stage.device)
+                for step in range(start, steps):
+                    model_input = _model_input(latents, picture, component.dtype)
                     predictions = [
                         prediction
                         for branches in passes
                         for prediction in forward(model_input, branches, modulation[step], rope)
                     ]
                     del model_input
-                    latents = sampler.step(_guided(predictions, request), step, latents)
+                    component.checkpoint.check_unchanged()
+                    latents = sampling.step(sampler, _guided(predictions, request), latents)
                     phase.advance()
             return latents.cpu()
 
@@ -262,15 +195,14 @@ def denoise(
 def prepare(
     stage: Stage,
     model: Any,
-    states: list[Tensor],
-    image_states: Tensor | None,
+    conditions: Conditions,
     timesteps: Tensor,
 ) -> tuple[CrossStore, list[dit.StepModulation]]:
     """What does not change from step to step: cross-attention K/V, and the time embeddings."""
     component = stage.model.transformer
     with stage.phase("context", len(component.cross), "block") as (plan, phase):
-        texts = [text.to(stage.device, component.dtype) for text in states]
-        image = None if image_states is None else image_states.to(stage.device, component.dtype)
+        texts = [text.to(stage.device, component.dtype) for text in conditions.texts]
+        image = _on_device(conditions.image, stage.device, component.dtype)
         contexts = [dit.prepare_context(model, text, image) for text in texts]
         cross = CrossStore(stage.device, on_device=plan.cross_kv_on_device)
         with stage.stream(component.cross, plan.stream, phase, 1) as stream:
@@ -308,22 +240,10 @@ class Forward:
         )
 
 
-def _sampler(stage: Stage) -> Sampler:
-    request = stage.job.request
-    return Sampler(
-        read_scheduler_config(stage.model.folder / "scheduler"),
-        sampler=request.sampler,
-        steps=request.steps,
-        shift=request.effective_shift,
-        device=stage.device,
-    )
-
-
-def _initial_latents(stage: Stage) -> Tensor:
-    request, vae = stage.job.request, stage.model.manifest.vae
-    assert request.seed is not None
-    shape = (1, vae.z_dim, *request.video_shape.latent(vae))
-    return initial_noise(shape, request.seed).to(stage.device)
+def _on_device(
+    tensor: Tensor | None, device: torch.device, dtype: torch.dtype | None = None
+) -> Tensor | None:
+    return None if tensor is None else tensor.to(device, dtype)
 
 
 def _model_input(latents: Tensor, condition: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -335,21 +255,25 @@ def _model_input(latents: Tensor, condition: Tensor | None, dtype: torch.dtype) 
 def _guided(predictions: list[Tensor], request: GenerationRequest) -> Tensor:
     if len(predictions) == 1:
         return predictions[0]
-    return guide(*predictions, request.guidance_scale)
+    conditional, unconditional = predictions
+    return guide(conditional, unconditional, request.guidance_scale)
 
 
 def decode(stage: Stage, latents: Tensor) -> Tensor:
     """Latents to the video, uint8 (frames, h, w, 3) in RAM."""
     component, request = stage.model.vae_decoder, stage.job.request
-    tiles = TileGrid(*stage.job.plan["decode"].tiles)
-    units = latents.shape[2] + request.frames * tiles.rows * tiles.cols
+    shape = (request.frames, request.height, request.width, 3)
+    grid = TileGrid(*stage.plan["decode"].tiles)
+    units = latents.shape[2] + request.frames * grid.rows * grid.cols
     with (
         stage.phase("decode", units, "frame") as (_, phase),
         stage.rest(component) as vae,
     ):
         raw = _raw_latents(latents.to(stage.device, component.dtype), vae.config)
-        video = decode_frames(vae, raw, tiles, should_stop=phase.advance)
-    return video
+        film = Film(vae, raw, grid, shape, stage.keeper)
+        film.decode(should_stop=phase.advance)
+        component.checkpoint.check_unchanged()
+    return film.video
 
 
 def _raw_latents(latents: Tensor, config: Any) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from penstock.engine.request import GenerationRequest, parse_area, parse_size, size_for
 from penstock.errors import UsageError
@@ -43,7 +44,11 @@ class Asked:
             width, height = parse_size(self.size)
         elif self.max_area is not None:
             width, height = size_for((width, height), parse_area(self.max_area))
-        given = {"frames": self.frames, "steps": self.steps, "guidance_scale": self.cfg}
+        given: dict[str, Any] = {
+            "frames": self.frames,
+            "steps": self.steps,
+            "guidance_scale": self.cfg,
+        }
         request = GenerationRequest(
             prompt="a plan",
             image=Path("a plan"),

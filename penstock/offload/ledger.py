@@ -111,6 +111,7 @@ class ByteLedger:
         holders = ", ".join(f"{name} {format_bytes(held)}" for name, held in largest) or "nothing"
         return LedgerOverflow(
             f"{label} does not fit into the {self.name} budget of {self.cap_bytes:,} bytes",
+            memory=self.name,
             expected=f"{nbytes:,} bytes free",
             found=f"{self.free:,} (held: {holders})",
             remedy=f"Raise the {self.name} budget, or ask for a smaller video.",

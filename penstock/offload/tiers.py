@@ -379,3 +379,9 @@ class _Span:
 def open_link(device: torch.device, longest_wait: int) -> Link:
     """The link to ``device``."""
     return CudaLink(device, longest_wait) if device.type == "cuda" else CpuLink()
+
+
+def release_cached(device: torch.device) -> None:
+    """Give back to the driver what torch's allocator holds but nobody uses."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

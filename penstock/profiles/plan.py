@@ -201,3 +201,40 @@ def _phase_from_json(value: Mapping[str, Any]) -> PhasePlan:
     if plain["stream"] is not None:
         plain["stream"] = StreamPlan(**plain["stream"])
     return PhasePlan(**plain)
+
+
+def changes(old: Plan, new: Plan) -> tuple[tuple[str, ...], bool]:
+    """What ``new`` does otherwise, in words, and whether its result is the same to the bit."""
+    told: list[str] = []
+    identical = True
+    for before, after in zip(old.phases, new.phases, strict=True):
+        identical &= same_rounding(before, after)
+        pairs = zip(_told(before), _told(after), strict=True)
+        told += [f"{now} instead of {then}" for then, now in pairs if then != now]
+    return tuple(dict.fromkeys(told)), identical
+
+
+def same_rounding(one: PhasePlan, other: PhasePlan) -> bool:
+    """Whether two plans of a phase give the same result to the bit.
+
+    Where weights lie and how many branches share a visit changes nothing. Chunks and tiles are
+    exact in real arithmetic, but a kernel may sum in another order for another shape.
+    """
+    return (one.chunk_tokens, one.tiles) == (other.chunk_tokens, other.tiles)
+
+
+def _told(phase: PhasePlan) -> list[str]:
+    told = [
+        f"{phase.chunk_tokens} tokens a chunk",
+        f"{phase.branches} CFG branches a visit",
+        f"{phase.tiles[0]}x{phase.tiles[1]} tiles",
+        f"cross-attention K/V in {'VRAM' if phase.cross_kv_on_device else 'RAM'}",
+    ]
+    if phase.stream is not None:
+        told += [
+            f"{phase.stream.device_resident} blocks resident in VRAM",
+            f"{phase.stream.host_resident} in RAM",
+            f"{phase.stream.device_slots} block slots in VRAM",
+            f"{phase.stream.host_slabs} block slabs in RAM",
+        ]
+    return told

@@ -15,7 +15,6 @@ from penstock.profiles.hardware import Hardware
 from penstock.profiles.manifest import ModelManifest
 from penstock.profiles.phases import (
     Case,
-    Group,
     Mux,
     OnePass,
     Step,

@@ -7,7 +7,7 @@ by frame, so that the causal past of one tile is alive.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -49,7 +49,12 @@ class Piece:
 
 @torch.no_grad()
 def decode_tiled(
-    vae: Any, latents: Tensor, grid: TileGrid, *, should_stop: Callable[[], None] = lambda: None
+    vae: Any,
+    latents: Tensor,
+    grid: TileGrid,
+    *,
+    skip: Container[int] = (),
+    should_stop: Callable[[], None] = lambda: None,
 ) -> Iterator[Piece]:
     """Decode ``latents`` tile by tile; the pieces cover every pixel of every frame exactly once.
 
@@ -58,6 +63,7 @@ def decode_tiled(
         latents: (1, z, t, h, w), already scaled and shifted back to the VAE's own range, of the
             VAE's dtype and on its device.
         grid: rows and columns of tiles.
+        skip: indices of tiles that are not wanted.
         should_stop: called between units of work; ends the decoding by raising.
 
     Raises:
@@ -71,10 +77,21 @@ def decode_tiled(
         features.append(feature)
         should_stop()
     for index, tile in enumerate(tiles):
+        if index in skip:
+            continue
         for frame, pixels in enumerate(_tile_frames(vae.decoder, features, tile)):
             yield Piece(index, len(tiles), frame, tile.output, pixels[0, :, 0])
             del pixels
             should_stop()
+
+
+def tile_windows(vae: Any, grid: TileGrid, height: int, width: int) -> list[Window]:
+    """Where the pixels of each tile go, for latents of ``height`` x ``width``.
+
+    Raises:
+        UsageError: more tiles than latents along an axis.
+    """
+    return [tile.output for tile in decode_tiles(levels_of(vae), grid, height, width)]
 
 
 def decode_frames(

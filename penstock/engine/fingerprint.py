@@ -1,0 +1,151 @@
+"""What determines a result to the bit, as plain values: a resume compares them.
+
+Bit-identity is promised only where all of it is the same: library versions, the device and its
+driver, the numerics that were chosen, and the model's files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from penstock._version import __version__
+from penstock.errors import FingerprintMismatch, StorageError
+
+SAMPLE_BYTES = 64 << 10
+SAMPLES = 64
+"""A file above `SAMPLES` x `SAMPLE_BYTES` is known by its size and so many evenly spread samples:
+hashing 33 GB would take longer than opening it, and another fine-tune differs everywhere."""
+
+Fingerprint = dict[str, Any]
+Difference = tuple[str, object, object]
+
+
+def fingerprint(
+    device: torch.device, numerics: Mapping[str, Any], files: Iterable[tuple[str, Path]]
+) -> Fingerprint:
+    """The fingerprint of a job.
+
+    Args:
+        device: where it computes.
+        numerics: what was chosen and alters rounding: dtypes, attention backend, chunk.
+        files: ``(name, path)`` of all that is read: weights, the picture.
+
+    Raises:
+        StorageError: a file cannot be read.
+    """
+    return {
+        "versions": _versions(),
+        "device": _device(device),
+        "numerics": _switches() | dict(numerics),
+        "files": {name: stamp(path) for name, path in files},
+    }
+
+
+def stamp(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file; of a large one, the SHA-256 of evenly spread samples.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    sha = hashlib.sha256()
+    with reading(path), path.open("rb") as file:
+        nbytes = path.stat().st_size
+        if nbytes <= SAMPLES * SAMPLE_BYTES:
+            sha.update(file.read())
+            return {"bytes": nbytes, "sha256": sha.hexdigest()}
+        for index in range(SAMPLES):
+            file.seek(index * (nbytes - SAMPLE_BYTES) // (SAMPLES - 1))
+            sha.update(file.read(SAMPLE_BYTES))
+    return {"bytes": nbytes, "samples_sha256": sha.hexdigest()}
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn an OSError of the body into a StorageError that names ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read", found=error.strerror) from error
+
+
+def compare_fingerprint(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
+    """The fields that differ, as ``(dotted name, old, new)``, sorted by name."""
+    then, now = dict(_flat(old)), dict(_flat(new))
+    return [
+        (field, then.get(field), now.get(field))
+        for field in sorted(then.keys() | now.keys())
+        if (field in then, then.get(field)) != (field in now, now.get(field))
+    ]
+
+
+def check_fingerprint(
+    old: Mapping[str, Any], new: Mapping[str, Any], *, allow_nonidentical: bool
+) -> list[Difference]:
+    """What differs, where that is allowed.
+
+    Raises:
+        FingerprintMismatch: something differs and is not allowed to.
+    """
+    differences = compare_fingerprint(old, new)
+    if differences and not allow_nonidentical:
+        raise FingerprintMismatch(differences)
+    return differences
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, object]]:
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            yield from _flat(item, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", list(item) if isinstance(item, tuple) else item
+
+
+def _versions() -> dict[str, str | None]:
+    import diffusers
+    import transformers
+
+    return {
+        "penstock": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": _cudnn_version(),
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _cudnn_version() -> int | None:
+    version: int | None = torch.backends.cudnn.version()  # type: ignore[no-untyped-call]
+    return version
+
+
+def _device(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
+        return {
+            "type": device.type,
+            "name": platform.machine(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+        }
+    return {
+        "type": "cuda",
+        "name": torch.cuda.get_device_name(device),
+        "capability": list(torch.cuda.get_device_capability(device)),
+    }
+
+
+def _switches() -> dict[str, Any]:
+    return {
+        "threads": torch.get_num_threads(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "cudnn_tf32": torch.backends.cudnn.allow_tf32,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }

@@ -1,0 +1,456 @@
+"""A job's directory: what a job needs to continue after its process has ended, however it did.
+
+    job-0.json, job-1.json              request, plan, fingerprint, state; the newer file counts
+    conditioning.safetensors            encoded prompt and picture
+    state-0.safetensors, state-1...     the sampler's state after a step; likewise
+    picture                             a copy of the request's picture
+    latents.safetensors                 the final latents
+    tile-ROWSxCOLUMNS-N.safetensors     decoded pixels of one VAE tile
+    reserve                             disk space kept for those still to come
+    lock                                held while a process works on the job
+
+Everything is plain JSON or safetensors, sealed with a digest (`penstock.engine.sealed`) and written
+atomically (`penstock.engine.durable`). What can be computed again from an earlier part is discarded
+when it is damaged; the job and the sampler's state have two generations.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+
+from penstock.engine.durable import (
+    NEW_SUFFIX,
+    FileOps,
+    Reserve,
+    read_whole,
+    storing,
+    write_atomically,
+)
+from penstock.engine.generations import Generation, Generations
+from penstock.engine.lock import JobLock
+from penstock.engine.sealed import Document, open_json, open_tensors, seal_json, seal_tensors
+from penstock.errors import JournalError
+
+FORMAT = 1
+"""Of the directory; another one is refused."""
+
+JOB_FILES = ("job-0.json", "job-1.json")
+STATE_FILES = ("state-0.safetensors", "state-1.safetensors")
+CONDITIONING_FILE = "conditioning.safetensors"
+LATENTS_FILE = "latents.safetensors"
+PICTURE_FILE = "picture"
+RESERVE_FILE = "reserve"
+LOCK_FILE = "lock"
+HEADER_BYTES = 4096
+"""Disk space of a file beside its tensors."""
+
+_UNCOUNTED = (*JOB_FILES, RESERVE_FILE, LOCK_FILE)
+
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "job": (str,), "created": (int, float), "state": (str,), "request": (dict,), "plan": (dict,),
+    "fingerprint": (dict,), "reserve_bytes": (int,), "facts": (dict,),
+}  # fmt: skip
+_TILE_NAME = re.compile(r"tile-(\d+)x(\d+)-(\d+)\.safetensors")
+
+STATES = ("running", "stopped", "failed", "done")
+"""What a job may be marked as. "running" while nobody holds the lock means that it was killed."""
+
+Tensors = dict[str, torch.Tensor]
+
+
+class SamplerState(NamedTuple):
+    """The sampler after ``step`` steps: tensors, and plain values that JSON can hold."""
+
+    step: int
+    tensors: Tensors
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """What job-N.json holds.
+
+    Attributes:
+        job: random id that all files of the job carry.
+        created: seconds since 1970.
+        state: one of `STATES`.
+        request, plan, fingerprint: plain values, as JSON gives them back.
+        reserve_bytes: disk space that the job's files take at most.
+        facts: plain values that go with the state: the output, an error.
+    """
+
+    job: str
+    created: float
+    state: str
+    request: dict[str, Any]
+    plan: dict[str, Any]
+    fingerprint: dict[str, Any]
+    reserve_bytes: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def is_job_file(name: str) -> bool:
+    """Whether a job's directory may hold a file of this name."""
+    name = name.removesuffix(NEW_SUFFIX)
+    fixed = (
+        *JOB_FILES,
+        *STATE_FILES,
+        CONDITIONING_FILE,
+        PICTURE_FILE,
+        LATENTS_FILE,
+        RESERVE_FILE,
+        LOCK_FILE,
+    )
+    return name in fixed or _TILE_NAME.fullmatch(name) is not None
+
+
+def read_record(folder: Path, ops: FileOps | None = None) -> JobRecord:
+    """The job in ``folder``, without taking its lock.
+
+    Raises:
+        JournalError: the folder holds no job, or one whose both records are damaged.
+    """
+    return _load_record(folder, _record_files(ops or FileOps(), folder))
+
+
+def _record_files(ops: FileOps, folder: Path) -> Generations[JobRecord]:
+    return Generations(ops, (folder / JOB_FILES[0], folder / JOB_FILES[1]), _parse_record)
+
+
+def _load_record(folder: Path, files: Generations[JobRecord]) -> JobRecord:
+    record = files.load()
+    if record is None:
+        raise JournalError(
+            f"{folder} holds no job",
+            expected=" or ".join(JOB_FILES),
+            found="neither",
+            remedy="`penstock jobs` lists the jobs there are.",
+        )
+    return record
+
+
+class Journal:
+    """A job's directory while a process works on it. Made by :meth:`create` and :meth:`open`.
+
+    Attributes:
+        folder: the directory.
+        record: the job as it was last marked.
+    """
+
+    def __init__(self, folder: Path, ops: FileOps, lock: JobLock) -> None:
+        self.folder = folder
+        self.record: JobRecord
+        self._ops, self._lock = ops, lock
+        self._records = _record_files(ops, folder)
+        self._states = Generations(
+            ops, (folder / STATE_FILES[0], folder / STATE_FILES[1]), self._parse_state
+        )
+        self._reserve = Reserve(ops, folder / RESERVE_FILE)
+        self._problems: list[str] = []
+
+    @classmethod
+    def create(
+        cls,
+        folder: Path,
+        request: Mapping[str, Any],
+        plan: Mapping[str, Any],
+        fingerprint: Mapping[str, Any],
+        *,
+        facts: Mapping[str, Any] | None = None,
+        picture: bytes | None = None,
+        reserve_bytes: int = 0,
+        ops: FileOps | None = None,
+    ) -> Journal:
+        """Begin a job. It exists once its record is written, which is the last thing done.
+
+        Args:
+            folder: made if absent; must hold no job.
+            request, plan, fingerprint: plain values that JSON can hold.
+            facts: plain values that go with the state.
+            picture: the request's picture, to keep a copy of.
+            reserve_bytes: disk space that the job's files will take at most, claimed now.
+            ops: the file operations.
+
+        Raises:
+            StorageError: no space, or the folder cannot be written.
+            JobLocked: another process is at work there.
+            JournalError: the folder holds a job already.
+        """
+        ops = ops or FileOps()
+        _make_folder(ops, folder)
+        journal = cls(folder, ops, JobLock(folder / LOCK_FILE))
+        try:
+            journal._check_vacant()
+            journal._remove(n for n in journal._names() if is_job_file(n) and n != LOCK_FILE)
+            if reserve_bytes:
+                journal._reserve.claim(reserve_bytes)
+            if picture is not None:
+                write_atomically(ops, folder / PICTURE_FILE, [picture])
+            record = JobRecord(
+                job=secrets.token_hex(16),
+                created=time.time(),
+                state="running",
+                request=dict(request),
+                plan=dict(plan),
+                fingerprint=dict(fingerprint),
+                reserve_bytes=reserve_bytes,
+                facts=dict(facts or {}),
+            )
+            journal._save_record(record)
+        except BaseException:
+            journal.close()
+            raise
+        return journal
+
+    @classmethod
+    def open(cls, folder: Path, *, ops: FileOps | None = None) -> Journal:
+        """Go on with a job.
+
+        Raises:
+            JournalError: the folder holds no job, or one whose both records are damaged.
+            JobLocked: another process is at work there.
+        """
+        ops = ops or FileOps()
+        read_record(folder, ops)  # before the lock: no lock file is left in a folder without a job
+        journal = cls(folder, ops, JobLock(folder / LOCK_FILE))
+        try:
+            journal.record = _load_record(folder, journal._records)
+            journal._remove_leftovers()
+        except BaseException:
+            journal.close()
+            raise
+        return journal
+
+    def close(self) -> None:
+        """Let others work on the job."""
+        self._lock.release()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """Damage that was found so far and worked around, for the report."""
+        return (*self._records.problems, *self._states.problems, *self._problems)
+
+    def mark(self, state: str, *, plan: Mapping[str, Any] | None = None, **facts: Any) -> None:
+        """Write down what has become of the job.
+
+        Args:
+            state: one of `STATES`.
+            plan: replaces the plan.
+            facts: plain values, added to those known; None takes one away.
+
+        Raises:
+            StorageError: it could not be written; the former record is intact.
+        """
+        assert state in STATES, state
+        merged = {k: v for k, v in (self.record.facts | facts).items() if v is not None}
+        record = replace(self.record, state=state, facts=merged)
+        self._save_record(record if plan is None else replace(record, plan=dict(plan)))
+
+    def save_conditioning(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep the encoded prompt and picture.
+
+        Raises:
+            StorageError: they could not be written.
+        """
+        self._save_single(CONDITIONING_FILE, tensors)
+
+    def load_conditioning(self) -> Tensors | None:
+        """The encoded prompt and picture; None where they are missing or damaged."""
+        return self._load_single(CONDITIONING_FILE)
+
+    def save_step(
+        self, step: int, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]
+    ) -> None:
+        """Keep the sampler's state after ``step`` steps (0: the first noise).
+
+        Raises:
+            StorageError: it could not be written; the state before it is intact.
+        """
+
+        def make(sequence: int) -> Document:
+            text = json.dumps(dict(values), allow_nan=False)
+            metadata = self._metadata(sequence=str(sequence), step=str(step), values=text)
+            return seal_tensors(tensors, metadata)
+
+        self._make_room(sum(tensor.nbytes for tensor in tensors.values()))
+        self._states.save(make)
+
+    def load_latest(self) -> SamplerState | None:
+        """The newest state that is whole; None where the sampling has not begun.
+
+        Raises:
+            JournalError: both generations are damaged.
+        """
+        return self._states.load()
+
+    def save_latents(self, latents: torch.Tensor) -> None:
+        """Keep the final latents.
+
+        Raises:
+            StorageError: they could not be written.
+        """
+        self._save_single(LATENTS_FILE, {"latents": latents})
+
+    def load_latents(self) -> torch.Tensor | None:
+        """The final latents; None where they are missing or damaged."""
+        return (self._load_single(LATENTS_FILE) or {}).get("latents")
+
+    def save_tile(self, grid: tuple[int, int], index: int, frames: torch.Tensor) -> None:
+        """Keep the decoded pixels of tile ``index`` of a grid of rows and columns.
+
+        Raises:
+            StorageError: they could not be written.
+        """
+        self._save_single(_tile_name(grid, index), {"frames": frames})
+
+    def load_tile(self, grid: tuple[int, int], index: int) -> torch.Tensor | None:
+        """The decoded pixels of a tile; None where they are missing or damaged."""
+        return (self._load_single(_tile_name(grid, index)) or {}).get("frames")
+
+    def finished_tiles(self, grid: tuple[int, int]) -> tuple[int, ...]:
+        """Tiles of this grid that have been kept (not yet checked)."""
+        matches = map(_TILE_NAME.fullmatch, self._names())
+        found = [tuple(int(part) for part in match.groups()) for match in matches if match]
+        return tuple(sorted(index for *size, index in found if tuple(size) == grid))
+
+    def discard_work(self) -> None:
+        """Remove what a finished job no longer needs: all but the record and the final latents.
+
+        Raises:
+            StorageError: a file cannot be removed.
+        """
+        keep = (*JOB_FILES, LATENTS_FILE, LOCK_FILE)
+        self._remove(name for name in self._names() if is_job_file(name) and name not in keep)
+
+    def _save_record(self, record: JobRecord) -> None:
+        def make(sequence: int) -> Document:
+            return [seal_json({"format": FORMAT, "sequence": sequence} | asdict(record))]
+
+        self._records.save(make)
+        self.record = record
+
+    def _save_single(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._make_room(sum(tensor.nbytes for tensor in tensors.values()))
+        document = seal_tensors(tensors, self._metadata(file=name))
+        write_atomically(self._ops, self.folder / name, document)
+
+    def _load_single(self, name: str) -> Tensors | None:
+        try:
+            blob = read_whole(self._ops, self.folder / name)
+            if blob is None:
+                return None
+            tensors, metadata = open_tensors(blob)
+            self._check_owner(metadata, file=name)
+        except JournalError as error:
+            self._problems.append(f"{name} is computed again: {error}")
+            return None
+        return tensors
+
+    def _parse_state(self, blob: bytes) -> Generation[SamplerState]:
+        tensors, metadata = open_tensors(blob)
+        self._check_owner(metadata)
+        try:
+            sequence, step = int(metadata["sequence"]), int(metadata["step"])
+            values = json.loads(metadata["values"])
+        except (KeyError, ValueError, RecursionError) as error:
+            raise JournalError("not a sampler's state", found=str(error)) from error
+        if step < 0 or sequence < 0 or not isinstance(values, dict):
+            raise JournalError("not a sampler's state", found=f"step {step}, values {values!r:.80}")
+        return Generation(sequence, SamplerState(step, tensors, values))
+
+    def _metadata(self, **items: str) -> dict[str, str]:
+        return {"penstock": str(FORMAT), "job": self.record.job, **items}
+
+    def _check_owner(self, metadata: Mapping[str, str], **items: str) -> None:
+        for key, value in self._metadata(**items).items():
+            if metadata.get(key) != value:
+                raise JournalError(
+                    "the file belongs to something else",
+                    expected=f"{key} {value}",
+                    found=str(metadata.get(key)),
+                )
+
+    def _make_room(self, nbytes: int) -> None:
+        """Give back so much of the reserve that ``nbytes`` more fit beside the files there are."""
+        used = sum(self._size(name) for name in self._names() if name not in _UNCOUNTED)
+        room = used + nbytes + HEADER_BYTES
+        self._reserve.shrink(max(0, self.record.reserve_bytes - room))
+
+    def _size(self, name: str) -> int:
+        path = self.folder / name
+        with storing(self._ops, path):
+            return self._ops.size(path)
+
+    def _check_vacant(self) -> None:
+        if any(name in JOB_FILES for name in self._names()):
+            raise JournalError(
+                f"{self.folder} holds a job already",
+                expected="an empty folder",
+                found=", ".join(name for name in self._names() if name in JOB_FILES),
+                remedy="Continue it with `penstock resume`, or remove it with `penstock jobs rm`.",
+            )
+
+    def _remove_leftovers(self) -> None:
+        names = self._names()
+        self._remove(n for n in names if n.endswith(NEW_SUFFIX) and is_job_file(n))
+
+    def _remove(self, names: Iterable[str]) -> None:
+        for name in names:
+            with storing(self._ops, self.folder / name):
+                self._ops.unlink(self.folder / name)
+
+    def _names(self) -> list[str]:
+        with storing(self._ops, self.folder):
+            return self._ops.names(self.folder)
+
+
+def _tile_name(grid: tuple[int, int], index: int) -> str:
+    return f"tile-{grid[0]}x{grid[1]}-{index}.safetensors"
+
+
+def _parse_record(blob: bytes) -> Generation[JobRecord]:
+    value = open_json(blob)
+    version, sequence = value.pop("format", None), value.pop("sequence", None)
+    if type(version) is not int or version != FORMAT:
+        raise JournalError(
+            "the job was written by another version of penstock",
+            expected=f"format {FORMAT}",
+            found=str(version),
+        )
+    wrong = [name for name, kinds in _FIELDS.items() if type(value.get(name)) not in kinds]
+    wrong += sorted(value.keys() - _FIELDS.keys())
+    if type(sequence) is not int or sequence < 0:
+        wrong.append("sequence")
+    if wrong or value["state"] not in STATES or value["reserve_bytes"] < 0:
+        raise JournalError("not a job's record", found=f"illegal {', '.join(wrong) or 'values'}")
+    return Generation(sequence, JobRecord(**value))
+
+
+def _make_folder(ops: FileOps, folder: Path) -> None:
+    """Make the folder so that a power loss cannot take it away again."""
+    with storing(ops, folder):
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        ops.mkdir(folder)
+        for path in reversed(missing):
+            ops.fsync_dir(path.parent)

@@ -1,0 +1,83 @@
+"""Where the sampling stands: the last finished step, which a failure leaves as it was."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from penstock.engine.keeper import Point
+from penstock.engine.sampler import Sampler, SamplerState, initial_noise, read_scheduler_config
+from penstock.engine.stage import Stage
+
+
+class Sampling:
+    """The point that a job's sampling has reached: the one that was kept, or the first noise.
+
+    Args:
+        stage: the running job.
+
+    Raises:
+        JournalError: a state was kept, and both its generations are damaged.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        kept = stage.keeper.point()
+        self._point = self._first() if kept is None else _moved(kept, stage.device)
+
+    def _first(self) -> Point:
+        request, vae = self._stage.job.request, self._stage.model.manifest.vae
+        assert request.seed is not None
+        shape = (1, vae.z_dim, *request.video_shape.latent(vae))
+        noise = initial_noise(shape, request.seed).to(self._stage.device)
+        point = Point(noise, self._sampler().state())
+        self._stage.keeper.keep_point(point)
+        return point
+
+    def _sampler(self) -> Sampler:
+        request = self._stage.job.request
+        return Sampler(
+            read_scheduler_config(self._stage.model.folder / "scheduler"),
+            sampler=request.sampler,
+            steps=request.steps,
+            shift=request.effective_shift,
+            device=self._stage.device,
+        )
+
+    @property
+    def latents(self) -> Tensor:
+        """(1, z, t, h, w), fp32, on the device."""
+        return self._point.latents
+
+    @property
+    def steps_done(self) -> int:
+        """Steps that are finished."""
+        return self._point.step
+
+    def resume(self) -> Sampler:
+        """A fresh sampler that stands at the point."""
+        sampler = self._sampler()
+        sampler.load_state(self._point.solver)
+        return sampler
+
+    def step(self, sampler: Sampler, prediction: Tensor, latents: Tensor) -> Tensor:
+        """One step of ``sampler``; returns the new latents.
+
+        The step before is on the disk first, so that at most one finished step can be lost.
+        """
+        self._stage.keeper.settle()
+        latents = sampler.step(prediction, sampler.next_step, latents)
+        self._point = Point(latents, sampler.state())
+        self._stage.keeper.keep_point(self._point)
+        return latents
+
+
+def _moved(point: Point, device: torch.device) -> Point:
+    tensors = {name: tensor.to(device) for name, tensor in point.solver.tensors.items()}
+    return replace(
+        point,
+        latents=point.latents.to(device),
+        solver=SamplerState(point.solver.values, tensors),
+    )

@@ -1,0 +1,154 @@
+"""Documents that notice their own damage: JSON and safetensors with a SHA-256 of all their bytes.
+
+The digest stands at a fixed place near the start of the document and covers everything else, the
+safetensors header and its length included. It is checked before anything is parsed. The files
+remain plain JSON and plain safetensors for every other program.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from penstock.errors import JournalError
+
+Document = list[bytes | memoryview]
+
+_DIGEST_CHARS = 64
+_BLANK = b"0" * _DIGEST_CHARS
+_JSON_HEAD = b'{"digest": "'
+_TENSOR_HEAD = b'{"__metadata__":{"digest":"'
+_LENGTH_BYTES = 8
+_ALIGNMENT = 8
+
+_TAGS = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16",
+    torch.int32: "I32", torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float32: "F32", torch.float64: "F64", torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+
+
+def seal_json(value: Mapping[str, Any]) -> bytes:
+    """A JSON object with the members of ``value`` and a digest before them."""
+    body = json.dumps(dict(value), ensure_ascii=False, indent=1, allow_nan=False).encode()
+    tail = b'",\n' + body[1:].lstrip() if value else b'"}'
+    return _JSON_HEAD + _digest([_JSON_HEAD, _BLANK, tail]) + tail
+
+
+def open_json(blob: bytes) -> dict[str, Any]:
+    """The members of a document of :func:`seal_json`.
+
+    Raises:
+        JournalError: it is damaged.
+    """
+    _verify(blob, 0, _JSON_HEAD)
+    value = _object(blob)
+    del value["digest"]
+    return value
+
+
+def seal_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Document:
+    """A safetensors file as chunks to write; host tensors are not copied.
+
+    Args:
+        tensors: of any device and layout; their order is kept.
+        metadata: text that stands in the header.
+    """
+    parts = [_raw(tensor) for tensor in tensors.values()]
+    entries: dict[str, Any] = {}
+    start = 0
+    for (name, tensor), part in zip(tensors.items(), parts, strict=True):
+        entries[name] = {
+            "dtype": _TAGS[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, start + part.nbytes],
+        }
+        start += part.nbytes
+    tail = _header_tail(entries, metadata)
+    length = len(_TENSOR_HEAD) + _DIGEST_CHARS + len(tail)
+    head = length.to_bytes(_LENGTH_BYTES, "little") + _TENSOR_HEAD
+    return [head, _digest([head, _BLANK, tail, *parts]), tail, *parts]
+
+
+def open_tensors(blob: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors (on the CPU, their own memory) and metadata of a document of :func:`seal_tensors`.
+
+    Raises:
+        JournalError: it is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    _verify(blob, _LENGTH_BYTES, _TENSOR_HEAD)
+    try:
+        tensors = load(blob)
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise JournalError("the tensors cannot be read", found=str(error)) from error
+    return tensors, read_metadata(blob)
+
+
+def read_metadata(blob: bytes) -> dict[str, str]:
+    """Metadata of a safetensors file from its first bytes, unverified: for display.
+
+    Raises:
+        JournalError: there is none to be read.
+    """
+    length = int.from_bytes(blob[:_LENGTH_BYTES], "little")
+    metadata = _object(blob[_LENGTH_BYTES : _LENGTH_BYTES + length]).get("__metadata__")
+    if not isinstance(metadata, dict):
+        raise JournalError("the header is damaged", expected="metadata", found="none")
+    metadata.pop("digest", None)
+    return {str(key): str(value) for key, value in metadata.items()}
+
+
+def _header_tail(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+    inner = json.dumps(dict(metadata), ensure_ascii=True, separators=(",", ":"))[1:]
+    outer = json.dumps(dict(entries), ensure_ascii=True, separators=(",", ":"))[1:]
+    tail = f'"{"," if metadata else ""}{inner}{"," if entries else ""}{outer}'.encode()
+    used = len(_TENSOR_HEAD) + _DIGEST_CHARS + len(tail)
+    return tail + b" " * (-used % _ALIGNMENT)
+
+
+def _raw(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _digest(chunks: Iterable[bytes | memoryview]) -> bytes:
+    sha = hashlib.sha256()
+    for chunk in chunks:
+        sha.update(chunk)
+    return sha.hexdigest().encode()
+
+
+def _verify(blob: bytes, start: int, head: bytes) -> None:
+    at = start + len(head)
+    end = at + _DIGEST_CHARS
+    if len(blob) < end or blob[start:at] != head:
+        raise JournalError(
+            "the file is damaged", expected="a sealed document", found=f"{len(blob)} other bytes"
+        )
+    whole = memoryview(blob)
+    if _digest([whole[:at], _BLANK, whole[end:]]) != blob[at:end]:
+        raise JournalError("the file is damaged", expected="its own SHA-256", found="another one")
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _object(blob: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(blob, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise JournalError("the file is damaged", expected="JSON", found=str(error)) from error
+    if not isinstance(value, dict):
+        raise JournalError(
+            "the file is damaged", expected="a JSON object", found=type(value).__name__
+        )
+    return value

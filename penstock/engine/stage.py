@@ -1,0 +1,190 @@
+"""What the phases of a job share: what it is made of, its ledgers, and how weights come and go."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from penstock.engine.events import Listener, Monitor, PhaseMonitor, Replanned
+from penstock.engine.keeper import Keeper
+from penstock.engine.model import Component, ModelFiles
+from penstock.engine.recovery import MEMORY_ERRORS, Shortage, shortage
+from penstock.engine.request import GenerationRequest
+from penstock.engine.weights import bind, unbind
+from penstock.errors import OutOfMemory
+from penstock.offload.layout import BlockLayout
+from penstock.offload.ledger import ByteLedger
+from penstock.offload.schedule import Residency
+from penstock.offload.streamer import BlockStream, load_block
+from penstock.offload.tiers import release_cached
+from penstock.profiles.plan import PhasePlan, Plan, StreamPlan, changes
+from penstock.profiles.planner import Workload
+
+Result = TypeVar("Result")
+Shrink = Callable[[Plan, str, str], "Plan | None"]
+
+
+def nothing_smaller(plan: Plan, phase: str, resource: str) -> Plan | None:
+    """The `Shrink` of a job that runs as planned or not at all."""
+    return None
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a job is made of.
+
+    Attributes:
+        overlapped: stream ahead of the computation (else the sequential reference).
+        output: where the mp4 goes; None: decode, but write nothing.
+        metadata: prompt and settings go into the file.
+        shrink: a plan that takes less of a resource in a phase, or None where there is none.
+        keeper: what is kept of the job while it runs.
+        notices: told at the start.
+    """
+
+    model: ModelFiles
+    request: GenerationRequest
+    plan: Plan
+    device: torch.device
+    overlapped: bool
+    output: Path | None
+    overwrite: bool
+    metadata: bool
+    shrink: Shrink = nothing_smaller
+    keeper: Keeper = field(default_factory=Keeper)
+    notices: tuple[str, ...] = ()
+
+
+def workload_of(request: GenerationRequest) -> Workload:
+    """The request as the planner takes it."""
+    return Workload(request.video_shape, request.steps, request.uses_guidance)
+
+
+class Stage:
+    """A running job: the run, its plan as it stands, its ledgers and its monitor."""
+
+    def __init__(self, job: Run, listener: Listener, cancelled: threading.Event) -> None:
+        self.job, self.model, self.device = job, job.model, job.device
+        self.plan, self.keeper = job.plan, job.keeper
+        self._active = ""
+        self.device_ledger = ByteLedger("VRAM", job.plan.vram_limit_bytes)
+        self.host_ledger = ByteLedger("RAM", job.plan.ram_limit_bytes)
+        self.monitor = Monitor(listener, self.device_ledger, self.host_ledger, cancelled)
+
+    @contextmanager
+    def phase(
+        self, name: str, total: int, unit: str, *, done: int = 0
+    ) -> Iterator[tuple[PhasePlan, PhaseMonitor]]:
+        """One phase of the plan, its room reserved; ``done`` units were finished before."""
+        plan = self.plan[name]
+        self._active = name
+        with (
+            self.monitor.phase(plan, total, unit, done) as phase,
+            self.device_ledger.reserve(f"{name}: activations", plan.work_bytes),
+            self.host_ledger.reserve(f"{name}: host work", plan.ram_work_bytes),
+        ):
+            yield plan, phase
+
+    def attempt(self, name: str, body: Callable[[], Result]) -> Result:
+        """Do ``body``, and where memory runs out do it again under a smaller plan.
+
+        Every plan takes strictly less than the one before, so that the attempts come to an end.
+
+        Args:
+            name: the phase that a shortage before any phase began is put down to.
+            body: leaves nothing behind when it fails.
+
+        Raises:
+            OutOfMemory: no smaller plan exists.
+        """
+        while True:
+            self._active = name
+            try:
+                return body()
+            except MEMORY_ERRORS as error:
+                short = shortage(error, self.device)
+                if short is None:
+                    raise
+            self._shrink(short)
+
+    def _shrink(self, short: Shortage) -> None:
+        gc.collect()
+        release_cached(self.device)
+        plan = self.job.shrink(self.plan, self._active, short.resource)
+        if plan is None:
+            raise OutOfMemory(
+                f"out of memory in the phase {self._active}, and nothing smaller can be planned",
+                found=short.message,
+                remedy="Free memory (close other programs), or give a smaller --vram or --ram.",
+            )
+        what, identical = changes(self.plan, plan)
+        self.plan = plan
+        self.keeper.keep_plan(plan)
+        self.monitor.replanned(Replanned(self._active, short.message, what, identical))
+
+    @contextmanager
+    def rest(self, component: Component) -> Iterator[Any]:
+        """The network of ``component`` with all that is not in a block loaded.
+
+        Raises:
+            CheckpointChanged: its files changed since the model was opened.
+        """
+        component.checkpoint.check_unchanged()
+        with load_block(
+            component.rest,
+            device=self.device,
+            device_ledger=self.device_ledger,
+            host_ledger=self.host_ledger,
+        ) as tensors:
+            bind(component.module, tensors)
+            try:
+                yield component.module
+            finally:
+                unbind(component.module)
+
+    @contextmanager
+    def stream(
+        self,
+        layouts: Sequence[BlockLayout],
+        plan: StreamPlan | None,
+        phase: PhaseMonitor,
+        cycles: int,
+    ) -> Iterator[BlockStream]:
+        """A stream over ``layouts`` as planned, its statistics joined to the phase's."""
+        assert plan is not None
+        with BlockStream(
+            layouts,
+            residency(plan),
+            cycles=cycles,
+            device=self.device,
+            device_ledger=self.device_ledger,
+            host_ledger=self.host_ledger,
+            overlapped=self.job.overlapped,
+        ) as stream:
+            phase.streams.append(stream.stats)
+            yield stream
+
+
+def residency(plan: StreamPlan) -> Residency:
+    """The plan's places, as the stream takes them."""
+    on_device, in_ram = plan.device_blocks, plan.host_blocks
+    return Residency(plan.n_blocks, on_device, in_ram, plan.device_slots, plan.host_slabs)
+
+
+def visits(stream: BlockStream, block: Any, phase: PhaseMonitor) -> Iterator[tuple[int, Any]]:
+    """One pass over all blocks: each index with the block module, its weights bound meanwhile."""
+    try:
+        for index, tensors in stream.cycle():
+            phase.check()
+            bind(block, tensors)
+            yield index, block
+            unbind(block)
+    finally:
+        unbind(block)

@@ -1,0 +1,159 @@
+"""Against the projects whose storage we read: the same values, bit for bit."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES
+from gguf.quants import dequantize as gguf_dequantize
+from gguf.quants import quantize as gguf_quantize
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from penstock.quant.format import get_format
+from penstock.quant.gguf import GGUF_FORMATS, Gguf
+from penstock.quant.quanto import group_size
+from penstock.quant.recognise import canonical_suffix, recognise
+from penstock.quant.rows import dtype_tag
+from tests.quant.weights import relative_rms, small_weight
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(48, 256), (700, 2048), (3, 64)])
+def test_nf4_equals_bitsandbytes(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weight = small_weight(*shape, dtype)
+    weight[1] = 0
+    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    stored = get_format("nf4").quantise(weight)
+    assert torch.equal(stored["weight"].flatten(), packed.flatten())
+    assert torch.equal(stored["weight_absmax"].flatten(), state.absmax)
+    ours = get_format("nf4").dequantise(stored, shape, dtype)
+    assert torch.equal(ours, functional.dequantize_4bit(packed, state))
+
+
+def random_blocks(fmt: Gguf, rows: int, columns: int) -> Tensor:
+    """Random bytes whose fp16 fields are finite and small; every code and scale occurs."""
+    generator = torch.Generator().manual_seed(fmt.block_bytes)
+    size = (rows, columns // fmt.block, fmt.block_bytes)
+    blocks = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+    fields = {"Q6_K": [208], "Q8_0": [0], "Q4_0": [0], "Q5_0": [0]}.get(fmt.ggml_type, [0, 2])
+    for start in fields:
+        half = (torch.randn(*size[:2], 1, generator=generator) * 0.01).half()
+        blocks[:, :, start : start + 2] = half.view(torch.uint8)
+    return blocks.view(rows, -1)
+
+
+@pytest.mark.parametrize("fmt", GGUF_FORMATS, ids=lambda fmt: fmt.name)
+def test_gguf_blocks_equal_the_gguf_package(fmt: Gguf) -> None:
+    kind = GGMLQuantizationType[fmt.ggml_type]
+    assert (fmt.block, fmt.block_bytes) == GGML_QUANT_SIZES[kind]
+    stored = random_blocks(fmt, 300, 1024)
+    assert fmt.storage((300, 1024), "BF16") == {"weight": ("U8", tuple(stored.shape))}
+    expected = torch.from_numpy(gguf_dequantize(stored.numpy(), kind))
+    found = fmt.dequantise({"weight": stored}, (300, 1024), torch.float32)
+    assert torch.equal(found, expected)
+    half = fmt.dequantise({"weight": stored}, (300, 1024), torch.bfloat16)
+    assert torch.equal(half, expected.bfloat16())
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q5_0", "Q5_1", "Q4_0", "Q4_1"])
+def test_gguf_weights_written_by_the_gguf_package_read_back(name: str) -> None:
+    kind = GGMLQuantizationType[name]
+    weight = small_weight(64, 1024)
+    stored = torch.from_numpy(gguf_quantize(weight.numpy(), kind))
+    fmt = get_format(f"gguf-{name.lower()}")
+    found = fmt.dequantise({"weight": stored}, (64, 1024), torch.float32)
+    limit = {"Q8_0": 0.006, "Q5_0": 0.05, "Q5_1": 0.05}.get(name, 0.1)
+    assert relative_rms(found, weight) < limit
+
+
+def test_q8_0_is_written_as_the_gguf_package_writes_it() -> None:
+    weight = small_weight(96, 2048)
+    weight[5] = 0
+    weight[6, :32] = torch.arange(32) + 0.5  # halves, at a scale of exactly 1
+    weight[7, :32] = -weight[6, :32]
+    weight[6:8, 0] = 127.0
+    expected = gguf_quantize(weight.numpy(), GGMLQuantizationType.Q8_0)
+    assert np.array_equal(get_format("gguf-q8_0").quantise(weight)["weight"].numpy(), expected)
+
+
+@pytest.fixture
+def quanto(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """optimum-quanto, unpacking with its Python code: its C++ takes minutes to compile at first."""
+    quanto = pytest.importorskip("optimum.quanto")
+    packed = importlib.import_module("optimum.quanto.tensor.packed")
+
+    def unpack(self: Any) -> Tensor:
+        kernel = torch.ops.quanto.unpack.default._op_dk
+        python = torch._C.DispatchKey.CompositeExplicitAutograd
+        return kernel(python, self._data, self._bits)[: self.shape[0]]
+
+    monkeypatch.setattr(packed.PackedTensor, "unpack", unpack)
+    return quanto
+
+
+def quanto_values(quanto: Any, kind: str, layer: nn.Module, tensors: dict[str, Tensor]) -> Tensor:
+    """The weight as quanto reads it from a file's tensors, without its packing for CPU kernels."""
+    shape, missing = layer.weight.shape, []
+    names = {key.removeprefix("weight."): value for key, value in tensors.items()}
+    if kind == "qint4":
+        weight = quanto.WeightQBitsTensor.load_from_state_dict(
+            names, "", quanto.qint4, 0, layer.weight_group_size, shape, (shape[1], 1), missing
+        )
+    else:
+        weight = quanto.WeightQBytesTensor.load_from_state_dict(
+            names, "", getattr(quanto, kind), 0, shape, (shape[1], 1), None, missing
+        )
+    assert not missing
+    return weight.dequantize()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(33, 96), (48, 160), (48, 256), (33, 130)])
+@pytest.mark.parametrize("kind", ["qint8", "qfloat8", "qint4"])
+def test_quanto_files_open(
+    quanto: Any, kind: str, shape: tuple[int, int], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = nn.Sequential(nn.Linear(shape[1], shape[0])).to(dtype)
+    quanto.quantize(model, weights=getattr(quanto, kind))
+    quanto.freeze(model)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    tensors = {
+        suffix: tensor
+        for key, tensor in load_file(tmp_path / "model.safetensors").items()
+        if (suffix := canonical_suffix(key.removeprefix("0."))) not in (None, "bias")
+    }
+    fmt = recognise({k: (dtype_tag(t.dtype), tuple(t.shape)) for k, t in tensors.items()})
+    names = {"qint8": "quanto-int8", "qfloat8": "quanto-fp8", "qint4": "quanto-int4"}
+    assert fmt.name == names[kind]
+    found = {suffix: (dtype_tag(t.dtype), tuple(t.shape)) for suffix, t in tensors.items()}
+    assert found == fmt.storage(shape, dtype_tag(dtype))
+    expected = quanto_values(quanto, kind, model[0], tensors)
+    assert torch.equal(fmt.dequantise(tensors, shape, dtype), expected)
+
+
+@pytest.mark.parametrize("name", ["quanto-int8", "quanto-fp8", "quanto-int4"])
+def test_quanto_opens_what_we_write(quanto: Any, name: str) -> None:
+    weight = small_weight(32, 256, torch.bfloat16)
+    fmt = get_format(name)
+    stored = fmt.quantise(weight)
+    kind = {"quanto-int8": "qint8", "quanto-fp8": "qfloat8", "quanto-int4": "qint4"}[name]
+    layer = quanto.QLinear(256, 32, dtype=torch.bfloat16, weights=getattr(quanto, kind))
+    expected = quanto_values(quanto, kind, layer, stored)
+    assert relative_rms(expected, weight) < {"qint4": 0.13}.get(kind, 0.03)
+    assert torch.equal(fmt.dequantise(stored, (32, 256), torch.bfloat16), expected)
+
+
+@pytest.mark.parametrize("columns", [32, 96, 128, 160, 192, 224, 256, 300, 5120, 13824])
+def test_groups_are_those_that_quanto_chooses(quanto: Any, columns: int) -> None:
+    layer = quanto.QLinear(columns, 4, weights=quanto.qint4, device="meta")
+    assert group_size(columns) == layer.weight_group_size

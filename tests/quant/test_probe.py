@@ -1,0 +1,77 @@
+"""The probe: finds working paths, and says why others do not work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from penstock.quant.compute import Fp8Gemm, Int8Gemm, Operands
+from penstock.quant.probe import MIN_COSINE, probe, try_path, working
+from penstock.quant.scaled import Gemm
+
+CPU = torch.device("cpu")
+
+
+def test_a_cpu_has_both_8_bit_products() -> None:
+    reports = probe("cpu")
+    assert working(reports) == {"fp8", "int8"}
+    for name, report in reports.items():
+        assert report.cosine is not None and report.cosine >= MIN_COSINE[name] and not report.reason
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """A kernel that answers without error, but wrongly."""
+
+    fault: str
+    path: Gemm = "int8"
+
+    def __call__(self, linear: Operands, x: Tensor) -> Tensor:
+        out = Int8Gemm()(linear, x)
+        if self.fault == "nan":
+            out[3, 5] = torch.nan
+        elif self.fault == "one scale for all rows":
+            return out / linear.tensors["weight_scale"].flatten() * torch.randn(len(out), 1)
+        elif self.fault == "one row":
+            out[:, 0] = out[:, 0].flip(0)
+        elif self.fault == "refuses":
+            raise RuntimeError("not supported on this architecture\nat file.cpp")
+        return out
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("nan", "not finite"),
+        ("one scale for all rows", "cosine"),
+        ("one row", "cosine"),
+        ("refuses", "not supported on this architecture"),
+    ],
+)
+def test_a_wrong_kernel_is_found(fault: str, reason: str) -> None:
+    report = try_path("int8", Wrong(fault), CPU, torch.bfloat16)
+    assert not report.works and reason in report.reason and "\n" not in report.reason
+    assert working({"int8": report}) == frozenset()
+
+
+def test_the_right_kernel_passes_where_the_wrong_ones_fail() -> None:
+    assert try_path("int8", Wrong("none"), CPU, torch.bfloat16).works
+    assert try_path("fp8", Fp8Gemm(), CPU, torch.float32).works
+
+
+def test_importing_asks_no_device_and_loads_no_quantisation_library() -> None:
+    code = (
+        "import sys, torch\n"
+        "def refuse(*a): raise AssertionError('a device was queried at import')\n"
+        "for name in ('is_available', 'device_count', 'get_device_capability'):\n"
+        "    setattr(torch.cuda, name, refuse)\n"
+        "import penstock.quant.linear, penstock.quant.probe, penstock.quant.recognise\n"
+        "import penstock.quant.policy\n"
+        "assert not {'bitsandbytes', 'optimum', 'gguf'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -85,7 +85,7 @@ class Engine:
             hardware = replace(hardware, vram_bytes=parse_bytes(vram))
         if ram is not None:
             hardware = replace(hardware, ram_bytes=parse_bytes(ram))
-        return cls(ModelFiles.open(Path(model)), hardware, overlapped=overlapped)
+        return cls(ModelFiles.open(model), hardware, overlapped=overlapped)
 
     def plan(self, request: GenerationRequest) -> Plan:
         """What the request will take. Pure arithmetic over headers: nothing is loaded.

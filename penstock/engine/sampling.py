@@ -39,7 +39,7 @@ class Sampling:
     def _sampler(self) -> Sampler:
         request = self._stage.job.request
         return Sampler(
-            read_scheduler_config(self._stage.model.folder / "scheduler"),
+            dict(self._stage.model.source.scheduler),
             sampler=request.sampler,
             steps=request.steps,
             shift=request.effective_shift,

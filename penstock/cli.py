@@ -26,6 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+jobs_app = typer.Typer(help="List and remove the jobs that are kept on this machine.")
+app.add_typer(jobs_app, name="jobs")
 
 
 class SamplerName(str, Enum):
@@ -88,6 +90,15 @@ def generate(
         bool, typer.Option("--no-metadata", help="Leave prompt and settings out of the file.")
     ] = False,
     as_json: Json = False,
+    job: Annotated[
+        Path | None, typer.Option(help="Folder to keep the job in (the data directory).")
+    ] = None,
+    resume_same: Annotated[
+        bool | None,
+        typer.Option(
+            "--resume/--no-resume", help="Continue an unfinished identical job, if there is one."
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Make a video from a prompt, and a picture where the model takes one."""
@@ -108,7 +119,77 @@ def generate(
         fps=fps,
     )
     with _reported(debug):
-        _generate(model, settings, output, vram, ram, device, force, not no_metadata, as_json)
+        _generate(
+            model, settings, output, vram, ram, device, force, not no_metadata, as_json,
+            lambda engine, request: _job_folder(engine, request, job, resume_same),
+        )  # fmt: skip
+
+
+@app.command()
+def resume(
+    job: Annotated[
+        str | None, typer.Argument(help="Folder, or name of a job; the only unfinished one.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The mp4 to write instead.")
+    ] = None,
+    vram: Vram = None,
+    ram: Ram = None,
+    device: Device = "auto",
+    allow_nonidentical: Annotated[
+        bool, typer.Option(help="Go on where the result will not be the same to the bit.")
+    ] = False,
+    force: Force = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Continue a job that was stopped, failed or killed."""
+    from penstock.engine.engine import Engine
+    from penstock.engine.jobs import find_job, launch_settings
+
+    with _reported(debug):
+        folder = find_job(job)
+        launch = launch_settings(folder, vram=vram, ram=ram, device=device)
+        with Engine.open(launch.model, **launch.options) as engine:
+            running = engine.resume(
+                folder, output, force=force, allow_nonidentical=allow_nonidentical
+            )
+            _watch(running, running.plan, as_json)
+
+
+@jobs_app.callback(invoke_without_command=True)
+def jobs(
+    context: typer.Context,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the jobs as one JSON list.")
+    ] = False,
+) -> None:
+    """List the jobs: state, step, age and size."""
+    from penstock.engine.jobs import list_jobs
+    from penstock.progress import jobs_table
+
+    if context.invoked_subcommand is not None:
+        return
+    with _reported(False):
+        found = list_jobs()
+    if as_json:
+        print(json.dumps([info.to_json() for info in found]))
+    else:
+        print(jobs_table(found))
+
+
+@jobs_app.command("rm")
+def remove(
+    job: Annotated[str, typer.Argument(help="Folder, or name of a job.")],
+    debug: Debug = False,
+) -> None:
+    """Remove a job and all that it has kept; its video stays."""
+    from penstock.engine.jobs import find_job, remove_job
+
+    with _reported(debug):
+        folder = find_job(job)
+        remove_job(folder)
+    print(f"removed {folder.name}")
 
 
 @app.command()
@@ -133,6 +214,10 @@ def demo(
         _generate(model, settings, output, vram, ram, device, force, True, as_json)
 
 
+JobFolder = Callable[[Any, Any], tuple[Path, bool]]
+"""Given the engine and the request: the job's folder, and whether to resume the job in it."""
+
+
 def _generate(
     model: Path,
     settings: Any,
@@ -143,24 +228,51 @@ def _generate(
     force: bool,
     metadata: bool,
     as_json: bool,
+    job_folder: JobFolder | None = None,
 ) -> None:
     from penstock.engine.engine import Engine
     from penstock.engine.settings import resolve
+
+    with Engine.open(model, vram=vram, ram=ram, device=device) as engine:
+        request = resolve(settings, engine.model)
+        folder, resumes = (None, False) if job_folder is None else job_folder(engine, request)
+        plan = engine.plan(request)
+        if resumes and folder is not None:
+            job = engine.resume(folder, output, force=force)
+        else:
+            job = engine.submit(request, output, force=force, metadata=metadata, job_dir=folder)
+        _watch(job, plan, as_json)
+
+
+def _watch(job: Any, plan: Any, as_json: bool) -> None:
+    """Show a job until it ends, and its report."""
     from penstock.progress import Display, plan_summary, report_summary
 
     console = Console(stderr=True)
-    with Engine.open(model, vram=vram, ram=ram, device=device) as engine:
-        request = resolve(settings, engine.model)
-        plan = engine.plan(request)
-        console.print(plan_summary(plan), highlight=False, soft_wrap=True)
-        job = engine.submit(request, output, force=force, metadata=metadata)
-        with _stopping(job.cancel), Display(console, plan) as display:
-            for event in job.events():
-                display.show(event)
-        report = job.result().report
+    console.print(plan_summary(plan), highlight=False, soft_wrap=True)
+    with _stopping(job.cancel), Display(console, plan) as display:
+        for event in job.events():
+            display.show(event)
+    report = job.result().report
     console.print(report_summary(report), highlight=False, soft_wrap=True)
     if as_json:
         print(json.dumps({"plan": plan.to_json(), "report": report.to_json()}))
+
+
+def _job_folder(
+    engine: Any, request: Any, folder: Path | None, resumes: bool | None
+) -> tuple[Path, bool]:
+    """Where the job is kept, and whether an unfinished identical one there is continued."""
+    from penstock.engine.jobs import find_unfinished, new_job_folder
+    from penstock.engine.stored import request_values
+
+    found = find_unfinished(request_values(request, engine.model.folder), folder)
+    if found is not None and resumes is not False:
+        question = f"job {found.name} is the same and unfinished ({found.step}/{found.steps} steps)"
+        if resumes or (sys.stdin.isatty() and typer.confirm(f"{question}: continue it?")):
+            return found.folder, True
+        print(f"note: {question}: penstock resume {found.folder}", file=sys.stderr)
+    return folder or new_job_folder(), False
 
 
 @contextmanager

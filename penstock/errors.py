@@ -126,7 +126,8 @@ class OverBudget(PenstockError):
         super().__init__(
             f"no plan fits the {resource} budget",
             expected=f"at least {need_bytes:,} bytes",
-            found=f"a limit of {limit_bytes:,} bytes (largest consumer: {label}, {largest:,} bytes)",
+            found=f"a limit of {limit_bytes:,} bytes "
+            f"(largest consumer: {label}, {largest:,} bytes)",
             remedy=remedy,
         )
 
@@ -135,15 +136,15 @@ class LedgerOverflow(PenstockError):
     """A reservation would pass the ledger's cap while a job runs.
 
     Args:
-        memory: name of the ledger, "VRAM" or "RAM".
         what, expected, found, remedy: as for every error.
+        memory: name of the ledger, "VRAM" or "RAM".
     """
 
     code = "ledger_overflow"
 
-    def __init__(self, memory: str, what: str, **facts: str) -> None:
+    def __init__(self, what: str, *, memory: str = "VRAM", **facts: str) -> None:
         self.memory = memory
-        super().__init__(f"{memory}: {what}", **facts)
+        super().__init__(what, **facts)
 
 
 class OutOfMemory(PenstockError):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from penstock.engine.events import Event, Notice, PhaseEnded, PhaseStarted, Replanned
 from penstock.engine.events import Progress as Advance
+from penstock.engine.jobs import JobInfo
 from penstock.engine.report import PhaseReport, RunReport
 from penstock.profiles.plan import Plan
 from penstock.units import format_bytes
@@ -123,6 +125,29 @@ def report_summary(report: RunReport) -> str:
         f"seed {report.seed}, {report.seconds:.1f} s, "
         f"peak VRAM {format_bytes(report.peak_vram_bytes)}, "
         f"RAM {format_bytes(report.peak_ram_bytes)}"
+    )
+
+
+def jobs_table(jobs: Sequence[JobInfo]) -> str:
+    """The jobs as a table: name, state, steps, age, size; newest first."""
+    if not jobs:
+        return "no jobs"
+    now = time.time()
+    rows = [("JOB", "STATE", "STEP", "AGE", "SIZE")]
+    rows += [
+        (
+            str(info.name),
+            info.state,
+            f"{info.step}/{info.steps}",
+            _clock(max(0.0, now - info.created)) if info.created else "?",
+            format_bytes(info.size_bytes),
+        )
+        for info in jobs
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (zip(row, widths, strict=True) for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in line).rstrip() for line in lines
     )
 
 

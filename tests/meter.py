@@ -14,16 +14,24 @@ from torch.utils._pytree import tree_iter
 class StorageMeter(TorchDispatchMode):
     """Sums the storages of all tensors that operations inside it return, while they live.
 
-    Works on real and on fake tensors and counts each storage once, whatever views exist. Storages
-    of ``exclude`` (weights, given inputs) are not counted. ``live`` and ``peak`` are bytes.
+    Works on real and on fake tensors and counts each storage once, whatever views exist.
+    Storages of ``exclude`` (weights, given inputs) and of the meta device (no bytes) are left
+    out. ``live`` and ``peak`` are bytes.
     """
 
     def __init__(self, exclude: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self.live = self.peak = 0
         self._known: set[int] = set()
-        self._keep = [t.untyped_storage() for t in exclude]
-        self._known.update(s._cdata for s in self._keep)
+        self._excluded: list[torch.UntypedStorage] = []
+        for tensor in exclude:
+            self.exclude(tensor)
+
+    def exclude(self, tensor: torch.Tensor) -> None:
+        """Never count the storage of ``tensor``."""
+        storage = tensor.untyped_storage()
+        self._excluded.append(storage)
+        self._known.add(storage._cdata)
 
     def __torch_dispatch__(
         self,
@@ -34,7 +42,7 @@ class StorageMeter(TorchDispatchMode):
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_iter(out):
-            if isinstance(leaf, torch.Tensor):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
                 self._count(leaf.untyped_storage())
         return out
 

@@ -17,7 +17,7 @@ from penstock.engine.model import ModelFiles
 from penstock.engine.pipeline import run
 from penstock.engine.report import JobResult
 from penstock.engine.request import GenerationRequest, check_task
-from penstock.engine.stage import Run
+from penstock.engine.stage import Run, workload_of
 from penstock.engine.stored import (
     Order,
     begin,
@@ -33,7 +33,7 @@ from penstock.engine.video import check_output
 from penstock.errors import DeviceLost, UsageError
 from penstock.profiles.hardware import Hardware, probe
 from penstock.profiles.plan import Plan
-from penstock.profiles.planner import Workload, smaller
+from penstock.profiles.planner import smaller
 from penstock.profiles.planner import plan as make_plan
 from penstock.units import parse_bytes
 
@@ -95,7 +95,7 @@ class Engine:
             RequestError: the request does not suit the model.
         """
         check_task(request, image_to_video=self.model.image_to_video)
-        return make_plan(self.model.manifest, _workload(request), self.hardware)
+        return make_plan(self.model.manifest, workload_of(request), self.hardware)
 
     def submit(
         self,
@@ -197,7 +197,7 @@ class Engine:
         keeper: Keeper,
         notices: tuple[str, ...] = (),
     ) -> Job:
-        workload = _workload(request)
+        workload = workload_of(request)
 
         def shrink(plan: Plan, phase: str, resource: str) -> Plan | None:
             return smaller(self.model.manifest, workload, self.hardware, plan, phase, resource)
@@ -215,7 +215,7 @@ class Engine:
             keeper=keeper,
             notices=notices,
         )
-        job = Job(lambda listener, cancelled: self._work(work, listener, cancelled))
+        job = Job(plan, lambda listener, cancelled: self._work(work, listener, cancelled))
         self._jobs = [known for known in self._jobs if not known.done] + [job]
         return job
 
@@ -278,7 +278,3 @@ def _device_type(name: str) -> str:
             remedy="Install a CUDA build of torch, or pass --device cpu.",
         )
     return name
-
-
-def _workload(request: GenerationRequest) -> Workload:
-    return Workload(shape=request.video_shape, steps=request.steps, guided=request.uses_guidance)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from penstock.engine.events import Event, Notice
 from penstock.engine.report import JobResult
 from penstock.errors import JobCancelled
+from penstock.profiles.plan import Plan
 
 Work = Callable[[Callable[[Event], None], threading.Event], JobResult]
 
@@ -18,10 +19,12 @@ class Job:
     """A running job. Made by :meth:`penstock.Engine.submit`.
 
     Args:
+        plan: that it starts under.
         work: does the job; takes a listener for events and the cancel flag.
     """
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, plan: Plan, work: Work) -> None:
+        self.plan = plan
         self._work = work
         self._events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._cancelled = threading.Event()

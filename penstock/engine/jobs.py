@@ -54,6 +54,14 @@ class JobInfo:
     record: JobRecord | None = None
     problem: str | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, ready for json.dumps."""
+        return {
+            "name": self.name, "folder": str(self.folder), "state": self.state,
+            "step": self.step, "steps": self.steps, "created": self.created,
+            "size_bytes": self.size_bytes, "problem": self.problem,
+        }  # fmt: skip
+
     @property
     def unfinished(self) -> bool:
         """Whether `penstock resume` has something to do here."""
@@ -148,27 +156,58 @@ def find_job(name: str | None, root: Path | None = None) -> Path:
 
 
 def find_unfinished(
-    request: Mapping[str, Any], root: Path | None = None, *, model: str | None = None
+    request: Mapping[str, Any], folder: Path | None = None, root: Path | None = None
 ) -> JobInfo | None:
     """The newest unfinished job that was asked for the same.
 
     Args:
         request: plain values as the job's record holds them. A seed of None matches any.
-        root: default: the data directory.
-        model: the model's path as the record's facts hold it; None does not compare it.
+        folder: look at the job in this folder only.
+        root: look at all jobs in here; default: the data directory.
     """
-    for info in list_jobs(root):
-        record = info.record
-        if record is None or not info.unfinished:
-            continue
-        if model is not None and record.request.get("model") != model:
-            continue
-        theirs = {key: record.request.get(key) for key in request}
-        if request.get("seed") is None and "seed" in theirs:
-            theirs["seed"] = None
-        if theirs == dict(request):
-            return info
-    return None
+    if folder is None:
+        jobs = list_jobs(root)
+    else:
+        jobs = [describe(folder)] if _holds_job(folder) else []
+    same = (info for info in jobs if info.unfinished and _is_asked_by(info.record, request))
+    return next(same, None)
+
+
+def _is_asked_by(record: JobRecord | None, request: Mapping[str, Any]) -> bool:
+    if record is None:
+        return False
+    theirs = dict(record.request)
+    if request.get("seed") is None and "seed" in theirs:
+        theirs["seed"] = None
+    return theirs == dict(request)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the engine of a job is opened again: the model, and arguments of `Engine.open`."""
+
+    model: Path
+    options: dict[str, Any]
+
+
+def launch_settings(
+    folder: Path, *, vram: str | None = None, ram: str | None = None, device: str = "auto"
+) -> Launch:
+    """The model, device and budgets of a job; what is given replaces the job's own.
+
+    Raises:
+        JournalError: the folder holds no job.
+    """
+    record = read_record(folder)
+    model, facts = record.request.get("model"), record.facts
+    if not isinstance(model, str):
+        raise JournalError(f"{folder} names no model")
+    options = {
+        "vram": vram or facts.get("vram_bytes"),
+        "ram": ram or facts.get("ram_bytes"),
+        "device": facts.get("device", device) if device == "auto" else device,
+    }
+    return Launch(Path(model), options)
 
 
 def remove_job(folder: Path) -> None:

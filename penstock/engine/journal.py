@@ -166,14 +166,18 @@ class Journal:
         plan: Mapping[str, Any],
         fingerprint: Mapping[str, Any],
         *,
+        facts: Mapping[str, Any] | None = None,
+        picture: bytes | None = None,
         reserve_bytes: int = 0,
         ops: FileOps | None = None,
     ) -> Journal:
-        """Begin a job.
+        """Begin a job. It exists once its record is written, which is the last thing done.
 
         Args:
             folder: made if absent; must hold no job.
             request, plan, fingerprint: plain values that JSON can hold.
+            facts: plain values that go with the state.
+            picture: the request's picture, to keep a copy of.
             reserve_bytes: disk space that the job's files will take at most, claimed now.
             ops: the file operations.
 
@@ -187,9 +191,11 @@ class Journal:
         journal = cls(folder, ops, JobLock(folder / LOCK_FILE))
         try:
             journal._check_vacant()
-            journal._remove_leftovers()
+            journal._remove(n for n in journal._names() if is_job_file(n) and n != LOCK_FILE)
             if reserve_bytes:
                 journal._reserve.claim(reserve_bytes)
+            if picture is not None:
+                write_atomically(ops, folder / PICTURE_FILE, [picture])
             record = JobRecord(
                 job=secrets.token_hex(16),
                 created=time.time(),
@@ -198,6 +204,7 @@ class Journal:
                 plan=dict(plan),
                 fingerprint=dict(fingerprint),
                 reserve_bytes=reserve_bytes,
+                facts=dict(facts or {}),
             )
             journal._save_record(record)
         except BaseException:
@@ -259,17 +266,6 @@ class Journal:
         merged = {k: v for k, v in (self.record.facts | facts).items() if v is not None}
         record = replace(self.record, state=state, facts=merged)
         self._save_record(record if plan is None else replace(record, plan=dict(plan)))
-
-    def save_picture(self, content: bytes) -> Path:
-        """Keep a copy of the request's picture; returns where.
-
-        Raises:
-            StorageError: it could not be written.
-        """
-        self._make_room(len(content))
-        path = self.folder / PICTURE_FILE
-        write_atomically(self._ops, path, [content])
-        return path
 
     def save_conditioning(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep the encoded prompt and picture.

@@ -6,10 +6,10 @@ states, image states, condition, latents) pass from one to the next.
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,9 +54,10 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
             stage.monitor.notice(message)
         latents = sample(stage)
         video = stage.attempt("decode", lambda: decode(stage, latents))
-        if job.output is not None:
+        output = job.output
+        if output is not None:
             job.keeper.writing_output()
-            mux(stage, video, job.output)
+            stage.attempt("mux", lambda: mux(stage, video, output))
         for problem in job.keeper.problems:
             stage.monitor.notice(problem)
         report = _report(job, stage.monitor, time.perf_counter() - started)
@@ -157,18 +158,18 @@ def encode_condition(stage: Stage, picture: Image) -> Tensor:
     with stage.phase("encode", units, "frame") as (_, phase), stage.rest(component) as vae:
         source = first_frame_then_zeros(pixels[0].to(stage.device, component.dtype))
         encoded = encode_tiled(vae, source, size, tiles, should_stop=phase.advance)
-        condition = pictures.conditioning(
+        return pictures.conditioning(
             encoded.float(), vae.config.latents_mean, vae.config.latents_std
         ).cpu()
-    return condition
 
 
 def denoise(stage: Stage, conditions: Conditions, sampling: Sampling) -> Tensor:
     """From the point that ``sampling`` has reached to latents (1, z, t, h, w), fp32, on the CPU."""
     component, request = stage.model.transformer, stage.job.request
-    sampler, latents = sampling.resume()
-    start, steps = sampler.next_step, request.steps
-    with stage.rest(component) as model:
+    if sampling.steps_done == request.steps:
+        return sampling.latents.cpu()
+    with closing(sampling.resume()) as sampler, stage.rest(component) as model:
+        start, steps, latents = sampler.next_step, request.steps, sampling.latents
         cross, modulation = prepare(stage, model, conditions, sampler.timesteps)
         with stage.phase("denoise", steps, "step", done=start) as (plan, phase):
             passes = plan.passes(len(conditions.texts))
@@ -254,7 +255,8 @@ def _model_input(latents: Tensor, condition: Tensor | None, dtype: torch.dtype) 
 def _guided(predictions: list[Tensor], request: GenerationRequest) -> Tensor:
     if len(predictions) == 1:
         return predictions[0]
-    return guide(*predictions, request.guidance_scale)
+    conditional, unconditional = predictions
+    return guide(conditional, unconditional, request.guidance_scale)
 
 
 def decode(stage: Stage, latents: Tensor) -> Tensor:
@@ -265,7 +267,6 @@ def decode(stage: Stage, latents: Tensor) -> Tensor:
     units = latents.shape[2] + request.frames * grid.rows * grid.cols
     with (
         stage.phase("decode", units, "frame") as (_, phase),
-        stage.host_ledger.reserve("video frames", math.prod(shape)),
         stage.rest(component) as vae,
     ):
         raw = _raw_latents(latents.to(stage.device, component.dtype), vae.config)
@@ -286,13 +287,15 @@ def _raw_latents(latents: Tensor, config: Any) -> Tensor:
 def mux(stage: Stage, video: Tensor, output: Path) -> None:
     """Write the frames to ``output``."""
     job = stage.job
-    write_video(
-        output,
-        video.numpy(),
-        job.request.fps,
-        metadata=_metadata(job.request) if job.metadata else None,
-        overwrite=job.overwrite,
-    )
+    with stage.phase("mux", 1, "video") as (_, phase):
+        write_video(
+            output,
+            video.numpy(),
+            job.request.fps,
+            metadata=_metadata(job.request) if job.metadata else None,
+            overwrite=job.overwrite,
+        )
+        phase.advance()
 
 
 def _metadata(request: GenerationRequest) -> dict[str, Any]:

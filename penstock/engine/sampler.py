@@ -109,6 +109,12 @@ class Sampler:
                 values[name] = entry
         return SamplerState(values, tensors)
 
+    def close(self) -> None:
+        """Let go of the history: diffusers' schedulers lie in reference cycles, and latents on the
+        device would wait for the garbage collector."""
+        for name in self._history:
+            setattr(self._scheduler, name, None)
+
     def load_state(self, state: SamplerState) -> None:
         """Continue where ``state`` was taken; call on a fresh sampler of the same settings.
 

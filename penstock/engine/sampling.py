@@ -46,11 +46,21 @@ class Sampling:
             device=self._stage.device,
         )
 
-    def resume(self) -> tuple[Sampler, Tensor]:
-        """A fresh sampler that stands at the point, and the latents there."""
+    @property
+    def latents(self) -> Tensor:
+        """(1, z, t, h, w), fp32, on the device."""
+        return self._point.latents
+
+    @property
+    def steps_done(self) -> int:
+        """Steps that are finished."""
+        return self._point.step
+
+    def resume(self) -> Sampler:
+        """A fresh sampler that stands at the point."""
         sampler = self._sampler()
         sampler.load_state(self._point.solver)
-        return sampler, self._point.latents
+        return sampler
 
     def step(self, sampler: Sampler, prediction: Tensor, latents: Tensor) -> Tensor:
         """One step of ``sampler``; returns the new latents.

@@ -20,10 +20,11 @@ from penstock.engine.request import GenerationRequest
 from penstock.errors import OutOfMemory
 from penstock.offload.layout import BlockLayout
 from penstock.offload.ledger import ByteLedger
-from penstock.offload.schedule import Residency, spread
+from penstock.offload.schedule import Residency
 from penstock.offload.streamer import BlockStream, load_block
 from penstock.offload.tiers import release_cached
 from penstock.profiles.plan import PhasePlan, Plan, StreamPlan, changes
+from penstock.profiles.planner import Workload
 
 Result = TypeVar("Result")
 Shrink = Callable[[Plan, str, str], "Plan | None"]
@@ -60,6 +61,11 @@ class Run:
     notices: tuple[str, ...] = ()
 
 
+def workload_of(request: GenerationRequest) -> Workload:
+    """The request as the planner takes it."""
+    return Workload(request.video_shape, request.steps, request.uses_guidance)
+
+
 class Stage:
     """A running job: the run, its plan as it stands, its ledgers and its monitor."""
 
@@ -75,12 +81,13 @@ class Stage:
     def phase(
         self, name: str, total: int, unit: str, *, done: int = 0
     ) -> Iterator[tuple[PhasePlan, PhaseMonitor]]:
-        """One phase of the plan, its room for activations reserved; ``done`` units are behind it."""
+        """One phase of the plan, its room reserved; ``done`` units were finished before."""
         plan = self.plan[name]
         self._active = name
         with (
             self.monitor.phase(plan, total, unit, done) as phase,
             self.device_ledger.reserve(f"{name}: activations", plan.work_bytes),
+            self.host_ledger.reserve(f"{name}: host work", plan.ram_work_bytes),
         ):
             yield plan, phase
 
@@ -162,10 +169,8 @@ class Stage:
 
 
 def residency(plan: StreamPlan) -> Residency:
-    """The plan's counts as places: residents lie evenly between the blocks that stream."""
-    on_device = spread(plan.n_blocks, plan.device_resident)
-    left = [index for index in range(plan.n_blocks) if index not in set(on_device)]
-    in_ram = tuple(left[place] for place in spread(len(left), plan.host_resident))
+    """The plan's places, as the stream takes them."""
+    on_device, in_ram = plan.device_blocks, plan.host_blocks
     return Residency(plan.n_blocks, on_device, in_ram, plan.device_slots, plan.host_slabs)
 
 

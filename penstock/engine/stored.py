@@ -1,4 +1,4 @@
-"""A job as its journal holds it: the request, the plan and the settings as plain values, and back."""
+"""A job as its journal holds it: request, plan and settings as plain values, and back."""
 
 from __future__ import annotations
 
@@ -77,27 +77,26 @@ def begin(
         StorageError: no space, or the folder cannot be written.
         JournalError, JobLocked: there is a job already.
     """
+    picture = None
+    if request.image is not None:
+        with reading(request.image):
+            picture = request.image.read_bytes()
     journal = Journal.create(
         folder,
         request_values(request, model.folder),
         plan.to_json(),
         conditions_now(model, device),
+        facts=order.facts() | dict(budgets),
+        picture=picture,
         reserve_bytes=reserve_bytes(model, request),
     )
-    try:
-        if request.image is not None:
-            with reading(request.image):
-                content = request.image.read_bytes()
-            request = replace(request, image=journal.save_picture(content))
-        journal.mark("running", **order.facts(), **budgets)
-    except BaseException:
-        journal.close()
-        raise
+    if picture is not None:
+        request = replace(request, image=folder / PICTURE_FILE)
     return journal, request
 
 
 def conditions_now(model: ModelFiles, device: torch.device) -> Fingerprint:
-    """The fingerprint of a job of this model on this device; the chunk of tokens is the plan's."""
+    """The fingerprint of a job of this model on this device; chunks and tiles are the plan's."""
     dtypes = {component.name: str(component.dtype) for component in model.components()}
     return fingerprint(
         device,
@@ -172,9 +171,9 @@ def check_conditions(
     Raises:
         FingerprintMismatch: something differs, and that is not allowed.
     """
-    then = journal.record.fingerprint | {"chunk_tokens": _chunk(restored_plan(journal))}
+    then = journal.record.fingerprint | {"plan": _rounding(restored_plan(journal))}
     differences = check_fingerprint(
-        then, now | {"chunk_tokens": _chunk(plan)}, allow_nonidentical=allow_nonidentical
+        then, now | {"plan": _rounding(plan)}, allow_nonidentical=allow_nonidentical
     )
     return tuple(
         f"the result will not be identical: {field} was {old!r} and is {new!r}"
@@ -212,5 +211,9 @@ def reserve_bytes(model: ModelFiles, request: GenerationRequest) -> int:
     return states + latents + condition + texts + image + video + picture + 64 * HEADER_BYTES
 
 
-def _chunk(plan: Plan) -> int:
-    return plan["denoise"].chunk_tokens
+def _rounding(plan: Plan) -> dict[str, Any]:
+    """What of a plan alters rounding (`penstock.profiles.plan.same_rounding`)."""
+    return {
+        phase.name: {"chunk_tokens": phase.chunk_tokens, "tiles": list(phase.tiles)}
+        for phase in plan.phases
+    }

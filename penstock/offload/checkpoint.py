@@ -347,7 +347,8 @@ def _read_index(path: Path) -> dict[str, str]:
             raise HeaderFault(f"an index of at most {MAX_HEADER_BYTES:,} bytes", file.stamp.size)
         text = bytearray(file.stamp.size)
         file.read_into(memoryview(text), 0)
-    weight_map: Any = parse_object(bytes(text)).get("weight_map")
+    # Libraries write the total size (which nobody reads) as a float now and then.
+    weight_map: Any = parse_object(bytes(text), fractions=True).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise HeaderFault("a weight_map from tensors to shards", weight_map)
     for name, shard in weight_map.items():

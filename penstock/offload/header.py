@@ -108,8 +108,11 @@ def faults_of(path: Path) -> Iterator[None]:
         ) from None
 
 
-def parse_object(text: bytes) -> dict[str, Any]:
-    """The JSON object in ``text``: UTF-8, no key twice, no NaN, no number but whole ones >= 0.
+def parse_object(text: bytes, *, fractions: bool = False) -> dict[str, Any]:
+    """The JSON object in ``text``: UTF-8, no key twice, no number below zero, no NaN.
+
+    Args:
+        fractions: whether numbers may have them.
 
     Raises:
         HeaderFault: it is none.
@@ -121,7 +124,7 @@ def parse_object(text: bytes) -> dict[str, Any]:
             text.decode("utf-8"),
             object_pairs_hook=_unique,
             parse_int=_parse_int,
-            parse_float=_refuse_number,
+            parse_float=float if fractions else _refuse_number,
             parse_constant=_refuse_number,
         )
     except (UnicodeError, json.JSONDecodeError, RecursionError) as error:

@@ -110,8 +110,8 @@ class ByteLedger:
         largest = sorted(self._held.items(), key=lambda item: -item[1])[:_NAMED_HOLDERS]
         holders = ", ".join(f"{name} {format_bytes(held)}" for name, held in largest) or "nothing"
         return LedgerOverflow(
-            self.name,
-            f"{label} does not fit into the budget of {self.cap_bytes:,} bytes",
+            f"{label} does not fit into the {self.name} budget of {self.cap_bytes:,} bytes",
+            memory=self.name,
             expected=f"{nbytes:,} bytes free",
             found=f"{self.free:,} (held: {holders})",
             remedy=f"Raise the {self.name} budget, or ask for a smaller video.",

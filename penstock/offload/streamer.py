@@ -138,7 +138,9 @@ class BlockStream:
         places, layouts = self._residency, self._layouts
         for block, kept in zip(places.host_resident, buffers.kept, strict=True):
             carrier.read(layouts[block], kept)
-        largest = max((layouts[block].nbytes for block in places.device_resident), default=0)
+        if not places.device_resident:
+            return
+        largest = max(layouts[block].nbytes for block in places.device_resident)
         with ExitStack() as stack:
             if places.disk_blocks:
                 through = buffers.slabs[0]

@@ -1,25 +1,31 @@
-"""What a machine has: bytes, bytes a second, operations a second. `probe` is the only query."""
+"""What a machine has: bytes, bytes a second, operations a second. `probe` is the only query.
+
+Rates are those that `penstock doctor` measured and stored, or else cautious assumptions.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from penstock.profiles.rates import Rates, stored_rates
 from penstock.units import GIB, MIB
-
-_CGROUP_LIMITS = (
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (
-        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ),
-)
 
 CPU_RESERVE_BYTES = 2 * GIB
 """Host memory left to the system and the interpreter when a budget is chosen automatically."""
 
 CUDA_RESERVE_BYTES = 700 * MIB
 """Free VRAM left to the CUDA context, cuBLAS workspaces and the display, likewise."""
+
+INTERPRETER_BYTES = 1 * GIB
+"""Python, torch and the libraries' code, which no ``--ram`` counts."""
+
+SYSTEM_BYTES = 3 * GIB
+"""The operating system and the desktop, where a machine is described instead of measured."""
+
+_ASSUMED_CPU = Rates(1e11, 5e9, 1e9)
+_ASSUMED_CUDA = Rates(4e13, 1.2e10, 2e9, conv_flops=2e13, memory_bytes_per_s=3e11)
 
 
 @dataclass(frozen=True)
@@ -30,53 +36,91 @@ class Hardware:
         device: "cuda" or "cpu".
         vram_bytes: free on the device (on a CPU: what the device tier may take of the RAM).
         ram_bytes: free host memory, cgroup limits counted.
-        flops: operations a second of matrix products in the compute dtype, attainable.
-        copy_bytes_per_s: host memory to device.
-        read_bytes_per_s: disk to host memory.
+        rates: what it computes and moves a second.
+        rates_source: where those figures come from.
     """
 
     device: str
     name: str
     vram_bytes: int
     ram_bytes: int
-    flops: float
-    copy_bytes_per_s: float
-    read_bytes_per_s: float
+    rates: Rates
+    rates_source: str = "assumed"
 
 
-def available_ram_bytes() -> int:
-    """Free host memory: the least of what the machine and its control group have left."""
+def available_ram_bytes(root: Path = Path("/")) -> int:
+    """Free host memory: the least of what the machine and its control groups have left.
+
+    Args:
+        root: of the file system with ``proc`` and ``sys`` (another one in tests).
+    """
     import psutil
 
     free = int(psutil.virtual_memory().available)
-    for limit_file, used_file in _CGROUP_LIMITS:
-        try:
-            limit, used = limit_file.read_text().strip(), int(used_file.read_text())
-        except (OSError, ValueError):
+    return min([free, *_cgroup_free(root)])
+
+
+def _cgroup_free(root: Path) -> Iterator[int]:
+    """What each control group this process is in has left; page cache that can go counts as free."""
+    for folder in _cgroup_folders(root):
+        for limit_name, used_name in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
+            try:
+                limit = (folder / limit_name).read_text().strip()
+                used = int((folder / used_name).read_text())
+            except (OSError, ValueError):
+                continue
+            if limit.isdigit():
+                yield max(0, int(limit) - max(0, used - _inactive_cache_bytes(folder)))
+
+
+def _cgroup_folders(root: Path) -> Iterator[Path]:
+    """Folders of the process's memory group and of all above it, version 2 and version 1."""
+    base = root / "sys/fs/cgroup"
+    yield base
+    yield base / "memory"
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers and "memory" not in controllers.split(","):
             continue
-        if limit.isdigit():
-            free = min(free, max(0, int(limit) - used))
-    return free
+        folder = base / "memory" if controllers else base
+        for part in Path(path).parts[1:]:
+            folder /= part
+            yield folder
+
+
+def _inactive_cache_bytes(folder: Path) -> int:
+    try:
+        lines = (folder / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    counts = dict(line.split(" ", 1) for line in lines if " " in line)
+    value = counts.get("total_inactive_file", counts.get("inactive_file", "0"))
+    return int(value) if value.isdigit() else 0
 
 
 def probe(device: str) -> Hardware:
-    """The machine this runs on. ``device`` is "cuda" or "cpu".
-
-    The rates are cautious defaults until they are measured.
-    """
+    """The machine this runs on, with what it has free now. ``device`` is "cuda" or "cpu"."""
     ram_bytes = max(0, available_ram_bytes() - CPU_RESERVE_BYTES)
     if device == "cpu":
         half = ram_bytes // 2
-        return Hardware("cpu", "CPU", half, ram_bytes - half, 1e11, 5e9, 1e9)
+        return _rated("cpu", "CPU", half, ram_bytes - half, _ASSUMED_CPU)
     import torch
 
     free_bytes, _ = torch.cuda.mem_get_info()
-    return Hardware(
-        device="cuda",
-        name=torch.cuda.get_device_name(),
-        vram_bytes=max(0, free_bytes - CUDA_RESERVE_BYTES),
-        ram_bytes=ram_bytes,
-        flops=4e13,
-        copy_bytes_per_s=1.2e10,
-        read_bytes_per_s=2e9,
-    )
+    name = torch.cuda.get_device_name()
+    return _rated("cuda", name, max(0, free_bytes - CUDA_RESERVE_BYTES), ram_bytes, _ASSUMED_CUDA)
+
+
+def _rated(device: str, name: str, vram_bytes: int, ram_bytes: int, assumed: Rates) -> Hardware:
+    measured = stored_rates(name)
+    if measured is None:
+        return Hardware(device, name, vram_bytes, ram_bytes, assumed, "assumed")
+    return Hardware(device, name, vram_bytes, ram_bytes, measured, "measured by penstock doctor")

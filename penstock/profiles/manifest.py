@@ -30,6 +30,23 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class Storage:
+    """How the matrices of the DiT's blocks are stored, where that is not the compute dtype.
+
+    Attributes:
+        format: its name.
+        scratch_bytes: the largest matrix in the compute dtype: each is decoded there before use.
+        workspace_bytes: what decoding takes besides, for a moment.
+        decoded_bytes: written when all matrices of a block are decoded once.
+    """
+
+    format: str = "bf16"
+    scratch_bytes: int = 0
+    workspace_bytes: int = 0
+    decoded_bytes: int = 0
+
+
+@dataclass(frozen=True)
 class TransformerSpec:
     """The DiT (`WanTransformer3DModel` config). ``cross_block_bytes`` are the cross-attention K/V
     projections, which are applied once a prompt and are not part of ``weights.block_bytes``."""
@@ -46,6 +63,7 @@ class TransformerSpec:
     freq_dim: int
     patch_size: tuple[int, int, int]
     image_dim: int | None = None
+    storage: Storage = Storage()
 
     @property
     def inner_dim(self) -> int:

@@ -6,10 +6,15 @@ Execution only obeys it; the report holds it beside what was measured.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 Items = tuple[tuple[str, int], ...]
+
+
+def spread(n: int, k: int) -> tuple[int, ...]:
+    """``k`` of the places ``0..n-1``, ascending, with gaps that differ by at most one."""
+    return tuple((2 * i + 1) * n // (2 * k) for i in range(k))
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,18 @@ class StreamPlan:
         """Blocks read from disk at every pass."""
         return self.n_blocks - self.device_resident - self.host_resident
 
+    @property
+    def device_blocks(self) -> tuple[int, ...]:
+        """The blocks that stay in VRAM."""
+        return spread(self.n_blocks, self.device_resident)
+
+    @property
+    def host_blocks(self) -> tuple[int, ...]:
+        """The blocks that stay in RAM, spread between those that stream."""
+        on_device = set(self.device_blocks)
+        left = [block for block in range(self.n_blocks) if block not in on_device]
+        return tuple(left[place] for place in spread(len(left), self.host_resident))
+
 
 @dataclass(frozen=True)
 class PhasePlan:
@@ -45,11 +62,15 @@ class PhasePlan:
     Attributes:
         weights: ``(label, bytes)`` of the weights in VRAM.
         work: ``(label, bytes)`` of everything else in VRAM at the phase's peak.
-        ram: ``(label, bytes)`` of everything in host memory at the phase's peak.
+        ram_weights: ``(label, bytes)`` of the weights in host memory.
+        ram_work: ``(label, bytes)`` of everything else in host memory.
         chunk_tokens: tokens a chunk of the DiT forward.
         branches: CFG branches that go through a block during one visit.
         cross_kv_on_device: the cross-attention K/V of all blocks stay in VRAM (else in RAM).
         tiles: rows and columns of the VAE's tile grid.
+        pinned_bytes: of ``ram_weights``, page-locked where the device is a GPU.
+        read_bytes: from disk, in the whole phase.
+        copied_bytes: from host memory to the device, in the whole phase.
         seconds: predicted duration.
         bound: what bounds it: "compute", "copy" or "read".
     """
@@ -57,12 +78,16 @@ class PhasePlan:
     name: str
     weights: Items
     work: Items
-    ram: Items
+    ram_weights: Items
+    ram_work: Items = ()
     stream: StreamPlan | None = None
     chunk_tokens: int = 0
     branches: int = 0
     cross_kv_on_device: bool = False
     tiles: tuple[int, int] = (1, 1)
+    pinned_bytes: int = 0
+    read_bytes: int = 0
+    copied_bytes: int = 0
     seconds: float = 0.0
     bound: str = "compute"
 
@@ -82,18 +107,46 @@ class PhasePlan:
         return sum(count for _, count in self.weights) + self.work_bytes
 
     @property
+    def ram(self) -> Items:
+        """``(label, bytes)`` of everything in host memory at the phase's peak."""
+        return self.ram_weights + self.ram_work
+
+    @property
+    def ram_work_bytes(self) -> int:
+        """Host memory that is not weights."""
+        return sum(count for _, count in self.ram_work)
+
+    @property
     def ram_bytes(self) -> int:
         """Peak host memory of the phase."""
         return sum(count for _, count in self.ram)
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a value of the plan comes from: "flag", "profile 12gb", "measured", "default", ..."""
+
+    name: str
+    value: str
+    source: str
+
+
+@dataclass(frozen=True)
 class Plan:
-    """The phases of a job, in order, and the budgets they were made for."""
+    """The phases of a job, in order, and the budgets they were made for.
+
+    Attributes:
+        weight_format: of the transformer's blocks.
+        machine: the hardware's name.
+        origins: where budgets, rates and policy come from.
+    """
 
     phases: tuple[PhasePlan, ...]
     vram_limit_bytes: int
     ram_limit_bytes: int
+    weight_format: str = "bf16"
+    machine: str = ""
+    origins: tuple[Origin, ...] = ()
 
     def __getitem__(self, name: str) -> PhasePlan:
         return next(phase for phase in self.phases if phase.name == name)
@@ -128,62 +181,60 @@ class Plan:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Plan:
-        """The plan that :meth:`to_json` gave ``value`` for.
+        """The plan that `to_json` gave ``value`` for.
 
         Raises:
-            TypeError, ValueError, KeyError: ``value`` is no plan.
+            TypeError, KeyError: ``value`` is no plan.
         """
-        return cls(
-            phases=tuple(_phase_from_json(phase) for phase in value["phases"]),
-            vram_limit_bytes=int(value["vram_limit_bytes"]),
-            ram_limit_bytes=int(value["ram_limit_bytes"]),
-        )
+        derived = ("peak_vram_bytes", "peak_ram_bytes", "seconds")
+        plain = {name: value[name] for name in value if name not in derived}
+        plain["phases"] = tuple(_phase_from_json(phase) for phase in value["phases"])
+        plain["origins"] = tuple(Origin(**origin) for origin in value["origins"])
+        return cls(**plain)
 
 
 def _phase_from_json(value: Mapping[str, Any]) -> PhasePlan:
     plain = dict(value)
-    for name in ("weights", "work", "ram"):
+    for name in ("weights", "work", "ram_weights", "ram_work"):
         plain[name] = tuple((str(label), int(count)) for label, count in plain[name])
-    rows, columns = plain["tiles"]
-    plain["tiles"] = (int(rows), int(columns))
+    plain["tiles"] = tuple(plain["tiles"])
     if plain["stream"] is not None:
-        plain["stream"] = StreamPlan(**{k: int(v) for k, v in plain["stream"].items()})
-    known = {field.name for field in fields(PhasePlan)}
-    return PhasePlan(**{name: plain[name] for name in plain if name in known})
+        plain["stream"] = StreamPlan(**plain["stream"])
+    return PhasePlan(**plain)
 
 
 def changes(old: Plan, new: Plan) -> tuple[tuple[str, ...], bool]:
-    """What ``new`` does otherwise, in words, and whether its result is the same to the bit.
-
-    Only the number of tokens in a chunk alters rounding: streaming and tiles are exact.
-    """
+    """What ``new`` does otherwise, in words, and whether its result is the same to the bit."""
     told: list[str] = []
     identical = True
     for before, after in zip(old.phases, new.phases, strict=True):
-        identical &= before.chunk_tokens == after.chunk_tokens
-        for what, then, now in _facts(before, after):
-            if then != now:
-                told.append(f"{now} {what} instead of {then}")
-    return tuple(told) or ("smaller buffers",), identical
+        identical &= same_rounding(before, after)
+        pairs = zip(_told(before), _told(after), strict=True)
+        told += [f"{now} instead of {then}" for then, now in pairs if then != now]
+    return tuple(dict.fromkeys(told)), identical
 
 
-def _facts(before: PhasePlan, after: PhasePlan) -> list[tuple[str, object, object]]:
-    told: list[tuple[str, object, object]] = [
-        ("tokens a chunk", before.chunk_tokens, after.chunk_tokens),
-        ("CFG branches a visit", before.branches, after.branches),
-        ("tiles", "x".join(map(str, before.tiles)), "x".join(map(str, after.tiles))),
-        ("as the place of cross-attention K/V", _place(before), _place(after)),
+def same_rounding(one: PhasePlan, other: PhasePlan) -> bool:
+    """Whether two plans of a phase give the same result to the bit.
+
+    Where weights lie and how many branches share a visit changes nothing. Chunks and tiles are
+    exact in real arithmetic, but a kernel may sum in another order for another shape.
+    """
+    return (one.chunk_tokens, one.tiles) == (other.chunk_tokens, other.tiles)
+
+
+def _told(phase: PhasePlan) -> list[str]:
+    told = [
+        f"{phase.chunk_tokens} tokens a chunk",
+        f"{phase.branches} CFG branches a visit",
+        f"{phase.tiles[0]}x{phase.tiles[1]} tiles",
+        f"cross-attention K/V in {'VRAM' if phase.cross_kv_on_device else 'RAM'}",
     ]
-    if before.stream is not None and after.stream is not None:
-        then, now = before.stream, after.stream
+    if phase.stream is not None:
         told += [
-            ("blocks resident in VRAM", then.device_resident, now.device_resident),
-            ("blocks resident in RAM", then.host_resident, now.host_resident),
-            ("block slots in VRAM", then.device_slots, now.device_slots),
-            ("block slabs in RAM", then.host_slabs, now.host_slabs),
+            f"{phase.stream.device_resident} blocks resident in VRAM",
+            f"{phase.stream.host_resident} in RAM",
+            f"{phase.stream.device_slots} block slots in VRAM",
+            f"{phase.stream.host_slabs} block slabs in RAM",
         ]
     return told
-
-
-def _place(phase: PhasePlan) -> str:
-    return "VRAM" if phase.cross_kv_on_device else "RAM"

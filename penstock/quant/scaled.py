@@ -49,8 +49,8 @@ class Scaled8:
     """A weight of one byte an element: ``value = stored * scale``.
 
     Quantising rounds ``weight / scale`` to nearest even with ``scale = max |row| / largest`` (448
-    for e4m3fn, 127 for int8); a row of zeros gets scale 1. One scale for the whole tensor is read
-    but is no default: a single outlier costs int8 eight times the error.
+    for e4m3fn, 127 for int8); a row of zeros gets the smallest scale. One scale for the whole
+    tensor is read but is no default: a few outliers cost int8 eight times the error.
 
     Attributes:
         tag: "F8_E4M3" or "I8".
@@ -114,8 +114,10 @@ class Scaled8:
         whole = self.scale in ("scalar", "one", "one_one")
         largest = E4M3_MAX if self.tag == "F8_E4M3" else INT8_MAX
         scale = (amax.max().reshape(1, 1) if whole else amax) / largest
-        scale = scale.to(dtype if self.scale_tag is None else DTYPES[self.scale_tag])
-        return torch.where(scale == 0, torch.ones_like(scale), scale)
+        stored = scale.to(dtype if self.scale_tag is None else DTYPES[self.scale_tag])
+        info = torch.finfo(stored.dtype)
+        # Never 0: not for rows of zeros, and not where fp16 underflows (rows below 1e-5).
+        return stored.clamp_(min=info.tiny * info.eps)
 
     def operands(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """The 8-bit weight ``(rows, columns)`` and its scale, ``(rows, 1)`` or ``(1, 1)``."""
@@ -145,6 +147,7 @@ class Scaled8:
 def _round(part: Tensor, tag: str) -> Tensor:
     if tag == "I8":
         return part.round_().clamp_(-INT8_MAX, INT8_MAX)
+    # Older torch makes NaN of what e4m3fn cannot hold; newer saturates.
     return part.clamp_(-E4M3_MAX, E4M3_MAX)
 
 

@@ -76,13 +76,16 @@ def test_other_folders_are_no_jobs(tmp_path: Path) -> None:
 
 def test_the_unfinished_identical_job_is_found(tmp_path: Path) -> None:
     partial(tmp_path / "done", "discard")
-    assert find_unfinished(REQUEST, tmp_path) is None
+    assert find_unfinished(REQUEST, root=tmp_path) is None
     partial(tmp_path / "cut", "step 1")
-    found = find_unfinished(REQUEST, tmp_path)
+    found = find_unfinished(REQUEST, root=tmp_path)
     assert found is not None and found.name == "cut"
-    assert find_unfinished(REQUEST | {"seed": None}, tmp_path) == found
-    assert find_unfinished(REQUEST | {"seed": 8}, tmp_path) is None
-    assert find_unfinished(REQUEST | {"prompt": "a dog"}, tmp_path) is None
+    assert find_unfinished(REQUEST | {"seed": None}, root=tmp_path) == found
+    assert find_unfinished(REQUEST | {"seed": 8}, root=tmp_path) is None
+    assert find_unfinished(REQUEST | {"prompt": "a dog"}, root=tmp_path) is None
+    assert find_unfinished(REQUEST, tmp_path / "cut") == found
+    assert find_unfinished(REQUEST, tmp_path / "done") is None
+    assert find_unfinished(REQUEST, tmp_path / "nothing") is None
 
 
 def test_a_job_is_found_by_folder_name_beginning_or_alone(tmp_path: Path) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tests.faults.film import frames_sha
 
 from penstock.engine.engine import Engine
 from penstock.engine.events import Event, Notice, PhaseStarted, Progress
@@ -30,6 +29,7 @@ from penstock.errors import (
     JournalError,
     OutputError,
 )
+from tests.faults.film import frames_sha
 
 STEPS = 4
 
@@ -80,9 +80,7 @@ def whole(t2v_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
 
 
 @pytest.fixture(scope="module")
-def whole_i2v(
-    i2v_folder: Path, picture: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Whole:
+def whole_i2v(i2v_folder: Path, picture: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return _whole(i2v_folder, picture, tmp_path_factory.mktemp("whole"))
 
 
@@ -123,8 +121,10 @@ def at_step(number: int) -> Callable[[Event], bool]:
 
 
 def in_phase(name: str, done: int = 0) -> Callable[[Event], bool]:
-    return lambda e: isinstance(e, PhaseStarted | Progress) and e.phase == name and (
-        getattr(e, "done", 0) >= done
+    return lambda e: (
+        isinstance(e, PhaseStarted | Progress)
+        and e.phase == name
+        and (getattr(e, "done", 0) >= done)
     )
 
 
@@ -152,29 +152,22 @@ def test_a_job_stopped_in_any_phase_goes_on(whole_i2v: Whole, tmp_path: Path, ph
     assert ("denoise" in phases_begun(events)) == (phase != "decode")
 
 
-def test_decoded_tiles_are_not_decoded_again(whole: Whole, tmp_path: Path) -> None:
+def test_decoded_tiles_are_not_decoded_again(
+    whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latent_frames, frames, tiles = 2, 5, 4
     with an_engine(whole.folder) as engine:
         plan = engine.plan(a_request(None))
-        least = plan.peak_vram_bytes - 1
-        while plan["decode"].tiles == (1, 1):
-            least = least * 9 // 10
-            engine.hardware = _with_vram(engine, least)
-            plan = engine.plan(a_request(None))
-        frames = 5
+        tiled = plan.with_phases((replace(plan["decode"], tiles=(2, 2)),))
+        monkeypatch.setattr(engine, "plan", lambda request, **_: tiled)
         job = engine.submit(a_request(None), tmp_path / "out.mp4", job_dir=tmp_path / "job")
-        run_until(job, in_phase("decode", done=2 + frames + 1))
-        assert list((tmp_path / "job").glob("tile-*-0.safetensors"))
+        run_until(job, in_phase("decode", done=latent_frames + 2 * frames + 1))
+        assert len(list((tmp_path / "job").glob("tile-2x2-*.safetensors"))) == 2
         job = engine.resume(tmp_path / "job")
         decoded = [e.done for e in job.events() if isinstance(e, Progress) and e.phase == "decode"]
-    rows, cols = plan["decode"].tiles
-    assert len(decoded) == 2 + frames * (rows * cols - 1)
-    assert_same(whole, job.result(), tmp_path / "out.mp4")
-
-
-def _with_vram(engine: Engine, vram_bytes: int) -> Any:
-    from dataclasses import replace
-
-    return replace(engine.hardware, vram_bytes=vram_bytes)
+        uninterrupted = engine.submit(a_request(None)).result()
+    assert len(decoded) == latent_frames + frames * (tiles - 2)
+    assert torch.equal(job.result().video, uninterrupted.video)
 
 
 @pytest.mark.parametrize("name", [CONDITIONING_FILE, *STATE_FILES])

@@ -79,9 +79,9 @@ def test_gguf_weights_written_by_the_gguf_package_read_back(name: str) -> None:
 def test_q8_0_is_written_as_the_gguf_package_writes_it() -> None:
     weight = small_weight(96, 2048)
     weight[5] = 0
-    weight[6, :32] = torch.arange(32) * 2.0 - 127  # codes at and near halves of the scale 1
-    weight[7, :32] = torch.linspace(-127, 127, 32).round() + 0.5
-    weight[7, 0] = 127.0
+    weight[6, :32] = torch.arange(32) + 0.5  # halves, at a scale of exactly 1
+    weight[7, :32] = -weight[6, :32]
+    weight[6:8, 0] = 127.0
     expected = gguf_quantize(weight.numpy(), GGMLQuantizationType.Q8_0)
     assert np.array_equal(get_format("gguf-q8_0").quantise(weight)["weight"].numpy(), expected)
 

@@ -108,6 +108,8 @@ def test_a_buffer_of_another_shape_or_dtype_is_refused(name: str) -> None:
         fmt.dequantise(stored, (48, 256), torch.float32, torch.empty(48, 255))
     with pytest.raises(ValueError, match="out must be contiguous"):
         fmt.dequantise(stored, (48, 256), torch.float32, torch.empty(48, 256).half())
+    with pytest.raises(ValueError, match="out must be contiguous"):
+        fmt.dequantise(stored, (48, 256), torch.float32, torch.empty(256, 48).t())
 
 
 @pytest.mark.parametrize("name", WRITABLE)
@@ -126,6 +128,27 @@ def test_rows_of_zeros_stay_zeros(name: str, dtype: torch.dtype) -> None:
     restored = round_trip(get_format(name), weight, dtype)
     assert torch.equal(restored[3], torch.zeros(256, dtype=dtype))
     assert bool(torch.isfinite(restored).all())
+
+
+def test_constant_groups_of_quanto_int4_get_scale_1() -> None:
+    weight = small_weight(4, 256)
+    weight[2, 128:] = 0.25
+    stored = get_format("quanto-int4").quantise(weight)
+    assert stored["weight._scale"].flatten()[5] == 1
+    restored = get_format("quanto-int4").dequantise(stored, (4, 256), torch.float32)
+    assert torch.equal(restored[2, 128:], weight[2, 128:])
+
+
+@pytest.mark.parametrize("name", ["quanto-int8", "quanto-fp8"])
+def test_a_scale_that_fp16_rounds_down_does_not_wrap_codes(name: str) -> None:
+    weight = torch.linspace(-1e-5, 1e-5, 256).half().repeat(2, 1)
+    restored = round_trip(get_format(name), weight)
+    assert bool((restored.diff(dim=1) >= 0).all()) and restored[0, -1] > 5e-6
+
+
+def test_a_raw_cast_saturates() -> None:
+    weight = torch.tensor([[1000.0, -1000.0, 448.0]])
+    assert round_trip(RAW_FP8, weight).tolist() == [[448.0, -448.0, 448.0]]
 
 
 @pytest.mark.parametrize("name", WRITABLE)

@@ -1,0 +1,333 @@
+"""The phases of a job as the planner sees them: what each may be, in bytes and in seconds.
+
+A phase (or a group of them, where what the first leaves behind lives on in the next) can name the
+best of its shapes inside limits, and the smallest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from penstock.profiles.cost import encoders, vae
+from penstock.profiles.manifest import ImageSpec, ModelManifest, VideoShape
+from penstock.profiles.plan import Items, PhasePlan
+from penstock.profiles.policy import Limits, Policy
+from penstock.profiles.rates import Rates
+from penstock.profiles.streams import Network, Pace, Stream, all_streams, staging_bytes
+from penstock.profiles.tiling import TileGrid
+from penstock.units import MIB
+
+TILE_GRIDS = (
+    (1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (4, 3), (4, 4), (5, 4), (5, 5), (6, 6), (7, 7), (8, 8),
+)  # fmt: skip
+"""Rows and columns of VAE tiles that are tried; each costs more arithmetic than the one before."""
+
+ENCODER_BYTES_PER_PIXEL = 182
+"""Host memory of libx264's look-ahead and references, a pixel of one frame (measured)."""
+
+ENCODER_BASE_BYTES = 16 * MIB
+
+TEXT_TOKENS = 512
+_SINGLE = 4  # bytes of an fp32
+
+Group = tuple[PhasePlan, ...]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is asked of the model: the video's shape, the steps, and whether CFG is on."""
+
+    shape: VideoShape
+    steps: int
+    guided: bool
+
+    @property
+    def branches(self) -> int:
+        """Forward passes a step."""
+        return 2 if self.guided else 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """Everything a phase is planned for."""
+
+    manifest: ModelManifest
+    workload: Workload
+    rates: Rates
+    policy: Policy
+    pins: bool
+
+    @property
+    def latent(self) -> tuple[int, int, int]:
+        """Latent frames, height and width."""
+        return self.workload.shape.latent(self.manifest.vae)
+
+    @property
+    def latent_volume(self) -> int:
+        """Elements of one latent channel."""
+        frames, height, width = self.latent
+        return frames * height * width
+
+
+class Step(Protocol):
+    """A group of phases that is planned together."""
+
+    def best(self, limits: Limits) -> Group | None:
+        """The fastest shape inside ``limits``; ties go to fewer bytes. None: nothing fits."""
+
+    def all_small(self, limits: Limits) -> Iterator[Group]:
+        """Shapes among which are the smallest in VRAM and in RAM, fitting or not."""
+
+
+def vram_bytes(group: Group) -> int:
+    """Peak VRAM of a group."""
+    return max(phase.vram_bytes for phase in group)
+
+
+def ram_bytes(group: Group) -> int:
+    """Peak host memory of a group."""
+    return max(phase.ram_bytes for phase in group)
+
+
+def both_bytes(group: Group) -> int:
+    """Peak of VRAM and host memory together."""
+    return max(phase.vram_bytes + phase.ram_bytes for phase in group)
+
+
+def group_fits(group: Group, limits: Limits) -> bool:
+    """Whether no phase of ``group`` passes a limit."""
+    pinned = max(phase.pinned_bytes for phase in group)
+    return (
+        vram_bytes(group) <= limits.vram_bytes
+        and ram_bytes(group) <= limits.ram_bytes
+        and (limits.pinned_bytes is None or pinned <= limits.pinned_bytes)
+        and (limits.both_bytes is None or both_bytes(group) <= limits.both_bytes)
+    )
+
+
+def loading_s(nbytes: int, rates: Rates) -> float:
+    """Seconds to bring weights from disk to the device, one after the other."""
+    return nbytes / rates.read_bytes_per_s + nbytes / rates.copy_bytes_per_s
+
+
+@dataclass(frozen=True)
+class OnePass:
+    """A network whose blocks are visited once: nothing is worth keeping.
+
+    Its other weights are on the device before or after the blocks, not beside them.
+
+    Attributes:
+        rest_bytes: of those weights.
+        rest_stays: they are there already, and stay (the transformer's).
+    """
+
+    name: str
+    case: Case
+    network: Network
+    rest_bytes: int
+    work: Items
+    ram_work: Items
+    flops: float
+    rest_stays: bool = False
+
+    @classmethod
+    def text(cls, case: Case) -> OnePass:
+        """The text encoder."""
+        spec, branches = case.manifest.text, case.workload.branches
+        work = encoders.text_bytes(spec, prompts=branches)
+        return cls(
+            "text",
+            case,
+            Network.of(spec.weights.block_bytes, resident=False),
+            spec.weights.rest_bytes,
+            (("activations", work),),
+            (("encoder states", encoder_state_bytes(case)),),
+            encoders.text_flops(spec, prompts=branches),
+        )
+
+    @classmethod
+    def image(cls, case: Case, spec: ImageSpec) -> OnePass:
+        """The image encoder."""
+        return cls(
+            "image",
+            case,
+            Network.of(spec.weights.block_bytes, resident=False),
+            spec.weights.rest_bytes,
+            (("activations", encoders.image_bytes(spec)),),
+            (("encoder states", encoder_state_bytes(case)), ("picture", picture_bytes(case))),
+            encoders.image_flops(spec),
+        )
+
+    def best(self, limits: Limits) -> Group | None:
+        """As `Step`."""
+        return best_of(self.all_small(limits), limits)
+
+    def all_small(self, limits: Limits) -> Iterator[Group]:
+        """As `Step`: all there is, one a ring size."""
+        for phase in self.phases(limits):
+            yield (phase,)
+
+    def phases(self, limits: Limits) -> Iterator[PhasePlan]:
+        """One shape a ring size."""
+        rates, blocks = self.case.rates, self.network.choices[0]
+        compute_s = self.flops / rates.flops
+        loaded = blocks.copied_bytes + self.rest_bytes
+        for stream in all_streams(self.network, Pace(compute_s, cycles=1), rates):
+            room = limits.ram_bytes - sum(count for _, count in self.ram_work)
+            yield PhasePlan(
+                self.name,
+                weights=self._weights(stream),
+                work=self.work,
+                ram_weights=self._host(stream, room),
+                ram_work=self.ram_work,
+                stream=stream.plan,
+                pinned_bytes=stream.pinned_bytes if self.case.pins else 0,
+                read_bytes=loaded,
+                copied_bytes=loaded,
+                seconds=stream.timing.seconds + loading_s(self.rest_bytes, rates),
+                bound=stream.timing.bound,
+            )
+
+    def _weights(self, stream: Stream) -> Items:
+        rest = ("non-block weights", self.rest_bytes)
+        if self.rest_stays:
+            return (rest, *stream.device_items)
+        return stream.device_items if stream.vram_bytes >= self.rest_bytes else (rest,)
+
+    def _host(self, stream: Stream, room_bytes: int) -> Items:
+        staged = 0 if self.rest_stays else staging_bytes(self.rest_bytes, room_bytes)
+        return (
+            stream.host_items(room_bytes) if stream.ram_bytes >= staged else (("staging", staged),)
+        )
+
+
+@dataclass(frozen=True)
+class Tiled:
+    """One half of the VAE, over a grid of tiles.
+
+    Attributes:
+        name: "encode" or "decode".
+    """
+
+    name: str
+    case: Case
+
+    def best(self, limits: Limits) -> Group | None:
+        """As `Step`: grids come from the fastest on, so the first that fits is the best."""
+        return next((group for group in self.all_small(limits) if group_fits(group, limits)), None)
+
+    def all_small(self, limits: Limits) -> Iterator[Group]:
+        """As `Step`: all grids."""
+        for grid in self._grids():
+            yield (self._phase(grid, limits),)
+
+    def _grids(self) -> Iterator[TileGrid]:
+        _, height, width = self.case.latent
+        fixed = self.case.policy.tiles
+        wanted = TILE_GRIDS if fixed is None else (fixed,)
+        seen: set[TileGrid] = set()
+        for rows, columns in wanted:
+            grid = TileGrid(min(rows, height), min(columns, width))
+            if grid not in seen:
+                seen.add(grid)
+                yield grid
+
+    def _phase(self, grid: TileGrid, limits: Limits) -> PhasePlan:
+        rates, spec, latent = self.case.rates, self.case.manifest.vae, self.case.latent
+        decoding = self.name == "decode"
+        weights = spec.decoder if decoding else spec.encoder
+        bytes_of, flops_of = (
+            (vae.decode_bytes, vae.decode_flops)
+            if decoding
+            else (vae.encode_bytes, vae.encode_flops)
+        )
+        found = bytes_of(spec, latent, grid, weights.itemsize)
+        held = (*found.ram, ("latents", latents_bytes(self.case))) if decoding else (
+            ("encoder states", encoder_state_bytes(self.case)),
+            ("picture", picture_bytes(self.case)),
+            ("condition", condition_bytes(self.case)),
+        )  # fmt: skip
+        room = limits.ram_bytes - sum(count for _, count in held)
+        conv = rates.conv_flops or rates.flops
+        return PhasePlan(
+            self.name,
+            weights=((f"VAE {self.name}r", weights.rest_bytes),),
+            work=found.device,
+            ram_weights=(("weights staging", staging_bytes(weights.rest_bytes, room)),),
+            ram_work=held,
+            tiles=(grid.rows, grid.cols),
+            read_bytes=weights.rest_bytes,
+            copied_bytes=weights.rest_bytes,
+            seconds=flops_of(spec, latent, grid) / conv + loading_s(weights.rest_bytes, rates),
+        )
+
+
+@dataclass(frozen=True)
+class Mux:
+    """Frames into a file: host memory only."""
+
+    case: Case
+
+    def best(self, limits: Limits) -> Group | None:
+        """As `Step`."""
+        return best_of(self.all_small(limits), limits)
+
+    def all_small(self, limits: Limits) -> Iterator[Group]:
+        """As `Step`: there is one way."""
+        shape = self.case.workload.shape
+        pixels = shape.width * shape.height
+        encoder = ENCODER_BASE_BYTES + ENCODER_BYTES_PER_PIXEL * pixels
+        yield (
+            PhasePlan(
+                "mux",
+                weights=(),
+                work=(),
+                ram_weights=(),
+                ram_work=(
+                    ("video frames", 3 * shape.frames * pixels),
+                    ("latents", latents_bytes(self.case)),
+                    ("video encoder", encoder),
+                ),
+                seconds=shape.frames * pixels / self.case.rates.video_pixels_per_s,
+            ),
+        )
+
+
+def best_of(groups: Iterable[Group], limits: Limits) -> Group | None:
+    """The fastest of those that fit; ties go to fewer bytes."""
+    fitting = [group for group in groups if group_fits(group, limits)]
+    return min(fitting, key=group_key, default=None)
+
+
+def group_key(group: Group) -> tuple[float, int]:
+    """Smaller is better."""
+    return sum(phase.seconds for phase in group), vram_bytes(group) + ram_bytes(group)
+
+
+def encoder_state_bytes(case: Case) -> int:
+    """What the encoders leave for the transformer, in host memory."""
+    manifest = case.manifest
+    text = case.workload.branches * TEXT_TOKENS * manifest.text.d_model
+    bytes_ = text * manifest.text.weights.itemsize
+    if manifest.image is not None:
+        image = manifest.image
+        bytes_ += image.tokens * image.hidden_size * image.weights.itemsize
+    return bytes_
+
+
+def picture_bytes(case: Case) -> int:
+    """The conditioning picture at the video's size: as bytes, and in fp32."""
+    return 3 * case.workload.shape.width * case.workload.shape.height * (1 + _SINGLE)
+
+
+def condition_bytes(case: Case) -> int:
+    """Mask and latents of the picture, in fp32."""
+    spec = case.manifest.transformer
+    return (spec.in_channels - spec.out_channels) * case.latent_volume * _SINGLE
+
+
+def latents_bytes(case: Case) -> int:
+    """The latents, in fp32."""
+    return case.manifest.vae.z_dim * case.latent_volume * _SINGLE

@@ -1,0 +1,65 @@
+"""What a planner may choose from: ceilings in bytes, and rules that narrow the search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from penstock.errors import ProfileError
+
+Disk = Literal["auto", "spare", "never"]
+Compute = Literal["exact", "fast"]
+Place = Literal["auto", "vram", "ram"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Ceilings that no phase may pass.
+
+    Attributes:
+        pinned_bytes: of page-locked host memory, a part of ``ram_bytes``; None: all of it.
+        both_bytes: of VRAM and RAM together, where they are the same memory; None: no such limit.
+    """
+
+    vram_bytes: int
+    ram_bytes: int
+    pinned_bytes: int | None = None
+    both_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Rules for the choice; the defaults leave everything to the search.
+
+    Attributes:
+        branches: CFG branches a visit: 1, 2, or None.
+        chunk_tokens: tokens a chunk of the DiT, or None.
+        tiles: rows and columns of VAE tiles, or None.
+        cross_kv: where cross-attention K/V are kept.
+        compute: "exact" decodes quantised weights; "fast" multiplies in 8 bits where it can.
+        disk: "auto" lets blocks stream from disk at every pass where that costs no time; "spare"
+            prefers memory that is free anyway; "never" forbids it.
+    """
+
+    branches: int | None = None
+    chunk_tokens: int | None = None
+    tiles: tuple[int, int] | None = None
+    cross_kv: Place = "auto"
+    compute: Compute = "exact"
+    disk: Disk = "auto"
+
+    def __post_init__(self) -> None:
+        self._require("branches", self.branches in (None, 1, 2), "1, 2 or auto")
+        small = self.chunk_tokens is not None and self.chunk_tokens < 1
+        self._require("chunk_tokens", not small, "1 or more, or auto")
+        flat = self.tiles is not None and min(self.tiles) < 1
+        self._require("tiles", not flat, "ROWSxCOLUMNS, 1x1 or more, or auto")
+        self._require("cross_kv", self.cross_kv in ("auto", "vram", "ram"), "auto, vram or ram")
+        self._require("compute", self.compute in ("exact", "fast"), "exact or fast")
+        self._require("disk", self.disk in ("auto", "spare", "never"), "auto, spare or never")
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ProfileError(
+                f"illegal {name}", expected=expected, found=repr(getattr(self, name))
+            )

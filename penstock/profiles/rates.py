@@ -1,0 +1,115 @@
+"""What a machine computes and moves a second, and where measured figures are kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from penstock.errors import ProfileError
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Attainable rates, not peaks of a data sheet.
+
+    Attributes:
+        flops: operations a second of matrix products in the compute dtype.
+        copy_bytes_per_s: pinned host memory to device.
+        read_bytes_per_s: disk to host memory.
+        attention_flops: of attention; None: as matrix products.
+        conv_flops: of the VAE's convolutions; None: as matrix products.
+        eight_bit_flops: of 8-bit matrix products; None: the device has none that are faster.
+        memory_bytes_per_s: the device's own memory; decoding of weights runs at it (None: not
+            counted).
+        overhead_s: of one chunk of one block that computes nothing.
+        video_pixels_per_s: into H.264.
+    """
+
+    flops: float
+    copy_bytes_per_s: float
+    read_bytes_per_s: float
+    attention_flops: float | None = None
+    conv_flops: float | None = None
+    eight_bit_flops: float | None = None
+    memory_bytes_per_s: float | None = None
+    overhead_s: float = 2e-4
+    video_pixels_per_s: float = 2.5e7
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None and not value > 0:
+                raise ProfileError(
+                    f"a machine's {field.name} must be positive",
+                    expected="a rate above 0",
+                    found=str(value),
+                )
+
+
+def config_dir() -> Path:
+    """Where a user's own profiles and measured rates are: ``$PENSTOCK_CONFIG``, or the platform's
+    place for settings."""
+    named = os.environ.get("PENSTOCK_CONFIG")
+    if named:
+        return Path(named)
+    if sys.platform == "win32":
+        return Path(os.environ.get("APPDATA", Path.home() / "AppData/Roaming")) / "penstock"
+    if sys.platform == "darwin":
+        return Path.home() / "Library/Application Support/penstock"
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "penstock"
+
+
+def stored_rates(machine: str, folder: Path | None = None) -> Rates | None:
+    """The rates measured on ``machine``, or None.
+
+    Raises:
+        ProfileError: the file is damaged.
+    """
+    known = _read(_file(folder)).get(machine)
+    return None if known is None else _from_json(known, _file(folder))
+
+
+def store_rates(machine: str, rates: Rates, folder: Path | None = None) -> Path:
+    """Keep ``rates`` for ``machine``; returns the file they are in."""
+    path = _file(folder)
+    known = _read(path) | {machine: asdict(rates)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def _file(folder: Path | None) -> Path:
+    return (config_dir() if folder is None else folder) / "rates.json"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
+    if not isinstance(value, dict):
+        raise _damaged(path, type(value).__name__)
+    return value
+
+
+def _from_json(value: Mapping[str, Any], path: Path) -> Rates:
+    try:
+        return Rates(**value)
+    except TypeError as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _damaged(path: Path, found: str) -> ProfileError:
+    return ProfileError(
+        f"{path} cannot be used",
+        expected="the rates that penstock doctor stores",
+        found=found,
+        remedy="Delete it and run penstock doctor again.",
+    )

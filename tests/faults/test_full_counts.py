@@ -1,0 +1,64 @@
+"""The full counts of the fault tests (``make faults``); the quick part is in tests/engine.
+
+Each test prints its figures in one line that begins with its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.engine.conftest import SMALL_VAE
+from tests.engine.test_killed import kill_at_failpoints, kill_at_moments
+from tests.engine.test_resume import a_request, an_engine
+from tests.faults.film import frames_sha
+
+from penstock.engine.engine import Engine
+from penstock.engine.synthetic import write_tiny_model
+
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from PIL import Image
+
+    path = tmp_path_factory.mktemp("picture") / "picture.png"
+    Image.radial_gradient("L").resize((96, 80)).convert("RGB").save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    folder = write_tiny_model(tmp_path_factory.mktemp("i2v"), seed=1, vae=SMALL_VAE)
+    with an_engine(folder) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def sha(engine: Engine, picture: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    output = tmp_path_factory.mktemp("whole") / "out.mp4"
+    engine.submit(a_request(picture), output).result()
+    return frames_sha(output)
+
+
+def test_sigkill_at_failpoints(engine: Engine, picture: Path, sha: str, tmp_path: Path) -> None:
+    total, redone = kill_at_failpoints(engine, picture, sha, tmp_path, count=80)
+    print(
+        f"\nsigkill at failpoints: 80 of {total}, all resumed and identical, {redone} steps redone"
+    )
+    assert total >= 80
+
+
+def test_sigkill_at_random_moments(engine: Engine, picture: Path, sha: str, tmp_path: Path) -> None:
+    hit = redone = jobs = 0
+    while hit < 200:
+        (tmp_path / f"{jobs}").mkdir()
+        found = kill_at_moments(
+            engine, picture, sha, tmp_path / f"{jobs}", jobs=10, kills=4, seed=jobs
+        )
+        hit, redone, jobs = hit + found[0], redone + found[1], jobs + 10
+    print(
+        f"\nsigkill at random moments: {hit} kills in {jobs} jobs, all identical, {redone} redone"
+    )

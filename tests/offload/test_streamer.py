@@ -1,0 +1,417 @@
+"""The streamer: the right bytes in any residency, within the budget, and gone when it is left."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from penstock.errors import CheckpointChanged, LedgerOverflow, UsageError
+from penstock.offload import streamer
+from penstock.offload.layout import BlockLayout
+from penstock.offload.ledger import ByteLedger
+from penstock.offload.schedule import Residency
+from penstock.offload.streamer import BlockStream, load_block
+from penstock.offload.tiers import CpuLink, DiskTier
+from tests.meter import StorageMeter
+from tests.offload.blocks import (
+    Block,
+    aligned_file,
+    layouts_of,
+    open_descriptors,
+    random_blocks,
+    same,
+    write_blocks,
+)
+from tests.offload.test_schedule import residencies
+
+CPU = torch.device("cpu")
+BLOCKS = random_blocks(8, width=60)
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory: pytest.TempPathFactory) -> list[BlockLayout]:
+    return write_blocks(tmp_path_factory.mktemp("blocks") / "model.safetensors", BLOCKS)
+
+
+class Budgets:
+    """Two ledgers that hold exactly what a residency needs."""
+
+    def __init__(self, layouts: list[BlockLayout], residency: Residency, spare: int = 0) -> None:
+        sizes = [layout.nbytes for layout in layouts]
+
+        def total(residents: tuple[int, ...], ring: int, passing: tuple[int, ...]) -> int:
+            largest = max((sizes[block] for block in passing), default=0)
+            return sum(sizes[block] for block in residents) + ring * largest
+
+        slots, slabs = residency.device_slots, residency.host_slabs
+        self.device_bytes = total(residency.device_resident, slots, residency.streamed)
+        self.host_bytes = total(residency.host_resident, slabs, residency.disk_blocks)
+        if residency.device_resident and not residency.disk_blocks:
+            self.host_bytes += 4096  # the smallest staging buffer
+        self.device = ByteLedger("VRAM", max(self.device_bytes + spare, 1))
+        self.host = ByteLedger("RAM", max(self.host_bytes + spare, 1))
+
+    def stream(
+        self, layouts: list[BlockLayout], residency: Residency, cycles: int, **more: Any
+    ) -> BlockStream:
+        return BlockStream(
+            layouts,
+            residency,
+            cycles=cycles,
+            device=CPU,
+            device_ledger=self.device,
+            host_ledger=self.host,
+            **more,
+        )
+
+
+def ours() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("penstock")]
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(residencies(), st.integers(1, 3), st.booleans())
+def test_any_residency_gives_the_same_bits_within_its_bytes(
+    layouts: list[BlockLayout], residency: Residency, cycles: int, overlapped: bool
+) -> None:
+    here = layouts[: residency.n_blocks]
+    budgets = Budgets(here, residency)
+    with budgets.stream(here, residency, cycles, overlapped=overlapped) as stream:
+        for _ in range(cycles):
+            seen = []
+            for index, tensors in stream.cycle():
+                assert same(tensors, BLOCKS[index])
+                seen.append(index)
+            assert seen == list(range(residency.n_blocks))
+    assert ours() == []
+    assert budgets.device.used == 0 == budgets.host.used
+    assert budgets.device.peak == budgets.device_bytes
+    assert budgets.host.peak == budgets.host_bytes
+    check_counts(stream, here, residency, cycles)
+
+
+def check_counts(
+    stream: BlockStream, layouts: list[BlockLayout], residency: Residency, cycles: int
+) -> None:
+    reads, sizes = [x.read_bytes for x in layouts], [x.nbytes for x in layouts]
+    once = (*residency.device_resident, *residency.host_resident)
+    assert stream.stats.read_bytes == sum(reads[b] for b in once) + cycles * sum(
+        reads[b] for b in residency.disk_blocks
+    )
+    assert stream.stats.copied_bytes == sum(
+        sizes[b] for b in residency.device_resident
+    ) + cycles * sum(sizes[b] for b in residency.streamed)
+
+
+def test_a_computation_is_bit_equal_streamed_and_resident(layouts: list[BlockLayout]) -> None:
+    def run(residency: Residency, overlapped: bool) -> torch.Tensor:
+        budgets = Budgets(layouts, residency)
+        hidden = torch.ones(3, 60)
+        with budgets.stream(layouts, residency, 2, overlapped=overlapped) as stream:
+            for _ in range(2):
+                for _, block in stream.cycle():
+                    weight = block["weight"].float()
+                    hidden = hidden + torch.tanh(hidden @ weight.T + block["bias"])[:, :60]
+        return hidden
+
+    resident = run(Residency(8, tuple(range(8))), False)
+    for residency in (
+        Residency(8, (), (), 1, 1),
+        Residency(8, (3,), (1, 6), 2, 2),
+        Residency(8, (), tuple(range(8)), 3, 0),
+    ):
+        assert torch.equal(run(residency, True), resident)
+        assert torch.equal(run(residency, False), resident)
+
+
+@pytest.mark.parametrize("overlapped", [True, False])
+def test_live_storage_agrees_with_the_ledgers(layouts: list[BlockLayout], overlapped: bool) -> None:
+    residency = Residency(8, (0, 4), (2,), 2, 3)
+    budgets = Budgets(layouts, residency)
+    with StorageMeter() as meter:
+        with budgets.stream(layouts, residency, 2, overlapped=overlapped) as stream:
+            held = meter.live
+            for _ in range(2):
+                for _, _tensors in stream.cycle():
+                    assert meter.live == held
+        del _tensors
+        assert meter.live == 0
+    assert meter.peak == held == budgets.device_bytes + budgets.host_bytes
+
+
+def test_one_byte_less_does_not_open(layouts: list[BlockLayout]) -> None:
+    residency = Residency(8, (0,), (2,), 2, 2)
+    for name in ("device", "host"):
+        budgets = Budgets(layouts, residency)
+        tight = ByteLedger("tight", getattr(budgets, f"{name}_bytes") - 1)
+        setattr(budgets, name, tight)
+        with (
+            pytest.raises(LedgerOverflow, match="does not fit into the tight budget"),
+            budgets.stream(layouts, residency, 1),
+        ):
+            pytest.fail("it opened")
+        assert budgets.device.used == 0 == budgets.host.used and ours() == []
+
+
+def test_packs_are_read_directly(tmp_path: Path) -> None:
+    tensors = {f"blocks.0.{n}": t for n, t in random_blocks(1, width=90)[0].items()}
+    aligned_file(tmp_path / "pack", tensors)
+    here = layouts_of(tmp_path / "pack", 1)
+    residency = Residency(1, (), (), 1, 1)
+    with Budgets(here, residency).stream(here, residency, 1) as stream:
+        for _, block in stream.cycle():
+            assert same(block, random_blocks(1, width=90)[0])
+    probe = DiskTier()
+    direct = probe._file(tmp_path / "pack", None).direct
+    probe.close()
+    whole_pages = here[0].read_bytes // 4096 * 4096
+    assert stream.stats.direct_bytes == (whole_pages if direct else 0)
+
+
+def test_reads_in_pieces(layouts: list[BlockLayout], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("penstock.offload.tiers.PIECE_BYTES", 1000)
+    residency = Residency(8, (1,), (2,), 2, 2)
+    with Budgets(layouts, residency).stream(layouts, residency, 1) as stream:
+        assert any(name.startswith("penstock-disk") for name in ours())
+        for index, block in stream.cycle():
+            assert same(block, BLOCKS[index])
+    assert ours() == []
+
+
+@pytest.mark.parametrize("overlapped", [True, False])
+@pytest.mark.parametrize("leave_at", [0, 3, 7])
+def test_leaving_early(layouts: list[BlockLayout], overlapped: bool, leave_at: int) -> None:
+    residency = Residency(8, (1,), (2,), 2, 2)
+    budgets, before = Budgets(layouts, residency), open_descriptors()
+    with (
+        pytest.raises(KeyError, match="body"),
+        budgets.stream(layouts, residency, 5, overlapped=overlapped) as stream,
+    ):
+        for index, _ in stream.cycle():
+            if index == leave_at:
+                raise KeyError("body")
+    assert ours() == [] and open_descriptors() == before
+    assert budgets.device.used == 0 == budgets.host.used
+    with pytest.raises(UsageError, match="closed"):
+        next(stream.cycle())
+
+
+def test_never_asked_for_anything(layouts: list[BlockLayout]) -> None:
+    residency = Residency(8, (), (), 2, 2)
+    budgets = Budgets(layouts, residency)
+    with budgets.stream(layouts, residency, 1000):
+        pass
+    assert ours() == [] and budgets.host.used == 0
+
+
+def test_no_more_passes_than_agreed(layouts: list[BlockLayout]) -> None:
+    residency = Residency(8, (), (), 1, 1)
+    with Budgets(layouts, residency).stream(layouts, residency, 1) as stream:
+        list(stream.cycle())
+        with pytest.raises(UsageError, match="at most 1 passes.*found one more"):
+            next(stream.cycle())
+
+
+def test_a_pass_that_was_left_cannot_be_taken_up(layouts: list[BlockLayout]) -> None:
+    residency = Residency(8, (), (), 1, 1)
+    with Budgets(layouts, residency).stream(layouts, residency, 2) as stream:
+        for index, _ in stream.cycle():
+            if index == 2:
+                break
+        with pytest.raises(UsageError, match="left at block 3"):
+            next(stream.cycle())
+
+
+def test_as_many_layouts_as_blocks(layouts: list[BlockLayout]) -> None:
+    with pytest.raises(UsageError, match="expected 3, found 8"):
+        Budgets(layouts, Residency(8, (), (), 1, 1)).stream(layouts, Residency(3, (0, 1, 2)), 1)
+    with pytest.raises(UsageError, match="cycles"):
+        Budgets(layouts, Residency(8, (), (), 1, 1)).stream(layouts, Residency(8, (), (), 1, 1), 0)
+
+
+def test_nothing_is_read_beyond_the_last_cycle_or_the_rings(layouts: list[BlockLayout]) -> None:
+    residency = Residency(8, (), (), 2, 3)
+    with Budgets(layouts, residency).stream(layouts, residency, 2) as stream:
+        passes = stream.cycle()
+        next(passes)
+        time.sleep(0.3)
+        ahead = sum(layout.read_bytes for layout in layouts[:5])
+        assert stream.stats.read_bytes == ahead, "two slots and three slabs, and no more"
+
+
+class Flaky:
+    """Fails at the n-th call, once."""
+
+    def __init__(self, real: Callable[..., Any], calls: int, error: BaseException) -> None:
+        self.real, self.left, self.error = real, calls, error
+
+    def __get__(self, instance: Any, owner: Any = None) -> Callable[..., Any]:
+        return lambda *args: self(instance, *args)
+
+    def __call__(self, *args: Any) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            raise self.error
+        return self.real(*args)
+
+
+@pytest.mark.parametrize("overlapped", [True, False])
+@pytest.mark.parametrize("calls", [1, 3, 9])
+@pytest.mark.parametrize(
+    ("owner", "method"), [(DiskTier, "read"), (CpuLink, "copy")], ids=["read", "copy"]
+)
+def test_what_a_thread_runs_into_surfaces_as_itself(
+    layouts: list[BlockLayout],
+    monkeypatch: pytest.MonkeyPatch,
+    owner: type,
+    method: str,
+    calls: int,
+    overlapped: bool,
+) -> None:
+    error = OSError(5, "the disk is gone")
+    monkeypatch.setattr(owner, method, Flaky(getattr(owner, method), calls, error))
+    residency = Residency(8, (), (), 2, 2)
+    budgets, before = Budgets(layouts, residency), open_descriptors()
+    began, visits = time.perf_counter(), 0
+    with (
+        pytest.raises(OSError) as caught,
+        budgets.stream(layouts, residency, 50, overlapped=overlapped) as stream,
+    ):
+        for _ in range(50):
+            for index, block in stream.cycle():
+                assert same(block, BLOCKS[index])
+                visits += 1
+    assert caught.value is error
+    assert visits < calls and time.perf_counter() - began < 5
+    assert ours() == [] and open_descriptors() == before
+    assert budgets.device.used == 0 == budgets.host.used
+
+
+def test_a_failure_is_told_even_while_residents_compute(
+    layouts: list[BlockLayout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = OSError(5, "the disk is gone")
+    residency = Residency(8, tuple(range(7)), (), 1, 1)
+    with Budgets(layouts, residency).stream(layouts, residency, 3) as stream:
+        monkeypatch.setattr(DiskTier, "read", Flaky(DiskTier.read, 1, error))
+        with pytest.raises(OSError) as caught:
+            for _ in range(3):
+                for _ in stream.cycle():
+                    time.sleep(0.02)
+    assert caught.value is error
+
+
+@pytest.mark.parametrize("overlapped", [True, False])
+def test_a_file_cut_while_it_streams(tmp_path: Path, overlapped: bool) -> None:
+    path = tmp_path / "model.safetensors"
+    here = write_blocks(path, BLOCKS)
+    residency = Residency(8, (), (), 1, 1)
+    budgets = Budgets(here, residency)
+    with (
+        pytest.raises(CheckpointChanged, match="changed while it was in use"),
+        budgets.stream(here, residency, 3, overlapped=overlapped) as stream,
+    ):
+        for _ in range(3):
+            for index, block in stream.cycle():
+                assert same(block, BLOCKS[index])
+                if index == 4:
+                    os.truncate(path, path.stat().st_size // 2)
+    assert ours() == [] and budgets.host.used == 0
+
+
+def test_a_file_exchanged_before_it_streams(tmp_path: Path) -> None:
+    here = write_blocks(tmp_path / "model.safetensors", BLOCKS)
+    write_blocks(tmp_path / "other", random_blocks(8, seed=1, width=60))
+    (tmp_path / "other").replace(tmp_path / "model.safetensors")
+    residency = Residency(8, (0,), (), 1, 1)
+    budgets = Budgets(here, residency)
+    with pytest.raises(CheckpointChanged), budgets.stream(here, residency, 1):
+        pytest.fail("it opened")
+    assert budgets.device.used == 0 == budgets.host.used
+
+
+def test_inside_inference_mode(layouts: list[BlockLayout]) -> None:
+    residency = Residency(8, (0,), (1,), 2, 2)
+    with (
+        torch.inference_mode(),
+        Budgets(layouts, residency).stream(layouts, residency, 2) as stream,
+    ):
+        for _ in range(2):
+            for index, block in stream.cycle():
+                assert same(block, BLOCKS[index])
+
+
+def test_waits_are_counted_where_they_happen(
+    layouts: list[BlockLayout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    residency = Residency(8, (), (), 2, 2)
+    read = DiskTier.read
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.02)
+        return read(*args)
+
+    monkeypatch.setattr(DiskTier, "read", slow)
+    with Budgets(layouts, residency).stream(layouts, residency, 1) as stream:
+        list(stream.cycle())
+    assert stream.stats.disk_wait_s > 0.1 and stream.stats.compute_wait_s > 0.1
+    assert stream.stats.read_s > 0.16 > stream.stats.copy_s
+    monkeypatch.undo()
+    with Budgets(layouts, residency).stream(layouts, residency, 1) as stream:
+        for _ in stream.cycle():
+            time.sleep(0.02)
+    assert stream.stats.slot_wait_s > 0.06 and stream.stats.slab_wait_s > 0.04
+    assert stream.stats.compute_wait_s < 0.1
+
+
+@pytest.mark.parametrize("staging", [1 << 20, 4096])
+def test_weights_that_stay(
+    layouts: list[BlockLayout], monkeypatch: pytest.MonkeyPatch, staging: int
+) -> None:
+    monkeypatch.setattr(streamer, "STAGING_BYTES", staging)
+    layout = layouts[3]
+    device, host = ByteLedger("VRAM", layout.nbytes), ByteLedger("RAM", 1 << 20)
+    before = open_descriptors()
+    with load_block(layout, device=CPU, device_ledger=device, host_ledger=host) as tensors:
+        assert same(tensors, BLOCKS[3])
+        assert (device.used, host.used) == (layout.nbytes, 0)
+        assert host.peak == min(staging, layout.nbytes)
+        assert open_descriptors() == before
+        del tensors
+    assert device.used == 0 and ours() == []
+
+
+def test_weights_that_stay_make_do_with_what_is_left(layouts: list[BlockLayout]) -> None:
+    layout = layouts[3]
+    assert layout.nbytes >= 8192
+    for left in (4096, 4097, layout.nbytes - 1):
+        device, host = ByteLedger("VRAM", layout.nbytes), ByteLedger("RAM", left)
+        with load_block(layout, device=CPU, device_ledger=device, host_ledger=host) as tensors:
+            assert same(tensors, BLOCKS[3])
+        assert host.peak == left // 4096 * 4096
+    device, host = ByteLedger("VRAM", layout.nbytes), ByteLedger("RAM", 4095)
+    with (
+        pytest.raises(LedgerOverflow, match="staging"),
+        load_block(layout, device=CPU, device_ledger=device, host_ledger=host),
+    ):
+        pytest.fail("it opened")
+    assert device.used == 0
+
+
+def test_no_weights_that_stay() -> None:
+    ledgers = ByteLedger("VRAM", 4096), ByteLedger("RAM", 4096)
+    empty: Block = {}
+    layout = BlockLayout.from_entries({})
+    with load_block(
+        layout, device=CPU, device_ledger=ledgers[0], host_ledger=ledgers[1]
+    ) as tensors:
+        assert tensors == empty

@@ -56,23 +56,24 @@ def adapters_of(
     shapes = source.shapes
     odd: list[dict[str, tuple[StoredWeight, tuple[int, ...]]]] = [{} for _ in range(count + 1)]
     for name, stored in source.weights.items():
-        if not _is_odd(name, stored, shapes[name], dtype) or name.startswith("shared."):
+        in_block = bool(prefix) and name.startswith(prefix)
+        kept = in_block and is_linear(name, shapes[name]) and not stored.plain
+        if kept or _fits(name, stored, dtype) or name.startswith("shared."):
             continue
         number, _, local = name[len(prefix) :].partition(".")
-        if not (prefix and name.startswith(prefix)):
-            if name.startswith(only):
-                odd[0][name] = (stored, shapes[name])
-        elif int(number) < count:
+        if not in_block and name.startswith(only):
+            odd[0][name] = (stored, shapes[name])
+        elif in_block and int(number) < count:
             odd[int(number) + 1][local] = (stored, shapes[name])
     return tuple(Adapter(each, dtype) for each in odd)
 
 
-def _is_odd(name: str, stored: StoredWeight, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
-    if stored.plain:
-        found = torch_dtype(stored.tensors["weight"].dtype)
-        kept = name.endswith(_FLOAT32_TOO) and found == torch.float32
-        return found != dtype and not kept
-    return not is_linear(name, shape)
+def _fits(name: str, stored: StoredWeight, dtype: torch.dtype) -> bool:
+    """Whether the network computes with the parameter as it is stored."""
+    if not stored.plain:
+        return False
+    found = torch_dtype(stored.tensors["weight"].dtype)
+    return found == dtype or (found == torch.float32 and name.endswith(_FLOAT32_TOO))
 
 
 def read_table_rows(

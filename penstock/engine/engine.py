@@ -13,6 +13,7 @@ from penstock.engine.events import Listener
 from penstock.engine.job import Job
 from penstock.engine.journal import Journal
 from penstock.engine.keeper import JournalKeeper, Keeper
+from penstock.engine.locate import Files
 from penstock.engine.model import ModelFiles
 from penstock.engine.pipeline import run
 from penstock.engine.report import JobResult
@@ -33,8 +34,8 @@ from penstock.engine.video import check_output
 from penstock.errors import DeviceLost, UsageError
 from penstock.profiles.hardware import Hardware, probe
 from penstock.profiles.plan import Plan
-from penstock.profiles.planner import smaller
 from penstock.profiles.planner import plan as make_plan
+from penstock.profiles.planner import smaller
 from penstock.units import parse_bytes
 
 
@@ -57,21 +58,25 @@ class Engine:
         self._turn = threading.Lock()
         self._jobs: list[Job] = []
         self._lost: DeviceLost | None = None
+        model.install(torch.device(hardware.device))
 
     @classmethod
     def open(
         cls,
-        model: str | Path,
+        model: str | Path | None,
         *,
+        files: Files | None = None,
         vram: str | int | None = None,
         ram: str | int | None = None,
         device: str = "auto",
         overlapped: bool = True,
     ) -> Engine:
-        """Open a model folder; reads headers only.
+        """Open a model; reads headers only.
 
         Args:
-            model: a folder in diffusers' layout (with model_index.json).
+            model: a folder (of diffusers, Wan or ComfyUI), a transformer's file, or a hub id; None
+                if ``files`` names every part.
+            files: parts given by themselves; they win over what ``model`` holds.
             vram, ram: ceilings, such as "12GiB" or bytes; None takes what is free less a reserve.
             device: "cuda", "cpu" or "auto" (CUDA where there is one).
             overlapped: stream ahead of the computation; False is the sequential reference.
@@ -85,7 +90,7 @@ class Engine:
             hardware = replace(hardware, vram_bytes=parse_bytes(vram))
         if ram is not None:
             hardware = replace(hardware, ram_bytes=parse_bytes(ram))
-        return cls(ModelFiles.open(model), hardware, overlapped=overlapped)
+        return cls(ModelFiles.open(model, files), hardware, overlapped=overlapped)
 
     def plan(self, request: GenerationRequest) -> Plan:
         """What the request will take. Pure arithmetic over headers: nothing is loaded.

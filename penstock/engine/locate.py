@@ -253,7 +253,7 @@ def _assemble(origin: str, found: _Found, files: Files) -> ModelSource:
         vae=vae,
         image_encoder=_component("image_encoder", found, files) if image else None,
         tokenizer=_tokenizer(text, found, files),
-        scheduler=found.scheduler,
+        scheduler=dict(found.scheduler),
         image_processor=_sized(found.image_processor),
         defaults=found.defaults,
     )

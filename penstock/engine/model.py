@@ -55,8 +55,8 @@ class Component:
         blocks: one layout a block.
         cross: the cross-attention K/V projections of each block, which leave the stream (DiT).
         dtype: the type it computes in.
-        formats: of the quantised linears: first those outside the blocks, then block by block.
-        adapters: what makes odd tensors fit, in the same order.
+        formats: of the quantised linears of each block.
+        adapters: what makes odd tensors fit: first outside the blocks, then block by block.
         source: where it comes from.
         scratch_bytes: of the one buffer that the model's quantised weights are decoded into.
     """
@@ -91,9 +91,8 @@ class Component:
         return any(self.formats)
 
     def install(self, computing: Computing) -> None:
-        """Put quantised linears in the skeleton's place where the files store them so."""
-        modules = (self.module, *self.templates)
-        for module, formats in zip(modules, self.formats, strict=True):
+        """Put quantised linears into the block modules where the files store them so."""
+        for module, formats in zip(self.templates, self.formats, strict=True):
             if id(module) not in self._ready:
                 replace_linears(module, formats, computing, self.dtype)
                 self._ready.add(id(module))
@@ -283,7 +282,7 @@ def _component(
     return Component(
         name=source.component,
         module=module,
-        templates=_templates(block, formats[1:]),
+        templates=_templates(block, formats),
         checkpoint=Checkpoint(source.raw.path, entries, source.raw.stamps, {}),
         rest=BlockLayout.from_entries(groups[0]),
         blocks=tuple(BlockLayout.from_entries(streamed) for streamed, _ in blocks),
@@ -305,7 +304,7 @@ def _scratch_bytes(component: Component) -> int:
 
 
 def _in_rest(key: str, prefix: str, only: tuple[str, ...]) -> bool:
-    """Whether a tensor is loaded with the network itself; the text embedding is gathered by rows."""
+    """Whether a tensor is loaded with the network itself (the embedding is gathered by rows)."""
     in_block = bool(prefix) and key.startswith(prefix)
     return not in_block and not key.startswith("shared.") and key.startswith(only)
 
@@ -322,15 +321,16 @@ def _split(
 
 
 def _local_formats(formats: Formats, prefix: str, count: int) -> tuple[Formats, ...]:
-    """``formats`` by place: those outside the blocks, then each block's under its local names."""
-    outside = {
-        name: fmt for name, fmt in formats.items() if not (prefix and name.startswith(prefix))
-    }
-    inside = []
-    for index in range(count):
-        start = f"{prefix}{index}."
-        inside.append({n[len(start) :]: f for n, f in formats.items() if n.startswith(start)})
-    return (outside, *inside)
+    """The formats of each block's quantised linears under their local names.
+
+    Outside the blocks nothing stays quantised: those layers are few, and errors there reach every
+    token; their adapter decodes them when they are loaded.
+    """
+    starts = [f"{prefix}{index}." for index in range(count)]
+    return tuple(
+        {name[len(start) :]: fmt for name, fmt in formats.items() if name.startswith(start)}
+        for start in starts
+    )
 
 
 def _templates(block: Any, formats: Sequence[Formats]) -> tuple[Any, ...]:

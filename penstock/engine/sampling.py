@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from penstock.engine.keeper import Point
-from penstock.engine.sampler import Sampler, SamplerState, initial_noise, read_scheduler_config
+from penstock.engine.sampler import Sampler, SamplerState, initial_noise
 from penstock.engine.stage import Stage
 
 

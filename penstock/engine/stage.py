@@ -136,14 +136,16 @@ class Stage:
             CheckpointChanged: its files changed since the model was opened.
         """
         component.checkpoint.check_unchanged()
-        with load_block(
-            component.rest,
-            device=self.device,
-            device_ledger=self.device_ledger,
-            host_ledger=self.host_ledger,
-        ) as tensors:
-            with component.bound(tensors) as module:
-                yield module
+        with (
+            load_block(
+                component.rest,
+                device=self.device,
+                device_ledger=self.device_ledger,
+                host_ledger=self.host_ledger,
+            ) as tensors,
+            component.bound(tensors) as module,
+        ):
+            yield module
 
     @contextmanager
     def stream(

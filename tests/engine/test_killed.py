@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+
+from penstock.engine.engine import Engine
 from tests.engine.test_resume import a_request, an_engine
 from tests.faults.child import Attempt, Task, assert_at_most_one_step_redone
 from tests.faults.film import frames_sha
-
-from penstock.engine.engine import Engine
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 

@@ -256,7 +256,8 @@ def _model_input(latents: Tensor, condition: Tensor | None, dtype: torch.dtype) 
 def _guided(predictions: list[Tensor], request: GenerationRequest) -> Tensor:
     if len(predictions) == 1:
         return predictions[0]
-    return guide(*predictions, request.guidance_scale)
+    conditional, unconditional = predictions
+    return guide(conditional, unconditional, request.guidance_scale)
 
 
 def decode(stage: Stage, latents: Tensor) -> Tensor:

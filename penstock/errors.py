@@ -126,7 +126,8 @@ class OverBudget(PenstockError):
         super().__init__(
             f"no plan fits the {resource} budget",
             expected=f"at least {need_bytes:,} bytes",
-            found=f"a limit of {limit_bytes:,} bytes (largest consumer: {label}, {largest:,} bytes)",
+            found=f"a limit of {limit_bytes:,} bytes "
+            f"(largest consumer: {label}, {largest:,} bytes)",
             remedy=remedy,
         )
 

@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_iter
 class StorageMeter(TorchDispatchMode):
     """Sums the storages of all tensors that operations inside it return, while they live.
 
-    Works on real and on fake tensors and counts each storage once, whatever views exist. Storages
-    of ``exclude`` (weights, given inputs) and of the meta device (no bytes) are not counted. ``live`` and ``peak`` are bytes.
+    Works on real and on fake tensors and counts each storage once, whatever views exist.
+    Storages of ``exclude`` (weights, given inputs) and of the meta device (no bytes) are left
+    out. ``live`` and ``peak`` are bytes.
     """
 
     def __init__(self, exclude: Iterable[torch.Tensor] = ()) -> None:

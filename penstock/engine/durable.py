@@ -36,6 +36,10 @@ class FileOps:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
         return os.open(path, flags, 0o600)
 
+    def append(self, path: Path) -> int:
+        """Open a file of :meth:`create` once more, to write at its end."""
+        return os.open(path, os.O_WRONLY | os.O_APPEND | getattr(os, "O_BINARY", 0))
+
     def write(self, descriptor: int, data: memoryview) -> int:
         """Write some of ``data`` and return how many bytes it was."""
         return os.write(descriptor, data)
@@ -60,7 +64,7 @@ class FileOps:
             os.fsync(descriptor)
 
     def close(self, descriptor: int) -> None:
-        """Close a descriptor of :meth:`create`."""
+        """Close a descriptor of :meth:`create` or :meth:`append`."""
         os.close(descriptor)
 
     def rename(self, source: Path, target: Path) -> None:

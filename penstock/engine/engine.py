@@ -33,8 +33,8 @@ from penstock.engine.video import check_output
 from penstock.errors import DeviceLost, UsageError
 from penstock.profiles.hardware import Hardware, probe
 from penstock.profiles.plan import Plan
-from penstock.profiles.planner import smaller
 from penstock.profiles.planner import plan as make_plan
+from penstock.profiles.planner import smaller
 from penstock.units import parse_bytes
 
 

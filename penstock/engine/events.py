@@ -1,4 +1,4 @@
-"""What a job tells while it runs: typed events, and the monitor through which the pipeline tells them.
+"""What a job tells while it runs: typed events, and the monitor through which it tells them.
 
 The pipeline calls the monitor between units of work (a block, a tile, a step); that is also where a
 cancel takes effect.

@@ -154,7 +154,7 @@ def conditioning(
     video frame of a latent frame, and is one where the frame is given: the first latent frame.
 
     Args:
-        encoded: the VAE's mean for the picture followed by zeros, ``(1, z, t, h, w)``, not normalised.
+        encoded: the VAE's mean for the picture, then zeros, ``(1, z, t, h, w)``, not normalised.
         latents_mean, latents_std: the VAE config's, one a channel.
         temporal: video frames a latent frame.
 

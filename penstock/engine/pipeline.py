@@ -158,10 +158,9 @@ def encode_condition(stage: Stage, picture: Image) -> Tensor:
     with stage.phase("encode", units, "frame") as (_, phase), stage.rest(component) as vae:
         source = first_frame_then_zeros(pixels[0].to(stage.device, component.dtype))
         encoded = encode_tiled(vae, source, size, tiles, should_stop=phase.advance)
-        condition = pictures.conditioning(
+        return pictures.conditioning(
             encoded.float(), vae.config.latents_mean, vae.config.latents_std
         ).cpu()
-    return condition
 
 
 def denoise(stage: Stage, conditions: Conditions, sampling: Sampling) -> Tensor:

@@ -1,6 +1,6 @@
 """Random-weight Wan2.1 models of the true architecture, a few MB small, for the demo and for tests.
 
-The folder is written by diffusers' own ``save_pretrained``: to penstock it is a model like any other.
+The folder is written by diffusers' own ``save_pretrained``: a model like any other.
 """
 
 from __future__ import annotations
@@ -72,17 +72,21 @@ def write_tiny_model(
         if image_to_video:
             parts |= _image_parts(image or {})
             parts["transformer"] = _transformer(
-                _image_conditioning(parts["image_encoder"].config.hidden_size)
+                _image_conditioning(parts["image_encoder"].config.hidden_size, transformer or {})
                 | {"text_dim": parts["text_encoder"].config.d_model}
                 | (transformer or {})
             )
     pipeline_class = WanImageToVideoPipeline if image_to_video else WanPipeline
-    pipeline_class(**parts).to(dtype).save_pretrained(folder, safe_serialization=True)
+    pipeline = pipeline_class(**parts)
+    if dtype != torch.float32:
+        pipeline = pipeline.to(dtype)
+    pipeline.save_pretrained(folder, safe_serialization=True)
     return folder
 
 
-def _image_conditioning(image_dim: int) -> dict[str, Any]:
-    inner = _TRANSFORMER["num_attention_heads"] * _TRANSFORMER["attention_head_dim"]
+def _image_conditioning(image_dim: int, overrides: dict[str, Any]) -> dict[str, Any]:
+    config = _TRANSFORMER | overrides
+    inner = config["num_attention_heads"] * config["attention_head_dim"]
     return {"in_channels": 36, "image_dim": image_dim, "added_kv_proj_dim": inner}
 
 

@@ -1,6 +1,8 @@
 """Checkpoints as users have them: one safetensors file, a sharded index, or a folder with either.
 
 Opening reads headers only; data is read when asked for, by position, never mapped, never unpickled.
+torch is imported by what makes tensors, so that a file can be described without it: importing it
+takes seconds and 200 MB.
 """
 
 from __future__ import annotations
@@ -11,10 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from penstock.errors import CheckpointError, PickleRefused, TensorMismatch
 from penstock.offload.files import FileStamp, WeightFile, check_stamp, unreadable
@@ -28,14 +27,18 @@ from penstock.offload.header import (
     read_header,
 )
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 _TORCH_DTYPES = MappingProxyType({
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I32": torch.int32, "U32": torch.uint32, "F32": torch.float32,
-    "I64": torch.int64, "U64": torch.uint64, "F64": torch.float64, "C64": torch.complex64,
+    "BOOL": "bool", "U8": "uint8", "I8": "int8",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "I16": "int16", "U16": "uint16", "F16": "float16", "BF16": "bfloat16",
+    "I32": "int32", "U32": "uint32", "F32": "float32",
+    "I64": "int64", "U64": "uint64", "F64": "float64", "C64": "complex64",
 })  # fmt: skip
 
 _STEMS = ("model", "diffusion_pytorch_model")
@@ -61,12 +64,15 @@ def torch_dtype(tag: str) -> torch.dtype:
             found=tag,
             remedy="Packed types are read as bytes and unpacked by their format.",
         )
-    return _TORCH_DTYPES[tag]
+    import torch
+
+    dtype: torch.dtype = getattr(torch, _TORCH_DTYPES[tag])
+    return dtype
 
 
 def view_as_stored(flat: Tensor, dtype: str, shape: tuple[int, ...]) -> Tensor:
     """Bytes (uint8, 1-D) as the tensor they store, uncopied; packed types stay flat bytes."""
-    return flat.view(_TORCH_DTYPES[dtype]).view(shape) if dtype in _TORCH_DTYPES else flat
+    return flat.view(torch_dtype(dtype)).view(shape) if dtype in _TORCH_DTYPES else flat
 
 
 @dataclass(frozen=True)
@@ -145,6 +151,8 @@ class Checkpoint(Mapping[str, TensorEntry]):
         Raises:
             CheckpointChanged: the file was truncated or touched since it was opened.
         """
+        import torch
+
         entry = self._entries[name]
         flat = torch.empty(entry.nbytes, dtype=torch.uint8)
         file = self._file(entry.file)
@@ -165,6 +173,8 @@ class Checkpoint(Mapping[str, TensorEntry]):
             TensorMismatch: the tensor has no rows, or not that one.
             CheckpointChanged: the file was truncated or touched since it was opened.
         """
+        import torch
+
         entry = self._entries[name]
         wanted = [int(row) for row in rows]
         count = entry.shape[0] if entry.shape and entry.dtype in _TORCH_DTYPES else 0

@@ -57,9 +57,7 @@ def wan21_i2v_14b(weight_format: str) -> ModelManifest:
             temporal_downsample=(False, True, True),
         ),
         # 31 of 32 layers: the model is conditioned on the output of the last but one.
-        image=ImageSpec(
-            Weights(2_179_072, (39_358_464,) * 31, _ITEM), 1280, 5120, 31, 16, 224, 14
-        ),
+        image=ImageSpec(Weights(2_179_072, (39_358_464,) * 31, _ITEM), 1280, 5120, 31, 16, 224, 14),
     )
 
 

@@ -198,7 +198,9 @@ class OnePass:
 
     def _host(self, stream: Stream, room_bytes: int) -> Items:
         staged = 0 if self.rest_stays else staging_bytes(self.rest_bytes, room_bytes)
-        return stream.host_items(room_bytes) if stream.ram_bytes >= staged else (("staging", staged),)
+        return (
+            stream.host_items(room_bytes) if stream.ram_bytes >= staged else (("staging", staged),)
+        )
 
 
 @dataclass(frozen=True)

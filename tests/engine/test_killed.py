@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+
+from penstock.engine.engine import Engine
 from tests.engine.test_resume import a_request, an_engine
 from tests.faults.child import Attempt, Task, assert_at_most_one_step_redone
 from tests.faults.film import frames_sha
-
-from penstock.engine.engine import Engine
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -105,8 +105,6 @@ def test_sigkill_at_failpoints(engine: Engine, picture: Path, sha: str, tmp_path
     assert total >= 100
 
 
-def test_sigkill_at_random_moments(
-    engine: Engine, picture: Path, sha: str, tmp_path: Path
-) -> None:
+def test_sigkill_at_random_moments(engine: Engine, picture: Path, sha: str, tmp_path: Path) -> None:
     hit, _ = kill_at_moments(engine, picture, sha, tmp_path, jobs=2, kills=3, seed=1)
     assert hit >= 1

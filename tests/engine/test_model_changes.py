@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.engine.test_resume import a_request, an_engine
 
 from penstock.engine import engine as engine_module
 from penstock.engine.events import Event, PhaseStarted, Progress
 from penstock.engine.journal import read_record
 from penstock.errors import CheckpointChanged, CheckpointError
+from tests.engine.test_resume import a_request, an_engine
 
 
 def truncate(path: Path) -> None:

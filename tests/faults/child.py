@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.faults.storage import CHANGING
-
 from penstock.engine import engine as engine_module
 from penstock.engine.durable import FileOps
 from penstock.engine.engine import Engine
 from penstock.engine.events import Event, Progress
 from penstock.engine.jobs import list_jobs
 from penstock.engine.request import GenerationRequest
+from tests.faults.storage import CHANGING
 
 FINISHED, CRASHED = 0, 99
 

@@ -13,7 +13,7 @@ from typing import Any
 from penstock.engine.durable import FileOps
 
 CHANGING = (
-    "create", "write", "allocate", "fsync", "rename", "fsync_dir", "truncate", "unlink", "mkdir",
+    "create", "append", "write", "allocate", "fsync", "rename", "fsync_dir", "truncate", "unlink", "mkdir",
 )  # fmt: skip
 READING = ("read", "names", "size", "free_bytes")
 OPERATIONS = (*CHANGING, *READING)
@@ -85,7 +85,7 @@ class FaultyOps(InterceptedOps):
         raise OSError(self._code, os.strerror(self._code))
 
     def after(self, operation: str, arguments: tuple[Any, ...], result: Any) -> None:
-        if operation == "create":
+        if operation in ("create", "append"):
             self._open[result] = arguments[0]
             self._abandoned.discard(arguments[0])
 
@@ -126,7 +126,7 @@ class RecordingOps(InterceptedOps):
         self._open: dict[int, Path] = {}
 
     def after(self, operation: str, arguments: tuple[Any, ...], result: Any) -> None:
-        if operation == "create":
+        if operation in ("create", "append"):
             self._open[result] = arguments[0]
         if operation not in CHANGING or operation in self._skip:
             return

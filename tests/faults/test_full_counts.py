@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from penstock.engine.engine import Engine
+from penstock.engine.synthetic import write_tiny_model
 from tests.engine.conftest import SMALL_VAE
 from tests.engine.test_killed import kill_at_failpoints, kill_at_moments
 from tests.engine.test_resume import a_request, an_engine
 from tests.faults.film import frames_sha
-
-from penstock.engine.engine import Engine
-from penstock.engine.synthetic import write_tiny_model
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 
@@ -45,13 +45,13 @@ def sha(engine: Engine, picture: Path, tmp_path_factory: pytest.TempPathFactory)
 
 def test_sigkill_at_failpoints(engine: Engine, picture: Path, sha: str, tmp_path: Path) -> None:
     total, redone = kill_at_failpoints(engine, picture, sha, tmp_path, count=80)
-    print(f"\nsigkill at failpoints: 80 of {total}, all resumed and identical, {redone} steps redone")
+    print(
+        f"\nsigkill at failpoints: 80 of {total}, all resumed and identical, {redone} steps redone"
+    )
     assert total >= 80
 
 
-def test_sigkill_at_random_moments(
-    engine: Engine, picture: Path, sha: str, tmp_path: Path
-) -> None:
+def test_sigkill_at_random_moments(engine: Engine, picture: Path, sha: str, tmp_path: Path) -> None:
     hit = redone = jobs = 0
     while hit < 200:
         (tmp_path / f"{jobs}").mkdir()
@@ -59,4 +59,6 @@ def test_sigkill_at_random_moments(
             engine, picture, sha, tmp_path / f"{jobs}", jobs=10, kills=4, seed=jobs
         )
         hit, redone, jobs = hit + found[0], redone + found[1], jobs + 10
-    print(f"\nsigkill at random moments: {hit} kills in {jobs} jobs, all identical, {redone} redone")
+    print(
+        f"\nsigkill at random moments: {hit} kills in {jobs} jobs, all identical, {redone} redone"
+    )

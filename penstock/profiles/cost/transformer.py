@@ -226,7 +226,8 @@ def _output_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
 
 def _earlier_outputs_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
     """Predictions of the branches that went before, while the last ones are under way."""
-    return (case.branches - case.visit_branches) * _output_bytes(spec, case)
+    last_visit = (case.branches - 1) % case.visit_branches + 1
+    return (case.branches - last_visit) * _output_bytes(spec, case)
 
 
 def _embed_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int]:

@@ -226,6 +226,11 @@ def test_one_branch_a_visit_takes_one_hidden_state_less() -> None:
     assert saved == 75_600 * 5120 * 2 - 16 * 21 * 90 * 160 * 2  # the first prediction waits
 
 
+def test_earlier_predictions_are_held_while_the_last_visit_runs() -> None:
+    case = cost.DenoiseCase((21, 90, 160), 2048, 3, 2, steps=40, image_tokens=257)
+    assert cost.denoise_bytes(spec_14b(), case)["outputs"] == 2 * 16 * 21 * 90 * 160 * 2
+
+
 def test_cross_kv_elsewhere_leaves_one_block_and_branch_here() -> None:
     here = cost.DenoiseCase((21, 90, 160), 2048, 2, 2, steps=40, image_tokens=257)
     away = dataclasses.replace(here, cross_kv_on_device=False)

@@ -1,0 +1,196 @@
+"""From the storage of a file to the formats that compute with it, and to plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from penstock.engine.keys import ComponentSource, as_bytes
+from penstock.engine.storage import StoredWeight
+from penstock.errors import CheckpointError
+from penstock.offload.checkpoint import TensorEntry, torch_dtype, view_as_stored
+from penstock.offload.files import WeightFile
+from penstock.quant.format import FORMATS, QuantFormat
+from penstock.quant.recognise import recognise
+
+_TABLES = (
+    "shared.weight",
+    "relative_attention_bias.weight",
+    "position_embedding.weight",
+)
+"""Ends of the names of tables that are looked up, not multiplied with."""
+
+
+def is_linear(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether the parameter is the weight of a linear layer (and so may stay quantised)."""
+    return len(shape) == 2 and name.endswith(".weight") and not name.endswith(_TABLES)
+
+
+def format_of(stored: StoredWeight) -> QuantFormat:
+    """The format that reads ``stored``.
+
+    Raises:
+        CheckpointError: none does.
+    """
+    if stored.label == "nf4" or stored.label in FORMATS:
+        return FORMATS[stored.label]
+    if stored.label.startswith("gguf-"):
+        known = [name for name in FORMATS if name.startswith("gguf-")]
+        raise CheckpointError(
+            f"{stored.name} has a GGUF type that penstock does not read",
+            expected=", ".join(known),
+            found=stored.label,
+            remedy="Take the Q8_0, Q6_K, Q5_K_M or Q4_K_M file of the same model.",
+        )
+    return recognise(
+        {suffix: (entry.dtype, entry.shape) for suffix, entry in stored.tensors.items()},
+        layer=stored.name,
+        comfy=stored.comfy,
+        full_precision=stored.full_precision,
+    )
+
+
+def linear_formats(source: ComponentSource) -> dict[str, QuantFormat]:
+    """Format of each linear layer that is stored quantised, by its module's name.
+
+    Raises:
+        CheckpointError: a storage that no format reads.
+    """
+    shapes = source.shapes
+    return {
+        name.removesuffix(".weight"): format_of(stored)
+        for name, stored in source.weights.items()
+        if not stored.plain and is_linear(name, shapes[name])
+    }
+
+
+def compute_tag(source: ComponentSource) -> str:
+    """Safetensors tag of the dtype to compute in: that of most plain matrices, else BF16.
+
+    GGUF files keep their few plain tensors in F32 and 8-bit files some in F32: that says nothing of
+    the dtype the model was made for, so F32 counts only where nothing is quantised.
+    """
+    sizes: dict[str, int] = {}
+    for stored in source.weights.values():
+        if stored.plain and len(stored.shape or ()) > 1:
+            tag = stored.tensors["weight"].dtype
+            sizes[tag] = sizes.get(tag, 0) + stored.nbytes
+    if any(not stored.plain for stored in source.weights.values()):
+        sizes.pop("F32", None)
+    return max(sizes, key=lambda tag: sizes[tag], default="BF16")
+
+
+class WeightReader:
+    """Reads the parameters of a component, as stored bytes or as plain values.
+
+    Args:
+        source: the component; its `check` must pass.
+
+    Attributes:
+        dtype: to compute in, see `compute_tag`.
+    """
+
+    def __init__(self, source: ComponentSource) -> None:
+        self._source, self._shapes = source, source.shapes
+        self.dtype = torch_dtype(compute_tag(source))
+        self._stack = ExitStack()
+        self._files = {
+            path: self._stack.enter_context(WeightFile(path, stamp))
+            for path, stamp in source.raw.stamps.items()
+        }
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The values of the parameter ``name``.
+
+        Raises:
+            CheckpointError: no format reads it.
+        """
+        stored = self._source.weights[name]
+        tensors = {s: self._tensor(as_bytes(entry)) for s, entry in stored.tensors.items()}
+        return decode(stored, tensors, self._shapes[name], dtype)
+
+    def has_rows(self, name: str) -> bool:
+        """Whether rows of the parameter can be read alone."""
+        return self._source.weights[name].label != "quanto-int4"
+
+    def read_rows(self, name: str, first: int, last: int, dtype: torch.dtype) -> Tensor:
+        """Rows ``first`` to ``last`` (exclusive) of a matrix of which `has_rows` holds."""
+        stored, (count, columns) = self._source.weights[name], self._shapes[name]
+        entries = {suffix: as_bytes(entry) for suffix, entry in stored.tensors.items()}
+        tensors = {
+            suffix: self._tensor(_rows(e, first, last) if e.shape[:1] == (count,) else e)
+            for suffix, e in entries.items()
+        }
+        return decode(stored, tensors, (last - first, columns), dtype)
+
+    def stored_bytes(self, name: str, suffix: str, chunk_bytes: int) -> Iterator[memoryview]:
+        """The bytes of a stored tensor; each piece is overwritten by the next."""
+        entry = self._source.weights[name].tensors[suffix]
+        buffer = memoryview(bytearray(min(chunk_bytes, entry.nbytes)))
+        for start in range(0, entry.nbytes, chunk_bytes):
+            piece = buffer[: min(chunk_bytes, entry.nbytes - start)]
+            self._files[entry.file].read_into(piece, entry.offset + start)
+            yield piece
+
+    def _tensor(self, entry: TensorEntry) -> Tensor:
+        flat = torch.empty(entry.nbytes, dtype=torch.uint8)
+        self._files[entry.file].read_into(flat.numpy().data, entry.offset)
+        return view_as_stored(flat, entry.dtype, entry.shape)
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointChanged if a file was changed since its header was read."""
+        for file in self._files.values():
+            file.check_unchanged()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._stack.close()
+
+    def __enter__(self) -> WeightReader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _rows(entry: TensorEntry, first: int, last: int) -> TensorEntry:
+    row_bytes = entry.nbytes // entry.shape[0]
+    return replace(
+        entry,
+        offset=entry.offset + first * row_bytes,
+        shape=(last - first, *entry.shape[1:]),
+        nbytes=(last - first) * row_bytes,
+    )
+
+
+def decode(
+    stored: StoredWeight,
+    tensors: Mapping[str, Tensor],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Plain values of one parameter from its stored tensors.
+
+    Raises:
+        CheckpointError: it has no rows and columns and yet a quantised storage.
+    """
+    if stored.plain or (stored.label == "fp8 raw" and len(shape) != 2):
+        return tensors["weight"].to(dtype)
+    if len(shape) != 2:
+        raise CheckpointError(
+            f"{stored.name} is quantised and is no matrix",
+            expected="a plain tensor",
+            found=f"{stored.label} of shape {list(shape)}",
+            remedy="Use another file of this model.",
+        )
+    return format_of(stored).dequantise(tensors, (shape[0], shape[1]), dtype)

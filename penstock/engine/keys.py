@@ -1,0 +1,322 @@
+"""What a file of weights is, by its keys and header: component, naming, config, storage, and what
+is missing or unknown. Only headers are read, and ComfyUI's short descriptions of layers."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from penstock.engine.source import RawFile, read_bytes
+from penstock.engine.storage import COMFY_MARK, PACK_METADATA, StoredWeight, gather
+from penstock.engine.wan.config import FAMILIES, ShapesOf, check_transformer, derive
+from penstock.engine.wan.keys import FUSED_QKV, Naming, find_naming
+from penstock.engine.wan.structure import tensor_shapes
+from penstock.errors import CheckpointError, TensorMismatch
+from penstock.offload.checkpoint import TensorEntry
+from penstock.offload.gguf import BLOCK_SIZES, block_size
+from penstock.offload.gguf import PREFIX as GGUF
+
+COMPONENTS = ("transformer", "text_encoder", "vae", "image_encoder")
+_EMBED_TOKENS = "encoder.embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class ComponentSource:
+    """One network of a Wan2.1 model as a file holds it, under diffusers' names.
+
+    Attributes:
+        component: transformer, text_encoder, vae or image_encoder.
+        naming: whose names the file uses.
+        config: of the component, given or derived from shapes.
+        weights: how and where each parameter is stored, in the model's order.
+        extras: tensors beside the model's own, such as the tokenizer (``spiece_model``).
+        missing, unknown, misshaped: what keeps the file from being used; all empty if it can be.
+    """
+
+    component: str
+    naming: str
+    raw: RawFile
+    config: Mapping[str, Any]
+    weights: Mapping[str, StoredWeight]
+    extras: Mapping[str, TensorEntry]
+    missing: tuple[str, ...]
+    unknown: tuple[str, ...]
+    misshaped: tuple[str, ...]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor that the config demands."""
+        return tensor_shapes(self.component, self.config)
+
+    @property
+    def family(self) -> str:
+        """The model's name for people: "Wan2.1 I2V 14B", or its component's."""
+        return _family(self.component, self.config)
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the whole component."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all stored tensors of the component."""
+        return sum(weight.nbytes for weight in self.weights.values())
+
+    def entries(self) -> dict[str, TensorEntry]:
+        """Places of all stored tensors: ``module.weight``, ``module.weight_scale``, ...
+
+        Blocks of GGUF are rows of bytes ("U8"), as the formats take them.
+        """
+        return {
+            stored_name(name, suffix): as_bytes(entry)
+            for name, weight in self.weights.items()
+            for suffix, entry in weight.tensors.items()
+        }
+
+    def label(self) -> str:
+        """The storage of most parameters."""
+        counts: Counter[str] = Counter()
+        for name, shape in self.shapes.items():
+            if name in self.weights:
+                counts[self.weights[name].label] += math.prod(shape)
+        return counts.most_common(1)[0][0] if counts else "empty"
+
+    def check(self) -> None:
+        """Refuse a file that is not exactly this component.
+
+        Raises:
+            TensorMismatch: names the first missing, unknown or misshaped tensor and their count.
+        """
+        for what, names in (
+            ("unknown", self.unknown),
+            ("missing", self.missing),
+            ("misshaped", self.misshaped),
+        ):
+            if names:
+                raise TensorMismatch(
+                    f"{self.raw.path} is not a whole {self.component.replace('_', ' ')}",
+                    expected=f"the {len(self.shapes)} tensors of {self.family}",
+                    found=f"{len(names)} {what}, the first is {names[0]}",
+                    remedy="The file is incomplete or belongs to another model; "
+                    "`penstock inspect` lists what it holds.",
+                )
+
+
+def stored_name(name: str, suffix: str) -> str:
+    """Full name of a stored tensor of the parameter ``name``."""
+    return name if suffix == "weight" else name.removesuffix("weight") + suffix
+
+
+def as_bytes(entry: TensorEntry) -> TensorEntry:
+    """An entry of GGUF blocks as rows of bytes; others as they are."""
+    if not entry.dtype.startswith(GGUF):
+        return entry
+    block, nbytes = block_size(entry.dtype)
+    *rows, columns = entry.shape
+    return replace(entry, dtype="U8", shape=(*rows, columns // block * nbytes))
+
+
+def recognise(raw: RawFile, config: Mapping[str, Any] | None = None) -> ComponentSource:
+    """Say what ``raw`` is.
+
+    Args:
+        config: of the component, where a config.json is known; else it is derived from shapes.
+
+    Raises:
+        CheckpointError: no component of a Wan2.1 model, or stored in an unknown way.
+        TensorMismatch: a tensor that tells a dimension is missing.
+    """
+    found = find_naming(raw.entries)
+    if found is None:
+        raise _foreign(raw)
+    naming, prefix = found
+    named = _rename(raw, naming, prefix)
+    weights = gather(named.entries, raw.metadata, read_bytes, prefix)
+    shapes = {name: stored.shape for name, stored in weights.items() if stored.shape is not None}
+    if config is None:
+        config = derive(naming.component, ShapesOf(str(raw.path), shapes))
+    elif naming.component == "transformer":
+        check_transformer(str(raw.path), config)
+    return _compare(raw, naming, config, weights, named)
+
+
+@dataclass(frozen=True)
+class _Named:
+    entries: dict[str, TensorEntry]
+    extras: dict[str, TensorEntry]
+    unknown: list[str]
+
+
+def _rename(raw: RawFile, naming: Naming, prefix: str) -> _Named:
+    named = _Named({}, {}, [])
+    for key, entry in raw.entries.items():
+        local = key.removeprefix(prefix)
+        if local == COMFY_MARK or key == COMFY_MARK:
+            named.entries[COMFY_MARK] = entry
+        elif local.startswith(naming.ignored):
+            named.extras[local] = entry
+        elif not key.startswith("__"):  # padding and checksums of packs
+            _place(named, key, naming.rename(local), entry)
+    if naming.component == "text_encoder":
+        _untie(named.entries)
+    for name, kind in packed_gguf(raw).items():
+        if name in named.entries:
+            named.entries[name] = _as_blocks(named.entries[name], kind)
+    return named
+
+
+def packed_gguf(raw: RawFile) -> dict[str, str]:
+    """ggml type of the parameters that a pack stores as GGUF blocks.
+
+    Raises:
+        CheckpointError: the pack's metadata are damaged.
+    """
+    if PACK_METADATA not in raw.metadata:
+        return {}
+    try:
+        types = json.loads(raw.metadata[PACK_METADATA])["gguf"]
+        return {str(name): str(kind) for name, kind in types.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{raw.path} has damaged metadata", expected="those of a pack", found=str(error)
+        ) from error
+
+
+def _as_blocks(entry: TensorEntry, kind: str) -> TensorEntry:
+    """Rows of bytes as the GGUF blocks they are."""
+    block, nbytes = BLOCK_SIZES.get(GGUF + kind, (0, 0))
+    if not block or entry.dtype != "U8" or len(entry.shape) != 2 or entry.shape[1] % nbytes:
+        raise CheckpointError(
+            f"{entry.name} cannot be read", expected=f"blocks of {kind}", found=str(entry.shape)
+        )
+    shape = (entry.shape[0], entry.shape[1] // nbytes * block)
+    return replace(entry, dtype=GGUF + kind, shape=shape)
+
+
+def _place(named: _Named, key: str, target: str | None, entry: TensorEntry) -> None:
+    if target is None:
+        named.unknown.append(key)
+        return
+    for name, part in _parts(target, entry):
+        if name in named.entries:
+            raise CheckpointError(
+                f"{entry.file} holds one tensor under two names",
+                expected=f"one {name}",
+                found=f"{named.entries[name].name} and {key}",
+            )
+        named.entries[name] = part
+
+
+def _parts(target: str, entry: TensorEntry) -> list[tuple[str, TensorEntry]]:
+    """``target`` with its place, or three names with a third of the rows each."""
+    if FUSED_QKV in target:
+        return [
+            (target.replace(FUSED_QKV, f"self_attn.{name}_proj"), row_part(entry, index, 3))
+            for index, name in enumerate("qkv")
+        ]
+    if target.startswith("embeddings.") and entry.shape[:-1] and entry.shape[0] == 1:
+        return [(target, replace(entry, shape=_squeezed(target, entry.shape)))]
+    return [(target, entry)]
+
+
+def _squeezed(target: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without the batch dimensions that open_clip gives its embeddings."""
+    keep = 1 if target.endswith("class_embedding") else 2
+    extra = len(shape) - keep
+    return shape[extra:] if extra > 0 and set(shape[:extra]) == {1} else shape
+
+
+def row_part(entry: TensorEntry, index: int, count: int) -> TensorEntry:
+    """Part ``index`` of ``count`` equal runs of rows, without a copy; a scalar serves all parts."""
+    if not entry.shape or entry.shape[0] % count:
+        return entry
+    nbytes = entry.nbytes // count
+    return replace(
+        entry,
+        offset=entry.offset + index * nbytes,
+        shape=(entry.shape[0] // count, *entry.shape[1:]),
+        nbytes=nbytes,
+    )
+
+
+def _untie(entries: dict[str, TensorEntry]) -> None:
+    """The embedding has two names in UMT5 files, and one or both of them are written."""
+    tied = [key for key in entries if key.startswith("encoder.embed_tokens.")]
+    for key in tied:
+        entry = entries.pop(key)
+        entries.setdefault(key.replace("encoder.embed_tokens.", "shared."), entry)
+
+
+def _compare(
+    raw: RawFile,
+    naming: Naming,
+    config: Mapping[str, Any],
+    weights: Mapping[str, StoredWeight],
+    named: _Named,
+) -> ComponentSource:
+    try:
+        expected = tensor_shapes(naming.component, config)
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"the config.json of {raw.path} cannot be used",
+            expected=f"the entries of a {naming.component} config",
+            found=f"{type(error).__name__} {error}",
+        ) from error
+    known = {name: weights[name] for name in expected if name in weights}
+    strangers = [w.tensors for name, w in weights.items() if name not in expected]
+    return ComponentSource(
+        component=naming.component,
+        naming=naming.author,
+        raw=raw,
+        config=config,
+        weights=known,
+        extras=named.extras,
+        missing=tuple(name for name in expected if name not in weights),
+        unknown=_sorted([*named.unknown, *(e.name for t in strangers for e in t.values())]),
+        misshaped=tuple(name for name, w in known.items() if not w.holds(expected[name])),
+    )
+
+
+def _sorted(names: list[str]) -> tuple[str, ...]:
+    """Numbers in names by value."""
+    return tuple(
+        sorted(
+            names,
+            key=lambda name: [
+                (int(part), "") if part.isdigit() else (0, part)
+                for part in re.split(r"(\d+)", name)
+            ],
+        )
+    )
+
+
+def _foreign(raw: RawFile) -> CheckpointError:
+    names = list(raw.entries)
+    lora = any(".lora_" in name or name.endswith((".diff", ".diff_b")) for name in names)
+    return CheckpointError(
+        f"{raw.path} is {'a LoRA' if lora else 'no component of a Wan2.1 model'}",
+        expected="a Wan2.1 transformer, VAE, UMT5 or CLIP ViT in a known naming",
+        found=f"{len(names)} unknown tensors, the first is {names[0]}" if names else "no tensors",
+        remedy="Give the base model's file." if lora else "Check that this is the right file.",
+    )
+
+
+def _family(component: str, config: Mapping[str, Any]) -> str:
+    if component == "text_encoder":
+        xxl = (config["d_model"], config["num_layers"]) == (4096, 24)
+        return "UMT5-XXL encoder" if xxl else f"UMT5 encoder ({config['d_model']} wide)"
+    if component == "image_encoder":
+        huge = (config["hidden_size"], config["num_hidden_layers"]) == (1280, 32)
+        return "CLIP ViT-H/14" if huge else f"CLIP ViT ({config['hidden_size']} wide)"
+    if component == "vae":
+        return "Wan2.1 VAE" if config["base_dim"] == 96 else f"Wan VAE ({config['base_dim']} wide)"
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    layers = config["num_layers"]
+    size = FAMILIES.get((width, layers, config["ffn_dim"]), f"({width} wide, {layers} layers)")
+    return f"Wan2.1 {'I2V' if config.get('image_dim') else 'T2V'} {size}"

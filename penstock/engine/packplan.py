@@ -1,0 +1,162 @@
+"""What the pack of a component will be, to the byte, planned from headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from penstock.engine.fingerprint import stamp
+from penstock.engine.formats import compute_tag, is_linear
+from penstock.engine.keys import ComponentSource, as_bytes, stored_name
+from penstock.engine.packfile import PackLayout, Spec, lay_out
+from penstock.engine.wan.forward import is_cross_kv
+from penstock.engine.wan.structure import BLOCKS
+from penstock.offload.checkpoint import TensorEntry
+from penstock.offload.gguf import PREFIX as GGUF
+from penstock.quant.format import QuantFormat, get_format
+from penstock.quant.policy import default_policy
+from penstock.quant.rows import Shape
+
+FILE_NAMES = {
+    "transformer": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+    "image_encoder": "model.safetensors",
+}
+_SAME = {"fp8": "fp8 per row", "int8": "int8 per row"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """How one parameter becomes its packed tensors.
+
+    Attributes:
+        name: of the parameter.
+        shape: its logical shape.
+        made: dtype tag and shape of the packed tensors by suffix.
+        kept: the stored tensors are copied as they are.
+        format: what it is quantised to, if it is not kept; None: its values are cast.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    made: Mapping[str, Spec]
+    kept: bool
+    format: QuantFormat | None
+
+
+@dataclass(frozen=True)
+class ComponentPlan:
+    """The pack of one component: where everything goes, and the steps of each of its runs."""
+
+    source: ComponentSource
+    layout: PackLayout
+    steps: tuple[tuple[Step, ...], ...]
+
+    @property
+    def file(self) -> str:
+        """The pack's path inside the model's folder."""
+        return f"{self.source.component}/{FILE_NAMES[self.source.component]}"
+
+
+def plan_component(source: ComponentSource, wanted: str) -> ComponentPlan:
+    """Lay out the pack of ``source``, the block matrices of a transformer stored as ``wanted``.
+
+    Raises:
+        UsageError: no such format.
+        CheckpointError: ``source`` is not whole.
+    """
+    source.check()
+    target, tag, shapes = get_format(wanted), compute_tag(source), source.shapes
+    chosen = set(default_policy(shapes)) if source.component == "transformer" else set()
+    steps = {
+        run: tuple(_step(source, n, shapes[n], target if n in chosen else None, tag) for n in names)
+        for run, names in runs_of(source.component, shapes).items()
+    }
+    specs = {
+        run: {stored_name(step.name, suffix): spec for step in made
+              for suffix, spec in step.made.items()}
+        for run, made in steps.items()
+    }  # fmt: skip
+    about = {
+        "component": source.component,
+        "format": wanted if chosen else source.label(),
+        "compute": tag,
+        "gguf": _gguf_types(source, [step for made in steps.values() for step in made]),
+        "source": {path.name: stamp(path) for path in sorted(source.raw.stamps)},
+    }
+    return ComponentPlan(source, lay_out(specs, about), tuple(steps.values()))
+
+
+def runs_of(component: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
+    """Parameters by the run they are packed in: what is read at once lies together.
+
+    A transformer's cross-attention K/V projections leave the stream, so they are runs of their own;
+    the text encoder's embedding is gathered by rows; the VAE's halves are loaded apart.
+    """
+    runs: dict[str, list[str]] = {}
+    for name in shapes:
+        runs.setdefault(_run_of(component, name), []).append(name)
+    return dict(sorted(runs.items(), key=lambda item: _run_order(item[0])))
+
+
+def _run_of(component: str, name: str) -> str:
+    if component == "vae":
+        return "encoder" if name.startswith(("encoder.", "quant_conv.")) else "decoder"
+    if name == "shared.weight":
+        return "embedding"
+    prefix = BLOCKS[component][0]
+    if not name.startswith(prefix):
+        return "rest"
+    number, _, local = name[len(prefix) :].partition(".")
+    cross = component == "transformer" and is_cross_kv(local)
+    return f"{'cross' if cross else 'block'} {number}"
+
+
+def _run_order(run: str) -> tuple[int, int]:
+    kind, _, number = run.partition(" ")
+    return ("embedding", "rest", "encoder", "decoder", "cross", "block").index(kind), int(
+        number or 0
+    )
+
+
+def _step(
+    source: ComponentSource,
+    name: str,
+    shape: tuple[int, ...],
+    target: QuantFormat | None,
+    tag: str,
+) -> Step:
+    stored = source.weights[name]
+    found = specs_of(stored.tensors)
+    matrix = _matrix(shape)
+    if target is not None and matrix is not None and target.fits(matrix):
+        made = target.storage(matrix, tag)
+        same = stored.label == _SAME.get(target.name, target.name) and found == made
+        return Step(name, shape, made, same, target)
+    if target is None and not stored.plain and is_linear(name, shape):
+        return Step(name, shape, found, True, None)
+    plain: dict[str, Spec] = {"weight": (tag, shape)}
+    return Step(name, shape, plain, stored.plain and found == plain, None)
+
+
+def _matrix(shape: tuple[int, ...]) -> Shape | None:
+    return (shape[0], shape[1]) if len(shape) == 2 else None
+
+
+def specs_of(tensors: Mapping[str, TensorEntry]) -> dict[str, Spec]:
+    """Dtype tag and shape of stored tensors, as bytes lie."""
+    entries = {suffix: as_bytes(entry) for suffix, entry in tensors.items()}
+    return {suffix: (entry.dtype, entry.shape) for suffix, entry in entries.items()}
+
+
+def _gguf_types(source: ComponentSource, steps: list[Step]) -> dict[str, str]:
+    """ggml type of each packed parameter that is stored as blocks: its bytes do not tell it."""
+    types = {}
+    for step in steps:
+        found = source.weights[step.name].tensors.get("weight")
+        if step.format is not None and step.format.name.startswith("gguf-"):
+            types[step.name] = step.format.name.removeprefix("gguf-").upper()
+        elif step.kept and found is not None and found.dtype.startswith(GGUF):
+            types[step.name] = found.dtype.removeprefix(GGUF)
+    return types

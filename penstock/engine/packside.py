@@ -1,0 +1,102 @@
+"""What lies beside the packs: configs, tokenizer, scheduler, and last the index, which makes the
+folder a model in diffusers' layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from penstock._version import __version__
+from penstock.engine.durable import FileOps, storing, write_atomically
+from penstock.engine.keys import ComponentSource
+from penstock.engine.locate import ModelSource
+from penstock.engine.source import read_bytes
+from penstock.engine.spm import tokenizer_from_spm
+from penstock.errors import CheckpointError
+from penstock.offload.checkpoint import TensorEntry
+
+INDEX = "model_index.json"
+_CLASSES = {
+    "transformer": ("diffusers", "WanTransformer3DModel"),
+    "vae": ("diffusers", "AutoencoderKLWan"),
+    "text_encoder": ("transformers", "UMT5EncoderModel"),
+    "image_encoder": ("transformers", "CLIPVisionModel"),
+}
+_MODEL_TYPES = {"text_encoder": "umt5", "image_encoder": "clip_vision_model"}
+_LARGEST_BYTES = 64 << 20
+
+
+def write_side_files(source: ModelSource, folder: Path, wanted: str, ops: FileOps) -> None:
+    """Write everything but the packs, each file atomically, the index last.
+
+    Raises:
+        CheckpointError: the tokenizer cannot be read.
+        StorageError: the disk is full or fails.
+    """
+    for name, content in side_files(source, wanted):
+        path = folder / name
+        with storing(ops, path, len(content)):
+            ops.mkdir(path.parent)
+        write_atomically(ops, path, [content])
+
+
+def side_files(source: ModelSource, wanted: str) -> Iterator[tuple[str, bytes]]:
+    """Name and content of each file beside the packs, in the order they are written."""
+    for component in source.components():
+        yield f"{component.component}/config.json", _json(_config(component))
+    yield "scheduler/scheduler_config.json", _json(source.scheduler)
+    if source.image_encoder is not None:
+        yield "image_processor/preprocessor_config.json", _json(source.image_processor)
+    if source.defaults:
+        yield "defaults.json", _json(source.defaults)
+    for name, content in _tokenizer(source.tokenizer):
+        yield f"tokenizer/{name}", content
+    yield INDEX, _json(_index(source, wanted))
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _config(component: ComponentSource) -> dict[str, Any]:
+    config = dict(component.config)
+    if component.component in _MODEL_TYPES:
+        return config | {"model_type": _MODEL_TYPES[component.component]}
+    return config | {"_class_name": _CLASSES[component.component][1]}
+
+
+def _index(source: ModelSource, wanted: str) -> dict[str, Any]:
+    pipeline = "WanPipeline" if source.image_encoder is None else "WanImageToVideoPipeline"
+    parts = {part.component: list(_CLASSES[part.component]) for part in source.components()}
+    about = {"version": __version__, "format": wanted}
+    return {"_class_name": pipeline, "_penstock": about, **parts}
+
+
+def _tokenizer(tokenizer: Path | TensorEntry) -> Iterator[tuple[str, bytes]]:
+    if isinstance(tokenizer, TensorEntry):
+        yield from _from_spm(read_bytes(tokenizer))
+    elif tokenizer.is_file():
+        yield from _from_spm(_small(tokenizer))
+    else:
+        for path in sorted(tokenizer.iterdir()):
+            if path.is_file() and path.suffix in (".json", ".model", ".txt"):
+                yield path.name, _small(path)
+
+
+def _from_spm(data: bytes) -> Iterator[tuple[str, bytes]]:
+    tokenizer = tokenizer_from_spm(data)
+    yield "tokenizer.json", tokenizer.backend_tokenizer.to_str().encode()
+    marks = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": tokenizer.unk_token}
+    yield "tokenizer_config.json", _json({"tokenizer_class": "PreTrainedTokenizerFast", **marks})
+
+
+def _small(path: Path) -> bytes:
+    if path.stat().st_size > _LARGEST_BYTES:
+        raise CheckpointError(
+            f"{path} is no tokenizer file",
+            expected="64 MiB at most",
+            found=f"{path.stat().st_size}",
+        )
+    return path.read_bytes()

@@ -1,0 +1,91 @@
+"""Any file of weights, opened by its header alone: safetensors, sharded safetensors, GGUF."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from penstock.errors import CheckpointError, PickleRefused
+from penstock.offload.checkpoint import Checkpoint, TensorEntry
+from penstock.offload.files import FileStamp
+from penstock.offload.gguf import is_gguf, read_gguf
+
+PICKLES = (".pth", ".pt", ".ckpt", ".bin")
+
+
+@dataclass(frozen=True)
+class RawFile:
+    """What a file holds under its own names.
+
+    Attributes:
+        path: the file, index or folder that was given.
+        kind: "safetensors" or "gguf".
+        entries: places of the tensors.
+        metadata: of the header (of all shards together).
+        stamps: the files that hold the tensors, as they were when their headers were read.
+    """
+
+    path: Path
+    kind: str
+    entries: Mapping[str, TensorEntry]
+    metadata: Mapping[str, Any]
+    stamps: Mapping[Path, FileStamp]
+
+
+def open_raw(path: Path) -> RawFile:
+    """Read the header of ``path``: a .safetensors, an index, a folder of either, or a GGUF file.
+
+    Raises:
+        PickleRefused: a pickle.
+        HeaderError: a damaged or foreign header.
+        CheckpointError: there is no such file.
+    """
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} does not exist",
+            expected="a .safetensors or .gguf file, or a folder with one",
+            remedy="Check the path.",
+        )
+    if path.is_file() and path.suffix.lower() in PICKLES:
+        refuse_pickle(path)
+    if path.is_file() and is_gguf(path):
+        header = read_gguf(path)
+        return RawFile(path, "gguf", header.entries, header.metadata, {path: header.stamp})
+    with Checkpoint.open(path) as found:
+        return RawFile(path, "safetensors", dict(found), found.metadata, found.files)
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raise the error for a pickle.
+
+    Raises:
+        PickleRefused: always.
+    """
+    raise PickleRefused(
+        f"{path} is a pickle, which can run code when it is opened",
+        expected="a .safetensors or .gguf file",
+        found=path.suffix,
+        remedy="Get the same model as safetensors: the -Diffusers repository of Wan-AI, or "
+        "Comfy-Org's repackaged files (text encoder, VAE and clip_vision_h among them).",
+    )
+
+
+def read_bytes(entry: TensorEntry) -> bytes:
+    """The bytes of a small tensor.
+
+    Raises:
+        CheckpointError: the file ends before them.
+    """
+    with entry.file.open("rb") as file:
+        file.seek(entry.offset)
+        data = file.read(entry.nbytes)
+    if len(data) != entry.nbytes:
+        raise CheckpointError(
+            f"{entry.file} was cut short",
+            expected=f"{entry.nbytes} bytes of {entry.name}",
+            found=f"{len(data)} bytes",
+            remedy="Copy the file again.",
+        )
+    return data

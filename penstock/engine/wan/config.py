@@ -1,0 +1,220 @@
+"""A component's config from the shapes of its tensors, for files that come without config.json.
+
+What shapes do not tell (head widths, epsilons, activations) is the same in all official models.
+Sources: Wan2.1's ``wan/configs`` and model classes, the configs of the diffusers repositories,
+open_clip's ViT-H/14.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from penstock.errors import CheckpointError, TensorMismatch
+
+HEAD_DIM = 128
+"""Width of an attention head in every Wan2.1 transformer."""
+
+CLIP_HEAD_DIM = 80
+"""Width of an attention head of ViT-H/14."""
+
+FAMILIES: Mapping[tuple[int, int, int], str] = MappingProxyType(
+    {(5120, 40, 13824): "14B", (1536, 30, 8960): "1.3B"}
+)
+"""Width, layers and feed-forward width of the official transformers. Source: ``wan/configs``."""
+
+UNIPC: Mapping[str, Any] = MappingProxyType(
+    {
+        "_class_name": "UniPCMultistepScheduler",
+        "num_train_timesteps": 1000,
+        "prediction_type": "flow_prediction",
+        "use_flow_sigmas": True,
+        "solver_order": 2,
+        "flow_shift": 5.0,
+    }
+)
+"""The official sampler at 720p (Wan2.1's ``generate.py``); a request's shift replaces this one."""
+
+IMAGE_PROCESSOR: Mapping[str, Any] = MappingProxyType(
+    {
+        "image_processor_type": "CLIPImageProcessor",
+        "crop_size": MappingProxyType({"height": 224, "width": 224}),
+        "size": MappingProxyType({"shortest_edge": 224}),
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": (0.48145466, 0.4578275, 0.40821073),
+        "image_std": (0.26862954, 0.26130258, 0.27577711),
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+    }
+)
+"""OpenAI CLIP's preprocessing, which the image encoder was trained with."""
+
+
+class ShapesOf:
+    """The logical shapes of a component's tensors, with the right error for one that is missing."""
+
+    def __init__(self, where: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.where, self._shapes = where, shapes
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shapes
+
+    def of(self, name: str, dims: int) -> tuple[int, ...]:
+        """The shape of ``name``.
+
+        Raises:
+            TensorMismatch: there is no such tensor, or it has not ``dims`` dimensions.
+        """
+        shape = self._shapes.get(name)
+        if shape is None or len(shape) != dims or 0 in shape:
+            raise TensorMismatch(
+                f"{self.where} is incomplete",
+                expected=f"{name} with {dims} dimensions",
+                found="none" if shape is None else f"shape {list(shape)}",
+                remedy="The file is incomplete or belongs to another model: copy it again.",
+            )
+        return shape
+
+    def count(self, prefix: str) -> int:
+        """Blocks named ``prefix`` + number: one more than the largest number."""
+        numbers = {
+            int(number)
+            for name in self._shapes
+            if name.startswith(prefix) and (number := name[len(prefix) :].split(".")[0]).isdigit()
+        }
+        return max(numbers, default=-1) + 1
+
+
+def derive(component: str, shapes: ShapesOf) -> dict[str, Any]:
+    """The config of ``component`` as diffusers or transformers would have written it.
+
+    Raises:
+        TensorMismatch: a tensor that tells a dimension is missing.
+        CheckpointError: a model that penstock does not run.
+    """
+    makers: dict[str, Callable[[ShapesOf], dict[str, Any]]] = {
+        "transformer": _transformer,
+        "vae": _vae,
+        "text_encoder": _text,
+        "image_encoder": _image,
+    }
+    return makers[component](shapes)
+
+
+def _transformer(shapes: ShapesOf) -> dict[str, Any]:
+    dim, channels, *patch = shapes.of("patch_embedding.weight", 5)
+    heads = _heads(shapes, dim, HEAD_DIM)
+    rows, _ = shapes.of("proj_out.weight", 2)
+    embedder = "condition_embedder."
+    image_norm = embedder + "image_embedder.norm1.weight"
+    image_dim = shapes.of(image_norm, 1)[0] if image_norm in shapes else None
+    added = "blocks.0.attn2.add_k_proj.weight"
+    config = {
+        "patch_size": patch,
+        "num_attention_heads": heads,
+        "attention_head_dim": HEAD_DIM,
+        "in_channels": channels,
+        "out_channels": rows // math.prod(patch),
+        "text_dim": shapes.of(embedder + "text_embedder.linear_1.weight", 2)[1],
+        "freq_dim": shapes.of(embedder + "time_embedder.linear_1.weight", 2)[1],
+        "ffn_dim": shapes.of("blocks.0.ffn.net.0.proj.weight", 2)[0],
+        "num_layers": shapes.count("blocks."),
+        "cross_attn_norm": "blocks.0.norm2.weight" in shapes,
+        "qk_norm": "rms_norm_across_heads",
+        "eps": 1e-6,
+        "image_dim": image_dim,
+        "added_kv_proj_dim": shapes.of(added, 2)[1] if added in shapes else None,
+        "rope_max_seq_len": 1024,
+    }
+    check_transformer(shapes.where, config)
+    return config
+
+
+def check_transformer(where: str, config: Mapping[str, Any]) -> None:
+    """Refuse what is built like Wan2.1 and is not run as such.
+
+    Raises:
+        CheckpointError: a Wan2.2 expert, which shares the names but not the way it is sampled.
+    """
+    conditioned = config["in_channels"] != config["out_channels"]
+    if (conditioned and config["image_dim"] is None) or config["in_channels"] not in (16, 36):
+        raise CheckpointError(
+            f"{where} is no Wan2.1 transformer",
+            expected="16 input channels (T2V), or 36 with an image embedder (I2V)",
+            found=f"{config['in_channels']} channels, image_dim {config['image_dim']}",
+            remedy="Wan2.2, Fun and VACE models are not supported.",
+        )
+
+
+def _heads(shapes: ShapesOf, width: int, head_dim: int) -> int:
+    if width % head_dim:
+        raise CheckpointError(
+            f"{shapes.where} is of an unknown size",
+            expected=f"a width that is a multiple of the head width {head_dim}",
+            found=str(width),
+            remedy="Put the model's config.json beside the file.",
+        )
+    return width // head_dim
+
+
+def _text(shapes: ShapesOf) -> dict[str, Any]:
+    vocabulary, width = shapes.of("shared.weight", 2)
+    block = "encoder.block.0.layer."
+    buckets, heads = shapes.of(f"{block}0.SelfAttention.relative_attention_bias.weight", 2)
+    inner, _ = shapes.of(f"{block}0.SelfAttention.q.weight", 2)
+    return {
+        "model_type": "umt5",
+        "vocab_size": vocabulary,
+        "d_model": width,
+        "d_kv": inner // heads,
+        "d_ff": shapes.of(f"{block}1.DenseReluDense.wi_0.weight", 2)[0],
+        "num_layers": shapes.count("encoder.block."),
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+        "relative_attention_max_distance": 128,
+        "layer_norm_epsilon": 1e-6,
+        "feed_forward_proj": "gated-gelu",
+    }
+
+
+def _image(shapes: ShapesOf) -> dict[str, Any]:
+    width, channels, patch, _ = shapes.of("embeddings.patch_embedding.weight", 4)
+    places, _ = shapes.of("embeddings.position_embedding.weight", 2)
+    return {
+        "model_type": "clip_vision_model",
+        "hidden_size": width,
+        "intermediate_size": shapes.of("encoder.layers.0.mlp.fc1.weight", 2)[0],
+        "num_hidden_layers": shapes.count("encoder.layers."),
+        "num_attention_heads": _heads(shapes, width, CLIP_HEAD_DIM),
+        "num_channels": channels,
+        "image_size": math.isqrt(places - 1) * patch,
+        "patch_size": patch,
+        "projection_dim": 1024,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+    }
+
+
+def _vae(shapes: ShapesOf) -> dict[str, Any]:
+    base = shapes.of("encoder.conv_in.weight", 5)[0]
+    latent = shapes.of("post_quant_conv.weight", 5)[0]
+    if latent != 16:
+        raise CheckpointError(
+            f"{shapes.where} is no Wan2.1 VAE",
+            expected="16 latent channels",
+            found=str(latent),
+            remedy="Give Wan2.1's own VAE (Wan2.2's 48-channel VAE is not supported).",
+        )
+    return {
+        "base_dim": base,
+        "z_dim": latent,
+        "dim_mult": [1, 2, 4, 4],
+        "num_res_blocks": 2,
+        "temperal_downsample": [False, True, True],
+    }

@@ -1,0 +1,53 @@
+"""Packing takes the memory it is allowed, whatever the size of the model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from penstock.engine.wan.structure import tensor_shapes
+from tests.engine.test_inspect import write_sparse
+from tests.engine.wan.test_structure import I2V_14B
+
+MIB = 1 << 20
+CONFIG = I2V_14B | {
+    "num_attention_heads": 16, "ffn_dim": 8192, "num_layers": 3, "image_dim": None,
+    "added_kv_proj_dim": None, "in_channels": 16,
+}  # fmt: skip
+
+CHILD = """
+import json, sys
+from pathlib import Path
+import bitsandbytes, torch  # libraries are not what is measured
+torch.set_num_threads(1)
+from penstock.engine.durable import FileOps
+from penstock.engine.locate import open_component
+from penstock.engine.pack import pack_component
+from penstock.engine.packplan import plan_component
+def peak(kind):
+    return int(Path("/proc/self/status").read_text().split(kind)[1].split()[0]) * 1024
+plan = plan_component(open_component(Path(sys.argv[1])), sys.argv[3])
+before = peak("VmRSS:")
+pack_component(plan, Path(sys.argv[2]), 64 << 20, FileOps(), lambda nbytes: None)
+print(json.dumps({"taken": peak("VmHWM:") - before}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads its own peak in /proc")
+@pytest.mark.parametrize("wanted", ["int8", "fp8", "nf4", "bf16"])
+def test_a_model_of_gigabytes_in_64_mib(tmp_path, wanted):
+    shapes = tensor_shapes("transformer", CONFIG)
+    path = write_sparse(tmp_path / "x.safetensors", {n: ("F16", s) for n, s in shapes.items()})
+    assert path.stat().st_size > 400 * MIB
+    (tmp_path / "out").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(path), str(tmp_path / "out" / "p.safetensors"), wanted],
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["taken"] < 64 * MIB
+    for made in (tmp_path / "out").iterdir():
+        made.unlink()

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tests.faults.film import frames_sha
 from typer.testing import CliRunner, Result
 
 from penstock.cli import app
 from penstock.engine.synthetic import write_tiny_model
+from tests.faults.film import frames_sha
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +119,9 @@ def test_a_signal_is_acknowledged_and_the_state_is_saved(
 def test_an_unfinished_identical_job_is_offered(
     model: Path, picture: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests.engine.test_model_changes import at_event
-
     from penstock.engine.events import PhaseStarted
     from penstock.errors import NonFinite
+    from tests.engine.test_model_changes import at_event
 
     def fail() -> None:
         raise NonFinite("a test")

@@ -209,8 +209,13 @@ class TestCards:
 
     @pytest.mark.parametrize(
         ("name", "bf16", "int8", "milliseconds_a_block"),
-        [("3060", 25.5, 102, 16), ("3090", 71.2, 285, 16), ("4080", 97.5, 390, 16), ("5090", 209.5, 838, 8)],
-    )  # fmt: skip
+        [
+            ("3060", 25.5, 102, 16),
+            ("3090", 71.2, 285, 16),
+            ("4080", 97.5, 390, 16),
+            ("5090", 209.5, 838, 8),
+        ],
+    )
     def test_peaks_are_those_of_the_floors(self, name, bf16, int8, milliseconds_a_block) -> None:
         card = find_card(name)
         assert (card.flops / 1e12, card.eight_bit_flops / 1e12) == (bf16, int8)

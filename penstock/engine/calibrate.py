@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from penstock.engine.wan import forward
 from penstock.engine.wan.attention import attention
 from penstock.offload.files import WeightFile
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.tiers import DeviceTier, HostTier, open_link
+from penstock.profiles.cost.transformer import Flops, denoise_flops
+from penstock.profiles.manifest import TransformerSpec, Weights
 from penstock.profiles.rates import Rates
 from penstock.units import MIB
 
-_WIDTH, _HEADS = 128, 8
+_WIDTH, _HEADS, _FFN = 128, 8, 2048
+_SMALL_CHUNK = 32
 _READ_PIECE = 8 * MIB
 
 
@@ -57,7 +63,7 @@ def calibrate(
     effort = effort or Effort.on(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.inference_mode():
-        return Rates(
+        rates = Rates(
             flops=_matmul(device, dtype, effort),
             copy_bytes_per_s=_copy(device, effort),
             read_bytes_per_s=_read(folder, effort),
@@ -65,8 +71,9 @@ def calibrate(
             conv_flops=_convolution(device, dtype, effort),
             eight_bit_flops=_eight_bit(device, effort),
             memory_bytes_per_s=_decode(device, dtype, effort),
-            overhead_s=_overhead(device, dtype, effort),
         )
+        overhead_s, element_s = _forward(device, dtype, effort, rates)
+        return replace(rates, overhead_s=overhead_s, element_s=element_s)
 
 
 def _seconds(work: Callable[[], object], device: torch.device, effort: Effort) -> float:
@@ -135,15 +142,72 @@ def _decode(device: torch.device, dtype: torch.dtype, effort: Effort) -> float:
     return (stored.nbytes + out.nbytes) / seconds
 
 
-def _overhead(device: torch.device, dtype: torch.dtype, effort: Effort) -> float:
-    """About what a chunk of a block launches: 40 operations on almost nothing."""
-    x: Tensor = torch.ones(16, device=device, dtype=dtype)
+@dataclass(frozen=True)
+class _Forward:
+    """One block of the lean forward on random weights, as a plan counts it."""
 
-    def launch() -> None:
-        for _ in range(20):
-            x.add(1).mul_(0.5)
+    model: Any
+    latents: Tensor
+    cross: list[list[forward.CrossKV]]
+    step: forward.StepModulation
+    rope: forward.Rope
 
-    return _seconds(launch, device, effort)
+    @classmethod
+    def make(cls, device: torch.device, dtype: torch.dtype, tokens: int) -> _Forward:
+        from diffusers import WanTransformer3DModel
+
+        side = 2 * math.isqrt(tokens)
+        model = WanTransformer3DModel(
+            num_attention_heads=_HEADS, attention_head_dim=_WIDTH // 2, in_channels=16,
+            out_channels=16, text_dim=64, freq_dim=64, ffn_dim=_FFN, num_layers=1,
+        ).to(device, dtype)  # fmt: skip
+        text = torch.randn(1, forward.TEXT_TOKENS, 64, device=device, dtype=dtype)
+        context = forward.prepare_context(model, text, None)
+        return cls(
+            model,
+            torch.randn(1, 16, 1, side, side, device=device, dtype=dtype),
+            [[forward.cross_kv(model.blocks[0].attn2, context)]],
+            forward.step_modulation(model, torch.zeros(1, device=device), dtype)[0],
+            forward.rope_tables(model, (1, side, side), device),
+        )
+
+    def __call__(self, chunk_tokens: int) -> object:
+        blocks = enumerate(self.model.blocks)
+        return forward.denoise_forward(
+            self.model, blocks, self.latents, self.cross, self.step, self.rope, chunk_tokens
+        )
+
+    def flops(self) -> Flops:
+        """As the planner counts it."""
+        config = self.model.config
+        spec = TransformerSpec(
+            weights=Weights(0, (0,), 4), cross_block_bytes=(0,), num_layers=1,
+            num_attention_heads=_HEADS, attention_head_dim=_WIDTH // 2, ffn_dim=config.ffn_dim,
+            in_channels=16, out_channels=16, text_dim=64, freq_dim=64, patch_size=(1, 2, 2),
+        )  # fmt: skip
+        return denoise_flops(spec, self.tokens, 0)
+
+    @property
+    def tokens(self) -> int:
+        """Of the grid."""
+        return (self.latents.shape[-1] // 2) ** 2
+
+
+def _forward(
+    device: torch.device, dtype: torch.dtype, effort: Effort, rates: Rates
+) -> tuple[float, float]:
+    """Seconds of a chunk, and of an element besides the products: a forward in few large chunks and
+    in many small ones, less what the products take."""
+    work = _Forward.make(device, dtype, effort.tokens)
+    whole = _seconds(lambda: work(work.tokens), device, effort)
+    chunks = work.tokens // _SMALL_CHUNK
+    cut = _seconds(lambda: work(-(-work.tokens // chunks)), device, effort)
+    overhead = max(1e-6, (cut - whole) / (chunks - 1))
+    flops = work.flops()
+    attention = flops.self_attention + flops.cross_attention
+    products = flops.linear / rates.flops + attention / (rates.attention_flops or rates.flops)
+    rest = max(1e-13, (whole - products - overhead) / (work.tokens * _WIDTH // 2 * _HEADS))
+    return overhead, rest
 
 
 def _copy(device: torch.device, effort: Effort) -> float:

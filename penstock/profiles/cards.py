@@ -32,6 +32,10 @@ ATTAINED_CONV = 0.25
 ATTAINED_MEMORY = 0.8
 """Of the memory bandwidth, in decoding weights."""
 
+ELEMENT_BYTES = 240
+"""Of the card's own memory that norms, rotations and activations move for each element of the
+hidden states, a block: some thirty reads and writes, most of them in fp32."""
+
 LANE_BYTES_PER_S = {3: 0.79e9, 4: 1.57e9, 5: 3.15e9}
 """Of one PCI Express lane, from pinned memory, by generation."""
 
@@ -145,6 +149,7 @@ def described(card_name: str, ram: str | None, disk: str | None) -> Hardware:
         conv_flops=ATTAINED_CONV * card.flops,
         eight_bit_flops=eight_bit,
         memory_bytes_per_s=ATTAINED_MEMORY * card.memory_bytes_per_s,
+        element_s=ELEMENT_BYTES / (ATTAINED_MEMORY * card.memory_bytes_per_s),
     )
     return Hardware(
         device="cuda",

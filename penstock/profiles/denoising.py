@@ -242,6 +242,7 @@ class Denoise:
             flops.linear / linear_rate
             + attention / (rates.attention_flops or rates.flops)
             + chunks * (rates.overhead_s + self._decode_s(rates))
+            + tokens * spec.inner_dim * spec.num_layers * rates.element_s
         )
         if not cost.cross_kv_on_device:
             kept = transformer.cross_kv_bytes(spec, replace(cost, branches=1))

@@ -1,4 +1,4 @@
-"""Profiles: byte budgets and policy under a name, as TOML; and where each value in force comes from.
+"""Profiles: byte budgets and policy under a name, as TOML; and where each value comes from.
 
 A flag wins over the profile, the profile over what was measured, that over defaults.
 """

@@ -19,6 +19,7 @@ from penstock.profiles.phases import Workload
 from penstock.profiles.plan import Plan
 from penstock.profiles.planner import fits, minimum_vram_bytes, plan, smaller
 from penstock.profiles.policy import Limits, Policy
+from penstock.profiles.streams import LINK_CARE
 from penstock.profiles.tiling import TileGrid
 from tests.profiles.small import PAGE, machines, manifests, policies, workloads
 
@@ -76,6 +77,20 @@ def test_more_budget_is_never_slower(model, work, machine, policy, more) -> None
     for phase in found.phases:
         if phase.name not in ("context", "denoise"):
             assert better[phase.name].seconds <= phase.seconds * (1 + 1e-9)
+
+
+@CHECKED
+@given(manifests(), workloads, machines)
+def test_sparing_the_disk_costs_what_is_said(model, work, machine) -> None:
+    spare = Policy(disk="spare")
+    found, fastest = attempt(model, work, machine, spare), attempt(model, work, machine)
+    if found is None or fastest is None:
+        assert found is fastest
+        return
+    assert found["denoise"].stream is not None and fastest["denoise"].stream is not None
+    busy_s = fastest["denoise"].copied_bytes / machine.rates.copy_bytes_per_s
+    busy_s += fastest["denoise"].read_bytes / machine.rates.read_bytes_per_s
+    assert fastest.seconds <= found.seconds <= fastest.seconds + LINK_CARE * busy_s + 1e-9
 
 
 def brute_force(model: ModelManifest, work: Workload, machine: Hardware, policy: Policy) -> bool:

@@ -1,8 +1,8 @@
-"""The true 14B model, without weights: every profile's plan against fake-tensor runs of its shapes.
+"""The true 14B model, without weights: each profile's plan against fake-tensor runs of its shapes.
 
-What a plan predicts for a phase is the bytes of weights plus the bytes of everything else. The first
-are compared with the classes of diffusers and transformers, the second with the live storages of the
-real code on fake tensors, with the plan's own chunks, branches and tiles.
+What a plan predicts for a phase is the bytes of weights plus the bytes of everything else. The
+first are compared with the classes of diffusers and transformers, the second with the live storages
+of the real code on fake tensors, with the plan's own chunks, branches and tiles.
 """
 
 from __future__ import annotations

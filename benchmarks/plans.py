@@ -1,0 +1,138 @@
+"""Tables of plans for the true 14B model: profiles against measured peaks, and cards against figures.
+
+``peaks``: every profile and size, with 16 and with 64 GiB of system memory: the predicted peak of
+each phase beside the live bytes of the real code on fake tensors (see
+`tests/profiles/test_true_model.py`), and how much the one is over the other.
+``cards``: ten machines and three sizes: seconds a step, total, what bounds it.
+
+Both print Markdown; the last line on stdout is JSON.
+
+    python -m benchmarks.plans [peaks|cards]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import torch
+
+from penstock.engine.planning import Asked, Target, make_plan
+from penstock.plan_view import clock
+from penstock.profiles.manifest import VideoShape
+from penstock.profiles.plan import Plan
+from penstock.profiles.tiling import TileGrid
+from penstock.units import GIB
+from tests.engine.wan.fake_vae import FakeVae
+from tests.profiles import test_true_model as true
+
+CARDS = (
+    ("RTX 2060 6GB", "6gb"), ("RTX 3050 Laptop 4GB", "4gb"), ("RTX 3060 12GB", "12gb"),
+    ("RTX 3070 8GB", "8gb"), ("RTX 3090 24GB", "24gb"), ("RTX 4060 Ti 16GB", "16gb"),
+    ("RTX 4070 Ti 12GB", "12gb"), ("RTX 4080 16GB", "16gb"), ("RTX 4090 24GB", "24gb"),
+    ("RTX 5090 32GB", "max"),
+)  # fmt: skip
+
+
+def peaks() -> list[dict[str, Any]]:
+    """One row a plan: predicted peaks, and the least and the most they are over the measured."""
+    vae = FakeVae.make(torch.bfloat16)
+    known: dict[Any, int] = {}
+    rows = []
+    for size, name, ram in true.ALL:
+        plan = true.made(size, name, ram)
+        ratios = [part / measured for part, measured in measured_pairs(plan, size, vae, known)]
+        denoise = plan["denoise"]
+        assert denoise.stream is not None
+        rows.append(
+            {
+                "size": size,
+                "profile": name,
+                "system_gib": ram,
+                "format": plan.weight_format,
+                "vram_gib": round(plan.peak_vram_bytes / GIB, 2),
+                "limit_gib": round(plan.vram_limit_bytes / GIB, 2),
+                "ram_gib": round(plan.peak_ram_bytes / GIB, 2),
+                "chunk": denoise.chunk_tokens,
+                "branches": denoise.branches,
+                "in_vram": denoise.stream.device_resident,
+                "in_ram": denoise.stream.host_resident,
+                "from_disk": denoise.stream.disk_blocks,
+                "decode_tiles": "x".join(map(str, plan["decode"].tiles)),
+                "over": [round(100 * (ratio - 1), 2) for ratio in (min(ratios), max(ratios))],
+            }
+        )
+    return rows
+
+
+def measured_pairs(
+    plan: Plan, size: str, vae: FakeVae, known: dict[Any, int]
+) -> list[tuple[int, int]]:
+    """Predicted and measured peaks of context, denoise, encode and decode."""
+    step = plan["denoise"]
+    found = true.denoise_peaks(size, step.chunk_tokens, step.branches, step.cross_kv_on_device)
+    pairs = [
+        (part.vram_bytes, peak + true.weight_bytes(part) + true.decoding_bytes(plan))
+        for part, peak in zip((plan["context"], step), found, strict=True)
+    ]
+    latent = VideoShape(*true.SIZES[size]).latent(true.manifest_of("bf16").vae)
+    for name, measure in (("encode", vae.encode_peak), ("decode", vae.decode_peak)):
+        part = plan[name]
+        key = (name, latent, part.tiles)
+        if key not in known:
+            known[key] = measure(latent, TileGrid(*part.tiles))
+        pairs.append((part.vram_bytes, known[key] + true.weight_bytes(part)))
+    return pairs
+
+
+def cards() -> list[dict[str, Any]]:
+    """One row a card and size."""
+    rows = []
+    for card, profile in CARDS:
+        for size, (width, height, frames) in true.SIZES.items():
+            plan = make_plan(
+                None,
+                "wan2.1-i2v-14b",
+                Asked(size=f"{width}x{height}", frames=frames),
+                Target(card=card, profile=profile, ram="32GiB"),
+            )
+            denoise = plan["denoise"]
+            rows.append(
+                {
+                    "card": card,
+                    "profile": profile,
+                    "size": size,
+                    "format": plan.weight_format,
+                    "seconds_a_step": round(denoise.seconds / 40, 1),
+                    "total": clock(plan.seconds),
+                    "bound": denoise.bound,
+                    "vram_gib": round(plan.peak_vram_bytes / GIB, 2),
+                }
+            )
+    return rows
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A table of ``rows``."""
+    head = list(rows[0])
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        lines.append("| " + " | ".join(_cell(value) for value in row.values()) + " |")
+    return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    return " to ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    arguments.add_argument("which", choices=["peaks", "cards"])
+    rows = peaks() if arguments.parse_args().which == "peaks" else cards()
+    print(markdown(rows))
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""The probe: control groups, memory that others hold, nothing to spare; rates; cards."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+
+from penstock.errors import OverBudget, ProfileError
+from penstock.profiles import hardware as hw
+from penstock.profiles.advice import plan_chosen
+from penstock.profiles.builtin import builtin
+from penstock.profiles.cards import cards, described, disk_bytes_per_s, find_card
+from penstock.profiles.manifest import VideoShape
+from penstock.profiles.phases import Workload
+from penstock.profiles.profile import Overrides, choose, load
+from penstock.profiles.rates import Rates, config_dir, store_rates, stored_rates
+from penstock.units import GIB, MIB
+
+WORK = Workload(VideoShape(832, 480, 81), 40, True)
+
+
+@pytest.fixture(autouse=True)
+def no_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_CONFIG", str(tmp_path / "config"))
+
+
+def free_memory(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=nbytes))
+
+
+def group(folder: Path, limit: str, used: int, stat: str = "", version: int = 2) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("max", "current") if version == 2 else ("limit_in_bytes", "usage_in_bytes")
+    (folder / f"memory.{names[0]}").write_text(limit + "\n")
+    (folder / f"memory.{names[1]}").write_text(f"{used}\n")
+    if stat:
+        (folder / "memory.stat").write_text(stat)
+
+
+class TestControlGroups:
+    def test_none(self, tmp_path, monkeypatch) -> None:
+        free_memory(monkeypatch, 8 * GIB)
+        assert hw.available_ram_bytes(tmp_path) == 8 * GIB
+
+    def test_the_tightest_of_a_chain_counts(self, tmp_path, monkeypatch) -> None:
+        free_memory(monkeypatch, 8 * GIB)
+        (tmp_path / "proc/self").mkdir(parents=True)
+        (tmp_path / "proc/self/cgroup").write_text("0::/outer/inner\n")
+        base = tmp_path / "sys/fs/cgroup"
+        group(base, "max", 0)
+        group(base / "outer", str(3 * GIB), GIB)
+        group(base / "outer/inner", str(6 * GIB), GIB)
+        assert hw.available_ram_bytes(tmp_path) == 2 * GIB
+
+    def test_cache_that_can_go_counts_as_free(self, tmp_path, monkeypatch) -> None:
+        free_memory(monkeypatch, 8 * GIB)
+        base = tmp_path / "sys/fs/cgroup"
+        group(base, str(4 * GIB), 3 * GIB, f"anon 5\ninactive_file {2 * GIB}\n")
+        assert hw.available_ram_bytes(tmp_path) == 3 * GIB
+
+    def test_version_1(self, tmp_path, monkeypatch) -> None:
+        free_memory(monkeypatch, 8 * GIB)
+        (tmp_path / "proc/self").mkdir(parents=True)
+        lines = "4:cpu,cpuacct:/other\n7:memory:/job\n"
+        (tmp_path / "proc/self/cgroup").write_text(lines)
+        base = tmp_path / "sys/fs/cgroup/memory"
+        group(base, str(1 << 63), 5, version=1)
+        group(base / "job", str(2 * GIB), GIB, f"total_inactive_file {MIB}\n", version=1)
+        group(tmp_path / "sys/fs/cgroup/other", "5", 5)
+        assert hw.available_ram_bytes(tmp_path) == GIB + MIB
+
+    def test_a_group_that_is_over_its_limit_has_nothing(self, tmp_path, monkeypatch) -> None:
+        free_memory(monkeypatch, 8 * GIB)
+        group(tmp_path / "sys/fs/cgroup", str(GIB), 2 * GIB, "inactive_file many\n")
+        assert hw.available_ram_bytes(tmp_path) == 0
+
+
+class TestAuto:
+    def plan(self, machine: hw.Hardware):
+        chosen = choose(load("auto"), Overrides(), machine)
+        return plan_chosen(lambda stored: builtin("wan2.1-i2v-14b", stored), WORK, chosen)
+
+    def test_another_process_holds_memory(self, monkeypatch) -> None:
+        free_memory(monkeypatch, 40 * GIB)
+        monkeypatch.setattr(hw, "_cgroup_free", lambda root: iter(()))
+        alone = hw.probe("cpu")
+        free_memory(monkeypatch, 12 * GIB)
+        beside = hw.probe("cpu")
+        assert alone.ram_bytes + alone.vram_bytes == 38 * GIB
+        assert beside.ram_bytes + beside.vram_bytes == 10 * GIB
+        found = self.plan(beside)
+        assert found.peak_vram_bytes <= beside.vram_bytes
+        assert found.peak_ram_bytes <= beside.ram_bytes
+        # "auto" spares the disk: with more memory it may spend a little on filling it.
+        filling_s = alone.ram_bytes / alone.rates.read_bytes_per_s
+        assert self.plan(alone).seconds <= found.seconds + filling_s
+        assert self.plan(alone)["denoise"].read_bytes < found["denoise"].read_bytes
+
+    def test_nothing_to_spare(self, monkeypatch) -> None:
+        free_memory(monkeypatch, hw.CPU_RESERVE_BYTES - 1)
+        machine = hw.probe("cpu")
+        assert machine.vram_bytes == machine.ram_bytes == 0
+        with pytest.raises(OverBudget, match="no plan fits the RAM budget") as refused:
+            self.plan(machine)
+        assert "no profile and no shorter or smaller video" in str(refused.value)
+
+    def test_a_gpu_that_others_use_too(self, monkeypatch) -> None:
+        free_memory(monkeypatch, 40 * GIB)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (6 * GIB, 24 * GIB))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+        machine = hw.probe("cuda")
+        assert machine.vram_bytes == 6 * GIB - hw.CUDA_RESERVE_BYTES
+        assert machine.rates_source == "assumed"
+        assert self.plan(machine).peak_vram_bytes <= machine.vram_bytes
+
+    def test_measured_rates_win(self, monkeypatch) -> None:
+        free_memory(monkeypatch, 40 * GIB)
+        rates = Rates(5e9, 4e9, 3e9, eight_bit_flops=None, conv_flops=1e9)
+        store_rates("CPU", rates)
+        machine = hw.probe("cpu")
+        assert machine.rates == rates
+        assert machine.rates_source == "measured by penstock doctor"
+
+
+class TestStoredRates:
+    def test_there_and_back(self, tmp_path) -> None:
+        rates, other = Rates(1.0, 2.0, 3.0, attention_flops=4.5), Rates(5.0, 6.0, 7.0)
+        assert stored_rates("a", tmp_path) is None
+        path = store_rates("a", rates, tmp_path)
+        assert store_rates("b", other, tmp_path) == path
+        assert (stored_rates("a", tmp_path), stored_rates("b", tmp_path)) == (rates, other)
+
+    @pytest.mark.parametrize("text", ["{", "[]", '{"a": {"flops": 1}}', '{"a": {"speed": 1}}'])
+    def test_a_damaged_file_is_named(self, tmp_path, text) -> None:
+        (tmp_path / "rates.json").write_text(text)
+        with pytest.raises(ProfileError, match=r"rates\.json cannot be used"):
+            stored_rates("a", tmp_path)
+
+    def test_rates_are_positive(self) -> None:
+        with pytest.raises(ProfileError, match="read_bytes_per_s"):
+            Rates(1.0, 1.0, 0.0)
+
+    @pytest.mark.parametrize(
+        ("platform", "variables", "ending"),
+        [
+            ("linux", {"XDG_CONFIG_HOME": "/x"}, "/x/penstock"),
+            ("linux", {}, ".config/penstock"),
+            ("win32", {"APPDATA": "/roaming"}, "/roaming/penstock"),
+            ("darwin", {}, "Library/Application Support/penstock"),
+            ("linux", {"PENSTOCK_CONFIG": "/here"}, "/here"),
+        ],
+    )
+    def test_where_settings_are(self, monkeypatch, platform, variables, ending) -> None:
+        for name in ("PENSTOCK_CONFIG", "XDG_CONFIG_HOME", "APPDATA"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "platform", platform)
+        assert config_dir().as_posix().endswith(ending)
+
+
+class TestCards:
+    def test_each_is_found_by_its_own_name(self) -> None:
+        for card in cards():
+            assert find_card(card.name) == card
+            assert f"{card.memory_bytes // GIB}GB" in card.name
+
+    @pytest.mark.parametrize(
+        ("said", "meant"),
+        [
+            ("3060", "RTX 3060 12GB"),
+            ("rtx-4070", "RTX 4070 12GB"),
+            ("RTX 4070 Ti", "RTX 4070 Ti 12GB"),
+            ("4090 24 GB", "RTX 4090 24GB"),
+        ],
+    )
+    def test_as_people_say_it(self, said, meant) -> None:
+        assert find_card(said).name == meant
+
+    def test_unknown_or_several(self) -> None:
+        with pytest.raises(ProfileError, match="unknown card"):
+            find_card("Voodoo 2")
+        with pytest.raises(ProfileError, match="several cards") as refused:
+            find_card("3050")
+        assert "RTX 3050 8GB" in str(refused.value) and "4090" not in str(refused.value)
+
+    def test_disks(self) -> None:
+        assert disk_bytes_per_s("nvme3") == pytest.approx(3.2e9)
+        assert disk_bytes_per_s("3.5GB/s") == 3.5e9
+        assert disk_bytes_per_s("500 MB/s") == 5e8
+        with pytest.raises(ProfileError, match="unknown disk"):
+            disk_bytes_per_s("floppy")
+
+    def test_a_described_machine_keeps_its_reserves(self) -> None:
+        machine = described("GTX 1650", "16GiB", "sata")
+        assert machine.vram_bytes == 4 * GIB - hw.CUDA_RESERVE_BYTES
+        assert machine.ram_bytes == 16 * GIB - hw.SYSTEM_BYTES - hw.INTERPRETER_BYTES
+        assert machine.rates.eight_bit_flops is None
+        assert described("4090", "1GiB", None).ram_bytes == 0
+        assert described("4090", None, None).rates.copy_bytes_per_s == pytest.approx(
+            2.5e10, rel=0.02
+        )
+
+    @pytest.mark.parametrize(
+        ("name", "bf16", "int8", "milliseconds_a_block"),
+        [
+            ("3060", 25.5, 102, 16),
+            ("3090", 71.2, 285, 16),
+            ("4080", 97.5, 390, 16),
+            ("5090", 209.5, 838, 8),
+        ],
+    )
+    def test_peaks_are_those_of_the_floors(self, name, bf16, int8, milliseconds_a_block) -> None:
+        card = find_card(name)
+        assert (card.flops / 1e12, card.eight_bit_flops / 1e12) == (bf16, int8)
+        assert 404e6 / card.link_bytes_per_s * 1e3 == pytest.approx(milliseconds_a_block, rel=0.05)
+
+
+def test_stored_rates_are_plain_json(tmp_path) -> None:
+    path = store_rates("a", Rates(1.0, 2.0, 3.0), tmp_path)
+    assert json.loads(path.read_text())["a"]["flops"] == 1.0

@@ -183,21 +183,21 @@ def test_a_refused_reservation_ends_in_the_same_result_or_a_resumable_job(
     engine: Engine, latents: torch.Tensor, ledgers: list[ByteLedger], tmp_path: Path
 ) -> None:
     went_on = 0
-    for at in range(1, reservations_of_a_job(engine) + 1):
+    for at in range(1, reservations_of_a_job(engine) + 1, 3):
         _, result = run_short_of_memory(engine, tmp_path / f"{at}", at=at, stays=False)
         went_on += result is not None
         assert all(ledger.used == 0 for ledger in ledgers)
         if result is None:
             result = engine.resume(tmp_path / f"{at}").result()
         assert torch.equal(result.latents, latents)
-    assert went_on >= 5
+    assert went_on >= 2
 
 
 def test_reservations_that_are_always_refused_end_in_a_resumable_job(
     engine: Engine, latents: torch.Tensor, ledgers: list[ByteLedger], tmp_path: Path
 ) -> None:
     shrunk = 0
-    for at in range(1, reservations_of_a_job(engine) + 1, 3):
+    for at in range(1, reservations_of_a_job(engine) + 1, 8):
         replans, result = run_short_of_memory(engine, tmp_path / f"{at}", at=at, stays=True)
         assert result is None
         assert all(ledger.used == 0 for ledger in ledgers)

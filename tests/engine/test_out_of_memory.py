@@ -15,7 +15,7 @@ import torch
 from penstock.engine.engine import Engine
 from penstock.engine.events import Event, Progress, Replanned
 from penstock.engine.journal import read_record
-from penstock.engine.recovery import device_lost, shortage
+from penstock.engine.recovery import device_lost, out_of_memory, shortage
 from penstock.engine.stage import Stage
 from penstock.errors import DeviceLost, LedgerOverflow, OutOfMemory
 from penstock.offload.ledger import ByteLedger
@@ -67,6 +67,12 @@ def test_a_real_refusal_of_the_cpu_allocator_is_a_shortage() -> None:
         torch.empty(1 << 50)
     found = shortage(caught.value, CPU)
     assert found is not None and found.resource == "memory"
+
+
+def test_a_shortage_outside_the_phases_has_a_name_too() -> None:
+    named = out_of_memory(MemoryError(), CPU)
+    assert isinstance(named, OutOfMemory)
+    assert out_of_memory(named, CPU) is None and out_of_memory(RuntimeError("x"), CPU) is None
 
 
 def test_a_lost_device_is_told_from_out_of_memory() -> None:

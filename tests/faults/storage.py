@@ -13,7 +13,7 @@ from typing import Any
 from penstock.engine.durable import FileOps
 
 CHANGING = (
-    "create", "write", "allocate", "fsync", "rename", "fsync_dir", "truncate", "unlink",
+    "create", "append", "write", "allocate", "fsync", "rename", "fsync_dir", "truncate", "unlink",
     "mkdir",
 )  # fmt: skip
 READING = ("read", "names", "size", "free_bytes")

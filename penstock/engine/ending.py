@@ -14,8 +14,8 @@ from penstock.errors import PenstockError
 class Ending:
     """Around a job's work: notes in the keeper with which error it ended, if any.
 
-    An error of the device becomes `DeviceLost`, memory that ran out where no plan could help becomes
-    `OutOfMemory`, and errors of penstock say how to continue.
+    An error of the device becomes `DeviceLost`, memory that ran out where no plan could help
+    becomes `OutOfMemory`, and errors of penstock say how to continue.
 
     Args:
         keeper: what is kept of the job.

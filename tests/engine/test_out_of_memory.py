@@ -130,13 +130,21 @@ def test_plans_with_the_same_result_come_first(engine: Engine) -> None:
 
 
 def test_changes_are_told_in_words_with_their_effect(engine: Engine) -> None:
-    plans = plans_of(engine, "denoise", "VRAM")
-    steps = [changes(old, new) for old, new in zip(plans, plans[1:], strict=False)]
-    assert steps[0][1] and not all(identical for _, identical in steps)
-    told = [line for lines, _ in steps for line in lines]
-    assert any("blocks resident in VRAM instead of" in line for line in told)
-    assert any("64 tokens a chunk instead of 96 tokens a chunk" in line for line in told)
-    assert all((" tokens a chunk" in " ".join(lines)) != identical for lines, identical in steps)
+    made = engine.plan(a_request(None))
+    denoise, decode = made["denoise"], made["decode"]
+    assert denoise.stream is not None
+    resident = denoise.stream.device_resident
+    fewer = replace(denoise, stream=replace(denoise.stream, device_resident=resident - 1))
+    assert changes(made, made.with_phases((fewer,))) == (
+        (f"{resident - 1} blocks resident in VRAM instead of {resident} blocks resident in VRAM",),
+        True,
+    )
+    chunked = replace(denoise, chunk_tokens=denoise.chunk_tokens // 2)
+    told, identical = changes(made, made.with_phases((chunked,)))
+    assert not identical and f"{denoise.chunk_tokens // 2} tokens a chunk" in told[0]
+    tiled = replace(decode, tiles=(2, 2))
+    told, identical = changes(made, made.with_phases((tiled,)))
+    assert not identical and "2x2 tiles instead of 1x1 tiles" in told
 
 
 def test_a_plan_comes_back_from_json(engine: Engine) -> None:

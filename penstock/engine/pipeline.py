@@ -49,7 +49,7 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
     """
     started = time.perf_counter()
     stage = Stage(job, listener, cancelled)
-    with Ending(job.keeper):
+    with Ending(job.keeper, job.device):
         for message in (*job.notices, *(warning.message for warning in job.request.warnings)):
             stage.monitor.notice(message)
         latents = sample(stage)
@@ -74,7 +74,7 @@ def sample(stage: Stage) -> Tensor:
         if conditions is None:
             conditions = condition(stage)
             keeper.keep_conditions(conditions)
-        sampling = Sampling(stage)
+        sampling = stage.attempt("denoise", lambda: Sampling(stage))
         latents = stage.attempt("denoise", lambda: denoise(stage, conditions, sampling))
         keeper.keep_latents(latents)
     return latents

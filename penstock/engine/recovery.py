@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from penstock.errors import DeviceLost, LedgerOverflow
+from penstock.errors import DeviceLost, LedgerOverflow, OutOfMemory, PenstockError
 
 MEMORY_ERRORS = (LedgerOverflow, MemoryError, OSError, RuntimeError)
 """Types among which shortages are found (torch's own are RuntimeErrors)."""
@@ -54,6 +54,18 @@ def _is_host_shortage(error: BaseException) -> bool:
         return error.errno == errno.ENOMEM
     text = str(error)
     return isinstance(error, RuntimeError) and any(sign in text for sign in _HOST_SIGNS)
+
+
+def out_of_memory(error: BaseException, device: torch.device) -> OutOfMemory | None:
+    """The named error of a shortage that ended a job, if ``error`` is one and has no name yet."""
+    short = None if isinstance(error, PenstockError) else shortage(error, device)
+    if short is None:
+        return None
+    return OutOfMemory(
+        "out of memory between the phases, where no smaller plan helps",
+        found=short.message,
+        remedy="Free memory (close other programs), then continue.",
+    )
 
 
 def device_lost(error: BaseException) -> DeviceLost | None:

@@ -23,9 +23,6 @@ from tests.faults.storage import OPERATIONS, CountingOps, FaultyOps, Intercepted
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
-USED = tuple(name for name in OPERATIONS if name != "append")
-"""What a job's journal calls; only packs append."""
-
 CODES = {"write": errno.ENOSPC, "allocate": errno.ENOSPC, "create": errno.ENOSPC}
 
 
@@ -36,7 +33,7 @@ def calls_of_a_life(folder: Path) -> CountingOps:
 
 
 @pytest.mark.parametrize("stays", [False, True], ids=["once", "persistently"])
-@pytest.mark.parametrize("operation", USED)
+@pytest.mark.parametrize("operation", [name for name in OPERATIONS if name != "append"])
 def test_a_fault_at_every_call_is_named_and_loses_nothing(
     tmp_path: Path, operation: str, stays: bool
 ) -> None:

@@ -129,7 +129,8 @@ class _Counting(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if not _is_view(func):
+        on_meta = torch.device((kwargs or {}).get("device") or "cpu").type == "meta"
+        if not on_meta and not _is_view(func):
             self._faults.count()
         made = func(*args, **(kwargs or {}))
         self._faults.note(made)

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.engine.test_resume import a_request, an_engine
 
 from penstock.engine.engine import Engine
 from penstock.engine.events import Replanned
 from penstock.engine.journal import read_record
 from penstock.engine.synthetic import write_tiny_model
 from penstock.errors import OutOfMemory
+from tests.engine.test_resume import a_request, an_engine
 
 pytestmark = [
     pytest.mark.faults,
@@ -76,7 +76,7 @@ def limited(engine: Engine, latents: torch.Tensor, folder: Path, percent: int) -
 
 def _run(engine: Engine, latents: torch.Tensor, folder: Path) -> int:
     job = engine.submit(REQUEST, job_dir=folder)
-    smaller = any([isinstance(event, Replanned) for event in job.events()])
+    smaller = [event for event in job.events() if isinstance(event, Replanned)]
     try:
         result = job.result()
     except OutOfMemory:

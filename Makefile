@@ -9,6 +9,7 @@ STAMP := $(VENV)/.installed
 .PHONY: demo test quick lint coverage clean
 
 demo: $(STAMP)
+	mkdir -p out
 	$(BIN)/penstock demo -o out/demo.mp4 --force
 
 test: $(STAMP)

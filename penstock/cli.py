@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 import tempfile
@@ -43,6 +44,11 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 Vram = Annotated[str | None, typer.Option(help='Ceiling on VRAM, such as "12GiB".')]
 Ram = Annotated[str | None, typer.Option(help="Ceiling on host memory for weights and frames.")]
 Device = Annotated[str, typer.Option(help="auto, cuda or cpu.")]
+Profile = Annotated[str, typer.Option(help="A profile's name, or the path of a .toml file.")]
+Compute = Annotated[
+    str | None, typer.Option(help="exact, or fast (8-bit products where they work).")
+]
+Weights = Annotated[str | None, typer.Option(help="Weight format, such as int8.")]
 Force = Annotated[bool, typer.Option(help="Replace an existing output.")]
 
 
@@ -85,6 +91,7 @@ def generate(
     vram: Vram = None,
     ram: Ram = None,
     device: Device = "auto",
+    profile: Profile = "auto",
     force: Force = False,
     no_metadata: Annotated[
         bool, typer.Option("--no-metadata", help="Leave prompt and settings out of the file.")
@@ -121,7 +128,7 @@ def generate(
     with _reported(debug):
         _generate(
             model, settings, output, vram, ram, device, force, not no_metadata, as_json,
-            lambda engine, request: _job_folder(engine, request, job, resume_same),
+            lambda engine, request: _job_folder(engine, request, job, resume_same), profile,
         )  # fmt: skip
 
 
@@ -214,6 +221,97 @@ def demo(
         _generate(model, settings, output, vram, ram, device, force, True, as_json)
 
 
+@app.command()
+def plan(
+    model: Annotated[Path | None, typer.Option(help="Folder of a model.")] = None,
+    synthetic: Annotated[
+        str | None, typer.Option(help="A built-in description instead: wan2.1-i2v-14b.")
+    ] = None,
+    image: Annotated[Path | None, typer.Option(help="The picture, for its aspect.")] = None,
+    size: Annotated[str | None, typer.Option(help="Pixels, such as 1280x720.")] = None,
+    max_area: Annotated[str | None, typer.Option(help="720p, 480p or WxH.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames, 4n+1 (81).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps (40).")] = None,
+    cfg: Annotated[float | None, typer.Option(help="Guidance scale (5); 1 is off.")] = None,
+    vram: Vram = None,
+    ram: Annotated[
+        str | None, typer.Option(help="Ceiling on RAM; with --card, that machine's memory.")
+    ] = None,
+    device: Device = "auto",
+    profile: Profile = "auto",
+    card: Annotated[
+        str | None, typer.Option(help='Plan for another machine, such as "RTX 3060 12GB".')
+    ] = None,
+    disk: Annotated[
+        str | None, typer.Option(help="Its disk: nvme5, nvme4, nvme3, sata, hdd, or 3.5GB/s.")
+    ] = None,
+    weights: Weights = None,
+    compute: Compute = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a video will take, in bytes and seconds, without loading anything."""
+    from penstock.engine.planning import Asked, Target, make_plan
+    from penstock.plan_view import plan_view
+
+    with _reported(debug):
+        found = make_plan(
+            model,
+            synthetic,
+            Asked(size, max_area, frames, steps, cfg, image),
+            Target(device, card, ram, disk, vram, profile, weights, compute),
+        )
+    if as_json:
+        print(json.dumps(found.to_json()))
+    else:
+        Console().print(plan_view(found), highlight=False, soft_wrap=True)
+
+
+profiles_app = typer.Typer(help="Byte budgets and policies by name.", invoke_without_command=True)
+app.add_typer(profiles_app, name="profiles")
+
+
+@profiles_app.callback()
+def profiles(context: typer.Context) -> None:
+    """List the profiles."""
+    from penstock.plan_view import profiles_view
+
+    if context.invoked_subcommand is None:
+        with _reported(debug=False):
+            Console().print(profiles_view())
+
+
+@profiles_app.command("show")
+def profiles_show(name: Annotated[str, typer.Argument(help="A name, or a file.")]) -> None:
+    """Show one profile."""
+    from penstock.plan_view import profile_view
+    from penstock.profiles.profile import load
+
+    with _reported(debug=False):
+        Console().print(profile_view(load(name)))
+
+
+@app.command()
+def doctor(
+    device: Device = "auto",
+    folder: Annotated[Path | None, typer.Option(help="On the disk that the models are on.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what this machine is and does, measure it, and keep the rates for plans."""
+    from penstock.engine.doctor import examine
+    from penstock.plan_view import findings_view
+
+    with _reported(debug):
+        found = examine(device, folder)
+    if as_json:
+        print(json.dumps(found.to_json()))
+        return
+    rows = [(each.topic, each.found, each.remedy) for each in found.findings]
+    Console().print(findings_view(found.machine, rows), highlight=False)
+    print(f"rates are kept in {found.stored_in}")
+
+
 JobFolder = Callable[[Any, Any], tuple[Path, bool]]
 """Given the engine and the request: the job's folder, and whether to resume the job in it."""
 
@@ -229,11 +327,12 @@ def _generate(
     metadata: bool,
     as_json: bool,
     job_folder: JobFolder | None = None,
+    profile: str = "auto",
 ) -> None:
     from penstock.engine.engine import Engine
     from penstock.engine.settings import resolve
 
-    with Engine.open(model, vram=vram, ram=ram, device=device) as engine:
+    with Engine.open(model, vram=vram, ram=ram, device=device, profile=profile) as engine:
         request = resolve(settings, engine.model)
         folder, resumes = (None, False) if job_folder is None else job_folder(engine, request)
         plan = engine.plan(request)
@@ -301,8 +400,9 @@ def _reported(debug: bool) -> Iterator[None]:
 
 def main() -> None:
     """Entry point of the ``penstock`` command."""
-    for library in ("bitsandbytes", "diffusers", "transformers"):
-        logging.getLogger(library).setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for library in ("DIFFUSERS", "TRANSFORMERS"):  # they set their own level when they are imported
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     app()
 
 

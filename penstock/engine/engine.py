@@ -32,11 +32,12 @@ from penstock.engine.stored import (
 )
 from penstock.engine.video import check_output
 from penstock.errors import DeviceLost, UsageError
+from penstock.profiles.advice import plan_chosen
 from penstock.profiles.hardware import Hardware, probe
+from penstock.profiles.phases import Workload
 from penstock.profiles.plan import Plan
-from penstock.profiles.planner import plan as make_plan
 from penstock.profiles.planner import smaller
-from penstock.units import parse_bytes
+from penstock.profiles.profile import AUTO, Chosen, Overrides, choose, load
 
 
 class Engine:
@@ -51,9 +52,17 @@ class Engine:
         ...     report = job.result().report
     """
 
-    def __init__(self, model: ModelFiles, hardware: Hardware, *, overlapped: bool = True) -> None:
+    def __init__(
+        self,
+        model: ModelFiles,
+        hardware: Hardware,
+        *,
+        overlapped: bool = True,
+        chosen: Chosen | None = None,
+    ) -> None:
         self.model = model
-        self.hardware = hardware
+        self.chosen = chosen or choose(load(AUTO), Overrides(), hardware)
+        self.hardware = self.chosen.hardware
         self._overlapped = overlapped
         self._turn = threading.Lock()
         self._jobs: list[Job] = []
@@ -69,6 +78,8 @@ class Engine:
         vram: str | int | None = None,
         ram: str | int | None = None,
         device: str = "auto",
+        profile: str = AUTO,
+        overrides: Overrides | None = None,
         overlapped: bool = True,
     ) -> Engine:
         """Open a model; reads headers only.
@@ -77,20 +88,21 @@ class Engine:
             model: a folder (of diffusers, Wan or ComfyUI), a transformer's file, or a hub id; None
                 if ``files`` names every part.
             files: parts given by themselves; they win over what ``model`` holds.
-            vram, ram: ceilings, such as "12GiB" or bytes; None takes what is free less a reserve.
+            vram, ram: ceilings, such as "12GiB" or bytes; None takes the profile's.
             device: "cuda", "cpu" or "auto" (CUDA where there is one).
+            profile: a profile's name or the path of its file.
+            overrides: what else wins over the profile.
             overlapped: stream ahead of the computation; False is the sequential reference.
 
         Raises:
             CheckpointError: the folder is not a model that penstock runs.
-            UsageError: an illegal size or device.
+            UsageError: an illegal size, device or profile.
         """
+        flags = replace(overrides or Overrides(), vram=vram, ram=ram)
         hardware = probe(_device_type(device))
-        if vram is not None:
-            hardware = replace(hardware, vram_bytes=parse_bytes(vram))
-        if ram is not None:
-            hardware = replace(hardware, ram_bytes=parse_bytes(ram))
-        return cls(ModelFiles.open(model, files), hardware, overlapped=overlapped)
+        chosen = choose(load(profile), flags, hardware)
+        model_files = ModelFiles.open(model, files)
+        return cls(model_files, hardware, overlapped=overlapped, chosen=chosen)
 
     def plan(self, request: GenerationRequest) -> Plan:
         """What the request will take. Pure arithmetic over headers: nothing is loaded.
@@ -100,7 +112,15 @@ class Engine:
             RequestError: the request does not suit the model.
         """
         check_task(request, image_to_video=self.model.image_to_video)
-        return make_plan(self.model.manifest, workload_of(request), self.hardware)
+        return self.plan_workload(workload_of(request))
+
+    def plan_workload(self, workload: Workload) -> Plan:
+        """What a video of that shape will take, whatever it shows.
+
+        Raises:
+            OverBudget: no plan fits the budgets; names a profile or a request that does.
+        """
+        return plan_chosen(lambda _: self.model.manifest, workload, self.chosen)
 
     def submit(
         self,
@@ -205,7 +225,9 @@ class Engine:
         workload = workload_of(request)
 
         def shrink(plan: Plan, phase: str, resource: str) -> Plan | None:
-            return smaller(self.model.manifest, workload, self.hardware, plan, phase, resource)
+            policy = self.chosen.policy
+            manifest = self.model.manifest
+            return smaller(manifest, workload, self.hardware, plan, phase, resource, policy)
 
         work = Run(
             model=self.model,

@@ -13,6 +13,10 @@ MEMORY_ERRORS = (LedgerOverflow, MemoryError, OSError, RuntimeError)
 """Types among which shortages are found (torch's own are RuntimeErrors)."""
 
 
+_HOST_SIGNS = ("DefaultCPUAllocator", "std::bad_alloc", "can't start new thread")
+"""torch's CPU allocator and threads without a stack have no error class of their own."""
+
+
 @dataclass(frozen=True)
 class Shortage:
     """Memory that ran out. Holds text only: the error's traceback would keep tensors alive.
@@ -48,11 +52,8 @@ def _is_host_shortage(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    # torch's CPU allocator has no error class of its own; std::bad_alloc arrives by its name.
     text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "DefaultCPUAllocator" in text or "std::bad_alloc" in text
-    )
+    return isinstance(error, RuntimeError) and any(sign in text for sign in _HOST_SIGNS)
 
 
 def device_lost(error: BaseException) -> DeviceLost | None:

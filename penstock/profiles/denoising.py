@@ -22,7 +22,15 @@ from penstock.profiles.phases import (
 from penstock.profiles.plan import Items, PhasePlan
 from penstock.profiles.policy import Limits
 from penstock.profiles.rates import Rates
-from penstock.profiles.streams import LINK_CARE, Network, Pace, Stream, best_stream, stream_of
+from penstock.profiles.streams import (
+    LINK_CARE,
+    Network,
+    Pace,
+    Placement,
+    Stream,
+    best_stream,
+    stream_of,
+)
 from penstock.units import MIB
 
 CHUNKS = (1 << 16, 1 << 15, 1 << 14, 1 << 13, 4096, 2048, 1024, 512, 256, 128, 64, 32, 16, 8, 4, 2)
@@ -145,18 +153,18 @@ class Denoise:
         for shape in self._shapes:
             if shape.cost.chunk_tokens != min(self._chunks):
                 continue
-            for context in self._contexts(not shape.cost.cross_kv_on_device, limits):
-                for stream in self._small_streams(shape):
+            context = min(
+                self._contexts(not shape.cost.cross_kv_on_device, limits),
+                key=lambda phase: phase.vram_bytes + phase.ram_bytes,
+            )
+            for place in self._network.smallest:
+                if not place.read_bytes or self.case.policy.disk != "never":
+                    stream = self._small_stream(shape, place)
                     yield context, self._phase(shape, stream, limits)
 
-    def _small_streams(self, shape: Shape) -> Iterator[Stream]:
-        for place in self._network.choices:
-            if place.read_bytes and self.case.policy.disk == "never":
-                continue
-            if place.host_resident and place.device_resident and place.read_bytes:
-                continue
-            slots, slabs = min(self._network.rings(place))
-            yield stream_of(place, self._network, slots, slabs, self._pace(shape), self.case.rates)
+    def _small_stream(self, shape: Shape, place: Placement) -> Stream:
+        slots, slabs = min(self._network.rings(place))
+        return stream_of(place, self._network, slots, slabs, self._pace(shape), self.case.rates)
 
     @property
     def _chunks(self) -> tuple[int, ...]:

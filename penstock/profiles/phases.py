@@ -24,8 +24,9 @@ TILE_GRIDS = (
 )  # fmt: skip
 """Rows and columns of VAE tiles that are tried; each costs more arithmetic than the one before."""
 
-ENCODER_BYTES_PER_PIXEL = 182
-"""Host memory of libx264's look-ahead and references, a pixel of one frame (measured)."""
+ENCODER_BYTES_PER_PIXEL = 240
+"""Host memory of libx264's look-ahead and references, a pixel of one frame: measured on
+noise, the worst picture, with two threads."""
 
 ENCODER_BASE_BYTES = 16 * MIB
 

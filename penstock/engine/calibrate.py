@@ -1,0 +1,180 @@
+"""What this machine really computes and moves a second, measured on the engine's own operations."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from penstock.engine.wan.attention import attention
+from penstock.offload.files import WeightFile
+from penstock.offload.ledger import ByteLedger
+from penstock.offload.tiers import DeviceTier, HostTier, open_link
+from penstock.profiles.rates import Rates
+from penstock.units import MIB
+
+_WIDTH, _HEADS = 128, 8
+_READ_PIECE = 8 * MIB
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured.
+
+    Attributes:
+        tokens: of the products and of attention.
+        copy_bytes, read_bytes: moved once, for the bandwidths.
+        seconds: each operation is repeated for at least as long.
+    """
+
+    tokens: int
+    copy_bytes: int
+    read_bytes: int
+    seconds: float
+
+    @classmethod
+    def on(cls, device: torch.device) -> Effort:
+        """What fills the device, and takes some seconds in all."""
+        if device.type == "cuda":
+            return cls(16384, 512 * MIB, 1024 * MIB, 0.5)
+        return cls(1024, 64 * MIB, 256 * MIB, 0.4)
+
+
+def calibrate(
+    device: torch.device, folder: Path | None = None, effort: Effort | None = None
+) -> Rates:
+    """Measure the rates of ``device`` and of the disk that ``folder`` is on.
+
+    Args:
+        folder: where a file is written and read back (the temporary directory by default).
+    """
+    effort = effort or Effort.on(device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with torch.inference_mode():
+        return Rates(
+            flops=_matmul(device, dtype, effort),
+            copy_bytes_per_s=_copy(device, effort),
+            read_bytes_per_s=_read(folder, effort),
+            attention_flops=_attention(device, dtype, effort),
+            conv_flops=_convolution(device, dtype, effort),
+            eight_bit_flops=_eight_bit(device, effort),
+            memory_bytes_per_s=_decode(device, dtype, effort),
+            overhead_s=_overhead(device, dtype, effort),
+        )
+
+
+def _seconds(work: Callable[[], object], device: torch.device, effort: Effort) -> float:
+    """The median of repetitions, after two to warm up."""
+    times: list[float] = []
+    for _ in range(2):
+        work()
+    _finish(device)
+    started = time.perf_counter()
+    while len(times) < 3 or time.perf_counter() - started < effort.seconds:
+        before = time.perf_counter()
+        work()
+        _finish(device)
+        times.append(time.perf_counter() - before)
+    return sorted(times)[len(times) // 2]
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _matmul(device: torch.device, dtype: torch.dtype, effort: Effort) -> float:
+    inner = _WIDTH * _HEADS
+    x = torch.randn(effort.tokens, inner, device=device, dtype=dtype)
+    weight = torch.randn(4 * inner, inner, device=device, dtype=dtype)
+    seconds = _seconds(lambda: F.linear(x, weight), device, effort)
+    return 2 * effort.tokens * inner * 4 * inner / seconds
+
+
+def _attention(device: torch.device, dtype: torch.dtype, effort: Effort) -> float:
+    shape = (1, effort.tokens, _HEADS, _WIDTH)
+    q, k, v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
+    seconds = _seconds(lambda: attention(q, k, v), device, effort)
+    return 4 * effort.tokens**2 * _HEADS * _WIDTH / seconds
+
+
+def _convolution(device: torch.device, dtype: torch.dtype, effort: Effort) -> float:
+    """A causal convolution of the VAE: 96 channels, three frames, one made."""
+    side, channels = int(effort.tokens**0.5) * 2, 96
+    x = torch.randn(1, channels, 3, side, side, device=device, dtype=dtype)
+    weight = torch.randn(channels, channels, 3, 3, 3, device=device, dtype=dtype)
+    seconds = _seconds(lambda: F.conv3d(x, weight, padding=(0, 1, 1)), device, effort)
+    return 2 * channels**2 * 27 * side**2 / seconds
+
+
+def _eight_bit(device: torch.device, effort: Effort) -> float | None:
+    """int8 products, where they are faster than the compute dtype's: on GPUs that can."""
+    if device.type != "cuda":
+        return None
+    inner = _WIDTH * _HEADS
+    x = torch.ones(effort.tokens, inner, device=device, dtype=torch.int8)
+    weight = torch.ones(inner, 4 * inner, device=device, dtype=torch.int8)
+    try:
+        seconds = _seconds(lambda: torch._int_mm(x, weight), device, effort)
+    except RuntimeError:  # "not supported on this device": nothing to measure
+        return None
+    return 2 * effort.tokens * inner * 4 * inner / seconds
+
+
+def _decode(device: torch.device, dtype: torch.dtype, effort: Effort) -> float:
+    """Bytes read and written by decoding an int8 weight."""
+    stored = torch.ones(effort.copy_bytes // 8, device=device, dtype=torch.int8)
+    out = torch.empty(stored.shape, device=device, dtype=dtype)
+    seconds = _seconds(lambda: out.copy_(stored).mul_(0.5), device, effort)
+    return (stored.nbytes + out.nbytes) / seconds
+
+
+def _overhead(device: torch.device, dtype: torch.dtype, effort: Effort) -> float:
+    """About what a chunk of a block launches: 40 operations on almost nothing."""
+    x: Tensor = torch.ones(16, device=device, dtype=dtype)
+
+    def launch() -> None:
+        for _ in range(20):
+            x.add(1).mul_(0.5)
+
+    return _seconds(launch, device, effort)
+
+
+def _copy(device: torch.device, effort: Effort) -> float:
+    """Through the engine's own tiers: pinned memory on a GPU, plain copies on a CPU."""
+    ledger = ByteLedger("calibration", 1 << 62)
+    host, tier, link = HostTier(ledger, device), DeviceTier(device, ledger), open_link(device, 1)
+    sizes = [effort.copy_bytes]
+    with host.buffers("source", sizes) as (source,), tier.buffers("target", sizes) as (target,):
+        source.tensor.fill_(1)
+
+        def copy() -> None:
+            link.copy(target, source.tensor)
+            link.drain()
+
+        return effort.copy_bytes / _seconds(copy, device, effort)
+
+
+def _read(folder: Path | None, effort: Effort) -> float:
+    """Sequential reads of a fresh file, past the page cache where the platform allows that."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix="penstock-doctor-") as scratch:
+        path = Path(scratch) / "read"
+        block = bytes(range(256)) * (_READ_PIECE // 256)
+        with path.open("wb") as file:
+            for _ in range(effort.read_bytes // _READ_PIECE):
+                file.write(block)
+        ledger, cpu = ByteLedger("calibration", 1 << 62), torch.device("cpu")
+        with (
+            HostTier(ledger, cpu).buffers("target", [_READ_PIECE]) as (buffer,),
+            WeightFile(path, direct=True) as weights,
+        ):
+            started = time.perf_counter()
+            for offset in range(0, effort.read_bytes, _READ_PIECE):
+                weights.read_into(buffer.view, offset, on_page=True)
+            return effort.read_bytes / (time.perf_counter() - started)

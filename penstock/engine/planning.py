@@ -1,0 +1,151 @@
+"""From what was asked on the command line to a plan, without opening a weight and without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from penstock.engine.request import GenerationRequest, parse_area, parse_size, size_for
+from penstock.errors import UsageError
+from penstock.profiles.advice import plan_chosen
+from penstock.profiles.builtin import builtin
+from penstock.profiles.cards import described
+from penstock.profiles.hardware import Hardware, probe
+from penstock.profiles.phases import Workload
+from penstock.profiles.plan import Plan
+from penstock.profiles.profile import AUTO, Chosen, Overrides, choose, load
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The request of a plan; None: the official default."""
+
+    size: str | None = None
+    max_area: str | None = None
+    frames: int | None = None
+    steps: int | None = None
+    cfg: float | None = None
+    image: Path | None = None
+
+    @property
+    def workload(self) -> Workload:
+        """As the planner takes it.
+
+        Raises:
+            RequestError: an illegal value; UsageError: both a size and an area.
+        """
+        if self.size is not None and self.max_area is not None:
+            raise UsageError(
+                "two answers to one question", expected="--size or --max-area", found="both"
+            )
+        width, height = 1280, 720
+        if self.size is not None:
+            width, height = parse_size(self.size)
+        elif self.max_area is not None:
+            width, height = size_for((width, height), parse_area(self.max_area))
+        given: dict[str, Any] = {
+            "frames": self.frames,
+            "steps": self.steps,
+            "guidance_scale": self.cfg,
+        }
+        request = GenerationRequest(
+            prompt="a plan",
+            image=Path("a plan"),
+            width=width,
+            height=height,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+        return Workload(request.video_shape, request.steps, request.uses_guidance)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The machine to plan for, and what flags say about it.
+
+    Attributes:
+        device: of this machine: "auto", "cuda" or "cpu".
+        card: a known card; ``ram`` and ``disk`` then describe the rest of its machine.
+        ram: a ceiling, or with ``card`` the system memory of its machine.
+    """
+
+    device: str = "auto"
+    card: str | None = None
+    ram: str | None = None
+    disk: str | None = None
+    vram: str | None = None
+    profile: str = AUTO
+    weights: str | None = None
+    compute: str | None = None
+
+    @property
+    def hardware(self) -> Hardware:
+        """The machine.
+
+        Raises:
+            UsageError: a disk without a card, or something unknown.
+        """
+        if self.card is not None:
+            return described(self.card, self.ram, self.disk)
+        if self.disk is not None:
+            raise UsageError(
+                "--disk describes a machine that is not there",
+                expected="--card as well",
+                remedy="penstock doctor measures this machine's own disk.",
+            )
+        if self.device in ("cpu", "cuda"):
+            return probe(self.device)
+        from torch import cuda
+
+        return probe("cuda" if cuda.is_available() else "cpu")
+
+    @property
+    def overrides(self) -> Overrides:
+        """What wins over the profile."""
+        ram = self.ram if self.card is None else None
+        return Overrides(self.vram, ram, format=self.weights, compute=self.compute)
+
+
+def make_plan(model: Path | None, synthetic: str | None, asked: Asked, target: Target) -> Plan:
+    """The plan for a model's folder, or for a built-in description.
+
+    Raises:
+        UsageError: neither or both; OverBudget: nothing fits.
+    """
+    hardware = target.hardware
+    chosen = choose(load(target.profile), target.overrides, hardware)
+    if synthetic is not None and model is None:
+        return plan_chosen(lambda stored: builtin(synthetic, stored), asked.workload, chosen)
+    if model is not None and synthetic is None:
+        return plan_folder(model, asked, chosen, hardware)
+    raise UsageError(
+        "a plan needs a model",
+        expected="--model DIR or --synthetic NAME",
+        found="neither" if model is None else "both",
+    )
+
+
+def plan_folder(model: Path, asked: Asked, chosen: Chosen, hardware: Hardware) -> Plan:
+    """The plan for a model's folder; reads its headers.
+
+    Raises:
+        CheckpointError: the folder is not a model that penstock runs.
+    """
+    from penstock.engine.engine import Engine
+    from penstock.engine.model import ModelFiles
+    from penstock.engine.settings import Settings, resolve
+
+    settings = Settings(
+        prompt="a plan",
+        size=asked.size,
+        max_area=asked.max_area,
+        frames=asked.frames,
+        steps=asked.steps,
+        guidance_scale=asked.cfg,
+        image=asked.image,
+    )
+    with Engine(ModelFiles.open(model), hardware, chosen=chosen) as engine:
+        request = resolve(settings, engine.model)
+        return engine.plan_workload(
+            Workload(request.video_shape, request.steps, request.uses_guidance)
+        )

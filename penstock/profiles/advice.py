@@ -1,0 +1,123 @@
+"""What would fit when something does not: the nearest profile, or the nearest smaller request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from penstock.errors import OverBudget
+from penstock.profiles.manifest import ModelManifest, VideoShape
+from penstock.profiles.phases import Workload
+from penstock.profiles.plan import Origin, Plan
+from penstock.profiles.planner import fits, plan
+from penstock.profiles.policy import Limits
+from penstock.profiles.profile import SHIPPED, Chosen, load
+from penstock.units import format_bytes
+
+_FRAMES = (81, 65, 49, 33, 17)
+_AREA_480P = (832, 480)
+
+Manifests = Callable[[str], ModelManifest]
+"""The model in a weight format; a folder has one and gives it whatever is asked."""
+
+
+def plan_chosen(manifests: Manifests, workload: Workload, chosen: Chosen) -> Plan:
+    """The plan in the first of the chosen formats that fits.
+
+    Raises:
+        OverBudget: none does; the remedy names a profile or a request that would.
+    """
+    refused: list[OverBudget] = []
+    tried: list[ModelManifest] = []
+    for weight_format in chosen.formats:
+        manifest = manifests(weight_format)
+        if manifest in tried:
+            continue
+        tried.append(manifest)
+        try:
+            found = plan(
+                manifest,
+                workload,
+                chosen.hardware,
+                chosen.policy,
+                pinned_bytes=chosen.pinned_bytes,
+            )
+        except OverBudget as error:
+            refused.append(error)
+            continue
+        return replace(found, origins=_with_format(chosen.origins, found.weight_format))
+    raise _advised(refused[-1], tried[-1], workload, chosen)
+
+
+def _with_format(origins: tuple[Origin, ...], found: str) -> tuple[Origin, ...]:
+    """The format that the plan has, in the place of those that might have been."""
+    return tuple(
+        replace(
+            origin,
+            value=found,
+            source=origin.source if found in origin.value.split(", ") else "the model's files",
+        )
+        if origin.name == "format"
+        else origin
+        for origin in origins
+    )
+
+
+def _advised(
+    error: OverBudget, manifest: ModelManifest, workload: Workload, chosen: Chosen
+) -> OverBudget:
+    advice = [
+        text
+        for text in (
+            _nearest_profile(error, manifest, workload, chosen),
+            _nearest_request(manifest, workload, chosen),
+        )
+        if text
+    ]
+    if not advice:
+        advice = ["no profile and no shorter or smaller video does"]
+    return OverBudget(
+        error.resource,
+        error.need_bytes,
+        error.limit_bytes,
+        error.consumers,
+        remedy="What fits: " + "; or ".join(advice) + ".",
+    )
+
+
+def _nearest_profile(
+    error: OverBudget, manifest: ModelManifest, workload: Workload, chosen: Chosen
+) -> str | None:
+    """The smallest shipped profile with more VRAM in which it fits."""
+    if error.resource != "VRAM":
+        return None
+    hardware = chosen.hardware
+    for name in SHIPPED:
+        profile = load(name)
+        if profile.vram_bytes is None or profile.vram_bytes <= hardware.vram_bytes:
+            continue
+        roomy = replace(hardware, vram_bytes=profile.vram_bytes)
+        limits = Limits(roomy.vram_bytes, roomy.ram_bytes, chosen.pinned_bytes)
+        if fits(manifest, workload, roomy, chosen.policy, limits):
+            return f"--profile {name} ({format_bytes(profile.vram_bytes)} of VRAM)"
+    return None
+
+
+def _nearest_request(manifest: ModelManifest, workload: Workload, chosen: Chosen) -> str | None:
+    """The largest smaller video that fits these budgets."""
+    hardware = chosen.hardware
+    limits = Limits(hardware.vram_bytes, hardware.ram_bytes, chosen.pinned_bytes)
+    for shape in _smaller_shapes(workload.shape):
+        if fits(manifest, replace(workload, shape=shape), hardware, chosen.policy, limits):
+            return f"here, --size {shape.width}x{shape.height} --frames {shape.frames}"
+    return None
+
+
+def _smaller_shapes(shape: VideoShape) -> Iterator[VideoShape]:
+    """Fewer frames first, then 480p, each with fewer tokens than ``shape``."""
+    low = _AREA_480P if shape.width >= shape.height else _AREA_480P[::-1]
+    for width, height in ((shape.width, shape.height), low):
+        for frames in (shape.frames, *_FRAMES):
+            fewer = frames <= shape.frames and width * height <= shape.width * shape.height
+            if fewer and (width, height, frames) != (shape.width, shape.height, shape.frames):
+                yield VideoShape(width, height, frames)

@@ -1,0 +1,156 @@
+"""Machines that are not there: known cards and disks, and what of their peaks is reached."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from penstock.errors import ProfileError
+from penstock.profiles.hardware import (
+    CUDA_RESERVE_BYTES,
+    INTERPRETER_BYTES,
+    SYSTEM_BYTES,
+    Hardware,
+)
+from penstock.profiles.rates import Rates
+from penstock.units import GIB, parse_bytes
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ATTAINED = 0.55
+"""Of the dense bf16 peak, in matrix products and in attention (seen in practice)."""
+
+ATTAINED_CONV = 0.25
+"""Of the dense bf16 peak, in the VAE's 3-D convolutions."""
+
+ATTAINED_MEMORY = 0.8
+"""Of the memory bandwidth, in decoding weights."""
+
+LANE_BYTES_PER_S = {3: 0.79e9, 4: 1.57e9, 5: 3.15e9}
+"""Of one PCI Express lane, from pinned memory, by generation."""
+
+DEFAULT_RAM = "32GiB"
+DEFAULT_DISK = "nvme3"
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card as its data sheet has it: bytes, and operations and bytes a second.
+
+    Attributes:
+        eight_bit_flops: dense int8 peak; None where there are no such units.
+    """
+
+    name: str
+    memory_bytes: int
+    flops: float
+    eight_bit_flops: float | None
+    memory_bytes_per_s: float
+    pcie: int
+    lanes: int
+
+    @property
+    def link_bytes_per_s(self) -> float:
+        """Host memory to card."""
+        return LANE_BYTES_PER_S[self.pcie] * self.lanes
+
+
+def _table() -> dict[str, Any]:
+    text = (files("penstock.profiles") / "cards.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)
+
+
+def cards() -> tuple[Card, ...]:
+    """All known cards."""
+    return tuple(
+        Card(
+            name=name,
+            memory_bytes=row["memory"] * GIB,
+            flops=row["bf16"] * 1e12,
+            eight_bit_flops=row["int8"] * 1e12 if "int8" in row else None,
+            memory_bytes_per_s=row["bandwidth"] * 1e9,
+            pcie=row["pcie"],
+            lanes=row["lanes"],
+        )
+        for name, row in _table()["card"].items()
+    )
+
+
+def find_card(name: str) -> Card:
+    """The card that ``name`` means: "RTX 3060 12GB", "3060", "rtx-3060".
+
+    Raises:
+        ProfileError: none, or several; lists them.
+    """
+    known = cards()
+    wanted = _words(name)
+    fitting = [card for card in known if wanted <= _words(card.name)]
+    # "4070" is the one without "Ti", if it is said like that.
+    plain = [card for card in fitting if "ti" not in _words(card.name) - wanted]
+    found = fitting if len(fitting) == 1 else plain
+    if len(found) != 1:
+        raise ProfileError(
+            "unknown card" if not found else "several cards are called that",
+            expected="one of " + ", ".join(card.name for card in found or known),
+            found=repr(name),
+        )
+    return found[0]
+
+
+def _words(name: str) -> frozenset[str]:
+    return frozenset(re.findall(r"[0-9]+gb|[0-9]+|ti|[a-z]+", name.lower().replace(" gb", "gb")))
+
+
+def disk_bytes_per_s(name: str) -> float:
+    """Sequential reads of a kind of disk, or of a rate such as "3.5GB/s".
+
+    Raises:
+        ProfileError: neither.
+    """
+    known: dict[str, float] = _table()["disk"]
+    if name in known:
+        return known[name] * 1e9
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([GM])B/s", name)
+    if match is None:
+        raise ProfileError(
+            "unknown disk",
+            expected=", ".join(known) + ', or a rate such as "3.5GB/s"',
+            found=repr(name),
+        )
+    return float(match[1]) * (1e9 if match[2] == "G" else 1e6)
+
+
+def described(card_name: str, ram: str | None, disk: str | None) -> Hardware:
+    """A machine with that card, ``ram`` of system memory in total, and that disk.
+
+    Its budgets are the card's memory less `CUDA_RESERVE_BYTES`, and the system memory less
+    `SYSTEM_BYTES` and `INTERPRETER_BYTES`.
+
+    Raises:
+        ProfileError: an unknown card or disk; UsageError: an illegal size.
+    """
+    card = find_card(card_name)
+    total_bytes = parse_bytes(ram or DEFAULT_RAM)
+    eight_bit = None if card.eight_bit_flops is None else ATTAINED * card.eight_bit_flops
+    rates = Rates(
+        flops=ATTAINED * card.flops,
+        copy_bytes_per_s=card.link_bytes_per_s,
+        read_bytes_per_s=disk_bytes_per_s(disk or DEFAULT_DISK),
+        conv_flops=ATTAINED_CONV * card.flops,
+        eight_bit_flops=eight_bit,
+        memory_bytes_per_s=ATTAINED_MEMORY * card.memory_bytes_per_s,
+    )
+    return Hardware(
+        device="cuda",
+        name=card.name,
+        vram_bytes=card.memory_bytes - CUDA_RESERVE_BYTES,
+        ram_bytes=max(0, total_bytes - SYSTEM_BYTES - INTERPRETER_BYTES),
+        rates=rates,
+        rates_source=f"table of cards, {disk or DEFAULT_DISK}",
+    )

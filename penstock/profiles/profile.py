@@ -1,0 +1,295 @@
+"""Profiles: byte budgets and policy under a name, as TOML; and where each value in force comes from.
+
+A flag wins over the profile, the profile over what was measured, that over defaults.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from penstock.errors import ProfileError, UsageError
+from penstock.profiles.formats import get_format
+from penstock.profiles.hardware import Hardware
+from penstock.profiles.plan import Origin
+from penstock.profiles.policy import Policy
+from penstock.profiles.rates import config_dir
+from penstock.units import format_bytes, parse_bytes
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+SHIPPED = ("4gb", "6gb", "8gb", "12gb", "16gb", "24gb", "max")
+AUTO = "auto"
+
+_GRID = re.compile(r"(\d+)x(\d+)")
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Budgets and policy; what is None is left to the machine.
+
+    Attributes:
+        name: of the file, without its ending.
+        summary: for whom it is.
+        vram_bytes, ram_bytes: ceilings; None: what is free, less a reserve.
+        pinned_share: of the RAM budget that may be page-locked.
+        formats: of the transformer's blocks, in order of preference, where there is a choice.
+        given: the keys that the file sets.
+        path: of the file; None for "auto".
+    """
+
+    name: str
+    summary: str
+    vram_bytes: int | None = None
+    ram_bytes: int | None = None
+    pinned_share: float = 1.0
+    formats: tuple[str, ...] = ("bf16", "int8", "nf4")
+    policy: Policy = Policy()
+    given: frozenset[str] = frozenset()
+    path: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.pinned_share <= 1:
+            raise ProfileError(
+                f"illegal pinned_share in profile {self.name}",
+                expected="a share of RAM, above 0 and up to 1",
+                found=str(self.pinned_share),
+            )
+        for name in self.formats:
+            get_format(name)
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What flags say; None: nothing. Words are those of the flags and of the files."""
+
+    vram: str | int | None = None
+    ram: str | int | None = None
+    format: str | None = None
+    compute: str | None = None
+    branches: str | None = None
+    chunk_tokens: str | None = None
+    tiles: str | None = None
+    cross_kv: str | None = None
+    disk_use: str | None = None
+
+    @property
+    def policy(self) -> dict[str, Any]:
+        """Values for `Policy`, by its names."""
+        named = {
+            "compute": self.compute,
+            "branches": self.branches,
+            "chunk_tokens": self.chunk_tokens,
+            "tiles": self.tiles,
+            "cross_kv": self.cross_kv,
+            "disk": self.disk_use,
+        }
+        return {name: word for name, word in named.items() if word is not None}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a plan is made with.
+
+    Attributes:
+        hardware: with the budgets in force.
+        pinned_bytes: the most page-locked memory.
+        formats: that may be tried, in order.
+        origins: where each value comes from.
+    """
+
+    hardware: Hardware
+    policy: Policy
+    pinned_bytes: int
+    formats: tuple[str, ...]
+    origins: tuple[Origin, ...] = field(default=())
+
+
+def choose(profile: Profile, overrides: Overrides, hardware: Hardware) -> Chosen:
+    """Budgets and policy in force, each with its origin. A profile's ceiling counts where that much
+    is free; a flag counts as it is.
+
+    Raises:
+        ProfileError: an illegal value in a flag.
+        UsageError: an illegal size.
+    """
+    from_profile, origins = f"profile {profile.name}", []
+    budgets = {}
+    for name, flag, set_bytes, free_bytes in (
+        ("vram", overrides.vram, profile.vram_bytes, hardware.vram_bytes),
+        ("ram", overrides.ram, profile.ram_bytes, hardware.ram_bytes),
+    ):
+        if flag is not None:
+            budgets[name], source = parse_bytes(flag), "flag"
+        elif set_bytes is not None and set_bytes <= free_bytes:
+            budgets[name], source = set_bytes, from_profile
+        else:
+            budgets[name], source = free_bytes, f"free on {hardware.name}, less a reserve"
+        origins.append(Origin(name, format_bytes(budgets[name]), source))
+    pinned_bytes = int(profile.pinned_share * budgets["ram"])
+    formats = profile.formats if overrides.format is None else (overrides.format,)
+    for name, value, in_flag, key in (
+        ("pinned", format_bytes(pinned_bytes), False, "pinned_share"),
+        ("format", ", ".join(formats), overrides.format is not None, "formats"),
+    ):
+        origins.append(Origin(name, value, _source(in_flag, key, profile)))
+    policy = policy_of(overrides.policy, profile.policy)
+    for each in fields(policy):
+        in_flag = each.name in overrides.policy
+        value = getattr(policy, each.name)
+        shown = "auto" if value is None else _word(value)
+        origins.append(Origin(each.name, shown, _source(in_flag, each.name, profile)))
+    origins.append(Origin("rates", hardware.name, hardware.rates_source))
+    return Chosen(
+        replace(hardware, vram_bytes=budgets["vram"], ram_bytes=budgets["ram"]),
+        policy,
+        pinned_bytes,
+        formats,
+        tuple(origins),
+    )
+
+
+def _source(in_flag: bool, key: str, profile: Profile) -> str:
+    if in_flag:
+        return "flag"
+    return f"profile {profile.name}" if key in profile.given else "default"
+
+
+def _word(value: object) -> str:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def policy_of(words: Mapping[str, Any], base: Policy) -> Policy:
+    """``base`` with what ``words`` say, as files and flags spell it.
+
+    Raises:
+        ProfileError: a word that is none.
+    """
+    changes: dict[str, Any] = {}
+    for name, word in words.items():
+        if name in ("branches", "chunk_tokens"):
+            changes[name] = _count(name, word)
+        elif name == "tiles":
+            changes[name] = _grid(word)
+        else:
+            changes[name] = word
+    return replace(base, **changes)
+
+
+def _count(name: str, word: object) -> int | None:
+    if word == AUTO:
+        return None
+    if isinstance(word, bool) or not str(word).isdigit():
+        raise ProfileError(f"illegal {name}", expected="a whole number or auto", found=repr(word))
+    return int(str(word))
+
+
+def _grid(word: object) -> tuple[int, int] | None:
+    if word == AUTO:
+        return None
+    match = _GRID.fullmatch(str(word))
+    if match is None:
+        raise ProfileError(
+            "illegal tiles", expected='ROWSxCOLUMNS, such as "3x3", or auto', found=repr(word)
+        )
+    return int(match[1]), int(match[2])
+
+
+def names(folder: Path | None = None) -> tuple[str, ...]:
+    """All profiles by name: those shipped, then the user's own."""
+    own = sorted(path.stem for path in _own_dir(folder).glob("*.toml"))
+    return (AUTO, *SHIPPED, *(name for name in own if name not in SHIPPED))
+
+
+def load(name: str, folder: Path | None = None) -> Profile:
+    """The profile called ``name``, or the one in the file ``name`` if that ends in ``.toml``.
+
+    A user's own file wins over a shipped one of the same name.
+
+    Args:
+        folder: of the user's own profiles; by default in the config directory.
+
+    Raises:
+        ProfileError: there is none, or the file is no profile.
+    """
+    if name == AUTO:
+        policy = Policy(disk="spare")
+        return Profile(AUTO, "what is free on this machine, less a reserve", policy=policy)
+    if name.endswith(".toml"):
+        return parse(Path(name).stem, _text(Path(name)), Path(name))
+    own = _own_dir(folder) / f"{name}.toml"
+    if own.is_file():
+        return parse(name, _text(own), own)
+    if name not in SHIPPED:
+        raise ProfileError(
+            "no such profile",
+            expected="one of " + ", ".join(names(folder)) + ", or the path of a .toml file",
+            found=repr(name),
+        )
+    shipped = files("penstock.profiles") / f"{name}.toml"
+    return parse(name, shipped.read_text(encoding="utf-8"), Path(str(shipped)))
+
+
+def _own_dir(folder: Path | None) -> Path:
+    return config_dir() / "profiles" if folder is None else folder
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ProfileError(
+            f"{path} cannot be read", expected="a profile in TOML", found=str(error)
+        ) from error
+
+
+_POLICY = tuple(each.name for each in fields(Policy))
+_KEYS = ("summary", "vram", "ram", "pinned_share", "formats", *_POLICY)
+
+
+def parse(name: str, text: str, path: Path) -> Profile:
+    """The profile that ``text`` states.
+
+    Raises:
+        ProfileError: not TOML, an unknown key, or an illegal value; names the file.
+    """
+    try:
+        return _parse(name, text, path)
+    except (tomllib.TOMLDecodeError, UsageError) as error:
+        raise ProfileError(f"{path} is no profile", found=str(error)) from error
+
+
+def _parse(name: str, text: str, path: Path) -> Profile:
+    found = tomllib.loads(text)
+    unknown = sorted(found.keys() - set(_KEYS))
+    if unknown:
+        raise ProfileError("unknown keys", expected=", ".join(_KEYS), found=", ".join(unknown))
+    share = found.get("pinned_share", 1.0)
+    formats = found.get("formats", Profile.formats)
+    if not isinstance(share, int | float) or not isinstance(formats, list | tuple):
+        raise ProfileError(
+            "illegal pinned_share or formats", expected="a number; a list", found=text
+        )
+    return Profile(
+        name=name,
+        summary=str(found.get("summary", "")),
+        vram_bytes=_size(found.get("vram", AUTO)),
+        ram_bytes=_size(found.get("ram", AUTO)),
+        pinned_share=float(share),
+        formats=tuple(map(str, formats)),
+        policy=policy_of({key: found[key] for key in _POLICY if key in found}, Policy()),
+        given=frozenset(found),
+        path=path,
+    )
+
+
+def _size(word: object) -> int | None:
+    return None if word == AUTO else parse_bytes(str(word))

@@ -1,0 +1,109 @@
+"""Small models, machines and workloads for property tests of the planner."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from penstock.profiles.hardware import Hardware
+from penstock.profiles.manifest import (
+    ImageSpec,
+    ModelManifest,
+    Storage,
+    TextSpec,
+    TransformerSpec,
+    VaeSpec,
+    VideoShape,
+    Weights,
+)
+from penstock.profiles.phases import Workload
+from penstock.profiles.policy import Policy
+from penstock.profiles.rates import Rates
+
+PAGE = 4096
+
+
+@st.composite
+def weights(draw: st.DrawFn, most: int = 5, largest: int = 40) -> Weights:
+    blocks = draw(st.integers(1, most))
+    pages = st.integers(1, largest)
+    sizes = draw(
+        st.one_of(
+            st.tuples(pages).map(lambda one: one * blocks),
+            st.lists(pages, min_size=blocks, max_size=blocks),
+        )
+    )
+    rest = draw(st.integers(1, 20)) * PAGE
+    return Weights(rest, tuple(size * PAGE for size in sizes), draw(st.sampled_from([2, 4])))
+
+
+@st.composite
+def manifests(draw: st.DrawFn) -> ModelManifest:
+    dit, text = draw(weights(largest=1500)), draw(weights(3))
+    pictured = draw(st.booleans())
+    storage = draw(st.sampled_from([Storage(), Storage("int8", 900_000, 100, 30000)]))
+    image = ImageSpec(draw(weights(3)), 16, 32, 3, 2, 8, 4) if pictured else None
+    half = Weights(draw(st.integers(1, 30)) * PAGE, (), 2)
+    return ModelManifest(
+        transformer=TransformerSpec(
+            weights=dit,
+            cross_block_bytes=tuple(max(PAGE, size // 2) for size in dit.block_bytes),
+            num_layers=len(dit.block_bytes),
+            num_attention_heads=draw(st.integers(1, 3)),
+            attention_head_dim=12,
+            ffn_dim=draw(st.integers(8, 64)),
+            in_channels=36 if pictured else 16,
+            out_channels=16,
+            text_dim=8,
+            freq_dim=16,
+            patch_size=(1, 2, 2),
+            image_dim=16 if pictured else None,
+            storage=storage,
+        ),
+        text=TextSpec(text, 8, 4, 16, len(text.block_bytes), 1),
+        vae=VaeSpec(half, half, 4, 16, (1, 2, 2, 2), 1, (False, True, True)),
+        image=image,
+    )
+
+
+workloads = st.builds(
+    lambda width, height, frames, steps, guided: Workload(
+        VideoShape(16 * width, 16 * height, 4 * frames + 1), steps, guided
+    ),
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.integers(0, 3),
+    st.integers(1, 8),
+    st.booleans(),
+)
+
+_rates = st.builds(
+    Rates,
+    flops=st.floats(1e8, 1e11),
+    copy_bytes_per_s=st.floats(1e7, 1e10),
+    read_bytes_per_s=st.floats(1e6, 1e10),
+    attention_flops=st.sampled_from([None, 1e9]),
+    conv_flops=st.sampled_from([None, 1e10]),
+    eight_bit_flops=st.sampled_from([None, 1e11]),
+    memory_bytes_per_s=st.sampled_from([None, 1e9]),
+)
+
+machines = st.builds(
+    lambda device, vram, ram, rates: Hardware(device, "a machine", vram, ram, rates),
+    st.sampled_from(["cpu", "cuda"]),
+    st.integers(6 << 20, 32 << 20),
+    st.integers(16 << 20, 40 << 20),
+    _rates,
+)
+
+policies = st.one_of(
+    st.just(Policy()),
+    st.builds(
+        Policy,
+        branches=st.sampled_from([None, 1, 2]),
+        chunk_tokens=st.sampled_from([None, 5]),
+        tiles=st.sampled_from([None, (2, 2)]),
+        cross_kv=st.sampled_from(["auto", "vram", "ram"]),
+        compute=st.sampled_from(["exact", "fast"]),
+        disk=st.sampled_from(["auto", "never"]),
+    ),
+)

@@ -1,0 +1,264 @@
+"""Properties of plans: within budgets, monotone, determined, and refused only where none exists."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import replace
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from penstock.errors import OverBudget
+from penstock.profiles.cost import encoders, transformer, vae
+from penstock.profiles.denoising import EIGHT_BIT_WORKSPACE_BYTES
+from penstock.profiles.hardware import Hardware
+from penstock.profiles.manifest import ModelManifest
+from penstock.profiles.phases import Workload
+from penstock.profiles.plan import Plan
+from penstock.profiles.planner import fits, minimum_vram_bytes, plan, smaller
+from penstock.profiles.policy import Limits, Policy
+from penstock.profiles.tiling import TileGrid
+from tests.profiles.small import PAGE, machines, manifests, policies, workloads
+
+PLANS = int(os.environ.get("PENSTOCK_PLANS", "100"))
+"""Examples a property; 2500 make more than 10,000 plans, in some minutes."""
+
+CHECKED = settings(
+    max_examples=PLANS,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+
+
+def attempt(*given_case: object, **options: object) -> Plan | None:
+    try:
+        return plan(*given_case, **options)
+    except OverBudget:
+        return None
+
+
+@CHECKED
+@given(manifests(), workloads, machines, policies, st.none() | st.integers(0, 8 << 20))
+def test_within_the_budgets_and_the_same_every_time(model, work, machine, policy, pinned) -> None:
+    found = attempt(model, work, machine, policy, pinned_bytes=pinned)
+    assert found == attempt(model, work, machine, policy, pinned_bytes=pinned)
+    if found is None:
+        return
+    for phase in found.phases:
+        assert phase.vram_bytes <= machine.vram_bytes
+        assert phase.ram_bytes <= machine.ram_bytes
+        assert phase.pinned_bytes <= (machine.ram_bytes if pinned is None else pinned)
+        assert all(count >= 0 for _, count in (*phase.weights, *phase.work, *phase.ram))
+    if policy.disk == "never":
+        assert found["denoise"].stream.disk_blocks == 0
+    assert Plan.from_json(found.to_json()) == found
+
+
+@CHECKED
+@given(
+    manifests(), workloads, machines, policies,
+    st.sampled_from([(2 << 20, 0), (0, 2 << 20), (3 << 20, 3 << 20)]),
+)  # fmt: skip
+def test_more_budget_is_never_slower(model, work, machine, policy, more) -> None:
+    found = attempt(model, work, machine, policy)
+    roomier = replace(
+        machine,
+        vram_bytes=machine.vram_bytes + more[0],
+        ram_bytes=machine.ram_bytes + more[1],
+    )
+    better = attempt(model, work, roomier, policy)
+    if found is None:
+        return
+    assert better is not None
+    assert better.seconds <= found.seconds * (1 + 1e-9)
+    for phase in found.phases:
+        if phase.name not in ("context", "denoise"):
+            assert better[phase.name].seconds <= phase.seconds * (1 + 1e-9)
+
+
+def brute_force(model: ModelManifest, work: Workload, machine: Hardware, policy: Policy) -> bool:
+    """Whether any legal choice at all fits, by plain arithmetic over all of them."""
+    ok = [
+        _one_pass_fits(
+            model.text.weights.block_bytes,
+            encoders.text_bytes(model.text, prompts=work.branches),
+            model.text.weights.rest_bytes,
+            _states(model, work),
+            machine,
+        )
+    ]
+    picture = 15 * work.shape.width * work.shape.height
+    if model.image is not None:
+        ok.append(
+            _one_pass_fits(
+                model.image.weights.block_bytes,
+                encoders.image_bytes(model.image),
+                model.image.weights.rest_bytes,
+                _states(model, work) + picture,
+                machine,
+            )
+        )
+    return all(ok) and _vae_fits(model, work, machine, policy, picture) and _denoise_fits(
+        model, work, machine, policy
+    )  # fmt: skip
+
+
+def _states(model: ModelManifest, work: Workload) -> int:
+    states = work.branches * 512 * model.text.d_model * model.text.weights.itemsize
+    if model.image is not None:
+        states += model.image.tokens * model.image.hidden_size * model.image.weights.itemsize
+    return states
+
+
+def _one_pass_fits(blocks, work_bytes, rest, held, machine, stays=0) -> bool:
+    vram = work_bytes + (stays + max(blocks) if stays else max(rest, max(blocks)))
+    return vram <= machine.vram_bytes and held + max(max(blocks), PAGE) <= machine.ram_bytes
+
+
+def _vae_fits(model, work, machine, policy, picture) -> bool:
+    latent = work.shape.latent(model.vae)
+    grids = [
+        TileGrid(rows, columns)
+        for rows in range(1, min(latent[1], 8) + 1)
+        for columns in range(1, min(latent[2], 8) + 1)
+    ]
+    if policy.tiles is not None:
+        grids = [TileGrid(min(policy.tiles[0], latent[1]), min(policy.tiles[1], latent[2]))]
+    volume = latent[0] * latent[1] * latent[2]
+    pixels = work.shape.width * work.shape.height
+    latents, condition = 64 * volume, 80 * volume
+    decode = any(
+        cost.device_bytes + model.vae.decoder.rest_bytes <= machine.vram_bytes
+        and cost.ram_bytes + latents + PAGE <= machine.ram_bytes
+        for cost in (vae.decode_bytes(model.vae, latent, grid, 2) for grid in grids)
+    )
+    encode = model.transformer.in_channels == 16 or any(
+        cost.device_bytes + model.vae.encoder.rest_bytes <= machine.vram_bytes
+        and _states(model, work) + picture + condition + PAGE <= machine.ram_bytes
+        for cost in (vae.encode_bytes(model.vae, latent, grid, 2) for grid in grids)
+    )
+    frames = 3 * work.shape.frames * pixels + latents
+    return decode and encode and frames + (16 << 20) + 240 * pixels <= machine.ram_bytes
+
+
+def _denoise_fits(model, work, machine, policy) -> bool:
+    spec, latent = model.transformer, work.shape.latent(model.vae)
+    tokens = transformer.grid_tokens(spec, latent)
+    chunks = range(1, tokens + 1) if policy.chunk_tokens is None else [policy.chunk_tokens]
+    visits = (
+        {work.branches, 1} if policy.branches is None else {min(policy.branches, work.branches)}
+    )
+    places = {"auto": (True, False), "vram": (True,), "ram": (False,)}[policy.cross_kv]
+    fast = policy.compute == "fast" and machine.rates.eight_bit_flops is not None
+    stored = spec.storage
+    decoding = stored.scratch_bytes + stored.workspace_bytes
+    if fast and stored.format == "int8":
+        decoding = EIGHT_BIT_WORKSPACE_BYTES
+    volume = latent[0] * latent[1] * latent[2]
+    held = _states(model, work) + (spec.in_channels - spec.out_channels) * 4 * volume
+    for chunk, visit, place in itertools.product(chunks, visits, places):
+        case = transformer.DenoiseCase(
+            latent, chunk, work.branches, visit, work.steps,
+            model.image.tokens if model.image else 0, cross_kv_on_device=place,
+        )  # fmt: skip
+        kept = held + (0 if place else transformer.cross_kv_bytes(spec, case))
+        context = transformer.context_bytes(spec, case).total_bytes + decoding
+        if not _one_pass_fits(
+            spec.cross_block_bytes, context, 0, kept, machine, spec.weights.rest_bytes
+        ):
+            continue
+        step = transformer.denoise_bytes(spec, case).total_bytes + decoding
+        room = (
+            machine.vram_bytes - step - spec.weights.rest_bytes,
+            machine.ram_bytes - kept - 64 * volume,
+        )
+        if _blocks_fit(spec.weights.block_bytes, *room, policy):
+            return True
+    return False
+
+
+def _blocks_fit(blocks, vram, ram, policy) -> bool:
+    """Every set of residents, not only the evenly spread ones, would do at least as well here."""
+    n = len(blocks)
+    for on_device in range(n + 1):
+        first = [(2 * i + 1) * n // (2 * on_device) for i in range(on_device)]
+        left = [block for block in range(n) if block not in first]
+        for in_host in range(len(left) + 1):
+            second = [left[(2 * i + 1) * len(left) // (2 * in_host)] for i in range(in_host)]
+            disk = [block for block in left if block not in second]
+            if disk and policy.disk == "never":
+                continue
+            device = sum(blocks[b] for b in first) + max((blocks[b] for b in left), default=0)
+            host = sum(blocks[b] for b in second) + max((blocks[b] for b in disk), default=0)
+            if device <= vram and host + (PAGE if first and not disk else 0) <= ram:
+                return True
+    return False
+
+
+@CHECKED
+@given(manifests(), workloads, machines, policies)
+def test_every_refusal_is_right_and_so_is_every_plan(model, work, machine, policy) -> None:
+    found = attempt(model, work, machine, policy) is not None
+    assert found == brute_force(model, work, machine, policy)
+    limits = Limits(machine.vram_bytes, machine.ram_bytes)
+    assert found == fits(model, work, machine, policy, limits)
+
+
+@settings(CHECKED, max_examples=max(10, PLANS // 5))
+@given(manifests(), workloads, machines)
+def test_one_byte_under_the_least_vram_is_refused(model, work, machine) -> None:
+    try:
+        least = minimum_vram_bytes(model, work, machine)
+    except OverBudget as error:
+        assert error.resource == "RAM"
+        assert error.need_bytes > error.limit_bytes == machine.ram_bytes
+        return
+    exact = plan(model, work, replace(machine, vram_bytes=least))
+    assert exact.peak_vram_bytes == least
+    with pytest.raises(OverBudget) as refused:
+        plan(model, work, replace(machine, vram_bytes=least - 1))
+    assert refused.value.resource == "VRAM"
+    assert refused.value.need_bytes == least
+    assert sum(count for _, count in refused.value.consumers) == least
+    assert f"--vram {least}" in str(refused.value)
+
+
+@settings(CHECKED, max_examples=max(10, PLANS // 12))
+@given(manifests(), workloads, machines, st.sampled_from(["VRAM", "RAM", "memory"]), st.data())
+def test_smaller_plans_come_to_an_end(model, work, machine, resource, data) -> None:
+    found = attempt(model, work, machine)
+    if found is None:
+        return
+    phase = data.draw(st.sampled_from([p.name for p in found.phases]))
+    names = ("context", "denoise") if phase in ("context", "denoise") else (phase,)
+
+    def measure(which: Plan) -> int:
+        peaks = [(which[name].vram_bytes, which[name].ram_bytes) for name in names]
+        index = {"VRAM": 0, "RAM": 1}.get(resource)
+        return max(sum(peak) if index is None else peak[index] for peak in peaks)
+
+    for _ in range(200):
+        less = smaller(model, work, machine, found, phase, resource)
+        if less is None:
+            break
+        assert measure(less) < measure(found)
+        assert less.peak_vram_bytes <= machine.vram_bytes
+        assert less.peak_ram_bytes <= machine.ram_bytes
+        found = less
+    else:
+        pytest.fail("no end in sight")
+
+
+def test_a_pinned_share_that_is_too_small_is_named() -> None:
+    from penstock.profiles.builtin import builtin
+    from penstock.profiles.cards import described
+    from penstock.profiles.manifest import VideoShape
+
+    machine = described("RTX 3060 12GB", "32GiB", None)
+    work = Workload(VideoShape(832, 480, 81), 40, True)
+    with pytest.raises(OverBudget) as refused:
+        plan(builtin("wan2.1-i2v-14b", "int8"), work, machine, pinned_bytes=100 << 20)
+    assert refused.value.resource == "pinned RAM"
+    assert refused.value.limit_bytes == 100 << 20

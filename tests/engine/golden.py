@@ -18,6 +18,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, quants
 from safetensors.torch import load_file, save_file
 
 from penstock.engine.synthetic import write_tiny_model
+from tests.quanto_python import python_unpack
 
 SIZES = {
     "transformer": {
@@ -270,7 +271,8 @@ def _quanto_int4(tensor, layer):
     weight = quantize_weight(tensor, qint4, 0, scale, shift, group_size=group, optimized=False)
     inner = {}
     weight.save_to_state_dict(inner, f"{layer}.weight.", True)
-    return inner, weight.dequantize().float()
+    with python_unpack():
+        return inner, weight.dequantize().float()
 
 
 def write_gguf(path: Path, tensors, names, kind: str, architecture: str) -> dict:

@@ -30,7 +30,7 @@ from penstock.offload.checkpoint import Checkpoint
 from penstock.offload.layout import BlockLayout
 from penstock.quant.format import FORMATS
 from tests.engine import golden
-from tests.faults.storage import CHANGING, FaultyOps, InterceptedOps
+from tests.faults.storage import PACKING, FaultyOps, InterceptedOps
 
 RAM = 64 << 20
 WRITABLE = ["bf16", "fp8", "int8", "nf4", "quanto-int8", "quanto-fp8", "quanto-int4", "gguf-q8_0"]
@@ -201,7 +201,7 @@ class DyingOps(InterceptedOps):
     def _pass(self, operation):
         if self.dead:
             raise Killed
-        if operation in CHANGING:
+        if operation in PACKING:
             if self.left == 0:
                 self.dead = True
                 raise Killed

@@ -14,7 +14,7 @@ demo: $(STAMP)
 	$(BIN)/penstock demo -o out/demo.mp4 --force
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 quick: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not faults"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 import tempfile
@@ -399,8 +400,9 @@ def _reported(debug: bool) -> Iterator[None]:
 
 def main() -> None:
     """Entry point of the ``penstock`` command."""
-    for library in ("bitsandbytes", "diffusers", "transformers"):
-        logging.getLogger(library).setLevel(logging.ERROR)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for library in ("DIFFUSERS", "TRANSFORMERS"):  # they set their own level when they are imported
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     app()
 
 

@@ -13,6 +13,7 @@ from penstock.engine.events import Listener
 from penstock.engine.job import Job
 from penstock.engine.journal import Journal
 from penstock.engine.keeper import JournalKeeper, Keeper
+from penstock.engine.locate import Files
 from penstock.engine.model import ModelFiles
 from penstock.engine.pipeline import run
 from penstock.engine.report import JobResult
@@ -66,12 +67,14 @@ class Engine:
         self._turn = threading.Lock()
         self._jobs: list[Job] = []
         self._lost: DeviceLost | None = None
+        model.install(torch.device(hardware.device))
 
     @classmethod
     def open(
         cls,
-        model: str | Path,
+        model: str | Path | None,
         *,
+        files: Files | None = None,
         vram: str | int | None = None,
         ram: str | int | None = None,
         device: str = "auto",
@@ -79,10 +82,12 @@ class Engine:
         overrides: Overrides | None = None,
         overlapped: bool = True,
     ) -> Engine:
-        """Open a model folder; reads headers only.
+        """Open a model; reads headers only.
 
         Args:
-            model: a folder in diffusers' layout (with model_index.json).
+            model: a folder (of diffusers, Wan or ComfyUI), a transformer's file, or a hub id; None
+                if ``files`` names every part.
+            files: parts given by themselves; they win over what ``model`` holds.
             vram, ram: ceilings, such as "12GiB" or bytes; None takes the profile's.
             device: "cuda", "cpu" or "auto" (CUDA where there is one).
             profile: a profile's name or the path of its file.
@@ -96,7 +101,7 @@ class Engine:
         flags = replace(overrides or Overrides(), vram=vram, ram=ram)
         hardware = probe(_device_type(device))
         chosen = choose(load(profile), flags, hardware)
-        model_files = ModelFiles.open(Path(model))
+        model_files = ModelFiles.open(model, files)
         return cls(model_files, hardware, overlapped=overlapped, chosen=chosen)
 
     def plan(self, request: GenerationRequest) -> Plan:

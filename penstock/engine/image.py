@@ -10,7 +10,7 @@ from __future__ import annotations
 import struct
 import warnings
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -188,6 +188,20 @@ def load_image_processor(folder: Path) -> Any:
             found=str(error).strip().partition("\n")[0],
             remedy="Download the model's image_processor folder again",
         ) from error
+
+
+def make_image_processor(config: Mapping[str, Any]) -> Any:
+    """The CLIP image processor of a ``preprocessor_config.json``'s content.
+
+    Raises:
+        CheckpointError: it is of no use.
+    """
+    from transformers import CLIPImageProcessor
+
+    try:
+        return CLIPImageProcessor.from_dict(dict(config))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError("no usable image processor config", found=str(error)) from error
 
 
 def pixel_values(processor: Any, picture: Image.Image) -> Tensor:

@@ -93,11 +93,7 @@ class ComponentSource:
         Raises:
             TensorMismatch: names the first missing, unknown or misshaped tensor and their count.
         """
-        for what, names in (
-            ("unknown", self.unknown),
-            ("missing", self.missing),
-            ("misshaped", self.misshaped),
-        ):
+        for what, names in (("unknown", self.unknown), ("missing", self.missing)):
             if names:
                 raise TensorMismatch(
                     f"{self.raw.path} is not a whole {self.component.replace('_', ' ')}",
@@ -106,6 +102,18 @@ class ComponentSource:
                     remedy="The file is incomplete or belongs to another model; "
                     "`penstock inspect` lists what it holds.",
                 )
+        if self.misshaped:
+            self._refuse_shape(self.misshaped[0])
+
+    def _refuse_shape(self, name: str) -> None:
+        found = self.weights[name].shape
+        raise TensorMismatch(
+            f"{self.raw.path} does not hold the shapes its config demands "
+            f"({len(self.misshaped)} misshaped)",
+            expected=f"{name} of shape {list(self.shapes[name])}",
+            found="another number of bytes" if found is None else str(list(found)),
+            remedy="Weights and config.json belong to different models: copy both again.",
+        )
 
 
 def stored_name(name: str, suffix: str) -> str:

@@ -1,25 +1,31 @@
-"""Opening a model folder: configs, headers, the layout of every network. No weights are read.
+"""Opening a model: configs, headers, the layout of every network. No weights are read.
 
 A network is a skeleton on the meta device (the class and the parameter names of diffusers or
 transformers, with a single block), plus the places of its tensors: one layout for all that is not
-in a block, and one per block.
+in a block, and one per block. Where the model lies and how its files name and store the weights is
+found by `penstock.engine.locate`; from here on all models look alike.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from penstock.engine.component import Adapter, adapters_of, read_table_rows
+from penstock.engine.formats import compute_tag, linear_formats
+from penstock.engine.keys import ComponentSource
+from penstock.engine.locate import Files, ModelSource, locate, open_tokenizer
 from penstock.engine.request import Grid
 from penstock.engine.wan.forward import is_cross_kv
-from penstock.engine.weights import skeleton
-from penstock.errors import CheckpointError, TensorMismatch
+from penstock.engine.weights import bind, skeleton, unbind
+from penstock.errors import CheckpointError
 from penstock.offload.checkpoint import Checkpoint, TensorEntry, torch_dtype
 from penstock.offload.layout import BlockLayout
 from penstock.profiles.manifest import (
@@ -30,8 +36,11 @@ from penstock.profiles.manifest import (
     VaeSpec,
     Weights,
 )
+from penstock.quant.compute import Computing, Scratch, scratch_bytes
+from penstock.quant.format import QuantFormat
+from penstock.quant.linear import replace_linears
 
-Shapes = Mapping[str, tuple[int, ...]]
+Formats = Mapping[str, QuantFormat]
 
 
 @dataclass(frozen=True)
@@ -39,39 +48,76 @@ class Component:
     """One network: its skeleton and the places of its weights.
 
     Attributes:
-        name: its folder's name.
+        name: what it is called in plans and reports.
         module: the network on the meta device, with one block; ours to bind tensors to.
-        block: that block, the template of all (None: the network has no blocks).
+        templates: the block module of each block; blocks stored alike share one (empty: no blocks).
         rest: everything outside the blocks.
         blocks: one layout a block.
         cross: the cross-attention K/V projections of each block, which leave the stream (DiT).
-        dtype: the type it computes in, that of its largest matrices.
+        dtype: the type it computes in.
+        formats: of the quantised linears of each block.
+        adapters: what makes odd tensors fit: first outside the blocks, then block by block.
+        source: where it comes from.
+        scratch_bytes: of the one buffer that the model's quantised weights are decoded into.
     """
 
     name: str
     module: Any
-    block: Any
+    templates: tuple[Any, ...]
     checkpoint: Checkpoint
     rest: BlockLayout
     blocks: tuple[BlockLayout, ...]
     cross: tuple[BlockLayout, ...]
     dtype: torch.dtype
+    formats: tuple[Formats, ...]
+    adapters: tuple[Adapter, ...]
+    source: ComponentSource
+    scratch_bytes: int = 0
+    _ready: set[int] = field(default_factory=set, repr=False, compare=False)
 
     @property
     def weights(self) -> Weights:
-        """The bytes of it, for the planner."""
+        """The bytes of it, for the planner: as stored, and what adapting takes beside them."""
+        extra = self.adapters[0].nbytes + max((a.nbytes for a in self.adapters[1:]), default=0)
         return Weights(
-            rest_bytes=self.rest.nbytes,
+            rest_bytes=self.rest.nbytes + extra + self.scratch_bytes,
             block_bytes=tuple(layout.nbytes for layout in self.blocks),
             itemsize=self.dtype.itemsize,
         )
 
+    @property
+    def quantised(self) -> bool:
+        """Whether `install` must be called before the network computes."""
+        return any(self.formats)
+
+    def install(self, computing: Computing) -> None:
+        """Put quantised linears into the block modules where the files store them so."""
+        for module, formats in zip(self.templates, self.formats, strict=True):
+            if id(module) not in self._ready:
+                replace_linears(module, formats, computing, self.dtype)
+                self._ready.add(id(module))
+
+    @contextmanager
+    def bound(self, tensors: Mapping[str, Tensor], index: int | None = None) -> Iterator[Any]:
+        """The block ``index`` (None: the network) with its streamed ``tensors`` bound inside."""
+        place = 0 if index is None else index + 1
+        module = (self.module, *self.templates)[place]
+        bind(module, self.adapters[place](tensors))
+        try:
+            yield module
+        finally:
+            unbind(module)
+
+    def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
+        """Rows of a table, in `dtype`, on the CPU; nothing else is read."""
+        return read_table_rows(self.source, self.checkpoint, name, rows, self.dtype)
+
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A Wan2.1 model in diffusers' folder layout, opened by its headers alone."""
+    """A Wan2.1 model, wherever its parts lie, opened by its headers alone."""
 
-    folder: Path
+    source: ModelSource
     transformer: Component
     text: Component
     vae_encoder: Component
@@ -94,22 +140,50 @@ class ModelFiles:
             positions=config.rope_max_seq_len,
         )
 
-    @classmethod
-    def open(cls, folder: Path) -> ModelFiles:
-        """Describe the model in ``folder`` without reading a weight.
+    @property
+    def files(self) -> dict[str, Path]:
+        """Every file that a result depends on, by component and name."""
+        found: dict[str, Path] = {}
+        for part in self.source.components():
+            config = part.raw.path / "config.json"
+            paths = [*part.raw.stamps, *([config] if config.exists() else [])]
+            found |= {f"{part.component}/{path.name}": path for path in paths}
+        tokenizer = self.source.tokenizer
+        if isinstance(tokenizer, Path):
+            inside = tokenizer.iterdir() if tokenizer.is_dir() else [tokenizer]
+            found |= {f"tokenizer/{path.name}": path for path in inside if path.is_file()}
+        return found
+
+    def tokenizer(self) -> Any:
+        """The text encoder's tokenizer.
 
         Raises:
-            CheckpointError: no Wan2.1 pipeline, or one that penstock does not run.
+            CheckpointError: it cannot be read.
+        """
+        return open_tokenizer(self.source.tokenizer)
+
+    @classmethod
+    def open(cls, model: str | Path | None, files: Files | None = None) -> ModelFiles:
+        """Describe a model without reading a weight.
+
+        Args:
+            model, files: as `penstock.engine.locate.locate` takes them.
+
+        Raises:
+            CheckpointError: no Wan2.1 model, or one that penstock does not run.
             HeaderError, PickleRefused, TensorMismatch: a component's files cannot be used.
         """
-        _check_index(folder)
-        transformer = _open_transformer(folder)
-        text = _open_text(folder)
-        encoder, decoder = _open_vae(folder)
-        has_image = transformer.module.config.image_dim is not None
-        image = _open_image(folder) if has_image else None
+        source = locate(model, files)
+        transformer = _open_transformer(source.transformer)
+        text = _open_text(source.text_encoder)
+        encoder, decoder = _open_vae(source.vae)
+        image = None if source.image_encoder is None else _open_image(source.image_encoder)
+        scratch = max(_scratch_bytes(part) for part in (transformer, text, image) if part)
+        transformer = replace(transformer, scratch_bytes=scratch)
+        text = replace(text, scratch_bytes=scratch)
+        image = None if image is None else replace(image, scratch_bytes=scratch)
         return cls(
-            folder=folder,
+            source=source,
             transformer=transformer,
             text=text,
             vae_encoder=encoder,
@@ -117,6 +191,18 @@ class ModelFiles:
             image=image,
             manifest=_manifest(transformer, text, encoder, decoder, image),
         )
+
+    def install(self, device: torch.device) -> None:
+        """Make the quantised linears compute on ``device``: exactly, through one scratch buffer."""
+        if any(part.quantised for part in self.components()):
+            computing = Computing(Scratch(self.transformer.scratch_bytes, device))
+            for part in self.components():
+                part.install(computing)
+
+    @property
+    def folder(self) -> Path:
+        """What the model was found by, as a path."""
+        return Path(self.source.origin)
 
     def components(self) -> tuple[Component, ...]:
         """All networks of the model."""
@@ -129,224 +215,135 @@ class ModelFiles:
             component.checkpoint.close()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``.
-
-    Raises:
-        CheckpointError: the file is missing or holds no JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(
-            "not a model folder",
-            expected=f"a file {path.name} in {path.parent}",
-            found="none",
-            remedy="Give the folder that holds model_index.json, as diffusers saves it.",
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read", expected="a JSON object", found=str(error)
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{path} cannot be used", expected="a JSON object", found=type(value).__name__
-        )
-    return value
-
-
-def _check_index(folder: Path) -> None:
-    index = read_json(folder / "model_index.json")
-    known = ("WanImageToVideoPipeline", "WanPipeline")
-    found = index.get("_class_name")
-    if found not in known:
-        raise CheckpointError(
-            f"{folder} holds another kind of model", expected=" or ".join(known), found=str(found)
-        )
-    second = index.get("transformer_2") or [None, None]
-    if second[0] is not None or index.get("expand_timesteps"):
-        raise CheckpointError(
-            f"{folder} holds a Wan 2.2 model",
-            expected="Wan 2.1: one transformer, one timestep a step",
-            found="two transformers or expanded timesteps",
-        )
-
-
-def _config(folder: Path, name: str) -> dict[str, Any]:
-    config = read_json(folder / name / "config.json")
-    return {key: value for key, value in config.items() if not key.startswith("_")}
-
-
-def _open_transformer(folder: Path) -> Component:
+def _open_transformer(source: ComponentSource) -> Component:
     from diffusers import WanTransformer3DModel
 
-    config = _config(folder, "transformer")
-    if config.get("pos_embed_seq_len") is not None:
+    if source.config.get("pos_embed_seq_len") is not None:
         raise CheckpointError(
             "first-and-last-frame models are not supported",
             expected="pos_embed_seq_len absent",
-            found=str(config["pos_embed_seq_len"]),
+            found=str(source.config["pos_embed_seq_len"]),
         )
-    module = skeleton(WanTransformer3DModel, config | {"num_layers": 1})
-    return _component(
-        folder / "transformer",
-        module,
-        module.blocks[0],
-        prefix="blocks.",
-        count=config.get("num_layers", 40),
-        leaves_stream=is_cross_kv,
-    )
+    module = skeleton(WanTransformer3DModel, dict(source.config) | {"num_layers": 1})
+    count = source.config["num_layers"]
+    return _component(source, module, module.blocks[0], "blocks.", count, is_cross_kv)
 
 
-def _open_text(folder: Path) -> Component:
+def _open_text(source: ComponentSource) -> Component:
     from transformers import UMT5Config, UMT5EncoderModel
 
-    config = _config(folder, "text_encoder")
+    config = dict(source.config)
     module = skeleton(UMT5EncoderModel, UMT5Config(**(config | {"num_layers": 1})))
-    return _component(
-        folder / "text_encoder",
-        module,
-        module.encoder.block[0],
-        prefix="encoder.block.",
-        count=config["num_layers"],
-        gathered=("shared.weight",),
-        ignored=("encoder.embed_tokens.weight",),
-    )
+    block, count = module.encoder.block[0], config["num_layers"]
+    return _component(source, module, block, "encoder.block.", count)
 
 
-def _open_image(folder: Path) -> Component:
+def _open_image(source: ComponentSource) -> Component:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    config = _config(folder, "image_encoder")
+    config = dict(source.config)
     module = skeleton(CLIPVisionModel, CLIPVisionConfig(**(config | {"num_hidden_layers": 1})))
-    component = _component(
-        folder / "image_encoder",
-        module,
-        module.encoder.layers[0],
-        prefix="encoder.layers.",
-        count=config["num_hidden_layers"],
-        ignored=("embeddings.position_ids", "visual_projection.weight"),
-        strip="vision_model.",
-    )
+    block, count = module.encoder.layers[0], config["num_hidden_layers"]
     # The model is conditioned on hidden_states[-2]: the last layer is never computed.
-    return _replace_blocks(component, component.blocks[:-1])
+    return _component(source, module, block, "encoder.layers.", count - 1)
 
 
-def _open_vae(folder: Path) -> tuple[Component, Component]:
+def _open_vae(source: ComponentSource) -> tuple[Component, Component]:
     from diffusers import AutoencoderKLWan
 
-    config = _config(folder, "vae")
     halves = []
-    for half, parts in (("encoder", ("encoder.", "quant_conv.")),
-                        ("decoder", ("decoder.", "post_quant_conv."))):  # fmt: skip
-        module = skeleton(AutoencoderKLWan, config)
-        component = _component(folder / "vae", module, None, only=parts, name=f"vae {half}")
-        halves.append(component)
+    for half, parts in (
+        ("encoder", ("encoder.", "quant_conv.")),
+        ("decoder", ("decoder.", "post_quant_conv.")),
+    ):
+        module = skeleton(AutoencoderKLWan, dict(source.config))
+        component = _component(source, module, None, only=parts)
+        halves.append(replace(component, name=f"vae {half}"))
     return halves[0], halves[1]
 
 
-def _replace_blocks(component: Component, blocks: tuple[BlockLayout, ...]) -> Component:
-    from dataclasses import replace
-
-    return replace(component, blocks=blocks)
-
-
 def _component(
-    folder: Path,
+    source: ComponentSource,
     module: Any,
     block: Any,
-    *,
     prefix: str = "",
     count: int = 0,
     leaves_stream: Callable[[str], bool] = lambda name: False,
-    gathered: tuple[str, ...] = (),
-    ignored: tuple[str, ...] = (),
     only: tuple[str, ...] = ("",),
-    strip: str = "",
-    name: str = "",
 ) -> Component:
-    checkpoint = Checkpoint.open(folder)
-    entries = {key.removeprefix(strip): entry for key, entry in checkpoint.items()}
-    entries = {key: entry for key, entry in entries.items() if key not in ignored}
-    check_tensors(folder, entries, _expected(module, block, prefix, count, ignored))
-    rest = {
-        key: entry
-        for key, entry in entries.items()
-        if not (prefix and key.startswith(prefix)) and key not in gathered and key.startswith(only)
-    }
-    local = [_local(entries, f"{prefix}{index}.") for index in range(count)]
+    entries = source.entries()
+    groups = [
+        {key: entry for key, entry in entries.items() if _in_rest(key, prefix, only)},
+        *(_local(entries, f"{prefix}{index}.") for index in range(count)),
+    ]
+    formats = _local_formats(linear_formats(source), prefix, count)
+    blocks = [_split(group, leaves_stream) for group in groups[1:]]
+    dtype = torch_dtype(compute_tag(source))
     return Component(
-        name=name or folder.name,
+        name=source.component,
         module=module,
-        block=block,
-        checkpoint=checkpoint,
-        rest=BlockLayout.from_entries(rest),
-        blocks=tuple(
-            BlockLayout.from_entries({k: e for k, e in block.items() if not leaves_stream(k)})
-            for block in local
-        ),
-        cross=tuple(
-            BlockLayout.from_entries({k: e for k, e in block.items() if leaves_stream(k)})
-            for block in local
-            if any(map(leaves_stream, block))
-        ),
-        dtype=_compute_dtype(local[0] if local else rest),
+        templates=_templates(block, formats),
+        checkpoint=Checkpoint(source.raw.path, entries, source.raw.stamps, {}),
+        rest=BlockLayout.from_entries(groups[0]),
+        blocks=tuple(BlockLayout.from_entries(streamed) for streamed, _ in blocks),
+        cross=tuple(BlockLayout.from_entries(cross) for _, cross in blocks if cross),
+        dtype=dtype,
+        formats=formats,
+        adapters=adapters_of(source, prefix, count, only, dtype),
+        source=source,
     )
+
+
+def _scratch_bytes(component: Component) -> int:
+    shapes = component.source.shapes
+    formats = linear_formats(component.source)
+    weights = [(fmt, shapes[f"{name}.weight"]) for name, fmt in formats.items()]
+    return scratch_bytes(
+        ((fmt, (shape[0], shape[1])) for fmt, shape in weights), compute_tag(component.source)
+    )
+
+
+def _in_rest(key: str, prefix: str, only: tuple[str, ...]) -> bool:
+    """Whether a tensor is loaded with the network itself (the embedding is gathered by rows)."""
+    in_block = bool(prefix) and key.startswith(prefix)
+    return not in_block and not key.startswith("shared.") and key.startswith(only)
 
 
 def _local(entries: Mapping[str, TensorEntry], prefix: str) -> dict[str, TensorEntry]:
     return {key[len(prefix) :]: e for key, e in entries.items() if key.startswith(prefix)}
 
 
-def _compute_dtype(entries: Mapping[str, TensorEntry]) -> torch.dtype:
-    return torch_dtype(max(entries.values(), key=lambda entry: entry.nbytes).dtype)
+def _split(
+    group: Mapping[str, TensorEntry], leaves: Callable[[str], bool]
+) -> tuple[dict[str, TensorEntry], dict[str, TensorEntry]]:
+    streamed = {key: entry for key, entry in group.items() if not leaves(key)}
+    return streamed, {key: entry for key, entry in group.items() if leaves(key)}
 
 
-def _expected(
-    module: Any, block: Any, prefix: str, count: int, ignored: tuple[str, ...]
-) -> dict[str, tuple[int, ...]]:
-    shapes = {key: tuple(t.shape) for key, t in module.state_dict().items()}
-    shapes = {key: shape for key, shape in shapes.items() if key not in ignored}
-    if block is None:
-        return shapes
-    template = {key: tuple(t.shape) for key, t in block.state_dict().items()}
-    expected = {key: shape for key, shape in shapes.items() if not key.startswith(prefix)}
-    for index in range(count):
-        expected |= {f"{prefix}{index}.{key}": shape for key, shape in template.items()}
-    return expected
+def _local_formats(formats: Formats, prefix: str, count: int) -> tuple[Formats, ...]:
+    """The formats of each block's quantised linears under their local names.
 
-
-def check_tensors(where: Path, entries: Mapping[str, TensorEntry], expected: Shapes) -> None:
-    """Compare the tensors of a file with those that its config demands.
-
-    Raises:
-        TensorMismatch: names the first missing, extra or misshaped tensor and how many there are.
+    Outside the blocks nothing stays quantised: those layers are few, and errors there reach every
+    token; their adapter decodes them when they are loaded.
     """
-    order = _natural
-    for what, names in (
-        ("missing", sorted(expected.keys() - entries.keys(), key=order)),
-        ("unknown", sorted(entries.keys() - expected.keys(), key=order)),
-    ):
-        if names:
-            raise TensorMismatch(
-                f"{where} does not hold the tensors its config demands",
-                expected=f"{len(expected)} tensors",
-                found=f"{len(names)} {what}, the first is {names[0]}",
-                remedy="The files are incomplete or belong to another model: copy them again.",
-            )
-    wrong = sorted((n for n in expected if entries[n].shape != expected[n]), key=order)
-    if wrong:
-        first = wrong[0]
-        raise TensorMismatch(
-            f"{where} does not hold the shapes its config demands ({len(wrong)} differ)",
-            expected=f"{first} of shape {list(expected[first])}",
-            found=str(list(entries[first].shape)),
-            remedy="Weights and config.json belong to different models: copy both again.",
-        )
+    starts = [f"{prefix}{index}." for index in range(count)]
+    return tuple(
+        {name[len(start) :]: fmt for name, fmt in formats.items() if name.startswith(start)}
+        for start in starts
+    )
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
+def _templates(block: Any, formats: Sequence[Formats]) -> tuple[Any, ...]:
+    """A block module for each block; one is shared by all blocks whose linears are stored alike."""
+    made: list[tuple[Formats, Any]] = []
+    templates = []
+    for wanted in formats:
+        known = next((module for found, module in made if found == wanted), None)
+        if known is None:
+            known = block if not made else copy.deepcopy(block)
+            made.append((wanted, known))
+        templates.append(known)
+    return tuple(templates)
 
 
 def _manifest(

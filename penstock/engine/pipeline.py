@@ -49,7 +49,7 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
     """
     started = time.perf_counter()
     stage = Stage(job, listener, cancelled)
-    with Ending(job.keeper):
+    with Ending(job.keeper, job.device):
         for message in (*job.notices, *(warning.message for warning in job.request.warnings)):
             stage.monitor.notice(message)
         latents = sample(stage)
@@ -74,7 +74,7 @@ def sample(stage: Stage) -> Tensor:
         if conditions is None:
             conditions = condition(stage)
             keeper.keep_conditions(conditions)
-        sampling = Sampling(stage)
+        sampling = stage.attempt("denoise", lambda: Sampling(stage))
         latents = stage.attempt("denoise", lambda: denoise(stage, conditions, sampling))
         keeper.keep_latents(latents)
     return latents
@@ -97,7 +97,7 @@ def condition(stage: Stage) -> Conditions:
 def encode_prompts(stage: Stage) -> list[Tensor]:
     """Text states (1, 512, d) of the prompt and, with guidance, of the negative prompt, on CPU."""
     component, request = stage.model.text, stage.job.request
-    tokenizer = prompts.load_tokenizer(stage.model.folder / "tokenizer")
+    tokenizer = stage.model.tokenizer()
     texts = [request.prompt]
     if request.uses_guidance:
         texts.append(request.effective_negative_prompt)
@@ -109,12 +109,12 @@ def encode_prompts(stage: Stage) -> list[Tensor]:
     with stage.phase("text", len(component.blocks), "layer") as (plan, phase):
         hidden = prompts.embed(
             tokenised,
-            lambda rows: component.checkpoint.read_rows("shared.weight", rows),
+            lambda rows: component.read_rows("shared.weight", rows),
             dtype=component.dtype,
             device=stage.device,
         )
         with stage.stream(component.blocks, plan.stream, phase, 1) as stream:
-            layers = _counted(visits(stream, component.block, phase), phase)
+            layers = _counted(visits(stream, component, phase), phase)
             hidden = prompts.encode_layers(layers, hidden, lengths)
         with stage.rest(component) as module:
             norm = module.encoder.final_layer_norm
@@ -135,7 +135,7 @@ def encode_picture(stage: Stage, picture: Image) -> Tensor | None:
     component = stage.model.image
     if component is None:
         return None
-    processor = pictures.load_image_processor(stage.model.folder / "image_processor")
+    processor = pictures.make_image_processor(stage.model.source.image_processor)
     pixels = pictures.pixel_values(processor, picture)
     with stage.phase("image", len(component.blocks), "layer") as (plan, phase):
         with stage.rest(component) as module:
@@ -143,7 +143,7 @@ def encode_picture(stage: Stage, picture: Image) -> Tensor | None:
                 module.embeddings, module.pre_layrnorm, pixels.to(stage.device)
             )
         with stage.stream(component.blocks, plan.stream, phase, 1) as stream:
-            layers = _counted(visits(stream, component.block, phase), phase)
+            layers = _counted(visits(stream, component, phase), phase)
             return pictures.encode_layers(layers, hidden).cpu()
 
 
@@ -206,7 +206,7 @@ def prepare(
         contexts = [dit.prepare_context(model, text, image) for text in texts]
         cross = CrossStore(stage.device, on_device=plan.cross_kv_on_device)
         with stage.stream(component.cross, plan.stream, phase, 1) as stream:
-            for _, block in _counted(visits(stream, component.block, phase), phase):
+            for _, block in _counted(visits(stream, component, phase), phase):
                 branches: list[dit.CrossKV] = []
                 for context in contexts:
                     branches.append(dit.cross_kv(block.attn2, context, *branches[:1]))
@@ -231,7 +231,7 @@ class Forward:
         """The predictions (1, out_channels, t, h, w), one a branch."""
         return dit.denoise_forward(
             self.model,
-            visits(self.stream, self.component.block, self.phase),
+            visits(self.stream, self.component, self.phase),
             model_input,
             [self.cross.branch(branch) for branch in branches],
             modulation,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from penstock.engine.keeper import Point
-from penstock.engine.sampler import Sampler, SamplerState, initial_noise, read_scheduler_config
+from penstock.engine.sampler import Sampler, SamplerState, initial_noise
 from penstock.engine.stage import Stage
 
 
@@ -39,7 +39,7 @@ class Sampling:
     def _sampler(self) -> Sampler:
         request = self._stage.job.request
         return Sampler(
-            read_scheduler_config(self._stage.model.folder / "scheduler"),
+            dict(self._stage.model.source.scheduler),
             sampler=request.sampler,
             steps=request.steps,
             shift=request.effective_shift,

@@ -6,12 +6,13 @@ fps, negative_prompt) where the official Wan2.1 defaults do not suit it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from penstock.engine.image import open_image
-from penstock.engine.model import ModelFiles, read_json
+from penstock.engine.model import ModelFiles
 from penstock.engine.request import GenerationRequest, Grid, parse_area, parse_size, size_for
 from penstock.errors import CheckpointError, UsageError
 
@@ -47,7 +48,7 @@ def resolve(settings: Settings, model: ModelFiles) -> GenerationRequest:
         raise UsageError(
             "two answers to one question", expected="--size or --max-area", found="both"
         )
-    defaults = _defaults(model.folder)
+    defaults = _defaults(model.source.defaults, model.source.origin)
     given = {
         field.name: getattr(settings, field.name)
         for field in fields(settings)
@@ -59,11 +60,7 @@ def resolve(settings: Settings, model: ModelFiles) -> GenerationRequest:
     )
 
 
-def _defaults(folder: Path) -> dict[str, Any]:
-    path = folder / "defaults.json"
-    if not path.exists():
-        return {}
-    found = read_json(path)
+def _defaults(found: Mapping[str, Any], origin: str) -> dict[str, Any]:
     texts = {"negative_prompt"}
     unknown = sorted(found.keys() - set(_NUMBERS) - texts)
     wrong = [
@@ -73,11 +70,11 @@ def _defaults(folder: Path) -> dict[str, Any]:
     ]
     if unknown or wrong:
         raise CheckpointError(
-            f"{path} cannot be used",
+            f"defaults.json of {origin} cannot be used",
             expected="numbers named " + ", ".join(_NUMBERS) + " and a text negative_prompt",
             found=", ".join(unknown + wrong),
         )
-    return found
+    return dict(found)
 
 
 def _size(settings: Settings, defaults: dict[str, Any], grid: Grid) -> tuple[int, int]:

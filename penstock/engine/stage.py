@@ -17,7 +17,6 @@ from penstock.engine.keeper import Keeper
 from penstock.engine.model import Component, ModelFiles
 from penstock.engine.recovery import MEMORY_ERRORS, Shortage, shortage
 from penstock.engine.request import GenerationRequest
-from penstock.engine.weights import bind, unbind
 from penstock.errors import OutOfMemory
 from penstock.offload.layout import BlockLayout
 from penstock.offload.ledger import ByteLedger
@@ -137,17 +136,16 @@ class Stage:
             CheckpointChanged: its files changed since the model was opened.
         """
         component.checkpoint.check_unchanged()
-        with load_block(
-            component.rest,
-            device=self.device,
-            device_ledger=self.device_ledger,
-            host_ledger=self.host_ledger,
-        ) as tensors:
-            bind(component.module, tensors)
-            try:
-                yield component.module
-            finally:
-                unbind(component.module)
+        with (
+            load_block(
+                component.rest,
+                device=self.device,
+                device_ledger=self.device_ledger,
+                host_ledger=self.host_ledger,
+            ) as tensors,
+            component.bound(tensors) as module,
+        ):
+            yield module
 
     @contextmanager
     def stream(
@@ -178,13 +176,11 @@ def residency(plan: StreamPlan) -> Residency:
     return Residency(plan.n_blocks, on_device, in_ram, plan.device_slots, plan.host_slabs)
 
 
-def visits(stream: BlockStream, block: Any, phase: PhaseMonitor) -> Iterator[tuple[int, Any]]:
+def visits(
+    stream: BlockStream, component: Component, phase: PhaseMonitor
+) -> Iterator[tuple[int, Any]]:
     """One pass over all blocks: each index with the block module, its weights bound meanwhile."""
-    try:
-        for index, tensors in stream.cycle():
-            phase.check()
-            bind(block, tensors)
+    for index, tensors in stream.cycle():
+        phase.check()
+        with component.bound(tensors, index) as block:
             yield index, block
-            unbind(block)
-    finally:
-        unbind(block)

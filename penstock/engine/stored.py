@@ -28,8 +28,6 @@ STATE_TENSORS = 5
 GENERATIONS = 3
 """Of the sampler's state: two are kept while a third is written."""
 
-_MODEL_FILES = (".json", ".safetensors", ".model", ".txt")
-
 
 @dataclass(frozen=True)
 class Order:
@@ -99,12 +97,11 @@ def begin(
 
 def conditions_now(model: ModelFiles, device: torch.device) -> Fingerprint:
     """The fingerprint of a job of this model on this device; chunks and tiles are the plan's."""
-    files = sorted(p for p in model.folder.rglob("*") if p.suffix in _MODEL_FILES and p.is_file())
     dtypes = {component.name: str(component.dtype) for component in model.components()}
     return fingerprint(
         device,
         {"attention": "sdpa", "dtypes": dtypes},
-        [(path.relative_to(model.folder).as_posix(), path) for path in files],
+        sorted(model.files.items()),
     )
 
 

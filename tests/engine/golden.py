@@ -26,6 +26,7 @@ SIZES = {
         "ffn_dim": 512,
         "num_layers": 2,
         "freq_dim": 64,
+        "text_dim": 64,
         "rope_max_seq_len": 1024,
         "added_kv_proj_dim": 256,
     },

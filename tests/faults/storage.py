@@ -13,7 +13,8 @@ from typing import Any
 from penstock.engine.durable import FileOps
 
 CHANGING = (
-    "create", "append", "write", "allocate", "fsync", "rename", "fsync_dir", "truncate", "unlink", "mkdir",
+    "create", "append", "write", "allocate", "fsync", "rename", "fsync_dir", "truncate", "unlink",
+    "mkdir",
 )  # fmt: skip
 READING = ("read", "names", "size", "free_bytes")
 OPERATIONS = (*CHANGING, *READING)

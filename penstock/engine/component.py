@@ -1,0 +1,97 @@
+"""Odd tensors made to fit: parameters that a file stores in another type than the network computes
+in, and tables that are read by rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from penstock.engine.formats import decode, is_linear
+from penstock.engine.keys import ComponentSource, as_bytes, stored_name
+from penstock.engine.storage import StoredWeight
+from penstock.offload.checkpoint import Checkpoint, torch_dtype
+
+_FLOAT32_TOO = "scale_shift_table"
+"""A table that is added in fp32 whatever the network computes in: never rounded."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Casts or decodes the odd parameters among the tensors of one block (or of the rest).
+
+    Attributes:
+        odd: storage and logical shape of each odd parameter, by its local name.
+        dtype: what they become.
+    """
+
+    odd: Mapping[str, tuple[StoredWeight, tuple[int, ...]]]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """What the made tensors take beside the stored ones."""
+        return sum(math.prod(shape) * self.dtype.itemsize for _, shape in self.odd.values())
+
+    def __call__(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """``tensors`` with the odd ones replaced; those of other runs may be absent."""
+        if not self.odd:
+            return tensors
+        made = dict(tensors)
+        for name, (stored, shape) in self.odd.items():
+            names = {suffix: stored_name(name, suffix) for suffix in stored.tensors}
+            if all(full in made for full in names.values()):
+                parts = {suffix: made.pop(full) for suffix, full in names.items()}
+                made[name] = decode(stored, parts, shape, self.dtype)
+        return made
+
+
+def adapters_of(
+    source: ComponentSource, prefix: str, count: int, only: tuple[str, ...], dtype: torch.dtype
+) -> tuple[Adapter, ...]:
+    """The adapter of the rest, then one a block."""
+    shapes = source.shapes
+    odd: list[dict[str, tuple[StoredWeight, tuple[int, ...]]]] = [{} for _ in range(count + 1)]
+    for name, stored in source.weights.items():
+        in_block = bool(prefix) and name.startswith(prefix)
+        kept = in_block and is_linear(name, shapes[name]) and not stored.plain
+        if kept or _fits(name, stored, dtype) or name.startswith("shared."):
+            continue
+        number, _, local = name[len(prefix) :].partition(".")
+        if not in_block and name.startswith(only):
+            odd[0][name] = (stored, shapes[name])
+        elif in_block and int(number) < count:
+            odd[int(number) + 1][local] = (stored, shapes[name])
+    return tuple(Adapter(each, dtype) for each in odd)
+
+
+def _fits(name: str, stored: StoredWeight, dtype: torch.dtype) -> bool:
+    """Whether the network computes with the parameter as it is stored."""
+    if not stored.plain:
+        return False
+    found = torch_dtype(stored.tensors["weight"].dtype)
+    return found == dtype or (found == torch.float32 and name.endswith(_FLOAT32_TOO))
+
+
+def read_table_rows(
+    source: ComponentSource,
+    checkpoint: Checkpoint,
+    name: str,
+    rows: Sequence[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows of a table in ``dtype``: of each stored tensor just those rows are read.
+
+    Raises:
+        CheckpointError: no format reads it.
+    """
+    stored, shape = source.weights[name], source.shapes[name]
+    tensors = {}
+    for suffix, entry in stored.tensors.items():
+        full = stored_name(name, suffix)
+        by_row = as_bytes(entry).shape[:1] == shape[:1]
+        tensors[suffix] = checkpoint.read_rows(full, rows) if by_row else checkpoint.read(full)
+    return decode(stored, tensors, (len(rows), *shape[1:]), dtype)

@@ -1,4 +1,4 @@
-"""Tables of plans for the true 14B model: profiles against measured peaks, and cards against figures.
+"""Tables of plans for the true 14B model: profiles against measured peaks, and known cards.
 
 ``peaks``: every profile and size, with 16 and with 64 GiB of system memory: the predicted peak of
 each phase beside the live bytes of the real code on fake tensors (see

@@ -21,7 +21,7 @@ from penstock.units import GIB, parse_bytes
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # pragma: no cover (Python 3.10)
 
 ATTAINED = 0.55
 """Of the dense bf16 peak, in matrix products and in attention (seen in practice)."""

@@ -134,7 +134,6 @@ class Denoise:
 
     def _contexts(self, away: bool, limits: Limits) -> Iterator[PhasePlan]:
         spec, case = self.spec, replace(self._cost_case(), cross_kv_on_device=not away)
-        rates = self.case.rates
         found = OnePass(
             "context",
             self.case,

@@ -61,7 +61,7 @@ def available_ram_bytes(root: Path = Path("/")) -> int:
 
 
 def _cgroup_free(root: Path) -> Iterator[int]:
-    """What each control group this process is in has left; page cache that can go counts as free."""
+    """What each control group of this process has left; page cache that can go counts as free."""
     for folder in _cgroup_folders(root):
         for limit_name, used_name in (
             ("memory.max", "memory.current"),

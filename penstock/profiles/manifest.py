@@ -149,11 +149,3 @@ class VideoShape:
             self.height // vae.spatial_factor,
             self.width // vae.spatial_factor,
         )
-
-    def tokens(self, vae: VaeSpec, transformer: TransformerSpec) -> int:
-        """Tokens of the DiT."""
-        sizes = zip(self.latent(vae), transformer.patch_size, strict=True)
-        count = 1
-        for size, patch in sizes:
-            count *= size // patch
-        return count

@@ -24,7 +24,7 @@ from penstock.units import format_bytes, parse_bytes
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # pragma: no cover (Python 3.10)
 
 SHIPPED = ("4gb", "6gb", "8gb", "12gb", "16gb", "24gb", "max")
 AUTO = "auto"
@@ -114,8 +114,9 @@ class Chosen:
 
 
 def choose(profile: Profile, overrides: Overrides, hardware: Hardware) -> Chosen:
-    """Budgets and policy in force, each with its origin. A profile's ceiling counts where that much
-    is free; a flag counts as it is.
+    """Budgets and policy in force, each with its origin.
+
+    A profile's ceiling counts where that much is free; a flag counts as it is.
 
     Raises:
         ProfileError: an illegal value in a flag.

@@ -220,7 +220,7 @@ class Stream:
         )
 
     def host_items(self, room_bytes: int) -> Items:
-        """``(label, bytes)`` in RAM; staging takes what of ``room_bytes`` is left, up to its most."""
+        """``(label, bytes)`` in RAM; staging takes what is left of ``room_bytes``, to a limit."""
         place = self.placement
         held = place.host_bytes + self.slabs * place.slab_bytes
         staged = staging_bytes(place.through_bytes, room_bytes - held)

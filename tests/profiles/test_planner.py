@@ -14,7 +14,7 @@ from penstock.errors import OverBudget
 from penstock.profiles.cost import encoders, transformer, vae
 from penstock.profiles.denoising import EIGHT_BIT_WORKSPACE_BYTES
 from penstock.profiles.hardware import Hardware
-from penstock.profiles.manifest import ModelManifest
+from penstock.profiles.manifest import ModelManifest, VideoShape
 from penstock.profiles.phases import Workload
 from penstock.profiles.plan import Plan
 from penstock.profiles.planner import fits, minimum_vram_bytes, plan, smaller
@@ -269,7 +269,6 @@ def test_smaller_plans_come_to_an_end(model, work, machine, resource, data) -> N
 def test_a_pinned_share_that_is_too_small_is_named() -> None:
     from penstock.profiles.builtin import builtin
     from penstock.profiles.cards import described
-    from penstock.profiles.manifest import VideoShape
 
     machine = described("RTX 3060 12GB", "32GiB", None)
     work = Workload(VideoShape(832, 480, 81), 40, True)
@@ -277,3 +276,67 @@ def test_a_pinned_share_that_is_too_small_is_named() -> None:
         plan(builtin("wan2.1-i2v-14b", "int8"), work, machine, pinned_bytes=100 << 20)
     assert refused.value.resource == "pinned RAM"
     assert refused.value.limit_bytes == 100 << 20
+
+
+class TestAdvice:
+    """What a refusal names, and what a plan says of its format."""
+
+    def chosen(self, vram: str | None, ram: str | None = None, name: str = "12gb"):
+        from penstock.profiles.cards import described
+        from penstock.profiles.profile import Overrides, choose, load
+
+        return choose(load(name), Overrides(vram=vram, ram=ram), described("4090", None, None))
+
+    def refused(self, work: Workload, chosen) -> OverBudget:
+        from penstock.profiles.advice import plan_chosen
+        from penstock.profiles.builtin import builtin
+
+        with pytest.raises(OverBudget) as found:
+            plan_chosen(lambda stored: builtin("wan2.1-i2v-14b", stored), work, chosen)
+        return found.value
+
+    def test_upright_videos_are_made_smaller_upright(self) -> None:
+        work = Workload(VideoShape(720, 1280, 17), 40, True)
+        assert "--size 480x832" in str(self.refused(work, self.chosen("1.15GiB")))
+
+    def test_nothing_fits(self) -> None:
+        error = self.refused(Workload(VideoShape(480, 832, 17), 40, True), self.chosen("50MiB"))
+        assert "--profile 4gb" in str(error) and "--size" not in str(error)
+        error = self.refused(Workload(VideoShape(8192, 8192, 161), 40, True), self.chosen("50MiB"))
+        assert "no profile and no shorter or smaller video does" in str(error)
+
+    def test_a_folder_has_one_format_and_is_tried_once(self) -> None:
+        from penstock.profiles.advice import plan_chosen
+        from penstock.profiles.builtin import builtin
+
+        only = builtin("wan2.1-i2v-14b", "bf16")
+        work = Workload(VideoShape(832, 480, 17), 4, False)
+        found = plan_chosen(lambda _: only, work, self.chosen(None))
+        (origin,) = [each for each in found.origins if each.name == "format"]
+        assert (origin.value, origin.source) == ("bf16", "the model's files")
+        with pytest.raises(OverBudget):
+            plan_chosen(lambda _: only, work, self.chosen("50MiB"))
+
+
+def test_weights_in_all() -> None:
+    from penstock.profiles.builtin import builtin
+
+    weights = builtin("wan2.1-i2v-14b", "bf16").text.weights
+    assert weights.total_bytes == weights.rest_bytes + 24 * weights.block_bytes[0]
+
+
+def test_changes_are_told() -> None:
+    from penstock.profiles.builtin import builtin
+    from penstock.profiles.cards import described
+    from penstock.profiles.plan import changes
+
+    machine = described("4090", None, None)
+    model, work = builtin("wan2.1-i2v-14b", "int8"), Workload(VideoShape(832, 480, 17), 4, True)
+    one = plan(model, work, machine, Policy(cross_kv="vram", branches=2))
+    other = plan(model, work, machine, Policy(cross_kv="ram", branches=1))
+    told, identical = changes(one, other)
+    assert identical
+    assert "1 CFG branches a visit instead of 2 CFG branches a visit" in told
+    assert changes(one, one) == ((), True)
+    assert one["denoise"].passes(2) == [range(0, 2)]
+    assert not changes(one, plan(model, work, machine, Policy(chunk_tokens=64)))[1]

@@ -189,9 +189,11 @@ def test_a_picture_for_the_wrong_kind_of_model(
 
 
 def test_a_budget_no_plan_fits(i2v_folder: Path, picture: Path, tmp_path: Path) -> None:
-    with Engine.open(i2v_folder, device="cpu", vram="1MiB", ram="1GiB") as engine:
-        with pytest.raises(OverBudget) as caught:
-            engine.submit(_request(picture), tmp_path / "x.mp4")
+    with (
+        Engine.open(i2v_folder, device="cpu", vram="1MiB", ram="1GiB") as engine,
+        pytest.raises(OverBudget) as caught,
+    ):
+        engine.submit(_request(picture), tmp_path / "x.mp4")
     assert caught.value.resource == "VRAM"
     assert caught.value.need_bytes > caught.value.limit_bytes == 1 << 20
     assert list(tmp_path.iterdir()) == []

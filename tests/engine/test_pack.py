@@ -336,6 +336,17 @@ def test_failing_operations_leave_something_to_continue(tmp_path, small, operati
         assert path.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
+def test_a_file_whose_sync_failed_is_given_up(tmp_path, small):
+    """What the system still shows of it may not be on the disk: nothing of it is reused."""
+    plan, path = _small_plan(small), tmp_path / "x.safetensors"
+    with pytest.raises(StorageError):
+        make(
+            plan, path, FaultyOps("fsync", 3)
+        )  # the second run's; the first and its notes are done
+    assert not (tmp_path / "x.safetensors.new").exists()
+    assert make(plan, path) == 0
+
+
 def test_space_is_checked_before_anything_is_written(tmp_path, model, packed):
     class Full(FileOps):
         def free_bytes(self, folder):

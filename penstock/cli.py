@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from penstock._version import __version__
-from penstock.errors import PenstockError
+from penstock.cli_files import inspect, pack, reported, verify
 
 app = typer.Typer(
     name="penstock",
@@ -29,6 +29,10 @@ app = typer.Typer(
 )
 jobs_app = typer.Typer(help="List and remove the jobs that are kept on this machine.")
 app.add_typer(jobs_app, name="jobs")
+
+
+for command in (inspect, pack, verify):
+    app.command()(command)
 
 
 class SamplerName(str, Enum):
@@ -72,7 +76,10 @@ def main_options(
 
 @app.command()
 def generate(
-    model: Annotated[Path, typer.Option(help="Folder of a Wan2.1 model in diffusers' layout.")],
+    model: Annotated[
+        str,
+        typer.Option(help="A folder (diffusers, Wan's own, ComfyUI), a transformer, or a hub id."),
+    ],
     prompt: Annotated[str, typer.Option(help="What should happen.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The mp4 to write.")],
     image: Annotated[Path | None, typer.Option(help="The picture to start from.")] = None,
@@ -125,7 +132,7 @@ def generate(
         sampler=sampler.value,
         fps=fps,
     )
-    with _reported(debug):
+    with reported(debug):
         _generate(
             model, settings, output, vram, ram, device, force, not no_metadata, as_json,
             lambda engine, request: _job_folder(engine, request, job, resume_same), profile,
@@ -154,7 +161,7 @@ def resume(
     from penstock.engine.engine import Engine
     from penstock.engine.jobs import find_job, launch_settings
 
-    with _reported(debug):
+    with reported(debug):
         folder = find_job(job)
         launch = launch_settings(folder, vram=vram, ram=ram, device=device)
         with Engine.open(launch.model, **launch.options) as engine:
@@ -177,7 +184,7 @@ def jobs(
 
     if context.invoked_subcommand is not None:
         return
-    with _reported(False):
+    with reported(False):
         found = list_jobs()
     if as_json:
         print(json.dumps([info.to_json() for info in found]))
@@ -193,7 +200,7 @@ def remove(
     """Remove a job and all that it has kept; its video stays."""
     from penstock.engine.jobs import find_job, remove_job
 
-    with _reported(debug):
+    with reported(debug):
         folder = find_job(job)
         remove_job(folder)
     print(f"removed {folder.name}")
@@ -216,7 +223,7 @@ def demo(
     """Make a video with the small model in the box."""
     from penstock.engine.demo import demo_model
 
-    with _reported(debug), tempfile.TemporaryDirectory(prefix="penstock-demo-") as scratch:
+    with reported(debug), tempfile.TemporaryDirectory(prefix="penstock-demo-") as scratch:
         model, settings = demo_model(Path(scratch), prompt=prompt, image=image)
         _generate(model, settings, output, vram, ram, device, force, True, as_json)
 
@@ -254,7 +261,7 @@ def plan(
     from penstock.engine.planning import Asked, Target, make_plan
     from penstock.plan_view import plan_view
 
-    with _reported(debug):
+    with reported(debug):
         found = make_plan(
             model,
             synthetic,
@@ -277,7 +284,7 @@ def profiles(context: typer.Context) -> None:
     from penstock.plan_view import profiles_view
 
     if context.invoked_subcommand is None:
-        with _reported(debug=False):
+        with reported(debug=False):
             Console().print(profiles_view())
 
 
@@ -287,7 +294,7 @@ def profiles_show(name: Annotated[str, typer.Argument(help="A name, or a file.")
     from penstock.plan_view import profile_view
     from penstock.profiles.profile import load
 
-    with _reported(debug=False):
+    with reported(debug=False):
         Console().print(profile_view(load(name)))
 
 
@@ -302,7 +309,7 @@ def doctor(
     from penstock.engine.doctor import examine
     from penstock.plan_view import findings_view
 
-    with _reported(debug):
+    with reported(debug):
         found = examine(device, folder)
     if as_json:
         print(json.dumps(found.to_json()))
@@ -317,7 +324,7 @@ JobFolder = Callable[[Any, Any], tuple[Path, bool]]
 
 
 def _generate(
-    model: Path,
+    model: Path | str,
     settings: Any,
     output: Path,
     vram: str | None,
@@ -384,18 +391,6 @@ def _stopping(cancel: Callable[[], None]) -> Iterator[None]:
     finally:
         for number, handler in zip(signals, before, strict=True):
             signal.signal(number, handler)
-
-
-@contextmanager
-def _reported(debug: bool) -> Iterator[None]:
-    """Errors of penstock's own become one line and an exit code; others stay tracebacks."""
-    try:
-        yield
-    except PenstockError as error:
-        if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from error
 
 
 def main() -> None:

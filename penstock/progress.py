@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from penstock.engine.events import Event, Notice, PhaseEnded, PhaseStarted, Replanned
 from penstock.engine.events import Progress as Advance
@@ -152,3 +159,18 @@ def jobs_table(jobs: Sequence[JobInfo]) -> str:
 
 
 Show = Callable[[Event], None]
+
+
+@contextmanager
+def pack_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar of bytes that appears with the first call of what is given: (what, done, total)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bars:
+        tasks: list[TaskID] = []
+
+        def show(what: str, done: int, total: int) -> None:
+            if not tasks:
+                tasks.append(bars.add_task(what, total=total))
+            bars.update(tasks[0], description=what.replace("_", " "), completed=done)
+
+        yield show

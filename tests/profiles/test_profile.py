@@ -129,3 +129,9 @@ def test_words_of_flags_are_checked_too() -> None:
         choose(Profile("p", ""), Overrides(compute="slow"), MACHINE)
     with pytest.raises(UsageError):
         choose(Profile("p", ""), Overrides(vram="-1"), MACHINE)
+
+
+def test_auto_takes_back_what_a_profile_fixed() -> None:
+    fixed = parse("mine", 'tiles = "2x2"', Path("mine.toml"))
+    assert choose(fixed, Overrides(), MACHINE).policy.tiles == (2, 2)
+    assert choose(fixed, Overrides(tiles="auto"), MACHINE).policy.tiles is None

@@ -65,7 +65,7 @@ class Display:
 
     def _show_line(self, event: Event) -> None:
         if isinstance(event, PhaseStarted):
-            line = f"{event.phase}: {event.total} {event.unit}s"
+            line = f"{event.phase}: {event.total} {event.unit}{'s' if event.total != 1 else ''}"
         elif isinstance(event, Advance):
             if event.unit != "step":
                 return

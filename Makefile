@@ -1,26 +1,21 @@
 # make demo   an image and a prompt become a video, on CPU, with the model in the box
 # make test   the whole test suite
-# make faults the full counts of the fault tests: kills, out of memory, limits (an hour)
 # make lint   ruff, mypy, import-linter
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test quick faults lint coverage clean
+.PHONY: demo test quick lint coverage clean
 
 demo: $(STAMP)
-	mkdir -p out
 	$(BIN)/penstock demo -o out/demo.mp4 --force
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest
 
 quick: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not faults"
-
-faults: $(STAMP)
-	$(BIN)/python -m pytest tests/faults -m faults -s
 
 coverage: $(STAMP)
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import signal
 import sys
 import tempfile
@@ -17,8 +16,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from penstock import cli_files
 from penstock._version import __version__
-from penstock.cli_files import inspect, pack, reported, verify
+from penstock.cli_files import Model, Part, Tokenizer, reported
 
 app = typer.Typer(
     name="penstock",
@@ -29,10 +29,9 @@ app = typer.Typer(
 )
 jobs_app = typer.Typer(help="List and remove the jobs that are kept on this machine.")
 app.add_typer(jobs_app, name="jobs")
-
-
-for command in (inspect, pack, verify):
-    app.command()(command)
+app.add_typer(cli_files.cache_app, name="cache")
+for _command in (cli_files.inspect, cli_files.pack, cli_files.verify):
+    app.command()(_command)
 
 
 class SamplerName(str, Enum):
@@ -43,16 +42,18 @@ class SamplerName(str, Enum):
     EULER = "euler"
 
 
+class ComputeName(str, Enum):
+    """Ways to compute with quantised weights."""
+
+    EXACT = "exact"
+    FAST = "fast"
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 Vram = Annotated[str | None, typer.Option(help='Ceiling on VRAM, such as "12GiB".')]
 Ram = Annotated[str | None, typer.Option(help="Ceiling on host memory for weights and frames.")]
 Device = Annotated[str, typer.Option(help="auto, cuda or cpu.")]
-Profile = Annotated[str, typer.Option(help="A profile's name, or the path of a .toml file.")]
-Compute = Annotated[
-    str | None, typer.Option(help="exact, or fast (8-bit products where they work).")
-]
-Weights = Annotated[str | None, typer.Option(help="Weight format, such as int8.")]
 Force = Annotated[bool, typer.Option(help="Replace an existing output.")]
 
 
@@ -76,12 +77,20 @@ def main_options(
 
 @app.command()
 def generate(
-    model: Annotated[
-        str,
-        typer.Option(help="A folder (diffusers, Wan's own, ComfyUI), a transformer, or a hub id."),
-    ],
     prompt: Annotated[str, typer.Option(help="What should happen.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The mp4 to write.")],
+    model: Model = None,
+    transformer: Part = None,
+    text_encoder: Part = None,
+    vae: Part = None,
+    image_encoder: Part = None,
+    tokenizer: Tokenizer = None,
+    format: Annotated[
+        str | None, typer.Option(help="Of the transformer, such as int8; packed on first use.")
+    ] = None,
+    compute: Annotated[
+        ComputeName, typer.Option(help="exact decodes quantised weights; fast uses 8-bit products.")
+    ] = ComputeName.EXACT,
     image: Annotated[Path | None, typer.Option(help="The picture to start from.")] = None,
     negative: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
     size: Annotated[str | None, typer.Option(help="Pixels, such as 1280x720.")] = None,
@@ -98,7 +107,6 @@ def generate(
     vram: Vram = None,
     ram: Ram = None,
     device: Device = "auto",
-    profile: Profile = "auto",
     force: Force = False,
     no_metadata: Annotated[
         bool, typer.Option("--no-metadata", help="Leave prompt and settings out of the file.")
@@ -116,8 +124,12 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Make a video from a prompt, and a picture where the model takes one."""
+    from penstock.engine.locate import Files
     from penstock.engine.settings import Settings
 
+    files = Files(transformer, text_encoder, vae, image_encoder, tokenizer)
+    opening = {"model": model, "files": files, "format": format, "compute": compute.value,
+               "vram": vram, "ram": ram, "device": device}  # fmt: skip
     settings = Settings(
         prompt=prompt,
         image=image,
@@ -134,8 +146,8 @@ def generate(
     )
     with reported(debug):
         _generate(
-            model, settings, output, vram, ram, device, force, not no_metadata, as_json,
-            lambda engine, request: _job_folder(engine, request, job, resume_same), profile,
+            opening, settings, output, force, not no_metadata, as_json,
+            lambda engine, request: _job_folder(engine, request, job, resume_same),
         )  # fmt: skip
 
 
@@ -158,13 +170,12 @@ def resume(
     debug: Debug = False,
 ) -> None:
     """Continue a job that was stopped, failed or killed."""
-    from penstock.engine.engine import Engine
     from penstock.engine.jobs import find_job, launch_settings
 
     with reported(debug):
         folder = find_job(job)
         launch = launch_settings(folder, vram=vram, ram=ram, device=device)
-        with Engine.open(launch.model, **launch.options) as engine:
+        with _opened({"model": launch.model} | launch.options) as engine:
             running = engine.resume(
                 folder, output, force=force, allow_nonidentical=allow_nonidentical
             )
@@ -225,98 +236,8 @@ def demo(
 
     with reported(debug), tempfile.TemporaryDirectory(prefix="penstock-demo-") as scratch:
         model, settings = demo_model(Path(scratch), prompt=prompt, image=image)
-        _generate(model, settings, output, vram, ram, device, force, True, as_json)
-
-
-@app.command()
-def plan(
-    model: Annotated[Path | None, typer.Option(help="Folder of a model.")] = None,
-    synthetic: Annotated[
-        str | None, typer.Option(help="A built-in description instead: wan2.1-i2v-14b.")
-    ] = None,
-    image: Annotated[Path | None, typer.Option(help="The picture, for its aspect.")] = None,
-    size: Annotated[str | None, typer.Option(help="Pixels, such as 1280x720.")] = None,
-    max_area: Annotated[str | None, typer.Option(help="720p, 480p or WxH.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames, 4n+1 (81).")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps (40).")] = None,
-    cfg: Annotated[float | None, typer.Option(help="Guidance scale (5); 1 is off.")] = None,
-    vram: Vram = None,
-    ram: Annotated[
-        str | None, typer.Option(help="Ceiling on RAM; with --card, that machine's memory.")
-    ] = None,
-    device: Device = "auto",
-    profile: Profile = "auto",
-    card: Annotated[
-        str | None, typer.Option(help='Plan for another machine, such as "RTX 3060 12GB".')
-    ] = None,
-    disk: Annotated[
-        str | None, typer.Option(help="Its disk: nvme5, nvme4, nvme3, sata, hdd, or 3.5GB/s.")
-    ] = None,
-    weights: Weights = None,
-    compute: Compute = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Say what a video will take, in bytes and seconds, without loading anything."""
-    from penstock.engine.planning import Asked, Target, make_plan
-    from penstock.plan_view import plan_view
-
-    with reported(debug):
-        found = make_plan(
-            model,
-            synthetic,
-            Asked(size, max_area, frames, steps, cfg, image),
-            Target(device, card, ram, disk, vram, profile, weights, compute),
-        )
-    if as_json:
-        print(json.dumps(found.to_json()))
-    else:
-        Console().print(plan_view(found), highlight=False, soft_wrap=True)
-
-
-profiles_app = typer.Typer(help="Byte budgets and policies by name.", invoke_without_command=True)
-app.add_typer(profiles_app, name="profiles")
-
-
-@profiles_app.callback()
-def profiles(context: typer.Context) -> None:
-    """List the profiles."""
-    from penstock.plan_view import profiles_view
-
-    if context.invoked_subcommand is None:
-        with reported(debug=False):
-            Console().print(profiles_view())
-
-
-@profiles_app.command("show")
-def profiles_show(name: Annotated[str, typer.Argument(help="A name, or a file.")]) -> None:
-    """Show one profile."""
-    from penstock.plan_view import profile_view
-    from penstock.profiles.profile import load
-
-    with reported(debug=False):
-        Console().print(profile_view(load(name)))
-
-
-@app.command()
-def doctor(
-    device: Device = "auto",
-    folder: Annotated[Path | None, typer.Option(help="On the disk that the models are on.")] = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Say what this machine is and does, measure it, and keep the rates for plans."""
-    from penstock.engine.doctor import examine
-    from penstock.plan_view import findings_view
-
-    with reported(debug):
-        found = examine(device, folder)
-    if as_json:
-        print(json.dumps(found.to_json()))
-        return
-    rows = [(each.topic, each.found, each.remedy) for each in found.findings]
-    Console().print(findings_view(found.machine, rows), highlight=False)
-    print(f"rates are kept in {found.stored_in}")
+        opening = {"model": model, "vram": vram, "ram": ram, "device": device}
+        _generate(opening, settings, output, force, True, as_json)
 
 
 JobFolder = Callable[[Any, Any], tuple[Path, bool]]
@@ -324,22 +245,17 @@ JobFolder = Callable[[Any, Any], tuple[Path, bool]]
 
 
 def _generate(
-    model: Path | str,
+    opening: dict[str, Any],
     settings: Any,
     output: Path,
-    vram: str | None,
-    ram: str | None,
-    device: str,
     force: bool,
     metadata: bool,
     as_json: bool,
     job_folder: JobFolder | None = None,
-    profile: str = "auto",
 ) -> None:
-    from penstock.engine.engine import Engine
     from penstock.engine.settings import resolve
 
-    with Engine.open(model, vram=vram, ram=ram, device=device, profile=profile) as engine:
+    with _opened(opening) as engine:
         request = resolve(settings, engine.model)
         folder, resumes = (None, False) if job_folder is None else job_folder(engine, request)
         plan = engine.plan(request)
@@ -348,6 +264,15 @@ def _generate(
         else:
             job = engine.submit(request, output, force=force, metadata=metadata, job_dir=folder)
         _watch(job, plan, as_json)
+
+
+def _opened(opening: dict[str, Any]) -> Any:
+    """The engine; a bar shows a packing on first use."""
+    from penstock.engine.engine import Engine
+    from penstock.progress import pack_bar
+
+    with pack_bar(Console(stderr=True)) as progress:
+        return Engine.open(**opening, progress=progress)
 
 
 def _watch(job: Any, plan: Any, as_json: bool) -> None:
@@ -372,7 +297,7 @@ def _job_folder(
     from penstock.engine.jobs import find_unfinished, new_job_folder
     from penstock.engine.stored import request_values
 
-    found = find_unfinished(request_values(request, engine.model.folder), folder)
+    found = find_unfinished(request_values(request, engine.model), folder)
     if found is not None and resumes is not False:
         question = f"job {found.name} is the same and unfinished ({found.step}/{found.steps} steps)"
         if resumes or (sys.stdin.isatty() and typer.confirm(f"{question}: continue it?")):
@@ -395,9 +320,8 @@ def _stopping(cancel: Callable[[], None]) -> Iterator[None]:
 
 def main() -> None:
     """Entry point of the ``penstock`` command."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    for library in ("DIFFUSERS", "TRANSFORMERS"):  # they set their own level when they are imported
-        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    for library in ("bitsandbytes", "diffusers", "transformers"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     app()
 
 

@@ -7,15 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from penstock.engine.cache import CachedPack
 from penstock.engine.events import Event, Notice, PhaseEnded, PhaseStarted, Replanned
 from penstock.engine.events import Progress as Advance
 from penstock.engine.jobs import JobInfo
@@ -65,7 +59,7 @@ class Display:
 
     def _show_line(self, event: Event) -> None:
         if isinstance(event, PhaseStarted):
-            line = f"{event.phase}: {event.total} {event.unit}{'s' if event.total != 1 else ''}"
+            line = f"{event.phase}: {event.total} {event.unit}s"
         elif isinstance(event, Advance):
             if event.unit != "step":
                 return
@@ -151,14 +145,19 @@ def jobs_table(jobs: Sequence[JobInfo]) -> str:
         )
         for info in jobs
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (zip(row, widths, strict=True) for row in rows)
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in line).rstrip() for line in lines
-    )
+    return _table(rows)
 
 
-Show = Callable[[Event], None]
+def packs_table(packs: Sequence[CachedPack]) -> str:
+    """The packs in the cache: name, size and what they were made from."""
+    if not packs:
+        return "no packs"
+    rows = [("PACK", "SIZE", "MADE FROM")]
+    rows += [
+        (each.name, format_bytes(each.size_bytes), each.source if each.whole else "(unfinished)")
+        for each in packs
+    ]
+    return _table(rows)
 
 
 @contextmanager
@@ -174,3 +173,15 @@ def pack_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
             bars.update(tasks[0], description=what.replace("_", " "), completed=done)
 
         yield show
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of equal length in aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (zip(row, widths, strict=True) for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in line).rstrip() for line in lines
+    )
+
+
+Show = Callable[[Event], None]

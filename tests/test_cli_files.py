@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from penstock.cli import app
+from penstock.engine.jobs import launch_settings
 from tests.engine import golden
 
 
@@ -19,6 +20,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("PENSTOCK_DATA_DIR", str(tmp_path / "data"))
 
 
@@ -42,22 +44,46 @@ def test_inspect_says_what_it_is_and_how_to_use_it(model: Path) -> None:
 def test_pack_verify_generate(tmp_path: Path, model: Path) -> None:
     folder = tmp_path / "packed"
     run = call("pack", "--model", model, "--format", "int8", "-o", folder)
-    assert run.exit_code == 0, run.stderr
-    assert f"--model {folder}" in run.stdout
+    assert run.exit_code == 0 and f"--model {folder}" in run.stdout
     assert call("verify", folder).exit_code == 0
     run = call("generate", "--model", folder, *REQUEST, "-o", tmp_path / "x.mp4", "--json")
     assert run.exit_code == 0, run.stderr
+    assert json.loads(run.stdout.splitlines()[-1])["report"]["weight_format"] == "int8"
     path = folder / "vae" / "diffusion_pytorch_model.safetensors"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     run = call("verify", folder)
-    assert run.exit_code == 1
-    assert f"damaged: {path}" in run.stdout
+    assert run.exit_code == 1 and f"damaged: {path}" in run.stdout
 
 
-def test_an_unknown_format_is_bad_usage(tmp_path: Path, model: Path) -> None:
-    run = call("pack", "--model", model, "--format", "int3", "-o", tmp_path / "p")
+def test_generate_in_a_format_packs_into_the_cache(tmp_path: Path, model: Path) -> None:
+    assert call("cache", "ls").stdout.strip() == "no packs"
+    parts = ("--transformer", model / "transformer", "--model", model)
+    options = ("--format", "nf4", "--compute", "fast", "--job", tmp_path / "job", "--json")
+    run = call("generate", *parts, *options, *REQUEST, "-o", tmp_path / "x.mp4")
+    assert run.exit_code == 0, run.stderr
+    report = json.loads(run.stdout.splitlines()[-1])["report"]
+    assert report["weight_format"] == "nf4" and report["compute"].startswith("fast")
+    (pack,) = json.loads(call("cache", "ls", "--json").stdout)
+    assert pack["whole"] and pack["source"] == str(model / "transformer")
+    assert pack["name"] in call("cache", "ls").stdout
+    launch = launch_settings(tmp_path / "job")
+    assert launch.model == str(model)
+    assert launch.options["format"] == "nf4" and launch.options["compute"] == "fast"
+    assert launch.options["files"].transformer == model / "transformer"
+    assert call("cache", "rm", "other").exit_code != 0
+    assert call("cache", "rm", "nf4").exit_code == 0
+    assert not Path(pack["folder"]).exists()
+
+
+@pytest.mark.parametrize("flags", [("--format", "int3"), ("--compute", "quick")])
+def test_unknown_names_are_refused(tmp_path: Path, model: Path, flags: tuple[str, str]) -> None:
+    run = call("generate", "--model", model, *flags, *REQUEST, "-o", tmp_path / "x.mp4")
     assert run.exit_code == 2
-    assert "int3" in run.stderr
-    assert not (tmp_path / "p").exists()
+    assert flags[1] in run.stderr
+
+
+def test_generate_without_a_model_is_refused(tmp_path: Path) -> None:
+    run = call("generate", *REQUEST, "-o", tmp_path / "x.mp4")
+    assert run.exit_code == 2 and "no model" in run.stderr

@@ -1,105 +1,211 @@
-"""The packs that penstock makes by itself: where they lie, which there are, how to free them."""
+"""Packs that were made on first use, kept in the user's cache directory.
+
+Each has a folder named by its format and by what it was made from, so that another file of the same
+name, or another version of the layout, is another pack.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import re
 import shutil
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from penstock.engine.durable import FileOps, storing
-from penstock.engine.fingerprint import stamp
-from penstock.engine.locate import ModelSource
-from penstock.engine.packside import INDEX
-from penstock.errors import UsageError
+from penstock.engine.durable import FileOps, storing, write_atomically
+from penstock.engine.keys import ComponentSource
+from penstock.engine.locate import ModelSource, open_component, read_object
+from penstock.engine.lock import JobLock
+from penstock.errors import PenstockError, StorageError, UsageError
+from penstock.units import format_bytes
 
-VARIABLE = "PENSTOCK_CACHE"
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*-[0-9a-f]{16}")
+if TYPE_CHECKING:
+    from penstock.engine.pack import Progress
+    from penstock.engine.packplan import ComponentPlan
+
+_ABOUT = "pack.json"
+_LOCK = "lock"
+_MOST_RAM_BYTES = 2 << 30
+
+
+def cache_directory() -> Path:
+    """Where packs are kept, by the platform's convention; PENSTOCK_CACHE_DIR overrides it."""
+    override = os.environ.get("PENSTOCK_CACHE_DIR")
+    if override:
+        return Path(override)
+    if sys.platform == "win32":
+        local = os.environ.get("LOCALAPPDATA")
+        base = Path(local) if local else Path.home() / "AppData" / "Local"
+        return base / "penstock" / "Cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "penstock"
+    # https://specifications.freedesktop.org/basedir-spec/: a relative path is to be ignored
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(shared) if Path(shared).is_absolute() else Path.home() / ".cache"
+    return base / "penstock"
+
+
+def in_format(
+    source: ModelSource,
+    wanted: str,
+    root: Path | None = None,
+    *,
+    ram_bytes: int,
+    progress: Progress | None = None,
+) -> tuple[ModelSource, tuple[str, ...]]:
+    """``source`` with its transformer's matrices in ``wanted``, packed first if need be, and what
+    is to be said about it.
+
+    Args:
+        root: where packs are kept; None: `cache_directory`.
+        ram_bytes: of which packing takes at most half.
+        progress: told how far packing is.
+
+    Raises:
+        UsageError: no such format.
+        CheckpointError: the transformer cannot be read.
+        JobLocked: another process makes this pack.
+        StorageError: no room for it, or the disk fails.
+    """
+    from penstock.engine.packplan import plan_component
+    from penstock.quant.format import get_format
+
+    get_format(wanted)
+    if holds(source.transformer, wanted):
+        return source, ()
+    plan = plan_component(source.transformer, wanted)
+    digest = hashlib.sha256(plan.layout.header).hexdigest()[:16]
+    folder = (root or cache_directory()) / f"{wanted}-{digest}"
+    is_new = not (folder / _ABOUT).exists()
+    if is_new:
+        _make(plan, source, wanted, folder, ram_bytes, progress)
+    told = (
+        f"{'packed the transformer as' if is_new else 'the transformer is read from its pack in'} "
+        f"{wanted}: {folder} ({format_bytes(plan.layout.file_bytes)})"
+    )
+    return replace(source, transformer=open_component(folder / "transformer")), (told,)
+
+
+def holds(source: ComponentSource, wanted: str) -> bool:
+    """Whether the matrices of a transformer's blocks are stored as ``wanted`` already; its author
+    may have kept some of them plain. Another layout of the same format's scales is no other format.
+    """
+    from penstock.quant.policy import default_policy
+
+    stored = [source.weights[name] for name in default_policy(source.shapes)]
+    found = {each.label.partition(" ")[0] for each in stored if not each.plain}
+    if not found:
+        return {each.label for each in stored} == {wanted}
+    return found == {wanted}
+
+
+def _make(
+    plan: ComponentPlan,
+    source: ModelSource,
+    wanted: str,
+    folder: Path,
+    ram_bytes: int,
+    progress: Progress | None,
+) -> None:
+    from penstock.engine.pack import LEAST_RAM_BYTES, check_space, pack_component
+    from penstock.engine.packside import as_json, write_config
+
+    ops = FileOps()
+    total = plan.layout.file_bytes
+
+    def report(nbytes: int) -> None:
+        if progress is not None:
+            progress("transformer", nbytes, total)
+
+    check_space(ops, folder, [plan])
+    with _locked(folder):
+        room = max(LEAST_RAM_BYTES, min(_MOST_RAM_BYTES, ram_bytes // 2))
+        pack_component(plan, folder / plan.file, room, ops, report)
+        write_config(source.transformer, folder, ops)
+        about = {"format": wanted, "source": str(source.transformer.raw.path)}
+        with storing(ops, folder / _ABOUT, 0):
+            write_atomically(ops, folder / _ABOUT, [as_json(about)])
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    lock = JobLock(folder / _LOCK)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @dataclass(frozen=True)
 class CachedPack:
-    """A packed model in the cache.
+    """A pack in the cache.
 
     Attributes:
-        complete: False: its packing was stopped; the next use continues it.
+        name: of its folder.
+        source: path of what it was made from; empty where it is not whole.
+        whole: finished; else `generate` goes on with it.
     """
 
     name: str
-    path: Path
-    nbytes: int
-    complete: bool
+    folder: Path
+    source: str
+    size_bytes: int
+    whole: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, ready for json.dumps."""
+        return {
+            "name": self.name, "folder": str(self.folder), "source": self.source,
+            "size_bytes": self.size_bytes, "whole": self.whole,
+        }  # fmt: skip
 
 
-def cache_folder(environ: Mapping[str, str] | None = None) -> Path:
-    """Where packs are kept: ``$PENSTOCK_CACHE``, else the platform's cache directory.
-
-    Args:
-        environ: the environment; None takes the process's own.
-    """
-    environ = os.environ if environ is None else environ
-    if environ.get(VARIABLE):
-        return Path(environ[VARIABLE]).expanduser()
-    if sys.platform == "win32":
-        base = environ.get("LOCALAPPDATA") or str(Path.home() / "AppData" / "Local")
-        return Path(base) / "penstock" / "packs"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "penstock" / "packs"
-    return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "penstock" / "packs"
-
-
-def pack_folder(source: ModelSource, wanted: str, cache: Path) -> Path:
-    """The folder in ``cache`` for ``source`` packed as ``wanted``: a function of what its files
-    hold, not of where they lie.
-
-    Raises:
-        StorageError: a file of the model cannot be read.
-    """
-    files = {
-        part.component: sorted(json.dumps(stamp(path)) for path in part.raw.stamps)
-        for part in source.components()
-    }
-    key = hashlib.sha256(json.dumps([wanted, files], sort_keys=True).encode()).hexdigest()[:16]
-    label = re.sub(r"[^a-z0-9.]+", "-", source.transformer.family.lower()).strip("-")
-    return cache / f"{label}-{wanted}-{key}"
-
-
-def cached_packs(cache: Path) -> list[CachedPack]:
-    """What is in the cache, by name; nothing if there is none."""
-    if not cache.is_dir():
+def list_packs(root: Path | None = None) -> list[CachedPack]:
+    """The packs in ``root`` (None: `cache_directory`), by name."""
+    root = root or cache_directory()
+    if not root.is_dir():
         return []
-    folders = sorted(p for p in cache.iterdir() if p.is_dir() and _NAME.fullmatch(p.name))
-    return [
-        CachedPack(
-            name=folder.name,
-            path=folder,
-            nbytes=sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()),
-            complete=(folder / INDEX).exists(),
-        )
-        for folder in folders
-    ]
+    return [_describe(path) for path in sorted(root.iterdir()) if (path / _LOCK).is_file()]
 
 
-def remove_pack(cache: Path, name: str, ops: FileOps | None = None) -> int:
-    """Remove one pack of the cache; gives the bytes freed.
+def _describe(folder: Path) -> CachedPack:
+    size_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    try:
+        source = str(read_object(folder / _ABOUT)["source"])
+    except (PenstockError, KeyError):
+        return CachedPack(folder.name, folder, "", size_bytes, whole=False)
+    return CachedPack(folder.name, folder, source, size_bytes, whole=True)
 
-    The index goes first: what an interrupted removal leaves is an unfinished pack, never a model.
+
+def remove_pack(name: str, root: Path | None = None) -> CachedPack:
+    """Remove the pack called ``name`` (or whose name begins so); it can be made again.
 
     Raises:
-        UsageError: the cache holds no pack of that name.
+        UsageError: none or several have that name.
+        JobLocked: it is being made.
         StorageError: it cannot be removed.
     """
-    found = next((pack for pack in cached_packs(cache) if pack.name == name), None)
-    if found is None:
-        known = ", ".join(pack.name for pack in cached_packs(cache))
-        raise UsageError("no such pack in the cache", expected=known or "a pack", found=repr(name))
-    ops = ops or FileOps()
-    with storing(ops, found.path):
-        ops.unlink(found.path / INDEX)
-        shutil.rmtree(found.path)
-    return found.nbytes
+    packs = list_packs(root)
+    found = [each for each in packs if each.name == name] or [
+        each for each in packs if each.name.startswith(name)
+    ]
+    if len(found) != 1:
+        raise UsageError(
+            f"{len(found)} packs are called {name}",
+            expected="one of " + (", ".join(each.name for each in packs) or "none"),
+            remedy="`penstock cache ls` lists them.",
+        )
+    with _locked(found[0].folder):
+        try:
+            # First what makes it whole: a pack that was half removed is never taken for one.
+            (found[0].folder / _ABOUT).unlink(missing_ok=True)
+            shutil.rmtree(found[0].folder)
+        except OSError as error:
+            raise StorageError(
+                f"{found[0].folder} cannot be removed", found=error.strerror
+            ) from error
+    return found[0]

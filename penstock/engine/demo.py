@@ -5,8 +5,6 @@ from __future__ import annotations
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from transformers.utils import logging
-
 from penstock.engine.settings import Settings
 from penstock.engine.synthetic import write_tiny_model
 
@@ -23,7 +21,6 @@ def demo_model(
     picture = scratch / "demo.png"
     with as_file(files("penstock") / "assets" / "demo.png") as shipped:
         picture.write_bytes(shipped.read_bytes())
-    logging.disable_progress_bar()  # of writing the model: there are bars of our own to come
     folder = write_tiny_model(scratch / "model")
     settings = Settings(
         prompt=prompt or "a red circle moves to the right",

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 from types import TracebackType
 
-import torch
-
 from penstock.engine.keeper import Keeper
-from penstock.engine.recovery import device_lost, out_of_memory
+from penstock.engine.recovery import device_lost
 from penstock.errors import PenstockError
 
 
 class Ending:
     """Around a job's work: notes in the keeper with which error it ended, if any.
 
-    An error of the device becomes `DeviceLost`, memory that ran out where no plan could help
-    becomes `OutOfMemory`, and errors of penstock say how to continue.
+    An error of the device becomes `DeviceLost`, and errors of penstock say how to continue.
 
     Args:
         keeper: what is kept of the job.
-        device: where it computes.
     """
 
-    def __init__(self, keeper: Keeper, device: torch.device) -> None:
-        self._keeper, self._device = keeper, device
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper = keeper
 
     def __enter__(self) -> None:
         pass
@@ -36,10 +32,10 @@ class Ending:
     ) -> None:
         if error is None:
             return
-        named = device_lost(error) or out_of_memory(error, self._device)
-        told = named or error
+        lost = device_lost(error)
+        told = lost or error
         how_to_continue = self._keeper.ended(told)
         if how_to_continue is not None and isinstance(told, PenstockError):
             told.add_remedy(how_to_continue)
-        if named is not None:
-            raise named from error
+        if lost is not None:
+            raise lost from error

@@ -9,12 +9,15 @@ from types import TracebackType
 
 import torch
 
+from penstock.engine.cache import in_format
 from penstock.engine.events import Listener
 from penstock.engine.job import Job
 from penstock.engine.journal import Journal
 from penstock.engine.keeper import JournalKeeper, Keeper
-from penstock.engine.locate import Files
+from penstock.engine.locate import Files, locate
 from penstock.engine.model import ModelFiles
+from penstock.engine.opening import Opening
+from penstock.engine.pack import Progress
 from penstock.engine.pipeline import run
 from penstock.engine.report import JobResult
 from penstock.engine.request import GenerationRequest, check_task
@@ -32,12 +35,16 @@ from penstock.engine.stored import (
 )
 from penstock.engine.video import check_output
 from penstock.errors import DeviceLost, UsageError
-from penstock.profiles.advice import plan_chosen
 from penstock.profiles.hardware import Hardware, probe
-from penstock.profiles.phases import Workload
 from penstock.profiles.plan import Plan
+from penstock.profiles.planner import plan as make_plan
 from penstock.profiles.planner import smaller
-from penstock.profiles.profile import AUTO, Chosen, Overrides, choose, load
+from penstock.profiles.policy import Policy
+from penstock.quant.compute import Mode
+from penstock.quant.probe import probe as try_paths
+from penstock.quant.probe import working
+from penstock.quant.scaled import Gemm
+from penstock.units import parse_bytes
 
 
 class Engine:
@@ -58,51 +65,73 @@ class Engine:
         hardware: Hardware,
         *,
         overlapped: bool = True,
-        chosen: Chosen | None = None,
+        notices: tuple[str, ...] = (),
     ) -> None:
         self.model = model
-        self.chosen = chosen or choose(load(AUTO), Overrides(), hardware)
-        self.hardware = self.chosen.hardware
+        self.hardware = hardware
+        self.notices = notices
         self._overlapped = overlapped
         self._turn = threading.Lock()
         self._jobs: list[Job] = []
         self._lost: DeviceLost | None = None
-        model.install(torch.device(hardware.device))
 
     @classmethod
     def open(
         cls,
-        model: str | Path | None,
+        model: str | Path | None = None,
         *,
         files: Files | None = None,
+        format: str | None = None,
+        compute: Mode = "exact",
+        cache: Path | None = None,
+        progress: Progress | None = None,
         vram: str | int | None = None,
         ram: str | int | None = None,
         device: str = "auto",
-        profile: str = AUTO,
-        overrides: Overrides | None = None,
         overlapped: bool = True,
     ) -> Engine:
-        """Open a model; reads headers only.
+        """Open a model; reads headers only, unless it must be packed first.
 
         Args:
-            model: a folder (of diffusers, Wan or ComfyUI), a transformer's file, or a hub id; None
-                if ``files`` names every part.
+            model: a folder of diffusers', Wan's own or ComfyUI's layout, a transformer's file, or
+                a hub id; None: all parts are in ``files``.
             files: parts given by themselves; they win over what ``model`` holds.
-            vram, ram: ceilings, such as "12GiB" or bytes; None takes the profile's.
+            format: of the transformer's matrices (`penstock.quant.format.FORMATS`); None: as they
+                are stored. Where the files hold another, the transformer is packed once into
+                ``cache`` and read from there.
+            compute: "exact" decodes quantised weights, "fast" multiplies in 8 bits where the
+                format allows it and the device has just shown that it can.
+            cache: where packs are kept; None: `penstock.engine.cache.cache_directory`.
+            progress: told how far packing is.
+            vram, ram: ceilings, such as "12GiB" or bytes; None takes what is free less a reserve.
             device: "cuda", "cpu" or "auto" (CUDA where there is one).
-            profile: a profile's name or the path of its file.
-            overrides: what else wins over the profile.
             overlapped: stream ahead of the computation; False is the sequential reference.
 
         Raises:
-            CheckpointError: the folder is not a model that penstock runs.
-            UsageError: an illegal size, device or profile.
+            CheckpointError: a part is missing, foreign, damaged or of another model.
+            StorageError: there is no room for the pack.
+            UsageError: an illegal size, device, format or way to compute.
         """
-        flags = replace(overrides or Overrides(), vram=vram, ram=ram)
         hardware = probe(_device_type(device))
-        chosen = choose(load(profile), flags, hardware)
-        model_files = ModelFiles.open(model, files)
-        return cls(model_files, hardware, overlapped=overlapped, chosen=chosen)
+        if vram is not None:
+            hardware = replace(hardware, vram_bytes=parse_bytes(vram))
+        if ram is not None:
+            hardware = replace(hardware, ram_bytes=parse_bytes(ram))
+        torch_device = torch.device(hardware.device)
+        source, told = locate(model, files), tuple[str, ...]()
+        if format is not None:
+            source, told = in_format(
+                source, format, cache, ram_bytes=hardware.ram_bytes, progress=progress
+            )
+        working, found = working_paths(compute, torch_device)
+        name = None if model is None else str(model)
+        opening = Opening(name, files or Files(), format, compute, working)
+        return cls(
+            ModelFiles.open(source, torch_device, opening),
+            hardware,
+            overlapped=overlapped,
+            notices=(*told, *found),
+        )
 
     def plan(self, request: GenerationRequest) -> Plan:
         """What the request will take. Pure arithmetic over headers: nothing is loaded.
@@ -112,15 +141,8 @@ class Engine:
             RequestError: the request does not suit the model.
         """
         check_task(request, image_to_video=self.model.image_to_video)
-        return self.plan_workload(workload_of(request))
-
-    def plan_workload(self, workload: Workload) -> Plan:
-        """What a video of that shape will take, whatever it shows.
-
-        Raises:
-            OverBudget: no plan fits the budgets; names a profile or a request that does.
-        """
-        return plan_chosen(lambda _: self.model.manifest, workload, self.chosen)
+        policy = Policy(compute=self.model.opening.compute)
+        return make_plan(self.model.manifest, workload_of(request), self.hardware, policy)
 
     def submit(
         self,
@@ -222,12 +244,12 @@ class Engine:
         keeper: Keeper,
         notices: tuple[str, ...] = (),
     ) -> Job:
-        workload = workload_of(request)
+        workload, policy = workload_of(request), Policy(compute=self.model.opening.compute)
 
         def shrink(plan: Plan, phase: str, resource: str) -> Plan | None:
-            policy = self.chosen.policy
-            manifest = self.model.manifest
-            return smaller(manifest, workload, self.hardware, plan, phase, resource, policy)
+            return smaller(
+                self.model.manifest, workload, self.hardware, plan, phase, resource, policy
+            )
 
         work = Run(
             model=self.model,
@@ -240,7 +262,7 @@ class Engine:
             metadata=order.metadata,
             shrink=shrink,
             keeper=keeper,
-            notices=notices,
+            notices=(*self.notices, *notices),
         )
         job = Job(plan, lambda listener, cancelled: self._work(work, listener, cancelled))
         self._jobs = [known for known in self._jobs if not known.done] + [job]
@@ -274,11 +296,10 @@ class Engine:
         }
 
     def close(self) -> None:
-        """Cancel what runs, wait for it, and close the model's files."""
+        """Cancel what runs, and wait for it."""
         for job in self._jobs:
             job.cancel()
             job.wait()
-        self.model.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -290,6 +311,25 @@ class Engine:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def working_paths(compute: Mode, device: torch.device) -> tuple[frozenset[Gemm], tuple[str, ...]]:
+    """The 8-bit products to compute with, tried on the device, and what is to be said of them.
+
+    Raises:
+        UsageError: no such way to compute.
+    """
+    if compute not in ("exact", "fast"):
+        raise UsageError("unknown way to compute", expected="exact or fast", found=repr(compute))
+    if compute == "exact":
+        return frozenset(), ()
+    reports = try_paths(device)
+    told = tuple(
+        f"8-bit products in {name}: "
+        + ("used" if report.works else f"not used, weights are decoded ({report.reason})")
+        for name, report in reports.items()
+    )
+    return working(reports), told
 
 
 def _device_type(name: str) -> str:

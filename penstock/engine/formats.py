@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
@@ -10,9 +10,9 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from penstock.engine.keys import ComponentSource, as_bytes
+from penstock.engine.keys import ComponentSource, as_bytes, pack_facts
 from penstock.engine.storage import StoredWeight
-from penstock.errors import CheckpointError
+from penstock.errors import CheckpointError, TensorMismatch
 from penstock.offload.checkpoint import TensorEntry, torch_dtype, view_as_stored
 from penstock.offload.files import WeightFile
 from penstock.quant.format import FORMATS, QuantFormat
@@ -70,11 +70,15 @@ def linear_formats(source: ComponentSource) -> dict[str, QuantFormat]:
 
 
 def compute_tag(source: ComponentSource) -> str:
-    """Safetensors tag of the dtype to compute in: that of most plain matrices, else BF16.
+    """Safetensors tag of the dtype to compute in: that of most plain matrices, else BF16; a pack
+    says it itself.
 
     GGUF files keep their few plain tensors in F32 and 8-bit files some in F32: that says nothing of
     the dtype the model was made for, so F32 counts only where nothing is quantised.
     """
+    told = pack_facts(source.raw).get("compute")
+    if told is not None:
+        return str(told)
     sizes: dict[str, int] = {}
     for stored in source.weights.values():
         if stored.plain and len(stored.shape or ()) > 1:
@@ -127,6 +131,26 @@ class WeightReader:
             for suffix, e in entries.items()
         }
         return decode(stored, tensors, (last - first, columns), dtype)
+
+    def gather(self, name: str, rows: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The ``rows`` of a matrix of which `has_rows` holds, in the order given; no other is read.
+
+        Raises:
+            TensorMismatch: there is no such row.
+        """
+        stored, (count, columns) = self._source.weights[name], self._shapes[name]
+        outside = next((row for row in rows if not 0 <= row < count), None)
+        if outside is not None:
+            raise TensorMismatch(
+                f"{name} has no such row", expected=f"0 to {count - 1}", found=str(outside)
+            )
+        tensors = {}
+        for suffix, entry in stored.tensors.items():
+            entry = as_bytes(entry)
+            by_row = entry.shape[:1] == (count,)
+            parts = [self._tensor(_rows(entry, row, row + 1)) for row in rows] if by_row else []
+            tensors[suffix] = torch.cat(parts) if by_row else self._tensor(entry)
+        return decode(stored, tensors, (len(rows), columns), dtype)
 
     def stored_bytes(self, name: str, suffix: str, chunk_bytes: int) -> Iterator[memoryview]:
         """The bytes of a stored tensor; each piece is overwritten by the next."""

@@ -171,41 +171,27 @@ def conditioning(
     return joined
 
 
-def load_image_processor(folder: Path) -> Any:
-    """The CLIP image processor in ``folder``, from local files only.
+def image_processor(config: Mapping[str, Any]) -> Any:
+    """The CLIP image processor of ``config`` (``preprocessor_config.json``).
 
     Raises:
-        CheckpointError: there is none, or it cannot be read.
-    """
-    from transformers import CLIPImageProcessor
-
-    try:
-        return CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            "no usable image processor",
-            expected=f"preprocessor_config.json in {folder}",
-            found=str(error).strip().partition("\n")[0],
-            remedy="Download the model's image_processor folder again",
-        ) from error
-
-
-def make_image_processor(config: Mapping[str, Any]) -> Any:
-    """The CLIP image processor of a ``preprocessor_config.json``'s content.
-
-    Raises:
-        CheckpointError: it is of no use.
+        CheckpointError: an entry that it does not take.
     """
     from transformers import CLIPImageProcessor
 
     try:
         return CLIPImageProcessor.from_dict(dict(config))
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError("no usable image processor config", found=str(error)) from error
+    except (TypeError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            "no usable image processor",
+            expected="the entries of a preprocessor_config.json",
+            found=str(error).strip().partition("\n")[0],
+            remedy="Download the model's image_processor folder again",
+        ) from error
 
 
 def pixel_values(processor: Any, picture: Image.Image) -> Tensor:
-    """The picture as CLIP sees it, ``(1, 3, s, s)`` fp32, normalised by the folder's processor."""
+    """The picture as CLIP sees it, ``(1, 3, s, s)`` fp32, normalised by its processor."""
     return processor(images=picture, return_tensors="pt").pixel_values  # type: ignore[no-any-return]
 
 

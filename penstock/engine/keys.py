@@ -93,7 +93,11 @@ class ComponentSource:
         Raises:
             TensorMismatch: names the first missing, unknown or misshaped tensor and their count.
         """
-        for what, names in (("unknown", self.unknown), ("missing", self.missing)):
+        for what, names in (
+            ("unknown", self.unknown),
+            ("missing", self.missing),
+            ("misshaped", self.misshaped),
+        ):
             if names:
                 raise TensorMismatch(
                     f"{self.raw.path} is not a whole {self.component.replace('_', ' ')}",
@@ -102,18 +106,6 @@ class ComponentSource:
                     remedy="The file is incomplete or belongs to another model; "
                     "`penstock inspect` lists what it holds.",
                 )
-        if self.misshaped:
-            self._refuse_shape(self.misshaped[0])
-
-    def _refuse_shape(self, name: str) -> None:
-        found = self.weights[name].shape
-        raise TensorMismatch(
-            f"{self.raw.path} does not hold the shapes its config demands "
-            f"({len(self.misshaped)} misshaped)",
-            expected=f"{name} of shape {list(self.shapes[name])}",
-            found="another number of bytes" if found is None else str(list(found)),
-            remedy="Weights and config.json belong to different models: copy both again.",
-        )
 
 
 def stored_name(name: str, suffix: str) -> str:
@@ -185,15 +177,33 @@ def packed_gguf(raw: RawFile) -> dict[str, str]:
     Raises:
         CheckpointError: the pack's metadata are damaged.
     """
+    types = pack_facts(raw).get("gguf", {})
+    if not isinstance(types, dict):
+        raise _damaged_facts(raw, f"gguf: {types!r:.40}")
+    return {str(name): str(kind) for name, kind in types.items()}
+
+
+def pack_facts(raw: RawFile) -> dict[str, Any]:
+    """What a pack says of itself; nothing for any other file.
+
+    Raises:
+        CheckpointError: the pack's metadata are damaged.
+    """
     if PACK_METADATA not in raw.metadata:
         return {}
     try:
-        types = json.loads(raw.metadata[PACK_METADATA])["gguf"]
-        return {str(name): str(kind) for name, kind in types.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{raw.path} has damaged metadata", expected="those of a pack", found=str(error)
-        ) from error
+        facts = json.loads(raw.metadata[PACK_METADATA])
+    except (ValueError, TypeError) as error:
+        raise _damaged_facts(raw, str(error)) from error
+    if not isinstance(facts, dict) or "gguf" not in facts or "compute" not in facts:
+        raise _damaged_facts(raw, f"{facts!r:.40}")
+    return facts
+
+
+def _damaged_facts(raw: RawFile, found: str) -> CheckpointError:
+    return CheckpointError(
+        f"{raw.path} has damaged metadata", expected="those of a pack", found=found
+    )
 
 
 def _as_blocks(entry: TensorEntry, kind: str) -> TensorEntry:

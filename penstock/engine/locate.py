@@ -12,7 +12,7 @@ from typing import Any
 
 from penstock.engine.hub import Fetch, hub_snapshot
 from penstock.engine.keys import COMPONENTS, ComponentSource, recognise
-from penstock.engine.source import PICKLES, open_raw, read_bytes, refuse_pickle
+from penstock.engine.source import PICKLES, open_raw, refuse_pickle
 from penstock.engine.wan.config import IMAGE_PROCESSOR, UNIPC
 from penstock.errors import CheckpointError, PenstockError, UsageError
 from penstock.offload.checkpoint import TensorEntry
@@ -253,7 +253,7 @@ def _assemble(origin: str, found: _Found, files: Files) -> ModelSource:
         vae=vae,
         image_encoder=_component("image_encoder", found, files) if image else None,
         tokenizer=_tokenizer(text, found, files),
-        scheduler=dict(found.scheduler),
+        scheduler=found.scheduler,
         image_processor=_sized(found.image_processor),
         defaults=found.defaults,
     )
@@ -405,22 +405,6 @@ def _tokenizer(text: ComponentSource, found: _Found, files: Files) -> Path | Ten
         remedy="Give a folder with --tokenizer: google/umt5-xxl of the hub, or the tokenizer "
         "folder of any Wan2.1 -Diffusers repository; Comfy-Org's umt5_xxl files carry theirs.",
     )
-
-
-def open_tokenizer(tokenizer: Path | TensorEntry) -> Any:
-    """The tokenizer in a folder, a SentencePiece model, or the byte tensor that holds one.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    from penstock.engine.spm import tokenizer_from_spm
-    from penstock.engine.text import load_tokenizer
-
-    if isinstance(tokenizer, TensorEntry):
-        return tokenizer_from_spm(read_bytes(tokenizer))
-    if tokenizer.is_file():
-        return tokenizer_from_spm(tokenizer.read_bytes())
-    return load_tokenizer(tokenizer)
 
 
 def _from_hub(model: str, files: Files, fetch: Fetch) -> ModelSource:

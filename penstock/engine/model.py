@@ -1,122 +1,123 @@
-"""Opening a model: configs, headers, the layout of every network. No weights are read.
+"""A located model made ready to run: skeletons, layouts and bytes of every network.
 
 A network is a skeleton on the meta device (the class and the parameter names of diffusers or
 transformers, with a single block), plus the places of its tensors: one layout for all that is not
-in a block, and one per block. Where the model lies and how its files name and store the weights is
-found by `penstock.engine.locate`; from here on all models look alike.
+in a block, and one per block. No weights are read.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from penstock.engine.component import Adapter, adapters_of, read_table_rows
-from penstock.engine.formats import compute_tag, linear_formats
-from penstock.engine.keys import ComponentSource
-from penstock.engine.locate import Files, ModelSource, locate, open_tokenizer
+from penstock.engine.checked import Packs
+from penstock.engine.formats import WeightReader, compute_tag
+from penstock.engine.keys import ComponentSource, as_bytes, stored_name
+from penstock.engine.locate import ModelSource
+from penstock.engine.opening import Opening
 from penstock.engine.request import Grid
+from penstock.engine.storage import StoredWeight
+from penstock.engine.template import Template, Treatment, joined, main_format
 from penstock.engine.wan.forward import is_cross_kv
-from penstock.engine.weights import bind, skeleton, unbind
+from penstock.engine.wan.structure import BLOCKS
+from penstock.engine.weights import skeleton
 from penstock.errors import CheckpointError
-from penstock.offload.checkpoint import Checkpoint, TensorEntry, torch_dtype
+from penstock.offload.checkpoint import TensorEntry, torch_dtype
+from penstock.offload.files import check_unchanged
 from penstock.offload.layout import BlockLayout
 from penstock.profiles.manifest import (
     ImageSpec,
     ModelManifest,
+    Storage,
     TextSpec,
     TransformerSpec,
     VaeSpec,
     Weights,
 )
-from penstock.quant.compute import Computing, Scratch, scratch_bytes
-from penstock.quant.format import QuantFormat
-from penstock.quant.linear import replace_linears
+from penstock.quant.compute import Computing, Scratch
 
-Formats = Mapping[str, QuantFormat]
+EMBEDDING = "shared.weight"
+"""The text encoder's table: its rows are gathered, it is never loaded."""
+
+_CONTEXT = "condition_embedder."
+"""Of the transformer's layers outside the blocks, those that only the context phase uses."""
 
 
 @dataclass(frozen=True)
 class Component:
-    """One network: its skeleton and the places of its weights.
+    """One network: its skeletons and the places of its weights.
 
     Attributes:
-        name: what it is called in plans and reports.
-        module: the network on the meta device, with one block; ours to bind tensors to.
-        templates: the block module of each block; blocks stored alike share one (empty: no blocks).
+        name: for people and reports.
+        source: the files it comes from.
+        template: the whole network; ours to bind tensors to.
+        templates: one a block; blocks that are stored alike share theirs.
         rest: everything outside the blocks.
         blocks: one layout a block.
         cross: the cross-attention K/V projections of each block, which leave the stream (DiT).
         dtype: the type it computes in.
-        formats: of the quantised linears of each block.
-        adapters: what makes odd tensors fit: first outside the blocks, then block by block.
-        source: where it comes from.
-        scratch_bytes: of the one buffer that the model's quantised weights are decoded into.
+        storage: what computing with its blocks takes besides their bytes.
+        context_storage: likewise for ``cross`` and what the context phase uses of ``rest``.
+        scratch: the buffer that its quantised layers are decoded into.
+        packs: the packs among its files.
     """
 
     name: str
-    module: Any
-    templates: tuple[Any, ...]
-    checkpoint: Checkpoint
+    source: ComponentSource
+    template: Template
+    templates: tuple[Template, ...]
     rest: BlockLayout
     blocks: tuple[BlockLayout, ...]
     cross: tuple[BlockLayout, ...]
     dtype: torch.dtype
-    formats: tuple[Formats, ...]
-    adapters: tuple[Adapter, ...]
-    source: ComponentSource
-    scratch_bytes: int = 0
-    _ready: set[int] = field(default_factory=set, repr=False, compare=False)
+    storage: Storage
+    context_storage: Storage
+    scratch: Scratch
+    packs: Packs
+
+    @property
+    def module(self) -> Any:
+        """The skeleton of the whole network, with one (unused) block."""
+        return self.template.module
 
     @property
     def weights(self) -> Weights:
-        """The bytes of it, for the planner: as stored, and what adapting takes beside them."""
-        extra = self.adapters[0].nbytes + max((a.nbytes for a in self.adapters[1:]), default=0)
+        """The bytes of it, for the planner."""
         return Weights(
-            rest_bytes=self.rest.nbytes + extra + self.scratch_bytes,
+            rest_bytes=self.rest.nbytes + self.template.cast_bytes,
             block_bytes=tuple(layout.nbytes for layout in self.blocks),
             itemsize=self.dtype.itemsize,
         )
 
-    @property
-    def quantised(self) -> bool:
-        """Whether `install` must be called before the network computes."""
-        return any(self.formats)
+    def check_unchanged(self) -> None:
+        """Raise CheckpointChanged if a file was changed since its header was read."""
+        check_unchanged(self.source.raw.stamps)
 
-    def install(self, computing: Computing) -> None:
-        """Put quantised linears into the block modules where the files store them so."""
-        for module, formats in zip(self.templates, self.formats, strict=True):
-            if id(module) not in self._ready:
-                replace_linears(module, formats, computing, self.dtype)
-                self._ready.add(id(module))
+    def embedding_rows(self, rows: Sequence[int]) -> Tensor:
+        """``rows`` of the text encoder's table, in the compute dtype; only they are decoded.
 
-    @contextmanager
-    def bound(self, tensors: Mapping[str, Tensor], index: int | None = None) -> Iterator[Any]:
-        """The block ``index`` (None: the network) with its streamed ``tensors`` bound inside."""
-        place = 0 if index is None else index + 1
-        module = (self.module, *self.templates)[place]
-        bind(module, self.adapters[place](tensors))
-        try:
-            yield module
-        finally:
-            unbind(module)
-
-    def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
-        """Rows of a table, in `dtype`, on the CPU; nothing else is read."""
-        return read_table_rows(self.source, self.checkpoint, name, rows, self.dtype)
+        Raises:
+            CheckpointError: a pack's table is damaged, or rows cannot be read alone.
+        """
+        self.packs.verify("embedding")
+        with WeightReader(self.source) as reader:
+            found = reader.gather(EMBEDDING, rows, self.dtype)
+            reader.check_unchanged()
+            return found
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A Wan2.1 model, wherever its parts lie, opened by its headers alone."""
+    """A Wan2.1 model, opened by its headers alone."""
 
+    opening: Opening
     source: ModelSource
     transformer: Component
     text: Component
@@ -140,49 +141,27 @@ class ModelFiles:
             positions=config.rope_max_seq_len,
         )
 
-    @property
-    def files(self) -> dict[str, Path]:
-        """Every file that a result depends on, by component and name."""
-        found: dict[str, Path] = {}
-        for part in self.source.components():
-            config = part.raw.path / "config.json"
-            paths = [*part.raw.stamps, *([config] if config.exists() else [])]
-            found |= {f"{part.component}/{path.name}": path for path in paths}
-        tokenizer = self.source.tokenizer
-        if isinstance(tokenizer, Path):
-            inside = tokenizer.iterdir() if tokenizer.is_dir() else [tokenizer]
-            found |= {f"tokenizer/{path.name}": path for path in inside if path.is_file()}
-        return found
-
-    def tokenizer(self) -> Any:
-        """The text encoder's tokenizer.
-
-        Raises:
-            CheckpointError: it cannot be read.
-        """
-        return open_tokenizer(self.source.tokenizer)
-
     @classmethod
-    def open(cls, model: str | Path | None, files: Files | None = None) -> ModelFiles:
-        """Describe a model without reading a weight.
+    def open(
+        cls, source: ModelSource, device: torch.device, opening: Opening | None = None
+    ) -> ModelFiles:
+        """Describe ``source`` without reading a weight.
 
         Args:
-            model, files: as `penstock.engine.locate.locate` takes them.
+            device: where it will compute.
+            opening: how it was asked for; None: the source's origin, exact.
 
         Raises:
-            CheckpointError: no Wan2.1 model, or one that penstock does not run.
-            HeaderError, PickleRefused, TensorMismatch: a component's files cannot be used.
+            CheckpointError: a storage or a model that penstock does not run.
         """
-        source = locate(model, files)
-        transformer = _open_transformer(source.transformer)
-        text = _open_text(source.text_encoder)
-        encoder, decoder = _open_vae(source.vae)
-        image = None if source.image_encoder is None else _open_image(source.image_encoder)
-        scratch = max(_scratch_bytes(part) for part in (transformer, text, image) if part)
-        transformer = replace(transformer, scratch_bytes=scratch)
-        text = replace(text, scratch_bytes=scratch)
-        image = None if image is None else replace(image, scratch_bytes=scratch)
+        opening = opening or Opening(source.origin)
+        transformer = _open_transformer(source.transformer, device, opening)
+        text = _open_text(source.text_encoder, device)
+        encoder, decoder = _open_vae(source.vae, device)
+        image = None if source.image_encoder is None else _open_image(source.image_encoder, device)
+        _check_widths(source)
         return cls(
+            opening=opening,
             source=source,
             transformer=transformer,
             text=text,
@@ -192,158 +171,217 @@ class ModelFiles:
             manifest=_manifest(transformer, text, encoder, decoder, image),
         )
 
-    def install(self, device: torch.device) -> None:
-        """Make the quantised linears compute on ``device``: exactly, through one scratch buffer."""
-        if any(part.quantised for part in self.components()):
-            computing = Computing(Scratch(self.transformer.scratch_bytes, device))
-            for part in self.components():
-                part.install(computing)
-
-    @property
-    def folder(self) -> Path:
-        """What the model was found by, as a path."""
-        return Path(self.source.origin)
-
     def components(self) -> tuple[Component, ...]:
         """All networks of the model."""
         parts = (self.transformer, self.text, self.vae_encoder, self.vae_decoder, self.image)
         return tuple(part for part in parts if part is not None)
 
-    def close(self) -> None:
-        """Close the files."""
-        for component in self.components():
-            component.checkpoint.close()
+    def files(self) -> dict[str, Path]:
+        """All files that weights and tokens come from, by a name that does not tell where they
+        lie."""
+        found = {
+            f"{part.component}/{path.name}": path
+            for part in self.source.components()
+            for path in part.raw.stamps
+        }
+        tokenizer = self.source.tokenizer
+        if isinstance(tokenizer, Path):
+            inside = sorted(tokenizer.iterdir()) if tokenizer.is_dir() else [tokenizer]
+            found |= {f"tokenizer/{path.name}": path for path in inside if path.is_file()}
+        return dict(sorted(found.items()))
 
 
-def _open_transformer(source: ComponentSource) -> Component:
+def _check_widths(source: ModelSource) -> None:
+    """Refuse encoders whose states the transformer does not take."""
+    wanted = source.transformer.config
+    pairs = [(source.text_encoder, "d_model", "text_dim")]
+    if source.image_encoder is not None:
+        pairs.append((source.image_encoder, "hidden_size", "image_dim"))
+    for part, entry, taken in pairs:
+        if part.config[entry] != wanted[taken]:
+            raise CheckpointError(
+                f"{part.raw.path} does not go with the transformer {source.transformer.raw.path}",
+                expected=f"states {wanted[taken]} wide",
+                found=f"{part.config[entry]} wide ({part.family})",
+                remedy="Take transformer and encoders of one model.",
+            )
+
+
+def _open_transformer(source: ComponentSource, device: torch.device, opening: Opening) -> Component:
     from diffusers import WanTransformer3DModel
 
-    if source.config.get("pos_embed_seq_len") is not None:
+    config = dict(source.config)
+    if config.get("pos_embed_seq_len") is not None:
         raise CheckpointError(
             "first-and-last-frame models are not supported",
             expected="pos_embed_seq_len absent",
-            found=str(source.config["pos_embed_seq_len"]),
+            found=str(config["pos_embed_seq_len"]),
         )
-    module = skeleton(WanTransformer3DModel, dict(source.config) | {"num_layers": 1})
-    count = source.config["num_layers"]
-    return _component(source, module, module.blocks[0], "blocks.", count, is_cross_kv)
+    module = skeleton(WanTransformer3DModel, config | {"num_layers": 1})
+    parts = _Parts(source, device, module, module.blocks[0], opening, leaves_stream=is_cross_kv)
+    return parts.component(config["num_layers"])
 
 
-def _open_text(source: ComponentSource) -> Component:
+def _open_text(source: ComponentSource, device: torch.device) -> Component:
     from transformers import UMT5Config, UMT5EncoderModel
 
     config = dict(source.config)
     module = skeleton(UMT5EncoderModel, UMT5Config(**(config | {"num_layers": 1})))
-    block, count = module.encoder.block[0], config["num_layers"]
-    return _component(source, module, block, "encoder.block.", count)
+    parts = _Parts(source, device, module, module.encoder.block[0])
+    return parts.component(config["num_layers"])
 
 
-def _open_image(source: ComponentSource) -> Component:
+def _open_image(source: ComponentSource, device: torch.device) -> Component:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     config = dict(source.config)
     module = skeleton(CLIPVisionModel, CLIPVisionConfig(**(config | {"num_hidden_layers": 1})))
-    block, count = module.encoder.layers[0], config["num_hidden_layers"]
     # The model is conditioned on hidden_states[-2]: the last layer is never computed.
-    return _component(source, module, block, "encoder.layers.", count - 1)
+    parts = _Parts(source, device, module, module.encoder.layers[0])
+    return parts.component(config["num_hidden_layers"] - 1)
 
 
-def _open_vae(source: ComponentSource) -> tuple[Component, Component]:
+def _open_vae(source: ComponentSource, device: torch.device) -> tuple[Component, Component]:
     from diffusers import AutoencoderKLWan
 
-    halves = []
-    for half, parts in (
-        ("encoder", ("encoder.", "quant_conv.")),
-        ("decoder", ("decoder.", "post_quant_conv.")),
-    ):
+    def half(name: str, only: tuple[str, ...]) -> Component:
         module = skeleton(AutoencoderKLWan, dict(source.config))
-        component = _component(source, module, None, only=parts)
-        halves.append(replace(component, name=f"vae {half}"))
-    return halves[0], halves[1]
+        return _Parts(source, device, module, None, only=only).component(0, f"vae {name}")
 
-
-def _component(
-    source: ComponentSource,
-    module: Any,
-    block: Any,
-    prefix: str = "",
-    count: int = 0,
-    leaves_stream: Callable[[str], bool] = lambda name: False,
-    only: tuple[str, ...] = ("",),
-) -> Component:
-    entries = source.entries()
-    groups = [
-        {key: entry for key, entry in entries.items() if _in_rest(key, prefix, only)},
-        *(_local(entries, f"{prefix}{index}.") for index in range(count)),
-    ]
-    formats = _local_formats(linear_formats(source), prefix, count)
-    blocks = [_split(group, leaves_stream) for group in groups[1:]]
-    dtype = torch_dtype(compute_tag(source))
-    return Component(
-        name=source.component,
-        module=module,
-        templates=_templates(block, formats),
-        checkpoint=Checkpoint(source.raw.path, entries, source.raw.stamps, {}),
-        rest=BlockLayout.from_entries(groups[0]),
-        blocks=tuple(BlockLayout.from_entries(streamed) for streamed, _ in blocks),
-        cross=tuple(BlockLayout.from_entries(cross) for _, cross in blocks if cross),
-        dtype=dtype,
-        formats=formats,
-        adapters=adapters_of(source, prefix, count, only, dtype),
-        source=source,
+    return half("encoder", ("encoder.", "quant_conv.")), half(
+        "decoder", ("decoder.", "post_quant_conv.")
     )
 
 
-def _scratch_bytes(component: Component) -> int:
-    shapes = component.source.shapes
-    formats = linear_formats(component.source)
-    weights = [(fmt, shapes[f"{name}.weight"]) for name, fmt in formats.items()]
-    return scratch_bytes(
-        ((fmt, (shape[0], shape[1])) for fmt, shape in weights), compute_tag(component.source)
-    )
+def _computes_as_stored(name: str) -> bool:
+    """transformers keeps UMT5's output projections in fp32 where the rest is fp16."""
+    return name.endswith("DenseReluDense.wo.weight")
 
 
-def _in_rest(key: str, prefix: str, only: tuple[str, ...]) -> bool:
-    """Whether a tensor is loaded with the network itself (the embedding is gathered by rows)."""
-    in_block = bool(prefix) and key.startswith(prefix)
-    return not in_block and not key.startswith("shared.") and key.startswith(only)
+@dataclass(frozen=True)
+class _Parts:
+    """What a component is made from.
 
-
-def _local(entries: Mapping[str, TensorEntry], prefix: str) -> dict[str, TensorEntry]:
-    return {key[len(prefix) :]: e for key, e in entries.items() if key.startswith(prefix)}
-
-
-def _split(
-    group: Mapping[str, TensorEntry], leaves: Callable[[str], bool]
-) -> tuple[dict[str, TensorEntry], dict[str, TensorEntry]]:
-    streamed = {key: entry for key, entry in group.items() if not leaves(key)}
-    return streamed, {key: entry for key, entry in group.items() if leaves(key)}
-
-
-def _local_formats(formats: Formats, prefix: str, count: int) -> tuple[Formats, ...]:
-    """The formats of each block's quantised linears under their local names.
-
-    Outside the blocks nothing stays quantised: those layers are few, and errors there reach every
-    token; their adapter decodes them when they are loaded.
+    Attributes:
+        module: the skeleton of all of it, with one block.
+        block: that block; None: the network has none.
+        only: beginnings of the names that count.
+        leaves_stream: local names of a block that are a layout of their own.
     """
-    starts = [f"{prefix}{index}." for index in range(count)]
-    return tuple(
-        {name[len(start) :]: fmt for name, fmt in formats.items() if name.startswith(start)}
-        for start in starts
-    )
+
+    source: ComponentSource
+    device: torch.device
+    module: Any
+    block: Any
+    opening: Opening = Opening("")
+    only: tuple[str, ...] = ("",)
+    leaves_stream: Callable[[str], bool] = lambda name: False
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """To compute in."""
+        return torch_dtype(compute_tag(self.source))
+
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return self.source.shapes
+
+    @cached_property
+    def _computing(self) -> Computing:
+        return Computing(Scratch(), self.opening.compute, self.opening.working)
+
+    @cached_property
+    def _packs(self) -> Packs:
+        return Packs(self.source)
+
+    def component(self, count: int, name: str = "") -> Component:
+        """The component with the first ``count`` of its blocks."""
+        prefix = BLOCKS[self.source.component][0] if self.block is not None else None
+        rest = {
+            key: stored
+            for key, stored in self.source.weights.items()
+            if key.startswith(self.only) and key != EMBEDDING and not _begins(key, prefix)
+        }
+        root = self._template(self.module, self._treatment(rest, ""))
+        prefixes = [f"{prefix}{index}." for index in range(count)]
+        local = [self._local(each) for each in prefixes]
+        templates = self._block_templates(local, prefixes)
+        return Component(
+            name=name or self.source.component,
+            source=self.source,
+            template=root,
+            templates=templates,
+            rest=self._layout(rest),
+            blocks=tuple(self._layout(each, self._stays) for each in local),
+            cross=tuple(
+                self._layout(each, self.leaves_stream)
+                for each in local
+                if any(map(self.leaves_stream, each))
+            ),
+            dtype=self.dtype,
+            storage=self._storage(root, templates, context=False),
+            context_storage=self._storage(root, templates, context=True),
+            scratch=self._computing.scratch,
+            packs=self._packs,
+        )
+
+    def _local(self, prefix: str) -> dict[str, StoredWeight]:
+        weights = self.source.weights
+        return {key[len(prefix) :]: w for key, w in weights.items() if key.startswith(prefix)}
+
+    def _stays(self, name: str) -> bool:
+        return not self.leaves_stream(name)
+
+    def _treatment(self, weights: Mapping[str, StoredWeight], prefix: str) -> Treatment:
+        shapes = {name: self._shapes[prefix + name] for name in weights}
+        return Treatment.of(weights, shapes, self.dtype, _computes_as_stored)
+
+    def _template(self, module: Any, treatment: Treatment) -> Template:
+        return Template.of(module, treatment, self._computing, self.dtype)
+
+    def _block_templates(
+        self, local: Sequence[Mapping[str, StoredWeight]], prefixes: Sequence[str]
+    ) -> tuple[Template, ...]:
+        made: dict[Any, Template] = {}
+        found = []
+        for weights, prefix in zip(local, prefixes, strict=True):
+            treatment = self._treatment(weights, prefix)
+            if treatment.key not in made:
+                made[treatment.key] = self._template(copy.deepcopy(self.block), treatment)
+            found.append(made[treatment.key])
+        return tuple(found)
+
+    def _layout(
+        self, weights: Mapping[str, StoredWeight], chosen: Callable[[str], bool] = lambda name: True
+    ) -> BlockLayout:
+        entries: dict[str, TensorEntry] = {
+            stored_name(name, suffix): as_bytes(entry)
+            for name, stored in weights.items()
+            if chosen(name)
+            for suffix, entry in stored.tensors.items()
+        }
+        return self._packs.checked(BlockLayout.from_entries(entries))
+
+    def _storage(self, root: Template, templates: Sequence[Template], *, context: bool) -> Storage:
+        """In the context phase, or in all others."""
+        of_block = self.leaves_stream if context else self._stays
+        distinct = list({id(each): each for each in templates}.values())
+        blocks = [each.storage(self.device, of_block) for each in distinct]
+        outside = root.storage(self.device, lambda name: name.startswith(_CONTEXT) == context)
+        cast_bytes = max((each.cast_bytes for each in distinct), default=0)
+        return joined([*blocks, outside], self._format, cast_bytes)
+
+    @cached_property
+    def _format(self) -> str:
+        """Of the blocks' matrices, or of all where there are no blocks."""
+        prefix = "" if self.block is None else BLOCKS[self.source.component][0]
+        weights = self.source.weights
+        inside = {name: stored for name, stored in weights.items() if name.startswith(prefix)}
+        return main_format(inside, self._shapes)
 
 
-def _templates(block: Any, formats: Sequence[Formats]) -> tuple[Any, ...]:
-    """A block module for each block; one is shared by all blocks whose linears are stored alike."""
-    made: list[tuple[Formats, Any]] = []
-    templates = []
-    for wanted in formats:
-        known = next((module for found, module in made if found == wanted), None)
-        if known is None:
-            known = block if not made else copy.deepcopy(block)
-            made.append((wanted, known))
-        templates.append(known)
-    return tuple(templates)
+def _begins(name: str, prefix: str | None) -> bool:
+    return prefix is not None and name.startswith(prefix)
 
 
 def _manifest(
@@ -376,6 +414,8 @@ def _transformer_spec(component: Component) -> TransformerSpec:
         freq_dim=config.freq_dim,
         patch_size=tuple(config.patch_size),
         image_dim=config.image_dim,
+        storage=component.storage,
+        context_storage=component.context_storage,
     )
 
 
@@ -388,6 +428,7 @@ def _text_spec(component: Component) -> TextSpec:
         d_ff=config.d_ff,
         num_layers=len(component.blocks),
         num_heads=config.num_heads,
+        storage=component.storage,
     )
 
 
@@ -401,6 +442,7 @@ def _image_spec(component: Component) -> ImageSpec:
         num_attention_heads=config.num_attention_heads,
         image_size=config.image_size,
         patch_size=config.patch_size,
+        storage=component.storage,
     )
 
 

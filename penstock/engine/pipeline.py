@@ -30,6 +30,7 @@ from penstock.engine.report import JobResult, RunReport, versions
 from penstock.engine.request import GenerationRequest
 from penstock.engine.sampler import guide
 from penstock.engine.sampling import Sampling
+from penstock.engine.spm import open_tokenizer
 from penstock.engine.stage import Run, Stage, visits
 from penstock.engine.video import write_video
 from penstock.engine.wan import forward as dit
@@ -49,7 +50,7 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
     """
     started = time.perf_counter()
     stage = Stage(job, listener, cancelled)
-    with Ending(job.keeper, job.device):
+    with Ending(job.keeper):
         for message in (*job.notices, *(warning.message for warning in job.request.warnings)):
             stage.monitor.notice(message)
         latents = sample(stage)
@@ -74,7 +75,7 @@ def sample(stage: Stage) -> Tensor:
         if conditions is None:
             conditions = condition(stage)
             keeper.keep_conditions(conditions)
-        sampling = stage.attempt("denoise", lambda: Sampling(stage))
+        sampling = Sampling(stage)
         latents = stage.attempt("denoise", lambda: denoise(stage, conditions, sampling))
         keeper.keep_latents(latents)
     return latents
@@ -97,7 +98,7 @@ def condition(stage: Stage) -> Conditions:
 def encode_prompts(stage: Stage) -> list[Tensor]:
     """Text states (1, 512, d) of the prompt and, with guidance, of the negative prompt, on CPU."""
     component, request = stage.model.text, stage.job.request
-    tokenizer = stage.model.tokenizer()
+    tokenizer = open_tokenizer(stage.model.source.tokenizer)
     texts = [request.prompt]
     if request.uses_guidance:
         texts.append(request.effective_negative_prompt)
@@ -106,10 +107,10 @@ def encode_prompts(stage: Stage) -> list[Tensor]:
         if prompt.cut:
             stage.monitor.notice(f"the {which} is too long; this is cut: {prompt.cut!r}")
     lengths = [prompt.length for prompt in tokenised]
-    with stage.phase("text", len(component.blocks), "layer") as (plan, phase):
+    with stage.phase("text", len(component.blocks), "layer", component=component) as (plan, phase):
         hidden = prompts.embed(
             tokenised,
-            lambda rows: component.read_rows("shared.weight", rows),
+            component.embedding_rows,
             dtype=component.dtype,
             device=stage.device,
         )
@@ -135,9 +136,9 @@ def encode_picture(stage: Stage, picture: Image) -> Tensor | None:
     component = stage.model.image
     if component is None:
         return None
-    processor = pictures.make_image_processor(stage.model.source.image_processor)
+    processor = pictures.image_processor(stage.model.source.image_processor)
     pixels = pictures.pixel_values(processor, picture)
-    with stage.phase("image", len(component.blocks), "layer") as (plan, phase):
+    with stage.phase("image", len(component.blocks), "layer", component=component) as (plan, phase):
         with stage.rest(component) as module:
             hidden = pictures.embed_pixels(
                 module.embeddings, module.pre_layrnorm, pixels.to(stage.device)
@@ -171,7 +172,10 @@ def denoise(stage: Stage, conditions: Conditions, sampling: Sampling) -> Tensor:
     with closing(sampling.resume()) as sampler, stage.rest(component) as model:
         start, steps, latents = sampler.next_step, request.steps, sampling.latents
         cross, modulation = prepare(stage, model, conditions, sampler.timesteps)
-        with stage.phase("denoise", steps, "step", done=start) as (plan, phase):
+        with stage.phase("denoise", steps, "step", done=start, component=component) as (
+            plan,
+            phase,
+        ):
             passes = plan.passes(len(conditions.texts))
             cycles = (steps - start) * len(passes)
             with stage.stream(component.blocks, plan.stream, phase, cycles) as stream:
@@ -186,7 +190,7 @@ def denoise(stage: Stage, conditions: Conditions, sampling: Sampling) -> Tensor:
                         for prediction in forward(model_input, branches, modulation[step], rope)
                     ]
                     del model_input
-                    component.checkpoint.check_unchanged()
+                    component.check_unchanged()
                     latents = sampling.step(sampler, _guided(predictions, request), latents)
                     phase.advance()
             return latents.cpu()
@@ -200,7 +204,10 @@ def prepare(
 ) -> tuple[CrossStore, list[dit.StepModulation]]:
     """What does not change from step to step: cross-attention K/V, and the time embeddings."""
     component = stage.model.transformer
-    with stage.phase("context", len(component.cross), "block") as (plan, phase):
+    with stage.phase("context", len(component.cross), "block", component=component) as (
+        plan,
+        phase,
+    ):
         texts = [text.to(stage.device, component.dtype) for text in conditions.texts]
         image = _on_device(conditions.image, stage.device, component.dtype)
         contexts = [dit.prepare_context(model, text, image) for text in texts]
@@ -272,7 +279,7 @@ def decode(stage: Stage, latents: Tensor) -> Tensor:
         raw = _raw_latents(latents.to(stage.device, component.dtype), vae.config)
         film = Film(vae, raw, grid, shape, stage.keeper)
         film.decode(should_stop=phase.advance)
-        component.checkpoint.check_unchanged()
+        component.check_unchanged()
     return film.video
 
 
@@ -318,6 +325,8 @@ def _report(job: Run, monitor: Monitor, seconds: float) -> RunReport:
         vram_limit_bytes=job.plan.vram_limit_bytes,
         ram_limit_bytes=job.plan.ram_limit_bytes,
         allocated_vram_bytes=_allocated_bytes(job.device),
+        weight_format=job.plan.weight_format,
+        compute=job.model.opening.told,
         phases=tuple(monitor.phases),
         notices=tuple(monitor.notices),
         versions=versions(),

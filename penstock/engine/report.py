@@ -45,6 +45,8 @@ class RunReport:
         seed: the seed that was used, also where the request left it open.
         phases: in the order they ran.
         allocated_vram_bytes: peak of the device's own allocator (0 where it has none: the CPU).
+        weight_format: of the transformer's matrices.
+        compute: "exact", or "fast" with the 8-bit products that were used.
         notices: all that the user was told on the way.
     """
 
@@ -58,6 +60,8 @@ class RunReport:
     vram_limit_bytes: int
     ram_limit_bytes: int
     allocated_vram_bytes: int
+    weight_format: str
+    compute: str
     phases: tuple[PhaseReport, ...]
     notices: tuple[str, ...]
     versions: dict[str, str]

@@ -6,15 +6,13 @@ request's shift) and can hand out its complete history, so that a job continues 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from penstock.errors import CheckpointError, NonFinite, UsageError
+from penstock.errors import NonFinite, UsageError
 
 _FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 # What each solver carries from step to step (the attributes of diffusers' schedulers)
@@ -42,7 +40,7 @@ class Sampler:
     """One run of a solver over ``steps`` steps.
 
     Args:
-        config: the folder's scheduler config (`read_scheduler_config`).
+        config: the model's scheduler config (``scheduler_config.json``).
         sampler: ``"unipc"``, ``"dpm++"`` or ``"euler"``.
         steps: number of steps.
         shift: flow shift, in the place of the config's own (the converted 720p model says 3.0
@@ -144,26 +142,6 @@ class Sampler:
             setattr(self._scheduler, name, restored)
         else:
             setattr(self._scheduler, name, state.tensors.get(f"{name}.0"))
-
-
-def read_scheduler_config(folder: Path) -> dict[str, Any]:
-    """The scheduler's config in ``folder`` (``scheduler_config.json``).
-
-    Raises:
-        CheckpointError: missing, unreadable, or no JSON object.
-    """
-    path = folder / "scheduler_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            "no usable scheduler config", expected=str(path), found=str(error)
-        ) from error
-    if not isinstance(config, dict):
-        raise CheckpointError(
-            "no usable scheduler config", expected="a JSON object", found=f"{path}: {config!r:.40}"
-        )
-    return config
 
 
 def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:

@@ -6,12 +6,12 @@ fps, negative_prompt) where the official Wan2.1 defaults do not suit it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from penstock.engine.image import open_image
+from penstock.engine.locate import ModelSource
 from penstock.engine.model import ModelFiles
 from penstock.engine.request import GenerationRequest, Grid, parse_area, parse_size, size_for
 from penstock.errors import CheckpointError, UsageError
@@ -48,7 +48,7 @@ def resolve(settings: Settings, model: ModelFiles) -> GenerationRequest:
         raise UsageError(
             "two answers to one question", expected="--size or --max-area", found="both"
         )
-    defaults = _defaults(model.source.defaults, model.source.origin)
+    defaults = _defaults(model.source)
     given = {
         field.name: getattr(settings, field.name)
         for field in fields(settings)
@@ -60,7 +60,8 @@ def resolve(settings: Settings, model: ModelFiles) -> GenerationRequest:
     )
 
 
-def _defaults(found: Mapping[str, Any], origin: str) -> dict[str, Any]:
+def _defaults(source: ModelSource) -> dict[str, Any]:
+    found = dict(source.defaults)
     texts = {"negative_prompt"}
     unknown = sorted(found.keys() - set(_NUMBERS) - texts)
     wrong = [
@@ -70,11 +71,11 @@ def _defaults(found: Mapping[str, Any], origin: str) -> dict[str, Any]:
     ]
     if unknown or wrong:
         raise CheckpointError(
-            f"defaults.json of {origin} cannot be used",
+            f"the defaults.json of {source.origin} cannot be used",
             expected="numbers named " + ", ".join(_NUMBERS) + " and a text negative_prompt",
             found=", ".join(unknown + wrong),
         )
-    return dict(found)
+    return found
 
 
 def _size(settings: Settings, defaults: dict[str, Any], grid: Grid) -> tuple[int, int]:

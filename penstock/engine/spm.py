@@ -9,9 +9,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from penstock.engine.source import read_bytes
+from penstock.engine.text import load_tokenizer
 from penstock.errors import CheckpointError
+from penstock.offload.checkpoint import TensorEntry
 
 _UNIGRAM = 1
 _NORMAL, _UNKNOWN, _CONTROL = 1, 2, 3
@@ -108,6 +112,19 @@ def _varint(data: bytes, place: int) -> tuple[int, int]:
         if byte < 128:
             return value, place
     raise ValueError(f"an endless number at byte {place}")
+
+
+def open_tokenizer(tokenizer: Path | TensorEntry) -> Any:
+    """The tokenizer of a folder, of a SentencePiece file, or of a byte tensor that holds one.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    if isinstance(tokenizer, TensorEntry):
+        return tokenizer_from_spm(read_bytes(tokenizer))
+    if tokenizer.is_dir():
+        return load_tokenizer(tokenizer)
+    return tokenizer_from_spm(tokenizer.read_bytes())
 
 
 def tokenizer_from_spm(data: bytes) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from penstock.offload.ledger import ByteLedger
 from penstock.offload.schedule import Residency
 from penstock.offload.streamer import BlockStream, load_block
 from penstock.offload.tiers import release_cached
+from penstock.profiles.manifest import SCRATCH
 from penstock.profiles.plan import PhasePlan, Plan, StreamPlan, changes
 from penstock.profiles.planner import Workload
 
@@ -79,16 +80,31 @@ class Stage:
 
     @contextmanager
     def phase(
-        self, name: str, total: int, unit: str, *, done: int = 0
+        self,
+        name: str,
+        total: int,
+        unit: str,
+        *,
+        done: int = 0,
+        component: Component | None = None,
     ) -> Iterator[tuple[PhasePlan, PhaseMonitor]]:
-        """One phase of the plan, its room reserved; ``done`` units were finished before."""
+        """One phase of the plan, its room reserved.
+
+        Args:
+            done: units that were finished before.
+            component: its quantised layers are computed with; they get the scratch buffer that the
+                plan has for them.
+        """
         plan = self.plan[name]
         self._active = name
-        with (
-            self.monitor.phase(plan, total, unit, done) as phase,
-            self.device_ledger.reserve(f"{name}: activations", plan.work_bytes),
-            self.host_ledger.reserve(f"{name}: host work", plan.ram_work_bytes),
-        ):
+        with ExitStack() as stack:
+            phase = stack.enter_context(self.monitor.phase(plan, total, unit, done))
+            for label, nbytes in plan.work:
+                stack.enter_context(self.device_ledger.reserve(f"{name}: {label}", nbytes))
+            stack.enter_context(self.host_ledger.reserve(f"{name}: host work", plan.ram_work_bytes))
+            if component is not None:
+                scratch = sum(nbytes for label, nbytes in plan.work if label == SCRATCH)
+                stack.enter_context(component.scratch.held(scratch, self.device))
             yield plan, phase
 
     def attempt(self, name: str, body: Callable[[], Result]) -> Result:
@@ -135,7 +151,8 @@ class Stage:
         Raises:
             CheckpointChanged: its files changed since the model was opened.
         """
-        component.checkpoint.check_unchanged()
+        component.check_unchanged()
+        template = component.template
         with (
             load_block(
                 component.rest,
@@ -143,7 +160,8 @@ class Stage:
                 device_ledger=self.device_ledger,
                 host_ledger=self.host_ledger,
             ) as tensors,
-            component.bound(tensors) as module,
+            self.device_ledger.reserve("cast weights", template.cast_bytes),
+            template.bound(tensors) as module,
         ):
             yield module
 
@@ -179,8 +197,8 @@ def residency(plan: StreamPlan) -> Residency:
 def visits(
     stream: BlockStream, component: Component, phase: PhaseMonitor
 ) -> Iterator[tuple[int, Any]]:
-    """One pass over all blocks: each index with the block module, its weights bound meanwhile."""
+    """One pass over all blocks: each index with its module, its weights bound meanwhile."""
     for index, tensors in stream.cycle():
         phase.check()
-        with component.bound(tensors, index) as block:
+        with component.templates[index].bound(tensors) as block:
             yield index, block

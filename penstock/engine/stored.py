@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from penstock.engine.fingerprint import (
 )
 from penstock.engine.journal import HEADER_BYTES, PICTURE_FILE, Journal
 from penstock.engine.model import ModelFiles
+from penstock.engine.opening import Opening
 from penstock.engine.request import GenerationRequest, Grid
 from penstock.errors import JournalError, RequestError
 from penstock.profiles.plan import Plan
@@ -52,14 +55,15 @@ class Order:
         }
 
 
-def request_values(request: GenerationRequest, model: Path) -> dict[str, Any]:
-    """The request as plain values, with the model's folder; the picture is told by its content.
+def request_values(request: GenerationRequest, model: ModelFiles) -> dict[str, Any]:
+    """The request as plain values, with how the model was asked for; the picture is told by its
+    content.
 
     Raises:
         StorageError: the picture cannot be read.
     """
     picture = None if request.image is None else stamp(request.image)
-    return asdict(request) | {"image": picture, "model": str(model.resolve())}
+    return asdict(request) | {"image": picture} | model.opening.values()
 
 
 def begin(
@@ -83,7 +87,7 @@ def begin(
             picture = request.image.read_bytes()
     journal = Journal.create(
         folder,
-        request_values(request, model.folder),
+        request_values(request, model),
         plan.to_json(),
         conditions_now(model, device),
         facts=order.facts() | dict(budgets),
@@ -97,12 +101,20 @@ def begin(
 
 def conditions_now(model: ModelFiles, device: torch.device) -> Fingerprint:
     """The fingerprint of a job of this model on this device; chunks and tiles are the plan's."""
-    dtypes = {component.name: str(component.dtype) for component in model.components()}
-    return fingerprint(
-        device,
-        {"attention": "sdpa", "dtypes": dtypes},
-        sorted(model.files.items()),
-    )
+    source, parts = model.source, model.components()
+    numerics = {
+        "attention": "sdpa",
+        "dtypes": {part.name: str(part.dtype) for part in parts},
+        "compute": model.opening.compute,
+        "eight_bit": sorted(model.opening.working),
+        "configs": {part.name: _digest(part.source.config) for part in parts}
+        | {"scheduler": _digest(source.scheduler), "image": _digest(source.image_processor)},
+    }
+    return fingerprint(device, numerics, model.files().items())
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def check_unfinished(journal: Journal) -> None:
@@ -125,8 +137,7 @@ def restored_request(journal: Journal) -> GenerationRequest:
     Raises:
         JournalError: the record holds none.
     """
-    values = dict(journal.record.request)
-    values.pop("model", None)
+    values = Opening.strip(journal.record.request)
     picture = journal.folder / PICTURE_FILE if values.get("image") is not None else None
     try:
         grid = Grid(**values.pop("grid"))

@@ -17,7 +17,7 @@ from typing import Any
 import ftfy
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Linear, Module
 from torch.nn.functional import scaled_dot_product_attention
 
 from penstock.errors import CheckpointError, RequestError, TensorMismatch
@@ -202,10 +202,9 @@ def _feed_forward(layer: Any, hidden: Tensor) -> Tensor:
     dense = layer.DenseReluDense
     normed = layer.layer_norm(hidden)
     states = dense.act(dense.wi_0(normed)).mul_(dense.wi_1(normed))
-    weight = getattr(dense.wo, "weight", None)
-    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.itemsize > 1:
+    if isinstance(dense.wo, Linear):
         # transformers keeps wo in fp32 where the rest is fp16
-        states = states.to(weight.dtype)
+        states = states.to(dense.wo.weight.dtype)
     return dense.wo(states)  # type: ignore[no-any-return]
 
 

@@ -16,7 +16,7 @@ from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from penstock.errors import CheckpointError, PickleRefused, TensorMismatch
-from penstock.offload.files import FileStamp, WeightFile, check_stamp, unreadable
+from penstock.offload.files import FileStamp, WeightFile, check_unchanged
 from penstock.offload.header import (
     MAX_HEADER_BYTES,
     Header,
@@ -194,12 +194,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
 
     def check_unchanged(self) -> None:
         """Raise CheckpointChanged if a file was truncated, replaced or touched since opening."""
-        for path, stamp in self.files.items():
-            try:
-                status = path.stat()
-            except OSError as error:
-                raise unreadable(path, error) from error
-            check_stamp(path, status, stamp)
+        check_unchanged(self.files)
 
     def _file(self, path: Path) -> WeightFile:
         if path not in self._open_files:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -42,6 +43,16 @@ def check_stamp(path: Path, status: os.stat_result, stamp: FileStamp) -> None:
         raise changed(
             path, f"{stamp.size:,} bytes, as when it was opened", _difference(found, stamp)
         )
+
+
+def check_unchanged(stamps: Mapping[Path, FileStamp]) -> None:
+    """Raise CheckpointChanged if a file was truncated, replaced or touched since it was stamped."""
+    for path, stamp in stamps.items():
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise unreadable(path, error) from error
+        check_stamp(path, status, stamp)
 
 
 def changed(path: Path, expected: str, found: str) -> CheckpointChanged:

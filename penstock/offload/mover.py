@@ -56,11 +56,19 @@ class Carrier:
     link: Link
     stats: StreamStats
 
-    def read(
-        self, layout: BlockLayout, target: HostBuffer, start: int = 0, stop: int | None = None
-    ) -> None:
-        """Read a block, or its bytes from ``start`` to ``stop``, to the beginning of ``target``."""
-        stop = layout.nbytes if stop is None else stop
+    def read(self, layout: BlockLayout, target: HostBuffer) -> None:
+        """Read a block to the beginning of ``target``.
+
+        Raises:
+            CheckpointError: the layout's inspector has found other bytes than it expects.
+        """
+        self._read(layout, target, 0, layout.nbytes)
+        if layout.inspector is not None:
+            inspector = layout.inspector()
+            inspector.feed(target.view[: layout.nbytes])
+            inspector.finish()
+
+    def _read(self, layout: BlockLayout, target: HostBuffer, start: int, stop: int) -> None:
         began = time.perf_counter()
         moved = self.disk.read(layout, target.view[: stop - start], start, stop)
         self.stats.add_seconds("read_s", time.perf_counter() - began)
@@ -74,13 +82,22 @@ class Carrier:
         self.stats.copied_bytes += target.numel()
 
     def load(self, layout: BlockLayout, through: HostBuffer, target: Tensor) -> None:
-        """Bring a block to the device now, by way of a host buffer that may be smaller than it."""
+        """Bring a block to the device now, by way of a host buffer that may be smaller than it.
+
+        Raises:
+            CheckpointError: as `read` does, when all of it has come.
+        """
         step = through.tensor.numel()
+        inspector = None if layout.inspector is None else layout.inspector()
         for start in range(0, layout.nbytes, step):
             stop = min(start + step, layout.nbytes)
-            self.read(layout, through, start, stop)
+            self._read(layout, through, start, stop)
+            if inspector is not None:
+                inspector.feed(through.view[: stop - start])
             self.copy(target[start:stop], through)
             self.link.drain()
+        if inspector is not None:
+            inspector.finish()
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from penstock.profiles.cost import transformer
-from penstock.profiles.manifest import TransformerSpec
+from penstock.profiles.manifest import Storage, TransformerSpec
 from penstock.profiles.phases import (
     Case,
     Group,
@@ -22,15 +22,7 @@ from penstock.profiles.phases import (
 from penstock.profiles.plan import Items, PhasePlan
 from penstock.profiles.policy import Limits
 from penstock.profiles.rates import Rates
-from penstock.profiles.streams import (
-    LINK_CARE,
-    Network,
-    Pace,
-    Placement,
-    Stream,
-    best_stream,
-    stream_of,
-)
+from penstock.profiles.streams import LINK_CARE, Network, Pace, Stream, best_stream, stream_of
 from penstock.units import MIB
 
 CHUNKS = (1 << 16, 1 << 15, 1 << 14, 1 << 13, 4096, 2048, 1024, 512, 256, 128, 64, 32, 16, 8, 4, 2)
@@ -139,7 +131,10 @@ class Denoise:
             self.case,
             Network.of(spec.cross_block_bytes, resident=False),
             spec.weights.rest_bytes,
-            (*transformer.context_bytes(spec, case).items, *self._decoding),
+            (
+                *transformer.context_bytes(spec, case).items,
+                *self._decoding(spec.context_storage or spec.storage),
+            ),
             self._host_kept(case),
             transformer.context_flops(spec, case),
             rest_stays=True,
@@ -152,18 +147,18 @@ class Denoise:
         for shape in self._shapes:
             if shape.cost.chunk_tokens != min(self._chunks):
                 continue
-            context = min(
-                self._contexts(not shape.cost.cross_kv_on_device, limits),
-                key=lambda phase: phase.vram_bytes + phase.ram_bytes,
-            )
-            for place in self._network.smallest:
-                if not place.read_bytes or self.case.policy.disk != "never":
-                    stream = self._small_stream(shape, place)
+            for context in self._contexts(not shape.cost.cross_kv_on_device, limits):
+                for stream in self._small_streams(shape):
                     yield context, self._phase(shape, stream, limits)
 
-    def _small_stream(self, shape: Shape, place: Placement) -> Stream:
-        slots, slabs = min(self._network.rings(place))
-        return stream_of(place, self._network, slots, slabs, self._pace(shape), self.case.rates)
+    def _small_streams(self, shape: Shape) -> Iterator[Stream]:
+        for place in self._network.choices:
+            if place.read_bytes and self.case.policy.disk == "never":
+                continue
+            if place.host_resident and place.device_resident and place.read_bytes:
+                continue
+            slots, slabs = min(self._network.rings(place))
+            yield stream_of(place, self._network, slots, slabs, self._pace(shape), self.case.rates)
 
     @property
     def _chunks(self) -> tuple[int, ...]:
@@ -204,7 +199,10 @@ class Denoise:
         return tuple(sorted(shapes, key=lambda shape: (shape.least_seconds, shape.work_bytes)))
 
     def _shape(self, cost: transformer.DenoiseCase) -> Shape:
-        work = (*transformer.denoise_bytes(self.spec, cost).items, *self._decoding)
+        work = (
+            *transformer.denoise_bytes(self.spec, cost).items,
+            *self._decoding(self.spec.storage),
+        )
         passes = self.case.workload.steps * -(-cost.branches // cost.visit_branches)
         return Shape(cost, work, self._compute_s(cost), passes)
 
@@ -214,18 +212,12 @@ class Denoise:
         fast = self.case.policy.compute == "fast" and rates.eight_bit_flops is not None
         return fast and stored.format in _EIGHT_BIT
 
-    @property
-    def _decoding(self) -> Items:
-        """What quantised matrices take in VRAM besides their bytes."""
-        stored = self.spec.storage
-        if self._is_fast:
+    def _decoding(self, stored: Storage) -> Items:
+        """What quantised matrices take in VRAM besides their bytes; a manifest that was made for
+        8-bit products says itself which layers still decode."""
+        if self._is_fast and not stored.eight_bit_bytes:
             return (("8-bit workspace", EIGHT_BIT_WORKSPACE_BYTES),)
-        if not stored.scratch_bytes:
-            return ()
-        return (
-            ("dequantisation scratch", stored.scratch_bytes),
-            ("dequantisation workspace", stored.workspace_bytes),
-        )
+        return stored.items
 
     def _compute_s(self, cost: transformer.DenoiseCase) -> float:
         """Seconds of one pass over all blocks, fetching cross-attention K/V included."""
@@ -241,7 +233,6 @@ class Denoise:
             flops.linear / linear_rate
             + attention / (rates.attention_flops or rates.flops)
             + chunks * (rates.overhead_s + self._decode_s(rates))
-            + tokens * spec.inner_dim * spec.num_layers * rates.element_s
         )
         if not cost.cross_kv_on_device:
             kept = transformer.cross_kv_bytes(spec, replace(cost, branches=1))

@@ -38,6 +38,10 @@ class WeightFormat:
     is_plain: bool = False
     decode_bytes: int = 0
 
+    def fits(self, shape: Shape) -> bool:
+        """Whether rows are whole blocks; other matrices stay plain."""
+        return shape[1] % self.block == 0
+
     def tensor_bytes(self, shape: Shape) -> tuple[int, ...]:
         """Bytes of each stored tensor."""
         rows, columns = shape

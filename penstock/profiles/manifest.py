@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+SCRATCH = "dequantisation scratch"
+"""Label of the buffer that matrices are decoded into, in plans and ledgers."""
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -38,18 +41,31 @@ class Storage:
         scratch_bytes: the largest matrix in the compute dtype: each is decoded there before use.
         workspace_bytes: what decoding takes besides, for a moment.
         decoded_bytes: written when all matrices of a block are decoded once.
+        eight_bit_bytes: temporaries of 8-bit matrix products, where some layers compute so.
     """
 
     format: str = "bf16"
     scratch_bytes: int = 0
     workspace_bytes: int = 0
     decoded_bytes: int = 0
+    eight_bit_bytes: int = 0
+
+    @property
+    def items(self) -> tuple[tuple[str, int], ...]:
+        """``(label, bytes)`` of all that computing with the stored matrices takes besides them."""
+        named = (
+            (SCRATCH, self.scratch_bytes),
+            ("dequantisation workspace", self.workspace_bytes),
+            ("8-bit workspace", self.eight_bit_bytes),
+        )
+        return tuple((label, count) for label, count in named if count)
 
 
 @dataclass(frozen=True)
 class TransformerSpec:
     """The DiT (`WanTransformer3DModel` config). ``cross_block_bytes`` are the cross-attention K/V
-    projections, which are applied once a prompt and are not part of ``weights.block_bytes``."""
+    projections, which are applied once a prompt and are not part of ``weights.block_bytes``;
+    ``context_storage`` is how they and the embedders are stored (None: as the blocks)."""
 
     weights: Weights
     cross_block_bytes: tuple[int, ...]
@@ -64,6 +80,7 @@ class TransformerSpec:
     patch_size: tuple[int, int, int]
     image_dim: int | None = None
     storage: Storage = Storage()
+    context_storage: Storage | None = None
 
     @property
     def inner_dim(self) -> int:
@@ -81,6 +98,7 @@ class TextSpec:
     d_ff: int
     num_layers: int
     num_heads: int
+    storage: Storage = Storage()
 
 
 @dataclass(frozen=True)
@@ -94,6 +112,7 @@ class ImageSpec:
     num_attention_heads: int
     image_size: int
     patch_size: int
+    storage: Storage = Storage()
 
     @property
     def tokens(self) -> int:
@@ -149,3 +168,11 @@ class VideoShape:
             self.height // vae.spatial_factor,
             self.width // vae.spatial_factor,
         )
+
+    def tokens(self, vae: VaeSpec, transformer: TransformerSpec) -> int:
+        """Tokens of the DiT."""
+        sizes = zip(self.latent(vae), transformer.patch_size, strict=True)
+        count = 1
+        for size, patch in sizes:
+            count *= size // patch
+        return count

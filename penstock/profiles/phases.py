@@ -24,9 +24,8 @@ TILE_GRIDS = (
 )  # fmt: skip
 """Rows and columns of VAE tiles that are tried; each costs more arithmetic than the one before."""
 
-ENCODER_BYTES_PER_PIXEL = 240
-"""Host memory of libx264's look-ahead and references, a pixel of one frame: measured on
-noise, the worst picture, with two threads."""
+ENCODER_BYTES_PER_PIXEL = 182
+"""Host memory of libx264's look-ahead and references, a pixel of one frame (measured)."""
 
 ENCODER_BASE_BYTES = 16 * MIB
 
@@ -143,7 +142,7 @@ class OnePass:
             case,
             Network.of(spec.weights.block_bytes, resident=False),
             spec.weights.rest_bytes,
-            (("activations", work),),
+            (("activations", work), *spec.storage.items),
             (("encoder states", encoder_state_bytes(case)),),
             encoders.text_flops(spec, prompts=branches),
         )
@@ -156,7 +155,7 @@ class OnePass:
             case,
             Network.of(spec.weights.block_bytes, resident=False),
             spec.weights.rest_bytes,
-            (("activations", encoders.image_bytes(spec)),),
+            (("activations", encoders.image_bytes(spec)), *spec.storage.items),
             (("encoder states", encoder_state_bytes(case)), ("picture", picture_bytes(case))),
             encoders.image_flops(spec),
         )

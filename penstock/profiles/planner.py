@@ -29,7 +29,7 @@ from penstock.profiles.plan import Items, PhasePlan, Plan
 from penstock.profiles.policy import Limits, Policy
 from penstock.units import format_bytes
 
-__all__ = ["Workload", "fits", "minimum_vram_bytes", "plan", "smaller"]
+__all__ = ["Workload", "minimum_vram_bytes", "plan", "smaller"]
 
 SHRINK = 0.9
 """What of the memory that ran out a smaller plan may take: fewer attempts than block by block."""
@@ -172,17 +172,3 @@ def _tightened(hardware: Hardware, resource: str, limit_bytes: int) -> Limits:
     if resource == "RAM":
         return replace(limits, ram_bytes=min(limit_bytes, limits.ram_bytes))
     return replace(limits, both_bytes=limit_bytes)
-
-
-def fits(
-    manifest: ModelManifest,
-    workload: Workload,
-    hardware: Hardware,
-    policy: Policy,
-    limits: Limits,
-) -> bool:
-    """Whether there is any plan inside ``limits``."""
-    return all(
-        any(group_fits(group, limits) for group in step.all_small(limits))
-        for step in steps(manifest, workload, hardware, policy)
-    )

@@ -26,8 +26,7 @@ class Rates:
         eight_bit_flops: of 8-bit matrix products; None: the device has none that are faster.
         memory_bytes_per_s: the device's own memory; decoding of weights runs at it (None: not
             counted).
-        overhead_s: of one chunk of one block, whatever its size.
-        element_s: of one element of the hidden states in one block: norms, rotations, activations.
+        overhead_s: of one chunk of one block that computes nothing.
         video_pixels_per_s: into H.264.
     """
 
@@ -39,7 +38,6 @@ class Rates:
     eight_bit_flops: float | None = None
     memory_bytes_per_s: float | None = None
     overhead_s: float = 2e-4
-    element_s: float = 1e-13
     video_pixels_per_s: float = 2.5e7
 
     def __post_init__(self) -> None:

@@ -1,14 +1,13 @@
 """Where the blocks of a network live, in bytes and in seconds: every choice, and the best of them.
 
-Three queues (disk, link, computation) run beside each other as far as the rings let them. The first
-passes are followed operation by operation, as `penstock.offload.simulated` follows all of them.
+Seconds are those of `penstock.offload.simulated` in closed form: three queues that run beside each
+other as far as the rings let them, so a pass takes as long as the busiest of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 from penstock.profiles.plan import Items, StreamPlan
@@ -24,12 +23,6 @@ STAGING_BYTES = 64 * MIB
 
 PAGE_BYTES = 4096
 """The least, and the unit of every buffer."""
-
-_PASSES = 4
-"""Passes that are followed operation by operation; by then they repeat."""
-
-_ROUNDING = 1e-9
-"""Sums of many small floats may end a little below the product they should be."""
 
 LINK_CARE = 0.1
 """Where the disk is to be spared, a second in which a link is busy counts as this much waiting."""
@@ -66,13 +59,8 @@ class Placement:
 class Network:
     """All placements of a network's blocks, fewest residents first."""
 
-    blocks: tuple[int, ...]
+    n_blocks: int
     choices: tuple[Placement, ...]
-
-    @property
-    def n_blocks(self) -> int:
-        """How many."""
-        return len(self.blocks)
 
     @classmethod
     def of(cls, blocks: Sequence[int], *, resident: bool = True) -> Network:
@@ -80,24 +68,9 @@ class Network:
         n_blocks = len(blocks)
         most = n_blocks if resident else 0
         counts = ((d, h) for d in range(most + 1) for h in range(most - d + 1))
-        choices = tuple(_placement(blocks, StreamPlan(n_blocks, d, h)) for d, h in counts)
-        return cls(tuple(blocks), choices)
-
-    @property
-    def smallest(self) -> Iterator[Placement]:
-        """Placements among which are the smallest in each memory: nothing resident but one slot and
-        one slab, or nothing that streams from disk; others need a host memory in between only
-        where blocks differ in size."""
-        even = len({place.slot_bytes for place in self.choices if place.slot_bytes}) == 1
-        for place in self.choices:
-            lone = place.device_resident in (0, self.n_blocks) or not even
-            if not place.read_bytes or (lone and not place.host_resident):
-                yield place
-
-    @cached_property
-    def least_vram_bytes(self) -> int:
-        """No placement takes less."""
-        return min(place.device_bytes + place.slot_bytes for place in self.choices)
+        return cls(
+            n_blocks, tuple(_placement(blocks, StreamPlan(n_blocks, d, h)) for d, h in counts)
+        )
 
     def rings(self, place: Placement) -> Iterator[tuple[int, int]]:
         """Slots and slabs that make sense for a placement: none where nothing passes."""
@@ -113,8 +86,6 @@ def _ring(passing: int) -> tuple[int, ...]:
 
 
 def _placement(blocks: Sequence[int], counts: StreamPlan) -> Placement:
-    if len(set(blocks)) == 1:
-        return _even_placement(blocks[0], counts)
     on_device, in_host = set(counts.device_blocks), set(counts.host_blocks)
     streamed = [count for block, count in enumerate(blocks) if block not in on_device]
     from_disk = [c for block, c in enumerate(blocks) if block not in on_device | in_host]
@@ -129,23 +100,6 @@ def _placement(blocks: Sequence[int], counts: StreamPlan) -> Placement:
         copied_bytes=sum(streamed),
         read_bytes=sum(from_disk),
         through_bytes=0 if from_disk else max(device, default=0),
-    )
-
-
-def _even_placement(block: int, counts: StreamPlan) -> Placement:
-    """The same where all blocks are of one size, which needs no looking at each."""
-    on_device, in_host = counts.device_resident, counts.host_resident
-    streamed, from_disk = counts.n_blocks - on_device, counts.disk_blocks
-    return Placement(
-        device_resident=on_device,
-        host_resident=in_host,
-        device_bytes=on_device * block,
-        host_bytes=in_host * block,
-        slot_bytes=block if streamed else 0,
-        slab_bytes=block if from_disk else 0,
-        copied_bytes=streamed * block,
-        read_bytes=from_disk * block,
-        through_bytes=block if on_device and not from_disk else 0,
     )
 
 
@@ -220,7 +174,7 @@ class Stream:
         )
 
     def host_items(self, room_bytes: int) -> Items:
-        """``(label, bytes)`` in RAM; staging takes what is left of ``room_bytes``, to a limit."""
+        """``(label, bytes)`` in RAM; staging takes what ``room_bytes`` leaves it."""
         place = self.placement
         held = place.host_bytes + self.slabs * place.slab_bytes
         staged = staging_bytes(place.through_bytes, room_bytes - held)
@@ -252,28 +206,21 @@ def best_stream(
         from_disk: blocks may be read again at every pass.
         better_than: objectives above this need not be looked at.
     """
-    if room.vram_bytes < network.least_vram_bytes:
-        return None
-    found: list[tuple[float, int, int, int, int]] = []
-    for index, place in enumerate(network.choices):
+    best: Stream | None = None
+    for place in network.choices:
         if place.read_bytes and not from_disk:
             continue
         for slots, slabs in network.rings(place):
             vram = place.device_bytes + slots * place.slot_bytes
             pinned = place.host_bytes + slabs * place.slab_bytes
-            ram = pinned + place.least_staging_bytes
-            if _fits(room, vram, ram, pinned):
-                least = _least_objective(place, network.n_blocks, slots, slabs, pace, rates)
-                if least <= better_than:
-                    found.append((least, vram + ram, index, slots, slabs))
-    found.sort()
-    best: Stream | None = None
-    for least, _, index, slots, slabs in found:
-        if best is not None and least > best.timing.objective:
-            break
-        stream = stream_of(network.choices[index], network, slots, slabs, pace, rates)
-        if best is None or stream.key < best.key:
-            best = stream
+            if not _fits(room, vram, pinned + place.least_staging_bytes, pinned):
+                continue
+            timing = _timing(place, network.n_blocks, slots, slabs, pace, rates)
+            if timing.objective > better_than:
+                continue
+            found = Stream(place, network.n_blocks, slots, slabs, timing)
+            if best is None or found.key < best.key:
+                best, better_than = found, timing.objective
     return best
 
 
@@ -281,7 +228,7 @@ def stream_of(
     place: Placement, network: Network, slots: int, slabs: int, pace: Pace, rates: Rates
 ) -> Stream:
     """One stream with its seconds, whether it fits or not."""
-    timing = _timing(place, network.blocks, slots, slabs, pace, rates)
+    timing = _timing(place, network.n_blocks, slots, slabs, pace, rates)
     return Stream(place, network.n_blocks, slots, slabs, timing)
 
 
@@ -301,75 +248,27 @@ def _fits(room: Limits, vram: int, ram: int, pinned: int) -> bool:
     )
 
 
-def _opening_s(place: Placement, rates: Rates) -> float:
-    """Residents come before the first pass, one after the other."""
-    loaded = place.device_bytes + place.host_bytes
-    return loaded / rates.read_bytes_per_s + place.device_bytes / rates.copy_bytes_per_s
-
-
-def _care_s(place: Placement, pace: Pace, rates: Rates) -> float:
-    copy = place.copied_bytes / rates.copy_bytes_per_s
-    return pace.care * pace.cycles * (copy + place.read_bytes / rates.read_bytes_per_s)
-
-
-def _least_objective(
-    place: Placement, n_blocks: int, slots: int, slabs: int, pace: Pace, rates: Rates
-) -> float:
-    """No less than this is possible: what follows one another in each queue, or in the two that a
-    ring of one makes take turns."""
-    copy = place.copied_bytes / rates.copy_bytes_per_s
-    read = place.read_bytes / rates.read_bytes_per_s
-    if slots == 1:
-        copy += pace.compute_s * (n_blocks - place.device_resident) / n_blocks
-    if slabs == 1:
-        read += place.read_bytes / rates.copy_bytes_per_s
-    passes = pace.cycles * max(pace.compute_s, copy, read)
-    return (_opening_s(place, rates) + passes) * (1 - _ROUNDING) + _care_s(place, pace, rates)
-
-
 def _timing(
-    place: Placement, blocks: Sequence[int], slots: int, slabs: int, pace: Pace, rates: Rates
+    place: Placement, n_blocks: int, slots: int, slabs: int, pace: Pace, rates: Rates
 ) -> Timing:
-    """The stream's operations on three clocks: all of the first passes, then more of the last."""
-    copy = place.copied_bytes / rates.copy_bytes_per_s
-    read = place.read_bytes / rates.read_bytes_per_s
+    """A ring of one cannot be filled while it is read from: its two queues take turns."""
+    copy_rate, read_rate = rates.copy_bytes_per_s, rates.read_bytes_per_s
+    visit = pace.compute_s / n_blocks
+    copy = place.copied_bytes / copy_rate
+    read = place.read_bytes / read_rate
     bound = max((pace.compute_s, "compute"), (copy, "copy"), (read, "read"))[1]
-    ends = _pass_ends(place, blocks, slots, slabs, pace, rates)
-    seconds = _opening_s(place, rates) + ends[-1]
-    if pace.cycles > len(ends):
-        seconds += (pace.cycles - len(ends)) * (ends[-1] - ends[-2])
-    return Timing(seconds, seconds + _care_s(place, pace, rates), bound)
-
-
-def _pass_ends(
-    place: Placement, blocks: Sequence[int], slots: int, slabs: int, pace: Pace, rates: Rates
-) -> list[float]:
-    """When each of the first passes ends, by the rules of `penstock.offload.schedule`: a slab is
-    read into when its last copy is done, a slot is copied into when its last compute is done."""
-    n_blocks, visit = len(blocks), pace.compute_s / len(blocks)
-    counts = StreamPlan(n_blocks, place.device_resident, place.host_resident)
-    on_device, in_host = set(counts.device_blocks), set(counts.host_blocks)
-    copy_s = [count / rates.copy_bytes_per_s for count in blocks]
-    read_s = [count / rates.read_bytes_per_s for count in blocks]
-    slot_free, slab_free = [0.0] * slots, [0.0] * slabs
-    read = copied = computed = 0.0
-    copies = reads = 0
-    ends = []
-    for _ in range(min(pace.cycles, _PASSES)):
-        for block in range(n_blocks):
-            ready = 0.0
-            if block not in on_device:
-                if block not in in_host:
-                    slab = reads % slabs
-                    read = ready = max(read, slab_free[slab]) + read_s[block]
-                slot = copies % slots
-                copied = ready = max(copied, slot_free[slot], ready) + copy_s[block]
-                if block not in in_host:
-                    slab_free[slab] = copied
-                    reads += 1
-            computed = max(computed, ready) + visit
-            if block not in on_device:
-                slot_free[slot] = computed
-                copies += 1
-        ends.append(computed)
-    return ends
+    one_pass = max(
+        pace.compute_s,
+        copy + visit * (n_blocks - place.device_resident) if slots == 1 else copy,
+        read + place.read_bytes / copy_rate if slabs == 1 else read,
+    )
+    opening = (place.device_bytes + place.host_bytes) / read_rate + place.device_bytes / copy_rate
+    first_read, first_copy = place.slab_bytes / read_rate, place.slot_bytes / copy_rate
+    ends = {
+        "compute": first_read + first_copy,
+        "copy": first_read + visit,
+        "read": first_copy + visit,
+    }[bound]
+    seconds = opening + ends + pace.cycles * one_pass
+    care = pace.care * pace.cycles * (copy + read)
+    return Timing(seconds, seconds + care, bound)

@@ -10,7 +10,8 @@ row-wise scaling inside `_scaled_mm` is not there on every architecture.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias
 
@@ -40,13 +41,26 @@ class Scratch:
     Owned by the engine, which reserves its bytes. A weight in it lives for one matrix product.
 
     Args:
-        nbytes: of the largest weight in the compute dtype.
+        nbytes: of the largest weight in the compute dtype; 0 for a buffer that `held` makes.
         device: where the linears compute.
     """
 
-    def __init__(self, nbytes: int, device: torch.device | str) -> None:
-        self.nbytes = nbytes
+    def __init__(self, nbytes: int = 0, device: torch.device | str = "cpu") -> None:
         self._buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        """What the buffer holds now."""
+        return self._buffer.numel()
+
+    @contextmanager
+    def held(self, nbytes: int, device: torch.device | str) -> Iterator[None]:
+        """The buffer, of ``nbytes`` on ``device``, until the context ends."""
+        self._buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        try:
+            yield
+        finally:
+            self._buffer = torch.empty(0, dtype=torch.uint8)
 
     def view(self, shape: Shape, dtype: torch.dtype) -> Tensor:
         """The start of the buffer as an uninitialised ``shape`` of ``dtype``.

@@ -18,7 +18,6 @@ from gguf import GGMLQuantizationType, GGUFWriter, quants
 from safetensors.torch import load_file, save_file
 
 from penstock.engine.synthetic import write_tiny_model
-from tests.quanto_python import python_unpack
 
 SIZES = {
     "transformer": {
@@ -27,9 +26,10 @@ SIZES = {
         "ffn_dim": 512,
         "num_layers": 2,
         "freq_dim": 64,
-        "text_dim": 64,
         "rope_max_seq_len": 1024,
         "added_kv_proj_dim": 256,
+        "text_dim": 64,
+        "image_dim": 80,
     },
     "vae": {"base_dim": 8, "num_res_blocks": 2},
     "text": {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4},
@@ -49,7 +49,7 @@ def write_model(folder: Path, *, image_to_video: bool = True) -> Path:
     """A tiny model whose head widths are the official ones, so that shapes tell its config."""
     sizes = {key: dict(value) for key, value in SIZES.items()}
     if not image_to_video:
-        del sizes["transformer"]["added_kv_proj_dim"]
+        del sizes["transformer"]["added_kv_proj_dim"], sizes["transformer"]["image_dim"]
     return write_tiny_model(folder, image_to_video=image_to_video, dtype=torch.bfloat16, **sizes)
 
 
@@ -271,8 +271,7 @@ def _quanto_int4(tensor, layer):
     weight = quantize_weight(tensor, qint4, 0, scale, shift, group_size=group, optimized=False)
     inner = {}
     weight.save_to_state_dict(inner, f"{layer}.weight.", True)
-    with python_unpack():
-        return inner, weight.dequantize().float()
+    return inner, weight.dequantize().float()
 
 
 def write_gguf(path: Path, tensors, names, kind: str, architecture: str) -> dict:

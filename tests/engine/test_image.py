@@ -1,3 +1,4 @@
+import json
 import os
 import struct
 import zlib
@@ -17,8 +18,8 @@ from penstock.engine.image import (
     conditioning,
     embed_pixels,
     encode_layers,
+    image_processor,
     layers_needed,
-    load_image_processor,
     open_image,
     pixel_values,
     preprocess,
@@ -263,15 +264,16 @@ def test_clip_equals_transformers_in_each_type(dtype, activation):
     assert torch.equal(ours, theirs)
 
 
-def test_the_folders_processor_is_used(pipeline, tmp_path):
-    pipeline.image_processor.save_pretrained(tmp_path / "p")
+def test_the_models_processor_is_used(pipeline, tmp_path):
+    pipeline.image_processor.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "preprocessor_config.json").read_text())
     picture = noise_picture((64, 40))
-    ours = pixel_values(load_image_processor(tmp_path / "p"), picture)
+    ours = pixel_values(image_processor(config), picture)
     theirs = pipeline.image_processor(images=picture, return_tensors="pt").pixel_values
     assert ours.shape == (1, 3, 32, 32)
     assert torch.equal(ours, theirs)
     with pytest.raises(CheckpointError, match="no usable image processor"):
-        load_image_processor(tmp_path / "nothing")
+        image_processor(config | {"size": "large"})
 
 
 @pytest.mark.parametrize("frames", [1, 5, 13])

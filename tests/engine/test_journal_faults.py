@@ -33,7 +33,7 @@ def calls_of_a_life(folder: Path) -> CountingOps:
 
 
 @pytest.mark.parametrize("stays", [False, True], ids=["once", "persistently"])
-@pytest.mark.parametrize("operation", [name for name in OPERATIONS if name != "append"])
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_fault_at_every_call_is_named_and_loses_nothing(
     tmp_path: Path, operation: str, stays: bool
 ) -> None:

@@ -16,9 +16,8 @@ from penstock.engine.sampler import (
     SamplerState,
     guide,
     initial_noise,
-    read_scheduler_config,
 )
-from penstock.errors import CheckpointError, NonFinite, UsageError
+from penstock.errors import NonFinite, UsageError
 
 SHAPE = (1, 16, 2, 4, 6)
 # As it stands in a model's folder
@@ -199,17 +198,6 @@ def test_drawing_noise_leaves_the_global_generator_alone():
     before = torch.random.get_rng_state()
     initial_noise(SHAPE, 1)
     assert torch.equal(before, torch.random.get_rng_state())
-
-
-def test_reading_the_folders_config(tmp_path):
-    (tmp_path / "scheduler_config.json").write_text(json.dumps(WAN_CONFIG))
-    assert read_scheduler_config(tmp_path)["flow_shift"] == 3.0
-    with pytest.raises(CheckpointError, match="no usable scheduler config"):
-        read_scheduler_config(tmp_path / "none")
-    for text in ("{", "[1]"):
-        (tmp_path / "scheduler_config.json").write_text(text)
-        with pytest.raises(CheckpointError, match="no usable scheduler config"):
-            read_scheduler_config(tmp_path)
 
 
 def test_an_unknown_sampler_is_refused():

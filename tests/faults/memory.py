@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from penstock.engine import engine, pipeline
+from penstock.engine import pipeline
 from penstock.errors import LedgerOverflow
 from penstock.offload.ledger import ByteLedger, Reservation
 
@@ -97,7 +97,7 @@ class DeviceAllocations:
             self._watch.extend(map(weakref.ref, leaves))
 
     def __enter__(self) -> DeviceAllocations:
-        self._owner: Any = pipeline.dit if self._inside == "denoise_forward" else engine
+        self._owner: Any = pipeline.dit if self._inside == "denoise_forward" else pipeline
         self._original = getattr(self._owner, self._inside)
         original = self._original
 
@@ -129,8 +129,7 @@ class _Counting(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        on_meta = torch.device((kwargs or {}).get("device") or "cpu").type == "meta"
-        if not on_meta and not _is_view(func):
+        if not _is_view(func):
             self._faults.count()
         made = func(*args, **(kwargs or {}))
         self._faults.note(made)

@@ -13,12 +13,10 @@ from typing import Any
 from penstock.engine.durable import FileOps
 
 CHANGING = (
-    "create", "write", "allocate", "fsync", "rename", "fsync_dir", "truncate", "unlink", "mkdir",
+    "create", "append", "write", "allocate", "fsync", "rename", "fsync_dir", "truncate", "unlink", "mkdir",
 )  # fmt: skip
 READING = ("read", "names", "size", "free_bytes")
 OPERATIONS = (*CHANGING, *READING)
-PACKING = (*CHANGING, "append")
-"""What packing changes files with; a journal never appends to a file that it has closed."""
 
 
 class InterceptedOps(FileOps):
@@ -41,7 +39,7 @@ def _intercepted(operation: str) -> Callable[..., Any]:
     return call
 
 
-for _operation in {*OPERATIONS, *PACKING}:
+for _operation in OPERATIONS:
     setattr(InterceptedOps, _operation, _intercepted(_operation))
 
 
@@ -109,7 +107,7 @@ class KillingOps(InterceptedOps):
         self._pass(operation)
 
     def _pass(self, operation: str) -> None:
-        if operation not in PACKING:
+        if operation not in CHANGING:
             return
         if self._left == 0:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -124,10 +124,7 @@ def tensor(name=b"t", dims=(8,), kind=0, offset=0) -> bytes:
     return text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
 
 
-ONE = struct.pack("<I", 1)
-
-
-def pair(key=b"k", kind=4, value=ONE) -> bytes:
+def pair(key=b"k", kind=4, value=struct.pack("<I", 1)) -> bytes:
     return text(key) + struct.pack("<I", kind) + value
 
 
@@ -244,7 +241,7 @@ def test_magic_alone_tells_a_gguf_file(tmp_path):
 
 
 def test_a_lying_count_takes_no_memory(tmp_path):
-    """In a child process: a sparse file of 4 GB and a count that fits it, within 200 MB."""
+    """In a child process: 4 GB of sparse file, a count that would fit it, under 200 MB of memory."""
     path = tmp_path / "x.gguf"
     head = raw(pairs=[pair(kind=9, value=struct.pack("<IQ", 0, 3 << 30))], data=0)
     with path.open("wb") as file:

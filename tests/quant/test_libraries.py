@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from penstock.quant.quanto import group_size
 from penstock.quant.recognise import canonical_suffix, recognise
 from penstock.quant.rows import dtype_tag
 from tests.quant.weights import relative_rms, small_weight
-from tests.quanto_python import python_unpack
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -88,10 +87,18 @@ def test_q8_0_is_written_as_the_gguf_package_writes_it() -> None:
 
 
 @pytest.fixture
-def quanto() -> Iterator[Any]:
-    """optimum-quanto, unpacking with its Python code."""
-    with python_unpack():
-        yield pytest.importorskip("optimum.quanto")
+def quanto(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """optimum-quanto, unpacking with its Python code: its C++ takes minutes to compile at first."""
+    quanto = pytest.importorskip("optimum.quanto")
+    packed = importlib.import_module("optimum.quanto.tensor.packed")
+
+    def unpack(self: Any) -> Tensor:
+        kernel = torch.ops.quanto.unpack.default._op_dk
+        python = torch._C.DispatchKey.CompositeExplicitAutograd
+        return kernel(python, self._data, self._bits)[: self.shape[0]]
+
+    monkeypatch.setattr(packed.PackedTensor, "unpack", unpack)
+    return quanto
 
 
 def quanto_values(quanto: Any, kind: str, layer: nn.Module, tensors: dict[str, Tensor]) -> Tensor:

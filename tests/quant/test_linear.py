@@ -60,6 +60,18 @@ def test_the_dequant_path_is_bit_equal_to_a_plain_linear(name: str, dtype: torch
     assert torch.equal(layer(x), F.linear(x, weight, tokens(48, dtype=dtype)))
 
 
+def test_the_scratch_buffer_is_held_for_a_while() -> None:
+    scratch = Scratch()
+    layer, weight = linear(get_format("int8"), Dequant(scratch), torch.float32)
+    x = tokens(5, 256)
+    with scratch.held(4 * 48 * 256, "cpu"):
+        assert torch.equal(layer(x), F.linear(x, weight, tokens(48)))
+        assert scratch.nbytes == 4 * 48 * 256
+    assert scratch.nbytes == 0
+    with pytest.raises(LedgerOverflow, match="too small for a weight"):
+        layer(x)
+
+
 def test_layers_share_one_scratch_buffer() -> None:
     scratch = Scratch(4 * 48 * 256, "cpu")
     first, first_weight = linear(get_format("int8"), Dequant(scratch), torch.float32)

@@ -159,7 +159,8 @@ def step_modulation(model: Any, timesteps: Tensor, dtype: torch.dtype) -> list[S
         dtype: the compute dtype.
     """
     embedder = model.condition_embedder
-    weight_dtype = next(embedder.time_embedder.parameters()).dtype
+    plain = next(embedder.time_embedder.parameters(), None)  # quantised layers have none
+    weight_dtype = dtype if plain is None else plain.dtype
     steps = []
     for timestep in timesteps[:, None]:  # each (1,)
         angles = embedder.timesteps_proj(timestep).to(weight_dtype)  # (1,) -> (1, freq_dim)

@@ -169,7 +169,6 @@ def _whole_frames(vae: Any, features: list[Tensor], should_stop: Callable[[], No
     modes = []
     for frame in map(partial(pointwise, vae.quant_conv), frames):
         modes.append(frame.chunk(2, dim=1)[0].clone())
-        del frame
         should_stop()
     return torch.cat(modes, dim=2)
 

@@ -212,9 +212,7 @@ class _Walk:
         queries, keys, scores = (
             count * wide for count in (chunk * width, area * width, chunk * area)
         )
-        # The last of it, where half precision was cast: weights, result, and both cast back.
-        result = scores // 2 + queries + queries // 2 if cast else 0
-        self.need(x, 3 * one, one, cast, 2 * queries, scores, max(keys, scores, result))
+        self.need(x, 3 * one, one, cast, 2 * queries, scores, max(keys, scores))
         self.need(x, one, one, one)
         self.flops += (8 * width**2 * area + 4 * width * area**2) * self.frames
         self.frame = one

@@ -120,6 +120,6 @@ class ByteLedger:
     def _give_back(self, label: str, nbytes: int) -> None:
         with self._lock:
             self._used -= nbytes
-            self._held[label] -= nbytes
-            if not self._held[label]:
-                del self._held[label]
+            left = self._held.pop(label, 0) - nbytes  # absent: only empty reservations are left
+            if left:
+                self._held[label] = left

@@ -55,7 +55,7 @@ def _rewrite(path: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> N
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def _fails(folder: Path, kind: type[PenstockError], message: str) -> str:
+def _fails(folder: Path, kind: type[PenstockError], message: str | None = None) -> str:
     with pytest.raises(kind, match=message) as caught:
         _open(folder)
     return str(caught.value)
@@ -95,19 +95,20 @@ def test_a_truncated_file_is_refused(model: Path) -> None:
     path = model / WEIGHTS
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size - 10)
-    assert str(path) in _fails(model, HeaderError, "")
+    assert str(path) in _fails(model, HeaderError)
 
 
 def test_a_header_that_lies_about_its_length_is_refused(model: Path) -> None:
     path = model / WEIGHTS
     data = path.read_bytes()
     path.write_bytes(struct.pack("<Q", 1 << 60) + data[8:])
-    _fails(model, HeaderError, "")
+    assert str(path) in _fails(model, HeaderError)
 
 
 def test_a_foreign_file_is_refused(model: Path) -> None:
-    (model / WEIGHTS).write_bytes(b"\x00" * 4096)
-    _fails(model, HeaderError, "")
+    path = model / WEIGHTS
+    path.write_bytes(b"\x00" * 4096)
+    assert str(path) in _fails(model, HeaderError)
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".ckpt", ".pth", ".pt"])
@@ -120,7 +121,7 @@ def test_a_pickle_is_refused_with_the_remedy(suffix: str, model: Path) -> None:
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
-    _fails(tmp_path, PenstockError, "")
+    assert "model_index.json" in _fails(tmp_path, PenstockError)
 
 
 def test_another_pipeline_is_refused(model: Path) -> None:
@@ -128,7 +129,7 @@ def test_another_pipeline_is_refused(model: Path) -> None:
     (model / "model_index.json").write_text(
         json.dumps(index | {"_class_name": "StableDiffusionPipeline"})
     )
-    assert "StableDiffusionPipeline" in _fails(model, PenstockError, "")
+    assert "StableDiffusionPipeline" in _fails(model, PenstockError)
 
 
 def _picture(path: Path, kind: str) -> Path:

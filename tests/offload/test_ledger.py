@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from penstock.errors import LedgerOverflow, UsageError
@@ -63,6 +63,7 @@ def test_a_reservation_is_not_negative() -> None:
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 60)), max_size=40))
+@example([(True, 0), (True, 0), (False, 0), (False, 0)])
 def test_used_is_always_the_sum_of_what_is_held(steps: list[tuple[bool, int]]) -> None:
     ledger, held, peak = ByteLedger("RAM", 100), [], 0
     for take, size in steps:

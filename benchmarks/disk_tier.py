@@ -1,6 +1,6 @@
 """How fast blocks come from disk: our stream beside plain sequential direct reads of the same file.
 
-    python benchmarks/disk_tier.py [--folder DIR] [--size 2GiB] [--block 300MiB] [--rounds 3]
+    python -m benchmarks.disk_tier [--folder DIR] [--size 2GiB] [--block 300MiB] [--rounds 3]
 
 A file of random blocks is written and removed again. Each round reads it whole both ways, the order
 changing from round to round, nothing in the page cache. "raw" is a file as users have it (its data

@@ -60,13 +60,13 @@ DIT_CONFIG = {
 class VaeRun:
     """The autoencoder's run.  Crops are centred near the shape; whole clips come last."""
 
-    steps: int = 20_000
+    steps: int = 12_000
     seed: int = 11
     rate: float = 1.5e-3
     warmup: int = 100
     decay: float = 0.3
     """Share of the steps, at the end, over which the rate falls linearly to zero."""
-    whole: float = 0.7
+    whole: float = 0.4
     """Share of the steps after which whole clips and condition clips are mixed in."""
     crop: int = 32
     batch: int = 6

@@ -80,10 +80,12 @@ def crop_clip(index: int, crop: int) -> np.ndarray:
     return render(scene, motion)[first : first + 5, y : y + crop, x : x + crop]
 
 
-def whole_clip(index: int, frames: int = FRAMES, split: str = "train") -> np.ndarray:
-    """Clip ``index`` (frames, h, w, 3) in one of the sizes."""
+def whole_clip(
+    index: int, frames: int = FRAMES, split: str = "train", square: bool = False
+) -> np.ndarray:
+    """Clip ``index`` (frames, h, w, 3) in one of the sizes, or in the square one."""
     rng = rng_for(split, index)
-    height, width = BUCKETS[int(rng.choice(3, p=(0.6, 0.2, 0.2)))]
+    height, width = BUCKETS[0 if square else int(rng.choice(3, p=(0.6, 0.2, 0.2)))]
     scene = random_scene(rng, height, width)
     return render(scene, random_motion(rng, scene))[:frames]
 
@@ -99,10 +101,11 @@ def training_batch(step: int, run: VaeRun) -> Tensor:
     index = (run.seed * 1_000_000 + step) * run.batch
     if step < run.whole * run.steps:
         return to_batch([crop_clip(index + i, run.crop) for i in range(run.batch)])
-    if step % 4:
-        return to_batch([whole_clip(index, frames=FRAMES if step % 4 == 1 else 9)])
-    batch = to_batch([whole_clip(index, frames=9)])
-    batch[:, :, 1:] = 0.0
+    if step % 8 == 1:
+        return to_batch([whole_clip(index)])
+    batch = to_batch([whole_clip(index, frames=9, square=True)])
+    if step % 4 == 0:
+        batch[:, :, 1:] = 0.0
     return batch
 
 
@@ -145,13 +148,14 @@ def train(folder: Path, run: VaeRun, init_from: Path | None = None) -> None:
     optimiser = torch.optim.AdamW(vae.parameters(), run.rate, betas=(0.9, 0.99), weight_decay=0.0)
     state = folder / "vae.safetensors"
     step = load_state(state, vae, optimiser)
+    fused = torch.compile(vae_loss, dynamic=False)  # for the two frequent shapes only: minutes each
     saved, mean, began = time.monotonic(), 0.0, step
     started = time.monotonic()
     while step < run.steps:
         batch = training_batch(step, run).to(device)
         for group in optimiser.param_groups:
             group["lr"] = run.rate * rate_at(step, run.steps, run.warmup, run.decay)
-        loss, square = vae_loss(vae, batch, run.kl)
+        loss, square = (vae_loss if batch.shape[2] == FRAMES else fused)(vae, batch, run.kl)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)

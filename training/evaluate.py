@@ -9,6 +9,7 @@ import json
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from training.clips import (
     render,
     rng_for,
 )
-from training.generate import Generator, Sampler, from_folder
+from training.generate import Sampler, from_folder
 from training.score import Verdict, judge, psnr
 from training.train_vae import validate
 
@@ -67,8 +68,17 @@ def _rate(verdicts: list[Verdict]) -> float:
     return float(np.mean([verdict.right for verdict in verdicts])) if verdicts else float("nan")
 
 
+class MakesClips(Protocol):
+    """Pictures (h, w, 3) and prompts to clips (b, frames, h, w, 3), all in [0, 1]."""
+
+    def __call__(
+        self, pictures: list[np.ndarray], prompts: list[str], sampler: Sampler, seed: int
+    ) -> np.ndarray:
+        """One clip a pair of picture and prompt."""
+
+
 def score(
-    generator: Generator, pairs: list[Pair], sampler: Sampler, seed: int
+    generator: MakesClips, pairs: list[Pair], sampler: Sampler, seed: int
 ) -> dict[str, object]:
     """Shares right with the prompt and with its opposite, and first-frame PSNR in dB."""
     verdicts: dict[str, list[Verdict]] = defaultdict(list)

@@ -60,13 +60,14 @@ DIT_CONFIG = {
 class VaeRun:
     """The autoencoder's run.  Crops are centred near the shape; whole clips come last."""
 
-    steps: int = 12_000
+    steps: int = 5_000
     seed: int = 11
     rate: float = 1.5e-3
-    warmup: int = 100
+    matrix_rate: float = 3e-3
+    warmup: int = 50
     decay: float = 0.3
     """Share of the steps, at the end, over which the rate falls linearly to zero."""
-    whole: float = 0.4
+    whole: float = 0.25
     """Share of the steps after which whole clips and condition clips are mixed in."""
     crop: int = 32
     batch: int = 6
@@ -90,6 +91,7 @@ class DitRun:
     steps: int = 30_000
     seed: int = 12
     rate: float = 1e-3
+    matrix_rate: float = 2e-3
     warmup: int = 200
     decay: float = 0.3
     batch: int = 8

@@ -342,7 +342,7 @@ def _generate(
     with Engine.open(model, vram=vram, ram=ram, device=device, profile=profile) as engine:
         request = resolve(settings, engine.model)
         folder, resumes = (None, False) if job_folder is None else job_folder(engine, request)
-        plan = engine.plan(request)
+        plan = engine.plan(request, kept=folder is not None)
         if resumes and folder is not None:
             job = engine.resume(folder, output, force=force)
         else:

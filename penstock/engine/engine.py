@@ -104,15 +104,19 @@ class Engine:
         model_files = ModelFiles.open(model, files)
         return cls(model_files, hardware, overlapped=overlapped, chosen=chosen)
 
-    def plan(self, request: GenerationRequest) -> Plan:
+    def plan(self, request: GenerationRequest, *, kept: bool = False) -> Plan:
         """What the request will take. Pure arithmetic over headers: nothing is loaded.
+
+        Args:
+            request: what to make.
+            kept: the job is kept in a folder while it runs, which takes host memory too.
 
         Raises:
             OverBudget: no plan fits the budgets.
             RequestError: the request does not suit the model.
         """
         check_task(request, image_to_video=self.model.image_to_video)
-        return self.plan_workload(workload_of(request))
+        return self.plan_workload(workload_of(request, kept=kept))
 
     def plan_workload(self, workload: Workload) -> Plan:
         """What a video of that shape will take, whatever it shows.
@@ -151,7 +155,7 @@ class Engine:
         order = Order(None if output is None else Path(output), force, metadata)
         if order.output is not None:
             check_output(order.output, overwrite=force)
-        plan = self.plan(request)
+        plan = self.plan(request, kept=job_dir is not None)
         if job_dir is None:
             return self._start(request, plan, order, Keeper())
         journal, request = begin(
@@ -211,7 +215,7 @@ class Engine:
         """The job's own plan where it fits today's budgets, else a new one."""
         vram_bytes, ram_bytes = self.hardware.vram_bytes, self.hardware.ram_bytes
         if plan.peak_vram_bytes > vram_bytes or plan.peak_ram_bytes > ram_bytes:
-            return self.plan(request)
+            return self.plan(request, kept=True)
         return replace(plan, vram_limit_bytes=vram_bytes, ram_limit_bytes=ram_bytes)
 
     def _start(
@@ -222,7 +226,7 @@ class Engine:
         keeper: Keeper,
         notices: tuple[str, ...] = (),
     ) -> Job:
-        workload = workload_of(request)
+        workload = workload_of(request, kept=keeper.keeps)
 
         def shrink(plan: Plan, phase: str, resource: str) -> Plan | None:
             policy = self.chosen.policy

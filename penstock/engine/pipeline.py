@@ -70,7 +70,7 @@ def sample(stage: Stage) -> Tensor:
     keeper = stage.keeper
     latents = keeper.latents()
     if latents is None:
-        conditions = keeper.conditions()
+        conditions = stage.attempt("context", lambda: kept_conditions(stage))
         if conditions is None:
             conditions = condition(stage)
             keeper.keep_conditions(conditions)
@@ -78,6 +78,12 @@ def sample(stage: Stage) -> Tensor:
         latents = stage.attempt("denoise", lambda: denoise(stage, conditions, sampling))
         keeper.keep_latents(latents)
     return latents
+
+
+def kept_conditions(stage: Stage) -> Conditions | None:
+    """The encoded prompt and picture of a job that goes on; None: they are still to be made."""
+    with stage.restoring():
+        return stage.keeper.conditions()
 
 
 def condition(stage: Stage) -> Conditions:
@@ -189,6 +195,7 @@ def denoise(stage: Stage, conditions: Conditions, sampling: Sampling) -> Tensor:
                     component.checkpoint.check_unchanged()
                     latents = sampling.step(sampler, _guided(predictions, request), latents)
                     phase.advance()
+            stage.keeper.settle()
             return latents.cpu()
 
 
@@ -272,6 +279,7 @@ def decode(stage: Stage, latents: Tensor) -> Tensor:
         raw = _raw_latents(latents.to(stage.device, component.dtype), vae.config)
         film = Film(vae, raw, grid, shape, stage.keeper)
         film.decode(should_stop=phase.advance)
+        stage.keeper.settle()
         component.checkpoint.check_unchanged()
     return film.video
 

@@ -30,7 +30,7 @@ class Asked:
 
     @property
     def workload(self) -> Workload:
-        """As the planner takes it.
+        """As the planner takes it: `penstock generate` keeps its jobs.
 
         Raises:
             RequestError: an illegal value; UsageError: both a size and an area.
@@ -56,7 +56,7 @@ class Asked:
             height=height,
             **{name: value for name, value in given.items() if value is not None},
         )
-        return Workload(request.video_shape, request.steps, request.uses_guidance)
+        return _workload(request)
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,8 @@ def plan_folder(model: Path, asked: Asked, chosen: Chosen, hardware: Hardware) -
     )
     with Engine(ModelFiles.open(model), hardware, chosen=chosen) as engine:
         request = resolve(settings, engine.model)
-        return engine.plan_workload(
-            Workload(request.video_shape, request.steps, request.uses_guidance)
-        )
+        return engine.plan_workload(_workload(request))
+
+
+def _workload(request: GenerationRequest) -> Workload:
+    return Workload(request.video_shape, request.steps, request.uses_guidance, kept=True)

@@ -23,6 +23,7 @@ from penstock.offload.ledger import ByteLedger
 from penstock.offload.schedule import Residency
 from penstock.offload.streamer import BlockStream, load_block
 from penstock.offload.tiers import release_cached
+from penstock.profiles.phases import RESTORED
 from penstock.profiles.plan import PhasePlan, Plan, StreamPlan, changes
 from penstock.profiles.planner import Workload
 
@@ -61,9 +62,9 @@ class Run:
     notices: tuple[str, ...] = ()
 
 
-def workload_of(request: GenerationRequest) -> Workload:
-    """The request as the planner takes it."""
-    return Workload(request.video_shape, request.steps, request.uses_guidance)
+def workload_of(request: GenerationRequest, *, kept: bool = False) -> Workload:
+    """The request as the planner takes it; ``kept``: in a job's directory."""
+    return Workload(request.video_shape, request.steps, request.uses_guidance, kept)
 
 
 class Stage:
@@ -90,6 +91,13 @@ class Stage:
             self.host_ledger.reserve(f"{name}: host work", plan.ram_work_bytes),
         ):
             yield plan, phase
+
+    @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Room for reading what was kept of the job, as the plan's next phase has it."""
+        nbytes = dict(self.plan["context"].ram_work).get(RESTORED, 0)
+        with self.host_ledger.reserve(RESTORED, nbytes):
+            yield
 
     def attempt(self, name: str, body: Callable[[], Result]) -> Result:
         """Do ``body``, and where memory runs out do it again under a smaller plan.

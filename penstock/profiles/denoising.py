@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from penstock.profiles.cost import transformer
 from penstock.profiles.manifest import TransformerSpec
 from penstock.profiles.phases import (
+    RESTORED,
     Case,
     Group,
     OnePass,
@@ -18,6 +19,8 @@ from penstock.profiles.phases import (
     group_key,
     latents_bytes,
     loading_s,
+    restored_bytes,
+    saved_state_bytes,
 )
 from penstock.profiles.plan import Items, PhasePlan
 from penstock.profiles.policy import Limits
@@ -140,7 +143,7 @@ class Denoise:
             Network.of(spec.cross_block_bytes, resident=False),
             spec.weights.rest_bytes,
             (*transformer.context_bytes(spec, case).items, *self._decoding),
-            self._host_kept(case),
+            (*self._host_kept(case), *self._saved(RESTORED, restored_bytes)),
             transformer.context_flops(spec, case),
             rest_stays=True,
         )
@@ -268,7 +271,14 @@ class Denoise:
         )
 
     def _host_work(self, shape: Shape) -> Items:
-        return (*self._host_kept(shape.cost), ("latents", latents_bytes(self.case)))
+        return (
+            *self._host_kept(shape.cost),
+            ("latents", latents_bytes(self.case)),
+            *self._saved("saved state", saved_state_bytes),
+        )
+
+    def _saved(self, label: str, bytes_of: Callable[[Case], int]) -> Items:
+        return ((label, bytes_of(self.case)),) if self.case.workload.kept else ()
 
     def _phase(self, shape: Shape, stream: Stream, limits: Limits) -> PhasePlan:
         spec, cost, place = self.spec, shape.cost, stream.placement

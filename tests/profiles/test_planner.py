@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from dataclasses import replace
 
@@ -146,8 +147,9 @@ def _vae_fits(model, work, machine, policy, picture) -> bool:
     latents, condition = 64 * volume, 80 * volume
     decode = any(
         cost.device_bytes + model.vae.decoder.rest_bytes <= machine.vram_bytes
-        and cost.ram_bytes + latents + PAGE <= machine.ram_bytes
-        for cost in (vae.decode_bytes(model.vae, latent, grid, 2) for grid in grids)
+        and cost.ram_bytes + latents + _kept_tile(work, latent, grid) + PAGE <= machine.ram_bytes
+        for grid in grids
+        for cost in (vae.decode_bytes(model.vae, latent, grid, 2),)
     )
     encode = model.transformer.in_channels == 16 or any(
         cost.device_bytes + model.vae.encoder.rest_bytes <= machine.vram_bytes
@@ -156,6 +158,13 @@ def _vae_fits(model, work, machine, policy, picture) -> bool:
     )
     frames = 3 * work.shape.frames * pixels + latents
     return decode and encode and frames + (16 << 20) + 240 * pixels <= machine.ram_bytes
+
+
+def _kept_tile(work, latent, grid) -> int:
+    """Two copies of the pixels of the largest tile, if the job is kept."""
+    rows, columns = math.ceil(latent[1] / grid.rows), math.ceil(latent[2] / grid.cols)
+    pixels = work.shape.width // latent[2] * columns * work.shape.height // latent[1] * rows
+    return 2 * 3 * work.shape.frames * pixels if work.kept else 0
 
 
 def _denoise_fits(model, work, machine, policy) -> bool:
@@ -180,14 +189,15 @@ def _denoise_fits(model, work, machine, policy) -> bool:
         )  # fmt: skip
         kept = held + (0 if place else transformer.cross_kv_bytes(spec, case))
         context = transformer.context_bytes(spec, case).total_bytes + decoding
+        restored = max(12 * 64 * volume, 2 * held) if work.kept else 0
         if not _one_pass_fits(
-            spec.cross_block_bytes, context, 0, kept, machine, spec.weights.rest_bytes
+            spec.cross_block_bytes, context, 0, kept + restored, machine, spec.weights.rest_bytes
         ):
             continue
         step = transformer.denoise_bytes(spec, case).total_bytes + decoding
         room = (
             machine.vram_bytes - step - spec.weights.rest_bytes,
-            machine.ram_bytes - kept - 64 * volume,
+            machine.ram_bytes - kept - 64 * volume * (5 if work.kept else 1),
         )
         if _blocks_fit(spec.weights.block_bytes, *room, policy):
             return True

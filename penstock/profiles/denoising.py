@@ -76,6 +76,7 @@ class Denoise:
     """The group of context and denoise, which share the non-block weights and the context."""
 
     case: Case
+    name: str = "denoise"
 
     @property
     def spec(self) -> TransformerSpec:

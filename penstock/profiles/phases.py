@@ -88,6 +88,10 @@ class Case:
 class Step(Protocol):
     """A group of phases that is planned together."""
 
+    @property
+    def name(self) -> str:
+        """Of its last phase."""
+
     def best(self, limits: Limits) -> Group | None:
         """The fastest shape inside ``limits``; ties go to fewer bytes. None: nothing fits."""
 
@@ -285,6 +289,7 @@ class Mux:
     """Frames into a file: host memory only."""
 
     case: Case
+    name: str = "mux"
 
     def best(self, limits: Limits) -> Group | None:
         """As `Step`."""

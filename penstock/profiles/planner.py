@@ -158,10 +158,10 @@ def smaller(
     for rules in (same_chunk, policy):
         for limit_bytes in (int(SHRINK * now), now - 1):
             limits = _tightened(hardware, resource, limit_bytes)
-            for step in steps(manifest, workload, hardware, rules):
-                found = step.best(limits)
-                if found and found[0].name == names[0] and measure(found) < now:
-                    return current.with_phases(found)
+            every = steps(manifest, workload, hardware, rules)
+            found = next(step for step in every if step.name == names[-1]).best(limits)
+            if found and measure(found) < now:
+                return current.with_phases(found)
     return None
 
 

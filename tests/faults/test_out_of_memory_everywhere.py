@@ -25,8 +25,8 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 
 EVERY = int(os.environ.get("FAULTS_EVERY", "1"))
 FIRST = int(os.environ.get("FAULTS_FIRST", "1"))
-"""Every allocation; or every so manieth, from the first one given on: n runs with FAULTS_EVERY=n and
-FAULTS_FIRST=1 to n are all of them in pieces."""
+"""Every allocation. With FAULTS_EVERY=n it is one of n, and n runs with FAULTS_FIRST=1 to n are all
+of them, in pieces."""
 
 REQUEST = a_request(None, width=32, height=32, frames=1, steps=2, guidance_scale=1.0)
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from penstock.engine.checked import Packs
 from penstock.engine.component import Adapter, adapters_of, read_table_rows
 from penstock.engine.formats import compute_tag, linear_formats
 from penstock.engine.keys import ComponentSource
@@ -58,6 +59,7 @@ class Component:
         formats: of the quantised linears of each block.
         adapters: what makes odd tensors fit: first outside the blocks, then block by block.
         source: where it comes from.
+        packs: those that hold it; every block of theirs is verified as it is read.
         scratch_bytes: of the one buffer that the model's quantised weights are decoded into.
     """
 
@@ -72,6 +74,7 @@ class Component:
     formats: tuple[Formats, ...]
     adapters: tuple[Adapter, ...]
     source: ComponentSource
+    packs: Packs
     scratch_bytes: int = 0
     _ready: set[int] = field(default_factory=set, repr=False, compare=False)
 
@@ -109,7 +112,14 @@ class Component:
             unbind(module)
 
     def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
-        """Rows of a table, in `dtype`, on the CPU; nothing else is read."""
+        """Rows of a table, in `dtype`, on the CPU; nothing else is kept. A table in a pack is read
+        as a whole once, for its checksum.
+
+        Raises:
+            CheckpointError: the table is damaged, or no format reads it.
+        """
+        for entry in self.source.weights[name].tensors.values():
+            self.packs.verify(entry)
         return read_table_rows(self.source, self.checkpoint, name, rows, self.dtype)
 
 
@@ -278,19 +288,21 @@ def _component(
     ]
     formats = _local_formats(linear_formats(source), prefix, count)
     blocks = [_split(group, leaves_stream) for group in groups[1:]]
+    packs = Packs.of(source.raw)
     dtype = torch_dtype(compute_tag(source))
     return Component(
         name=source.component,
         module=module,
         templates=_templates(block, formats),
         checkpoint=Checkpoint(source.raw.path, entries, source.raw.stamps, {}),
-        rest=BlockLayout.from_entries(groups[0]),
-        blocks=tuple(BlockLayout.from_entries(streamed) for streamed, _ in blocks),
-        cross=tuple(BlockLayout.from_entries(cross) for _, cross in blocks if cross),
+        rest=packs.checked(BlockLayout.from_entries(groups[0])),
+        blocks=tuple(packs.checked(BlockLayout.from_entries(part)) for part, _ in blocks),
+        cross=tuple(packs.checked(BlockLayout.from_entries(part)) for _, part in blocks if part),
         dtype=dtype,
         formats=formats,
         adapters=adapters_of(source, prefix, count, only, dtype),
         source=source,
+        packs=packs,
     )
 
 

@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from penstock._version import __version__
-from penstock.cli_files import inspect, pack, reported, verify
+from penstock.cli_files import Model, Part, Tokenizer, inspect, pack, reported, verify
 
 app = typer.Typer(
     name="penstock",
@@ -76,12 +76,14 @@ def main_options(
 
 @app.command()
 def generate(
-    model: Annotated[
-        str,
-        typer.Option(help="A folder (diffusers, Wan's own, ComfyUI), a transformer, or a hub id."),
-    ],
     prompt: Annotated[str, typer.Option(help="What should happen.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The mp4 to write.")],
+    model: Model = None,
+    transformer: Part = None,
+    text_encoder: Part = None,
+    vae: Part = None,
+    image_encoder: Part = None,
+    tokenizer: Tokenizer = None,
     image: Annotated[Path | None, typer.Option(help="The picture to start from.")] = None,
     negative: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
     size: Annotated[str | None, typer.Option(help="Pixels, such as 1280x720.")] = None,
@@ -116,8 +118,11 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Make a video from a prompt, and a picture where the model takes one."""
+    from penstock.engine.locate import Files
     from penstock.engine.settings import Settings
 
+    files = Files(transformer, text_encoder, vae, image_encoder, tokenizer)
+    opening = {"files": files, "vram": vram, "ram": ram, "device": device, "profile": profile}
     settings = Settings(
         prompt=prompt,
         image=image,
@@ -134,8 +139,8 @@ def generate(
     )
     with reported(debug):
         _generate(
-            model, settings, output, vram, ram, device, force, not no_metadata, as_json,
-            lambda engine, request: _job_folder(engine, request, job, resume_same), profile,
+            model, opening, settings, output, force, not no_metadata, as_json,
+            lambda engine, request: _job_folder(engine, request, job, resume_same),
         )  # fmt: skip
 
 
@@ -225,7 +230,8 @@ def demo(
 
     with reported(debug), tempfile.TemporaryDirectory(prefix="penstock-demo-") as scratch:
         model, settings = demo_model(Path(scratch), prompt=prompt, image=image)
-        _generate(model, settings, output, vram, ram, device, force, True, as_json)
+        opening = {"vram": vram, "ram": ram, "device": device}
+        _generate(model, opening, settings, output, force, True, as_json)
 
 
 @app.command()
@@ -324,22 +330,20 @@ JobFolder = Callable[[Any, Any], tuple[Path, bool]]
 
 
 def _generate(
-    model: Path | str,
+    model: Path | str | None,
+    opening: dict[str, Any],
     settings: Any,
     output: Path,
-    vram: str | None,
-    ram: str | None,
-    device: str,
     force: bool,
     metadata: bool,
     as_json: bool,
     job_folder: JobFolder | None = None,
-    profile: str = "auto",
 ) -> None:
+    """Make a video with an engine that is opened with ``opening``."""
     from penstock.engine.engine import Engine
     from penstock.engine.settings import resolve
 
-    with Engine.open(model, vram=vram, ram=ram, device=device, profile=profile) as engine:
+    with Engine.open(model, **opening) as engine:
         request = resolve(settings, engine.model)
         folder, resumes = (None, False) if job_folder is None else job_folder(engine, request)
         plan = engine.plan(request)
@@ -372,7 +376,7 @@ def _job_folder(
     from penstock.engine.jobs import find_unfinished, new_job_folder
     from penstock.engine.stored import request_values
 
-    found = find_unfinished(request_values(request, engine.model.folder), folder)
+    found = find_unfinished(request_values(request, engine.model.opening), folder)
     if found is not None and resumes is not False:
         question = f"job {found.name} is the same and unfinished ({found.step}/{found.steps} steps)"
         if resumes or (sys.stdin.isatty() and typer.confirm(f"{question}: continue it?")):

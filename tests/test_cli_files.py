@@ -9,7 +9,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from penstock.cli import app
+from penstock.engine.jobs import launch_settings
 from tests.engine import golden
+from tests.engine.test_doors import single_files
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +56,21 @@ def test_pack_verify_generate(tmp_path: Path, model: Path) -> None:
     run = call("verify", folder)
     assert run.exit_code == 1
     assert f"damaged: {path}" in run.stdout
+
+
+def test_generate_and_resume_with_single_files(tmp_path: Path, model: Path) -> None:
+    files = single_files(model, tmp_path)
+    flags = ["--transformer", files.transformer, "--text-encoder", files.text_encoder, "--vae",
+             files.vae, "--tokenizer", files.tokenizer]  # fmt: skip
+    run = call("generate", *flags, *REQUEST, "-o", tmp_path / "x.mp4", "--job", tmp_path / "job")
+    assert run.exit_code == 0, run.stderr
+    launch = launch_settings(tmp_path / "job")
+    assert launch.model is None
+    assert launch.options["files"] == files
+    assert call("resume", tmp_path / "job").exit_code != 0  # it is done
+    run = call("generate", *flags[2:], *REQUEST, "-o", tmp_path / "y.mp4")
+    assert run.exit_code == 2
+    assert "--transformer" in run.stderr
 
 
 def test_an_unknown_format_is_bad_usage(tmp_path: Path, model: Path) -> None:

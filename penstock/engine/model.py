@@ -23,6 +23,7 @@ from penstock.engine.component import Adapter, adapters_of, read_table_rows
 from penstock.engine.formats import compute_tag, linear_formats
 from penstock.engine.keys import ComponentSource
 from penstock.engine.locate import Files, ModelSource, locate, open_tokenizer
+from penstock.engine.opening import Opening
 from penstock.engine.request import Grid
 from penstock.engine.wan.forward import is_cross_kv
 from penstock.engine.weights import bind, skeleton, unbind
@@ -125,8 +126,14 @@ class Component:
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A Wan2.1 model, wherever its parts lie, opened by its headers alone."""
+    """A Wan2.1 model, wherever its parts lie, opened by its headers alone.
 
+    Attributes:
+        opening: how it was asked for.
+        source: where its parts were found.
+    """
+
+    opening: Opening
     source: ModelSource
     transformer: Component
     text: Component
@@ -193,6 +200,7 @@ class ModelFiles:
         text = replace(text, scratch_bytes=scratch)
         image = None if image is None else replace(image, scratch_bytes=scratch)
         return cls(
+            opening=Opening(None if model is None else str(model), files or Files()),
             source=source,
             transformer=transformer,
             text=text,
@@ -208,11 +216,6 @@ class ModelFiles:
             computing = Computing(Scratch(self.transformer.scratch_bytes, device))
             for part in self.components():
                 part.install(computing)
-
-    @property
-    def folder(self) -> Path:
-        """What the model was found by, as a path."""
-        return Path(self.source.origin)
 
     def components(self) -> tuple[Component, ...]:
         """All networks of the model."""

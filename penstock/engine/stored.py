@@ -18,6 +18,7 @@ from penstock.engine.fingerprint import (
 )
 from penstock.engine.journal import HEADER_BYTES, PICTURE_FILE, Journal
 from penstock.engine.model import ModelFiles
+from penstock.engine.opening import Opening
 from penstock.engine.request import GenerationRequest, Grid
 from penstock.errors import JournalError, RequestError
 from penstock.profiles.plan import Plan
@@ -52,14 +53,14 @@ class Order:
         }
 
 
-def request_values(request: GenerationRequest, model: Path) -> dict[str, Any]:
-    """The request as plain values, with the model's folder; the picture is told by its content.
+def request_values(request: GenerationRequest, opening: Opening) -> dict[str, Any]:
+    """The request as plain values, with where the model is; the picture is told by its content.
 
     Raises:
         StorageError: the picture cannot be read.
     """
     picture = None if request.image is None else stamp(request.image)
-    return asdict(request) | {"image": picture, "model": str(model.resolve())}
+    return asdict(request) | {"image": picture} | opening.values()
 
 
 def begin(
@@ -83,7 +84,7 @@ def begin(
             picture = request.image.read_bytes()
     journal = Journal.create(
         folder,
-        request_values(request, model.folder),
+        request_values(request, model.opening),
         plan.to_json(),
         conditions_now(model, device),
         facts=order.facts() | dict(budgets),
@@ -125,8 +126,7 @@ def restored_request(journal: Journal) -> GenerationRequest:
     Raises:
         JournalError: the record holds none.
     """
-    values = dict(journal.record.request)
-    values.pop("model", None)
+    values = {k: v for k, v in journal.record.request.items() if k not in ("model", "files")}
     picture = journal.folder / PICTURE_FILE if values.get("image") is not None else None
     try:
         grid = Grid(**values.pop("grid"))

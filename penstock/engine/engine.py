@@ -38,6 +38,7 @@ from penstock.profiles.phases import Workload
 from penstock.profiles.plan import Plan
 from penstock.profiles.planner import smaller
 from penstock.profiles.profile import AUTO, Chosen, Overrides, choose, load
+from penstock.quant.compute import Computing, Scratch
 
 
 class Engine:
@@ -60,14 +61,13 @@ class Engine:
         overlapped: bool = True,
         chosen: Chosen | None = None,
     ) -> None:
-        self.model = model
         self.chosen = chosen or choose(load(AUTO), Overrides(), hardware)
         self.hardware = self.chosen.hardware
+        self.model = model.installed(Computing(Scratch(0, self._device)))
         self._overlapped = overlapped
         self._turn = threading.Lock()
         self._jobs: list[Job] = []
         self._lost: DeviceLost | None = None
-        model.install(torch.device(hardware.device))
 
     @classmethod
     def open(

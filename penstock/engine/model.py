@@ -20,6 +20,8 @@ from torch import Tensor
 
 from penstock.engine.checked import Packs
 from penstock.engine.component import Adapter, adapters_of, read_table_rows
+from penstock.engine.decoding import Matrices, block_format, storage_of
+from penstock.engine.specs import manifest_of
 from penstock.engine.formats import compute_tag, linear_formats
 from penstock.engine.keys import ComponentSource
 from penstock.engine.locate import Files, ModelSource, locate, open_tokenizer
@@ -30,15 +32,8 @@ from penstock.engine.weights import bind, skeleton, unbind
 from penstock.errors import CheckpointError
 from penstock.offload.checkpoint import Checkpoint, TensorEntry, torch_dtype
 from penstock.offload.layout import BlockLayout
-from penstock.profiles.manifest import (
-    ImageSpec,
-    ModelManifest,
-    TextSpec,
-    TransformerSpec,
-    VaeSpec,
-    Weights,
-)
-from penstock.quant.compute import Computing, Scratch, scratch_bytes
+from penstock.profiles.manifest import ModelManifest, Storage, Weights
+from penstock.quant.compute import Computing, Scratch
 from penstock.quant.format import QuantFormat
 from penstock.quant.linear import replace_linears
 
@@ -61,7 +56,6 @@ class Component:
         adapters: what makes odd tensors fit: first outside the blocks, then block by block.
         source: where it comes from.
         packs: those that hold it; every block of theirs is verified as it is read.
-        scratch_bytes: of the one buffer that the model's quantised weights are decoded into.
     """
 
     name: str
@@ -76,23 +70,33 @@ class Component:
     adapters: tuple[Adapter, ...]
     source: ComponentSource
     packs: Packs
-    scratch_bytes: int = 0
     _ready: set[int] = field(default_factory=set, repr=False, compare=False)
 
-    @property
-    def weights(self) -> Weights:
-        """The bytes of it, for the planner: as stored, and what adapting takes beside them."""
-        extra = self.adapters[0].nbytes + max((a.nbytes for a in self.adapters[1:]), default=0)
+    def weights(self, device: torch.device) -> Weights:
+        """The bytes of it, for the planner: as stored, and what adapting the rest takes besides."""
         return Weights(
-            rest_bytes=self.rest.nbytes + extra + self.scratch_bytes,
+            rest_bytes=self.rest.nbytes + self.adapters[0].peak_bytes(device),
             block_bytes=tuple(layout.nbytes for layout in self.blocks),
             itemsize=self.dtype.itemsize,
         )
 
-    @property
-    def quantised(self) -> bool:
-        """Whether `install` must be called before the network computes."""
-        return any(self.formats)
+    def storage(
+        self, computing: Computing, part: Callable[[str], bool] = lambda name: True
+    ) -> Storage:
+        """What the quantised linears of the blocks take besides their bytes, and the block tensors
+        that are cast; of those linears whose local name ``part`` holds of."""
+        cast = max((a.peak_bytes(computing.scratch.device) for a in self.adapters[1:]), default=0)
+        blocks = (self._matrices(index, part) for index in range(len(self.blocks)))
+        tag = compute_tag(self.source)
+        return storage_of(block_format(self.source), blocks, computing, tag, cast)
+
+    def _matrices(self, index: int, part: Callable[[str], bool]) -> Matrices:
+        linears = {
+            name: (fmt, self.templates[index].get_submodule(name))
+            for name, fmt in self.formats[index].items()
+            if part(f"{name}.")
+        }
+        return [(fmt, (each.out_features, each.in_features)) for fmt, each in linears.values()]
 
     def install(self, computing: Computing) -> None:
         """Put quantised linears into the block modules where the files store them so."""
@@ -131,6 +135,8 @@ class ModelFiles:
     Attributes:
         opening: how it was asked for.
         source: where its parts were found.
+        manifest: what the planner knows of it; `installed` says it for a device.
+        scratch: that its quantised linears decode into.
     """
 
     opening: Opening
@@ -141,6 +147,7 @@ class ModelFiles:
     vae_decoder: Component
     image: Component | None
     manifest: ModelManifest
+    scratch: Scratch
 
     @property
     def image_to_video(self) -> bool:
@@ -195,10 +202,7 @@ class ModelFiles:
         text = _open_text(source.text_encoder)
         encoder, decoder = _open_vae(source.vae)
         image = None if source.image_encoder is None else _open_image(source.image_encoder)
-        scratch = max(_scratch_bytes(part) for part in (transformer, text, image) if part)
-        transformer = replace(transformer, scratch_bytes=scratch)
-        text = replace(text, scratch_bytes=scratch)
-        image = None if image is None else replace(image, scratch_bytes=scratch)
+        computing = Computing(Scratch(0, "cpu"))
         return cls(
             opening=Opening(None if model is None else str(model), files or Files()),
             source=source,
@@ -207,15 +211,19 @@ class ModelFiles:
             vae_encoder=encoder,
             vae_decoder=decoder,
             image=image,
-            manifest=_manifest(transformer, text, encoder, decoder, image),
+            manifest=manifest_of(transformer, text, encoder, decoder, image, computing),
+            scratch=computing.scratch,
         )
 
-    def install(self, device: torch.device) -> None:
-        """Make the quantised linears compute on ``device``: exactly, through one scratch buffer."""
-        if any(part.quantised for part in self.components()):
-            computing = Computing(Scratch(self.transformer.scratch_bytes, device))
-            for part in self.components():
-                part.install(computing)
+    def installed(self, computing: Computing) -> ModelFiles:
+        """This model with its quantised linears computing as ``computing`` says, and the manifest
+        that states what they take so. Once a model: the linears stay as they are made."""
+        for part in self.components():
+            part.install(computing)
+        manifest = manifest_of(
+            self.transformer, self.text, self.vae_encoder, self.vae_decoder, self.image, computing
+        )
+        return replace(self, manifest=manifest, scratch=computing.scratch)
 
     def components(self) -> tuple[Component, ...]:
         """All networks of the model."""
@@ -309,15 +317,6 @@ def _component(
     )
 
 
-def _scratch_bytes(component: Component) -> int:
-    shapes = component.source.shapes
-    formats = linear_formats(component.source)
-    weights = [(fmt, shapes[f"{name}.weight"]) for name, fmt in formats.items()]
-    return scratch_bytes(
-        ((fmt, (shape[0], shape[1])) for fmt, shape in weights), compute_tag(component.source)
-    )
-
-
 def _in_rest(key: str, prefix: str, only: tuple[str, ...]) -> bool:
     """Whether a tensor is loaded with the network itself (the embedding is gathered by rows)."""
     in_block = bool(prefix) and key.startswith(prefix)
@@ -359,74 +358,3 @@ def _templates(block: Any, formats: Sequence[Formats]) -> tuple[Any, ...]:
             made.append((wanted, known))
         templates.append(known)
     return tuple(templates)
-
-
-def _manifest(
-    transformer: Component,
-    text: Component,
-    encoder: Component,
-    decoder: Component,
-    image: Component | None,
-) -> ModelManifest:
-    return ModelManifest(
-        transformer=_transformer_spec(transformer),
-        text=_text_spec(text),
-        vae=_vae_spec(encoder, decoder),
-        image=None if image is None else _image_spec(image),
-    )
-
-
-def _transformer_spec(component: Component) -> TransformerSpec:
-    config = component.module.config
-    return TransformerSpec(
-        weights=component.weights,
-        cross_block_bytes=tuple(layout.nbytes for layout in component.cross),
-        num_layers=len(component.blocks),
-        num_attention_heads=config.num_attention_heads,
-        attention_head_dim=config.attention_head_dim,
-        ffn_dim=config.ffn_dim,
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        text_dim=config.text_dim,
-        freq_dim=config.freq_dim,
-        patch_size=tuple(config.patch_size),
-        image_dim=config.image_dim,
-    )
-
-
-def _text_spec(component: Component) -> TextSpec:
-    config = component.module.config
-    return TextSpec(
-        weights=component.weights,
-        d_model=config.d_model,
-        d_kv=config.d_kv,
-        d_ff=config.d_ff,
-        num_layers=len(component.blocks),
-        num_heads=config.num_heads,
-    )
-
-
-def _image_spec(component: Component) -> ImageSpec:
-    config = component.module.config
-    return ImageSpec(
-        weights=component.weights,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=len(component.blocks),
-        num_attention_heads=config.num_attention_heads,
-        image_size=config.image_size,
-        patch_size=config.patch_size,
-    )
-
-
-def _vae_spec(encoder: Component, decoder: Component) -> VaeSpec:
-    config = decoder.module.config
-    return VaeSpec(
-        encoder=encoder.weights,
-        decoder=decoder.weights,
-        base_dim=config.base_dim,
-        z_dim=config.z_dim,
-        dim_mult=tuple(config.dim_mult),
-        num_res_blocks=config.num_res_blocks,
-        temporal_downsample=tuple(config.temperal_downsample),
-    )

@@ -23,6 +23,7 @@ from penstock.offload.ledger import ByteLedger
 from penstock.offload.schedule import Residency
 from penstock.offload.streamer import BlockStream, load_block
 from penstock.offload.tiers import release_cached
+from penstock.profiles.manifest import SCRATCH
 from penstock.profiles.plan import PhasePlan, Plan, StreamPlan, changes
 from penstock.profiles.planner import Workload
 
@@ -88,6 +89,7 @@ class Stage:
             self.monitor.phase(plan, total, unit, done) as phase,
             self.device_ledger.reserve(f"{name}: activations", plan.work_bytes),
             self.host_ledger.reserve(f"{name}: host work", plan.ram_work_bytes),
+            self.model.scratch.held(dict(plan.work).get(SCRATCH, 0)),
         ):
             yield plan, phase
 
@@ -136,6 +138,7 @@ class Stage:
             CheckpointChanged: its files changed since the model was opened.
         """
         component.checkpoint.check_unchanged()
+        adapted = component.adapters[0].peak_bytes(self.device)
         with (
             load_block(
                 component.rest,
@@ -143,6 +146,7 @@ class Stage:
                 device_ledger=self.device_ledger,
                 host_ledger=self.host_ledger,
             ) as tensors,
+            self.device_ledger.reserve("adapted weights", adapted),
             component.bound(tensors) as module,
         ):
             yield module

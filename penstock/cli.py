@@ -18,7 +18,16 @@ import typer
 from rich.console import Console
 
 from penstock._version import __version__
-from penstock.cli_files import Model, Part, Tokenizer, inspect, pack, reported, verify
+from penstock.cli_files import (
+    Model,
+    Part,
+    Tokenizer,
+    cache_app,
+    inspect,
+    pack,
+    reported,
+    verify,
+)
 
 app = typer.Typer(
     name="penstock",
@@ -29,6 +38,7 @@ app = typer.Typer(
 )
 jobs_app = typer.Typer(help="List and remove the jobs that are kept on this machine.")
 app.add_typer(jobs_app, name="jobs")
+app.add_typer(cache_app, name="cache")
 
 
 for command in (inspect, pack, verify):
@@ -52,7 +62,9 @@ Profile = Annotated[str, typer.Option(help="A profile's name, or the path of a .
 Compute = Annotated[
     str | None, typer.Option(help="exact, or fast (8-bit products where they work).")
 ]
-Weights = Annotated[str | None, typer.Option(help="Weight format, such as int8.")]
+Format = Annotated[
+    str | None, typer.Option(help="Of the transformer's matrices, such as int8 (as stored).")
+]
 Force = Annotated[bool, typer.Option(help="Replace an existing output.")]
 
 
@@ -101,6 +113,8 @@ def generate(
     ram: Ram = None,
     device: Device = "auto",
     profile: Profile = "auto",
+    format: Format = None,
+    compute: Compute = None,
     force: Force = False,
     no_metadata: Annotated[
         bool, typer.Option("--no-metadata", help="Leave prompt and settings out of the file.")
@@ -122,7 +136,10 @@ def generate(
     from penstock.engine.settings import Settings
 
     files = Files(transformer, text_encoder, vae, image_encoder, tokenizer)
-    opening = {"files": files, "vram": vram, "ram": ram, "device": device, "profile": profile}
+    opening = {
+        "files": files, "vram": vram, "ram": ram, "device": device, "profile": profile,
+        "format": format, "compute": compute,
+    }  # fmt: skip
     settings = Settings(
         prompt=prompt,
         image=image,
@@ -140,7 +157,7 @@ def generate(
     with reported(debug):
         _generate(
             model, opening, settings, output, force, not no_metadata, as_json,
-            lambda engine, request: _job_folder(engine, request, job, resume_same),
+            lambda engine, request, plan: _job_folder(engine, request, plan, job, resume_same),
         )  # fmt: skip
 
 
@@ -236,7 +253,12 @@ def demo(
 
 @app.command()
 def plan(
-    model: Annotated[Path | None, typer.Option(help="Folder of a model.")] = None,
+    model: Model = None,
+    transformer: Part = None,
+    text_encoder: Part = None,
+    vae: Part = None,
+    image_encoder: Part = None,
+    tokenizer: Tokenizer = None,
     synthetic: Annotated[
         str | None, typer.Option(help="A built-in description instead: wan2.1-i2v-14b.")
     ] = None,
@@ -258,21 +280,23 @@ def plan(
     disk: Annotated[
         str | None, typer.Option(help="Its disk: nvme5, nvme4, nvme3, sata, hdd, or 3.5GB/s.")
     ] = None,
-    weights: Weights = None,
+    format: Format = None,
     compute: Compute = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Say what a video will take, in bytes and seconds, without loading anything."""
+    from penstock.engine.locate import Files
     from penstock.engine.planning import Asked, Target, make_plan
     from penstock.plan_view import plan_view
 
     with reported(debug):
         found = make_plan(
             model,
+            Files(transformer, text_encoder, vae, image_encoder, tokenizer),
             synthetic,
             Asked(size, max_area, frames, steps, cfg, image),
-            Target(device, card, ram, disk, vram, profile, weights, compute),
+            Target(device, card, ram, disk, vram, profile, format, compute),
         )
     if as_json:
         print(json.dumps(found.to_json()))
@@ -325,8 +349,8 @@ def doctor(
     print(f"rates are kept in {found.stored_in}")
 
 
-JobFolder = Callable[[Any, Any], tuple[Path, bool]]
-"""Given the engine and the request: the job's folder, and whether to resume the job in it."""
+JobFolder = Callable[[Any, Any, Any], tuple[Path, bool]]
+"""Given engine, request and plan: the job's folder, and whether to resume the job in it."""
 
 
 def _generate(
@@ -345,8 +369,8 @@ def _generate(
 
     with Engine.open(model, **opening) as engine:
         request = resolve(settings, engine.model)
-        folder, resumes = (None, False) if job_folder is None else job_folder(engine, request)
         plan = engine.plan(request)
+        folder, resumes = (None, False) if job_folder is None else job_folder(engine, request, plan)
         if resumes and folder is not None:
             job = engine.resume(folder, output, force=force)
         else:
@@ -370,13 +394,14 @@ def _watch(job: Any, plan: Any, as_json: bool) -> None:
 
 
 def _job_folder(
-    engine: Any, request: Any, folder: Path | None, resumes: bool | None
+    engine: Any, request: Any, plan: Any, folder: Path | None, resumes: bool | None
 ) -> tuple[Path, bool]:
     """Where the job is kept, and whether an unfinished identical one there is continued."""
     from penstock.engine.jobs import find_unfinished, new_job_folder
     from penstock.engine.stored import request_values
 
-    found = find_unfinished(request_values(request, engine.model.opening), folder)
+    values = request_values(request, engine.model.opening, plan.weight_format, plan.compute)
+    found = find_unfinished(values, folder)
     if found is not None and resumes is not False:
         question = f"job {found.name} is the same and unfinished ({found.step}/{found.steps} steps)"
         if resumes or (sys.stdin.isatty() and typer.confirm(f"{question}: continue it?")):

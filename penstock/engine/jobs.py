@@ -201,8 +201,11 @@ def launch_settings(
     """
     record = read_record(folder)
     opening, facts = Opening.from_values(record.request), record.facts
+    plan = record.plan
     options = {
         "files": opening.files,
+        "format": plan.get("weight_format"),
+        "compute": plan.get("compute"),
         "vram": vram or facts.get("vram_bytes"),
         "ram": ram or facts.get("ram_bytes"),
         "device": facts.get("device", device) if device == "auto" else device,

@@ -21,12 +21,12 @@ from torch import Tensor
 from penstock.engine.checked import Packs
 from penstock.engine.component import Adapter, adapters_of, read_table_rows
 from penstock.engine.decoding import Matrices, block_format, storage_of
-from penstock.engine.specs import manifest_of
 from penstock.engine.formats import compute_tag, linear_formats
 from penstock.engine.keys import ComponentSource
 from penstock.engine.locate import Files, ModelSource, locate, open_tokenizer
 from penstock.engine.opening import Opening
 from penstock.engine.request import Grid
+from penstock.engine.specs import manifest_of
 from penstock.engine.wan.forward import is_cross_kv
 from penstock.engine.weights import bind, skeleton, unbind
 from penstock.errors import CheckpointError
@@ -224,6 +224,11 @@ class ModelFiles:
             self.transformer, self.text, self.vae_encoder, self.vae_decoder, self.image, computing
         )
         return replace(self, manifest=manifest, scratch=computing.scratch)
+
+    def with_transformer(self, source: ComponentSource) -> ModelFiles:
+        """This model with another transformer; to be `installed` before it computes."""
+        opened = _open_transformer(source)
+        return replace(self, source=replace(self.source, transformer=source), transformer=opened)
 
     def components(self) -> tuple[Component, ...]:
         """All networks of the model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,6 +35,20 @@ def manifest_of(
         text=_text_spec(text, computing),
         vae=_vae_spec(encoder, decoder, computing.scratch.device),
         image=None if image is None else _image_spec(image, computing),
+    )
+
+
+def undecided(manifest: ModelManifest) -> ModelManifest:
+    """``manifest`` for a machine that nobody asked which matrix products it has."""
+    spec = manifest.transformer
+    context = spec.context_storage
+    return replace(
+        manifest,
+        transformer=replace(
+            spec,
+            storage=replace(spec.storage, path=None),
+            context_storage=None if context is None else replace(context, path=None),
+        ),
     )
 
 

@@ -21,7 +21,7 @@ from penstock.profiles.phases import (
     loading_s,
 )
 from penstock.profiles.plan import Items, PhasePlan
-from penstock.profiles.policy import Limits
+from penstock.profiles.policy import Limits, Policy
 from penstock.profiles.rates import Rates
 from penstock.profiles.streams import (
     LINK_CARE,
@@ -41,6 +41,17 @@ EIGHT_BIT_WORKSPACE_BYTES = 128 * MIB
 """Temporaries of an 8-bit matrix product (`penstock.quant.compute.DEFAULT_CHUNK_BYTES`)."""
 
 _EIGHT_BIT: Mapping[str, ComputePath] = MappingProxyType({"fp8": "fp8", "int8": "int8"})
+
+
+def compute_path(stored: Storage, policy: Policy, rates: Rates) -> ComputePath:
+    """How most matrices of the blocks multiply: as the device was found to allow, or, for a machine
+    that is only described, as its rates say."""
+    if stored.path is not None:
+        return stored.path
+    fast = policy.compute == "fast" and rates.eight_bit_flops is not None
+    if fast and stored.format in _EIGHT_BIT:
+        return _EIGHT_BIT[stored.format]
+    return "dequant" if stored.scratch_bytes else "plain"
 
 
 @dataclass(frozen=True)
@@ -216,20 +227,9 @@ class Denoise:
         return Shape(cost, work, self._compute_s(cost), passes)
 
     @property
-    def path(self) -> ComputePath:
-        """How most matrices of the blocks multiply: as the device was found to allow, or for a
-        machine that is only described, as its rates say."""
-        rates, stored = self.case.rates, self.spec.storage
-        if stored.path is not None:
-            return stored.path
-        fast = self.case.policy.compute == "fast" and rates.eight_bit_flops is not None
-        if fast and stored.format in _EIGHT_BIT:
-            return _EIGHT_BIT[stored.format]
-        return "dequant" if stored.scratch_bytes else "plain"
-
-    @property
     def _is_fast(self) -> bool:
-        return self.path in _EIGHT_BIT
+        case = self.case
+        return compute_path(self.spec.storage, case.policy, case.rates) in _EIGHT_BIT
 
     def _decoding(self, stored: Storage) -> Items:
         """What quantised matrices take in VRAM besides their bytes."""

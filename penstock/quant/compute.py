@@ -51,7 +51,8 @@ class Scratch:
         self._buffer = self._make(nbytes)
 
     def _make(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        # An empty one asks nothing of the device: a plan may be for one that is not here.
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device if nbytes else "cpu")
 
     @property
     def nbytes(self) -> int:

@@ -22,6 +22,7 @@ from penstock.engine.checked import Packs
 from penstock.engine.component import Adapter, adapters_of, read_table_rows
 from penstock.engine.decoding import Matrices, block_format, storage_of
 from penstock.engine.formats import compute_tag, linear_formats
+from penstock.engine.image import layers_needed
 from penstock.engine.keys import ComponentSource
 from penstock.engine.locate import Files, ModelSource, locate, open_tokenizer
 from penstock.engine.opening import Opening
@@ -270,8 +271,7 @@ def _open_image(source: ComponentSource) -> Component:
     config = dict(source.config)
     module = skeleton(CLIPVisionModel, CLIPVisionConfig(**(config | {"num_hidden_layers": 1})))
     block, count = module.encoder.layers[0], config["num_hidden_layers"]
-    # The model is conditioned on hidden_states[-2]: the last layer is never computed.
-    return _component(source, module, block, "encoder.layers.", count - 1)
+    return _component(source, module, block, "encoder.layers.", layers_needed(count))
 
 
 def _open_vae(source: ComponentSource) -> tuple[Component, Component]:

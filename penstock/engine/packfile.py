@@ -203,16 +203,6 @@ class PackFile:
         return cls(path, MappingProxyType(about), MappingProxyType(runs), sums_offset)
 
 
-def is_pack(path: Path) -> bool:
-    """Whether the file is a pack, sound or not.
-
-    Raises:
-        HeaderError: no safetensors file, or a damaged one.
-    """
-    with WeightFile(path) as file:
-        return PACK_METADATA in read_header(file).metadata
-
-
 def _about(path: Path, header: Header) -> dict[str, Any]:
     if PACK_METADATA not in header.metadata or SUMS not in header.tensors:
         raise CheckpointError(

@@ -7,7 +7,7 @@ motion happens, per motion, the same for the opposite prompts, and the PSNR gate
 import argparse
 import json
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -25,7 +25,7 @@ from training.clips import (
     render,
     rng_for,
 )
-from training.generate import Sampler, from_folder
+from training.generate import Sampler, default_sampler, from_folder
 from training.score import Verdict, judge, psnr
 from training.train_vae import validate
 
@@ -121,13 +121,14 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=48)
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--seed", type=int, default=0)
-    for name, value in asdict(Sampler()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value))
+    for field in fields(Sampler):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default))
     args = parser.parse_args()
-    defaults = json.loads((args.folder / "defaults.json").read_text())
-    chosen = {name: getattr(args, name) or defaults[name] for name in asdict(Sampler())}
+    flags = {field.name: getattr(args, field.name) for field in fields(Sampler)}
+    given = {name: value for name, value in flags.items() if value is not None}
+    sampler = replace(default_sampler(args.folder), **given)
     generator = from_folder(args.folder)
-    figures = score(generator, make_pairs(args.split, args.pairs), Sampler(**chosen), args.seed)
+    figures = score(generator, make_pairs(args.split, args.pairs), sampler, args.seed)
     figures["vae_psnr"] = validate(generator.vae, 48, args.split)
     print(json.dumps(figures, indent=2))
 

@@ -88,13 +88,13 @@ class EncodeRun:
 class DitRun:
     """The joint run of transformer, text encoder and image encoder."""
 
-    steps: int = 30_000
+    steps: int = 4_000
     seed: int = 12
     rate: float = 1e-3
     matrix_rate: float = 2e-3
-    warmup: int = 200
+    warmup: int = 100
     decay: float = 0.3
-    batch: int = 8
+    batch: int = 16
     clip: float = 1.0
     weight_decay: float = 0.01
     ema: float = 0.998

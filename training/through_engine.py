@@ -24,19 +24,15 @@ class EngineGenerator:
         self._engine = engine
 
     def __call__(
-        self, pictures: list[np.ndarray], prompts: list[str], sampler: Sampler | None, seed: int
+        self, pictures: list[np.ndarray], prompts: list[str], sampler: Sampler, seed: int
     ) -> np.ndarray:
-        """Clips (b, frames, h, w, 3) in [0, 1] for pictures (h, w, 3) of one size.
-
-        ``sampler`` None takes the model's own defaults.
-        """
+        """Clips (b, frames, h, w, 3) in [0, 1] for pictures (h, w, 3) of one size."""
         clips = []
-        chosen = {} if sampler is None else vars(sampler)
         with tempfile.TemporaryDirectory() as folder:
             for number, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
                 image = Path(folder) / f"{number}.png"
                 Image.fromarray((picture * 255).round().astype(np.uint8)).save(image)
-                settings = Settings(prompt=prompt, image=image, seed=seed + number, **chosen)
+                settings = Settings(prompt=prompt, image=image, seed=seed + number, **vars(sampler))
                 job = self._engine.submit(resolve(settings, self._engine.model))
                 clips.append(job.result().video.numpy().astype(np.float32) / 255)
         return np.stack(clips)

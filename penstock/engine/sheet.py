@@ -13,6 +13,23 @@ GAP = 4
 """Pixels between frames."""
 
 
+def sheet_beside(video: Path, *, overwrite: bool = False) -> Path:
+    """Where the contact sheet of ``video`` goes: ``clip.mp4`` has ``clip.frames.png``.
+
+    Raises:
+        OutputError: it is there already, and is not to be replaced.
+    """
+    path = video.with_suffix(".frames.png")
+    if path.exists() and not overwrite:
+        raise OutputError(
+            "the contact sheet exists",
+            expected="a new file name",
+            found=str(path),
+            remedy="Choose another name for the video, or overwrite with --force",
+        )
+    return path
+
+
 def write_contact_sheet(
     video: Path, path: Path, *, count: int = 8, columns: int = 4, scale: int = 1
 ) -> Path:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from penstock.engine.sheet import GAP, write_contact_sheet
+from penstock.engine.sheet import GAP, sheet_beside, write_contact_sheet
 from penstock.engine.video import write_video
 from penstock.errors import OutputError, VideoError
 
@@ -49,3 +49,12 @@ def test_what_is_no_video_is_named(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="no-such-folder"):
         write_contact_sheet(_video(tmp_path, 3), tmp_path / "no-such-folder" / "sheet.png")
+
+
+def test_a_sheet_that_is_there_is_not_lost(tmp_path: Path) -> None:
+    video = tmp_path / "clip.mp4"
+    path = sheet_beside(video)
+    path.write_bytes(b"mine")
+    with pytest.raises(OutputError, match="--force"):
+        sheet_beside(video)
+    assert sheet_beside(video, overwrite=True) == path

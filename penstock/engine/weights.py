@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from penstock.errors import TensorMismatch
@@ -29,6 +28,8 @@ def skeleton(model_class: Any, config: Any) -> Any:
         config: a mapping of constructor arguments (diffusers' own private entries are allowed for
             its models), or the config object of a transformers model.
     """
+    from accelerate import init_empty_weights
+
     with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
         if not isinstance(config, Mapping):
             module = model_class(config)

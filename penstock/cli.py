@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from penstock._version import __version__
-from penstock.cli_files import inspect, pack, reported, verify
+from penstock.cli_files import Loras, inspect, pack, reported, verify
 
 app = typer.Typer(
     name="penstock",
@@ -95,6 +95,7 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Seed of the noise (drawn if absent).")] = None,
     sampler: Annotated[SamplerName, typer.Option(help="Sampler.")] = SamplerName.UNIPC,
     fps: Annotated[int | None, typer.Option(help="Frames a second of the file (16).")] = None,
+    lora: Loras = None,
     vram: Vram = None,
     ram: Ram = None,
     device: Device = "auto",
@@ -136,6 +137,7 @@ def generate(
         _generate(
             model, settings, output, vram, ram, device, force, not no_metadata, as_json,
             lambda engine, request: _job_folder(engine, request, job, resume_same), profile,
+            lora or [],
         )  # fmt: skip
 
 
@@ -147,6 +149,7 @@ def resume(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The mp4 to write instead.")
     ] = None,
+    lora: Loras = None,
     vram: Vram = None,
     ram: Ram = None,
     device: Device = "auto",
@@ -163,7 +166,7 @@ def resume(
 
     with reported(debug):
         folder = find_job(job)
-        launch = launch_settings(folder, vram=vram, ram=ram, device=device)
+        launch = launch_settings(folder, vram=vram, ram=ram, device=device, loras=lora or [])
         with Engine.open(launch.model, **launch.options) as engine:
             running = engine.resume(
                 folder, output, force=force, allow_nonidentical=allow_nonidentical
@@ -240,6 +243,7 @@ def plan(
     frames: Annotated[int | None, typer.Option(help="Frames, 4n+1 (81).")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps (40).")] = None,
     cfg: Annotated[float | None, typer.Option(help="Guidance scale (5); 1 is off.")] = None,
+    lora: Loras = None,
     vram: Vram = None,
     ram: Annotated[
         str | None, typer.Option(help="Ceiling on RAM; with --card, that machine's memory.")
@@ -267,6 +271,7 @@ def plan(
             synthetic,
             Asked(size, max_area, frames, steps, cfg, image),
             Target(device, card, ram, disk, vram, profile, weights, compute),
+            lora or [],
         )
     if as_json:
         print(json.dumps(found.to_json()))
@@ -335,11 +340,14 @@ def _generate(
     as_json: bool,
     job_folder: JobFolder | None = None,
     profile: str = "auto",
+    loras: Sequence[str] = (),
 ) -> None:
     from penstock.engine.engine import Engine
     from penstock.engine.settings import resolve
 
-    with Engine.open(model, vram=vram, ram=ram, device=device, profile=profile) as engine:
+    with Engine.open(
+        model, loras=loras, vram=vram, ram=ram, device=device, profile=profile
+    ) as engine:
         request = resolve(settings, engine.model)
         folder, resumes = (None, False) if job_folder is None else job_folder(engine, request)
         plan = engine.plan(request)
@@ -372,7 +380,7 @@ def _job_folder(
     from penstock.engine.jobs import find_unfinished, new_job_folder
     from penstock.engine.stored import request_values
 
-    found = find_unfinished(request_values(request, engine.model.folder), folder)
+    found = find_unfinished(request_values(request, engine.model), folder)
     if found is not None and resumes is not False:
         question = f"job {found.name} is the same and unfinished ({found.step}/{found.steps} steps)"
         if resumes or (sys.stdin.isatty() and typer.confirm(f"{question}: continue it?")):

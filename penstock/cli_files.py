@@ -27,6 +27,10 @@ Model = Annotated[
 Tokenizer = Annotated[
     Path | None, typer.Option(help="A tokenizer's folder or SentencePiece model.")
 ]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option("--lora", metavar="FILE[:STRENGTH]", help="A LoRA; may be given several times."),
+]
 
 
 @contextmanager

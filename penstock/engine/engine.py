@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +15,7 @@ from penstock.engine.job import Job
 from penstock.engine.journal import Journal
 from penstock.engine.keeper import JournalKeeper, Keeper
 from penstock.engine.locate import Files
+from penstock.engine.lora import Lora, as_loras
 from penstock.engine.model import ModelFiles
 from penstock.engine.pipeline import run
 from penstock.engine.report import JobResult
@@ -75,6 +77,7 @@ class Engine:
         model: str | Path | None,
         *,
         files: Files | None = None,
+        loras: Sequence[Lora | str | Path] = (),
         vram: str | int | None = None,
         ram: str | int | None = None,
         device: str = "auto",
@@ -88,6 +91,7 @@ class Engine:
             model: a folder (of diffusers, Wan or ComfyUI), a transformer's file, or a hub id; None
                 if ``files`` names every part.
             files: parts given by themselves; they win over what ``model`` holds.
+            loras: applied beside the transformer's weights: `Lora`, or "FILE" or "FILE:STRENGTH".
             vram, ram: ceilings, such as "12GiB" or bytes; None takes the profile's.
             device: "cuda", "cpu" or "auto" (CUDA where there is one).
             profile: a profile's name or the path of its file.
@@ -101,7 +105,7 @@ class Engine:
         flags = replace(overrides or Overrides(), vram=vram, ram=ram)
         hardware = probe(_device_type(device))
         chosen = choose(load(profile), flags, hardware)
-        model_files = ModelFiles.open(model, files)
+        model_files = ModelFiles.open(model, files, as_loras(loras))
         return cls(model_files, hardware, overlapped=overlapped, chosen=chosen)
 
     def plan(self, request: GenerationRequest) -> Plan:
@@ -120,7 +124,8 @@ class Engine:
         Raises:
             OverBudget: no plan fits the budgets; names a profile or a request that does.
         """
-        return plan_chosen(lambda _: self.model.manifest, workload, self.chosen)
+        found = plan_chosen(lambda _: self.model.manifest, workload, self.chosen)
+        return replace(found, origins=found.origins + self.model.loras.origins())
 
     def submit(
         self,

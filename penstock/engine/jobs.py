@@ -6,7 +6,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from penstock.engine.journal import (
     read_record,
 )
 from penstock.engine.lock import JobLock
+from penstock.engine.lora import Lora
 from penstock.engine.sealed import read_metadata
-from penstock.errors import JobLocked, JournalError, StorageError
+from penstock.errors import JobLocked, JournalError, StorageError, UsageError
 
 _HEADER_BYTES = 1 << 20
 
@@ -191,9 +192,14 @@ class Launch:
 
 
 def launch_settings(
-    folder: Path, *, vram: str | None = None, ram: str | None = None, device: str = "auto"
+    folder: Path,
+    *,
+    vram: str | None = None,
+    ram: str | None = None,
+    device: str = "auto",
+    loras: Sequence[str] = (),
 ) -> Launch:
-    """The model, device and budgets of a job; what is given replaces the job's own.
+    """The model, device, budgets and LoRAs of a job; what is given replaces the job's own.
 
     Raises:
         JournalError: the folder holds no job.
@@ -206,8 +212,16 @@ def launch_settings(
         "vram": vram or facts.get("vram_bytes"),
         "ram": ram or facts.get("ram_bytes"),
         "device": facts.get("device", device) if device == "auto" else device,
+        "loras": loras or _loras(record.request.get("loras", []), folder),
     }
     return Launch(Path(model), options)
+
+
+def _loras(kept: Any, folder: Path) -> list[Lora]:
+    try:
+        return [Lora(Path(path), float(strength)) for path, strength in kept]
+    except (TypeError, ValueError, UsageError) as error:
+        raise JournalError(f"{folder} names no LoRAs", found=str(error)) from error
 
 
 def remove_job(folder: Path) -> None:

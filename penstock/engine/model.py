@@ -22,6 +22,8 @@ from penstock.engine.component import Adapter, adapters_of, read_table_rows
 from penstock.engine.formats import compute_tag, linear_formats
 from penstock.engine.keys import ComponentSource
 from penstock.engine.locate import Files, ModelSource, locate, open_tokenizer
+from penstock.engine.lora import Lora
+from penstock.engine.lora_place import LoraPart, PlacedLoras, lora_spec
 from penstock.engine.request import Grid
 from penstock.engine.wan.forward import is_cross_kv
 from penstock.engine.weights import bind, skeleton, unbind
@@ -39,6 +41,7 @@ from penstock.profiles.manifest import (
 from penstock.quant.compute import Computing, Scratch, scratch_bytes
 from penstock.quant.format import QuantFormat
 from penstock.quant.linear import replace_linears
+from penstock.quant.lora import add_deltas
 
 Formats = Mapping[str, QuantFormat]
 
@@ -59,6 +62,7 @@ class Component:
         adapters: what makes odd tensors fit: first outside the blocks, then block by block.
         source: where it comes from.
         scratch_bytes: of the one buffer that the model's quantised weights are decoded into.
+        loras: what LoRAs add, outside the blocks and then block by block; empty without LoRAs.
     """
 
     name: str
@@ -73,12 +77,15 @@ class Component:
     adapters: tuple[Adapter, ...]
     source: ComponentSource
     scratch_bytes: int = 0
+    loras: tuple[LoraPart, ...] = ()
     _ready: set[int] = field(default_factory=set, repr=False, compare=False)
 
     @property
     def weights(self) -> Weights:
         """The bytes of it, for the planner: as stored, and what adapting takes beside them."""
         extra = self.adapters[0].nbytes + max((a.nbytes for a in self.adapters[1:]), default=0)
+        if self.loras:
+            extra += self.loras[0].nbytes + max((part.nbytes for part in self.loras[1:]), default=0)
         return Weights(
             rest_bytes=self.rest.nbytes + extra + self.scratch_bytes,
             block_bytes=tuple(layout.nbytes for layout in self.blocks),
@@ -88,21 +95,27 @@ class Component:
     @property
     def quantised(self) -> bool:
         """Whether `install` must be called before the network computes."""
-        return any(self.formats)
+        return any(self.formats) or bool(self.loras)
 
     def install(self, computing: Computing) -> None:
-        """Put quantised linears into the block modules where the files store them so."""
-        for module, formats in zip(self.templates, self.formats, strict=True):
-            if id(module) not in self._ready:
-                replace_linears(module, formats, computing, self.dtype)
-                self._ready.add(id(module))
+        """Put quantised linears into the block modules where the files store them so, and LoRAs
+        where they belong."""
+        for place, module in enumerate((self.module, *self.templates)):
+            if id(module) in self._ready:
+                continue
+            if place:
+                replace_linears(module, self.formats[place - 1], computing, self.dtype)
+            if self.loras:
+                add_deltas(module, self.loras[place].deltas, computing, self.dtype)
+            self._ready.add(id(module))
 
     @contextmanager
     def bound(self, tensors: Mapping[str, Tensor], index: int | None = None) -> Iterator[Any]:
         """The block ``index`` (None: the network) with its streamed ``tensors`` bound inside."""
         place = 0 if index is None else index + 1
         module = (self.module, *self.templates)[place]
-        bind(module, self.adapters[place](tensors))
+        tensors = self.adapters[place](tensors)
+        bind(module, self.loras[place](tensors) if self.loras else tensors)
         try:
             yield module
         finally:
@@ -124,6 +137,7 @@ class ModelFiles:
     vae_decoder: Component
     image: Component | None
     manifest: ModelManifest
+    loras: PlacedLoras
 
     @property
     def image_to_video(self) -> bool:
@@ -152,6 +166,8 @@ class ModelFiles:
         if isinstance(tokenizer, Path):
             inside = tokenizer.iterdir() if tokenizer.is_dir() else [tokenizer]
             found |= {f"tokenizer/{path.name}": path for path in inside if path.is_file()}
+        for index, lora in enumerate(self.loras.files):
+            found |= {f"lora/{index}/{part}": path for part, path in enumerate(lora.stamps)}
         return found
 
     def tokenizer(self) -> Any:
@@ -163,18 +179,25 @@ class ModelFiles:
         return open_tokenizer(self.source.tokenizer)
 
     @classmethod
-    def open(cls, model: str | Path | None, files: Files | None = None) -> ModelFiles:
+    def open(
+        cls,
+        model: str | Path | None,
+        files: Files | None = None,
+        loras: Sequence[Lora] = (),
+    ) -> ModelFiles:
         """Describe a model without reading a weight.
 
         Args:
             model, files: as `penstock.engine.locate.locate` takes them.
+            loras: to apply beside the transformer's weights.
 
         Raises:
             CheckpointError: no Wan2.1 model, or one that penstock does not run.
             HeaderError, PickleRefused, TensorMismatch: a component's files cannot be used.
         """
         source = locate(model, files)
-        transformer = _open_transformer(source.transformer)
+        placed = PlacedLoras.open(source.transformer, loras)
+        transformer = _open_transformer(source.transformer, placed)
         text = _open_text(source.text_encoder)
         encoder, decoder = _open_vae(source.vae)
         image = None if source.image_encoder is None else _open_image(source.image_encoder)
@@ -190,6 +213,7 @@ class ModelFiles:
             vae_decoder=decoder,
             image=image,
             manifest=_manifest(transformer, text, encoder, decoder, image),
+            loras=placed,
         )
 
     def install(self, device: torch.device) -> None:
@@ -215,7 +239,7 @@ class ModelFiles:
             component.checkpoint.close()
 
 
-def _open_transformer(source: ComponentSource) -> Component:
+def _open_transformer(source: ComponentSource, loras: PlacedLoras) -> Component:
     from diffusers import WanTransformer3DModel
 
     if source.config.get("pos_embed_seq_len") is not None:
@@ -226,7 +250,8 @@ def _open_transformer(source: ComponentSource) -> Component:
         )
     module = skeleton(WanTransformer3DModel, dict(source.config) | {"num_layers": 1})
     count = source.config["num_layers"]
-    return _component(source, module, module.blocks[0], "blocks.", count, is_cross_kv)
+    block = module.blocks[0]
+    return _component(source, module, block, "blocks.", count, is_cross_kv, loras=loras)
 
 
 def _open_text(source: ComponentSource) -> Component:
@@ -270,8 +295,10 @@ def _component(
     count: int = 0,
     leaves_stream: Callable[[str], bool] = lambda name: False,
     only: tuple[str, ...] = ("",),
+    loras: PlacedLoras | None = None,
 ) -> Component:
-    entries = source.entries()
+    loras = loras or PlacedLoras(source, (), ())
+    entries = source.entries() | loras.entries()
     groups = [
         {key: entry for key, entry in entries.items() if _in_rest(key, prefix, only)},
         *(_local(entries, f"{prefix}{index}.") for index in range(count)),
@@ -279,11 +306,13 @@ def _component(
     formats = _local_formats(linear_formats(source), prefix, count)
     blocks = [_split(group, leaves_stream) for group in groups[1:]]
     dtype = torch_dtype(compute_tag(source))
+    parts = loras.parts(prefix, count, dtype)
+    added = [part.deltas for part in parts[1:]] or [{}] * count
     return Component(
         name=source.component,
         module=module,
-        templates=_templates(block, formats),
-        checkpoint=Checkpoint(source.raw.path, entries, source.raw.stamps, {}),
+        templates=_templates(block, list(zip(formats, added, strict=True))),
+        checkpoint=Checkpoint(source.raw.path, entries, {**source.raw.stamps, **loras.stamps}, {}),
         rest=BlockLayout.from_entries(groups[0]),
         blocks=tuple(BlockLayout.from_entries(streamed) for streamed, _ in blocks),
         cross=tuple(BlockLayout.from_entries(cross) for _, cross in blocks if cross),
@@ -291,6 +320,7 @@ def _component(
         formats=formats,
         adapters=adapters_of(source, prefix, count, only, dtype),
         source=source,
+        loras=parts,
     )
 
 
@@ -333,11 +363,12 @@ def _local_formats(formats: Formats, prefix: str, count: int) -> tuple[Formats, 
     )
 
 
-def _templates(block: Any, formats: Sequence[Formats]) -> tuple[Any, ...]:
-    """A block module for each block; one is shared by all blocks whose linears are stored alike."""
-    made: list[tuple[Formats, Any]] = []
+def _templates(block: Any, kinds: Sequence[Any]) -> tuple[Any, ...]:
+    """A block module for each block; one is shared by all blocks of a kind: whose linears are
+    stored alike and bear the same LoRAs."""
+    made: list[tuple[Any, Any]] = []
     templates = []
-    for wanted in formats:
+    for wanted in kinds:
         known = next((module for found, module in made if found == wanted), None)
         if known is None:
             known = block if not made else copy.deepcopy(block)
@@ -376,6 +407,7 @@ def _transformer_spec(component: Component) -> TransformerSpec:
         freq_dim=config.freq_dim,
         patch_size=tuple(config.patch_size),
         image_dim=config.image_dim,
+        lora=lora_spec(component.loras, component.blocks),
     )
 
 

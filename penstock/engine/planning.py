@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,18 +107,28 @@ class Target:
         return Overrides(self.vram, ram, format=self.weights, compute=self.compute)
 
 
-def make_plan(model: Path | None, synthetic: str | None, asked: Asked, target: Target) -> Plan:
+def make_plan(
+    model: Path | None,
+    synthetic: str | None,
+    asked: Asked,
+    target: Target,
+    loras: Sequence[str] = (),
+) -> Plan:
     """The plan for a model's folder, or for a built-in description.
 
     Raises:
-        UsageError: neither or both; OverBudget: nothing fits.
+        UsageError: neither or both, or LoRAs without a folder; OverBudget: nothing fits.
     """
     hardware = target.hardware
     chosen = choose(load(target.profile), target.overrides, hardware)
+    if synthetic is not None and loras:
+        raise UsageError(
+            "a LoRA is checked against a model's files", expected="--model", found="--synthetic"
+        )
     if synthetic is not None and model is None:
         return plan_chosen(lambda stored: builtin(synthetic, stored), asked.workload, chosen)
     if model is not None and synthetic is None:
-        return plan_folder(model, asked, chosen, hardware)
+        return plan_folder(model, asked, chosen, hardware, loras)
     raise UsageError(
         "a plan needs a model",
         expected="--model DIR or --synthetic NAME",
@@ -125,13 +136,16 @@ def make_plan(model: Path | None, synthetic: str | None, asked: Asked, target: T
     )
 
 
-def plan_folder(model: Path, asked: Asked, chosen: Chosen, hardware: Hardware) -> Plan:
+def plan_folder(
+    model: Path, asked: Asked, chosen: Chosen, hardware: Hardware, loras: Sequence[str] = ()
+) -> Plan:
     """The plan for a model's folder; reads its headers.
 
     Raises:
         CheckpointError: the folder is not a model that penstock runs.
     """
     from penstock.engine.engine import Engine
+    from penstock.engine.lora import as_loras
     from penstock.engine.model import ModelFiles
     from penstock.engine.settings import Settings, resolve
 
@@ -144,7 +158,8 @@ def plan_folder(model: Path, asked: Asked, chosen: Chosen, hardware: Hardware) -
         guidance_scale=asked.cfg,
         image=asked.image,
     )
-    with Engine(ModelFiles.open(model), hardware, chosen=chosen) as engine:
+    opened = ModelFiles.open(model, loras=as_loras(loras))
+    with Engine(opened, hardware, chosen=chosen) as engine:
         request = resolve(settings, engine.model)
         return engine.plan_workload(
             Workload(request.video_shape, request.steps, request.uses_guidance)

@@ -52,14 +52,18 @@ class Order:
         }
 
 
-def request_values(request: GenerationRequest, model: Path) -> dict[str, Any]:
-    """The request as plain values, with the model's folder; the picture is told by its content.
+def request_values(request: GenerationRequest, model: ModelFiles) -> dict[str, Any]:
+    """The request as plain values, with the model's folder and LoRAs; the picture is told by its
+    content.
 
     Raises:
         StorageError: the picture cannot be read.
     """
     picture = None if request.image is None else stamp(request.image)
-    return asdict(request) | {"image": picture, "model": str(model.resolve())}
+    values = asdict(request) | {"image": picture, "model": str(model.folder.resolve())}
+    if model.loras.given:
+        values["loras"] = [[str(lora.path.absolute()), lora.strength] for lora in model.loras.given]
+    return values
 
 
 def begin(
@@ -83,7 +87,7 @@ def begin(
             picture = request.image.read_bytes()
     journal = Journal.create(
         folder,
-        request_values(request, model.folder),
+        request_values(request, model),
         plan.to_json(),
         conditions_now(model, device),
         facts=order.facts() | dict(budgets),
@@ -98,11 +102,10 @@ def begin(
 def conditions_now(model: ModelFiles, device: torch.device) -> Fingerprint:
     """The fingerprint of a job of this model on this device; chunks and tiles are the plan's."""
     dtypes = {component.name: str(component.dtype) for component in model.components()}
-    return fingerprint(
-        device,
-        {"attention": "sdpa", "dtypes": dtypes},
-        sorted(model.files.items()),
-    )
+    numerics: dict[str, Any] = {"attention": "sdpa", "dtypes": dtypes}
+    if model.loras.given:
+        numerics["loras"] = model.loras.numerics()
+    return fingerprint(device, numerics, sorted(model.files.items()))
 
 
 def check_unfinished(journal: Journal) -> None:
@@ -126,7 +129,8 @@ def restored_request(journal: Journal) -> GenerationRequest:
         JournalError: the record holds none.
     """
     values = dict(journal.record.request)
-    values.pop("model", None)
+    for name in ("model", "loras"):
+        values.pop(name, None)
     picture = journal.folder / PICTURE_FILE if values.get("image") is not None else None
     try:
         grid = Grid(**values.pop("grid"))

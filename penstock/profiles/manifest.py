@@ -47,6 +47,19 @@ class Storage:
 
 
 @dataclass(frozen=True)
+class LoraSpec:
+    """LoRAs beside the weights of the DiT; their bytes are in its `Weights`.
+
+    Attributes:
+        rank: the largest: activations of a token between the two matrices of a pair.
+        elements: of the matrices that each token meets in one pass over all blocks.
+    """
+
+    rank: int = 0
+    elements: int = 0
+
+
+@dataclass(frozen=True)
 class TransformerSpec:
     """The DiT (`WanTransformer3DModel` config). ``cross_block_bytes`` are the cross-attention K/V
     projections, which are applied once a prompt and are not part of ``weights.block_bytes``."""
@@ -64,6 +77,7 @@ class TransformerSpec:
     patch_size: tuple[int, int, int]
     image_dim: int | None = None
     storage: Storage = Storage()
+    lora: LoraSpec = LoraSpec()
 
     @property
     def inner_dim(self) -> int:

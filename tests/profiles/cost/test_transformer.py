@@ -35,7 +35,7 @@ def spec_of(config: Any, itemsize: int) -> TransformerSpec:
         **{
             name: config[name]
             for name in TransformerSpec.__dataclass_fields__
-            if name not in ("weights", "cross_block_bytes", "patch_size", "storage")
+            if name not in ("weights", "cross_block_bytes", "patch_size", "storage", "lora")
         },
         patch_size=tuple(config["patch_size"]),
     )

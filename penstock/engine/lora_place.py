@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -32,17 +32,26 @@ _SINGLE = 4  # bytes of an fp32
 
 
 @dataclass(frozen=True)
-class Fold:
-    """``scale * up @ down`` or ``scale * diff``, added to a parameter when it is bound.
+class Change:
+    """What one LoRA adds to one parameter: ``scale * up @ down``, or ``scale * diff``.
 
     Attributes:
-        tensors: local names of ``diff``, or of ``up`` and ``down``.
-        numel: of the parameter.
+        parameter: its name; local to a block or to what is outside them, or of the whole network.
+        tensors: names of ``up`` and ``down``, or of the difference alone.
+        index: which LoRA.
+        rank: 0 for a difference.
     """
 
+    parameter: str
     tensors: tuple[str, ...]
+    index: int
+    rank: int
     scale: float
-    numel: int
+
+    def local(self, cut: int) -> Change:
+        """Its names without their first ``cut`` characters."""
+        tensors = tuple(name[cut:] for name in self.tensors)
+        return replace(self, parameter=self.parameter[cut:], tensors=tensors)
 
 
 @dataclass(frozen=True)
@@ -52,19 +61,21 @@ class LoraPart:
     Attributes:
         dtype: of the network.
         deltas: by linear layer.
-        folds: by parameter.
+        folds: by parameter: what is added when it is bound.
+        sizes: elements of each parameter that is.
         cast: elements of each matrix that is stored in another type than the network's.
     """
 
     dtype: torch.dtype
     deltas: Mapping[str, tuple[Delta, ...]] = field(default_factory=dict)
-    folds: Mapping[str, tuple[Fold, ...]] = field(default_factory=dict)
+    folds: Mapping[str, tuple[Change, ...]] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
     cast: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
         """Most bytes that binding makes: casts, sums, and one sum's fp32 operands."""
-        sums = [folds[0].numel for folds in self.folds.values()]
+        sums = self.sizes.values()
         casts = sum(self.cast.values()) * self.dtype.itemsize
         return casts + _SINGLE * (sum(sums) + 3 * max(sums, default=0))
 
@@ -81,7 +92,7 @@ class LoraPart:
         return made
 
 
-def _summed(made: dict[str, Tensor], base: Tensor, folds: Sequence[Fold]) -> Tensor:
+def _summed(made: dict[str, Tensor], base: Tensor, folds: Sequence[Change]) -> Tensor:
     total = base.to(torch.float32, copy=True)
     for fold in folds:
         parts = [made.pop(name) for name in fold.tensors]
@@ -160,64 +171,76 @@ class PlacedLoras:
             for name, entry in _named(index, layer).items()
         }
 
+    def changes(self) -> Iterator[Change]:
+        """What is added to each parameter of the network."""
+        shapes = self.source.shapes
+        for index, strength, layer in self.layers():
+            weight, bias = parameters_of(layer, shapes)
+            named = {name.rpartition(".")[2]: name for name in _named(index, layer)}
+            if layer.rank:
+                pair, scale = (named["up"], named["down"]), strength * layer.scale
+                yield Change(weight, pair, index, layer.rank, scale)
+            if "diff" in named:
+                yield Change(weight, (named["diff"],), index, 0, strength)
+            if "bias" in named:
+                yield Change(bias, (named["bias"],), index, 0, strength * layer.bias_scale)
+
     def parts(self, prefix: str, count: int, dtype: torch.dtype) -> tuple[LoraPart, ...]:
         """What they add outside the blocks, then block by block; nothing if there are none."""
         if not self.files:
             return ()
-        found = [_Collected() for _ in range(count + 1)]
-        shapes = self.source.shapes
-        for index, strength, layer in self.layers():
-            place, cut = 0, 0
-            if layer.module.startswith(prefix):
-                number = layer.module[len(prefix) :].partition(".")[0]
-                place, cut = int(number) + 1, len(f"{prefix}{number}.")
-            found[place].add(index, strength, layer, shapes, cut, dtype)
-        return tuple(LoraPart(dtype, c.deltas, c.folds, c.cast) for c in found)
+        groups: list[list[Change]] = [[] for _ in range(count + 1)]
+        cuts = [0, *(len(f"{prefix}{index}.") for index in range(count))]
+        for change in self.changes():
+            name = change.parameter
+            number = name[len(prefix) :].partition(".")[0] if name.startswith(prefix) else ""
+            place = int(number) + 1 if number else 0
+            groups[place].append(change)
+        entries, shapes = self.entries(), self.source.shapes
+        return tuple(
+            _part(group, cut, dtype, entries, shapes)
+            for group, cut in zip(groups, cuts, strict=True)
+        )
+
+
+def _part(
+    changes: Sequence[Change],
+    cut: int,
+    dtype: torch.dtype,
+    entries: Mapping[str, TensorEntry],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> LoraPart:
+    part = _PartMaker({}, {}, {}, {})
+    for change in changes:
+        local, shape = change.local(cut), shapes[change.parameter]
+        if not is_linear(change.parameter, shape):
+            part.fold(local, math.prod(shape))
+            continue
+        part.multiply(local)
+        for name, place in zip(local.tensors, change.tensors, strict=True):
+            if torch_dtype(entries[place].dtype) != dtype:
+                part.cast[name] = math.prod(entries[place].shape)
+    return LoraPart(dtype, part.deltas, part.folds, part.sizes, part.cast)
 
 
 @dataclass(frozen=True)
-class _Collected:
-    """A `LoraPart` in the making."""
+class _PartMaker:
+    deltas: dict[str, tuple[Delta, ...]]
+    folds: dict[str, tuple[Change, ...]]
+    sizes: dict[str, int]
+    cast: dict[str, int]
 
-    deltas: dict[str, tuple[Delta, ...]] = field(default_factory=dict)
-    folds: dict[str, tuple[Fold, ...]] = field(default_factory=dict)
-    cast: dict[str, int] = field(default_factory=dict)
+    def multiply(self, change: Change) -> None:
+        """Beside the weight of a linear layer."""
+        layer = change.parameter.removesuffix(".weight")
+        delta = Delta(change.index, change.rank, change.scale)
+        self.deltas[layer] = (*self.deltas.get(layer, ()), delta)
 
-    def add(
-        self,
-        index: int,
-        strength: float,
-        layer: LoraLayer,
-        shapes: Mapping[str, tuple[int, ...]],
-        cut: int,
-        dtype: torch.dtype,
-    ) -> None:
-        """What ``layer`` adds; ``cut`` characters of its names are not local."""
-        weight, bias = parameters_of(layer, shapes)
-        named = _named(index, layer)
-        local = {name.rpartition(".")[2]: name[cut:] for name in named}
-        low_rank = [(("up", "down"), strength * layer.scale)] if layer.down else []
-        whole = [(("diff",), strength)] if layer.diff else []
-        if weight in shapes and is_linear(weight, shapes[weight]):
-            ranks = [Delta(index, layer.rank, scale) for _, scale in low_rank]
-            full = [Delta(index, 0, scale) for _, scale in whole]
-            if ranks or full:
-                name = layer.module[cut:]
-                self.deltas[name] = (*self.deltas.get(name, ()), *ranks, *full)
-            for role in local.keys() - {"bias"}:
-                entry = named[f"{layer.module}.lora.{index}.{role}"]
-                if torch_dtype(entry.dtype) != dtype:
-                    self.cast[local[role]] = math.prod(entry.shape)
-        else:
-            for roles, scale in low_rank + whole:
-                self._fold(weight[cut:], [local[r] for r in roles], scale, shapes[weight])
-        if layer.bias is not None:
-            scale = strength * layer.bias_scale
-            self._fold(bias[cut:], [local["bias"]], scale, shapes[bias])
-
-    def _fold(self, name: str, tensors: list[str], scale: float, shape: tuple[int, ...]) -> None:
-        fold = Fold(tuple(tensors), scale, math.prod(shape))
-        self.folds[name] = (*self.folds.get(name, ()), fold)
+    def fold(self, change: Change, numel: int) -> None:
+        """Into any other parameter."""
+        name = change.parameter
+        self.folds[name] = (*self.folds.get(name, ()), change)
+        self.sizes[name] = numel
 
 
 def _named(index: int, layer: LoraLayer) -> dict[str, TensorEntry]:

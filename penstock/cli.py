@@ -41,6 +41,7 @@ class SamplerName(str, Enum):
     UNIPC = "unipc"
     DPMPP = "dpm++"
     EULER = "euler"
+    LCM = "lcm"
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")]
@@ -53,6 +54,13 @@ Compute = Annotated[
     str | None, typer.Option(help="exact, or fast (8-bit products where they work).")
 ]
 Weights = Annotated[str | None, typer.Option(help="Weight format, such as int8.")]
+Distilled = Annotated[
+    bool,
+    typer.Option(
+        "--distilled",
+        help="For a distilled model or LoRA: 4 steps, guidance off, shift 5, its noise levels.",
+    ),
+]
 Force = Annotated[bool, typer.Option(help="Replace an existing output.")]
 
 
@@ -93,7 +101,8 @@ def generate(
     cfg: Annotated[float | None, typer.Option(help="Guidance scale (5); 1 is off.")] = None,
     shift: Annotated[float | None, typer.Option(help="Flow shift (5 at 720p, 3 at 480p).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the noise (drawn if absent).")] = None,
-    sampler: Annotated[SamplerName, typer.Option(help="Sampler.")] = SamplerName.UNIPC,
+    sampler: Annotated[SamplerName | None, typer.Option(help="Sampler (unipc).")] = None,
+    distilled: Distilled = False,
     fps: Annotated[int | None, typer.Option(help="Frames a second of the file (16).")] = None,
     lora: Loras = None,
     vram: Vram = None,
@@ -130,8 +139,9 @@ def generate(
         guidance_scale=cfg,
         shift=shift,
         seed=seed,
-        sampler=sampler.value,
+        sampler=None if sampler is None else sampler.value,
         fps=fps,
+        distilled=distilled,
     )
     with reported(debug):
         _generate(
@@ -243,6 +253,7 @@ def plan(
     frames: Annotated[int | None, typer.Option(help="Frames, 4n+1 (81).")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps (40).")] = None,
     cfg: Annotated[float | None, typer.Option(help="Guidance scale (5); 1 is off.")] = None,
+    distilled: Distilled = False,
     lora: Loras = None,
     vram: Vram = None,
     ram: Annotated[
@@ -269,7 +280,7 @@ def plan(
         found = make_plan(
             model,
             synthetic,
-            Asked(size, max_area, frames, steps, cfg, image),
+            Asked(size, max_area, frames, steps, cfg, image, distilled),
             Target(device, card, ram, disk, vram, profile, weights, compute),
             lora or [],
         )

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from penstock.engine.request import GenerationRequest, parse_area, parse_size, size_for
+from penstock.engine.request import (
+    DISTILLED,
+    GenerationRequest,
+    parse_area,
+    parse_size,
+    size_for,
+)
 from penstock.errors import UsageError
 from penstock.profiles.advice import plan_chosen
 from penstock.profiles.builtin import builtin
@@ -28,6 +34,7 @@ class Asked:
     steps: int | None = None
     cfg: float | None = None
     image: Path | None = None
+    distilled: bool = False
 
     @property
     def workload(self) -> Workload:
@@ -55,7 +62,8 @@ class Asked:
             image=Path("a plan"),
             width=width,
             height=height,
-            **{name: value for name, value in given.items() if value is not None},
+            **(dict(DISTILLED) if self.distilled else {})
+            | {name: value for name, value in given.items() if value is not None},
         )
         return Workload(request.video_shape, request.steps, request.uses_guidance)
 
@@ -157,6 +165,7 @@ def plan_folder(
         steps=asked.steps,
         guidance_scale=asked.cfg,
         image=asked.image,
+        distilled=asked.distilled,
     )
     opened = ModelFiles.open(model, loras=as_loras(loras))
     with Engine(opened, hardware, chosen=chosen) as engine:

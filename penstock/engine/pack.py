@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import IO, TypeAlias
 
 import torch
 import xxhash
@@ -92,19 +92,16 @@ def pack(
         plan_component(part, wanted, merged if part is source.transformer else None)
         for part in source.components()
     ]
-    _check_space(ops, folder, plans)
+    check_space(ops, folder, plans)
     total = sum(plan.layout.file_bytes for plan in plans)
     done = reused = 0
     for plan in plans:
         report = _reporter(progress, plan.source.component, done, total)
         reused += pack_component(plan, folder / plan.file, ram_bytes, ops, report)
         done += plan.layout.file_bytes
-    write_side_files(source, folder, {"format": wanted, **_named(merged)}, ops)
+    named = {"loras": merged_names(merged)} if merged.files else {}
+    write_side_files(source, folder, {"format": wanted, **named}, ops)
     return PackReport(folder, len(plans), total, reused)
-
-
-def _named(loras: PlacedLoras) -> dict[str, Any]:
-    return {"loras": merged_names(loras)} if loras.files else {}
 
 
 def _reporter(progress: Progress | None, name: str, base: int, total: int) -> Callable[[int], None]:
@@ -115,7 +112,12 @@ def _reporter(progress: Progress | None, name: str, base: int, total: int) -> Ca
     return report
 
 
-def _check_space(ops: FileOps, folder: Path, plans: list[ComponentPlan]) -> None:
+def check_space(ops: FileOps, folder: Path, plans: Sequence[ComponentPlan]) -> None:
+    """Make ``folder``, if its disk has room for what ``plans`` still lack.
+
+    Raises:
+        StorageError: it has not.
+    """
     need = 0
     for plan in plans:
         path = folder / plan.file

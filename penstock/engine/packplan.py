@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from penstock.engine.fingerprint import stamp
 from penstock.engine.formats import WeightReader, compute_tag, is_linear
-from penstock.engine.keys import ComponentSource, as_bytes, stored_name
+from penstock.engine.keys import ComponentSource, as_bytes, recognise, stored_name
 from penstock.engine.lora_merge import MergedReader, merged_names
 from penstock.engine.lora_place import PlacedLoras
 from penstock.engine.packfile import PackLayout, Spec, lay_out
+from penstock.engine.source import RawFile
 from penstock.engine.wan.forward import is_cross_kv
 from penstock.engine.wan.structure import BLOCKS
+from penstock.errors import UsageError
 from penstock.offload.checkpoint import TensorEntry
 from penstock.offload.gguf import PREFIX as GGUF
-from penstock.quant.format import QuantFormat, get_format
+from penstock.quant.format import QuantFormat, get_format, writable
 from penstock.quant.policy import default_policy
 from penstock.quant.rows import Shape
 
@@ -69,6 +73,20 @@ class ComponentPlan:
         """Reads the values that are packed."""
         return MergedReader(self.loras) if self.loras.files else WeightReader(self.source)
 
+    def foresee(self, path: Path) -> ComponentSource:
+        """The component as the pack at ``path`` will hold it, before any of it is made: good for
+        plans, and not to be read."""
+        layout = self.layout
+        entries = {
+            t.name: TensorEntry(
+                t.name, path, layout.data_start + t.offset, t.dtype, t.shape, t.nbytes
+            )
+            for run in layout.runs
+            for t in run.tensors
+        }
+        metadata = json.loads(layout.header[8:])["__metadata__"]
+        return recognise(RawFile(path, "safetensors", entries, metadata, {}), self.source.config)
+
 
 def plan_component(
     source: ComponentSource, wanted: str, loras: PlacedLoras | None = None
@@ -79,9 +97,15 @@ def plan_component(
         loras: to fold into its weights.
 
     Raises:
-        UsageError: no such format.
+        UsageError: no such format, or one that is only read.
         CheckpointError: ``source`` is not whole.
     """
+    if wanted not in writable():
+        raise UsageError(
+            "a model cannot be packed in this format",
+            expected="one of " + ", ".join(writable()),
+            found=repr(wanted),
+        )
     source.check()
     loras = loras or PlacedLoras(source, (), ())
     changed = {change.parameter for change in loras.changes()}

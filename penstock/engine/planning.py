@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from penstock.engine.locate import Files
 from penstock.engine.request import (
     DISTILLED,
     GenerationRequest,
@@ -84,7 +85,7 @@ class Target:
     disk: str | None = None
     vram: str | None = None
     profile: str = AUTO
-    weights: str | None = None
+    format: str | None = None
     compute: str | None = None
 
     @property
@@ -112,50 +113,67 @@ class Target:
     def overrides(self) -> Overrides:
         """What wins over the profile."""
         ram = self.ram if self.card is None else None
-        return Overrides(self.vram, ram, format=self.weights, compute=self.compute)
+        return Overrides(self.vram, ram, format=self.format, compute=self.compute)
 
 
 def make_plan(
-    model: Path | None,
+    model: str | None,
+    files: Files,
     synthetic: str | None,
     asked: Asked,
     target: Target,
     loras: Sequence[str] = (),
 ) -> Plan:
-    """The plan for a model's folder, or for a built-in description.
+    """The plan for a model, or for a built-in description.
+
+    Args:
+        model, files: as `penstock.engine.locate.locate` takes them.
 
     Raises:
-        UsageError: neither or both, or LoRAs without a folder; OverBudget: nothing fits.
+        UsageError: neither or both, or LoRAs without a model; OverBudget: nothing fits.
     """
     hardware = target.hardware
     chosen = choose(load(target.profile), target.overrides, hardware)
+    has_files = model is not None or files != Files()
     if synthetic is not None and loras:
         raise UsageError(
             "a LoRA is checked against a model's files", expected="--model", found="--synthetic"
         )
-    if synthetic is not None and model is None:
+    if synthetic is not None and not has_files:
         return plan_chosen(lambda stored: builtin(synthetic, stored), asked.workload, chosen)
-    if model is not None and synthetic is None:
-        return plan_folder(model, asked, chosen, hardware, loras)
+    if synthetic is None and has_files:
+        opened = _Opened(model, files, tuple(loras), described=target.card is not None)
+        return plan_files(opened, asked, chosen)
     raise UsageError(
         "a plan needs a model",
-        expected="--model DIR or --synthetic NAME",
-        found="neither" if model is None else "both",
+        expected="--model MODEL or --synthetic NAME",
+        found="both" if has_files else "neither",
     )
 
 
-def plan_folder(
-    model: Path, asked: Asked, chosen: Chosen, hardware: Hardware, loras: Sequence[str] = ()
-) -> Plan:
-    """The plan for a model's folder; reads its headers.
+@dataclass(frozen=True)
+class _Opened:
+    """A model's files and LoRAs, and whether the machine is only described."""
+
+    model: str | None
+    files: Files
+    loras: tuple[str, ...]
+    described: bool
+
+
+def plan_files(opened: _Opened, asked: Asked, chosen: Chosen) -> Plan:
+    """The plan for a model's files; reads their headers.
 
     Raises:
-        CheckpointError: the folder is not a model that penstock runs.
+        CheckpointError: they are not a model that penstock runs.
     """
-    from penstock.engine.engine import Engine
+    import torch
+
     from penstock.engine.lora import as_loras
     from penstock.engine.model import ModelFiles
     from penstock.engine.settings import Settings, resolve
+    from penstock.engine.variants import Variants, computing_on
+    from penstock.quant.compute import Computing, Scratch
 
     settings = Settings(
         prompt="a plan",
@@ -167,9 +185,12 @@ def plan_folder(
         image=asked.image,
         distilled=asked.distilled,
     )
-    opened = ModelFiles.open(model, loras=as_loras(loras))
-    with Engine(opened, hardware, chosen=chosen) as engine:
-        request = resolve(settings, engine.model)
-        return engine.plan_workload(
-            Workload(request.video_shape, request.steps, request.uses_guidance)
-        )
+    model = ModelFiles.open(opened.model, opened.files, as_loras(opened.loras))
+    request = resolve(settings, model)
+    device = torch.device(chosen.hardware.device)
+    computing = Computing(Scratch(0, device))
+    if not opened.described:
+        computing, _ = computing_on(device, chosen.policy.compute)
+    variants = Variants(model, chosen, computing, described=opened.described)
+    found = variants.plan(Workload(request.video_shape, request.steps, request.uses_guidance))
+    return replace(found, origins=found.origins + model.loras.origins())

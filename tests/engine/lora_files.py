@@ -12,6 +12,7 @@ from torch import Tensor
 from penstock.engine.keys import ComponentSource
 from penstock.engine.wan import forward as dit
 from penstock.engine.wan.keys import NAMINGS
+from penstock.quant.compute import Computing, Scratch
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 _WAN = next(n for n in NAMINGS if (n.component, n.author) == ("transformer", "Wan"))
@@ -121,8 +122,8 @@ def inputs(config: Any, seed: int = 0) -> tuple[Tensor, Tensor, Tensor | None, T
 def ours(files: Any, given: tuple[Tensor, Tensor, Tensor | None, Tensor], chunk: int) -> Tensor:
     """What the transformer of opened ``files`` predicts."""
     latents, text, image, timestep = given
+    files = files.installed(Computing(Scratch(1 << 20, "cpu")))
     component = files.transformer
-    files.install(torch.device("cpu"))
 
     def read(layout: Any, prefix: str = "") -> dict[str, Tensor]:
         return {name: component.checkpoint.read(prefix + name) for name in layout.places}

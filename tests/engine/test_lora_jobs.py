@@ -53,7 +53,7 @@ def test_a_distilled_job_with_a_lora_is_continued_bit_for_bit(
         whole = engine.submit(_request()).result().latents
     _stopped(t2v_folder, lora, tmp_path / "job")
     launch = launch_settings(tmp_path / "job")
-    assert launch.options["loras"] == [Lora(lora, 0.5)]
+    assert launch.options["loras"] == (Lora(lora, 0.5),)
     with Engine.open(launch.model, **launch.options) as engine:
         found = engine.resume(tmp_path / "job").result().latents
     assert whole is not None and found is not None

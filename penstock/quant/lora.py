@@ -83,13 +83,17 @@ class LoraLinear(QuantLinear):
         y = super().forward(x)
         rows = y.view(-1, self.out_features)
         for delta in self.deltas:
-            if delta.rank:
-                inner = F.linear(x, self.get_buffer(delta.name("down"))).view(-1, delta.rank)
-                rows.addmm_(inner, self.get_buffer(delta.name("up")).t(), alpha=delta.scale)
-            else:
-                diff = self.get_buffer(delta.name("diff"))
-                rows.addmm_(x.reshape(-1, self.in_features), diff.t(), alpha=delta.scale)
+            self._add(delta, x, rows)
         return y
+
+    def _add(self, delta: Delta, x: Tensor, rows: Tensor) -> None:
+        """Into ``rows`` (tokens, out features). One pair's activations are gone before the next."""
+        if delta.rank:
+            inner = F.linear(x, self.get_buffer(delta.name("down"))).view(-1, delta.rank)
+            rows.addmm_(inner, self.get_buffer(delta.name("up")).t(), alpha=delta.scale)
+        else:
+            diff = self.get_buffer(delta.name("diff"))
+            rows.addmm_(x.reshape(-1, self.in_features), diff.t(), alpha=delta.scale)
 
     def extra_repr(self) -> str:
         """Shape, format, path and ranks."""

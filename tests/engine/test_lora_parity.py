@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from penstock.engine.engine import Engine
+from penstock.engine.formats import WeightReader
 from penstock.engine.locate import locate
 from penstock.engine.lora import Lora
 from penstock.engine.model import ModelFiles
@@ -139,6 +140,25 @@ def test_several_at_once_add_up(i2v_folder: Path, tmp_path: Path) -> None:
     pack(locate(i2v_folder), "fp32", tmp_path / "merged", loras=loras)
     merged = ModelFiles.open(tmp_path / "merged")
     assert (made.ours(merged, given, chunk=100) - expected).abs().max() <= CLOSE
+
+
+@pytest.mark.parametrize("stored", ["int8", "gguf-q8_0"])
+def test_beside_quantised_weights(stored: str, t2v_folder: Path, tmp_path: Path) -> None:
+    """diffusers on the decoded weights, with the LoRA as it loads it."""
+    path = _lightx2v(locate(t2v_folder).transformer, tmp_path / "lora.safetensors")
+    pack(locate(t2v_folder), stored, tmp_path / "packed")
+    files = ModelFiles.open(tmp_path / "packed", loras=[Lora(path, 0.7)])
+    assert {fmt.name for fmt in files.transformer.formats[0].values()} == {stored}
+    pipe = _pipe(t2v_folder, False)
+    with WeightReader(files.transformer.source) as reader:
+        names = files.transformer.source.shapes
+        pipe.transformer.load_state_dict({n: reader.read(n, torch.float32) for n in names})
+    _add(pipe, [Lora(path, 0.7)])
+    latents, text, states, timestep = made.inputs(files.transformer.module.config)
+    with torch.no_grad():
+        (expected,) = pipe.transformer(latents, timestep, text, states, return_dict=False)
+    found = made.ours(files, (latents, text, states, timestep), chunk=9)
+    assert (found - expected).abs().max() <= CLOSE
 
 
 def _request(picture: Path) -> GenerationRequest:

@@ -6,7 +6,6 @@ side, side) and ``ids`` (scenes, motions, tokens).
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -88,13 +87,8 @@ def measure(vae: AutoencoderKLWan, folder: Path, count: int = 24) -> None:
     vae.register_to_config(**statistics)
 
 
-def make_shard(
-    vae: AutoencoderKLWan, number: int, fused: Callable[[AutoencoderKLWan, Tensor], Tensor]
-) -> dict[str, Tensor]:
-    """Shard ``number``; a function of the number and the autoencoder alone.
-
-    ``fused`` is :func:`encode`, compiled or not; it is used for square clips.
-    """
+def make_shard(vae: AutoencoderKLWan, number: int) -> dict[str, Tensor]:
+    """Shard ``number``; a function of the number and the autoencoder alone."""
     device = next(vae.parameters()).device
     height, width = BUCKETS[int(rng_for("train", 60_000_000 + number).choice(3, p=BUCKET_SHARES))]
     tokenizer, processor = build_tokenizer(), build_image_processor()
@@ -105,8 +99,11 @@ def make_shard(
         pairs = scene_motions(rng, scene, ENCODE.motions)
         clips = torch.stack([clip for clip, _ in pairs]).to(device)
         blank = condition_clips(clips[:1, :, 0], FRAMES)
-        encoded = (fused if height == width else encode)(vae, torch.cat([clips, blank]))
-        latents = normalise(vae, encoded.float()).cpu()
+        with torch.autocast(device.type, torch.bfloat16):
+            encoded = encode(vae, torch.cat([clips, blank])).float()
+        latents = normalise(vae, encoded).cpu()
+        if not latents.isfinite().all():
+            raise FloatingPointError(f"latents of scene {index} of shard {number} are not finite")
         ids = tokenizer(
             [text for _, text in pairs],
             padding="max_length",
@@ -123,14 +120,10 @@ def make_shard(
 def fill(vae: AutoencoderKLWan, shards: Path, scenes: int) -> None:
     """Write the shards that are missing up to ``scenes``."""
     shards.mkdir(exist_ok=True)
-    device = pick_device()
-    vae.to(device)
-    fused = torch.compile(encode, dynamic=False)
+    vae.to(pick_device())
     for number in range(-(-scenes // ENCODE.shard)):
         target = shards / f"{number:05}.safetensors"
         if not target.exists():
-            with torch.autocast(device.type, torch.bfloat16):
-                shard = make_shard(vae, number, fused)
-            save_file(shard, target.with_suffix(".part"))
+            save_file(make_shard(vae, number), target.with_suffix(".part"))
             target.with_suffix(".part").replace(target)
             print(f"shard {number}", flush=True)

@@ -88,7 +88,7 @@ class EncodeRun:
 class DitRun:
     """The joint run of transformer, text encoder and image encoder."""
 
-    steps: int = 5_000
+    steps: int = 4_000
     seed: int = 12
     rate: float = 1e-3
     matrix_rate: float = 2e-3

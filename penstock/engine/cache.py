@@ -127,7 +127,11 @@ def remove_pack(cache: Path, name: str, ops: FileOps | None = None) -> int:
         known = ", ".join(pack.name for pack in cached_packs(cache))
         raise UsageError("no such pack in the cache", expected=known or "a pack", found=repr(name))
     ops = ops or FileOps()
-    with being_changed(found.path), storing(ops, found.path):
-        ops.unlink(found.path / ABOUT)
-        shutil.rmtree(found.path)
+    with storing(ops, found.path):
+        with being_changed(found.path):
+            ops.unlink(found.path / ABOUT)
+            for path in found.path.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+        shutil.rmtree(found.path)  # with the lock's file, which Windows does not remove while open
     return found.nbytes

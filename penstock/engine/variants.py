@@ -111,6 +111,9 @@ class Variants:
         return self._packs[name][0]
 
     def _open(self, use: FirstUse) -> ModelFiles:
+        known = self._packs.get(use.wanted)
+        if known is not None:
+            known[1].transformer.checkpoint.close()
         model = self.stored.with_transformer(use.transformer()).installed(self._computing)
         self._packs[use.wanted] = (use, model)
         return model

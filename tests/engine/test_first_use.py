@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from penstock.engine import durable
+from penstock.engine import durable, variants
 from penstock.engine.cache import cached_packs
 from penstock.engine.engine import Engine
 from penstock.engine.events import Notice, PhaseStarted, Progress
@@ -28,8 +29,11 @@ from penstock.errors import (
     StorageError,
     UsageError,
 )
+from penstock.quant.compute import Computing
 from tests.engine import golden
 from tests.engine.test_budget import _host_buffers_apart, _in_ram, _meter, _run
+from tests.engine.test_scratch import REQUEST as LEAST
+from tests.engine.test_scratch import least_plan
 
 REQUEST = GenerationRequest(
     prompt="a red circle", negative_prompt="", width=48, height=32, frames=5, steps=2, seed=3,
@@ -270,14 +274,21 @@ def test_where_no_8_bit_product_works_weights_are_decoded(
     assert any("not here, weights are decoded (no such kernel)" in t for t in found.report.notices)
 
 
-def test_no_more_is_alive_than_a_fast_plan_reserves(packed: Path) -> None:
-    with opened(packed, packed, compute="fast") as engine:
-        plan = engine.plan(REQUEST)
+@pytest.mark.parametrize("wanted", ["int8", "fp8"])
+def test_no_more_is_alive_than_a_fast_plan_reserves(
+    tmp_path: Path, model: Path, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With small chunks and the smallest plan, so that nothing hides behind anything."""
+    monkeypatch.setattr(variants, "Computing", partial(Computing, chunk_bytes=1 << 16))
+    folder = pack(locate(model), wanted, tmp_path / "p").folder
+    with opened(folder, folder, compute="fast") as engine:
+        plan = least_plan(engine)
         labels = dict(plan["denoise"].work)
-        if plan.compute_path == "int8":
-            assert "8-bit workspace" in labels and "dequantisation scratch" not in labels
+        if plan.compute_path == wanted:
+            assert labels["8-bit workspace"] == 1 << 16
+            assert "dequantisation scratch" not in labels
         with _meter(engine) as meter, _host_buffers_apart(meter):
-            _run(engine, REQUEST, plan, overlapped=True)
+            _run(engine, LEAST, plan, overlapped=True)
     assert meter.peak <= plan.peak_vram_bytes + _in_ram(plan)
 
 

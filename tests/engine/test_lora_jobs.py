@@ -14,6 +14,7 @@ from penstock.engine.jobs import launch_settings
 from penstock.engine.journal import read_record
 from penstock.engine.locate import locate
 from penstock.engine.lora import Lora
+from penstock.engine.pack import pack
 from penstock.engine.request import DISTILLED, GenerationRequest
 from penstock.errors import FingerprintMismatch, JobCancelled, JournalError
 from tests.engine import lora_files as made
@@ -92,3 +93,22 @@ def test_a_damaged_record_of_loras_is_said_to_be(
     monkeypatch.setattr(jobs, "read_record", lambda folder: record)
     with pytest.raises(JournalError, match="names no LoRAs"):
         launch_settings(tmp_path / "job")
+
+
+def test_a_lora_lies_beside_a_pack_that_is_made_on_first_use(
+    t2v_folder: Path, lora: Path, tmp_path: Path
+) -> None:
+    """The pack is the model's own: the same as one that was made without the LoRA."""
+    pack(locate(t2v_folder), "int8", tmp_path / "packed")
+    with _open(tmp_path / "packed", [Lora(lora, 0.5)]) as engine:
+        expected = engine.submit(_request()).result().latents
+    options: dict[str, Any] = {"device": "cpu", "vram": "200MiB", "ram": "200MiB"}
+    with Engine.open(
+        t2v_folder, loras=[Lora(lora, 0.5)], format="int8", cache=tmp_path / "cache", **options
+    ) as engine:
+        plan = engine.plan(_request())
+        assert plan.weight_format == "int8"
+        assert dict(plan["denoise"].work)["lora"] > 0
+        found = engine.submit(_request()).result().latents
+    assert found is not None and expected is not None
+    assert torch.equal(found, expected)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,41 +12,8 @@ from torch import Tensor
 
 from penstock.offload.layout import BlockLayout
 from penstock.offload.schedule import Compute, Copy, Queue, Read, Residency
+from penstock.offload.stats import StreamStats
 from penstock.offload.tiers import DiskTier, HostBuffer, Link
-
-
-@dataclass
-class StreamStats:
-    """What moved, and who waited for whom, residents included. Every field only grows.
-
-    Attributes:
-        read_bytes: from disk to host memory.
-        direct_bytes: those of them that went around the page cache.
-        copied_bytes: from host memory to the device.
-        pageable_bytes: host buffers that the CUDA driver refused to pin.
-        read_s: seconds in which the disk was reading.
-        copy_s: seconds in which the link was copying.
-        slab_wait_s: reading waited for a free slab.
-        disk_wait_s: copying waited for a read (disk -> host is too slow).
-        slot_wait_s: copying waited for a free slot; on CUDA, for its last use to be issued.
-        compute_wait_s: the computation waited for a block (host -> device is too slow); on CUDA, by
-            the device's own clock.
-    """
-
-    read_bytes: int = 0
-    direct_bytes: int = 0
-    copied_bytes: int = 0
-    pageable_bytes: int = 0
-    read_s: float = 0.0
-    copy_s: float = 0.0
-    slab_wait_s: float = 0.0
-    disk_wait_s: float = 0.0
-    slot_wait_s: float = 0.0
-    compute_wait_s: float = 0.0
-
-    def add_seconds(self, field: str, seconds: float) -> None:
-        """Add to one of the fields; each has one thread that adds to it."""
-        setattr(self, field, getattr(self, field) + seconds)
 
 
 @dataclass(frozen=True)
@@ -115,6 +83,13 @@ class Mover:
         else:
             buffer = self._buffers.slots[op.slot]
         return self._layouts[op.block].views(buffer)
+
+    @contextmanager
+    def computing(self, op: Compute) -> Iterator[None]:
+        """The time inside is the computation's, with ``op``'s block."""
+        self.stats.visited_bytes += self._layouts[op.block].nbytes
+        with self.link.timed(Queue.COMPUTE, partial(self.stats.add_seconds, "compute_s")):
+            yield
 
     def do(self, op: Read | Copy) -> None:
         """Read, or issue a copy, after what it must wait for on the device's side."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from penstock.errors import UsageError
 from penstock.offload.layout import BlockLayout
 from penstock.offload.ledger import ByteLedger
-from penstock.offload.mover import Buffers, Carrier, Mover, StreamStats
+from penstock.offload.mover import Buffers, Carrier, Mover
 from penstock.offload.schedule import (
     Compute,
     Copy,
@@ -31,10 +31,11 @@ from penstock.offload.schedule import (
     Residency,
     build_schedule,
 )
+from penstock.offload.stats import Flow, StreamStats
 from penstock.offload.tiers import DeviceTier, DiskTier, HostTier, open_link
 from penstock.units import MIB
 
-__all__ = ["STAGING_BYTES", "BlockStream", "StreamStats", "load_block"]
+__all__ = ["STAGING_BYTES", "BlockStream", "Flow", "StreamStats", "load_block"]
 
 STAGING_BYTES = 64 * MIB
 """The most host memory through which weights are read that stay on the device."""
@@ -171,7 +172,8 @@ class BlockStream:
                     found="one more" if op is None else f"a pass that was left at block {op.block}",
                 )
             loop.bring(op)
-            yield index, self._mover.tensors(op)
+            with self._mover.computing(op):
+                yield index, self._mover.tensors(op)
             loop.leave(op)
 
     def __exit__(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from torch import Tensor
@@ -31,15 +31,15 @@ class Carrier:
         stop = layout.nbytes if stop is None else stop
         began = time.perf_counter()
         moved = self.disk.read(layout, target.view[: stop - start], start, stop)
-        self.stats.add_seconds("read_s", time.perf_counter() - began)
-        self.stats.read_bytes += moved.nbytes
-        self.stats.direct_bytes += moved.direct_bytes
+        self.stats.add("read_s", time.perf_counter() - began)
+        self.stats.add("read_bytes", moved.nbytes)
+        self.stats.add("direct_bytes", moved.direct_bytes)
 
     def copy(self, target: Tensor, source: HostBuffer) -> None:
         """Issue a copy of as many bytes as ``target`` has."""
-        with self.link.timed(Queue.COPY, partial(self.stats.add_seconds, "copy_s")):
+        with self.link.timed(Queue.COPY, partial(self.stats.add, "copy_s")):
             self.link.copy(target, source.tensor[: target.numel()])
-        self.stats.copied_bytes += target.numel()
+        self.stats.add("copied_bytes", target.numel())
 
     def load(self, layout: BlockLayout, through: HostBuffer, target: Tensor) -> None:
         """Bring a block to the device now, by way of a host buffer that may be smaller than it."""
@@ -51,14 +51,15 @@ class Carrier:
             self.link.drain()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Buffers:
-    """All memory of a stream: blocks that stay, and the two rings. The tiers empty these lists."""
+    """All memory of a stream: blocks that stay, and the two rings. The tiers empty these lists;
+    those of the device come when it is the stream's turn."""
 
-    resident: list[Tensor]
-    slots: list[Tensor]
     kept: list[HostBuffer]
     slabs: list[HostBuffer]
+    resident: list[Tensor] = field(default_factory=list)
+    slots: list[Tensor] = field(default_factory=list)
 
 
 class Mover:
@@ -72,23 +73,19 @@ class Mover:
         carrier: Carrier,
     ) -> None:
         self.carrier, self.link, self.stats = carrier, carrier.link, carrier.stats
-        self._layouts, self._buffers = layouts, buffers
+        self.buffers, self._layouts = buffers, layouts
         self._resident_at = {block: at for at, block in enumerate(residency.device_resident)}
         self._kept_at = {block: at for at, block in enumerate(residency.host_resident)}
 
     def tensors(self, op: Compute) -> dict[str, Tensor]:
         """What ``op`` computes with."""
-        if op.slot is None:
-            buffer = self._buffers.resident[self._resident_at[op.block]]
-        else:
-            buffer = self._buffers.slots[op.slot]
-        return self._layouts[op.block].views(buffer)
+        return self._layouts[op.block].views(self._on_device(op))
 
     @contextmanager
     def computing(self, op: Compute) -> Iterator[None]:
         """The time inside is the computation's, with ``op``'s block."""
-        self.stats.visited_bytes += self._layouts[op.block].nbytes
-        with self.link.timed(Queue.COMPUTE, partial(self.stats.add_seconds, "compute_s")):
+        self.stats.add("visited_bytes", self._layouts[op.block].nbytes)
+        with self.link.timed(Queue.COMPUTE, partial(self.stats.add, "compute_s")):
             yield
 
     def do(self, op: Read | Copy) -> None:
@@ -96,13 +93,18 @@ class Mover:
         for ref in op.after:
             self.link.wait(op.ref.queue, ref)
         if isinstance(op, Read):
-            self.carrier.read(self._layouts[op.block], self._buffers.slabs[op.slab])
+            self.carrier.read(self._layouts[op.block], self._in_host(op))
         else:
-            target = self._buffers.slots[op.slot][: self._layouts[op.block].nbytes]
-            self.carrier.copy(target, self._source(op))
+            target = self._on_device(op)[: self._layouts[op.block].nbytes]
+            self.carrier.copy(target, self._in_host(op))
         self.link.record(op.ref)
 
-    def _source(self, op: Copy) -> HostBuffer:
+    def _in_host(self, op: Read | Copy) -> HostBuffer:
         if op.slab is None:
-            return self._buffers.kept[self._kept_at[op.block]]
-        return self._buffers.slabs[op.slab]
+            return self.buffers.kept[self._kept_at[op.block]]
+        return self.buffers.slabs[op.slab]
+
+    def _on_device(self, op: Copy | Compute) -> Tensor:
+        if op.slot is None:
+            return self.buffers.resident[self._resident_at[op.block]]
+        return self.buffers.slots[op.slot]

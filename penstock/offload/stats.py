@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from threading import Lock
 from typing import Any, TypeVar
 
 _Sum = TypeVar("_Sum", bound="_Summable")
@@ -100,13 +101,19 @@ class StreamStats:
     disk_wait_s: float = 0.0
     slot_wait_s: float = 0.0
     compute_wait_s: float = 0.0
+    _lock: Lock = field(default_factory=Lock, repr=False, compare=False)
 
-    def add_seconds(self, field: str, seconds: float) -> None:
-        """Add to one of the fields; each has one thread that adds to it."""
-        setattr(self, field, getattr(self, field) + seconds)
+    def add(self, name: str, amount: float) -> None:
+        """Add to one of the counters, from any thread."""
+        with self._lock:
+            setattr(self, name, getattr(self, name) + amount)
 
     def flow(self) -> Flow:
         """The counters as they stand."""
+        with self._lock:
+            return self._flow()
+
+    def _flow(self) -> Flow:
         return Flow(
             Edge(self.read_bytes, self.read_s, 0.0, self.slab_wait_s),
             Edge(self.copied_bytes, self.copy_s, self.disk_wait_s, self.slot_wait_s),

@@ -47,8 +47,8 @@ _Kind = TypeVar("_Kind", Read, Copy, Compute)
 class BlockStream:
     """The blocks of a network, in order, again and again, on the device; a context manager.
 
-    Entering allocates every buffer, loads the residents and begins to read ahead; leaving, at any
-    moment and for any reason, ends all threads and gives every byte back.
+    Entering allocates every buffer and begins to fetch; leaving, at any moment and for any reason,
+    ends all threads and gives every byte back. `ahead` opens the host's half earlier.
 
     Args:
         layouts: one a block.
@@ -90,65 +90,84 @@ class BlockStream:
         self._cycles, self._overlapped = cycles, overlapped
         self._device = DeviceTier(device, device_ledger)
         self._host = HostTier(host_ledger, device)
+        self._mover: Mover | None = None
         self._loop: _Loop | None = None
+        self._is_open = False
         self._stack = ExitStack()
+
+    @contextmanager
+    def ahead(self) -> Iterator[None]:
+        """Read ahead, as far as there is room in host memory, before the stream is entered (inside
+        this context, or never).
+
+        Raises:
+            LedgerOverflow: the buffers in host memory do not fit the budget.
+        """
+        with ExitStack() as stack:
+            self._open_host(stack)
+            yield
 
     def __enter__(self) -> BlockStream:
         with ExitStack() as stack:
-            self._loop = self._open(stack)
+            if self._mover is None:
+                self._open_host(stack)
+            self._open_device(stack)
             self._stack = stack.pop_all()
         return self
 
-    def _open(self, stack: ExitStack) -> _Loop:
+    def _open_host(self, stack: ExitStack) -> None:
+        places, host = self._residency, self._host
         disk = DiskTier()
         stack.callback(disk.close)
-        buffers = self._allocate(stack)
-        self.stats.pageable_bytes = self._host.pageable_bytes
-        # After the allocation: on CUDA the link begins behind whatever used that memory before.
-        link = open_link(self._device.device, self._residency.longest_wait)
-        stack.callback(link.drain)
-        carrier = Carrier(disk, link, self.stats)
-        self._mover = Mover(self._layouts, self._residency, buffers, carrier)
-        self._load_residents(buffers, carrier)
-        loop = _Overlapped if self._overlapped else _Sequential
-        loop_here: _Loop = loop(self._mover, self._residency, self._cycles)
-        stack.callback(loop_here.close)
-        return loop_here
-
-    def _allocate(self, stack: ExitStack) -> Buffers:
-        places, device, host = self._residency, self._device, self._host
-        resident, streamed, kept, from_disk = (
-            [self._layouts[block].nbytes for block in blocks]
-            for blocks in (
-                places.device_resident,
-                places.streamed,
-                places.host_resident,
-                places.disk_blocks,
-            )
-        )
-        slots = [max(streamed, default=0)] * places.device_slots
-        slabs = [max(from_disk, default=0)] * places.host_slabs
-        return Buffers(
-            resident=stack.enter_context(device.buffers("resident blocks", resident)),
-            slots=stack.enter_context(device.buffers("block slots", slots)),
+        kept, through = self._sizes(places.host_resident), self._sizes(places.through_slabs)
+        slabs = [max(through, default=0)] * places.host_slabs
+        buffers = Buffers(
             kept=stack.enter_context(host.buffers("resident blocks", kept)),
             slabs=stack.enter_context(host.buffers("block slabs", slabs)),
         )
+        self.stats.pageable_bytes = host.pageable_bytes
+        link = open_link(self._device.device, places.longest_wait)
+        stack.callback(self._forget)
+        carrier = Carrier(disk, link, self.stats)
+        self._mover = Mover(self._layouts, places, buffers, carrier)
+        loop = _Overlapped if self._overlapped else _Sequential
+        self._loop = loop(self._mover, places, self._cycles)
+        stack.callback(self._loop.close)
+        self._loop.begin(Queue.READ)
 
-    def _load_residents(self, buffers: Buffers, carrier: Carrier) -> None:
-        places, layouts = self._residency, self._layouts
-        for block, kept in zip(places.host_resident, buffers.kept, strict=True):
-            carrier.read(layouts[block], kept)
-        if not places.device_resident:
-            return
-        largest = max(layouts[block].nbytes for block in places.device_resident)
+    def _open_device(self, stack: ExitStack) -> None:
+        assert self._mover is not None and self._loop is not None
+        places, device, mover = self._residency, self._device, self._mover
+        resident, streamed = self._sizes(places.device_resident), self._sizes(places.streamed)
+        slots = [max(streamed, default=0)] * places.device_slots
+        buffers = mover.buffers
+        buffers.resident = stack.enter_context(device.buffers("resident blocks", resident))
+        buffers.slots = stack.enter_context(device.buffers("block slots", slots))
+        # After the allocation: on CUDA the link begins behind whatever used that memory before.
+        mover.link.begin()
+        stack.callback(mover.link.drain)
+        if resident and not places.host_slabs:
+            self._load_residents(buffers, max(resident))
+        stack.callback(self._loop.close)
+        self._loop.begin(Queue.COPY)
+        self._is_open = True
+
+    def _sizes(self, blocks: tuple[int, ...]) -> list[int]:
+        return [self._layouts[block].nbytes for block in blocks]
+
+    def _load_residents(self, buffers: Buffers, largest: int) -> None:
+        assert self._mover is not None
         with ExitStack() as stack:
-            if places.disk_blocks:
-                through = buffers.slabs[0]
-            else:
-                through = stack.enter_context(self._host.staging(largest, STAGING_BYTES))
-            for block, target in zip(places.device_resident, buffers.resident, strict=True):
-                carrier.load(layouts[block], through, target)
+            disk = DiskTier()  # the other one may be reading ahead
+            stack.callback(disk.close)
+            through = stack.enter_context(self._host.staging(largest, STAGING_BYTES))
+            carrier = Carrier(disk, self._mover.link, self.stats)
+            blocks = self._residency.device_resident
+            for block, target in zip(blocks, buffers.resident, strict=True):
+                carrier.load(self._layouts[block], through, target)
+
+    def _forget(self) -> None:
+        self._mover = self._loop = None
 
     def cycle(self) -> Iterator[tuple[int, Tensors]]:
         """One pass over the blocks: each index with its tensors by local name.
@@ -161,8 +180,8 @@ class BlockStream:
             CheckpointChanged, OSError, ...: whatever a thread ran into, as itself.
         """
         for index in range(self._residency.n_blocks):
-            loop = self._loop
-            if loop is None:
+            loop, mover = self._loop, self._mover
+            if loop is None or mover is None or not self._is_open:
                 raise UsageError("the stream is closed", remedy="Enter it with a with statement.")
             op = next(self._computes, None)
             if op is None or op.block != index:
@@ -172,8 +191,8 @@ class BlockStream:
                     found="one more" if op is None else f"a pass that was left at block {op.block}",
                 )
             loop.bring(op)
-            with self._mover.computing(op):
-                yield index, self._mover.tensors(op)
+            with mover.computing(op):
+                yield index, mover.tensors(op)
             loop.leave(op)
 
     def __exit__(
@@ -182,7 +201,7 @@ class BlockStream:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._loop = None
+        self._is_open = False
         self._stack.close()
 
 
@@ -209,12 +228,17 @@ def load_block(
             disk = DiskTier()
             loading.callback(disk.close)
             through = loading.enter_context(host.staging(layout.nbytes, STAGING_BYTES))
-            Carrier(disk, open_link(device, 1), StreamStats()).load(layout, through, buffer)
+            link = open_link(device, 1)
+            link.begin()
+            Carrier(disk, link, StreamStats()).load(layout, through, buffer)
         yield layout.views(buffer)
 
 
 class _Loop(Protocol):
     """Makes sure that a block is there when it is computed with."""
+
+    def begin(self, queue: Queue) -> None:
+        """The buffers that ``queue`` (read or copy) fills are there."""
 
     def bring(self, op: Compute) -> None:
         """Return when the computation may be issued."""
@@ -233,11 +257,12 @@ class _Sequential:
         self._mover, self._link = mover, mover.link
         self._ops = build_schedule(residency, cycles)
 
+    def begin(self, queue: Queue) -> None:
+        """Nothing is done ahead."""
+
     def bring(self, op: Compute) -> None:
         """Do everything that comes before ``op``."""
-        with self._link.timed(
-            Queue.COMPUTE, partial(self._mover.stats.add_seconds, "compute_wait_s")
-        ):
+        with self._link.timed(Queue.COMPUTE, partial(self._mover.stats.add, "compute_wait_s")):
             for earlier in self._ops:
                 if isinstance(earlier, Compute):
                     break
@@ -259,8 +284,15 @@ class _Overlapped:
     def __init__(self, mover: Mover, residency: Residency, cycles: int) -> None:
         self._mover, self._link, self._board = mover, mover.link, _Board()
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="penstock-stream")
-        for ops in (_queue_of(residency, cycles, Read), _queue_of(residency, cycles, Copy)):
-            self._threads.submit(self._work, ops).add_done_callback(self._board.note_end)
+        self._ops: dict[Queue, Iterator[Read | Copy]] = {
+            Queue.READ: _queue_of(residency, cycles, Read),
+            Queue.COPY: _queue_of(residency, cycles, Copy),
+        }
+
+    def begin(self, queue: Queue) -> None:
+        """Start the queue's thread."""
+        thread = self._threads.submit(self._work, self._ops[queue])
+        thread.add_done_callback(self._board.note_end)
 
     def _work(self, ops: Iterator[Read | Copy]) -> None:
         stats = self._mover.stats
@@ -269,7 +301,7 @@ class _Overlapped:
                 waited = self._board.wait(ref)
                 if waited is None:
                     return
-                stats.add_seconds(_WAITS[op.ref.queue, ref.queue], waited)
+                stats.add(_WAITS[op.ref.queue, ref.queue], waited)
             if self._board.is_stopped:  # the first operations wait for nothing
                 return
             self._mover.do(op)
@@ -277,9 +309,7 @@ class _Overlapped:
 
     def bring(self, op: Compute) -> None:
         """Wait until the block's copy is issued, and let the computation follow it."""
-        with self._link.timed(
-            Queue.COMPUTE, partial(self._mover.stats.add_seconds, "compute_wait_s")
-        ):
+        with self._link.timed(Queue.COMPUTE, partial(self._mover.stats.add, "compute_wait_s")):
             self._board.raise_failure()
             for ref in op.after:
                 self._board.wait(ref)

@@ -248,6 +248,10 @@ class Link(Protocol):
     ``record`` has returned; each queue has one thread.
     """
 
+    def begin(self) -> None:
+        """The device's buffers are allocated: nothing touches them before what the compute queue
+        was given until now is finished."""
+
     def wait(self, queue: Queue, ref: Ref) -> None:
         """Let ``queue`` go on only when ``ref`` is finished."""
 
@@ -266,6 +270,9 @@ class Link(Protocol):
 
 class CpuLink:
     """The device is host memory under a cap: what is issued is finished when the call returns."""
+
+    def begin(self) -> None:
+        """Nothing is outstanding."""
 
     def wait(self, queue: Queue, ref: Ref) -> None:
         """Nothing is outstanding."""
@@ -302,11 +309,13 @@ class CudaLink:
     def __init__(self, device: torch.device, longest_wait: int) -> None:
         self._compute = _cuda.current_stream(device)
         self._copy = _cuda.Stream(device)
-        # The buffers may lie where earlier kernels of the compute stream are still at work.
-        self._copy.wait_stream(self._compute)
         self._longest_wait = longest_wait
         self._events: dict[Ref, Any] = {}
         self._spans: dict[Queue, deque[_Span]] = {Queue.COPY: deque(), Queue.COMPUTE: deque()}
+
+    def begin(self) -> None:
+        """The copy stream waits: torch may hand out memory where kernels are still at work."""
+        self._copy.wait_stream(self._compute)
 
     def wait(self, queue: Queue, ref: Ref) -> None:
         """The stream of ``queue`` waits; for reads, the calling thread. A read that is waited for

@@ -8,11 +8,11 @@ from penstock.offload.stats import Edge, Flow, StreamStats
 def test_the_flow_between_two_moments() -> None:
     stats = StreamStats(read_bytes=10, copied_bytes=4, read_s=2.0, slab_wait_s=0.5)
     before = stats.flow()
-    stats.read_bytes += 30
-    stats.visited_bytes += 7
+    stats.add("read_bytes", 30)
+    stats.add("visited_bytes", 7)
     stats.pageable_bytes = 3
-    for field in ("read_s", "disk_wait_s", "slot_wait_s", "compute_s", "compute_wait_s"):
-        stats.add_seconds(field, 3.0)
+    for name in ("read_s", "disk_wait_s", "slot_wait_s", "compute_s", "compute_wait_s"):
+        stats.add(name, 3.0)
     passed = stats.flow() - before
     assert passed == Flow(
         Edge(30, 3.0, 0.0, 0.0), Edge(0, 0.0, 3.0, 3.0), Edge(7, 3.0, 3.0, 0.0), 0, 3

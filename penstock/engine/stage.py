@@ -167,6 +167,8 @@ class Stage:
             overlapped=self.job.overlapped,
         ) as stream:
             phase.streams.append(stream.stats)
+            for message in stream.notices:
+                self.monitor.notice(message)
             yield stream
 
 

@@ -48,7 +48,7 @@ class Carrier:
             stop = min(start + step, layout.nbytes)
             self.read(layout, through, start, stop)
             self.copy(target[start:stop], through)
-            self.link.drain()
+            self.link.land()
 
 
 @dataclass

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Protocol, TypeVar
@@ -33,7 +34,7 @@ from penstock.offload.schedule import (
 )
 from penstock.offload.stats import Flow, StreamStats
 from penstock.offload.tiers import DeviceTier, DiskTier, HostTier, open_link
-from penstock.units import MIB
+from penstock.units import MIB, format_bytes
 
 __all__ = ["STAGING_BYTES", "BlockStream", "Flow", "StreamStats", "load_block"]
 
@@ -60,6 +61,7 @@ class BlockStream:
 
     Attributes:
         stats: what moved and who waited, so far.
+        notices: what is otherwise than asked for, and slower for it.
 
     Raises:
         UsageError: residency, layouts and cycles do not fit together.
@@ -84,9 +86,11 @@ class BlockStream:
                 expected=str(residency.n_blocks),
                 found=str(len(layouts)),
             )
+        build_schedule(residency, cycles)  # an illegal number of cycles dies here
         self.stats = StreamStats()
+        self.notices: list[str] = []
         self._layouts, self._residency = tuple(layouts), residency
-        self._computes = _queue_of(residency, cycles, Compute)
+        self._computes: Iterator[Compute] = iter(())
         self._cycles, self._overlapped = cycles, overlapped
         self._device = DeviceTier(device, device_ledger)
         self._host = HostTier(host_ledger, device)
@@ -116,16 +120,10 @@ class BlockStream:
         return self
 
     def _open_host(self, stack: ExitStack) -> None:
-        places, host = self._residency, self._host
         disk = DiskTier()
         stack.callback(disk.close)
-        kept, through = self._sizes(places.host_resident), self._sizes(places.through_slabs)
-        slabs = [max(through, default=0)] * places.host_slabs
-        buffers = Buffers(
-            kept=stack.enter_context(host.buffers("resident blocks", kept)),
-            slabs=stack.enter_context(host.buffers("block slabs", slabs)),
-        )
-        self.stats.pageable_bytes = host.pageable_bytes
+        buffers = self._allocate_host(stack)
+        places = self._residency
         link = open_link(self._device.device, places.longest_wait)
         stack.callback(self._forget)
         carrier = Carrier(disk, link, self.stats)
@@ -133,7 +131,30 @@ class BlockStream:
         loop = _Overlapped if self._overlapped else _Sequential
         self._loop = loop(self._mover, places, self._cycles)
         stack.callback(self._loop.close)
+        self._computes = _queue_of(places, self._cycles, Compute)
         self._loop.begin(Queue.READ)
+
+    def _allocate_host(self, stack: ExitStack) -> Buffers:
+        places, host, asked = self._residency, self._host, self._residency.host_slabs
+        largest = max(self._sizes(places.through_slabs), default=0)
+        slabs = stack.enter_context(host.ring("block slabs", largest, asked))
+        kept = self._sizes(places.host_resident)
+        buffers = Buffers(
+            kept=stack.enter_context(host.buffers("resident blocks", kept)), slabs=slabs
+        )
+        if len(slabs) < asked:
+            self._residency = replace(places, host_slabs=len(slabs))
+            self.notices.append(
+                f"the CUDA driver pins only {len(slabs)} of {asked} buffers of "
+                f"{format_bytes(largest)} in RAM: blocks are read less far ahead"
+            )
+        if host.pageable_bytes:
+            self.notices.append(
+                f"the CUDA driver does not pin {format_bytes(host.pageable_bytes)} of RAM: "
+                "copies from there are slower"
+            )
+        self.stats.pageable_bytes = host.pageable_bytes
+        return buffers
 
     def _open_device(self, stack: ExitStack) -> None:
         assert self._mover is not None and self._loop is not None
@@ -271,8 +292,9 @@ class _Sequential:
                 self._link.wait(Queue.COMPUTE, ref)
 
     def leave(self, op: Compute) -> None:
-        """Mark its end."""
-        self._link.record(op.ref)
+        """Mark its end, where a copy will wait for it."""
+        if op.slot is not None:
+            self._link.record(op.ref)
 
     def close(self) -> None:
         """Nothing runs."""
@@ -317,8 +339,9 @@ class _Overlapped:
                 self._link.wait(Queue.COMPUTE, ref)
 
     def leave(self, op: Compute) -> None:
-        """Mark its end, for the device and for the other threads."""
-        self._link.record(op.ref)
+        """Mark its end, for the device and for the other threads, where a copy will wait for it."""
+        if op.slot is not None:
+            self._link.record(op.ref)
         self._board.mark(op.ref)
 
     def close(self) -> None:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from penstock.offload import depth
 from penstock.offload.files import DIRECT_ALIGNMENT, FileStamp, WeightFile
 from penstock.offload.layout import BlockLayout, Extent
 from penstock.offload.ledger import ByteLedger
@@ -33,9 +34,6 @@ PIECE_BYTES = 8 * MIB
 """One read request."""
 
 _cuda: Any = torch.cuda  # untyped in torch
-
-READS_IN_FLIGHT = 4
-"""Read requests at a time: one does not fill an NVMe disk's queue."""
 
 
 class BytesRead(NamedTuple):
@@ -54,6 +52,7 @@ class DiskTier:
         self._files: dict[Path, WeightFile] = {}
         self._stack = ExitStack()
         self._pool: ThreadPoolExecutor | None = None
+        self._depth = depth.QueueDepth()
 
     def read(
         self, layout: BlockLayout, target: memoryview, start: int = 0, stop: int | None = None
@@ -73,18 +72,22 @@ class DiskTier:
             for extent in layout.extents
             for piece in _pieces(extent, start, stop)
         ]
+        nbytes, began = sum(piece.nbytes for _, piece in pieces), time.perf_counter()
         direct_bytes = self._run([_job(file, piece, target, start) for file, piece in pieces])
+        if len(pieces) >= 2 * self._depth.now:  # fewer pieces do not show what the depth is worth
+            self._depth.note(nbytes, time.perf_counter() - began)
         for file in {file for file, _ in pieces}:
             file.check_unchanged()
-        return BytesRead(sum(piece.nbytes for _, piece in pieces), direct_bytes)
+        return BytesRead(nbytes, direct_bytes)
 
     def _run(self, jobs: Sequence[Callable[[], int]]) -> int:
         if len(jobs) <= 1:
             return sum(job() for job in jobs)
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(READS_IN_FLIGHT, thread_name_prefix="penstock-disk")
+            self._pool = ThreadPoolExecutor(depth.MOST, thread_name_prefix="penstock-disk")
             self._stack.callback(self._pool.shutdown)
-        futures = [self._pool.submit(job) for job in jobs]
+        left, workers = deque(jobs), min(self._depth.now, len(jobs))
+        futures = [self._pool.submit(_work_off, left) for _ in range(workers)]
         # No piece may still be written to when an error lets the buffer go.
         wait(futures)
         return sum(future.result() for future in futures)
@@ -100,6 +103,20 @@ class DiskTier:
         self._files.clear()
         self._pool = None
         self._stack.close()
+
+
+def _work_off(left: deque[Callable[[], int]]) -> int:
+    """Do what is left, together with others, until nothing is."""
+    total = 0
+    try:
+        while True:
+            try:
+                job = left.popleft()
+            except IndexError:
+                return total
+            total += job()
+    finally:
+        left.clear()  # it is empty, or something failed and the others need not go on
 
 
 def _pieces(extent: Extent, start: int, stop: int) -> Iterator[Extent]:
@@ -132,7 +149,8 @@ class HostTier:
     """Buffers in host memory, exactly as large as they say.
 
     torch's pinned allocator rounds up to powers of two; these are anonymous mappings, registered
-    with the CUDA driver one by one. What it refuses stays pageable: copies from there are slower.
+    with the CUDA driver one by one. What it refuses stays pageable: copies from there go through a
+    small staging buffer of the driver's own, and are slower.
 
     Args:
         ledger: of host memory; every buffer is reserved in it first.
@@ -155,6 +173,29 @@ class HostTier:
         """
         with self._ledger.reserve(label, sum(sizes)), ExitStack() as pins:
             made = [self._allocate(size, pins) for size in sizes]
+            try:
+                yield made
+            finally:
+                made.clear()
+
+    @contextmanager
+    def ring(self, label: str, nbytes: int, count: int) -> Iterator[list[HostBuffer]]:
+        """``count`` buffers of one size; fewer, but one at least, where the driver pins only some:
+        a smaller ring of pinned buffers is faster than copies from pageable memory.
+
+        Raises:
+            LedgerOverflow: the budget does not hold them.
+        """
+        made: list[HostBuffer] = []
+        with ExitStack() as stack:
+            for _ in range(count):
+                with ExitStack() as one:
+                    (buffer,) = one.enter_context(self.buffers(label, [nbytes]))
+                    if made and made[0].is_pinned and not buffer.is_pinned:
+                        self.pageable_bytes -= nbytes
+                        break
+                    made.append(buffer)
+                    stack.push(one.pop_all())
             try:
                 yield made
             finally:
@@ -264,6 +305,9 @@ class Link(Protocol):
     def timed(self, queue: Queue, add: Callable[[float], None]) -> AbstractContextManager[None]:
         """Give ``add`` the seconds that ``queue`` takes for what is issued inside, once known."""
 
+    def land(self) -> None:
+        """Return when all copies that were issued have arrived."""
+
     def drain(self) -> None:
         """Return when all that was issued is finished."""
 
@@ -293,6 +337,9 @@ class CpuLink:
         finally:
             add(time.perf_counter() - started)
 
+    def land(self) -> None:
+        """They have."""
+
     def drain(self) -> None:
         """Nothing is outstanding."""
 
@@ -311,6 +358,7 @@ class CudaLink:
         self._copy = _cuda.Stream(device)
         self._longest_wait = longest_wait
         self._events: dict[Ref, Any] = {}
+        self._recorded: dict[Queue, deque[Ref]] = {Queue.COPY: deque(), Queue.COMPUTE: deque()}
         self._spans: dict[Queue, deque[_Span]] = {Queue.COPY: deque(), Queue.COMPUTE: deque()}
 
     def begin(self) -> None:
@@ -335,10 +383,14 @@ class CudaLink:
         event = _cuda.Event(blocking=True)
         event.record(self._stream(ref.queue))
         self._events[ref] = event
+        self._recorded[ref.queue].append(ref)
         if ref.queue is Queue.COMPUTE:
-            done = ref.visit - self._longest_wait - 1
-            self._events.pop(Ref(Queue.COPY, done), None)
-            self._events.pop(Ref(Queue.COMPUTE, done), None)
+            self._forget_before(ref.visit - self._longest_wait)
+
+    def _forget_before(self, visit: int) -> None:
+        for recorded in self._recorded.values():
+            while recorded and recorded[0].visit < visit:
+                del self._events[recorded.popleft()]
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Issue a copy that the host does not wait for."""
@@ -358,10 +410,14 @@ class CudaLink:
         stop.record(stream)
         spans.append(_Span(start, stop, add))
 
+    def land(self) -> None:
+        """Wait for the copy stream."""
+        self._copy.synchronize()
+
     def drain(self) -> None:
         """Wait for both streams, and settle what was timed."""
-        self._copy.synchronize()
         self._compute.synchronize()
+        self._copy.synchronize()
         for spans in self._spans.values():
             while spans:
                 spans.popleft().settle()

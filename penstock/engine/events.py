@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from penstock.engine.report import PhaseReport, StepReport
 from penstock.errors import JobCancelled
@@ -200,6 +200,11 @@ class PhaseMonitor:
     def flow(self) -> Flow:
         """What has passed the edges between the tiers so far."""
         return sum((stats.flow() for stats in self.streams), Flow())
+
+    def opened(self, stats: StreamStats) -> None:
+        """A stream was opened; what it has moved by now belongs to no step."""
+        self.streams.append(stats)
+        self._told = replace(self._told, flow=self.flow())
 
     def check(self) -> None:
         """Raise JobCancelled if the job was asked to stop."""

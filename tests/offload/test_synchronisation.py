@@ -53,13 +53,14 @@ def random_policy(rng: random.Random) -> Policy:
 
 
 def random_scenario(rng: random.Random) -> Scenario:
-    """Any residency of a few blocks, left early or not, with or without a bad disk."""
+    """Any residency of a few blocks, left early or not, with or without a bad disk; six visits at
+    most, which is twice around the largest ring."""
     n = rng.randint(1, 4)
     places = [rng.choice("dhsss") for _ in range(n)]
     on_device = tuple(i for i, place in enumerate(places) if place == "d")
     in_host = tuple(i for i, place in enumerate(places) if place == "h")
     slots, slabs = rng.randint(len(on_device) < n, 3), rng.randint("s" in places, 3)
-    cycles = rng.randint(1, 3)
+    cycles = rng.randint(1, min(3, 6 // n))
     early = rng.random() < 0.2
     reads = n - len(on_device) if not slabs else n
     return Scenario(

@@ -11,12 +11,12 @@ import mmap
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from penstock.offload import depth
 from penstock.offload.files import DIRECT_ALIGNMENT, FileStamp, WeightFile
-from penstock.offload.layout import BlockLayout, Extent
+from penstock.offload.layout import BlockLayout, Extent, Inspector
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.schedule import Queue, Ref
 from penstock.units import MIB
@@ -55,12 +55,20 @@ class DiskTier:
         self._depth = depth.QueueDepth()
 
     def read(
-        self, layout: BlockLayout, target: memoryview, start: int = 0, stop: int | None = None
+        self,
+        layout: BlockLayout,
+        target: memoryview,
+        start: int = 0,
+        stop: int | None = None,
+        inspector: Inspector | None = None,
     ) -> BytesRead:
         """Fill ``target`` (it begins on a page, as do ``start`` and `HostBuffer.view`) with bytes
         ``start`` to ``stop`` (default: the end) of the block.
 
         Not to be called from two threads at once.
+
+        Args:
+            inspector: is fed each piece while later ones are still being read.
 
         Raises:
             CheckpointChanged: a file is shorter or newer than when its header was read.
@@ -73,24 +81,37 @@ class DiskTier:
             for piece in _pieces(extent, start, stop)
         ]
         nbytes, began = sum(piece.nbytes for _, piece in pieces), time.perf_counter()
-        direct_bytes = self._run([_job(file, piece, target, start) for file, piece in pieces])
+        direct_bytes = 0
+        jobs = [_job(file, piece, target, start) for file, piece in pieces]
+        with closing(self._run(jobs)) as counts:
+            for (_, piece), count in zip(pieces, counts, strict=True):
+                direct_bytes += count
+                if inspector is not None:
+                    inspector.feed(_part(target, piece, start), piece.buffer_offset)
         if len(pieces) >= 2 * self._depth.now:  # fewer pieces do not show what the depth is worth
             self._depth.note(nbytes, time.perf_counter() - began)
         for file in {file for file, _ in pieces}:
             file.check_unchanged()
         return BytesRead(nbytes, direct_bytes)
 
-    def _run(self, jobs: Sequence[Callable[[], int]]) -> int:
+    def _run(self, jobs: Sequence[Callable[[], int]]) -> Generator[int, None, None]:
+        """What each job gives, in order."""
         if len(jobs) <= 1:
-            return sum(job() for job in jobs)
+            yield from (job() for job in jobs)
+            return
         if self._pool is None:
             self._pool = ThreadPoolExecutor(depth.MOST, thread_name_prefix="penstock-disk")
             self._stack.callback(self._pool.shutdown)
-        left, workers = deque(jobs), min(self._depth.now, len(jobs))
-        futures = [self._pool.submit(_work_off, left) for _ in range(workers)]
-        # No piece may still be written to when an error lets the buffer go.
-        wait(futures)
-        return sum(future.result() for future in futures)
+        waiting = iter(jobs)
+        flying = deque(self._pool.submit(job) for job in islice(waiting, self._depth.now))
+        try:
+            while flying:
+                count = flying.popleft().result()
+                flying.extend(self._pool.submit(job) for job in islice(waiting, 1))
+                yield count
+        finally:
+            # No piece may still be written to when an error lets the buffer go.
+            wait(flying)
 
     def _file(self, path: Path, stamp: FileStamp | None) -> WeightFile:
         if path not in self._files:
@@ -105,20 +126,6 @@ class DiskTier:
         self._stack.close()
 
 
-def _work_off(left: deque[Callable[[], int]]) -> int:
-    """Do what is left, together with others, until nothing is."""
-    total = 0
-    try:
-        while True:
-            try:
-                job = left.popleft()
-            except IndexError:
-                return total
-            total += job()
-    finally:
-        left.clear()  # it is empty, or something failed and the others need not go on
-
-
 def _pieces(extent: Extent, start: int, stop: int) -> Iterator[Extent]:
     """The part of ``extent`` that lies in ``start`` to ``stop`` of the buffer, in pieces."""
     first = max(extent.buffer_offset, start)
@@ -130,10 +137,15 @@ def _pieces(extent: Extent, start: int, stop: int) -> Iterator[Extent]:
 
 def _job(file: WeightFile, piece: Extent, target: memoryview, start: int) -> Callable[[], int]:
     """The read of ``piece`` into ``target``, which is on a page and at ``start`` of the block."""
-    position = piece.buffer_offset - start
-    view = target[position : position + piece.nbytes]
-    on_page = position % DIRECT_ALIGNMENT == 0
+    on_page = (piece.buffer_offset - start) % DIRECT_ALIGNMENT == 0
+    view = _part(target, piece, start)
     return partial(file.read_into, view, piece.file_offset, on_page=on_page)
+
+
+def _part(target: memoryview, piece: Extent, start: int) -> memoryview:
+    """Where ``piece`` goes in a buffer that begins at ``start`` of the block."""
+    position = piece.buffer_offset - start
+    return target[position : position + piece.nbytes]
 
 
 @dataclass(frozen=True)

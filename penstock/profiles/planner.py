@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from penstock.errors import OverBudget
 from penstock.profiles.ahead import with_reading_ahead, without_reading_ahead
-from penstock.profiles.denoising import Denoise
+from penstock.profiles.denoising import Denoise, compute_path
 from penstock.profiles.hardware import Hardware
 from penstock.profiles.manifest import ModelManifest
 from penstock.profiles.phases import (
@@ -65,6 +65,8 @@ def plan(
         hardware.vram_bytes,
         hardware.ram_bytes,
         weight_format=manifest.transformer.storage.format,
+        compute=policy.compute,
+        compute_path=compute_path(manifest.transformer.storage, policy, hardware.rates),
         machine=hardware.name,
     )
     return with_reading_ahead(found_plan, limits)

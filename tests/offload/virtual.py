@@ -8,7 +8,7 @@ find, and every access is reported to the race checker (`tests.offload.races`).
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -259,7 +259,7 @@ class Stage:
     def joined(self, future: Any) -> None:
         self.races.wait(("end", id(future)), self.turns.me)
 
-    def wait_for_all(self, futures: Sequence[Any]) -> None:
+    def wait_for_all(self, futures: Iterable[Any]) -> None:
         if self.drops(("pieces", "are waited for")):
             return
         self.turns.pause(lambda: all(future.done() for future in futures))
@@ -317,7 +317,7 @@ class Stage:
         patch.setattr(streamer, "_Board", lambda: _Board(self))
         patch.setattr(streamer, "HostTier", lambda ledger, device: _HostTier(self, ledger))
         patch.setattr(streamer, "DeviceTier", lambda device, ledger: _DeviceTier(self, ledger))
-        patch.setattr(streamer.Carrier, "read", _watched_read(self, streamer.Carrier.read))
+        patch.setattr(streamer.Carrier, "_read", _watched_read(self, streamer.Carrier._read))
 
     def _executor(self, most: int, thread_name_prefix: str) -> TurnExecutor:
         return TurnExecutor(self.turns, self, thread_name_prefix)
@@ -377,11 +377,11 @@ class Stage:
 
 
 def _watched_read(stage: Stage, read: Callable[..., None]) -> Callable[..., None]:
-    def watched(carrier: Any, layout: Any, target: HostBuffer, *bounds: int) -> None:
+    def watched(carrier: Any, layout: Any, target: HostBuffer, *more: Any) -> None:
         buffer = [target.tensor.data_ptr()]
         stage.turns.pause()
         stage.races.access(stage.turns.me, "a read begins", writes=buffer)
-        read(carrier, layout, target, *bounds)
+        read(carrier, layout, target, *more)
         stage.races.access(stage.turns.me, "a read has ended", writes=buffer)
 
     return watched

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from penstock._version import __version__
 
 if TYPE_CHECKING:
+    from penstock.engine.attach.stream import Streamed, StreamReport, stream
     from penstock.engine.engine import Engine
     from penstock.engine.job import Job
     from penstock.engine.report import JobResult, RunReport
@@ -27,6 +28,9 @@ _HOMES = {
     "PenstockError": "penstock.errors",
     "Plan": "penstock.profiles.plan",
     "RunReport": "penstock.engine.report",
+    "StreamReport": "penstock.engine.attach.stream",
+    "Streamed": "penstock.engine.attach.stream",
+    "stream": "penstock.engine.attach.stream",
 }
 
 __all__ = [
@@ -38,7 +42,10 @@ __all__ = [
     "PenstockError",
     "Plan",
     "RunReport",
+    "StreamReport",
+    "Streamed",
     "__version__",
+    "stream",
 ]
 
 

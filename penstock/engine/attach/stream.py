@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from penstock.engine.attach.blocks import Lender, Slot, StreamedBlocks
 from penstock.engine.attach.endless import EndlessStream
 from penstock.engine.attach.livepack import LivePack, live_folder, plan_live
 from penstock.engine.attach.placing import place_blocks
-from penstock.engine.attach.surgery import Emptied, Patient, Quantised, run_name
+from penstock.engine.attach.surgery import Emptied, Patient, Quantised, run_name, specs_of
 from penstock.engine.packfile import PackLayout
 from penstock.engine.stage import residency
 from penstock.errors import UsageError
@@ -206,7 +206,8 @@ class _Opening:
     ) -> None:
         self._patient, self._quantised, self._hardware = patient, quantised, hardware
         self._device = torch.device(hardware.device)
-        specs = patient.specs()
+        self._runs = patient.runs()
+        specs = specs_of(self._runs)
         self._plain = plan_live(specs)
         self._stored = self._plain if quantised is None else plan_live(quantised.specs(specs))
         self._scratch_bytes = 0 if quantised is None else quantised.scratch_bytes
@@ -223,7 +224,7 @@ class _Opening:
         """Do it all; what comes back reports on it."""
         stack.callback(release_cached, self._device)
         place = stack.enter_context(live_folder(folder))
-        plain = source = LivePack(place / "plain.safetensors", self._plain, self._patient.values)
+        plain = source = LivePack(place / "plain.safetensors", self._plain, self._values)
         stack.callback(plain.close)
         if self._quantised is not None:
             made = self._quantised.values
@@ -244,6 +245,9 @@ class _Opening:
         )
         return lambda: self._report(lender, blocks, weight_bytes)
 
+    def _values(self, run: str) -> Iterator[Tensor]:
+        yield from self._runs[run].values()
+
     def _empty(self, stack: ExitStack, plain: LivePack) -> list[list[Slot]]:
         """Let the weights go; what stands for them is in place then."""
         patient, quantised = self._patient, self._quantised
@@ -253,7 +257,7 @@ class _Opening:
         slots = [patient.slots(index, self._device) for index in range(len(patient.blocks))]
         if quantised is not None:
             slots = [own + quantised.slots(n, self._device) for n, own in enumerate(slots)]
-        stack.callback(Emptied(patient, plain).fill)
+        stack.callback(Emptied(plain, self._runs).fill)
         stack.callback(_restore, slots)
         for own in slots:
             for slot in own:

@@ -85,20 +85,12 @@ class Patient:
         """Of all weights that can leave, each counted once."""
         return sum({id(p): p.nbytes for own in self.weights for p in own.values()}.values())
 
-    def specs(self) -> dict[str, dict[str, Spec]]:
-        """Dtype tag and shape of every leaving weight, by run and name.
-
-        Raises:
-            UsageError: one that cannot be streamed.
-        """
+    def runs(self) -> dict[str, dict[str, nn.Parameter]]:
+        """The weights that can leave, by run and name in a pack."""
         return {
-            run_name(index): {stored(index, n): spec_of(p, stored(index, n)) for n, p in w.items()}
-            for index, w in enumerate(self.weights)
+            run_name(index): {stored(index, name): p for name, p in own.items()}
+            for index, own in enumerate(self.weights)
         }
-
-    def values(self, run: str) -> Iterator[Tensor]:
-        """The weights of a run, in the order of `specs`."""
-        yield from self.weights[_index(run)].values()
 
     def linears(self, fmt: QuantFormat, keep: Collection[str]) -> list[list[Linear]]:
         """The linear layers of each block that ``fmt`` can store; weights used twice stay plain.
@@ -131,6 +123,18 @@ class Patient:
         for places, put in zip(self._places, streamed or self._originals, strict=True):
             for parent, name in places:
                 parent._modules[name] = put
+
+
+def specs_of(runs: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Spec]]:
+    """Dtype tag and shape of every tensor of ``runs``, as a pack states them.
+
+    Raises:
+        UsageError: one that cannot be streamed.
+    """
+    return {
+        run: {name: spec_of(tensor, name) for name, tensor in own.items()}
+        for run, own in runs.items()
+    }
 
 
 def run_name(index: int) -> str:
@@ -299,40 +303,40 @@ class Quantised:
 
 
 class Emptied:
-    """The weights of a module let go, while a pack holds them.
+    """Weights let go, while a pack holds them.
 
     Args:
-        patient: whose weights.
         pack: holds them.
+        runs: the parameters by run of the pack and by name there.
     """
 
-    def __init__(self, patient: Patient, pack: LivePack) -> None:
+    def __init__(self, pack: LivePack, runs: Mapping[str, Mapping[str, nn.Parameter]]) -> None:
         self._pack = pack
-        self._homes = [
-            {stored(index, name): (p, p.device, p.stride()) for name, p in own.items()}
-            for index, own in enumerate(patient.weights)
-        ]
-        for own in self._homes:
-            for p, _, _ in own.values():
+        self._homes = {
+            run: {name: (p, p.device, p.stride()) for name, p in own.items()}
+            for run, own in runs.items()
+        }
+        for own in runs.values():
+            for p in own.values():
                 p.data = p.data.new_empty(0)
 
     def fill(self) -> None:
         """Give every parameter its values back.
 
         Raises:
-            CheckpointError: the pack was damaged; names the blocks, whose values are then wrong.
+            CheckpointError: the pack was damaged; names its runs, whose values are then wrong.
         """
         bad = []
-        for index, own in enumerate(self._homes):
-            tensors, sound = self._pack.read(run_name(index))
+        for run, own in self._homes.items():
+            tensors, sound = self._pack.read(run)
             for name, (parameter, device, stride) in own.items():
                 if parameter.numel() == 0:  # a weight of two blocks is back already
                     parameter.data = _placed(tensors[name], device, stride)
             if not sound:
-                bad.append(index)
+                bad.append(run)
         if bad:
             raise CheckpointError(
-                f"the weights of blocks {bad} are not those that were put away",
+                f"the weights of {', '.join(bad)} are not those that were put away",
                 expected="the bytes that were written",
                 found="others (a checksum differs)",
                 remedy="Load the module again, and check the disk.",

@@ -105,8 +105,9 @@ def _interrupted(pipe: Any) -> Any:
 
 
 def _embedded(pipe: Any) -> Any:
-    """Prompts encoded beforehand."""
-    prompt, negative = pipe.encode_prompt("a cat", "a dog", max_sequence_length=512)
+    """Prompts encoded beforehand (gradients choose another attention kernel of torch)."""
+    with torch.no_grad():
+        prompt, negative = pipe.encode_prompt("a cat", "a dog", max_sequence_length=512)
     return _call(
         pipe, prompt=..., negative_prompt=..., prompt_embeds=prompt, negative_prompt_embeds=negative
     )
@@ -257,26 +258,27 @@ def test_memory_is_back_after_detach(folders: dict[str, Path]) -> None:
 
 def test_a_small_budget_is_kept_by_chunks_and_tiles(folders: dict[str, Path]) -> None:
     pipe = _open(folders["t2v"])
-    wanted = _call(pipe, height=64, width=48)
+    with StorageMeter() as meter:
+        wanted = _call(pipe, height=64, width=48)
     with penstock.attach(pipe, vram="1MiB", ram=RAM), pytest.raises(OverBudget) as refused:
         _call(pipe, height=64, width=48)
     limit = refused.value.need_bytes
-    weights = [p for name in PARTS[:3] for p in getattr(pipe, name).parameters()]
     with penstock.attach(pipe, vram=limit, ram=RAM) as handle:
         found = _call(pipe, height=64, width=48)
         assert handle.report.peak_vram_bytes <= limit
     assert (wanted - found).abs().max() <= 2e-5
-    assert limit < sum(p.nbytes for p in weights)
+    assert limit < 0.6 * meter.peak  # weights that the plain pipeline touched, and its activations
 
 
 @pytest.mark.parametrize("name", ["i2v", "t2v"])
 def test_a_pipeline_opened_lazily(name: str, folders: dict[str, Path]) -> None:
     plain = _open(folders[name])
     wanted = _call(plain)
-    nbytes = sum(p.nbytes for p in plain.transformer.parameters())
+    models = [model for part in PARTS if (model := getattr(plain, part, None)) is not None]
+    nbytes = sum(p.nbytes for model in models for p in model.parameters())
     with StorageMeter() as meter:
         pipe = penstock.load_pipeline(folders[name], vram=VRAM, ram=RAM)
-        assert meter.peak < 0.1 * nbytes  # headers and rotary tables
+        assert meter.peak < 0.1 * nbytes  # rotary tables
     assert type(pipe) is type(plain) and pipe.dtype == torch.float32
     pipe.set_progress_bar_config(disable=True)
     assert {k: v for k, v in pipe.transformer.config.items() if k[0] != "_"} == {
@@ -290,15 +292,20 @@ def test_a_pipeline_opened_lazily(name: str, folders: dict[str, Path]) -> None:
 
 def test_a_lazy_transformer_never_holds_its_weights_whole(tmp_path: Path) -> None:
     folder = write_tiny_model(
-        tmp_path / "deep", image_to_video=False, transformer={"num_layers": 24}, vae={"base_dim": 8}
+        tmp_path / "deep",
+        image_to_video=False,
+        transformer={"num_layers": 24, "ffn_dim": 2048},
+        vae={"base_dim": 8},
     )
-    pipe = penstock.load_pipeline(folder, vram="3MiB", ram="1MiB")
+    pipe = penstock.load_pipeline(folder, vram="10MiB", ram="16MiB")
     model = pipe.transformer.attached._desk.model.transformer
     nbytes = sum(layout.nbytes for layout in model.blocks)
     latents, text = torch.randn(1, 16, 2, 4, 2), torch.randn(1, 512, 48)
     with StorageMeter([latents, text]) as meter:
-        pipe.transformer(latents, torch.tensor([5.0]), text)
+        out = pipe.transformer(latents, torch.tensor([5.0]), text).sample
     report = pipe.transformer.attached.report
+    assert meter.peak <= report.peak_vram_bytes + out.nbytes
+    assert report.peak_vram_bytes <= report.vram_limit_bytes
     assert meter.peak + report.peak_ram_bytes < 0.6 * nbytes
     penstock.detach(pipe)
 

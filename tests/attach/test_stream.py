@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -358,6 +359,18 @@ def test_nothing_is_left_behind(cache: Path) -> None:
     assert list(cache.iterdir()) == [] and threading.active_count() == threads
 
 
+def test_a_module_that_nobody_has_any_more_ends_its_threads(cache: Path) -> None:
+    threads = threading.active_count()
+    module = Walk()
+    penstock.stream(module, "blocks", vram=ROOM, ram=ROOM)  # the handle is not kept
+    gc.collect()
+    _walked(module)
+    assert threading.active_count() > threads
+    del module
+    gc.collect()
+    assert threading.active_count() == threads and list(cache.iterdir()) == []
+
+
 def test_what_a_killed_process_left_is_removed(cache: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", "pass"])
     child.wait()
@@ -395,7 +408,7 @@ def test_a_damaged_pack_is_found_out(cache: Path) -> None:
     assert list(cache.iterdir()) == []
 
 
-@pytest.mark.parametrize("closing", ["pass", "stream.close()"])
+@pytest.mark.parametrize("closing", ["pass", "del stream", "stream.close()"])
 def test_a_process_that_ends_in_the_middle_of_a_stream_ends(closing: str, cache: Path) -> None:
     code = (
         "import torch, penstock\nfrom tests.attach.zoo import Walk\nmodule = Walk()\n"

@@ -59,7 +59,10 @@ class Lender:
     Attributes:
         passes: how often the stream has gone over all blocks, begun ones included.
         skipped: blocks that went by because another one was wanted.
+        owner: kept alive as long as the blocks can be reached.
     """
+
+    owner: object = None
 
     def __init__(
         self, blocks: Sequence[nn.Module], slots: Sequence[Sequence[Slot]], stream: EndlessStream

@@ -31,6 +31,8 @@ WHOLE_FRAMES = 3
 """What diffusers' own VAE takes where ours takes 1 on whole frames: it runs four frames at a time.
 Measured up to 2.6, clips aside; a test holds it."""
 
+UNLIMITED = 1 << 62
+
 Held = TypeVar("Held")
 
 
@@ -71,10 +73,13 @@ class Desk:
         grid = self.model.grid
         shape = shape or VideoShape(grid.side, grid.side, 1)
         if shape not in self._plans:
-            manifest = _with_blocks(self.model.manifest, self.whole_blocks)
             # K/V are made block by block and never kept; no branch waits for the other.
             policy = Policy(branches=1, cross_kv="ram")
             workload = Workload(shape, 2 * STEPS, guided=False)
+            manifest = _with_blocks(self.model.manifest, self.whole_blocks, 0)
+            roomy = replace(self._hardware, vram_bytes=UNLIMITED)
+            context = plan(manifest, workload, roomy, policy)["context"]
+            manifest = _with_blocks(manifest, self.whole_blocks, context.work_bytes)
             self._plans[shape] = plan(manifest, workload, self._hardware, policy)
         return self._plans[shape]
 
@@ -87,6 +92,11 @@ class Desk:
         found = replace(phase, work=work)
         fits = phase.tiles == (1, 1) and found.vram_bytes <= self.vram.cap_bytes
         return found if fits else None
+
+    def denoise_bytes(self, shape: VideoShape) -> int:
+        """Activations of the transformer: those of a step, and the context beside it."""
+        found = self.plan(shape)
+        return found["denoise"].work_bytes + found["context"].work_bytes
 
     @contextmanager
     def phase(self, phase: PhasePlan) -> Iterator[None]:
@@ -190,7 +200,14 @@ def _whole_blocks(component: Component) -> tuple[BlockLayout, ...]:
     return tuple(layouts)
 
 
-def _with_blocks(manifest: ModelManifest, blocks: Sequence[BlockLayout]) -> ModelManifest:
+def _with_blocks(
+    manifest: ModelManifest, blocks: Sequence[BlockLayout], context_bytes: int
+) -> ModelManifest:
+    """As the transformer runs here: over whole blocks, the context beside the steps."""
     spec = manifest.transformer
-    weights = replace(spec.weights, block_bytes=tuple(layout.nbytes for layout in blocks))
+    weights = replace(
+        spec.weights,
+        rest_bytes=spec.weights.rest_bytes + context_bytes,
+        block_bytes=tuple(layout.nbytes for layout in blocks),
+    )
     return replace(manifest, transformer=replace(spec, weights=weights))

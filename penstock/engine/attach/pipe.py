@@ -99,6 +99,10 @@ class Attached:
         """
         self._stack.close()
 
+    def __del__(self) -> None:
+        """Threads would wait for ever for a pipeline that nobody has any more."""
+        self.close()
+
     def __enter__(self) -> Attached:
         return self
 

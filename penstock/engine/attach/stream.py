@@ -120,8 +120,10 @@ def stream(
     hardware = budgets(device, vram, ram)
     opening = _Opening(patient, quantised, hardware, parse_bytes(activations) if activations else 0)
     with ExitStack() as stack:
-        report = opening.open(stack, None if folder is None else Path(folder))
-        return Streamed(module, report, stack.pop_all())
+        lender, report = opening.open(stack, None if folder is None else Path(folder))
+        streamed = Streamed(module, report, stack.pop_all())
+        lender.owner = streamed  # whoever keeps the module keeps what can put it back
+        return streamed
 
 
 class Streamed:
@@ -152,6 +154,10 @@ class Streamed:
             CheckpointError: the disk has damaged the pack; names the blocks.
         """
         self._stack.close()
+
+    def __del__(self) -> None:
+        """Threads would wait for ever for a module that nobody has any more."""
+        self.close()
 
     def __enter__(self) -> Streamed:
         return self
@@ -220,8 +226,10 @@ class _Opening:
         self._vram = ByteLedger("VRAM", hardware.vram_bytes)
         self._ram = ByteLedger("RAM", hardware.ram_bytes)
 
-    def open(self, stack: ExitStack, folder: Path | None) -> Callable[[], StreamReport]:
-        """Do it all; what comes back reports on it."""
+    def open(
+        self, stack: ExitStack, folder: Path | None
+    ) -> tuple[Lender, Callable[[], StreamReport]]:
+        """Do it all; what comes back lends the blocks, and reports."""
         stack.callback(release_cached, self._device)
         place = stack.enter_context(live_folder(folder))
         plain = source = LivePack(place / "plain.safetensors", self._plain, self._values)
@@ -243,7 +251,7 @@ class _Opening:
         self._patient.replace_lists(
             [StreamedBlocks(modules, lender, part) for part in self._patient.lists]
         )
-        return lambda: self._report(lender, blocks, weight_bytes)
+        return lender, lambda: self._report(lender, blocks, weight_bytes)
 
     def _values(self, run: str) -> Iterator[Tensor]:
         yield from self._runs[run].values()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -18,11 +18,12 @@ from penstock.offload.ledger import ByteLedger
 from penstock.offload.streamer import BlockStream, load_block
 from penstock.offload.tiers import release_cached
 from penstock.profiles.hardware import Hardware
-from penstock.profiles.manifest import ModelManifest, VideoShape
+from penstock.profiles.manifest import SCRATCH, ModelManifest, VideoShape
 from penstock.profiles.phases import Workload
 from penstock.profiles.plan import PhasePlan, Plan, StreamPlan
 from penstock.profiles.planner import plan
 from penstock.profiles.policy import Policy
+from penstock.quant.compute import Computing, Scratch
 
 STEPS = 40
 """Wan's own default: how often residents of the transformer will be used."""
@@ -51,8 +52,8 @@ class Desk:
     """
 
     def __init__(self, model: ModelFiles, hardware: Hardware) -> None:
-        self.model, self._hardware = model, hardware
-        self.device = torch.device(hardware.device)
+        self.device, self._hardware = torch.device(hardware.device), hardware
+        self.model = model.installed(Computing(Scratch(0, self.device)))
         self.vram = ByteLedger("VRAM", hardware.vram_bytes)
         self.ram = ByteLedger("RAM", hardware.ram_bytes)
         self.whole_blocks = _whole_blocks(model.transformer)
@@ -62,7 +63,6 @@ class Desk:
         self._held: Any = None
         self._stack = ExitStack()
         self._is_open = True
-        model.install(self.device)
 
     def plan(self, shape: VideoShape | None = None) -> Plan:
         """What a video of ``shape`` takes; None: the smallest, for what no shape changes.
@@ -79,7 +79,7 @@ class Desk:
             manifest = _with_blocks(self.model.manifest, self.whole_blocks, 0)
             roomy = replace(self._hardware, vram_bytes=UNLIMITED)
             context = plan(manifest, workload, roomy, policy)["context"]
-            manifest = _with_blocks(manifest, self.whole_blocks, context.work_bytes)
+            manifest = _with_blocks(manifest, self.whole_blocks, _beside_scratch(context))
             self._plans[shape] = plan(manifest, workload, self._hardware, policy)
         return self._plans[shape]
 
@@ -96,7 +96,7 @@ class Desk:
     def denoise_bytes(self, shape: VideoShape) -> int:
         """Activations of the transformer: those of a step, and the context beside it."""
         found = self.plan(shape)
-        return found["denoise"].work_bytes + found["context"].work_bytes
+        return found["denoise"].work_bytes + _beside_scratch(found["context"])
 
     @contextmanager
     def phase(self, phase: PhasePlan) -> Iterator[None]:
@@ -110,8 +110,13 @@ class Desk:
         with (
             self.vram.reserve(f"{phase.name}: activations", phase.work_bytes),
             self.ram.reserve(f"{phase.name}: host work", phase.ram_work_bytes),
+            self.scratch(phase),
         ):
             yield
+
+    def scratch(self, phase: PhasePlan) -> AbstractContextManager[None]:
+        """The buffer that quantised weights are decoded into, while a part is at work."""
+        return self.model.scratch.held(dict(phase.work).get(SCRATCH, 0))
 
     def hold(self, key: object, make: Callable[[ExitStack], Held]) -> Held:
         """What ``make`` opens, kept open while nothing but ``key`` is asked for."""
@@ -157,6 +162,7 @@ class Desk:
                 device_ledger=self.vram,
                 host_ledger=self.ram,
             ) as tensors,
+            self.vram.reserve("adapted weights", component.adapters[0].peak_bytes(self.device)),
             component.bound(tensors) as module,
         ):
             self.read_bytes += component.rest.read_bytes
@@ -190,13 +196,17 @@ class Desk:
                 self.copied_bytes += opened.copied_bytes
 
 
+def _beside_scratch(phase: PhasePlan) -> int:
+    return phase.work_bytes - dict(phase.work).get(SCRATCH, 0)
+
+
 def _whole_blocks(component: Component) -> tuple[BlockLayout, ...]:
     entries = component.source.entries()
     layouts = []
     for index in range(len(component.blocks)):
         start = f"blocks.{index}."
         inside = {key[len(start) :]: e for key, e in entries.items() if key.startswith(start)}
-        layouts.append(BlockLayout.from_entries(inside))
+        layouts.append(component.packs.checked(BlockLayout.from_entries(inside)))
     return tuple(layouts)
 
 

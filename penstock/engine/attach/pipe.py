@@ -17,11 +17,13 @@ from penstock.engine.attach.livemodel import write_models
 from penstock.engine.attach.livepack import live_folder
 from penstock.engine.attach.parts import ImagePart, Part, TextPart, TransformerPart, VaePart
 from penstock.engine.attach.stream import budgets, close_at_exit
-from penstock.engine.cache import cache_folder, pack_folder
+from penstock.engine.cache import cache_folder
+from penstock.engine.decoding import block_format
+from penstock.engine.firstuse import FirstUse
 from penstock.engine.image import make_image_processor
-from penstock.engine.locate import Files, locate
+from penstock.engine.locate import Files
 from penstock.engine.model import ModelFiles
-from penstock.engine.pack import pack
+from penstock.engine.pack import LEAST_RAM_BYTES
 from penstock.errors import CheckpointError, UsageError
 from penstock.quant.format import get_format
 
@@ -157,19 +159,19 @@ def attach(
     with ExitStack() as stack:
         place = stack.enter_context(live_folder(None if folder is None else Path(folder)))
         disk_bytes = write_models(pipe, place / "model", stack)
-        source = place / "model"
+        model = ModelFiles.open(place / "model")
         if wanted is not None:
-            source = pack(locate(source), wanted, place / "packed").folder
-        desk = Desk(ModelFiles.open(source), hardware)
+            model = _stored_as(model, wanted, place)
+        desk = Desk(model, hardware)
         stack.callback(desk.close)
         attached = Attached(pipe, desk, disk_bytes, ExitStack())
         for name, made in _PARTS.items():
-            model = getattr(pipe, name, None)
-            if model is not None:
-                part = made(name, desk, model.config, model.device)
+            own = getattr(pipe, name, None)
+            if own is not None:
+                part = made(name, desk, own.config, own.device)
                 object.__setattr__(part, "attached", attached)
                 # Not through the pipeline's __setattr__, which rewrites its config.
-                stack.callback(vars(pipe).__setitem__, name, model)
+                stack.callback(vars(pipe).__setitem__, name, own)
                 vars(pipe)[name] = part
         attached._stack = stack.pop_all()
     return attached
@@ -224,14 +226,9 @@ def load_pipeline(
         UsageError: an illegal size, device or format.
     """
     hardware = budgets(device, vram, ram)
-    source = locate(path, files)
+    model = ModelFiles.open(path, files)
     if format is not None:
-        wanted = get_format(format).name
-        packed = pack_folder(source, wanted, cache_folder())
-        pack(source, wanted, packed)
-        model = ModelFiles.open(packed)
-    else:
-        model = ModelFiles.open(path, files)
+        model = _stored_as(model, get_format(format).name, cache_folder())
     with ExitStack() as stack:
         desk = Desk(model, hardware)
         stack.callback(desk.close)
@@ -241,6 +238,18 @@ def load_pipeline(
         if getattr(pipe, name, None) is not None:
             object.__setattr__(getattr(pipe, name), "attached", attached)
     return pipe
+
+
+def _stored_as(model: ModelFiles, wanted: str, folder: Path) -> ModelFiles:
+    """The model with its transformer in a format: from a pack in ``folder``, made if need be."""
+    source = model.transformer.source
+    if block_format(source) == wanted:
+        return model
+    use = FirstUse.of(source, wanted, folder)
+    if not use.is_made:
+        use.make(LEAST_RAM_BYTES, lambda nbytes: None)
+    model.transformer.checkpoint.close()
+    return model.with_transformer(use.transformer())
 
 
 def _pipeline(model: ModelFiles, desk: Desk) -> Any:

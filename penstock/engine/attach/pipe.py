@@ -15,8 +15,9 @@ from penstock.engine.attach.checks import check_pipeline
 from penstock.engine.attach.desk import Desk
 from penstock.engine.attach.livemodel import write_models
 from penstock.engine.attach.livepack import live_folder
-from penstock.engine.attach.parts import ImagePart, Part, TextPart, TransformerPart, VaePart
+from penstock.engine.attach.parts import ImagePart, Part, TextPart, TransformerPart
 from penstock.engine.attach.stream import budgets, close_at_exit
+from penstock.engine.attach.vae_part import VaePart
 from penstock.engine.cache import cache_folder
 from penstock.engine.decoding import block_format
 from penstock.engine.firstuse import FirstUse

@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from penstock._version import __version__
+from penstock.cli_bench import bench
 from penstock.cli_files import inspect, pack, reported, verify
 
 app = typer.Typer(
@@ -31,7 +32,7 @@ jobs_app = typer.Typer(help="List and remove the jobs that are kept on this mach
 app.add_typer(jobs_app, name="jobs")
 
 
-for command in (inspect, pack, verify):
+for command in (inspect, pack, verify, bench):
     app.command()(command)
 
 

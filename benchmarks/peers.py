@@ -17,7 +17,9 @@ process of its own, the page cache emptied of the files before every forward tha
 
 ``first_s`` is the first forward, nothing prepared; ``step_s`` the later ones: penstock then has
 the cross-attention K/V, which do not change from step to step, and others compute them again.
-``plain`` are sequential direct reads of the same file. The last line on stdout is JSON.
+``plain`` are sequential direct reads of the same file; ``disk_tier_over_plain`` holds the rate
+while the tier was reading against theirs, ``forward_over_plain`` all blocks over a whole step.
+The last line on stdout is JSON.
 """
 
 from __future__ import annotations
@@ -67,6 +69,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2, help="forwards after the first")
     parser.add_argument("--size", default="64x64x5", help="pixels and frames")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--save", type=Path, default=None, help="a file, written after each peer")
     parser.add_argument("--cases", default=None, help="some of the peers, by name")
     parser.add_argument("--case", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--limit-s", type=float, default=300, help="for one peer")
@@ -75,6 +78,7 @@ def parse() -> argparse.Namespace:
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Write the model, let every peer run, and set them side by side."""
+    report: dict[str, Any] = {}
     run_child(options, "write", folder)
     path = weights_file(folder)
     found: dict[str, Any] = {}
@@ -83,7 +87,10 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         found[name] = run_child(options, name, folder)
         found[name]["plain_s"] = timed(lambda: read_plain(path))
         print(f"{name}: {json.dumps(found[name])}", flush=True)
-    return summary(options, found, path.stat().st_size)
+        report = summary(options, found, path.stat().st_size)
+        if options.save is not None:  # after each peer, so that a run cut short keeps what it has
+            options.save.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report
 
 
 def wanted(options: argparse.Namespace) -> list[str]:
@@ -144,6 +151,8 @@ def summary(
             for name, row in found.items()
             if name != "penstock_disk" and "failed" not in row
         }
+        streamed_rate = ours["pass_bytes"] / ours["step_s"] / 1e9
+        report["forward_over_plain"] = round(streamed_rate / report["plain_gb_per_s"], 3)
         report["disk_tier_over_plain"] = round(ours["read_gb_per_s"] / report["plain_gb_per_s"], 3)
     return report
 
@@ -439,10 +448,10 @@ def forwards(engine: Any, request: Any, plan: Any, options: argparse.Namespace) 
                 rope = dit.rope_tables(model, latents.shape[2:], device)
                 for _ in range(cycles):
                     (output,) = forward(latents, range(1), modulation[0], rope)
-                    yield output, figures_of(stage, plan)
+                    yield output, figures_of(stage)
 
 
-def figures_of(stage: Any, plan: Any) -> dict[str, Any]:
+def figures_of(stage: Any) -> dict[str, Any]:
     """What the streams moved, at what rate, and what the ledgers held."""
     moved = stage.moved("denoise")
     return {
@@ -452,7 +461,8 @@ def figures_of(stage: Any, plan: Any) -> dict[str, Any]:
         "stall_s": moved.compute_wait_s,
         "ledger_vram_bytes": stage.device_ledger.peak,
         "ledger_ram_bytes": stage.host_ledger.peak,
-        "block_bytes": moved.copied_bytes // max(1, plan["denoise"].stream.n_blocks),
+        "block_bytes": stage.model.transformer.blocks[0].nbytes,
+        "pass_bytes": sum(layout.read_bytes for layout in stage.model.transformer.blocks),
     }
 
 

@@ -241,6 +241,7 @@ print("imported")
 def _peers() -> dict[str, Any]:
     return {
         "model": "m", "size": "64x64x5", "file_bytes": 8.5e9, "disk_tier_over_plain": 1.25,
+        "forward_over_plain": 1.1,
         "peers": {"penstock_disk": {"block_bytes": 6e8}},
         "against_penstock_disk": {"accelerate_disk": {"first_s": 2.0, "step_s": 3.0}},
     }  # fmt: skip
@@ -251,7 +252,11 @@ def test_tables_are_made_from_the_files_between_their_markers() -> None:
     made = render.rendered(text, {"peers_cpu": _peers()})
     assert made.startswith("a\n<!-- measured:streaming -->\n| what | figure |")
     assert made.endswith("<!-- /measured:streaming -->\nb\n")
-    assert "stale" not in made and "| 1.25 |" in made and "first 2.00, later 3.00" in made
+    assert (
+        "stale" not in made
+        and "| 1.25 while it reads, 1.10 over" in made
+        and "first 2.00, later 3.00" in made
+    )
     assert render.rendered(made, {"peers_cpu": _peers()}) == made
     assert "Nothing has been measured" in render.rendered(text, {})
 

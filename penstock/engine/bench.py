@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -221,13 +221,30 @@ class MeasuredStage(Stage):
             self.streams.setdefault(phase.name, []).append(stream.stats)
             yield stream
 
-    def moved(self, phase: str) -> StreamStats:
+    def moved(self, phase: str) -> Moved:
         """All that the phase's streams have moved and waited so far."""
-        total = StreamStats()
-        for stats in self.streams.get(phase, ()):
-            summed = {name: getattr(total, name) + n for name, n in asdict(stats).items()}
-            total = replace(total, **summed)
-        return total
+        return Moved.of(self.streams.get(phase, ()))
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Some streams' counters at one moment, summed; the names are those of `StreamStats`."""
+
+    read_bytes: int
+    direct_bytes: int
+    copied_bytes: int
+    read_s: float
+    copy_s: float
+    slab_wait_s: float
+    disk_wait_s: float
+    slot_wait_s: float
+    compute_wait_s: float
+
+    @classmethod
+    def of(cls, streams: Sequence[StreamStats]) -> Moved:
+        """Now."""
+        names = [each.name for each in fields(cls)]
+        return cls(**{name: sum(getattr(stats, name) for stats in streams) for name in names})
 
 
 Mark = Callable[[], Callable[[], float]]
@@ -271,7 +288,7 @@ class _Watch:
     stage: MeasuredStage | None = None
     memory: Memory | None = None
     phases: list[PhaseFigures] = field(default_factory=list)
-    _marks: list[tuple[Callable[[], float], StreamStats]] = field(default_factory=list)
+    _marks: list[tuple[Callable[[], float], Moved]] = field(default_factory=list)
 
     def __call__(self, event: Event) -> None:
         """Take note of ``event``, and pass it on."""

@@ -21,10 +21,27 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from penstock.engine.bench import Asked, measure, random_conditions
+from penstock.engine.bench_weights import write_synthetic
+from penstock.engine.engine import Engine
+from penstock.engine.model import Component
+from penstock.engine.request import GenerationRequest
+from penstock.engine.sampling import Sampling
+from penstock.engine.stage import Run, Stage
+from penstock.engine.wan import forward as dit
+from penstock.offload.layout import BlockLayout
+from penstock.offload.streamer import load_block
+from penstock.profiles.profile import Overrides
 
 LIMIT_BYTES = 3 << 30
 SIZE, FRAMES = 256, 5
@@ -36,7 +53,6 @@ def main() -> None:
     """Run one role, or all of them in processes of their own."""
     options = parse()
     if options.role is not None:
-        os.environ["DIFFUSERS_VERBOSITY"] = os.environ["TRANSFORMERS_VERBOSITY"] = "error"
         print(json.dumps(ROLES[options.role](options, Path(options.folder)) | memory()))
         return
     if options.reuse is not None:
@@ -89,10 +105,6 @@ def memory() -> dict[str, int]:
 
 def write(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Make the model."""
-    from transformers.utils import logging
-
-    from penstock.engine.bench_weights import write_synthetic
-
     logging.disable_progress_bar()
     started, model = time.perf_counter(), folder / "model"
     if not model.exists():
@@ -103,10 +115,6 @@ def write(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def stream(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """A denoising step on the job's own path."""
-    from penstock.engine.bench import Asked, measure
-    from penstock.engine.engine import Engine
-    from penstock.profiles.profile import Overrides
-
     base_bytes = memory()["peak_bytes"]
     with Engine.open(
         folder / "model",
@@ -143,14 +151,6 @@ def stream(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def one_by_one(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The same step with a plain loop: no ring, no threads, no plan; each block loaded for its
     turn, and its cross-attention K/V computed there and then."""
-    import torch
-
-    from penstock.engine.bench import random_conditions
-    from penstock.engine.engine import Engine
-    from penstock.engine.sampling import Sampling
-    from penstock.engine.stage import Run, Stage
-    from penstock.engine.wan import forward as dit
-
     with (
         Engine.open(folder / "model", vram="64GiB", ram="64GiB", device="cpu") as engine,
         torch.no_grad(),
@@ -159,7 +159,7 @@ def one_by_one(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         run = Run(
             engine.model, asked, engine.plan(asked), torch.device("cpu"), False, None, False, False
         )
-        stage = Stage(run, lambda event: None, _never())
+        stage = Stage(run, lambda event: None, threading.Event())
         conditions, sampling = random_conditions(stage), Sampling(stage)
         started = time.perf_counter()
         with stage.rest(component) as model:
@@ -173,9 +173,9 @@ def one_by_one(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             hidden = dit.embed(model, whole)
             kv = dit.SelfKV(hidden, model.config.num_attention_heads)
             for index in range(len(component.blocks)):
-                with _loaded(stage, component, component.cross[index], index) as block:
+                with loaded(stage, component, component.cross[index], index) as block:
                     cross = dit.cross_kv(block.attn2, context)
-                with _loaded(stage, component, component.blocks[index], index) as block:
+                with loaded(stage, component, component.blocks[index], index) as block:
                     dit.block_forward(block, hidden, step, cross, rope, kv, CHUNK_TOKENS)
             prediction = dit.head(model, hidden, step.temb, whole.shape[2:], CHUNK_TOKENS)
         latents = sampling.step(sampler, prediction, sampling.latents)
@@ -183,38 +183,23 @@ def one_by_one(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - started, "latents_sha256": digest}
 
 
-def _never() -> Any:
-    import threading
-
-    return threading.Event()
-
-
-def _loaded(stage: Any, component: Any, layout: Any, index: int) -> Any:
-    """One block with its weights, as a context."""
-    from contextlib import contextmanager
-
-    from penstock.offload.streamer import load_block
-
-    @contextmanager
-    def loaded() -> Any:
-        with (
-            load_block(
-                layout,
-                device=stage.device,
-                device_ledger=stage.device_ledger,
-                host_ledger=stage.host_ledger,
-            ) as tensors,
-            component.bound(tensors, index) as block,
-        ):
-            yield block
-
-    return loaded()
+@contextmanager
+def loaded(stage: Stage, component: Component, layout: BlockLayout, index: int) -> Iterator[Any]:
+    """One block with its weights, which are gone afterwards."""
+    with (
+        load_block(
+            layout,
+            device=stage.device,
+            device_ledger=stage.device_ledger,
+            host_ledger=stage.host_ledger,
+        ) as tensors,
+        component.bound(tensors, index) as block,
+    ):
+        yield block
 
 
-def request() -> Any:
+def request() -> GenerationRequest:
     """One step without guidance on a few hundred tokens."""
-    from penstock.engine.request import GenerationRequest
-
     return GenerationRequest(
         prompt="a benchmark",
         image=Path("not opened: the conditions are drawn"),

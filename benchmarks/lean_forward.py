@@ -3,9 +3,9 @@
 One model (by default one block of the 1.3B model's width, image-to-video, 4,050 tokens) is run by
 both in turn, and each pair gives a ratio; what is reported is the median. ``step`` is one denoising
 step, for which cross-attention K/V and time embedding are already there; ``first`` computes them
-too. ``activation_share`` is the step's peak of live activation bytes over that of diffusers' forward
-(weights, inputs and what a prompt keeps excepted), counted on fake tensors of the same shapes. The
-last line on stdout is JSON.
+too. ``activation_share`` is the step's peak of live activation bytes over that of diffusers'
+forward (weights, inputs and what a prompt keeps excepted), counted on fake tensors of the same
+shapes. The last line on stdout is JSON.
 
     python -m benchmarks.lean_forward [--chunk 1350] [--rounds 5] [--threads 1] [--dtype float32]
 """

@@ -37,10 +37,11 @@ from penstock.engine.engine import Engine
 from penstock.engine.model import Component
 from penstock.engine.request import GenerationRequest
 from penstock.engine.sampling import Sampling
-from penstock.engine.stage import Run, Stage
+from penstock.engine.stage import Stage
 from penstock.engine.wan import forward as dit
 from penstock.offload.layout import BlockLayout
 from penstock.offload.streamer import load_block
+from penstock.profiles.manifest import SCRATCH
 from penstock.profiles.profile import Overrides
 
 LIMIT_BYTES = 3 << 30
@@ -156,13 +157,12 @@ def one_by_one(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         torch.no_grad(),
     ):
         asked, component = request(), engine.model.transformer
-        run = Run(
-            engine.model, asked, engine.plan(asked), torch.device("cpu"), False, None, False, False
-        )
-        stage = Stage(run, lambda event: None, threading.Event())
+        plan = engine.plan(asked)
+        stage = Stage(engine.run_of(asked, plan), lambda event: None, threading.Event())
+        scratch_bytes = dict(plan["denoise"].work).get(SCRATCH, 0)
         conditions, sampling = random_conditions(stage), Sampling(stage)
         started = time.perf_counter()
-        with stage.rest(component) as model:
+        with stage.rest(component) as model, stage.model.scratch.held(scratch_bytes):
             sampler = sampling.resume()
             text, image = conditions.texts[0], conditions.image
             context = dit.prepare_context(model, text, image)

@@ -24,7 +24,6 @@ from penstock.engine.engine import Engine
 from penstock.engine.pipeline import decode
 from penstock.engine.request import GenerationRequest
 from penstock.engine.sampling import Sampling
-from penstock.engine.stage import Run
 from penstock.errors import PenstockError
 from penstock.offload import streamer
 from penstock.offload.allocator import allocator_capped
@@ -503,8 +502,7 @@ def decoded(context: Context, tiles: str, videos: list[torch.Tensor]) -> dict[st
     with context.engine("short", tiles=tiles) as engine, torch.no_grad():
         request = context.request(context.scale.large, 1).with_seed()
         plan = engine.plan(request)
-        run = Run(engine.model, request, plan, context.device, True, None, False, False)
-        stage = MeasuredStage(run, lambda event: None, threading.Event())
+        stage = MeasuredStage(engine.run_of(request, plan), lambda event: None, threading.Event())
         latents = Sampling(stage).latents.cpu()
         if context.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(context.device)

@@ -428,12 +428,11 @@ def forwards(engine: Any, request: Any, plan: Any, options: argparse.Namespace) 
     from penstock.engine.keeper import Conditions
     from penstock.engine.pipeline import Forward as Streamed
     from penstock.engine.pipeline import prepare
-    from penstock.engine.stage import Run
     from penstock.engine.wan import forward as dit
 
     device = torch.device(options.device)
-    run = Run(engine.model, request, plan, device, True, None, False, False)
-    stage, given = MeasuredStage(run, lambda event: None, threading.Event()), inputs(options)
+    stage = MeasuredStage(engine.run_of(request, plan), lambda event: None, threading.Event())
+    given = inputs(options)
     component, latents = engine.model.transformer, given["hidden_states"]
     conditions = Conditions(
         (given["encoder_hidden_states"],), given["encoder_hidden_states_image"], None

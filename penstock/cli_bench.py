@@ -22,7 +22,7 @@ def bench(
         int | None, typer.Option(help="Its blocks (as many as disk and --minutes allow).")
     ] = None,
     format: Annotated[
-        str | None, typer.Option(help="Its format: bf16, fp16, fp8, int8 (the default) or nf4.")
+        str | None, typer.Option(help="Of the blocks; a synthetic model's is int8 by default.")
     ] = None,
     width: Annotated[int, typer.Option(help="Pixels.")] = 832,
     height: Annotated[int, typer.Option(help="Pixels.")] = 480,
@@ -43,6 +43,9 @@ def bench(
     whole: Annotated[
         bool, typer.Option("--whole", help="Every phase of a job, not denoising alone.")
     ] = False,
+    compute: Annotated[
+        str | None, typer.Option(help="exact, or fast (8-bit products where they work).")
+    ] = None,
     save: Annotated[Path | None, typer.Option(help="Keep the result in this file.")] = None,
     compare: Annotated[Path | None, typer.Option(help="Hold it against a kept one.")] = None,
     percent: Annotated[float, typer.Option(help="Worse by more than this counts, if also")] = 5.0,
@@ -67,7 +70,7 @@ def bench(
     with reported(debug):
         order = Order(
             model, synthetic, blocks, format, width, height, frames, steps, warmup, cfg,
-            vram, ram, profile, device, folder, minutes, whole,
+            vram, ram, profile, device, folder, minutes, whole, compute,
         )  # fmt: skip
         thresholds = Thresholds(percent, seconds, parse_bytes(peak))
         if sweep is not None:

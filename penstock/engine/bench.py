@@ -11,8 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -96,28 +95,21 @@ def measure(
     """
     plan = plan or engine.plan(asked.request)
     device = torch.device(engine.hardware.device)
-    reached = links(device, _largest_file(engine), sample_bytes)
     watch = _Watch(listener, _clock(device))
-    run = Run(
-        model=engine.model,
-        request=asked.request.with_seed(),
-        plan=plan,
-        device=device,
-        overlapped=asked.overlapped,
-        output=None,
-        overwrite=False,
-        metadata=False,
-    )
-    stage = MeasuredStage(run, watch, threading.Event())
+    run = engine.run_of(asked.request.with_seed(), plan)
+    stage = MeasuredStage(replace(run, overlapped=asked.overlapped), watch, threading.Event())
     watch.stage = stage
-    for path in engine.model.transformer.source.raw.stamps:
-        forget(path)
     with allocator_capped(device, plan.vram_limit_bytes), Memory(device) as memory:
         watch.memory = memory
+        stage.prepare()
+        files = stage.model.transformer.source.raw.stamps
+        reached = links(device, max(files, key=lambda path: path.stat().st_size), sample_bytes)
+        for path in files:
+            forget(path)
         latents = _run(stage, whole=asked.whole)
     steps = watch.steps()
     return BenchResult(
-        recipe=_recipe(engine, asked, plan),
+        recipe=_recipe(stage, asked, plan),
         machine=machine(device),
         links=reached,
         warmup=steps[: asked.warmup],
@@ -161,13 +153,9 @@ def random_conditions(stage: Stage) -> Conditions:
     )
 
 
-def _largest_file(engine: Engine) -> Path:
-    return max(engine.model.transformer.source.raw.stamps, key=lambda path: path.stat().st_size)
-
-
-def _recipe(engine: Engine, asked: Asked, plan: Plan) -> Recipe:
-    request, spec = asked.request, engine.model.manifest.transformer
-    stored = engine.model.transformer.source
+def _recipe(stage: Stage, asked: Asked, plan: Plan) -> Recipe:
+    request, spec = asked.request, stage.model.manifest.transformer
+    stored = stage.model.transformer.source
     return Recipe(
         model=f"{asked.name}, {spec.num_layers} blocks, {stored.nbytes:,} bytes",
         weight_format=stored.label(),
@@ -177,7 +165,8 @@ def _recipe(engine: Engine, asked: Asked, plan: Plan) -> Recipe:
         steps=request.steps - asked.warmup,
         warmup=asked.warmup,
         branches=2 if request.uses_guidance else 1,
-        device=engine.hardware.device,
+        device=stage.device.type,
+        compute=plan.compute_path,
         profile=asked.profile,
         vram=asked.vram,
         ram=asked.ram,

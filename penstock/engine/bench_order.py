@@ -32,6 +32,8 @@ from penstock.units import format_bytes
 
 Tell = Callable[[str], None]
 
+SYNTHETIC_FORMAT = "int8"
+
 
 @dataclass(frozen=True)
 class Order:
@@ -45,6 +47,7 @@ class Order:
         minutes: that a measurement on a synthetic model may take, by the plan; fewer blocks are
             made where all of them would take longer.
         whole: every phase of a job, not denoising alone.
+        compute: "exact" or "fast".
     """
 
     model: str | None = None
@@ -64,6 +67,7 @@ class Order:
     folder: Path | None = None
     minutes: float = 10.0
     whole: bool = False
+    compute: str | None = None
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.synthetic is None):
@@ -72,14 +76,15 @@ class Order:
                 expected="--model PATH or --synthetic NAME",
                 found="neither" if self.model is None else "both",
             )
-        if self.model is not None and (self.blocks or self.weight_format):
-            raise UsageError(
-                "a model is measured as it is stored",
-                expected="--blocks and --format with --synthetic only",
-                remedy="penstock pack stores a model in another format.",
-            )
+        if self.model is not None and self.blocks is not None:
+            raise UsageError("a model has the blocks it has", expected="--blocks with --synthetic")
         if self.minutes <= 0:
             raise UsageError("illegal --minutes", expected="above 0", found=str(self.minutes))
+
+    @property
+    def stored_format(self) -> str | None:
+        """Of the blocks: what is asked for; a synthetic model is int8 unless it is."""
+        return self.weight_format or (None if self.synthetic is None else SYNTHETIC_FORMAT)
 
     @property
     def request(self) -> GenerationRequest:
@@ -144,7 +149,13 @@ def sweep(order: Order, profiles: Sequence[str], listener: Listener, tell: Tell)
 def _measure(order: Order, model: Path | str, listener: Listener) -> BenchResult:
     with (
         Engine.open(
-            model, vram=order.vram, ram=order.ram, device=order.device, profile=order.profile
+            model,
+            format=order.stored_format,
+            compute=order.compute,
+            vram=order.vram,
+            ram=order.ram,
+            device=order.device,
+            profile=order.profile,
         ) as engine,
         tempfile.TemporaryDirectory(prefix="penstock-bench-") as scratch,
     ):
@@ -181,7 +192,7 @@ def _model(order: Order, tell: Tell) -> Iterator[Path | str]:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        weight_format = order.weight_format or "int8"
+        weight_format = order.weight_format or SYNTHETIC_FORMAT
         blocks = order.blocks or fitting_blocks(order, weight_format, Path(scratch))
         config = synthetic(order.synthetic).config(blocks)
         size = format_bytes(transformer_bytes(config, weight_format))

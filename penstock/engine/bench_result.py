@@ -27,6 +27,7 @@ class Recipe:
         weight_format: of its blocks.
         steps, warmup: denoising steps that count, and those before them that do not.
         branches: forward passes a step (2 with guidance).
+        compute: the path of the blocks' matrices: "plain", "dequant", "fp8" or "int8".
         vram, ram, profile: as asked; "" where nothing was said.
         chunk_tokens: of the plan: another cut computes otherwise.
         whole: every phase of a job, not denoising alone.
@@ -41,6 +42,7 @@ class Recipe:
     warmup: int
     branches: int
     device: str
+    compute: str
     profile: str
     vram: str
     ram: str

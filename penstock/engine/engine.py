@@ -30,9 +30,9 @@ from penstock.engine.stored import (
     restored_plan,
     restored_request,
 )
+from penstock.engine.variants import Variants, computing_on
 from penstock.engine.video import check_output
 from penstock.errors import DeviceLost, UsageError
-from penstock.profiles.advice import plan_chosen
 from penstock.profiles.hardware import Hardware, probe
 from penstock.profiles.phases import Workload
 from penstock.profiles.plan import Plan
@@ -59,15 +59,17 @@ class Engine:
         *,
         overlapped: bool = True,
         chosen: Chosen | None = None,
+        cache: Path | None = None,
     ) -> None:
-        self.model = model
         self.chosen = chosen or choose(load(AUTO), Overrides(), hardware)
         self.hardware = self.chosen.hardware
+        computing, self._notices = computing_on(self._device, self.chosen.policy.compute)
+        self._variants = Variants(model, self.chosen, computing, cache)
+        self.model = self._variants.stored
         self._overlapped = overlapped
         self._turn = threading.Lock()
         self._jobs: list[Job] = []
         self._lost: DeviceLost | None = None
-        model.install(torch.device(hardware.device))
 
     @classmethod
     def open(
@@ -75,12 +77,15 @@ class Engine:
         model: str | Path | None,
         *,
         files: Files | None = None,
+        format: str | None = None,
+        compute: str | None = None,
         vram: str | int | None = None,
         ram: str | int | None = None,
         device: str = "auto",
         profile: str = AUTO,
         overrides: Overrides | None = None,
         overlapped: bool = True,
+        cache: Path | None = None,
     ) -> Engine:
         """Open a model; reads headers only.
 
@@ -88,21 +93,34 @@ class Engine:
             model: a folder (of diffusers, Wan or ComfyUI), a transformer's file, or a hub id; None
                 if ``files`` names every part.
             files: parts given by themselves; they win over what ``model`` holds.
+            format: of the transformer's matrices (`penstock.quant.format.FORMATS`); None: the
+                profile's, or as they are stored. Where the files hold another, the first job packs
+                the transformer into ``cache``, and it is read from there.
+            compute: "exact" decodes quantised weights, "fast" multiplies in 8 bits where the format
+                allows it and the device has just shown that it can; None: the profile's.
             vram, ram: ceilings, such as "12GiB" or bytes; None takes the profile's.
             device: "cuda", "cpu" or "auto" (CUDA where there is one).
             profile: a profile's name or the path of its file.
             overrides: what else wins over the profile.
             overlapped: stream ahead of the computation; False is the sequential reference.
+            cache: where packs are kept; None: `penstock.engine.cache.cache_folder`.
 
         Raises:
             CheckpointError: the folder is not a model that penstock runs.
-            UsageError: an illegal size, device or profile.
+            UsageError: an illegal size, device, profile, format or way to compute.
         """
-        flags = replace(overrides or Overrides(), vram=vram, ram=ram)
+        base = overrides or Overrides()
+        flags = replace(
+            base,
+            vram=vram,
+            ram=ram,
+            format=format or base.format,
+            compute=compute or base.compute,
+        )
         hardware = probe(_device_type(device))
         chosen = choose(load(profile), flags, hardware)
         model_files = ModelFiles.open(model, files)
-        return cls(model_files, hardware, overlapped=overlapped, chosen=chosen)
+        return cls(model_files, hardware, overlapped=overlapped, chosen=chosen, cache=cache)
 
     def plan(self, request: GenerationRequest) -> Plan:
         """What the request will take. Pure arithmetic over headers: nothing is loaded.
@@ -120,7 +138,7 @@ class Engine:
         Raises:
             OverBudget: no plan fits the budgets; names a profile or a request that does.
         """
-        return plan_chosen(lambda _: self.model.manifest, workload, self.chosen)
+        return self._variants.plan(workload)
 
     def submit(
         self,
@@ -154,8 +172,9 @@ class Engine:
         plan = self.plan(request)
         if job_dir is None:
             return self._start(request, plan, order, Keeper())
+        now = conditions_now(self.model, self._device, self._variants.matrices(plan.weight_format))
         journal, request = begin(
-            Path(job_dir), self.model, request, plan, self._device, order, self._budgets()
+            Path(job_dir), self.model, request, plan, now, order, self._budgets()
         )
         return self._start(request, plan, order, JournalKeeper(journal))
 
@@ -202,7 +221,9 @@ class Engine:
         if order.output is not None:
             check_output(order.output, overwrite=order.overwrite)
         plan = self._fitting(plan, request)
-        now = conditions_now(self.model, self._device)
+        matrices = self._variants.matrices(plan.weight_format)
+        plan = replace(plan, compute=matrices["compute"], compute_path=matrices["compute_path"])
+        now = conditions_now(self.model, self._device, matrices)
         notices = check_conditions(journal, plan, now, allow_nonidentical=allow_nonidentical)
         journal.mark("running", plan=plan.to_json(), error=None, **order.facts(), **self._budgets())
         return self._start(request, plan, order, JournalKeeper(journal), notices)
@@ -222,29 +243,39 @@ class Engine:
         keeper: Keeper,
         notices: tuple[str, ...] = (),
     ) -> Job:
-        workload = workload_of(request)
+        workload, bare = workload_of(request), self.run_of(request, plan)
 
         def shrink(plan: Plan, phase: str, resource: str) -> Plan | None:
-            policy = self.chosen.policy
-            manifest = self.model.manifest
+            policy, manifest = self.chosen.policy, bare.model.manifest
             return smaller(manifest, workload, self.hardware, plan, phase, resource, policy)
 
-        work = Run(
-            model=self.model,
-            request=request,
-            plan=plan,
-            device=self._device,
-            overlapped=self._overlapped,
+        work = replace(
+            bare,
             output=order.output,
             overwrite=order.overwrite,
             metadata=order.metadata,
             shrink=shrink,
             keeper=keeper,
-            notices=notices,
+            notices=(*bare.notices, *notices),
         )
         job = Job(plan, lambda listener, cancelled: self._work(work, listener, cancelled))
         self._jobs = [known for known in self._jobs if not known.done] + [job]
         return job
+
+    def run_of(self, request: GenerationRequest, plan: Plan) -> Run:
+        """What a job under ``plan`` is made of, besides its output, its keeper and its recovery."""
+        return Run(
+            model=self._variants.named(plan.weight_format),
+            prepare=self._variants.preparation(plan.weight_format),
+            request=request,
+            plan=plan,
+            device=self._device,
+            overlapped=self._overlapped,
+            output=None,
+            overwrite=False,
+            metadata=False,
+            notices=self._notices,
+        )
 
     def _work(self, work: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
         try:
@@ -278,7 +309,7 @@ class Engine:
         for job in self._jobs:
             job.cancel()
             job.wait()
-        self.model.close()
+        self._variants.close()
 
     def __enter__(self) -> Engine:
         return self

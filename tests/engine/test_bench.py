@@ -237,8 +237,7 @@ def test_a_sweep_tells_what_does_not_fit(tiny: Path, tmp_path: Path) -> None:
     [
         ({}, "neither"),
         ({"model": "x", "synthetic": "tiny"}, "both"),
-        ({"model": "x", "blocks": 3}, "--blocks and --format with --synthetic only"),
-        ({"model": "x", "weight_format": "int8"}, "as it is stored"),
+        ({"model": "x", "blocks": 3}, "--blocks with --synthetic"),
         ({"synthetic": "tiny", "minutes": 0.0}, "--minutes"),
     ],
 )
@@ -274,8 +273,9 @@ def test_blocks_are_as_many_as_disk_and_time_allow(
 def _result(seconds: tuple[float, ...] = (1.0, 1.2, 1.1), **recipe: Any) -> BenchResult:
     asked: dict[str, Any] = {
         "model": "m", "weight_format": "int8", "width": 32, "height": 32, "frames": 5,
-        "steps": len(seconds), "warmup": 1, "branches": 2, "device": "cpu", "profile": "auto",
-        "vram": "", "ram": "", "chunk_tokens": 64, "whole": False,
+        "steps": len(seconds), "warmup": 1, "branches": 2, "device": "cpu",
+        "compute": "plain", "profile": "auto", "vram": "", "ram": "", "chunk_tokens": 64,
+        "whole": False,
     }  # fmt: skip
     phase = PhaseFigures(
         "denoise", 4.0, 3.5, "read", 8_000, 8_000, 2.0, 1.0, 0.4, {"compute_wait_s": 0.4}, 900,

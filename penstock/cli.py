@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from penstock._version import __version__
+from penstock.cli_bench import bench
 from penstock.cli_files import (
     Loras,
     Model,
@@ -42,7 +43,7 @@ app.add_typer(jobs_app, name="jobs")
 app.add_typer(cache_app, name="cache")
 
 
-for command in (inspect, pack, verify):
+for command in (inspect, pack, verify, bench):
     app.command()(command)
 
 

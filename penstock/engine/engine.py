@@ -248,30 +248,39 @@ class Engine:
         keeper: Keeper,
         notices: tuple[str, ...] = (),
     ) -> Job:
-        workload, weight_format = workload_of(request), plan.weight_format
-        model = self._variants.named(weight_format)
+        workload, bare = workload_of(request), self.run_of(request, plan)
 
         def shrink(plan: Plan, phase: str, resource: str) -> Plan | None:
-            policy = self.chosen.policy
-            return smaller(model.manifest, workload, self.hardware, plan, phase, resource, policy)
+            policy, manifest = self.chosen.policy, bare.model.manifest
+            return smaller(manifest, workload, self.hardware, plan, phase, resource, policy)
 
-        work = Run(
-            model=model,
-            prepare=self._variants.preparation(weight_format),
-            request=request,
-            plan=plan,
-            device=self._device,
-            overlapped=self._overlapped,
+        work = replace(
+            bare,
             output=order.output,
             overwrite=order.overwrite,
             metadata=order.metadata,
             shrink=shrink,
             keeper=keeper,
-            notices=(*self._notices, *notices),
+            notices=(*bare.notices, *notices),
         )
         job = Job(plan, lambda listener, cancelled: self._work(work, listener, cancelled))
         self._jobs = [known for known in self._jobs if not known.done] + [job]
         return job
+
+    def run_of(self, request: GenerationRequest, plan: Plan) -> Run:
+        """What a job under ``plan`` is made of, besides its output, its keeper and its recovery."""
+        return Run(
+            model=self._variants.named(plan.weight_format),
+            prepare=self._variants.preparation(plan.weight_format),
+            request=request,
+            plan=plan,
+            device=self._device,
+            overlapped=self._overlapped,
+            output=None,
+            overwrite=False,
+            metadata=False,
+            notices=self._notices,
+        )
 
     def _work(self, work: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
         try:

@@ -35,6 +35,7 @@ from penstock.engine.video import write_video
 from penstock.engine.wan import forward as dit
 from penstock.engine.wan.cross import CrossStore
 from penstock.engine.wan.vae_encode import encode_tiled, first_frame_then_zeros
+from penstock.offload.allocator import allocator_capped
 from penstock.offload.streamer import BlockStream
 from penstock.profiles.tiling import TileGrid
 
@@ -49,7 +50,8 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
     """
     started = time.perf_counter()
     stage = Stage(job, listener, cancelled)
-    with Ending(job.keeper, job.device), closing(stage):
+    capped = allocator_capped(job.device, job.plan.vram_limit_bytes)
+    with Ending(job.keeper, job.device), capped, closing(stage):
         for message in (*job.notices, *(warning.message for warning in job.request.warnings)):
             stage.monitor.notice(message)
         latents = sample(stage)

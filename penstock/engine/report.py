@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from torch import Tensor
@@ -127,4 +127,7 @@ def versions() -> dict[str, str]:
 def _version(package: str) -> str:
     if package == "penstock":
         return __version__
-    return version(package)
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a benchmark runs without the video encoder, for one
+        return "absent"

@@ -11,6 +11,14 @@ from typing import TYPE_CHECKING, Any
 from penstock._version import __version__
 
 if TYPE_CHECKING:
+    from penstock.engine.attach.pipe import (
+        Attached,
+        AttachReport,
+        attach,
+        detach,
+        load_pipeline,
+    )
+    from penstock.engine.attach.stream import Streamed, StreamReport, stream
     from penstock.engine.engine import Engine
     from penstock.engine.job import Job
     from penstock.engine.report import JobResult, RunReport
@@ -19,6 +27,8 @@ if TYPE_CHECKING:
     from penstock.profiles.plan import Plan
 
 _HOMES = {
+    "AttachReport": "penstock.engine.attach.pipe",
+    "Attached": "penstock.engine.attach.pipe",
     "Engine": "penstock.engine.engine",
     "GenerationRequest": "penstock.engine.request",
     "Job": "penstock.engine.job",
@@ -27,9 +37,17 @@ _HOMES = {
     "PenstockError": "penstock.errors",
     "Plan": "penstock.profiles.plan",
     "RunReport": "penstock.engine.report",
+    "StreamReport": "penstock.engine.attach.stream",
+    "Streamed": "penstock.engine.attach.stream",
+    "attach": "penstock.engine.attach.pipe",
+    "detach": "penstock.engine.attach.pipe",
+    "load_pipeline": "penstock.engine.attach.pipe",
+    "stream": "penstock.engine.attach.stream",
 }
 
 __all__ = [
+    "AttachReport",
+    "Attached",
     "Engine",
     "GenerationRequest",
     "Job",
@@ -38,7 +56,13 @@ __all__ = [
     "PenstockError",
     "Plan",
     "RunReport",
+    "StreamReport",
+    "Streamed",
     "__version__",
+    "attach",
+    "detach",
+    "load_pipeline",
+    "stream",
 ]
 
 

@@ -25,6 +25,8 @@ from penstock.engine.formats import compute_tag, linear_formats
 from penstock.engine.image import layers_needed
 from penstock.engine.keys import ComponentSource
 from penstock.engine.locate import Files, ModelSource, locate, open_tokenizer
+from penstock.engine.lora import Lora
+from penstock.engine.lora_place import LoraPart, PlacedLoras
 from penstock.engine.opening import Opening
 from penstock.engine.request import Grid
 from penstock.engine.skeleton import Build, Formats, Skeleton
@@ -56,6 +58,7 @@ class Component:
         adapters: what makes odd tensors fit: first outside the blocks, then block by block.
         source: where it comes from.
         packs: those that hold it; every block of theirs is verified as it is read.
+        loras: what LoRAs add, outside the blocks and then block by block; empty without LoRAs.
     """
 
     name: str
@@ -71,26 +74,39 @@ class Component:
     adapters: tuple[Adapter, ...]
     source: ComponentSource
     packs: Packs
+    loras: tuple[LoraPart, ...] = ()
 
     @property
     def module(self) -> Any:
         """The network on the meta device; built now, if this is its first use."""
         return self.skeleton.module
 
+    @property
+    def templates(self) -> tuple[Any, ...]:
+        """The block module of each block; blocks stored alike share one (empty: no blocks)."""
+        return self.skeleton.templates
+
     def weights(self, device: torch.device) -> Weights:
         """The bytes of it, for the planner: as stored, and what adapting the rest takes besides."""
         return Weights(
-            rest_bytes=self.rest.nbytes + self.adapters[0].peak_bytes(device),
+            rest_bytes=self.rest.nbytes + self.made_bytes(device),
             block_bytes=tuple(layout.nbytes for layout in self.blocks),
             itemsize=self.dtype.itemsize,
         )
+
+    def made_bytes(self, device: torch.device, place: int = 0) -> int:
+        """What binding makes besides the stored tensors: outside the blocks, or in the block
+        ``place - 1``."""
+        added = self.loras[place].nbytes if self.loras else 0
+        return self.adapters[place].peak_bytes(device) + added
 
     def storage(
         self, computing: Computing, part: Callable[[str], bool] = lambda name: True
     ) -> Storage:
         """What the quantised linears of the blocks take besides their bytes, and the block tensors
         that are cast; of those linears whose local name ``part`` holds of."""
-        cast = max((a.peak_bytes(computing.scratch.device) for a in self.adapters[1:]), default=0)
+        device, places = computing.scratch.device, range(1, len(self.adapters))
+        cast = max((self.made_bytes(device, place) for place in places), default=0)
         blocks = (self._matrices(index, part) for index in range(len(self.blocks)))
         tag = compute_tag(self.source)
         return storage_of(block_format(self.source), blocks, computing, tag, cast)
@@ -105,15 +121,16 @@ class Component:
         return [(fmt, (shapes[name][0], shapes[name][1])) for name, fmt in linears.items()]
 
     def install(self, computing: Computing) -> None:
-        """Let the quantised linears of the block modules compute so."""
+        """Let the quantised linears of the block modules compute so, and put LoRAs where they belong."""
         self.skeleton.install(computing)
 
     @contextmanager
     def bound(self, tensors: Mapping[str, Tensor], index: int | None = None) -> Iterator[Any]:
         """The block ``index`` (None: the network) with its streamed ``tensors`` bound inside."""
         place = 0 if index is None else index + 1
-        module = self.module if index is None else self.skeleton.templates[index]
-        bind(module, self.adapters[place](tensors))
+        module = self.module if index is None else self.templates[index]
+        tensors = self.adapters[place](tensors)
+        bind(module, self.loras[place](tensors) if self.loras else tensors)
         try:
             yield module
         finally:
@@ -140,6 +157,7 @@ class ModelFiles:
         source: where its parts were found.
         manifest: what the planner knows of it; `installed` says it for a device.
         scratch: that its quantised linears decode into.
+        loras: applied beside the transformer's weights.
     """
 
     opening: Opening
@@ -151,6 +169,7 @@ class ModelFiles:
     image: Component | None
     manifest: ModelManifest
     scratch: Scratch
+    loras: PlacedLoras
 
     @property
     def image_to_video(self) -> bool:
@@ -179,6 +198,8 @@ class ModelFiles:
         if isinstance(tokenizer, Path):
             inside = tokenizer.iterdir() if tokenizer.is_dir() else [tokenizer]
             found |= {f"tokenizer/{path.name}": path for path in inside if path.is_file()}
+        for index, lora in enumerate(self.loras.files):
+            found |= {f"lora/{index}/{part}": path for part, path in enumerate(lora.stamps)}
         return found
 
     def tokenizer(self) -> Any:
@@ -190,24 +211,31 @@ class ModelFiles:
         return open_tokenizer(self.source.tokenizer)
 
     @classmethod
-    def open(cls, model: str | Path | None, files: Files | None = None) -> ModelFiles:
+    def open(
+        cls,
+        model: str | Path | None,
+        files: Files | None = None,
+        loras: Sequence[Lora] = (),
+    ) -> ModelFiles:
         """Describe a model without reading a weight.
 
         Args:
             model, files: as `penstock.engine.locate.locate` takes them.
+            loras: to apply beside the transformer's weights.
 
         Raises:
             CheckpointError: no Wan2.1 model, or one that penstock does not run.
             HeaderError, PickleRefused, TensorMismatch: a component's files cannot be used.
         """
         source = locate(model, files)
-        transformer = _open_transformer(source.transformer)
+        placed = PlacedLoras.open(source.transformer, loras)
+        transformer = _open_transformer(placed)
         text = _open_text(source.text_encoder)
         encoder, decoder = _open_vae(source.vae)
         image = None if source.image_encoder is None else _open_image(source.image_encoder)
         computing = Computing(Scratch(0, "cpu"))
         return cls(
-            opening=Opening(None if model is None else str(model), files or Files()),
+            opening=Opening(None if model is None else str(model), files or Files(), placed.given),
             source=source,
             transformer=transformer,
             text=text,
@@ -216,6 +244,7 @@ class ModelFiles:
             image=image,
             manifest=manifest_of(transformer, text, encoder, decoder, image, computing),
             scratch=computing.scratch,
+            loras=placed,
         )
 
     def installed(self, computing: Computing) -> ModelFiles:
@@ -230,8 +259,9 @@ class ModelFiles:
 
     def with_transformer(self, source: ComponentSource) -> ModelFiles:
         """This model with another transformer; to be `installed` before it computes."""
-        opened = _open_transformer(source)
-        return replace(self, source=replace(self.source, transformer=source), transformer=opened)
+        placed = replace(self.loras, source=source)
+        whole = replace(self.source, transformer=source)
+        return replace(self, source=whole, transformer=_open_transformer(placed), loras=placed)
 
     def components(self) -> tuple[Component, ...]:
         """All networks of the model."""
@@ -244,7 +274,8 @@ class ModelFiles:
             component.checkpoint.close()
 
 
-def _open_transformer(source: ComponentSource) -> Component:
+def _open_transformer(loras: PlacedLoras) -> Component:
+    source = loras.source
     if source.config.get("pos_embed_seq_len") is not None:
         raise CheckpointError(
             "first-and-last-frame models are not supported",
@@ -259,7 +290,8 @@ def _open_transformer(source: ComponentSource) -> Component:
         module = skeleton(WanTransformer3DModel, dict(source.config) | {"num_layers": 1})
         return module, module.blocks[0]
 
-    return _component(source, config, build, "blocks.", config["num_layers"], is_cross_kv)
+    count = config["num_layers"]
+    return _component(source, config, build, "blocks.", count, is_cross_kv, loras=loras)
 
 
 def _open_text(source: ComponentSource) -> Component:
@@ -313,8 +345,10 @@ def _component(
     count: int = 0,
     leaves_stream: Callable[[str], bool] = lambda name: False,
     only: tuple[str, ...] = ("",),
+    loras: PlacedLoras | None = None,
 ) -> Component:
-    entries = source.entries()
+    loras = loras or PlacedLoras(source, (), ())
+    entries = source.entries() | loras.entries()
     groups = [
         {key: entry for key, entry in entries.items() if _in_rest(key, prefix, only)},
         *(_local(entries, f"{prefix}{index}.") for index in range(count)),
@@ -323,12 +357,13 @@ def _component(
     blocks = [_split(group, leaves_stream) for group in groups[1:]]
     packs = Packs.of(source.raw)
     dtype = torch_dtype(compute_tag(source))
+    parts = loras.parts(prefix, count, dtype)
     return Component(
         name=source.component,
         config=config,
-        skeleton=Skeleton(build, formats, dtype),
+        skeleton=Skeleton(build, formats, [part.deltas for part in parts], dtype),
         prefix=prefix,
-        checkpoint=Checkpoint(source.raw.path, entries, source.raw.stamps, {}),
+        checkpoint=Checkpoint(source.raw.path, entries, {**source.raw.stamps, **loras.stamps}, {}),
         rest=packs.checked(BlockLayout.from_entries(groups[0])),
         blocks=tuple(packs.checked(BlockLayout.from_entries(part)) for part, _ in blocks),
         cross=tuple(packs.checked(BlockLayout.from_entries(part)) for _, part in blocks if part),
@@ -337,6 +372,7 @@ def _component(
         adapters=adapters_of(source, prefix, count, only, dtype),
         source=source,
         packs=packs,
+        loras=parts,
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from penstock.quant.compute import Computing
 from penstock.quant.format import QuantFormat
 from penstock.quant.linear import replace_linears
+from penstock.quant.lora import add_deltas
 
 Formats = Mapping[str, QuantFormat]
 
@@ -26,45 +27,61 @@ class Skeleton:
     Args:
         build: makes it.
         formats: of the quantised linears of each block.
+        deltas: what LoRAs add, outside the blocks and then block by block; empty without LoRAs.
         dtype: the type it computes in.
     """
 
-    def __init__(self, build: Build, formats: tuple[Formats, ...], dtype: torch.dtype) -> None:
+    def __init__(
+        self, build: Build, formats: tuple[Formats, ...], deltas: Sequence[Any], dtype: torch.dtype
+    ) -> None:
         self._build, self._formats, self._dtype = build, formats, dtype
+        self._deltas = deltas
         self._computing: Computing | None = None
         self._installed: set[int] = set()
 
     def install(self, computing: Computing) -> None:
-        """Let quantised linears compute so, once they are made. The first call counts."""
+        """Let quantised linears and LoRAs compute so, once they are made. The first call counts."""
         self._computing = self._computing or computing
 
     @property
     def module(self) -> Any:
         """The network."""
-        return self._parts[0]
+        return self._ready[0]
 
     @property
     def templates(self) -> tuple[Any, ...]:
         """The block module of each block, quantised linears in it as its files store them."""
-        templates = self._parts[1]
+        return self._ready[1]
+
+    @property
+    def _ready(self) -> tuple[Any, tuple[Any, ...]]:
+        module, templates = self._parts
         if self._computing is not None and not self._installed:
-            for template, formats in zip(templates, self._formats, strict=True):
-                if id(template) not in self._installed:
-                    replace_linears(template, formats, self._computing, self._dtype)
-                    self._installed.add(id(template))
-        return templates
+            for place, part in enumerate((module, *templates)):
+                if id(part) not in self._installed:
+                    self._put(place, part, self._computing)
+                    self._installed.add(id(part))
+        return module, templates
+
+    def _put(self, place: int, part: Any, computing: Computing) -> None:
+        if place:
+            replace_linears(part, self._formats[place - 1], computing, self._dtype)
+        if self._deltas:
+            add_deltas(part, self._deltas[place], computing, self._dtype)
 
     @cached_property
     def _parts(self) -> tuple[Any, tuple[Any, ...]]:
         module, block = self._build()
-        return module, _templates(block, self._formats)
+        added = self._deltas[1:] or [{}] * len(self._formats)
+        return module, _templates(block, list(zip(self._formats, added, strict=True)))
 
 
-def _templates(block: Any, formats: Sequence[Formats]) -> tuple[Any, ...]:
-    """A block module for each block; one is shared by all blocks whose linears are stored alike."""
-    made: list[tuple[Formats, Any]] = []
+def _templates(block: Any, kinds: Sequence[Any]) -> tuple[Any, ...]:
+    """A block module for each block; one is shared by all blocks of a kind: whose linears are
+    stored alike and bear the same LoRAs."""
+    made: list[tuple[Any, Any]] = []
     templates = []
-    for wanted in formats:
+    for wanted in kinds:
         known = next((module for found, module in made if found == wanted), None)
         if known is None:
             known = block if not made else copy.deepcopy(block)

@@ -121,7 +121,7 @@ class Component:
         return [(fmt, (shapes[name][0], shapes[name][1])) for name, fmt in linears.items()]
 
     def install(self, computing: Computing) -> None:
-        """Let the quantised linears of the block modules compute so, and put LoRAs where they belong."""
+        """Let the quantised linears and the LoRAs of the block modules compute so."""
         self.skeleton.install(computing)
 
     @contextmanager

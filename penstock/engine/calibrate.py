@@ -65,7 +65,7 @@ def calibrate(
     with torch.inference_mode():
         rates = Rates(
             flops=_matmul(device, dtype, effort),
-            copy_bytes_per_s=_copy(device, effort),
+            copy_bytes_per_s=copy_rate(device, effort),
             read_bytes_per_s=_read(folder, effort),
             attention_flops=_attention(device, dtype, effort),
             conv_flops=_convolution(device, dtype, effort),
@@ -210,8 +210,9 @@ def _forward(
     return overhead, rest
 
 
-def _copy(device: torch.device, effort: Effort) -> float:
-    """Through the engine's own tiers: pinned memory on a GPU, plain copies on a CPU."""
+def copy_rate(device: torch.device, effort: Effort) -> float:
+    """Bytes a second from host memory to the device, through the engine's own tiers: from pinned
+    memory on a GPU, plain copies on a CPU."""
     ledger = ByteLedger("calibration", 1 << 62)
     host, tier, link = HostTier(ledger, device), DeviceTier(device, ledger), open_link(device, 1)
     sizes = [effort.copy_bytes]

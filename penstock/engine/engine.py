@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +15,7 @@ from penstock.engine.job import Job
 from penstock.engine.journal import Journal
 from penstock.engine.keeper import JournalKeeper, Keeper
 from penstock.engine.locate import Files
+from penstock.engine.lora import Lora, as_loras
 from penstock.engine.model import ModelFiles
 from penstock.engine.pipeline import run
 from penstock.engine.report import JobResult
@@ -77,6 +79,7 @@ class Engine:
         model: str | Path | None,
         *,
         files: Files | None = None,
+        loras: Sequence[Lora | str | Path] = (),
         format: str | None = None,
         compute: str | None = None,
         vram: str | int | None = None,
@@ -93,6 +96,7 @@ class Engine:
             model: a folder (of diffusers, Wan or ComfyUI), a transformer's file, or a hub id; None
                 if ``files`` names every part.
             files: parts given by themselves; they win over what ``model`` holds.
+            loras: applied beside the transformer's weights: `Lora`, or "FILE" or "FILE:STRENGTH".
             format: of the transformer's matrices (`penstock.quant.format.FORMATS`); None: the
                 profile's, or as they are stored. Where the files hold another, the first job packs
                 the transformer into ``cache``, and it is read from there.
@@ -119,7 +123,7 @@ class Engine:
         )
         hardware = probe(_device_type(device))
         chosen = choose(load(profile), flags, hardware)
-        model_files = ModelFiles.open(model, files)
+        model_files = ModelFiles.open(model, files, as_loras(loras))
         return cls(model_files, hardware, overlapped=overlapped, chosen=chosen, cache=cache)
 
     def plan(self, request: GenerationRequest) -> Plan:
@@ -138,7 +142,8 @@ class Engine:
         Raises:
             OverBudget: no plan fits the budgets; names a profile or a request that does.
         """
-        return self._variants.plan(workload)
+        found = self._variants.plan(workload)
+        return replace(found, origins=found.origins + self.model.loras.origins())
 
     def submit(
         self,
@@ -243,30 +248,39 @@ class Engine:
         keeper: Keeper,
         notices: tuple[str, ...] = (),
     ) -> Job:
-        workload, weight_format = workload_of(request), plan.weight_format
-        model = self._variants.named(weight_format)
+        workload, bare = workload_of(request), self.run_of(request, plan)
 
         def shrink(plan: Plan, phase: str, resource: str) -> Plan | None:
-            policy = self.chosen.policy
-            return smaller(model.manifest, workload, self.hardware, plan, phase, resource, policy)
+            policy, manifest = self.chosen.policy, bare.model.manifest
+            return smaller(manifest, workload, self.hardware, plan, phase, resource, policy)
 
-        work = Run(
-            model=model,
-            prepare=self._variants.preparation(weight_format),
-            request=request,
-            plan=plan,
-            device=self._device,
-            overlapped=self._overlapped,
+        work = replace(
+            bare,
             output=order.output,
             overwrite=order.overwrite,
             metadata=order.metadata,
             shrink=shrink,
             keeper=keeper,
-            notices=(*self._notices, *notices),
+            notices=(*bare.notices, *notices),
         )
         job = Job(plan, lambda listener, cancelled: self._work(work, listener, cancelled))
         self._jobs = [known for known in self._jobs if not known.done] + [job]
         return job
+
+    def run_of(self, request: GenerationRequest, plan: Plan) -> Run:
+        """What a job under ``plan`` is made of, besides its output, its keeper and its recovery."""
+        return Run(
+            model=self._variants.named(plan.weight_format),
+            prepare=self._variants.preparation(plan.weight_format),
+            request=request,
+            plan=plan,
+            device=self._device,
+            overlapped=self._overlapped,
+            output=None,
+            overwrite=False,
+            metadata=False,
+            notices=self._notices,
+        )
 
     def _work(self, work: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
         try:

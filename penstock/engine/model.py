@@ -25,6 +25,8 @@ from penstock.engine.formats import compute_tag, linear_formats
 from penstock.engine.image import layers_needed
 from penstock.engine.keys import ComponentSource
 from penstock.engine.locate import Files, ModelSource, locate, open_tokenizer
+from penstock.engine.lora import Lora
+from penstock.engine.lora_place import LoraPart, PlacedLoras
 from penstock.engine.opening import Opening
 from penstock.engine.request import Grid
 from penstock.engine.specs import manifest_of
@@ -37,6 +39,7 @@ from penstock.profiles.manifest import ModelManifest, Storage, Weights
 from penstock.quant.compute import Computing, Scratch
 from penstock.quant.format import QuantFormat
 from penstock.quant.linear import replace_linears
+from penstock.quant.lora import add_deltas
 
 Formats = Mapping[str, QuantFormat]
 
@@ -57,6 +60,7 @@ class Component:
         adapters: what makes odd tensors fit: first outside the blocks, then block by block.
         source: where it comes from.
         packs: those that hold it; every block of theirs is verified as it is read.
+        loras: what LoRAs add, outside the blocks and then block by block; empty without LoRAs.
     """
 
     name: str
@@ -71,22 +75,30 @@ class Component:
     adapters: tuple[Adapter, ...]
     source: ComponentSource
     packs: Packs
+    loras: tuple[LoraPart, ...] = ()
     _ready: set[int] = field(default_factory=set, repr=False, compare=False)
 
     def weights(self, device: torch.device) -> Weights:
         """The bytes of it, for the planner: as stored, and what adapting the rest takes besides."""
         return Weights(
-            rest_bytes=self.rest.nbytes + self.adapters[0].peak_bytes(device),
+            rest_bytes=self.rest.nbytes + self.made_bytes(device),
             block_bytes=tuple(layout.nbytes for layout in self.blocks),
             itemsize=self.dtype.itemsize,
         )
+
+    def made_bytes(self, device: torch.device, place: int = 0) -> int:
+        """What binding makes besides the stored tensors: outside the blocks, or in the block
+        ``place - 1``."""
+        added = self.loras[place].nbytes if self.loras else 0
+        return self.adapters[place].peak_bytes(device) + added
 
     def storage(
         self, computing: Computing, part: Callable[[str], bool] = lambda name: True
     ) -> Storage:
         """What the quantised linears of the blocks take besides their bytes, and the block tensors
         that are cast; of those linears whose local name ``part`` holds of."""
-        cast = max((a.peak_bytes(computing.scratch.device) for a in self.adapters[1:]), default=0)
+        device, places = computing.scratch.device, range(1, len(self.adapters))
+        cast = max((self.made_bytes(device, place) for place in places), default=0)
         blocks = (self._matrices(index, part) for index in range(len(self.blocks)))
         tag = compute_tag(self.source)
         return storage_of(block_format(self.source), blocks, computing, tag, cast)
@@ -100,18 +112,24 @@ class Component:
         return [(fmt, (each.out_features, each.in_features)) for fmt, each in linears.values()]
 
     def install(self, computing: Computing) -> None:
-        """Put quantised linears into the block modules where the files store them so."""
-        for module, formats in zip(self.templates, self.formats, strict=True):
-            if id(module) not in self._ready:
-                replace_linears(module, formats, computing, self.dtype)
-                self._ready.add(id(module))
+        """Put quantised linears into the block modules where the files store them so, and LoRAs
+        where they belong."""
+        for place, module in enumerate((self.module, *self.templates)):
+            if id(module) in self._ready:
+                continue
+            if place:
+                replace_linears(module, self.formats[place - 1], computing, self.dtype)
+            if self.loras:
+                add_deltas(module, self.loras[place].deltas, computing, self.dtype)
+            self._ready.add(id(module))
 
     @contextmanager
     def bound(self, tensors: Mapping[str, Tensor], index: int | None = None) -> Iterator[Any]:
         """The block ``index`` (None: the network) with its streamed ``tensors`` bound inside."""
         place = 0 if index is None else index + 1
         module = (self.module, *self.templates)[place]
-        bind(module, self.adapters[place](tensors))
+        tensors = self.adapters[place](tensors)
+        bind(module, self.loras[place](tensors) if self.loras else tensors)
         try:
             yield module
         finally:
@@ -138,6 +156,7 @@ class ModelFiles:
         source: where its parts were found.
         manifest: what the planner knows of it; `installed` says it for a device.
         scratch: that its quantised linears decode into.
+        loras: applied beside the transformer's weights.
     """
 
     opening: Opening
@@ -149,6 +168,7 @@ class ModelFiles:
     image: Component | None
     manifest: ModelManifest
     scratch: Scratch
+    loras: PlacedLoras
 
     @property
     def image_to_video(self) -> bool:
@@ -177,6 +197,8 @@ class ModelFiles:
         if isinstance(tokenizer, Path):
             inside = tokenizer.iterdir() if tokenizer.is_dir() else [tokenizer]
             found |= {f"tokenizer/{path.name}": path for path in inside if path.is_file()}
+        for index, lora in enumerate(self.loras.files):
+            found |= {f"lora/{index}/{part}": path for part, path in enumerate(lora.stamps)}
         return found
 
     def tokenizer(self) -> Any:
@@ -188,24 +210,31 @@ class ModelFiles:
         return open_tokenizer(self.source.tokenizer)
 
     @classmethod
-    def open(cls, model: str | Path | None, files: Files | None = None) -> ModelFiles:
+    def open(
+        cls,
+        model: str | Path | None,
+        files: Files | None = None,
+        loras: Sequence[Lora] = (),
+    ) -> ModelFiles:
         """Describe a model without reading a weight.
 
         Args:
             model, files: as `penstock.engine.locate.locate` takes them.
+            loras: to apply beside the transformer's weights.
 
         Raises:
             CheckpointError: no Wan2.1 model, or one that penstock does not run.
             HeaderError, PickleRefused, TensorMismatch: a component's files cannot be used.
         """
         source = locate(model, files)
-        transformer = _open_transformer(source.transformer)
+        placed = PlacedLoras.open(source.transformer, loras)
+        transformer = _open_transformer(placed)
         text = _open_text(source.text_encoder)
         encoder, decoder = _open_vae(source.vae)
         image = None if source.image_encoder is None else _open_image(source.image_encoder)
         computing = Computing(Scratch(0, "cpu"))
         return cls(
-            opening=Opening(None if model is None else str(model), files or Files()),
+            opening=Opening(None if model is None else str(model), files or Files(), placed.given),
             source=source,
             transformer=transformer,
             text=text,
@@ -214,6 +243,7 @@ class ModelFiles:
             image=image,
             manifest=manifest_of(transformer, text, encoder, decoder, image, computing),
             scratch=computing.scratch,
+            loras=placed,
         )
 
     def installed(self, computing: Computing) -> ModelFiles:
@@ -228,8 +258,9 @@ class ModelFiles:
 
     def with_transformer(self, source: ComponentSource) -> ModelFiles:
         """This model with another transformer; to be `installed` before it computes."""
-        opened = _open_transformer(source)
-        return replace(self, source=replace(self.source, transformer=source), transformer=opened)
+        placed = replace(self.loras, source=source)
+        whole = replace(self.source, transformer=source)
+        return replace(self, source=whole, transformer=_open_transformer(placed), loras=placed)
 
     def components(self) -> tuple[Component, ...]:
         """All networks of the model."""
@@ -242,9 +273,10 @@ class ModelFiles:
             component.checkpoint.close()
 
 
-def _open_transformer(source: ComponentSource) -> Component:
+def _open_transformer(loras: PlacedLoras) -> Component:
     from diffusers import WanTransformer3DModel
 
+    source = loras.source
     if source.config.get("pos_embed_seq_len") is not None:
         raise CheckpointError(
             "first-and-last-frame models are not supported",
@@ -253,7 +285,8 @@ def _open_transformer(source: ComponentSource) -> Component:
         )
     module = skeleton(WanTransformer3DModel, dict(source.config) | {"num_layers": 1})
     count = source.config["num_layers"]
-    return _component(source, module, module.blocks[0], "blocks.", count, is_cross_kv)
+    block = module.blocks[0]
+    return _component(source, module, block, "blocks.", count, is_cross_kv, loras=loras)
 
 
 def _open_text(source: ComponentSource) -> Component:
@@ -296,8 +329,10 @@ def _component(
     count: int = 0,
     leaves_stream: Callable[[str], bool] = lambda name: False,
     only: tuple[str, ...] = ("",),
+    loras: PlacedLoras | None = None,
 ) -> Component:
-    entries = source.entries()
+    loras = loras or PlacedLoras(source, (), ())
+    entries = source.entries() | loras.entries()
     groups = [
         {key: entry for key, entry in entries.items() if _in_rest(key, prefix, only)},
         *(_local(entries, f"{prefix}{index}.") for index in range(count)),
@@ -306,11 +341,13 @@ def _component(
     blocks = [_split(group, leaves_stream) for group in groups[1:]]
     packs = Packs.of(source.raw)
     dtype = torch_dtype(compute_tag(source))
+    parts = loras.parts(prefix, count, dtype)
+    added = [part.deltas for part in parts[1:]] or [{}] * count
     return Component(
         name=source.component,
         module=module,
-        templates=_templates(block, formats),
-        checkpoint=Checkpoint(source.raw.path, entries, source.raw.stamps, {}),
+        templates=_templates(block, list(zip(formats, added, strict=True))),
+        checkpoint=Checkpoint(source.raw.path, entries, {**source.raw.stamps, **loras.stamps}, {}),
         rest=packs.checked(BlockLayout.from_entries(groups[0])),
         blocks=tuple(packs.checked(BlockLayout.from_entries(part)) for part, _ in blocks),
         cross=tuple(packs.checked(BlockLayout.from_entries(part)) for _, part in blocks if part),
@@ -319,6 +356,7 @@ def _component(
         adapters=adapters_of(source, prefix, count, only, dtype),
         source=source,
         packs=packs,
+        loras=parts,
     )
 
 
@@ -352,11 +390,12 @@ def _local_formats(formats: Formats, prefix: str, count: int) -> tuple[Formats, 
     )
 
 
-def _templates(block: Any, formats: Sequence[Formats]) -> tuple[Any, ...]:
-    """A block module for each block; one is shared by all blocks whose linears are stored alike."""
-    made: list[tuple[Formats, Any]] = []
+def _templates(block: Any, kinds: Sequence[Any]) -> tuple[Any, ...]:
+    """A block module for each block; one is shared by all blocks of a kind: whose linears are
+    stored alike and bear the same LoRAs."""
+    made: list[tuple[Any, Any]] = []
     templates = []
-    for wanted in formats:
+    for wanted in kinds:
         known = next((module for found, module in made if found == wanted), None)
         if known is None:
             known = block if not made else copy.deepcopy(block)

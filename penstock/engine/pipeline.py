@@ -35,6 +35,7 @@ from penstock.engine.video import write_video
 from penstock.engine.wan import forward as dit
 from penstock.engine.wan.cross import CrossStore
 from penstock.engine.wan.vae_encode import encode_tiled, first_frame_then_zeros
+from penstock.offload.allocator import allocator_capped
 from penstock.offload.streamer import BlockStream
 from penstock.profiles.tiling import TileGrid
 
@@ -49,7 +50,8 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
     """
     started = time.perf_counter()
     stage = Stage(job, listener, cancelled)
-    with Ending(job.keeper, job.device):
+    capped = allocator_capped(job.device, job.plan.vram_limit_bytes)
+    with Ending(job.keeper, job.device), capped, closing(stage):
         for message in (*job.notices, *(warning.message for warning in job.request.warnings)):
             stage.monitor.notice(message)
         latents = sample(stage)
@@ -171,10 +173,11 @@ def denoise(stage: Stage, conditions: Conditions, sampling: Sampling) -> Tensor:
         return sampling.latents.cpu()
     with closing(sampling.resume()) as sampler, stage.rest(component) as model:
         start, steps, latents = sampler.next_step, request.steps, sampling.latents
+        stage.steps_left = steps - start
         cross, modulation = prepare(stage, model, conditions, sampler.timesteps)
         with stage.phase("denoise", steps, "step", done=start) as (plan, phase):
             passes = plan.passes(len(conditions.texts))
-            cycles = (steps - start) * len(passes)
+            cycles = stage.steps_left * len(passes)
             with stage.stream(component.blocks, plan.stream, phase, cycles) as stream:
                 forward = Forward(model, component, stream, cross, plan.chunk_tokens, phase)
                 rope = dit.rope_tables(model, latents.shape[2:], stage.device)

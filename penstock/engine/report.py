@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import platform
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from torch import Tensor
 
 from penstock._version import __version__
+from penstock.offload.stats import Flow
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One denoising step: its seconds, and what passed the edges between the tiers meanwhile.
+
+    On CUDA a step ends when it is issued: what the device had not finished counts to the next.
+    """
+
+    seconds: float
+    flow: Flow
 
 
 @dataclass(frozen=True)
@@ -20,6 +32,8 @@ class PhaseReport:
         read_bytes: weights read from disk.
         copied_bytes: weights copied from host memory to the device.
         stall_s: seconds in which the computation waited for weights.
+        flow: bytes, seconds and stalls at each edge: disk -> host -> device -> computation.
+        steps: the same step by step, where the phase has steps.
     """
 
     name: str
@@ -33,6 +47,8 @@ class PhaseReport:
     read_bytes: int
     copied_bytes: int
     stall_s: float
+    flow: Flow = Flow()
+    steps: tuple[StepReport, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,4 +127,7 @@ def versions() -> dict[str, str]:
 def _version(package: str) -> str:
     if package == "penstock":
         return __version__
-    return version(package)
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a benchmark runs without the video encoder, for one
+        return "absent"

@@ -38,12 +38,15 @@ class Sampling:
 
     def _sampler(self) -> Sampler:
         request = self._stage.job.request
+        assert request.seed is not None
         return Sampler(
             dict(self._stage.model.source.scheduler),
             sampler=request.sampler,
             steps=request.steps,
             shift=request.effective_shift,
             device=self._stage.device,
+            distilled=request.distilled,
+            seed=request.seed,
         )
 
     @property

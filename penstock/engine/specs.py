@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from penstock.engine.lora_place import lora_spec
 from penstock.engine.wan.forward import is_cross_kv
 from penstock.profiles.manifest import (
     ImageSpec,
@@ -69,6 +70,7 @@ def _transformer_spec(component: Component, computing: Computing) -> Transformer
         image_dim=config.image_dim,
         storage=component.storage(computing, lambda name: not is_cross_kv(name)),
         context_storage=component.storage(computing, is_cross_kv),
+        lora=lora_spec(component.loras, component.blocks),
     )
 
 

@@ -12,6 +12,9 @@ from typing import Any
 
 Items = tuple[tuple[str, int], ...]
 
+AHEAD = "blocks read ahead"
+"""The transformer's buffers in host memory, as an item of a phase before its own."""
+
 COMPUTE_PATHS: Mapping[str, str] = MappingProxyType(
     {
         "plain": "multiplied as they are",
@@ -121,6 +124,11 @@ class PhasePlan:
     def ram(self) -> Items:
         """``(label, bytes)`` of everything in host memory at the phase's peak."""
         return self.ram_weights + self.ram_work
+
+    @property
+    def ahead_bytes(self) -> int:
+        """Host memory into which the transformer's first blocks are read meanwhile."""
+        return sum(count for label, count in self.ram_weights if label == AHEAD)
 
     @property
     def ram_work_bytes(self) -> int:
@@ -245,6 +253,7 @@ def _told(phase: PhasePlan) -> list[str]:
         f"{phase.branches} CFG branches a visit",
         f"{phase.tiles[0]}x{phase.tiles[1]} tiles",
         f"cross-attention K/V in {'VRAM' if phase.cross_kv_on_device else 'RAM'}",
+        f"{'the first' if phase.ahead_bytes else 'no'} blocks read ahead",
     ]
     if phase.stream is not None:
         told += [

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import IO, TypeAlias
 
 import torch
-import xxhash
 from torch import Tensor
 
 from penstock.engine.durable import NEW_SUFFIX, FileOps, read_whole, storing, write_atomically
 from penstock.engine.formats import WeightReader
 from penstock.engine.keys import stored_name
 from penstock.engine.locate import ModelSource
-from penstock.engine.packfile import PackFile, PackLayout, Run, digest, sums_text
+from penstock.engine.packfile import PackFile, PackLayout, Run, digest, running_digest, sums_text
 from penstock.engine.packplan import ComponentPlan, Step, plan_component
 from penstock.engine.packside import write_side_files
 from penstock.errors import CheckpointError, UsageError
@@ -215,7 +214,7 @@ def _noted(content: bytes, layout: PackLayout) -> list[bytes]:
 
 
 def _file_digest(file: IO[bytes], offset: int, nbytes: int) -> bytes:
-    state = xxhash.xxh3_128()
+    state = running_digest()
     file.seek(offset)
     left = nbytes
     while left and (piece := file.read(min(_WRITE_BYTES, left))):
@@ -228,7 +227,7 @@ class _Output:
     """The pack being written: only ever appended to. Positions count from the start of the data."""
 
     def __init__(self, ops: FileOps, path: Path, layout: PackLayout, runs: int) -> None:
-        self._ops, self._path, self._hash = ops, path, xxhash.xxh3_128()
+        self._ops, self._path, self._hash = ops, path, running_digest()
         self.position = 0
         if runs:
             self.position = layout.runs[runs - 1].offset + layout.runs[runs - 1].nbytes
@@ -255,7 +254,7 @@ class _Output:
 
     def begin(self) -> None:
         """Start the checksum anew."""
-        self._hash = xxhash.xxh3_128()
+        self._hash = running_digest()
 
     def checksum(self) -> bytes:
         """Of everything since `begin`."""

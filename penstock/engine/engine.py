@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import threading
+import gc
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
 import torch
 
-from penstock.engine.events import Listener
 from penstock.engine.job import Job
+from penstock.engine.jobqueue import JobQueue
 from penstock.engine.journal import Journal
 from penstock.engine.keeper import JournalKeeper, Keeper
 from penstock.engine.locate import Files
 from penstock.engine.model import ModelFiles
 from penstock.engine.pipeline import run
-from penstock.engine.report import JobResult
+from penstock.engine.preview import Previewer
 from penstock.engine.request import GenerationRequest, check_task
 from penstock.engine.stage import Run, workload_of
+from penstock.engine.steering import Hooks, OnStep
 from penstock.engine.stored import (
     Order,
     begin,
@@ -31,7 +32,8 @@ from penstock.engine.stored import (
     restored_request,
 )
 from penstock.engine.video import check_output
-from penstock.errors import DeviceLost, UsageError
+from penstock.errors import UsageError
+from penstock.offload.tiers import release_cached
 from penstock.profiles.advice import plan_chosen
 from penstock.profiles.hardware import Hardware, probe
 from penstock.profiles.phases import Workload
@@ -44,7 +46,9 @@ class Engine:
     """A Wan2.1 model under a byte budget.
 
     Nothing of the model is loaded before a job needs it, and each part is given back after its
-    phase. One job runs at a time; a second waits for the first.
+    phase. One job runs at a time; a second waits for the first. Every method may be called on any
+    thread; engines share nothing, so that several of them, each on its own threads and under its
+    own budgets, do not know of each other.
 
     Example:
         >>> with Engine.open("Wan2.1-I2V-14B-720P-Diffusers", vram="12GiB") as engine:
@@ -64,9 +68,8 @@ class Engine:
         self.chosen = chosen or choose(load(AUTO), Overrides(), hardware)
         self.hardware = self.chosen.hardware
         self._overlapped = overlapped
-        self._turn = threading.Lock()
-        self._jobs: list[Job] = []
-        self._lost: DeviceLost | None = None
+        self._jobs = JobQueue()
+        self._previewer = Previewer()
         model.install(torch.device(hardware.device))
 
     @classmethod
@@ -130,8 +133,10 @@ class Engine:
         force: bool = False,
         metadata: bool = True,
         job_dir: str | Path | None = None,
+        on_step: OnStep | None = None,
+        preview_every: int | None = None,
     ) -> Job:
-        """Start a job.
+        """Start a job, and return while it runs.
 
         Args:
             request: what to make. An open seed is drawn now.
@@ -140,24 +145,33 @@ class Engine:
             metadata: put prompt, seed and settings into the file.
             job_dir: a folder in which the job is kept while it runs, so that it can be resumed;
                 None keeps nothing.
+            on_step: called after each step as ``on_step(step, latents)``, on the job's thread, with
+                the number of steps done (from 1) and a copy of the latents: fp32, (1, z, t, h, w),
+                on the CPU, normalised. It may return None, or latents of that shape to go on with
+                (the report then says ``steered``); what it raises ends the job as it is, and
+                `JobCancelled` ends it as :meth:`Job.cancel` does. A step counts as done, and is
+                kept in ``job_dir``, when ``on_step`` has returned.
+            preview_every: put a `Preview` into the `Progress` event of every so many steps.
 
         Raises:
             OverBudget, RequestError, OutputError: before anything is loaded.
             JournalError: the job cannot be kept in ``job_dir``.
             DeviceLost: an earlier job of this process has lost the device.
+            UsageError: ``preview_every`` is no positive number, or the engine is closed.
         """
-        self._check_device()
+        hooks = Hooks(on_step, preview_every)
+        self._jobs.check_open()
         request = request.with_seed()
         order = Order(None if output is None else Path(output), force, metadata)
         if order.output is not None:
             check_output(order.output, overwrite=force)
         plan = self.plan(request)
         if job_dir is None:
-            return self._start(request, plan, order, Keeper())
+            return self._start(request, plan, order, Keeper(), hooks)
         journal, request = begin(
             Path(job_dir), self.model, request, plan, self._device, order, self._budgets()
         )
-        return self._start(request, plan, order, JournalKeeper(journal))
+        return self._start(request, plan, order, JournalKeeper(journal), hooks)
 
     def resume(
         self,
@@ -166,6 +180,8 @@ class Engine:
         *,
         force: bool = False,
         allow_nonidentical: bool = False,
+        on_step: OnStep | None = None,
+        preview_every: int | None = None,
     ) -> Job:
         """Continue a job that was stopped, failed or killed.
 
@@ -174,22 +190,32 @@ class Engine:
             output: instead of the job's own; None leaves it as it was.
             force: replace an existing file.
             allow_nonidentical: go on also where the result will not be the same to the bit.
+            on_step: as for :meth:`submit`, for the steps that remain. A job whose latents were
+                replaced needs it again; the result is the same to the bit where it answers the same
+                step and latents in the same way.
+            preview_every: as for :meth:`submit`.
 
         Raises:
             FingerprintMismatch: what determines the result has changed; names the fields.
             JournalError: the folder holds no job, one that is done, or a damaged one.
-            OverBudget, OutputError: as for :meth:`submit`.
+            OverBudget, OutputError, DeviceLost, UsageError: as for :meth:`submit`.
         """
-        self._check_device()
+        hooks = Hooks(on_step, preview_every)
+        self._jobs.check_open()
         journal = Journal.open(Path(job_dir))
         try:
-            return self._resume(journal, output, force, allow_nonidentical)
+            return self._resume(journal, output, force, allow_nonidentical, hooks)
         except BaseException:
             journal.close()
             raise
 
     def _resume(
-        self, journal: Journal, output: str | Path | None, force: bool, allow_nonidentical: bool
+        self,
+        journal: Journal,
+        output: str | Path | None,
+        force: bool,
+        allow_nonidentical: bool,
+        hooks: Hooks,
     ) -> Job:
         check_unfinished(journal)
         check_picture(journal)
@@ -203,9 +229,15 @@ class Engine:
             check_output(order.output, overwrite=order.overwrite)
         plan = self._fitting(plan, request)
         now = conditions_now(self.model, self._device)
-        notices = check_conditions(journal, plan, now, allow_nonidentical=allow_nonidentical)
+        notices = check_conditions(
+            journal,
+            plan,
+            now,
+            steers=hooks.on_step is not None,
+            allow_nonidentical=allow_nonidentical,
+        )
         journal.mark("running", plan=plan.to_json(), error=None, **order.facts(), **self._budgets())
-        return self._start(request, plan, order, JournalKeeper(journal), notices)
+        return self._start(request, plan, order, JournalKeeper(journal), hooks, notices)
 
     def _fitting(self, plan: Plan, request: GenerationRequest) -> Plan:
         """The job's own plan where it fits today's budgets, else a new one."""
@@ -220,6 +252,7 @@ class Engine:
         plan: Plan,
         order: Order,
         keeper: Keeper,
+        hooks: Hooks,
         notices: tuple[str, ...] = (),
     ) -> Job:
         workload = workload_of(request)
@@ -241,25 +274,10 @@ class Engine:
             shrink=shrink,
             keeper=keeper,
             notices=notices,
+            hooks=hooks,
+            previewer=self._previewer,
         )
-        job = Job(plan, lambda listener, cancelled: self._work(work, listener, cancelled))
-        self._jobs = [known for known in self._jobs if not known.done] + [job]
-        return job
-
-    def _work(self, work: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
-        try:
-            with self._turn:
-                self._check_device()
-                return run(work, listener, cancelled)
-        except DeviceLost as error:
-            self._lost = error
-            raise
-        finally:
-            work.keeper.close()
-
-    def _check_device(self) -> None:
-        if self._lost is not None:
-            raise self._lost
+        return self._jobs.start(work, run)
 
     @property
     def _device(self) -> torch.device:
@@ -273,11 +291,31 @@ class Engine:
             "device": hardware.device,
         }
 
+    def unload(self) -> None:
+        """Give all VRAM and pinned memory back to the system; the next job loads again.
+
+        Weights and activations are given back phase by phase while a job runs, and nothing of them
+        is left at its end; what is returned here is what allocators keep for later use (torch's
+        cache of device memory, the C library's heap).
+
+        Raises:
+            UsageError: a job is running.
+        """
+        with self._jobs.at_rest():
+            gc.collect()
+            release_cached(self._device)
+
     def close(self) -> None:
-        """Cancel what runs, wait for it, and close the model's files."""
-        for job in self._jobs:
-            job.cancel()
-            job.wait()
+        """Cancel all jobs, wait for their end, unload, and close the model's files.
+
+        May be called more than once. The engine cannot be used afterwards.
+
+        Raises:
+            RuntimeError: called on the thread of one of its jobs (from ``on_step``).
+        """
+        self._jobs.close()
+        if not self._jobs.device_lost:
+            self.unload()
         self.model.close()
 
     def __enter__(self) -> Engine:

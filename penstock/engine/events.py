@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from penstock.engine.preview import Preview
 from penstock.engine.report import PhaseReport
 from penstock.errors import JobCancelled
 from penstock.offload.ledger import ByteLedger
@@ -30,16 +31,21 @@ class PhaseStarted:
 
 @dataclass(frozen=True)
 class Progress:
-    """``done`` of ``total`` units are finished; bytes as the ledgers hold them now.
+    """``step`` of ``total`` units of work are finished; bytes as the ledgers hold them now.
 
     Attributes:
+        phase: such as "denoise"; `unit` names what it counts ("step", "layer", "block", "frame").
+        step: units finished, those of an earlier process included.
+        total: units of the phase.
         seconds_per_unit: mean over the units finished so far.
         eta_s: seconds until the phase ends at that pace.
+        vram_bytes, ram_bytes: held now.
         stall_s: seconds in which the computation has waited for weights in this phase.
+        preview: a small picture, with the denoising steps that were asked for one.
     """
 
     phase: str
-    done: int
+    step: int
     total: int
     unit: str
     seconds_per_unit: float
@@ -47,6 +53,7 @@ class Progress:
     vram_bytes: int
     ram_bytes: int
     stall_s: float
+    preview: Preview | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,11 @@ class PhaseEnded:
     """A phase is over; its figures."""
 
     report: PhaseReport
+
+    @property
+    def phase(self) -> str:
+        """Its name."""
+        return self.report.name
 
 
 @dataclass(frozen=True)
@@ -196,14 +208,14 @@ class PhaseMonitor:
         """Raise JobCancelled if the job was asked to stop."""
         self.monitor.check()
 
-    def advance(self) -> None:
+    def advance(self, preview: Preview | None = None) -> None:
         """One more unit of work is finished."""
         self.done += 1
         pace = self.elapsed_s() / (self.done - self.before)
         self.monitor.tell(
             Progress(
                 phase=self.name,
-                done=self.done,
+                step=self.done,
                 total=self.total,
                 unit=self.unit,
                 seconds_per_unit=pace,
@@ -211,6 +223,7 @@ class PhaseMonitor:
                 vram_bytes=self.monitor.device_ledger.used,
                 ram_bytes=self.monitor.host_ledger.used,
                 stall_s=self.stall_s(),
+                preview=preview,
             )
         )
         self.check()

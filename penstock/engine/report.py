@@ -46,6 +46,8 @@ class RunReport:
         phases: in the order they ran.
         allocated_vram_bytes: peak of the device's own allocator (0 where it has none: the CPU).
         notices: all that the user was told on the way.
+        steered: ``on_step`` replaced the latents in some step: the request and the seed alone do
+            not lead to this video.
     """
 
     output: str | None
@@ -61,6 +63,7 @@ class RunReport:
     phases: tuple[PhaseReport, ...]
     notices: tuple[str, ...]
     versions: dict[str, str]
+    steered: bool = False
 
     @property
     def peak_vram_bytes(self) -> int:

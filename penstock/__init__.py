@@ -1,48 +1,84 @@
 """penstock: video models far larger than the card, inside a byte budget.
 
-Importing this costs nothing; a name is loaded when it is first used.
+Importing this costs nothing; a name is loaded when it is first used. Every error is in
+`penstock.errors`; all of them are a `PenstockError`.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 from penstock._version import __version__
 
-if TYPE_CHECKING:
+if _TYPE_CHECKING:
     from penstock.engine.engine import Engine
+    from penstock.engine.eventlog import Events
+    from penstock.engine.events import (
+        Event,
+        Notice,
+        PhaseEnded,
+        PhaseStarted,
+        Progress,
+        Replanned,
+    )
     from penstock.engine.job import Job
-    from penstock.engine.report import JobResult, RunReport
+    from penstock.engine.preview import Preview
+    from penstock.engine.report import JobResult, PhaseReport, RunReport
     from penstock.engine.request import GenerationRequest
-    from penstock.errors import OverBudget, PenstockError
+    from penstock.errors import JobCancelled, OverBudget, PenstockError
     from penstock.profiles.plan import Plan
 
 _HOMES = {
     "Engine": "penstock.engine.engine",
+    "Event": "penstock.engine.events",
+    "Events": "penstock.engine.eventlog",
     "GenerationRequest": "penstock.engine.request",
     "Job": "penstock.engine.job",
+    "JobCancelled": "penstock.errors",
     "JobResult": "penstock.engine.report",
+    "Notice": "penstock.engine.events",
     "OverBudget": "penstock.errors",
     "PenstockError": "penstock.errors",
+    "PhaseEnded": "penstock.engine.events",
+    "PhaseReport": "penstock.engine.report",
+    "PhaseStarted": "penstock.engine.events",
     "Plan": "penstock.profiles.plan",
+    "Preview": "penstock.engine.preview",
+    "Progress": "penstock.engine.events",
+    "Replanned": "penstock.engine.events",
     "RunReport": "penstock.engine.report",
 }
 
 __all__ = [
     "Engine",
+    "Event",
+    "Events",
     "GenerationRequest",
     "Job",
+    "JobCancelled",
     "JobResult",
+    "Notice",
     "OverBudget",
     "PenstockError",
+    "PhaseEnded",
+    "PhaseReport",
+    "PhaseStarted",
     "Plan",
+    "Preview",
+    "Progress",
+    "Replanned",
     "RunReport",
     "__version__",
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> _Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(_import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

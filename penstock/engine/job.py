@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import traceback
 from collections.abc import Callable
@@ -41,9 +42,10 @@ class Job:
         try:
             self._result = self._work(self._log.add, self._cancelled)
         except BaseException as error:  # noqa: BLE001 - handed to the caller by result()
-            _forget_locals(error)
+            _without_frames(error)
             self._error = error
         finally:
+            gc.collect()  # diffusers' schedulers and frames lie in cycles, and hold tensors
             self._log.end()
 
     @property
@@ -106,8 +108,20 @@ class Job:
         return self._result
 
 
-def _forget_locals(error: BaseException | None) -> None:
-    """Let go of the tensors that the frames of an error's traceback hold."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
+class JobTraceback(Exception):  # noqa: N818 - as the standard library's own of this kind
+    """Where on the job's thread an error was raised, as text: the cause of what `result` raises."""
+
+    def __str__(self) -> str:
+        return f"\n\n{self.args[0]}"
+
+
+def _without_frames(error: BaseException) -> None:
+    """Put text in the place of an error's tracebacks: their frames hold tensors, also when they
+    are cleared, by the closures of their functions."""
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    last, following = error, error.__cause__ or error.__context__
+    while following is not None:
+        last.__traceback__ = None
+        last, following = following, following.__cause__ or following.__context__
+    last.__traceback__ = None
+    last.__cause__ = JobTraceback(text)

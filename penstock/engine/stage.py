@@ -171,6 +171,7 @@ class Stage:
             device_ledger=self.device_ledger,
             host_ledger=self.host_ledger,
             overlapped=self.job.overlapped,
+            should_stop=phase.check,
         ) as stream:
             phase.streams.append(stream.stats)
             yield stream

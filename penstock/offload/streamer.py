@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -56,6 +56,7 @@ class BlockStream:
         device: where tensors are wanted.
         device_ledger, host_ledger: every buffer is reserved there first.
         overlapped: work ahead of the computation; False is the sequential reference.
+        should_stop: called before each resident block is loaded; ends the loading by raising.
 
     Attributes:
         stats: what moved and who waited, so far.
@@ -76,6 +77,7 @@ class BlockStream:
         device_ledger: ByteLedger,
         host_ledger: ByteLedger,
         overlapped: bool = True,
+        should_stop: Callable[[], None] = lambda: None,
     ) -> None:
         if len(layouts) != residency.n_blocks:
             raise UsageError(
@@ -87,6 +89,7 @@ class BlockStream:
         self._layouts, self._residency = tuple(layouts), residency
         self._computes = _queue_of(residency, cycles, Compute)
         self._cycles, self._overlapped = cycles, overlapped
+        self._should_stop = should_stop
         self._device = DeviceTier(device, device_ledger)
         self._host = HostTier(host_ledger, device)
         self._loop: _Loop | None = None
@@ -137,6 +140,7 @@ class BlockStream:
     def _load_residents(self, buffers: Buffers, carrier: Carrier) -> None:
         places, layouts = self._residency, self._layouts
         for block, kept in zip(places.host_resident, buffers.kept, strict=True):
+            self._should_stop()
             carrier.read(layouts[block], kept)
         if not places.device_resident:
             return
@@ -147,6 +151,7 @@ class BlockStream:
             else:
                 through = stack.enter_context(self._host.staging(largest, STAGING_BYTES))
             for block, target in zip(places.device_resident, buffers.resident, strict=True):
+                self._should_stop()
                 carrier.load(layouts[block], through, target)
 
     def cycle(self) -> Iterator[tuple[int, Tensors]]:

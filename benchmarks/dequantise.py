@@ -1,11 +1,12 @@
 """Speed of decoding a weight on this CPU: ours beside each library's own.
 
-    python benchmarks/dequantise.py [--rows 5120] [--columns 5120] [--rounds 7] [--threads 1]
+    python -m benchmarks.dequantise [--rows 5120] [--columns 5120] [--rounds 7] [--threads 1]
 
 The two sides take turns within one run; a ratio is ours / theirs of the median times, so below 1
 ours is faster. Ours decodes into a buffer that is reused, as the engine does; theirs return a new
-tensor, for they have no other form. For fp8 and int8 of ours the other side is the plain torch
-expression ``weight.to(dtype) * scale``. The last line on stdout is JSON.
+tensor, for they have no other form on a CPU (bitsandbytes' ``out=`` has kernels for CUDA only). For
+fp8 and int8 of ours the other side is the plain torch expression ``weight.to(dtype) * scale``. The
+last line on stdout is JSON.
 """
 
 from __future__ import annotations

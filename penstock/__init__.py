@@ -7,12 +7,11 @@ Importing this costs nothing; a name is loaded when it is first used. Every erro
 from __future__ import annotations
 
 from importlib import import_module as _import_module
-from typing import TYPE_CHECKING as _TYPE_CHECKING
-from typing import Any as _Any
+from typing import TYPE_CHECKING
 
 from penstock._version import __version__
 
-if _TYPE_CHECKING:
+if TYPE_CHECKING:
     from penstock.engine.engine import Engine
     from penstock.engine.eventlog import Events
     from penstock.engine.events import (
@@ -74,10 +73,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> _Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(_import_module(_HOMES[name]), name)
+if not TYPE_CHECKING:  # a type checker would take it to have every name
+
+    def __getattr__(name):
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(_import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -18,7 +18,16 @@ import typer
 from rich.console import Console
 
 from penstock._version import __version__
-from penstock.cli_files import inspect, pack, reported, verify
+from penstock.cli_files import (
+    Model,
+    Part,
+    Tokenizer,
+    cache_app,
+    inspect,
+    pack,
+    reported,
+    verify,
+)
 
 app = typer.Typer(
     name="penstock",
@@ -29,6 +38,7 @@ app = typer.Typer(
 )
 jobs_app = typer.Typer(help="List and remove the jobs that are kept on this machine.")
 app.add_typer(jobs_app, name="jobs")
+app.add_typer(cache_app, name="cache")
 
 
 for command in (inspect, pack, verify):
@@ -52,7 +62,9 @@ Profile = Annotated[str, typer.Option(help="A profile's name, or the path of a .
 Compute = Annotated[
     str | None, typer.Option(help="exact, or fast (8-bit products where they work).")
 ]
-Weights = Annotated[str | None, typer.Option(help="Weight format, such as int8.")]
+Format = Annotated[
+    str | None, typer.Option(help="Of the transformer's matrices, such as int8 (as stored).")
+]
 Force = Annotated[bool, typer.Option(help="Replace an existing output.")]
 
 
@@ -76,12 +88,14 @@ def main_options(
 
 @app.command()
 def generate(
-    model: Annotated[
-        str,
-        typer.Option(help="A folder (diffusers, Wan's own, ComfyUI), a transformer, or a hub id."),
-    ],
     prompt: Annotated[str, typer.Option(help="What should happen.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The mp4 to write.")],
+    model: Model = None,
+    transformer: Part = None,
+    text_encoder: Part = None,
+    vae: Part = None,
+    image_encoder: Part = None,
+    tokenizer: Tokenizer = None,
     image: Annotated[Path | None, typer.Option(help="The picture to start from.")] = None,
     negative: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
     size: Annotated[str | None, typer.Option(help="Pixels, such as 1280x720.")] = None,
@@ -99,6 +113,8 @@ def generate(
     ram: Ram = None,
     device: Device = "auto",
     profile: Profile = "auto",
+    format: Format = None,
+    compute: Compute = None,
     force: Force = False,
     no_metadata: Annotated[
         bool, typer.Option("--no-metadata", help="Leave prompt and settings out of the file.")
@@ -116,8 +132,14 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Make a video from a prompt, and a picture where the model takes one."""
+    from penstock.engine.locate import Files
     from penstock.engine.settings import Settings
 
+    files = Files(transformer, text_encoder, vae, image_encoder, tokenizer)
+    opening = {
+        "files": files, "vram": vram, "ram": ram, "device": device, "profile": profile,
+        "format": format, "compute": compute,
+    }  # fmt: skip
     settings = Settings(
         prompt=prompt,
         image=image,
@@ -134,8 +156,8 @@ def generate(
     )
     with reported(debug):
         _generate(
-            model, settings, output, vram, ram, device, force, not no_metadata, as_json,
-            lambda engine, request: _job_folder(engine, request, job, resume_same), profile,
+            model, opening, settings, output, force, not no_metadata, as_json,
+            lambda engine, request, plan: _job_folder(engine, request, plan, job, resume_same),
         )  # fmt: skip
 
 
@@ -225,12 +247,18 @@ def demo(
 
     with reported(debug), tempfile.TemporaryDirectory(prefix="penstock-demo-") as scratch:
         model, settings = demo_model(Path(scratch), prompt=prompt, image=image)
-        _generate(model, settings, output, vram, ram, device, force, True, as_json)
+        opening = {"vram": vram, "ram": ram, "device": device}
+        _generate(model, opening, settings, output, force, True, as_json)
 
 
 @app.command()
 def plan(
-    model: Annotated[Path | None, typer.Option(help="Folder of a model.")] = None,
+    model: Model = None,
+    transformer: Part = None,
+    text_encoder: Part = None,
+    vae: Part = None,
+    image_encoder: Part = None,
+    tokenizer: Tokenizer = None,
     synthetic: Annotated[
         str | None, typer.Option(help="A built-in description instead: wan2.1-i2v-14b.")
     ] = None,
@@ -252,21 +280,23 @@ def plan(
     disk: Annotated[
         str | None, typer.Option(help="Its disk: nvme5, nvme4, nvme3, sata, hdd, or 3.5GB/s.")
     ] = None,
-    weights: Weights = None,
+    format: Format = None,
     compute: Compute = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Say what a video will take, in bytes and seconds, without loading anything."""
+    from penstock.engine.locate import Files
     from penstock.engine.planning import Asked, Target, make_plan
     from penstock.plan_view import plan_view
 
     with reported(debug):
         found = make_plan(
             model,
+            Files(transformer, text_encoder, vae, image_encoder, tokenizer),
             synthetic,
             Asked(size, max_area, frames, steps, cfg, image),
-            Target(device, card, ram, disk, vram, profile, weights, compute),
+            Target(device, card, ram, disk, vram, profile, format, compute),
         )
     if as_json:
         print(json.dumps(found.to_json()))
@@ -319,30 +349,28 @@ def doctor(
     print(f"rates are kept in {found.stored_in}")
 
 
-JobFolder = Callable[[Any, Any], tuple[Path, bool]]
-"""Given the engine and the request: the job's folder, and whether to resume the job in it."""
+JobFolder = Callable[[Any, Any, Any], tuple[Path, bool]]
+"""Given engine, request and plan: the job's folder, and whether to resume the job in it."""
 
 
 def _generate(
-    model: Path | str,
+    model: Path | str | None,
+    opening: dict[str, Any],
     settings: Any,
     output: Path,
-    vram: str | None,
-    ram: str | None,
-    device: str,
     force: bool,
     metadata: bool,
     as_json: bool,
     job_folder: JobFolder | None = None,
-    profile: str = "auto",
 ) -> None:
+    """Make a video with an engine that is opened with ``opening``."""
     from penstock.engine.engine import Engine
     from penstock.engine.settings import resolve
 
-    with Engine.open(model, vram=vram, ram=ram, device=device, profile=profile) as engine:
+    with Engine.open(model, **opening) as engine:
         request = resolve(settings, engine.model)
-        folder, resumes = (None, False) if job_folder is None else job_folder(engine, request)
         plan = engine.plan(request)
+        folder, resumes = (None, False) if job_folder is None else job_folder(engine, request, plan)
         if resumes and folder is not None:
             job = engine.resume(folder, output, force=force)
         else:
@@ -366,13 +394,14 @@ def _watch(job: Any, plan: Any, as_json: bool) -> None:
 
 
 def _job_folder(
-    engine: Any, request: Any, folder: Path | None, resumes: bool | None
+    engine: Any, request: Any, plan: Any, folder: Path | None, resumes: bool | None
 ) -> tuple[Path, bool]:
     """Where the job is kept, and whether an unfinished identical one there is continued."""
     from penstock.engine.jobs import find_unfinished, new_job_folder
     from penstock.engine.stored import request_values
 
-    found = find_unfinished(request_values(request, engine.model.folder), folder)
+    values = request_values(request, engine.model.opening, plan.weight_format, plan.compute)
+    found = find_unfinished(values, folder)
     if found is not None and resumes is not False:
         question = f"job {found.name} is the same and unfinished ({found.step}/{found.steps} steps)"
         if resumes or (sys.stdin.isatty() and typer.confirm(f"{question}: continue it?")):

@@ -1,4 +1,4 @@
-"""Commands about files of weights: inspect, pack, verify. Parse, call, print."""
+"""Commands about files of weights: inspect, pack, verify, cache. Parse, call, print."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import typer
 from rich.console import Console
 
 from penstock.errors import PenstockError
+
+cache_app = typer.Typer(help="List and remove the packs that were made on first use.")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
@@ -109,3 +111,28 @@ def verify(
         print(f"{found.files} packs, {found.runs} runs, {format_bytes(found.nbytes)} checked")
     if found.damage:
         raise typer.Exit(1)
+
+
+@cache_app.command("ls")
+def list_cache(as_json: Json = False, debug: Debug = False) -> None:
+    """List the packs in the cache: size, and what they were made from."""
+    from penstock.engine.cache import cache_folder, cached_packs
+    from penstock.progress import packs_table
+
+    with reported(debug):
+        packs = cached_packs(cache_folder())
+    print(json.dumps([each.to_json() for each in packs]) if as_json else packs_table(packs))
+
+
+@cache_app.command("rm")
+def remove_cached(
+    name: Annotated[str, typer.Argument(help="Name of a pack, as `cache ls` shows it.")],
+    debug: Debug = False,
+) -> None:
+    """Remove a pack; `generate` makes it again when it is needed."""
+    from penstock.engine.cache import cache_folder, remove_pack
+    from penstock.units import format_bytes
+
+    with reported(debug):
+        freed = remove_pack(cache_folder(), name)
+    print(f"removed {name} ({format_bytes(freed)})")

@@ -16,11 +16,12 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from penstock.engine.cache import CachedPack
 from penstock.engine.events import Event, Notice, PhaseEnded, PhaseStarted, Replanned
 from penstock.engine.events import Progress as Advance
 from penstock.engine.jobs import JobInfo
 from penstock.engine.report import PhaseReport, RunReport
-from penstock.profiles.plan import Plan
+from penstock.profiles.plan import COMPUTE_PATHS, Plan
 from penstock.units import format_bytes
 
 
@@ -110,7 +111,7 @@ def _clock(seconds: float) -> str:
 
 
 def plan_summary(plan: Plan) -> str:
-    """The plan in two lines, as printed before anything is loaded."""
+    """The plan in three lines, as printed before anything is loaded."""
     denoise = plan["denoise"]
     stream = denoise.stream
     assert stream is not None
@@ -121,7 +122,9 @@ def plan_summary(plan: Plan) -> str:
         f"plan: {stream.n_blocks} blocks: {stream.device_resident} stay in VRAM, "
         f"{stream.host_resident} in RAM, {stream.disk_blocks} stream from disk; "
         f"{denoise.chunk_tokens} tokens a chunk, {denoise.branches} branch(es) a visit, "
-        f"decode in {plan['decode'].tiles[0]}x{plan['decode'].tiles[1]} tiles"
+        f"decode in {plan['decode'].tiles[0]}x{plan['decode'].tiles[1]} tiles\n"
+        f"plan: blocks stored as {plan.weight_format}, compute {plan.compute}: "
+        f"{COMPUTE_PATHS[plan.compute_path]}"
     )
 
 
@@ -129,7 +132,8 @@ def report_summary(report: RunReport) -> str:
     """One line about a finished job."""
     return (
         f"wrote {report.output}: {report.frames} frames, {report.width}x{report.height}, "
-        f"seed {report.seed}, {report.seconds:.1f} s, "
+        f"seed {report.seed}, {report.weight_format} ({COMPUTE_PATHS[report.compute_path]}), "
+        f"{report.seconds:.1f} s, "
         f"peak VRAM {format_bytes(report.peak_vram_bytes)}, "
         f"RAM {format_bytes(report.peak_ram_bytes)}"
     )
@@ -151,6 +155,23 @@ def jobs_table(jobs: Sequence[JobInfo]) -> str:
         )
         for info in jobs
     ]
+    return _table(rows)
+
+
+def packs_table(packs: Sequence[CachedPack]) -> str:
+    """The packs in the cache: name, size, and what they were made from."""
+    if not packs:
+        return "no packs"
+    rows = [("PACK", "SIZE", "MADE FROM")]
+    rows += [
+        (pack.name, format_bytes(pack.nbytes), pack.source if pack.complete else "(unfinished)")
+        for pack in packs
+    ]
+    return _table(rows)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of equal length in aligned columns."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (zip(row, widths, strict=True) for row in rows)
     return "\n".join(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from penstock.cli import app
+from penstock.engine.jobs import launch_settings
 from tests.engine import golden
+from tests.engine.test_doors import single_files
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +23,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PENSTOCK_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("PENSTOCK_CACHE", str(tmp_path / "cache"))
 
 
 def call(*arguments: str | Path) -> Result:
@@ -56,8 +60,74 @@ def test_pack_verify_generate(tmp_path: Path, model: Path) -> None:
     assert f"damaged: {path}" in run.stdout
 
 
+def test_generate_and_resume_with_single_files(tmp_path: Path, model: Path) -> None:
+    files = single_files(model, tmp_path)
+    flags = ["--transformer", files.transformer, "--text-encoder", files.text_encoder, "--vae",
+             files.vae, "--tokenizer", files.tokenizer]  # fmt: skip
+    run = call("generate", *flags, *REQUEST, "-o", tmp_path / "x.mp4", "--job", tmp_path / "job")
+    assert run.exit_code == 0, run.stderr
+    launch = launch_settings(tmp_path / "job")
+    assert launch.model is None
+    assert launch.options["files"] == files
+    assert call("resume", tmp_path / "job").exit_code != 0  # it is done
+    run = call("generate", *flags[2:], *REQUEST, "-o", tmp_path / "y.mp4")
+    assert run.exit_code == 2
+    assert "--transformer" in run.stderr
+
+
 def test_an_unknown_format_is_bad_usage(tmp_path: Path, model: Path) -> None:
     run = call("pack", "--model", model, "--format", "int3", "-o", tmp_path / "p")
     assert run.exit_code == 2
     assert "int3" in run.stderr
     assert not (tmp_path / "p").exists()
+
+
+def report_of(run: Result) -> dict[str, Any]:
+    assert run.exit_code == 0, run.stderr
+    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+def test_generate_in_a_format_packs_into_the_cache(tmp_path: Path, model: Path) -> None:
+    assert call("cache", "ls").stdout.strip() == "no packs"
+    options = ("--format", "nf4", "--compute", "fast", "--job", tmp_path / "job", "--json")
+    run = call("generate", "--model", model, *options, *REQUEST, "-o", tmp_path / "x.mp4")
+    found = report_of(run)
+    assert found["plan"]["phases"][0]["name"] == "pack"
+    for part in (found["plan"], found["report"]):
+        facts = (part["weight_format"], part["compute"], part["compute_path"])
+        assert facts == ("nf4", "fast", "dequant")
+    assert "blocks stored as nf4, compute fast: decoded" in run.stderr
+    assert "packing the transformer as nf4" in run.stderr
+    (pack,) = json.loads(call("cache", "ls", "--json").stdout)
+    assert pack["complete"]
+    assert pack["source"] == str(model / "transformer")
+    assert pack["name"] in call("cache", "ls").stdout
+    launch = launch_settings(tmp_path / "job")
+    assert (launch.options["format"], launch.options["compute"]) == ("nf4", "fast")
+    assert call("cache", "rm", "other").exit_code == 2
+    assert call("cache", "rm", pack["name"]).exit_code == 0
+    assert not Path(pack["folder"]).exists()
+
+
+def test_plan_states_format_and_path_and_writes_nothing(tmp_path: Path, model: Path) -> None:
+    here = ("plan", "--model", model, "--size", "48x32", "--frames", "5", "--json")
+    cpu = (*here, "--device", "cpu", "--ram", "256MiB", "--vram", "256MiB")
+    plan = report_of(call(*cpu, "--format", "int8", "--compute", "exact"))
+    assert (plan["weight_format"], plan["compute_path"]) == ("int8", "dequant")
+    card = (*here, "--card", "RTX 4090 24GB", "--ram", "32GiB", "--format", "fp8")
+    for compute, path in (("exact", "dequant"), ("fast", "fp8")):
+        plan = report_of(call(*card, "--compute", compute))
+        assert (plan["weight_format"], plan["compute"], plan["compute_path"]) == (
+            "fp8", compute, path,
+        )  # fmt: skip
+    plan = report_of(call(*here, "--card", "RTX 3060 12GB", "--format", "fp8", "--compute", "fast"))
+    assert plan["weight_format"] == "fp8"
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("flags", [("--format", "int3"), ("--compute", "quick")])
+def test_unknown_names_are_bad_usage(tmp_path: Path, model: Path, flags: tuple[str, str]) -> None:
+    run = call("generate", "--model", model, *flags, *REQUEST, "-o", tmp_path / "x.mp4")
+    assert run.exit_code == 2
+    assert flags[1] in run.stderr

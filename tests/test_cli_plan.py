@@ -68,7 +68,7 @@ def test_the_table_names_phases_blocks_bottleneck_and_origins() -> None:
 
 
 def test_json_is_the_plan() -> None:
-    shown = run(*TRUE, *CARD, "--size", "832x480", "--frames", "49", "--weights", "nf4", "--json")
+    shown = run(*TRUE, *CARD, "--size", "832x480", "--frames", "49", "--format", "nf4", "--json")
     plan = Plan.from_json(json.loads(shown))
     assert plan.weight_format == "nf4"
     assert plan.peak_vram_bytes <= plan.vram_limit_bytes < 12 * GIB
@@ -76,7 +76,7 @@ def test_json_is_the_plan() -> None:
 
 
 def test_a_refusal_names_what_fits() -> None:
-    told = refused(*TRUE, *CARD, "--vram", "3GiB", "--weights", "int8")
+    told = refused(*TRUE, *CARD, "--vram", "3GiB", "--format", "int8")
     assert "no plan fits the VRAM budget" in told
     assert "--profile 4gb" in told and "--frames" in told
 
@@ -90,7 +90,7 @@ def test_a_refusal_names_what_fits() -> None:
         (["plan", "--synthetic", "sora", *CARD], "wan2.1-i2v-14b"),
         ([*TRUE, *CARD, "--size", "832x480", "--max-area", "480p"], "--size or --max-area"),
         ([*TRUE, *CARD, "--frames", "80"], "81"),
-        ([*TRUE, *CARD, "--weights", "int3"], "int8"),
+        ([*TRUE, *CARD, "--format", "int3"], "int8"),
         ([*TRUE, *CARD, "--profile", "13gb"], "12gb"),
         (["profiles", "show", "13gb"], "12gb"),
     ],

@@ -99,7 +99,11 @@ def make_shard(vae: AutoencoderKLWan, number: int) -> dict[str, Tensor]:
         pairs = scene_motions(rng, scene, ENCODE.motions)
         clips = torch.stack([clip for clip, _ in pairs]).to(device)
         blank = condition_clips(clips[:1, :, 0], FRAMES)
-        latents = normalise(vae, encode(vae, torch.cat([clips, blank]))).cpu()
+        with torch.autocast(device.type, torch.bfloat16):
+            encoded = encode(vae, torch.cat([clips, blank])).float()
+        latents = normalise(vae, encoded).cpu()
+        if not latents.isfinite().all():
+            raise FloatingPointError(f"latents of scene {index} of shard {number} are not finite")
         ids = tokenizer(
             [text for _, text in pairs],
             padding="max_length",

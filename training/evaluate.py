@@ -7,8 +7,9 @@ motion happens, per motion, the same for the opposite prompts, and the PSNR gate
 import argparse
 import json
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from training.clips import (
     render,
     rng_for,
 )
-from training.generate import Generator, Sampler, from_folder
+from training.generate import Sampler, default_sampler, from_folder
 from training.score import Verdict, judge, psnr
 from training.train_vae import validate
 
@@ -67,8 +68,17 @@ def _rate(verdicts: list[Verdict]) -> float:
     return float(np.mean([verdict.right for verdict in verdicts])) if verdicts else float("nan")
 
 
+class MakesClips(Protocol):
+    """Pictures (h, w, 3) and prompts to clips (b, frames, h, w, 3), all in [0, 1]."""
+
+    def __call__(
+        self, pictures: list[np.ndarray], prompts: list[str], sampler: Sampler, seed: int
+    ) -> np.ndarray:
+        """One clip a pair of picture and prompt."""
+
+
 def score(
-    generator: Generator, pairs: list[Pair], sampler: Sampler, seed: int
+    generator: MakesClips, pairs: list[Pair], sampler: Sampler, seed: int
 ) -> dict[str, object]:
     """Shares right with the prompt and with its opposite, and first-frame PSNR in dB."""
     verdicts: dict[str, list[Verdict]] = defaultdict(list)
@@ -111,13 +121,14 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=48)
     parser.add_argument("--split", choices=("validation", "test"), default="test")
     parser.add_argument("--seed", type=int, default=0)
-    for name, value in asdict(Sampler()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value))
+    for field in fields(Sampler):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default))
     args = parser.parse_args()
-    defaults = json.loads((args.folder / "defaults.json").read_text())
-    chosen = {name: getattr(args, name) or defaults[name] for name in asdict(Sampler())}
+    flags = {field.name: getattr(args, field.name) for field in fields(Sampler)}
+    given = {name: value for name, value in flags.items() if value is not None}
+    sampler = replace(default_sampler(args.folder), **given)
     generator = from_folder(args.folder)
-    figures = score(generator, make_pairs(args.split, args.pairs), Sampler(**chosen), args.seed)
+    figures = score(generator, make_pairs(args.split, args.pairs), sampler, args.seed)
     figures["vae_psnr"] = validate(generator.vae, 48, args.split)
     print(json.dumps(figures, indent=2))
 

@@ -4,7 +4,8 @@ The pipeline takes one picture a call; scoring wants many.  Differences in kind 
 conditioning, guidance and scheduler, with the pads of the text summed up in one token.
 """
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,12 @@ class Sampler:
     steps: int = 12
     guidance_scale: float = 3.0
     shift: float = 3.0
+
+
+def default_sampler(folder: Path) -> Sampler:
+    """The settings that a model folder's defaults.json asks for."""
+    values = json.loads((folder / "defaults.json").read_text())
+    return Sampler(**{field.name: values[field.name] for field in fields(Sampler)})
 
 
 @dataclass

@@ -20,7 +20,7 @@ from training.generate import Generator, Sampler
 from training.models import save_folder
 from training.settings import DIT, ENCODE, FPS, FRAMES, VAE
 
-ROUNDS = 10
+ROUNDS = 3
 """Validations of the transformer in a run."""
 GRID = tuple(Sampler(12, guidance, shift) for guidance in (1.5, 3.0, 5.0) for shift in (3.0, 5.0))
 """Sampler settings tried at the end."""

@@ -60,13 +60,14 @@ DIT_CONFIG = {
 class VaeRun:
     """The autoencoder's run.  Crops are centred near the shape; whole clips come last."""
 
-    steps: int = 12_000
+    steps: int = 5_000
     seed: int = 11
     rate: float = 1.5e-3
-    warmup: int = 100
+    matrix_rate: float = 3e-3
+    warmup: int = 50
     decay: float = 0.3
     """Share of the steps, at the end, over which the rate falls linearly to zero."""
-    whole: float = 0.4
+    whole: float = 0.25
     """Share of the steps after which whole clips and condition clips are mixed in."""
     crop: int = 32
     batch: int = 6
@@ -87,12 +88,13 @@ class EncodeRun:
 class DitRun:
     """The joint run of transformer, text encoder and image encoder."""
 
-    steps: int = 30_000
+    steps: int = 4_000
     seed: int = 12
     rate: float = 1e-3
-    warmup: int = 200
+    matrix_rate: float = 2e-3
+    warmup: int = 100
     decay: float = 0.3
-    batch: int = 8
+    batch: int = 16
     clip: float = 1.0
     weight_decay: float = 0.01
     ema: float = 0.998

@@ -6,8 +6,10 @@ are taken up while it runs.  ``--init-from FOLDER`` starts from the weights of a
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -15,9 +17,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, UMT5EncoderModel
 
-from training.common import SAVE_EVERY, follow, load_state, pick_device, rate_at, save_state
+from training.common import (
+    SAVE_EVERY,
+    Optimiser,
+    follow,
+    load_state,
+    pick_device,
+    rate_at,
+    save_state,
+)
 from training.models import BiasedAttention, MiniWan, build_tokenizer
 from training.settings import DIT, DitRun
+
+OUTER = ("embed", "shared", "proj_out", "scale_shift_table", "relative_attention_bias")
+"""Parts of the names of weights that are not hidden matrices."""
 
 
 def build_model(init_from: Path | None = None) -> MiniWan:
@@ -77,8 +90,12 @@ def flow_loss(
     batch: dict[str, Tensor],
     rng: torch.Generator,
     run: DitRun,
+    transformer: Callable[..., Any],
 ) -> Tensor:
-    """Mean squared error of the predicted velocity, noise minus clip."""
+    """Mean squared error of the predicted velocity, noise minus clip.
+
+    ``transformer`` is the model's own, or a compiled form of it.
+    """
     clean = batch["latents"]
     size = clean.shape[0]
     uniform = (torch.arange(size) + torch.rand(size, generator=rng)) / size
@@ -90,7 +107,7 @@ def flow_loss(
     empty = torch.zeros_like(batch["ids"])
     empty[:, 0] = 1
     states, attention.text_bias = model.encode_text(torch.where(dropped, empty, batch["ids"]))
-    velocity = model.transformer(
+    velocity = transformer(
         torch.cat([noisy, with_mask(batch["condition"])], dim=1),
         timestep=1000 * sigma,
         encoder_hidden_states=states,
@@ -106,14 +123,13 @@ def train(folder: Path, run: DitRun, until: int, init_from: Path | None = None) 
     device = pick_device()
     model = build_model(init_from).to(device)
     attention = model.use_biased_attention()
-    optimiser = torch.optim.AdamW(
-        model.parameters(), run.rate, betas=(0.9, 0.98), weight_decay=run.weight_decay, fused=True
-    )
+    optimiser = Optimiser(model, OUTER, run.rate, run.matrix_rate, run.weight_decay)
     state, average = folder / "dit.safetensors", folder / "ema.safetensors"
     step = load_state(state, model, optimiser)
     ema = build_model().to(device).requires_grad_(False)
     ema.load_state_dict(load_file(average) if average.exists() else model.state_dict())
     shards = Shards(folder / "shards")
+    fused = torch.compile(model.transformer, dynamic=False)  # for the frequent shape: minutes
     mean, began, started = 0.0, step, time.monotonic()
     saved = started
     while step < until:
@@ -121,14 +137,12 @@ def train(folder: Path, run: DitRun, until: int, init_from: Path | None = None) 
             shards.refresh()
         rng = torch.Generator().manual_seed(run.seed * 1_000_000_007 + step)
         batch = {key: value.to(device) for key, value in shards.draw(rng, run.batch).items()}
-        factor = rate_at(step, run.steps, run.warmup, run.decay)
-        for group in optimiser.param_groups:
-            group["lr"] = run.rate * factor
-        loss = flow_loss(model, attention, batch, rng, run)
-        optimiser.zero_grad(set_to_none=True)
+        square = batch["latents"].shape[-1] == batch["latents"].shape[-2]
+        transformer = fused if square else model.transformer
+        loss = flow_loss(model, attention, batch, rng, run, transformer)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), run.clip)
-        optimiser.step()
+        optimiser.step(rate_at(step, run.steps, run.warmup, run.decay))
         step += 1
         follow(ema.parameters(), model.parameters(), min(run.ema, (1 + step) / (10 + step)))
         mean = loss.item() if step == began + 1 else 0.98 * mean + 0.02 * loss.item()

@@ -19,7 +19,15 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
 from torch import Tensor, nn
 
 from training.clips import path, random_motion, random_scene, render, rng_for
-from training.common import SAVE_EVERY, load_state, pick_device, psnr, rate_at, save_state
+from training.common import (
+    SAVE_EVERY,
+    Optimiser,
+    load_state,
+    pick_device,
+    psnr,
+    rate_at,
+    save_state,
+)
 from training.settings import BUCKETS, FRAMES, VAE, VAE_CONFIG, VaeRun
 from training.wholeclip import decode_clip, encode_moments
 
@@ -101,10 +109,11 @@ def training_batch(step: int, run: VaeRun) -> Tensor:
     index = (run.seed * 1_000_000 + step) * run.batch
     if step < run.whole * run.steps:
         return to_batch([crop_clip(index + i, run.crop) for i in range(run.batch)])
-    if step % 8 == 1:
+    if step % 16 == 3:
         return to_batch([whole_clip(index)])
-    batch = to_batch([whole_clip(index, frames=9, square=True)])
-    if step % 4 == 0:
+    frames = FRAMES if step % 4 == 1 else 9
+    batch = to_batch([whole_clip(index, frames, square=True)])
+    if step % 8 == 0:
         batch[:, :, 1:] = 0.0
     return batch
 
@@ -145,21 +154,19 @@ def train(folder: Path, run: VaeRun, init_from: Path | None = None) -> None:
         init_weights(vae)
     else:
         vae.load_state_dict(AutoencoderKLWan.from_pretrained(init_from / "vae").state_dict())
-    optimiser = torch.optim.AdamW(vae.parameters(), run.rate, betas=(0.9, 0.99), weight_decay=0.0)
+    optimiser = Optimiser(vae, ("conv_in", "conv_out"), run.rate, run.matrix_rate, 0.0)
     state = folder / "vae.safetensors"
     step = load_state(state, vae, optimiser)
-    fused = torch.compile(vae_loss, dynamic=False)  # for the two frequent shapes only: minutes each
+    fused = torch.compile(vae_loss, dynamic=False)  # of square clips alone: minutes for each shape
     saved, mean, began = time.monotonic(), 0.0, step
     started = time.monotonic()
     while step < run.steps:
         batch = training_batch(step, run).to(device)
-        for group in optimiser.param_groups:
-            group["lr"] = run.rate * rate_at(step, run.steps, run.warmup, run.decay)
-        loss, square = (vae_loss if batch.shape[2] == FRAMES else fused)(vae, batch, run.kl)
-        optimiser.zero_grad(set_to_none=True)
+        step_loss = fused if batch.shape[3] == batch.shape[4] else vae_loss
+        loss, square = step_loss(vae, batch, run.kl)
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimiser.step()
+        optimiser.step(rate_at(step, run.steps, run.warmup, run.decay))
         step += 1
         mean = square.item() if step == began + 1 else 0.98 * mean + 0.02 * square.item()
         if step % 100 == 0:

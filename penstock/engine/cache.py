@@ -1,39 +1,55 @@
-"""The packs that penstock makes by itself: where they lie, which there are, how to free them."""
+"""The packs that penstock makes by itself: where they lie, which there are, how to free them.
+
+Each is the transformer alone, in a folder named by its format and by what it was made from, so that
+other weights of the same name, or another version of the layout, are another pack.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from penstock.engine.durable import FileOps, storing
-from penstock.engine.fingerprint import stamp
-from penstock.engine.locate import ModelSource
-from penstock.engine.packside import INDEX
-from penstock.errors import UsageError
+from penstock.engine.locate import read_object
+from penstock.engine.lock import JobLock
+from penstock.errors import CheckpointError, UsageError
 
 VARIABLE = "PENSTOCK_CACHE"
+ABOUT = "pack.json"
+"""The last file of a pack to be written, and the first to be removed."""
+
+_LOCK = "lock"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*-[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
 class CachedPack:
-    """A packed model in the cache.
+    """A packed transformer in the cache.
 
     Attributes:
+        source: what it was made from; empty where that is not known yet.
         complete: False: its packing was stopped; the next use continues it.
     """
 
     name: str
     path: Path
     nbytes: int
+    source: str
     complete: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, ready for json.dumps."""
+        return {
+            "name": self.name, "folder": str(self.path), "bytes": self.nbytes,
+            "source": self.source, "complete": self.complete,
+        }  # fmt: skip
 
 
 def cache_folder(environ: Mapping[str, str] | None = None) -> Path:
@@ -53,20 +69,23 @@ def cache_folder(environ: Mapping[str, str] | None = None) -> Path:
     return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "penstock" / "packs"
 
 
-def pack_folder(source: ModelSource, wanted: str, cache: Path) -> Path:
-    """The folder in ``cache`` for ``source`` packed as ``wanted``: a function of what its files
-    hold, not of where they lie.
+def is_complete(folder: Path) -> bool:
+    """Whether the pack in ``folder`` was made to its end."""
+    return (folder / ABOUT).exists()
+
+
+@contextmanager
+def being_changed(folder: Path) -> Iterator[None]:
+    """An existing ``folder`` for one process alone.
 
     Raises:
-        StorageError: a file of the model cannot be read.
+        JobLocked: another one makes this pack, or removes it.
     """
-    files = {
-        part.component: sorted(json.dumps(stamp(path)) for path in part.raw.stamps)
-        for part in source.components()
-    }
-    key = hashlib.sha256(json.dumps([wanted, files], sort_keys=True).encode()).hexdigest()[:16]
-    label = re.sub(r"[^a-z0-9.]+", "-", source.transformer.family.lower()).strip("-")
-    return cache / f"{label}-{wanted}-{key}"
+    lock = JobLock(folder / _LOCK)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def cached_packs(cache: Path) -> list[CachedPack]:
@@ -79,19 +98,28 @@ def cached_packs(cache: Path) -> list[CachedPack]:
             name=folder.name,
             path=folder,
             nbytes=sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()),
-            complete=(folder / INDEX).exists(),
+            source=_source(folder),
+            complete=is_complete(folder),
         )
         for folder in folders
     ]
 
 
+def _source(folder: Path) -> str:
+    try:
+        return str(read_object(folder / ABOUT).get("source", ""))
+    except CheckpointError:
+        return ""  # not finished, or damaged: it can be removed all the same
+
+
 def remove_pack(cache: Path, name: str, ops: FileOps | None = None) -> int:
     """Remove one pack of the cache; gives the bytes freed.
 
-    The index goes first: what an interrupted removal leaves is an unfinished pack, never a model.
+    What makes it a pack goes first: an interrupted removal leaves an unfinished one.
 
     Raises:
         UsageError: the cache holds no pack of that name.
+        JobLocked: it is being made.
         StorageError: it cannot be removed.
     """
     found = next((pack for pack in cached_packs(cache) if pack.name == name), None)
@@ -100,6 +128,10 @@ def remove_pack(cache: Path, name: str, ops: FileOps | None = None) -> int:
         raise UsageError("no such pack in the cache", expected=known or "a pack", found=repr(name))
     ops = ops or FileOps()
     with storing(ops, found.path):
-        ops.unlink(found.path / INDEX)
-        shutil.rmtree(found.path)
+        with being_changed(found.path):
+            ops.unlink(found.path / ABOUT)
+            for path in found.path.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+        shutil.rmtree(found.path)  # with the lock's file, which Windows does not remove while open
     return found.nbytes

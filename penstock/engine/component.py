@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from penstock.engine.formats import decode, is_linear
+from penstock.engine.formats import decode, format_of, is_linear
 from penstock.engine.keys import ComponentSource, as_bytes, stored_name
 from penstock.engine.storage import StoredWeight
 from penstock.offload.checkpoint import Checkpoint, torch_dtype
@@ -31,10 +31,15 @@ class Adapter:
     odd: Mapping[str, tuple[StoredWeight, tuple[int, ...]]]
     dtype: torch.dtype
 
-    @property
-    def nbytes(self) -> int:
-        """What the made tensors take beside the stored ones."""
-        return sum(math.prod(shape) * self.dtype.itemsize for _, shape in self.odd.values())
+    def peak_bytes(self, device: torch.device) -> int:
+        """What the made tensors take beside the stored ones, and making the last of them."""
+        made = sum(math.prod(shape) * self.dtype.itemsize for _, shape in self.odd.values())
+        decoding = (
+            format_of(stored).workspace_bytes((shape[0], shape[1]), device)
+            for stored, shape in self.odd.values()
+            if not stored.plain and len(shape) == 2
+        )
+        return made + max(decoding, default=0)
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """``tensors`` with the odd ones replaced; those of other runs may be absent."""

@@ -31,10 +31,10 @@ from penstock.engine.stored import (
     restored_plan,
     restored_request,
 )
+from penstock.engine.variants import Variants, computing_on
 from penstock.engine.video import check_output
 from penstock.errors import UsageError
 from penstock.offload.tiers import release_cached
-from penstock.profiles.advice import plan_chosen
 from penstock.profiles.hardware import Hardware, probe
 from penstock.profiles.phases import Workload
 from penstock.profiles.plan import Plan
@@ -63,14 +63,16 @@ class Engine:
         *,
         overlapped: bool = True,
         chosen: Chosen | None = None,
+        cache: Path | None = None,
     ) -> None:
-        self.model = model
         self.chosen = chosen or choose(load(AUTO), Overrides(), hardware)
         self.hardware = self.chosen.hardware
+        computing, self._notices = computing_on(self._device, self.chosen.policy.compute)
+        self._variants = Variants(model, self.chosen, computing, cache)
+        self.model = self._variants.stored
         self._overlapped = overlapped
         self._jobs = JobQueue()
         self._previewer = Previewer()
-        model.install(torch.device(hardware.device))
 
     @classmethod
     def open(
@@ -78,12 +80,15 @@ class Engine:
         model: str | Path | None,
         *,
         files: Files | None = None,
+        format: str | None = None,
+        compute: str | None = None,
         vram: str | int | None = None,
         ram: str | int | None = None,
         device: str = "auto",
         profile: str = AUTO,
         overrides: Overrides | None = None,
         overlapped: bool = True,
+        cache: Path | None = None,
     ) -> Engine:
         """Open a model; reads headers only.
 
@@ -91,24 +96,40 @@ class Engine:
             model: a folder (of diffusers, Wan or ComfyUI), a transformer's file, or a hub id; None
                 if ``files`` names every part.
             files: parts given by themselves; they win over what ``model`` holds.
+            format: of the transformer's matrices (`penstock.quant.format.FORMATS`); None: the
+                profile's, or as they are stored. Where the files hold another, the first job packs
+                the transformer into ``cache``, and it is read from there.
+            compute: "exact" decodes quantised weights, "fast" multiplies in 8 bits where the format
+                allows it and the device has just shown that it can; None: the profile's.
             vram, ram: ceilings, such as "12GiB" or bytes; None takes the profile's.
             device: "cuda", "cpu" or "auto" (CUDA where there is one).
             profile: a profile's name or the path of its file.
             overrides: what else wins over the profile.
             overlapped: stream ahead of the computation; False is the sequential reference.
+            cache: where packs are kept; None: `penstock.engine.cache.cache_folder`.
 
         Raises:
             CheckpointError: the folder is not a model that penstock runs.
-            UsageError: an illegal size, device or profile.
+            UsageError: an illegal size, device, profile, format or way to compute.
         """
-        flags = replace(overrides or Overrides(), vram=vram, ram=ram)
+        base = overrides or Overrides()
+        flags = replace(
+            base,
+            vram=vram,
+            ram=ram,
+            format=format or base.format,
+            compute=compute or base.compute,
+        )
         hardware = probe(_device_type(device))
         chosen = choose(load(profile), flags, hardware)
         model_files = ModelFiles.open(model, files)
-        return cls(model_files, hardware, overlapped=overlapped, chosen=chosen)
+        return cls(model_files, hardware, overlapped=overlapped, chosen=chosen, cache=cache)
 
     def plan(self, request: GenerationRequest) -> Plan:
         """What the request will take. Pure arithmetic over headers: nothing is loaded.
+
+        Args:
+            request: what would be made.
 
         Raises:
             OverBudget: no plan fits the budgets.
@@ -120,10 +141,13 @@ class Engine:
     def plan_workload(self, workload: Workload) -> Plan:
         """What a video of that shape will take, whatever it shows.
 
+        Args:
+            workload: its shape, its steps, and whether guidance doubles them.
+
         Raises:
             OverBudget: no plan fits the budgets; names a profile or a request that does.
         """
-        return plan_chosen(lambda _: self.model.manifest, workload, self.chosen)
+        return self._variants.plan(workload)
 
     def submit(
         self,
@@ -168,8 +192,9 @@ class Engine:
         plan = self.plan(request)
         if job_dir is None:
             return self._start(request, plan, order, Keeper(), hooks)
+        now = conditions_now(self.model, self._device, self._variants.matrices(plan.weight_format))
         journal, request = begin(
-            Path(job_dir), self.model, request, plan, self._device, order, self._budgets()
+            Path(job_dir), self.model, request, plan, now, order, self._budgets()
         )
         return self._start(request, plan, order, JournalKeeper(journal), hooks)
 
@@ -228,7 +253,9 @@ class Engine:
         if order.output is not None:
             check_output(order.output, overwrite=order.overwrite)
         plan = self._fitting(plan, request)
-        now = conditions_now(self.model, self._device)
+        matrices = self._variants.matrices(plan.weight_format)
+        plan = replace(plan, compute=matrices["compute"], compute_path=matrices["compute_path"])
+        now = conditions_now(self.model, self._device, matrices)
         notices = check_conditions(
             journal,
             plan,
@@ -255,15 +282,16 @@ class Engine:
         hooks: Hooks,
         notices: tuple[str, ...] = (),
     ) -> Job:
-        workload = workload_of(request)
+        workload, weight_format = workload_of(request), plan.weight_format
+        model = self._variants.named(weight_format)
 
         def shrink(plan: Plan, phase: str, resource: str) -> Plan | None:
             policy = self.chosen.policy
-            manifest = self.model.manifest
-            return smaller(manifest, workload, self.hardware, plan, phase, resource, policy)
+            return smaller(model.manifest, workload, self.hardware, plan, phase, resource, policy)
 
         work = Run(
-            model=self.model,
+            model=model,
+            prepare=self._variants.preparation(weight_format),
             request=request,
             plan=plan,
             device=self._device,
@@ -273,7 +301,7 @@ class Engine:
             metadata=order.metadata,
             shrink=shrink,
             keeper=keeper,
-            notices=notices,
+            notices=(*self._notices, *notices),
             hooks=hooks,
             previewer=self._previewer,
         )
@@ -316,7 +344,7 @@ class Engine:
         self._jobs.close()
         if not self._jobs.device_lost:
             self.unload()
-        self.model.close()
+        self._variants.close()
 
     def __enter__(self) -> Engine:
         return self

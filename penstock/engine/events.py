@@ -22,7 +22,13 @@ from penstock.profiles.plan import PhasePlan
 
 @dataclass(frozen=True)
 class PhaseStarted:
-    """A phase begins; ``total`` units of work will follow (``unit`` names one)."""
+    """A phase begins.
+
+    Attributes:
+        phase: its name.
+        total: units of work that it has.
+        unit: what a unit is: "step", "layer", "block", "frame".
+    """
 
     phase: str
     total: int
@@ -58,7 +64,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class PhaseEnded:
-    """A phase is over; its figures."""
+    """A phase is over.
+
+    Attributes:
+        report: its figures.
+    """
 
     report: PhaseReport
 
@@ -70,7 +80,11 @@ class PhaseEnded:
 
 @dataclass(frozen=True)
 class Notice:
-    """Something the user should know: a cut prompt, a platform feature that is missing."""
+    """Something the user should know: a cut prompt, a platform feature that is missing.
+
+    Attributes:
+        message: one sentence.
+    """
 
     message: str
 

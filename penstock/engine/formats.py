@@ -10,7 +10,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from penstock.engine.keys import ComponentSource, as_bytes
+from penstock.engine.keys import ComponentSource, as_bytes, packed_facts
 from penstock.engine.storage import StoredWeight
 from penstock.errors import CheckpointError
 from penstock.offload.checkpoint import TensorEntry, torch_dtype, view_as_stored
@@ -73,8 +73,15 @@ def compute_tag(source: ComponentSource) -> str:
     """Safetensors tag of the dtype to compute in: that of most plain matrices, else BF16.
 
     GGUF files keep their few plain tensors in F32 and 8-bit files some in F32: that says nothing of
-    the dtype the model was made for, so F32 counts only where nothing is quantised.
+    the dtype the model was made for, so F32 counts only where nothing is quantised. A pack says
+    what its source computed in.
+
+    Raises:
+        CheckpointError: the pack's metadata are damaged.
     """
+    packed = packed_facts(source.raw).get("compute")
+    if packed is not None:
+        return _known_tag(source, packed)
     sizes: dict[str, int] = {}
     for stored in source.weights.values():
         if stored.plain and len(stored.shape or ()) > 1:
@@ -83,6 +90,16 @@ def compute_tag(source: ComponentSource) -> str:
     if any(not stored.plain for stored in source.weights.values()):
         sizes.pop("F32", None)
     return max(sizes, key=lambda tag: sizes[tag], default="BF16")
+
+
+def _known_tag(source: ComponentSource, tag: object) -> str:
+    if tag not in ("BF16", "F16", "F32"):
+        raise CheckpointError(
+            f"{source.raw.path} has damaged metadata",
+            expected="BF16, F16 or F32 to compute in",
+            found=repr(tag),
+        )
+    return str(tag)
 
 
 class WeightReader:

@@ -171,25 +171,6 @@ def conditioning(
     return joined
 
 
-def load_image_processor(folder: Path) -> Any:
-    """The CLIP image processor in ``folder``, from local files only.
-
-    Raises:
-        CheckpointError: there is none, or it cannot be read.
-    """
-    from transformers import CLIPImageProcessor
-
-    try:
-        return CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            "no usable image processor",
-            expected=f"preprocessor_config.json in {folder}",
-            found=str(error).strip().partition("\n")[0],
-            remedy="Download the model's image_processor folder again",
-        ) from error
-
-
 def make_image_processor(config: Mapping[str, Any]) -> Any:
     """The CLIP image processor of a ``preprocessor_config.json``'s content.
 
@@ -210,7 +191,8 @@ def pixel_values(processor: Any, picture: Image.Image) -> Tensor:
 
 
 def layers_needed(num_hidden_layers: int) -> int:
-    """Encoder layers that run: all but the last."""
+    """Encoder layers that run: the model is conditioned on ``hidden_states[-2]``, so the last one
+    is never computed."""
     return num_hidden_layers - 1
 
 

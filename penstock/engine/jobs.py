@@ -22,6 +22,7 @@ from penstock.engine.journal import (
     read_record,
 )
 from penstock.engine.lock import JobLock
+from penstock.engine.opening import Opening
 from penstock.engine.sealed import read_metadata
 from penstock.errors import JobLocked, JournalError, StorageError
 
@@ -186,7 +187,7 @@ def _is_asked_by(record: JobRecord | None, request: Mapping[str, Any]) -> bool:
 class Launch:
     """How the engine of a job is opened again: the model, and arguments of `Engine.open`."""
 
-    model: Path
+    model: str | None
     options: dict[str, Any]
 
 
@@ -196,18 +197,20 @@ def launch_settings(
     """The model, device and budgets of a job; what is given replaces the job's own.
 
     Raises:
-        JournalError: the folder holds no job.
+        JournalError: the folder holds no job, or one that names no model.
     """
     record = read_record(folder)
-    model, facts = record.request.get("model"), record.facts
-    if not isinstance(model, str):
-        raise JournalError(f"{folder} names no model")
+    opening, facts = Opening.from_values(record.request), record.facts
+    plan = record.plan
     options = {
+        "files": opening.files,
+        "format": plan.get("weight_format"),
+        "compute": plan.get("compute"),
         "vram": vram or facts.get("vram_bytes"),
         "ram": ram or facts.get("ram_bytes"),
         "device": facts.get("device", device) if device == "auto" else device,
     }
-    return Launch(Path(model), options)
+    return Launch(opening.model, options)
 
 
 def remove_job(folder: Path) -> None:

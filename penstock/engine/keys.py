@@ -173,14 +173,15 @@ def _rename(raw: RawFile, naming: Naming, prefix: str) -> _Named:
             _place(named, key, naming.rename(local), entry)
     if naming.component == "text_encoder":
         _untie(named.entries)
-    for name, kind in packed_gguf(raw).items():
+    for name, kind in packed_facts(raw).get("gguf", {}).items():
         if name in named.entries:
             named.entries[name] = _as_blocks(named.entries[name], kind)
     return named
 
 
-def packed_gguf(raw: RawFile) -> dict[str, str]:
-    """ggml type of the parameters that a pack stores as GGUF blocks.
+def packed_facts(raw: RawFile) -> dict[str, Any]:
+    """What a pack says of itself: ``compute`` (the dtype's tag) and ``gguf`` (ggml type of each
+    parameter that it stores as GGUF blocks) among others; nothing for other files.
 
     Raises:
         CheckpointError: the pack's metadata are damaged.
@@ -188,8 +189,8 @@ def packed_gguf(raw: RawFile) -> dict[str, str]:
     if PACK_METADATA not in raw.metadata:
         return {}
     try:
-        types = json.loads(raw.metadata[PACK_METADATA])["gguf"]
-        return {str(name): str(kind) for name, kind in types.items()}
+        facts = dict(json.loads(raw.metadata[PACK_METADATA]))
+        return facts | {"gguf": {str(n): str(kind) for n, kind in facts["gguf"].items()}}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{raw.path} has damaged metadata", expected="those of a pack", found=str(error)

@@ -12,10 +12,10 @@ from typing import Any
 
 from penstock.engine.hub import Fetch, hub_snapshot
 from penstock.engine.keys import COMPONENTS, ComponentSource, recognise
-from penstock.engine.source import PICKLES, open_raw, read_bytes, refuse_pickle
+from penstock.engine.source import open_raw, read_bytes, refusal_of
 from penstock.engine.wan.config import IMAGE_PROCESSOR, UNIPC
 from penstock.errors import CheckpointError, PenstockError, UsageError
-from penstock.offload.checkpoint import TensorEntry
+from penstock.offload.checkpoint import PICKLES, TensorEntry
 
 TOKENIZER_TENSOR = "spiece_model"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
@@ -321,10 +321,7 @@ def _choose(name: str, places: tuple[Path, ...], found: _Found) -> ComponentSour
 
 def _nothing(name: str, found: _Found, refused: list[PenstockError]) -> PenstockError:
     if found.pickles:
-        try:
-            refuse_pickle(_likely_pickle(name, found.pickles))
-        except CheckpointError as error:
-            return error
+        return refusal_of(_likely_pickle(name, found.pickles))
     if len(refused) == 1:
         return refused[0]
     return CheckpointError(

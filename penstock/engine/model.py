@@ -18,25 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from penstock.engine.checked import Packs
 from penstock.engine.component import Adapter, adapters_of, read_table_rows
+from penstock.engine.decoding import Matrices, block_format, storage_of
 from penstock.engine.formats import compute_tag, linear_formats
+from penstock.engine.image import layers_needed
 from penstock.engine.keys import ComponentSource
 from penstock.engine.locate import Files, ModelSource, locate, open_tokenizer
+from penstock.engine.opening import Opening
 from penstock.engine.request import Grid
+from penstock.engine.specs import manifest_of
 from penstock.engine.wan.forward import is_cross_kv
 from penstock.engine.weights import bind, skeleton, unbind
 from penstock.errors import CheckpointError
 from penstock.offload.checkpoint import Checkpoint, TensorEntry, torch_dtype
 from penstock.offload.layout import BlockLayout
-from penstock.profiles.manifest import (
-    ImageSpec,
-    ModelManifest,
-    TextSpec,
-    TransformerSpec,
-    VaeSpec,
-    Weights,
-)
-from penstock.quant.compute import Computing, Scratch, scratch_bytes
+from penstock.profiles.manifest import ModelManifest, Storage, Weights
+from penstock.quant.compute import Computing, Scratch
 from penstock.quant.format import QuantFormat
 from penstock.quant.linear import replace_linears
 
@@ -58,7 +56,7 @@ class Component:
         formats: of the quantised linears of each block.
         adapters: what makes odd tensors fit: first outside the blocks, then block by block.
         source: where it comes from.
-        scratch_bytes: of the one buffer that the model's quantised weights are decoded into.
+        packs: those that hold it; every block of theirs is verified as it is read.
     """
 
     name: str
@@ -72,23 +70,34 @@ class Component:
     formats: tuple[Formats, ...]
     adapters: tuple[Adapter, ...]
     source: ComponentSource
-    scratch_bytes: int = 0
+    packs: Packs
     _ready: set[int] = field(default_factory=set, repr=False, compare=False)
 
-    @property
-    def weights(self) -> Weights:
-        """The bytes of it, for the planner: as stored, and what adapting takes beside them."""
-        extra = self.adapters[0].nbytes + max((a.nbytes for a in self.adapters[1:]), default=0)
+    def weights(self, device: torch.device) -> Weights:
+        """The bytes of it, for the planner: as stored, and what adapting the rest takes besides."""
         return Weights(
-            rest_bytes=self.rest.nbytes + extra + self.scratch_bytes,
+            rest_bytes=self.rest.nbytes + self.adapters[0].peak_bytes(device),
             block_bytes=tuple(layout.nbytes for layout in self.blocks),
             itemsize=self.dtype.itemsize,
         )
 
-    @property
-    def quantised(self) -> bool:
-        """Whether `install` must be called before the network computes."""
-        return any(self.formats)
+    def storage(
+        self, computing: Computing, part: Callable[[str], bool] = lambda name: True
+    ) -> Storage:
+        """What the quantised linears of the blocks take besides their bytes, and the block tensors
+        that are cast; of those linears whose local name ``part`` holds of."""
+        cast = max((a.peak_bytes(computing.scratch.device) for a in self.adapters[1:]), default=0)
+        blocks = (self._matrices(index, part) for index in range(len(self.blocks)))
+        tag = compute_tag(self.source)
+        return storage_of(block_format(self.source), blocks, computing, tag, cast)
+
+    def _matrices(self, index: int, part: Callable[[str], bool]) -> Matrices:
+        linears = {
+            name: (fmt, self.templates[index].get_submodule(name))
+            for name, fmt in self.formats[index].items()
+            if part(f"{name}.")
+        }
+        return [(fmt, (each.out_features, each.in_features)) for fmt, each in linears.values()]
 
     def install(self, computing: Computing) -> None:
         """Put quantised linears into the block modules where the files store them so."""
@@ -109,14 +118,29 @@ class Component:
             unbind(module)
 
     def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
-        """Rows of a table, in `dtype`, on the CPU; nothing else is read."""
+        """Rows of a table, in `dtype`, on the CPU; nothing else is kept. A table in a pack is read
+        as a whole once, for its checksum.
+
+        Raises:
+            CheckpointError: the table is damaged, or no format reads it.
+        """
+        for entry in self.source.weights[name].tensors.values():
+            self.packs.verify(entry)
         return read_table_rows(self.source, self.checkpoint, name, rows, self.dtype)
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A Wan2.1 model, wherever its parts lie, opened by its headers alone."""
+    """A Wan2.1 model, wherever its parts lie, opened by its headers alone.
 
+    Attributes:
+        opening: how it was asked for.
+        source: where its parts were found.
+        manifest: what the planner knows of it; `installed` says it for a device.
+        scratch: that its quantised linears decode into.
+    """
+
+    opening: Opening
     source: ModelSource
     transformer: Component
     text: Component
@@ -124,6 +148,7 @@ class ModelFiles:
     vae_decoder: Component
     image: Component | None
     manifest: ModelManifest
+    scratch: Scratch
 
     @property
     def image_to_video(self) -> bool:
@@ -178,31 +203,33 @@ class ModelFiles:
         text = _open_text(source.text_encoder)
         encoder, decoder = _open_vae(source.vae)
         image = None if source.image_encoder is None else _open_image(source.image_encoder)
-        scratch = max(_scratch_bytes(part) for part in (transformer, text, image) if part)
-        transformer = replace(transformer, scratch_bytes=scratch)
-        text = replace(text, scratch_bytes=scratch)
-        image = None if image is None else replace(image, scratch_bytes=scratch)
+        computing = Computing(Scratch(0, "cpu"))
         return cls(
+            opening=Opening(None if model is None else str(model), files or Files()),
             source=source,
             transformer=transformer,
             text=text,
             vae_encoder=encoder,
             vae_decoder=decoder,
             image=image,
-            manifest=_manifest(transformer, text, encoder, decoder, image),
+            manifest=manifest_of(transformer, text, encoder, decoder, image, computing),
+            scratch=computing.scratch,
         )
 
-    def install(self, device: torch.device) -> None:
-        """Make the quantised linears compute on ``device``: exactly, through one scratch buffer."""
-        if any(part.quantised for part in self.components()):
-            computing = Computing(Scratch(self.transformer.scratch_bytes, device))
-            for part in self.components():
-                part.install(computing)
+    def installed(self, computing: Computing) -> ModelFiles:
+        """This model with its quantised linears computing as ``computing`` says, and the manifest
+        that states what they take so. Once a model: the linears stay as they are made."""
+        for part in self.components():
+            part.install(computing)
+        manifest = manifest_of(
+            self.transformer, self.text, self.vae_encoder, self.vae_decoder, self.image, computing
+        )
+        return replace(self, manifest=manifest, scratch=computing.scratch)
 
-    @property
-    def folder(self) -> Path:
-        """What the model was found by, as a path."""
-        return Path(self.source.origin)
+    def with_transformer(self, source: ComponentSource) -> ModelFiles:
+        """This model with another transformer; to be `installed` before it computes."""
+        opened = _open_transformer(source)
+        return replace(self, source=replace(self.source, transformer=source), transformer=opened)
 
     def components(self) -> tuple[Component, ...]:
         """All networks of the model."""
@@ -244,8 +271,7 @@ def _open_image(source: ComponentSource) -> Component:
     config = dict(source.config)
     module = skeleton(CLIPVisionModel, CLIPVisionConfig(**(config | {"num_hidden_layers": 1})))
     block, count = module.encoder.layers[0], config["num_hidden_layers"]
-    # The model is conditioned on hidden_states[-2]: the last layer is never computed.
-    return _component(source, module, block, "encoder.layers.", count - 1)
+    return _component(source, module, block, "encoder.layers.", layers_needed(count))
 
 
 def _open_vae(source: ComponentSource) -> tuple[Component, Component]:
@@ -278,28 +304,21 @@ def _component(
     ]
     formats = _local_formats(linear_formats(source), prefix, count)
     blocks = [_split(group, leaves_stream) for group in groups[1:]]
+    packs = Packs.of(source.raw)
     dtype = torch_dtype(compute_tag(source))
     return Component(
         name=source.component,
         module=module,
         templates=_templates(block, formats),
         checkpoint=Checkpoint(source.raw.path, entries, source.raw.stamps, {}),
-        rest=BlockLayout.from_entries(groups[0]),
-        blocks=tuple(BlockLayout.from_entries(streamed) for streamed, _ in blocks),
-        cross=tuple(BlockLayout.from_entries(cross) for _, cross in blocks if cross),
+        rest=packs.checked(BlockLayout.from_entries(groups[0])),
+        blocks=tuple(packs.checked(BlockLayout.from_entries(part)) for part, _ in blocks),
+        cross=tuple(packs.checked(BlockLayout.from_entries(part)) for _, part in blocks if part),
         dtype=dtype,
         formats=formats,
         adapters=adapters_of(source, prefix, count, only, dtype),
         source=source,
-    )
-
-
-def _scratch_bytes(component: Component) -> int:
-    shapes = component.source.shapes
-    formats = linear_formats(component.source)
-    weights = [(fmt, shapes[f"{name}.weight"]) for name, fmt in formats.items()]
-    return scratch_bytes(
-        ((fmt, (shape[0], shape[1])) for fmt, shape in weights), compute_tag(component.source)
+        packs=packs,
     )
 
 
@@ -344,74 +363,3 @@ def _templates(block: Any, formats: Sequence[Formats]) -> tuple[Any, ...]:
             made.append((wanted, known))
         templates.append(known)
     return tuple(templates)
-
-
-def _manifest(
-    transformer: Component,
-    text: Component,
-    encoder: Component,
-    decoder: Component,
-    image: Component | None,
-) -> ModelManifest:
-    return ModelManifest(
-        transformer=_transformer_spec(transformer),
-        text=_text_spec(text),
-        vae=_vae_spec(encoder, decoder),
-        image=None if image is None else _image_spec(image),
-    )
-
-
-def _transformer_spec(component: Component) -> TransformerSpec:
-    config = component.module.config
-    return TransformerSpec(
-        weights=component.weights,
-        cross_block_bytes=tuple(layout.nbytes for layout in component.cross),
-        num_layers=len(component.blocks),
-        num_attention_heads=config.num_attention_heads,
-        attention_head_dim=config.attention_head_dim,
-        ffn_dim=config.ffn_dim,
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        text_dim=config.text_dim,
-        freq_dim=config.freq_dim,
-        patch_size=tuple(config.patch_size),
-        image_dim=config.image_dim,
-    )
-
-
-def _text_spec(component: Component) -> TextSpec:
-    config = component.module.config
-    return TextSpec(
-        weights=component.weights,
-        d_model=config.d_model,
-        d_kv=config.d_kv,
-        d_ff=config.d_ff,
-        num_layers=len(component.blocks),
-        num_heads=config.num_heads,
-    )
-
-
-def _image_spec(component: Component) -> ImageSpec:
-    config = component.module.config
-    return ImageSpec(
-        weights=component.weights,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=len(component.blocks),
-        num_attention_heads=config.num_attention_heads,
-        image_size=config.image_size,
-        patch_size=config.patch_size,
-    )
-
-
-def _vae_spec(encoder: Component, decoder: Component) -> VaeSpec:
-    config = decoder.module.config
-    return VaeSpec(
-        encoder=encoder.weights,
-        decoder=decoder.weights,
-        base_dim=config.base_dim,
-        z_dim=config.z_dim,
-        dim_mult=tuple(config.dim_mult),
-        num_res_blocks=config.num_res_blocks,
-        temporal_downsample=tuple(config.temperal_downsample),
-    )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TypeAlias
@@ -82,7 +82,7 @@ def pack(
         )
     ops = ops or FileOps()
     plans = [plan_component(component, wanted) for component in source.components()]
-    _check_space(ops, folder, plans)
+    check_space(ops, folder, plans)
     total = sum(plan.layout.file_bytes for plan in plans)
     done = reused = 0
     for plan in plans:
@@ -101,7 +101,12 @@ def _reporter(progress: Progress | None, name: str, base: int, total: int) -> Ca
     return report
 
 
-def _check_space(ops: FileOps, folder: Path, plans: list[ComponentPlan]) -> None:
+def check_space(ops: FileOps, folder: Path, plans: Sequence[ComponentPlan]) -> None:
+    """Make ``folder``, if its disk has room for what ``plans`` still lack.
+
+    Raises:
+        StorageError: it has not.
+    """
     need = 0
     for plan in plans:
         path = folder / plan.file

@@ -202,21 +202,6 @@ class PackFile:
         sums_offset = header.data_start + place.start
         return cls(path, MappingProxyType(about), MappingProxyType(runs), sums_offset)
 
-    def checksums(self) -> dict[int, tuple[int, bytes]]:
-        """Length and checksum of each run by its first byte in the file: what a reader of the run
-        compares with `verify_block`."""
-        return {run.offset: (run.nbytes, run.checksum) for run in self.runs.values()}
-
-
-def is_pack(path: Path) -> bool:
-    """Whether the file is a pack, sound or not.
-
-    Raises:
-        HeaderError: no safetensors file, or a damaged one.
-    """
-    with WeightFile(path) as file:
-        return PACK_METADATA in read_header(file).metadata
-
 
 def _about(path: Path, header: Header) -> dict[str, Any]:
     if PACK_METADATA not in header.metadata or SUMS not in header.tensors:
@@ -272,17 +257,6 @@ def damaged(path: Path, what: str) -> CheckpointError:
         found="others (a checksum differs)",
         remedy="Pack the model again, and check the disk: `penstock verify` lists all damage.",
     )
-
-
-def verify_block(view: memoryview | bytes | bytearray, expected: bytes, path: Path, name: str
-                 ) -> None:  # fmt: skip
-    """Compare the bytes of a run, as they were read, with its checksum.
-
-    Raises:
-        CheckpointError: they differ; names the file and the run.
-    """
-    if digest(view) != expected:
-        raise damaged(path, name)
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from penstock.engine.fingerprint import stamp
 from penstock.engine.formats import compute_tag, is_linear
-from penstock.engine.keys import ComponentSource, as_bytes, stored_name
+from penstock.engine.keys import ComponentSource, as_bytes, recognise, stored_name
 from penstock.engine.packfile import PackLayout, Spec, lay_out
+from penstock.engine.source import RawFile
 from penstock.engine.wan.forward import is_cross_kv
 from penstock.engine.wan.structure import BLOCKS
+from penstock.errors import UsageError
 from penstock.offload.checkpoint import TensorEntry
 from penstock.offload.gguf import PREFIX as GGUF
-from penstock.quant.format import QuantFormat, get_format
+from penstock.quant.format import QuantFormat, get_format, writable
 from penstock.quant.policy import default_policy
 from penstock.quant.rows import Shape
 
@@ -58,14 +62,34 @@ class ComponentPlan:
         """The pack's path inside the model's folder."""
         return f"{self.source.component}/{FILE_NAMES[self.source.component]}"
 
+    def foresee(self, path: Path) -> ComponentSource:
+        """The component as the pack at ``path`` will hold it, before any of it is made: good for
+        plans, and not to be read."""
+        layout = self.layout
+        entries = {
+            t.name: TensorEntry(
+                t.name, path, layout.data_start + t.offset, t.dtype, t.shape, t.nbytes
+            )
+            for run in layout.runs
+            for t in run.tensors
+        }
+        metadata = json.loads(layout.header[8:])["__metadata__"]
+        return recognise(RawFile(path, "safetensors", entries, metadata, {}), self.source.config)
+
 
 def plan_component(source: ComponentSource, wanted: str) -> ComponentPlan:
     """Lay out the pack of ``source``, the block matrices of a transformer stored as ``wanted``.
 
     Raises:
-        UsageError: no such format.
+        UsageError: no such format, or one that is only read.
         CheckpointError: ``source`` is not whole.
     """
+    if wanted not in writable():
+        raise UsageError(
+            "a model cannot be packed in this format",
+            expected="one of " + ", ".join(writable()),
+            found=repr(wanted),
+        )
     source.check()
     target, tag, shapes = get_format(wanted), compute_tag(source), source.shapes
     chosen = set(default_policy(shapes)) if source.component == "transformer" else set()

@@ -42,21 +42,35 @@ def write_side_files(source: ModelSource, folder: Path, wanted: str, ops: FileOp
         write_atomically(ops, path, [content])
 
 
+def write_config(component: ComponentSource, folder: Path, ops: FileOps) -> None:
+    """Write a component's config.json beside its pack, atomically.
+
+    Raises:
+        StorageError: the disk is full or fails.
+    """
+    path = folder / component.component / "config.json"
+    content = as_json(_config(component))
+    with storing(ops, path, len(content)):
+        ops.mkdir(path.parent)
+    write_atomically(ops, path, [content])
+
+
 def side_files(source: ModelSource, wanted: str) -> Iterator[tuple[str, bytes]]:
     """Name and content of each file beside the packs, in the order they are written."""
     for component in source.components():
-        yield f"{component.component}/config.json", _json(_config(component))
-    yield "scheduler/scheduler_config.json", _json(source.scheduler)
+        yield f"{component.component}/config.json", as_json(_config(component))
+    yield "scheduler/scheduler_config.json", as_json(source.scheduler)
     if source.image_encoder is not None:
-        yield "image_processor/preprocessor_config.json", _json(source.image_processor)
+        yield "image_processor/preprocessor_config.json", as_json(source.image_processor)
     if source.defaults:
-        yield "defaults.json", _json(source.defaults)
+        yield "defaults.json", as_json(source.defaults)
     for name, content in _tokenizer(source.tokenizer):
         yield f"tokenizer/{name}", content
-    yield INDEX, _json(_index(source, wanted))
+    yield INDEX, as_json(_index(source, wanted))
 
 
-def _json(value: Mapping[str, Any]) -> bytes:
+def as_json(value: Mapping[str, Any]) -> bytes:
+    """``value`` as the text of a file; the same bytes for the same value."""
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
@@ -89,7 +103,7 @@ def _from_spm(data: bytes) -> Iterator[tuple[str, bytes]]:
     tokenizer = tokenizer_from_spm(data)
     yield "tokenizer.json", tokenizer.backend_tokenizer.to_str().encode()
     marks = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": tokenizer.unk_token}
-    yield "tokenizer_config.json", _json({"tokenizer_class": "PreTrainedTokenizerFast", **marks})
+    yield "tokenizer_config.json", as_json({"tokenizer_class": "PreTrainedTokenizerFast", **marks})
 
 
 def _small(path: Path) -> bytes:

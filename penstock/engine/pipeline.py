@@ -76,6 +76,7 @@ def sample(stage: Stage) -> Tensor:
     keeper = stage.keeper
     latents = keeper.latents()
     if latents is None:
+        stage.prepare()
         conditions = keeper.conditions()
         if conditions is None:
             conditions = condition(stage)
@@ -327,6 +328,9 @@ def _report(job: Run, monitor: Monitor, seconds: float) -> RunReport:
         vram_limit_bytes=job.plan.vram_limit_bytes,
         ram_limit_bytes=job.plan.ram_limit_bytes,
         allocated_vram_bytes=_allocated_bytes(job.device),
+        weight_format=job.plan.weight_format,
+        compute=job.plan.compute,
+        compute_path=job.plan.compute_path,
         phases=tuple(monitor.phases),
         notices=tuple(monitor.notices),
         versions=versions(),

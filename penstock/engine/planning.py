@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from penstock.engine.locate import Files
 from penstock.engine.request import GenerationRequest, parse_area, parse_size, size_for
 from penstock.errors import UsageError
 from penstock.profiles.advice import plan_chosen
@@ -75,7 +76,7 @@ class Target:
     disk: str | None = None
     vram: str | None = None
     profile: str = AUTO
-    weights: str | None = None
+    format: str | None = None
     compute: str | None = None
 
     @property
@@ -103,37 +104,56 @@ class Target:
     def overrides(self) -> Overrides:
         """What wins over the profile."""
         ram = self.ram if self.card is None else None
-        return Overrides(self.vram, ram, format=self.weights, compute=self.compute)
+        return Overrides(self.vram, ram, format=self.format, compute=self.compute)
 
 
-def make_plan(model: Path | None, synthetic: str | None, asked: Asked, target: Target) -> Plan:
-    """The plan for a model's folder, or for a built-in description.
+def make_plan(
+    model: str | None, files: Files, synthetic: str | None, asked: Asked, target: Target
+) -> Plan:
+    """The plan for a model, or for a built-in description.
+
+    Args:
+        model, files: as `penstock.engine.locate.locate` takes them.
 
     Raises:
         UsageError: neither or both; OverBudget: nothing fits.
     """
     hardware = target.hardware
     chosen = choose(load(target.profile), target.overrides, hardware)
-    if synthetic is not None and model is None:
+    has_files = model is not None or files != Files()
+    if synthetic is not None and not has_files:
         return plan_chosen(lambda stored: builtin(synthetic, stored), asked.workload, chosen)
-    if model is not None and synthetic is None:
-        return plan_folder(model, asked, chosen, hardware)
+    if synthetic is None and has_files:
+        opened = _Opened(model, files, described=target.card is not None)
+        return plan_files(opened, asked, chosen)
     raise UsageError(
         "a plan needs a model",
-        expected="--model DIR or --synthetic NAME",
-        found="neither" if model is None else "both",
+        expected="--model MODEL or --synthetic NAME",
+        found="both" if has_files else "neither",
     )
 
 
-def plan_folder(model: Path, asked: Asked, chosen: Chosen, hardware: Hardware) -> Plan:
-    """The plan for a model's folder; reads its headers.
+@dataclass(frozen=True)
+class _Opened:
+    """A model's files, and whether they are planned for a machine that is only described."""
+
+    model: str | None
+    files: Files
+    described: bool
+
+
+def plan_files(opened: _Opened, asked: Asked, chosen: Chosen) -> Plan:
+    """The plan for a model's files; reads their headers.
 
     Raises:
-        CheckpointError: the folder is not a model that penstock runs.
+        CheckpointError: they are not a model that penstock runs.
     """
-    from penstock.engine.engine import Engine
+    import torch
+
     from penstock.engine.model import ModelFiles
     from penstock.engine.settings import Settings, resolve
+    from penstock.engine.variants import Variants, computing_on
+    from penstock.quant.compute import Computing, Scratch
 
     settings = Settings(
         prompt="a plan",
@@ -144,8 +164,11 @@ def plan_folder(model: Path, asked: Asked, chosen: Chosen, hardware: Hardware) -
         guidance_scale=asked.cfg,
         image=asked.image,
     )
-    with Engine(ModelFiles.open(model), hardware, chosen=chosen) as engine:
-        request = resolve(settings, engine.model)
-        return engine.plan_workload(
-            Workload(request.video_shape, request.steps, request.uses_guidance)
-        )
+    model = ModelFiles.open(opened.model, opened.files)
+    request = resolve(settings, model)
+    device = torch.device(chosen.hardware.device)
+    computing = Computing(Scratch(0, device))
+    if not opened.described:
+        computing, _ = computing_on(device, chosen.policy.compute)
+    variants = Variants(model, chosen, computing, described=opened.described)
+    return variants.plan(Workload(request.video_shape, request.steps, request.uses_guidance))

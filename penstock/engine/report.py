@@ -45,6 +45,10 @@ class RunReport:
         seed: the seed that was used, also where the request left it open.
         phases: in the order they ran.
         allocated_vram_bytes: peak of the device's own allocator (0 where it has none: the CPU).
+        weight_format: of the transformer's blocks.
+        compute: "exact" or "fast", as asked.
+        compute_path: how most of the blocks' matrices multiplied: "plain", "dequant", "fp8" or
+            "int8".
         notices: all that the user was told on the way.
         steered: ``on_step`` replaced the latents in some step: the request and the seed alone do
             not lead to this video.
@@ -60,6 +64,9 @@ class RunReport:
     vram_limit_bytes: int
     ram_limit_bytes: int
     allocated_vram_bytes: int
+    weight_format: str
+    compute: str
+    compute_path: str
     phases: tuple[PhaseReport, ...]
     notices: tuple[str, ...]
     versions: dict[str, str]

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from penstock.errors import CheckpointError, PickleRefused
-from penstock.offload.checkpoint import Checkpoint, TensorEntry
+from penstock.offload.checkpoint import PICKLES, Checkpoint, TensorEntry, pickle_refused
 from penstock.offload.files import FileStamp
 from penstock.offload.gguf import is_gguf, read_gguf
-
-PICKLES = (".pth", ".pt", ".ckpt", ".bin")
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ def open_raw(path: Path) -> RawFile:
             remedy="Check the path.",
         )
     if path.is_file() and path.suffix.lower() in PICKLES:
-        refuse_pickle(path)
+        raise refusal_of(path)
     if path.is_file() and is_gguf(path):
         header = read_gguf(path)
         return RawFile(path, "gguf", header.entries, header.metadata, {path: header.stamp})
@@ -57,18 +55,12 @@ def open_raw(path: Path) -> RawFile:
         return RawFile(path, "safetensors", dict(found), found.metadata, found.files)
 
 
-def refuse_pickle(path: Path) -> None:
-    """Raise the error for a pickle.
-
-    Raises:
-        PickleRefused: always.
-    """
-    raise PickleRefused(
-        f"{path} is a pickle, which can run code when it is opened",
-        expected="a .safetensors or .gguf file",
-        found=path.suffix,
-        remedy="Get the same model as safetensors: the -Diffusers repository of Wan-AI, or "
-        "Comfy-Org's repackaged files (text encoder, VAE and clip_vision_h among them).",
+def refusal_of(pickle: Path) -> PickleRefused:
+    """The error for a pickle of a model's part, which is to be had as safetensors."""
+    return pickle_refused(
+        pickle,
+        "Get the same model as safetensors: the -Diffusers repository of Wan-AI, or Comfy-Org's "
+        "repackaged files (text encoder, VAE and clip_vision_h among them).",
     )
 
 

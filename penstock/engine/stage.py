@@ -25,6 +25,7 @@ from penstock.offload.ledger import ByteLedger
 from penstock.offload.schedule import Residency
 from penstock.offload.streamer import BlockStream, load_block
 from penstock.offload.tiers import release_cached
+from penstock.profiles.manifest import SCRATCH
 from penstock.profiles.plan import PhasePlan, Plan, StreamPlan, changes
 from penstock.profiles.planner import Workload
 
@@ -45,6 +46,8 @@ class Run:
         overlapped: stream ahead of the computation (else the sequential reference).
         output: where the mp4 goes; None: decode, but write nothing.
         metadata: prompt and settings go into the file.
+        prepare: gives the model to read weights from, if that is not ``model`` (whose pack may have
+            to be made first).
         shrink: a plan that takes less of a resource in a phase, or None where there is none.
         keeper: what is kept of the job while it runs.
         notices: told at the start.
@@ -60,6 +63,7 @@ class Run:
     output: Path | None
     overwrite: bool
     metadata: bool
+    prepare: Callable[[Stage], ModelFiles] | None = None
     shrink: Shrink = nothing_smaller
     keeper: Keeper = field(default_factory=Keeper)
     notices: tuple[str, ...] = ()
@@ -83,17 +87,24 @@ class Stage:
         self.host_ledger = ByteLedger("RAM", job.plan.ram_limit_bytes)
         self.monitor = Monitor(listener, self.device_ledger, self.host_ledger, cancelled)
 
+    def prepare(self) -> None:
+        """From now on the weights are where the job reads them."""
+        if self.job.prepare is not None:
+            self.model = self.job.prepare(self)
+
     @contextmanager
     def phase(
-        self, name: str, total: int, unit: str, *, done: int = 0
+        self, name: str, total: int, unit: str, *, done: int = 0, plan: PhasePlan | None = None
     ) -> Iterator[tuple[PhasePlan, PhaseMonitor]]:
-        """One phase of the plan, its room reserved; ``done`` units were finished before."""
-        plan = self.plan[name]
+        """One phase of the plan (or of ``plan``), its room reserved; ``done`` units were finished
+        before."""
+        plan = plan or self.plan[name]
         self._active = name
         with (
             self.monitor.phase(plan, total, unit, done) as phase,
             self.device_ledger.reserve(f"{name}: activations", plan.work_bytes),
             self.host_ledger.reserve(f"{name}: host work", plan.ram_work_bytes),
+            self.model.scratch.held(dict(plan.work).get(SCRATCH, 0)),
         ):
             yield plan, phase
 
@@ -142,6 +153,7 @@ class Stage:
             CheckpointChanged: its files changed since the model was opened.
         """
         component.checkpoint.check_unchanged()
+        adapted = component.adapters[0].peak_bytes(self.device)
         with (
             load_block(
                 component.rest,
@@ -149,6 +161,7 @@ class Stage:
                 device_ledger=self.device_ledger,
                 host_ledger=self.host_ledger,
             ) as tensors,
+            self.device_ledger.reserve("adapted weights", adapted),
             component.bound(tensors) as module,
         ):
             yield module

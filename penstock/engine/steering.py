@@ -11,7 +11,7 @@ from torch import Tensor
 from penstock.engine.sampler import check_finite
 from penstock.errors import UsageError
 
-OnStep: TypeAlias = Callable[[int, Tensor], "Tensor | None"]
+OnStep: TypeAlias = Callable[[int, Tensor], Tensor | None]
 """Called with the number of steps done (from 1) and a copy of the latents, fp32 (1, z, t, h, w) on
 the CPU; returns None, or latents of that shape to go on with."""
 

@@ -16,14 +16,18 @@ from penstock.engine.fingerprint import (
     reading,
     stamp,
 )
+from penstock.engine.firstuse import PACKING
 from penstock.engine.journal import HEADER_BYTES, PICTURE_FILE, Journal
 from penstock.engine.model import ModelFiles
+from penstock.engine.opening import Opening
 from penstock.engine.request import GenerationRequest, Grid
 from penstock.errors import JournalError, RequestError
 from penstock.profiles.plan import Plan
 
 STATE_TENSORS = 5
 """Latents and the solver's history at most: UniPC keeps three of the latents' size (order 2)."""
+
+_NOT_OF_THE_REQUEST = ("model", "files", "weight_format", "compute")
 
 GENERATIONS = 3
 """Of the sampler's state: two are kept while a third is written."""
@@ -52,14 +56,18 @@ class Order:
         }
 
 
-def request_values(request: GenerationRequest, model: Path) -> dict[str, Any]:
-    """The request as plain values, with the model's folder; the picture is told by its content.
+def request_values(
+    request: GenerationRequest, opening: Opening, weight_format: str, compute: str
+) -> dict[str, Any]:
+    """The request as plain values, with where the model is, and how its transformer is stored and
+    computes; the picture is told by its content.
 
     Raises:
         StorageError: the picture cannot be read.
     """
     picture = None if request.image is None else stamp(request.image)
-    return asdict(request) | {"image": picture, "model": str(model.resolve())}
+    numerics = {"weight_format": weight_format, "compute": compute}
+    return asdict(request) | {"image": picture} | opening.values() | numerics
 
 
 def begin(
@@ -67,11 +75,14 @@ def begin(
     model: ModelFiles,
     request: GenerationRequest,
     plan: Plan,
-    device: torch.device,
+    now: Fingerprint,
     order: Order,
     budgets: Mapping[str, Any],
 ) -> tuple[Journal, GenerationRequest]:
     """Make a job's directory; returns the journal, and the request on the copy of its picture.
+
+    Args:
+        now: the fingerprint of today, as `conditions_now` gives it.
 
     Raises:
         StorageError: no space, or the folder cannot be written.
@@ -83,9 +94,9 @@ def begin(
             picture = request.image.read_bytes()
     journal = Journal.create(
         folder,
-        request_values(request, model.folder),
+        request_values(request, model.opening, plan.weight_format, plan.compute),
         plan.to_json(),
-        conditions_now(model, device),
+        now,
         facts=order.facts() | dict(budgets),
         picture=picture,
         reserve_bytes=reserve_bytes(model, request),
@@ -95,12 +106,19 @@ def begin(
     return journal, request
 
 
-def conditions_now(model: ModelFiles, device: torch.device) -> Fingerprint:
-    """The fingerprint of a job of this model on this device; chunks and tiles are the plan's."""
+def conditions_now(
+    model: ModelFiles, device: torch.device, matrices: Mapping[str, str]
+) -> Fingerprint:
+    """The fingerprint of a job of this model on this device; chunks and tiles are compared apart.
+
+    Args:
+        model: as its files hold it: a pack of them is a function of its format.
+        matrices: how those of the transformer's blocks are stored and multiply.
+    """
     dtypes = {component.name: str(component.dtype) for component in model.components()}
     return fingerprint(
         device,
-        {"attention": "sdpa", "dtypes": dtypes},
+        {"attention": "sdpa", "dtypes": dtypes} | dict(matrices),
         sorted(model.files.items()),
     )
 
@@ -125,8 +143,7 @@ def restored_request(journal: Journal) -> GenerationRequest:
     Raises:
         JournalError: the record holds none.
     """
-    values = dict(journal.record.request)
-    values.pop("model", None)
+    values = {k: v for k, v in journal.record.request.items() if k not in _NOT_OF_THE_REQUEST}
     picture = journal.folder / PICTURE_FILE if values.get("image") is not None else None
     try:
         grid = Grid(**values.pop("grid"))
@@ -221,4 +238,5 @@ def _rounding(plan: Plan) -> dict[str, Any]:
     return {
         phase.name: {"chunk_tokens": phase.chunk_tokens, "tiles": list(phase.tiles)}
         for phase in plan.phases
+        if phase.name != PACKING
     }

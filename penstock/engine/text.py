@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,10 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import scaled_dot_product_attention
 
-from penstock.errors import CheckpointError, RequestError, TensorMismatch
+from penstock.errors import CheckpointError, RequestError
 
 TOKENS = 512
 
-_TABLES = ("shared.weight", "encoder.embed_tokens.weight")
 _SPACES = re.compile(r"\s+")
 
 
@@ -88,20 +87,6 @@ def tokenise(tokenizer: Any, text: str, max_tokens: int = TOKENS) -> TokenisedPr
         tail = whole[max_tokens - specials : len(whole) - specials]
         cut = tokenizer.decode(tail, skip_special_tokens=True)
     return TokenisedPrompt(tuple(fitted.input_ids), length, cut)
-
-
-def embedding_name(names: Container[str]) -> str:
-    """The embedding table's name among a checkpoint's tensors; files carry one of two, or both.
-
-    Raises:
-        TensorMismatch: neither is there.
-    """
-    for name in _TABLES:
-        if name in names:
-            return name
-    raise TensorMismatch(
-        "the text encoder has no embedding table", expected=" or ".join(_TABLES), found="neither"
-    )
 
 
 def embed(

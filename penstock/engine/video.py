@@ -146,6 +146,17 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return stored if isinstance(stored, dict) else {}
 
 
+def read_frames(path: Path) -> Iterator[np.ndarray[Any, Any]]:
+    """The frames of a video file as uint8 arrays ``(h, w, 3)``, RGB, in order.
+
+    Raises:
+        VideoError: the file cannot be read as a video.
+    """
+    with _as_video_error(path), av.open(str(path)) as container:
+        for frame in container.decode(video=0):
+            yield frame.to_ndarray(format="rgb24")
+
+
 @contextmanager
 def _temporary_beside(path: Path) -> Iterator[Path]:
     """A new file in ``path``'s folder, gone afterwards unless it was renamed."""

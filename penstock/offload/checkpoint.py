@@ -42,7 +42,7 @@ _TORCH_DTYPES = MappingProxyType({
 })  # fmt: skip
 
 _STEMS = ("model", "diffusion_pytorch_model")
-_PICKLES = (".bin", ".ckpt", ".pth", ".pt", ".pkl")
+PICKLES = (".bin", ".ckpt", ".pth", ".pt", ".pkl")
 _PICKLE_MAGIC = re.compile(rb"PK\x03\x04|\x80[\x02-\x05]")
 _CONVERT = (
     'Convert it where you trust it: python -c "import torch, safetensors.torch as s; '
@@ -241,9 +241,9 @@ def find_checkpoint(folder: Path) -> Path:
     loose = [name for name in names if name.endswith(".safetensors")]
     if loose:
         return folder / _only(folder, loose)
-    pickles = [name for name in names if name.endswith(_PICKLES)]
+    pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles:
-        raise _pickle(folder / pickles[0])
+        raise pickle_refused(folder / pickles[0])
     raise CheckpointError(
         f"{folder} holds no weights",
         expected="model.safetensors, diffusion_pytorch_model.safetensors or their .index.json",
@@ -288,14 +288,14 @@ def _open_files(path: Path, files: Sequence[Path]) -> Checkpoint:
 
 
 def _open_header(path: Path) -> tuple[Header, FileStamp]:
-    if path.name.endswith(_PICKLES):
-        raise _pickle(path)
+    if path.name.endswith(PICKLES):
+        raise pickle_refused(path)
     with WeightFile(path) as file:
         start = bytearray(min(9, file.stamp.size))
         file.read_into(memoryview(start), 0)
         # A header length may begin with the same bytes as a pickle; a header begins with "{".
         if _PICKLE_MAGIC.match(start) and start[8:9] != b"{":
-            raise _pickle(path)
+            raise pickle_refused(path)
         return read_header(file), file.stamp
 
 
@@ -361,9 +361,15 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _pickle(path: Path) -> PickleRefused:
+def pickle_refused(path: Path, elsewhere: str = "") -> PickleRefused:
+    """The error for a pickle.
+
+    Args:
+        elsewhere: a sentence that says where the same weights are found as safetensors.
+    """
     return PickleRefused(
         f"{path} is a pickle, which can run any code when it is opened",
         expected="safetensors",
-        remedy=_CONVERT,
+        found=path.suffix or "a pickle's first bytes",
+        remedy=f"{elsewhere} {_CONVERT}".strip(),
     )

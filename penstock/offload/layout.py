@@ -6,10 +6,11 @@ tensors are views. What pads the tensors is never looked at.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import Protocol
 
 from torch import Tensor
 
@@ -44,6 +45,21 @@ class Place:
     shape: tuple[int, ...]
 
 
+class Inspector(Protocol):
+    """Sees the bytes of one read of a block, before anything is done with them."""
+
+    def feed(self, view: memoryview, position: int) -> None:
+        """Bytes that came from the disk, from ``position`` of the buffer on; they come ascending
+        and without gaps inside an extent."""
+
+    def finish(self) -> None:
+        """All bytes were fed.
+
+        Raises:
+            CheckpointError: they are not those that should be there.
+        """
+
+
 @dataclass(frozen=True)
 class BlockLayout:
     """Where the tensors of a block lie in a buffer, and what must be read to fill it.
@@ -53,12 +69,14 @@ class BlockLayout:
         extents: the reads, ascending in the buffer, neighbours of a file joined.
         stamps: what each file must still be.
         nbytes: size of the buffer, a multiple of the page size (0 for no tensors).
+        inspector: makes what looks at the bytes of a read; None: nothing does.
     """
 
     places: Mapping[str, Place]
     extents: tuple[Extent, ...]
     stamps: Mapping[Path, FileStamp | None]
     nbytes: int
+    inspector: Callable[[], Inspector] | None = None
 
     @classmethod
     def from_entries(cls, entries: Mapping[str, TensorEntry]) -> BlockLayout:

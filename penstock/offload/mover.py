@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
 
-from penstock.offload.layout import BlockLayout
+from penstock.offload.layout import BlockLayout, Inspector
 from penstock.offload.schedule import Compute, Copy, Queue, Read, Residency
 from penstock.offload.tiers import DiskTier, HostBuffer, Link
 
@@ -56,13 +57,25 @@ class Carrier:
     link: Link
     stats: StreamStats
 
-    def read(
-        self, layout: BlockLayout, target: HostBuffer, start: int = 0, stop: int | None = None
+    def read(self, layout: BlockLayout, target: HostBuffer) -> None:
+        """Read a block to the beginning of ``target``.
+
+        Raises:
+            CheckpointError: the layout's inspector has found other bytes than it expects.
+        """
+        with _inspected(layout) as inspector:
+            self._read(layout, target, 0, layout.nbytes, inspector)
+
+    def _read(
+        self,
+        layout: BlockLayout,
+        target: HostBuffer,
+        start: int,
+        stop: int,
+        inspector: Inspector | None,
     ) -> None:
-        """Read a block, or its bytes from ``start`` to ``stop``, to the beginning of ``target``."""
-        stop = layout.nbytes if stop is None else stop
         began = time.perf_counter()
-        moved = self.disk.read(layout, target.view[: stop - start], start, stop)
+        moved = self.disk.read(layout, target.view[: stop - start], start, stop, inspector)
         self.stats.add_seconds("read_s", time.perf_counter() - began)
         self.stats.read_bytes += moved.nbytes
         self.stats.direct_bytes += moved.direct_bytes
@@ -74,13 +87,27 @@ class Carrier:
         self.stats.copied_bytes += target.numel()
 
     def load(self, layout: BlockLayout, through: HostBuffer, target: Tensor) -> None:
-        """Bring a block to the device now, by way of a host buffer that may be smaller than it."""
+        """Bring a block to the device now, by way of a host buffer that may be smaller than it.
+
+        Raises:
+            CheckpointError: as `read` does, when all of it has come.
+        """
         step = through.tensor.numel()
-        for start in range(0, layout.nbytes, step):
-            stop = min(start + step, layout.nbytes)
-            self.read(layout, through, start, stop)
-            self.copy(target[start:stop], through)
-            self.link.drain()
+        with _inspected(layout) as inspector:
+            for start in range(0, layout.nbytes, step):
+                stop = min(start + step, layout.nbytes)
+                self._read(layout, through, start, stop, inspector)
+                self.copy(target[start:stop], through)
+                self.link.drain()
+
+
+@contextmanager
+def _inspected(layout: BlockLayout) -> Iterator[Inspector | None]:
+    """What is to be fed the bytes of one read of ``layout``; its verdict comes at the end."""
+    inspector = None if layout.inspector is None else layout.inspector()
+    yield inspector
+    if inspector is not None:
+        inspector.finish()
 
 
 @dataclass(frozen=True)

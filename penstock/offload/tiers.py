@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from penstock.offload.files import DIRECT_ALIGNMENT, FileStamp, WeightFile
-from penstock.offload.layout import BlockLayout, Extent
+from penstock.offload.layout import BlockLayout, Extent, Inspector
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.schedule import Queue, Ref
 from penstock.units import MIB
@@ -58,12 +58,20 @@ class DiskTier:
         self._pool: ThreadPoolExecutor | None = None
 
     def read(
-        self, layout: BlockLayout, target: memoryview, start: int = 0, stop: int | None = None
+        self,
+        layout: BlockLayout,
+        target: memoryview,
+        start: int = 0,
+        stop: int | None = None,
+        inspector: Inspector | None = None,
     ) -> BytesRead:
         """Fill ``target`` (it begins on a page, as do ``start`` and `HostBuffer.view`) with bytes
         ``start`` to ``stop`` (default: the end) of the block.
 
         Not to be called from two threads at once.
+
+        Args:
+            inspector: is fed each piece while later ones are still being read.
 
         Raises:
             CheckpointChanged: a file is shorter or newer than when its header was read.
@@ -75,21 +83,30 @@ class DiskTier:
             for extent in layout.extents
             for piece in _pieces(extent, start, stop)
         ]
-        direct_bytes = self._run([_job(file, piece, target, start) for file, piece in pieces])
+        direct_bytes = 0
+        counts = self._run([_job(file, piece, target, start) for file, piece in pieces])
+        for (_, piece), count in zip(pieces, counts, strict=True):
+            direct_bytes += count
+            if inspector is not None:
+                inspector.feed(_part(target, piece, start), piece.buffer_offset)
         for file in {file for file, _ in pieces}:
             file.check_unchanged()
         return BytesRead(sum(piece.nbytes for _, piece in pieces), direct_bytes)
 
-    def _run(self, jobs: Sequence[Callable[[], int]]) -> int:
+    def _run(self, jobs: Sequence[Callable[[], int]]) -> Iterator[int]:
+        """What each job gives, in order."""
         if len(jobs) <= 1:
-            return sum(job() for job in jobs)
+            yield from (job() for job in jobs)
+            return
         if self._pool is None:
             self._pool = ThreadPoolExecutor(READS_IN_FLIGHT, thread_name_prefix="penstock-disk")
             self._stack.callback(self._pool.shutdown)
         futures = [self._pool.submit(job) for job in jobs]
-        # No piece may still be written to when an error lets the buffer go.
-        wait(futures)
-        return sum(future.result() for future in futures)
+        try:
+            yield from (future.result() for future in futures)
+        finally:
+            # No piece may still be written to when an error lets the buffer go.
+            wait(futures)
 
     def _file(self, path: Path, stamp: FileStamp | None) -> WeightFile:
         if path not in self._files:
@@ -115,10 +132,15 @@ def _pieces(extent: Extent, start: int, stop: int) -> Iterator[Extent]:
 
 def _job(file: WeightFile, piece: Extent, target: memoryview, start: int) -> Callable[[], int]:
     """The read of ``piece`` into ``target``, which is on a page and at ``start`` of the block."""
-    position = piece.buffer_offset - start
-    view = target[position : position + piece.nbytes]
-    on_page = position % DIRECT_ALIGNMENT == 0
+    on_page = (piece.buffer_offset - start) % DIRECT_ALIGNMENT == 0
+    view = _part(target, piece, start)
     return partial(file.read_into, view, piece.file_offset, on_page=on_page)
+
+
+def _part(target: memoryview, piece: Extent, start: int) -> memoryview:
+    """Where ``piece`` goes in a buffer that begins at ``start`` of the block."""
+    position = piece.buffer_offset - start
+    return target[position : position + piece.nbytes]
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 
 from penstock.profiles.cost import transformer
-from penstock.profiles.manifest import TransformerSpec
+from penstock.profiles.manifest import ComputePath, Storage, TransformerSpec
 from penstock.profiles.phases import (
     Case,
     Group,
@@ -20,7 +21,7 @@ from penstock.profiles.phases import (
     loading_s,
 )
 from penstock.profiles.plan import Items, PhasePlan
-from penstock.profiles.policy import Limits
+from penstock.profiles.policy import Limits, Policy
 from penstock.profiles.rates import Rates
 from penstock.profiles.streams import (
     LINK_CARE,
@@ -39,7 +40,18 @@ CHUNKS = (1 << 16, 1 << 15, 1 << 14, 1 << 13, 4096, 2048, 1024, 512, 256, 128, 6
 EIGHT_BIT_WORKSPACE_BYTES = 128 * MIB
 """Temporaries of an 8-bit matrix product (`penstock.quant.compute.DEFAULT_CHUNK_BYTES`)."""
 
-_EIGHT_BIT = ("fp8", "int8")
+_EIGHT_BIT: Mapping[str, ComputePath] = MappingProxyType({"fp8": "fp8", "int8": "int8"})
+
+
+def compute_path(stored: Storage, policy: Policy, rates: Rates) -> ComputePath:
+    """How most matrices of the blocks multiply: as the device was found to allow, or, for a machine
+    that is only described, as its rates say."""
+    if stored.path is not None:
+        return stored.path
+    fast = policy.compute == "fast" and rates.eight_bit_flops is not None
+    if fast and stored.format in _EIGHT_BIT:
+        return _EIGHT_BIT[stored.format]
+    return "dequant" if stored.scratch_bytes else "plain"
 
 
 @dataclass(frozen=True)
@@ -139,7 +151,10 @@ class Denoise:
             self.case,
             Network.of(spec.cross_block_bytes, resident=False),
             spec.weights.rest_bytes,
-            (*transformer.context_bytes(spec, case).items, *self._decoding),
+            (
+                *transformer.context_bytes(spec, case).items,
+                *self._decoding(spec.context_storage or spec.storage),
+            ),
             self._host_kept(case),
             transformer.context_flops(spec, case),
             rest_stays=True,
@@ -204,28 +219,23 @@ class Denoise:
         return tuple(sorted(shapes, key=lambda shape: (shape.least_seconds, shape.work_bytes)))
 
     def _shape(self, cost: transformer.DenoiseCase) -> Shape:
-        work = (*transformer.denoise_bytes(self.spec, cost).items, *self._decoding)
+        work = (
+            *transformer.denoise_bytes(self.spec, cost).items,
+            *self._decoding(self.spec.storage),
+        )
         passes = self.case.workload.steps * -(-cost.branches // cost.visit_branches)
         return Shape(cost, work, self._compute_s(cost), passes)
 
     @property
     def _is_fast(self) -> bool:
-        rates, stored = self.case.rates, self.spec.storage
-        fast = self.case.policy.compute == "fast" and rates.eight_bit_flops is not None
-        return fast and stored.format in _EIGHT_BIT
+        case = self.case
+        return compute_path(self.spec.storage, case.policy, case.rates) in _EIGHT_BIT
 
-    @property
-    def _decoding(self) -> Items:
+    def _decoding(self, stored: Storage) -> Items:
         """What quantised matrices take in VRAM besides their bytes."""
-        stored = self.spec.storage
-        if self._is_fast:
+        if stored.path is None and self._is_fast:
             return (("8-bit workspace", EIGHT_BIT_WORKSPACE_BYTES),)
-        if not stored.scratch_bytes:
-            return ()
-        return (
-            ("dequantisation scratch", stored.scratch_bytes),
-            ("dequantisation workspace", stored.workspace_bytes),
-        )
+        return stored.items
 
     def _compute_s(self, cost: transformer.DenoiseCase) -> float:
         """Seconds of one pass over all blocks, fetching cross-attention K/V included."""

@@ -7,6 +7,13 @@ built-in description. Names follow the configs of diffusers and transformers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+SCRATCH = "dequantisation scratch"
+"""Label of the buffer that matrices are decoded into, in plans."""
+
+ComputePath = Literal["plain", "dequant", "fp8", "int8"]
+"""How matrices multiply: as they are, decoded first, or in 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -14,7 +21,7 @@ class Weights:
     """Bytes of one component as they are held in memory.
 
     Attributes:
-        rest_bytes: all that is not in a block, one aligned run.
+        rest_bytes: all that is not in a block: one aligned run, and what is cast or decoded of it.
         block_bytes: one entry a block, each an aligned run.
         itemsize: bytes of one activation element (the compute dtype), 2 or 4.
     """
@@ -31,25 +38,43 @@ class Weights:
 
 @dataclass(frozen=True)
 class Storage:
-    """How the matrices of the DiT's blocks are stored, where that is not the compute dtype.
+    """How the matrices of a network's blocks are stored, where that is not the compute dtype.
 
     Attributes:
         format: its name.
         scratch_bytes: the largest matrix in the compute dtype: each is decoded there before use.
         workspace_bytes: what decoding takes besides, for a moment.
         decoded_bytes: written when all matrices of a block are decoded once.
+        eight_bit_bytes: temporaries of 8-bit matrix products, where some layers compute so.
+        cast_bytes: other tensors of a block that are cast or decoded for a visit.
+        path: of most matrices, as a device was found to allow; None: the planner's rates decide.
     """
 
     format: str = "bf16"
     scratch_bytes: int = 0
     workspace_bytes: int = 0
     decoded_bytes: int = 0
+    eight_bit_bytes: int = 0
+    cast_bytes: int = 0
+    path: ComputePath | None = None
+
+    @property
+    def items(self) -> tuple[tuple[str, int], ...]:
+        """``(label, bytes)`` of all that computing with the stored matrices takes besides them."""
+        named = (
+            (SCRATCH, self.scratch_bytes),
+            ("dequantisation workspace", self.workspace_bytes),
+            ("8-bit workspace", self.eight_bit_bytes),
+            ("cast tensors", self.cast_bytes),
+        )
+        return tuple((label, count) for label, count in named if count)
 
 
 @dataclass(frozen=True)
 class TransformerSpec:
     """The DiT (`WanTransformer3DModel` config). ``cross_block_bytes`` are the cross-attention K/V
-    projections, which are applied once a prompt and are not part of ``weights.block_bytes``."""
+    projections, which are applied once a prompt and are not part of ``weights.block_bytes``;
+    ``context_storage`` is how they are stored (None: as the blocks)."""
 
     weights: Weights
     cross_block_bytes: tuple[int, ...]
@@ -64,6 +89,7 @@ class TransformerSpec:
     patch_size: tuple[int, int, int]
     image_dim: int | None = None
     storage: Storage = Storage()
+    context_storage: Storage | None = None
 
     @property
     def inner_dim(self) -> int:
@@ -81,6 +107,7 @@ class TextSpec:
     d_ff: int
     num_layers: int
     num_heads: int
+    storage: Storage = Storage()
 
 
 @dataclass(frozen=True)
@@ -94,6 +121,7 @@ class ImageSpec:
     num_attention_heads: int
     image_size: int
     patch_size: int
+    storage: Storage = Storage()
 
     @property
     def tokens(self) -> int:

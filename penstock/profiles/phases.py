@@ -143,7 +143,7 @@ class OnePass:
             case,
             Network.of(spec.weights.block_bytes, resident=False),
             spec.weights.rest_bytes,
-            (("activations", work),),
+            (("activations", work), *spec.storage.items),
             (("encoder states", encoder_state_bytes(case)),),
             encoders.text_flops(spec, prompts=branches),
         )
@@ -156,7 +156,7 @@ class OnePass:
             case,
             Network.of(spec.weights.block_bytes, resident=False),
             spec.weights.rest_bytes,
-            (("activations", encoders.image_bytes(spec)),),
+            (("activations", encoders.image_bytes(spec)), *spec.storage.items),
             (("encoder states", encoder_state_bytes(case)), ("picture", picture_bytes(case))),
             encoders.image_flops(spec),
         )

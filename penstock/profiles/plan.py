@@ -7,9 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 Items = tuple[tuple[str, int], ...]
+
+COMPUTE_PATHS: Mapping[str, str] = MappingProxyType(
+    {
+        "plain": "multiplied as they are",
+        "dequant": "decoded before each product",
+        "fp8": "8-bit products in fp8",
+        "int8": "8-bit products in int8",
+    }
+)
+"""What a plan's ``compute_path`` means, for people."""
 
 
 def spread(n: int, k: int) -> tuple[int, ...]:
@@ -137,6 +148,9 @@ class Plan:
 
     Attributes:
         weight_format: of the transformer's blocks.
+        compute: "exact" or "fast", as asked.
+        compute_path: how most of the blocks' matrices multiply: "plain", "dequant" (decoded first),
+            "fp8" or "int8".
         machine: the hardware's name.
         origins: where budgets, rates and policy come from.
     """
@@ -145,6 +159,8 @@ class Plan:
     vram_limit_bytes: int
     ram_limit_bytes: int
     weight_format: str = "bf16"
+    compute: str = "exact"
+    compute_path: str = "plain"
     machine: str = ""
     origins: tuple[Origin, ...] = ()
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from penstock.errors import OverBudget
-from penstock.profiles.denoising import Denoise
+from penstock.profiles.denoising import Denoise, compute_path
 from penstock.profiles.hardware import Hardware
 from penstock.profiles.manifest import ModelManifest
 from penstock.profiles.phases import (
@@ -64,6 +64,8 @@ def plan(
         hardware.vram_bytes,
         hardware.ram_bytes,
         weight_format=manifest.transformer.storage.format,
+        compute=policy.compute,
+        compute_path=compute_path(manifest.transformer.storage, policy, hardware.rates),
         machine=hardware.name,
     )
 

@@ -103,6 +103,7 @@ class Chosen:
         hardware: with the budgets in force.
         pinned_bytes: the most page-locked memory.
         formats: that may be tried, in order.
+        formats_from: who names them: "flag", "profile NAME" or "default".
         origins: where each value comes from.
     """
 
@@ -111,6 +112,7 @@ class Chosen:
     pinned_bytes: int
     formats: tuple[str, ...]
     origins: tuple[Origin, ...] = field(default=())
+    formats_from: str = "default"
 
 
 def choose(profile: Profile, overrides: Overrides, hardware: Hardware) -> Chosen:
@@ -155,6 +157,7 @@ def choose(profile: Profile, overrides: Overrides, hardware: Hardware) -> Chosen
         pinned_bytes,
         formats,
         tuple(origins),
+        _source(overrides.format is not None, "formats", profile),
     )
 
 

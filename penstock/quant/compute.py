@@ -10,7 +10,8 @@ row-wise scaling inside `_scaled_mm` is not there on every architecture.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias
 
@@ -37,16 +38,35 @@ _GEMM_MULTIPLE = 16
 class Scratch:
     """One buffer that every dequantised weight passes through.
 
-    Owned by the engine, which reserves its bytes. A weight in it lives for one matrix product.
+    Owned by the engine; a phase of a job reserves its bytes and holds them. A weight in it lives
+    for one matrix product.
 
     Args:
-        nbytes: of the largest weight in the compute dtype.
+        nbytes: of the largest weight in the compute dtype; 0 for a buffer that `held` makes.
         device: where the linears compute.
     """
 
     def __init__(self, nbytes: int, device: torch.device | str) -> None:
-        self.nbytes = nbytes
-        self._buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self.device = torch.device(device)
+        self._buffer = self._make(nbytes)
+
+    def _make(self, nbytes: int) -> Tensor:
+        # An empty one asks nothing of the device: a plan may be for one that is not here.
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device if nbytes else "cpu")
+
+    @property
+    def nbytes(self) -> int:
+        """What it holds now."""
+        return self._buffer.numel()
+
+    @contextmanager
+    def held(self, nbytes: int) -> Iterator[None]:
+        """A buffer of ``nbytes`` until the context ends."""
+        self._buffer = self._make(nbytes)
+        try:
+            yield
+        finally:
+            self._buffer = self._make(0)
 
     def view(self, shape: Shape, dtype: torch.dtype) -> Tensor:
         """The start of the buffer as an uninitialised ``shape`` of ``dtype``.

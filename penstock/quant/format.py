@@ -79,6 +79,12 @@ FORMATS: Mapping[str, QuantFormat] = _by_name(
 )
 
 
+def writable() -> tuple[str, ...]:
+    """Names of the formats that weights can be quantised to; the others are only read."""
+    read_only = {each.name for each in GGUF_FORMATS if each.ggml_type != "Q8_0"}
+    return tuple(name for name in FORMATS if name not in read_only)
+
+
 def get_format(name: str) -> QuantFormat:
     """The format called ``name``.
 

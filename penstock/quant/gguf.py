@@ -32,7 +32,7 @@ class Gguf:
     """One ggml type: ``block`` elements in ``block_bytes`` bytes, ``decode`` filling fp32 blocks.
 
     Stored as raw bytes ``(rows, columns / block * block_bytes)``. Rows must be whole blocks;
-    weights that are not are kept plain (`penstock.quant.policy.assign`).
+    weights that are not are kept plain when a model is packed.
     """
 
     name: str

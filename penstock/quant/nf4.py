@@ -25,7 +25,7 @@ class NF4:
     """4-bit NormalFloat in blocks of ``block`` elements along a row.
 
     A row's length must be a multiple of ``block``: blocks then never straddle rows. Weights
-    that are not are kept plain (`penstock.quant.policy.assign`).
+    that are not are kept plain when a model is packed.
     """
 
     name: str = "nf4"

@@ -45,11 +45,6 @@ def dtype_tag(dtype: torch.dtype) -> str:
     return next(tag for tag, known in DTYPES.items() if known == dtype)
 
 
-def storage_bytes(storage: Mapping[str, Spec]) -> int:
-    """Bytes of all tensors of one stored weight, without padding between them."""
-    return sum(ITEM_BYTES[tag] * math.prod(shape) for tag, shape in storage.values())
-
-
 def chunk_elements(device: torch.device) -> int:
     """Elements decoded at once: on a CPU what stays in the L2 cache, elsewhere what fills the
     device while its temporaries stay small beside a weight."""

@@ -1,56 +1,59 @@
-"""The cache of packs: names that depend on content, a list, and removal of nothing else."""
+"""The cache of packs: a list, and removal of nothing else."""
 
-import shutil
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest
 
-from penstock.engine.cache import cache_folder, cached_packs, pack_folder, remove_pack
-from penstock.engine.locate import locate
-from penstock.engine.pack import pack
-from penstock.errors import UsageError
-from tests.engine import golden
+from penstock.engine.cache import ABOUT, being_changed, cache_folder, cached_packs, remove_pack
+from penstock.errors import JobLocked, UsageError
+
+WHOLE = f"wan2.1-t2v-14b-int8-{'0' * 16}"
+STOPPED = f"wan2.1-t2v-14b-fp8-{'1' * 16}"
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return golden.write_model(tmp_path_factory.mktemp("model") / "m", image_to_video=False)
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """A finished pack, one that was stopped, and what is not ours."""
+    for name in (WHOLE, STOPPED):
+        (tmp_path / "c" / name / "transformer").mkdir(parents=True)
+        (tmp_path / "c" / name / "transformer" / "x.safetensors.new").write_bytes(b"123")
+    (tmp_path / "c" / WHOLE / ABOUT).write_text('{"source": "/models/wan"}')
+    (tmp_path / "c" / "users-own-folder").mkdir()
+    return tmp_path / "c"
 
 
-def test_a_pack_is_named_by_what_its_source_holds(tmp_path, model):
-    first = pack_folder(locate(model), "int8", tmp_path)
-    copy = shutil.copytree(model, tmp_path / "elsewhere")
-    assert pack_folder(locate(copy), "int8", tmp_path) == first
-    assert pack_folder(locate(model), "nf4", tmp_path) != first
-    path = next((copy / "vae").glob("*.safetensors"))
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    assert pack_folder(locate(copy), "int8", tmp_path) != first
+def test_packs_are_listed(tmp_path: Path, cache: Path) -> None:
+    assert cached_packs(tmp_path / "nothing") == []
+    stopped, whole = cached_packs(cache)
+    assert (stopped.name, stopped.complete, stopped.source, stopped.nbytes) == (
+        STOPPED,
+        False,
+        "",
+        3,
+    )
+    assert (whole.name, whole.complete, whole.source, whole.nbytes) == (
+        WHOLE, True, "/models/wan", 3 + len('{"source": "/models/wan"}'),
+    )  # fmt: skip
+    (cache / WHOLE / ABOUT).write_text("damaged")
+    assert cached_packs(cache)[1].source == ""
 
 
-def test_packs_are_listed_and_removed(tmp_path, model):
-    cache = tmp_path / "cache"
-    assert cached_packs(cache) == []
-    folder = pack_folder(locate(model), "int8", cache)
-    report = pack(locate(model), "int8", folder)
-    stopped = cache / f"wan-fp8-{'0' * 16}"
-    stopped.mkdir()
-    (stopped / "x.safetensors.new").write_bytes(b"123")
-    (cache / "users-own-folder").mkdir()
-    found = {each.name: each for each in cached_packs(cache)}
-    assert set(found) == {folder.name, stopped.name}
-    assert found[folder.name].complete
-    assert found[folder.name].nbytes > report.nbytes
-    assert (found[stopped.name].complete, found[stopped.name].nbytes) == (False, 3)
-    assert remove_pack(cache, folder.name) == found[folder.name].nbytes
-    assert not folder.exists()
-    for name in ("users-own-folder", "../cache", "", str(tmp_path)):
+def test_a_pack_is_removed_and_nothing_else(tmp_path: Path, cache: Path) -> None:
+    for name in ("users-own-folder", "../c", "", str(tmp_path)):
         with pytest.raises(UsageError, match="no such pack"):
             remove_pack(cache, name)
-    assert (cache / "users-own-folder").exists()
+    assert remove_pack(cache, STOPPED) == 3
+    assert sorted(path.name for path in cache.iterdir()) == ["users-own-folder", WHOLE]
 
 
-def test_the_place_of_the_cache():
+def test_a_pack_in_the_making_stays(cache: Path) -> None:
+    with being_changed(cache / STOPPED), pytest.raises(JobLocked, match=STOPPED):
+        remove_pack(cache, STOPPED)
+    assert remove_pack(cache, STOPPED) > 0
+
+
+def test_the_place_of_the_cache() -> None:
     assert cache_folder({"PENSTOCK_CACHE": "/data/packs"}) == Path("/data/packs")
     assert cache_folder({}).name == "packs"

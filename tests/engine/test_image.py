@@ -1,3 +1,4 @@
+import json
 import os
 import struct
 import zlib
@@ -18,7 +19,7 @@ from penstock.engine.image import (
     embed_pixels,
     encode_layers,
     layers_needed,
-    load_image_processor,
+    make_image_processor,
     open_image,
     pixel_values,
     preprocess,
@@ -266,12 +267,13 @@ def test_clip_equals_transformers_in_each_type(dtype, activation):
 def test_the_folders_processor_is_used(pipeline, tmp_path):
     pipeline.image_processor.save_pretrained(tmp_path / "p")
     picture = noise_picture((64, 40))
-    ours = pixel_values(load_image_processor(tmp_path / "p"), picture)
+    config = json.loads((tmp_path / "p" / "preprocessor_config.json").read_text())
+    ours = pixel_values(make_image_processor(config), picture)
     theirs = pipeline.image_processor(images=picture, return_tensors="pt").pixel_values
     assert ours.shape == (1, 3, 32, 32)
     assert torch.equal(ours, theirs)
-    with pytest.raises(CheckpointError, match="no usable image processor"):
-        load_image_processor(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="no usable image processor config"):
+        make_image_processor({"size": 7.5})
 
 
 @pytest.mark.parametrize("frames", [1, 5, 13])

@@ -47,7 +47,8 @@ def write_sparse(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) ->
 
 
 CHILD = """
-import json, sys, time
+import json, resource, sys, time
+resource.setrlimit(resource.RLIMIT_DATA, (200 << 20, 200 << 20))  # more is refused by the system
 start = time.perf_counter()
 from pathlib import Path
 from penstock.engine.inspect import inspect

@@ -22,7 +22,7 @@ from penstock.engine.formats import WeightReader, linear_formats
 from penstock.engine.keys import recognise, stored_name
 from penstock.engine.locate import Files, locate
 from penstock.engine.pack import PROGRESS_SUFFIX, pack, pack_component
-from penstock.engine.packfile import PackFile, is_pack, verify, verify_block
+from penstock.engine.packfile import PackFile, verify
 from penstock.engine.packplan import plan_component, runs_of
 from penstock.engine.source import open_raw
 from penstock.errors import CheckpointChanged, CheckpointError, StorageError, UsageError
@@ -111,16 +111,6 @@ def test_a_run_is_one_read_from_a_page(packed):
             about.runs[run].nbytes,
         )
         assert all(place.offset % 64 == 0 for place in layout.places.values())
-        with path.open("rb") as file:
-            file.seek(extent.file_offset)
-            data = file.read(extent.nbytes)
-        nbytes, checksum = about.checksums()[extent.file_offset]
-        assert nbytes == extent.nbytes
-        verify_block(memoryview(data), checksum, path, run)
-        spoiled = bytearray(data)
-        spoiled[len(data) // 2] ^= 4
-        with pytest.raises(CheckpointError, match=run):
-            verify_block(spoiled, checksum, path, run)
 
 
 def test_the_pack_is_plain_safetensors(packed):
@@ -134,7 +124,6 @@ def test_the_pack_is_plain_safetensors(packed):
     assert about["source"]["diffusion_pytorch_model.safetensors"]["bytes"] > 0
     assert weight.dtype == torch.int8
     assert any(name.startswith("__pad__.") for name in names)
-    assert is_pack(path)
     with Checkpoint.open(path) as checkpoint:
         assert set(checkpoint) == names
 
@@ -248,6 +237,14 @@ def test_killed_at_every_operation_it_ends_with_the_same_bytes(tmp_path, small):
         at += 1
     assert at > 150
     assert reused == {0, 1, 2, 3}  # every number of runs was found done by some attempt
+
+
+def test_matrices_whose_rows_are_not_whole_blocks_stay_plain(small):
+    """Rows of 12 and 16: NF4 has blocks of 64."""
+    steps = [step for run in _small_plan(small, "nf4").steps for step in run]
+    assert {step.format for step in steps} == {None}
+    assert "int8" in {step.format.name for run in _small_plan(small).steps for step in run
+                      if step.format}  # fmt: skip
 
 
 def test_killed_twice(tmp_path, small):
@@ -450,7 +447,6 @@ def test_verify_of_a_folder_names_the_damage(tmp_path, packed):
     with pytest.raises(CheckpointError, match="holds no pack"):
         verify(tmp_path / "p" / "tokenizer")
     save_file({"a": torch.zeros(3)}, tmp_path / "foreign.safetensors")
-    assert not is_pack(tmp_path / "foreign.safetensors")
     assert verify(tmp_path / "foreign.safetensors").damage
 
 

@@ -14,13 +14,12 @@ from penstock.engine.text import (
     TOKENS,
     clean_prompt,
     embed,
-    embedding_name,
     encode_layers,
     finish,
     load_tokenizer,
     tokenise,
 )
-from penstock.errors import CheckpointError, RequestError, TensorMismatch
+from penstock.errors import CheckpointError, RequestError
 
 PROMPTS = ("a cat &amp; a dog run", "blurry, low quality")
 
@@ -253,12 +252,3 @@ def test_cleaning_known_cases(raw):
 def test_a_missing_tokenizer_is_told(tmp_path):
     with pytest.raises(CheckpointError, match="no usable tokenizer"):
         load_tokenizer(tmp_path / "nothing")
-
-
-def test_the_embedding_table_goes_by_either_name():
-    tied = ("shared.weight", "encoder.embed_tokens.weight")
-    assert embedding_name(tied) == tied[0]
-    assert embedding_name(tied[:1]) == tied[0]
-    assert embedding_name(tied[1:]) == tied[1]
-    with pytest.raises(TensorMismatch, match="no embedding table"):
-        embedding_name(("encoder.final_layer_norm.weight",))

@@ -10,7 +10,7 @@ from penstock.profiles.builtin import BUILTIN, builtin
 from penstock.profiles.formats import FORMATS, get_format
 from penstock.quant.compute import scratch_bytes
 from penstock.quant.format import FORMATS as STORED
-from penstock.quant.rows import storage_bytes
+from tests.quant.weights import storage_bytes
 
 SHAPES = [(5120, 5120), (13824, 5120), (5120, 13824), (512, 256)]
 CUDA = torch.device("cuda")

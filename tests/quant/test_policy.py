@@ -8,8 +8,7 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from penstock.quant.format import get_format
-from penstock.quant.policy import assign, default_policy
+from penstock.quant.policy import default_policy
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +43,3 @@ def test_attention_and_feed_forward_matrices_and_nothing_else(
     rest = set(shapes) - chosen
     assert all(not n.startswith("blocks.") or math.prod(shapes[n]) <= 6 * 160 for n in rest)
     assert any(n.startswith("condition_embedder.") and len(shapes[n]) == 2 for n in rest)
-
-
-def test_blocks_can_be_kept(shapes: dict[str, tuple[int, ...]]) -> None:
-    chosen = default_policy(shapes, keep_blocks={0, 2})
-    assert chosen and all(name.startswith("blocks.1.") for name in chosen)
-
-
-def test_weights_that_are_not_whole_blocks_stay_plain(shapes: dict[str, tuple[int, ...]]) -> None:
-    bf16, q8 = get_format("bf16"), get_format("gguf-q8_0")
-    formats = assign(shapes, q8, bf16)
-    assert formats["blocks.1.ffn.net.2.weight"] is q8  # rows of 160: five blocks of 32
-    assert formats["blocks.1.attn1.to_q.weight"] is bf16  # rows of 48
-    assert set(assign(shapes, get_format("int8"), bf16).values()) == {get_format("int8")}

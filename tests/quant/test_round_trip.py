@@ -10,10 +10,10 @@ from torch import Tensor
 
 from penstock.errors import CheckpointError, UsageError
 from penstock.quant.format import FORMATS, QuantFormat, get_format
-from penstock.quant.rows import DTYPES, ITEM_BYTES, dtype_tag, storage_bytes
+from penstock.quant.rows import DTYPES, ITEM_BYTES, dtype_tag
 from penstock.quant.scaled import Scaled8
 from tests.meter import StorageMeter
-from tests.quant.weights import outlier_weight, relative_rms, small_weight
+from tests.quant.weights import outlier_weight, relative_rms, small_weight, storage_bytes
 
 WRITABLE = [name for name in FORMATS if not name.startswith("gguf") or name == "gguf-q8_0"]
 RAW_FP8 = Scaled8("fp8", "F8_E4M3", "fp8", scale="none")

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+
+from penstock.quant.rows import ITEM_BYTES, Spec
 
 SIGMA = 0.02
 OUTLIER = 0.74
@@ -28,3 +33,8 @@ def relative_rms(found: Tensor, wanted: Tensor) -> float:
     """Root mean square of the difference over that of ``wanted``."""
     difference = found.double() - wanted.double()
     return float(difference.square().mean().sqrt() / wanted.double().square().mean().sqrt())
+
+
+def storage_bytes(storage: Mapping[str, Spec]) -> int:
+    """Bytes of all tensors of one stored weight, without padding between them."""
+    return sum(ITEM_BYTES[tag] * math.prod(shape) for tag, shape in storage.values())

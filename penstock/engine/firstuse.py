@@ -1,0 +1,127 @@
+"""A transformer in another format than its files': packed once into the cache, then read there.
+
+Plans are made from the pack's layout, which follows from headers alone; the pack itself is made by
+the first job that needs it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from penstock.engine.cache import ABOUT, being_changed, is_complete
+from penstock.engine.durable import FileOps, write_atomically
+from penstock.engine.keys import ComponentSource
+from penstock.engine.locate import open_component
+from penstock.engine.pack import LEAST_RAM_BYTES, check_space, pack_component
+from penstock.engine.packplan import ComponentPlan, plan_component
+from penstock.engine.packside import as_json, write_config
+from penstock.errors import OverBudget
+from penstock.profiles.hardware import Hardware
+from penstock.profiles.plan import PhasePlan
+from penstock.units import GIB, format_bytes
+
+PACKING = "pack"
+"""Name of the phase in which a pack is made."""
+
+_MOST_RAM_BYTES = 2 * GIB
+
+
+@dataclass(frozen=True)
+class FirstUse:
+    """The pack of a transformer in the cache, there already or still to be made.
+
+    Attributes:
+        wanted: the format of its block matrices.
+        plan: what the pack will be.
+        folder: in the cache.
+    """
+
+    wanted: str
+    plan: ComponentPlan
+    folder: Path
+
+    @classmethod
+    def of(cls, source: ComponentSource, wanted: str, cache: Path) -> FirstUse:
+        """The pack of ``source`` in ``cache``.
+
+        Raises:
+            UsageError: no such format, or one that is only read.
+            StorageError: a file of the source cannot be read.
+        """
+        plan = plan_component(source, wanted)
+        digest = hashlib.sha256(plan.layout.header).hexdigest()[:16]
+        family = re.sub(r"[^a-z0-9.]+", "-", source.family.lower()).strip("-")
+        return cls(wanted, plan, cache / f"{family}-{wanted}-{digest}")
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the pack is there, whole."""
+        return is_complete(self.folder)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the pack."""
+        return self.plan.layout.file_bytes
+
+    def transformer(self) -> ComponentSource:
+        """The pack's transformer; of one that is not made yet, good for plans only.
+
+        Raises:
+            CheckpointError: the pack is damaged.
+        """
+        if self.is_made:
+            return open_component(self.folder / self.plan.source.component)
+        return self.plan.foresee(self.folder / self.plan.file)
+
+    def phase(self, hardware: Hardware) -> PhasePlan:
+        """Making the pack, as a phase of a plan; its seconds count reading and writing at the
+        disk's rate, not the arithmetic.
+
+        Raises:
+            OverBudget: packing does not fit the RAM budget.
+        """
+        room = min(_MOST_RAM_BYTES, hardware.ram_bytes // 2)
+        if hardware.ram_bytes < LEAST_RAM_BYTES:
+            raise OverBudget(
+                "RAM",
+                LEAST_RAM_BYTES,
+                hardware.ram_bytes,
+                [(f"{PACKING}: weights in work", LEAST_RAM_BYTES)],
+                remedy=f"Give --ram {format_bytes(LEAST_RAM_BYTES)} or more, pack the model on "
+                "another machine with `penstock pack`, or leave --format out.",
+            )
+        moved = self.plan.source.nbytes + self.nbytes
+        return PhasePlan(
+            PACKING,
+            weights=(),
+            work=(),
+            ram_weights=(),
+            ram_work=(("weights in work", max(room, LEAST_RAM_BYTES)),),
+            read_bytes=self.plan.source.nbytes,
+            seconds=moved / hardware.rates.read_bytes_per_s,
+            bound="read",
+        )
+
+    def make(self, ram_bytes: int, report: Callable[[int], None]) -> None:
+        """Make the pack, or continue an attempt that was stopped.
+
+        Args:
+            ram_bytes: the most memory for weights in work.
+            report: told how many bytes of the pack are there; what it raises stops the packing.
+
+        Raises:
+            CheckpointError: the source is damaged, or changed meanwhile.
+            JobLocked: another process makes this pack.
+            StorageError: no room for it, seen before anything is written; or the disk fails.
+        """
+        ops = FileOps()
+        check_space(ops, self.folder, [self.plan])
+        with being_changed(self.folder):
+            pack_component(self.plan, self.folder / self.plan.file, ram_bytes, ops, report)
+            write_config(self.plan.source, self.folder, ops)
+            about = {"format": self.wanted, "source": str(self.plan.source.raw.path)}
+            write_atomically(ops, self.folder / ABOUT, [as_json(about)])

@@ -1,0 +1,60 @@
+"""How a model was asked for: enough to open it again, as a job that is resumed must."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from penstock.engine.locate import Files
+from penstock.errors import JournalError
+
+_PARTS = tuple(each.name for each in fields(Files))
+
+
+@dataclass(frozen=True)
+class Opening:
+    """Where a model is, as `penstock.engine.locate.locate` was told.
+
+    Attributes:
+        model: a folder, a file or a hub id; None: all parts are in ``files``.
+        files: parts given by themselves.
+    """
+
+    model: str | None
+    files: Files = field(default_factory=Files)
+
+    def values(self) -> dict[str, Any]:
+        """Plain values, for a job's record; places are absolute."""
+        given = {name: path for name, path in asdict(self.files).items() if path is not None}
+        return {
+            "model": None if self.model is None else _absolute(self.model),
+            "files": {name: _absolute(path) for name, path in given.items()},
+        }
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> Opening:
+        """What `values` gave, among others.
+
+        Raises:
+            JournalError: they name no model.
+        """
+        model, files = values.get("model"), values.get("files")
+        places = files if isinstance(files, Mapping) else {}
+        known = all(name in _PARTS and isinstance(path, str) for name, path in places.items())
+        if not known or not (isinstance(model, str) or "transformer" in places):
+            raise JournalError(
+                "the job's record names no model",
+                expected="a model, or files of its parts",
+                found=f"model {model!r}, files {files!r}",
+            )
+        paths = {name: Path(path) for name, path in places.items()}
+        return cls(model if isinstance(model, str) else None, Files(**paths))
+
+
+def _absolute(place: str | Path) -> str:
+    """A path as it is from everywhere; what is no path, such as a hub id or the bare name of a file
+    under a ComfyUI root, as it is."""
+    path = Path(place).expanduser()
+    return str(path.resolve()) if path.exists() else str(place)

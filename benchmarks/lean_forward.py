@@ -3,9 +3,11 @@
 One model (by default one block of the 1.3B model's width, image-to-video, 4,050 tokens) is run by
 both in turn, and each pair gives a ratio; what is reported is the median. ``step`` is one denoising
 step, for which cross-attention K/V and time embedding are already there; ``first`` computes them
-too. The last line on stdout is JSON.
+too. ``activation_share`` is the step's peak of live activation bytes over that of diffusers'
+forward (weights, inputs and what a prompt keeps excepted), counted on fake tensors of the same
+shapes. The last line on stdout is JSON.
 
-    python -m benchmarks.lean_forward [--chunk 1024] [--rounds 5] [--threads 1] [--dtype float32]
+    python -m benchmarks.lean_forward [--chunk 1350] [--rounds 5] [--threads 1] [--dtype float32]
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ from typing import Any
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from penstock.engine.wan import forward
+from tests.meter import StorageMeter
 
 CONFIG: dict[str, Any] = {
     "num_attention_heads": 12,
@@ -77,6 +81,21 @@ class Case:
         return sample
 
 
+def activation_bytes(layers: int, dtype: torch.dtype, chunk_tokens: int) -> tuple[int, int]:
+    """Peaks of ours and of diffusers', without computing anything."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        case = Case(layers, dtype, chunk_tokens)
+        weights = [*case.model.parameters(), *case.model.buffers()]
+        given = [*weights, case.latents, case.text, case.image]
+        kept = [tensor for block in case.cross for tensor in vars(block).values()]
+        kept += [*vars(case.modulation).values(), *vars(case.rope).values()]
+        with StorageMeter([*given, *kept]) as ours:
+            case.step()
+        with StorageMeter(given) as theirs:
+            case.diffusers()
+    return ours.peak, theirs.peak
+
+
 def seconds(work: Callable[[], Tensor]) -> float:
     """CPU seconds of all threads: on a machine that does other work too, wall time is not ours."""
     started = time.process_time()
@@ -86,14 +105,16 @@ def seconds(work: Callable[[], Tensor]) -> float:
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    arguments.add_argument("--chunk", type=int, default=1024)
+    arguments.add_argument("--chunk", type=int, default=1350)
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--layers", type=int, default=1)
     arguments.add_argument("--threads", type=int, default=1)
     arguments.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
-    case = Case(options.layers, getattr(torch, options.dtype), options.chunk)
+    dtype = getattr(torch, options.dtype)
+    ours_bytes, theirs_bytes = activation_bytes(options.layers, dtype, options.chunk)
+    case = Case(options.layers, dtype, options.chunk)
     difference = (case.step() - case.diffusers()).abs().max().item()  # both are warm after this
     rounds = [
         (seconds(case.diffusers), seconds(case.step), seconds(case.first))
@@ -103,6 +124,9 @@ def main() -> None:
         **vars(options),
         "tokens": LATENT[0] * LATENT[1] * LATENT[2] // 4,
         "max_difference": difference,
+        "activation_bytes": ours_bytes,
+        "diffusers_activation_bytes": theirs_bytes,
+        "activation_share": round(ours_bytes / theirs_bytes, 3),
         "diffusers_cpu_seconds": round(statistics.median(row[0] for row in rounds), 3),
         "step_ratio": round(statistics.median(row[1] / row[0] for row in rounds), 3),
         "step_ratios": [round(row[1] / row[0], 3) for row in rounds],

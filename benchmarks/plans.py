@@ -69,13 +69,16 @@ def peaks() -> list[dict[str, Any]]:
 def measured_pairs(
     plan: Plan, size: str, vae: FakeVae, known: dict[Any, int]
 ) -> list[tuple[int, int]]:
-    """Predicted and measured peaks of context, denoise, encode and decode."""
+    """Predicted and measured peaks of every phase that has any VRAM (muxing has none)."""
     step = plan["denoise"]
     found = true.denoise_peaks(size, step.chunk_tokens, step.branches, step.cross_kv_on_device)
     pairs = [
         (part.vram_bytes, peak + true.weight_bytes(part) + true.decoding_bytes(plan))
         for part, peak in zip((plan["context"], step), found, strict=True)
     ]
+    for name, measured in (("text", true.text_peak), ("image", true.image_peak)):
+        part = plan[name]
+        pairs.append((part.vram_bytes, measured(plan.weight_format) + true.weight_bytes(part)))
     latent = VideoShape(*true.SIZES[size]).latent(true.manifest_of("bf16").vae)
     for name, measure in (("encode", vae.encode_peak), ("decode", vae.decode_peak)):
         part = plan[name]

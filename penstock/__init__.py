@@ -12,6 +12,14 @@ from typing import TYPE_CHECKING
 from penstock._version import __version__
 
 if TYPE_CHECKING:
+    from penstock.engine.attach.pipe import (
+        Attached,
+        AttachReport,
+        attach,
+        detach,
+        load_pipeline,
+    )
+    from penstock.engine.attach.stream import Streamed, StreamReport, stream
     from penstock.engine.engine import Engine
     from penstock.engine.eventlog import Events
     from penstock.engine.events import (
@@ -30,6 +38,8 @@ if TYPE_CHECKING:
     from penstock.profiles.plan import Plan
 
 _HOMES = {
+    "AttachReport": "penstock.engine.attach.pipe",
+    "Attached": "penstock.engine.attach.pipe",
     "Engine": "penstock.engine.engine",
     "Event": "penstock.engine.events",
     "Events": "penstock.engine.eventlog",
@@ -48,9 +58,17 @@ _HOMES = {
     "Progress": "penstock.engine.events",
     "Replanned": "penstock.engine.events",
     "RunReport": "penstock.engine.report",
+    "StreamReport": "penstock.engine.attach.stream",
+    "Streamed": "penstock.engine.attach.stream",
+    "attach": "penstock.engine.attach.pipe",
+    "detach": "penstock.engine.attach.pipe",
+    "load_pipeline": "penstock.engine.attach.pipe",
+    "stream": "penstock.engine.attach.stream",
 }
 
 __all__ = [
+    "AttachReport",
+    "Attached",
     "Engine",
     "Event",
     "Events",
@@ -69,7 +87,13 @@ __all__ = [
     "Progress",
     "Replanned",
     "RunReport",
+    "StreamReport",
+    "Streamed",
     "__version__",
+    "attach",
+    "detach",
+    "load_pipeline",
+    "stream",
 ]
 
 

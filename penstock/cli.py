@@ -18,7 +18,9 @@ import typer
 from rich.console import Console
 
 from penstock._version import __version__
+from penstock.cli_bench import bench
 from penstock.cli_files import (
+    Loras,
     Model,
     Part,
     Tokenizer,
@@ -41,7 +43,7 @@ app.add_typer(jobs_app, name="jobs")
 app.add_typer(cache_app, name="cache")
 
 
-for command in (inspect, pack, verify):
+for command in (inspect, pack, verify, bench):
     app.command()(command)
 
 
@@ -51,6 +53,7 @@ class SamplerName(str, Enum):
     UNIPC = "unipc"
     DPMPP = "dpm++"
     EULER = "euler"
+    LCM = "lcm"
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")]
@@ -64,6 +67,13 @@ Compute = Annotated[
 ]
 Format = Annotated[
     str | None, typer.Option(help="Of the transformer's matrices, such as int8 (as stored).")
+]
+Distilled = Annotated[
+    bool,
+    typer.Option(
+        "--distilled",
+        help="For a distilled model or LoRA: 4 steps, guidance off, shift 5, its noise levels.",
+    ),
 ]
 Force = Annotated[bool, typer.Option(help="Replace an existing output.")]
 
@@ -107,8 +117,10 @@ def generate(
     cfg: Annotated[float | None, typer.Option(help="Guidance scale (5); 1 is off.")] = None,
     shift: Annotated[float | None, typer.Option(help="Flow shift (5 at 720p, 3 at 480p).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the noise (drawn if absent).")] = None,
-    sampler: Annotated[SamplerName, typer.Option(help="Sampler.")] = SamplerName.UNIPC,
+    sampler: Annotated[SamplerName | None, typer.Option(help="Sampler (unipc).")] = None,
+    distilled: Distilled = False,
     fps: Annotated[int | None, typer.Option(help="Frames a second of the file (16).")] = None,
+    lora: Loras = None,
     vram: Vram = None,
     ram: Ram = None,
     device: Device = "auto",
@@ -138,7 +150,7 @@ def generate(
     files = Files(transformer, text_encoder, vae, image_encoder, tokenizer)
     opening = {
         "files": files, "vram": vram, "ram": ram, "device": device, "profile": profile,
-        "format": format, "compute": compute,
+        "format": format, "compute": compute, "loras": lora or [],
     }  # fmt: skip
     settings = Settings(
         prompt=prompt,
@@ -151,8 +163,9 @@ def generate(
         guidance_scale=cfg,
         shift=shift,
         seed=seed,
-        sampler=sampler.value,
+        sampler=None if sampler is None else sampler.value,
         fps=fps,
+        distilled=distilled,
     )
     with reported(debug):
         _generate(
@@ -169,6 +182,7 @@ def resume(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The mp4 to write instead.")
     ] = None,
+    lora: Loras = None,
     vram: Vram = None,
     ram: Ram = None,
     device: Device = "auto",
@@ -185,7 +199,7 @@ def resume(
 
     with reported(debug):
         folder = find_job(job)
-        launch = launch_settings(folder, vram=vram, ram=ram, device=device)
+        launch = launch_settings(folder, vram=vram, ram=ram, device=device, loras=lora or [])
         with Engine.open(launch.model, **launch.options) as engine:
             running = engine.resume(
                 folder, output, force=force, allow_nonidentical=allow_nonidentical
@@ -268,6 +282,8 @@ def plan(
     frames: Annotated[int | None, typer.Option(help="Frames, 4n+1 (81).")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps (40).")] = None,
     cfg: Annotated[float | None, typer.Option(help="Guidance scale (5); 1 is off.")] = None,
+    distilled: Distilled = False,
+    lora: Loras = None,
     vram: Vram = None,
     ram: Annotated[
         str | None, typer.Option(help="Ceiling on RAM; with --card, that machine's memory.")
@@ -295,8 +311,9 @@ def plan(
             model,
             Files(transformer, text_encoder, vae, image_encoder, tokenizer),
             synthetic,
-            Asked(size, max_area, frames, steps, cfg, image),
+            Asked(size, max_area, frames, steps, cfg, image, distilled),
             Target(device, card, ram, disk, vram, profile, format, compute),
+            lora or [],
         )
     if as_json:
         print(json.dumps(found.to_json()))
@@ -369,7 +386,7 @@ def _generate(
 
     with Engine.open(model, **opening) as engine:
         request = resolve(settings, engine.model)
-        plan = engine.plan(request)
+        plan = engine.plan(request, kept=job_folder is not None)
         folder, resumes = (None, False) if job_folder is None else job_folder(engine, request, plan)
         if resumes and folder is not None:
             job = engine.resume(folder, output, force=force)

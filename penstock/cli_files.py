@@ -29,6 +29,10 @@ Model = Annotated[
 Tokenizer = Annotated[
     Path | None, typer.Option(help="A tokenizer's folder or SentencePiece model.")
 ]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option("--lora", metavar="FILE[:STRENGTH]", help="A LoRA; may be given several times."),
+]
 
 
 @contextmanager
@@ -68,12 +72,14 @@ def pack(
     vae: Part = None,
     image_encoder: Part = None,
     tokenizer: Tokenizer = None,
+    lora: Loras = None,
     ram: Annotated[str, typer.Option(help="The most memory for weights in work.")] = "2GiB",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Write a model as packs: quantised, checked, and laid out for streaming."""
     from penstock.engine.locate import Files, locate
+    from penstock.engine.lora import as_loras
     from penstock.engine.pack import pack as write
     from penstock.progress import pack_bar
     from penstock.units import format_bytes, parse_bytes
@@ -82,7 +88,12 @@ def pack(
         files = Files(transformer, text_encoder, vae, image_encoder, tokenizer)
         with pack_bar(Console(stderr=True)) as progress:
             report = write(
-                locate(model, files), format, output, ram_bytes=parse_bytes(ram), progress=progress
+                locate(model, files),
+                format,
+                output,
+                loras=as_loras(lora or []),
+                ram_bytes=parse_bytes(ram),
+                progress=progress,
             )
     if as_json:
         print(json.dumps(asdict(report), default=str))

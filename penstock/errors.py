@@ -60,7 +60,14 @@ class PenstockError(Exception):
         return _restored, (type(self), self.args), self.__dict__
 
     def add_remedy(self, text: str) -> None:
-        """Say one thing more that the user can do next."""
+        """Say one thing more that the user can do next.
+
+        Args:
+            text: a sentence.
+
+        Raises:
+            Nothing.
+        """
         self.remedy = text if self.remedy is None else f"{self.remedy.rstrip('.')}. {text}"
 
     def __str__(self) -> str:

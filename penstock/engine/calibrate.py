@@ -37,12 +37,15 @@ class Effort:
         tokens: of the products and of attention.
         copy_bytes, read_bytes: moved once, for the bandwidths.
         seconds: each operation is repeated for at least as long.
+        clock: times operations that compute; `time.thread_time` leaves out what others compute on a
+            shared machine.
     """
 
     tokens: int
     copy_bytes: int
     read_bytes: int
     seconds: float
+    clock: Callable[[], float] = time.perf_counter
 
     @classmethod
     def on(cls, device: torch.device) -> Effort:
@@ -65,7 +68,7 @@ def calibrate(
     with torch.inference_mode():
         rates = Rates(
             flops=_matmul(device, dtype, effort),
-            copy_bytes_per_s=_copy(device, effort),
+            copy_bytes_per_s=copy_rate(device, effort),
             read_bytes_per_s=_read(folder, effort),
             attention_flops=_attention(device, dtype, effort),
             conv_flops=_convolution(device, dtype, effort),
@@ -84,10 +87,10 @@ def _seconds(work: Callable[[], object], device: torch.device, effort: Effort) -
     _finish(device)
     started = time.perf_counter()
     while len(times) < 3 or time.perf_counter() - started < effort.seconds:
-        before = time.perf_counter()
+        before = effort.clock()
         work()
         _finish(device)
-        times.append(time.perf_counter() - before)
+        times.append(effort.clock() - before)
     return sorted(times)[len(times) // 2]
 
 
@@ -210,8 +213,9 @@ def _forward(
     return overhead, rest
 
 
-def _copy(device: torch.device, effort: Effort) -> float:
-    """Through the engine's own tiers: pinned memory on a GPU, plain copies on a CPU."""
+def copy_rate(device: torch.device, effort: Effort) -> float:
+    """Bytes a second from host memory to the device, through the engine's own tiers: from pinned
+    memory on a GPU, plain copies on a CPU."""
     ledger = ByteLedger("calibration", 1 << 62)
     host, tier, link = HostTier(ledger, device), DeviceTier(device, ledger), open_link(device, 1)
     sizes = [effort.copy_bytes]

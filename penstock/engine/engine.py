@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +15,7 @@ from penstock.engine.jobqueue import JobQueue
 from penstock.engine.journal import Journal
 from penstock.engine.keeper import JournalKeeper, Keeper
 from penstock.engine.locate import Files
+from penstock.engine.lora import Lora, as_loras
 from penstock.engine.model import ModelFiles
 from penstock.engine.pipeline import run
 from penstock.engine.preview import Previewer
@@ -80,6 +82,7 @@ class Engine:
         model: str | Path | None,
         *,
         files: Files | None = None,
+        loras: Sequence[Lora | str | Path] = (),
         format: str | None = None,
         compute: str | None = None,
         vram: str | int | None = None,
@@ -96,6 +99,7 @@ class Engine:
             model: a folder (of diffusers, Wan or ComfyUI), a transformer's file, or a hub id; None
                 if ``files`` names every part.
             files: parts given by themselves; they win over what ``model`` holds.
+            loras: applied beside the transformer's weights: `Lora`, or "FILE" or "FILE:STRENGTH".
             format: of the transformer's matrices (`penstock.quant.format.FORMATS`); None: the
                 profile's, or as they are stored. Where the files hold another, the first job packs
                 the transformer into ``cache``, and it is read from there.
@@ -122,21 +126,22 @@ class Engine:
         )
         hardware = probe(_device_type(device))
         chosen = choose(load(profile), flags, hardware)
-        model_files = ModelFiles.open(model, files)
+        model_files = ModelFiles.open(model, files, as_loras(loras))
         return cls(model_files, hardware, overlapped=overlapped, chosen=chosen, cache=cache)
 
-    def plan(self, request: GenerationRequest) -> Plan:
+    def plan(self, request: GenerationRequest, *, kept: bool = False) -> Plan:
         """What the request will take. Pure arithmetic over headers: nothing is loaded.
 
         Args:
-            request: what would be made.
+            request: what to make.
+            kept: the job is kept in a folder while it runs, which takes host memory too.
 
         Raises:
             OverBudget: no plan fits the budgets.
             RequestError: the request does not suit the model.
         """
         check_task(request, image_to_video=self.model.image_to_video)
-        return self.plan_workload(workload_of(request))
+        return self.plan_workload(workload_of(request, kept=kept))
 
     def plan_workload(self, workload: Workload) -> Plan:
         """What a video of that shape will take, whatever it shows.
@@ -147,7 +152,8 @@ class Engine:
         Raises:
             OverBudget: no plan fits the budgets; names a profile or a request that does.
         """
-        return self._variants.plan(workload)
+        found = self._variants.plan(workload)
+        return replace(found, origins=found.origins + self.model.loras.origins())
 
     def submit(
         self,
@@ -189,7 +195,7 @@ class Engine:
         order = Order(None if output is None else Path(output), force, metadata)
         if order.output is not None:
             check_output(order.output, overwrite=force)
-        plan = self.plan(request)
+        plan = self.plan(request, kept=job_dir is not None)
         if job_dir is None:
             return self._start(request, plan, order, Keeper(), hooks)
         now = conditions_now(self.model, self._device, self._variants.matrices(plan.weight_format))
@@ -270,7 +276,7 @@ class Engine:
         """The job's own plan where it fits today's budgets, else a new one."""
         vram_bytes, ram_bytes = self.hardware.vram_bytes, self.hardware.ram_bytes
         if plan.peak_vram_bytes > vram_bytes or plan.peak_ram_bytes > ram_bytes:
-            return self.plan(request)
+            return self.plan(request, kept=True)
         return replace(plan, vram_limit_bytes=vram_bytes, ram_limit_bytes=ram_bytes)
 
     def _start(
@@ -282,30 +288,47 @@ class Engine:
         hooks: Hooks,
         notices: tuple[str, ...] = (),
     ) -> Job:
-        workload, weight_format = workload_of(request), plan.weight_format
-        model = self._variants.named(weight_format)
+        workload, bare = workload_of(request, kept=keeper.keeps), self.run_of(request, plan)
 
         def shrink(plan: Plan, phase: str, resource: str) -> Plan | None:
-            policy = self.chosen.policy
-            return smaller(model.manifest, workload, self.hardware, plan, phase, resource, policy)
+            policy, manifest = self.chosen.policy, bare.model.manifest
+            return smaller(manifest, workload, self.hardware, plan, phase, resource, policy)
 
-        work = Run(
-            model=model,
-            prepare=self._variants.preparation(weight_format),
-            request=request,
-            plan=plan,
-            device=self._device,
-            overlapped=self._overlapped,
+        work = replace(
+            bare,
             output=order.output,
             overwrite=order.overwrite,
             metadata=order.metadata,
             shrink=shrink,
             keeper=keeper,
-            notices=(*self._notices, *notices),
+            notices=(*bare.notices, *notices),
             hooks=hooks,
             previewer=self._previewer,
         )
         return self._jobs.start(work, run)
+
+    def run_of(self, request: GenerationRequest, plan: Plan) -> Run:
+        """What a job under ``plan`` is made of, besides its output, its keeper and its recovery.
+
+        Args:
+            request: what to make.
+            plan: how.
+
+        Raises:
+            Nothing.
+        """
+        return Run(
+            model=self._variants.named(plan.weight_format),
+            prepare=self._variants.preparation(plan.weight_format),
+            request=request,
+            plan=plan,
+            device=self._device,
+            overlapped=self._overlapped,
+            output=None,
+            overwrite=False,
+            metadata=False,
+            notices=self._notices,
+        )
 
     @property
     def _device(self) -> torch.device:

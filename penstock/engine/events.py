@@ -10,13 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from penstock.engine.preview import Preview
-from penstock.engine.report import PhaseReport
+from penstock.engine.report import PhaseReport, StepReport
 from penstock.errors import JobCancelled
 from penstock.offload.ledger import ByteLedger
-from penstock.offload.streamer import StreamStats
+from penstock.offload.stats import Flow, StreamStats
 from penstock.profiles.plan import PhasePlan
 
 
@@ -173,6 +173,7 @@ class Monitor:
         self.host_ledger.reset_peak()
         monitor = PhaseMonitor(self, plan.name, total, unit, done, done)
         yield monitor
+        flow = monitor.flow()
         report = PhaseReport(
             name=plan.name,
             seconds=monitor.elapsed_s(),
@@ -182,9 +183,11 @@ class Monitor:
             measured_vram_bytes=self.device_ledger.peak,
             predicted_ram_bytes=plan.ram_bytes,
             measured_ram_bytes=self.host_ledger.peak,
-            read_bytes=sum(s.read_bytes for s in monitor.streams),
-            copied_bytes=sum(s.copied_bytes for s in monitor.streams),
-            stall_s=monitor.stall_s(),
+            read_bytes=flow.disk_to_host.nbytes,
+            copied_bytes=flow.host_to_device.nbytes,
+            stall_s=flow.device_to_compute.starved_s,
+            flow=flow,
+            steps=tuple(monitor.steps),
         )
         self.phases.append(report)
         self._listener(PhaseEnded(report))
@@ -208,7 +211,9 @@ class PhaseMonitor:
     done: int = 0
     before: int = 0
     streams: list[StreamStats] = field(default_factory=list)
+    steps: list[StepReport] = field(default_factory=list)
     _started: float = field(default_factory=time.perf_counter)
+    _told: StepReport = StepReport(0.0, Flow())
 
     def elapsed_s(self) -> float:
         """Seconds since the phase began."""
@@ -218,6 +223,15 @@ class PhaseMonitor:
         """Seconds in which the computation has waited for weights."""
         return sum(stats.compute_wait_s for stats in self.streams)
 
+    def flow(self) -> Flow:
+        """What has passed the edges between the tiers so far."""
+        return sum((stats.flow() for stats in self.streams), Flow())
+
+    def opened(self, stats: StreamStats) -> None:
+        """A stream was opened; what it has moved by now belongs to no step."""
+        self.streams.append(stats)
+        self._told = replace(self._told, flow=self.flow())
+
     def check(self) -> None:
         """Raise JobCancelled if the job was asked to stop."""
         self.monitor.check()
@@ -225,6 +239,8 @@ class PhaseMonitor:
     def advance(self, preview: Preview | None = None) -> None:
         """One more unit of work is finished."""
         self.done += 1
+        if self.unit == "step":
+            self._note_step()
         pace = self.elapsed_s() / (self.done - self.before)
         self.monitor.tell(
             Progress(
@@ -241,3 +257,8 @@ class PhaseMonitor:
             )
         )
         self.check()
+
+    def _note_step(self) -> None:
+        now = StepReport(self.elapsed_s(), self.flow())
+        last, self._told = self._told, now
+        self.steps.append(StepReport(now.seconds - last.seconds, now.flow - last.flow))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from penstock.engine.keys import COMPONENTS, ComponentSource
 from penstock.engine.locate import ModelSource, locate, open_component, read_object
+from penstock.engine.lora_inspect import LoraInspection, describe_lora, holds_lora
 from penstock.errors import PenstockError
 from penstock.units import format_bytes
 
@@ -108,13 +109,15 @@ class ModelInspection:
         return lines
 
 
-def inspect(path: Path) -> ModelInspection:
-    """Describe a file, an index, a component's folder or a model's folder.
+def inspect(path: Path) -> ModelInspection | LoraInspection:
+    """Describe a file, an index, a component's folder, a model's folder or a LoRA.
 
     Raises:
         CheckpointError: nothing there is a component of a Wan2.1 model.
     """
     path = path.expanduser()
+    if holds_lora(path):
+        return describe_lora(path)
     if path.is_dir() and not _is_component(path):
         return _inspect_model(path)
     part = describe(open_component(path))

@@ -6,7 +6,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,9 +192,14 @@ class Launch:
 
 
 def launch_settings(
-    folder: Path, *, vram: str | None = None, ram: str | None = None, device: str = "auto"
+    folder: Path,
+    *,
+    vram: str | None = None,
+    ram: str | None = None,
+    device: str = "auto",
+    loras: Sequence[str] = (),
 ) -> Launch:
-    """The model, device and budgets of a job; what is given replaces the job's own.
+    """The model, device, budgets and LoRAs of a job; what is given replaces the job's own.
 
     Raises:
         JournalError: the folder holds no job, or one that names no model.
@@ -209,6 +214,7 @@ def launch_settings(
         "vram": vram or facts.get("vram_bytes"),
         "ram": ram or facts.get("ram_bytes"),
         "device": facts.get("device", device) if device == "auto" else device,
+        "loras": loras or opening.loras,
     }
     return Launch(opening.model, options)
 

@@ -56,6 +56,9 @@ class Point:
 class Keeper:
     """Keeps nothing and finds nothing."""
 
+    keeps = False
+    """Whether anything is kept: the plan then counts what is being saved or read."""
+
     problems: tuple[str, ...] = ()
     """Damage that was found and worked around."""
 
@@ -125,6 +128,8 @@ class JournalKeeper(Keeper):
     Args:
         journal: open; closed by :meth:`close`.
     """
+
+    keeps = True
 
     def __init__(self, journal: Journal) -> None:
         super().__init__()
@@ -201,11 +206,19 @@ class JournalKeeper(Keeper):
 
     def keep_point(self, point: Point) -> None:
         """Keep where the sampling stands. Returns before it is on the disk."""
+        self.settle()  # first: only one copy of the state is alive at a time
         # Copies: the solver and the next step may work in place while these are written.
         tensors = {name: _copy(tensor) for name, tensor in point.solver.tensors.items()}
         tensors["latents"] = _copy(point.latents)
         step, values = point.step, dict(point.solver.values)
-        self._write(lambda: self._journal.save_step(step, tensors, values))
+
+        def save() -> None:
+            try:
+                self._journal.save_step(step, tensors, values)
+            finally:
+                tensors.clear()  # the writer's thread may hold on to this call for a while
+
+        self._write(save)
 
     def latents(self) -> Tensor | None:
         """The final latents; None where they are missing or damaged."""

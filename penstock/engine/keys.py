@@ -312,7 +312,9 @@ def _foreign(raw: RawFile) -> CheckpointError:
         f"{raw.path} is {'a LoRA' if lora else 'no component of a Wan2.1 model'}",
         expected="a Wan2.1 transformer, VAE, UMT5 or CLIP ViT in a known naming",
         found=f"{len(names)} unknown tensors, the first is {names[0]}" if names else "no tensors",
-        remedy="Give the base model's file." if lora else "Check that this is the right file.",
+        remedy="Give it with --lora, beside the base model."
+        if lora
+        else "Check that this is the right file.",
     )
 
 

@@ -1,17 +1,17 @@
 """Opening a model: configs, headers, the layout of every network. No weights are read.
 
 A network is a skeleton on the meta device (the class and the parameter names of diffusers or
-transformers, with a single block), plus the places of its tensors: one layout for all that is not
-in a block, and one per block. Where the model lies and how its files name and store the weights is
-found by `penstock.engine.locate`; from here on all models look alike.
+transformers, with a single block; built when a job needs it), plus the places of its tensors: one
+layout for all that is not in a block, and one per block. Where the model lies and how its files
+name and store the weights is found by `penstock.engine.locate`; from here on all models look
+alike.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,13 @@ from penstock.engine.formats import compute_tag, linear_formats
 from penstock.engine.image import layers_needed
 from penstock.engine.keys import ComponentSource
 from penstock.engine.locate import Files, ModelSource, locate, open_tokenizer
+from penstock.engine.lora import Lora
+from penstock.engine.lora_place import LoraPart, PlacedLoras
 from penstock.engine.opening import Opening
 from penstock.engine.request import Grid
+from penstock.engine.skeleton import Build, Formats, Skeleton
 from penstock.engine.specs import manifest_of
+from penstock.engine.wan.config import IMAGE, TEXT, TRANSFORMER, VAE
 from penstock.engine.wan.forward import is_cross_kv
 from penstock.engine.weights import bind, skeleton, unbind
 from penstock.errors import CheckpointError
@@ -35,10 +39,6 @@ from penstock.offload.checkpoint import Checkpoint, TensorEntry, torch_dtype
 from penstock.offload.layout import BlockLayout
 from penstock.profiles.manifest import ModelManifest, Storage, Weights
 from penstock.quant.compute import Computing, Scratch
-from penstock.quant.format import QuantFormat
-from penstock.quant.linear import replace_linears
-
-Formats = Mapping[str, QuantFormat]
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,9 @@ class Component:
 
     Attributes:
         name: what it is called in plans and reports.
-        module: the network on the meta device, with one block; ours to bind tensors to.
-        templates: the block module of each block; blocks stored alike share one (empty: no blocks).
+        config: the network's, gaps filled with the defaults of its class.
+        skeleton: the network on the meta device, with one block; ours to bind tensors to.
+        prefix: of the names of the blocks' tensors, up to the number.
         rest: everything outside the blocks.
         blocks: one layout a block.
         cross: the cross-attention K/V projections of each block, which leave the stream (DiT).
@@ -57,11 +58,13 @@ class Component:
         adapters: what makes odd tensors fit: first outside the blocks, then block by block.
         source: where it comes from.
         packs: those that hold it; every block of theirs is verified as it is read.
+        loras: what LoRAs add, outside the blocks and then block by block; empty without LoRAs.
     """
 
     name: str
-    module: Any
-    templates: tuple[Any, ...]
+    config: Mapping[str, Any]
+    skeleton: Skeleton
+    prefix: str
     checkpoint: Checkpoint
     rest: BlockLayout
     blocks: tuple[BlockLayout, ...]
@@ -71,47 +74,63 @@ class Component:
     adapters: tuple[Adapter, ...]
     source: ComponentSource
     packs: Packs
-    _ready: set[int] = field(default_factory=set, repr=False, compare=False)
+    loras: tuple[LoraPart, ...] = ()
+
+    @property
+    def module(self) -> Any:
+        """The network on the meta device; built now, if this is its first use."""
+        return self.skeleton.module
+
+    @property
+    def templates(self) -> tuple[Any, ...]:
+        """The block module of each block; blocks stored alike share one (empty: no blocks)."""
+        return self.skeleton.templates
 
     def weights(self, device: torch.device) -> Weights:
         """The bytes of it, for the planner: as stored, and what adapting the rest takes besides."""
         return Weights(
-            rest_bytes=self.rest.nbytes + self.adapters[0].peak_bytes(device),
+            rest_bytes=self.rest.nbytes + self.made_bytes(device),
             block_bytes=tuple(layout.nbytes for layout in self.blocks),
             itemsize=self.dtype.itemsize,
         )
+
+    def made_bytes(self, device: torch.device, place: int = 0) -> int:
+        """What binding makes besides the stored tensors: outside the blocks, or in the block
+        ``place - 1``."""
+        added = self.loras[place].nbytes if self.loras else 0
+        return self.adapters[place].peak_bytes(device) + added
 
     def storage(
         self, computing: Computing, part: Callable[[str], bool] = lambda name: True
     ) -> Storage:
         """What the quantised linears of the blocks take besides their bytes, and the block tensors
         that are cast; of those linears whose local name ``part`` holds of."""
-        cast = max((a.peak_bytes(computing.scratch.device) for a in self.adapters[1:]), default=0)
+        device, places = computing.scratch.device, range(1, len(self.adapters))
+        cast = max((self.made_bytes(device, place) for place in places), default=0)
         blocks = (self._matrices(index, part) for index in range(len(self.blocks)))
         tag = compute_tag(self.source)
         return storage_of(block_format(self.source), blocks, computing, tag, cast)
 
     def _matrices(self, index: int, part: Callable[[str], bool]) -> Matrices:
+        shapes, start = self.source.shapes, f"{self.prefix}{index}."
         linears = {
-            name: (fmt, self.templates[index].get_submodule(name))
+            f"{start}{name}.weight": fmt
             for name, fmt in self.formats[index].items()
             if part(f"{name}.")
         }
-        return [(fmt, (each.out_features, each.in_features)) for fmt, each in linears.values()]
+        return [(fmt, (shapes[name][0], shapes[name][1])) for name, fmt in linears.items()]
 
     def install(self, computing: Computing) -> None:
-        """Put quantised linears into the block modules where the files store them so."""
-        for module, formats in zip(self.templates, self.formats, strict=True):
-            if id(module) not in self._ready:
-                replace_linears(module, formats, computing, self.dtype)
-                self._ready.add(id(module))
+        """Let the quantised linears and the LoRAs of the block modules compute so."""
+        self.skeleton.install(computing)
 
     @contextmanager
     def bound(self, tensors: Mapping[str, Tensor], index: int | None = None) -> Iterator[Any]:
         """The block ``index`` (None: the network) with its streamed ``tensors`` bound inside."""
         place = 0 if index is None else index + 1
-        module = (self.module, *self.templates)[place]
-        bind(module, self.adapters[place](tensors))
+        module = self.module if index is None else self.templates[index]
+        tensors = self.adapters[place](tensors)
+        bind(module, self.loras[place](tensors) if self.loras else tensors)
         try:
             yield module
         finally:
@@ -138,6 +157,7 @@ class ModelFiles:
         source: where its parts were found.
         manifest: what the planner knows of it; `installed` says it for a device.
         scratch: that its quantised linears decode into.
+        loras: applied beside the transformer's weights.
     """
 
     opening: Opening
@@ -149,6 +169,7 @@ class ModelFiles:
     image: Component | None
     manifest: ModelManifest
     scratch: Scratch
+    loras: PlacedLoras
 
     @property
     def image_to_video(self) -> bool:
@@ -158,11 +179,11 @@ class ModelFiles:
     @property
     def grid(self) -> Grid:
         """The sizes that the model can represent."""
-        spec, config = self.manifest, self.transformer.module.config
+        spec, config = self.manifest, self.transformer.config
         return Grid(
             side=spec.vae.spatial_factor * max(spec.transformer.patch_size[1:]),
             temporal=spec.vae.temporal_factor,
-            positions=config.rope_max_seq_len,
+            positions=config["rope_max_seq_len"],
         )
 
     @property
@@ -177,6 +198,8 @@ class ModelFiles:
         if isinstance(tokenizer, Path):
             inside = tokenizer.iterdir() if tokenizer.is_dir() else [tokenizer]
             found |= {f"tokenizer/{path.name}": path for path in inside if path.is_file()}
+        for index, lora in enumerate(self.loras.files):
+            found |= {f"lora/{index}/{part}": path for part, path in enumerate(lora.stamps)}
         return found
 
     def tokenizer(self) -> Any:
@@ -188,24 +211,31 @@ class ModelFiles:
         return open_tokenizer(self.source.tokenizer)
 
     @classmethod
-    def open(cls, model: str | Path | None, files: Files | None = None) -> ModelFiles:
+    def open(
+        cls,
+        model: str | Path | None,
+        files: Files | None = None,
+        loras: Sequence[Lora] = (),
+    ) -> ModelFiles:
         """Describe a model without reading a weight.
 
         Args:
             model, files: as `penstock.engine.locate.locate` takes them.
+            loras: to apply beside the transformer's weights.
 
         Raises:
             CheckpointError: no Wan2.1 model, or one that penstock does not run.
             HeaderError, PickleRefused, TensorMismatch: a component's files cannot be used.
         """
         source = locate(model, files)
-        transformer = _open_transformer(source.transformer)
+        placed = PlacedLoras.open(source.transformer, loras)
+        transformer = _open_transformer(placed)
         text = _open_text(source.text_encoder)
         encoder, decoder = _open_vae(source.vae)
         image = None if source.image_encoder is None else _open_image(source.image_encoder)
         computing = Computing(Scratch(0, "cpu"))
         return cls(
-            opening=Opening(None if model is None else str(model), files or Files()),
+            opening=Opening(None if model is None else str(model), files or Files(), placed.given),
             source=source,
             transformer=transformer,
             text=text,
@@ -214,6 +244,7 @@ class ModelFiles:
             image=image,
             manifest=manifest_of(transformer, text, encoder, decoder, image, computing),
             scratch=computing.scratch,
+            loras=placed,
         )
 
     def installed(self, computing: Computing) -> ModelFiles:
@@ -228,8 +259,9 @@ class ModelFiles:
 
     def with_transformer(self, source: ComponentSource) -> ModelFiles:
         """This model with another transformer; to be `installed` before it computes."""
-        opened = _open_transformer(source)
-        return replace(self, source=replace(self.source, transformer=source), transformer=opened)
+        placed = replace(self.loras, source=source)
+        whole = replace(self.source, transformer=source)
+        return replace(self, source=whole, transformer=_open_transformer(placed), loras=placed)
 
     def components(self) -> tuple[Component, ...]:
         """All networks of the model."""
@@ -242,62 +274,81 @@ class ModelFiles:
             component.checkpoint.close()
 
 
-def _open_transformer(source: ComponentSource) -> Component:
-    from diffusers import WanTransformer3DModel
-
+def _open_transformer(loras: PlacedLoras) -> Component:
+    source = loras.source
     if source.config.get("pos_embed_seq_len") is not None:
         raise CheckpointError(
             "first-and-last-frame models are not supported",
             expected="pos_embed_seq_len absent",
             found=str(source.config["pos_embed_seq_len"]),
         )
-    module = skeleton(WanTransformer3DModel, dict(source.config) | {"num_layers": 1})
-    count = source.config["num_layers"]
-    return _component(source, module, module.blocks[0], "blocks.", count, is_cross_kv)
+    config = {**TRANSFORMER, **source.config}
+
+    def build() -> tuple[Any, Any]:
+        from diffusers import WanTransformer3DModel
+
+        module = skeleton(WanTransformer3DModel, dict(source.config) | {"num_layers": 1})
+        return module, module.blocks[0]
+
+    count = config["num_layers"]
+    return _component(source, config, build, "blocks.", count, is_cross_kv, loras=loras)
 
 
 def _open_text(source: ComponentSource) -> Component:
-    from transformers import UMT5Config, UMT5EncoderModel
+    config = {**TEXT, **source.config}
 
-    config = dict(source.config)
-    module = skeleton(UMT5EncoderModel, UMT5Config(**(config | {"num_layers": 1})))
-    block, count = module.encoder.block[0], config["num_layers"]
-    return _component(source, module, block, "encoder.block.", count)
+    def build() -> tuple[Any, Any]:
+        from transformers import UMT5Config, UMT5EncoderModel
+
+        own = UMT5Config(**(dict(source.config) | {"num_layers": 1}))
+        module = skeleton(UMT5EncoderModel, own)
+        return module, module.encoder.block[0]
+
+    return _component(source, config, build, "encoder.block.", config["num_layers"])
 
 
 def _open_image(source: ComponentSource) -> Component:
-    from transformers import CLIPVisionConfig, CLIPVisionModel
+    config = {**IMAGE, **source.config}
 
-    config = dict(source.config)
-    module = skeleton(CLIPVisionModel, CLIPVisionConfig(**(config | {"num_hidden_layers": 1})))
-    block, count = module.encoder.layers[0], config["num_hidden_layers"]
-    return _component(source, module, block, "encoder.layers.", layers_needed(count))
+    def build() -> tuple[Any, Any]:
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+
+        own = CLIPVisionConfig(**(dict(source.config) | {"num_hidden_layers": 1}))
+        module = skeleton(CLIPVisionModel, own)
+        return module, module.encoder.layers[0]
+
+    count = layers_needed(config["num_hidden_layers"])
+    return _component(source, config, build, "encoder.layers.", count)
 
 
 def _open_vae(source: ComponentSource) -> tuple[Component, Component]:
-    from diffusers import AutoencoderKLWan
+    def build() -> tuple[Any, Any]:
+        from diffusers import AutoencoderKLWan
+
+        return skeleton(AutoencoderKLWan, dict(source.config)), None
 
     halves = []
     for half, parts in (
         ("encoder", ("encoder.", "quant_conv.")),
         ("decoder", ("decoder.", "post_quant_conv.")),
     ):
-        module = skeleton(AutoencoderKLWan, dict(source.config))
-        component = _component(source, module, None, only=parts)
+        component = _component(source, {**VAE, **source.config}, build, only=parts)
         halves.append(replace(component, name=f"vae {half}"))
     return halves[0], halves[1]
 
 
 def _component(
     source: ComponentSource,
-    module: Any,
-    block: Any,
+    config: Mapping[str, Any],
+    build: Build,
     prefix: str = "",
     count: int = 0,
     leaves_stream: Callable[[str], bool] = lambda name: False,
     only: tuple[str, ...] = ("",),
+    loras: PlacedLoras | None = None,
 ) -> Component:
-    entries = source.entries()
+    loras = loras or PlacedLoras(source, (), ())
+    entries = source.entries() | loras.entries()
     groups = [
         {key: entry for key, entry in entries.items() if _in_rest(key, prefix, only)},
         *(_local(entries, f"{prefix}{index}.") for index in range(count)),
@@ -306,11 +357,13 @@ def _component(
     blocks = [_split(group, leaves_stream) for group in groups[1:]]
     packs = Packs.of(source.raw)
     dtype = torch_dtype(compute_tag(source))
+    parts = loras.parts(prefix, count, dtype)
     return Component(
         name=source.component,
-        module=module,
-        templates=_templates(block, formats),
-        checkpoint=Checkpoint(source.raw.path, entries, source.raw.stamps, {}),
+        config=config,
+        skeleton=Skeleton(build, formats, [part.deltas for part in parts], dtype),
+        prefix=prefix,
+        checkpoint=Checkpoint(source.raw.path, entries, {**source.raw.stamps, **loras.stamps}, {}),
         rest=packs.checked(BlockLayout.from_entries(groups[0])),
         blocks=tuple(packs.checked(BlockLayout.from_entries(part)) for part, _ in blocks),
         cross=tuple(packs.checked(BlockLayout.from_entries(part)) for _, part in blocks if part),
@@ -319,6 +372,7 @@ def _component(
         adapters=adapters_of(source, prefix, count, only, dtype),
         source=source,
         packs=packs,
+        loras=parts,
     )
 
 
@@ -350,16 +404,3 @@ def _local_formats(formats: Formats, prefix: str, count: int) -> tuple[Formats, 
         {name[len(start) :]: fmt for name, fmt in formats.items() if name.startswith(start)}
         for start in starts
     )
-
-
-def _templates(block: Any, formats: Sequence[Formats]) -> tuple[Any, ...]:
-    """A block module for each block; one is shared by all blocks whose linears are stored alike."""
-    made: list[tuple[Formats, Any]] = []
-    templates = []
-    for wanted in formats:
-        known = next((module for found, module in made if found == wanted), None)
-        if known is None:
-            known = block if not made else copy.deepcopy(block)
-            made.append((wanted, known))
-        templates.append(known)
-    return tuple(templates)

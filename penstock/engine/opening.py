@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from penstock.engine.locate import Files
-from penstock.errors import JournalError
+from penstock.engine.lora import Lora
+from penstock.errors import JournalError, UsageError
 
 _PARTS = tuple(each.name for each in fields(Files))
 
@@ -20,10 +21,12 @@ class Opening:
     Attributes:
         model: a folder, a file or a hub id; None: all parts are in ``files``.
         files: parts given by themselves.
+        loras: applied beside the transformer's weights.
     """
 
     model: str | None
     files: Files = field(default_factory=Files)
+    loras: tuple[Lora, ...] = ()
 
     def values(self) -> dict[str, Any]:
         """Plain values, for a job's record; places are absolute."""
@@ -31,6 +34,7 @@ class Opening:
         return {
             "model": None if self.model is None else _absolute(self.model),
             "files": {name: _absolute(path) for name, path in given.items()},
+            "loras": [[_absolute(lora.path), lora.strength] for lora in self.loras],
         }
 
     @classmethod
@@ -38,7 +42,7 @@ class Opening:
         """What `values` gave, among others.
 
         Raises:
-            JournalError: they name no model.
+            JournalError: they name no model, or something else than LoRAs.
         """
         model, files = values.get("model"), values.get("files")
         places = files if isinstance(files, Mapping) else {}
@@ -50,7 +54,15 @@ class Opening:
                 found=f"model {model!r}, files {files!r}",
             )
         paths = {name: Path(path) for name, path in places.items()}
-        return cls(model if isinstance(model, str) else None, Files(**paths))
+        loras = _loras(values.get("loras", []))
+        return cls(model if isinstance(model, str) else None, Files(**paths), loras)
+
+
+def _loras(kept: Any) -> tuple[Lora, ...]:
+    try:
+        return tuple(Lora(Path(path), float(strength)) for path, strength in kept)
+    except (TypeError, ValueError, UsageError) as error:
+        raise JournalError("the job's record names no LoRAs", found=str(error)) from error
 
 
 def _absolute(place: str | Path) -> str:

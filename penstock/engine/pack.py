@@ -24,6 +24,9 @@ from penstock.engine.durable import NEW_SUFFIX, FileOps, read_whole, storing, wr
 from penstock.engine.formats import WeightReader
 from penstock.engine.keys import stored_name
 from penstock.engine.locate import ModelSource
+from penstock.engine.lora import Lora
+from penstock.engine.lora_merge import merged_names
+from penstock.engine.lora_place import PlacedLoras
 from penstock.engine.packfile import PackFile, PackLayout, Run, digest, sums_text
 from penstock.engine.packplan import ComponentPlan, Step, plan_component
 from penstock.engine.packside import write_side_files
@@ -59,6 +62,7 @@ def pack(
     wanted: str,
     folder: Path,
     *,
+    loras: Sequence[Lora] = (),
     ram_bytes: int = 2 << 30,
     ops: FileOps | None = None,
     progress: Progress | None = None,
@@ -67,13 +71,15 @@ def pack(
 
     Args:
         wanted: format of the transformer's block matrices; the other components keep theirs.
+        loras: folded into the transformer's weights before they are quantised.
         ram_bytes: most memory for the weights in work, `LEAST_RAM_BYTES` or more.
         ops: the file operations.
         progress: told of every piece.
 
     Raises:
         UsageError: no such format, or too little memory.
-        CheckpointError: the source is not whole, changed meanwhile, or holds NaN or Inf.
+        CheckpointError: the source is not whole, changed meanwhile, or holds NaN or Inf; a LoRA
+            cannot be used, or was made for another model.
         StorageError: the disk is full (seen before anything is written) or fails.
     """
     if ram_bytes < LEAST_RAM_BYTES:
@@ -81,7 +87,11 @@ def pack(
             "too little memory to pack", expected=f"{LEAST_RAM_BYTES:,} bytes", found=str(ram_bytes)
         )
     ops = ops or FileOps()
-    plans = [plan_component(component, wanted) for component in source.components()]
+    merged = PlacedLoras.open(source.transformer, loras)
+    plans = [
+        plan_component(part, wanted, merged if part is source.transformer else None)
+        for part in source.components()
+    ]
     check_space(ops, folder, plans)
     total = sum(plan.layout.file_bytes for plan in plans)
     done = reused = 0
@@ -89,7 +99,8 @@ def pack(
         report = _reporter(progress, plan.source.component, done, total)
         reused += pack_component(plan, folder / plan.file, ram_bytes, ops, report)
         done += plan.layout.file_bytes
-    write_side_files(source, folder, wanted, ops)
+    named = {"loras": merged_names(merged)} if merged.files else {}
+    write_side_files(source, folder, {"format": wanted, **named}, ops)
     return PackReport(folder, len(plans), total, reused)
 
 
@@ -157,7 +168,7 @@ def _write_pack(
     layout, partial = plan.layout, _partial(path)
     sums = _sound_runs(ops, partial, notes, layout)
     reused = len(sums)
-    with WeightReader(plan.source) as reader, _Output(ops, partial, layout, reused) as out:
+    with plan.reader() as reader, _Output(ops, partial, layout, reused) as out:
         for run, steps in list(zip(layout.runs, plan.steps, strict=True))[reused:]:
             sums.append(_write_run(out, run, steps, reader, ram_bytes // _SHARE, report))
             out.sync()

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from penstock.engine.fingerprint import stamp
-from penstock.engine.formats import compute_tag, is_linear
+from penstock.engine.formats import WeightReader, compute_tag, is_linear
 from penstock.engine.keys import ComponentSource, as_bytes, recognise, stored_name
+from penstock.engine.lora_merge import MergedReader, merged_names
+from penstock.engine.lora_place import PlacedLoras
 from penstock.engine.packfile import PackLayout, Spec, lay_out
 from penstock.engine.source import RawFile
 from penstock.engine.wan.forward import is_cross_kv
@@ -51,16 +53,25 @@ class Step:
 
 @dataclass(frozen=True)
 class ComponentPlan:
-    """The pack of one component: where everything goes, and the steps of each of its runs."""
+    """The pack of one component: where everything goes, and the steps of each of its runs.
+
+    Attributes:
+        loras: folded into its weights.
+    """
 
     source: ComponentSource
     layout: PackLayout
     steps: tuple[tuple[Step, ...], ...]
+    loras: PlacedLoras
 
     @property
     def file(self) -> str:
         """The pack's path inside the model's folder."""
         return f"{self.source.component}/{FILE_NAMES[self.source.component]}"
+
+    def reader(self) -> WeightReader:
+        """Reads the values that are packed."""
+        return MergedReader(self.loras) if self.loras.files else WeightReader(self.source)
 
     def foresee(self, path: Path) -> ComponentSource:
         """The component as the pack at ``path`` will hold it, before any of it is made: good for
@@ -77,8 +88,13 @@ class ComponentPlan:
         return recognise(RawFile(path, "safetensors", entries, metadata, {}), self.source.config)
 
 
-def plan_component(source: ComponentSource, wanted: str) -> ComponentPlan:
+def plan_component(
+    source: ComponentSource, wanted: str, loras: PlacedLoras | None = None
+) -> ComponentPlan:
     """Lay out the pack of ``source``, the block matrices of a transformer stored as ``wanted``.
+
+    Args:
+        loras: to fold into its weights.
 
     Raises:
         UsageError: no such format, or one that is only read.
@@ -91,10 +107,15 @@ def plan_component(source: ComponentSource, wanted: str) -> ComponentPlan:
             found=repr(wanted),
         )
     source.check()
+    loras = loras or PlacedLoras(source, (), ())
+    changed = {change.parameter for change in loras.changes()}
     target, tag, shapes = get_format(wanted), compute_tag(source), source.shapes
     chosen = set(default_policy(shapes)) if source.component == "transformer" else set()
     steps = {
-        run: tuple(_step(source, n, shapes[n], target if n in chosen else None, tag) for n in names)
+        run: tuple(
+            _step(source, n, shapes[n], target if n in chosen else None, tag, n in changed)
+            for n in names
+        )
         for run, names in runs_of(source.component, shapes).items()
     }
     specs = {
@@ -108,8 +129,9 @@ def plan_component(source: ComponentSource, wanted: str) -> ComponentPlan:
         "compute": tag,
         "gguf": _gguf_types(source, [step for made in steps.values() for step in made]),
         "source": {path.name: stamp(path) for path in sorted(source.raw.stamps)},
+        **({"loras": merged_names(loras)} if loras.files else {}),
     }
-    return ComponentPlan(source, lay_out(specs, about), tuple(steps.values()))
+    return ComponentPlan(source, lay_out(specs, about), tuple(steps.values()), loras)
 
 
 def runs_of(component: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
@@ -150,6 +172,7 @@ def _step(
     shape: tuple[int, ...],
     target: QuantFormat | None,
     tag: str,
+    changed: bool,
 ) -> Step:
     stored = source.weights[name]
     found = specs_of(stored.tensors)
@@ -157,11 +180,11 @@ def _step(
     if target is not None and matrix is not None and target.fits(matrix):
         made = target.storage(matrix, tag)
         same = stored.label == _SAME.get(target.name, target.name) and found == made
-        return Step(name, shape, made, same, target)
-    if target is None and not stored.plain and is_linear(name, shape):
+        return Step(name, shape, made, same and not changed, target)
+    if target is None and not stored.plain and is_linear(name, shape) and not changed:
         return Step(name, shape, found, True, None)
     plain: dict[str, Spec] = {"weight": (tag, shape)}
-    return Step(name, shape, plain, stored.plain and found == plain, None)
+    return Step(name, shape, plain, stored.plain and found == plain and not changed, None)
 
 
 def _matrix(shape: tuple[int, ...]) -> Shape | None:

@@ -28,14 +28,19 @@ _MODEL_TYPES = {"text_encoder": "umt5", "image_encoder": "clip_vision_model"}
 _LARGEST_BYTES = 64 << 20
 
 
-def write_side_files(source: ModelSource, folder: Path, wanted: str, ops: FileOps) -> None:
+def write_side_files(
+    source: ModelSource, folder: Path, about: Mapping[str, Any], ops: FileOps
+) -> None:
     """Write everything but the packs, each file atomically, the index last.
+
+    Args:
+        about: what the index says of the packs: their format, what was merged into them.
 
     Raises:
         CheckpointError: the tokenizer cannot be read.
         StorageError: the disk is full or fails.
     """
-    for name, content in side_files(source, wanted):
+    for name, content in side_files(source, about):
         path = folder / name
         with storing(ops, path, len(content)):
             ops.mkdir(path.parent)
@@ -55,7 +60,7 @@ def write_config(component: ComponentSource, folder: Path, ops: FileOps) -> None
     write_atomically(ops, path, [content])
 
 
-def side_files(source: ModelSource, wanted: str) -> Iterator[tuple[str, bytes]]:
+def side_files(source: ModelSource, about: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
     """Name and content of each file beside the packs, in the order they are written."""
     for component in source.components():
         yield f"{component.component}/config.json", as_json(_config(component))
@@ -66,7 +71,7 @@ def side_files(source: ModelSource, wanted: str) -> Iterator[tuple[str, bytes]]:
         yield "defaults.json", as_json(source.defaults)
     for name, content in _tokenizer(source.tokenizer):
         yield f"tokenizer/{name}", content
-    yield INDEX, as_json(_index(source, wanted))
+    yield INDEX, as_json(_index(source, about))
 
 
 def as_json(value: Mapping[str, Any]) -> bytes:
@@ -81,11 +86,10 @@ def _config(component: ComponentSource) -> dict[str, Any]:
     return config | {"_class_name": _CLASSES[component.component][1]}
 
 
-def _index(source: ModelSource, wanted: str) -> dict[str, Any]:
+def _index(source: ModelSource, about: Mapping[str, Any]) -> dict[str, Any]:
     pipeline = "WanPipeline" if source.image_encoder is None else "WanImageToVideoPipeline"
     parts = {part.component: list(_CLASSES[part.component]) for part in source.components()}
-    about = {"version": __version__, "format": wanted}
-    return {"_class_name": pipeline, "_penstock": about, **parts}
+    return {"_class_name": pipeline, "_penstock": {"version": __version__, **about}, **parts}
 
 
 def _tokenizer(tokenizer: Path | TensorEntry) -> Iterator[tuple[str, bytes]]:

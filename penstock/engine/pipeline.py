@@ -37,6 +37,7 @@ from penstock.engine.wan import forward as dit
 from penstock.engine.wan.cross import CrossStore
 from penstock.engine.wan.vae_decode import raw_latents
 from penstock.engine.wan.vae_encode import encode_tiled, first_frame_then_zeros
+from penstock.offload.allocator import allocator_capped
 from penstock.offload.streamer import BlockStream
 from penstock.profiles.tiling import TileGrid
 
@@ -53,7 +54,8 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
     """
     started = time.perf_counter()
     stage = Stage(job, listener, cancelled)
-    with Ending(job.keeper, job.device):
+    capped = allocator_capped(job.device, job.plan.vram_limit_bytes)
+    with Ending(job.keeper, job.device), capped, closing(stage):
         for message in (*job.notices, *(warning.message for warning in job.request.warnings)):
             stage.monitor.notice(message)
         latents = sample(stage)
@@ -77,7 +79,7 @@ def sample(stage: Stage) -> Tensor:
     latents = keeper.latents()
     if latents is None:
         stage.prepare()
-        conditions = keeper.conditions()
+        conditions = stage.attempt("context", lambda: kept_conditions(stage))
         if conditions is None:
             conditions = condition(stage)
             keeper.keep_conditions(conditions)
@@ -87,6 +89,12 @@ def sample(stage: Stage) -> Tensor:
         latents = stage.attempt("denoise", lambda: denoise(stage, conditions, sampling))
         keeper.keep_latents(latents)
     return latents
+
+
+def kept_conditions(stage: Stage) -> Conditions | None:
+    """The encoded prompt and picture of a job that goes on; None: they are still to be made."""
+    with stage.restoring():
+        return stage.keeper.conditions()
 
 
 def condition(stage: Stage) -> Conditions:
@@ -179,10 +187,11 @@ def denoise(stage: Stage, conditions: Conditions, sampling: Sampling) -> Tensor:
         return sampling.latents.cpu()
     with closing(sampling.resume()) as sampler, stage.rest(component) as model:
         start, steps, latents = sampler.next_step, request.steps, sampling.latents
+        stage.steps_left = steps - start
         cross, modulation = prepare(stage, model, conditions, sampler.timesteps)
         with stage.phase("denoise", steps, "step", done=start) as (plan, phase):
             passes = plan.passes(len(conditions.texts))
-            cycles = (steps - start) * len(passes)
+            cycles = stage.steps_left * len(passes)
             with stage.stream(component.blocks, plan.stream, phase, cycles) as stream:
                 forward = Forward(model, component, stream, cross, plan.chunk_tokens, phase)
                 rope = dit.rope_tables(model, latents.shape[2:], stage.device)
@@ -200,6 +209,7 @@ def denoise(stage: Stage, conditions: Conditions, sampling: Sampling) -> Tensor:
                     preview = preview_of(stage, sampler, prediction, latents)
                     latents = sampling.step(sampler, prediction, latents)
                     phase.advance(preview)
+            stage.keeper.settle()
             return latents.cpu()
 
 
@@ -283,6 +293,7 @@ def decode(stage: Stage, latents: Tensor) -> Tensor:
         raw = raw_latents(latents.to(stage.device, component.dtype), vae.config)
         film = Film(vae, raw, grid, shape, stage.keeper)
         film.decode(should_stop=phase.advance)
+        stage.keeper.settle()
         component.checkpoint.check_unchanged()
     return film.video
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from penstock.engine.locate import Files
-from penstock.engine.request import GenerationRequest, parse_area, parse_size, size_for
+from penstock.engine.request import (
+    DISTILLED,
+    GenerationRequest,
+    parse_area,
+    parse_size,
+    size_for,
+)
 from penstock.errors import UsageError
 from penstock.profiles.advice import plan_chosen
 from penstock.profiles.builtin import builtin
@@ -28,10 +35,11 @@ class Asked:
     steps: int | None = None
     cfg: float | None = None
     image: Path | None = None
+    distilled: bool = False
 
     @property
     def workload(self) -> Workload:
-        """As the planner takes it.
+        """As the planner takes it: `penstock generate` keeps its jobs.
 
         Raises:
             RequestError: an illegal value; UsageError: both a size and an area.
@@ -55,9 +63,10 @@ class Asked:
             image=Path("a plan"),
             width=width,
             height=height,
-            **{name: value for name, value in given.items() if value is not None},
+            **(dict(DISTILLED) if self.distilled else {})
+            | {name: value for name, value in given.items() if value is not None},
         )
-        return Workload(request.video_shape, request.steps, request.uses_guidance)
+        return _workload(request)
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,12 @@ class Target:
 
 
 def make_plan(
-    model: str | None, files: Files, synthetic: str | None, asked: Asked, target: Target
+    model: str | None,
+    files: Files,
+    synthetic: str | None,
+    asked: Asked,
+    target: Target,
+    loras: Sequence[str] = (),
 ) -> Plan:
     """The plan for a model, or for a built-in description.
 
@@ -116,15 +130,19 @@ def make_plan(
         model, files: as `penstock.engine.locate.locate` takes them.
 
     Raises:
-        UsageError: neither or both; OverBudget: nothing fits.
+        UsageError: neither or both, or LoRAs without a model; OverBudget: nothing fits.
     """
     hardware = target.hardware
     chosen = choose(load(target.profile), target.overrides, hardware)
     has_files = model is not None or files != Files()
+    if synthetic is not None and loras:
+        raise UsageError(
+            "a LoRA is checked against a model's files", expected="--model", found="--synthetic"
+        )
     if synthetic is not None and not has_files:
         return plan_chosen(lambda stored: builtin(synthetic, stored), asked.workload, chosen)
     if synthetic is None and has_files:
-        opened = _Opened(model, files, described=target.card is not None)
+        opened = _Opened(model, files, tuple(loras), described=target.card is not None)
         return plan_files(opened, asked, chosen)
     raise UsageError(
         "a plan needs a model",
@@ -135,10 +153,11 @@ def make_plan(
 
 @dataclass(frozen=True)
 class _Opened:
-    """A model's files, and whether they are planned for a machine that is only described."""
+    """A model's files and LoRAs, and whether the machine is only described."""
 
     model: str | None
     files: Files
+    loras: tuple[str, ...]
     described: bool
 
 
@@ -150,6 +169,7 @@ def plan_files(opened: _Opened, asked: Asked, chosen: Chosen) -> Plan:
     """
     import torch
 
+    from penstock.engine.lora import as_loras
     from penstock.engine.model import ModelFiles
     from penstock.engine.settings import Settings, resolve
     from penstock.engine.variants import Variants, computing_on
@@ -163,12 +183,18 @@ def plan_files(opened: _Opened, asked: Asked, chosen: Chosen) -> Plan:
         steps=asked.steps,
         guidance_scale=asked.cfg,
         image=asked.image,
+        distilled=asked.distilled,
     )
-    model = ModelFiles.open(opened.model, opened.files)
+    model = ModelFiles.open(opened.model, opened.files, as_loras(opened.loras))
     request = resolve(settings, model)
     device = torch.device(chosen.hardware.device)
     computing = Computing(Scratch(0, device))
     if not opened.described:
         computing, _ = computing_on(device, chosen.policy.compute)
     variants = Variants(model, chosen, computing, described=opened.described)
-    return variants.plan(Workload(request.video_shape, request.steps, request.uses_guidance))
+    found = variants.plan(_workload(request))
+    return replace(found, origins=found.origins + model.loras.origins())
+
+
+def _workload(request: GenerationRequest) -> Workload:
+    return Workload(request.video_shape, request.steps, request.uses_guidance, kept=True)

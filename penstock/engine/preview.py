@@ -101,7 +101,7 @@ def _smooth_latents(z_dim: int, height: int, width: int) -> list[Tensor]:
     generator = torch.Generator("cpu").manual_seed(0)
     coarse = torch.randn(FIT_FRAMES, z_dim, 4, 4, generator=generator)
     smooth = F.interpolate(coarse, (height, width), mode="bilinear", align_corners=True)
-    smooth = smooth / smooth.std(dim=(2, 3), keepdim=True).clamp_min(1e-3)
+    smooth = smooth / smooth.std(dim=(2, 3), correction=0, keepdim=True).clamp_min(1e-3)
     return [frame[None, :, None] for frame in smooth]
 
 

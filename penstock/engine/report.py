@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import platform
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from torch import Tensor
 
 from penstock._version import __version__
+from penstock.offload.stats import Flow
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One denoising step: its seconds, and what passed the edges between the tiers meanwhile.
+
+    On CUDA a step ends when it is issued: what the device had not finished counts to the next.
+    """
+
+    seconds: float
+    flow: Flow
 
 
 @dataclass(frozen=True)
@@ -17,9 +29,16 @@ class PhaseReport:
     """One phase: seconds, predicted and measured peaks (by the ledgers), bytes moved.
 
     Attributes:
+        name: such as "denoise".
+        seconds: that it took.
+        units, unit: how many units of work were done, and what a unit is ("step", "layer", ...).
+        predicted_vram_bytes, predicted_ram_bytes: peaks that the plan promised.
+        measured_vram_bytes, measured_ram_bytes: peaks of the ledgers.
         read_bytes: weights read from disk.
         copied_bytes: weights copied from host memory to the device.
         stall_s: seconds in which the computation waited for weights.
+        flow: bytes, seconds and stalls at each edge: disk -> host -> device -> computation.
+        steps: the same step by step, where the phase has steps.
     """
 
     name: str
@@ -33,6 +52,8 @@ class PhaseReport:
     read_bytes: int
     copied_bytes: int
     stall_s: float
+    flow: Flow = Flow()
+    steps: tuple[StepReport, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,6 +64,8 @@ class RunReport:
         output: path of the video, or None where the frames were kept in memory.
         frames, width, height, fps: of the video.
         seed: the seed that was used, also where the request left it open.
+        seconds: from the job's turn to its end.
+        vram_limit_bytes, ram_limit_bytes: the budgets.
         phases: in the order they ran.
         allocated_vram_bytes: peak of the device's own allocator (0 where it has none: the CPU).
         weight_format: of the transformer's blocks.
@@ -52,6 +75,7 @@ class RunReport:
         notices: all that the user was told on the way.
         steered: ``on_step`` replaced the latents in some step: the request and the seed alone do
             not lead to this video.
+        versions: of the packages that the result depends on.
     """
 
     output: str | None
@@ -83,7 +107,11 @@ class RunReport:
         return max(phase.measured_ram_bytes for phase in self.phases)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, ready for json.dumps."""
+        """Plain values, ready for json.dumps.
+
+        Raises:
+            Nothing.
+        """
         return asdict(self) | {
             "peak_vram_bytes": self.peak_vram_bytes,
             "peak_ram_bytes": self.peak_ram_bytes,
@@ -114,4 +142,7 @@ def versions() -> dict[str, str]:
 def _version(package: str) -> str:
     if package == "penstock":
         return __version__
-    return version(package)
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a benchmark runs without the video encoder, for one
+        return "absent"

@@ -6,6 +6,7 @@ request's shift) and can hand out its complete history, so that a job continues 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ _HISTORY = {
     "unipc": ("model_outputs", "timestep_list", "last_sample", "lower_order_nums", "this_order"),
     "dpm++": ("model_outputs", "lower_order_nums"),
     "euler": (),
+    "lcm": (),
 }
 
 
@@ -43,11 +45,14 @@ class Sampler:
 
     Args:
         config: the folder's scheduler config (`read_scheduler_config`).
-        sampler: ``"unipc"``, ``"dpm++"`` or ``"euler"``.
+        sampler: ``"unipc"``, ``"dpm++"``, ``"euler"``, or ``"lcm"``: from the predicted end back to
+            the next noise level with fresh noise.
         steps: number of steps.
         shift: flow shift, in the place of the config's own (the converted 720p model says 3.0
             where 5.0 is right).
         device: where latents and predictions are.
+        distilled: noise levels in equal steps from 1, before the shift (``"euler"``, ``"lcm"``).
+        seed: of the noise that ``"lcm"`` adds.
 
     Attributes:
         timesteps: ``(steps,)``, what the transformer is given at each step.
@@ -62,11 +67,19 @@ class Sampler:
         steps: int,
         shift: float,
         device: torch.device | str = "cpu",
+        distilled: bool = False,
+        seed: int = 0,
     ) -> None:
-        self._settings = {"sampler": sampler, "steps": steps, "shift": float(shift)}
+        self._settings: dict[str, Any] = {"sampler": sampler, "steps": steps, "shift": float(shift)}
+        self._settings |= {"distilled": distilled} | ({"seed": seed} if sampler == "lcm" else {})
+        self._sampler, self._seed = sampler, seed
         self._history = _HISTORY.get(sampler, ())
         self._scheduler = _make_scheduler(config, sampler, float(shift))
-        self._scheduler.set_timesteps(steps, device=device)
+        if distilled:
+            levels = [1 - step / steps for step in range(steps)]
+            self._scheduler.set_timesteps(sigmas=levels, device=device)
+        else:
+            self._scheduler.set_timesteps(steps, device=device)
         # By count, never by looking a timestep up: rounded ones can repeat
         self._scheduler.set_begin_index(0)
         self.timesteps: Tensor = self._scheduler.timesteps
@@ -90,8 +103,14 @@ class Sampler:
                 expected=f"step {self.next_step} of {len(self.timesteps)}",
                 found=f"step {i}",
             )
-        timestep = self.timesteps[i]
-        (stepped,) = self._scheduler.step(noise_pred, timestep, latents, return_dict=False)
+        timestep, options = self.timesteps[i], {}
+        if self._sampler in ("euler", "lcm"):
+            noise_pred = noise_pred.to(latents.dtype)  # the scheduler rounds latents to its type
+        if self._sampler == "lcm":
+            options = {"generator": step_generator(self._seed, i)}
+        (stepped,) = self._scheduler.step(
+            noise_pred, timestep, latents, return_dict=False, **options
+        )
         self.next_step += 1
         check_finite(stepped, i, len(self.timesteps))
         return stepped  # type: ignore[no-any-return]
@@ -125,7 +144,7 @@ class Sampler:
         Raises:
             UsageError: the state belongs to another sampler, step count or shift.
         """
-        found = {name: state.values.get(name) for name in self._settings}
+        found = {name: state.values.get(name, False) for name in self._settings}
         if found != self._settings:
             raise UsageError(
                 "the saved sampler state belongs to other settings",
@@ -179,6 +198,13 @@ def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float32)
 
 
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """What draws the noise that is added after ``step``: a function of both, so that a job that is
+    resumed draws the same, and independent of the first noise and of other steps'."""
+    digest = hashlib.sha256(f"{seed}:{step}".encode()).digest()
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:4], "big"))
+
+
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance, ``uncond + scale * (cond - uncond)``, into ``conditional``.
 
@@ -218,6 +244,8 @@ def _make_scheduler(config: dict[str, Any], sampler: str, shift: float) -> Any:
         return DPMSolverMultistepScheduler.from_config(
             config, **_FLOW, **static, flow_shift=shift, algorithm_type="dpmsolver++"
         )
-    if sampler == "euler":
-        return FlowMatchEulerDiscreteScheduler.from_config(config, **static, shift=shift)
+    if sampler in ("euler", "lcm"):
+        return FlowMatchEulerDiscreteScheduler.from_config(
+            config, **static, shift=shift, stochastic_sampling=sampler == "lcm"
+        )
     raise UsageError("unknown sampler", expected=" or ".join(_HISTORY), found=repr(sampler))

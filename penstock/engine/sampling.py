@@ -25,8 +25,9 @@ class Sampling:
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
-        kept = stage.keeper.point()
-        self._point = self._first() if kept is None else _moved(kept, stage.device)
+        with stage.restoring():
+            kept = stage.keeper.point()
+            self._point = self._first() if kept is None else _moved(kept, stage.device)
 
     def _first(self) -> Point:
         request, vae = self._stage.job.request, self._stage.model.manifest.vae
@@ -35,16 +36,20 @@ class Sampling:
         noise = initial_noise(shape, request.seed).to(self._stage.device)
         point = Point(noise, self._sampler().state())
         self._stage.keeper.keep_point(point)
+        self._stage.keeper.settle()  # the copy's room is the denoising's, which has not begun
         return point
 
     def _sampler(self) -> Sampler:
         request = self._stage.job.request
+        assert request.seed is not None
         return Sampler(
             dict(self._stage.model.source.scheduler),
             sampler=request.sampler,
             steps=request.steps,
             shift=request.effective_shift,
             device=self._stage.device,
+            distilled=request.distilled,
+            seed=request.seed,
         )
 
     @property

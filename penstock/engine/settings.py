@@ -13,7 +13,14 @@ from typing import Any
 
 from penstock.engine.image import open_image
 from penstock.engine.model import ModelFiles
-from penstock.engine.request import GenerationRequest, Grid, parse_area, parse_size, size_for
+from penstock.engine.request import (
+    DISTILLED,
+    GenerationRequest,
+    Grid,
+    parse_area,
+    parse_size,
+    size_for,
+)
 from penstock.errors import CheckpointError, UsageError
 
 _NUMBERS = ("width", "height", "frames", "steps", "guidance_scale", "shift", "fps")
@@ -21,7 +28,8 @@ _NUMBERS = ("width", "height", "frames", "steps", "guidance_scale", "shift", "fp
 
 @dataclass(frozen=True)
 class Settings:
-    """A request with gaps: None means "the model's default"."""
+    """A request with gaps: None means "the model's default"; ``distilled`` fills those that are
+    left open with `penstock.engine.request.DISTILLED`."""
 
     prompt: str
     image: Path | None = None
@@ -35,6 +43,7 @@ class Settings:
     seed: int | None = None
     sampler: str | None = None
     fps: int | None = None
+    distilled: bool = False
 
 
 def resolve(settings: Settings, model: ModelFiles) -> GenerationRequest:
@@ -54,6 +63,8 @@ def resolve(settings: Settings, model: ModelFiles) -> GenerationRequest:
         for field in fields(settings)
         if field.name not in ("size", "max_area") and getattr(settings, field.name) is not None
     }
+    if settings.distilled:
+        defaults |= DISTILLED
     width, height = _size(settings, defaults, model.grid)
     return GenerationRequest(
         **(defaults | given | {"width": width, "height": height, "grid": model.grid})

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from penstock.engine.lora_place import lora_spec
 from penstock.engine.wan.forward import is_cross_kv
 from penstock.profiles.manifest import (
     ImageSpec,
@@ -53,60 +54,61 @@ def undecided(manifest: ModelManifest) -> ModelManifest:
 
 
 def _transformer_spec(component: Component, computing: Computing) -> TransformerSpec:
-    config = component.module.config
+    config = component.config
     return TransformerSpec(
         weights=component.weights(computing.scratch.device),
         cross_block_bytes=tuple(layout.nbytes for layout in component.cross),
         num_layers=len(component.blocks),
-        num_attention_heads=config.num_attention_heads,
-        attention_head_dim=config.attention_head_dim,
-        ffn_dim=config.ffn_dim,
-        in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        text_dim=config.text_dim,
-        freq_dim=config.freq_dim,
-        patch_size=tuple(config.patch_size),
-        image_dim=config.image_dim,
+        num_attention_heads=config["num_attention_heads"],
+        attention_head_dim=config["attention_head_dim"],
+        ffn_dim=config["ffn_dim"],
+        in_channels=config["in_channels"],
+        out_channels=config["out_channels"],
+        text_dim=config["text_dim"],
+        freq_dim=config["freq_dim"],
+        patch_size=tuple(config["patch_size"]),
+        image_dim=config["image_dim"],
         storage=component.storage(computing, lambda name: not is_cross_kv(name)),
         context_storage=component.storage(computing, is_cross_kv),
+        lora=lora_spec(component.loras, component.blocks),
     )
 
 
 def _text_spec(component: Component, computing: Computing) -> TextSpec:
-    config = component.module.config
+    config = component.config
     return TextSpec(
         weights=component.weights(computing.scratch.device),
-        d_model=config.d_model,
-        d_kv=config.d_kv,
-        d_ff=config.d_ff,
+        d_model=config["d_model"],
+        d_kv=config["d_kv"],
+        d_ff=config["d_ff"],
         num_layers=len(component.blocks),
-        num_heads=config.num_heads,
+        num_heads=config["num_heads"],
         storage=component.storage(computing),
     )
 
 
 def _image_spec(component: Component, computing: Computing) -> ImageSpec:
-    config = component.module.config
+    config = component.config
     return ImageSpec(
         weights=component.weights(computing.scratch.device),
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["intermediate_size"],
         num_hidden_layers=len(component.blocks),
-        num_attention_heads=config.num_attention_heads,
-        image_size=config.image_size,
-        patch_size=config.patch_size,
+        num_attention_heads=config["num_attention_heads"],
+        image_size=config["image_size"],
+        patch_size=config["patch_size"],
         storage=component.storage(computing),
     )
 
 
 def _vae_spec(encoder: Component, decoder: Component, device: torch.device) -> VaeSpec:
-    config = decoder.module.config
+    config = decoder.config
     return VaeSpec(
         encoder=encoder.weights(device),
         decoder=decoder.weights(device),
-        base_dim=config.base_dim,
-        z_dim=config.z_dim,
-        dim_mult=tuple(config.dim_mult),
-        num_res_blocks=config.num_res_blocks,
-        temporal_downsample=tuple(config.temperal_downsample),
+        base_dim=config["base_dim"],
+        z_dim=config["z_dim"],
+        dim_mult=tuple(config["dim_mult"]),
+        num_res_blocks=config["num_res_blocks"],
+        temporal_downsample=tuple(config["temperal_downsample"]),
     )

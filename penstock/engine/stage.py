@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from penstock.engine.ahead import Ahead
 from penstock.engine.events import Listener, Monitor, PhaseMonitor, Replanned
 from penstock.engine.keeper import Keeper
 from penstock.engine.model import Component, ModelFiles
@@ -26,6 +27,7 @@ from penstock.offload.schedule import Residency
 from penstock.offload.streamer import BlockStream, load_block
 from penstock.offload.tiers import release_cached
 from penstock.profiles.manifest import SCRATCH
+from penstock.profiles.phases import RESTORED
 from penstock.profiles.plan import PhasePlan, Plan, StreamPlan, changes
 from penstock.profiles.planner import Workload
 
@@ -71,18 +73,24 @@ class Run:
     previewer: Previewer = field(default_factory=Previewer)
 
 
-def workload_of(request: GenerationRequest) -> Workload:
-    """The request as the planner takes it."""
-    return Workload(request.video_shape, request.steps, request.uses_guidance)
+def workload_of(request: GenerationRequest, *, kept: bool = False) -> Workload:
+    """The request as the planner takes it; ``kept``: in a job's directory."""
+    return Workload(request.video_shape, request.steps, request.uses_guidance, kept)
 
 
 class Stage:
-    """A running job: the run, its plan as it stands, its ledgers and its monitor."""
+    """A running job: the run, its plan as it stands, its ledgers and its monitor.
+
+    Attributes:
+        steps_left: of the denoising, when its stream is opened.
+    """
 
     def __init__(self, job: Run, listener: Listener, cancelled: threading.Event) -> None:
         self.job, self.model, self.device = job, job.model, job.device
         self.plan, self.keeper = job.plan, job.keeper
         self._active = ""
+        self._ahead = Ahead()
+        self.steps_left = job.request.steps
         self.device_ledger = ByteLedger("VRAM", job.plan.vram_limit_bytes)
         self.host_ledger = ByteLedger("RAM", job.plan.ram_limit_bytes)
         self.monitor = Monitor(listener, self.device_ledger, self.host_ledger, cancelled)
@@ -106,7 +114,29 @@ class Stage:
             self.host_ledger.reserve(f"{name}: host work", plan.ram_work_bytes),
             self.model.scratch.held(dict(plan.work).get(SCRATCH, 0)),
         ):
+            if plan.ahead_bytes:
+                self._read_ahead()
             yield plan, phase
+
+    def _read_ahead(self) -> None:
+        """Let the transformer's first blocks come, as far as its buffers in RAM go."""
+        denoise, blocks = self.plan["denoise"], self.model.transformer.blocks
+        if self._ahead.is_reading or not self.job.overlapped or denoise.stream is None:
+            return
+        passes = denoise.passes(workload_of(self.job.request).branches)
+        stream = self._open(blocks, denoise.stream, self.steps_left * len(passes))
+        self._ahead.begin(blocks, stream)
+
+    def close(self) -> None:
+        """Give back what was read ahead for a phase that did not come."""
+        self._ahead.drop()
+
+    @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Room for reading what was kept of the job, as the plan's next phase has it."""
+        nbytes = dict(self.plan["context"].ram_work).get(RESTORED, 0)
+        with self.host_ledger.reserve(RESTORED, nbytes):
+            yield
 
     def attempt(self, name: str, body: Callable[[], Result]) -> Result:
         """Do ``body``, and where memory runs out do it again under a smaller plan.
@@ -131,6 +161,7 @@ class Stage:
             self._shrink(short)
 
     def _shrink(self, short: Shortage) -> None:
+        self._ahead.drop()
         gc.collect()
         release_cached(self.device)
         plan = self.job.shrink(self.plan, self._active, short.resource)
@@ -153,7 +184,7 @@ class Stage:
             CheckpointChanged: its files changed since the model was opened.
         """
         component.checkpoint.check_unchanged()
-        adapted = component.adapters[0].peak_bytes(self.device)
+        adapted = component.made_bytes(self.device)
         with (
             load_block(
                 component.rest,
@@ -176,7 +207,17 @@ class Stage:
     ) -> Iterator[BlockStream]:
         """A stream over ``layouts`` as planned, its statistics joined to the phase's."""
         assert plan is not None
-        with BlockStream(
+        with ExitStack() as stack:
+            ahead = self._ahead.take(layouts, stack)
+            stream = ahead or self._open(layouts, plan, cycles)
+            stack.enter_context(stream)
+            phase.opened(stream.stats)
+            for message in stream.notices:
+                self.monitor.notice(message)
+            yield stream
+
+    def _open(self, layouts: Sequence[BlockLayout], plan: StreamPlan, cycles: int) -> BlockStream:
+        return BlockStream(
             layouts,
             residency(plan),
             cycles=cycles,
@@ -184,10 +225,8 @@ class Stage:
             device_ledger=self.device_ledger,
             host_ledger=self.host_ledger,
             overlapped=self.job.overlapped,
-            should_stop=phase.check,
-        ) as stream:
-            phase.streams.append(stream.stats)
-            yield stream
+            should_stop=self.monitor.check,
+        )
 
 
 def residency(plan: StreamPlan) -> Residency:

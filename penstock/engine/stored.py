@@ -27,7 +27,7 @@ from penstock.profiles.plan import Plan
 STATE_TENSORS = 5
 """Latents and the solver's history at most: UniPC keeps three of the latents' size (order 2)."""
 
-_NOT_OF_THE_REQUEST = ("model", "files", "weight_format", "compute")
+_NOT_OF_THE_REQUEST = ("model", "files", "loras", "weight_format", "compute")
 
 GENERATIONS = 3
 """Of the sampler's state: two are kept while a third is written."""
@@ -116,11 +116,10 @@ def conditions_now(
         matrices: how those of the transformer's blocks are stored and multiply.
     """
     dtypes = {component.name: str(component.dtype) for component in model.components()}
-    return fingerprint(
-        device,
-        {"attention": "sdpa", "dtypes": dtypes} | dict(matrices),
-        sorted(model.files.items()),
-    )
+    numerics: dict[str, Any] = {"attention": "sdpa", "dtypes": dtypes} | dict(matrices)
+    if model.loras.given:
+        numerics["loras"] = model.loras.numerics()
+    return fingerprint(device, numerics, sorted(model.files.items()))
 
 
 def check_unfinished(journal: Journal) -> None:

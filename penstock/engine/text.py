@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ftfy
 import torch
 from torch import Tensor
 from torch.nn import Module
@@ -44,6 +43,8 @@ class TokenisedPrompt:
 
 def clean_prompt(text: str) -> str:
     """Mended encoding, resolved HTML entities, single spaces: as diffusers' Wan pipelines do it."""
+    import ftfy
+
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return _SPACES.sub(" ", text.strip()).strip()
 

@@ -1,6 +1,7 @@
 """Frames to a finished mp4, or nothing: H.264, 4:2:0, BT.709, playable while it downloads.
 
-Frames are encoded as they come; the file appears under its name only when it is complete.
+Frames are encoded as they come; the file appears under its name only when it is complete. PyAV is
+loaded with the first file: what writes none, a benchmark for one, runs without it.
 """
 
 from __future__ import annotations
@@ -14,9 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace
 
 from penstock.errors import OutputError, VideoError
 
@@ -137,6 +136,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
     Raises:
         VideoError: the file cannot be read as a video.
     """
+    import av
+
     with _as_video_error(path), av.open(str(path)) as container:
         comment = container.metadata.get("comment", "")
     try:
@@ -152,6 +153,8 @@ def read_frames(path: Path) -> Iterator[np.ndarray[Any, Any]]:
     Raises:
         VideoError: the file cannot be read as a video.
     """
+    import av
+
     with _as_video_error(path), av.open(str(path)) as container:
         for frame in container.decode(video=0):
             yield frame.to_ndarray(format="rgb24")
@@ -178,6 +181,8 @@ def _temporary_beside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _as_video_error(path: Path) -> Iterator[None]:
+    import av
+
     try:
         yield
     except (av.error.FFmpegError, OSError) as error:
@@ -189,6 +194,8 @@ def _as_video_error(path: Path) -> Iterator[None]:
 
 
 def _find_encoder() -> str:
+    import av
+
     for name in ENCODERS:
         if name in av.codecs_available:
             return name
@@ -208,6 +215,8 @@ def _encode(
     encoder: str,
     crf: int,
 ) -> int:
+    import av
+
     with _as_video_error(temporary):
         container = av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"})
     count = 0
@@ -234,6 +243,8 @@ def _encode(
 
 
 def _abandon(container: Any) -> None:
+    import av
+
     try:
         container.close()
     except (av.error.FFmpegError, OSError):
@@ -242,6 +253,8 @@ def _abandon(container: Any) -> None:
 
 
 def _add_stream(container: Any, shape: tuple[int, ...], fps: int, encoder: str, crf: int) -> Any:
+    from av.video.reformatter import ColorRange
+
     stream = container.add_stream(encoder, rate=fps)
     stream.height, stream.width = shape[:2]
     stream.pix_fmt = "yuv420p"
@@ -273,6 +286,9 @@ def _as_pixels(frame: Any, stream: Any) -> np.ndarray[Any, Any]:
 
 
 def _convert(pixels: np.ndarray[Any, Any], index: int) -> Any:
+    import av
+    from av.video.reformatter import ColorRange, Colorspace
+
     picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
     frame = picture.reformat(
         format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG

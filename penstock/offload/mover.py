@@ -5,48 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from torch import Tensor
 
 from penstock.offload.layout import BlockLayout, Inspector
 from penstock.offload.schedule import Compute, Copy, Queue, Read, Residency
+from penstock.offload.stats import StreamStats
 from penstock.offload.tiers import DiskTier, HostBuffer, Link
-
-
-@dataclass
-class StreamStats:
-    """What moved, and who waited for whom, residents included. Every field only grows.
-
-    Attributes:
-        read_bytes: from disk to host memory.
-        direct_bytes: those of them that went around the page cache.
-        copied_bytes: from host memory to the device.
-        pageable_bytes: host buffers that the CUDA driver refused to pin.
-        read_s: seconds in which the disk was reading.
-        copy_s: seconds in which the link was copying.
-        slab_wait_s: reading waited for a free slab.
-        disk_wait_s: copying waited for a read (disk -> host is too slow).
-        slot_wait_s: copying waited for a free slot; on CUDA, for its last use to be issued.
-        compute_wait_s: the computation waited for a block (host -> device is too slow); on CUDA, by
-            the device's own clock.
-    """
-
-    read_bytes: int = 0
-    direct_bytes: int = 0
-    copied_bytes: int = 0
-    pageable_bytes: int = 0
-    read_s: float = 0.0
-    copy_s: float = 0.0
-    slab_wait_s: float = 0.0
-    disk_wait_s: float = 0.0
-    slot_wait_s: float = 0.0
-    compute_wait_s: float = 0.0
-
-    def add_seconds(self, field: str, seconds: float) -> None:
-        """Add to one of the fields; each has one thread that adds to it."""
-        setattr(self, field, getattr(self, field) + seconds)
 
 
 @dataclass(frozen=True)
@@ -76,15 +43,15 @@ class Carrier:
     ) -> None:
         began = time.perf_counter()
         moved = self.disk.read(layout, target.view[: stop - start], start, stop, inspector)
-        self.stats.add_seconds("read_s", time.perf_counter() - began)
-        self.stats.read_bytes += moved.nbytes
-        self.stats.direct_bytes += moved.direct_bytes
+        self.stats.add("read_s", time.perf_counter() - began)
+        self.stats.add("read_bytes", moved.nbytes)
+        self.stats.add("direct_bytes", moved.direct_bytes)
 
     def copy(self, target: Tensor, source: HostBuffer) -> None:
         """Issue a copy of as many bytes as ``target`` has."""
-        with self.link.timed(Queue.COPY, partial(self.stats.add_seconds, "copy_s")):
+        with self.link.timed(Queue.COPY, partial(self.stats.add, "copy_s")):
             self.link.copy(target, source.tensor[: target.numel()])
-        self.stats.copied_bytes += target.numel()
+        self.stats.add("copied_bytes", target.numel())
 
     def load(self, layout: BlockLayout, through: HostBuffer, target: Tensor) -> None:
         """Bring a block to the device now, by way of a host buffer that may be smaller than it.
@@ -98,7 +65,7 @@ class Carrier:
                 stop = min(start + step, layout.nbytes)
                 self._read(layout, through, start, stop, inspector)
                 self.copy(target[start:stop], through)
-                self.link.drain()
+                self.link.land()
 
 
 @contextmanager
@@ -110,14 +77,15 @@ def _inspected(layout: BlockLayout) -> Iterator[Inspector | None]:
         inspector.finish()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Buffers:
-    """All memory of a stream: blocks that stay, and the two rings. The tiers empty these lists."""
+    """All memory of a stream: blocks that stay, and the two rings. The tiers empty these lists;
+    those of the device come when it is the stream's turn."""
 
-    resident: list[Tensor]
-    slots: list[Tensor]
     kept: list[HostBuffer]
     slabs: list[HostBuffer]
+    resident: list[Tensor] = field(default_factory=list)
+    slots: list[Tensor] = field(default_factory=list)
 
 
 class Mover:
@@ -131,30 +99,38 @@ class Mover:
         carrier: Carrier,
     ) -> None:
         self.carrier, self.link, self.stats = carrier, carrier.link, carrier.stats
-        self._layouts, self._buffers = layouts, buffers
+        self.buffers, self._layouts = buffers, layouts
         self._resident_at = {block: at for at, block in enumerate(residency.device_resident)}
         self._kept_at = {block: at for at, block in enumerate(residency.host_resident)}
 
     def tensors(self, op: Compute) -> dict[str, Tensor]:
         """What ``op`` computes with."""
-        if op.slot is None:
-            buffer = self._buffers.resident[self._resident_at[op.block]]
-        else:
-            buffer = self._buffers.slots[op.slot]
-        return self._layouts[op.block].views(buffer)
+        return self._layouts[op.block].views(self._on_device(op))
+
+    @contextmanager
+    def computing(self, op: Compute) -> Iterator[None]:
+        """The time inside is the computation's, with ``op``'s block."""
+        self.stats.add("visited_bytes", self._layouts[op.block].nbytes)
+        with self.link.timed(Queue.COMPUTE, partial(self.stats.add, "compute_s")):
+            yield
 
     def do(self, op: Read | Copy) -> None:
         """Read, or issue a copy, after what it must wait for on the device's side."""
         for ref in op.after:
             self.link.wait(op.ref.queue, ref)
         if isinstance(op, Read):
-            self.carrier.read(self._layouts[op.block], self._buffers.slabs[op.slab])
+            self.carrier.read(self._layouts[op.block], self._in_host(op))
         else:
-            target = self._buffers.slots[op.slot][: self._layouts[op.block].nbytes]
-            self.carrier.copy(target, self._source(op))
+            target = self._on_device(op)[: self._layouts[op.block].nbytes]
+            self.carrier.copy(target, self._in_host(op))
         self.link.record(op.ref)
 
-    def _source(self, op: Copy) -> HostBuffer:
+    def _in_host(self, op: Read | Copy) -> HostBuffer:
         if op.slab is None:
-            return self._buffers.kept[self._kept_at[op.block]]
-        return self._buffers.slabs[op.slab]
+            return self.buffers.kept[self._kept_at[op.block]]
+        return self.buffers.slabs[op.slab]
+
+    def _on_device(self, op: Copy | Compute) -> Tensor:
+        if op.slot is None:
+            return self.buffers.resident[self._resident_at[op.block]]
+        return self.buffers.slots[op.slot]

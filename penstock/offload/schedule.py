@@ -7,7 +7,8 @@ names in ``after`` are finished. How far a queue runs ahead follows from the rin
 a slot is filled again as soon as its last reader is done, across the end of a cycle too.
 
 LRU would miss every time on such a pattern (the same blocks in the same order), so what stays
-resident is fixed, and spread evenly between what streams.
+resident is fixed, and spread evenly between what streams. Residents come in the first cycle, each
+when it is its turn: the first computations need not wait for the last resident.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ class Ref(NamedTuple):
 
 @dataclass(frozen=True)
 class Read:
-    """Read ``block`` from disk into ``slab``."""
+    """Read ``block`` from disk into ``slab``, or to its place in host memory (None)."""
 
     visit: int
     block: int
-    slab: int
+    slab: int | None
     after: tuple[Ref, ...]
 
     @property
@@ -52,12 +53,13 @@ class Read:
 
 @dataclass(frozen=True)
 class Copy:
-    """Copy ``block`` from ``slab``, or from its place in host memory (None), into ``slot``."""
+    """Copy ``block`` from ``slab``, or from its place in host memory (None), into ``slot``, or to
+    its place on the device (None)."""
 
     visit: int
     block: int
     slab: int | None
-    slot: int
+    slot: int | None
     after: tuple[Ref, ...]
 
     @property
@@ -94,7 +96,8 @@ class Residency:
         host_resident: blocks that stay in host memory and are copied at every visit, ascending.
         device_slots: ring of buffers on the device: 1 or more if any block is not device-resident;
             2 let a copy run beside the computation.
-        host_slabs: ring of buffers in host memory: 1 or more if any block is in neither set.
+        host_slabs: ring of buffers in host memory: 1 or more if any block is in neither set. With
+            none, what stays on the device must be there before the first cycle.
 
     Raises:
         UsageError: the sets overlap or name blocks that are not there, or a ring is missing.
@@ -126,6 +129,11 @@ class Residency:
     def disk_blocks(self) -> tuple[int, ...]:
         """Blocks that are read from disk at every visit."""
         return _without(self.streamed, self.host_resident)
+
+    @property
+    def through_slabs(self) -> tuple[int, ...]:
+        """Blocks that pass through slabs, in the first cycle at least."""
+        return _without(range(self.n_blocks), self.host_resident) if self.host_slabs else ()
 
     @property
     def longest_wait(self) -> int:
@@ -161,7 +169,8 @@ def spread(n: int, k: int) -> tuple[int, ...]:
 def build_schedule(residency: Residency, cycles: int) -> Iterator[Op]:
     """The operations of ``cycles`` passes over all blocks, lazily.
 
-    The order is a legal order of execution by itself: read, copy, compute, visit by visit.
+    The order is a legal order of execution by itself: read, copy, compute, visit by visit. What an
+    operation names is all that it waits for in the other queues; in its own, it waits its turn.
 
     Raises:
         UsageError: no cycle.
@@ -172,22 +181,28 @@ def build_schedule(residency: Residency, cycles: int) -> Iterator[Op]:
 
 def _operations(residency: Residency, cycles: int) -> Iterator[Op]:
     on_device, in_host = set(residency.device_resident), set(residency.host_resident)
+    arrived = set[int]() if residency.host_slabs else set(on_device)
     slabs = _Ring(residency.host_slabs, Queue.COPY)
     slots = _Ring(residency.device_slots, Queue.COMPUTE)
     for visit in range(cycles * residency.n_blocks):
         block = visit % residency.n_blocks
-        if block in on_device:
-            yield Compute(visit, block, None, ())
-            continue
         slab: int | None = None
-        ready: tuple[Ref, ...] = ()
-        if block not in in_host:
-            slab, after = slabs.take(visit)
+        slot: int | None = None
+        after: tuple[Ref, ...] = ()
+        if block not in arrived:
+            if block not in in_host:
+                slab, after = slabs.take(visit)
             yield Read(visit, block, slab, after)
-            ready = (Ref(Queue.READ, visit),)
-        slot, after = slots.take(visit)
-        yield Copy(visit, block, slab, slot, ready + after)
-        yield Compute(visit, block, slot, (Ref(Queue.COPY, visit),))
+            after = (Ref(Queue.READ, visit),)
+        if block not in on_device:
+            slot, free = slots.take(visit)
+            after += free
+        if slot is not None or block not in arrived:
+            yield Copy(visit, block, slab, slot, after)
+            after = (Ref(Queue.COPY, visit),)
+        yield Compute(visit, block, slot, after)
+        if block in on_device or block in in_host:
+            arrived.add(block)
 
 
 class _Ring:

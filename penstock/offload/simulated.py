@@ -6,7 +6,7 @@ a plan's pace, its stalls and its cold start can be computed before anything is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from penstock.errors import UsageError
 from penstock.offload.ledger import ByteLedger
@@ -70,7 +70,8 @@ class Timeline:
 
     Attributes:
         spans: every operation, in the schedule's order.
-        opening_s: loading the residents, before the first operation.
+        opening_s: loading what stays on the device, where no slab is there for it, before the first
+            operation.
         seconds: end of the last operation.
         device_bytes, host_bytes: what the buffers hold.
     """
@@ -131,7 +132,7 @@ def _reserve(residency: Residency, blocks: tuple[Block, ...], machine: Machine) 
     host = ByteLedger("RAM", machine.host_cap_bytes)
     for ledger, residents, ring, passing in (
         (device, residency.device_resident, residency.device_slots, residency.streamed),
-        (host, residency.host_resident, residency.host_slabs, residency.disk_blocks),
+        (host, residency.host_resident, residency.host_slabs, residency.through_slabs),
     ):
         ledger.reserve("resident blocks", sum(blocks[block].nbytes for block in residents))
         largest = max((blocks[block].nbytes for block in passing), default=0)
@@ -140,7 +141,103 @@ def _reserve(residency: Residency, blocks: tuple[Block, ...], machine: Machine) 
 
 
 def _opening_s(residency: Residency, blocks: tuple[Block, ...], machine: Machine) -> float:
+    if residency.host_slabs:
+        return 0.0
     on_device = sum(blocks[block].nbytes for block in residency.device_resident)
-    in_host = sum(blocks[block].nbytes for block in residency.host_resident)
-    read_s = (on_device + in_host) / machine.read_bytes_per_s
-    return read_s + on_device / machine.copy_bytes_per_s
+    return on_device / machine.read_bytes_per_s + on_device / machine.copy_bytes_per_s
+
+
+def least_seconds(
+    residency: Residency, blocks: tuple[Block, ...], machine: Machine, cycles: int
+) -> float:
+    """No schedule that visits the blocks in order takes less, whatever runs ahead of what.
+
+    It is the bound max(read, copy, compute) with its cold start: the first cycle brings the
+    residents as well, nothing begins before the first block has come, and the last block is copied
+    and computed with after it was read. A ring of one buffer has what fills it and what empties it
+    take turns, so those two count as one resource.
+    """
+    loads = _loads(residency, blocks, machine)
+    found = [load.first_s + (cycles - 1) * load.later_s + load.tail_s for load in loads]
+    if cycles > 1:
+        last = _Last(residency, blocks, machine)
+        found += [
+            early.first_s + last.stages_s(early.end, late.end) + (cycles - 1) * late.later_s
+            for early in loads
+            for late in loads
+            if early.end <= late.begin
+        ]
+    return _opening_s(residency, blocks, machine) + max(found)
+
+
+@dataclass(frozen=True)
+class _Load:
+    """What a resource has to do: ``begin`` and ``end`` are its stages (0 read, 1 copy, 2 compute).
+
+    Attributes:
+        first_s: the first cycle, and what must come before it begins.
+        later_s: every later cycle.
+        tail_s: what must come after its last operation.
+    """
+
+    begin: int
+    end: int
+    first_s: float
+    later_s: float
+    tail_s: float = 0.0
+
+
+def _loads(residency: Residency, blocks: tuple[Block, ...], machine: Machine) -> list[_Load]:
+    read, copy = 1 / machine.read_bytes_per_s, 1 / machine.copy_bytes_per_s
+    disk, streamed = _nbytes(residency.disk_blocks, blocks), _nbytes(residency.streamed, blocks)
+    kept = _nbytes(residency.host_resident, blocks)
+    arriving = _nbytes(residency.device_resident, blocks) if residency.host_slabs else 0
+    compute = sum(block.compute_s for block in blocks)
+    head = blocks[0].nbytes if _comes(0, residency) else 0
+    loads = [
+        _Load(0, 0, (disk + kept + arriving) * read, disk * read),
+        _Load(1, 1, (streamed + arriving) * copy + head * read, streamed * copy),
+        _Load(2, 2, compute + head * (read + copy), compute),
+    ]
+    if residency.host_slabs == 1:
+        loads.append(_Load(0, 1, (disk + arriving) * (read + copy), disk * (read + copy)))
+    if residency.device_slots == 1:
+        turns = streamed * copy + sum(blocks[block].compute_s for block in residency.streamed)
+        loads.append(_Load(1, 2, turns, turns))
+    tails = [_tail_s(residency.disk_blocks, blocks, copy), _tail_s(residency.streamed, blocks, 0)]
+    tailed = zip(loads, tails, strict=False)
+    return [replace(load, tail_s=tail) for load, tail in tailed] + loads[2:]
+
+
+def _comes(block: int, residency: Residency) -> bool:
+    """Whether ``block`` is read and copied in the first cycle."""
+    return bool(residency.host_slabs) or block not in residency.device_resident
+
+
+def _nbytes(which: tuple[int, ...], blocks: tuple[Block, ...]) -> int:
+    return sum(blocks[block].nbytes for block in which)
+
+
+def _tail_s(passing: tuple[int, ...], blocks: tuple[Block, ...], copy: float) -> float:
+    """What comes after the last of ``passing`` in a cycle: its next stage, and the computations."""
+    if not passing:
+        return 0.0
+    last = passing[-1]
+    return sum(block.compute_s for block in blocks[last:]) + blocks[last].nbytes * copy
+
+
+@dataclass(frozen=True)
+class _Last:
+    """The last block of the first cycle, on its way through the stages."""
+
+    residency: Residency
+    blocks: tuple[Block, ...]
+    machine: Machine
+
+    def stages_s(self, after: int, to: int) -> float:
+        """Seconds of the stages behind ``after``, as far as ``to``."""
+        block = self.blocks[-1]
+        if not _comes(len(self.blocks) - 1, self.residency):
+            return 0.0
+        copy = block.nbytes / self.machine.copy_bytes_per_s if after < 1 <= to else 0.0
+        return copy + (block.compute_s if after < 2 <= to else 0.0)

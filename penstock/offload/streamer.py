@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Protocol, TypeVar
@@ -21,7 +22,7 @@ from torch import Tensor
 from penstock.errors import UsageError
 from penstock.offload.layout import BlockLayout
 from penstock.offload.ledger import ByteLedger
-from penstock.offload.mover import Buffers, Carrier, Mover, StreamStats
+from penstock.offload.mover import Buffers, Carrier, Mover
 from penstock.offload.schedule import (
     Compute,
     Copy,
@@ -31,10 +32,11 @@ from penstock.offload.schedule import (
     Residency,
     build_schedule,
 )
+from penstock.offload.stats import Flow, StreamStats
 from penstock.offload.tiers import DeviceTier, DiskTier, HostTier, open_link
-from penstock.units import MIB
+from penstock.units import MIB, format_bytes
 
-__all__ = ["STAGING_BYTES", "BlockStream", "StreamStats", "load_block"]
+__all__ = ["STAGING_BYTES", "BlockStream", "Flow", "StreamStats", "load_block"]
 
 STAGING_BYTES = 64 * MIB
 """The most host memory through which weights are read that stay on the device."""
@@ -46,8 +48,8 @@ _Kind = TypeVar("_Kind", Read, Copy, Compute)
 class BlockStream:
     """The blocks of a network, in order, again and again, on the device; a context manager.
 
-    Entering allocates every buffer, loads the residents and begins to read ahead; leaving, at any
-    moment and for any reason, ends all threads and gives every byte back.
+    Entering allocates every buffer and begins to fetch; leaving, at any moment and for any reason,
+    ends all threads and gives every byte back. `ahead` opens the host's half earlier.
 
     Args:
         layouts: one a block.
@@ -56,10 +58,11 @@ class BlockStream:
         device: where tensors are wanted.
         device_ledger, host_ledger: every buffer is reserved there first.
         overlapped: work ahead of the computation; False is the sequential reference.
-        should_stop: called before each resident block is loaded; ends the loading by raising.
+        should_stop: called before each block that is loaded on entry; ends the loading by raising.
 
     Attributes:
         stats: what moved and who waited, so far.
+        notices: what is otherwise than asked for, and slower for it.
 
     Raises:
         UsageError: residency, layouts and cycles do not fit together.
@@ -85,74 +88,111 @@ class BlockStream:
                 expected=str(residency.n_blocks),
                 found=str(len(layouts)),
             )
+        build_schedule(residency, cycles)  # an illegal number of cycles dies here
         self.stats = StreamStats()
+        self.notices: list[str] = []
         self._layouts, self._residency = tuple(layouts), residency
-        self._computes = _queue_of(residency, cycles, Compute)
+        self._computes: Iterator[Compute] = iter(())
         self._cycles, self._overlapped = cycles, overlapped
         self._should_stop = should_stop
         self._device = DeviceTier(device, device_ledger)
         self._host = HostTier(host_ledger, device)
+        self._mover: Mover | None = None
         self._loop: _Loop | None = None
+        self._is_open = False
         self._stack = ExitStack()
+
+    @contextmanager
+    def ahead(self) -> Iterator[None]:
+        """Read ahead, as far as there is room in host memory, before the stream is entered (inside
+        this context, or never).
+
+        Raises:
+            LedgerOverflow: the buffers in host memory do not fit the budget.
+        """
+        with ExitStack() as stack:
+            self._open_host(stack)
+            yield
 
     def __enter__(self) -> BlockStream:
         with ExitStack() as stack:
-            self._loop = self._open(stack)
+            if self._mover is None:
+                self._open_host(stack)
+            self._open_device(stack)
             self._stack = stack.pop_all()
         return self
 
-    def _open(self, stack: ExitStack) -> _Loop:
+    def _open_host(self, stack: ExitStack) -> None:
         disk = DiskTier()
         stack.callback(disk.close)
-        buffers = self._allocate(stack)
-        self.stats.pageable_bytes = self._host.pageable_bytes
-        # After the allocation: on CUDA the link begins behind whatever used that memory before.
-        link = open_link(self._device.device, self._residency.longest_wait)
-        stack.callback(link.drain)
+        buffers = self._allocate_host(stack)
+        places = self._residency
+        link = open_link(self._device.device, places.longest_wait)
+        stack.callback(self._forget)
         carrier = Carrier(disk, link, self.stats)
-        self._mover = Mover(self._layouts, self._residency, buffers, carrier)
-        self._load_residents(buffers, carrier)
+        self._mover = Mover(self._layouts, places, buffers, carrier)
         loop = _Overlapped if self._overlapped else _Sequential
-        loop_here: _Loop = loop(self._mover, self._residency, self._cycles)
-        stack.callback(loop_here.close)
-        return loop_here
+        self._loop = loop(self._mover, places, self._cycles)
+        stack.callback(self._loop.close)
+        self._computes = _queue_of(places, self._cycles, Compute)
+        self._loop.begin(Queue.READ)
 
-    def _allocate(self, stack: ExitStack) -> Buffers:
-        places, device, host = self._residency, self._device, self._host
-        resident, streamed, kept, from_disk = (
-            [self._layouts[block].nbytes for block in blocks]
-            for blocks in (
-                places.device_resident,
-                places.streamed,
-                places.host_resident,
-                places.disk_blocks,
+    def _allocate_host(self, stack: ExitStack) -> Buffers:
+        places, host, asked = self._residency, self._host, self._residency.host_slabs
+        largest = max(self._sizes(places.through_slabs), default=0)
+        slabs = stack.enter_context(host.ring("block slabs", largest, asked))
+        kept = self._sizes(places.host_resident)
+        buffers = Buffers(
+            kept=stack.enter_context(host.buffers("resident blocks", kept)), slabs=slabs
+        )
+        if len(slabs) < asked:
+            self._residency = replace(places, host_slabs=len(slabs))
+            self.notices.append(
+                f"the CUDA driver pins only {len(slabs)} of {asked} buffers of "
+                f"{format_bytes(largest)} in RAM: blocks are read less far ahead"
             )
-        )
-        slots = [max(streamed, default=0)] * places.device_slots
-        slabs = [max(from_disk, default=0)] * places.host_slabs
-        return Buffers(
-            resident=stack.enter_context(device.buffers("resident blocks", resident)),
-            slots=stack.enter_context(device.buffers("block slots", slots)),
-            kept=stack.enter_context(host.buffers("resident blocks", kept)),
-            slabs=stack.enter_context(host.buffers("block slabs", slabs)),
-        )
+        if host.pageable_bytes:
+            self.notices.append(
+                f"the CUDA driver does not pin {format_bytes(host.pageable_bytes)} of RAM: "
+                "copies from there are slower"
+            )
+        self.stats.pageable_bytes = host.pageable_bytes
+        return buffers
 
-    def _load_residents(self, buffers: Buffers, carrier: Carrier) -> None:
-        places, layouts = self._residency, self._layouts
-        for block, kept in zip(places.host_resident, buffers.kept, strict=True):
-            self._should_stop()
-            carrier.read(layouts[block], kept)
-        if not places.device_resident:
-            return
-        largest = max(layouts[block].nbytes for block in places.device_resident)
+    def _open_device(self, stack: ExitStack) -> None:
+        assert self._mover is not None and self._loop is not None
+        places, device, mover = self._residency, self._device, self._mover
+        resident, streamed = self._sizes(places.device_resident), self._sizes(places.streamed)
+        slots = [max(streamed, default=0)] * places.device_slots
+        buffers = mover.buffers
+        buffers.resident = stack.enter_context(device.buffers("resident blocks", resident))
+        buffers.slots = stack.enter_context(device.buffers("block slots", slots))
+        # After the allocation: on CUDA the link begins behind whatever used that memory before.
+        mover.link.begin()
+        stack.callback(mover.link.drain)
+        if resident and not places.host_slabs:
+            self._load_residents(buffers, max(resident))
+        stack.callback(self._loop.close)
+        self._loop.begin(Queue.COPY)
+        self._is_open = True
+
+    def _sizes(self, blocks: tuple[int, ...]) -> list[int]:
+        return [self._layouts[block].nbytes for block in blocks]
+
+    def _load_residents(self, buffers: Buffers, largest: int) -> None:
+        assert self._mover is not None
         with ExitStack() as stack:
-            if places.disk_blocks:
-                through = buffers.slabs[0]
-            else:
-                through = stack.enter_context(self._host.staging(largest, STAGING_BYTES))
-            for block, target in zip(places.device_resident, buffers.resident, strict=True):
+            disk = DiskTier()  # the other one may be reading ahead
+            stack.callback(disk.close)
+            through = stack.enter_context(self._host.staging(largest, STAGING_BYTES))
+            carrier = Carrier(disk, self._mover.link, self.stats)
+            blocks = self._residency.device_resident
+            for block, target in zip(blocks, buffers.resident, strict=True):
                 self._should_stop()
-                carrier.load(layouts[block], through, target)
+                carrier.load(self._layouts[block], through, target)
+
+    def _forget(self) -> None:
+        self._mover = self._loop = None
 
     def cycle(self) -> Iterator[tuple[int, Tensors]]:
         """One pass over the blocks: each index with its tensors by local name.
@@ -165,8 +205,8 @@ class BlockStream:
             CheckpointChanged, OSError, ...: whatever a thread ran into, as itself.
         """
         for index in range(self._residency.n_blocks):
-            loop = self._loop
-            if loop is None:
+            loop, mover = self._loop, self._mover
+            if loop is None or mover is None or not self._is_open:
                 raise UsageError("the stream is closed", remedy="Enter it with a with statement.")
             op = next(self._computes, None)
             if op is None or op.block != index:
@@ -176,7 +216,8 @@ class BlockStream:
                     found="one more" if op is None else f"a pass that was left at block {op.block}",
                 )
             loop.bring(op)
-            yield index, self._mover.tensors(op)
+            with mover.computing(op):
+                yield index, mover.tensors(op)
             loop.leave(op)
 
     def __exit__(
@@ -185,7 +226,7 @@ class BlockStream:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._loop = None
+        self._is_open = False
         self._stack.close()
 
 
@@ -212,12 +253,17 @@ def load_block(
             disk = DiskTier()
             loading.callback(disk.close)
             through = loading.enter_context(host.staging(layout.nbytes, STAGING_BYTES))
-            Carrier(disk, open_link(device, 1), StreamStats()).load(layout, through, buffer)
+            link = open_link(device, 1)
+            link.begin()
+            Carrier(disk, link, StreamStats()).load(layout, through, buffer)
         yield layout.views(buffer)
 
 
 class _Loop(Protocol):
     """Makes sure that a block is there when it is computed with."""
+
+    def begin(self, queue: Queue) -> None:
+        """The buffers that ``queue`` (read or copy) fills are there."""
 
     def bring(self, op: Compute) -> None:
         """Return when the computation may be issued."""
@@ -236,11 +282,12 @@ class _Sequential:
         self._mover, self._link = mover, mover.link
         self._ops = build_schedule(residency, cycles)
 
+    def begin(self, queue: Queue) -> None:
+        """Nothing is done ahead."""
+
     def bring(self, op: Compute) -> None:
         """Do everything that comes before ``op``."""
-        with self._link.timed(
-            Queue.COMPUTE, partial(self._mover.stats.add_seconds, "compute_wait_s")
-        ):
+        with self._link.timed(Queue.COMPUTE, partial(self._mover.stats.add, "compute_wait_s")):
             for earlier in self._ops:
                 if isinstance(earlier, Compute):
                     break
@@ -249,8 +296,9 @@ class _Sequential:
                 self._link.wait(Queue.COMPUTE, ref)
 
     def leave(self, op: Compute) -> None:
-        """Mark its end."""
-        self._link.record(op.ref)
+        """Mark its end, where a copy will wait for it."""
+        if op.slot is not None:
+            self._link.record(op.ref)
 
     def close(self) -> None:
         """Nothing runs."""
@@ -262,8 +310,15 @@ class _Overlapped:
     def __init__(self, mover: Mover, residency: Residency, cycles: int) -> None:
         self._mover, self._link, self._board = mover, mover.link, _Board()
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="penstock-stream")
-        for ops in (_queue_of(residency, cycles, Read), _queue_of(residency, cycles, Copy)):
-            self._threads.submit(self._work, ops).add_done_callback(self._board.note_end)
+        self._ops: dict[Queue, Iterator[Read | Copy]] = {
+            Queue.READ: _queue_of(residency, cycles, Read),
+            Queue.COPY: _queue_of(residency, cycles, Copy),
+        }
+
+    def begin(self, queue: Queue) -> None:
+        """Start the queue's thread."""
+        thread = self._threads.submit(self._work, self._ops[queue])
+        thread.add_done_callback(self._board.note_end)
 
     def _work(self, ops: Iterator[Read | Copy]) -> None:
         stats = self._mover.stats
@@ -272,7 +327,7 @@ class _Overlapped:
                 waited = self._board.wait(ref)
                 if waited is None:
                     return
-                stats.add_seconds(_WAITS[op.ref.queue, ref.queue], waited)
+                stats.add(_WAITS[op.ref.queue, ref.queue], waited)
             if self._board.is_stopped:  # the first operations wait for nothing
                 return
             self._mover.do(op)
@@ -280,9 +335,7 @@ class _Overlapped:
 
     def bring(self, op: Compute) -> None:
         """Wait until the block's copy is issued, and let the computation follow it."""
-        with self._link.timed(
-            Queue.COMPUTE, partial(self._mover.stats.add_seconds, "compute_wait_s")
-        ):
+        with self._link.timed(Queue.COMPUTE, partial(self._mover.stats.add, "compute_wait_s")):
             self._board.raise_failure()
             for ref in op.after:
                 self._board.wait(ref)
@@ -290,8 +343,9 @@ class _Overlapped:
                 self._link.wait(Queue.COMPUTE, ref)
 
     def leave(self, op: Compute) -> None:
-        """Mark its end, for the device and for the other threads."""
-        self._link.record(op.ref)
+        """Mark its end, for the device and for the other threads, where a copy will wait for it."""
+        if op.slot is not None:
+            self._link.record(op.ref)
         self._board.mark(op.ref)
 
     def close(self) -> None:

@@ -13,18 +13,19 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from penstock.offload import depth
 from penstock.offload.files import DIRECT_ALIGNMENT, FileStamp, WeightFile
 from penstock.offload.layout import BlockLayout, Extent, Inspector
 from penstock.offload.ledger import ByteLedger
@@ -35,9 +36,6 @@ PIECE_BYTES = 8 * MIB
 """One read request."""
 
 _cuda: Any = torch.cuda  # untyped in torch
-
-READS_IN_FLIGHT = 4
-"""Read requests at a time: one does not fill an NVMe disk's queue."""
 
 
 class BytesRead(NamedTuple):
@@ -56,6 +54,7 @@ class DiskTier:
         self._files: dict[Path, WeightFile] = {}
         self._stack = ExitStack()
         self._pool: ThreadPoolExecutor | None = None
+        self._depth = depth.QueueDepth()
 
     def read(
         self,
@@ -83,30 +82,38 @@ class DiskTier:
             for extent in layout.extents
             for piece in _pieces(extent, start, stop)
         ]
+        nbytes, began = sum(piece.nbytes for _, piece in pieces), time.perf_counter()
         direct_bytes = 0
-        counts = self._run([_job(file, piece, target, start) for file, piece in pieces])
-        for (_, piece), count in zip(pieces, counts, strict=True):
-            direct_bytes += count
-            if inspector is not None:
-                inspector.feed(_part(target, piece, start), piece.buffer_offset)
+        jobs = [_job(file, piece, target, start) for file, piece in pieces]
+        with closing(self._run(jobs)) as counts:
+            for (_, piece), count in zip(pieces, counts, strict=True):
+                direct_bytes += count
+                if inspector is not None:
+                    inspector.feed(_part(target, piece, start), piece.buffer_offset)
+        if len(pieces) >= 2 * self._depth.now:  # fewer pieces do not show what the depth is worth
+            self._depth.note(nbytes, time.perf_counter() - began)
         for file in {file for file, _ in pieces}:
             file.check_unchanged()
-        return BytesRead(sum(piece.nbytes for _, piece in pieces), direct_bytes)
+        return BytesRead(nbytes, direct_bytes)
 
-    def _run(self, jobs: Sequence[Callable[[], int]]) -> Iterator[int]:
+    def _run(self, jobs: Sequence[Callable[[], int]]) -> Generator[int, None, None]:
         """What each job gives, in order."""
         if len(jobs) <= 1:
             yield from (job() for job in jobs)
             return
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(READS_IN_FLIGHT, thread_name_prefix="penstock-disk")
+            self._pool = ThreadPoolExecutor(depth.MOST, thread_name_prefix="penstock-disk")
             self._stack.callback(self._pool.shutdown)
-        futures = [self._pool.submit(job) for job in jobs]
+        waiting = iter(jobs)
+        flying = deque(self._pool.submit(job) for job in islice(waiting, self._depth.now))
         try:
-            yield from (future.result() for future in futures)
+            while flying:
+                count = flying.popleft().result()
+                flying.extend(self._pool.submit(job) for job in islice(waiting, 1))
+                yield count
         finally:
             # No piece may still be written to when an error lets the buffer go.
-            wait(futures)
+            wait(flying)
 
     def _file(self, path: Path, stamp: FileStamp | None) -> WeightFile:
         if path not in self._files:
@@ -156,7 +163,8 @@ class HostTier:
     """Buffers in host memory, exactly as large as they say.
 
     torch's pinned allocator rounds up to powers of two; these are anonymous mappings, registered
-    with the CUDA driver one by one. What it refuses stays pageable: copies from there are slower.
+    with the CUDA driver one by one. What it refuses stays pageable: copies from there go through a
+    small staging buffer of the driver's own, and are slower.
 
     Args:
         ledger: of host memory; every buffer is reserved in it first.
@@ -179,6 +187,29 @@ class HostTier:
         """
         with self._ledger.reserve(label, sum(sizes)), ExitStack() as pins:
             made = [self._allocate(size, pins) for size in sizes]
+            try:
+                yield made
+            finally:
+                made.clear()
+
+    @contextmanager
+    def ring(self, label: str, nbytes: int, count: int) -> Iterator[list[HostBuffer]]:
+        """``count`` buffers of one size; fewer, but one at least, where the driver pins only some:
+        a smaller ring of pinned buffers is faster than copies from pageable memory.
+
+        Raises:
+            LedgerOverflow: the budget does not hold them.
+        """
+        made: list[HostBuffer] = []
+        with ExitStack() as stack:
+            for _ in range(count):
+                with ExitStack() as one:
+                    (buffer,) = one.enter_context(self.buffers(label, [nbytes]))
+                    if made and made[0].is_pinned and not buffer.is_pinned:
+                        self.pageable_bytes -= nbytes
+                        break
+                    made.append(buffer)
+                    stack.push(one.pop_all())
             try:
                 yield made
             finally:
@@ -272,6 +303,10 @@ class Link(Protocol):
     ``record`` has returned; each queue has one thread.
     """
 
+    def begin(self) -> None:
+        """The device's buffers are allocated: nothing touches them before what the compute queue
+        was given until now is finished."""
+
     def wait(self, queue: Queue, ref: Ref) -> None:
         """Let ``queue`` go on only when ``ref`` is finished."""
 
@@ -284,12 +319,18 @@ class Link(Protocol):
     def timed(self, queue: Queue, add: Callable[[float], None]) -> AbstractContextManager[None]:
         """Give ``add`` the seconds that ``queue`` takes for what is issued inside, once known."""
 
+    def land(self) -> None:
+        """Return when all copies that were issued have arrived."""
+
     def drain(self) -> None:
         """Return when all that was issued is finished."""
 
 
 class CpuLink:
     """The device is host memory under a cap: what is issued is finished when the call returns."""
+
+    def begin(self) -> None:
+        """Nothing is outstanding."""
 
     def wait(self, queue: Queue, ref: Ref) -> None:
         """Nothing is outstanding."""
@@ -310,6 +351,9 @@ class CpuLink:
         finally:
             add(time.perf_counter() - started)
 
+    def land(self) -> None:
+        """They have."""
+
     def drain(self) -> None:
         """Nothing is outstanding."""
 
@@ -326,11 +370,14 @@ class CudaLink:
     def __init__(self, device: torch.device, longest_wait: int) -> None:
         self._compute = _cuda.current_stream(device)
         self._copy = _cuda.Stream(device)
-        # The buffers may lie where earlier kernels of the compute stream are still at work.
-        self._copy.wait_stream(self._compute)
         self._longest_wait = longest_wait
         self._events: dict[Ref, Any] = {}
+        self._recorded: dict[Queue, deque[Ref]] = {Queue.COPY: deque(), Queue.COMPUTE: deque()}
         self._spans: dict[Queue, deque[_Span]] = {Queue.COPY: deque(), Queue.COMPUTE: deque()}
+
+    def begin(self) -> None:
+        """The copy stream waits: torch may hand out memory where kernels are still at work."""
+        self._copy.wait_stream(self._compute)
 
     def wait(self, queue: Queue, ref: Ref) -> None:
         """The stream of ``queue`` waits; for reads, the calling thread. A read that is waited for
@@ -350,10 +397,14 @@ class CudaLink:
         event = _cuda.Event(blocking=True)
         event.record(self._stream(ref.queue))
         self._events[ref] = event
+        self._recorded[ref.queue].append(ref)
         if ref.queue is Queue.COMPUTE:
-            done = ref.visit - self._longest_wait - 1
-            self._events.pop(Ref(Queue.COPY, done), None)
-            self._events.pop(Ref(Queue.COMPUTE, done), None)
+            self._forget_before(ref.visit - self._longest_wait)
+
+    def _forget_before(self, visit: int) -> None:
+        for recorded in self._recorded.values():
+            while recorded and recorded[0].visit < visit:
+                del self._events[recorded.popleft()]
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Issue a copy that the host does not wait for."""
@@ -373,10 +424,14 @@ class CudaLink:
         stop.record(stream)
         spans.append(_Span(start, stop, add))
 
+    def land(self) -> None:
+        """Wait for the copy stream."""
+        self._copy.synchronize()
+
     def drain(self) -> None:
         """Wait for both streams, and settle what was timed."""
-        self._copy.synchronize()
         self._compute.synchronize()
+        self._copy.synchronize()
         for spans in self._spans.values():
             while spans:
                 spans.popleft().settle()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -10,6 +10,7 @@ from types import MappingProxyType
 from penstock.profiles.cost import transformer
 from penstock.profiles.manifest import ComputePath, Storage, TransformerSpec
 from penstock.profiles.phases import (
+    RESTORED,
     Case,
     Group,
     OnePass,
@@ -19,6 +20,8 @@ from penstock.profiles.phases import (
     group_key,
     latents_bytes,
     loading_s,
+    restored_bytes,
+    saved_state_bytes,
 )
 from penstock.profiles.plan import Items, PhasePlan
 from penstock.profiles.policy import Limits, Policy
@@ -85,6 +88,7 @@ class Denoise:
     """The group of context and denoise, which share the non-block weights and the context."""
 
     case: Case
+    name: str = "denoise"
 
     @property
     def spec(self) -> TransformerSpec:
@@ -155,7 +159,7 @@ class Denoise:
                 *transformer.context_bytes(spec, case).items,
                 *self._decoding(spec.context_storage or spec.storage),
             ),
-            self._host_kept(case),
+            (*self._host_kept(case), *self._saved(RESTORED, restored_bytes)),
             transformer.context_flops(spec, case),
             rest_stays=True,
         )
@@ -278,7 +282,14 @@ class Denoise:
         )
 
     def _host_work(self, shape: Shape) -> Items:
-        return (*self._host_kept(shape.cost), ("latents", latents_bytes(self.case)))
+        return (
+            *self._host_kept(shape.cost),
+            ("latents", latents_bytes(self.case)),
+            *self._saved("saved state", saved_state_bytes),
+        )
+
+    def _saved(self, label: str, bytes_of: Callable[[Case], int]) -> Items:
+        return ((label, bytes_of(self.case)),) if self.case.workload.kept else ()
 
     def _phase(self, shape: Shape, stream: Stream, limits: Limits) -> PhasePlan:
         spec, cost, place = self.spec, shape.cost, stream.placement

@@ -71,6 +71,19 @@ class Storage:
 
 
 @dataclass(frozen=True)
+class LoraSpec:
+    """LoRAs beside the weights of the DiT; their bytes are in its `Weights`.
+
+    Attributes:
+        rank: the largest: activations of a token between the two matrices of a pair.
+        elements: of the matrices that each token meets in one pass over all blocks.
+    """
+
+    rank: int = 0
+    elements: int = 0
+
+
+@dataclass(frozen=True)
 class TransformerSpec:
     """The DiT (`WanTransformer3DModel` config). ``cross_block_bytes`` are the cross-attention K/V
     projections, which are applied once a prompt and are not part of ``weights.block_bytes``;
@@ -90,6 +103,7 @@ class TransformerSpec:
     image_dim: int | None = None
     storage: Storage = Storage()
     context_storage: Storage | None = None
+    lora: LoraSpec = LoraSpec()
 
     @property
     def inner_dim(self) -> int:

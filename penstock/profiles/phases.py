@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from penstock.profiles.cost import encoders, vae
+from penstock.profiles.cost.transformer import UNIPC_HISTORY
 from penstock.profiles.manifest import ImageSpec, ModelManifest, VideoShape
 from penstock.profiles.plan import Items, PhasePlan
 from penstock.profiles.policy import Limits, Policy
@@ -30,6 +31,13 @@ noise, the worst picture, with two threads."""
 
 ENCODER_BASE_BYTES = 16 * MIB
 
+RESTORED = "restored state"
+"""Item of the context's host memory: what a kept job reads before it goes on."""
+
+KEPT_TILE_COPIES = 2
+"""Of a decoded tile's pixels: the file's bytes and their tensor when it is read again; saving takes
+one."""
+
 TEXT_TOKENS = 512
 _SINGLE = 4  # bytes of an fp32
 
@@ -38,11 +46,16 @@ Group = tuple[PhasePlan, ...]
 
 @dataclass(frozen=True)
 class Workload:
-    """What is asked of the model: the video's shape, the steps, and whether CFG is on."""
+    """What is asked of the model: the video's shape, the steps, and whether CFG is on.
+
+    Attributes:
+        kept: the job is kept while it runs: host memory holds what is being saved or read again.
+    """
 
     shape: VideoShape
     steps: int
     guided: bool
+    kept: bool = False
 
     @property
     def branches(self) -> int:
@@ -74,6 +87,10 @@ class Case:
 
 class Step(Protocol):
     """A group of phases that is planned together."""
+
+    @property
+    def name(self) -> str:
+        """Of its last phase."""
 
     def best(self, limits: Limits) -> Group | None:
         """The fastest shape inside ``limits``; ties go to fewer bytes. None: nothing fits."""
@@ -250,6 +267,8 @@ class Tiled:
             ("picture", picture_bytes(self.case)),
             ("condition", condition_bytes(self.case)),
         )  # fmt: skip
+        if decoding and self.case.workload.kept:
+            held = (*held, ("kept tile", KEPT_TILE_COPIES * tile_bytes(self.case, grid)))
         room = limits.ram_bytes - sum(count for _, count in held)
         conv = rates.conv_flops or rates.flops
         return PhasePlan(
@@ -270,6 +289,7 @@ class Mux:
     """Frames into a file: host memory only."""
 
     case: Case
+    name: str = "mux"
 
     def best(self, limits: Limits) -> Group | None:
         """As `Step`."""
@@ -332,3 +352,24 @@ def condition_bytes(case: Case) -> int:
 def latents_bytes(case: Case) -> int:
     """The latents, in fp32."""
     return case.manifest.vae.z_dim * case.latent_volume * _SINGLE
+
+
+def saved_state_bytes(case: Case) -> int:
+    """A copy of the sampler's state, which is written while the next step computes: the latents
+    and UniPC's history, the longest of the solvers."""
+    return (1 + UNIPC_HISTORY) * latents_bytes(case)
+
+
+def restored_bytes(case: Case) -> int:
+    """The most that reading a kept job takes: two generations of the sampler's state and the file
+    of one; or the encoded prompt and picture, and their file."""
+    conditions = encoder_state_bytes(case) + condition_bytes(case)
+    return max(3 * saved_state_bytes(case), 2 * conditions)
+
+
+def tile_bytes(case: Case, grid: TileGrid) -> int:
+    """The pixels of the largest tile of the video."""
+    _, height, width = case.latent
+    rows, columns = -(-height // grid.rows), -(-width // grid.cols)
+    factor = case.manifest.vae.spatial_factor
+    return 3 * case.workload.shape.frames * rows * columns * factor**2

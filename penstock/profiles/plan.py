@@ -12,6 +12,9 @@ from typing import Any
 
 Items = tuple[tuple[str, int], ...]
 
+AHEAD = "blocks read ahead"
+"""The transformer's buffers in host memory, as an item of a phase before its own."""
+
 COMPUTE_PATHS: Mapping[str, str] = MappingProxyType(
     {
         "plain": "multiplied as they are",
@@ -123,6 +126,11 @@ class PhasePlan:
         return self.ram_weights + self.ram_work
 
     @property
+    def ahead_bytes(self) -> int:
+        """Host memory into which the transformer's first blocks are read meanwhile."""
+        return sum(count for label, count in self.ram_weights if label == AHEAD)
+
+    @property
     def ram_work_bytes(self) -> int:
         """Host memory that is not weights."""
         return sum(count for _, count in self.ram_work)
@@ -147,6 +155,8 @@ class Plan:
     """The phases of a job, in order, and the budgets they were made for.
 
     Attributes:
+        phases: what happens, in order, with its bytes and seconds.
+        vram_limit_bytes, ram_limit_bytes: the budgets.
         weight_format: of the transformer's blocks.
         compute: "exact" or "fast", as asked.
         compute_path: how most of the blocks' matrices multiply: "plain", "dequant" (decoded first),
@@ -178,7 +188,11 @@ class Plan:
         return max(phase.ram_bytes for phase in self.phases)
 
     def with_phases(self, changed: tuple[PhasePlan, ...]) -> Plan:
-        """This plan with the phases of the same names replaced."""
+        """This plan with the phases of the same names as those ``changed`` replaced by them.
+
+        Raises:
+            Nothing: other names are left out.
+        """
         new = {phase.name: phase for phase in changed}
         return replace(self, phases=tuple(new.get(phase.name, phase) for phase in self.phases))
 
@@ -188,7 +202,11 @@ class Plan:
         return sum(phase.seconds for phase in self.phases)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, ready for json.dumps."""
+        """Plain values, ready for json.dumps; `from_json` reads them again.
+
+        Raises:
+            Nothing.
+        """
         return asdict(self) | {
             "peak_vram_bytes": self.peak_vram_bytes,
             "peak_ram_bytes": self.peak_ram_bytes,
@@ -245,6 +263,7 @@ def _told(phase: PhasePlan) -> list[str]:
         f"{phase.branches} CFG branches a visit",
         f"{phase.tiles[0]}x{phase.tiles[1]} tiles",
         f"cross-attention K/V in {'VRAM' if phase.cross_kv_on_device else 'RAM'}",
+        f"{'the first' if phase.ahead_bytes else 'no'} blocks read ahead",
     ]
     if phase.stream is not None:
         told += [

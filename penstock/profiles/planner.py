@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from penstock.errors import OverBudget
+from penstock.profiles.ahead import with_reading_ahead, without_reading_ahead
 from penstock.profiles.denoising import Denoise, compute_path
 from penstock.profiles.hardware import Hardware
 from penstock.profiles.manifest import ModelManifest
@@ -59,7 +60,7 @@ def plan(
         if found is None:
             raise refusal(step, limits)
         phases.extend(found)
-    return Plan(
+    found_plan = Plan(
         tuple(phases),
         hardware.vram_bytes,
         hardware.ram_bytes,
@@ -68,6 +69,7 @@ def plan(
         compute_path=compute_path(manifest.transformer.storage, policy, hardware.rates),
         machine=hardware.name,
     )
+    return with_reading_ahead(found_plan, limits)
 
 
 def steps(
@@ -141,6 +143,7 @@ def smaller(
     """``current`` with the group of ``phase`` replaced by one that takes less memory.
 
     Plans with the same chunk of tokens are preferred, as their results are the same to the bit.
+    Nothing is read ahead of its phase any more.
     Every call gives strictly less, so that repeated calls come to an end.
 
     Args:
@@ -160,10 +163,10 @@ def smaller(
     for rules in (same_chunk, policy):
         for limit_bytes in (int(SHRINK * now), now - 1):
             limits = _tightened(hardware, resource, limit_bytes)
-            for step in steps(manifest, workload, hardware, rules):
-                found = step.best(limits)
-                if found and found[0].name == names[0] and measure(found) < now:
-                    return current.with_phases(found)
+            every = steps(manifest, workload, hardware, rules)
+            found = next(step for step in every if step.name == names[-1]).best(limits)
+            if found and measure(found) < now:
+                return without_reading_ahead(current).with_phases(found)
     return None
 
 

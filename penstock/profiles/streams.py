@@ -41,9 +41,10 @@ class Placement:
 
     Attributes:
         device_bytes, host_bytes: of the residents.
-        slot_bytes, slab_bytes: of the largest block that passes through each ring.
-        copied_bytes, read_bytes: moved in one pass.
-        through_bytes: the largest block that is only staged on its way to the device.
+        slot_bytes, slab_bytes: of the largest block that passes through each ring again and again.
+        copied_bytes, read_bytes: moved in every pass, after the first.
+        through_bytes: the largest block that passes through a slab only once, or through a staging
+            buffer where there is no slab: it stays on the device.
     """
 
     device_resident: int
@@ -56,9 +57,10 @@ class Placement:
     read_bytes: int
     through_bytes: int
 
-    @property
-    def least_staging_bytes(self) -> int:
-        """The least host memory for loading residents."""
+    def ring_bytes(self, slabs: int) -> int:
+        """Of ``slabs`` buffers in host memory; with none, of the least staging buffer, if any."""
+        if slabs:
+            return slabs * max(self.slab_bytes, self.through_bytes)
         return PAGE_BYTES if self.through_bytes else 0
 
 
@@ -100,11 +102,13 @@ class Network:
         return min(place.device_bytes + place.slot_bytes for place in self.choices)
 
     def rings(self, place: Placement) -> Iterator[tuple[int, int]]:
-        """Slots and slabs that make sense for a placement: none where nothing passes."""
+        """Slots and slabs that make sense for a placement: none where nothing passes; slabs or a
+        staging buffer where blocks pass only once."""
         streamed = self.n_blocks - place.device_resident
-        from_disk = streamed - place.host_resident
+        through_slabs = self.n_blocks - place.host_resident
+        staged = () if place.read_bytes or not through_slabs else (0,)
         for slots in _ring(streamed):
-            for slabs in _ring(from_disk):
+            for slabs in (*_ring(through_slabs), *staged):
                 yield slots, slabs
 
 
@@ -128,7 +132,7 @@ def _placement(blocks: Sequence[int], counts: StreamPlan) -> Placement:
         slab_bytes=max(from_disk, default=0),
         copied_bytes=sum(streamed),
         read_bytes=sum(from_disk),
-        through_bytes=0 if from_disk else max(device, default=0),
+        through_bytes=max(device, default=0),
     )
 
 
@@ -145,7 +149,7 @@ def _even_placement(block: int, counts: StreamPlan) -> Placement:
         slab_bytes=block if from_disk else 0,
         copied_bytes=streamed * block,
         read_bytes=from_disk * block,
-        through_bytes=block if on_device and not from_disk else 0,
+        through_bytes=block if on_device else 0,
     )
 
 
@@ -189,14 +193,14 @@ class Stream:
 
     @property
     def ram_bytes(self) -> int:
-        """Of residents and slabs; with the least staging."""
-        place = self.placement
-        return place.host_bytes + self.slabs * place.slab_bytes + place.least_staging_bytes
+        """Of residents and slabs, or the least staging."""
+        return self.placement.host_bytes + self.placement.ring_bytes(self.slabs)
 
     @property
     def pinned_bytes(self) -> int:
         """Page-locked while the stream is open."""
-        return self.placement.host_bytes + self.slabs * self.placement.slab_bytes
+        place = self.placement
+        return place.host_bytes + (place.ring_bytes(self.slabs) if self.slabs else 0)
 
     @property
     def key(self) -> tuple[float, int]:
@@ -222,13 +226,10 @@ class Stream:
     def host_items(self, room_bytes: int) -> Items:
         """``(label, bytes)`` in RAM; staging takes what is left of ``room_bytes``, to a limit."""
         place = self.placement
-        held = place.host_bytes + self.slabs * place.slab_bytes
-        staged = staging_bytes(place.through_bytes, room_bytes - held)
-        return (
-            ("resident blocks", place.host_bytes),
-            ("block slabs", self.slabs * place.slab_bytes),
-            *((("staging", staged),) if place.through_bytes else ()),
-        )
+        kept = ("resident blocks", place.host_bytes)
+        if self.slabs or not place.through_bytes:
+            return kept, ("block slabs", place.ring_bytes(self.slabs))
+        return kept, ("staging", staging_bytes(place.through_bytes, room_bytes - place.host_bytes))
 
 
 def staging_bytes(nbytes: int, room_bytes: int) -> int:
@@ -260,8 +261,8 @@ def best_stream(
             continue
         for slots, slabs in network.rings(place):
             vram = place.device_bytes + slots * place.slot_bytes
-            pinned = place.host_bytes + slabs * place.slab_bytes
-            ram = pinned + place.least_staging_bytes
+            ram = place.host_bytes + place.ring_bytes(slabs)
+            pinned = ram if slabs else place.host_bytes
             if _fits(room, vram, ram, pinned):
                 least = _least_objective(place, network.n_blocks, slots, slabs, pace, rates)
                 if least <= better_than:
@@ -301,10 +302,11 @@ def _fits(room: Limits, vram: int, ram: int, pinned: int) -> bool:
     )
 
 
-def _opening_s(place: Placement, rates: Rates) -> float:
-    """Residents come before the first pass, one after the other."""
-    loaded = place.device_bytes + place.host_bytes
-    return loaded / rates.read_bytes_per_s + place.device_bytes / rates.copy_bytes_per_s
+def _opening_s(place: Placement, slabs: int, rates: Rates) -> float:
+    """Where there are no slabs, what stays on the device comes before the first pass."""
+    if slabs:
+        return 0.0
+    return place.device_bytes * (1 / rates.read_bytes_per_s + 1 / rates.copy_bytes_per_s)
 
 
 def _care_s(place: Placement, pace: Pace, rates: Rates) -> float:
@@ -317,14 +319,18 @@ def _least_objective(
 ) -> float:
     """No less than this is possible: what follows one another in each queue, or in the two that a
     ring of one makes take turns."""
-    copy = place.copied_bytes / rates.copy_bytes_per_s
-    read = place.read_bytes / rates.read_bytes_per_s
+    copy_s, read_s = 1 / rates.copy_bytes_per_s, 1 / rates.read_bytes_per_s
+    copied, disk = pace.cycles * place.copied_bytes, pace.cycles * place.read_bytes
+    arriving = place.device_bytes if slabs else 0
+    takes_turns = [pace.cycles * pace.compute_s, (copied + arriving) * copy_s]
+    takes_turns.append((disk + arriving + place.host_bytes) * read_s)
     if slots == 1:
-        copy += pace.compute_s * (n_blocks - place.device_resident) / n_blocks
+        streamed = (n_blocks - place.device_resident) / n_blocks
+        takes_turns.append(copied * copy_s + pace.cycles * pace.compute_s * streamed)
     if slabs == 1:
-        read += place.read_bytes / rates.copy_bytes_per_s
-    passes = pace.cycles * max(pace.compute_s, copy, read)
-    return (_opening_s(place, rates) + passes) * (1 - _ROUNDING) + _care_s(place, pace, rates)
+        takes_turns.append((disk + arriving) * (read_s + copy_s))
+    least = (_opening_s(place, slabs, rates) + max(takes_turns)) * (1 - _ROUNDING)
+    return least + _care_s(place, pace, rates)
 
 
 def _timing(
@@ -335,7 +341,7 @@ def _timing(
     read = place.read_bytes / rates.read_bytes_per_s
     bound = max((pace.compute_s, "compute"), (copy, "copy"), (read, "read"))[1]
     ends = _pass_ends(place, blocks, slots, slabs, pace, rates)
-    seconds = _opening_s(place, rates) + ends[-1]
+    seconds = _opening_s(place, slabs, rates) + ends[-1]
     if pace.cycles > len(ends):
         seconds += (pace.cycles - len(ends)) * (ends[-1] - ends[-2])
     return Timing(seconds, seconds + _care_s(place, pace, rates), bound)
@@ -352,24 +358,28 @@ def _pass_ends(
     copy_s = [count / rates.copy_bytes_per_s for count in blocks]
     read_s = [count / rates.read_bytes_per_s for count in blocks]
     slot_free, slab_free = [0.0] * slots, [0.0] * slabs
+    arrived = set[int]() if slabs else set(on_device)
     read = copied = computed = 0.0
     copies = reads = 0
     ends = []
     for _ in range(min(pace.cycles, _PASSES)):
         for block in range(n_blocks):
-            ready = 0.0
-            if block not in on_device:
-                if block not in in_host:
-                    slab = reads % slabs
-                    read = ready = max(read, slab_free[slab]) + read_s[block]
-                slot = copies % slots
-                copied = ready = max(copied, slot_free[slot], ready) + copy_s[block]
-                if block not in in_host:
+            ready, stays, kept = 0.0, block in on_device, block in in_host
+            if block not in arrived:
+                slab = None if kept else reads % slabs
+                free = 0.0 if slab is None else slab_free[slab]
+                read = ready = max(read, free) + read_s[block]
+                reads += not kept
+            if not stays or block not in arrived:
+                free = 0.0 if stays else slot_free[copies % slots]
+                copied = ready = max(copied, free, ready) + copy_s[block]
+                if block not in arrived and slab is not None:
                     slab_free[slab] = copied
-                    reads += 1
             computed = max(computed, ready) + visit
-            if block not in on_device:
-                slot_free[slot] = computed
+            if not stays:
+                slot_free[copies % slots] = computed
                 copies += 1
+            if stays or kept:
+                arrived.add(block)
         ends.append(computed)
     return ends

@@ -37,7 +37,7 @@ class QuantLinear(nn.Module):
         storage = fmt.storage(shape, dtype_tag(dtype))
         self._suffixes = tuple(storage)
         for suffix, (tag, dims) in storage.items():
-            _register(self, suffix, torch.empty(dims, dtype=DTYPES[tag], device="meta"))
+            register(self, suffix, torch.empty(dims, dtype=DTYPES[tag], device="meta"))
         self.register_buffer(
             "bias", torch.empty(shape[0], dtype=dtype, device="meta") if bias else None
         )
@@ -54,7 +54,8 @@ class QuantLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.format.name}, {self.compute.path}"
 
 
-def _register(module: nn.Module, suffix: str, tensor: Tensor) -> None:
+def register(module: nn.Module, suffix: str, tensor: Tensor) -> None:
+    """Make ``tensor`` a buffer called ``suffix``; a dotted name goes to a child module."""
     *parents, leaf = suffix.split(".")
     for name in parents:
         if name not in module._modules:

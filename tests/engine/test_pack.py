@@ -354,7 +354,7 @@ def test_space_is_checked_before_anything_is_written(tmp_path, model, packed):
     assert not (tmp_path / "p").exists()
     with pytest.raises(UsageError, match="too little memory"):
         pack(locate(model), "int8", tmp_path / "p", ram_bytes=1 << 20)
-    with pytest.raises(UsageError, match="unknown format"):
+    with pytest.raises(UsageError, match="cannot be packed in this format"):
         pack(locate(model), "int3", tmp_path / "p")
 
 

@@ -211,16 +211,16 @@ def test_an_error_while_abandoning_does_not_hide_the_first(tmp_path, monkeypatch
         def close(self):
             raise OSError(errno.ENOSPC, "full")
 
-    monkeypatch.setattr(video.av, "open", lambda *a, **k: Container())
+    monkeypatch.setattr(av, "open", lambda *a, **k: Container())
     with pytest.raises(VideoError, match="no frames"):
         write_video(tmp_path / "out.mp4", [], 16)
     assert leftovers(tmp_path) == []
 
 
 def test_encoders_in_order_and_none(tmp_path, monkeypatch):
-    monkeypatch.setattr(video.av, "codecs_available", {"h264_mf", "libopenh264"})
+    monkeypatch.setattr(av, "codecs_available", {"h264_mf", "libopenh264"})
     assert video._find_encoder() == "libopenh264"
-    monkeypatch.setattr(video.av, "codecs_available", {"h264", "vp9"})
+    monkeypatch.setattr(av, "codecs_available", {"h264", "vp9"})
     with pytest.raises(VideoError, match="no H.264 encoder.*libx264"):
         write_video(tmp_path / "out.mp4", moving_frames(), 16)
     assert leftovers(tmp_path) == []

@@ -1,11 +1,13 @@
-"""A process whose memory is limited by the system to 60-120 % of the plan (``make faults``)."""
+"""A process whose memory is limited by the system to 60-120 % of the plan (``make faults``): by
+RLIMIT_AS, which refuses an allocation, and by a cgroup, which kills."""
 
 from __future__ import annotations
 
 import os
 import resource
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,8 +30,13 @@ REQUEST = a_request(None, steps=2, guidance_scale=1.0)
 THREADS_BYTES = 128 << 20
 """Address space of stacks and malloc arenas of the threads: not memory, but limited with it."""
 
-FINISHED, SHRUNK, RESUMABLE = 0, 1, 2
-NAMES = {FINISHED: "finished", SHRUNK: "finished smaller", RESUMABLE: "ended resumable"}
+FINISHED, SHRUNK, RESUMABLE, KILLED = 0, 1, 2, 3
+NAMES = {
+    FINISHED: "finished",
+    SHRUNK: "finished smaller",
+    RESUMABLE: "ended resumable",
+    KILLED: "killed by the system, and resumable",
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,16 +59,26 @@ def address_space_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def limited(engine: Engine, latents: torch.Tensor, folder: Path, percent: int) -> int:
-    """Run the job in a child under a limit; returns one of `NAMES`."""
+def limit_address_space(room_bytes: int) -> None:
+    """This process gets no more than ``room_bytes`` from now on."""
+    limit = address_space_bytes() + THREADS_BYTES + room_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def limited(
+    engine: Engine,
+    latents: torch.Tensor,
+    folder: Path,
+    percent: int,
+    limit: Callable[[int], None] = limit_address_space,
+) -> int:
+    """Run the job in a child that calls ``limit`` with its room; returns one of `NAMES`."""
     pid = os.fork()
     if pid == 0:
         code = 99
         try:
-            plan = engine.plan(REQUEST)
-            room = (plan.peak_vram_bytes + plan.peak_ram_bytes) * percent // 100
-            limit = address_space_bytes() + THREADS_BYTES + room
-            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+            plan = engine.plan(REQUEST, kept=True)
+            limit((plan.peak_vram_bytes + plan.peak_ram_bytes) * percent // 100)
             code = _run(engine, latents, folder)
         finally:
             if code == 99:
@@ -70,7 +87,9 @@ def limited(engine: Engine, latents: torch.Tensor, folder: Path, percent: int) -
                 traceback.print_exc()
             os._exit(code)
     status = os.waitpid(pid, 0)[1]
-    assert not os.WIFSIGNALED(status), f"killed by signal {os.WTERMSIG(status)}"
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL, f"killed by signal {os.WTERMSIG(status)}"
+        return KILLED
     return os.WEXITSTATUS(status)
 
 
@@ -85,16 +104,58 @@ def _run(engine: Engine, latents: torch.Tensor, folder: Path) -> int:
     return SHRUNK if smaller else FINISHED
 
 
-def test_limits_of_60_to_120_percent_of_the_plan(engine: Engine, tmp_path: Path) -> None:
+def outcomes(
+    engine: Engine, folder: Path, limit: Callable[[int], None], percents: range
+) -> dict[int, int]:
+    """What comes of the job under each limit; one that ended early is continued without any."""
     latents = engine.submit(REQUEST).result().latents
     told = {}
-    for percent in range(10, 121, 10):
-        code = limited(engine, latents, tmp_path / f"{percent}", percent)
+    for percent in percents:
+        code = limited(engine, latents, folder / f"{percent}", percent, limit)
         assert code in NAMES, f"{percent} %"
         told[percent] = code
-        if code == RESUMABLE:
-            assert read_record(tmp_path / f"{percent}").state == "failed"
-            result = engine.resume(tmp_path / f"{percent}", allow_nonidentical=True).result()
+        if code in (RESUMABLE, KILLED):
+            state = "failed" if code == RESUMABLE else "running"
+            assert read_record(folder / f"{percent}").state == state
+            result = engine.resume(folder / f"{percent}", allow_nonidentical=True).result()
             assert torch.allclose(result.latents, latents, atol=1e-4)
     print("\nlimit in % of the plan: " + ", ".join(f"{p} {NAMES[c]}" for p, c in told.items()))
+    return told
+
+
+def test_address_space_of_60_to_120_percent_of_the_plan(engine: Engine, tmp_path: Path) -> None:
+    told = outcomes(engine, tmp_path, limit_address_space, range(10, 121, 10))
+    assert KILLED not in told.values()
+    assert all(code == FINISHED for percent, code in told.items() if percent >= 100)
+
+
+@pytest.fixture
+def memory_cgroup() -> Iterator[Path]:
+    """A new cgroup (version 2) below this process's own, with the memory controller."""
+    own = next(
+        line.removeprefix("0::") for line in Path("/proc/self/cgroup").read_text().splitlines()
+        if line.startswith("0::")
+    )  # fmt: skip
+    parent = Path("/sys/fs/cgroup") / own.lstrip("/")
+    group = parent / f"penstock-test-{os.getpid()}"
+    try:
+        if "memory" not in (parent / "cgroup.subtree_control").read_text().split():
+            pytest.skip(f"{parent} gives its children no memory controller")
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no cgroup of version 2 can be made here: {error}")
+    yield group
+    group.rmdir()
+
+
+def test_cgroup_of_60_to_120_percent_of_the_plan(
+    engine: Engine, tmp_path: Path, memory_cgroup: Path
+) -> None:
+    """A cgroup has no refusal: what is over its limit is killed, and its job continues."""
+
+    def limit(room_bytes: int) -> None:
+        (memory_cgroup / "memory.max").write_text(str(THREADS_BYTES + room_bytes))
+        (memory_cgroup / "cgroup.procs").write_text(str(os.getpid()))
+
+    told = outcomes(engine, tmp_path, limit, range(60, 121, 20))
     assert all(code == FINISHED for percent, code in told.items() if percent >= 100)

@@ -52,12 +52,22 @@ def test_the_next_cycle_is_read_while_this_one_computes() -> None:
     assert first_again.end_s < last_compute.start_s
 
 
-def test_residents_are_loaded_once_at_opening() -> None:
+def test_residents_come_in_the_first_pass() -> None:
     blocks = (Block(10, 1.0), Block(20, 1.0), Block(30, 1.0))
-    line = simulate(Residency(3, (0,), (1,), 1, 1), blocks, machine(read=10, copy=5), 1)
-    assert line.opening_s == (10 + 20) / 10 + 10 / 5
+    line = simulate(Residency(3, (0,), (1,), 1, 1), blocks, machine(read=10, copy=5), 2)
+    assert (line.opening_s, line.spans[0].start_s) == (0, 0)
     assert (line.device_bytes, line.host_bytes) == (10 + 30, 20 + 30)
-    assert line.spans[0].start_s == line.opening_s
+    # reads 0-1, 1-3 and 3-6; copies 1-3, 3-7 and, the slot being free at 8, 8-14; later no more
+    # than block 1 from its place and block 2 from disk
+    assert [span.end_s for span in line.spans[:9]] == [1, 3, 4, 3, 7, 8, 6, 14, 15]
+    assert [span.op.block for span in line.spans[9:]] == [0, 1, 1, 2, 2, 2]
+
+
+def test_residents_of_the_device_come_first_where_there_is_no_slab() -> None:
+    blocks = (Block(10, 1.0), Block(20, 1.0))
+    line = simulate(Residency(2, (0,), (1,), 1, 0), blocks, machine(read=10, copy=5), 1)
+    assert line.opening_s == 10 / 10 + 10 / 5 == line.spans[0].start_s
+    assert (line.device_bytes, line.host_bytes) == (10 + 20, 20)
 
 
 @pytest.mark.parametrize(("device", "host"), [(39, ROOM), (ROOM, 49)])

@@ -54,8 +54,8 @@ class Budgets:
 
         slots, slabs = residency.device_slots, residency.host_slabs
         self.device_bytes = total(residency.device_resident, slots, residency.streamed)
-        self.host_bytes = total(residency.host_resident, slabs, residency.disk_blocks)
-        if residency.device_resident and not residency.disk_blocks:
+        self.host_bytes = total(residency.host_resident, slabs, residency.through_slabs)
+        if residency.device_resident and not slabs:
             self.host_bytes += 4096  # the smallest staging buffer
         self.device = ByteLedger("VRAM", max(self.device_bytes + spare, 1))
         self.host = ByteLedger("RAM", max(self.host_bytes + spare, 1))
@@ -181,9 +181,9 @@ def test_reads_in_pieces(layouts: list[BlockLayout], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("penstock.offload.tiers.PIECE_BYTES", 1000)
     residency = Residency(8, (1,), (2,), 2, 2)
     with Budgets(layouts, residency).stream(layouts, residency, 1) as stream:
-        assert any(name.startswith("penstock-disk") for name in ours())
         for index, block in stream.cycle():
             assert same(block, BLOCKS[index])
+            assert any(name.startswith("penstock-disk") for name in ours())
     assert ours() == []
 
 
@@ -334,8 +334,9 @@ def test_a_file_exchanged_before_it_streams(tmp_path: Path) -> None:
     (tmp_path / "other").replace(tmp_path / "model.safetensors")
     residency = Residency(8, (0,), (), 1, 1)
     budgets = Budgets(here, residency)
-    with pytest.raises(CheckpointChanged), budgets.stream(here, residency, 1):
-        pytest.fail("it opened")
+    with pytest.raises(CheckpointChanged), budgets.stream(here, residency, 1) as stream:
+        for _ in stream.cycle():
+            pytest.fail("it gave a block")
     assert budgets.device.used == 0 == budgets.host.used
 
 

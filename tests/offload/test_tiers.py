@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from penstock.errors import LedgerOverflow
 from penstock.offload import streamer, tiers
-from penstock.offload.layout import BlockLayout
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.schedule import Queue, Ref, Residency
 from penstock.offload.streamer import BlockStream
 from penstock.offload.tiers import CpuLink, CudaLink, DeviceTier, HostTier, open_link
 from tests.offload.blocks import random_blocks, same, write_blocks
-from tests.offload.late_device import LateCuda
+from tests.offload.turns import Ranks
+from tests.offload.virtual import Stage
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 BLOCKS = random_blocks(5)
@@ -86,114 +86,40 @@ def test_the_refusal_is_not_left_to_the_next_kernel(monkeypatch: pytest.MonkeyPa
     tiers._forget_cuda_error(CUDA)
 
 
+def virtual_cuda(monkeypatch: pytest.MonkeyPatch) -> Stage:
+    """In place of torch.cuda: streams that work only when somebody waits for them."""
+    cuda = Stage([], [], b"", Ranks(0, last="stream", change=0.0))
+    monkeypatch.setattr(tiers, "_cuda", cuda)
+    return cuda
+
+
 def test_which_link(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiers, "_cuda", LateCuda(0))
+    virtual_cuda(monkeypatch)
     assert isinstance(open_link(CPU, 1), CpuLink)
     assert isinstance(open_link(CUDA, 1), CudaLink)
 
 
-class LateLink(CudaLink):
-    """The CUDA link, whose copies are done by the late device; it forgets the waits in ``lost``."""
-
-    lost: frozenset[tuple[Queue, Queue]] = frozenset()
-
-    def copy(self, target: Tensor, source: Tensor) -> None:
-        self._copy.push(lambda: target.copy_(source))
-
-    def wait(self, queue: Queue, ref: Ref) -> None:
-        if (queue, ref.queue) not in self.lost:
-            super().wait(queue, ref)
-
-
-@pytest.fixture(scope="module")
-def layouts(tmp_path_factory: pytest.TempPathFactory) -> list[BlockLayout]:
-    return write_blocks(tmp_path_factory.mktemp("late") / "model.safetensors", BLOCKS)
-
-
-RESIDENCIES = (
-    Residency(5, (), (), 1, 1),
-    Residency(5, (), (), 2, 2),
-    Residency(5, (1,), (3,), 2, 1),
-    Residency(5, (), (0, 2), 1, 2),
-    Residency(5, (), (0, 1, 2, 3, 4), 2, 0),
-)
-
-
-def wrong_blocks(
-    layouts: list[BlockLayout],
-    monkeypatch: pytest.MonkeyPatch,
-    seed: int,
-    lost: frozenset[tuple[Queue, Queue]] = frozenset(),
-    overlapped: bool = True,
-) -> int:
-    """Stream on a late device; how many blocks were wrong when they were computed with."""
-    cuda, cycles, wrong = LateCuda(seed), 3, []
-    monkeypatch.setattr(tiers, "_cuda", cuda)
-    monkeypatch.setattr(LateLink, "lost", lost)
-    monkeypatch.setattr(streamer, "open_link", lambda device, longest: LateLink(CUDA, longest))
-    ledgers = ByteLedger("VRAM", 1 << 30), ByteLedger("RAM", 1 << 30)
-    stream = BlockStream(
-        layouts,
-        RESIDENCIES[seed % len(RESIDENCIES)],
-        cycles=cycles,
-        device=CPU,
-        device_ledger=ledgers[0],
-        host_ledger=ledgers[1],
-        overlapped=overlapped,
-    )
-
-    def check(index: int, block: dict[str, Tensor]) -> None:
-        if not same(block, BLOCKS[index]):
-            wrong.append(index)
-
-    with stream:
-        for _ in range(cycles):
-            for index, block in stream.cycle():
-                cuda.issue(lambda index=index, block=block: check(index, block))  # type: ignore[misc]
-    assert ledgers[0].used == 0 == ledgers[1].used
-    return len(wrong)
-
-
-@pytest.mark.parametrize("overlapped", [True, False])
-def test_events_suffice_on_a_late_device(
-    layouts: list[BlockLayout], monkeypatch: pytest.MonkeyPatch, overlapped: bool
-) -> None:
-    for seed in range(60):
-        assert wrong_blocks(layouts, monkeypatch, seed, overlapped=overlapped) == 0
-
-
-@pytest.mark.parametrize(
-    "wait",
-    [(Queue.READ, Queue.COPY), (Queue.COPY, Queue.COMPUTE), (Queue.COMPUTE, Queue.COPY)],
-    ids=["slab reused", "slot reused", "computed too early"],
-)
-def test_each_wait_is_needed(
-    layouts: list[BlockLayout], monkeypatch: pytest.MonkeyPatch, wait: tuple[Queue, Queue]
-) -> None:
-    wrong = sum(
-        wrong_blocks(layouts, monkeypatch, seed, frozenset([wait])) > 0 for seed in range(15)
-    )
-    assert wrong > 3
-
-
+@pytest.mark.parametrize("every", [1, 3])
 def test_events_are_forgotten_when_nobody_can_wait_for_them(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
-    monkeypatch.setattr(tiers, "_cuda", LateCuda(0))
+    """Also where only some computations are recorded, because the others use residents."""
+    virtual_cuda(monkeypatch)
     link = CudaLink(CUDA, longest_wait=4)
     for visit in range(100):
         link.record(Ref(Queue.READ, visit))
         link.record(Ref(Queue.COPY, visit))
-        link.record(Ref(Queue.COMPUTE, visit))
+        if visit % every == 0:
+            link.record(Ref(Queue.COMPUTE, visit))
     assert set(link._events) == {
-        Ref(queue, visit) for queue in (Queue.COPY, Queue.COMPUTE) for visit in range(95, 100)
+        *(Ref(Queue.COPY, visit) for visit in range(95, 100)),
+        *(Ref(Queue.COMPUTE, visit) for visit in range(95, 100) if visit % every == 0),
     }
 
 
 def test_time_on_the_device_is_settled_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda, seconds = LateCuda(1), list[float]()
-    monkeypatch.setattr(tiers, "_cuda", cuda)
-    monkeypatch.setattr(cuda, "get_on", lambda: None)
+    virtual_cuda(monkeypatch)
+    seconds = list[float]()
     link = CudaLink(CUDA, 1)
     for _ in range(3):
         with link.timed(Queue.COPY, seconds.append):
@@ -204,6 +130,60 @@ def test_time_on_the_device_is_settled_later(monkeypatch: pytest.MonkeyPatch) ->
     link._copy.synchronize()
     with link.timed(Queue.COPY, seconds.append):
         pass
-    assert seconds == [1.0] * 3
+    assert seconds == [0.001] * 3
     link.drain()
-    assert seconds == [1.0] * 5
+    assert seconds == [0.001] * 5
+
+
+def test_a_smaller_ring_where_the_driver_pins_only_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = Runtime(10000)
+    monkeypatch.setattr(tiers, "_cuda", type("Cuda", (), {"cudart": lambda: runtime}))
+    monkeypatch.setattr(tiers, "_forget_cuda_error", lambda device: None)
+    ledger = ByteLedger("RAM", 1 << 20)
+    tier = HostTier(ledger, CUDA)
+    with tier.ring("slabs", 4096, 4) as ring:
+        assert [buffer.is_pinned for buffer in ring] == [True, True]
+        assert ledger.used == 8192 and tier.pageable_bytes == 0
+        with tier.ring("more", 4096, 2) as pageable:
+            assert [buffer.is_pinned for buffer in pageable] == [False, False]
+            assert tier.pageable_bytes == 8192
+    assert runtime.pinned == {} and ledger.used == 0 and ring == []
+    with pytest.raises(LedgerOverflow), tier.ring("too many", 1 << 19, 3):
+        pytest.fail("there was no room")
+    assert runtime.pinned == {} and ledger.used == 0
+
+
+@pytest.mark.parametrize(
+    ("limit", "told"),
+    [
+        (1 << 20, []),
+        (2 * 4096, ["pins only 2 of 3 buffers", "does not pin 4.0 KiB"]),
+        (0, ["does not pin 16"]),
+    ],
+)
+def test_each_step_down_the_ladder_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int, told: list[str]
+) -> None:
+    """Registered, a smaller ring, pageable: and the blocks are right on each."""
+    runtime = Runtime(limit)
+    layouts = write_blocks(tmp_path / "model.safetensors", BLOCKS)
+    assert {layout.nbytes for layout in layouts} == {4096}
+    monkeypatch.setattr(tiers, "_cuda", type("Cuda", (), {"cudart": lambda: runtime}))
+    monkeypatch.setattr(tiers, "_forget_cuda_error", lambda device: None)
+    monkeypatch.setattr(streamer, "HostTier", lambda ledger, device: HostTier(ledger, CUDA))
+    stream = BlockStream(
+        layouts,
+        Residency(5, (0,), (2,), 2, 3),
+        cycles=2,
+        device=CPU,
+        device_ledger=ByteLedger("VRAM", 1 << 20),
+        host_ledger=ByteLedger("RAM", 1 << 20),
+    )
+    with stream:
+        for _ in range(2):
+            for index, block in stream.cycle():
+                assert same(block, BLOCKS[index])
+    assert len(stream.notices) == len(told)
+    for message, part in zip(stream.notices, told, strict=True):
+        assert part in message
+    assert runtime.pinned == {}

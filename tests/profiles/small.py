@@ -66,13 +66,14 @@ def manifests(draw: st.DrawFn) -> ModelManifest:
 
 
 workloads = st.builds(
-    lambda width, height, frames, steps, guided: Workload(
-        VideoShape(16 * width, 16 * height, 4 * frames + 1), steps, guided
+    lambda width, height, frames, *rest: Workload(
+        VideoShape(16 * width, 16 * height, 4 * frames + 1), *rest
     ),
     st.integers(1, 5),
     st.integers(1, 5),
     st.integers(0, 3),
     st.integers(1, 8),
+    st.booleans(),
     st.booleans(),
 )
 

@@ -31,6 +31,7 @@ from penstock.profiles.tiling import TileGrid
 from penstock.units import GIB, align_up
 from tests.engine.wan.fake_vae import FakeVae
 from tests.meter import StorageMeter
+from tests.profiles.cost.fake_encoders import measured_image_bytes, measured_text_bytes
 
 MODEL = "wan2.1-i2v-14b"
 SIZES = {"720x1280x81": (1280, 720, 81), "528x960x77": (960, 528, 77), "480x832x81": (832, 480, 81)}
@@ -48,7 +49,7 @@ def made(size: str, name: str, system_gib: int) -> Plan:
     """The plan of the first format of the profile that fits."""
     machine = described(CARD, f"{system_gib}GiB", None)
     chosen = profiles.choose(profiles.load(name), profiles.Overrides(), machine)
-    workload = Workload(VideoShape(*SIZES[size]), steps=40, guided=True)
+    workload = Workload(VideoShape(*SIZES[size]), steps=40, guided=True, kept=True)
     refused = []
     for weight_format in chosen.formats:
         try:
@@ -219,6 +220,29 @@ def test_context_and_denoise(size: str, part: PhasePlan, found: Plan) -> None:
     hold(part.vram_bytes, step + weight_bytes(part) + decoding_bytes(found))
     before = found["context"]
     hold(before.vram_bytes, context + weight_bytes(before) + decoding_bytes(found))
+
+
+@functools.cache
+def text_peak(weight_format: str) -> int:
+    """Of two prompts, a short and a full one: what is fewer tokens is padded to as many."""
+    spec = manifest_of(weight_format).text
+    lengths = (9, 512)
+    return max(measured_text_bytes(spec, spec.weights.itemsize, 512, 2, n) for n in lengths)
+
+
+@functools.cache
+def image_peak(weight_format: str) -> int:
+    spec = manifest_of(weight_format).image
+    assert spec is not None
+    return measured_image_bytes(spec, spec.weights.itemsize)
+
+
+@pytest.mark.parametrize(("size", "name", "ram"), ALL)
+def test_text_and_image(size: str, name: str, ram: int) -> None:
+    found = made(size, name, ram)
+    for phase, peak in (("text", text_peak), ("image", image_peak)):
+        part = found[phase]
+        hold(part.vram_bytes, peak(found.weight_format) + weight_bytes(part))
 
 
 @pytest.mark.slow

@@ -56,6 +56,26 @@ IMAGE_PROCESSOR: Mapping[str, Any] = MappingProxyType(
 """OpenAI CLIP's preprocessing, which the image encoder was trained with."""
 
 
+TRANSFORMER: Mapping[str, Any] = MappingProxyType({
+    "num_layers": 40, "num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824,
+    "in_channels": 16, "out_channels": 16, "text_dim": 4096, "freq_dim": 256, "image_dim": None,
+    "patch_size": (1, 2, 2), "rope_max_seq_len": 1024,
+})  # fmt: skip
+TEXT: Mapping[str, Any] = MappingProxyType({
+    "d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8, "num_heads": 6,
+})  # fmt: skip
+IMAGE: Mapping[str, Any] = MappingProxyType({
+    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+    "num_attention_heads": 12, "image_size": 224, "patch_size": 32,
+})  # fmt: skip
+VAE: Mapping[str, Any] = MappingProxyType({
+    "base_dim": 96, "z_dim": 16, "dim_mult": (1, 2, 4, 4), "num_res_blocks": 2,
+    "temperal_downsample": (False, True, True),
+})  # fmt: skip
+"""Defaults of WanTransformer3DModel, UMT5Config, CLIPVisionConfig and AutoencoderKLWan, for what a
+config.json leaves out: so much as a plan needs (a test compares them)."""
+
+
 class ShapesOf:
     """The logical shapes of a component's tensors, with the right error for one that is missing."""
 

@@ -159,7 +159,7 @@ def step_modulation(model: Any, timesteps: Tensor, dtype: torch.dtype) -> list[S
         dtype: the compute dtype.
     """
     embedder = model.condition_embedder
-    weight_dtype = next(embedder.time_embedder.parameters()).dtype
+    weight_dtype = embedder.time_embedder.linear_1.weight.dtype
     steps = []
     for timestep in timesteps[:, None]:  # each (1,)
         angles = embedder.timesteps_proj(timestep).to(weight_dtype)  # (1,) -> (1, freq_dim)

@@ -102,6 +102,7 @@ def denoise_bytes(spec: TransformerSpec, case: DenoiseCase) -> PeakBytes:
         "rope": _rope_bytes(spec, case),
         "modulation": modulation_bytes(spec, case.steps),
         "cross_kv": _cross_kv_held_bytes(spec, case),
+        "lora": _lora_bytes(spec, case),
     }
     stages = {
         "input": {"cat": spec.in_channels * _volume(case.latent) * FP32_BYTES},
@@ -139,6 +140,7 @@ def context_bytes(spec: TransformerSpec, case: DenoiseCase) -> PeakBytes:
         "embedders": {"embedders": _embedder_bytes(spec, case)},
         "cross_kv": {"cross_kv": kept, "normalising": normalising},
     }
+    held["lora"] = max(text, image) * spec.lora.rank * e
     stage = max(stages, key=lambda name: sum(stages[name].values()))
     return PeakBytes(stage, tuple({**held, **stages[stage]}.items()))
 
@@ -184,7 +186,7 @@ def denoise_flops(
     block = 6 * d * d + 2 * d * spec.ffn_dim  # q, k, v, o; cross q, o; up, down
     ends = patch * d * (spec.in_channels + spec.out_channels)
     return Flops(
-        linear=2 * tokens * (layers * block + ends),
+        linear=2 * tokens * (layers * block + spec.lora.elements + ends),
         self_attention=4 * layers * tokens * tokens * d,
         cross_attention=4 * layers * tokens * (text_tokens + image_tokens) * d,
     )
@@ -291,6 +293,12 @@ def _attention_bytes(spec: TransformerSpec, tokens: int, image_tokens: int) -> i
 def _feed_forward_bytes(spec: TransformerSpec, tokens: int) -> int:
     """The wide activations beside the block's width, before and after."""
     return tokens * (spec.inner_dim + spec.ffn_dim) * spec.weights.itemsize
+
+
+def _lora_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
+    """A chunk's activations between the two matrices of a low-rank pair, one pair at a time."""
+    chunk = min(case.chunk_tokens, grid_tokens(spec, case.latent))
+    return chunk * spec.lora.rank * spec.weights.itemsize
 
 
 def _head_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int]:

@@ -1,4 +1,4 @@
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -7,15 +7,21 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPVisionConfig, UMT5Config
-from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
-from transformers.models.umt5.modeling_umt5 import UMT5Block, UMT5LayerNorm
 
-from penstock.engine import image, text
+from penstock.engine import image
 from penstock.profiles.cost.encoders import image_bytes, image_flops, text_bytes, text_flops
 from penstock.profiles.manifest import ImageSpec, TextSpec, Weights
 from penstock.units import GIB
-from tests.meter import StorageMeter
+from tests.profiles.cost.fake_encoders import (
+    default_type,
+    image_modules,
+    measured_image_bytes,
+    measured_text_bytes,
+    run_image,
+    run_text,
+    text_modules,
+    weights,
+)
 
 BF16 = Weights(0, (), 2)
 UMT5_XXL = TextSpec(BF16, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
@@ -23,71 +29,6 @@ VIT_H = ImageSpec(
     BF16, hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16,
     image_size=224, patch_size=14,
 )  # fmt: skip
-TYPES = {2: torch.bfloat16, 4: torch.float32}
-
-
-@contextmanager
-def default_type(itemsize):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(TYPES[itemsize])
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def text_modules(spec, layers):
-    config = UMT5Config(
-        d_model=spec.d_model, d_kv=spec.d_kv, d_ff=spec.d_ff, num_heads=spec.num_heads
-    )
-    blocks = [UMT5Block(config, layer_idx=index) for index in range(layers)]
-    return blocks, UMT5LayerNorm(spec.d_model)
-
-
-def weights(*modules):
-    return [weight for module in modules for weight in module.parameters()]
-
-
-def run_text(spec, blocks, norm, rows, tokens, prompts, length):
-    ids = [tuple(range(k * tokens, (k + 1) * tokens)) for k in range(prompts)]
-    tokenised = [text.TokenisedPrompt(each, length, "") for each in ids]
-    dtype = norm.weight.dtype
-    hidden = text.embed(tokenised, lambda distinct: rows[torch.tensor(distinct)], dtype=dtype)
-    text.encode_layers(enumerate(blocks), hidden, [length] * prompts)
-    return [text.finish(norm, states, length) for states in hidden]
-
-
-def measured_text_bytes(spec, itemsize, tokens, prompts, length, tensors=FakeTensorMode):
-    with tensors(), default_type(itemsize), torch.inference_mode():
-        blocks, norm = text_modules(spec, 2)
-        rows = torch.empty(tokens * prompts, spec.d_model, dtype=torch.float32)
-        with StorageMeter([*weights(*blocks, norm), rows]) as meter:
-            run_text(spec, blocks, norm, rows, tokens, prompts, length)
-    return meter.peak
-
-
-def image_modules(spec, layers):
-    config = CLIPVisionConfig(
-        hidden_size=spec.hidden_size, intermediate_size=spec.intermediate_size,
-        num_attention_heads=spec.num_attention_heads, image_size=spec.image_size,
-        patch_size=spec.patch_size, hidden_act="gelu",
-    )  # fmt: skip
-    encoder_layers = [CLIPEncoderLayer(config) for _ in range(layers)]
-    return CLIPVisionEmbeddings(config), torch.nn.LayerNorm(spec.hidden_size), encoder_layers
-
-
-def run_image(spec, embeddings, norm, layers):
-    pixels = torch.empty(1, 3, spec.image_size, spec.image_size, dtype=torch.float32)
-    hidden = image.embed_pixels(embeddings, norm, pixels)
-    return image.encode_layers(enumerate(layers), hidden)
-
-
-def measured_image_bytes(spec, itemsize, tensors=FakeTensorMode):
-    with tensors(), default_type(itemsize), torch.inference_mode():
-        embeddings, norm, layers = image_modules(spec, 2)
-        with StorageMeter(weights(embeddings, norm, *layers)) as meter:
-            run_image(spec, embeddings, norm, layers)
-    return meter.peak
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])

@@ -28,15 +28,17 @@ SHAPES = {
 }
 
 
+_NOT_OF_THE_CONFIG = {
+    "weights", "cross_block_bytes", "patch_size", "storage", "context_storage", "lora",
+}  # fmt: skip
+
+
 def spec_of(config: Any, itemsize: int) -> TransformerSpec:
+    names = TransformerSpec.__dataclass_fields__.keys() - _NOT_OF_THE_CONFIG
     return TransformerSpec(
         weights=Weights(rest_bytes=0, block_bytes=(0,) * config["num_layers"], itemsize=itemsize),
         cross_block_bytes=(0,) * config["num_layers"],
-        **{
-            name: config[name]
-            for name in TransformerSpec.__dataclass_fields__
-            if name not in ("weights", "cross_block_bytes", "patch_size", "storage")
-        },
+        **{name: config[name] for name in names},
         patch_size=tuple(config["patch_size"]),
     )
 

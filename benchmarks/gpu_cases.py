@@ -1,0 +1,558 @@
+"""The cases of the GPU suite: what each runs, and what it tells. See `benchmarks.gpu_suite`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.nn import functional as F
+
+from penstock.engine.bench import Asked, MeasuredStage, measure
+from penstock.engine.bench_machine import machine
+from penstock.engine.bench_result import BenchResult
+from penstock.engine.bench_weights import write_synthetic
+from penstock.engine.engine import Engine
+from penstock.engine.pipeline import decode
+from penstock.engine.request import GenerationRequest
+from penstock.engine.sampling import Sampling
+from penstock.errors import PenstockError
+from penstock.offload import streamer
+from penstock.offload.allocator import allocator_capped
+from penstock.offload.schedule import Queue, Ref
+from penstock.offload.tiers import Link, open_link
+from penstock.profiles.hardware import CUDA_RESERVE_BYTES
+from penstock.profiles.plan import Plan, StreamPlan
+from penstock.profiles.profile import Overrides
+from penstock.quant.compute import Computing, Operands, Scratch
+from penstock.quant.format import get_format
+from penstock.quant.probe import probe, working
+from penstock.units import GIB, MIB
+
+Failure = (PenstockError, RuntimeError, OSError, ValueError, NotImplementedError)
+"""What a case may end with; anything else is a mistake in the case itself and ends its group."""
+
+Case = tuple[str, Callable[[], Mapping[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is.
+
+    Attributes:
+        name, blocks, short_blocks: of the synthetic model, and of its shorter version.
+        caps: name and bytes of the cards to imitate.
+        reserve_bytes: of a card, for its context and the display.
+        large: width, height and frames of the large video; ``sizes`` of the speeds; ``small`` of
+            the correctness cases.
+        tokens, context: of the products and of attention.
+        delay_cycles: of the injected delays, in clock cycles of the device.
+        tiles: rows and columns of the VAE's tiled case.
+    """
+
+    device: str
+    name: str
+    blocks: int
+    short_blocks: int
+    caps: Mapping[str, int]
+    reserve_bytes: int
+    large: tuple[int, int, int]
+    sizes: tuple[tuple[int, int, int], ...]
+    small: tuple[int, int, int]
+    matrix: tuple[int, int]
+    tokens: int
+    context: int
+    heads: int
+    delay_cycles: int
+    repeats: int
+    tiles: str
+
+
+def scale(*, dry: bool) -> Scale:
+    """True shapes, or tiny ones for a run through every case on the CPU."""
+    if dry:
+        return Scale(
+            "cpu", "tiny", 4, 2, {"large": 64 * MIB, "small": 8 * MIB}, 0, (32, 32, 5),
+            ((48, 32, 5),), (32, 32, 5), (256, 128), 32, 64, 2, 1000, 2, "1x2",
+        )  # fmt: skip
+    caps = {f"{size} GiB": size * GIB for size in (12, 8, 24, 6, 16, 4)}
+    return Scale(
+        "cuda", "wan2.1-i2v-14b", 40, 8, caps, CUDA_RESERVE_BYTES, (1280, 720, 81),
+        ((1280, 720, 81), (960, 528, 77), (832, 480, 81)), (256, 256, 5), (13824, 5120), 8192,
+        75_600, 40, 20_000_000, 10, "3x3",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the cases work with: the scale, and the folder that holds the models."""
+
+    scale: Scale
+    folder: Path
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything is computed."""
+        return torch.device(self.scale.device)
+
+    def engine(self, model: str, *, vram: int | None = None, **overrides: str) -> Engine:
+        """A model opened, under a budget or under what is free."""
+        return Engine.open(
+            self.folder / model,
+            vram=vram,
+            device=self.scale.device,
+            overrides=Overrides(**overrides),
+        )
+
+    def request(
+        self, size: tuple[int, int, int], steps: int, *, guided: bool = False
+    ) -> GenerationRequest:
+        """A job of that size; its picture is never opened."""
+        width, height, frames = size
+        return GenerationRequest(
+            prompt="a benchmark", image=Path("not opened"), width=width, height=height,
+            frames=frames, steps=steps, guidance_scale=5.0 if guided else 1.0, seed=0,
+        )  # fmt: skip
+
+    def release(self) -> None:
+        """Give cached memory back between cases."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+# Writing
+
+
+def write(context: Context) -> Iterator[Case]:
+    """The models, and what machine this is."""
+    yield "machine", lambda: machine(context.device)
+    for model, blocks in (("long", context.scale.blocks), ("short", context.scale.short_blocks)):
+
+        def work(model: str = model, blocks: int = blocks) -> dict[str, Any]:
+            started = time.perf_counter()
+            name = context.scale.name
+            folder = write_synthetic(context.folder / model, name, blocks=blocks)
+            nbytes = sum(path.stat().st_size for path in (folder / "transformer").iterdir())
+            return {"blocks": blocks, "bytes": nbytes, "s": time.perf_counter() - started}
+
+        yield model, work
+
+
+# Correctness
+
+
+@dataclass(frozen=True)
+class Delays:
+    """A link that lets one of its queues lag behind.
+
+    Args:
+        link: the real one.
+        queue: whose operations are late.
+        delay: makes what is issued next on the device's current stream wait; for reads, the thread.
+    """
+
+    link: Link
+    queue: Queue
+    delay: Callable[[Queue, Link], None]
+
+    def wait(self, queue: Queue, ref: Ref) -> None:
+        """As the link, and then late."""
+        self.link.wait(queue, ref)
+        if queue is self.queue:
+            self.delay(queue, self.link)
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """As the link; a late copy begins late also where it has nothing to wait for."""
+        if self.queue is Queue.COPY:
+            self.delay(Queue.COPY, self.link)
+        self.link.copy(target, source)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.link, name)
+
+
+def late(cycles: int, device: torch.device) -> Callable[[Queue, Link], None]:
+    """A delay on the device where it has streams, on the host where it has not."""
+
+    def delay(queue: Queue, link: Link) -> None:
+        if device.type != "cuda" or queue is Queue.READ:
+            time.sleep(cycles / 1e9)
+            return
+        stream = link._stream(queue)  # type: ignore[attr-defined]
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
+
+    return delay
+
+
+@contextmanager
+def delayed(queue: Queue | None, context: Context) -> Iterator[None]:
+    """Every stream opened meanwhile lags in ``queue``."""
+    if queue is None:
+        yield
+        return
+    delay = late(context.scale.delay_cycles, context.device)
+
+    def opened(device: torch.device, longest_wait: int) -> Any:
+        return Delays(open_link(device, longest_wait), queue, delay)
+
+    with mock.patch.object(streamer, "open_link", opened):
+        yield
+
+
+def correctness(context: Context) -> Iterator[Case]:
+    """The same latents wherever the blocks live and whatever is late."""
+    count = context.scale.short_blocks
+    disk = StreamPlan(count, 0, 0, 2, 2)
+    tight = StreamPlan(count, 0, 0, 1, 1)
+    mixed = StreamPlan(count, count // 4, count // 4, 2, 1)
+    expected: list[str] = []
+    for name, places, overlapped, queue in (
+        ("resident", StreamPlan(count, count), True, None),
+        ("from RAM", StreamPlan(count, 0, count, 2, 0), True, None),
+        ("from disk", disk, True, None),
+        ("mixed", mixed, True, None),
+        ("sequential", tight, False, None),
+        ("late copies", disk, True, Queue.COPY),
+        ("late computation", disk, True, Queue.COMPUTE),
+        ("late reads", disk, True, Queue.READ),
+        ("late copies, rings of one", tight, True, Queue.COPY),
+        ("late computation, rings of one", tight, True, Queue.COMPUTE),
+    ):
+
+        def work(
+            places: StreamPlan = places, overlapped: bool = overlapped, queue: Queue | None = queue
+        ) -> dict[str, Any]:
+            with delayed(queue, context):
+                found = placed(context, context.scale.small, places, 2, overlapped=overlapped)
+            expected.append(found.latents_sha256)
+            return {"identical": found.latents_sha256 == expected[0], "s": found.median_s}
+
+        yield name, work
+
+
+def placed(
+    context: Context,
+    size: tuple[int, int, int],
+    places: StreamPlan,
+    steps: int,
+    *,
+    warmup: int = 0,
+    overlapped: bool = True,
+) -> BenchResult:
+    """Steps of the short model with its blocks where ``places`` says."""
+    context.release()
+    with context.engine("short", branches="1", cross_kv="vram") as engine:
+        request = context.request(size, steps + warmup)
+        plan = with_places(engine.plan(request), places)
+        asked = Asked(request, warmup, context.scale.name, overlapped=overlapped)
+        return measure(engine, asked, plan=plan, sample_bytes=256 * MIB)
+
+
+def with_places(plan: Plan, places: StreamPlan) -> Plan:
+    """``plan`` with the transformer's blocks elsewhere."""
+    return plan.with_phases((replace(plan["denoise"], stream=places),))
+
+
+# Speeds
+
+
+def speeds(context: Context) -> Iterator[Case]:
+    """s/forward and the share of resident, at each size."""
+    count = context.scale.short_blocks
+    for size in context.scale.sizes:
+        resident: list[float] = []
+        for where, places in (
+            ("resident", StreamPlan(count, count)),
+            ("RAM", StreamPlan(count, 0, count, 2, 0)),
+            ("disk", StreamPlan(count, 0, 0, 2, 2)),
+        ):
+
+            def work(
+                size: tuple[int, int, int] = size,
+                places: StreamPlan = places,
+                resident: list[float] = resident,
+            ) -> dict[str, Any]:
+                found = placed(context, size, places, 2, warmup=1)
+                resident.append(found.median_s)
+                return speed(found, count) | {"over_resident": found.median_s / resident[0]}
+
+            yield f"{size[1]}x{size[0]}x{size[2]}, {where}", work
+
+
+def speed(found: BenchResult, blocks: int) -> dict[str, Any]:
+    """A result in short."""
+    denoise = next(phase for phase in found.phases if phase.name == "denoise")
+    return {
+        "s_per_forward": found.median_s,
+        "s_per_block": found.median_s / blocks,
+        "raw_s": list(found.seconds),
+        "overlap": found.overlap,
+        "read_gb_per_s": denoise.read_bytes_per_s / 1e9,
+        "read_ceiling_gb_per_s": found.links.read_bytes_per_s / 1e9,
+        "copy_gb_per_s": denoise.copied_bytes_per_s / 1e9,
+        "copy_ceiling_gb_per_s": found.links.copy_bytes_per_s / 1e9,
+        "waits_s": denoise.waits_s,
+    }
+
+
+# Peaks
+
+
+class Ballast:
+    """A second process that holds memory of the card, so that it is really taken.
+
+    Use as a context manager; on a CPU there is nothing to hold.
+    """
+
+    _CODE = (
+        "import sys, torch\n"
+        "for line in sys.stdin:\n"
+        "    held = None\n"
+        "    torch.cuda.empty_cache()\n"
+        "    held = torch.empty(int(line), dtype=torch.uint8, device='cuda')\n"
+        "    torch.cuda.synchronize()\n"
+        "    print('held', flush=True)\n"
+    )
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._process: subprocess.Popen[str] | None = None
+
+    def leave(self, free_bytes: int) -> int:
+        """Hold so much that ``free_bytes`` are left; returns what is held."""
+        if self._device.type != "cuda":
+            return 0
+        self._hold(1)
+        found, _ = torch.cuda.mem_get_info(self._device)
+        held = max(1, found - free_bytes)
+        self._hold(held)
+        return held
+
+    def _hold(self, nbytes: int) -> None:
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", self._CODE],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(f"{nbytes}\n")
+        self._process.stdin.flush()
+        if self._process.stdout.readline().strip() != "held":
+            raise RuntimeError("the ballast process cannot hold the rest of the card")
+
+    def __enter__(self) -> Ballast:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+
+def peaks(context: Context) -> Iterator[Case]:
+    """One guided step of the large video with all blocks, under each cap."""
+    with ExitStack() as stack:
+        ballast = stack.enter_context(Ballast(context.device))
+        for name, cap_bytes in context.scale.caps.items():
+
+            def work(cap_bytes: int = cap_bytes) -> dict[str, Any]:
+                return peak(context, ballast, cap_bytes - context.scale.reserve_bytes)
+
+            yield name, work
+
+
+def peak(context: Context, ballast: Ballast, budget_bytes: int) -> dict[str, Any]:
+    """What the plan promised, what the ledger counted, what the allocator held."""
+    context.release()
+    held = ballast.leave(budget_bytes + 64 * MIB)
+    with context.engine("long", vram=budget_bytes) as engine:
+        request = context.request(context.scale.large, 1, guided=True)
+        asked = Asked(request, 0, context.scale.name)
+        found = measure(engine, asked, sample_bytes=256 * MIB)
+    worst = max(found.phases, key=lambda phase: phase.allocator_bytes)
+    allocated = worst.allocator_bytes or found.peak_vram_bytes
+    planned = max(phase.predicted_vram_bytes for phase in found.phases)
+    return speed(found, context.scale.blocks) | {
+        "budget_bytes": budget_bytes,
+        "ballast_bytes": held,
+        "planned_bytes": planned,
+        "ledger_bytes": found.peak_vram_bytes,
+        "allocated_bytes": allocated,
+        "within_budget": allocated <= budget_bytes,
+        "plan_over_allocated": planned / allocated,
+        "planned_ram_bytes": max(phase.predicted_ram_bytes for phase in found.phases),
+        "process_bytes": max(phase.process_bytes for phase in found.phases),
+        "placement": found.placement,
+        "guided": True,
+    }
+
+
+# Formats and attention
+
+
+def formats(context: Context) -> Iterator[Case]:
+    """Every path of a quantised linear, and every attention kernel, on the same inputs."""
+    reports = probe(context.device)
+    for path, report in reports.items():
+        yield f"path {path}", lambda report=report: vars(report)  # type: ignore[misc]
+    for name in ("bf16", "fp8", "int8", "nf4"):
+        for mode in ("exact", "fast"):
+
+            def work(name: str = name, mode: Any = mode) -> dict[str, Any]:
+                return product(context, name, mode, working(reports))
+
+            yield f"{name}, {mode}", work
+    for backend in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
+
+        def kernel(backend: str = backend) -> dict[str, Any]:
+            return attend(context, backend)
+
+        yield f"attention {backend.lower()}", kernel
+
+
+def product(context: Context, name: str, mode: Any, works: frozenset[Any]) -> dict[str, Any]:
+    """Seconds of a linear over the largest matrix of a block."""
+    rows, columns = context.scale.matrix
+    device, fmt = context.device, get_format(name)
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, columns, generator=draw).mul_(0.02).to(torch.bfloat16)
+    x = torch.randn(context.scale.tokens, columns, generator=draw).to(device, torch.bfloat16)
+    stored = {suffix: each.to(device) for suffix, each in fmt.quantise(weight).items()}
+    computing = Computing(Scratch(2 * rows * columns, device), mode, works)
+    path = computing.path_for(fmt, (rows, columns))
+    operands = Operands(fmt, (rows, columns), stored, None)
+    seconds = seconds_of(lambda: path(operands, x), context)
+    reference = F.linear(x.float(), weight.to(device).float())
+    error = (path(operands, x).float() - reference).norm() / reference.norm()
+    flops = 2 * context.scale.tokens * rows * columns
+    return {"path": path.path, "ms": 1e3 * seconds, "tflops": flops / seconds / 1e12,
+            "relative_error": float(error)}  # fmt: skip
+
+
+def attend(context: Context, backend: str) -> dict[str, Any]:
+    """Seconds of a chunk of queries against all keys, by one of torch's kernels."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    heads, width = context.scale.heads, 128
+    if backend == "MATH":  # its scores would not fit at true length
+        heads = 1
+    draw = torch.Generator(device=context.device).manual_seed(0)
+
+    def random(tokens: int) -> torch.Tensor:
+        shape = (1, heads, tokens, width)
+        return torch.randn(shape, generator=draw, device=context.device, dtype=torch.bfloat16)
+
+    q, k, v = (random(n) for n in (context.scale.tokens, *(context.scale.context,) * 2))
+    with sdpa_kernel(getattr(SDPBackend, backend)):
+        seconds = seconds_of(lambda: F.scaled_dot_product_attention(q, k, v), context)
+    flops = 4 * context.scale.tokens * context.scale.context * heads * width
+    return {"heads": heads, "ms": 1e3 * seconds, "tflops": flops / seconds / 1e12}
+
+
+def seconds_of(work: Callable[[], object], context: Context) -> float:
+    """The median of some repetitions after one that does not count."""
+    work()
+    times = []
+    for _ in range(context.scale.repeats):
+        finish(context)
+        started = time.perf_counter()
+        work()
+        finish(context)
+        times.append(time.perf_counter() - started)
+    return sorted(times)[len(times) // 2]
+
+
+def finish(context: Context) -> None:
+    """Wait for the device."""
+    if context.device.type == "cuda":
+        torch.cuda.synchronize(context.device)
+
+
+# VAE
+
+
+def vae(context: Context) -> Iterator[Case]:
+    """The large video decoded as an 8 GiB card would have it, and whole."""
+    videos: list[torch.Tensor] = []
+    tiled = context.scale.tiles
+    for name, tiles in ((f"tiled {tiled}", tiled), ("whole", "1x1")):
+
+        def work(tiles: str = tiles) -> dict[str, Any]:
+            return decoded(context, tiles, videos)
+
+        yield name, work
+
+
+def decoded(context: Context, tiles: str, videos: list[torch.Tensor]) -> dict[str, Any]:
+    """One decode of random latents; the second is compared with the first."""
+    import threading
+
+    context.release()
+    with context.engine("short", tiles=tiles) as engine, torch.no_grad():
+        request = context.request(context.scale.large, 1).with_seed()
+        plan = engine.plan(request)
+        stage = MeasuredStage(engine.run_of(request, plan), lambda event: None, threading.Event())
+        latents = Sampling(stage).latents.cpu()
+        if context.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(context.device)
+        started = time.perf_counter()
+        with allocator_capped(context.device, plan.vram_limit_bytes):
+            videos.append(decode(stage, latents))
+        seconds = time.perf_counter() - started
+    planned, ledger = plan["decode"].vram_bytes, stage.device_ledger.peak
+    cuda = context.device.type == "cuda"
+    allocated = torch.cuda.max_memory_reserved(context.device) if cuda else ledger
+    difference = (videos[-1].int() - videos[0].int()).abs()
+    return {
+        "s": seconds,
+        "tiles": list(plan["decode"].tiles),
+        "planned_bytes": planned,
+        "ledger_bytes": ledger,
+        "allocated_bytes": allocated,
+        "largest_difference": int(difference.max()),
+        "pixels_that_differ": float((difference > 0).float().mean()),
+    }
+
+
+# Peers
+
+
+def peers(context: Context) -> Iterator[Case]:
+    """`benchmarks.peers` in a process of its own."""
+
+    def work() -> dict[str, Any]:
+        size = "x".join(map(str, context.scale.sizes[-1]))
+        command = [sys.executable, "-m", "benchmarks.peers", "--folder", str(context.folder)]
+        command += ["--device", context.scale.device, "--name", context.scale.name]
+        command += ["--size", size, "--rounds", "1", "--blocks", str(context.scale.short_blocks)]
+        if context.device.type != "cuda":
+            command += ["--cases", "penstock_disk,resident"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(done.stderr[-300:])
+        report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return report
+
+    yield "all", work
+
+
+GROUPS: Mapping[str, Callable[[Context], Iterator[Case]]] = {
+    "write": write,
+    "correctness": correctness,
+    "speeds": speeds,
+    "formats": formats,
+    "vae": vae,
+    "peaks": peaks,
+    "peers": peers,
+}

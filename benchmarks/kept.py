@@ -1,0 +1,228 @@
+"""Real runs on the CPU beside their plans: bytes by the ledgers, resident memory, seconds.
+
+A random model of some 200 MB makes a small video under many pairs of budgets. Each run is a forked
+child of one process that has the libraries loaded:
+
+- ``ledger``: of each phase, the measured peak over the predicted one, VRAM and RAM;
+- ``rss``: growth of the child's resident memory (VmHWM, reset before the run) over the highest sum
+  of VRAM and RAM that the plan states for a phase: on a CPU both are host memory;
+- ``seconds``: predicted over measured, with rates that were measured on this machine just before.
+  Both clocks count the CPU seconds of the computing thread, not the time on the wall: other
+  programs on the machine do not disturb them, and waiting for weights is not in them.
+
+glibc's threshold for returning memory at once is fixed (``MALLOC_MMAP_THRESHOLD_``), as its own
+grows with what was freed. Linux only. The last line on stdout is JSON.
+
+    python -m benchmarks.kept [--frames 17] [--steps 1] [--repeat-calibration 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from penstock.engine.calibrate import Effort, calibrate
+from penstock.engine.events import Event, PhaseEnded, PhaseStarted
+from penstock.engine.model import ModelFiles
+from penstock.engine.pipeline import run
+from penstock.engine.request import GenerationRequest
+from penstock.engine.stage import Run, workload_of
+from penstock.engine.synthetic import write_tiny_model
+from penstock.errors import OverBudget
+from penstock.profiles.hardware import Hardware, probe
+from penstock.profiles.plan import Plan
+from penstock.profiles.planner import minimum_vram_bytes, plan
+from penstock.profiles.rates import Rates
+from penstock.units import format_bytes
+
+TRANSFORMER = {
+    "num_attention_heads": 8, "attention_head_dim": 64, "ffn_dim": 2048, "num_layers": 12,
+}  # fmt: skip
+VRAM_SHARES = (1.0, 1.2, 1.5, 2.0, 3.0, 4.0)
+"""Of the least that a plan needs."""
+RAM_SHARES = (0.3, 1.2)
+"""Of the transformer's weights."""
+MALLOC = ("MALLOC_MMAP_THRESHOLD_", "65536")
+
+
+def status_bytes(field: str) -> int:
+    """A field of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def reset_peak_rss() -> int:
+    """Let VmHWM begin anew; returns what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return status_bytes("VmRSS")
+
+
+def measured(model: ModelFiles, request: GenerationRequest, made: Plan) -> dict[str, Any]:
+    """One run of ``made`` in this process."""
+    began: dict[str, float] = {}
+    seconds: dict[str, float] = {}
+
+    def listen(event: Event) -> None:
+        if isinstance(event, PhaseStarted):
+            began[event.phase] = time.thread_time()
+        elif isinstance(event, PhaseEnded):
+            name = event.report.name
+            seconds[name] = time.thread_time() - began[name]
+
+    job = Run(
+        model=model, request=request, plan=made, device=torch.device("cpu"), overlapped=True,
+        output=None, overwrite=False, metadata=False,
+    )  # fmt: skip
+    before = reset_peak_rss()
+    phases = run(job, listen, threading.Event()).report.phases
+    return {
+        "rss_bytes": status_bytes("VmHWM") - before,
+        "seconds": seconds,
+        "ledgers": {
+            phase.name: [phase.measured_vram_bytes, phase.measured_ram_bytes] for phase in phases
+        },
+    }
+
+
+def in_child(model: ModelFiles, request: GenerationRequest, made: Plan) -> dict[str, Any]:
+    """`measured`, in a forked child."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            os.close(reader)
+            os.write(writer, json.dumps(measured(model, request, made)).encode())
+            code = 0
+        finally:
+            if code:
+                import traceback
+
+                traceback.print_exc()
+            os._exit(code)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        told = pipe.read()
+    if os.waitpid(pid, 0)[1] != 0:
+        sys.exit("a run failed: see above")
+    return json.loads(told)  # type: ignore[no-any-return]
+
+
+def row(made: Plan, found: dict[str, Any]) -> dict[str, Any]:
+    """Ratios of one pair of budgets."""
+    names = list(found["seconds"])
+    ledger = [
+        part / whole
+        for name in names
+        for part, whole in zip(
+            found["ledgers"][name], (made[name].vram_bytes, made[name].ram_bytes), strict=True
+        )
+    ]
+    both = max(made[name].vram_bytes + made[name].ram_bytes for name in names)
+    stream = made["denoise"].stream
+    assert stream is not None
+    predicted_s = sum(made[name].seconds for name in names)
+    return {
+        "vram_bytes": made.vram_limit_bytes,
+        "ram_bytes": made.ram_limit_bytes,
+        "blocks": [stream.device_resident, stream.host_resident, stream.disk_blocks],
+        "chunk_tokens": made["denoise"].chunk_tokens,
+        "decode_tiles": made["decode"].tiles,
+        "ledger": [round(min(ledger), 4), round(max(ledger), 4)],
+        "rss": round(found["rss_bytes"] / both, 4),
+        "rss_bytes": found["rss_bytes"],
+        "rss_predicted_bytes": both,
+        "seconds": round(predicted_s / sum(found["seconds"].values()), 3),
+        "seconds_of_phases": {
+            name: [round(made[name].seconds, 3), round(found["seconds"][name], 3)] for name in names
+        },
+    }
+
+
+def calibrated(repeat: int, folder: Path) -> Rates:
+    """The median of each rate over some calibrations, in CPU seconds."""
+    effort = replace(Effort.on(torch.device("cpu")), clock=time.thread_time, seconds=0.2)
+    found = [calibrate(torch.device("cpu"), folder, effort) for _ in range(repeat)]
+    names = [name for name, value in vars(found[0]).items() if isinstance(value, float)]
+    return replace(
+        found[0], **{name: statistics.median(getattr(each, name) for each in found)
+                     for name in names}
+    )  # fmt: skip
+
+
+def budgets(model: ModelFiles, request: GenerationRequest, hardware: Hardware) -> list[Plan]:
+    """Plans of every pair of budgets that has one, each plan once."""
+    workload, total = workload_of(request), model.manifest.transformer.weights.total_bytes
+    least = minimum_vram_bytes(model.manifest, workload, hardware)
+    made: list[Plan] = []
+    for ram in RAM_SHARES:
+        for vram in VRAM_SHARES:
+            machine = replace(hardware, vram_bytes=int(vram * least), ram_bytes=int(ram * total))
+            try:
+                made.append(plan(model.manifest, workload, machine))
+            except OverBudget as error:
+                print(f"{vram} x {ram}: {error.resource} is too small", file=sys.stderr)
+    return made
+
+
+def main() -> None:
+    """Print a line a pair of budgets, then the JSON."""
+    arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    arguments.add_argument("--frames", type=int, default=17)
+    arguments.add_argument("--steps", type=int, default=1)
+    arguments.add_argument("--repeat-calibration", type=int, default=3)
+    options = arguments.parse_args()
+    if os.environ.get(MALLOC[0]) != MALLOC[1]:
+        os.environ[MALLOC[0]] = MALLOC[1]  # read by glibc when a process begins
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.kept", *sys.argv[1:]])
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="penstock-kept-") as scratch:
+        folder = write_tiny_model(
+            Path(scratch), image_to_video=False, transformer=TRANSFORMER, vae={"base_dim": 16}
+        )
+        model = ModelFiles.open(folder)
+        request = GenerationRequest(
+            prompt="a cat", width=192, height=128, frames=options.frames, steps=options.steps,
+            guidance_scale=1.0, seed=1, grid=model.grid,
+        )  # fmt: skip
+        rates = calibrated(options.repeat_calibration, Path(scratch))
+        hardware = replace(probe("cpu"), rates=rates)
+        in_child(model, request, budgets(model, request, hardware)[-1])  # disk and caches
+        rows = []
+        for made in budgets(model, request, hardware):
+            rows.append(row(made, in_child(model, request, made)))
+            print(rows[-1], file=sys.stderr)
+        model.close()
+    print(json.dumps(report(rows, rates)))
+
+
+def report(rows: list[dict[str, Any]], rates: Rates) -> dict[str, Any]:
+    """The extremes and all rows."""
+    ledger = [value for each in rows for value in each["ledger"]]
+    return {
+        "clock": "CPU seconds of the computing thread",
+        "ledger_measured_over_predicted": [min(ledger), max(ledger)],
+        "rss_measured_over_predicted": [min(r["rss"] for r in rows), max(r["rss"] for r in rows)],
+        "seconds_predicted_over_measured": [
+            min(r["seconds"] for r in rows), max(r["seconds"] for r in rows),
+        ],
+        "rates": dict(vars(rates)),
+        "torch": torch.__version__,
+        "largest": format_bytes(max(r["rss_bytes"] for r in rows)),
+        "rows": rows,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

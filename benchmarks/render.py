@@ -1,0 +1,254 @@
+"""The JSON files in benchmarks/results as tables in the README, and as plots.
+
+    python -m benchmarks.render [--check]
+
+Each table stands between two markers in README.md, ``<!-- measured:NAME -->`` and
+``<!-- /measured:NAME -->``, and is written anew from the files; nothing in it is typed by hand.
+``--check`` changes nothing and fails if the README does not say what the files say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from penstock.engine.bench_plot import Dot, draw
+from penstock.units import GIB
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+PLOTS = ROOT / "docs"
+
+Rows = list[tuple[str, ...]]
+Results = Mapping[str, Any]
+
+
+def main() -> None:
+    """Write the README's tables and the plots, or check the tables."""
+    parser = argparse.ArgumentParser(description="Tables and plots of what was measured")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail on a difference")
+    options = parser.parse_args()
+    results = read_results(RESULTS)
+    before = README.read_text(encoding="utf-8")
+    after = rendered(before, results)
+    if options.check:
+        sys.exit(0 if after == before else "README.md differs: run python -m benchmarks.render")
+    README.write_text(after, encoding="utf-8")
+    for path in plots(results, PLOTS):
+        print(path)
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Every JSON file of ``folder`` by its name without the ending; dry runs are left out."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not (isinstance(value, dict) and value.get("dry_run")):
+            found[path.stem] = value
+    return found
+
+
+def rendered(text: str, results: Results) -> str:
+    """``text`` with every marked table made anew.
+
+    Raises:
+        ValueError: a marker that is not closed, or names no table.
+    """
+    opened = re.findall(r"<!-- measured:(\w+) -->", text)
+    for name in opened:
+        if name not in TABLES:
+            raise ValueError(f"no table is called {name}; there are {', '.join(TABLES)}")
+        pattern = rf"(<!-- measured:{name} -->\n).*?(<!-- /measured:{name} -->)"
+        made = TABLES[name](results)
+        text, count = re.subn(
+            pattern, lambda match, made=made: match[1] + made + match[2], text, flags=re.DOTALL
+        )
+        if count != 1:
+            raise ValueError(f"the marker measured:{name} is not closed")
+    return text
+
+
+def table(headings: Sequence[str], rows: Rows) -> str:
+    """Markdown."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def named(results: Results, prefix: str) -> Iterator[Any]:
+    """The results whose file begins so."""
+    return (value for name, value in results.items() if name.startswith(prefix))
+
+
+def gib(nbytes: float) -> str:
+    """Bytes, shortly."""
+    return f"{nbytes / GIB:.2f} GiB"
+
+
+def streaming(results: Results) -> str:
+    """What streams on a CPU machine: the large forward, the disk tier, the peers."""
+    rows: Rows = []
+    for value in named(results, "big_forward"):
+        rows += big_rows(value)
+    for value in named(results, "peers"):
+        rows += peer_rows(value)
+    if not rows:
+        return "Nothing has been measured yet.\n"
+    return table(("what", "figure", "shown by"), rows)
+
+
+def big_rows(value: Any) -> Rows:
+    """The forward of a model larger than the memory."""
+    stream = value["stream"]
+    phases = stream["phases"]
+    seconds = sum(phase["seconds"] for phase in phases.values())
+    same = "bit-equal to" if value["identical"] else "DIFFERS from"
+    return [
+        (
+            f"{value['parameters'] / 1e9:.1f} B parameters ({value['model']}, "
+            f"{value['file_bytes'] / 1e9:.1f} GB on disk), a denoising forward of "
+            f"{value['tokens']} tokens, cross-attention K/V included, peak memory of the process",
+            f"{value['peak_gib']:.2f} GiB; {seconds:.0f} s on {value['threads']} thread(s); "
+            f"{same} the same blocks run one by one",
+            "`benchmarks/big_forward.py`",
+        )
+    ]
+
+
+def peer_rows(value: Any) -> Rows:
+    """The disk tier's rate, and the ratio of each peer."""
+    ours, shape = value["peers"].get("penstock_disk", {}), f"{value['model']}, {value['size']}"
+    rows: Rows = []
+    if "disk_tier_over_plain" in value:
+        rows.append(
+            (
+                f"disk tier in a forward over plain direct reads of the same file, cold, "
+                f"{value['file_bytes'] / 1e9:.1f} GB, blocks of {ours['block_bytes'] / 1e9:.2f} GB",
+                f"{value['disk_tier_over_plain']:.2f} while it reads, "
+                f"{value['forward_over_plain']:.2f} over a whole step",
+                "`benchmarks/peers.py`",
+            )
+        )
+    for name, ratios in value.get("against_penstock_disk", {}).items():
+        rows.append(
+            (
+                f"{name.replace('_', ' ')} over penstock from disk, seconds a forward ({shape})",
+                f"first {ratios['first_s']:.2f}, later {ratios['step_s']:.2f}",
+                "`benchmarks/peers.py`",
+            )
+        )
+    return rows
+
+
+def gpu(results: Results) -> str:
+    """What the GPU suite has found, card by card."""
+    parts = [gpu_part(value) for value in named(results, "gpu_suite")]
+    return "\n".join(parts) if parts else "The GPU suite has not run on a card yet.\n"
+
+
+def gpu_part(value: Any) -> str:
+    """One card."""
+    groups = value["groups"]
+    name = groups.get("write", {}).get("machine", {}).get("gpu", "unknown card")
+    whole = "" if value.get("complete") else " (cut short, or with failures)"
+    parts = [f"**{name}**{whole}\n"]
+    for title, headings, rows in (
+        ("correctness", ("case", "bit-identical"), correctness_rows(groups)),
+        ("speeds", ("size, weights", "s/forward", "over resident", "overlap"), speed_rows(groups)),
+        ("peaks", ("card", "planned", "allocated", "within", "s/step"), peak_rows(groups)),
+        ("formats", ("kernel", "ms", "TFLOP/s"), kernel_rows(groups)),
+        ("vae", ("decode", "s", "planned", "allocated", "difference"), vae_rows(groups)),
+    ):
+        if rows:
+            parts.append(f"{title}:\n\n{table(headings, rows)}")
+    return "\n".join(parts)
+
+
+def done(groups: Any, group: str) -> Iterator[tuple[str, Any]]:
+    """The cases of a group that came to their end."""
+    for case, found in groups.get(group, {}).items():
+        if "failed" not in found and "skipped" not in found:
+            yield case, found
+
+
+def correctness_rows(groups: Any) -> Rows:
+    """Each case, and whether it gave the resident model's bits."""
+    return [
+        (case, "yes" if row["identical"] else "NO") for case, row in done(groups, "correctness")
+    ]
+
+
+def speed_rows(groups: Any) -> Rows:
+    """Each size and place."""
+    return [
+        (
+            case,
+            f"{row['s_per_forward']:.3f}",
+            f"{row['over_resident']:.3f}",
+            f"{row['overlap']:.1%}",
+        )
+        for case, row in done(groups, "speeds")
+    ]
+
+
+def peak_rows(groups: Any) -> Rows:
+    """Each cap."""
+    return [
+        (
+            case,
+            gib(row["planned_bytes"]),
+            gib(row["allocated_bytes"]),
+            "yes" if row["within_budget"] else "NO",
+            f"{row['s_per_forward']:.1f}",
+        )
+        for case, row in sorted(done(groups, "peaks"), key=lambda item: item[1]["budget_bytes"])
+    ]
+
+
+def kernel_rows(groups: Any) -> Rows:
+    """Each path and kernel that was timed."""
+    return [
+        (case, f"{row['ms']:.2f}", f"{row['tflops']:.1f}")
+        for case, row in done(groups, "formats")
+        if "ms" in row
+    ]
+
+
+def vae_rows(groups: Any) -> Rows:
+    """Tiled and whole."""
+    return [
+        (
+            case,
+            f"{row['s']:.1f}",
+            gib(row["planned_bytes"]),
+            gib(row["allocated_bytes"]),
+            f"at most {row['largest_difference']} of 255",
+        )
+        for case, row in done(groups, "vae")
+    ]
+
+
+def plots(results: Results, folder: Path) -> list[Path]:
+    """s/step over VRAM of each card's peaks."""
+    made = []
+    for name, value in results.items():
+        rows = list(done(value["groups"], "peaks")) if name.startswith("gpu_suite") else []
+        if rows:
+            path = folder / f"{name}.png"
+            dots = [Dot(r["allocated_bytes"] / GIB, r["s_per_forward"], cap) for cap, r in rows]
+            draw(dots, path, title="Wan2.1 I2V 14B, 720x1280x81, guided: seconds a step",
+                 x_label="peak VRAM, GiB", y_label="seconds a step")  # fmt: skip
+            made.append(path)
+    return made
+
+
+TABLES: Mapping[str, Callable[[Results], str]] = {"streaming": streaming, "gpu": gpu}
+
+
+if __name__ == "__main__":
+    main()

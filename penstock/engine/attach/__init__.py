@@ -1,0 +1,1 @@
+"""penstock inside other tools: any module with a list of blocks, and diffusers' own pipelines."""

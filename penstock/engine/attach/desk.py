@@ -1,0 +1,235 @@
+"""The budget of a pipeline that is not ours: what each of its parts may hold, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+
+from penstock.engine.attach.endless import EndlessStream
+from penstock.engine.model import Component, ModelFiles
+from penstock.engine.stage import residency
+from penstock.errors import UsageError
+from penstock.offload.layout import BlockLayout
+from penstock.offload.ledger import ByteLedger
+from penstock.offload.streamer import BlockStream, load_block
+from penstock.offload.tiers import release_cached
+from penstock.profiles.hardware import Hardware
+from penstock.profiles.manifest import SCRATCH, ModelManifest, VideoShape
+from penstock.profiles.phases import Mux, Workload
+from penstock.profiles.plan import PhasePlan, Plan, StreamPlan
+from penstock.profiles.planner import refusal, steps
+from penstock.profiles.policy import Limits, Policy
+from penstock.quant.compute import Computing, Scratch
+
+STEPS = 40
+"""Wan's own default: how often residents of the transformer will be used."""
+
+WHOLE_FRAMES = 3
+"""What diffusers' own VAE takes where ours takes 1 on whole frames: it runs four frames at a time.
+Measured up to 2.6, clips aside; a test holds it."""
+
+UNLIMITED = 1 << 62
+
+Held = TypeVar("Held")
+
+
+class Desk:
+    """Opens what a part needs, and closes what another one has left open.
+
+    Args:
+        model: its files.
+        hardware: its budgets.
+
+    Attributes:
+        device: where the parts compute.
+        vram, ram: everything is reserved there first.
+        whole_blocks: one layout a block of the transformer, cross-attention K/V projections
+            included: a pipeline may change its prompts at every step.
+    """
+
+    def __init__(self, model: ModelFiles, hardware: Hardware) -> None:
+        self.device, self._hardware = torch.device(hardware.device), hardware
+        self.model = model.installed(Computing(Scratch(0, self.device)))
+        self.vram = ByteLedger("VRAM", hardware.vram_bytes)
+        self.ram = ByteLedger("RAM", hardware.ram_bytes)
+        self.whole_blocks = _whole_blocks(model.transformer)
+        self.read_bytes = self.copied_bytes = 0
+        self._plans: dict[VideoShape, Plan] = {}
+        self._key: object = None
+        self._held: Any = None
+        self._stack = ExitStack()
+        self._is_open = True
+
+    def plan(self, shape: VideoShape | None = None) -> Plan:
+        """What a video of ``shape`` takes; None: the smallest, for what no shape changes.
+
+        Raises:
+            OverBudget: no plan fits.
+        """
+        grid = self.model.grid
+        shape = shape or VideoShape(grid.side, grid.side, 1)
+        if shape not in self._plans:
+            # K/V are made block by block and never kept; no branch waits for the other.
+            policy = Policy(branches=1, cross_kv="ram")
+            workload = Workload(shape, 2 * STEPS, guided=False)
+            manifest = _with_blocks(self.model.manifest, self.whole_blocks, 0)
+            roomy = replace(self._hardware, vram_bytes=UNLIMITED)
+            context = _plan(manifest, workload, roomy, policy)["context"]
+            manifest = _with_blocks(manifest, self.whole_blocks, _beside_scratch(context))
+            self._plans[shape] = _plan(manifest, workload, self._hardware, policy)
+        return self._plans[shape]
+
+    def whole(self, phase: PhasePlan, shape: VideoShape) -> PhasePlan | None:
+        """A phase of the VAE as diffusers' own forward takes it, on whole frames and several at a
+        time; None where the budget does not hold it, and exact tiles must do."""
+        itemsize = self.model.manifest.vae.decoder.itemsize
+        clip = 3 * shape.frames * shape.height * shape.width * itemsize
+        work = (("whole frames", WHOLE_FRAMES * phase.work_bytes), ("clips", 2 * clip))
+        found = replace(phase, work=work)
+        fits = phase.tiles == (1, 1) and found.vram_bytes <= self.vram.cap_bytes
+        return found if fits else None
+
+    def denoise_bytes(self, shape: VideoShape) -> int:
+        """Activations of the transformer: those of a step, and the context beside it."""
+        found = self.plan(shape)
+        return found["denoise"].work_bytes + _beside_scratch(found["context"])
+
+    @contextmanager
+    def phase(self, phase: PhasePlan) -> Iterator[None]:
+        """A part at work from here to the end of the context; no other part holds anything.
+
+        Raises:
+            UsageError: the pipeline was detached.
+        """
+        self.release()
+        self._check()
+        with (
+            self.vram.reserve(f"{phase.name}: activations", phase.work_bytes),
+            self.ram.reserve(f"{phase.name}: host work", phase.ram_work_bytes),
+            self.scratch(phase),
+        ):
+            yield
+
+    def scratch(self, phase: PhasePlan) -> AbstractContextManager[None]:
+        """The buffer that quantised weights are decoded into, while a part is at work."""
+        return self.model.scratch.held(dict(phase.work).get(SCRATCH, 0))
+
+    def hold(self, key: object, make: Callable[[ExitStack], Held]) -> Held:
+        """What ``make`` opens, kept open while nothing but ``key`` is asked for."""
+        self._check()
+        if key != self._key:
+            self.release()
+            with ExitStack() as stack:
+                self._held = make(stack)
+                self._stack, self._key = stack.pop_all(), key
+        held: Held = self._held
+        return held
+
+    def release(self) -> None:
+        """Close what is open and give its memory back."""
+        self._key = self._held = None
+        self._stack.close()
+        self._stack = ExitStack()
+        release_cached(self.device)
+
+    def close(self) -> None:
+        """The end: nothing can be opened after it."""
+        self._is_open = False
+        self.release()
+        self.model.close()
+
+    def _check(self) -> None:
+        if not self._is_open:
+            raise UsageError(
+                "the pipeline was detached",
+                expected="a part of an attached pipeline",
+                remedy="Attach it again, or use the pipeline's own components.",
+            )
+        for component in self.model.components():
+            component.checkpoint.check_unchanged()
+
+    @contextmanager
+    def rest(self, component: Component) -> Iterator[Any]:
+        """The network of ``component`` with all that is not in a block loaded."""
+        with (
+            load_block(
+                component.rest,
+                device=self.device,
+                device_ledger=self.vram,
+                host_ledger=self.ram,
+            ) as tensors,
+            self.vram.reserve("adapted weights", component.adapters[0].peak_bytes(self.device)),
+            component.bound(tensors) as module,
+        ):
+            self.read_bytes += component.rest.read_bytes
+            self.copied_bytes += component.rest.nbytes
+            yield module
+
+    @contextmanager
+    def stream(
+        self, layouts: Sequence[BlockLayout], places: StreamPlan | None
+    ) -> Iterator[EndlessStream]:
+        """Passes over ``layouts``, as many as are asked for."""
+        assert places is not None
+        where = residency(places)
+
+        def make(cycles: int) -> BlockStream:
+            return BlockStream(
+                layouts,
+                where,
+                cycles=cycles,
+                device=self.device,
+                device_ledger=self.vram,
+                host_ledger=self.ram,
+            )
+
+        with EndlessStream(make) as opened:
+            try:
+                yield opened
+            finally:
+                opened.close()
+                self.read_bytes += opened.read_bytes
+                self.copied_bytes += opened.copied_bytes
+
+
+def _plan(manifest: ModelManifest, workload: Workload, hardware: Hardware, policy: Policy) -> Plan:
+    """As `penstock.profiles.planner.plan`, but for the file, which a pipeline does not write."""
+    limits, phases = Limits(hardware.vram_bytes, hardware.ram_bytes), list[PhasePlan]()
+    for step in steps(manifest, workload, hardware, policy):
+        if not isinstance(step, Mux):
+            found = step.best(limits)
+            if found is None:
+                raise refusal(step, limits)
+            phases.extend(found)
+    return Plan(tuple(phases), hardware.vram_bytes, hardware.ram_bytes)
+
+
+def _beside_scratch(phase: PhasePlan) -> int:
+    return phase.work_bytes - dict(phase.work).get(SCRATCH, 0)
+
+
+def _whole_blocks(component: Component) -> tuple[BlockLayout, ...]:
+    entries = component.source.entries()
+    layouts = []
+    for index in range(len(component.blocks)):
+        start = f"blocks.{index}."
+        inside = {key[len(start) :]: e for key, e in entries.items() if key.startswith(start)}
+        layouts.append(component.packs.checked(BlockLayout.from_entries(inside)))
+    return tuple(layouts)
+
+
+def _with_blocks(
+    manifest: ModelManifest, blocks: Sequence[BlockLayout], context_bytes: int
+) -> ModelManifest:
+    """As the transformer runs here: over whole blocks, the context beside the steps."""
+    spec = manifest.transformer
+    weights = replace(
+        spec.weights,
+        rest_bytes=spec.weights.rest_bytes + context_bytes,
+        block_bytes=tuple(layout.nbytes for layout in blocks),
+    )
+    return replace(manifest, transformer=replace(spec, weights=weights))

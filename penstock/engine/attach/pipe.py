@@ -1,0 +1,302 @@
+"""diffusers' own Wan pipelines under a budget: `penstock.attach`, `detach` and `load_pipeline`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from penstock.engine.attach.checks import check_pipeline
+from penstock.engine.attach.desk import Desk
+from penstock.engine.attach.livemodel import write_models
+from penstock.engine.attach.livepack import live_folder
+from penstock.engine.attach.parts import ImagePart, Part, TextPart, TransformerPart
+from penstock.engine.attach.stream import budgets, close_at_exit
+from penstock.engine.attach.vae_part import VaePart
+from penstock.engine.cache import cache_folder
+from penstock.engine.decoding import block_format
+from penstock.engine.firstuse import FirstUse
+from penstock.engine.image import make_image_processor
+from penstock.engine.locate import Files
+from penstock.engine.model import ModelFiles
+from penstock.engine.pack import LEAST_RAM_BYTES
+from penstock.errors import CheckpointError, UsageError
+from penstock.quant.format import get_format
+
+_PARTS: Mapping[str, type[Part]] = {
+    "transformer": TransformerPart,
+    "text_encoder": TextPart,
+    "vae": VaePart,
+    "image_encoder": ImagePart,
+}
+
+
+@dataclass(frozen=True)
+class AttachReport:
+    """What an attached pipeline holds and has moved; all sizes in bytes.
+
+    Attributes:
+        vram_limit_bytes, peak_vram_bytes, vram_bytes: the budget, the most that was reserved of it,
+            and what is reserved now.
+        ram_limit_bytes, peak_ram_bytes, ram_bytes: likewise.
+        disk_bytes: of the packs that hold the pipeline's own weights (0: opened from files).
+        read_bytes, copied_bytes: moved from disk to RAM, and from RAM to VRAM, by what was closed.
+    """
+
+    vram_limit_bytes: int
+    peak_vram_bytes: int
+    vram_bytes: int
+    ram_limit_bytes: int
+    peak_ram_bytes: int
+    ram_bytes: int
+    disk_bytes: int
+    read_bytes: int
+    copied_bytes: int
+
+
+class Attached:
+    """A pipeline that penstock runs; a context manager that ends with :meth:`close`.
+
+    Attributes:
+        pipe: the pipeline, to be used as before.
+    """
+
+    def __init__(self, pipe: Any, desk: Desk, disk_bytes: int, stack: ExitStack) -> None:
+        self.pipe = pipe
+        self._desk, self._disk_bytes, self._stack = desk, disk_bytes, stack
+        close_at_exit(self)
+
+    @property
+    def report(self) -> AttachReport:
+        """What it holds, and what has moved so far."""
+        vram, ram = self._desk.vram, self._desk.ram
+        return AttachReport(
+            vram_limit_bytes=vram.cap_bytes,
+            peak_vram_bytes=vram.peak,
+            vram_bytes=vram.used,
+            ram_limit_bytes=ram.cap_bytes,
+            peak_ram_bytes=ram.peak,
+            ram_bytes=ram.used,
+            disk_bytes=self._disk_bytes,
+            read_bytes=self._desk.read_bytes,
+            copied_bytes=self._desk.copied_bytes,
+        )
+
+    def unload(self) -> None:
+        """Give back all VRAM and RAM that is held between calls; the next call takes it again.
+
+        A call that ends does so itself; one that an exception ended does not.
+
+        Raises:
+            Nothing.
+        """
+        self._desk.release()
+
+    def close(self) -> None:
+        """Put the pipeline's own models and their weights back. A second call does nothing.
+
+        Raises:
+            CheckpointError: the disk has damaged the packs; names what is wrong.
+        """
+        self._stack.close()
+
+    def __del__(self) -> None:
+        """Threads would wait for ever for a pipeline that nobody has any more."""
+        self.close()
+
+    def __enter__(self) -> Attached:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def attach(
+    pipe: Any,
+    *,
+    vram: str | int | None = None,
+    ram: str | int | None = None,
+    format: str | None = None,
+    device: str = "auto",
+    folder: str | Path | None = None,
+) -> Attached:
+    """Run a diffusers Wan 2.1 pipeline, as it is loaded, under a budget.
+
+    Arguments, callbacks, generators and outputs of the pipeline stay as they are; its tensors stay
+    on the device they were on. Its models are replaced by parts that stream: transformer, text and
+    image encoder block by block, the VAE by exact tiles. The models' weights go to packs on disk
+    (and from there to RAM and VRAM, as far as the budgets reach) and come back with `detach`. In
+    fp32, outputs are those of the plain pipeline, bit for bit, where the budget lets all tokens go
+    through a block at once and the VAE take whole frames; else they differ by rounding.
+
+    Args:
+        pipe: a `WanPipeline` or a `WanImageToVideoPipeline` of Wan 2.1.
+        vram: budget on the device for all that penstock holds there, such as ``"12GiB"``; None:
+            what is free. What the pipeline itself keeps on that device comes on top.
+        ram: budget of host memory; None: what is free.
+        format: store the transformer's matrices in it: ``"int8"``, ``"fp8"``, ``"nf4"``, ...
+        device: where to compute: "cuda", "cpu" or "auto" (CUDA where there is one).
+        folder: where the packs are written; None: penstock's cache folder.
+
+    Raises:
+        UsageError: a pipeline that penstock does not run as diffusers does; names the reason.
+        StorageError: no disk space for the packs.
+
+    Example:
+        >>> penstock.attach(pipe, vram="12GiB")
+        >>> video = pipe(image=picture, prompt="a cat").frames[0]
+        >>> penstock.detach(pipe)
+    """
+    check_pipeline(pipe)
+    hardware = budgets(device, vram, ram)
+    wanted = None if format is None else get_format(format).name
+    with ExitStack() as stack:
+        place = stack.enter_context(live_folder(None if folder is None else Path(folder)))
+        disk_bytes = write_models(pipe, place / "model", stack)
+        model = ModelFiles.open(place / "model")
+        if wanted is not None:
+            model = _stored_as(model, wanted, place)
+        desk = Desk(model, hardware)
+        stack.callback(desk.close)
+        attached = Attached(pipe, desk, disk_bytes, ExitStack())
+        for name, made in _PARTS.items():
+            own = getattr(pipe, name, None)
+            if own is not None:
+                part = made(name, desk, own.config, own.device)
+                object.__setattr__(part, "attached", attached)
+                # Not through the pipeline's __setattr__, which rewrites its config.
+                stack.callback(vars(pipe).__setitem__, name, own)
+                vars(pipe)[name] = part
+        attached._stack = stack.pop_all()
+    return attached
+
+
+def detach(pipe: Any) -> None:
+    """Undo `attach`: the pipeline's own models, with their weights, are back in their places.
+
+    A pipeline of `load_pipeline` has no models of its own: it gives all memory back, closes its
+    files and cannot be called again.
+
+    Raises:
+        UsageError: the pipeline is not attached.
+        CheckpointError: the disk has damaged the packs; names what is wrong.
+    """
+    part = getattr(pipe, "transformer", None)
+    if not isinstance(part, Part):
+        raise UsageError(
+            "the pipeline is not attached",
+            expected="one of penstock.attach or penstock.load_pipeline",
+            found=type(part).__name__,
+        )
+    part.attached.close()
+
+
+def load_pipeline(
+    path: str | Path,
+    *,
+    vram: str | int | None = None,
+    ram: str | int | None = None,
+    format: str | None = None,
+    device: str = "auto",
+    files: Files | None = None,
+) -> Any:
+    """Open a Wan 2.1 model as a diffusers pipeline that never holds the weights whole.
+
+    Only headers are read now. The pipeline is called as diffusers' own; its tensors are on the CPU.
+
+    Args:
+        path: a folder (of diffusers, Wan or ComfyUI), a transformer's file, or a hub id.
+        vram, ram, device: as for `attach`.
+        format: run the transformer stored in it; the pack is made once, in penstock's cache. None:
+            as its files are.
+        files: parts given by themselves; they win over what ``path`` holds.
+
+    Returns:
+        A `WanImageToVideoPipeline`, or a `WanPipeline` where the model takes no picture. `detach`
+        gives everything back.
+
+    Raises:
+        CheckpointError: no model that penstock runs.
+        UsageError: an illegal size, device or format.
+    """
+    hardware = budgets(device, vram, ram)
+    model = ModelFiles.open(path, files)
+    if format is not None:
+        model = _stored_as(model, get_format(format).name, cache_folder())
+    with ExitStack() as stack:
+        desk = Desk(model, hardware)
+        stack.callback(desk.close)
+        pipe = _pipeline(model, desk)
+        attached = Attached(pipe, desk, 0, stack.pop_all())
+    for name in _PARTS:
+        if getattr(pipe, name, None) is not None:
+            object.__setattr__(getattr(pipe, name), "attached", attached)
+    return pipe
+
+
+def _stored_as(model: ModelFiles, wanted: str, folder: Path) -> ModelFiles:
+    """The model with its transformer in a format: from a pack in ``folder``, made if need be."""
+    source = model.transformer.source
+    if block_format(source) == wanted:
+        return model
+    use = FirstUse.of(source, wanted, folder)
+    if not use.is_made:
+        use.make(LEAST_RAM_BYTES, lambda nbytes: None)
+    model.transformer.checkpoint.close()
+    return model.with_transformer(use.transformer())
+
+
+def _pipeline(model: ModelFiles, desk: Desk) -> Any:
+    from diffusers import WanImageToVideoPipeline, WanPipeline
+
+    device = torch.device("cpu")
+    parts: dict[str, Any] = {
+        name: made(name, desk, _config(name, model), device)
+        for name, made in _PARTS.items()
+        if name != "image_encoder" or model.image is not None
+    }
+    parts |= {"tokenizer": model.tokenizer(), "scheduler": _scheduler(model)}
+    if not model.image_to_video:
+        return WanPipeline(**parts)
+    parts["image_processor"] = make_image_processor(model.source.image_processor)
+    return WanImageToVideoPipeline(**parts)
+
+
+def _config(name: str, model: ModelFiles) -> Any:
+    """The config of a part, as the library that it is from would give it."""
+    from diffusers.configuration_utils import FrozenDict
+    from transformers import CLIPVisionConfig, UMT5Config
+
+    source = next(part for part in model.source.components() if part.component == name)
+    if name == "text_encoder":
+        return UMT5Config(**dict(source.config))
+    if name == "image_encoder":
+        return CLIPVisionConfig(**dict(source.config))
+    skeleton = model.transformer.module if name == "transformer" else model.vae_decoder.module
+    return FrozenDict({**skeleton.config, **source.config})
+
+
+def _scheduler(model: ModelFiles) -> Any:
+    import diffusers
+
+    name = str(model.source.scheduler.get("_class_name"))
+    found = getattr(diffusers, name, None) if name.isidentifier() else None
+    if not (isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)):
+        raise CheckpointError(
+            "the model's scheduler cannot be used",
+            expected="a scheduler of diffusers",
+            found=name,
+            remedy="Correct scheduler/scheduler_config.json.",
+        )
+    made: Any = found
+    return made.from_config(dict(model.source.scheduler))

@@ -1,0 +1,341 @@
+"""Any torch module with a list of blocks, under a budget: `penstock.stream`."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from penstock.engine.attach.blocks import Lender, Slot, StreamedBlocks
+from penstock.engine.attach.endless import EndlessStream
+from penstock.engine.attach.livepack import LivePack, live_folder, plan_live
+from penstock.engine.attach.placing import place_blocks
+from penstock.engine.attach.surgery import Emptied, Patient, Quantised, run_name, specs_of
+from penstock.engine.packfile import PackLayout
+from penstock.engine.stage import residency
+from penstock.errors import UsageError
+from penstock.offload.files import DIRECT_ALIGNMENT
+from penstock.offload.layout import BlockLayout
+from penstock.offload.ledger import ByteLedger
+from penstock.offload.streamer import BlockStream
+from penstock.offload.tiers import release_cached
+from penstock.profiles.hardware import Hardware, probe
+from penstock.profiles.plan import Items
+from penstock.quant.compute import Computing, Scratch
+from penstock.quant.format import get_format
+from penstock.units import align_up, parse_bytes
+
+
+@dataclass(frozen=True)
+class StreamReport:
+    """What a streamed module holds and has moved; all sizes in bytes.
+
+    Attributes:
+        blocks, device_resident, host_resident, from_disk: how many there are, stay in VRAM, stay in
+            RAM, and are read from disk at every pass.
+        format: of the linear layers in the blocks; None: as they were.
+        weight_bytes: of the blocks' weights as they were.
+        streamed_bytes: of all blocks as they are streamed.
+        vram_limit_bytes, peak_vram_bytes: the budget and the most that was reserved of it.
+        ram_limit_bytes, peak_ram_bytes: likewise.
+        disk_bytes: of the pack of the module's weights, and of the quantised one.
+        read_bytes, copied_bytes: moved so far from disk to RAM, and from RAM to VRAM.
+        passes: over all blocks, so far.
+        skipped: blocks that were brought in vain, because the module uses them in another order.
+    """
+
+    blocks: int
+    device_resident: int
+    host_resident: int
+    from_disk: int
+    format: str | None
+    weight_bytes: int
+    streamed_bytes: int
+    vram_limit_bytes: int
+    peak_vram_bytes: int
+    ram_limit_bytes: int
+    peak_ram_bytes: int
+    disk_bytes: int
+    read_bytes: int
+    copied_bytes: int
+    passes: int
+    skipped: int
+
+
+def stream(
+    module: nn.Module,
+    blocks: str | Sequence[str],
+    *,
+    vram: str | int | None = None,
+    ram: str | int | None = None,
+    format: str | None = None,
+    keep: Collection[str] = (),
+    activations: str | int = 0,
+    device: str = "auto",
+    folder: str | Path | None = None,
+) -> Streamed:
+    """Run a module whose blocks do not fit: they are brought to the device one after the other.
+
+    The module is used as before, under ``torch.no_grad()``. Its list of blocks is replaced by one
+    that lends each block as it is reached; no class and no forward is changed. While it is
+    streamed, the blocks' weights live in a pack on disk and, as far as the budgets go, in RAM and
+    VRAM; the module's own copies are let go, and come back, in the same parameters, with
+    :meth:`Streamed.close`. Results are those of the resident module, bit for bit, unless ``format``
+    is given. What is outside the blocks, all buffers, and weights that are used both in a block and
+    elsewhere stay on the device.
+
+    Args:
+        module: any module; its weights must be loaded.
+        blocks: dotted name of the `nn.ModuleList`, such as ``"encoder.layers"``; or of several, in
+            the order in which the module goes through them.
+        vram: budget on the device, such as ``"4GiB"`` or bytes; None: what is free.
+        ram: budget of host memory for blocks; None: what is free.
+        format: store the blocks' linear layers in it: ``"int8"``, ``"fp8"``, ``"nf4"``, ...
+        keep: ends of names of linear layers that are not quantised, such as ``"wo"``.
+        activations: bytes of ``vram`` to leave to the module's own computation, which is not known
+            here.
+        device: "cuda", "cpu" or "auto" (CUDA where there is one).
+        folder: where the pack is written; None: penstock's cache folder. It is removed at the end.
+
+    Raises:
+        UsageError: no such list, or weights that cannot be streamed.
+        OverBudget: not even one block fits; names the least budget that does.
+        StorageError: no disk space for the pack.
+
+    Example:
+        >>> with penstock.stream(model, "encoder.layers", vram="2GiB", ram="8GiB") as streamed:
+        ...     with torch.no_grad():
+        ...         states = model(ids)
+    """
+    patient = Patient(module, [blocks] if isinstance(blocks, str) else blocks)
+    quantised = None if format is None else Quantised(patient, get_format(format), keep)
+    hardware = budgets(device, vram, ram)
+    opening = _Opening(patient, quantised, hardware, parse_bytes(activations) if activations else 0)
+    with ExitStack() as stack:
+        lender, report = opening.open(stack, None if folder is None else Path(folder))
+        streamed = Streamed(module, report, stack.pop_all())
+        lender.owner = streamed  # whoever keeps the module keeps what can put it back
+        return streamed
+
+
+class Streamed:
+    """A module that is being streamed; a context manager that ends with :meth:`close`.
+
+    Attributes:
+        module: the module, to be used as before.
+    """
+
+    def __init__(
+        self, module: nn.Module, report: Callable[[], StreamReport], stack: ExitStack
+    ) -> None:
+        self.module = module
+        self._report, self._stack = report, stack
+        close_at_exit(self)
+
+    @property
+    def report(self) -> StreamReport:
+        """What it holds, and what has moved so far."""
+        return self._report()
+
+    def close(self) -> None:
+        """Put everything back: the list, the layers, the weights in their parameters, the device.
+
+        Ends all threads and removes the pack. A second call does nothing.
+
+        Raises:
+            CheckpointError: the disk has damaged the pack; names the blocks.
+        """
+        self._stack.close()
+
+    def __del__(self) -> None:
+        """Threads would wait for ever for a module that nobody has any more."""
+        self.close()
+
+    def __enter__(self) -> Streamed:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def close_at_exit(closing: Any) -> None:
+    """Call ``closing.close()`` when the interpreter ends, if it is still there.
+
+    The streamer's threads wait for work, and `concurrent.futures` waits for its threads before
+    anything registered with `atexit` runs: only what `threading` calls earlier can end them.
+    """
+    alive = weakref.ref(closing)
+
+    def close() -> None:
+        found = alive()
+        if found is not None:
+            found.close()
+
+    threading._register_atexit(close)  # type: ignore[attr-defined]
+
+
+def budgets(device: str, vram: str | int | None, ram: str | int | None) -> Hardware:
+    """This machine, with what was given in the place of what is free.
+
+    Raises:
+        UsageError: an unknown device or an illegal size.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError("unknown device", expected="auto, cuda or cpu", found=repr(device))
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    found = probe(auto if device == "auto" else device)
+    return replace(
+        found,
+        vram_bytes=found.vram_bytes if vram is None else parse_bytes(vram),
+        ram_bytes=found.ram_bytes if ram is None else parse_bytes(ram),
+    )
+
+
+class _Opening:
+    """The way from a loaded module to a streamed one; a stack undoes every step."""
+
+    def __init__(
+        self, patient: Patient, quantised: Quantised | None, hardware: Hardware, work_bytes: int
+    ) -> None:
+        self._patient, self._quantised, self._hardware = patient, quantised, hardware
+        self._device = torch.device(hardware.device)
+        self._runs = patient.runs()
+        specs = specs_of(self._runs)
+        self._plain = plan_live(specs)
+        self._stored = self._plain if quantised is None else plan_live(quantised.specs(specs))
+        self._scratch_bytes = 0 if quantised is None else quantised.scratch_bytes
+        self._fixed: Items = (
+            ("weights outside the blocks, and buffers", _storage_bytes(patient.staying)),
+            ("dequantisation scratch", self._scratch_bytes),
+            ("activations", work_bytes),
+        )
+        self._plan = place_blocks(_run_bytes(self._stored), self._fixed, hardware)
+        self._vram = ByteLedger("VRAM", hardware.vram_bytes)
+        self._ram = ByteLedger("RAM", hardware.ram_bytes)
+
+    def open(
+        self, stack: ExitStack, folder: Path | None
+    ) -> tuple[Lender, Callable[[], StreamReport]]:
+        """Do it all; what comes back lends the blocks, and reports."""
+        stack.callback(release_cached, self._device)
+        place = stack.enter_context(live_folder(folder))
+        plain = source = LivePack(place / "plain.safetensors", self._plain, self._values)
+        stack.callback(plain.close)
+        if self._quantised is not None:
+            made = self._quantised.values
+            source = LivePack(place / "quantised.safetensors", self._stored, made)
+            stack.callback(source.close)
+        for label, nbytes in self._fixed:
+            stack.enter_context(self._vram.reserve(label, nbytes))
+        weight_bytes = self._patient.weight_bytes
+        slots = self._empty(stack, plain)
+        _move(self._patient.staying, self._device, stack)
+        blocks = self._stream(stack, source)
+        lender = Lender(self._patient.blocks, slots, blocks)
+        stack.callback(self._patient.replace_lists, None)
+        stack.callback(lender.take_back)
+        modules = self._patient.blocks
+        self._patient.replace_lists(
+            [StreamedBlocks(modules, lender, part) for part in self._patient.lists]
+        )
+        return lender, lambda: self._report(lender, blocks, weight_bytes)
+
+    def _values(self, run: str) -> Iterator[Tensor]:
+        yield from self._runs[run].values()
+
+    def _empty(self, stack: ExitStack, plain: LivePack) -> list[list[Slot]]:
+        """Let the weights go; what stands for them is in place then."""
+        patient, quantised = self._patient, self._quantised
+        if quantised is not None:
+            stack.callback(quantised.remove)
+            quantised.install(Computing(Scratch(self._scratch_bytes, self._device)))
+        slots = [patient.slots(index, self._device) for index in range(len(patient.blocks))]
+        if quantised is not None:
+            slots = [own + quantised.slots(n, self._device) for n, own in enumerate(slots)]
+        stack.callback(Emptied(plain, self._runs).fill)
+        stack.callback(_restore, slots)
+        for own in slots:
+            for slot in own:
+                slot.put(None)
+        return slots
+
+    def _stream(self, stack: ExitStack, source: LivePack) -> EndlessStream:
+        layouts = [
+            BlockLayout.from_entries(source.entries(run_name(index)))
+            for index in range(len(self._patient.blocks))
+        ]
+
+        def make(cycles: int) -> BlockStream:
+            return BlockStream(
+                layouts,
+                residency(self._plan),
+                cycles=cycles,
+                device=self._device,
+                device_ledger=self._vram,
+                host_ledger=self._ram,
+            )
+
+        return stack.enter_context(EndlessStream(make))
+
+    def _report(self, lender: Lender, blocks: EndlessStream, weight_bytes: int) -> StreamReport:
+        plan, stored = self._plan, self._stored
+        packs = {id(layout): layout.file_bytes for layout in (self._plain, stored)}
+        return StreamReport(
+            blocks=plan.n_blocks,
+            device_resident=plan.device_resident,
+            host_resident=plan.host_resident,
+            from_disk=plan.disk_blocks,
+            format=None if self._quantised is None else self._quantised.format.name,
+            weight_bytes=weight_bytes,
+            streamed_bytes=sum(_run_bytes(stored)),
+            vram_limit_bytes=self._vram.cap_bytes,
+            peak_vram_bytes=self._vram.peak,
+            ram_limit_bytes=self._ram.cap_bytes,
+            peak_ram_bytes=self._ram.peak,
+            disk_bytes=sum(packs.values()),
+            read_bytes=blocks.read_bytes,
+            copied_bytes=blocks.copied_bytes,
+            passes=lender.passes,
+            skipped=lender.skipped,
+        )
+
+
+def _restore(slots: Sequence[Sequence[Slot]]) -> None:
+    for own in slots:
+        for slot in own:
+            slot.restore()
+
+
+def _run_bytes(layout: PackLayout) -> list[int]:
+    """What each run takes in a buffer."""
+    return [align_up(run.nbytes, DIRECT_ALIGNMENT) for run in layout.runs]
+
+
+def _storage_bytes(tensors: Sequence[Tensor]) -> int:
+    return sum({t.untyped_storage().data_ptr(): t.nbytes for t in tensors}.values())
+
+
+def _move(tensors: Sequence[Tensor], device: torch.device, stack: ExitStack) -> None:
+    """To the device, and back with the stack; what is written to them meanwhile is kept."""
+    for tensor in tensors:
+        home = tensor.device
+        if home.type != device.type:
+            tensor.data = tensor.data.to(device)
+            stack.callback(_set_device, tensor, home)
+
+
+def _set_device(tensor: Tensor, device: torch.device) -> None:
+    tensor.data = tensor.data.to(device)

@@ -1,0 +1,158 @@
+"""The machine a benchmark ran on: facts to compare results by, and what its links reach."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from penstock.engine.bench_result import Links
+from penstock.engine.calibrate import Effort, copy_rate
+from penstock.engine.report import versions
+from penstock.offload.files import WeightFile
+from penstock.offload.ledger import ByteLedger
+from penstock.offload.tiers import HostTier
+from penstock.units import MIB
+
+SAMPLE_BYTES = 1024 * MIB
+"""Read from the model's file to know what the disk reaches."""
+
+IN_FLIGHT = 4
+"""Requests at a time: one does not fill an NVMe disk's queue."""
+
+_PIECE = 8 * MIB
+
+_QUERY = ("driver_version", "pcie.link.gen.max", "pcie.link.width.max", "memory.total")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """GPU, driver, PCIe, CPU, memory, control group, versions and commit; None: not known."""
+    import psutil
+
+    facts: dict[str, Any] = {
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "ram_bytes": int(psutil.virtual_memory().total),
+        "cgroup_bytes": _cgroup_limit(),
+        "versions": versions(),
+        "commit": _commit(),
+    }
+    return facts | _gpu(device)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())
+
+
+def _cgroup_limit() -> int | None:
+    """The control group's ceiling on memory, where there is one below the machine's."""
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            text = (Path("/sys/fs/cgroup") / name).read_text(encoding="utf-8").strip()
+        except OSError:
+            continue
+        if text.isdigit() and int(text) < 1 << 60:
+            return int(text)
+    return None
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
+        return {"gpu": None}
+    found = dict(zip(_QUERY, _nvidia_smi(device), strict=False))
+    return {
+        "gpu": torch.cuda.get_device_name(device),
+        "capability": list(torch.cuda.get_device_capability(device)),
+        "vram_bytes": int(torch.cuda.get_device_properties(device).total_memory),
+        "cuda": torch.version.cuda,
+        "driver": found.get("driver_version"),
+        "pcie_generation": found.get("pcie.link.gen.max"),
+        "pcie_lanes": found.get("pcie.link.width.max"),
+    }
+
+
+def _nvidia_smi(device: torch.device) -> list[str]:
+    """What NVIDIA's own tool says of the device; nothing where it is not installed."""
+    index = device.index or 0
+    flags = ["--format=csv,noheader,nounits", f"--query-gpu={','.join(_QUERY)}", f"--id={index}"]
+    return [word.strip() for word in _output("nvidia-smi", *flags).split(",") if word.strip()]
+
+
+def _commit() -> str | None:
+    """Of the working tree that the package is in, with a mark where it was changed since."""
+    here = ("git", "-C", str(Path(__file__).parent))
+    commit = _output(*here, "rev-parse", "HEAD").strip()
+    if not commit:
+        return None
+    return commit + (" (changed)" if _output(*here, "status", "--porcelain").strip() else "")
+
+
+def _output(*command: str) -> str:
+    """What a program prints; "" where it is not there or fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def links(device: torch.device, file: Path, sample_bytes: int = SAMPLE_BYTES) -> Links:
+    """What disk and link reach with nothing else going on.
+
+    Args:
+        file: of the model, whose reads are measured.
+        sample_bytes: the most that is read of it, each way.
+    """
+    nbytes = min(sample_bytes, file.stat().st_size)
+    return Links(
+        read_bytes_per_s=read_rate(file, nbytes, IN_FLIGHT),
+        plain_read_bytes_per_s=read_rate(file, nbytes, 1),
+        copy_bytes_per_s=copy_rate(device, Effort.on(device)),
+    )
+
+
+def read_rate(file: Path, nbytes: int, in_flight: int) -> float:
+    """Bytes a second of direct reads of the first ``nbytes``, so many requests at a time."""
+    forget(file)
+    ledger, cpu = ByteLedger("measuring", 1 << 62), torch.device("cpu")
+    with (
+        HostTier(ledger, cpu).buffers("targets", [_PIECE] * in_flight) as buffers,
+        WeightFile(file, direct=True) as weights,
+        ThreadPoolExecutor(in_flight) as pool,
+    ):
+        for buffer in buffers:  # no page is touched for the first time while the clock runs
+            buffer.tensor.zero_()
+
+        def read(which: int) -> None:
+            for offset in range(which * _PIECE, nbytes, in_flight * _PIECE):
+                view = buffers[which].view[: min(_PIECE, nbytes - offset)]
+                weights.read_into(view, offset, on_page=True)
+
+        started = time.perf_counter()
+        list(pool.map(read, range(in_flight)))
+        return nbytes / (time.perf_counter() - started)
+
+
+def forget(file: Path) -> None:
+    """Drop ``file`` from the page cache, where the platform can."""
+    if hasattr(os, "posix_fadvise"):
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

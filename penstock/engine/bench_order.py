@@ -1,0 +1,232 @@
+"""From the flags of ``penstock bench`` to measurements: the model found or made, then measured
+under one profile or under several."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from PIL import Image
+
+from penstock.engine.bench import Asked, measure
+from penstock.engine.bench_result import BenchResult
+from penstock.engine.bench_weights import (
+    FREE_BYTES,
+    synthetic,
+    transformer_bytes,
+    write_synthetic,
+)
+from penstock.engine.engine import Engine
+from penstock.engine.events import Listener
+from penstock.engine.request import GenerationRequest
+from penstock.errors import OverBudget, UsageError
+from penstock.profiles.builtin import BUILTIN, builtin
+from penstock.profiles.hardware import Hardware
+from penstock.profiles.phases import Workload
+from penstock.profiles.planner import plan as make_plan
+from penstock.units import format_bytes
+
+Tell = Callable[[str], None]
+
+SYNTHETIC_FORMAT = "int8"
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a user asks to be measured; None: the default, or what the machine has.
+
+    Attributes:
+        model: a model as `Engine.open` takes it; or
+        synthetic: the name of one that is made on the spot, with ``blocks`` blocks stored as
+            ``weight_format``, in a temporary folder inside ``folder``.
+        steps, warmup: that count, and before them that do not.
+        minutes: that a measurement on a synthetic model may take, by the plan; fewer blocks are
+            made where all of them would take longer.
+        whole: every phase of a job, not denoising alone.
+        compute: "exact" or "fast".
+    """
+
+    model: str | None = None
+    synthetic: str | None = None
+    blocks: int | None = None
+    weight_format: str | None = None
+    width: int = 832
+    height: int = 480
+    frames: int = 81
+    steps: int = 3
+    warmup: int = 1
+    guidance: float = 5.0
+    vram: str | None = None
+    ram: str | None = None
+    profile: str = "auto"
+    device: str = "auto"
+    folder: Path | None = None
+    minutes: float = 10.0
+    whole: bool = False
+    compute: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.synthetic is None):
+            raise UsageError(
+                "a benchmark needs a model",
+                expected="--model PATH or --synthetic NAME",
+                found="neither" if self.model is None else "both",
+            )
+        if self.model is not None and self.blocks is not None:
+            raise UsageError("a model has the blocks it has", expected="--blocks with --synthetic")
+        if self.minutes <= 0:
+            raise UsageError("illegal --minutes", expected="above 0", found=str(self.minutes))
+
+    @property
+    def stored_format(self) -> str | None:
+        """Of the blocks: what is asked for; a synthetic model is int8 unless it is."""
+        return self.weight_format or (None if self.synthetic is None else SYNTHETIC_FORMAT)
+
+    @property
+    def request(self) -> GenerationRequest:
+        """The job whose steps are measured.
+
+        Raises:
+            RequestError: an illegal size or number of steps.
+        """
+        return GenerationRequest(
+            prompt="a benchmark",
+            width=self.width,
+            height=self.height,
+            frames=self.frames,
+            steps=self.steps + self.warmup,
+            guidance_scale=self.guidance,
+            seed=0,
+        )
+
+
+@dataclass(frozen=True)
+class Point:
+    """One profile of a sweep: its result, or why there is none."""
+
+    profile: str
+    result: BenchResult | None
+    refusal: str = ""
+
+
+def run(order: Order, listener: Listener, tell: Tell) -> BenchResult:
+    """Measure what ``order`` says.
+
+    Args:
+        listener: receives the job's events.
+        tell: receives a line about what is being made.
+
+    Raises:
+        UsageError: an order that cannot be carried out. OverBudget: no plan fits.
+    """
+    with _model(order, tell) as model:
+        return _measure(order, model, listener)
+
+
+def sweep(order: Order, profiles: Sequence[str], listener: Listener, tell: Tell) -> list[Point]:
+    """Measure ``order`` under each of ``profiles``, on the same files.
+
+    Raises:
+        UsageError: as `run`; a profile that no plan fits is told in its `Point`.
+    """
+    points = []
+    with _model(order, tell) as model:
+        for profile in profiles:
+            tell(f"profile {profile}")
+            try:
+                found = _measure(replace(order, profile=profile), model, listener)
+            except OverBudget as error:
+                points.append(Point(profile, None, str(error)))
+                continue
+            points.append(Point(profile, found))
+    return points
+
+
+def _measure(order: Order, model: Path | str, listener: Listener) -> BenchResult:
+    with (
+        Engine.open(
+            model,
+            format=order.stored_format,
+            compute=order.compute,
+            vram=order.vram,
+            ram=order.ram,
+            device=order.device,
+            profile=order.profile,
+        ) as engine,
+        tempfile.TemporaryDirectory(prefix="penstock-bench-") as scratch,
+    ):
+        request = order.request
+        if engine.model.image_to_video:
+            request = replace(request, image=_picture(Path(scratch), order))
+        asked = Asked(
+            request,
+            order.warmup,
+            name=order.synthetic or engine.model.transformer.source.family,
+            vram=order.vram or "",
+            ram=order.ram or "",
+            profile=order.profile,
+            whole=order.whole,
+        )
+        return measure(engine, asked, listener)
+
+
+def _picture(scratch: Path, order: Order) -> Path:
+    path = scratch / "picture.png"
+    image = Image.radial_gradient("L").resize((order.width, order.height))
+    image.convert("RGB").save(path)
+    return path
+
+
+@contextmanager
+def _model(order: Order, tell: Tell) -> Iterator[Path | str]:
+    """The model given, or one made for as long as the context lasts."""
+    if order.synthetic is None:
+        assert order.model is not None
+        yield order.model
+        return
+    with tempfile.TemporaryDirectory(dir=order.folder, prefix="penstock-bench-") as scratch:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        weight_format = order.weight_format or SYNTHETIC_FORMAT
+        blocks = order.blocks or fitting_blocks(order, weight_format, Path(scratch))
+        config = synthetic(order.synthetic).config(blocks)
+        size = format_bytes(transformer_bytes(config, weight_format))
+        tell(f"making {blocks} blocks of {order.synthetic} in {weight_format}: {size}")
+        yield write_synthetic(
+            Path(scratch), order.synthetic, blocks=blocks, weight_format=weight_format
+        )
+
+
+def fitting_blocks(order: Order, weight_format: str, folder: Path) -> int:
+    """As many of the model's blocks as the disk holds and `Order.minutes` allow, at least one.
+
+    Raises:
+        UsageError: no such model or format.
+    """
+    assert order.synthetic is not None
+    model = synthetic(order.synthetic)
+    whole = int(model.transformer["num_layers"])
+    one, two = (transformer_bytes(model.config(n), weight_format) for n in (1, 2))
+    room = shutil.disk_usage(folder).free - FREE_BYTES - (2 * one - two)
+    by_disk = max(0, room) // (two - one)
+    by_time = whole
+    if order.synthetic in BUILTIN:
+        allowed_s = 60 * order.minutes
+        by_time = int(whole * allowed_s / max(_predicted_s(order, weight_format), 1e-9))
+    return max(1, min(whole, by_disk, by_time))
+
+
+def _predicted_s(order: Order, weight_format: str) -> float:
+    """Seconds of all denoising steps with all blocks, whatever the budgets."""
+    from penstock.engine.planning import Target
+
+    assert order.synthetic is not None
+    request, found = order.request, Target(order.device).hardware
+    roomy = Hardware(found.device, found.name, 1 << 50, 1 << 50, found.rates)
+    work = Workload(request.video_shape, request.steps, request.uses_guidance)
+    return make_plan(builtin(order.synthetic, weight_format), work, roomy)["denoise"].seconds

@@ -1,0 +1,381 @@
+"""Models of true shapes with random weights, written as fast as the disk takes them, to measure on.
+
+The values are samples, one a shape and format; each block gets them rotated by rows of its own, so
+that no two blocks are alike and none is drawn anew: 16 GB take no longer than their writing. The
+file is plain safetensors whose blocks begin on pages, as in packs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import IO, Any
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from penstock.engine.keys import stored_name
+from penstock.engine.storage import PADDING
+from penstock.engine.synthetic import write_tiny_model
+from penstock.engine.wan.forward import is_cross_kv
+from penstock.engine.wan.structure import transformer_shapes
+from penstock.errors import UsageError
+from penstock.offload.files import DIRECT_ALIGNMENT
+from penstock.offload.header import ITEM_BYTES
+from penstock.offload.layout import TENSOR_ALIGNMENT
+from penstock.quant.format import QuantFormat, get_format
+from penstock.quant.policy import default_policy
+from penstock.quant.rows import Shape
+from penstock.units import align_up, format_bytes
+
+FORMATS = ("bf16", "fp16", "fp8", "int8", "nf4")
+"""What `penstock bench` can make: formats whose tensors are ordered by rows."""
+
+COMPUTE_TAG = "BF16"
+FREE_BYTES = 2 << 30
+"""Of the disk, left to others."""
+
+_FILE = "diffusion_pytorch_model.safetensors"
+_SIGMA = 0.02
+_STRIDE = 7919  # a prime: rotations of neighbours have no common pattern
+
+_WAN_14B: Mapping[str, Any] = MappingProxyType(
+    {
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": 40,
+        "attention_head_dim": 128,
+        "in_channels": 36,
+        "out_channels": 16,
+        "text_dim": 4096,
+        "freq_dim": 256,
+        "ffn_dim": 13824,
+        "num_layers": 40,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "eps": 1e-6,
+        "image_dim": 1280,
+        "added_kv_proj_dim": 5120,
+        "rope_max_seq_len": 1024,
+        "pos_embed_seq_len": None,
+    }
+)
+_TINY: Mapping[str, Any] = MappingProxyType(
+    dict(_WAN_14B)
+    | {
+        "num_attention_heads": 2,
+        "attention_head_dim": 64,
+        "text_dim": 64,
+        "freq_dim": 64,
+        "ffn_dim": 256,
+        "num_layers": 6,
+        "image_dim": 64,
+        "added_kv_proj_dim": 128,
+    }
+)
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """A model that can be made on the spot.
+
+    Attributes:
+        transformer: its config, `WanTransformer3DModel`'s.
+        vae: config entries of a VAE of true shapes.
+        image: of the image encoder, cut to two layers.
+    """
+
+    transformer: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    image: Mapping[str, Any]
+
+    def config(self, blocks: int | None) -> dict[str, Any]:
+        """The transformer's config, with another number of blocks if one is given."""
+        whole = int(self.transformer["num_layers"])
+        if blocks is not None and not 1 <= blocks <= whole:
+            raise UsageError(
+                "illegal number of blocks", expected=f"1 to {whole}", found=str(blocks)
+            )
+        return dict(self.transformer) | {"num_layers": whole if blocks is None else blocks}
+
+
+SYNTHETIC: Mapping[str, Synthetic] = MappingProxyType(
+    {
+        "wan2.1-i2v-14b": Synthetic(
+            _WAN_14B,
+            {"base_dim": 96, "num_res_blocks": 2},
+            {"hidden_size": 1280, "num_attention_heads": 16, "image_size": 224, "patch_size": 14},
+        ),
+        "tiny": Synthetic(_TINY, {"base_dim": 8}, {"hidden_size": 64}),
+    }
+)
+
+
+def synthetic(name: str) -> Synthetic:
+    """The model called ``name``.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in SYNTHETIC:
+        raise UsageError(
+            "no such synthetic model", expected="one of " + ", ".join(SYNTHETIC), found=repr(name)
+        )
+    return SYNTHETIC[name]
+
+
+def write_synthetic(
+    folder: Path,
+    name: str,
+    *,
+    blocks: int | None = None,
+    weight_format: str = "int8",
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write a whole model folder in diffusers' layout; returns ``folder``.
+
+    The transformer and the VAE have their true shapes (the transformer ``blocks`` of its blocks);
+    the encoders are cut to a few thin layers, their outputs as wide as the true ones'.
+
+    Args:
+        progress: called with the bytes of the transformer written and their sum.
+
+    Raises:
+        UsageError: no such model, number of blocks or format, or the disk has no room.
+    """
+    model = synthetic(name)
+    config = model.config(blocks)
+    text = {"d_model": config["text_dim"], "d_kv": 16, "num_heads": 4, "num_layers": 2}
+    small: dict[str, Any] = {"num_hidden_layers": 2, "intermediate_size": 64}
+    write_tiny_model(
+        folder,
+        seed=seed,
+        dtype=torch.bfloat16,
+        vae=dict(model.vae),
+        text=text,
+        image=small | dict(model.image),
+    )
+    shutil.rmtree(folder / "transformer")
+    write_transformer(folder / "transformer", config, weight_format, seed=seed, progress=progress)
+    return folder
+
+
+def transformer_bytes(config: Mapping[str, Any], weight_format: str) -> int:
+    """Size of the file that `write_transformer` makes."""
+    return _File.of(config, weight_format).nbytes
+
+
+def write_transformer(
+    folder: Path,
+    config: Mapping[str, Any],
+    weight_format: str,
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write a random transformer (weights and config.json) and return the file of its weights.
+
+    Raises:
+        UsageError: a format that is not made here, or the disk has no room.
+    """
+    plan = _File.of(config, weight_format)
+    folder.mkdir(parents=True, exist_ok=True)
+    _check_room(folder, plan.nbytes)
+    about = dict(config) | {"_class_name": "WanTransformer3DModel"}
+    (folder / "config.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
+    path = folder / _FILE
+    samples = _Samples(get_format(weight_format), seed)
+    with path.open("wb", buffering=0) as file:
+        _write_all(file, plan.header)
+        for tensor in plan.tensors:
+            _pad_to(file, plan.data_start + tensor.start)
+            for piece in samples.pieces(tensor):
+                _write_all(file, piece)
+            if progress is not None:
+                progress(file.tell(), plan.nbytes)
+    return path
+
+
+def _check_room(folder: Path, nbytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < nbytes + FREE_BYTES:
+        raise UsageError(
+            "the disk has no room for the synthetic model",
+            expected=f"{format_bytes(nbytes + FREE_BYTES)} free in {folder}",
+            found=format_bytes(free),
+            remedy="Give fewer --blocks, or another --folder.",
+        )
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One stored tensor: of which parameter, and where (from the start of the data)."""
+
+    name: str
+    tag: str
+    shape: tuple[int, ...]
+    start: int
+    parameter: str
+    of: tuple[int, ...]
+    suffix: str
+    quantised: bool
+
+    @property
+    def nbytes(self) -> int:
+        return ITEM_BYTES[self.tag] * math.prod(self.shape)
+
+    @property
+    def end(self) -> int:
+        return self.start + self.nbytes
+
+
+@dataclass(frozen=True)
+class _File:
+    """Where everything goes, before any of it is made."""
+
+    tensors: tuple[_Tensor, ...]
+    header: bytes
+
+    @property
+    def data_start(self) -> int:
+        return len(self.header)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + self.tensors[-1].end
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], weight_format: str) -> _File:
+        if weight_format not in FORMATS:
+            raise UsageError(
+                "no synthetic weights in this format",
+                expected="one of " + ", ".join(FORMATS),
+                found=repr(weight_format),
+            )
+        fmt, shapes = get_format(weight_format), transformer_shapes(config)
+        tensors = tuple(_placed(_runs(shapes), shapes, fmt))
+        return cls(tensors, _header(tensors))
+
+
+def _runs(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
+    """Parameters by what is read at once: each block, its cross-attention K/V, all the rest."""
+    runs: dict[tuple[str, bool], list[str]] = {}
+    for name in shapes:
+        if name.startswith("blocks."):
+            _, number, local = name.split(".", 2)
+            key = (number, is_cross_kv(local))
+        else:
+            key = ("rest", False)
+        runs.setdefault(key, []).append(name)
+    return list(runs.values())
+
+
+def _placed(
+    runs: Sequence[Sequence[str]], shapes: Mapping[str, tuple[int, ...]], fmt: QuantFormat
+) -> Iterator[_Tensor]:
+    chosen = set(default_policy(shapes))
+    end = 0
+    for run in runs:
+        end = align_up(end, DIRECT_ALIGNMENT)
+        for name in run:
+            shape = shapes[name]
+            matrix: Shape | None = (shape[0], shape[1]) if name in chosen else None
+            quantised = matrix is not None and fmt.fits(matrix)
+            storage = (
+                fmt.storage(matrix, COMPUTE_TAG)
+                if matrix is not None and quantised
+                else {"weight": (COMPUTE_TAG, shape)}
+            )
+            for suffix, (tag, dims) in storage.items():
+                start = align_up(end, TENSOR_ALIGNMENT)
+                full = stored_name(name, suffix)
+                tensor = _Tensor(full, tag, dims, start, name, shape, suffix, quantised)
+                yield tensor
+                end = tensor.end
+
+
+def _header(tensors: Sequence[_Tensor]) -> bytes:
+    """The safetensors header, whole pages long, with padding tensors where others do not touch."""
+    entries: dict[str, Any] = {}
+    end = 0
+    for tensor in tensors:
+        if tensor.start > end:
+            entries[f"{PADDING}{end}"] = _entry("U8", (tensor.start - end,), end, tensor.start)
+        entries[tensor.name] = _entry(tensor.tag, tensor.shape, tensor.start, tensor.end)
+        end = tensor.end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    whole = align_up(8 + len(text), DIRECT_ALIGNMENT)
+    return (whole - 8).to_bytes(8, "little") + text.ljust(whole - 8)
+
+
+def _entry(tag: str, shape: Sequence[int], start: int, end: int) -> dict[str, Any]:
+    return {"dtype": tag, "shape": list(shape), "data_offsets": [start, end]}
+
+
+def _write_all(file: IO[bytes], data: bytes | memoryview) -> None:
+    view = memoryview(data)
+    while len(view):
+        view = view[file.write(view) :]
+
+
+def _pad_to(file: IO[bytes], position: int) -> None:
+    _write_all(file, bytes(position - file.tell()))
+
+
+@dataclass
+class _Samples:
+    """Stored tensors of random parameters, drawn once a shape, kind and format."""
+
+    format: QuantFormat
+    seed: int
+    _made: dict[tuple[object, ...], dict[str, memoryview]] = field(default_factory=dict)
+
+    def pieces(self, tensor: _Tensor) -> tuple[memoryview, memoryview]:
+        """The bytes of ``tensor``, in two pieces: a sample, rotated by whole rows."""
+        in_block = tensor.parameter.startswith("blocks.")
+        data = self._sample(tensor, keep=in_block)[tensor.suffix]
+        rows = tensor.of[0] if tensor.quantised else math.prod(tensor.of)
+        if len(data) % rows:  # one scale for all rows: nothing to rotate
+            rows = 1
+        cut = _rotation(tensor.parameter) % rows * (len(data) // rows)
+        return data[cut:], data[:cut]
+
+    def _sample(self, tensor: _Tensor, *, keep: bool) -> dict[str, memoryview]:
+        kind = _kind(tensor.parameter)
+        key = (kind, tensor.of, tensor.quantised)
+        if key in self._made:
+            return self._made[key]
+        draw = torch.Generator().manual_seed(self.seed + crc32(repr(key).encode()))
+        values = torch.randn(tensor.of, generator=draw, dtype=torch.bfloat16).mul_(_SIGMA)
+        if kind == "norm":
+            values = values.mul_(5).add_(1)
+        stored = {"weight": values}
+        if tensor.quantised:
+            stored = self.format.quantise(values, tensor.parameter)
+        made = {suffix: _as_memory(each) for suffix, each in stored.items()}
+        if keep:
+            self._made[key] = made
+        return made
+
+
+def _kind(parameter: str) -> str:
+    return "norm" if "norm" in parameter and parameter.endswith("weight") else "plain"
+
+
+def _rotation(parameter: str) -> int:
+    """A number of rows that differs from block to block, and within a block from name to name."""
+    if not parameter.startswith("blocks."):
+        return 0
+    _, number, local = parameter.split(".", 2)
+    return _STRIDE * (int(number) + 1) + sum(local.encode())
+
+
+def _as_memory(tensor: Tensor) -> memoryview:
+    flat: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return flat

@@ -1,0 +1,97 @@
+"""What a LoRA file is, for people and programs. Free of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from penstock.engine.lora import LoraFile, open_lora
+from penstock.engine.lora_keys import foreign_kind, is_lora
+from penstock.offload.checkpoint import Checkpoint
+from penstock.units import format_bytes
+
+
+@dataclass(frozen=True)
+class LoraInspection:
+    """A LoRA file, described.
+
+    Attributes:
+        family: the model it was made for, as far as its tensors tell.
+        styles: whose key names: diffusers, PEFT, ComfyUI, Kohya or bare.
+        ranks: number of low-rank layers by rank.
+        scales: alpha / rank, each value once; 1.0 where the file says nothing.
+        differences: weights and biases that are changed by whole differences.
+        dtypes: of its tensors.
+        unknown: keys of which nothing is known; empty for a file that can be used.
+        kind: what else the file seems to be, or None.
+        arguments: what to add to ``penstock generate`` to use it; empty if it cannot be used.
+    """
+
+    path: Path
+    family: str
+    styles: tuple[str, ...]
+    ranks: Mapping[int, int]
+    scales: tuple[float, ...]
+    differences: int
+    dtypes: tuple[str, ...]
+    nbytes: int
+    unknown: tuple[str, ...]
+    kind: str | None
+    arguments: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """The description for a terminal."""
+        ranks = ", ".join(f"rank {rank} ({count} layers)" for rank, count in self.ranks.items())
+        scales = ", ".join(f"{scale:g}" for scale in self.scales[:4])
+        lines = [
+            f"{self.path}",
+            f"  LoRA for {self.family}, names as in {' and '.join(self.styles) or 'nothing known'}",
+            f"  {ranks or 'no low-rank layers'}, alpha / rank {scales or '-'}"
+            + (", ..." if len(self.scales) > 4 else ""),
+            f"  {self.differences} whole differences of weights and biases, "
+            f"{format_bytes(self.nbytes)} in {', '.join(self.dtypes) or 'nothing'}",
+        ]
+        if self.unknown:
+            shown = ", ".join(self.unknown[:3]) + (", ..." if len(self.unknown) > 3 else "")
+            kind = f" ({self.kind})" if self.kind else ""
+            lines.append(f"  {len(self.unknown)} unknown keys: {shown}{kind}")
+        if self.arguments:
+            lines.append(f"  use it: penstock generate ... {' '.join(self.arguments)}")
+        return lines
+
+
+def holds_lora(path: Path) -> bool:
+    """Whether ``path`` is a LoRA's .safetensors, or a folder as PEFT writes it."""
+    if path.is_dir():
+        return (path / "adapter_config.json").exists()
+    if path.suffix.lower() != ".safetensors" or not path.exists():
+        return False
+    with Checkpoint.open(path) as found:
+        return is_lora(found)
+
+
+def describe_lora(path: Path) -> LoraInspection:
+    """The description of a LoRA file.
+
+    Raises:
+        CheckpointError: it is none, or damaged.
+    """
+    file: LoraFile = open_lora(path)
+    entries = [entry for layer in file.layers.values() for entry in layer.entries()]
+    low_rank = [layer for layer in file.layers.values() if layer.rank]
+    whole = sum((la.diff is not None) + (la.bias is not None) for la in file.layers.values())
+    usable = bool(file.layers) and not file.unknown
+    return LoraInspection(
+        path=path,
+        family=file.family,
+        styles=file.styles,
+        ranks=dict(file.ranks.most_common()),
+        scales=tuple(sorted({layer.scale for layer in low_rank})),
+        differences=whole,
+        dtypes=tuple(sorted({entry.dtype for entry in entries})),
+        nbytes=file.nbytes,
+        unknown=file.unknown,
+        kind=foreign_kind(file.unknown),
+        arguments=("--lora", str(path)) if usable else (),
+    )

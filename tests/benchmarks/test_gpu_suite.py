@@ -1,0 +1,305 @@
+"""The GPU suite's logic, every case at tiny shapes on the CPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import gpu_cases, gpu_suite, render
+from benchmarks.gpu_cases import Context, Delays, peak, scale
+from benchmarks.gpu_suite import Kept, cut_short, run_child, run_group, slug
+from penstock.offload.schedule import Queue, Ref
+from penstock.offload.tiers import CpuLink
+
+FOREVER = 1e12
+
+
+@pytest.fixture(scope="module")
+def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
+    made = Context(scale(dry=True), tmp_path_factory.mktemp("suite"))
+    for name, work in gpu_cases.write(made):
+        if name != "machine":
+            assert work()["bytes"] > 100_000
+    return made
+
+
+def _run(group: str, context: Context, path: Path) -> Mapping[str, Any]:
+    run_group(group, context, Kept(path), time.monotonic() + FOREVER)
+    found: Mapping[str, Any] = json.loads(path.read_text())["groups"][group]
+    return found
+
+
+def test_every_placement_and_delay_gives_the_same_bits(context: Context, tmp_path: Path) -> None:
+    found = _run("correctness", context, tmp_path / "kept.json")
+    assert len(found) == 10
+    assert all(row["identical"] for row in found.values()), found
+
+
+def test_a_case_that_differs_is_seen(
+    context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = iter("aabaaaaaaa")
+
+    def wrong(*arguments: Any, **options: Any) -> Any:
+        return SimpleNamespace(latents_sha256=next(digests), median_s=1.0)
+
+    monkeypatch.setattr(gpu_cases, "placed", wrong)
+    found = _run("correctness", context, tmp_path / "kept.json")
+    assert [case for case, row in found.items() if not row["identical"]] == ["from disk"]
+
+
+def test_peaks_are_held_against_plan_and_budget(context: Context, tmp_path: Path) -> None:
+    found = _run("peaks", context, tmp_path / "kept.json")
+    assert list(found) == ["large", "small"]
+    for row in found.values():
+        assert row["within_budget"]
+        assert row["planned_bytes"] >= row["ledger_bytes"] > 0
+        assert row["guided"] and row["placement"]["n_blocks"] == 4
+
+
+def test_a_peak_above_the_budget_is_told(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = gpu_cases.measure
+
+    def wasteful(*arguments: Any, **options: Any) -> Any:
+        found = honest(*arguments, **options)
+        for phase in found.phases:
+            object.__setattr__(phase, "allocator_bytes", 1 << 40)
+        return found
+
+    monkeypatch.setattr(gpu_cases, "measure", wasteful)
+    row = peak(context, gpu_cases.Ballast(context.device), 8 << 20)
+    assert not row["within_budget"]
+
+
+def test_speeds_are_related_to_the_resident_model(context: Context, tmp_path: Path) -> None:
+    found = _run("speeds", context, tmp_path / "kept.json")
+    assert len(found) == 3
+    resident = found["32x48x5, resident"]
+    assert resident["over_resident"] == 1
+    disk = found["32x48x5, disk"]
+    assert disk["over_resident"] == pytest.approx(disk["s_per_forward"] / resident["s_per_forward"])
+
+
+def test_formats_run_on_every_path(context: Context, tmp_path: Path) -> None:
+    found = _run("formats", context, tmp_path / "kept.json")
+    assert found["bf16, exact"]["path"] == "dequant"
+    assert found["int8, fast"]["path"] == "int8"
+    for name in ("bf16", "fp8", "int8"):
+        assert found[f"{name}, exact"]["relative_error"] < 0.05
+    assert found["attention math"]["tflops"] > 0
+    assert "failed" in found["attention cudnn_attention"]  # there is none on a CPU, and it says so
+
+
+def test_tiles_change_nothing(context: Context, tmp_path: Path) -> None:
+    found = _run("vae", context, tmp_path / "kept.json")
+    assert found["tiled 1x2"]["tiles"] == [1, 2]
+    assert found["whole"]["tiles"] == [1, 1]
+    assert found["whole"]["largest_difference"] <= 1
+    assert found["tiled 1x2"]["planned_bytes"] >= found["tiled 1x2"]["ledger_bytes"]
+
+
+def test_a_delay_is_put_before_what_its_queue_does() -> None:
+    done: list[str] = []
+
+    class Told(CpuLink):
+        def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+            done.append("copy")
+
+        def wait(self, queue: Queue, ref: Ref) -> None:
+            done.append(f"wait {queue.name}")
+
+    nothing = torch.zeros(1)
+    for queue, expected in (
+        (Queue.COPY, ["late COPY", "copy", "wait COMPUTE", "wait READ"]),
+        (Queue.COMPUTE, ["copy", "wait COMPUTE", "late COMPUTE", "wait READ"]),
+        (Queue.READ, ["copy", "wait COMPUTE", "wait READ", "late READ"]),
+    ):
+        done.clear()
+        late = Delays(Told(), queue, lambda which, link: done.append(f"late {which.name}"))
+        late.copy(nothing, nothing)
+        late.wait(Queue.COMPUTE, Ref(Queue.COPY, 0))
+        late.wait(Queue.READ, Ref(Queue.COPY, 0))
+        assert done == expected
+    late.drain()  # everything else is the link's own
+
+
+# What is kept
+
+
+def _group(monkeypatch: pytest.MonkeyPatch, *works: Any) -> None:
+    def cases(context: Any) -> Iterator[Any]:
+        yield from ((f"case {place}", work) for place, work in enumerate(works))
+
+    monkeypatch.setattr(gpu_suite, "GROUPS", {"some": cases, "write": cases})
+
+
+def _fails(error: BaseException) -> Any:
+    def work() -> Any:
+        raise error
+
+    return work
+
+
+def test_a_case_that_fails_is_kept_and_the_next_one_runs(
+    context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _group(monkeypatch, lambda: {"a": 1}, _fails(RuntimeError("CUDA out of memory")), dict)
+    found = _run("some", context, tmp_path / "kept.json")
+    assert found["case 0"]["a"] == 1
+    assert found["case 1"]["failed"] == "RuntimeError: CUDA out of memory"
+    assert "failed" not in found["case 2"]
+    assert cut_short(json.loads((tmp_path / "kept.json").read_text()))
+
+
+def test_what_was_done_survives_an_end_in_the_middle(
+    context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "kept.json"
+    _group(monkeypatch, lambda: {"a": 1}, _fails(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        run_group("some", context, Kept(path), time.monotonic() + FOREVER)
+    assert json.loads(path.read_text())["groups"]["some"]["case 0"]["a"] == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_cases_after_the_deadline_are_named(
+    context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "kept.json"
+    _group(monkeypatch, _fails(AssertionError("ran")))
+    run_group("some", context, Kept(path), time.monotonic() - 1)
+    assert json.loads(path.read_text())["groups"]["some"]["case 0"] == {
+        "skipped": "no time was left"
+    }
+
+
+@pytest.mark.parametrize(
+    ("outcome", "told"),
+    [
+        (subprocess.TimeoutExpired("x", 9), "longer than 50 s"),
+        (subprocess.CompletedProcess("x", -11), "exit code -11"),
+    ],
+)
+def test_a_group_whose_process_ends_badly_is_named(
+    outcome: Any, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def child(command: list[str], **options: Any) -> Any:
+        assert options["timeout"] == 50
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(gpu_suite.subprocess, "run", child)
+    options = argparse.Namespace(file=tmp_path / "kept.json", folder=tmp_path)
+    run_child("peaks", options, 50)
+    kept = json.loads(options.file.read_text())
+    assert kept["groups"]["peaks"]["all"]["failed"] == told
+    run_child("vae", options, 2)
+    kept = json.loads(options.file.read_text())
+    assert kept["groups"]["vae"]["all"] == {"skipped": "no time was left"}
+    assert "peaks" in kept["groups"]
+
+
+def test_the_shares_fit_into_eight_minutes_in_order() -> None:
+    assert set(gpu_suite.SHARES) == set(gpu_cases.GROUPS)
+    assert gpu_suite.SECONDS < 480
+
+
+def test_names_of_files() -> None:
+    assert slug("NVIDIA H100 80GB HBM3") == "nvidia_h100_80gb_hbm3"
+
+
+def test_it_runs_without_what_a_gpu_machine_may_lack() -> None:
+    absent = ("av", "bitsandbytes", "optimum", "ftfy", "sentencepiece", "xxhash", "gguf", "pytest")
+    code = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {absent!r}:
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Absent())
+import benchmarks.gpu_suite, benchmarks.peers, benchmarks.render, penstock.cli
+print("imported")
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.stdout.strip() == "imported", run.stderr[-500:]
+
+
+# Rendering
+
+
+def _peers() -> dict[str, Any]:
+    return {
+        "model": "m", "size": "64x64x5", "file_bytes": 8.5e9, "disk_tier_over_plain": 1.25,
+        "forward_over_plain": 1.1,
+        "peers": {"penstock_disk": {"block_bytes": 6e8}},
+        "against_penstock_disk": {"accelerate_disk": {"first_s": 2.0, "step_s": 3.0}},
+    }  # fmt: skip
+
+
+def test_tables_are_made_from_the_files_between_their_markers() -> None:
+    text = "a\n<!-- measured:streaming -->\nstale\n<!-- /measured:streaming -->\nb\n"
+    made = render.rendered(text, {"peers_cpu": _peers()})
+    assert made.startswith("a\n<!-- measured:streaming -->\n| what | figure |")
+    assert made.endswith("<!-- /measured:streaming -->\nb\n")
+    assert (
+        "stale" not in made
+        and "| 1.25 while it reads, 1.10 over" in made
+        and "first 2.00, later 3.00" in made
+    )
+    assert render.rendered(made, {"peers_cpu": _peers()}) == made
+    assert "Nothing has been measured" in render.rendered(text, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- measured:nothing -->\n<!-- /measured:nothing -->", "no table"),
+        ("<!-- measured:gpu -->\n", "not closed"),
+    ],
+)
+def test_a_bad_marker_is_an_error(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        render.rendered(text, {})
+
+
+def test_a_suite_becomes_tables_and_a_plot(tmp_path: Path) -> None:
+    row = {
+        "planned_bytes": 8 << 30, "allocated_bytes": 7 << 30, "within_budget": True,
+        "s_per_forward": 12.5, "budget_bytes": 9 << 30,
+    }  # fmt: skip
+    suite = {
+        "complete": False,
+        "groups": {
+            "write": {"machine": {"gpu": "a card"}},
+            "peaks": {"8 GiB": row, "4 GiB": {"failed": "x"}},
+            "correctness": {"mixed": {"identical": False}},
+        },
+    }
+    made = render.gpu({"gpu_suite_a": suite})
+    assert "**a card** (cut short" in made
+    assert "| 8 GiB | 8.00 GiB | 7.00 GiB | yes | 12.5 |" in made
+    assert "| mixed | NO |" in made and "4 GiB" not in made
+    assert render.plots({"gpu_suite_a": suite}, tmp_path) == [tmp_path / "gpu_suite_a.png"]
+
+
+def test_dry_runs_are_never_rendered(tmp_path: Path) -> None:
+    (tmp_path / "gpu_suite_dry_run.json").write_text('{"dry_run": true}')
+    (tmp_path / "peers.json").write_text("{}")
+    assert list(render.read_results(tmp_path)) == ["peers"]
+
+
+def test_the_readme_says_what_the_files_say() -> None:
+    text = render.README.read_text(encoding="utf-8")
+    assert render.rendered(text, render.read_results(render.RESULTS)) == text
+    assert "<!-- measured:streaming -->" in text and "<!-- measured:gpu -->" in text

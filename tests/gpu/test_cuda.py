@@ -1,0 +1,131 @@
+"""What only a card can show: the same bits, the ceiling, pinned slabs, and an end of memory that is
+survived. `python -m pytest -m gpu`; `benchmarks.gpu_suite` shows the same at true shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from penstock.engine import pipeline
+from penstock.engine.bench import Asked, measure
+from penstock.engine.bench_weights import write_synthetic
+from penstock.engine.engine import Engine
+from penstock.engine.events import Replanned
+from penstock.engine.request import GenerationRequest
+from penstock.offload.allocator import allocator_capped
+from penstock.offload.ledger import ByteLedger
+from penstock.offload.tiers import HostTier
+from penstock.profiles.plan import StreamPlan
+from penstock.profiles.profile import Overrides
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DEVICE = "cuda"
+MIB = 1 << 20
+BLOCKS = 6
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_synthetic(tmp_path_factory.mktemp("tiny"), "tiny", blocks=BLOCKS)
+
+
+@pytest.fixture
+def engine(model: Path) -> Iterator[Engine]:
+    overrides = Overrides(chunk_tokens="16", branches="1", cross_kv="vram")
+    with Engine.open(model, vram="512MiB", device=DEVICE, overrides=overrides) as opened:
+        yield opened
+
+
+def _request(steps: int = 3) -> GenerationRequest:
+    return GenerationRequest(
+        prompt="a cat", image=Path("not opened"), width=64, height=64, frames=5, steps=steps, seed=1
+    )
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        StreamPlan(BLOCKS, 0, 0, 1, 1),
+        StreamPlan(BLOCKS, 0, 0, 2, 2),
+        StreamPlan(BLOCKS, 0, BLOCKS, 2, 0),
+        StreamPlan(BLOCKS, 2, 2, 2, 1),
+    ],
+    ids=["rings of one", "disk", "RAM", "mixed"],
+)
+@pytest.mark.parametrize("overlapped", [True, False])
+def test_where_the_blocks_live_changes_no_bit(
+    engine: Engine, places: StreamPlan, overlapped: bool
+) -> None:
+    digests = []
+    for stream, ahead in ((StreamPlan(BLOCKS, BLOCKS), True), (places, overlapped)):
+        plan = engine.plan(_request())
+        plan = plan.with_phases((replace(plan["denoise"], stream=stream),))
+        asked = Asked(_request(), 0, "tiny", overlapped=ahead)
+        digests.append(measure(engine, asked, plan=plan).latents_sha256)
+    assert digests[0] == digests[1]
+
+
+def test_the_allocator_stays_under_the_budget(engine: Engine) -> None:
+    torch.cuda.empty_cache()
+    result = measure(engine, Asked(_request(), 0, "tiny"))
+    assert 0 < max(phase.allocator_bytes for phase in result.phases) <= result.vram_limit_bytes
+
+
+def test_the_ceiling_is_the_drivers_too() -> None:
+    device = torch.device(DEVICE)
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_reserved(device)
+    with allocator_capped(device, held + 256 * MIB):
+        assert torch.empty(100 * MIB, dtype=torch.uint8, device=device).numel() == 100 * MIB
+        torch.cuda.empty_cache()
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            torch.empty(400 * MIB, dtype=torch.uint8, device=device)
+    assert torch.empty(400 * MIB, dtype=torch.uint8, device=device).numel() == 400 * MIB
+
+
+def test_slabs_are_pinned_exactly_and_given_back() -> None:
+    ledger = ByteLedger("RAM", 64 * MIB)
+    tier = HostTier(ledger, torch.device(DEVICE))
+    with tier.buffers("slabs", [3 * MIB, 5 * MIB]) as buffers:
+        assert all(buffer.is_pinned and buffer.tensor.is_pinned() for buffer in buffers)
+        assert ledger.used == 8 * MIB
+        buffers[0].tensor.fill_(7)
+        copied = buffers[0].tensor.to(DEVICE, non_blocking=True)
+        torch.cuda.synchronize()
+        assert bool((copied == 7).all())
+    assert tier.pageable_bytes == 0
+    assert ledger.used == 0
+
+
+def test_an_end_of_memory_is_survived_with_the_same_bits(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+
+    picture = tmp_path / "picture.png"
+    Image.radial_gradient("L").resize((64, 64)).convert("RGB").save(picture)
+    request = replace(_request(), image=picture)
+    overrides = Overrides(chunk_tokens="16")
+    with Engine.open(model, vram="512MiB", device=DEVICE, overrides=overrides) as engine:
+        whole = engine.submit(request).result().latents
+        honest, failures = pipeline.dit.denoise_forward, iter([False, True])
+
+        def exhausted(*arguments: Any) -> Any:
+            if next(failures, False):
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory (made up by a test)")
+            return honest(*arguments)
+
+        monkeypatch.setattr(pipeline.dit, "denoise_forward", exhausted)
+        job = engine.submit(request)
+        events = list(job.events())
+        again = job.result().latents
+    assert sum(isinstance(event, Replanned) for event in events) == 1
+    assert torch.equal(whole, again)

@@ -101,19 +101,19 @@ def _smooth_latents(z_dim: int, height: int, width: int) -> list[Tensor]:
     generator = torch.Generator("cpu").manual_seed(0)
     coarse = torch.randn(FIT_FRAMES, z_dim, 4, 4, generator=generator)
     smooth = F.interpolate(coarse, (height, width), mode="bilinear", align_corners=True)
-    smooth = smooth / smooth.std(dim=(2, 3), correction=0, keepdim=True).clamp_min(1e-3)
+    smooth = smooth / smooth.std(dim=(0, 2, 3), correction=0, keepdim=True)
     return [frame[None, :, None] for frame in smooth]
 
 
 def _least_squares(inputs: Tensor, outputs: Tensor) -> RgbMap:
-    ones = torch.ones(len(inputs), 1)
-    design = torch.cat([inputs, ones], dim=1).double()
-    # Few or flat pictures leave directions undetermined: the pseudoinverse adds nothing there.
-    solution = torch.linalg.pinv(design) @ outputs.double()
-    rest = (outputs - design @ solution).square().sum()
-    spread = (outputs - outputs.mean(0)).square().sum().clamp_min(1e-12)
-    explained = f"fitted to this VAE, explaining {100 * float(1 - rest / spread):.0f} % of it"
-    return RgbMap(solution[:-1].float(), solution[-1].float(), explained)
+    centre, mean = inputs.double().mean(0), outputs.double().mean(0)
+    offsets, colours = inputs - centre, outputs - mean
+    # Few pictures leave directions undetermined: the pseudoinverse adds nothing there.
+    factors = torch.linalg.pinv(offsets) @ colours
+    rest = (colours - offsets @ factors).square().sum()
+    explained = 1 - rest / colours.square().sum().clamp_min(1e-12)
+    note = f"fitted to this VAE, explaining {100 * float(explained):.0f} % of it"
+    return RgbMap(factors.float(), (mean - centre @ factors).float(), note)
 
 
 class Previewer:

@@ -16,7 +16,9 @@ from penstock.engine.engine import Engine
 from penstock.engine.events import Event, Notice, PhaseEnded, PhaseStarted, Progress
 from penstock.engine.job import Job
 from penstock.engine.jobs import describe
+from penstock.engine.request import GenerationRequest
 from penstock.errors import DeviceLost, JobCancelled, UsageError
+from penstock.profiles.plan import Plan
 from tests.engine.running import Gate, a_request, an_engine
 
 
@@ -215,9 +217,9 @@ def test_an_engine_that_closes_between_check_and_start_leaves_no_lock(
     engine = an_engine(t2v_folder)
     plan = engine.plan
 
-    def plan_and_close(request: object) -> object:
+    def plan_and_close(request: GenerationRequest, *, kept: bool) -> Plan:
         engine.close()
-        return plan(a_request())
+        return plan(request, kept=kept)
 
     monkeypatch.setattr(engine, "plan", plan_and_close)
     with pytest.raises(UsageError, match="closed"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +40,10 @@ def cases(i2v_folder: Path, t2v_folder: Path, picture: Path) -> tuple[Case, Case
     )
 
 
-def _bytes(report: PhaseReport) -> PhaseReport:
-    """Without what depends on the clock."""
-    return replace(report, seconds=0.0, stall_s=0.0)
+def _bytes(report: PhaseReport) -> dict[str, object]:
+    """All that does not depend on the clock."""
+    clock = ("seconds", "stall_s", "flow", "steps")
+    return {name: value for name, value in vars(report).items() if name not in clock}
 
 
 def test_together_as_alone(cases: tuple[Case, Case], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -535,7 +535,16 @@ def peers(context: Context) -> Iterator[Case]:
         size = "x".join(map(str, context.scale.sizes[-1]))
         command = [sys.executable, "-m", "benchmarks.peers", "--folder", str(context.folder)]
         command += ["--device", context.scale.device, "--name", context.scale.name]
-        command += ["--size", size, "--rounds", "1", "--blocks", str(context.scale.short_blocks)]
+        command += [
+            "--size",
+            size,
+            "--rounds",
+            "1",
+            "--limit-s",
+            "40",
+            "--blocks",
+            str(context.scale.short_blocks),
+        ]
         if context.device.type != "cuda":
             command += ["--cases", "penstock_disk,resident"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

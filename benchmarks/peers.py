@@ -72,7 +72,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--save", type=Path, default=None, help="a file, written after each peer")
     parser.add_argument("--cases", default=None, help="some of the peers, by name")
     parser.add_argument("--case", default=None, help=argparse.SUPPRESS)
-    parser.add_argument("--limit-s", type=float, default=300, help="for one peer")
+    parser.add_argument("--limit-s", type=float, default=900, help="for one peer")
     return parser.parse_args()
 
 

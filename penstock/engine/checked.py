@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import xxhash
-
-from penstock.engine.packfile import PackFile, PackRun, damaged
+from penstock.engine.packfile import PackFile, PackRun, damaged, running_digest
 from penstock.engine.source import RawFile
 from penstock.engine.storage import PACK_METADATA
 from penstock.offload.checkpoint import TensorEntry
@@ -31,7 +29,7 @@ class RunInspector:
     """As `penstock.offload.layout.Inspector`: each run of a block against its checksum."""
 
     def __init__(self, placed: Sequence[Placed]) -> None:
-        self._runs = [(each, xxhash.xxh3_128()) for each in placed]
+        self._runs = [(each, running_digest()) for each in placed]
 
     def feed(self, view: memoryview, position: int) -> None:
         """Bytes of the buffer, from ``position`` on."""

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import IO, TypeAlias
 
 import torch
-import xxhash
 from torch import Tensor
 
 from penstock.engine.durable import NEW_SUFFIX, FileOps, read_whole, storing, write_atomically
@@ -27,7 +26,7 @@ from penstock.engine.locate import ModelSource
 from penstock.engine.lora import Lora
 from penstock.engine.lora_merge import merged_names
 from penstock.engine.lora_place import PlacedLoras
-from penstock.engine.packfile import PackFile, PackLayout, Run, digest, sums_text
+from penstock.engine.packfile import PackFile, PackLayout, Run, digest, running_digest, sums_text
 from penstock.engine.packplan import ComponentPlan, Step, plan_component
 from penstock.engine.packside import write_side_files
 from penstock.errors import CheckpointError, UsageError
@@ -226,7 +225,7 @@ def _noted(content: bytes, layout: PackLayout) -> list[bytes]:
 
 
 def _file_digest(file: IO[bytes], offset: int, nbytes: int) -> bytes:
-    state = xxhash.xxh3_128()
+    state = running_digest()
     file.seek(offset)
     left = nbytes
     while left and (piece := file.read(min(_WRITE_BYTES, left))):
@@ -239,7 +238,7 @@ class _Output:
     """The pack being written: only ever appended to. Positions count from the start of the data."""
 
     def __init__(self, ops: FileOps, path: Path, layout: PackLayout, runs: int) -> None:
-        self._ops, self._path, self._hash = ops, path, xxhash.xxh3_128()
+        self._ops, self._path, self._hash = ops, path, running_digest()
         self.position = 0
         if runs:
             self.position = layout.runs[runs - 1].offset + layout.runs[runs - 1].nbytes
@@ -266,7 +265,7 @@ class _Output:
 
     def begin(self) -> None:
         """Start the checksum anew."""
-        self._hash = xxhash.xxh3_128()
+        self._hash = running_digest()
 
     def checksum(self) -> bytes:
         """Of everything since `begin`."""

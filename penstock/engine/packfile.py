@@ -18,15 +18,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
-
-import xxhash
+from typing import TYPE_CHECKING, Any
 
 from penstock.engine.storage import PACK_METADATA, PADDING
 from penstock.errors import CheckpointError, HeaderError
 from penstock.offload.files import DIRECT_ALIGNMENT, WeightFile
 from penstock.offload.header import ITEM_BYTES, MAX_HEADER_BYTES, Header, read_header
 from penstock.units import align_up
+
+if TYPE_CHECKING:
+    import xxhash
 
 VERSION = 1
 SUMS = "__sums__"
@@ -143,12 +144,22 @@ def sums_text(header: bytes, runs: Sequence[bytes]) -> bytes:
     """The sums: checksums of the header and the runs in hex, a line each, and of these lines."""
     lines = [digest.hex().ljust(_DIGEST_HEX, "0") for digest in (header, *runs)]
     text = "\n".join(lines) + "\n"
-    return (text + xxhash.xxh3_128_hexdigest(text.encode()) + "\n").encode()
+    return (text + digest(text.encode()).hex() + "\n").encode()
 
 
 def digest(data: bytes | bytearray | memoryview) -> bytes:
     """The checksum of a piece of a pack."""
-    return xxhash.xxh3_128_digest(data)
+    checksum = running_digest()
+    checksum.update(data)
+    return checksum.digest()
+
+
+def running_digest() -> xxhash.xxh3_128:
+    """A checksum that is fed piece by piece (``update``, ``digest``). xxhash is loaded with the
+    first one: what reads no packs runs without it."""
+    import xxhash
+
+    return xxhash.xxh3_128()
 
 
 @dataclass(frozen=True)
@@ -326,7 +337,7 @@ def _verify_file(path: Path, report: Callable[[int], None]) -> tuple[list[str], 
 
 
 def _digest_of(file: WeightFile, run: PackRun, report: Callable[[int], None]) -> bytes:
-    state = xxhash.xxh3_128()
+    state = running_digest()
     buffer = memoryview(bytearray(min(_CHUNK_BYTES, run.nbytes)))
     for start in range(0, run.nbytes, _CHUNK_BYTES):
         piece = buffer[: min(_CHUNK_BYTES, run.nbytes - start)]

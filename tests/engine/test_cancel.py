@@ -15,11 +15,13 @@ import psutil
 import pytest
 
 import penstock.engine.engine as engine_module
+from penstock.engine.engine import Engine
 from penstock.engine.events import Event, Listener, Notice, PhaseStarted, Progress
 from penstock.engine.job import Job
 from penstock.engine.model import Component
 from penstock.engine.pipeline import run
 from penstock.engine.report import JobResult
+from penstock.engine.request import GenerationRequest
 from penstock.engine.stage import Run, Stage
 from penstock.errors import JobCancelled
 from penstock.offload.mover import Carrier
@@ -28,7 +30,7 @@ from tests.engine.running import a_request, an_engine
 from tests.meter import StorageMeter
 
 MOMENTS = 100
-TOO_LATE = 60
+TOO_LATE = 100
 """Jobs that may end before their cancel comes: they say nothing, and another is run."""
 
 
@@ -84,6 +86,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_hundred_random_moments(
     i2v_folder: Path, picture: Path, tmp_path: Path, watch: Watch
 ) -> None:
@@ -91,15 +94,13 @@ def test_a_hundred_random_moments(
     rng, process = random.Random(8), psutil.Process()
     hit: list[str] = []
     with an_engine(i2v_folder) as engine:
-        began = time.perf_counter()
-        engine.submit(request, tmp_path / "out.mp4").result(240)
-        seconds = time.perf_counter() - began
-        (tmp_path / "out.mp4").unlink()
+        seconds = _seconds(engine, request)  # the first one loads libraries
+        seconds = min(_seconds(engine, request), seconds)
         files, threads = process.num_fds(), threading.active_count()
         for _ in range(MOMENTS + TOO_LATE):
             watch.happened.clear()
             job = engine.submit(request, tmp_path / "out.mp4")
-            time.sleep(rng.uniform(0, seconds))
+            time.sleep(rng.uniform(0, seconds))  # which moment, says no assertion
             job.cancel()
             watch.happened.append("cancelled")
             if _finished(job, tmp_path / "out.mp4"):
@@ -119,6 +120,12 @@ def test_a_hundred_random_moments(
     assert {"text", "encode", "denoise", "decode"} <= set(hit)
 
 
+def _seconds(engine: Engine, request: GenerationRequest) -> float:
+    began = time.perf_counter()
+    engine.submit(request).result(240)
+    return time.perf_counter() - began
+
+
 def _finished(job: Job, output: Path) -> bool:
     try:
         job.result(240)
@@ -135,19 +142,18 @@ def _phase_of(events: list[Event]) -> str:
     return begun[-1] if begun else "before the first"
 
 
-@pytest.mark.parametrize("kind", ["device_resident", "host_resident"])
 def test_while_resident_blocks_are_loaded(
-    t2v_folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    t2v_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That can take a minute for a real model: no block is read after the one under way."""
-    read, begun, reads = Carrier.read, threading.Event(), []
+    """That can take a minute for a real model: no block is loaded after the one under way."""
+    load, begun, loads = Carrier.load, threading.Event(), []
 
     def stopping(*arguments: Any) -> None:
         if begun.is_set():
-            reads.append(arguments)
-        if len(reads) == 2:
+            loads.append(arguments)
+        if len(loads) == 2:
             job.cancel()
-        read(*arguments)
+        load(*arguments)
 
     def watched_run(work: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
         def tell(event: Event) -> None:
@@ -157,17 +163,17 @@ def test_while_resident_blocks_are_loaded(
 
         return run(work, tell, cancelled)
 
-    monkeypatch.setattr(Carrier, "read", stopping)
+    monkeypatch.setattr(Carrier, "load", stopping)
     monkeypatch.setattr(engine_module, "run", watched_run)
     with an_engine(t2v_folder) as engine:
         plan = engine.plan(a_request())
-        resident = StreamPlan(n_blocks=6, **{kind: 6}, device_slots=kind == "host_resident")
+        resident = StreamPlan(n_blocks=6, device_resident=6)
         placed = [replace(p, stream=resident) if p.name == "denoise" else p for p in plan.phases]
-        monkeypatch.setattr(engine, "plan", lambda _: replace(plan, phases=tuple(placed)))
+        monkeypatch.setattr(engine, "plan", lambda *_, **__: replace(plan, phases=tuple(placed)))
         job = engine.submit(a_request())
         with pytest.raises(JobCancelled):
             job.result(120)
-    assert len(reads) == 2
+    assert len(loads) == 2
 
 
 def test_while_the_file_is_written(

@@ -88,7 +88,7 @@ def soak(model: Path, steps: int, every: int = 1) -> Soak:
     process, samples = psutil.Process(), list[Sample]()
 
     def listener(event: Event) -> None:
-        if isinstance(event, Progress) and event.phase == "denoise" and event.done % every == 0:
+        if isinstance(event, Progress) and event.phase == "denoise" and event.step % every == 0:
             samples.append(_sample(process, event))
 
     request = GenerationRequest(
@@ -125,7 +125,7 @@ def _tight(engine: Engine, request: GenerationRequest) -> Plan:
 def _sample(process: Any, event: Progress) -> Sample:
     descriptors = process.num_fds() if hasattr(process, "num_fds") else 0
     return Sample(
-        event.done,
+        event.step,
         process.memory_info().rss,
         event.vram_bytes,
         event.ram_bytes,

@@ -1,12 +1,13 @@
 """penstock: video models far larger than the card, inside a byte budget.
 
-Importing this costs nothing; a name is loaded when it is first used.
+Importing this costs nothing; a name is loaded when it is first used. Every error is in
+`penstock.errors`; all of them are a `PenstockError`.
 """
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
 
 from penstock._version import __version__
 
@@ -20,22 +21,42 @@ if TYPE_CHECKING:
     )
     from penstock.engine.attach.stream import Streamed, StreamReport, stream
     from penstock.engine.engine import Engine
+    from penstock.engine.eventlog import Events
+    from penstock.engine.events import (
+        Event,
+        Notice,
+        PhaseEnded,
+        PhaseStarted,
+        Progress,
+        Replanned,
+    )
     from penstock.engine.job import Job
-    from penstock.engine.report import JobResult, RunReport
+    from penstock.engine.preview import Preview
+    from penstock.engine.report import JobResult, PhaseReport, RunReport
     from penstock.engine.request import GenerationRequest
-    from penstock.errors import OverBudget, PenstockError
+    from penstock.errors import JobCancelled, OverBudget, PenstockError
     from penstock.profiles.plan import Plan
 
 _HOMES = {
     "AttachReport": "penstock.engine.attach.pipe",
     "Attached": "penstock.engine.attach.pipe",
     "Engine": "penstock.engine.engine",
+    "Event": "penstock.engine.events",
+    "Events": "penstock.engine.eventlog",
     "GenerationRequest": "penstock.engine.request",
     "Job": "penstock.engine.job",
+    "JobCancelled": "penstock.errors",
     "JobResult": "penstock.engine.report",
+    "Notice": "penstock.engine.events",
     "OverBudget": "penstock.errors",
     "PenstockError": "penstock.errors",
+    "PhaseEnded": "penstock.engine.events",
+    "PhaseReport": "penstock.engine.report",
+    "PhaseStarted": "penstock.engine.events",
     "Plan": "penstock.profiles.plan",
+    "Preview": "penstock.engine.preview",
+    "Progress": "penstock.engine.events",
+    "Replanned": "penstock.engine.events",
     "RunReport": "penstock.engine.report",
     "StreamReport": "penstock.engine.attach.stream",
     "Streamed": "penstock.engine.attach.stream",
@@ -49,12 +70,22 @@ __all__ = [
     "AttachReport",
     "Attached",
     "Engine",
+    "Event",
+    "Events",
     "GenerationRequest",
     "Job",
+    "JobCancelled",
     "JobResult",
+    "Notice",
     "OverBudget",
     "PenstockError",
+    "PhaseEnded",
+    "PhaseReport",
+    "PhaseStarted",
     "Plan",
+    "Preview",
+    "Progress",
+    "Replanned",
     "RunReport",
     "StreamReport",
     "Streamed",
@@ -66,7 +97,13 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+if not TYPE_CHECKING:  # a type checker would take it to have every name
+
+    def __getattr__(name):
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(_import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

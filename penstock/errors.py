@@ -28,6 +28,7 @@ found and what to do next, and carries a stable ``code`` for programs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class PenstockError(Exception):
@@ -54,8 +55,19 @@ class PenstockError(Exception):
         self.what, self.expected, self.found, self.remedy = what, expected, found, remedy
         super().__init__(what)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Errors are pickled with all that they carry, whatever their constructor asks for."""
+        return _restored, (type(self), self.args), self.__dict__
+
     def add_remedy(self, text: str) -> None:
-        """Say one thing more that the user can do next."""
+        """Say one thing more that the user can do next.
+
+        Args:
+            text: a sentence.
+
+        Raises:
+            Nothing.
+        """
         self.remedy = text if self.remedy is None else f"{self.remedy.rstrip('.')}. {text}"
 
     def __str__(self) -> str:
@@ -66,6 +78,10 @@ class PenstockError(Exception):
         ]
         line = self.what + (": " + ", ".join(facts) if facts else "")
         return line if self.remedy is None else f"{line}. {self.remedy}"
+
+
+def _restored(kind: type[PenstockError], arguments: tuple[Any, ...]) -> PenstockError:
+    return kind.__new__(kind, *arguments)
 
 
 class UsageError(PenstockError):

@@ -60,7 +60,7 @@ class Display:
         if isinstance(event, PhaseStarted):
             self._task = bars.add_task(event.phase, total=event.total, facts="")
         elif isinstance(event, Advance) and self._task is not None:
-            bars.update(self._task, completed=event.done, facts=self._facts(event))
+            bars.update(self._task, completed=event.step, facts=self._facts(event))
         elif isinstance(event, PhaseEnded) and self._task is not None:
             bars.update(self._task, completed=event.report.units, facts=_summary(event.report))
 
@@ -70,7 +70,7 @@ class Display:
         elif isinstance(event, Advance):
             if event.unit != "step":
                 return
-            line = f"{event.phase}: {event.done}/{event.total}  {self._facts(event)}"
+            line = f"{event.phase}: {event.step}/{event.total}  {self._facts(event)}"
         elif isinstance(event, PhaseEnded):
             line = f"{event.report.name}: {_summary(event.report)}"
         else:

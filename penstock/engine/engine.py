@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import gc
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,17 +10,18 @@ from types import TracebackType
 
 import torch
 
-from penstock.engine.events import Listener
 from penstock.engine.job import Job
+from penstock.engine.jobqueue import JobQueue
 from penstock.engine.journal import Journal
 from penstock.engine.keeper import JournalKeeper, Keeper
 from penstock.engine.locate import Files
 from penstock.engine.lora import Lora, as_loras
 from penstock.engine.model import ModelFiles
 from penstock.engine.pipeline import run
-from penstock.engine.report import JobResult
+from penstock.engine.preview import Previewer
 from penstock.engine.request import GenerationRequest, check_task
 from penstock.engine.stage import Run, workload_of
+from penstock.engine.steering import Hooks, OnStep
 from penstock.engine.stored import (
     Order,
     begin,
@@ -34,7 +35,8 @@ from penstock.engine.stored import (
 )
 from penstock.engine.variants import Variants, computing_on
 from penstock.engine.video import check_output
-from penstock.errors import DeviceLost, UsageError
+from penstock.errors import UsageError
+from penstock.offload.tiers import release_cached
 from penstock.profiles.hardware import Hardware, probe
 from penstock.profiles.phases import Workload
 from penstock.profiles.plan import Plan
@@ -46,7 +48,9 @@ class Engine:
     """A Wan2.1 model under a byte budget.
 
     Nothing of the model is loaded before a job needs it, and each part is given back after its
-    phase. One job runs at a time; a second waits for the first.
+    phase. One job runs at a time; a second waits for the first. Every method may be called on any
+    thread; engines share nothing, so that several of them, each on its own threads and under its
+    own budgets, do not know of each other.
 
     Example:
         >>> with Engine.open("Wan2.1-I2V-14B-720P-Diffusers", vram="12GiB") as engine:
@@ -69,9 +73,8 @@ class Engine:
         self._variants = Variants(model, self.chosen, computing, cache)
         self.model = self._variants.stored
         self._overlapped = overlapped
-        self._turn = threading.Lock()
-        self._jobs: list[Job] = []
-        self._lost: DeviceLost | None = None
+        self._jobs = JobQueue()
+        self._previewer = Previewer()
 
     @classmethod
     def open(
@@ -143,6 +146,9 @@ class Engine:
     def plan_workload(self, workload: Workload) -> Plan:
         """What a video of that shape will take, whatever it shows.
 
+        Args:
+            workload: its shape, its steps, and whether guidance doubles them.
+
         Raises:
             OverBudget: no plan fits the budgets; names a profile or a request that does.
         """
@@ -157,8 +163,10 @@ class Engine:
         force: bool = False,
         metadata: bool = True,
         job_dir: str | Path | None = None,
+        on_step: OnStep | None = None,
+        preview_every: int | None = None,
     ) -> Job:
-        """Start a job.
+        """Start a job, and return while it runs.
 
         Args:
             request: what to make. An open seed is drawn now.
@@ -167,25 +175,34 @@ class Engine:
             metadata: put prompt, seed and settings into the file.
             job_dir: a folder in which the job is kept while it runs, so that it can be resumed;
                 None keeps nothing.
+            on_step: called after each step as ``on_step(step, latents)``, on the job's thread, with
+                the number of steps done (from 1) and a copy of the latents: fp32, (1, z, t, h, w),
+                on the CPU, normalised. It may return None, or latents of that shape to go on with
+                (the report then says ``steered``); what it raises ends the job as it is, and
+                `JobCancelled` ends it as :meth:`Job.cancel` does. A step counts as done, and is
+                kept in ``job_dir``, when ``on_step`` has returned.
+            preview_every: put a `Preview` into the `Progress` event of every so many steps.
 
         Raises:
             OverBudget, RequestError, OutputError: before anything is loaded.
             JournalError: the job cannot be kept in ``job_dir``.
             DeviceLost: an earlier job of this process has lost the device.
+            UsageError: ``preview_every`` is no positive number, or the engine is closed.
         """
-        self._check_device()
+        hooks = Hooks(on_step, preview_every)
+        self._jobs.check_open()
         request = request.with_seed()
         order = Order(None if output is None else Path(output), force, metadata)
         if order.output is not None:
             check_output(order.output, overwrite=force)
         plan = self.plan(request, kept=job_dir is not None)
         if job_dir is None:
-            return self._start(request, plan, order, Keeper())
+            return self._start(request, plan, order, Keeper(), hooks)
         now = conditions_now(self.model, self._device, self._variants.matrices(plan.weight_format))
         journal, request = begin(
             Path(job_dir), self.model, request, plan, now, order, self._budgets()
         )
-        return self._start(request, plan, order, JournalKeeper(journal))
+        return self._start(request, plan, order, JournalKeeper(journal), hooks)
 
     def resume(
         self,
@@ -194,6 +211,8 @@ class Engine:
         *,
         force: bool = False,
         allow_nonidentical: bool = False,
+        on_step: OnStep | None = None,
+        preview_every: int | None = None,
     ) -> Job:
         """Continue a job that was stopped, failed or killed.
 
@@ -202,22 +221,32 @@ class Engine:
             output: instead of the job's own; None leaves it as it was.
             force: replace an existing file.
             allow_nonidentical: go on also where the result will not be the same to the bit.
+            on_step: as for :meth:`submit`, for the steps that remain. A job whose latents were
+                replaced needs it again; the result is the same to the bit where it answers the same
+                step and latents in the same way.
+            preview_every: as for :meth:`submit`.
 
         Raises:
             FingerprintMismatch: what determines the result has changed; names the fields.
             JournalError: the folder holds no job, one that is done, or a damaged one.
-            OverBudget, OutputError: as for :meth:`submit`.
+            OverBudget, OutputError, DeviceLost, UsageError: as for :meth:`submit`.
         """
-        self._check_device()
+        hooks = Hooks(on_step, preview_every)
+        self._jobs.check_open()
         journal = Journal.open(Path(job_dir))
         try:
-            return self._resume(journal, output, force, allow_nonidentical)
+            return self._resume(journal, output, force, allow_nonidentical, hooks)
         except BaseException:
             journal.close()
             raise
 
     def _resume(
-        self, journal: Journal, output: str | Path | None, force: bool, allow_nonidentical: bool
+        self,
+        journal: Journal,
+        output: str | Path | None,
+        force: bool,
+        allow_nonidentical: bool,
+        hooks: Hooks,
     ) -> Job:
         check_unfinished(journal)
         check_picture(journal)
@@ -233,9 +262,15 @@ class Engine:
         matrices = self._variants.matrices(plan.weight_format)
         plan = replace(plan, compute=matrices["compute"], compute_path=matrices["compute_path"])
         now = conditions_now(self.model, self._device, matrices)
-        notices = check_conditions(journal, plan, now, allow_nonidentical=allow_nonidentical)
+        notices = check_conditions(
+            journal,
+            plan,
+            now,
+            steers=hooks.on_step is not None,
+            allow_nonidentical=allow_nonidentical,
+        )
         journal.mark("running", plan=plan.to_json(), error=None, **order.facts(), **self._budgets())
-        return self._start(request, plan, order, JournalKeeper(journal), notices)
+        return self._start(request, plan, order, JournalKeeper(journal), hooks, notices)
 
     def _fitting(self, plan: Plan, request: GenerationRequest) -> Plan:
         """The job's own plan where it fits today's budgets, else a new one."""
@@ -250,6 +285,7 @@ class Engine:
         plan: Plan,
         order: Order,
         keeper: Keeper,
+        hooks: Hooks,
         notices: tuple[str, ...] = (),
     ) -> Job:
         workload, bare = workload_of(request, kept=keeper.keeps), self.run_of(request, plan)
@@ -266,13 +302,21 @@ class Engine:
             shrink=shrink,
             keeper=keeper,
             notices=(*bare.notices, *notices),
+            hooks=hooks,
+            previewer=self._previewer,
         )
-        job = Job(plan, lambda listener, cancelled: self._work(work, listener, cancelled))
-        self._jobs = [known for known in self._jobs if not known.done] + [job]
-        return job
+        return self._jobs.start(work, run)
 
     def run_of(self, request: GenerationRequest, plan: Plan) -> Run:
-        """What a job under ``plan`` is made of, besides its output, its keeper and its recovery."""
+        """What a job under ``plan`` is made of, besides its output, its keeper and its recovery.
+
+        Args:
+            request: what to make.
+            plan: how.
+
+        Raises:
+            Nothing.
+        """
         return Run(
             model=self._variants.named(plan.weight_format),
             prepare=self._variants.preparation(plan.weight_format),
@@ -286,21 +330,6 @@ class Engine:
             notices=self._notices,
         )
 
-    def _work(self, work: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
-        try:
-            with self._turn:
-                self._check_device()
-                return run(work, listener, cancelled)
-        except DeviceLost as error:
-            self._lost = error
-            raise
-        finally:
-            work.keeper.close()
-
-    def _check_device(self) -> None:
-        if self._lost is not None:
-            raise self._lost
-
     @property
     def _device(self) -> torch.device:
         return torch.device(self.hardware.device)
@@ -313,11 +342,31 @@ class Engine:
             "device": hardware.device,
         }
 
+    def unload(self) -> None:
+        """Give all VRAM and pinned memory back to the system; the next job loads again.
+
+        Weights and activations are given back phase by phase while a job runs, and nothing of them
+        is left at its end; what is returned here is what allocators keep for later use (torch's
+        cache of device memory, the C library's heap).
+
+        Raises:
+            UsageError: a job is running.
+        """
+        with self._jobs.at_rest():
+            gc.collect()
+            release_cached(self._device)
+
     def close(self) -> None:
-        """Cancel what runs, wait for it, and close the model's files."""
-        for job in self._jobs:
-            job.cancel()
-            job.wait()
+        """Cancel all jobs, wait for their end, unload, and close the model's files.
+
+        May be called more than once. The engine cannot be used afterwards.
+
+        Raises:
+            RuntimeError: called on the thread of one of its jobs (from ``on_step``).
+        """
+        self._jobs.close()
+        if not self._jobs.device_lost:
+            self.unload()
         self._variants.close()
 
     def __enter__(self) -> Engine:

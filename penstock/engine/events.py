@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
+from penstock.engine.preview import Preview
 from penstock.engine.report import PhaseReport, StepReport
 from penstock.errors import JobCancelled
 from penstock.offload.ledger import ByteLedger
@@ -21,7 +22,13 @@ from penstock.profiles.plan import PhasePlan
 
 @dataclass(frozen=True)
 class PhaseStarted:
-    """A phase begins; ``total`` units of work will follow (``unit`` names one)."""
+    """A phase begins.
+
+    Attributes:
+        phase: its name.
+        total: units of work that it has.
+        unit: what a unit is: "step", "layer", "block", "frame".
+    """
 
     phase: str
     total: int
@@ -30,16 +37,21 @@ class PhaseStarted:
 
 @dataclass(frozen=True)
 class Progress:
-    """``done`` of ``total`` units are finished; bytes as the ledgers hold them now.
+    """``step`` of ``total`` units of work are finished; bytes as the ledgers hold them now.
 
     Attributes:
+        phase: such as "denoise"; `unit` names what it counts ("step", "layer", "block", "frame").
+        step: units finished, those of an earlier process included.
+        total: units of the phase.
         seconds_per_unit: mean over the units finished so far.
         eta_s: seconds until the phase ends at that pace.
+        vram_bytes, ram_bytes: held now.
         stall_s: seconds in which the computation has waited for weights in this phase.
+        preview: a small picture, with the denoising steps that were asked for one.
     """
 
     phase: str
-    done: int
+    step: int
     total: int
     unit: str
     seconds_per_unit: float
@@ -47,18 +59,32 @@ class Progress:
     vram_bytes: int
     ram_bytes: int
     stall_s: float
+    preview: Preview | None = None
 
 
 @dataclass(frozen=True)
 class PhaseEnded:
-    """A phase is over; its figures."""
+    """A phase is over.
+
+    Attributes:
+        report: its figures.
+    """
 
     report: PhaseReport
+
+    @property
+    def phase(self) -> str:
+        """Its name."""
+        return self.report.name
 
 
 @dataclass(frozen=True)
 class Notice:
-    """Something the user should know: a cut prompt, a platform feature that is missing."""
+    """Something the user should know: a cut prompt, a platform feature that is missing.
+
+    Attributes:
+        message: one sentence.
+    """
 
     message: str
 
@@ -210,7 +236,7 @@ class PhaseMonitor:
         """Raise JobCancelled if the job was asked to stop."""
         self.monitor.check()
 
-    def advance(self) -> None:
+    def advance(self, preview: Preview | None = None) -> None:
         """One more unit of work is finished."""
         self.done += 1
         if self.unit == "step":
@@ -219,7 +245,7 @@ class PhaseMonitor:
         self.monitor.tell(
             Progress(
                 phase=self.name,
-                done=self.done,
+                step=self.done,
                 total=self.total,
                 unit=self.unit,
                 seconds_per_unit=pace,
@@ -227,6 +253,7 @@ class PhaseMonitor:
                 vram_bytes=self.monitor.device_ledger.used,
                 ram_bytes=self.monitor.host_ledger.used,
                 stall_s=self.stall_s(),
+                preview=preview,
             )
         )
         self.check()

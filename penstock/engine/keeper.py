@@ -62,6 +62,18 @@ class Keeper:
     problems: tuple[str, ...] = ()
     """Damage that was found and worked around."""
 
+    def __init__(self) -> None:
+        self._steered = False
+
+    @property
+    def steered(self) -> bool:
+        """Whether the latents have been replaced from outside, now or before."""
+        return self._steered
+
+    def keep_steered(self) -> None:
+        """From now on the latents are not what the request alone leads to."""
+        self._steered = True
+
     def conditions(self) -> Conditions | None:
         """The encoded prompt and picture."""
         return None
@@ -120,6 +132,7 @@ class JournalKeeper(Keeper):
     keeps = True
 
     def __init__(self, journal: Journal) -> None:
+        super().__init__()
         self._journal = journal
         self._writer = ThreadPoolExecutor(1, "penstock-journal")
         self._pending: Future[None] | None = None
@@ -128,6 +141,20 @@ class JournalKeeper(Keeper):
     def problems(self) -> tuple[str, ...]:  # type: ignore[override]
         """Damage that was found and worked around."""
         return self._journal.problems
+
+    @property
+    def steered(self) -> bool:
+        """Whether the latents have been replaced from outside, now or before."""
+        return bool(self._journal.record.facts.get("steered"))
+
+    def keep_steered(self) -> None:
+        """Note it at once: no state that was steered may be found without the note.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        self.settle()
+        self._journal.mark("running", steered=True)
 
     def _write(self, save: Callable[[], None]) -> None:
         self.settle()

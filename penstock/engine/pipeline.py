@@ -26,6 +26,7 @@ from penstock.engine.events import Listener, Monitor, PhaseMonitor
 from penstock.engine.film import Film
 from penstock.engine.keeper import Conditions
 from penstock.engine.model import Component
+from penstock.engine.previewing import prepare_previews, preview_of
 from penstock.engine.report import JobResult, RunReport, versions
 from penstock.engine.request import GenerationRequest
 from penstock.engine.sampler import guide
@@ -34,10 +35,13 @@ from penstock.engine.stage import Run, Stage, visits
 from penstock.engine.video import write_video
 from penstock.engine.wan import forward as dit
 from penstock.engine.wan.cross import CrossStore
+from penstock.engine.wan.vae_decode import raw_latents
 from penstock.engine.wan.vae_encode import encode_tiled, first_frame_then_zeros
 from penstock.offload.allocator import allocator_capped
 from penstock.offload.streamer import BlockStream
 from penstock.profiles.tiling import TileGrid
+
+STEERED = "on_step replaced the latents: the request and the seed alone do not lead to this video"
 
 
 @torch.no_grad()
@@ -60,6 +64,8 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
         if output is not None:
             job.keeper.writing_output()
             stage.attempt("mux", lambda: mux(stage, video, output))
+        if job.keeper.steered:
+            stage.monitor.notice(STEERED)
         for problem in job.keeper.problems:
             stage.monitor.notice(problem)
         report = _report(job, stage.monitor, time.perf_counter() - started)
@@ -77,6 +83,8 @@ def sample(stage: Stage) -> Tensor:
         if conditions is None:
             conditions = condition(stage)
             keeper.keep_conditions(conditions)
+        if stage.job.hooks.preview_every and not stage.job.previewer.is_ready:
+            stage.attempt("decode", lambda: prepare_previews(stage))
         sampling = stage.attempt("denoise", lambda: Sampling(stage))
         latents = stage.attempt("denoise", lambda: denoise(stage, conditions, sampling))
         keeper.keep_latents(latents)
@@ -197,8 +205,10 @@ def denoise(stage: Stage, conditions: Conditions, sampling: Sampling) -> Tensor:
                     ]
                     del model_input
                     component.checkpoint.check_unchanged()
-                    latents = sampling.step(sampler, _guided(predictions, request), latents)
-                    phase.advance()
+                    prediction = _guided(predictions, request)
+                    preview = preview_of(stage, sampler, prediction, latents)
+                    latents = sampling.step(sampler, prediction, latents)
+                    phase.advance(preview)
             stage.keeper.settle()
             return latents.cpu()
 
@@ -280,7 +290,7 @@ def decode(stage: Stage, latents: Tensor) -> Tensor:
         stage.phase("decode", units, "frame") as (_, phase),
         stage.rest(component) as vae,
     ):
-        raw = _raw_latents(latents.to(stage.device, component.dtype), vae.config)
+        raw = raw_latents(latents.to(stage.device, component.dtype), vae.config)
         film = Film(vae, raw, grid, shape, stage.keeper)
         film.decode(should_stop=phase.advance)
         stage.keeper.settle()
@@ -288,32 +298,31 @@ def decode(stage: Stage, latents: Tensor) -> Tensor:
     return film.video
 
 
-def _raw_latents(latents: Tensor, config: Any) -> Tensor:
-    """Undo the VAE's normalisation, rounded as diffusers' pipelines do."""
-    view = (1, config.z_dim, 1, 1, 1)
-    mean = torch.tensor(config.latents_mean).view(view).to(latents)
-    inverse_std = 1.0 / torch.tensor(config.latents_std).view(view).to(latents)
-    return latents / inverse_std + mean
-
-
 def mux(stage: Stage, video: Tensor, output: Path) -> None:
     """Write the frames to ``output``."""
     job = stage.job
-    with stage.phase("mux", 1, "video") as (_, phase):
+    with stage.phase("mux", len(video), "frame") as (_, phase):
         write_video(
             output,
-            video.numpy(),
+            _counted_frames(video, phase),
             job.request.fps,
-            metadata=_metadata(job.request) if job.metadata else None,
+            metadata=_metadata(job) if job.metadata else None,
             overwrite=job.overwrite,
         )
+
+
+def _counted_frames(video: Tensor, phase: PhaseMonitor) -> Iterator[Any]:
+    for frame in video.numpy():
+        yield frame
         phase.advance()
 
 
-def _metadata(request: GenerationRequest) -> dict[str, Any]:
+def _metadata(job: Run) -> dict[str, Any]:
     """What the file tells of itself: all settings but the place of the picture."""
+    request = job.request
     settings = asdict(request) | {"shift": request.effective_shift, "penstock": __version__}
-    return {name: settings[name] for name in settings if name not in ("image", "grid")}
+    steered = {"steered": True} if job.keeper.steered else {}
+    return {name: settings[name] for name in settings if name not in ("image", "grid")} | steered
 
 
 def _report(job: Run, monitor: Monitor, seconds: float) -> RunReport:
@@ -336,6 +345,7 @@ def _report(job: Run, monitor: Monitor, seconds: float) -> RunReport:
         phases=tuple(monitor.phases),
         notices=tuple(monitor.notices),
         versions=versions(),
+        steered=job.keeper.steered,
     )
 
 

@@ -29,6 +29,11 @@ class PhaseReport:
     """One phase: seconds, predicted and measured peaks (by the ledgers), bytes moved.
 
     Attributes:
+        name: such as "denoise".
+        seconds: that it took.
+        units, unit: how many units of work were done, and what a unit is ("step", "layer", ...).
+        predicted_vram_bytes, predicted_ram_bytes: peaks that the plan promised.
+        measured_vram_bytes, measured_ram_bytes: peaks of the ledgers.
         read_bytes: weights read from disk.
         copied_bytes: weights copied from host memory to the device.
         stall_s: seconds in which the computation waited for weights.
@@ -59,6 +64,8 @@ class RunReport:
         output: path of the video, or None where the frames were kept in memory.
         frames, width, height, fps: of the video.
         seed: the seed that was used, also where the request left it open.
+        seconds: from the job's turn to its end.
+        vram_limit_bytes, ram_limit_bytes: the budgets.
         phases: in the order they ran.
         allocated_vram_bytes: peak of the device's own allocator (0 where it has none: the CPU).
         weight_format: of the transformer's blocks.
@@ -66,6 +73,9 @@ class RunReport:
         compute_path: how most of the blocks' matrices multiplied: "plain", "dequant", "fp8" or
             "int8".
         notices: all that the user was told on the way.
+        steered: ``on_step`` replaced the latents in some step: the request and the seed alone do
+            not lead to this video.
+        versions: of the packages that the result depends on.
     """
 
     output: str | None
@@ -84,6 +94,7 @@ class RunReport:
     phases: tuple[PhaseReport, ...]
     notices: tuple[str, ...]
     versions: dict[str, str]
+    steered: bool = False
 
     @property
     def peak_vram_bytes(self) -> int:
@@ -96,7 +107,11 @@ class RunReport:
         return max(phase.measured_ram_bytes for phase in self.phases)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, ready for json.dumps."""
+        """Plain values, ready for json.dumps.
+
+        Raises:
+            Nothing.
+        """
         return asdict(self) | {
             "peak_vram_bytes": self.peak_vram_bytes,
             "peak_ram_bytes": self.peak_ram_bytes,

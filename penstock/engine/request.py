@@ -209,7 +209,11 @@ class GenerationRequest:
         return negative.TEXT_TO_VIDEO if self.image is None else negative.IMAGE_TO_VIDEO
 
     def with_seed(self) -> GenerationRequest:
-        """This request with a seed: its own, or one drawn now."""
+        """This request with a seed: its own, or one drawn now.
+
+        Raises:
+            Nothing.
+        """
         return self if self.seed is not None else replace(self, seed=secrets.randbelow(1 << 32))
 
     @property

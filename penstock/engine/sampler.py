@@ -115,6 +115,10 @@ class Sampler:
         check_finite(stepped, i, len(self.timesteps))
         return stepped  # type: ignore[no-any-return]
 
+    def sigma(self, i: int) -> float:
+        """The share of noise in the latents before step ``i``, 0 to 1."""
+        return float(self._scheduler.sigmas[i])
+
     def state(self) -> SamplerState:
         """The solver's history. The tensors are its own: save them before the next step."""
         values: dict[str, Any] = self._settings | {"next_step": self.next_step}

@@ -10,6 +10,7 @@ from torch import Tensor
 from penstock.engine.keeper import Point
 from penstock.engine.sampler import Sampler, SamplerState, initial_noise
 from penstock.engine.stage import Stage
+from penstock.engine.steering import steer
 
 
 class Sampling:
@@ -68,15 +69,27 @@ class Sampling:
         return sampler
 
     def step(self, sampler: Sampler, prediction: Tensor, latents: Tensor) -> Tensor:
-        """One step of ``sampler``; returns the new latents.
+        """One step of ``sampler``; returns the new latents, as ``on_step`` has left them.
 
         The step before is on the disk first, so that at most one finished step can be lost.
         """
         self._stage.keeper.settle()
-        latents = sampler.step(prediction, sampler.next_step, latents)
+        latents = self._steered(sampler, sampler.step(prediction, sampler.next_step, latents))
         self._point = Point(latents, sampler.state())
         self._stage.keeper.keep_point(self._point)
         return latents
+
+    def _steered(self, sampler: Sampler, latents: Tensor) -> Tensor:
+        stage, on_step = self._stage, self._stage.job.hooks.on_step
+        if on_step is None:
+            return latents
+        with stage.host_ledger.reserve("on_step: latents", latents.nbytes):
+            wanted = steer(on_step, sampler.next_step, stage.job.request.steps, latents)
+        if wanted is None:
+            return latents
+        if not stage.keeper.steered:
+            stage.keeper.keep_steered()  # before any state that it has touched
+        return wanted
 
 
 def _moved(point: Point, device: torch.device) -> Point:

@@ -16,8 +16,10 @@ from penstock.engine.ahead import Ahead
 from penstock.engine.events import Listener, Monitor, PhaseMonitor, Replanned
 from penstock.engine.keeper import Keeper
 from penstock.engine.model import Component, ModelFiles
+from penstock.engine.preview import Previewer
 from penstock.engine.recovery import MEMORY_ERRORS, Shortage, shortage
 from penstock.engine.request import GenerationRequest
+from penstock.engine.steering import Hooks
 from penstock.errors import OutOfMemory
 from penstock.offload.layout import BlockLayout
 from penstock.offload.ledger import ByteLedger
@@ -51,6 +53,8 @@ class Run:
         shrink: a plan that takes less of a resource in a phase, or None where there is none.
         keeper: what is kept of the job while it runs.
         notices: told at the start.
+        hooks: what its user wants to see and do between steps.
+        previewer: makes previews.
     """
 
     model: ModelFiles
@@ -65,6 +69,8 @@ class Run:
     shrink: Shrink = nothing_smaller
     keeper: Keeper = field(default_factory=Keeper)
     notices: tuple[str, ...] = ()
+    hooks: Hooks = field(default_factory=Hooks)
+    previewer: Previewer = field(default_factory=Previewer)
 
 
 def workload_of(request: GenerationRequest, *, kept: bool = False) -> Workload:
@@ -219,6 +225,7 @@ class Stage:
             device_ledger=self.device_ledger,
             host_ledger=self.host_ledger,
             overlapped=self.job.overlapped,
+            should_stop=self.monitor.check,
         )
 
 

@@ -174,7 +174,7 @@ def restored_order(journal: Journal) -> Order:
 
 
 def check_conditions(
-    journal: Journal, plan: Plan, now: Fingerprint, *, allow_nonidentical: bool
+    journal: Journal, plan: Plan, now: Fingerprint, *, steers: bool, allow_nonidentical: bool
 ) -> tuple[str, ...]:
     """Differences between the conditions a job began under and those of today, as sentences.
 
@@ -182,14 +182,19 @@ def check_conditions(
         journal: of the job.
         plan: under which it will go on.
         now: the fingerprint of today.
+        steers: there is an ``on_step``. A job that had one and replaced latents needs it again for
+            the steps that remain.
         allow_nonidentical: differences are no error.
 
     Raises:
         FingerprintMismatch: something differs, and that is not allowed.
     """
-    then = journal.record.fingerprint | {"plan": _rounding(restored_plan(journal))}
+    steered = bool(journal.record.facts.get("steered"))
+    still = steered and (steers or journal.load_latents() is not None)
+    then = {"plan": _rounding(restored_plan(journal)), "steered": steered}
+    today = {"plan": _rounding(plan), "steered": still}
     differences = check_fingerprint(
-        then, now | {"plan": _rounding(plan)}, allow_nonidentical=allow_nonidentical
+        journal.record.fingerprint | then, now | today, allow_nonidentical=allow_nonidentical
     )
     return tuple(
         f"the result will not be identical: {field} was {old!r} and is {new!r}"

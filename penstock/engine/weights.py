@@ -13,24 +13,42 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from penstock.errors import TensorMismatch
+
+_UNFILLED = (torch.empty, torch.rand, torch.randn)
+"""What classes of diffusers and transformers make parameters with that wait for a checkpoint."""
+
+
+class _Weightless(TorchFunctionMode):
+    """New parameters are made on the meta device, and no random number is drawn.
+
+    On this thread only: accelerate's `init_empty_weights` replaces a method of every module of the
+    process, and torch's random state is the process's too. Other threads may be at work.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any | None = None
+    ) -> Any:
+        options = dict(kwargs or {})
+        if func in _UNFILLED:
+            options["device"] = "meta"
+        return func(*args, **options)
 
 
 def skeleton(model_class: Any, config: Any) -> Any:
     """An instance of ``model_class`` in eval mode whose weights are on the meta device.
 
     Buffers that no checkpoint carries (rotary tables, position ids) are real and on the CPU, as the
-    class computes them. The global random state is left as it was.
+    class computes them.
 
     Args:
         model_class: an `nn.Module` class, of a whole model or of one block.
         config: a mapping of constructor arguments (diffusers' own private entries are allowed for
             its models), or the config object of a transformers model.
     """
-    from accelerate import init_empty_weights
-
-    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
+    with _Weightless():
         if not isinstance(config, Mapping):
             module = model_class(config)
         elif hasattr(model_class, "from_config"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -58,6 +58,7 @@ class BlockStream:
         device: where tensors are wanted.
         device_ledger, host_ledger: every buffer is reserved there first.
         overlapped: work ahead of the computation; False is the sequential reference.
+        should_stop: called before each block that is loaded on entry; ends the loading by raising.
 
     Attributes:
         stats: what moved and who waited, so far.
@@ -79,6 +80,7 @@ class BlockStream:
         device_ledger: ByteLedger,
         host_ledger: ByteLedger,
         overlapped: bool = True,
+        should_stop: Callable[[], None] = lambda: None,
     ) -> None:
         if len(layouts) != residency.n_blocks:
             raise UsageError(
@@ -92,6 +94,7 @@ class BlockStream:
         self._layouts, self._residency = tuple(layouts), residency
         self._computes: Iterator[Compute] = iter(())
         self._cycles, self._overlapped = cycles, overlapped
+        self._should_stop = should_stop
         self._device = DeviceTier(device, device_ledger)
         self._host = HostTier(host_ledger, device)
         self._mover: Mover | None = None
@@ -185,6 +188,7 @@ class BlockStream:
             carrier = Carrier(disk, self._mover.link, self.stats)
             blocks = self._residency.device_resident
             for block, target in zip(blocks, buffers.resident, strict=True):
+                self._should_stop()
                 carrier.load(self._layouts[block], through, target)
 
     def _forget(self) -> None:

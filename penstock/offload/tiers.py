@@ -7,8 +7,10 @@ CUDA, nothing at all where the device is the CPU) stand behind the `Link` protoc
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -459,6 +461,10 @@ def open_link(device: torch.device, longest_wait: int) -> Link:
 
 
 def release_cached(device: torch.device) -> None:
-    """Give back to the driver what torch's allocator holds but nobody uses."""
+    """Give back to the driver and the system what their allocators hold but nobody uses."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        library = ctypes.CDLL(None)
+        if hasattr(library, "malloc_trim"):  # glibc; others give back by themselves, or never
+            library.malloc_trim(0)

@@ -155,6 +155,8 @@ class Plan:
     """The phases of a job, in order, and the budgets they were made for.
 
     Attributes:
+        phases: what happens, in order, with its bytes and seconds.
+        vram_limit_bytes, ram_limit_bytes: the budgets.
         weight_format: of the transformer's blocks.
         compute: "exact" or "fast", as asked.
         compute_path: how most of the blocks' matrices multiply: "plain", "dequant" (decoded first),
@@ -186,7 +188,11 @@ class Plan:
         return max(phase.ram_bytes for phase in self.phases)
 
     def with_phases(self, changed: tuple[PhasePlan, ...]) -> Plan:
-        """This plan with the phases of the same names replaced."""
+        """This plan with the phases of the same names as those ``changed`` replaced by them.
+
+        Raises:
+            Nothing: other names are left out.
+        """
         new = {phase.name: phase for phase in changed}
         return replace(self, phases=tuple(new.get(phase.name, phase) for phase in self.phases))
 
@@ -196,7 +202,11 @@ class Plan:
         return sum(phase.seconds for phase in self.phases)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, ready for json.dumps."""
+        """Plain values, ready for json.dumps; `from_json` reads them again.
+
+        Raises:
+            Nothing.
+        """
         return asdict(self) | {
             "peak_vram_bytes": self.peak_vram_bytes,
             "peak_ram_bytes": self.peak_ram_bytes,

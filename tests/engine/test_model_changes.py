@@ -47,7 +47,7 @@ CHANGES = [truncate, empty, replace, touch, overwrite, Path.unlink]
 MOMENTS: list[tuple[str, str, Callable[[Event], bool]]] = [
     ("text_encoder", "text", lambda e: isinstance(e, PhaseStarted) and e.phase == "text"),
     ("transformer", "context", lambda e: isinstance(e, PhaseStarted) and e.phase == "context"),
-    ("transformer", "step 2", lambda e: isinstance(e, Progress) and e.done == 2 and _steps(e)),
+    ("transformer", "step 2", lambda e: isinstance(e, Progress) and e.step == 2 and _steps(e)),
     ("vae", "decode", lambda e: isinstance(e, PhaseStarted) and e.phase == "decode"),
 ]
 

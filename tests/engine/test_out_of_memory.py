@@ -233,7 +233,7 @@ def test_a_shortage_in_a_step_costs_that_step_only(engine: Engine, latents: torc
         events = list(job.events())
         result = job.result()
     assert faulty.failed == 1
-    done = [e.done for e in events if isinstance(e, Progress) and e.phase == "denoise"]
+    done = [e.step for e in events if isinstance(e, Progress) and e.phase == "denoise"]
     assert done == [1, 2, 3, 4]
     assert torch.equal(result.latents, latents)
 

@@ -57,7 +57,7 @@ def run_until(job: Any, stop: Callable[[Event], bool]) -> list[Event]:
 
 
 def steps_done(events: list[Event]) -> list[int]:
-    return [e.done for e in events if isinstance(e, Progress) and e.phase == "denoise"]
+    return [e.step for e in events if isinstance(e, Progress) and e.phase == "denoise"]
 
 
 def phases_begun(events: list[Event]) -> list[str]:
@@ -117,14 +117,14 @@ def assert_same(whole: Whole, result: JobResult, output: Path) -> None:
 
 
 def at_step(number: int) -> Callable[[Event], bool]:
-    return lambda e: isinstance(e, Progress) and e.phase == "denoise" and e.done >= number
+    return lambda e: isinstance(e, Progress) and e.phase == "denoise" and e.step >= number
 
 
 def in_phase(name: str, done: int = 0) -> Callable[[Event], bool]:
     return lambda e: (
         isinstance(e, PhaseStarted | Progress)
         and e.phase == name
-        and (getattr(e, "done", 0) >= done)
+        and (getattr(e, "step", 0) >= done)
     )
 
 
@@ -164,7 +164,7 @@ def test_decoded_tiles_are_not_decoded_again(
         run_until(job, in_phase("decode", done=latent_frames + 2 * frames + 1))
         assert len(list((tmp_path / "job").glob("tile-2x2-*.safetensors"))) == 2
         job = engine.resume(tmp_path / "job")
-        decoded = [e.done for e in job.events() if isinstance(e, Progress) and e.phase == "decode"]
+        decoded = [e.step for e in job.events() if isinstance(e, Progress) and e.phase == "decode"]
         uninterrupted = engine.submit(a_request(None)).result()
     assert len(decoded) == latent_frames + frames * (tiles - 2)
     assert torch.equal(job.result().video, uninterrupted.video)

@@ -124,7 +124,7 @@ class _Failpoints:
         def run(work: Any, listener: Callable[[Event], None], cancelled: Any) -> Any:
             def tap(event: Event) -> None:
                 if isinstance(event, Progress) and event.phase == "denoise":
-                    self.tell("s", event.done)
+                    self.tell("s", event.step)
                 self.reach()
                 listener(event)
 

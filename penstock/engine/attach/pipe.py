@@ -91,6 +91,9 @@ class Attached:
         """Give back all VRAM and RAM that is held between calls; the next call takes it again.
 
         A call that ends does so itself; one that an exception ended does not.
+
+        Raises:
+            Nothing.
         """
         self._desk.release()
 

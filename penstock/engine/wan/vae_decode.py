@@ -85,6 +85,15 @@ def decode_tiled(
             should_stop()
 
 
+def raw_latents(latents: Tensor, config: Any) -> Tensor:
+    """Latents (1, z, t, h, w) in the VAE's own range: its normalisation undone, rounded as
+    diffusers' pipelines do."""
+    view = (1, config.z_dim, 1, 1, 1)
+    mean = torch.tensor(config.latents_mean).view(view).to(latents)
+    inverse_std = 1.0 / torch.tensor(config.latents_std).view(view).to(latents)
+    return latents / inverse_std + mean
+
+
 def tile_windows(vae: Any, grid: TileGrid, height: int, width: int) -> list[Window]:
     """Where the pixels of each tile go, for latents of ``height`` x ``width``.
 

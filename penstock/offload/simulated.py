@@ -157,7 +157,7 @@ def least_seconds(
     and computed with after it was read. A ring of one buffer has what fills it and what empties it
     take turns, so those two count as one resource.
     """
-    loads = _loads(residency, blocks, machine)
+    loads = _loads(residency, blocks, machine, cycles)
     found = [load.first_s + (cycles - 1) * load.later_s + load.tail_s for load in loads]
     if cycles > 1:
         last = _Last(residency, blocks, machine)
@@ -187,7 +187,9 @@ class _Load:
     tail_s: float = 0.0
 
 
-def _loads(residency: Residency, blocks: tuple[Block, ...], machine: Machine) -> list[_Load]:
+def _loads(
+    residency: Residency, blocks: tuple[Block, ...], machine: Machine, cycles: int
+) -> list[_Load]:
     read, copy = 1 / machine.read_bytes_per_s, 1 / machine.copy_bytes_per_s
     disk, streamed = _nbytes(residency.disk_blocks, blocks), _nbytes(residency.streamed, blocks)
     kept = _nbytes(residency.host_resident, blocks)
@@ -204,7 +206,12 @@ def _loads(residency: Residency, blocks: tuple[Block, ...], machine: Machine) ->
     if residency.device_slots == 1:
         turns = streamed * copy + sum(blocks[block].compute_s for block in residency.streamed)
         loads.append(_Load(1, 2, turns, turns))
-    tails = [_tail_s(residency.disk_blocks, blocks, copy), _tail_s(residency.streamed, blocks, 0)]
+    read_last, copied_last = residency.disk_blocks, residency.streamed
+    if cycles == 1:  # the residents come in this cycle too
+        arrived = residency.device_resident if residency.host_slabs else ()
+        copied_last = tuple(sorted((*copied_last, *arrived)))
+        read_last = tuple(sorted((*read_last, *residency.host_resident, *arrived)))
+    tails = [_tail_s(read_last, blocks, copy), _tail_s(copied_last, blocks, 0)]
     tailed = zip(loads, tails, strict=False)
     return [replace(load, tail_s=tail) for load, tail in tailed] + loads[2:]
 

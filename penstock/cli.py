@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -256,13 +255,16 @@ def demo(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Make a video with the small model in the box."""
-    from penstock.engine.demo import demo_model
+    """Make a video, and a page with its frames, with the small model in the box."""
+    from penstock.engine.demo import MINI, demo_settings
+    from penstock.engine.sheet import sheet_beside, write_contact_sheet
 
-    with reported(debug), tempfile.TemporaryDirectory(prefix="penstock-demo-") as scratch:
-        model, settings = demo_model(Path(scratch), prompt=prompt, image=image)
+    with reported(debug):
+        sheet = sheet_beside(output, overwrite=force)
         opening = {"vram": vram, "ram": ram, "device": device}
-        _generate(model, opening, settings, output, force, True, as_json)
+        _generate(MINI, opening, demo_settings(prompt, image), output, force, True, as_json)
+        write_contact_sheet(output, sheet, scale=2)
+        Console(stderr=True).print(f"its frames: {sheet}", soft_wrap=True)
 
 
 @app.command()

@@ -151,6 +151,9 @@ def test_the_demo_makes_a_video(tmp_path: Path) -> None:
     assert run.exit_code == 0, run.stderr
     assert output.stat().st_size > 1000
     assert str(output) in run.stderr.replace("\n", "")
+    assert (tmp_path / "demo.frames.png").stat().st_size > 1000
+    assert _call("demo", "-o", output).exit_code != 0
+    assert output.stat().st_size > 1000
 
 
 def test_version() -> None:

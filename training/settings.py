@@ -72,6 +72,8 @@ class VaeRun:
     crop: int = 32
     batch: int = 6
     kl: float = 1e-5
+    polish: int = 700
+    """Steps of the decoder alone at the end."""
 
 
 @dataclass(frozen=True)

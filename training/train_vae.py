@@ -4,6 +4,7 @@
 """
 
 import argparse
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import (
     WanResample,
     WanResidualBlock,
 )
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from training.clips import path, random_motion, random_scene, render, rng_for
@@ -26,6 +28,7 @@ from training.common import (
     pick_device,
     psnr,
     rate_at,
+    read_step,
     save_state,
 )
 from training.settings import BUCKETS, FRAMES, VAE, VAE_CONFIG, VaeRun
@@ -176,6 +179,50 @@ def train(folder: Path, run: VaeRun, init_from: Path | None = None) -> None:
             save_state(state, step, vae, optimiser)
             saved = time.monotonic()
             print(f"vae {step} validation {validate(vae):.2f} dB", flush=True)
+
+
+def polish(folder: Path, run: VaeRun) -> None:
+    """Train the decoder alone for ``run.polish`` steps; latents stay what they are.
+
+    The first frame is one of many in a clip, and the one that people compare with their picture:
+    half of the steps see nothing but first frames.
+    """
+    done = folder / "polished"
+    if done.exists():
+        return
+    torch.manual_seed(run.seed)
+    vae = build_vae()
+    tensors = load_file(folder / "vae.safetensors")
+    vae.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+    vae.to(pick_device())
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+    learning = nn.ModuleList([vae.post_quant_conv, vae.decoder])
+    rates = (run.rate * 0.3, run.matrix_rate * 0.3)
+    optimiser = Optimiser(learning, ("conv_in", "conv_out"), *rates, 0.0)
+    mean = 0.0
+    for step in range(run.polish):
+        index = 80_000_000 + step * 8
+        clips = (
+            [whole_clip(index + i, 1, square=True) for i in range(8)]
+            if step % 2
+            else [whole_clip(index, 9, square=True)]
+        )
+        batch = to_batch(clips).to(next(vae.parameters()).device)
+        loss, square = vae_loss(vae, batch, 0.0)
+        loss.backward()
+        nn.utils.clip_grad_norm_(learning.parameters(), 1.0)
+        optimiser.step(rate_at(step, run.polish, 20, 0.6))
+        mean = square.item() if step == 0 else 0.98 * mean + 0.02 * square.item()
+        if step % 50 == 49:
+            print(f"polish {step + 1} psnr {10 * np.log10(4 / mean):.2f}", flush=True)
+    unchanged = {key: value for key, value in tensors.items() if not key.startswith("model.")}
+    polished = {f"model.{k}": v.detach().cpu().contiguous() for k, v in vae.state_dict().items()}
+    step_now = read_step(folder / "vae.safetensors")
+    save_file(polished | unchanged, folder / "vae.part", metadata={"step": json.dumps(step_now)})
+    (folder / "vae.part").replace(folder / "vae.safetensors")
+    done.touch()
+    print(f"polished: validation {validate(vae):.2f} dB", flush=True)
 
 
 def main() -> None:

@@ -1,36 +1,27 @@
-"""The model and the picture that ``penstock demo`` runs on."""
+"""What ``penstock demo`` runs on: the small trained model in the box, and a picture for it."""
 
 from __future__ import annotations
 
-from importlib.resources import as_file, files
+from importlib.resources import files
 from pathlib import Path
 
-from transformers.utils import logging
-
 from penstock.engine.settings import Settings
-from penstock.engine.synthetic import write_tiny_model
+
+MINI = Path(str(files("penstock"))) / "assets" / "mini"
+"""A diffusers folder; training/README.md is its model card."""
+
+DEMO_PROMPT = "a blue square moves to the right"
 
 
-def demo_model(
-    scratch: Path, *, prompt: str | None = None, image: Path | None = None
-) -> tuple[Path, Settings]:
-    """A folder with a model in the box, and settings for it.
+def demo_picture() -> Path:
+    """The first frame of the demo: a shape on a background, 64x64."""
+    return MINI.parent / "demo.png"
+
+
+def demo_settings(prompt: str | None = None, image: Path | None = None) -> Settings:
+    """The demo's request, with the model's own defaults for everything else.
 
     Args:
-        scratch: an existing folder that the model and the picture may be written to.
         prompt, image: instead of the demo's own.
     """
-    picture = scratch / "demo.png"
-    with as_file(files("penstock") / "assets" / "demo.png") as shipped:
-        picture.write_bytes(shipped.read_bytes())
-    logging.disable_progress_bar()  # of writing the model: there are bars of our own to come
-    folder = write_tiny_model(scratch / "model")
-    settings = Settings(
-        prompt=prompt or "a red circle moves to the right",
-        image=image or picture,
-        max_area="128x128",
-        frames=17,
-        steps=8,
-        seed=0,
-    )
-    return folder, settings
+    return Settings(prompt=prompt or DEMO_PROMPT, image=image or demo_picture(), seed=0)

@@ -134,7 +134,11 @@ def test_a_job_that_reads_a_wrong_bit_stops_is_kept_and_goes_on(
         patch.setattr(
             WeightFile, "read_into", lambda self, *args, **options: read(self, *args, **options)
         )
-        patch.setattr(engine, "plan", lambda request: placed(Engine.plan(engine, request), stream))
+        patch.setattr(
+            engine,
+            "plan",
+            lambda request, **how: placed(Engine.plan(engine, request, **how), stream),
+        )
         with pytest.raises(CheckpointError, match="the bytes of block 1"):
             engine.submit(REQUEST, job_dir=tmp_path / "job").result()
     kept = describe(tmp_path / "job")

@@ -267,7 +267,7 @@ def test_a_lost_device_ends_the_engine_but_not_the_job(
 
 
 def test_a_job_under_a_budget_that_became_too_small_is_planned_anew(
-    engine: Engine, latents: torch.Tensor, tmp_path: Path
+    engine: Engine, t2v_folder: Path, latents: torch.Tensor, tmp_path: Path
 ) -> None:
     def stop(event: Event) -> bool:
         return isinstance(event, Progress) and event.phase == "denoise"
@@ -277,7 +277,7 @@ def test_a_job_under_a_budget_that_became_too_small_is_planned_anew(
         if stop(event):
             job.cancel()
     tight = engine.plan(a_request(None)).peak_vram_bytes - 1
-    engine.hardware = replace(engine.hardware, vram_bytes=tight)
-    result = engine.resume(tmp_path / "job").result()
+    with an_engine(t2v_folder, vram=tight) as smaller_engine:
+        result = smaller_engine.resume(tmp_path / "job").result()
     assert result.report.peak_vram_bytes <= tight
     assert torch.equal(result.latents, latents)

@@ -196,9 +196,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, call):
     elif call == "fsync":
         monkeypatch.setattr(os, "fsync", full)
     else:
-        monkeypatch.setattr(
-            video.av, "open", lambda *a, **k: FullContainer(open_container(*a, **k))
-        )
+        monkeypatch.setattr(av, "open", lambda *a, **k: FullContainer(open_container(*a, **k)))
     with pytest.raises(VideoError, match="No space left"):
         write_video(tmp_path / "out.mp4", moving_frames(), 16)
     assert leftovers(tmp_path) == []

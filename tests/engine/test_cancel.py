@@ -30,7 +30,7 @@ from tests.engine.running import a_request, an_engine
 from tests.meter import StorageMeter
 
 MOMENTS = 100
-TOO_LATE = 100
+TOO_LATE = 300
 """Jobs that may end before their cancel comes: they say nothing, and another is run."""
 
 
@@ -100,7 +100,7 @@ def test_a_hundred_random_moments(
         for _ in range(MOMENTS + TOO_LATE):
             watch.happened.clear()
             job = engine.submit(request, tmp_path / "out.mp4")
-            time.sleep(rng.uniform(0, seconds))  # which moment, says no assertion
+            time.sleep(rng.uniform(0, 0.9 * seconds))  # which moment, says no assertion
             job.cancel()
             watch.happened.append("cancelled")
             if _finished(job, tmp_path / "out.mp4"):

@@ -109,6 +109,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     train_vae.train(args.folder, replace(VAE, steps=args.vae_steps), args.init_from)
+    train_vae.polish(args.folder, VAE)
     encode_scenes(args.folder, args.scenes)
     train_rounds(args.folder, args.output, args.dit_steps, args.init_from)
     choose_sampler(args.output)

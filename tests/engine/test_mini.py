@@ -18,7 +18,6 @@ from penstock.engine.request import GenerationRequest
 from penstock.engine.settings import Settings, resolve
 from penstock.profiles.profile import Overrides
 from tests.faults.child import Task
-from tests.faults.film import frames_sha
 
 SMALLEST = "9MiB"
 
@@ -75,11 +74,7 @@ def test_streamed_tiled_killed_and_resumed_it_makes_the_same_frames(tmp_path: Pa
         held = sum(count for _, count in plan["denoise"].weights)
         assert held <= _weight_bytes() / 5
         assert torch.equal(engine.submit(request).result().video, resident)
-        whole, killed = (Task(engine, request, tmp_path / name) for name in ("whole", "killed"))
-        for task in (whole, killed):
-            task.folder.mkdir()
-        total = whole.attempt().failpoints
-        assert killed.attempt(kill_at=total // 2).was_killed
-        assert not killed.output.exists()
-        killed.attempt()
-    assert frames_sha(killed.output) == frames_sha(whole.output)
+        killed = Task(engine, request, tmp_path / "killed")
+        killed.folder.mkdir()
+        assert killed.attempt(kill_after_s=1.0).was_killed
+        assert torch.equal(engine.resume(killed.job).result().video, resident)

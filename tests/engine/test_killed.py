@@ -75,6 +75,8 @@ def kill_at_moments(
         attempts: list[Attempt] = []
         while len(attempts) < kills and not (attempts and not attempts[-1].was_killed):
             attempts.append(task.attempt(kill_after_s=chance.uniform(0.0, duration)))
+            if _is_done(task):  # killed between the job's end and the process's
+                break
         hit += sum(attempt.was_killed for attempt in attempts)
         redone += finish(task, attempts, sha)
     return hit, redone

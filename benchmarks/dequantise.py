@@ -1,12 +1,17 @@
 """Speed of decoding a weight on this CPU: ours beside each library's own.
 
-    python -m benchmarks.dequantise [--rows 5120] [--columns 5120] [--rounds 7] [--threads 1]
+    python -m benchmarks.dequantise [--shapes 1024x5120,5120x5120] [--rounds 11] [--threads 1]
+        [--formats nf4,int8,...]
 
-The two sides take turns within one run; a ratio is ours / theirs of the median times, so below 1
-ours is faster. Ours decodes into a buffer that is reused, as the engine does; theirs return a new
-tensor, for they have no other form on a CPU (bitsandbytes' ``out=`` has kernels for CUDA only). For
-fp8 and int8 of ours the other side is the plain torch expression ``weight.to(dtype) * scale``. The
-last line on stdout is JSON.
+CPU time is measured, so that a busy machine disturbs little. The two sides take turns within one
+run, the one that begins as well; a ratio is ours / theirs, so below 1 ours is faster: the median of
+the rounds' ratios, with their quartiles as the spread. The row "control" is one function against
+itself: what noise alone does. Ours decodes into a buffer that is reused, as the engine does; theirs
+return a new tensor, for they have no other form on a CPU (bitsandbytes' ``out=`` has kernels for
+CUDA only). For fp8 and int8 of ours the other side is the plain torch expression that gives the
+same values; "torch, rounded" is a shorter one that gives others, for it rounds the scale to the
+dtype before the product. For int8 there is bitsandbytes' own row-wise int8 besides. The last line
+on stdout is JSON.
 """
 
 from __future__ import annotations
@@ -16,8 +21,9 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from gguf import GGMLQuantizationType
@@ -40,26 +46,35 @@ class Case:
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
+    """CPU time of one call, all threads together: other processes take none of it."""
+    start = time.process_time()
     function()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def measure(case: Case, rounds: int) -> dict[str, object]:
-    """Median milliseconds of both sides, after one call of each that is not counted."""
-    case.ours()
-    case.theirs()
-    pairs = [(seconds(case.ours), seconds(case.theirs)) for _ in range(rounds)]
+    """Median milliseconds of both sides and quartiles of their ratios, after two calls of each that
+    are not counted (the second finds the allocator as the later ones do)."""
+    pairs = [_pair(case, turn) for turn in range(-2, rounds)][2:]
     ours, theirs = (statistics.median(column) for column in zip(*pairs, strict=True))
+    low, middle, high = statistics.quantiles((a / b for a, b in pairs), n=4, method="inclusive")
     return {
         "format": case.name,
         "dtype": str(case.dtype).removeprefix("torch."),
         "against": case.other,
-        "ours_ms": round(1e3 * ours, 2),
-        "theirs_ms": round(1e3 * theirs, 2),
-        "ratio": round(ours / theirs, 3),
+        "ours_ms": round(1e3 * ours, 3),
+        "theirs_ms": round(1e3 * theirs, 3),
+        "ratio": round(middle, 3),
+        "low": round(low, 3),
+        "high": round(high, 3),
     }
+
+
+def _pair(case: Case, turn: int) -> tuple[float, float]:
+    if turn % 2:
+        theirs = seconds(case.theirs)
+        return seconds(case.ours), theirs
+    return seconds(case.ours), seconds(case.theirs)
 
 
 def ours(fmt: QuantFormat, stored: dict[str, Tensor], out: Tensor) -> Callable[[], object]:
@@ -76,15 +91,30 @@ def torch_cases(weight: Tensor, out: Tensor) -> Iterator[Case]:
         data, scale = stored["weight"], stored["weight_scale"]
 
         def plain(data: Tensor = data, scale: Tensor = scale) -> Tensor:
+            return (data.float() * scale).to(out.dtype)
+
+        def rounded(data: Tensor = data, scale: Tensor = scale) -> Tensor:
             return data.to(out.dtype) * scale.to(out.dtype)
 
         yield Case(name, "torch", out.dtype, ours(fmt, stored, out), plain)
+        if out.dtype != torch.float32:
+            yield Case(name, "torch, rounded", out.dtype, ours(fmt, stored, out), rounded)
+    yield Case("control", "itself", out.dtype, plain, plain)
 
 
 def bitsandbytes_cases(weight: Tensor, out: Tensor) -> Iterator[Case]:
-    """NF4."""
+    """NF4, and int8 by rows, whose scales are the rows' maxima and whose result is fp32."""
     from bitsandbytes import functional
 
+    codes, maxima, _ = functional.int8_vectorwise_quant(weight.half())
+    fmt = get_format("int8")
+    yield Case(
+        "int8",
+        "bitsandbytes",
+        out.dtype,
+        ours(fmt, fmt.quantise(weight), out),
+        lambda: functional.int8_vectorwise_dequant(codes, maxima).to(out.dtype),
+    )
     fmt = get_format("nf4")
     stored = fmt.quantise(weight)
     packed, state = functional.quantize_4bit(weight.to(out.dtype), blocksize=64, quant_type="nf4")
@@ -146,31 +176,47 @@ def gguf_cases(weight: Tensor, out: Tensor) -> Iterator[Case]:
         yield Case(fmt.name, "gguf", out.dtype, ours(fmt, {"weight": stored}, out), theirs)
 
 
+def cases(weight: Tensor, out: Tensor, formats: Sequence[str]) -> Iterator[Case]:
+    """All comparisons that decode to the dtype and shape of ``out``; some formats, if any are
+    named."""
+    for made in (torch_cases, bitsandbytes_cases, quanto_cases, gguf_cases):
+        yield from (case for case in made(weight, out) if not formats or case.name in formats)
+
+
+def sized(text: str) -> tuple[int, int]:
+    """``1024x5120`` as rows and columns."""
+    rows, _, columns = text.partition("x")
+    return int(rows), int(columns)
+
+
 def main() -> None:
     """Parses, measures, prints."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rows", type=int, default=5120)
-    parser.add_argument("--columns", type=int, default=5120)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--shapes", default="1024x5120,5120x5120")
+    parser.add_argument("--formats", default="")
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    weight = torch.randn(options.rows, options.columns) * 0.02
     results = []
-    for dtype in (torch.bfloat16, torch.float32):
-        out = torch.empty(weight.shape, dtype=dtype)
-        for cases in (torch_cases, bitsandbytes_cases, quanto_cases, gguf_cases):
-            for case in cases(weight, out):
-                results.append(measure(case, options.rounds))
-                print(
-                    "{format:12} {dtype:9} {against:15} {ours_ms:9} {theirs_ms:9} {ratio:6}".format(
-                        **results[-1]
-                    ),
-                    flush=True,
-                )
+    formats = [name for name in options.formats.split(",") if name]
+    for shape in map(sized, options.shapes.split(",")):
+        weight = torch.randn(shape) * 0.02
+        for dtype in (torch.bfloat16, torch.float32):
+            for case in cases(weight, torch.empty(shape, dtype=dtype), formats):
+                results.append({"shape": list(shape)} | measure(case, options.rounds))
+                print(line(results[-1]), flush=True)
     machine = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
-    shape = [options.rows, options.columns]
-    print(json.dumps({**machine, "threads": options.threads, "shape": shape, "results": results}))
+    print(json.dumps({**machine, "threads": options.threads, "results": results}))
+
+
+def line(result: Mapping[str, Any]) -> str:
+    """A row for people."""
+    rows, columns = result["shape"]
+    return f"{rows}x{columns}".ljust(11) + (
+        "{format:12} {dtype:9} {against:15} {ours_ms:9} {theirs_ms:9} {ratio:6} "
+        "({low} to {high})".format(**result)
+    )
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ ITEM_BYTES: Mapping[str, int] = MappingProxyType(
     {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1}
 )
 
-_CPU_CHUNK = 1 << 17
+_CPU_CHUNK = 1 << 18
 _DEVICE_CHUNK = 1 << 22
 
 
@@ -87,15 +87,21 @@ def row_amax(weight: Tensor, name: str) -> Tensor:
 def output(
     out: Tensor | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """``out`` if given (checked to be ``shape``, ``dtype`` and contiguous), else a new tensor.
+    """``out`` if given (checked as by `check_contiguous`), else a new tensor.
 
     Raises:
         ValueError: ``out`` does not fit.
     """
     if out is None:
         return torch.empty(tuple(shape), dtype=dtype, device=device)
-    if tuple(out.shape) != tuple(shape) or out.dtype != dtype or not out.is_contiguous():
-        raise ValueError(
-            f"out must be contiguous {tuple(shape)} {dtype}, got {tuple(out.shape)} {out.dtype}"
-        )
+    check_contiguous("out", out, shape, dtype)
     return out
+
+
+def check_contiguous(name: str, tensor: Tensor, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Raise ValueError unless ``tensor`` is contiguous, of ``shape`` and ``dtype``."""
+    found = (tuple(tensor.shape), tensor.dtype)
+    if found != (tuple(shape), dtype) or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous {tuple(shape)} {dtype}, got {found[0]} {found[1]}"
+        )

@@ -84,9 +84,12 @@ class Scaled8:
         return stored
 
     def workspace_bytes(self, shape: Shape, device: torch.device) -> int:
-        """The scale in fp32, and on a CPU a chunk in fp32; other devices decode in place."""
-        chunk = shape[1] * chunk_rows(*shape, device) if device.type == "cpu" else 0
-        return 4 * (shape[0] + chunk)
+        """The scale in fp32, and on a CPU a chunk in fp32, for fp8 its bits besides and the largest
+        of them; other devices decode in place."""
+        if device.type != "cpu":
+            return 4 * shape[0]
+        item = 4 if self.tag == "I8" else 4 + 2 + 1
+        return 4 * shape[0] + item * shape[1] * chunk_rows(*shape, device) + 1
 
     def quantise(self, weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
         """Stored tensors of ``weight`` (2-D, floating point).
@@ -136,12 +139,10 @@ class Scaled8:
         """``stored * scale``, computed in fp32 and rounded once to ``dtype``."""
         weight, scale = self.operands(tensors)
         out = output(out, shape, dtype, weight.device)
-        if scale is None:
-            return out.copy_(weight)
-        if weight.device.type != "cpu":
-            # Both stored types are exact in every compute dtype: one rounding here as well.
-            return out.copy_(weight).mul_(scale.float())
-        return _multiply_by_chunks(weight, scale.float().expand(shape[0], 1), out)
+        if weight.device.type == "cpu":
+            return _by_chunks(weight, scale, out)
+        # Both stored types are exact in every compute dtype: one rounding here as well.
+        return out.copy_(weight) if scale is None else out.copy_(weight).mul_(scale.float())
 
 
 def _round(part: Tensor, tag: str) -> Tensor:
@@ -157,16 +158,45 @@ def scale_as(scale: Tensor, layout: ScaleLayout, rows: int, tag: str | None) -> 
     return scale.to(dtype).reshape(scale_shape(layout, rows))
 
 
-def _multiply_by_chunks(weight: Tensor, scale: Tensor, out: Tensor) -> Tensor:
-    """Walks the rows so that the fp32 chunk stays in the cache; bit-equal to the whole product."""
+def _by_chunks(weight: Tensor, scale: Tensor | None, out: Tensor) -> Tensor:
+    """Walks the rows so that what is in work stays in the cache; bit-equal to the whole product."""
     rows, columns = weight.shape
-    direct = out.dtype == torch.float32
     size = chunk_rows(rows, columns, weight.device)
-    chunk = None if direct else torch.empty(size, columns, dtype=torch.float32)
+    bits = torch.empty(size, columns, dtype=torch.int16) if weight.is_floating_point() else None
+    chunk = None if _decodes_into(out.dtype, weight, scale) else torch.empty(size, columns)
+    if scale is not None:
+        scale = scale.to(out.dtype if chunk is None else torch.float32).expand(rows, 1)
     for part in row_slices(rows, columns, weight.device):
         target = out[part]
         work = target if chunk is None else chunk[: len(target)]
-        work.copy_(weight[part]).mul_(scale[part])
+        if bits is None:
+            work.copy_(weight[part])
+        else:
+            _decode_e4m3(weight[part], bits[: len(target)], work)
+        if scale is not None:
+            work.mul_(scale[part])
         if chunk is not None:
             target.copy_(work)
     return out
+
+
+def _decodes_into(dtype: torch.dtype, weight: Tensor, scale: Tensor | None) -> bool:
+    """Whether the product can be made in ``dtype`` itself, rounded once: both factors are numbers
+    of it. (Also so in other cases, where torch would convert one by one.)"""
+    whole = weight.dtype == torch.int8 and scale is not None and scale.dtype == dtype
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and whole)
+
+
+def _decode_e4m3(codes: Tensor, bits: Tensor, out: Tensor) -> None:
+    """``codes`` (e4m3fn) as fp32, with ``bits`` (int16) in between: torch's way, one by one, takes
+    several times as long.
+
+    Sign, exponent and mantissa are moved to where fp16 has them. Its exponent counts from 8 further
+    down, subnormals included: what stands there is the number over 256.
+    """
+    raw = codes.view(torch.int8)
+    if int((raw & 127).amax()) == 127:  # NaN; fp16 would read 480 / 256
+        out.copy_(codes)
+        return
+    bits.copy_(raw).bitwise_left_shift_(7).bitwise_and_(~(1 << 14))  # bit 14: the copied sign
+    out.copy_(bits.view(torch.float16)).mul_(256)

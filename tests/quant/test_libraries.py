@@ -16,11 +16,14 @@ from gguf.quants import quantize as gguf_quantize
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from penstock.quant import nf4
 from penstock.quant.format import get_format
 from penstock.quant.gguf import GGUF_FORMATS, Gguf
+from penstock.quant.nf4 import compiled_kernel
 from penstock.quant.quanto import group_size
 from penstock.quant.recognise import canonical_suffix, recognise
 from penstock.quant.rows import dtype_tag
+from tests.meter import StorageMeter
 from tests.quant.weights import relative_rms, small_weight
 from tests.quanto_python import python_unpack
 
@@ -39,6 +42,50 @@ def test_nf4_equals_bitsandbytes(dtype: torch.dtype, shape: tuple[int, int]) -> 
     assert torch.equal(stored["weight_absmax"].flatten(), state.absmax)
     ours = get_format("nf4").dequantise(stored, shape, dtype)
     assert torch.equal(ours, functional.dequantize_4bit(packed, state))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nf4_by_the_operator_and_by_the_compiled_function(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fmt, shape = get_format("nf4"), (700, 2048)
+    stored = fmt.quantise(small_weight(*shape, dtype))
+    assert compiled_kernel(dtype) is not None
+    compiled = fmt.dequantise(stored, shape, dtype)
+    monkeypatch.setattr(nf4, "compiled_kernel", lambda dtype: None)
+    with StorageMeter(exclude=stored.values()) as meter:
+        operator = fmt.dequantise(stored, shape, dtype)
+    assert meter.peak > operator.nbytes  # it was the operator, with its new tensors
+    assert torch.equal(compiled, operator)
+
+
+def test_nf4_calls_no_compiled_function_of_unknown_arguments(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(bitsandbytes, "__version__", "0.51.0")
+    assert compiled_kernel(torch.float32) is None
+
+
+def test_nf4_does_without_a_library_that_did_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    extension = pytest.importorskip("bitsandbytes.cextension")
+    monkeypatch.setattr(extension, "lib", extension.ErrorHandlerMockBNBNativeLibrary("no library"))
+    assert compiled_kernel(torch.float32) is None
+
+
+@pytest.mark.parametrize("key", ["weight", "weight_absmax"])
+@pytest.mark.parametrize("change", ["shorter", "strided", "other dtype"])
+def test_nf4_gives_the_compiled_function_no_memory_of_another_shape(key: str, change: str) -> None:
+    fmt, shape = get_format("nf4"), (48, 256)
+    stored = fmt.quantise(small_weight(*shape))
+    tensor = stored[key]
+    wrong = {
+        "shorter": tensor[:-1],
+        "strided": torch.cat([tensor, tensor], 1)[:, ::2],
+        "other dtype": tensor.to(torch.float64),
+    }
+    with pytest.raises(ValueError, match=f"{key} must be contiguous"):
+        fmt.dequantise(stored | {key: wrong[change]}, shape, torch.float32)
 
 
 def random_blocks(fmt: Gguf, rows: int, columns: int) -> Tensor:

@@ -160,6 +160,38 @@ def test_rows_with_nan_or_inf_are_refused_by_name(name: str, bad: float) -> None
         get_format(name).quantise(weight, "blocks.3.ffn.net.2.weight")
 
 
+@pytest.mark.parametrize("nan", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("scale", [None, 2.0**-9, 0.37, 1e-38, 3e38])
+def test_every_fp8_code_is_read_as_torch_reads_it(
+    scale: float | None, dtype: torch.dtype, nan: bool
+) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    codes = codes if nan else codes[codes.float().isfinite()]
+    weight = codes.repeat(3, 1)
+    fmt = Scaled8("fp8", "F8_E4M3", "fp8", "none" if scale is None else "column")
+    stored, expected = {"weight": weight}, weight.float()
+    if scale is not None:
+        stored["weight_scale"] = torch.tensor([[scale], [-scale], [1.0]])
+        expected = expected * stored["weight_scale"]
+    found = fmt.dequantise(stored, shape_of(weight), dtype)
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert int(found.isnan().sum()) == (6 if nan else 0)
+    found, expected = (each.nan_to_num(0.0, math.inf, -math.inf) for each in (found, expected))
+    assert torch.equal(found.view(torch.uint8), expected.to(dtype).view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("scale_tag", ["BF16", "F16", "F32"])
+def test_int8_is_rounded_once_whatever_the_dtypes(scale_tag: str, dtype: torch.dtype) -> None:
+    fmt = Scaled8("int8", "I8", "int8", "column", scale_tag)
+    weight = torch.arange(-127, 128, dtype=torch.int8).repeat(64, 1)
+    scale = (torch.rand(64, 1) * 0.01).to(DTYPES[scale_tag])
+    expected = (weight.double() * scale.double()).to(torch.float32).to(dtype)
+    found = fmt.dequantise({"weight": weight, "weight_scale": scale}, shape_of(weight), dtype)
+    assert torch.equal(found, expected)
+
+
 def test_a_value_too_large_for_fp16_is_refused() -> None:
     weight = small_weight()
     weight[0, 0] = 70000.0

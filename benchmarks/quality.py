@@ -1,23 +1,29 @@
 """What each weight format costs in quality, against the weights as a model's files hold them.
 
-    python -m benchmarks.quality [--model FOLDER] [--formats int8,fp8,...] [--prompt TEXT]...
-        [--image FILE] [--size WxH] [--frames N] [--steps N] [--threads N]
+    python -m benchmarks.quality [--formats int8,fp8,...] [--save FILE.json] [--threads N]
+        [--model FOLDER [--pairs N] [--prompt TEXT]... [--image FILE]] [--size WxH] [--frames N]
+        [--steps N]
 
 Without ``--model`` a tiny random one is made: its block matrices are Gaussian with rare outliers
 (one weight in a thousand, eight times as large) and it computes in fp32, so that all differences
 are the format's. A random model says how formats compare, not what a video looks like.
 
+``--pairs N`` is for the trained small model (penstock/assets/mini): N held-out pictures and prompts
+of `training.evaluate`, every clip judged by `training.score`. What loses more than two points of a
+hundred against the weights as stored is marked.
+
 For each format the transformer is packed, and the whole model run:
 
 - layer: 1 - cosine of a matrix's output on Gaussian inputs, the worst of all matrices;
 - block: 1 - cosine of what a block adds to its input, the worst of all blocks;
-- latents and frames: PSNR in dB over the range of the reference (frames: 255), of all videos
+- latents and frames: PSNR in dB over the range of the reference (frames: 255), of all clips
   together; and the latents' cosine;
 - bytes a block;
-- score: what a caller's own judge says of the videos, if there is one (`measure`).
+- score: the share of clips that the judge finds right.
 
-Formats that are only read (GGUF's K-quants and 4/5-bit types) cannot be made here. The last line on
-stdout is JSON.
+``--save`` keeps every clip's figures as they come: the same command after a kill goes on where it
+stopped, and more formats or pairs can be asked for later. Q4_0 to Q5_1 are written by the gguf
+package; the K-quants, which nothing here can write, are left out. The last line on stdout is JSON.
 """
 
 from __future__ import annotations
@@ -26,6 +32,7 @@ import argparse
 import json
 import math
 import platform
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +45,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
+from benchmarks.quality_kept import Difference, Kept
 from penstock.engine.engine import Engine
 from penstock.engine.firstuse import FirstUse
 from penstock.engine.locate import Files, locate
@@ -52,17 +60,42 @@ from penstock.quant.linear import QuantLinear
 from penstock.quant.policy import default_policy
 from penstock.units import GIB
 
-FAST = ("int8", "fp8")
-"""Formats that are also multiplied in 8 bits."""
+FAST = ("int8",)
+"""Formats that a CPU also multiplies in 8 bits."""
 
-Score = Callable[[Sequence[Tensor]], float]
-"""Judges videos, uint8 (frames, h, w, 3), in the order of their settings."""
+WRITTEN_BY_GGUF = ("gguf-q5_1", "gguf-q5_0", "gguf-q4_1", "gguf-q4_0")
+
+MOST_LOST = 0.02
+"""Of the score; a format that loses more is marked."""
+
+REFERENCE = "as stored"
 
 _WIDTHS = {"num_attention_heads": 2, "attention_head_dim": 128, "ffn_dim": 512, "num_layers": 4}
 _TINY = Settings(
     prompt="a red circle moves", negative_prompt="", size="64x48", frames=9, steps=4, seed=3
 )
 _TEXT_TOKENS, _IMAGE_TOKENS = 512, 17
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video to make, and who says whether it is right (uint8 frames (n, h, w, 3))."""
+
+    settings: Settings
+    judge: Callable[[Tensor], bool] | None = None
+
+
+@dataclass(frozen=True)
+class Way:
+    """A format and how it is multiplied."""
+
+    format: str
+    compute: str
+
+    @property
+    def name(self) -> str:
+        """In the kept file."""
+        return f"{self.format} {self.compute}"
 
 
 @dataclass(frozen=True)
@@ -77,19 +110,22 @@ class Quality:
     latents_psnr: float
     frames_psnr: float
     block_bytes: int
+    clips: int
     score: float | None
+    lost: float | None
+
+    @property
+    def loses(self) -> bool:
+        """Whether it costs more of the score than is allowed."""
+        return self.lost is not None and self.lost > MOST_LOST
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a model gave: outputs of each block's matrices and of each block, and the videos."""
+class Outputs:
+    """What a model's matrices and blocks give for fixed inputs."""
 
     layers: list[Tensor]
     updates: list[Tensor]
-    latents: list[Tensor]
-    videos: list[Tensor]
-    compute: str
-    block_bytes: int
 
 
 def write_model(folder: Path) -> Path:
@@ -107,29 +143,153 @@ def write_model(folder: Path) -> Path:
     return folder
 
 
-def run(model: Path, files: Files, compute: str, settings: Sequence[Settings]) -> Outcome:
-    """Make the videos, and apply each matrix and each block, computing as ``compute`` says."""
-    with Engine.open(model, files=files, compute=compute, device="cpu") as engine:
-        component = engine.model.transformer
-        storage = engine.model.manifest.transformer
-        parts = (storage.storage, storage.context_storage or storage.storage)
-        layers: list[Tensor] = []
-        updates = []
-        with engine.model.scratch.held(max(part.scratch_bytes for part in parts)):
-            for index in range(len(component.blocks)):
-                with _loaded(component, index) as block:
-                    layers += _layer_outputs(block, index, component.dtype)
-                    updates.append(_update(component, block, index))
-        results = [engine.submit(resolve(each, engine.model)).result() for each in settings]
-    path = results[0].report.compute_path
-    return Outcome(
-        layers,
-        updates,
-        [result.latents for result in results],
-        [result.video for result in results],
-        f"{compute} ({path})",
-        sum(map(_stored_bytes, (component.blocks[0], component.cross[0]))),
-    )
+def ways(formats: Sequence[str]) -> Iterator[Way]:
+    """The reference, then every format, and those that multiply in 8 bits also that way."""
+    yield Way(REFERENCE, "exact")
+    for name in formats:
+        for compute in ("exact", "fast") if name in FAST else ("exact",):
+            yield Way(name, compute)
+
+
+class Runs:
+    """Opens a model in each of its ways, and keeps what its clips and its blocks give.
+
+    Args:
+        model: a folder, or anything else that `penstock.engine.locate.locate` takes.
+        clips: to make, each with a seed.
+        kept: what is known already, and where packs may lie.
+    """
+
+    def __init__(self, model: Path, clips: Sequence[Clip], kept: Kept) -> None:
+        self._model, self._clips, self._kept = model, clips, kept
+        self._reference: Outputs | None = None
+
+    def measure(self, formats: Sequence[str]) -> Iterator[Quality]:
+        """The table, a row as soon as it is known."""
+        chosen = list(ways(formats))
+        for way in chosen:
+            self._complete(way, chosen)
+            yield self._row(way)
+
+    def _complete(self, way: Way, chosen: Sequence[Way]) -> None:
+        """Make what is missing of ``way``; of the reference also what others need of it."""
+        missing = self._missing(way)
+        if way.format == REFERENCE:
+            wanted = {index for each in chosen for index in self._missing(each)}
+            missing = sorted(i for i in wanted if self._kept.reference(i) is None)
+        facts = self._kept.facts(way.name)
+        if not missing and facts:
+            return
+        with self._opened(way) as engine:
+            if not facts:
+                self._kept.set_facts(way.name, self._facts(way, engine))
+            for index in missing:
+                self._make(way, engine, index)
+
+    def _missing(self, way: Way) -> list[int]:
+        return [i for i in range(len(self._clips)) if self._kept.clip(way.name, i) is None]
+
+    @contextmanager
+    def _opened(self, way: Way) -> Iterator[Engine]:
+        files = self._files(way.format)
+        with Engine.open(self._model, files=files, compute=way.compute, device="cpu") as engine:
+            yield engine
+
+    def _files(self, name: str) -> Files:
+        """The transformer in another format, made once."""
+        if name == REFERENCE:
+            return Files()
+        if name in WRITTEN_BY_GGUF:
+            return Files(transformer=self._gguf(name))
+        use = FirstUse.of(locate(self._model).transformer, name, self._kept.work)
+        if not use.is_made:
+            use.make(GIB, lambda nbytes: None)
+        return Files(transformer=use.folder / "transformer")
+
+    def _gguf(self, name: str) -> Path:
+        from tests.engine.golden import load, original_names, write_gguf
+
+        path = self._kept.work / f"{name}.gguf"
+        if not path.exists():
+            tensors = load(self._model, "transformer")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            kind, new = name.removeprefix("gguf-").upper(), path.with_suffix(".new")
+            write_gguf(new, tensors, original_names("transformer", list(tensors)), kind, "wan")
+            new.replace(path)
+        return path
+
+    def _facts(self, way: Way, engine: Engine) -> dict[str, Any]:
+        found, component = outputs(engine), engine.model.transformer
+        if self._reference is None:
+            if way.format == REFERENCE:
+                self._reference = found
+            else:
+                with self._opened(Way(REFERENCE, "exact")) as reference:
+                    self._reference = outputs(reference)
+        return {
+            "layer_error": worst(found.layers, self._reference.layers),
+            "block_error": worst(found.updates, self._reference.updates),
+            "block_bytes": sum(map(_stored_bytes, (component.blocks[0], component.cross[0]))),
+        }
+
+    def _make(self, way: Way, engine: Engine, index: int) -> None:
+        clip = self._clips[index]
+        result = engine.submit(resolve(clip.settings, engine.model)).result()
+        made = {"latents": result.latents, "video": result.video}
+        if way.format == REFERENCE:
+            self._kept.set_reference(index, made)
+        wanted = self._kept.reference(index)
+        assert wanted is not None, "the reference comes first"
+        record: dict[str, Any] = {
+            key: asdict(Difference.of(made[key], wanted[key])) for key in made
+        }
+        if clip.judge is not None:
+            record["right"] = clip.judge(result.video)
+        self._kept.set_facts(way.name, {"path": result.report.compute_path})
+        self._kept.add_clip(way.name, index, record)
+
+    def _row(self, way: Way) -> Quality:
+        facts = self._kept.facts(way.name)
+        latents, frames = self._difference(way, "latents"), self._difference(way, "video")
+        score, reference = self._score(way), self._score(Way(REFERENCE, "exact"))
+        return Quality(
+            format=way.format,
+            compute=f"{way.compute} ({facts['path']})",
+            layer_error=facts["layer_error"],
+            block_error=facts["block_error"],
+            latents_cosine=latents.cosine,
+            latents_psnr=latents.psnr(),
+            frames_psnr=frames.psnr(255.0),
+            block_bytes=facts["block_bytes"],
+            clips=len(self._clips),
+            score=score,
+            lost=None if score is None or reference is None else reference - score,
+        )
+
+    def _records(self, way: Way) -> list[dict[str, Any]]:
+        found = [self._kept.clip(way.name, index) for index in range(len(self._clips))]
+        return [record for record in found if record is not None]
+
+    def _difference(self, way: Way, key: str) -> Difference:
+        return Difference.total(Difference(**record[key]) for record in self._records(way))
+
+    def _score(self, way: Way) -> float | None:
+        rights = [record["right"] for record in self._records(way) if "right" in record]
+        return sum(rights) / len(rights) if rights else None
+
+
+def outputs(engine: Engine) -> Outputs:
+    """Apply each matrix and each block of the transformer to fixed inputs."""
+    component, storage = engine.model.transformer, engine.model.manifest.transformer
+    parts = (storage.storage, storage.context_storage or storage.storage)
+    layers: list[Tensor] = []
+    updates = []
+    with engine.model.scratch.held(max(part.scratch_bytes for part in parts)):
+        for index in range(len(component.blocks)):
+            with _loaded(component, index) as block:
+                layers += _layer_outputs(block, index, component.dtype)
+                updates.append(_update(component, block, index))
+    return Outputs(layers, updates)
 
 
 def _stored_bytes(layout: BlockLayout) -> int:
@@ -189,87 +349,55 @@ def cosine(found: Tensor, reference: Tensor) -> float:
     return float(cosine_similarity(found.double().flatten(), reference.double().flatten(), dim=0))
 
 
-def psnr(found: Tensor, reference: Tensor, span: float) -> float:
-    """Peak signal to noise in dB of values that range over ``span``; infinite where equal."""
-    error = float((found.double() - reference.double()).square().mean())
-    return math.inf if error == 0 else 10 * math.log10(span**2 / error)
-
-
-def compare(name: str, found: Outcome, reference: Outcome, score: Score | None) -> Quality:
-    """One row of the table."""
-    ours, theirs = (_joined(each.latents) for each in (found, reference))
-    return Quality(
-        format=name,
-        compute=found.compute,
-        layer_error=worst(found.layers, reference.layers),
-        block_error=worst(found.updates, reference.updates),
-        latents_cosine=cosine(ours, theirs),
-        latents_psnr=psnr(ours, theirs, float(theirs.max() - theirs.min())),
-        frames_psnr=psnr(_joined(found.videos), _joined(reference.videos), 255.0),
-        block_bytes=found.block_bytes,
-        score=None if score is None else score(found.videos),
-    )
-
-
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])
-
-
-def measure(
-    model: Path,
-    scratch: Path,
-    formats: Sequence[str],
-    settings: Sequence[Settings],
-    score: Score | None = None,
-) -> Iterator[Quality]:
-    """The table, a row as soon as it is known: the model as stored, then every format, and those
-    that multiply in 8 bits also that way.
+def held_out(count: int, folder: Path, **given: object) -> list[Clip]:
+    """``count`` pictures and prompts that training has not seen, with their judges; the pictures
+    are written to ``folder``.
 
     Args:
-        model: a folder, or anything else that `penstock.engine.locate.locate` takes.
-        scratch: a folder for packs.
-        settings: of the videos to make; each with a seed.
-        score: adds a column.
+        given: settings that replace the model's own defaults.
     """
-    source = locate(model).transformer
-    reference = run(model, Files(), "exact", settings)
-    yield compare("as stored", reference, reference, score)
-    for name in formats:
-        use = FirstUse.of(source, name, scratch)
-        use.make(GIB, lambda nbytes: None)
-        files = Files(transformer=use.folder / "transformer")
-        for compute in ("exact", "fast") if name in FAST else ("exact",):
-            yield compare(name, run(model, files, compute, settings), reference, score)
+    from PIL import Image
+
+    from training.clips import render
+    from training.evaluate import Pair, make_pairs
+    from training.score import judge
+
+    def judged(pair: Pair) -> Callable[[Tensor], bool]:
+        return lambda video: judge((video.float() / 255).numpy(), pair.scene, pair.motion).right
+
+    folder.mkdir(parents=True, exist_ok=True)
+    clips = []
+    for index, pair in enumerate(make_pairs("test", count)):
+        image, picture = folder / f"{index}.png", render(pair.scene, frames=1)[0]
+        Image.fromarray((picture * 255).round().astype("uint8")).save(image)
+        settings = Settings(prompt=pair.prompt, image=image, seed=index)
+        clips.append(Clip(_with(settings, given), judged(pair)))
+    return clips
 
 
 _HEAD = (
-    "format",
-    "compute",
-    "layer",
-    "block",
-    "lat. cos",
-    "lat. dB",
-    "frames dB",
-    "bytes",
-    "score",
-)
+    "format", "compute", "layer", "block", "lat. cos", "lat. dB", "frames dB", "bytes", "score",
+)  # fmt: skip
 
 
 def line(row: Quality) -> str:
     """A row for people."""
     score = "" if row.score is None else f"{row.score:.3f}"
+    mark = f"  loses {100 * row.lost:.1f} points" if row.loses and row.lost is not None else ""
     return (
         f"{row.format:<12} {row.compute:<16} {row.layer_error:>9.2e} {row.block_error:>9.2e} "
         f"{row.latents_cosine:>9.6f} {row.latents_psnr:>8.2f} {row.frames_psnr:>9.2f} "
-        f"{row.block_bytes:>12,} {score:>7}"
+        f"{row.block_bytes:>12,} {score:>7}{mark}"
     )
 
 
-def main() -> None:
-    """Measure and print."""
+def arguments() -> argparse.Namespace:
+    """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path)
-    parser.add_argument("--formats", default=",".join(writable()))
+    parser.add_argument("--formats", default=",".join((*writable(), *WRITTEN_BY_GGUF)))
+    parser.add_argument("--pairs", type=int, help="held-out pictures and prompts, judged")
+    parser.add_argument("--save", type=Path, help="keep what was found; go on from it")
     parser.add_argument("--prompt", action="append")
     parser.add_argument("--image", type=Path)
     parser.add_argument("--size")
@@ -277,29 +405,84 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    if options.pairs is not None and options.model is None:
+        parser.error("--pairs needs the --model that was trained for them")
+    return options
+
+
+def main() -> None:
+    """Measure and print."""
+    options = arguments()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as scratch:
         model = options.model or write_model(Path(scratch) / "model")
-        base = _TINY if options.model is None else Settings(prompt=_TINY.prompt, seed=_TINY.seed)
-        settings = [_changed(base, options, text) for text in options.prompt or [base.prompt]]
-        print("{:<12} {:<16} {:>9} {:>9} {:>9} {:>8} {:>9} {:>12} {:>7}".format(*_HEAD))
-        rows = []
-        for row in measure(model, Path(scratch), options.formats.split(","), settings):
-            rows.append(row)
-            print(line(row), flush=True)
-    facts = {"machine": platform.machine(), "torch": torch.__version__, "videos": len(settings)}
-    print(json.dumps(facts | {"model": str(options.model), "rows": [_plain(row) for row in rows]}))
+        clips = chosen_clips(options, Path(scratch))
+        kept = Kept(options.save or Path(scratch) / "kept.json", recipe(options, model, clips))
+        rows = show(Runs(model, clips, kept).measure(options.formats.split(",")))
+        shutil.rmtree(kept.work, ignore_errors=True)
+    facts = {"machine": platform.machine(), "torch": torch.__version__, "clips": len(clips)}
+    print(
+        json.dumps(
+            facts
+            | {"model": str(options.model or "tiny, random"), "rows": [_plain(row) for row in rows]}
+        )
+    )
 
 
-def _changed(base: Settings, options: argparse.Namespace, prompt: str) -> Settings:
-    given = {name: getattr(options, name) for name in ("image", "size", "frames", "steps")}
+def show(rows: Iterator[Quality]) -> list[Quality]:
+    """Print rows as they come."""
+    print("{:<12} {:<16} {:>9} {:>9} {:>9} {:>8} {:>9} {:>12} {:>7}".format(*_HEAD))
+    shown = []
+    for row in rows:
+        shown.append(row)
+        print(line(row), flush=True)
+    return shown
+
+
+def chosen_clips(options: argparse.Namespace, scratch: Path) -> list[Clip]:
+    """What the command line asks for."""
+    given = {name: getattr(options, name) for name in ("size", "frames", "steps")}
+    if options.pairs is not None:
+        return held_out(options.pairs, scratch / "pictures", **given)
+    base = _TINY if options.model is None else Settings(prompt=_TINY.prompt, seed=_TINY.seed)
+    given |= {"image": options.image}
+    return [
+        Clip(_with(base, given | {"prompt": prompt})) for prompt in options.prompt or [base.prompt]
+    ]
+
+
+def _with(settings: Settings, given: dict[str, Any]) -> Settings:
     named = {name: value for name, value in given.items() if value is not None}
-    return Settings(**(asdict(base) | named | {"prompt": prompt}))
+    return Settings(**(asdict(settings) | named))
+
+
+def recipe(options: argparse.Namespace, model: Path, clips: Sequence[Clip]) -> dict[str, Any]:
+    """What the figures hold for, but how many clips and which formats: the model's files, the
+    settings, torch."""
+    files = {
+        path.name: [stamp.size, stamp.mtime_ns]
+        for component in (locate(model).components() if options.model else ())
+        for path, stamp in component.raw.stamps.items()
+    }
+    settings = asdict(clips[0].settings)
+    pairs = options.pairs is not None
+    own = ("prompt", "image", "seed") if pairs else ()
+    return {
+        "files": files,
+        "settings": {
+            key: None if value is None else str(value)
+            for key, value in settings.items()
+            if key not in own
+        },
+        "prompts": "held-out pairs" if pairs else [clip.settings.prompt for clip in clips],
+        "torch": torch.__version__,
+    }
 
 
 def _plain(row: Quality) -> dict[str, object]:
     """For JSON, which has no infinity."""
-    return {key: None if value == math.inf else value for key, value in asdict(row).items()}
+    found = {key: None if value == math.inf else value for key, value in asdict(row).items()}
+    return found | {"loses": row.loses}
 
 
 if __name__ == "__main__":

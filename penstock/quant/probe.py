@@ -34,12 +34,23 @@ class PathReport:
     reason: str
 
 
+_NO_CPU_FP8 = PathReport(
+    False, None, "torch multiplies fp8 on a CPU one by one, hundreds of times slower than decoded"
+)
+
+
 def probe(
     device: torch.device | str, dtype: torch.dtype = torch.bfloat16
 ) -> dict[Gemm, PathReport]:
     """Tries each 8-bit path on ``device``; dequantising always works and is not listed."""
+    device = torch.device(device)
     paths: dict[Gemm, Compute] = {"fp8": Fp8Gemm(), "int8": Int8Gemm()}
-    return {name: try_path(name, path, torch.device(device), dtype) for name, path in paths.items()}
+    return {
+        name: _NO_CPU_FP8
+        if (name, device.type) == ("fp8", "cpu")
+        else try_path(name, path, device, dtype)
+        for name, path in paths.items()
+    }
 
 
 def working(reports: Mapping[Gemm, PathReport]) -> frozenset[Gemm]:

@@ -13,6 +13,8 @@ from penstock.engine.locate import Files, locate
 from penstock.engine.pack import pack
 from penstock.engine.request import GenerationRequest
 from penstock.engine.stage import workload_of
+from penstock.offload.files import DIRECT_ALIGNMENT
+from penstock.offload.layout import TENSOR_ALIGNMENT
 from penstock.profiles.manifest import SCRATCH
 from penstock.profiles.plan import Plan
 from penstock.profiles.planner import minimum_vram_bytes
@@ -118,6 +120,12 @@ def test_tensors_that_are_cast_are_reserved(tmp_path: Path, model: Path) -> None
         storage = engine.model.manifest.transformer.storage
         assert storage.cast_bytes > 0
         rest = engine.model.manifest.transformer.weights.rest_bytes
-        assert rest == component.rest.nbytes + component.adapters[0].peak_bytes(torch.device("cpu"))
-        assert rest > 1.4 * component.rest.nbytes
+        assert component.dtype == torch.bfloat16
+        outside = {n: t.numel() for n, t in tensors.items() if not n.startswith("blocks.")}
+        # Every tensor outside the blocks is there in fp32 and, but for the table that is added in
+        # fp32, once more as the network computes; tensors and the whole are aligned.
+        stored, padding = 4 * sum(outside.values()), TENSOR_ALIGNMENT * len(outside)
+        assert stored <= component.rest.nbytes <= stored + padding + DIRECT_ALIGNMENT
+        cast = 2 * (sum(outside.values()) - outside["scale_shift_table"])
+        assert rest == component.rest.nbytes + cast
         assert engine.submit(REQUEST).result().latents.isfinite().all()

@@ -209,10 +209,12 @@ class Runs:
     def _gguf(self, name: str) -> Path:
         from tests.engine.golden import load, original_names, write_gguf
 
-        path = self._kept.work / f"{name}.gguf"
+        path = self._kept.work / name / "transformer.gguf"
         if not path.exists():
             tensors = load(self._model, "transformer")
             path.parent.mkdir(parents=True, exist_ok=True)
+            # Beside it, for the file's own shapes do not tell heads of another width than Wan's.
+            shutil.copy(self._model / "transformer" / "config.json", path.parent)
             kind, new = name.removeprefix("gguf-").upper(), path.with_suffix(".new")
             write_gguf(new, tensors, original_names("transformer", list(tensors)), kind, "wan")
             new.replace(path)

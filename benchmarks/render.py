@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock.engine.bench_plot import Dot, draw
-from penstock.units import GIB
+from penstock.units import GIB, MIB
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -247,7 +247,113 @@ def plots(results: Results, folder: Path) -> list[Path]:
     return made
 
 
-TABLES: Mapping[str, Callable[[Results], str]] = {"streaming": streaming, "gpu": gpu}
+def formats(results: Results) -> str:
+    """Weight formats: what they cost in quality, how fast a CPU decodes them, and their files."""
+    parts = [quality(value) for value in named(results, "quality")]
+    parts += [decoding(list(named(results, "dequantise")))]
+    rows: Rows = []
+    for value in named(results, "checked_reads"):
+        rows += checked_rows(value)
+    for value in named(results, "pack_memory"):
+        rows += memory_rows(value)
+    parts += [table(("what", "figure", "shown by"), rows)] if rows else []
+    return "\n".join(part for part in parts if part) or "Nothing has been measured yet.\n"
+
+
+def quality(value: Any) -> str:
+    """A model in every format."""
+    headings = ("format", "layer", "block", "latents", "frames", "bytes a block")
+    judged = any(row["score"] is not None for row in value["rows"])
+    rows = [
+        (
+            f"{row['format']}, {row['compute']}",
+            f"{max(row['layer_error'], 0):.1e}",
+            f"{max(row['block_error'], 0):.1e}",
+            decibels(row["latents_psnr"]),
+            decibels(row["frames_psnr"]),
+            f"{row['block_bytes']:,}",
+            *([f"{row['score']:.1%}{' (loses)' if row['loses'] else ''}"] if judged else []),
+        )
+        for row in value["rows"]
+    ]
+    return (
+        f"Quality, model {value['model']}, {value['clips']} clip(s), against the weights as "
+        "stored: 1 - cosine of the worst matrix and of the worst block, PSNR of latents and frames "
+        f"(`benchmarks/quality.py`):\n\n{table((*headings, *(['score'] if judged else [])), rows)}"
+    )
+
+
+def decibels(value: float | None) -> str:
+    """PSNR; nothing differs where it is infinite."""
+    return "equal" if value is None else f"{value:.1f} dB"
+
+
+def decoding(runs: Sequence[Any]) -> str:
+    """Ratios of CPU time, a column for each shape and dtype."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for row in (row for run in runs for row in run["results"]):
+        rows, columns = row["shape"]
+        column = f"{rows}x{columns} {row['dtype']}"
+        cell = f"{row['ratio']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+        found.setdefault((row["format"], row["against"]), {})[column] = cell
+    if not found:
+        return ""
+    headings = list(dict.fromkeys(column for cells in found.values() for column in cells))
+    lines = [
+        (*key, *(cells.get(column, "") for column in headings)) for key, cells in found.items()
+    ]
+    return (
+        "Decoding on one core, CPU time of ours over theirs, median and quartiles of a run's "
+        'rounds (`benchmarks/dequantise.py`; below 1 ours is faster; "control" is noise; "torch, '
+        'rounded" rounds the scale as well, so it gives other values):\n\n'
+        + table(("format", "against", *headings), lines)
+    )
+
+
+def checked_rows(value: Any) -> Rows:
+    """What comparing with checksums costs."""
+    return [
+        (
+            "reading blocks of a pack and comparing them with their checksums, over reading alone, "
+            f"wall time, {value['cores']} cores, busy, {value['direct_share']:.0%} direct",
+            f"{value['ratio']:.2f} ({value['low']:.2f} to {value['high']:.2f}); CPU "
+            f"{value['checked_cpu_s_per_gb']:.3f} against {value['unchecked_cpu_s_per_gb']:.3f} "
+            "s a GB",
+            "`benchmarks/checked_reads.py`",
+        )
+    ]
+
+
+def memory_rows(value: Any) -> Rows:
+    """Peaks of `inspect` and `pack`."""
+    inspect, pack = value["inspect"], value["pack"]
+    return [
+        (
+            f"peak of `inspect`, whole process, a file of {inspect['file_bytes'] / 1e9:.1f} GB "
+            "(holes for data)",
+            f"{mib(inspect['peak_bytes'])} of {mib(inspect['limit_bytes'])} allowed, "
+            f"{inspect['seconds']:.2f} s",
+            "`benchmarks/pack_memory.py`",
+        ),
+        (
+            f"peak of `pack --format {pack['format']}` beside its libraries, a transformer of "
+            f"{pack['file_bytes'] / 1e9:.1f} GB",
+            f"{mib(pack['peak_bytes'])} of {mib(pack['budget_bytes'])} allowed",
+            "`benchmarks/pack_memory.py`",
+        ),
+    ]
+
+
+def mib(nbytes: float) -> str:
+    """Bytes, shortly, where they are few."""
+    return f"{nbytes / MIB:.0f} MiB"
+
+
+TABLES: Mapping[str, Callable[[Results], str]] = {
+    "streaming": streaming,
+    "gpu": gpu,
+    "formats": formats,
+}
 
 
 if __name__ == "__main__":

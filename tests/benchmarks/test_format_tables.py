@@ -1,0 +1,56 @@
+"""The README's tables of weight formats, from the results of their benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from benchmarks import dequantise, render
+
+ROW = {
+    "format": "nf4", "compute": "exact (dequant)", "layer_error": 0.005, "block_error": 0.01,
+    "latents_psnr": 40.0, "frames_psnr": None, "block_bytes": 1234, "clips": 9, "score": 0.5,
+    "lost": 0.4, "loses": True,
+}  # fmt: skip
+SPEED = {
+    "shape": [1024, 5120], "format": "nf4", "dtype": "bfloat16", "against": "bitsandbytes",
+    "ratio": 0.5, "low": 0.4, "high": 0.6,
+}  # fmt: skip
+OTHER = SPEED | {"shape": [8, 64], "ratio": 2.0}
+
+
+def test_quality_with_and_without_a_judge() -> None:
+    judged = render.quality({"model": "m", "clips": 9, "rows": [ROW]})
+    assert (
+        "| nf4, exact (dequant) | 5.0e-03 | 1.0e-02 | 40.0 dB | equal | 1,234 | 50.0% (loses)"
+        in (judged)
+    )
+    plain = render.quality({"model": "m", "clips": 1, "rows": [ROW | {"score": None}]})
+    assert "| equal | 1,234 |\n" in plain and "score" not in plain
+
+
+def test_runs_of_several_shapes_are_columns_of_one_table() -> None:
+    made = render.formats(
+        {"dequantise_a": {"results": [SPEED]}, "dequantise_b": {"results": [OTHER]}}
+    )
+    assert "| format | against | 1024x5120 bfloat16 | 8x64 bfloat16 |" in made
+    assert "| nf4 | bitsandbytes | 0.50 (0.40 to 0.60) | 2.00 (0.40 to 0.60) |" in made
+    assert "Nothing has been measured" in render.formats({})
+
+
+def test_a_ratio_is_ours_over_theirs_and_each_side_begins_in_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+
+    def side(name: str, seconds: float) -> Callable[[], object]:
+        return lambda: (asked.append(name), seconds)[1]
+
+    monkeypatch.setattr(dequantise, "seconds", lambda function: function())
+    case = dequantise.Case("x", "y", torch.float32, side("a", 3.0), side("b", 2.0))
+    found = dequantise.measure(case, 4)
+    assert (found["ratio"], found["low"], found["high"]) == (1.5, 1.5, 1.5)
+    assert (found["ours_ms"], found["theirs_ms"]) == (3000.0, 2000.0)
+    assert "".join(asked) == "abba" * 3  # two turns that are not counted, then four

@@ -223,7 +223,7 @@ def test_batches_are_those_of_the_plain_pipeline(outcome: Outcome) -> None:
 
 
 def test_two_videos_of_one_picture(folders: dict[str, Path]) -> None:
-    """diffusers 0.42 fails where one picture's states meet two prompts: asked of it as two prompts."""
+    """diffusers 0.42 fails where one picture meets two videos: it is asked with two prompts."""
     pipe = _open(folders["i2v"])
     wanted = _call(pipe, prompt=["a cat"] * 2, negative_prompt=["blurry"] * 2)
     with penstock.attach(pipe, vram=VRAM, ram=RAM):

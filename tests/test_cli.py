@@ -160,3 +160,12 @@ def test_version() -> None:
     from penstock import __version__
 
     assert _call("--version").stdout.strip() == __version__
+
+
+def test_the_package_runs_as_a_program() -> None:
+    from penstock import __version__
+
+    said = subprocess.run(
+        [sys.executable, "-m", "penstock", "--version"], capture_output=True, text=True, check=True
+    )
+    assert said.stdout.strip() == __version__

@@ -33,7 +33,8 @@ class Ahead:
 
     def take(self, layouts: Sequence[BlockLayout], stack: ExitStack) -> BlockStream | None:
         """The stream over just these ``layouts``, if there is one; ``stack`` ends it."""
-        if self._stream is None or self._layouts is not layouts:
+        same = len(self._layouts) == len(layouts)
+        if self._stream is None or not same or self._layouts[0] is not layouts[0]:
             return None
         stream, self._stream = self._stream, None
         stack.push(self._stack.pop_all())

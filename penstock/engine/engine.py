@@ -68,7 +68,6 @@ class Engine:
         cache: Path | None = None,
     ) -> None:
         self.chosen = chosen or choose(load(AUTO), Overrides(), hardware)
-        self.hardware = self.chosen.hardware
         computing, self._notices = computing_on(self._device, self.chosen.policy.compute)
         self._variants = Variants(model, self.chosen, computing, cache)
         self.model = self._variants.stored
@@ -329,6 +328,11 @@ class Engine:
             metadata=False,
             notices=self._notices,
         )
+
+    @property
+    def hardware(self) -> Hardware:
+        """What the engine plans for: the device, its budgets and its rates."""
+        return self.chosen.hardware
 
     @property
     def _device(self) -> torch.device:

@@ -197,6 +197,8 @@ def denoise(stage: Stage, conditions: Conditions, sampling: Sampling) -> Tensor:
                 rope = dit.rope_tables(model, latents.shape[2:], stage.device)
                 picture = _on_device(conditions.condition, stage.device)
                 for step in range(start, steps):
+                    if step == steps - 1:
+                        stage.read_decoder_ahead()
                     model_input = _model_input(latents, picture, component.dtype)
                     predictions = [
                         prediction

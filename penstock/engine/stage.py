@@ -24,12 +24,15 @@ from penstock.errors import OutOfMemory
 from penstock.offload.layout import BlockLayout
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.schedule import Residency
-from penstock.offload.streamer import BlockStream, load_block
+from penstock.offload.streamer import BlockStream, Tensors, load_block
 from penstock.offload.tiers import release_cached
 from penstock.profiles.manifest import SCRATCH
 from penstock.profiles.phases import RESTORED
 from penstock.profiles.plan import PhasePlan, Plan, StreamPlan, changes
 from penstock.profiles.planner import Workload
+
+ONE_RESIDENT = StreamPlan(1, 1, 0, 0, 1)
+"""A network of one block, which comes through a slab and stays on the device."""
 
 Result = TypeVar("Result")
 Shrink = Callable[[Plan, str, str], "Plan | None"]
@@ -127,6 +130,17 @@ class Stage:
         stream = self._open(blocks, denoise.stream, self.steps_left * len(passes))
         self._ahead.begin(blocks, stream)
 
+    def read_decoder_ahead(self) -> None:
+        """Let the VAE decoder's weights come, where the plan has room for them already now.
+
+        Raises:
+            LedgerOverflow: the buffer does not fit the budget.
+        """
+        planned = self.plan["denoise"].decoder_ahead_bytes
+        if planned and self.job.overlapped and not self._ahead.is_reading:
+            layouts = (self.model.vae_decoder.rest,)
+            self._ahead.begin(layouts, self._open(layouts, ONE_RESIDENT, 1))
+
     def close(self) -> None:
         """Give back what was read ahead for a phase that did not come."""
         self._ahead.drop()
@@ -186,16 +200,30 @@ class Stage:
         component.checkpoint.check_unchanged()
         adapted = component.made_bytes(self.device)
         with (
-            load_block(
-                component.rest,
-                device=self.device,
-                device_ledger=self.device_ledger,
-                host_ledger=self.host_ledger,
-            ) as tensors,
+            self._loaded(component.rest) as tensors,
             self.device_ledger.reserve("adapted weights", adapted),
             component.bound(tensors) as module,
         ):
             yield module
+
+    @contextmanager
+    def _loaded(self, layout: BlockLayout) -> Iterator[Tensors]:
+        """Weights on the device: read now, or taken from where they were read ahead."""
+        with ExitStack() as stack:
+            ahead = self._ahead.take((layout,), stack)
+            if ahead is None:
+                yield stack.enter_context(
+                    load_block(
+                        layout,
+                        device=self.device,
+                        device_ledger=self.device_ledger,
+                        host_ledger=self.host_ledger,
+                    )
+                )
+            else:
+                stack.enter_context(ahead)
+                for _, tensors in ahead.cycle():
+                    yield tensors
 
     @contextmanager
     def stream(

@@ -262,7 +262,8 @@ def _add_stream(container: Any, shape: tuple[int, ...], fps: int, encoder: str, 
     context.color_range = int(ColorRange.MPEG)
     context.color_primaries = context.color_trc = context.colorspace = _BT709
     if encoder == "libx264":
-        stream.options = {"crf": str(crf), "preset": "medium"}
+        # x264's macroblock tree reads memory that it never wrote: equal frames gave unequal files
+        stream.options = {"crf": str(crf), "preset": "medium", "mbtree": "0"}
         context.thread_count = _X264_THREADS
     else:
         stream.bit_rate = round(_BITS_A_PIXEL * shape[0] * shape[1] * fps)

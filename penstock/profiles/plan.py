@@ -13,6 +13,7 @@ from typing import Any
 Items = tuple[tuple[str, int], ...]
 
 AHEAD = "blocks read ahead"
+DECODER_AHEAD = "VAE decoder read ahead"
 """The transformer's buffers in host memory, as an item of a phase before its own."""
 
 COMPUTE_PATHS: Mapping[str, str] = MappingProxyType(
@@ -129,6 +130,11 @@ class PhasePlan:
     def ahead_bytes(self) -> int:
         """Host memory into which the transformer's first blocks are read meanwhile."""
         return sum(count for label, count in self.ram_weights if label == AHEAD)
+
+    @property
+    def decoder_ahead_bytes(self) -> int:
+        """Host memory into which the VAE decoder is read before its own phase."""
+        return dict(self.ram_weights).get(DECODER_AHEAD, 0)
 
     @property
     def ram_work_bytes(self) -> int:
@@ -264,6 +270,7 @@ def _told(phase: PhasePlan) -> list[str]:
         f"{phase.tiles[0]}x{phase.tiles[1]} tiles",
         f"cross-attention K/V in {'VRAM' if phase.cross_kv_on_device else 'RAM'}",
         f"{'the first' if phase.ahead_bytes else 'no'} blocks read ahead",
+        f"VAE decoder read {'ahead' if phase.decoder_ahead_bytes else 'when it is needed'}",
     ]
     if phase.stream is not None:
         told += [

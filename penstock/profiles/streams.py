@@ -264,14 +264,14 @@ def best_stream(
             ram = place.host_bytes + place.ring_bytes(slabs)
             pinned = ram if slabs else place.host_bytes
             if _fits(room, vram, ram, pinned):
-                least = _least_objective(place, network.n_blocks, slots, slabs, pace, rates)
+                least = _least_objective(place, network.blocks, slots, slabs, pace, rates)
                 if least <= better_than:
                     found.append((least, vram + ram, index, slots, slabs))
     found.sort()
     best: Stream | None = None
     for least, _, index, slots, slabs in found:
-        if best is not None and least > best.timing.objective:
-            break
+        if best is not None and least > best.timing.objective * (1 - 2 * _ROUNDING):
+            break  # the rest is no better than by rounding, and takes more bytes
         stream = stream_of(network.choices[index], network, slots, slabs, pace, rates)
         if best is None or stream.key < best.key:
             best = stream
@@ -315,17 +315,19 @@ def _care_s(place: Placement, pace: Pace, rates: Rates) -> float:
 
 
 def _least_objective(
-    place: Placement, n_blocks: int, slots: int, slabs: int, pace: Pace, rates: Rates
+    place: Placement, blocks: Sequence[int], slots: int, slabs: int, pace: Pace, rates: Rates
 ) -> float:
     """No less than this is possible: what follows one another in each queue, or in the two that a
-    ring of one makes take turns."""
+    ring of one makes take turns; computing waits for the first block."""
     copy_s, read_s = 1 / rates.copy_bytes_per_s, 1 / rates.read_bytes_per_s
     copied, disk = pace.cycles * place.copied_bytes, pace.cycles * place.read_bytes
     arriving = place.device_bytes if slabs else 0
-    takes_turns = [pace.cycles * pace.compute_s, (copied + arriving) * copy_s]
+    first = blocks[0] if slabs or not place.device_resident else 0
+    takes_turns = [pace.cycles * pace.compute_s + first * (read_s + copy_s)]
+    takes_turns.append((copied + arriving) * copy_s)
     takes_turns.append((disk + arriving + place.host_bytes) * read_s)
     if slots == 1:
-        streamed = (n_blocks - place.device_resident) / n_blocks
+        streamed = 1 - place.device_resident / len(blocks)
         takes_turns.append(copied * copy_s + pace.cycles * pace.compute_s * streamed)
     if slabs == 1:
         takes_turns.append((disk + arriving) * (read_s + copy_s))

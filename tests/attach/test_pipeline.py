@@ -222,6 +222,17 @@ def test_batches_are_those_of_the_plain_pipeline(outcome: Outcome) -> None:
         assert (wanted - found).abs().max() <= 2e-5
 
 
+def test_two_videos_of_one_picture(folders: dict[str, Path]) -> None:
+    """diffusers 0.42 fails where one picture meets two videos: it is asked with two prompts."""
+    pipe = _open(folders["i2v"])
+    wanted = _call(pipe, prompt=["a cat"] * 2, negative_prompt=["blurry"] * 2)
+    with penstock.attach(pipe, vram=VRAM, ram=RAM):
+        found = _call(pipe, prompt="a cat", negative_prompt="blurry", num_videos_per_prompt=2)
+    assert found.shape == wanted.shape and found.shape[0] == 2
+    assert not torch.equal(found[0], found[1])
+    assert (wanted - found).abs().max() <= 2e-5
+
+
 def test_detached_it_is_what_it_was(outcome: Outcome) -> None:
     assert outcome.same_weights
     for name, wanted in outcome.after.items():

@@ -1,5 +1,7 @@
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import av
@@ -106,6 +108,36 @@ def test_tensors_and_arrays_give_the_same_file(tmp_path):
     write_video(tmp_path / "a.mp4", moving_frames(), 16)
     write_video(tmp_path / "b.mp4", map(torch.from_numpy, moving_frames()), 16)
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+
+
+WRITE = """
+import hashlib, sys
+from pathlib import Path
+import numpy as np
+from penstock.engine.video import write_video
+frames = np.load(sys.argv[1])
+write_video(Path(sys.argv[2]), frames, 16)
+print(hashlib.sha256(Path(sys.argv[2]).read_bytes()).hexdigest())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="MALLOC_PERTURB_ is glibc's")
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (112, 64), (416, 240)])
+def test_the_file_does_not_depend_on_what_memory_held(tmp_path, width, height):
+    """glibc fills new memory with another byte in each process; the file must be the same."""
+    rng = np.random.default_rng(0)
+    frames = np.stack(list(moving_frames(17, width, height)))
+    frames[:, 8:24, 8:24] = rng.integers(0, 256, (17, 16, 16, 3))
+    np.save(tmp_path / "frames.npy", frames)
+    told = [
+        subprocess.run(
+            [sys.executable, "-c", WRITE, tmp_path / "frames.npy", tmp_path / f"{fill}.mp4"],
+            env=os.environ | {"MALLOC_PERTURB_": str(fill)},
+            capture_output=True, text=True, check=True,
+        ).stdout
+        for fill in (17, 85, 165, 254)
+    ]  # fmt: skip
+    assert len(set(told)) == 1
 
 
 def test_a_higher_crf_makes_a_smaller_file(tmp_path):

@@ -8,6 +8,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -129,33 +130,60 @@ def test_address_space_of_60_to_120_percent_of_the_plan(engine: Engine, tmp_path
     assert all(code == FINISHED for percent, code in told.items() if percent >= 100)
 
 
+@dataclass(frozen=True)
+class MemoryCgroup:
+    """A new cgroup below this process's own, of version 2 or 1."""
+
+    folder: Path
+    limit_file: str
+
+    @classmethod
+    def make(cls) -> MemoryCgroup:
+        """Skips the test where none can be made."""
+        parent, limit_file = cls._parent()
+        if limit_file == "memory.max":
+            given = (parent / "cgroup.subtree_control").read_text().split()
+            if "memory" not in given:
+                pytest.skip(f"{parent} gives its children no memory controller")
+        group = parent / f"penstock-test-{os.getpid()}"
+        try:
+            group.mkdir()
+        except OSError as error:
+            pytest.skip(f"no cgroup can be made in {parent}: {error}")
+        return cls(group, limit_file)
+
+    @staticmethod
+    def _parent() -> tuple[Path, str]:
+        root = Path("/sys/fs/cgroup")
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, own = line.split(":", 2)
+            if controllers == "" and (root / "cgroup.controllers").exists():
+                return root / own.lstrip("/"), "memory.max"
+            if "memory" in controllers.split(","):
+                return root / "memory" / own.lstrip("/"), "memory.limit_in_bytes"
+        pytest.skip("no memory cgroup")
+
+    def limit(self, room_bytes: int) -> None:
+        """This process joins, and what it takes from now on is limited."""
+        (self.folder / self.limit_file).write_text(str(room_bytes))
+        (self.folder / "cgroup.procs").write_text(str(os.getpid()))
+
+
 @pytest.fixture
-def memory_cgroup() -> Iterator[Path]:
-    """A new cgroup (version 2) below this process's own, with the memory controller."""
-    own = next(
-        line.removeprefix("0::") for line in Path("/proc/self/cgroup").read_text().splitlines()
-        if line.startswith("0::")
-    )  # fmt: skip
-    parent = Path("/sys/fs/cgroup") / own.lstrip("/")
-    group = parent / f"penstock-test-{os.getpid()}"
-    try:
-        if "memory" not in (parent / "cgroup.subtree_control").read_text().split():
-            pytest.skip(f"{parent} gives its children no memory controller")
-        group.mkdir()
-    except OSError as error:
-        pytest.skip(f"no cgroup of version 2 can be made here: {error}")
+def memory_cgroup() -> Iterator[MemoryCgroup]:
+    group = MemoryCgroup.make()
     yield group
-    group.rmdir()
+    group.folder.rmdir()
 
 
 def test_cgroup_of_60_to_120_percent_of_the_plan(
-    engine: Engine, tmp_path: Path, memory_cgroup: Path
+    engine: Engine, tmp_path: Path, memory_cgroup: MemoryCgroup
 ) -> None:
     """A cgroup has no refusal: what is over its limit is killed, and its job continues."""
 
     def limit(room_bytes: int) -> None:
-        (memory_cgroup / "memory.max").write_text(str(THREADS_BYTES + room_bytes))
-        (memory_cgroup / "cgroup.procs").write_text(str(os.getpid()))
+        memory_cgroup.limit(THREADS_BYTES + room_bytes)
 
-    told = outcomes(engine, tmp_path, limit, range(60, 121, 20))
+    told = outcomes(engine, tmp_path, limit, range(20, 121, 20))
+    assert KILLED in told.values()
     assert all(code == FINISHED for percent, code in told.items() if percent >= 100)

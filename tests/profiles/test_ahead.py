@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 
 from penstock.errors import OverBudget
 from penstock.profiles.ahead import with_reading_ahead, without_reading_ahead
-from penstock.profiles.plan import AHEAD, PhasePlan, Plan, StreamPlan, changes
+from penstock.profiles.plan import AHEAD, DECODER_AHEAD, PhasePlan, Plan, StreamPlan, changes
 from penstock.profiles.planner import plan, smaller
 from penstock.profiles.policy import Limits
 from tests.profiles.small import machines, manifests, workloads
@@ -52,6 +52,21 @@ def test_nothing_to_read_ahead_into() -> None:
     assert ahead(with_reading_ahead(found.with_phases((staged,)), Limits(99, 99))) == [0] * 5
 
 
+def test_the_decoder_where_both_its_phase_and_the_one_before_have_room() -> None:
+    found = a_plan(1, 1, 1)
+    wide = with_reading_ahead(found, Limits(100, 35))
+    assert wide["denoise"].ram_weights[-1] == (DECODER_AHEAD, 5)
+    assert wide["decode"].ram_weights == ((DECODER_AHEAD, 5),)
+    assert wide["denoise"].pinned_bytes == 35 and wide["decode"].pinned_bytes == 5
+    narrow = (Limits(100, 34), Limits(100, 100, pinned_bytes=34), Limits(100, 100, both_bytes=34))
+    for limits in narrow:
+        assert with_reading_ahead(found, limits)["denoise"] == found["denoise"]
+        assert with_reading_ahead(found, limits)["decode"] == found["decode"]
+    large = replace(found["decode"], ram_work=(("video frames", 96),))
+    kept = with_reading_ahead(found.with_phases((large,)), Limits(100, 100))
+    assert kept["decode"] == large and kept["denoise"].decoder_ahead_bytes == 0
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(manifests(), workloads, machines)
 def test_a_plan_counts_what_it_reads_ahead(model, work, machine) -> None:
@@ -61,6 +76,7 @@ def test_a_plan_counts_what_it_reads_ahead(model, work, machine) -> None:
         return
     bare = without_reading_ahead(found)
     assert ahead(bare) == [0] * len(bare.phases)
+    assert not any(each.decoder_ahead_bytes for each in bare.phases)
     assert with_reading_ahead(bare, Limits(machine.vram_bytes, machine.ram_bytes)) == found
     assert found.peak_ram_bytes <= machine.ram_bytes and found.seconds == bare.seconds
     held = [each for each in found.phases if each.ahead_bytes]

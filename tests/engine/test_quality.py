@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks import quality
 from benchmarks.quality import Clip, Quality, Runs, write_model
+from benchmarks.quality_blocks import cosine
 from benchmarks.quality_kept import Difference, Kept
 from penstock.engine.engine import Engine
 from penstock.engine.settings import Settings
@@ -133,9 +134,7 @@ def test_differences_add_up() -> None:
     found, wanted = (torch.randn(6, 50, generator=generator) for _ in range(2))
     whole = Difference.of(found, wanted)
     parts = Difference.total(Difference.of(*each) for each in zip(found, wanted, strict=True))
-    assert (
-        parts.cosine == pytest.approx(whole.cosine) == pytest.approx(quality.cosine(found, wanted))
-    )
+    assert parts.cosine == pytest.approx(whole.cosine) == pytest.approx(cosine(found, wanted))
     assert parts.psnr() == pytest.approx(whole.psnr())
     error = float((found - wanted).double().square().mean())
     assert whole.psnr(2.0) == pytest.approx(10 * torch.tensor(4 / error).log10().item())

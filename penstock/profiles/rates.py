@@ -23,6 +23,8 @@ class Rates:
         read_bytes_per_s: disk to host memory.
         attention_flops: of attention; None: as matrix products.
         conv_flops: of the VAE's convolutions; None: as matrix products.
+        conv_element_s: of one element that they read: its norm and activation, and its copies;
+            None: ``conv_flops`` is the rate of all that the VAE does.
         eight_bit_flops: of 8-bit matrix products; None: the device has none that are faster.
         memory_bytes_per_s: the device's own memory; decoding of weights runs at it (None: not
             counted).
@@ -36,6 +38,7 @@ class Rates:
     read_bytes_per_s: float
     attention_flops: float | None = None
     conv_flops: float | None = None
+    conv_element_s: float | None = None
     eight_bit_flops: float | None = None
     memory_bytes_per_s: float | None = None
     overhead_s: float = 2e-4

@@ -6,8 +6,8 @@ child of one process that has the libraries loaded:
 - ``ledger``: of each phase, the measured peak over the predicted one, VRAM and RAM;
 - ``rss``: the highest growth of the child's resident memory over the highest sum of VRAM and RAM
   that the plan states for a phase: on a CPU both are host memory. VmHWM begins anew with each
-  phase; the growth is over what was resident before the run, after the process had made one such
-  video, so that the libraries are loaded and their kernels compiled;
+  phase; the growth is over what was resident before the run, after the same child had made the same
+  video, so that the libraries' code is mapped (a fork maps none of it) and their kernels compiled;
 - ``seconds``: predicted over measured, with rates that were measured on this machine just before.
   Both clocks count the CPU seconds of the computing thread, not the time on the wall: other
   programs on the machine do not disturb them, and waiting for weights is not in them.
@@ -72,13 +72,11 @@ def reset_peak_rss() -> None:
 
 
 def measured(model: ModelFiles, request: GenerationRequest, made: Plan) -> dict[str, Any]:
-    """One run of ``made`` in this process."""
+    """The second run of ``made`` in this process."""
     began: dict[str, float] = {}
     seconds: dict[str, float] = {}
     rss: dict[str, int] = {}
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    before = status_bytes("VmRSS")
+    before = 0
 
     def listen(event: Event) -> None:
         if isinstance(event, PhaseStarted):
@@ -93,6 +91,10 @@ def measured(model: ModelFiles, request: GenerationRequest, made: Plan) -> dict[
         model=model, request=request, plan=made, device=torch.device("cpu"), overlapped=True,
         output=None, overwrite=False, metadata=False,
     )  # fmt: skip
+    run(job, lambda event: None, threading.Event())
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = status_bytes("VmRSS")
     phases = run(job, listen, threading.Event()).report.phases
     return {
         "rss": rss,
@@ -208,8 +210,6 @@ def main() -> None:
         )  # fmt: skip
         rates = calibrated(options.repeat_calibration, Path(scratch))
         hardware = replace(probe("cpu"), rates=rates)
-        # The libraries' own: code, compiled kernels, the disk's cache. No plan counts them.
-        measured(model, request, budgets(model, request, hardware)[-1])
         rows = []
         for made in budgets(model, request, hardware):
             rows.append(row(made, in_child(model, request, made)))

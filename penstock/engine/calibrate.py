@@ -23,12 +23,11 @@ from penstock.offload.tiers import DeviceTier, HostTier, open_link
 from penstock.profiles.cost.transformer import Flops, denoise_flops
 from penstock.profiles.cost.vae import residual_work
 from penstock.profiles.manifest import TransformerSpec, Weights
-from penstock.profiles.rates import Rates
+from penstock.profiles.rates import SMALL_CHUNK, TINY_CHUNK, Rates
 from penstock.profiles.tiling import Window
 from penstock.units import MIB
 
 _WIDTH, _HEADS, _FFN = 128, 8, 2048
-_SMALL_CHUNK = 32
 _READ_PIECE = 8 * MIB
 
 
@@ -81,7 +80,12 @@ def calibrate(
             memory_bytes_per_s=_decode(device, dtype, effort),
         )
         overhead_s, element_s = _forward(device, dtype, effort, rates)
-        return replace(rates, overhead_s=overhead_s, element_s=element_s)
+        return replace(
+            rates,
+            overhead_s=overhead_s,
+            tiny_overhead_s=_tiny_overhead(device, dtype, effort),
+            element_s=element_s,
+        )
 
 
 def _seconds(work: Callable[[], object], device: torch.device, effort: Effort) -> float:
@@ -228,7 +232,7 @@ def _forward(
     in many small ones, less what the products take."""
     work = _Forward.make(device, dtype, effort.tokens)
     whole = _seconds(lambda: work(work.tokens), device, effort)
-    chunks = work.tokens // _SMALL_CHUNK
+    chunks = work.tokens // SMALL_CHUNK
     cut = _seconds(lambda: work(-(-work.tokens // chunks)), device, effort)
     overhead = max(1e-6, (cut - whole) / (chunks - 1))
     flops = work.flops()
@@ -236,6 +240,14 @@ def _forward(
     products = flops.linear / rates.flops + attention / (rates.attention_flops or rates.flops)
     rest = max(1e-13, (whole - products - overhead) / (work.tokens * _WIDTH // 2 * _HEADS))
     return overhead, rest
+
+
+def _tiny_overhead(device: torch.device, dtype: torch.dtype, effort: Effort) -> float:
+    """Of few tokens, as it takes many chunks."""
+    work = _Forward.make(device, dtype, min(effort.tokens, 256))
+    whole = _seconds(lambda: work(work.tokens), device, effort)
+    cut = _seconds(lambda: work(TINY_CHUNK), device, effort)
+    return max(1e-6, (cut - whole) / (work.tokens // TINY_CHUNK - 1))
 
 
 def copy_rate(device: torch.device, effort: Effort) -> float:

@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from penstock.profiles.cost.vae import decode_bytes, decode_flops, encode_bytes, encode_flops
+from penstock.profiles.cost.vae import (
+    VaeWork,
+    decode_bytes,
+    decode_work,
+    encode_bytes,
+    encode_work,
+)
 from penstock.profiles.manifest import VaeSpec, Weights
 from penstock.profiles.tiling import TileGrid
 from penstock.units import format_bytes
@@ -45,16 +52,16 @@ def diffusers_peaks(fake: FakeVae, latent: tuple[int, int, int]) -> dict[str, in
 
 def row(fake: FakeVae, name: str, shape: tuple[int, int]) -> dict[str, Any]:
     """Measured and predicted figures of one size and grid."""
-    latent, grid, one = SIZES[name], TileGrid(*shape), TileGrid(1, 1)
+    latent, grid = SIZES[name], TileGrid(*shape)
     return {
         "size": name,
         "grid": f"{shape[0]}x{shape[1]}",
         "decode_bytes": fake.decode_peak(latent, grid),
         "decode_predicted_bytes": decode_bytes(WAN, latent, grid, 2).device_bytes,
-        "decode_flops_ratio": decode_flops(WAN, latent, grid) / decode_flops(WAN, latent, one),
+        "decode_flops_ratio": ratio(decode_work, latent, grid),
         "encode_bytes": fake.encode_peak(latent, grid),
         "encode_predicted_bytes": encode_bytes(WAN, latent, grid, 2).device_bytes,
-        "encode_flops_ratio": encode_flops(WAN, latent, grid) / encode_flops(WAN, latent, one),
+        "encode_flops_ratio": ratio(encode_work, latent, grid),
     }
 
 
@@ -68,6 +75,11 @@ def shown(rows: list[dict[str, Any]]) -> Table:
                          f"{value:.3f}" if key.endswith("ratio") else value)  # fmt: skip
         table.add_row(*cells)
     return table
+
+
+def ratio(work_of: Callable[..., VaeWork], latent: tuple[int, int, int], grid: TileGrid) -> float:
+    """Arithmetic of a grid over that of one tile."""
+    return work_of(WAN, latent, grid).flops / work_of(WAN, latent, TileGrid(1, 1)).flops
 
 
 def main() -> None:

@@ -4,8 +4,10 @@ A random model of some 200 MB makes a small video under many pairs of budgets. E
 child of one process that has the libraries loaded:
 
 - ``ledger``: of each phase, the measured peak over the predicted one, VRAM and RAM;
-- ``rss``: growth of the child's resident memory (VmHWM, reset before the run) over the highest sum
-  of VRAM and RAM that the plan states for a phase: on a CPU both are host memory;
+- ``rss``: the highest growth of the child's resident memory over the highest sum of VRAM and RAM
+  that the plan states for a phase: on a CPU both are host memory. VmHWM begins anew with each
+  phase; the growth is over what was resident before the run, after the same child had made the same
+  video, so that the libraries' code is mapped (a fork maps none of it) and their kernels compiled;
 - ``seconds``: predicted over measured, with rates that were measured on this machine just before.
   Both clocks count the CPU seconds of the computing thread, not the time on the wall: other
   programs on the machine do not disturb them, and waiting for weights is not in them.
@@ -19,6 +21,8 @@ grows with what was freed. Linux only. The last line on stdout is JSON.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import statistics
@@ -62,32 +66,38 @@ def status_bytes(field: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
-def reset_peak_rss() -> int:
-    """Let VmHWM begin anew; returns what is resident now."""
+def reset_peak_rss() -> None:
+    """Let VmHWM begin anew."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return status_bytes("VmRSS")
 
 
 def measured(model: ModelFiles, request: GenerationRequest, made: Plan) -> dict[str, Any]:
-    """One run of ``made`` in this process."""
+    """The second run of ``made`` in this process."""
     began: dict[str, float] = {}
     seconds: dict[str, float] = {}
+    rss: dict[str, int] = {}
+    before = 0
 
     def listen(event: Event) -> None:
         if isinstance(event, PhaseStarted):
+            reset_peak_rss()
             began[event.phase] = time.thread_time()
         elif isinstance(event, PhaseEnded):
             name = event.report.name
             seconds[name] = time.thread_time() - began[name]
+            rss[name] = status_bytes("VmHWM") - before
 
     job = Run(
         model=model, request=request, plan=made, device=torch.device("cpu"), overlapped=True,
         output=None, overwrite=False, metadata=False,
     )  # fmt: skip
-    before = reset_peak_rss()
+    run(job, lambda event: None, threading.Event())
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = status_bytes("VmRSS")
     phases = run(job, listen, threading.Event()).report.phases
     return {
-        "rss_bytes": status_bytes("VmHWM") - before,
+        "rss": rss,
         "seconds": seconds,
         "ledgers": {
             phase.name: [phase.measured_vram_bytes, phase.measured_ram_bytes] for phase in phases
@@ -129,7 +139,8 @@ def row(made: Plan, found: dict[str, Any]) -> dict[str, Any]:
             found["ledgers"][name], (made[name].vram_bytes, made[name].ram_bytes), strict=True
         )
     ]
-    both = max(made[name].vram_bytes + made[name].ram_bytes for name in names)
+    both = {name: made[name].vram_bytes + made[name].ram_bytes for name in names}
+    highest = max(found["rss"].values())
     stream = made["denoise"].stream
     assert stream is not None
     predicted_s = sum(made[name].seconds for name in names)
@@ -140,9 +151,10 @@ def row(made: Plan, found: dict[str, Any]) -> dict[str, Any]:
         "chunk_tokens": made["denoise"].chunk_tokens,
         "decode_tiles": made["decode"].tiles,
         "ledger": [round(min(ledger), 4), round(max(ledger), 4)],
-        "rss": round(found["rss_bytes"] / both, 4),
-        "rss_bytes": found["rss_bytes"],
-        "rss_predicted_bytes": both,
+        "rss": round(highest / max(both.values()), 4),
+        "rss_bytes": highest,
+        "rss_predicted_bytes": max(both.values()),
+        "rss_of_phases": {name: [found["rss"][name], both[name]] for name in names},
         "seconds": round(predicted_s / sum(found["seconds"].values()), 3),
         "seconds_of_phases": {
             name: [round(made[name].seconds, 3), round(found["seconds"][name], 3)] for name in names
@@ -198,7 +210,6 @@ def main() -> None:
         )  # fmt: skip
         rates = calibrated(options.repeat_calibration, Path(scratch))
         hardware = replace(probe("cpu"), rates=rates)
-        in_child(model, request, budgets(model, request, hardware)[-1])  # disk and caches
         rows = []
         for made in budgets(model, request, hardware):
             rows.append(row(made, in_child(model, request, made)))

@@ -1,12 +1,15 @@
-"""An independent measure of memory: the live storages that torch operations have made."""
+"""Independent measures of memory: the live storages that torch operations have made, and all that
+torch's CPU allocator gives."""
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -59,3 +62,17 @@ class StorageMeter(TorchDispatchMode):
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.live -= size
+
+
+def allocated_peak(work: Callable[[], object]) -> int:
+    """The most bytes that torch's CPU allocator has given at a time during ``work``.
+
+    Unlike `StorageMeter` it sees what operations take for themselves: workspaces, and copies in
+    another layout.
+    """
+    work()  # what is made once, such as compiled kernels, is not of interest
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        work()
+    events = found.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(itertools.accumulate((nbytes for _, nbytes in changes), initial=0))

@@ -16,16 +16,18 @@ from torch.nn import functional as F
 
 from penstock.engine.wan import forward
 from penstock.engine.wan.attention import attention
+from penstock.engine.wan.vae_layers import Past, residual
 from penstock.offload.files import WeightFile
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.tiers import DeviceTier, HostTier, open_link
 from penstock.profiles.cost.transformer import Flops, denoise_flops
+from penstock.profiles.cost.vae import residual_work
 from penstock.profiles.manifest import TransformerSpec, Weights
-from penstock.profiles.rates import Rates
+from penstock.profiles.rates import SMALL_CHUNK, TINY_CHUNK, Rates
+from penstock.profiles.tiling import Window
 from penstock.units import MIB
 
 _WIDTH, _HEADS, _FFN = 128, 8, 2048
-_SMALL_CHUNK = 32
 _READ_PIECE = 8 * MIB
 
 
@@ -66,17 +68,24 @@ def calibrate(
     effort = effort or Effort.on(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.inference_mode():
+        conv_flops, conv_element_s = _vae(device, dtype, effort)
         rates = Rates(
             flops=_matmul(device, dtype, effort),
             copy_bytes_per_s=copy_rate(device, effort),
             read_bytes_per_s=_read(folder, effort),
             attention_flops=_attention(device, dtype, effort),
-            conv_flops=_convolution(device, dtype, effort),
+            conv_flops=conv_flops,
+            conv_element_s=conv_element_s,
             eight_bit_flops=_eight_bit(device, effort),
             memory_bytes_per_s=_decode(device, dtype, effort),
         )
         overhead_s, element_s = _forward(device, dtype, effort, rates)
-        return replace(rates, overhead_s=overhead_s, element_s=element_s)
+        return replace(
+            rates,
+            overhead_s=overhead_s,
+            tiny_overhead_s=_tiny_overhead(device, dtype, effort),
+            element_s=element_s,
+        )
 
 
 def _seconds(work: Callable[[], object], device: torch.device, effort: Effort) -> float:
@@ -114,13 +123,33 @@ def _attention(device: torch.device, dtype: torch.dtype, effort: Effort) -> floa
     return 4 * effort.tokens**2 * _HEADS * _WIDTH / seconds
 
 
-def _convolution(device: torch.device, dtype: torch.dtype, effort: Effort) -> float:
-    """A causal convolution of the VAE: 96 channels, three frames, one made."""
-    side, channels = int(effort.tokens**0.5) * 2, 96
-    x = torch.randn(1, channels, 3, side, side, device=device, dtype=dtype)
-    weight = torch.randn(channels, channels, 3, 3, 3, device=device, dtype=dtype)
-    seconds = _seconds(lambda: F.conv3d(x, weight, padding=(0, 1, 1)), device, effort)
-    return 2 * channels**2 * 27 * side**2 / seconds
+def _vae(device: torch.device, dtype: torch.dtype, effort: Effort) -> tuple[float, float]:
+    """Operations a second of the VAE's convolutions, and seconds of an element that they read.
+
+    A wide residual block is bound by the one, a narrow one by the other: two equations.
+    """
+    side = 4 * math.isqrt(effort.tokens)
+    narrow = _residual(32, side, device, dtype, effort)
+    wide = _residual(192, max(1, round(side / math.sqrt(6))), device, dtype, effort)  # same bytes
+    (few, few_elements, narrow_s), (many, many_elements, wide_s) = narrow, wide
+    both = many * few_elements - few * many_elements
+    flop_s = max(1e-18, (wide_s * few_elements - narrow_s * many_elements) / both)
+    return 1 / flop_s, max(1e-13, (narrow_s - few * flop_s) / few_elements)
+
+
+def _residual(
+    width: int, side: int, device: torch.device, dtype: torch.dtype, effort: Effort
+) -> tuple[int, int, float]:
+    """FLOPs, elements and seconds of a residual block on the next frame."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualBlock
+
+    block = WanResidualBlock(width, width).to(device, dtype)
+    frame = torch.randn(1, width, 1, side, side, device=device, dtype=dtype)
+    past: Past = {}
+    windows = (Window.whole(side, side),) * 3
+    work = residual_work(width, side)
+    seconds = _seconds(lambda: residual(block, past, windows, frame), device, effort)
+    return work.flops, work.elements, seconds
 
 
 def _eight_bit(device: torch.device, effort: Effort) -> float | None:
@@ -203,7 +232,7 @@ def _forward(
     in many small ones, less what the products take."""
     work = _Forward.make(device, dtype, effort.tokens)
     whole = _seconds(lambda: work(work.tokens), device, effort)
-    chunks = work.tokens // _SMALL_CHUNK
+    chunks = work.tokens // SMALL_CHUNK
     cut = _seconds(lambda: work(-(-work.tokens // chunks)), device, effort)
     overhead = max(1e-6, (cut - whole) / (chunks - 1))
     flops = work.flops()
@@ -211,6 +240,14 @@ def _forward(
     products = flops.linear / rates.flops + attention / (rates.attention_flops or rates.flops)
     rest = max(1e-13, (whole - products - overhead) / (work.tokens * _WIDTH // 2 * _HEADS))
     return overhead, rest
+
+
+def _tiny_overhead(device: torch.device, dtype: torch.dtype, effort: Effort) -> float:
+    """Of few tokens, as it takes many chunks."""
+    work = _Forward.make(device, dtype, min(effort.tokens, 256))
+    whole = _seconds(lambda: work(work.tokens), device, effort)
+    cut = _seconds(lambda: work(TINY_CHUNK), device, effort)
+    return max(1e-6, (cut - whole) / (work.tokens // TINY_CHUNK - 1))
 
 
 def copy_rate(device: torch.device, effort: Effort) -> float:

@@ -127,10 +127,10 @@ def _probes(device: torch.device) -> Iterator[tuple[str, Callable[[], torch.Tens
     yield "int8 product", lambda: torch._int_mm(codes, codes)
     yield "fp8 product", lambda: _fp8_product(device)
     yield (
-        "3-D convolution (bf16)",
-        lambda: torch.nn.functional.conv3d(
-            torch.ones(1, 4, 3, 8, 8, device=device, dtype=torch.bfloat16),
-            torch.ones(4, 4, 3, 3, 3, device=device, dtype=torch.bfloat16),
+        "convolution (bf16)",
+        lambda: torch.nn.functional.conv2d(
+            torch.ones(1, 12, 8, 8, device=device, dtype=torch.bfloat16),
+            torch.ones(4, 12, 3, 3, device=device, dtype=torch.bfloat16),
         ),
     )
 

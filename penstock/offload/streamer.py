@@ -248,15 +248,19 @@ def load_block(
     with ExitStack() as stack:
         tier = DeviceTier(device, device_ledger)
         (buffer,) = stack.enter_context(tier.buffers("non-block weights", [layout.nbytes]))
-        host = HostTier(host_ledger, device)
-        with ExitStack() as loading:
-            disk = DiskTier()
-            loading.callback(disk.close)
-            through = loading.enter_context(host.staging(layout.nbytes, STAGING_BYTES))
-            link = open_link(device, 1)
-            link.begin()
-            Carrier(disk, link, StreamStats()).load(layout, through, buffer)
+        _load(layout, buffer, device, HostTier(host_ledger, device))
         yield layout.views(buffer)
+
+
+def _load(layout: BlockLayout, buffer: Tensor, device: torch.device, host: HostTier) -> None:
+    """A function of its own, so that no name holds the staging buffer after it."""
+    with ExitStack() as loading:
+        disk = DiskTier()
+        loading.callback(disk.close)
+        through = loading.enter_context(host.staging(layout.nbytes, STAGING_BYTES))
+        link = open_link(device, 1)
+        link.begin()
+        Carrier(disk, link, StreamStats()).load(layout, through, buffer)
 
 
 class _Loop(Protocol):

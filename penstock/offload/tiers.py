@@ -207,6 +207,7 @@ class HostTier:
                     (buffer,) = one.enter_context(self.buffers(label, [nbytes]))
                     if made and made[0].is_pinned and not buffer.is_pinned:
                         self.pageable_bytes -= nbytes
+                        del buffer  # its memory goes with its room
                         break
                     made.append(buffer)
                     stack.push(one.pop_all())

@@ -254,7 +254,7 @@ class Denoise:
         branch = (
             flops.linear / linear_rate
             + attention / (rates.attention_flops or rates.flops)
-            + chunks * (rates.overhead_s + self._decode_s(rates))
+            + chunks * (rates.chunk_overhead_s(cost.chunk_tokens) + self._decode_s(rates))
             + tokens * spec.inner_dim * spec.num_layers * rates.element_s
         )
         if not cost.cross_kv_on_device:

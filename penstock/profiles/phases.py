@@ -71,7 +71,12 @@ class Case:
     workload: Workload
     rates: Rates
     policy: Policy
-    pins: bool
+    device: str
+
+    @property
+    def pins(self) -> bool:
+        """Whether host buffers are page-locked."""
+        return self.device == "cuda"
 
     @property
     def latent(self) -> tuple[int, int, int]:
@@ -256,12 +261,11 @@ class Tiled:
         rates, spec, latent = self.case.rates, self.case.manifest.vae, self.case.latent
         decoding = self.name == "decode"
         weights = spec.decoder if decoding else spec.encoder
-        bytes_of, flops_of = (
-            (vae.decode_bytes, vae.decode_flops)
-            if decoding
-            else (vae.encode_bytes, vae.encode_flops)
+        bytes_of, work_of = (
+            (vae.decode_bytes, vae.decode_work) if decoding else (vae.encode_bytes, vae.encode_work)
         )
-        found = bytes_of(spec, latent, grid, weights.itemsize)
+        found = bytes_of(spec, latent, grid, weights.itemsize, on_cpu=self.case.device == "cpu")
+        work = work_of(spec, latent, grid)
         held = (*found.ram, ("latents", latents_bytes(self.case))) if decoding else (
             ("encoder states", encoder_state_bytes(self.case)),
             ("picture", picture_bytes(self.case)),
@@ -270,7 +274,8 @@ class Tiled:
         if decoding and self.case.workload.kept:
             held = (*held, ("kept tile", KEPT_TILE_COPIES * tile_bytes(self.case, grid)))
         room = limits.ram_bytes - sum(count for _, count in held)
-        conv = rates.conv_flops or rates.flops
+        conv_s = work.flops / (rates.conv_flops or rates.flops)
+        element_s = work.elements * (rates.conv_element_s or 0.0)
         return PhasePlan(
             self.name,
             weights=((f"VAE {self.name}r", weights.rest_bytes),),
@@ -280,7 +285,7 @@ class Tiled:
             tiles=(grid.rows, grid.cols),
             read_bytes=weights.rest_bytes,
             copied_bytes=weights.rest_bytes,
-            seconds=flops_of(spec, latent, grid) / conv + loading_s(weights.rest_bytes, rates),
+            seconds=conv_s + element_s + loading_s(weights.rest_bytes, rates),
         )
 
 

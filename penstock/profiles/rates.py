@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from penstock.errors import ProfileError
+
+TINY_CHUNK, SMALL_CHUNK = 2, 32
+"""Tokens of the chunks whose overheads are measured."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +27,14 @@ class Rates:
         read_bytes_per_s: disk to host memory.
         attention_flops: of attention; None: as matrix products.
         conv_flops: of the VAE's convolutions; None: as matrix products.
+        conv_element_s: of one element that they read: its norm and activation, and its copies;
+            None: ``conv_flops`` is the rate of all that the VAE does.
         eight_bit_flops: of 8-bit matrix products; None: the device has none that are faster.
         memory_bytes_per_s: the device's own memory; decoding of weights runs at it (None: not
             counted).
-        overhead_s: of one chunk of one block, whatever its size.
+        overhead_s: of one chunk of `SMALL_CHUNK` tokens or more in one block, besides its tokens.
+        tiny_overhead_s: the same of one of `TINY_CHUNK` tokens, for which products do less in vain;
+            None: as of larger ones.
         element_s: of one element of the hidden states in one block: norms, rotations, activations.
         video_pixels_per_s: into H.264.
     """
@@ -36,9 +44,11 @@ class Rates:
     read_bytes_per_s: float
     attention_flops: float | None = None
     conv_flops: float | None = None
+    conv_element_s: float | None = None
     eight_bit_flops: float | None = None
     memory_bytes_per_s: float | None = None
     overhead_s: float = 2e-4
+    tiny_overhead_s: float | None = None
     element_s: float = 1e-13
     video_pixels_per_s: float = 2.5e7
 
@@ -51,6 +61,14 @@ class Rates:
                     expected="a rate above 0",
                     found=str(value),
                 )
+
+    def chunk_overhead_s(self, tokens: int) -> float:
+        """Seconds of a chunk besides its tokens: between two sizes, by the logarithm."""
+        if self.tiny_overhead_s is None:
+            return self.overhead_s
+        place = math.log(max(tokens, 1) / TINY_CHUNK) / math.log(SMALL_CHUNK / TINY_CHUNK)
+        share = min(1.0, max(0.0, place))
+        return share * self.overhead_s + (1 - share) * self.tiny_overhead_s
 
 
 def config_dir() -> Path:

@@ -113,7 +113,7 @@ SHAPE = VideoShape(640, 384, 33)
 def a_case() -> Case:
     manifest = builtin("wan2.1-i2v-14b", "int8")
     rates = Hardware("cpu", "", 1, 1, Rates(1e9, 1e9, 1e9)).rates
-    return Case(manifest, Workload(SHAPE, 4, False, kept=True), rates, Policy(), pins=False)
+    return Case(manifest, Workload(SHAPE, 4, False, kept=True), rates, Policy(), "cpu")
 
 
 @pytest.fixture

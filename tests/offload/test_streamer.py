@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from penstock.errors import CheckpointChanged, LedgerOverflow, UsageError
-from penstock.offload import streamer
+from penstock.offload import streamer, tiers
 from penstock.offload.layout import BlockLayout
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.schedule import Residency
@@ -416,3 +418,21 @@ def test_no_weights_that_stay() -> None:
         layout, device=CPU, device_ledger=ledgers[0], host_ledger=ledgers[1]
     ) as tensors:
         assert tensors == empty
+
+
+def test_weights_that_stay_leave_no_staging_behind(
+    layouts: list[BlockLayout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in the ledger alone: the memory itself is gone."""
+    made: list[weakref.ref[mmap.mmap]] = []
+    anonymous = tiers._anonymous
+
+    def watched(nbytes: int) -> mmap.mmap:
+        memory = anonymous(nbytes)
+        made.append(weakref.ref(memory))
+        return memory
+
+    monkeypatch.setattr(tiers, "_anonymous", watched)
+    ledgers = ByteLedger("VRAM", 1 << 20), ByteLedger("RAM", 1 << 20)
+    with load_block(layouts[3], device=CPU, device_ledger=ledgers[0], host_ledger=ledgers[1]):
+        assert made and [memory() for memory in made] == [None] * len(made)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +143,18 @@ def test_a_smaller_ring_where_the_driver_pins_only_some(monkeypatch: pytest.Monk
     monkeypatch.setattr(tiers, "_forget_cuda_error", lambda device: None)
     ledger = ByteLedger("RAM", 1 << 20)
     tier = HostTier(ledger, CUDA)
+    made: list[weakref.ref[mmap.mmap]] = []
+    anonymous = tiers._anonymous
+
+    def watched(nbytes: int) -> mmap.mmap:
+        memory = anonymous(nbytes)
+        made.append(weakref.ref(memory))
+        return memory
+
+    monkeypatch.setattr(tiers, "_anonymous", watched)
     with tier.ring("slabs", 4096, 4) as ring:
         assert [buffer.is_pinned for buffer in ring] == [True, True]
+        assert [memory() is not None for memory in made] == [True, True, False]
         assert ledger.used == 8192 and tier.pageable_bytes == 0
         with tier.ring("more", 4096, 2) as pageable:
             assert [buffer.is_pinned for buffer in pageable] == [False, False]

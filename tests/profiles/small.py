@@ -84,8 +84,10 @@ _rates = st.builds(
     read_bytes_per_s=st.floats(1e6, 1e10),
     attention_flops=st.sampled_from([None, 1e9]),
     conv_flops=st.sampled_from([None, 1e10]),
+    conv_element_s=st.sampled_from([None, 1e-9]),
     eight_bit_flops=st.sampled_from([None, 1e11]),
     memory_bytes_per_s=st.sampled_from([None, 1e9]),
+    tiny_overhead_s=st.sampled_from([None, 1e-4]),
 )
 
 machines = st.builds(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -225,3 +226,12 @@ class TestCards:
 def test_stored_rates_are_plain_json(tmp_path) -> None:
     path = store_rates("a", Rates(1.0, 2.0, 3.0), tmp_path)
     assert json.loads(path.read_text())["a"]["flops"] == 1.0
+
+
+def test_the_overhead_of_a_chunk_is_that_of_its_size() -> None:
+    rates = Rates(1e12, 1e9, 1e9, overhead_s=5e-3, tiny_overhead_s=1e-3)
+    assert [rates.chunk_overhead_s(tokens) for tokens in (1, 2, 32, 4096)] == [
+        1e-3, 1e-3, 5e-3, 5e-3,
+    ]  # fmt: skip
+    assert rates.chunk_overhead_s(8) == pytest.approx(3e-3)
+    assert replace(rates, tiny_overhead_s=None).chunk_overhead_s(2) == 5e-3

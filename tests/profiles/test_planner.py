@@ -169,7 +169,7 @@ def _one_pass_fits(blocks, work_bytes, rest, held, machine, stays=0) -> bool:
 
 
 def _vae_fits(model, work, machine, policy, picture) -> bool:
-    latent = work.shape.latent(model.vae)
+    latent, on_cpu = work.shape.latent(model.vae), machine.device == "cpu"
     grids = [
         TileGrid(rows, columns)
         for rows in range(1, min(latent[1], 8) + 1)
@@ -184,12 +184,12 @@ def _vae_fits(model, work, machine, policy, picture) -> bool:
         cost.device_bytes + model.vae.decoder.rest_bytes <= machine.vram_bytes
         and cost.ram_bytes + latents + _kept_tile(work, latent, grid) + PAGE <= machine.ram_bytes
         for grid in grids
-        for cost in (vae.decode_bytes(model.vae, latent, grid, 2),)
+        for cost in (vae.decode_bytes(model.vae, latent, grid, 2, on_cpu=on_cpu),)
     )
     encode = model.transformer.in_channels == 16 or any(
         cost.device_bytes + model.vae.encoder.rest_bytes <= machine.vram_bytes
         and _states(model, work) + picture + condition + PAGE <= machine.ram_bytes
-        for cost in (vae.encode_bytes(model.vae, latent, grid, 2) for grid in grids)
+        for cost in (vae.encode_bytes(model.vae, latent, grid, 2, on_cpu=on_cpu) for grid in grids)
     )
     frames = 3 * work.shape.frames * pixels + latents
     return decode and encode and frames + (16 << 20) + 240 * pixels <= machine.ram_bytes

@@ -22,6 +22,7 @@ from penstock.engine.wan.vae_layers import (
     head,
     levels_of,
     middle,
+    one_frame,
     pointwise,
     residual,
     residuals,
@@ -155,7 +156,7 @@ def _joined(conv: Any, triple: list[Tensor]) -> Tensor:
     """One frame of three; the list is emptied."""
     stacked = torch.cat(triple, dim=2)
     triple.clear()
-    return F.conv3d(stacked, conv.weight, conv.bias, stride=conv.stride)
+    return one_frame(conv, stacked)
 
 
 def _whole_frames(vae: Any, features: list[Tensor], should_stop: Callable[[], None]) -> Tensor:

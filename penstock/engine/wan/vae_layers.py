@@ -65,11 +65,27 @@ def causal_conv(
     del seen, frame  # the oldest frame is no longer needed
     spatial = conv._padding[2], conv._padding[0]
     if windows is None:
-        return F.conv3d(stacked, conv.weight, conv.bias, padding=(0, *spatial))
+        return one_frame(conv, stacked, spatial)
     before, after = windows
     rows, cols = before.rows.convolved(after.rows), before.cols.convolved(after.cols)
-    made = F.conv3d(stacked, conv.weight, conv.bias, padding=(0, rows.padding, cols.padding))
+    made = one_frame(conv, stacked, (rows.padding, cols.padding))
     return made[..., rows.kept, cols.kept]
+
+
+def one_frame(conv: Any, stacked: Tensor, padding: tuple[int, int] = (0, 0)) -> Tensor:
+    """The one frame (1, c_out, 1, h, w) that a 3D convolution makes of as many as it is deep.
+
+    That is a 2D convolution whose channels are those of all the frames, on the same bytes. torch's
+    own 3D convolution copies each pixel for every tap where an input is small (27 times the input,
+    and up to ten times slower); its 2D convolution does so for a tenth of a megabyte at most.
+
+    Args:
+        conv: a `torch.nn.Conv3d`.
+        stacked: (1, c_in, t, h, w), with t the kernel's.
+        padding: rows and columns of zeros on each side.
+    """
+    merged = stacked.flatten(1, 2)  # (1, c, t, h, w) -> (1, c*t, h, w), no copy
+    return F.conv2d(merged, conv.weight.flatten(1, 2), conv.bias, padding=padding)[:, :, None]
 
 
 def _stacked(seen: Sequence[Tensor], depth: int) -> Tensor:
@@ -82,7 +98,7 @@ def _stacked(seen: Sequence[Tensor], depth: int) -> Tensor:
 
 def pointwise(conv: Any, frame: Tensor) -> Tensor:
     """A `WanCausalConv3d` of size 1, which needs neither past nor padding."""
-    return F.conv3d(frame, conv.weight, conv.bias)
+    return one_frame(conv, frame)
 
 
 def normalised(norm: Any, x: Tensor) -> Tensor:

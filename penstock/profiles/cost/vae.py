@@ -2,15 +2,16 @@
 
 The walk mirrors `penstock.engine.wan.vae_layers`, `vae_decode` and `vae_encode` statement by
 statement: which frames are alive when the next is made. It assumes the worst moment, with every
-causal past full, and the attention kernel that stores its scores; workspaces that a convolution
-library takes for itself are not in it.
+causal past full, and the attention kernel that stores its scores. What convolutions take for
+themselves is in it on a CPU (`penstock.profiles.cost.convolution`); on a GPU it is not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from penstock.profiles.cost.convolution import call_bytes
 from penstock.profiles.manifest import VaeSpec
 from penstock.profiles.tiling import (
     QUERY_CHUNK,
@@ -57,7 +58,12 @@ def levels_of(spec: VaeSpec) -> VaeLevels:
 
 
 def decode_bytes(
-    spec: VaeSpec, latent: tuple[int, int, int], grid: TileGrid, itemsize: int
+    spec: VaeSpec,
+    latent: tuple[int, int, int],
+    grid: TileGrid,
+    itemsize: int,
+    *,
+    on_cpu: bool = False,
 ) -> VaeBytes:
     """Peak of `penstock.engine.wan.vae_decode.decode_frames` above the decoder's weights.
 
@@ -66,6 +72,7 @@ def decode_bytes(
         latent: latent frames, height and width.
         grid: rows and columns of tiles.
         itemsize: bytes of one activation element.
+        on_cpu: whether what convolutions allocate on a CPU counts.
 
     Raises:
         UsageError: more tiles than latents along an axis.
@@ -73,9 +80,9 @@ def decode_bytes(
     frames, height, width = latent
     plane = height * width * itemsize
     features = spec.base_dim * spec.dim_mult[-1] * plane
-    whole = _decode_whole(spec, latent, itemsize)
+    whole = _decode_whole(spec, latent, itemsize, on_cpu)
     tiles = decode_tiles(levels_of(spec), grid, height, width)
-    walks = [_decode_tile(spec, frames, tile, itemsize) for tile in tiles]
+    walks = [_decode_tile(spec, frames, tile, itemsize, on_cpu) for tile in tiles]
     largest = max(walks, key=lambda walk: walk.peak_bytes)
     if whole.peak_bytes - features > largest.peak_bytes:
         items = whole.items(features=(frames - 1) * features)
@@ -91,7 +98,12 @@ def decode_bytes(
 
 
 def encode_bytes(
-    spec: VaeSpec, latent: tuple[int, int, int], grid: TileGrid, itemsize: int
+    spec: VaeSpec,
+    latent: tuple[int, int, int],
+    grid: TileGrid,
+    itemsize: int,
+    *,
+    on_cpu: bool = False,
 ) -> VaeBytes:
     """Peak of `penstock.engine.wan.vae_encode.encode_tiled` above the encoder's weights.
 
@@ -101,11 +113,11 @@ def encode_bytes(
     plane = height * width * itemsize
     features = spec.base_dim * spec.dim_mult[-2] * plane
     tiles = encode_tiles(levels_of(spec), grid, height, width)
-    walks = [_encode_tile(spec, frames, tile, itemsize) for tile in tiles]
+    walks = [_encode_tile(spec, frames, tile, itemsize, on_cpu) for tile in tiles]
     largest = max(walks, key=lambda walk: walk.peak_bytes)
     candidates = [largest.items(features=frames * features)]
     for done in {*range(min(frames, _CACHED + 1)), frames - 1}:
-        whole = _encode_whole(spec, done, latent, itemsize)
+        whole = _encode_whole(spec, done, latent, itemsize, on_cpu)
         modes = done + 1 + (frames if done == frames - 1 else 0)
         items = whole.items(features=(frames - 1 - done) * features)
         candidates.append((*items, ("latents", spec.z_dim * modes * plane)))
@@ -114,18 +126,44 @@ def encode_bytes(
     return VaeBytes((*items, ("picture", picture)), ())
 
 
-def decode_flops(spec: VaeSpec, latent: tuple[int, int, int], grid: TileGrid) -> int:
-    """Floating-point operations of a decoding, two for each multiply-add, halos included."""
+@dataclass(frozen=True)
+class VaeWork:
+    """What one pass computes, halos included.
+
+    Attributes:
+        flops: floating-point operations, two for each multiply-add.
+        elements: read by convolutions: each was normed, activated, enlarged or joined to others.
+    """
+
+    flops: int
+    elements: int
+
+    @classmethod
+    def of(cls, walks: Iterable[_Walk]) -> VaeWork:
+        """Of several walks, one after the other."""
+        walks = list(walks)
+        return cls(sum(walk.flops for walk in walks), sum(walk.elements for walk in walks))
+
+
+def residual_work(width: int, side: int) -> VaeWork:
+    """Of a residual block that keeps ``width`` channels, on one square frame."""
+    walk = _Walk(1, 1, _CACHED, on_cpu=False)
+    walk.residual(width, width, (Window.whole(side, side),) * 3)
+    return VaeWork.of([walk])
+
+
+def decode_work(spec: VaeSpec, latent: tuple[int, int, int], grid: TileGrid) -> VaeWork:
+    """Of a decoding. Arguments are those of `decode_bytes`."""
     tiles = decode_tiles(levels_of(spec), grid, *latent[1:])
     walks = [_decode_tile(spec, latent[0], tile, 1) for tile in tiles]
-    return _decode_whole(spec, latent, 1).flops + sum(walk.flops for walk in walks)
+    return VaeWork.of((_decode_whole(spec, latent, 1), *walks))
 
 
-def encode_flops(spec: VaeSpec, latent: tuple[int, int, int], grid: TileGrid) -> int:
-    """Floating-point operations of an encoding, two for each multiply-add, halos included."""
+def encode_work(spec: VaeSpec, latent: tuple[int, int, int], grid: TileGrid) -> VaeWork:
+    """Of an encoding. Arguments are those of `encode_bytes`."""
     tiles = encode_tiles(levels_of(spec), grid, *latent[1:])
     walks = [_encode_tile(spec, latent[0], tile, 1) for tile in tiles]
-    return _encode_whole(spec, latent[0] - 1, latent, 1).flops + sum(walk.flops for walk in walks)
+    return VaeWork.of((_encode_whole(spec, latent[0] - 1, latent, 1), *walks))
 
 
 def _area(window: Window) -> int:
@@ -144,9 +182,10 @@ class _Walk:
     ``working`` the most that one layer needs besides. ``frame`` is the storage of the one in hand.
     """
 
-    def __init__(self, itemsize: int, frames: int, cached: int) -> None:
-        self.itemsize, self.frames, self.cached = itemsize, frames, cached
-        self.past = self.waiting = self.working = self.flops = self.frame = 0
+    def __init__(self, itemsize: int, frames: int, cached: int, on_cpu: bool) -> None:
+        self.itemsize, self.frames, self.cached, self.on_cpu = itemsize, frames, cached, on_cpu
+        self.past = self.waiting = self.working = self.frame = 0
+        self.flops = self.elements = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -175,10 +214,18 @@ class _Walk:
 
     def convolve(self, widths: tuple[int, int], area: int, made: int, taps: int, *live: int) -> int:
         """A causal convolution of three frames; ``taps`` weights a channel pair. Bytes made."""
-        new, out = self.bytes(widths[0], area), self.bytes(widths[1], made)
+        new = self.bytes(widths[0], area)
         self.need(*live, new, 3 * new, self.itemsize)  # one zero stands for absent frames
-        self.need(*live, 3 * new, out)
+        merged = 3 * widths[0], widths[1]
+        return self.multiply(merged, area, made, taps // 3, *live, 3 * new)
+
+    def multiply(self, widths: tuple[int, int], area: int, made: int, taps: int, *live: int) -> int:
+        """A convolution of one picture; ``taps`` weights a channel pair. Bytes made."""
+        out = self.bytes(widths[1], made)
+        called = call_bytes(widths, area, made, taps, self.itemsize) if self.on_cpu else out
+        self.need(*live, called)
         self.flops += 2 * widths[0] * widths[1] * taps * made * self.frames
+        self.elements += widths[0] * area * self.frames
         return out
 
     def residual(self, width_in: int, width_out: int, windows: Sequence[Window]) -> None:
@@ -193,8 +240,8 @@ class _Walk:
         made = _made(windows[1], windows[2])
         h = self.convolve((width_out, width_out), between, made, 27, x)
         if width_in != width_out:
-            self.need(x, h, self.bytes(width_in, kept), self.bytes(width_out, kept))
-            self.flops += 2 * width_in * width_out * kept * self.frames
+            cropped = self.bytes(width_in, kept)
+            self.multiply((width_in, width_out), kept, kept, 1, x, h, cropped)
         self.frame = h
 
     def middle(self, width: int, window: Window) -> None:
@@ -205,6 +252,7 @@ class _Walk:
     def attend(self, width: int, area: int) -> None:
         x, one = self.frame, self.bytes(width, area)
         self.normalise(width, area, x)
+        self.multiply((width, 3 * width), area, area, 1, x, one)
         self.need(x, 3 * one, 3 * one)
         wide = max(self.itemsize, _WIDE_ITEMSIZE)
         cast = 2 * width * area * wide if self.itemsize < _WIDE_ITEMSIZE else 0
@@ -216,7 +264,8 @@ class _Walk:
         result = scores // 2 + queries + queries // 2 if cast else 0
         self.need(x, 3 * one, one, cast, 2 * queries, scores, max(keys, scores, result))
         self.need(x, one, one, one)
-        self.flops += (8 * width**2 * area + 4 * width * area**2) * self.frames
+        self.multiply((width, width), area, area, 1, x, one)
+        self.flops += 4 * width * area**2 * self.frames
         self.frame = one
 
     def head(self, width: int, width_out: int, before: Window, after: Window) -> None:
@@ -230,9 +279,11 @@ def _cached(frames: int) -> int:
     return min(_CACHED, frames)
 
 
-def _decode_whole(spec: VaeSpec, latent: tuple[int, int, int], itemsize: int) -> _Walk:
+def _decode_whole(
+    spec: VaeSpec, latent: tuple[int, int, int], itemsize: int, on_cpu: bool = False
+) -> _Walk:
     frames, window = latent[0], Window.whole(*latent[1:])
-    walk = _Walk(itemsize, frames, _cached(frames))
+    walk = _Walk(itemsize, frames, _cached(frames), on_cpu)
     width, area = spec.base_dim * spec.dim_mult[-1], _area(window)
     walk.flops += 2 * spec.z_dim**2 * area * frames
     walk.remember(spec.z_dim, area)
@@ -243,9 +294,11 @@ def _decode_whole(spec: VaeSpec, latent: tuple[int, int, int], itemsize: int) ->
     return walk
 
 
-def _decode_tile(spec: VaeSpec, frames: int, tile: DecodeTile, itemsize: int) -> _Walk:
+def _decode_tile(
+    spec: VaeSpec, frames: int, tile: DecodeTile, itemsize: int, on_cpu: bool = False
+) -> _Walk:
     widths = [spec.base_dim * factor for factor in spec.dim_mult[::-1]]
-    walk = _Walk(itemsize, frames, _cached(frames))
+    walk = _Walk(itemsize, frames, _cached(frames), on_cpu)
     # The piece before this one may still be in its reader's hands.
     walk.waiting = _PIXELS * _made(*tile.levels[-1][-2:]) * itemsize
     low = tile.tail
@@ -277,15 +330,15 @@ def _enlarge(
         walk.waiting += pair
         frame = 0
     large, made = walk.bytes(width, 4 * area), _made(low.scaled(2), after)
-    walk.frame = walk.bytes(width // 2, made)
-    walk.need(frame, large, walk.frame)
-    walk.flops += 2 * width * (width // 2) * 9 * made * walk.frames
+    walk.frame = walk.multiply((width, width // 2), 4 * area, made, 9, frame, large)
 
 
-def _encode_whole(spec: VaeSpec, done: int, latent: tuple[int, int, int], itemsize: int) -> _Walk:
+def _encode_whole(
+    spec: VaeSpec, done: int, latent: tuple[int, int, int], itemsize: int, on_cpu: bool = False
+) -> _Walk:
     """The suffix when ``done`` latent frames are behind."""
     window = Window.whole(*latent[1:])
-    walk = _Walk(itemsize, latent[0], _cached(done + 1))
+    walk = _Walk(itemsize, latent[0], _cached(done + 1), on_cpu)
     width, area = spec.base_dim * spec.dim_mult[-2], _area(window)
     walk.frame = walk.bytes(width, area)
     for _ in range(spec.num_res_blocks):
@@ -298,9 +351,11 @@ def _encode_whole(spec: VaeSpec, done: int, latent: tuple[int, int, int], itemsi
     return walk
 
 
-def _encode_tile(spec: VaeSpec, frames: int, tile: EncodeTile, itemsize: int) -> _Walk:
+def _encode_tile(
+    spec: VaeSpec, frames: int, tile: EncodeTile, itemsize: int, on_cpu: bool = False
+) -> _Walk:
     frames = 1 + (frames - 1) * spec.temporal_factor
-    walk = _Walk(itemsize, frames, _cached(frames))
+    walk = _Walk(itemsize, frames, _cached(frames), on_cpu)
     width, first = spec.base_dim, tile.levels[0]
     walk.waiting = 4 * itemsize  # frames of zeros are one element each
     walk.remember(_PIXELS, _area(first[0]))
@@ -311,20 +366,19 @@ def _encode_tile(spec: VaeSpec, frames: int, tile: EncodeTile, itemsize: int) ->
         for _ in range(spec.num_res_blocks):
             walk.residual(width, width_out, windows[at : at + 3])
             width, at = width_out, at + 2
-        _reduce(walk, spec.temporal_downsample[level], width, windows[-2:])
+        _reduce(walk, spec.temporal_downsample[level], width, windows[-1])
     return walk
 
 
-def _reduce(walk: _Walk, in_time: bool, width: int, windows: Sequence[Window]) -> None:
-    read, made = windows[0], windows[1]
-    padded = (len(read.rows) + 1) * (len(read.cols) + 1)
-    out = walk.bytes(width, _area(made))
-    walk.need(walk.frame, walk.bytes(width, padded), out)
-    walk.flops += 2 * width**2 * 9 * _area(made) * walk.frames
+def _reduce(walk: _Walk, in_time: bool, width: int, made: Window) -> None:
+    padded = (2 * len(made.rows) + 1) * (2 * len(made.cols) + 1)
+    enlarged = walk.bytes(width, padded)
+    out = walk.multiply((width, width), padded, _area(made), 9, walk.frame, enlarged)
     walk.frame = out
     if in_time:
         # The last frame and the one that waits for its pair.
         walk.past += 2 * out
         walk.frames = 1 + (walk.frames - 1) // 2
-        walk.need(out, 3 * out, out)
-        walk.flops += 2 * width**2 * 3 * _area(made) * (walk.frames - 1)
+        walk.frames -= 1
+        walk.multiply((3 * width, width), _area(made), _area(made), 1, out, 3 * out)
+        walk.frames += 1

@@ -9,15 +9,16 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from penstock.engine.wan.vae_decode import decode_frames, decode_tiled
 from penstock.engine.wan.vae_encode import encode_tiled, first_frame_then_zeros
-from penstock.profiles.cost.vae import decode_bytes, decode_flops, encode_bytes, encode_flops
+from penstock.profiles.cost.vae import decode_bytes, decode_work, encode_bytes, encode_work
 from penstock.profiles.manifest import VaeSpec, Weights
 from penstock.profiles.tiling import TileGrid
 from tests.engine.wan.tiny_vae import tiny_vae
-from tests.meter import StorageMeter
+from tests.meter import StorageMeter, allocated_peak
 
 NONE = Weights(0, (), 2)
 WAN = VaeSpec(NONE, NONE, 96, 16, (1, 2, 4, 4), 2, (False, True, True))
@@ -88,10 +89,61 @@ def test_measured_bytes_never_pass_the_prediction(case) -> None:
 def test_flops_are_those_of_the_operations(case) -> None:
     spec, latent, grid, *_ = case
     vae = vae_of(spec, torch.float32)
-    for run, predict in ((run_decode, decode_flops), (run_encode, encode_flops)):
+    for run, predict in ((run_decode, decode_work), (run_encode, encode_work)):
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             run(vae, spec, latent, grid, torch.float32)
-        assert counter.get_total_flops() == predict(spec, latent, grid)
+        assert counter.get_total_flops() == predict(spec, latent, grid).flops
+
+
+class ConvolutionInputs(TorchDispatchMode):
+    """Sums the elements that convolutions read, those of one multiply-add an element left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket == torch.ops.aten.convolution:
+            self.elements += args[0].numel()
+        return func(*args, **(kwargs or {}))
+
+
+@settings(max_examples=6, deadline=None)
+@given(case=cases())
+def test_elements_are_those_that_convolutions_read(case) -> None:
+    """But for the two convolutions between latents and the VAE's own range of them."""
+    spec, latent, grid, *_ = case
+    vae, volume = vae_of(spec, torch.float32), latent[0] * latent[1] * latent[2]
+    for run, predict, outside in (
+        (run_decode, decode_work, spec.z_dim * volume),
+        (run_encode, encode_work, 2 * spec.z_dim * volume),
+    ):
+        with ConvolutionInputs() as counter:
+            run(vae, spec, latent, grid, torch.float32)
+        assert counter.elements - outside == predict(spec, latent, grid).elements
+
+
+@settings(max_examples=8, deadline=None)
+@given(case=cases())
+def test_what_is_allocated_on_a_cpu_never_passes_the_prediction(case) -> None:
+    """The allocator's own count, which sees what convolutions take for themselves."""
+    spec, latent, grid, dtype, _ = case
+    vae, itemsize = vae_of(spec, dtype), torch.empty(0, dtype=dtype).itemsize
+    for run, predict in ((run_decode, decode_bytes), (run_encode, encode_bytes)):
+        peak = allocated_peak(lambda run=run: run(vae, spec, latent, grid, dtype))
+        assert peak <= predict(spec, latent, grid, itemsize, on_cpu=True).device_bytes
+
+
+@pytest.mark.parametrize("latent, grid", [((3, 16, 24), (1, 1)), ((3, 16, 24), (2, 2))])
+def test_most_of_the_prediction_on_a_cpu_is_allocated(latent, grid) -> None:
+    spec = VaeSpec(NONE, NONE, 16, 16, (1, 2, 4, 4), 2, (False, True, True))
+    vae = vae_of(spec, torch.float32)
+    for run, predict in ((run_decode, decode_bytes), (run_encode, encode_bytes)):
+        args = spec, latent, TileGrid(*grid)
+        peak = allocated_peak(lambda run=run, args=args: run(vae, *args, torch.float32))
+        predicted = predict(*args, 4, on_cpu=True).device_bytes
+        assert 0.95 * predicted <= peak <= predicted
+        assert peak > 1.05 * predict(*args, 4).device_bytes
 
 
 def test_video_and_staging_are_host_memory() -> None:
@@ -109,18 +161,19 @@ def vae_spec_of_tiny() -> VaeSpec:
 
 @pytest.mark.parametrize("predict", [decode_bytes, encode_bytes])
 def test_finer_grids_need_less_and_compute_more(predict) -> None:
-    flops = decode_flops if predict is decode_bytes else encode_flops
+    work_of = decode_work if predict is decode_bytes else encode_work
     grids = [TileGrid(side, side) for side in (1, 2, 3, 4)]
     peaks = [predict(WAN, (21, 90, 160), grid, 2).device_bytes for grid in grids]
-    work = [flops(WAN, (21, 90, 160), grid) for grid in grids]
+    works = [work_of(WAN, (21, 90, 160), grid) for grid in grids]
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 4
-    assert work == sorted(work) and len(set(work)) == 4
+    for counts in ([work.flops for work in works], [work.elements for work in works]):
+        assert counts == sorted(counts) and len(set(counts)) == 4
 
 
 def test_tile_overhead_at_720p() -> None:
-    whole = decode_flops(WAN, (21, 90, 160), TileGrid(1, 1))
+    whole = decode_work(WAN, (21, 90, 160), TileGrid(1, 1)).flops
     overhead = {
-        grid: decode_flops(WAN, (21, 90, 160), TileGrid(*grid)) / whole
+        grid: decode_work(WAN, (21, 90, 160), TileGrid(*grid)).flops / whole
         for grid in ((2, 2), (4, 1), (4, 4))
     }
     assert overhead[2, 2] < 1.08 and overhead[4, 1] < 1.16 and overhead[4, 4] < 1.27

@@ -31,8 +31,8 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from penstock.engine.bench import Asked, measure, random_conditions
-from penstock.engine.bench_weights import write_synthetic
+from penstock.engine.bench.measure import Asked, measure, random_conditions
+from penstock.engine.bench.weights import write_synthetic
 from penstock.engine.engine import Engine
 from penstock.engine.model import Component
 from penstock.engine.request import GenerationRequest

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import torch
 
-from penstock.engine.checked import Placed, RunInspector
-from penstock.engine.packfile import PackRun, digest
+from penstock.engine.packs.checked import Placed, RunInspector
+from penstock.engine.packs.file import PackRun, digest
 from penstock.offload.layout import BlockLayout, Extent
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.mover import Carrier, StreamStats

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from penstock.engine.engine import Engine
-from penstock.engine.journal import Journal
-from penstock.engine.keeper import JournalKeeper
 from penstock.engine.request import GenerationRequest
+from penstock.engine.store.journal import Journal
+from penstock.engine.store.keeper import JournalKeeper
 from penstock.engine.synthetic import write_tiny_model
 
 LATENTS_720P = (1, 16, 21, 90, 160)

@@ -16,10 +16,10 @@ from unittest import mock
 import torch
 from torch.nn import functional as F
 
-from penstock.engine.bench import Asked, MeasuredStage, measure
-from penstock.engine.bench_machine import machine
-from penstock.engine.bench_result import BenchResult
-from penstock.engine.bench_weights import write_synthetic
+from penstock.engine.bench.machine import machine
+from penstock.engine.bench.measure import Asked, MeasuredStage, measure
+from penstock.engine.bench.result import BenchResult
+from penstock.engine.bench.weights import write_synthetic
 from penstock.engine.engine import Engine
 from penstock.engine.pipeline import decode
 from penstock.engine.request import GenerationRequest

@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.disk_tier import read_plain
-from penstock.engine.bench_machine import forget
+from penstock.engine.bench.machine import forget
 
 Forward = Callable[[], Any]
 SEED = 0
@@ -234,7 +234,7 @@ def write(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Make the model."""
     from transformers.utils import logging
 
-    from penstock.engine.bench_weights import write_synthetic
+    from penstock.engine.bench.weights import write_synthetic
 
     logging.disable_progress_bar()
     write_synthetic(
@@ -281,7 +281,7 @@ def inputs(options: argparse.Namespace) -> dict[str, Any]:
     """What every forward is given; the same values whatever the peer."""
     import torch
 
-    from penstock.engine.bench_weights import synthetic
+    from penstock.engine.bench.weights import synthetic
 
     width, height, frames = (int(part) for part in options.size.split("x"))
     config = synthetic(options.name).transformer
@@ -424,10 +424,10 @@ def forwards(engine: Any, request: Any, plan: Any, options: argparse.Namespace) 
 
     import torch
 
-    from penstock.engine.bench import MeasuredStage
-    from penstock.engine.keeper import Conditions
+    from penstock.engine.bench.measure import MeasuredStage
     from penstock.engine.pipeline import Forward as Streamed
     from penstock.engine.pipeline import prepare
+    from penstock.engine.store.keeper import Conditions
     from penstock.engine.wan import forward as dit
 
     device = torch.device(options.device)

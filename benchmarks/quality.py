@@ -47,8 +47,8 @@ from torch import Tensor
 from benchmarks.quality_blocks import Outputs, outputs, worst
 from benchmarks.quality_kept import Difference, Kept
 from penstock.engine.engine import Engine
-from penstock.engine.firstuse import FirstUse
-from penstock.engine.locate import Files, locate
+from penstock.engine.files.locate import Files, locate
+from penstock.engine.packs.firstuse import FirstUse
 from penstock.engine.settings import Settings, resolve
 from penstock.engine.synthetic import write_tiny_model
 from penstock.offload.layout import BlockLayout
@@ -142,7 +142,7 @@ class Runs:
     """Opens a model in each of its ways, and keeps what its clips and its blocks give.
 
     Args:
-        model: a folder, or anything else that `penstock.engine.locate.locate` takes.
+        model: a folder, or anything else that `penstock.engine.files.locate.locate` takes.
         clips: to make, each with a seed.
         kept: what is known already, and where packs may lie.
     """

@@ -16,7 +16,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from penstock.engine.durable import FileOps, write_atomically
+from penstock.engine.store.durable import FileOps, write_atomically
 from penstock.errors import UsageError
 
 

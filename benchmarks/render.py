@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from penstock.engine.bench_plot import Dot, draw
+from penstock.engine.bench.plot import Dot, draw
 from penstock.units import GIB, MIB
 
 ROOT = Path(__file__).parent.parent

@@ -9,8 +9,8 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from penstock.engine.bench_order import Point
-from penstock.engine.bench_result import BenchResult, PhaseFigures, Verdict
+from penstock.engine.bench.order import Point
+from penstock.engine.bench.result import BenchResult, PhaseFigures, Verdict
 from penstock.units import format_bytes
 
 _EDGES = {

@@ -143,7 +143,7 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Make a video from a prompt, and a picture where the model takes one."""
-    from penstock.engine.locate import Files
+    from penstock.engine.files.locate import Files
     from penstock.engine.settings import Settings
 
     files = Files(transformer, text_encoder, vae, image_encoder, tokenizer)
@@ -194,7 +194,7 @@ def resume(
 ) -> None:
     """Continue a job that was stopped, failed or killed."""
     from penstock.engine.engine import Engine
-    from penstock.engine.jobs import find_job, launch_settings
+    from penstock.engine.store.jobs import find_job, launch_settings
 
     with reported(debug):
         folder = find_job(job)
@@ -214,7 +214,7 @@ def jobs(
     ] = False,
 ) -> None:
     """List the jobs: state, step, age and size."""
-    from penstock.engine.jobs import list_jobs
+    from penstock.engine.store.jobs import list_jobs
     from penstock.progress import jobs_table
 
     if context.invoked_subcommand is not None:
@@ -233,7 +233,7 @@ def remove(
     debug: Debug = False,
 ) -> None:
     """Remove a job and all that it has kept; its video stays."""
-    from penstock.engine.jobs import find_job, remove_job
+    from penstock.engine.store.jobs import find_job, remove_job
 
     with reported(debug):
         folder = find_job(job)
@@ -304,7 +304,7 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Say what a video will take, in bytes and seconds, without loading anything."""
-    from penstock.engine.locate import Files
+    from penstock.engine.files.locate import Files
     from penstock.engine.planning import Asked, Target, make_plan
     from penstock.plan_view import plan_view
 
@@ -416,8 +416,8 @@ def _job_folder(
     engine: Any, request: Any, plan: Any, folder: Path | None, resumes: bool | None
 ) -> tuple[Path, bool]:
     """Where the job is kept, and whether an unfinished identical one there is continued."""
-    from penstock.engine.jobs import find_unfinished, new_job_folder
-    from penstock.engine.stored import request_values
+    from penstock.engine.store.jobs import find_unfinished, new_job_folder
+    from penstock.engine.store.stored import request_values
 
     values = request_values(request, engine.model.opening, plan.weight_format, plan.compute)
     found = find_unfinished(values, folder)

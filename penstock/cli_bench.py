@@ -63,8 +63,8 @@ def bench(
 
     Exit codes: 0 done (PASS), 1 failed or REGRESSION, 2 a wrong call or RECIPE_MISMATCH.
     """
-    from penstock.engine.bench_order import Order
-    from penstock.engine.bench_result import Thresholds
+    from penstock.engine.bench.order import Order
+    from penstock.engine.bench.result import Thresholds
     from penstock.units import parse_bytes
 
     with reported(debug):
@@ -89,8 +89,8 @@ def _measure(
     as_md: bool,
 ) -> int:  # fmt: skip
     from penstock.bench_view import markdown, sections, tables, verdict_section
-    from penstock.engine import bench_result
-    from penstock.engine.bench_order import Order, run
+    from penstock.engine.bench import result as bench_result
+    from penstock.engine.bench.order import Order, run
 
     assert isinstance(order, Order) and isinstance(thresholds, bench_result.Thresholds)
     old = None if compare is None else bench_result.load(compare)
@@ -113,8 +113,8 @@ def _measure(
 
 def _sweep(order: object, profiles: list[str], picture: Path, as_json: bool, as_md: bool) -> None:
     from penstock.bench_view import markdown, sweep_section, tables
-    from penstock.engine.bench_order import Order, sweep
-    from penstock.engine.bench_plot import Dot, draw
+    from penstock.engine.bench.order import Order, sweep
+    from penstock.engine.bench.plot import Dot, draw
     from penstock.units import GIB
 
     assert isinstance(order, Order)

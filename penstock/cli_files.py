@@ -53,7 +53,7 @@ def inspect(
     debug: Debug = False,
 ) -> None:
     """Say what a file or a folder is, by its header, and how to use it."""
-    from penstock.engine.inspect import inspect as look
+    from penstock.engine.files.inspect import inspect as look
 
     with reported(debug):
         found = look(path)
@@ -78,9 +78,9 @@ def pack(
     debug: Debug = False,
 ) -> None:
     """Write a model as packs: quantised, checked, and laid out for streaming."""
-    from penstock.engine.locate import Files, locate
-    from penstock.engine.lora import as_loras
-    from penstock.engine.pack import pack as write
+    from penstock.engine.files.locate import Files, locate
+    from penstock.engine.lora.file import as_loras
+    from penstock.engine.packs.pack import pack as write
     from penstock.progress import pack_bar
     from penstock.units import format_bytes, parse_bytes
 
@@ -108,7 +108,7 @@ def verify(
     debug: Debug = False,
 ) -> None:
     """Check every byte of a pack; exit code 1 if any is damaged."""
-    from penstock.engine.packfile import verify as check
+    from penstock.engine.packs.file import verify as check
     from penstock.progress import pack_bar
     from penstock.units import format_bytes
 
@@ -127,7 +127,7 @@ def verify(
 @cache_app.command("ls")
 def list_cache(as_json: Json = False, debug: Debug = False) -> None:
     """List the packs in the cache: size, and what they were made from."""
-    from penstock.engine.cache import cache_folder, cached_packs
+    from penstock.engine.packs.cache import cache_folder, cached_packs
     from penstock.progress import packs_table
 
     with reported(debug):
@@ -141,7 +141,7 @@ def remove_cached(
     debug: Debug = False,
 ) -> None:
     """Remove a pack; `generate` makes it again when it is needed."""
-    from penstock.engine.cache import cache_folder, remove_pack
+    from penstock.engine.packs.cache import cache_folder, remove_pack
     from penstock.units import format_bytes
 
     with reported(debug):

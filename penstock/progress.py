@@ -16,11 +16,11 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from penstock.engine.cache import CachedPack
 from penstock.engine.events import Event, Notice, PhaseEnded, PhaseStarted, Replanned
 from penstock.engine.events import Progress as Advance
-from penstock.engine.jobs import JobInfo
+from penstock.engine.packs.cache import CachedPack
 from penstock.engine.report import PhaseReport, RunReport
+from penstock.engine.store.jobs import JobInfo
 from penstock.profiles.plan import COMPUTE_PATHS, Plan
 from penstock.units import format_bytes
 

@@ -10,7 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from penstock.cli import app
-from penstock.engine.bench_result import load
+from penstock.engine.bench.result import load
 
 SMALL = ["--synthetic", "tiny", "--blocks", "2", "--width", "32", "--height", "32",
          "--frames", "5", "--steps", "2", "--device", "cpu"]  # fmt: skip

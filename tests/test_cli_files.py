@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from penstock.cli import app
-from penstock.engine.jobs import launch_settings
+from penstock.engine.store.jobs import launch_settings
 from tests.engine import golden
 from tests.engine.test_doors import single_files
 

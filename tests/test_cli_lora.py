@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from penstock.cli import app
-from penstock.engine.locate import locate
-from penstock.engine.packfile import PackFile
+from penstock.engine.files.locate import locate
+from penstock.engine.packs.file import PackFile
 from penstock.engine.synthetic import write_tiny_model
 from tests.engine import lora_files as made
 

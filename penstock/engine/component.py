@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from penstock.engine.formats import decode, format_of, is_linear
-from penstock.engine.keys import ComponentSource, as_bytes, stored_name
-from penstock.engine.storage import StoredWeight
+from penstock.engine.files.formats import decode, format_of, is_linear
+from penstock.engine.files.keys import ComponentSource, as_bytes, stored_name
+from penstock.engine.files.storage import StoredWeight
 from penstock.offload.checkpoint import Checkpoint, torch_dtype
 
 _FLOAT32_TOO = "scale_shift_table"

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from penstock.engine.keys import ComponentSource
+from penstock.engine.files.keys import ComponentSource
 from penstock.profiles.manifest import ComputePath, Storage
 from penstock.quant.compute import Computing, scratch_bytes
 from penstock.quant.format import QuantFormat

@@ -6,8 +6,8 @@ from types import TracebackType
 
 import torch
 
-from penstock.engine.keeper import Keeper
 from penstock.engine.recovery import device_lost, out_of_memory
+from penstock.engine.store.keeper import Keeper
 from penstock.errors import PenstockError
 
 

@@ -10,19 +10,20 @@ from types import TracebackType
 
 import torch
 
+from penstock.engine.files.locate import Files
 from penstock.engine.job import Job
 from penstock.engine.jobqueue import JobQueue
-from penstock.engine.journal import Journal
-from penstock.engine.keeper import JournalKeeper, Keeper
-from penstock.engine.locate import Files
-from penstock.engine.lora import Lora, as_loras
+from penstock.engine.lora.file import Lora, as_loras
 from penstock.engine.model import ModelFiles
+from penstock.engine.packs.variants import Variants, computing_on
 from penstock.engine.pipeline import run
 from penstock.engine.preview import Previewer
 from penstock.engine.request import GenerationRequest, check_task
 from penstock.engine.stage import Run, workload_of
 from penstock.engine.steering import Hooks, OnStep
-from penstock.engine.stored import (
+from penstock.engine.store.journal import Journal
+from penstock.engine.store.keeper import JournalKeeper, Keeper
+from penstock.engine.store.stored import (
     Order,
     begin,
     check_conditions,
@@ -33,7 +34,6 @@ from penstock.engine.stored import (
     restored_plan,
     restored_request,
 )
-from penstock.engine.variants import Variants, computing_on
 from penstock.engine.video import check_output
 from penstock.errors import UsageError
 from penstock.offload.tiers import release_cached
@@ -109,7 +109,7 @@ class Engine:
             profile: a profile's name or the path of its file.
             overrides: what else wins over the profile.
             overlapped: stream ahead of the computation; False is the sequential reference.
-            cache: where packs are kept; None: `penstock.engine.cache.cache_folder`.
+            cache: where packs are kept; None: `penstock.engine.packs.cache.cache_folder`.
 
         Raises:
             CheckpointError: the folder is not a model that penstock runs.

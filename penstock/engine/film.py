@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penstock.engine.keeper import Keeper
+from penstock.engine.store.keeper import Keeper
 from penstock.engine.wan.vae_decode import decode_tiled, tile_windows, to_uint8
 from penstock.profiles.tiling import TileGrid, Window
 

@@ -3,7 +3,7 @@
 A network is a skeleton on the meta device (the class and the parameter names of diffusers or
 transformers, with a single block; built when a job needs it), plus the places of its tensors: one
 layout for all that is not in a block, and one per block. Where the model lies and how its files
-name and store the weights is found by `penstock.engine.locate`; from here on all models look
+name and store the weights is found by `penstock.engine.files.locate`; from here on all models look
 alike.
 """
 
@@ -18,16 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penstock.engine.checked import Packs
 from penstock.engine.component import Adapter, adapters_of, read_table_rows
 from penstock.engine.decoding import Matrices, block_format, storage_of
-from penstock.engine.formats import compute_tag, linear_formats
+from penstock.engine.files.formats import compute_tag, linear_formats
+from penstock.engine.files.keys import ComponentSource
+from penstock.engine.files.locate import Files, ModelSource, locate, open_tokenizer
 from penstock.engine.image import layers_needed
-from penstock.engine.keys import ComponentSource
-from penstock.engine.locate import Files, ModelSource, locate, open_tokenizer
-from penstock.engine.lora import Lora
-from penstock.engine.lora_place import LoraPart, PlacedLoras
+from penstock.engine.lora.file import Lora
+from penstock.engine.lora.place import LoraPart, PlacedLoras
 from penstock.engine.opening import Opening
+from penstock.engine.packs.checked import Packs
 from penstock.engine.request import Grid
 from penstock.engine.skeleton import Build, Formats, Skeleton
 from penstock.engine.specs import manifest_of
@@ -220,7 +220,7 @@ class ModelFiles:
         """Describe a model without reading a weight.
 
         Args:
-            model, files: as `penstock.engine.locate.locate` takes them.
+            model, files: as `penstock.engine.files.locate.locate` takes them.
             loras: to apply beside the transformer's weights.
 
         Raises:

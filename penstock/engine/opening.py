@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from penstock.engine.locate import Files
-from penstock.engine.lora import Lora
+from penstock.engine.files.locate import Files
+from penstock.engine.lora.file import Lora
 from penstock.errors import JournalError, UsageError
 
 _PARTS = tuple(each.name for each in fields(Files))
@@ -16,7 +16,7 @@ _PARTS = tuple(each.name for each in fields(Files))
 
 @dataclass(frozen=True)
 class Opening:
-    """Where a model is, as `penstock.engine.locate.locate` was told.
+    """Where a model is, as `penstock.engine.files.locate.locate` was told.
 
     Attributes:
         model: a folder, a file or a hub id; None: all parts are in ``files``.

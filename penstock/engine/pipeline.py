@@ -24,7 +24,6 @@ from penstock.engine import text as prompts
 from penstock.engine.ending import Ending
 from penstock.engine.events import Listener, Monitor, PhaseMonitor
 from penstock.engine.film import Film
-from penstock.engine.keeper import Conditions
 from penstock.engine.model import Component
 from penstock.engine.previewing import prepare_previews, preview_of
 from penstock.engine.report import JobResult, RunReport, versions
@@ -32,6 +31,7 @@ from penstock.engine.request import GenerationRequest
 from penstock.engine.sampler import guide
 from penstock.engine.sampling import Sampling
 from penstock.engine.stage import Run, Stage, visits
+from penstock.engine.store.keeper import Conditions
 from penstock.engine.video import write_video
 from penstock.engine.wan import forward as dit
 from penstock.engine.wan.cross import CrossStore

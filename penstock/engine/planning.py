@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from penstock.engine.locate import Files
+from penstock.engine.files.locate import Files
 from penstock.engine.request import (
     DISTILLED,
     GenerationRequest,
@@ -127,7 +127,7 @@ def make_plan(
     """The plan for a model, or for a built-in description.
 
     Args:
-        model, files: as `penstock.engine.locate.locate` takes them.
+        model, files: as `penstock.engine.files.locate.locate` takes them.
 
     Raises:
         UsageError: neither or both, or LoRAs without a model; OverBudget: nothing fits.
@@ -169,10 +169,10 @@ def plan_files(opened: _Opened, asked: Asked, chosen: Chosen) -> Plan:
     """
     import torch
 
-    from penstock.engine.lora import as_loras
+    from penstock.engine.lora.file import as_loras
     from penstock.engine.model import ModelFiles
+    from penstock.engine.packs.variants import Variants, computing_on
     from penstock.engine.settings import Settings, resolve
-    from penstock.engine.variants import Variants, computing_on
     from penstock.quant.compute import Computing, Scratch
 
     settings = Settings(

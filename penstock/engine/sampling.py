@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from penstock.engine.keeper import Point
 from penstock.engine.sampler import Sampler, SamplerState, initial_noise
 from penstock.engine.stage import Stage
 from penstock.engine.steering import steer
+from penstock.engine.store.keeper import Point
 
 
 class Sampling:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from penstock.engine.lora_place import lora_spec
+from penstock.engine.lora.place import lora_spec
 from penstock.engine.wan.forward import is_cross_kv
 from penstock.profiles.manifest import (
     ImageSpec,

@@ -14,12 +14,12 @@ import torch
 
 from penstock.engine.ahead import Ahead
 from penstock.engine.events import Listener, Monitor, PhaseMonitor, Replanned
-from penstock.engine.keeper import Keeper
 from penstock.engine.model import Component, ModelFiles
 from penstock.engine.preview import Previewer
 from penstock.engine.recovery import MEMORY_ERRORS, Shortage, shortage
 from penstock.engine.request import GenerationRequest
 from penstock.engine.steering import Hooks
+from penstock.engine.store.keeper import Keeper
 from penstock.errors import OutOfMemory
 from penstock.offload.layout import BlockLayout
 from penstock.offload.ledger import ByteLedger

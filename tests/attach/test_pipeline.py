@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import penstock
 from penstock.engine.attach.desk import WHOLE_FRAMES
-from penstock.engine.durable import FileOps
+from penstock.engine.store.durable import FileOps
 from penstock.engine.synthetic import write_tiny_model
 from penstock.errors import OverBudget, PenstockError, StorageError, UsageError
 from penstock.profiles.cost import vae as vae_cost

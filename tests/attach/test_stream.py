@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import penstock
-from penstock.engine.durable import FileOps
+from penstock.engine.store.durable import FileOps
 from penstock.errors import CheckpointError, OverBudget, StorageError, UsageError
 from tests.attach.zoo import NAMES, Walk, make
 from tests.meter import StorageMeter

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from penstock.engine.keys import ComponentSource
+from penstock.engine.files.keys import ComponentSource
 from penstock.engine.wan import forward as dit
 from penstock.engine.wan.keys import NAMINGS
 from penstock.quant.compute import Computing, Scratch

@@ -14,12 +14,13 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from penstock.engine import bench_order, bench_weights
-from penstock.engine.bench import Asked, Memory, measure
-from penstock.engine.bench_machine import machine, read_rate
-from penstock.engine.bench_order import Order, fitting_blocks, run, sweep
-from penstock.engine.bench_plot import Dot, draw
-from penstock.engine.bench_result import (
+from penstock.engine.bench import order as bench_order
+from penstock.engine.bench import weights as bench_weights
+from penstock.engine.bench.machine import machine, read_rate
+from penstock.engine.bench.measure import Asked, Memory, measure
+from penstock.engine.bench.order import Order, fitting_blocks, run, sweep
+from penstock.engine.bench.plot import Dot, draw
+from penstock.engine.bench.result import (
     BenchResult,
     Links,
     PhaseFigures,
@@ -30,7 +31,7 @@ from penstock.engine.bench_result import (
     load,
     save,
 )
-from penstock.engine.bench_weights import (
+from penstock.engine.bench.weights import (
     FORMATS,
     SYNTHETIC,
     transformer_bytes,

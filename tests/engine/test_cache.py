@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from penstock.engine.cache import ABOUT, being_changed, cache_folder, cached_packs, remove_pack
+from penstock.engine.packs.cache import (
+    ABOUT,
+    being_changed,
+    cache_folder,
+    cached_packs,
+    remove_pack,
+)
 from penstock.errors import JobLocked, UsageError
 
 WHOLE = f"wan2.1-t2v-14b-int8-{'0' * 16}"

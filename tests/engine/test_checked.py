@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from penstock.engine.checked import Placed, RunInspector
 from penstock.engine.engine import Engine
-from penstock.engine.jobs import describe
-from penstock.engine.locate import locate
+from penstock.engine.files.locate import locate
 from penstock.engine.model import ModelFiles
-from penstock.engine.pack import pack
-from penstock.engine.packfile import PackFile, PackRun, digest
+from penstock.engine.packs.checked import Placed, RunInspector
+from penstock.engine.packs.file import PackFile, PackRun, digest
+from penstock.engine.packs.pack import pack
 from penstock.engine.request import GenerationRequest
+from penstock.engine.store.jobs import describe
 from penstock.errors import CheckpointError
 from penstock.offload.files import WeightFile
 from penstock.profiles.plan import PhasePlan, Plan, StreamPlan

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from penstock.engine.engine import Engine
-from penstock.engine.locate import Files, locate
-from penstock.engine.pack import pack
+from penstock.engine.files.locate import Files, locate
+from penstock.engine.packs.pack import pack
 from penstock.engine.request import GenerationRequest
 from tests.engine import golden
 from tests.engine.test_spm import train

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from penstock.engine.fingerprint import (
+from penstock.engine.store.fingerprint import (
     SAMPLE_BYTES,
     SAMPLES,
     check_fingerprint,
@@ -15,7 +15,7 @@ from penstock.engine.fingerprint import (
     fingerprint,
     stamp,
 )
-from penstock.engine.sealed import open_json, seal_json
+from penstock.engine.store.sealed import open_json, seal_json
 from penstock.errors import FingerprintMismatch, StorageError
 
 

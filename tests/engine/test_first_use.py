@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from penstock.engine import durable, variants
-from penstock.engine.cache import cached_packs
 from penstock.engine.engine import Engine
 from penstock.engine.events import Notice, PhaseStarted, Progress
-from penstock.engine.jobs import describe, launch_settings
-from penstock.engine.locate import Files, locate
-from penstock.engine.pack import pack
+from penstock.engine.files.locate import Files, locate
+from penstock.engine.packs import variants
+from penstock.engine.packs.cache import cached_packs
+from penstock.engine.packs.pack import pack
 from penstock.engine.report import JobResult
 from penstock.engine.request import GenerationRequest
+from penstock.engine.store import durable
+from penstock.engine.store.jobs import describe, launch_settings
 from penstock.errors import (
     FingerprintMismatch,
     JobCancelled,

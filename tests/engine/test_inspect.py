@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from penstock.engine.inspect import inspect
+from penstock.engine.files.inspect import inspect
 from penstock.engine.wan.structure import tensor_shapes
 from penstock.errors import CheckpointError
 from tests.engine import golden
@@ -51,7 +51,7 @@ import json, resource, sys, time
 resource.setrlimit(resource.RLIMIT_DATA, (200 << 20, 200 << 20))  # more is refused by the system
 start = time.perf_counter()
 from pathlib import Path
-from penstock.engine.inspect import inspect
+from penstock.engine.files.inspect import inspect
 imported = time.perf_counter()
 found = inspect(Path(sys.argv[1])).components[0]
 print(json.dumps({

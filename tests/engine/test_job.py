@@ -15,8 +15,8 @@ import torch
 from penstock.engine.engine import Engine
 from penstock.engine.events import Event, Notice, PhaseEnded, PhaseStarted, Progress
 from penstock.engine.job import Job
-from penstock.engine.jobs import describe
 from penstock.engine.request import GenerationRequest
+from penstock.engine.store.jobs import describe
 from penstock.errors import DeviceLost, JobCancelled, UsageError
 from penstock.profiles.plan import Plan
 from tests.engine.running import Gate, a_request, an_engine

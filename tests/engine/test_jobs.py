@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from penstock.engine.durable import FileOps
-from penstock.engine.jobs import (
+from penstock.engine.store.durable import FileOps
+from penstock.engine.store.jobs import (
     data_directory,
     find_job,
     find_unfinished,
@@ -18,7 +18,7 @@ from penstock.engine.jobs import (
     new_job_folder,
     remove_job,
 )
-from penstock.engine.journal import JOB_FILES, Journal, read_record
+from penstock.engine.store.journal import JOB_FILES, Journal, read_record
 from penstock.errors import JobLocked, JournalError
 from tests.faults.life import FINGERPRINT, PLAN, REQUEST, STEPS, live, start
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from penstock.engine.durable import FileOps
-from penstock.engine.journal import (
+from penstock.engine.store.durable import FileOps
+from penstock.engine.store.journal import (
     CONDITIONING_FILE,
     JOB_FILES,
     LATENTS_FILE,
@@ -19,7 +19,7 @@ from penstock.engine.journal import (
     Journal,
     read_record,
 )
-from penstock.engine.sealed import open_json, open_tensors, seal_json, seal_tensors
+from penstock.engine.store.sealed import open_json, open_tensors, seal_json, seal_tensors
 from penstock.errors import JournalError
 from tests.faults.life import GRID, after, conditioning, live, start, tile
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from penstock.engine.durable import FileOps
-from penstock.engine.journal import RESERVE_FILE, Journal
+from penstock.engine.store.durable import FileOps
+from penstock.engine.store.journal import RESERVE_FILE, Journal
 from penstock.errors import JournalError, StorageError
 from tests.faults.life import RESERVE_BYTES, finish, observe, start, whole_life
 from tests.faults.storage import OPERATIONS, CountingOps, FaultyOps, InterceptedOps, KillingOps

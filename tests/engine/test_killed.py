@@ -96,7 +96,7 @@ def finish(task: Task, attempts: Iterable[Attempt], sha: str) -> int:
 
 
 def _is_done(task: Task) -> bool:
-    from penstock.engine.journal import JOB_FILES, read_record
+    from penstock.engine.store.journal import JOB_FILES, read_record
 
     exists = any((task.job / name).exists() for name in JOB_FILES)
     return exists and read_record(task.job).state == "done"

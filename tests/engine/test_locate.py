@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from penstock.engine import hub
-from penstock.engine.locate import Files, locate
+from penstock.engine.files import hub
+from penstock.engine.files.locate import Files, locate
 from penstock.errors import CheckpointError, PickleRefused, TensorMismatch, UsageError
 from tests.engine import golden
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from penstock.engine.lock import JobLock
+from penstock.engine.store.lock import JobLock
 from penstock.errors import JobLocked, StorageError
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

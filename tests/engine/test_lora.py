@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from penstock.engine.inspect import inspect
-from penstock.engine.keys import ComponentSource
-from penstock.engine.locate import locate
-from penstock.engine.lora import Lora, as_loras, open_lora
-from penstock.engine.lora_inspect import LoraInspection
-from penstock.engine.lora_keys import parse_key
-from penstock.engine.lora_place import PlacedLoras
+from penstock.engine.files.inspect import inspect
+from penstock.engine.files.keys import ComponentSource
+from penstock.engine.files.locate import locate
+from penstock.engine.lora.file import Lora, as_loras, open_lora
+from penstock.engine.lora.inspect import LoraInspection
+from penstock.engine.lora.keys import parse_key
+from penstock.engine.lora.place import PlacedLoras
 from penstock.engine.model import ModelFiles
 from penstock.engine.synthetic import write_tiny_model
 from penstock.errors import CheckpointError, PickleRefused, TensorMismatch, UsageError
@@ -262,7 +262,7 @@ def test_opening_reads_no_matrix(
     with Checkpoint.open(path) as found:
         largest = max(e.nbytes for key, e in found.items() if key.endswith("alpha"))
     read: list[int] = []
-    from penstock.engine import lora
+    from penstock.engine.lora import file as lora
 
     original = lora.read_bytes
     monkeypatch.setattr(lora, "read_bytes", lambda e: read.append(e.nbytes) or original(e))
@@ -304,7 +304,7 @@ def test_inspect_says_what_it_is(source: ComponentSource, tmp_path: Path) -> Non
 def test_describing_a_lora_does_not_import_torch(tmp_path: Path) -> None:
     path = _write(tmp_path / "a.safetensors", **_pair())
     code = (
-        "import sys; from pathlib import Path; from penstock.engine.inspect import inspect;"
+        "import sys; from pathlib import Path; from penstock.engine.files.inspect import inspect;"
         f"inspect(Path({str(path)!r})); print('torch' in sys.modules)"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

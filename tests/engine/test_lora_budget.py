@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from penstock.engine.engine import Engine
-from penstock.engine.locate import locate
-from penstock.engine.lora import Lora
+from penstock.engine.files.locate import locate
+from penstock.engine.lora.file import Lora
 from penstock.engine.model import ModelFiles
 from penstock.engine.stage import workload_of
 from penstock.errors import OverBudget

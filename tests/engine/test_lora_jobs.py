@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from penstock.engine.engine import Engine
-from penstock.engine.jobs import launch_settings
-from penstock.engine.journal import read_record
-from penstock.engine.locate import locate
-from penstock.engine.lora import Lora
-from penstock.engine.pack import pack
+from penstock.engine.files.locate import locate
+from penstock.engine.lora.file import Lora
+from penstock.engine.packs.pack import pack
 from penstock.engine.request import DISTILLED, GenerationRequest
+from penstock.engine.store.jobs import launch_settings
+from penstock.engine.store.journal import read_record
 from penstock.errors import FingerprintMismatch, JobCancelled, JournalError
 from tests.engine import lora_files as made
 from tests.engine.test_resume import run_until, steps_done
@@ -85,7 +85,7 @@ def test_other_loras_are_refused_on_resume(t2v_folder: Path, lora: Path, tmp_pat
 def test_a_damaged_record_of_loras_is_said_to_be(
     t2v_folder: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from penstock.engine import jobs
+    from penstock.engine.store import jobs
 
     _stopped(t2v_folder, lora, tmp_path / "job")
     record = read_record(tmp_path / "job")

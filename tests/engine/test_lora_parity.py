@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from penstock.engine.engine import Engine
-from penstock.engine.formats import WeightReader
-from penstock.engine.locate import locate
-from penstock.engine.lora import Lora
+from penstock.engine.files.formats import WeightReader
+from penstock.engine.files.locate import locate
+from penstock.engine.lora.file import Lora
 from penstock.engine.model import ModelFiles
-from penstock.engine.pack import pack
+from penstock.engine.packs.pack import pack
 from penstock.engine.request import GenerationRequest
 from penstock.profiles.plan import StreamPlan
 from tests.engine import lora_files as made

@@ -13,7 +13,7 @@ import torch
 
 from penstock.engine import engine as engine_module
 from penstock.engine.events import Event, PhaseStarted, Progress
-from penstock.engine.journal import read_record
+from penstock.engine.store.journal import read_record
 from penstock.errors import CheckpointChanged, CheckpointError
 from tests.engine.test_resume import a_request, an_engine
 

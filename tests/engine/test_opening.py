@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from penstock.engine import locate as places
 from penstock.engine.engine import Engine
 from penstock.engine.events import Progress
-from penstock.engine.jobs import launch_settings
-from penstock.engine.locate import Files
+from penstock.engine.files import locate as places
+from penstock.engine.files.locate import Files
 from penstock.engine.opening import Opening
 from penstock.engine.request import GenerationRequest
+from penstock.engine.store.jobs import launch_settings
 from penstock.errors import JobCancelled, JournalError
 from tests.engine import golden
 from tests.engine.test_doors import single_files

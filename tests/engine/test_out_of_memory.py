@@ -14,9 +14,9 @@ import torch
 
 from penstock.engine.engine import Engine
 from penstock.engine.events import Event, Progress, Replanned
-from penstock.engine.journal import read_record
 from penstock.engine.recovery import device_lost, out_of_memory, shortage
 from penstock.engine.stage import Stage
+from penstock.engine.store.journal import read_record
 from penstock.errors import DeviceLost, LedgerOverflow, OutOfMemory
 from penstock.offload.ledger import ByteLedger
 from penstock.profiles.ahead import without_reading_ahead

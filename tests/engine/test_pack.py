@@ -16,15 +16,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from penstock.engine import packfile
-from penstock.engine.durable import FileOps
-from penstock.engine.formats import WeightReader, linear_formats
-from penstock.engine.keys import recognise, stored_name
-from penstock.engine.locate import Files, locate
-from penstock.engine.pack import PROGRESS_SUFFIX, pack, pack_component
-from penstock.engine.packfile import PackFile, verify
-from penstock.engine.packplan import plan_component, runs_of
-from penstock.engine.source import open_raw
+from penstock.engine.files.formats import WeightReader, linear_formats
+from penstock.engine.files.keys import recognise, stored_name
+from penstock.engine.files.locate import Files, locate
+from penstock.engine.files.source import open_raw
+from penstock.engine.packs import file as packfile
+from penstock.engine.packs.file import PackFile, verify
+from penstock.engine.packs.pack import PROGRESS_SUFFIX, pack, pack_component
+from penstock.engine.packs.plan import plan_component, runs_of
+from penstock.engine.store.durable import FileOps
 from penstock.errors import CheckpointChanged, CheckpointError, StorageError, UsageError
 from penstock.offload.checkpoint import Checkpoint
 from penstock.offload.layout import BlockLayout
@@ -264,7 +264,8 @@ def test_killed_twice(tmp_path, small):
 def test_a_real_kill(tmp_path, model, packed):
     code = (
         "import sys; from pathlib import Path\n"
-        "from penstock.engine.locate import locate; from penstock.engine.pack import pack\n"
+        "from penstock.engine.files.locate import locate\n"
+        "from penstock.engine.packs.pack import pack\n"
         "from tests.faults.storage import KillingOps\n"
         "pack(locate(sys.argv[1]), 'int8', Path(sys.argv[2]), ops=KillingOps(int(sys.argv[3])))\n"
     )

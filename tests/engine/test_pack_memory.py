@@ -22,10 +22,10 @@ import json, resource, sys
 from pathlib import Path
 import bitsandbytes, torch  # libraries are not what is measured
 torch.set_num_threads(1)
-from penstock.engine.durable import FileOps
-from penstock.engine.locate import open_component
-from penstock.engine.pack import pack_component
-from penstock.engine.packplan import plan_component
+from penstock.engine.store.durable import FileOps
+from penstock.engine.files.locate import open_component
+from penstock.engine.packs.pack import pack_component
+from penstock.engine.packs.plan import plan_component
 def peak(kind):
     return int(Path("/proc/self/status").read_text().split(kind)[1].split()[0]) * 1024
 plan = plan_component(open_component(Path(sys.argv[1])), sys.argv[3])

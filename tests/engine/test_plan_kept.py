@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from penstock.engine import keeper as keeper_module
 from penstock.engine.engine import Engine
-from penstock.engine.journal import Journal
-from penstock.engine.keeper import JournalKeeper, Point
 from penstock.engine.request import GenerationRequest
 from penstock.engine.sampler import SamplerState
+from penstock.engine.store import keeper as keeper_module
+from penstock.engine.store.journal import Journal
+from penstock.engine.store.keeper import JournalKeeper, Point
 from penstock.engine.synthetic import write_tiny_model
 from penstock.profiles.builtin import builtin
 from penstock.profiles.hardware import Hardware

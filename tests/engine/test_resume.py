@@ -12,7 +12,9 @@ import torch
 
 from penstock.engine.engine import Engine
 from penstock.engine.events import Event, Notice, PhaseStarted, Progress
-from penstock.engine.journal import (
+from penstock.engine.report import JobResult
+from penstock.engine.request import GenerationRequest
+from penstock.engine.store.journal import (
     CONDITIONING_FILE,
     JOB_FILES,
     LATENTS_FILE,
@@ -20,8 +22,6 @@ from penstock.engine.journal import (
     STATE_FILES,
     read_record,
 )
-from penstock.engine.report import JobResult
-from penstock.engine.request import GenerationRequest
 from penstock.errors import (
     FingerprintMismatch,
     JobCancelled,

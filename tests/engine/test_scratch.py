@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from penstock.engine.engine import Engine
-from penstock.engine.locate import Files, locate
-from penstock.engine.pack import pack
+from penstock.engine.files.locate import Files, locate
+from penstock.engine.packs.pack import pack
 from penstock.engine.request import GenerationRequest
 from penstock.engine.stage import workload_of
 from penstock.offload.files import DIRECT_ALIGNMENT

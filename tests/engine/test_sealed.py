@@ -8,7 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from penstock.engine.sealed import open_json, open_tensors, read_metadata, seal_json, seal_tensors
+from penstock.engine.store.sealed import (
+    open_json,
+    open_tensors,
+    read_metadata,
+    seal_json,
+    seal_tensors,
+)
 from penstock.errors import JournalError
 
 DTYPES = [

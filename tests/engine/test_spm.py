@@ -8,7 +8,7 @@ import sentencepiece
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from penstock.engine.spm import parse_spm, tokenizer_from_spm
+from penstock.engine.files.spm import parse_spm, tokenizer_from_spm
 from penstock.errors import CheckpointError
 
 WORDS = "a cat sits on the warm stone wall while rain falls softly ein Fuchs läuft über 猫 雨 行走"

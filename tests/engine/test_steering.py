@@ -12,9 +12,9 @@ from torch import Tensor
 
 from penstock.engine.engine import Engine
 from penstock.engine.events import Notice
-from penstock.engine.jobs import describe
 from penstock.engine.pipeline import STEERED
 from penstock.engine.report import JobResult
+from penstock.engine.store.jobs import describe
 from penstock.engine.video import read_metadata
 from penstock.errors import FingerprintMismatch, JobCancelled, NonFinite, UsageError
 from tests.engine.running import a_request, an_engine

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from penstock.engine import engine as engine_module
-from penstock.engine.durable import FileOps
 from penstock.engine.engine import Engine
 from penstock.engine.events import Event, Progress
-from penstock.engine.jobs import list_jobs
 from penstock.engine.request import GenerationRequest
+from penstock.engine.store.durable import FileOps
+from penstock.engine.store.jobs import list_jobs
 from tests.faults.storage import CHANGING
 
 FINISHED, CRASHED = 0, 99

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from penstock.engine.durable import FileOps
-from penstock.engine.journal import Journal, read_record
+from penstock.engine.store.durable import FileOps
+from penstock.engine.store.journal import Journal, read_record
 from penstock.errors import JournalError
 
 STEPS = 3

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from penstock.engine.durable import FileOps
+from penstock.engine.store.durable import FileOps
 
 CHANGING = (
     "create", "write", "allocate", "fsync", "rename", "fsync_dir", "truncate", "unlink", "mkdir",

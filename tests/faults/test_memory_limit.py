@@ -16,7 +16,7 @@ import torch
 
 from penstock.engine.engine import Engine
 from penstock.engine.events import Replanned
-from penstock.engine.journal import read_record
+from penstock.engine.store.journal import read_record
 from penstock.engine.synthetic import write_tiny_model
 from penstock.errors import OutOfMemory
 from tests.engine.test_resume import a_request, an_engine

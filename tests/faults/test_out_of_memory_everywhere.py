@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from penstock.engine.engine import Engine
-from penstock.engine.journal import read_record
 from penstock.engine.stage import Stage
+from penstock.engine.store.journal import read_record
 from penstock.engine.synthetic import write_tiny_model
 from penstock.errors import OutOfMemory, OverBudget
 from penstock.offload.ledger import ByteLedger

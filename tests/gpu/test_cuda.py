@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from penstock.engine import pipeline
-from penstock.engine.bench import Asked, measure
-from penstock.engine.bench_weights import write_synthetic
+from penstock.engine.bench.measure import Asked, measure
+from penstock.engine.bench.weights import write_synthetic
 from penstock.engine.engine import Engine
 from penstock.engine.events import Replanned
 from penstock.engine.request import GenerationRequest

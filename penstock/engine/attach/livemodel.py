@@ -16,9 +16,9 @@ from penstock.engine.attach.away import AwayWeight
 from penstock.engine.attach.blocks import Slot
 from penstock.engine.attach.livepack import LivePack, plan_live
 from penstock.engine.attach.surgery import Emptied, specs_of
-from penstock.engine.durable import FileOps, storing, write_atomically
-from penstock.engine.keys import COMPONENTS
-from penstock.engine.packplan import FILE_NAMES, runs_of
+from penstock.engine.files.keys import COMPONENTS
+from penstock.engine.packs.plan import FILE_NAMES, runs_of
+from penstock.engine.store.durable import FileOps, storing, write_atomically
 
 _PREFIXES = {"image_encoder": "vision_model."}
 """What files put before the names that the class has."""

@@ -15,10 +15,10 @@ import torch
 import xxhash
 from torch import Tensor
 
-from penstock.engine.cache import cache_folder
-from penstock.engine.durable import FileOps, storing
-from penstock.engine.pack import as_memory
-from penstock.engine.packfile import PackLayout, Spec, digest, lay_out, sums_text
+from penstock.engine.packs.cache import cache_folder
+from penstock.engine.packs.file import PackLayout, Spec, digest, lay_out, sums_text
+from penstock.engine.packs.pack import as_memory
+from penstock.engine.store.durable import FileOps, storing
 from penstock.errors import UsageError
 from penstock.offload.checkpoint import Checkpoint, TensorEntry
 from penstock.quant.rows import DTYPES

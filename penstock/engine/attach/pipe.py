@@ -18,13 +18,13 @@ from penstock.engine.attach.livepack import live_folder
 from penstock.engine.attach.parts import ImagePart, Part, TextPart, TransformerPart
 from penstock.engine.attach.stream import budgets, close_at_exit
 from penstock.engine.attach.vae_part import VaePart
-from penstock.engine.cache import cache_folder
 from penstock.engine.decoding import block_format
-from penstock.engine.firstuse import FirstUse
+from penstock.engine.files.locate import Files
 from penstock.engine.image import make_image_processor
-from penstock.engine.locate import Files
 from penstock.engine.model import ModelFiles
-from penstock.engine.pack import LEAST_RAM_BYTES
+from penstock.engine.packs.cache import cache_folder
+from penstock.engine.packs.firstuse import FirstUse
+from penstock.engine.packs.pack import LEAST_RAM_BYTES
 from penstock.errors import CheckpointError, UsageError
 from penstock.quant.format import get_format
 

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from penstock.engine.cache import ABOUT, being_changed, is_complete
-from penstock.engine.durable import FileOps, write_atomically
-from penstock.engine.keys import ComponentSource
-from penstock.engine.locate import open_component
-from penstock.engine.pack import LEAST_RAM_BYTES, check_space, pack_component
-from penstock.engine.packplan import ComponentPlan, plan_component
-from penstock.engine.packside import as_json, write_config
+from penstock.engine.files.keys import ComponentSource
+from penstock.engine.files.locate import open_component
+from penstock.engine.packs.cache import ABOUT, being_changed, is_complete
+from penstock.engine.packs.pack import LEAST_RAM_BYTES, check_space, pack_component
+from penstock.engine.packs.plan import ComponentPlan, plan_component
+from penstock.engine.packs.side import as_json, write_config
+from penstock.engine.store.durable import FileOps, write_atomically
 from penstock.errors import OverBudget
 from penstock.profiles.hardware import Hardware
 from penstock.profiles.plan import PhasePlan

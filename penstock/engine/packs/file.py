@@ -20,7 +20,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from penstock.engine.storage import PACK_METADATA, PADDING
+from penstock.engine.files.storage import PACK_METADATA, PADDING
 from penstock.errors import CheckpointError, HeaderError
 from penstock.offload.files import DIRECT_ALIGNMENT, WeightFile
 from penstock.offload.header import ITEM_BYTES, MAX_HEADER_BYTES, Header, read_header

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from penstock.engine.bench_result import Links
+from penstock.engine.bench.result import Links
 from penstock.engine.calibrate import Effort, copy_rate
 from penstock.engine.report import versions
 from penstock.offload.files import WeightFile

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from penstock.engine.source import RawFile, read_bytes
-from penstock.engine.storage import COMFY_MARK, PACK_METADATA, StoredWeight, gather
+from penstock.engine.files.source import RawFile, read_bytes
+from penstock.engine.files.storage import COMFY_MARK, PACK_METADATA, StoredWeight, gather
 from penstock.engine.wan.config import FAMILIES, ShapesOf, check_transformer, derive
 from penstock.engine.wan.keys import FUSED_QKV, Naming, find_naming
 from penstock.engine.wan.structure import tensor_shapes

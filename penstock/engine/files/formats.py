@@ -10,8 +10,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from penstock.engine.keys import ComponentSource, as_bytes, packed_facts
-from penstock.engine.storage import StoredWeight
+from penstock.engine.files.keys import ComponentSource, as_bytes, packed_facts
+from penstock.engine.files.storage import StoredWeight
 from penstock.errors import CheckpointError
 from penstock.offload.checkpoint import TensorEntry, torch_dtype, view_as_stored
 from penstock.offload.files import WeightFile

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from penstock.engine.durable import FileOps, storing
-from penstock.engine.locate import read_object
-from penstock.engine.lock import JobLock
+from penstock.engine.files.locate import read_object
+from penstock.engine.store.durable import FileOps, storing
+from penstock.engine.store.lock import JobLock
 from penstock.errors import CheckpointError, UsageError
 
 VARIABLE = "PENSTOCK_CACHE"

@@ -1,7 +1,7 @@
 """LoRA files: opened by their headers, checked against the model, and nothing read but alphas.
 
 Free of torch, so that a file can be described without it. What is added to the model's weights is
-`penstock.engine.lora_place`'s (beside them) and `penstock.engine.lora_merge`'s (into a pack).
+`penstock.engine.lora.place`'s (beside them) and `penstock.engine.lora.merge`'s (into a pack).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from penstock.engine.keys import ComponentSource
-from penstock.engine.locate import read_object
-from penstock.engine.lora_keys import Part, foreign_kind, is_lora, parse_key
-from penstock.engine.source import read_bytes
+from penstock.engine.files.keys import ComponentSource
+from penstock.engine.files.locate import read_object
+from penstock.engine.files.source import read_bytes
+from penstock.engine.lora.keys import Part, foreign_kind, is_lora, parse_key
 from penstock.engine.wan.config import FAMILIES
 from penstock.errors import CheckpointError, TensorMismatch, UsageError
 from penstock.offload.checkpoint import Checkpoint, TensorEntry

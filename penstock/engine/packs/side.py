@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from penstock._version import __version__
-from penstock.engine.durable import FileOps, storing, write_atomically
-from penstock.engine.keys import ComponentSource
-from penstock.engine.locate import ModelSource
-from penstock.engine.source import read_bytes
-from penstock.engine.spm import tokenizer_from_spm
+from penstock.engine.files.keys import ComponentSource
+from penstock.engine.files.locate import ModelSource
+from penstock.engine.files.source import read_bytes
+from penstock.engine.files.spm import tokenizer_from_spm
+from penstock.engine.store.durable import FileOps, storing, write_atomically
 from penstock.errors import CheckpointError
 from penstock.offload.checkpoint import TensorEntry
 

@@ -9,18 +9,18 @@ from typing import Any
 
 import torch
 
-from penstock.engine.fingerprint import (
+from penstock.engine.model import ModelFiles
+from penstock.engine.opening import Opening
+from penstock.engine.packs.firstuse import PACKING
+from penstock.engine.request import GenerationRequest, Grid
+from penstock.engine.store.fingerprint import (
     Fingerprint,
     check_fingerprint,
     fingerprint,
     reading,
     stamp,
 )
-from penstock.engine.firstuse import PACKING
-from penstock.engine.journal import HEADER_BYTES, PICTURE_FILE, Journal
-from penstock.engine.model import ModelFiles
-from penstock.engine.opening import Opening
-from penstock.engine.request import GenerationRequest, Grid
+from penstock.engine.store.journal import HEADER_BYTES, PICTURE_FILE, Journal
 from penstock.errors import JournalError, RequestError
 from penstock.profiles.plan import Plan
 

@@ -1,8 +1,8 @@
 """How the weights of a file are stored: the tensors of each weight gathered under its name.
 
-Free of torch, so that a file can be described without it; `penstock.engine.formats` turns a storage
-into the `QuantFormat` that computes with it. Sources of the spellings: ComfyUI's quantised layers
-(``comfy_quant``, ``_quantization_metadata``, and the older ``scaled_fp8`` mark), LightX2V,
+Free of torch, so that a file can be described without it; `penstock.engine.files.formats` turns a
+storage into the `QuantFormat` that computes with it. Sources of the spellings: ComfyUI's quantised
+layers (``comfy_quant``, ``_quantization_metadata``, and the older ``scaled_fp8`` mark), LightX2V,
 optimum-quanto as Wan2GP saves it, ComfyUI-GGUF.
 """
 

@@ -9,9 +9,9 @@
     reserve                             disk space kept for those still to come
     lock                                held while a process works on the job
 
-Everything is plain JSON or safetensors, sealed with a digest (`penstock.engine.sealed`) and written
-atomically (`penstock.engine.durable`). What can be computed again from an earlier part is discarded
-when it is damaged; the job and the sampler's state have two generations.
+Everything is plain JSON or safetensors, sealed with a digest (`penstock.engine.store.sealed`) and
+written atomically (`penstock.engine.store.durable`). What can be computed again from an earlier
+part is discarded when it is damaged; the job and the sampler's state have two generations.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from penstock.engine.durable import (
+from penstock.engine.store.durable import (
     NEW_SUFFIX,
     FileOps,
     Reserve,
@@ -36,9 +36,9 @@ from penstock.engine.durable import (
     storing,
     write_atomically,
 )
-from penstock.engine.generations import Generation, Generations
-from penstock.engine.lock import JobLock
-from penstock.engine.sealed import Document, open_json, open_tensors, seal_json, seal_tensors
+from penstock.engine.store.generations import Generation, Generations
+from penstock.engine.store.lock import JobLock
+from penstock.engine.store.sealed import Document, open_json, open_tensors, seal_json, seal_tensors
 from penstock.errors import JournalError
 
 FORMAT = 1

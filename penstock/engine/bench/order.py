@@ -12,9 +12,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from penstock.engine.bench import Asked, measure
-from penstock.engine.bench_result import BenchResult
-from penstock.engine.bench_weights import (
+from penstock.engine.bench.measure import Asked, measure
+from penstock.engine.bench.result import BenchResult
+from penstock.engine.bench.weights import (
     FREE_BYTES,
     synthetic,
     transformer_bytes,

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from penstock.engine.durable import FileOps
-from penstock.engine.journal import (
+from penstock.engine.opening import Opening
+from penstock.engine.store.durable import FileOps
+from penstock.engine.store.journal import (
     JOB_FILES,
     LATENTS_FILE,
     LOCK_FILE,
@@ -21,9 +22,8 @@ from penstock.engine.journal import (
     is_job_file,
     read_record,
 )
-from penstock.engine.lock import JobLock
-from penstock.engine.opening import Opening
-from penstock.engine.sealed import read_metadata
+from penstock.engine.store.lock import JobLock
+from penstock.engine.store.sealed import read_metadata
 from penstock.errors import JobLocked, JournalError, StorageError
 
 _HEADER_BYTES = 1 << 20

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from penstock.engine.lora import LoraFile, open_lora
-from penstock.engine.lora_keys import foreign_kind, is_lora
+from penstock.engine.lora.file import LoraFile, open_lora
+from penstock.engine.lora.keys import foreign_kind, is_lora
 from penstock.offload.checkpoint import Checkpoint
 from penstock.units import format_bytes
 

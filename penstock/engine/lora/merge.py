@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penstock.engine.fingerprint import stamp
-from penstock.engine.formats import WeightReader
-from penstock.engine.lora_place import Change, PlacedLoras, delta_of
+from penstock.engine.files.formats import WeightReader
+from penstock.engine.lora.place import Change, PlacedLoras, delta_of
+from penstock.engine.store.fingerprint import stamp
 from penstock.offload.checkpoint import Checkpoint
 
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from penstock.engine.journal import Journal
 from penstock.engine.report import RunReport
 from penstock.engine.sampler import SamplerState
+from penstock.engine.store.journal import Journal
 from penstock.errors import JobCancelled, JournalError, PenstockError
 from penstock.profiles.plan import Plan
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from penstock.engine.formats import is_linear
-from penstock.engine.keys import ComponentSource
-from penstock.engine.lora import Lora, LoraFile, LoraLayer, open_lora, parameters_of
+from penstock.engine.files.formats import is_linear
+from penstock.engine.files.keys import ComponentSource
+from penstock.engine.lora.file import Lora, LoraFile, LoraLayer, open_lora, parameters_of
 from penstock.offload.checkpoint import TensorEntry, torch_dtype
 from penstock.offload.files import FileStamp
 from penstock.offload.layout import BlockLayout

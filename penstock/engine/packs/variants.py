@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from penstock.engine.cache import cache_folder
 from penstock.engine.decoding import block_format
-from penstock.engine.firstuse import FirstUse
 from penstock.engine.model import ModelFiles
+from penstock.engine.packs.cache import cache_folder
+from penstock.engine.packs.firstuse import FirstUse
 from penstock.engine.specs import undecided
 from penstock.profiles.advice import plan_chosen
 from penstock.profiles.denoising import compute_path
@@ -53,7 +53,7 @@ class Variants:
         model: as its files hold it.
         chosen: budgets, policy and formats.
         computing: how quantised linears compute.
-        cache: where packs are kept; None: `penstock.engine.cache.cache_folder`.
+        cache: where packs are kept; None: `penstock.engine.packs.cache.cache_folder`.
         described: the machine is only described: which 8-bit products it has, its rates say.
     """
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penstock.engine.bench_machine import SAMPLE_BYTES, forget, links, machine
-from penstock.engine.bench_result import (
+from penstock.engine.bench.machine import SAMPLE_BYTES, forget, links, machine
+from penstock.engine.bench.result import (
     BenchResult,
     PhaseFigures,
     Recipe,
@@ -26,12 +26,12 @@ from penstock.engine.bench_result import (
 )
 from penstock.engine.engine import Engine
 from penstock.engine.events import Event, Listener, PhaseEnded, PhaseMonitor, PhaseStarted, Progress
-from penstock.engine.keeper import Conditions
 from penstock.engine.pipeline import condition, decode, denoise
 from penstock.engine.report import PhaseReport
 from penstock.engine.request import GenerationRequest
 from penstock.engine.sampling import Sampling
 from penstock.engine.stage import Run, Stage
+from penstock.engine.store.keeper import Conditions
 from penstock.errors import UsageError
 from penstock.offload.allocator import allocator_capped
 from penstock.offload.layout import BlockLayout

@@ -19,16 +19,16 @@ from typing import IO, TypeAlias
 import torch
 from torch import Tensor
 
-from penstock.engine.durable import NEW_SUFFIX, FileOps, read_whole, storing, write_atomically
-from penstock.engine.formats import WeightReader
-from penstock.engine.keys import stored_name
-from penstock.engine.locate import ModelSource
-from penstock.engine.lora import Lora
-from penstock.engine.lora_merge import merged_names
-from penstock.engine.lora_place import PlacedLoras
-from penstock.engine.packfile import PackFile, PackLayout, Run, digest, running_digest, sums_text
-from penstock.engine.packplan import ComponentPlan, Step, plan_component
-from penstock.engine.packside import write_side_files
+from penstock.engine.files.formats import WeightReader
+from penstock.engine.files.keys import stored_name
+from penstock.engine.files.locate import ModelSource
+from penstock.engine.lora.file import Lora
+from penstock.engine.lora.merge import merged_names
+from penstock.engine.lora.place import PlacedLoras
+from penstock.engine.packs.file import PackFile, PackLayout, Run, digest, running_digest, sums_text
+from penstock.engine.packs.plan import ComponentPlan, Step, plan_component
+from penstock.engine.packs.side import write_side_files
+from penstock.engine.store.durable import NEW_SUFFIX, FileOps, read_whole, storing, write_atomically
 from penstock.errors import CheckpointError, UsageError
 from penstock.offload.checkpoint import torch_dtype
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from penstock.engine.durable import FileOps, read_whole, write_atomically
-from penstock.engine.sealed import Document
+from penstock.engine.store.durable import FileOps, read_whole, write_atomically
+from penstock.engine.store.sealed import Document
 from penstock.errors import JournalError
 
 Content = TypeVar("Content")

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from penstock.engine.fingerprint import stamp
-from penstock.engine.formats import WeightReader, compute_tag, is_linear
-from penstock.engine.keys import ComponentSource, as_bytes, recognise, stored_name
-from penstock.engine.lora_merge import MergedReader, merged_names
-from penstock.engine.lora_place import PlacedLoras
-from penstock.engine.packfile import PackLayout, Spec, lay_out
-from penstock.engine.source import RawFile
+from penstock.engine.files.formats import WeightReader, compute_tag, is_linear
+from penstock.engine.files.keys import ComponentSource, as_bytes, recognise, stored_name
+from penstock.engine.files.source import RawFile
+from penstock.engine.lora.merge import MergedReader, merged_names
+from penstock.engine.lora.place import PlacedLoras
+from penstock.engine.packs.file import PackLayout, Spec, lay_out
+from penstock.engine.store.fingerprint import stamp
 from penstock.engine.wan.forward import is_cross_kv
 from penstock.engine.wan.structure import BLOCKS
 from penstock.errors import UsageError

@@ -20,8 +20,8 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from penstock.engine.keys import stored_name
-from penstock.engine.storage import PADDING
+from penstock.engine.files.keys import stored_name
+from penstock.engine.files.storage import PADDING
 from penstock.engine.synthetic import write_tiny_model
 from penstock.engine.wan.forward import is_cross_kv
 from penstock.engine.wan.structure import transformer_shapes

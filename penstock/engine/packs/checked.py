@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from penstock.engine.packfile import PackFile, PackRun, damaged, running_digest
-from penstock.engine.source import RawFile
-from penstock.engine.storage import PACK_METADATA
+from penstock.engine.files.source import RawFile
+from penstock.engine.files.storage import PACK_METADATA
+from penstock.engine.packs.file import PackFile, PackRun, damaged, running_digest
 from penstock.offload.checkpoint import TensorEntry
 from penstock.offload.files import WeightFile
 from penstock.offload.layout import BlockLayout

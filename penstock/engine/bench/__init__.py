@@ -1,0 +1,1 @@
+"""`penstock bench`: what a profile does on this machine, measured and compared."""

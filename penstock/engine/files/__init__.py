@@ -1,0 +1,1 @@
+"""Any file of weights: found, recognised by its keys and header, described, read."""

@@ -1,0 +1,1 @@
+"""LoRA files: read, placed beside the weights they belong to, or merged."""

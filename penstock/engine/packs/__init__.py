@@ -1,0 +1,1 @@
+"""Packs: quantised, block-contiguous, checksummed safetensors; made, kept and read."""

@@ -1,0 +1,1 @@
+"""The directory of a job: everything that outlives its process."""

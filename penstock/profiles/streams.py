@@ -269,9 +269,13 @@ def best_stream(
                     found.append((least, vram + ram, index, slots, slabs))
     found.sort()
     best: Stream | None = None
-    for least, _, index, slots, slabs in found:
-        if best is not None and least > best.timing.objective * (1 - 2 * _ROUNDING):
-            break  # the rest is no better than by rounding, and takes more bytes
+    for least, nbytes, index, slots, slabs in found:
+        if best is not None:
+            objective, fewest = best.key
+            if least > objective:
+                break
+            if nbytes >= fewest and least > objective * (1 - 2 * _ROUNDING):
+                continue  # a tie at best, but for rounding
         stream = stream_of(network.choices[index], network, slots, slabs, pace, rates)
         if best is None or stream.key < best.key:
             best = stream

@@ -76,5 +76,6 @@ def test_streamed_tiled_killed_and_resumed_it_makes_the_same_frames(tmp_path: Pa
         assert torch.equal(engine.submit(request).result().video, resident)
         killed = Task(engine, request, tmp_path / "killed")
         killed.folder.mkdir()
-        assert killed.attempt(kill_after_s=1.0).was_killed
+        attempt = killed.attempt(kill_at=150)
+        assert attempt.was_killed and 0 < len(attempt.steps) < request.steps
         assert torch.equal(engine.resume(killed.job).result().video, resident)

@@ -146,7 +146,7 @@ def _background(rng: np.random.Generator, kind: str, height: int, width: int) ->
 
 def random_scene(rng: np.random.Generator, height: int = 64, width: int = 64) -> Scene:
     """A picture whose shape lies wholly inside and stands out from its background."""
-    radius = float(rng.uniform(5.5, 8.5))
+    radius = float(rng.uniform(6.5, 10.5))
     margin = REACH * radius + 1
     shape = str(rng.choice(SHAPES))
     colour = str(rng.choice(list(COLOURS)))
@@ -250,9 +250,9 @@ def render(scene: Scene, motion: Motion | None = None, frames: int = 17) -> Floa
 def subject(rng: np.random.Generator, scene: Scene) -> str:
     """The scene in words, sometimes with its size or its background."""
     size = ""
-    if scene.radius < 6.3:
+    if scene.radius < 7.6:
         size = str(rng.choice(["", "small "]))
-    elif scene.radius > 7.7:
+    elif scene.radius > 9.4:
         size = str(rng.choice(["", "large "]))
     place = f" on a {scene.kind} background" if rng.random() < 0.2 else ""
     article = "an" if not size and scene.colour == "orange" else "a"

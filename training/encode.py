@@ -57,11 +57,16 @@ def normalise(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
 
 
 def scene_motions(rng: np.random.Generator, scene: Scene, count: int) -> list[tuple[Tensor, str]]:
-    """``count`` different motions of a scene: clip (3, t, h, w) and caption of each."""
+    """``count`` different motions of a scene: clip (3, t, h, w) and caption of each.
+
+    Turns, the hardest to learn, are twice as likely as the others.
+    """
     possible = possible_motions(scene)
     kinds = sorted({motion.kind for motion in possible})
+    chances = np.array([2.0 if "clockwise" in kind else 1.0 for kind in kinds])
+    some = min(count, len(kinds))
     chosen = []
-    for kind in rng.permutation(kinds)[:count]:
+    for kind in rng.choice(kinds, some, replace=False, p=chances / chances.sum()):
         same = [motion for motion in possible if motion.kind == kind]
         chosen.append(same[int(rng.integers(len(same)))])
     while len(chosen) < count:

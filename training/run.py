@@ -18,7 +18,7 @@ from training.common import read_step
 from training.evaluate import make_pairs, score
 from training.generate import Generator, Sampler
 from training.models import save_folder
-from training.settings import DIT, ENCODE, FPS, FRAMES, VAE
+from training.settings import DIT, ENCODE, FPS, FRAMES, REFINE, VAE
 
 ROUNDS = 3
 """Validations of the transformer in a run."""
@@ -101,15 +101,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--output", type=Path, default=Path("penstock/assets/mini"))
-    parser.add_argument("--vae-steps", type=int, default=VAE.steps)
+    parser.add_argument("--vae-steps", type=int)
     parser.add_argument("--dit-steps", type=int, default=DIT.steps)
     parser.add_argument("--scenes", type=int, default=ENCODE.scenes)
     parser.add_argument("--init-from", type=Path, help="start from the weights of this folder")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    train_vae.train(args.folder, replace(VAE, steps=args.vae_steps), args.init_from)
-    train_vae.polish(args.folder, VAE)
+    run = VAE if args.init_from is None else REFINE
+    train_vae.train(args.folder, replace(run, steps=args.vae_steps or run.steps), args.init_from)
+    train_vae.polish(args.folder, run)
     encode_scenes(args.folder, args.scenes)
     train_rounds(args.folder, args.output, args.dit_steps, args.init_from)
     choose_sampler(args.output)

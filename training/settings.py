@@ -58,7 +58,7 @@ DIT_CONFIG = {
 
 @dataclass(frozen=True)
 class VaeRun:
-    """The autoencoder's run.  Crops are centred near the shape; whole clips come last."""
+    """The autoencoder's run.  Crops are centred near the shape; whole clips and pictures come last."""
 
     steps: int = 5_000
     seed: int = 11
@@ -68,11 +68,15 @@ class VaeRun:
     decay: float = 0.3
     """Share of the steps, at the end, over which the rate falls linearly to zero."""
     whole: float = 0.25
-    """Share of the steps after which whole clips and condition clips are mixed in."""
+    """Share of the steps after which whole clips, first frames and condition clips come instead."""
+    pictures: int = 12
+    """First frames in a step of first frames."""
+    first: float = 3.0
+    """Weight of a clip's first frame in the loss: the one that people compare with their picture."""
     crop: int = 32
     batch: int = 6
     kl: float = 1e-5
-    polish: int = 700
+    polish: int = 1_500
     """Steps of the decoder alone at the end."""
 
 
@@ -103,8 +107,14 @@ class DitRun:
     shift: float = 3.0
     """Of the noise levels seen in training."""
     drop_prompt: float = 0.1
+    turns: float = 0.0
+    """Least share of a batch whose clips turn; 0 leaves it to how often they were drawn."""
 
 
 VAE = VaeRun()
+REFINE = VaeRun(steps=4_000, rate=8e-4, matrix_rate=1.6e-3, decay=0.6, whole=0.0)
+"""The autoencoder's run from weights that are trained already."""
 ENCODE = EncodeRun()
 DIT = DitRun()
+TURNS = DitRun(steps=1_200, seed=13, rate=5e-4, matrix_rate=1e-3, warmup=50, decay=0.8, turns=0.5)
+"""The end of the transformer's run, with more of what is hardest to learn."""

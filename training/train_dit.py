@@ -29,6 +29,7 @@ from training.common import (
 from training.models import BiasedAttention, MiniWan, build_tokenizer
 from training.settings import DIT, DitRun
 
+TURNING = ("rotates", "turns", "spins")
 OUTER = ("embed", "shared", "proj_out", "scale_shift_table", "relative_attention_bias")
 """Parts of the names of weights that are not hidden matrices."""
 
@@ -55,6 +56,8 @@ class Shards:
         self.folder = folder
         self.seen: set[Path] = set()
         self.groups: list[dict[str, Tensor]] = []
+        tokens = build_tokenizer()
+        self.turning = torch.tensor(tokens(" ".join(TURNING), add_special_tokens=False).input_ids)
 
     def refresh(self) -> None:
         """Take up the shards written since the last call."""
@@ -63,12 +66,21 @@ class Shards:
                 self.seen.add(file)
                 self.groups.append(load_file(file))
 
-    def draw(self, rng: torch.Generator, batch: int) -> dict[str, Tensor]:
-        """A batch of clips of one size, each with its picture's condition and pixels."""
+    def draw(self, rng: torch.Generator, batch: int, turns: float) -> dict[str, Tensor]:
+        """A batch of clips of one size, each with its picture's condition and pixels.
+
+        Args:
+            turns: this share of them, and more by chance, are clips that turn.
+        """
         group = self.groups[int(torch.randint(len(self.groups), (), generator=rng))]
         scenes, motions = group["ids"].shape[:2]
         scene = torch.randint(scenes, (batch,), generator=rng)
         motion = torch.randint(motions, (batch,), generator=rng)
+        places = torch.isin(group["ids"], self.turning).any(-1).nonzero()
+        some = round(turns * batch)
+        picked = places[torch.randint(len(places), (some,), generator=rng)]
+        chosen = torch.randperm(batch, generator=rng)[:some]  # noise levels go by place
+        scene[chosen], motion[chosen] = picked.T
         return {
             "latents": group["latents"][scene, motion],
             "ids": group["ids"][scene, motion].long(),
@@ -136,7 +148,9 @@ def train(folder: Path, run: DitRun, until: int, init_from: Path | None = None) 
         if step == began or step % 200 == 0:
             shards.refresh()
         rng = torch.Generator().manual_seed(run.seed * 1_000_000_007 + step)
-        batch = {key: value.to(device) for key, value in shards.draw(rng, run.batch).items()}
+        batch = {
+            key: value.to(device) for key, value in shards.draw(rng, run.batch, run.turns).items()
+        }
         square = batch["latents"].shape[-1] == batch["latents"].shape[-2]
         transformer = fused if square else model.transformer
         loss = flow_loss(model, attention, batch, rng, run, transformer)

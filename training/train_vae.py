@@ -109,19 +109,22 @@ def to_batch(clips: list[np.ndarray]) -> Tensor:
 
 def training_batch(step: int, run: VaeRun) -> Tensor:
     """The clips of one step; a function of the step alone, so that a resumed run repeats it."""
-    index = (run.seed * 1_000_000 + step) * run.batch
+    index = (run.seed * 1_000_000 + step) * max(run.batch, run.pictures)
     if step < run.whole * run.steps:
         return to_batch([crop_clip(index + i, run.crop) for i in range(run.batch)])
     if step % 16 == 3:
         return to_batch([whole_clip(index)])
-    frames = FRAMES if step % 4 == 1 else 9
-    batch = to_batch([whole_clip(index, frames, square=True)])
+    if step % 4 == 1:
+        return to_batch([whole_clip(index + i, 1, square=True) for i in range(run.pictures)])
+    batch = to_batch([whole_clip(index, 9, square=True)])
     if step % 8 == 0:
         batch[:, :, 1:] = 0.0
     return batch
 
 
-def vae_loss(vae: AutoencoderKLWan, batch: Tensor, kl: float) -> tuple[Tensor, Tensor]:
+def vae_loss(
+    vae: AutoencoderKLWan, batch: Tensor, kl: float, first: float
+) -> tuple[Tensor, Tensor]:
     """Training loss, and mean squared error of the reconstruction, of one batch."""
     with torch.autocast(batch.device.type, dtype=torch.bfloat16):
         moments = encode_moments(vae, batch)
@@ -131,8 +134,12 @@ def vae_loss(vae: AutoencoderKLWan, batch: Tensor, kl: float) -> tuple[Tensor, T
         frames = decode_clip(vae, latents)
     error = frames.float() - batch
     square = error.square().mean()
+    weight = torch.ones(batch.shape[2], device=batch.device)
+    weight[0] = first
+    weight = (weight / weight.mean()).view(1, 1, -1, 1, 1)
     divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    return error.abs().mean() + 2 * square + kl * divergence, square
+    likeness = (weight * (error.abs() + 2 * error.square())).mean()
+    return likeness + kl * divergence, square
 
 
 @torch.no_grad()
@@ -160,13 +167,13 @@ def train(folder: Path, run: VaeRun, init_from: Path | None = None) -> None:
     optimiser = Optimiser(vae, ("conv_in", "conv_out"), run.rate, run.matrix_rate, 0.0)
     state = folder / "vae.safetensors"
     step = load_state(state, vae, optimiser)
-    fused = torch.compile(vae_loss, dynamic=False)  # of square clips alone: minutes for each shape
+    fused = torch.compile(vae_loss, dynamic=False)  # not of whole clips: minutes for each shape
     saved, mean, began = time.monotonic(), 0.0, step
     started = time.monotonic()
     while step < run.steps:
         batch = training_batch(step, run).to(device)
-        step_loss = fused if batch.shape[3] == batch.shape[4] else vae_loss
-        loss, square = step_loss(vae, batch, run.kl)
+        step_loss = fused if batch.shape[2] < FRAMES else vae_loss
+        loss, square = step_loss(vae, batch, run.kl, run.first)
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimiser.step(rate_at(step, run.steps, run.warmup, run.decay))
@@ -184,8 +191,7 @@ def train(folder: Path, run: VaeRun, init_from: Path | None = None) -> None:
 def polish(folder: Path, run: VaeRun) -> None:
     """Train the decoder alone for ``run.polish`` steps; latents stay what they are.
 
-    The first frame is one of many in a clip, and the one that people compare with their picture:
-    half of the steps see nothing but first frames.
+    One step in four sees nothing but first frames.
     """
     done = folder / "polished"
     if done.exists():
@@ -205,11 +211,11 @@ def polish(folder: Path, run: VaeRun) -> None:
         index = 80_000_000 + step * 8
         clips = (
             [whole_clip(index + i, 1, square=True) for i in range(8)]
-            if step % 2
+            if step % 4 == 3
             else [whole_clip(index, 9, square=True)]
         )
         batch = to_batch(clips).to(next(vae.parameters()).device)
-        loss, square = vae_loss(vae, batch, 0.0)
+        loss, square = vae_loss(vae, batch, 0.0, run.first)
         loss.backward()
         nn.utils.clip_grad_norm_(learning.parameters(), 1.0)
         optimiser.step(rate_at(step, run.polish, 20, 0.6))

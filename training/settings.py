@@ -58,7 +58,7 @@ DIT_CONFIG = {
 
 @dataclass(frozen=True)
 class VaeRun:
-    """The autoencoder's run.  Crops are centred near the shape; whole clips and pictures come last."""
+    """The autoencoder's run.  Crops are centred near the shape; clips and pictures come last."""
 
     steps: int = 5_000
     seed: int = 11
@@ -68,11 +68,11 @@ class VaeRun:
     decay: float = 0.3
     """Share of the steps, at the end, over which the rate falls linearly to zero."""
     whole: float = 0.25
-    """Share of the steps after which whole clips, first frames and condition clips come instead."""
+    """Share of the steps after which clips, first frames and condition clips come instead."""
     pictures: int = 12
     """First frames in a step of first frames."""
     first: float = 3.0
-    """Weight of a clip's first frame in the loss: the one that people compare with their picture."""
+    """Weight of a clip's first frame in the loss: people compare it with their picture."""
     crop: int = 32
     batch: int = 6
     kl: float = 1e-5

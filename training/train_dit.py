@@ -129,8 +129,17 @@ def flow_loss(
     return (velocity - (noise - clean)).square().mean()
 
 
-def train(folder: Path, run: DitRun, until: int, init_from: Path | None = None) -> None:
-    """Run or resume the stage until step ``until`` of the schedule of ``run.steps``."""
+def train(
+    folder: Path,
+    run: DitRun,
+    until: int,
+    init_from: Path | None = None,
+    latents: Path | None = None,
+) -> None:
+    """Run or resume the stage until step ``until`` of the schedule of ``run.steps``.
+
+    ``latents`` is the folder of the shards; None: ``shards`` in ``folder``.
+    """
     torch.manual_seed(run.seed)
     device = pick_device()
     model = build_model(init_from).to(device)
@@ -140,7 +149,7 @@ def train(folder: Path, run: DitRun, until: int, init_from: Path | None = None) 
     step = load_state(state, model, optimiser)
     ema = build_model().to(device).requires_grad_(False)
     ema.load_state_dict(load_file(average) if average.exists() else model.state_dict())
-    shards = Shards(folder / "shards")
+    shards = Shards(latents or folder / "shards")
     fused = torch.compile(model.transformer, dynamic=False)  # for the frequent shape: minutes
     mean, began, started = 0.0, step, time.monotonic()
     saved = started

@@ -179,7 +179,7 @@ def build_scheduler(shift: float) -> UniPCMultistepScheduler:
 
 
 def save_folder(
-    folder: Path, model: MiniWan, vae: nn.Module, defaults: dict[str, float | int]
+    folder: Path, model: MiniWan, vae: nn.Module, defaults: dict[str, float | int | str]
 ) -> None:
     """Write the diffusers folder: autoencoder in fp32, the rest in fp16."""
     pipeline = WanImageToVideoPipeline(

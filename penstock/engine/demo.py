@@ -10,7 +10,7 @@ from penstock.engine.settings import Settings
 MINI = Path(str(files("penstock"))) / "assets" / "mini"
 """A diffusers folder; training/README.md is its model card."""
 
-DEMO_PROMPT = "a blue square moves to the right"
+DEMO_PROMPT = "a green square moves to the right"
 
 
 def demo_picture() -> Path:

@@ -16,7 +16,7 @@ from training.evaluate import make_pairs, score
 from training.generate import default_sampler
 from training.through_engine import EngineGenerator
 
-LEARNT = ("left", "right", "up", "down", "grow")
+LEARNT = ("left", "right", "up", "down", "grow", "shrink", "bounce")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def figures() -> dict[str, Any]:
         return score(EngineGenerator(engine), make_pairs("test", 12), default_sampler(MINI), 0)
 
 
-def test_shapes_move_and_grow_as_asked(figures: dict[str, Any]) -> None:
+def test_shapes_move_grow_shrink_and_bounce_as_asked(figures: dict[str, Any]) -> None:
     rates = [figures["per_motion"][kind] for kind in LEARNT]
     assert sum(rates) / len(rates) >= 0.9, figures
 
@@ -35,11 +35,11 @@ def test_colour_and_background_are_kept(figures: dict[str, Any]) -> None:
     assert figures["background"] >= 0.9, figures
 
 
-def test_the_video_begins_with_something_like_the_picture(figures: dict[str, Any]) -> None:
-    assert figures["first_frame_psnr"] >= 22, figures
+def test_the_video_begins_with_the_picture(figures: dict[str, Any]) -> None:
+    assert figures["first_frame_psnr"] >= 25, figures
 
 
-@pytest.mark.xfail(reason="turns are not learnt, shrinking and bouncing not always", strict=True)
+@pytest.mark.xfail(reason="turns are not learnt well enough", strict=True)
 def test_gate_of_all_motions(figures: dict[str, Any]) -> None:
     assert figures["right"] >= 0.9, figures
     assert figures["opposite"] >= 0.9, figures

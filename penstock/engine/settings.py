@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from penstock.engine.image import open_image
 from penstock.engine.model import ModelFiles
+from penstock.engine.picture import open_image
 from penstock.engine.request import (
     DISTILLED,
     GenerationRequest,

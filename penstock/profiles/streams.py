@@ -111,6 +111,32 @@ class Network:
             for slabs in (*_ring(through_slabs), *staged):
                 yield slots, slabs
 
+    @cached_property
+    def footprints(self) -> tuple[Footprint, ...]:
+        """Of every stream there is; they are looked through again for each other choice."""
+        return tuple(
+            _footprint(index, place, slots, slabs)
+            for index, place in enumerate(self.choices)
+            for slots, slabs in self.rings(place)
+        )
+
+
+class Footprint(NamedTuple):
+    """The bytes of one stream: of the placement ``index`` with so many slots and slabs."""
+
+    index: int
+    slots: int
+    slabs: int
+    vram: int
+    ram: int
+    pinned: int
+
+
+def _footprint(index: int, place: Placement, slots: int, slabs: int) -> Footprint:
+    vram = place.device_bytes + slots * place.slot_bytes
+    ram = place.host_bytes + place.ring_bytes(slabs)
+    return Footprint(index, slots, slabs, vram, ram, ram if slabs else place.host_bytes)
+
 
 def _ring(passing: int) -> tuple[int, ...]:
     return tuple(size for size in RING if size <= passing) or (0,)
@@ -256,17 +282,12 @@ def best_stream(
     if room.vram_bytes < network.least_vram_bytes:
         return None
     found: list[tuple[float, int, int, int, int]] = []
-    for index, place in enumerate(network.choices):
-        if place.read_bytes and not from_disk:
-            continue
-        for slots, slabs in network.rings(place):
-            vram = place.device_bytes + slots * place.slot_bytes
-            ram = place.host_bytes + place.ring_bytes(slabs)
-            pinned = ram if slabs else place.host_bytes
-            if _fits(room, vram, ram, pinned):
-                least = _least_objective(place, network.blocks, slots, slabs, pace, rates)
-                if least <= better_than:
-                    found.append((least, vram + ram, index, slots, slabs))
+    for index, slots, slabs, vram, ram, pinned in network.footprints:
+        place = network.choices[index]
+        if (from_disk or not place.read_bytes) and _fits(room, vram, ram, pinned):
+            least = _least_objective(place, network.blocks, slots, slabs, pace, rates)
+            if least <= better_than:
+                found.append((least, vram + ram, index, slots, slabs))
     found.sort()
     best: Stream | None = None
     for least, nbytes, index, slots, slabs in found:

@@ -129,3 +129,7 @@ def test_an_end_of_memory_is_survived_with_the_same_bits(
         again = job.result().latents
     assert sum(isinstance(event, Replanned) for event in events) == 1
     assert torch.equal(whole, again)
+
+
+def test_the_machine_shows_a_sign_of_its_gpu() -> None:
+    assert shows_gpu() and default_device() == "cuda"

@@ -202,6 +202,10 @@ class Timing(NamedTuple):
     bound: str
 
 
+UNTIMED = Timing(0.0, 0.0, "compute")
+"""Of a stream of which only the bytes are asked."""
+
+
 @dataclass(frozen=True)
 class Stream:
     """A placement with its rings and what it costs."""

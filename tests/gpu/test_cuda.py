@@ -20,6 +20,8 @@ from penstock.engine.request import GenerationRequest
 from penstock.offload.allocator import allocator_capped
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.tiers import HostTier
+from penstock.profiles.gpu_sign import shows_gpu
+from penstock.profiles.hardware import default_device
 from penstock.profiles.plan import StreamPlan
 from penstock.profiles.profile import Overrides
 

@@ -29,6 +29,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy -p penstock
+	$(BIN)/mypy --explicit-package-bases --follow-imports silent benchmarks
 	$(BIN)/lint-imports
 
 $(STAMP): pyproject.toml constraints.txt

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from penstock.engine.files.locate import Files
 from penstock.engine.planning import Asked, Target, make_plan
 from penstock.plan_view import clock
 from penstock.profiles.manifest import VideoShape
@@ -96,6 +97,7 @@ def cards() -> list[dict[str, Any]]:
         for size, (width, height, frames) in true.SIZES.items():
             plan = make_plan(
                 None,
+                Files(),
                 "wan2.1-i2v-14b",
                 Asked(size=f"{width}x{height}", frames=frames),
                 Target(card=card, profile=profile, ram="32GiB"),

@@ -66,9 +66,8 @@ def rendered(text: str, results: Results) -> str:
             raise ValueError(f"no table is called {name}; there are {', '.join(TABLES)}")
         pattern = rf"(<!-- measured:{name} -->\n).*?(<!-- /measured:{name} -->)"
         made = TABLES[name](results)
-        text, count = re.subn(
-            pattern, lambda match, made=made: match[1] + made + match[2], text, flags=re.DOTALL
-        )
+        whole = r"\g<1>" + made.replace("\\", r"\\") + r"\g<2>"
+        text, count = re.subn(pattern, whole, text, flags=re.DOTALL)
         if count != 1:
             raise ValueError(f"the marker measured:{name} is not closed")
     return text

@@ -377,6 +377,31 @@ def plan_peaks(results: Results) -> str:
     return table(headings, rows)
 
 
+def plan_profiles(results: Results) -> str:
+    """The same, shortly: a row a profile, a column a size."""
+    cells: dict[tuple[str, str], list[Any]] = {}
+    for row in results["plans_peaks"]:
+        cells.setdefault((row["profile"], row["size"]), []).append(row)
+    sizes = list(dict.fromkeys(size for _, size in cells))
+    most = max(row["over"][1] for row in results["plans_peaks"])
+    rows: Rows = []
+    for profile in dict.fromkeys(profile for profile, _ in cells):
+        whole = [cells[profile, size] for size in sizes]
+        limit, kind = whole[0][0]["limit_gib"], whole[0][0]["format"]
+        found = [
+            f"{each[0]['vram_gib']:.2f} / {each[0]['ram_gib']:.1f}; "
+            f"{each[1]['vram_gib']:.2f} / {each[1]['ram_gib']:.1f}"
+            for each in whole
+        ]
+        rows.append((profile, f"{limit:.1f}", kind, *found))
+    return (
+        table(("profile", "VRAM ceiling", "format", *sizes), rows)
+        + "\nPeaks of VRAM / RAM in GiB with 16; with 64 GiB of system RAM. No phase's peak is "
+        "under what the real code takes with the plan's chunks and tiles, at most "
+        f"{most:.2f} % over (measured on fake tensors of the true shapes, `benchmarks/plans.py`).\n"
+    )
+
+
 def plan_cards(results: Results) -> str:
     """Cards, a column for each size: seconds a step, and of the job."""
     found: dict[tuple[str, str, str, str], dict[str, str]] = {}
@@ -400,6 +425,7 @@ TABLES: Mapping[str, Callable[[Results], str]] = {
     "formats": formats,
     "plan_peaks": plan_peaks,
     "plan_cards": plan_cards,
+    "plan_profiles": plan_profiles,
 }
 
 

@@ -1,6 +1,6 @@
 # make demo   an image and a prompt become a video, on CPU, with the model in the box
 # make test   the whole test suite
-# make faults the full counts of the fault tests: kills, out of memory, limits (an hour)
+# make faults the full counts of the fault tests: kills, cancels, out of memory, limits (an hour)
 # make lint   ruff, mypy, import-linter
 PYTHON ?= python3
 VENV := .venv
@@ -20,7 +20,7 @@ quick: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not faults"
 
 faults: $(STAMP)
-	$(BIN)/python -m pytest tests/faults -m faults -s
+	$(BIN)/python -m pytest tests/faults tests/engine/test_cancel.py -m faults -s
 
 coverage: $(STAMP)
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
@@ -29,6 +29,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy -p penstock
+	$(BIN)/mypy --explicit-package-bases --follow-imports silent benchmarks
 	$(BIN)/lint-imports
 
 $(STAMP): pyproject.toml constraints.txt

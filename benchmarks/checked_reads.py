@@ -19,6 +19,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +28,8 @@ from penstock.engine.packs.checked import Placed, RunInspector
 from penstock.engine.packs.file import PackRun, digest
 from penstock.offload.layout import BlockLayout, Extent
 from penstock.offload.ledger import ByteLedger
-from penstock.offload.mover import Carrier, StreamStats
+from penstock.offload.mover import Carrier
+from penstock.offload.stats import StreamStats
 from penstock.offload.tiers import DiskTier, HostTier, open_link
 from penstock.units import GIB, MIB
 
@@ -47,7 +49,7 @@ def write_blocks(path: Path, count: int, nbytes: int) -> list[BlockLayout]:
                     (Extent(path, index * nbytes, nbytes, 0),),
                     {path: None},
                     nbytes,
-                    lambda placed=placed: RunInspector(placed),
+                    partial(RunInspector, placed),
                 )
             )
         os.fsync(file.fileno())
@@ -86,7 +88,8 @@ def measure(layouts: list[BlockLayout], rounds: int) -> dict[str, object]:
     low, middle, high = statistics.quantiles((a.wall / b.wall for a, b in pairs), n=4)
 
     def median(way: int, clock: str) -> float:
-        return statistics.median(getattr(pair[way], clock) for pair in pairs) / gigabytes
+        seconds: list[float] = [getattr(pair[way], clock) for pair in pairs]
+        return statistics.median(seconds) / gigabytes
 
     return {
         "bytes": round(gigabytes * 1e9),

@@ -35,7 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -173,7 +173,7 @@ def play(options: argparse.Namespace) -> dict[str, Any]:
     if options.case == "write":
         return write(options, folder)
     with PEERS[options.case](options, folder) as (forward, figures):
-        return run_forwards(options, folder, forward) | figures()
+        return {**run_forwards(options, folder, forward), **figures()}
 
 
 def run_forwards(options: argparse.Namespace, folder: Path, forward: Forward) -> dict[str, Any]:
@@ -417,7 +417,9 @@ def asked(options: argparse.Namespace) -> Any:
     )  # fmt: skip
 
 
-def forwards(engine: Any, request: Any, plan: Any, options: argparse.Namespace) -> Iterator[Any]:
+def forwards(
+    engine: Any, request: Any, plan: Any, options: argparse.Namespace
+) -> Generator[Any, None, None]:
     """A forward each time it is asked for, as `penstock.engine.pipeline.denoise` does it; what the
     prompt decides is computed in the first."""
     import threading

@@ -5,19 +5,23 @@ each phase beside the live bytes of the real code on fake tensors (see
 `tests/profiles/test_true_model.py`), and how much the one is over the other.
 ``cards``: ten machines and three sizes: seconds a step, total, what bounds it.
 
-Both print Markdown; the last line on stdout is JSON.
+Both print JSON, of which `benchmarks.render` makes the tables of docs/plans.md:
 
-    python -m benchmarks.plans [peaks|cards]
+    python -m benchmarks.plans peaks > benchmarks/results/plans_peaks.json
+    python -m benchmarks.plans cards > benchmarks/results/plans_cards.json
+    python -m benchmarks.render
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from penstock.engine.files.locate import Files
 from penstock.engine.planning import Asked, Target, make_plan
 from penstock.plan_view import clock
 from penstock.profiles.manifest import VideoShape
@@ -89,13 +93,14 @@ def measured_pairs(
     return pairs
 
 
-def cards() -> list[dict[str, Any]]:
-    """One row a card and size."""
+def cards(known: Sequence[tuple[str, str]] = CARDS) -> list[dict[str, Any]]:
+    """One row a card and size, of cards and their profiles."""
     rows = []
-    for card, profile in CARDS:
+    for card, profile in known:
         for size, (width, height, frames) in true.SIZES.items():
             plan = make_plan(
                 None,
+                Files(),
                 "wan2.1-i2v-14b",
                 Asked(size=f"{width}x{height}", frames=frames),
                 Target(card=card, profile=profile, ram="32GiB"),
@@ -116,25 +121,10 @@ def cards() -> list[dict[str, Any]]:
     return rows
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """A table of ``rows``."""
-    head = list(rows[0])
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row in rows:
-        lines.append("| " + " | ".join(_cell(value) for value in row.values()) + " |")
-    return "\n".join(lines)
-
-
-def _cell(value: object) -> str:
-    return " to ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     arguments.add_argument("which", choices=["peaks", "cards"])
-    rows = peaks() if arguments.parse_args().which == "peaks" else cards()
-    print(markdown(rows))
-    print(json.dumps(rows))
+    print(json.dumps(peaks() if arguments.parse_args().which == "peaks" else cards()))
 
 
 if __name__ == "__main__":

@@ -130,13 +130,16 @@ class Difference:
     def total(cls, parts: Iterable[Difference]) -> Difference:
         """Of several arrays as one."""
         each = list(parts)
+        sums = {
+            name: math.fsum(getattr(part, name) for part in each)
+            for name in ("error", "product", "found_square", "wanted_square")
+        }
         return cls(
-            sum(part.count for part in each),
-            *(math.fsum(getattr(part, name) for part in each)
-              for name in ("error", "product", "found_square", "wanted_square")),
-            min(part.low for part in each),
-            max(part.high for part in each),
-        )  # fmt: skip
+            count=sum(part.count for part in each),
+            low=min(part.low for part in each),
+            high=max(part.high for part in each),
+            **sums,
+        )
 
     @property
     def cosine(self) -> float:

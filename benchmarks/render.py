@@ -1,10 +1,10 @@
-"""The JSON files in benchmarks/results as tables in the README, and as plots.
+"""The JSON files in benchmarks/results as tables in the README and in docs/plans.md, and as plots.
 
     python -m benchmarks.render [--check]
 
-Each table stands between two markers in README.md, ``<!-- measured:NAME -->`` and
+Each table stands between two markers, ``<!-- measured:NAME -->`` and
 ``<!-- /measured:NAME -->``, and is written anew from the files; nothing in it is typed by hand.
-``--check`` changes nothing and fails if the README does not say what the files say.
+``--check`` changes nothing and fails where a document does not say what the files say.
 """
 
 from __future__ import annotations
@@ -22,24 +22,28 @@ from penstock.units import GIB, MIB
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
 PLOTS = ROOT / "docs"
+DOCUMENTS = (ROOT / "README.md", PLOTS / "plans.md")
 
 Rows = list[tuple[str, ...]]
 Results = Mapping[str, Any]
 
 
 def main() -> None:
-    """Write the README's tables and the plots, or check the tables."""
+    """Write the tables and the plots, or check the tables."""
     parser = argparse.ArgumentParser(description="Tables and plots of what was measured")
     parser.add_argument("--check", action="store_true", help="change nothing; fail on a difference")
     options = parser.parse_args()
     results = read_results(RESULTS)
-    before = README.read_text(encoding="utf-8")
-    after = rendered(before, results)
+    for path in DOCUMENTS:
+        before = path.read_text(encoding="utf-8")
+        after = rendered(before, results)
+        if not options.check:
+            path.write_text(after, encoding="utf-8")
+        elif after != before:
+            sys.exit(f"{path.name} differs: run python -m benchmarks.render")
     if options.check:
-        sys.exit(0 if after == before else "README.md differs: run python -m benchmarks.render")
-    README.write_text(after, encoding="utf-8")
+        return
     for path in plots(results, PLOTS):
         print(path)
 
@@ -66,9 +70,8 @@ def rendered(text: str, results: Results) -> str:
             raise ValueError(f"no table is called {name}; there are {', '.join(TABLES)}")
         pattern = rf"(<!-- measured:{name} -->\n).*?(<!-- /measured:{name} -->)"
         made = TABLES[name](results)
-        text, count = re.subn(
-            pattern, lambda match, made=made: match[1] + made + match[2], text, flags=re.DOTALL
-        )
+        whole = r"\g<1>" + made.replace("\\", r"\\") + r"\g<2>"
+        text, count = re.subn(pattern, whole, text, flags=re.DOTALL)
         if count != 1:
             raise ValueError(f"the marker measured:{name} is not closed")
     return text
@@ -349,10 +352,80 @@ def mib(nbytes: float) -> str:
     return f"{nbytes / MIB:.0f} MiB"
 
 
+def plan_peaks(results: Results) -> str:
+    """Profiles and sizes: predicted peaks, and how much they are over the measured ones."""
+    headings = (
+        "size", "profile", "system RAM", "format", "peak VRAM, GiB", "peak RAM, GiB", "chunk",
+        "branches a visit", "blocks", "decode tiles", "over measured",
+    )  # fmt: skip
+    rows: Rows = [
+        (
+            row["size"],
+            row["profile"],
+            f"{row['system_gib']} GiB",
+            row["format"],
+            f"{row['vram_gib']:.2f} of {row['limit_gib']:.1f}",
+            f"{row['ram_gib']:.2f}",
+            f"{row['chunk']:,}",
+            str(row["branches"]),
+            f"{row['in_vram']} / {row['in_ram']} / {row['from_disk']}",
+            row["decode_tiles"],
+            f"{row['over'][0]:.2f} to {row['over'][1]:.2f} %",
+        )
+        for row in results["plans_peaks"]
+    ]
+    return table(headings, rows)
+
+
+def plan_profiles(results: Results) -> str:
+    """The same, shortly: a row a profile, a column a size."""
+    cells: dict[tuple[str, str], list[Any]] = {}
+    for row in results["plans_peaks"]:
+        cells.setdefault((row["profile"], row["size"]), []).append(row)
+    sizes = list(dict.fromkeys(size for _, size in cells))
+    most = max(row["over"][1] for row in results["plans_peaks"])
+    rows: Rows = []
+    for profile in dict.fromkeys(profile for profile, _ in cells):
+        whole = [cells[profile, size] for size in sizes]
+        limit, kind = whole[0][0]["limit_gib"], whole[0][0]["format"]
+        found = [
+            f"{each[0]['vram_gib']:.2f} / {each[0]['ram_gib']:.1f}; "
+            f"{each[1]['vram_gib']:.2f} / {each[1]['ram_gib']:.1f}"
+            for each in whole
+        ]
+        rows.append((profile, f"{limit:.1f}", kind, *found))
+    return (
+        table(("profile", "VRAM ceiling", "format", *sizes), rows)
+        + "\nPeaks of VRAM / RAM in GiB with 16; with 64 GiB of system RAM. No phase's peak is "
+        "under what the real code takes with the plan's chunks and tiles, at most "
+        f"{most:.2f} % over (measured on fake tensors of the true shapes, `benchmarks/plans.py`).\n"
+    )
+
+
+def plan_cards(results: Results) -> str:
+    """Cards, a column for each size: seconds a step, and of the job."""
+    found: dict[tuple[str, str, str, str], dict[str, str]] = {}
+    for row in results["plans_cards"]:
+        line = row["card"], row["profile"], row["format"], row["bound"]
+        cell = f"{row['seconds_a_step']:.0f} ({row['total']})"
+        found.setdefault(line, {})[row["size"]] = cell
+    sizes = list(dict.fromkeys(row["size"] for row in results["plans_cards"]))
+    return table(
+        ("card", "profile", "format", *sizes, "bound"),
+        [
+            (*key[:3], *(cells.get(size, "") for size in sizes), key[3])
+            for key, cells in found.items()
+        ],
+    )
+
+
 TABLES: Mapping[str, Callable[[Results], str]] = {
     "streaming": streaming,
     "gpu": gpu,
     "formats": formats,
+    "plan_peaks": plan_peaks,
+    "plan_cards": plan_cards,
+    "plan_profiles": plan_profiles,
 }
 
 

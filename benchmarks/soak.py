@@ -69,7 +69,7 @@ class Soak:
 
     def growth(self, what: str) -> int:
         """Of an attribute of the samples, late over early."""
-        values = [getattr(sample, what) for sample in self.samples]
+        values: list[float] = [getattr(sample, what) for sample in self.samples]
         fifth = max(len(values) // 5, 1)
         early, late = values[fifth : 2 * fifth], values[-fifth:]
         return round(statistics.median(late) - statistics.median(early))

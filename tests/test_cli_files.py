@@ -121,8 +121,10 @@ def test_plan_states_format_and_path_and_writes_nothing(tmp_path: Path, model: P
         assert (plan["weight_format"], plan["compute"], plan["compute_path"]) == (
             "fp8", compute, path,
         )  # fmt: skip
-    plan = report_of(call(*here, "--card", "RTX 3060 12GB", "--format", "fp8", "--compute", "fast"))
-    assert plan["weight_format"] == "fp8"
+    without = (*here, "--card", "RTX 3060 12GB", "--compute", "fast", "--format")
+    for name, path in (("fp8", "dequant"), ("int8", "int8")):  # Ampere multiplies int8, not fp8
+        plan = report_of(call(*without, name))
+        assert (plan["weight_format"], plan["compute_path"]) == (name, path)
     assert not (tmp_path / "cache").exists()
 
 

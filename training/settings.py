@@ -109,6 +109,8 @@ class DitRun:
     drop_prompt: float = 0.1
     turns: float = 0.0
     """Least share of a batch whose clips turn; 0 leaves it to how often they were drawn."""
+    focus: float = 0.0
+    """Share of the loss that is weighted by where the motions of a picture differ."""
 
 
 VAE = VaeRun()
@@ -116,5 +118,7 @@ REFINE = VaeRun(steps=4_000, rate=8e-4, matrix_rate=1.6e-3, decay=0.6, whole=0.0
 """The autoencoder's run from weights that are trained already."""
 ENCODE = EncodeRun()
 DIT = DitRun()
-TURNS = DitRun(steps=1_200, seed=13, rate=5e-4, matrix_rate=1e-3, warmup=50, decay=0.8, turns=0.5)
+TURNS = DitRun(
+    steps=6_000, seed=13, rate=8e-4, matrix_rate=1.6e-3, warmup=50, decay=0.7, turns=0.5, focus=0.7
+)
 """The end of the transformer's run, with more of what is hardest to learn."""

@@ -76,7 +76,8 @@ def calibrate(
             attention_flops=_attention(device, dtype, effort),
             conv_flops=conv_flops,
             conv_element_s=conv_element_s,
-            eight_bit_flops=_eight_bit(device, effort),
+            eight_bit_flops=_int8(device, effort),
+            fp8_flops=_fp8(device, dtype, effort),
             memory_bytes_per_s=_decode(device, dtype, effort),
         )
         overhead_s, element_s = _forward(device, dtype, effort, rates)
@@ -152,15 +153,34 @@ def _residual(
     return work.flops, work.elements, seconds
 
 
-def _eight_bit(device: torch.device, effort: Effort) -> float | None:
+def _int8(device: torch.device, effort: Effort) -> float | None:
     """int8 products, where they are faster than the compute dtype's: on GPUs that can."""
+    return _eight_bit(torch.int8, torch._int_mm, device, effort)
+
+
+def _fp8(device: torch.device, dtype: torch.dtype, effort: Effort) -> float | None:
+    """fp8 products, on GPUs that can."""
+    one = torch.ones((), device=device)
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        return torch._scaled_mm(x, weight, scale_a=one, scale_b=one, out_dtype=dtype)
+
+    return _eight_bit(torch.float8_e4m3fn, product, device, effort)
+
+
+def _eight_bit(
+    kind: torch.dtype,
+    product: Callable[[Tensor, Tensor], Tensor],
+    device: torch.device,
+    effort: Effort,
+) -> float | None:
     if device.type != "cuda":
         return None
     inner = _WIDTH * _HEADS
-    x = torch.ones(effort.tokens, inner, device=device, dtype=torch.int8)
-    weight = torch.ones(inner, 4 * inner, device=device, dtype=torch.int8)
+    x = torch.ones(effort.tokens, inner, device=device).to(kind)
+    weight = torch.ones(4 * inner, inner, device=device).to(kind).T  # as a linear's is stored
     try:
-        seconds = _seconds(lambda: torch._int_mm(x, weight), device, effort)
+        seconds = _seconds(lambda: product(x, weight), device, effort)
     except RuntimeError:  # "not supported on this device": nothing to measure
         return None
     return 2 * effort.tokens * inner * 4 * inner / seconds

@@ -39,6 +39,8 @@ hidden states, a block: some thirty reads and writes, most of them in fp32."""
 LANE_BYTES_PER_S = {3: 0.79e9, 4: 1.57e9, 5: 3.15e9}
 """Of one PCI Express lane, from pinned memory, by generation."""
 
+_GRADES = {"ti", "super"}
+
 DEFAULT_RAM = "32GiB"
 DEFAULT_DISK = "nvme3"
 
@@ -48,13 +50,15 @@ class Card:
     """A card as its data sheet has it: bytes, and operations and bytes a second.
 
     Attributes:
-        eight_bit_flops: dense int8 peak; None where there are no such units.
+        eight_bit_flops, fp8_flops: dense peaks of int8 and of fp8; None where there are no such
+            units.
     """
 
     name: str
     memory_bytes: int
     flops: float
     eight_bit_flops: float | None
+    fp8_flops: float | None
     memory_bytes_per_s: float
     pcie: int
     lanes: int
@@ -78,6 +82,7 @@ def cards() -> tuple[Card, ...]:
             memory_bytes=row["memory"] * GIB,
             flops=row["bf16"] * 1e12,
             eight_bit_flops=row["int8"] * 1e12 if "int8" in row else None,
+            fp8_flops=row["fp8"] * 1e12 if "fp8" in row else None,
             memory_bytes_per_s=row["bandwidth"] * 1e9,
             pcie=row["pcie"],
             lanes=row["lanes"],
@@ -95,8 +100,8 @@ def find_card(name: str) -> Card:
     known = cards()
     wanted = _words(name)
     fitting = [card for card in known if wanted <= _words(card.name)]
-    # "4070" is the one without "Ti", if it is said like that.
-    plain = [card for card in fitting if "ti" not in _words(card.name) - wanted]
+    # "4070" is the one without "Ti" or "Super", if it is said like that.
+    plain = [card for card in fitting if not _words(card.name) & _GRADES - wanted]
     found = fitting if len(fitting) == 1 else plain
     if len(found) != 1:
         raise ProfileError(
@@ -141,13 +146,13 @@ def described(card_name: str, ram: str | None, disk: str | None) -> Hardware:
     """
     card = find_card(card_name)
     total_bytes = parse_bytes(ram or DEFAULT_RAM)
-    eight_bit = None if card.eight_bit_flops is None else ATTAINED * card.eight_bit_flops
     rates = Rates(
         flops=ATTAINED * card.flops,
         copy_bytes_per_s=card.link_bytes_per_s,
         read_bytes_per_s=disk_bytes_per_s(disk or DEFAULT_DISK),
         conv_flops=ATTAINED_CONV * card.flops,
-        eight_bit_flops=eight_bit,
+        eight_bit_flops=_attained(card.eight_bit_flops),
+        fp8_flops=_attained(card.fp8_flops),
         memory_bytes_per_s=ATTAINED_MEMORY * card.memory_bytes_per_s,
         element_s=ELEMENT_BYTES / (ATTAINED_MEMORY * card.memory_bytes_per_s),
     )
@@ -159,3 +164,7 @@ def described(card_name: str, ram: str | None, disk: str | None) -> Hardware:
         rates=rates,
         rates_source=f"table of cards, {disk or DEFAULT_DISK}",
     )
+
+
+def _attained(peak: float | None) -> float | None:
+    return None if peak is None else ATTAINED * peak

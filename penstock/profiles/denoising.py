@@ -51,9 +51,9 @@ def compute_path(stored: Storage, policy: Policy, rates: Rates) -> ComputePath:
     that is only described, as its rates say."""
     if stored.path is not None:
         return stored.path
-    fast = policy.compute == "fast" and rates.eight_bit_flops is not None
-    if fast and stored.format in _EIGHT_BIT:
-        return _EIGHT_BIT[stored.format]
+    eight_bit = _EIGHT_BIT.get(stored.format)
+    if policy.compute == "fast" and eight_bit and rates.product_flops(eight_bit):
+        return eight_bit
     return "dequant" if stored.scratch_bytes else "plain"
 
 
@@ -246,12 +246,10 @@ class Denoise:
         tokens = transformer.grid_tokens(spec, cost.latent)
         chunks = -(-tokens // cost.chunk_tokens) * spec.num_layers
         flops = transformer.denoise_flops(spec, tokens, cost.image_tokens)
-        linear_rate = rates.flops
-        if self._is_fast and rates.eight_bit_flops is not None:
-            linear_rate = rates.eight_bit_flops
+        path = compute_path(spec.storage, self.case.policy, rates)
         attention = flops.self_attention + flops.cross_attention
         branch = (
-            flops.linear / linear_rate
+            flops.linear / (rates.product_flops(path) or rates.flops)
             + attention / (rates.attention_flops or rates.flops)
             + chunks * (rates.chunk_overhead_s(cost.chunk_tokens) + self._decode_s(rates))
             + tokens * spec.inner_dim * spec.num_layers * rates.element_s

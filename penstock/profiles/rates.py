@@ -29,7 +29,8 @@ class Rates:
         conv_flops: of the VAE's convolutions; None: as matrix products.
         conv_element_s: of one element that they read: its norm and activation, and its copies;
             None: ``conv_flops`` is the rate of all that the VAE does.
-        eight_bit_flops: of 8-bit matrix products; None: the device has none that are faster.
+        eight_bit_flops: of int8 matrix products; None: the device has none that are faster.
+        fp8_flops: of fp8 matrix products; None: the device has none.
         memory_bytes_per_s: the device's own memory; decoding of weights runs at it (None: not
             counted).
         overhead_s: of one chunk of `SMALL_CHUNK` tokens or more in one block, besides its tokens.
@@ -46,6 +47,7 @@ class Rates:
     conv_flops: float | None = None
     conv_element_s: float | None = None
     eight_bit_flops: float | None = None
+    fp8_flops: float | None = None
     memory_bytes_per_s: float | None = None
     overhead_s: float = 2e-4
     tiny_overhead_s: float | None = None
@@ -61,6 +63,10 @@ class Rates:
                     expected="a rate above 0",
                     found=str(value),
                 )
+
+    def product_flops(self, path: str) -> float | None:
+        """Of the matrix products of a compute path; None: the device has none of them."""
+        return {"fp8": self.fp8_flops, "int8": self.eight_bit_flops}.get(path, self.flops)
 
     def chunk_overhead_s(self, tokens: int) -> float:
         """Seconds of a chunk besides its tokens: between two sizes, by the logarithm."""

@@ -29,9 +29,8 @@ from penstock.profiles.plan import StreamPlan
 from tests.engine.running import a_request, an_engine
 from tests.meter import StorageMeter
 
-MOMENTS = 100
-TOO_LATE = 300
-"""Jobs that may end before their cancel comes: they say nothing, and another is run."""
+TOO_LATE = 3
+"""Jobs for each moment that may end before their cancel comes: they say nothing."""
 
 
 class Watch:
@@ -87,8 +86,9 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_hundred_random_moments(
-    i2v_folder: Path, picture: Path, tmp_path: Path, watch: Watch
+@pytest.mark.parametrize("moments", [30, pytest.param(100, marks=pytest.mark.faults)])
+def test_random_moments(
+    moments: int, i2v_folder: Path, picture: Path, tmp_path: Path, watch: Watch
 ) -> None:
     request = a_request(image=picture, steps=2, width=32, height=32, guidance_scale=1.0)
     rng, process = random.Random(8), psutil.Process()
@@ -97,7 +97,7 @@ def test_a_hundred_random_moments(
         seconds = _seconds(engine, request)  # the first one loads libraries
         seconds = min(_seconds(engine, request), seconds)
         files, threads = process.num_fds(), threading.active_count()
-        for _ in range(MOMENTS + TOO_LATE):
+        for _ in range(moments * (1 + TOO_LATE)):
             watch.happened.clear()
             job = engine.submit(request, tmp_path / "out.mp4")
             time.sleep(rng.uniform(0, 0.9 * seconds))  # which moment, says no assertion
@@ -114,9 +114,9 @@ def test_a_hundred_random_moments(
             assert watch.meter.live == 0
             assert list(tmp_path.iterdir()) == []
             assert (process.num_fds(), threading.active_count()) == (files, threads)
-            if len(hit) == MOMENTS:
+            if len(hit) == moments:
                 break
-    assert len(hit) == MOMENTS
+    assert len(hit) == moments
     assert {"text", "encode", "denoise", "decode"} <= set(hit)
 
 

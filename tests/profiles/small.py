@@ -86,6 +86,7 @@ _rates = st.builds(
     conv_flops=st.sampled_from([None, 1e10]),
     conv_element_s=st.sampled_from([None, 1e-9]),
     eight_bit_flops=st.sampled_from([None, 1e11]),
+    fp8_flops=st.sampled_from([None, 5e10]),
     memory_bytes_per_s=st.sampled_from([None, 1e9]),
     tiny_overhead_s=st.sampled_from([None, 1e-4]),
 )

@@ -179,6 +179,9 @@ class TestCards:
             ("rtx-4070", "RTX 4070 12GB"),
             ("RTX 4070 Ti", "RTX 4070 Ti 12GB"),
             ("4090 24 GB", "RTX 4090 24GB"),
+            ("4070 super", "RTX 4070 Super 12GB"),
+            ("RTX 4070 Ti Super", "RTX 4070 Ti Super 16GB"),
+            ("4060 Ti 8GB", "RTX 4060 Ti 8GB"),
         ],
     )
     def test_as_people_say_it(self, said, meant) -> None:
@@ -207,6 +210,15 @@ class TestCards:
         assert described("4090", None, None).rates.copy_bytes_per_s == pytest.approx(
             2.5e10, rel=0.02
         )
+
+    def test_only_cards_with_fp8_units_have_a_rate_of_it(self) -> None:
+        have = {card.name for card in cards() if card.fp8_flops is not None}
+        assert have == {card.name for card in cards() if card.name[:6] in ("RTX 40", "RTX 50")}
+        for name in have:
+            card = find_card(name)
+            # With 32-bit sums, between those of bf16 and of int8 (data sheets of Ada, Blackwell).
+            assert card.fp8_flops / card.flops == pytest.approx(2, rel=0.01)
+            assert card.eight_bit_flops / card.fp8_flops == pytest.approx(2, rel=0.01)
 
     @pytest.mark.parametrize(
         ("name", "bf16", "int8", "milliseconds_a_block"),

@@ -385,3 +385,17 @@ def test_changes_are_told() -> None:
     assert changes(one, one) == ((), True)
     assert one["denoise"].passes(2) == [range(0, 2)]
     assert not changes(one, plan(model, work, machine, Policy(chunk_tokens=64)))[1]
+
+
+def test_each_kind_of_8_bit_product_has_its_own_rate() -> None:
+    from penstock.profiles.builtin import builtin
+    from penstock.profiles.cards import described
+
+    machine, work = described("4090", None, None), Workload(VideoShape(832, 480, 17), 4, True)
+    policy = Policy(compute="fast", chunk_tokens=4096, branches=2, cross_kv="vram")
+    seconds = {
+        name: plan(builtin("wan2.1-i2v-14b", name), work, machine, policy)["denoise"].seconds
+        for name in ("int8", "fp8")
+    }
+    assert machine.rates.eight_bit_flops == pytest.approx(2 * machine.rates.fp8_flops, rel=0.01)
+    assert seconds["fp8"] > 1.15 * seconds["int8"]

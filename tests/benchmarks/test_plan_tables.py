@@ -1,0 +1,34 @@
+"""The tables of docs/plans.md say what plans say now."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import plans, render
+from penstock.units import GIB
+from tests.profiles import test_true_model as true
+
+RESULTS = render.read_results(render.RESULTS)
+
+
+def test_of_a_card() -> None:
+    card = ("RTX 3060 12GB", "12gb")
+    kept = [row for row in RESULTS["plans_cards"] if row["card"] == card[0]]
+    assert plans.cards([card]) == kept
+    assert len(RESULTS["plans_cards"]) == len(plans.CARDS) * len(true.SIZES)
+
+
+@pytest.mark.parametrize("case", [("480x832x81", "12gb", 16), ("720x1280x81", "4gb", 64)])
+def test_of_a_profile(case: tuple[str, str, int]) -> None:
+    rows = {(r["size"], r["profile"], r["system_gib"]): r for r in RESULTS["plans_peaks"]}
+    assert list(rows) == true.ALL
+    made, row = true.made(*case), rows[case]
+    assert row["vram_gib"] == round(made.peak_vram_bytes / GIB, 2)
+    assert row["ram_gib"] == round(made.peak_ram_bytes / GIB, 2)
+    assert 0 <= row["over"][0] <= row["over"][1] <= 5
+
+
+def test_documents_are_rendered() -> None:
+    for path in render.DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        assert render.rendered(text, RESULTS) == text, f"{path.name}: python -m benchmarks.render"

@@ -115,16 +115,16 @@ class Network:
     def footprints(self) -> tuple[Footprint, ...]:
         """Of every stream there is; they are looked through again for each other choice."""
         return tuple(
-            _footprint(index, place, slots, slabs)
-            for index, place in enumerate(self.choices)
+            _footprint(choice, place, slots, slabs)
+            for choice, place in enumerate(self.choices)
             for slots, slabs in self.rings(place)
         )
 
 
 class Footprint(NamedTuple):
-    """The bytes of one stream: of the placement ``index`` with so many slots and slabs."""
+    """The bytes of one stream: of one of the network's choices with so many slots and slabs."""
 
-    index: int
+    choice: int
     slots: int
     slabs: int
     vram: int
@@ -132,10 +132,10 @@ class Footprint(NamedTuple):
     pinned: int
 
 
-def _footprint(index: int, place: Placement, slots: int, slabs: int) -> Footprint:
+def _footprint(choice: int, place: Placement, slots: int, slabs: int) -> Footprint:
     vram = place.device_bytes + slots * place.slot_bytes
     ram = place.host_bytes + place.ring_bytes(slabs)
-    return Footprint(index, slots, slabs, vram, ram, ram if slabs else place.host_bytes)
+    return Footprint(choice, slots, slabs, vram, ram, ram if slabs else place.host_bytes)
 
 
 def _ring(passing: int) -> tuple[int, ...]:
@@ -286,12 +286,12 @@ def best_stream(
     if room.vram_bytes < network.least_vram_bytes:
         return None
     found: list[tuple[float, int, int, int, int]] = []
-    for index, slots, slabs, vram, ram, pinned in network.footprints:
-        place = network.choices[index]
+    for choice, slots, slabs, vram, ram, pinned in network.footprints:
+        place = network.choices[choice]
         if (from_disk or not place.read_bytes) and _fits(room, vram, ram, pinned):
             least = _least_objective(place, network.blocks, slots, slabs, pace, rates)
             if least <= better_than:
-                found.append((least, vram + ram, index, slots, slabs))
+                found.append((least, vram + ram, choice, slots, slabs))
     found.sort()
     best: Stream | None = None
     for least, nbytes, index, slots, slabs in found:

@@ -31,7 +31,7 @@ from penstock.units import MIB
 
 _WIDTH, _HEADS, _FFN = 128, 8, 2048
 _READ_PIECE = 8 * MIB
-_TINY_TOKENS = (128, 512)
+_TINY_TOKENS = 256
 _NARROW = 32
 _RESIDUALS = ((16, 1), (32, 1), (64, 1), (192, 1), (16, 16), (64, 4))
 """Channels of the VAE's residual blocks that are measured, and what part of the side of a frame."""
@@ -88,7 +88,7 @@ def calibrate(
         return replace(
             rates,
             overhead_s=overhead_s,
-            **_tiny(device, dtype, effort),
+            **_tiny(device, dtype, effort, rates.attention_flops or rates.flops),
             element_s=element_s,
         )
 
@@ -319,20 +319,27 @@ def _forward(
     return overhead, rest
 
 
-def _tiny(device: torch.device, dtype: torch.dtype, effort: Effort) -> dict[str, float]:
-    """What a chunk of few tokens takes, and for each element that it attends to: forwards over few
-    tokens and over more, in one chunk and in many."""
-    forwards = [_Forward.make(device, dtype, min(effort.tokens, n)) for n in _TINY_TOKENS]
-    works = [partial(work, chunk) for work in forwards for chunk in (work.tokens, TINY_CHUNK)]
-    few, few_cut, more, more_cut = _in_turns(works, device, effort)
-    attended = [(work.tokens + forward.TEXT_TOKENS) * work.width for work in forwards]
-    overheads = [
-        (cut - whole) / (work.tokens // TINY_CHUNK - 1)
-        for work, whole, cut in zip(forwards, (few, more), (few_cut, more_cut), strict=True)
+def _tiny(
+    device: torch.device, dtype: torch.dtype, effort: Effort, attention_flops: float
+) -> dict[str, float]:
+    """What a chunk of few tokens takes, in a forward of many of them, and what it takes for each
+    element that it attends to, besides the operations."""
+    work = _Forward.make(device, dtype, min(effort.tokens, _TINY_TOKENS))
+    shapes = [(1, count, _HEADS, _WIDTH // 2) for count in (TINY_CHUNK, effort.tokens, TINY_CHUNK)]
+    q, keys, few = (torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
+    works: list[Callable[[], object]] = [
+        partial(work, work.tokens),
+        partial(work, TINY_CHUNK),
+        partial(attention, q, keys, keys.clone()),
+        partial(attention, q, few, few.clone()),
     ]
-    rows = [[1.0, float(count)] for count in attended]
-    overhead_s, key_s = _fitted(rows, [max(1e-6, found) for found in overheads])
-    return {"tiny_overhead_s": max(1e-6, overhead_s), "tiny_key_s": max(1e-15, key_s)}
+    whole_s, cut_s, many_s, few_s = _in_turns(works, device, effort)
+    operations_s = 4 * TINY_CHUNK / attention_flops
+    read = keys.numel() - few.numel()
+    key_s = max(1e-15, (many_s - few_s) / read - operations_s)
+    attended = (work.tokens + forward.TEXT_TOKENS) * work.width
+    chunk_s = (cut_s - whole_s) / (work.tokens // TINY_CHUNK - 1)
+    return {"tiny_overhead_s": max(1e-6, chunk_s - attended * key_s), "tiny_key_s": key_s}
 
 
 def copy_rate(device: torch.device, effort: Effort) -> float:

@@ -10,7 +10,7 @@ child of one process that has the libraries loaded:
   video, so that the libraries' code is mapped (a fork maps none of it) and their kernels compiled;
 - ``seconds``: predicted over measured, with rates that were measured on this machine just before:
   a calibration goes before each pair of budgets, and a plan has the medians of the last three.
-  Both clocks count the CPU seconds of the computing thread, not the time on the wall: other
+  Measured is the median of three runs. Both clocks count the CPU seconds of the computing thread, not the time on the wall: other
   programs on the machine do not disturb them, and waiting for weights is not in them.
 
 glibc's threshold for returning memory at once is fixed (``MALLOC_MMAP_THRESHOLD_``), as its own
@@ -60,6 +60,8 @@ VRAM_SHARES = (1.0, 1.2, 1.5, 2.0, 3.0, 4.0)
 """Of the least that a plan needs."""
 RAM_SHARES = (0.3, 1.2)
 """Of the transformer's weights."""
+RUNS = 3
+"""Of each plan, whose median is its seconds."""
 CALIBRATIONS = 3
 """The last ones, whose medians are a plan's rates."""
 MALLOC = ("MALLOC_MMAP_THRESHOLD_", "65536")
@@ -77,9 +79,9 @@ def reset_peak_rss() -> None:
 
 
 def measured(model: ModelFiles, request: GenerationRequest, made: Plan) -> dict[str, Any]:
-    """The second run of ``made`` in this process."""
+    """The second run of ``made`` in this process; seconds are the medians of it and later ones."""
     began: dict[str, float] = {}
-    seconds: dict[str, float] = {}
+    seconds: dict[str, list[float]] = {}
     rss: dict[str, int] = {}
     before = 0
 
@@ -89,8 +91,8 @@ def measured(model: ModelFiles, request: GenerationRequest, made: Plan) -> dict[
             began[event.phase] = time.thread_time()
         elif isinstance(event, PhaseEnded):
             name = event.report.name
-            seconds[name] = time.thread_time() - began[name]
-            rss[name] = status_bytes("VmHWM") - before
+            seconds.setdefault(name, []).append(time.thread_time() - began[name])
+            rss.setdefault(name, status_bytes("VmHWM") - before)
 
     job = Run(
         model=model, request=request, plan=made, device=torch.device("cpu"), overlapped=True,
@@ -101,9 +103,12 @@ def measured(model: ModelFiles, request: GenerationRequest, made: Plan) -> dict[
     ctypes.CDLL(None).malloc_trim(0)
     before = status_bytes("VmRSS")
     phases = run(job, listen, threading.Event()).report.phases
+    for _ in range(RUNS - 1):
+        run(job, listen, threading.Event())
     return {
         "rss": rss,
-        "seconds": seconds,
+        "seconds": {name: statistics.median(found) for name, found in seconds.items()},
+        "seconds_of_runs": seconds,
         "ledgers": {
             phase.name: [phase.measured_vram_bytes, phase.measured_ram_bytes] for phase in phases
         },
@@ -161,6 +166,7 @@ def row(made: Plan, found: dict[str, Any]) -> dict[str, Any]:
         "rss_predicted_bytes": max(both.values()),
         "rss_of_phases": {name: [found["rss"][name], both[name]] for name in names},
         "seconds": round(predicted_s / sum(found["seconds"].values()), 3),
+        "seconds_of_runs": found["seconds_of_runs"],
         "seconds_of_phases": {
             name: [round(made[name].seconds, 3), round(found["seconds"][name], 3)] for name in names
         },

@@ -10,8 +10,9 @@ child of one process that has the libraries loaded:
   video, so that the libraries' code is mapped (a fork maps none of it) and their kernels compiled;
 - ``seconds``: predicted over measured, with rates that were measured on this machine just before:
   a calibration goes before each pair of budgets, and a plan has the medians of the last three.
-  Measured is the median of three runs. Both clocks count the CPU seconds of the computing thread, not the time on the wall: other
-  programs on the machine do not disturb them, and waiting for weights is not in them.
+  Measured is the median of three runs. Both clocks count the CPU seconds of the computing
+  thread, not the time on the wall: waiting for the processor or for weights is not in them, but
+  other programs' use of its caches and memory is.
 
 glibc's threshold for returning memory at once is fixed (``MALLOC_MMAP_THRESHOLD_``), as its own
 grows with what was freed. Linux only. The last line on stdout is JSON.

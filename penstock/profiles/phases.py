@@ -179,6 +179,7 @@ class OnePass:
     @classmethod
     def image(cls, case: Case, spec: ImageSpec) -> OnePass:
         """The image encoder."""
+        layers = len(spec.weights.block_bytes)
         return cls(
             "image",
             case,
@@ -187,8 +188,8 @@ class OnePass:
             (("activations", encoders.image_bytes(spec)), *spec.storage.items),
             (("encoder states", encoder_state_bytes(case)), ("picture", picture_bytes(case))),
             encoders.image_flops(spec),
-            visits=spec.num_hidden_layers - 1,
-            elements=(spec.num_hidden_layers - 1) * spec.tokens * spec.hidden_size,
+            visits=layers,
+            elements=layers * spec.tokens * spec.hidden_size,
         )
 
     def best(self, limits: Limits) -> Group | None:

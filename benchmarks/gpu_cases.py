@@ -32,8 +32,9 @@ from penstock.offload.tiers import Link, open_link
 from penstock.profiles.hardware import CUDA_RESERVE_BYTES
 from penstock.profiles.plan import Plan, StreamPlan
 from penstock.profiles.profile import Overrides
-from penstock.quant.compute import Computing, Operands, Scratch
+from penstock.quant.compute import Operands, strategy_for
 from penstock.quant.format import get_format
+from penstock.quant.paths import Computing, Scratch
 from penstock.quant.probe import probe, working
 from penstock.units import GIB, MIB
 
@@ -430,7 +431,7 @@ def product(context: Context, name: str, mode: Any, works: frozenset[Any]) -> di
     x = torch.randn(context.scale.tokens, columns, generator=draw).to(device, torch.bfloat16)
     stored = {suffix: each.to(device) for suffix, each in fmt.quantise(weight).items()}
     computing = Computing(Scratch(2 * rows * columns, device), mode, works)
-    path = computing.path_for(fmt, (rows, columns))
+    path = strategy_for(computing, fmt, (rows, columns))
     operands = Operands(fmt, (rows, columns), stored, None)
     seconds = seconds_of(lambda: path(operands, x), context)
     reference = F.linear(x.float(), weight.to(device).float())

@@ -44,8 +44,8 @@ from penstock.engine.calibrate import Effort, calibrate
 from penstock.engine.events import Event, PhaseEnded, PhaseStarted
 from penstock.engine.model import ModelFiles
 from penstock.engine.pipeline import run
-from penstock.engine.request import GenerationRequest
-from penstock.engine.stage import Run, workload_of
+from penstock.engine.request import GenerationRequest, workload_of
+from penstock.engine.stage import Run
 from penstock.engine.synthetic import write_tiny_model
 from penstock.errors import OverBudget
 from penstock.profiles.hardware import Hardware, probe

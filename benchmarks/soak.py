@@ -28,8 +28,8 @@ from penstock.engine.engine import Engine
 from penstock.engine.events import Event, Progress
 from penstock.engine.pipeline import run
 from penstock.engine.report import PhaseReport
-from penstock.engine.request import GenerationRequest
-from penstock.engine.stage import Run, workload_of
+from penstock.engine.request import GenerationRequest, workload_of
+from penstock.engine.stage import Run
 from penstock.engine.synthetic import write_tiny_model
 from penstock.profiles.ahead import without_reading_ahead
 from penstock.profiles.plan import Plan, StreamPlan

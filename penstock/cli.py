@@ -382,13 +382,18 @@ def _generate(
     as_json: bool,
     job_folder: JobFolder | None = None,
 ) -> None:
-    """Make a video with an engine that is opened with ``opening``."""
-    from penstock.engine.engine import Engine
+    """Make a video with an engine that is opened with ``opening``; what cannot fit is refused
+    before anything heavy is imported."""
+    from penstock.engine.prepared import Prepared
     from penstock.engine.settings import resolve
 
-    with Engine.open(model, **opening) as engine:
-        request = resolve(settings, engine.model)
-        plan = engine.plan(request, kept=job_folder is not None)
+    prepared = Prepared.open(model, **opening)
+    request = resolve(settings, prepared.model)
+    plan = prepared.plan(request, kept=job_folder is not None)
+
+    from penstock.engine.engine import Engine
+
+    with Engine(prepared) as engine:
         folder, resumes = (None, False) if job_folder is None else job_folder(engine, request, plan)
         if resumes and folder is not None:
             job = engine.resume(folder, output, force=force)

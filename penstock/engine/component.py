@@ -6,14 +6,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from penstock.engine.files.formats import decode, format_of, is_linear
 from penstock.engine.files.keys import ComponentSource, as_bytes, stored_name
 from penstock.engine.files.storage import StoredWeight
 from penstock.offload.checkpoint import Checkpoint, torch_dtype
+from penstock.offload.header import ITEM_BYTES
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _FLOAT32_TOO = "scale_shift_table"
 """A table that is added in fp32 whatever the network computes in: never rounded."""
@@ -25,15 +28,16 @@ class Adapter:
 
     Attributes:
         odd: storage and logical shape of each odd parameter, by its local name.
-        dtype: what they become.
+        tag: safetensors tag of the dtype that they become.
     """
 
     odd: Mapping[str, tuple[StoredWeight, tuple[int, ...]]]
-    dtype: torch.dtype
+    tag: str
 
-    def peak_bytes(self, device: torch.device) -> int:
-        """What the made tensors take beside the stored ones, and making the last of them."""
-        made = sum(math.prod(shape) * self.dtype.itemsize for _, shape in self.odd.values())
+    def peak_bytes(self, device: str) -> int:
+        """What the made tensors take beside the stored ones, and making the last of them, on a
+        device of that type."""
+        made = sum(math.prod(shape) * ITEM_BYTES[self.tag] for _, shape in self.odd.values())
         decoding = (
             format_of(stored).workspace_bytes((shape[0], shape[1]), device)
             for stored, shape in self.odd.values()
@@ -50,12 +54,12 @@ class Adapter:
             names = {suffix: stored_name(name, suffix) for suffix in stored.tensors}
             if all(full in made for full in names.values()):
                 parts = {suffix: made.pop(full) for suffix, full in names.items()}
-                made[name] = decode(stored, parts, shape, self.dtype)
+                made[name] = decode(stored, parts, shape, torch_dtype(self.tag))
         return made
 
 
 def adapters_of(
-    source: ComponentSource, prefix: str, count: int, only: tuple[str, ...], dtype: torch.dtype
+    source: ComponentSource, prefix: str, count: int, only: tuple[str, ...], tag: str
 ) -> tuple[Adapter, ...]:
     """The adapter of the rest, then one a block."""
     shapes = source.shapes
@@ -63,22 +67,22 @@ def adapters_of(
     for name, stored in source.weights.items():
         in_block = bool(prefix) and name.startswith(prefix)
         kept = in_block and is_linear(name, shapes[name]) and not stored.plain
-        if kept or _fits(name, stored, dtype) or name.startswith("shared."):
+        if kept or _fits(name, stored, tag) or name.startswith("shared."):
             continue
         number, _, local = name[len(prefix) :].partition(".")
         if not in_block and name.startswith(only):
             odd[0][name] = (stored, shapes[name])
         elif in_block and int(number) < count:
             odd[int(number) + 1][local] = (stored, shapes[name])
-    return tuple(Adapter(each, dtype) for each in odd)
+    return tuple(Adapter(each, tag) for each in odd)
 
 
-def _fits(name: str, stored: StoredWeight, dtype: torch.dtype) -> bool:
+def _fits(name: str, stored: StoredWeight, tag: str) -> bool:
     """Whether the network computes with the parameter as it is stored."""
     if not stored.plain:
         return False
-    found = torch_dtype(stored.tensors["weight"].dtype)
-    return found == dtype or (found == torch.float32 and name.endswith(_FLOAT32_TOO))
+    found = stored.tensors["weight"].dtype
+    return found == tag or (found == "F32" and name.endswith(_FLOAT32_TOO))
 
 
 def read_table_rows(

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 
 from penstock.engine.files.keys import ComponentSource
 from penstock.profiles.manifest import ComputePath, Storage
-from penstock.quant.compute import Computing, scratch_bytes
 from penstock.quant.format import QuantFormat
+from penstock.quant.paths import Computing, scratch_bytes
 from penstock.quant.policy import default_policy
 from penstock.quant.rows import ITEM_BYTES, Shape
 
@@ -43,8 +43,8 @@ def storage_of(
     """
     blocks = list(blocks)
     matrices = [matrix for block in blocks for matrix in block]
-    decoded = [each for each in matrices if computing.path_for(*each).path == "dequant"]
-    multiplied = [each for each in matrices if computing.path_for(*each).path != "dequant"]
+    decoded = [each for each in matrices if computing.path_for(*each) == "dequant"]
+    multiplied = [each for each in matrices if computing.path_for(*each) != "dequant"]
     return Storage(
         format=name,
         scratch_bytes=scratch_bytes(decoded, tag),
@@ -57,20 +57,19 @@ def storage_of(
 
 
 def _most_workspace(matrices: Matrices, computing: Computing) -> int:
-    device = computing.scratch.device
-    return max((computing.workspace_bytes(*each, device) for each in set(matrices)), default=0)
+    return max((computing.workspace_bytes(*each) for each in set(matrices)), default=0)
 
 
 def _decoded_bytes(block: Matrices, computing: Computing, tag: str) -> int:
     return sum(
         rows * columns * ITEM_BYTES[tag]
         for fmt, (rows, columns) in block
-        if computing.path_for(fmt, (rows, columns)).path == "dequant"
+        if computing.path_for(fmt, (rows, columns)) == "dequant"
     )
 
 
 def _path_of_most(matrices: Matrices, computing: Computing) -> ComputePath:
     counts: Counter[ComputePath] = Counter()
     for fmt, shape in matrices:
-        counts[computing.path_for(fmt, shape).path] += math.prod(shape)
+        counts[computing.path_for(fmt, shape)] += math.prod(shape)
     return counts.most_common(1)[0][0] if counts else "plain"

@@ -13,13 +13,12 @@ import torch
 from penstock.engine.files.locate import Files
 from penstock.engine.job import Job
 from penstock.engine.jobqueue import JobQueue
-from penstock.engine.lora.file import Lora, as_loras
-from penstock.engine.model import ModelFiles
-from penstock.engine.packs.variants import Variants, computing_on
+from penstock.engine.lora.file import Lora
 from penstock.engine.pipeline import run
+from penstock.engine.prepared import Prepared
 from penstock.engine.preview import Previewer
-from penstock.engine.request import GenerationRequest, check_task
-from penstock.engine.stage import Run, workload_of
+from penstock.engine.request import GenerationRequest, workload_of
+from penstock.engine.stage import Run
 from penstock.engine.steering import Hooks, OnStep
 from penstock.engine.store.journal import Journal
 from penstock.engine.store.keeper import JournalKeeper, Keeper
@@ -35,13 +34,12 @@ from penstock.engine.store.stored import (
     restored_request,
 )
 from penstock.engine.video import check_output
-from penstock.errors import UsageError
 from penstock.offload.tiers import release_cached
-from penstock.profiles.hardware import Hardware, probe
+from penstock.profiles.hardware import Hardware
 from penstock.profiles.phases import Workload
 from penstock.profiles.plan import Plan
 from penstock.profiles.planner import smaller
-from penstock.profiles.profile import AUTO, Chosen, Overrides, choose, load
+from penstock.profiles.profile import AUTO, Overrides
 
 
 class Engine:
@@ -58,19 +56,9 @@ class Engine:
         ...     report = job.result().report
     """
 
-    def __init__(
-        self,
-        model: ModelFiles,
-        hardware: Hardware,
-        *,
-        overlapped: bool = True,
-        chosen: Chosen | None = None,
-        cache: Path | None = None,
-    ) -> None:
-        self.chosen = chosen or choose(load(AUTO), Overrides(), hardware)
-        computing, self._notices = computing_on(self._device, self.chosen.policy.compute)
-        self._variants = Variants(model, self.chosen, computing, cache)
-        self.model = self._variants.stored
+    def __init__(self, prepared: Prepared, *, overlapped: bool = True) -> None:
+        self._prepared, self.chosen = prepared, prepared.chosen
+        self._variants, self.model = prepared.variants, prepared.model
         self._overlapped = overlapped
         self._jobs = JobQueue()
         self._previewer = Previewer()
@@ -115,18 +103,11 @@ class Engine:
             CheckpointError: the folder is not a model that penstock runs.
             UsageError: an illegal size, device, profile, format or way to compute.
         """
-        base = overrides or Overrides()
-        flags = replace(
-            base,
-            vram=vram,
-            ram=ram,
-            format=format or base.format,
-            compute=compute or base.compute,
-        )
-        hardware = probe(_device_type(device))
-        chosen = choose(load(profile), flags, hardware)
-        model_files = ModelFiles.open(model, files, as_loras(loras))
-        return cls(model_files, hardware, overlapped=overlapped, chosen=chosen, cache=cache)
+        prepared = Prepared.open(
+            model, files=files, loras=loras, format=format, compute=compute, vram=vram, ram=ram,
+            device=device, profile=profile, overrides=overrides, cache=cache,
+        )  # fmt: skip
+        return cls(prepared, overlapped=overlapped)
 
     def plan(self, request: GenerationRequest, *, kept: bool = False) -> Plan:
         """What the request will take. Pure arithmetic over headers: nothing is loaded.
@@ -139,8 +120,7 @@ class Engine:
             OverBudget: no plan fits the budgets.
             RequestError: the request does not suit the model.
         """
-        check_task(request, image_to_video=self.model.image_to_video)
-        return self.plan_workload(workload_of(request, kept=kept))
+        return self._prepared.plan(request, kept=kept)
 
     def plan_workload(self, workload: Workload) -> Plan:
         """What a video of that shape will take, whatever it shows.
@@ -151,8 +131,7 @@ class Engine:
         Raises:
             OverBudget: no plan fits the budgets; names a profile or a request that does.
         """
-        found = self._variants.plan(workload)
-        return replace(found, origins=found.origins + self.model.loras.origins())
+        return self._prepared.plan_workload(workload)
 
     def submit(
         self,
@@ -326,7 +305,7 @@ class Engine:
             output=None,
             overwrite=False,
             metadata=False,
-            notices=self._notices,
+            notices=self._prepared.notices,
         )
 
     @property
@@ -383,18 +362,3 @@ class Engine:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _device_type(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cuda", "cpu"):
-        raise UsageError("unknown device", expected="auto, cuda or cpu", found=repr(name))
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError(
-            "no CUDA device",
-            expected="a CUDA build of torch and a working driver",
-            found=f"torch {torch.__version__}",
-            remedy="Install a CUDA build of torch, or pass --device cpu.",
-        )
-    return name

@@ -13,32 +13,32 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from penstock.engine.component import Adapter, adapters_of, read_table_rows
 from penstock.engine.decoding import Matrices, block_format, storage_of
 from penstock.engine.files.formats import compute_tag, linear_formats
 from penstock.engine.files.keys import ComponentSource
 from penstock.engine.files.locate import Files, ModelSource, locate, open_tokenizer
-from penstock.engine.image import layers_needed
 from penstock.engine.lora.file import Lora
 from penstock.engine.lora.place import LoraPart, PlacedLoras
 from penstock.engine.opening import Opening
 from penstock.engine.packs.checked import Packs
 from penstock.engine.request import Grid
-from penstock.engine.skeleton import Build, Formats, Skeleton
+from penstock.engine.skeleton import Formats, Skeleton
 from penstock.engine.specs import manifest_of
 from penstock.engine.wan.config import IMAGE, TEXT, TRANSFORMER, VAE
-from penstock.engine.wan.forward import is_cross_kv
-from penstock.engine.weights import bind, skeleton, unbind
+from penstock.engine.wan.structure import is_cross_kv, layers_needed
 from penstock.errors import CheckpointError
 from penstock.offload.checkpoint import Checkpoint, TensorEntry, torch_dtype
+from penstock.offload.header import ITEM_BYTES
 from penstock.offload.layout import BlockLayout
 from penstock.profiles.manifest import ModelManifest, Storage, Weights
-from penstock.quant.compute import Computing, Scratch
+from penstock.quant.paths import Computing, Scratch
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Component:
         rest: everything outside the blocks.
         blocks: one layout a block.
         cross: the cross-attention K/V projections of each block, which leave the stream (DiT).
-        dtype: the type it computes in.
+        tag: safetensors tag of the dtype it computes in.
         formats: of the quantised linears of each block.
         adapters: what makes odd tensors fit: first outside the blocks, then block by block.
         source: where it comes from.
@@ -69,12 +69,17 @@ class Component:
     rest: BlockLayout
     blocks: tuple[BlockLayout, ...]
     cross: tuple[BlockLayout, ...]
-    dtype: torch.dtype
+    tag: str
     formats: tuple[Formats, ...]
     adapters: tuple[Adapter, ...]
     source: ComponentSource
     packs: Packs
     loras: tuple[LoraPart, ...] = ()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type it computes in."""
+        return torch_dtype(self.tag)
 
     @property
     def module(self) -> Any:
@@ -86,15 +91,16 @@ class Component:
         """The block module of each block; blocks stored alike share one (empty: no blocks)."""
         return self.skeleton.templates
 
-    def weights(self, device: torch.device) -> Weights:
-        """The bytes of it, for the planner: as stored, and what adapting the rest takes besides."""
+    def weights(self, device: str) -> Weights:
+        """The bytes of it, for the planner: as stored, and what adapting the rest takes besides on
+        a device of the type ``device`` ("cpu", "cuda")."""
         return Weights(
             rest_bytes=self.rest.nbytes + self.made_bytes(device),
             block_bytes=tuple(layout.nbytes for layout in self.blocks),
-            itemsize=self.dtype.itemsize,
+            itemsize=ITEM_BYTES[self.tag],
         )
 
-    def made_bytes(self, device: torch.device, place: int = 0) -> int:
+    def made_bytes(self, device: str, place: int = 0) -> int:
         """What binding makes besides the stored tensors: outside the blocks, or in the block
         ``place - 1``."""
         added = self.loras[place].nbytes if self.loras else 0
@@ -105,11 +111,10 @@ class Component:
     ) -> Storage:
         """What the quantised linears of the blocks take besides their bytes, and the block tensors
         that are cast; of those linears whose local name ``part`` holds of."""
-        device, places = computing.scratch.device, range(1, len(self.adapters))
+        device, places = computing.scratch.device_type, range(1, len(self.adapters))
         cast = max((self.made_bytes(device, place) for place in places), default=0)
         blocks = (self._matrices(index, part) for index in range(len(self.blocks)))
-        tag = compute_tag(self.source)
-        return storage_of(block_format(self.source), blocks, computing, tag, cast)
+        return storage_of(block_format(self.source), blocks, computing, self.tag, cast)
 
     def _matrices(self, index: int, part: Callable[[str], bool]) -> Matrices:
         shapes, start = self.source.shapes, f"{self.prefix}{index}."
@@ -127,14 +132,13 @@ class Component:
     @contextmanager
     def bound(self, tensors: Mapping[str, Tensor], index: int | None = None) -> Iterator[Any]:
         """The block ``index`` (None: the network) with its streamed ``tensors`` bound inside."""
+        from penstock.engine.weights import bound
+
         place = 0 if index is None else index + 1
         module = self.module if index is None else self.templates[index]
         tensors = self.adapters[place](tensors)
-        bind(module, self.loras[place](tensors) if self.loras else tensors)
-        try:
+        with bound(module, self.loras[place](tensors) if self.loras else tensors):
             yield module
-        finally:
-            unbind(module)
 
     def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
         """Rows of a table, in `dtype`, on the CPU; nothing else is kept. A table in a pack is read
@@ -284,55 +288,30 @@ def _open_transformer(loras: PlacedLoras) -> Component:
         )
     config = {**TRANSFORMER, **source.config}
 
-    def build() -> tuple[Any, Any]:
-        from diffusers import WanTransformer3DModel
-
-        module = skeleton(WanTransformer3DModel, dict(source.config) | {"num_layers": 1})
-        return module, module.blocks[0]
-
     count = config["num_layers"]
-    return _component(source, config, build, "blocks.", count, is_cross_kv, loras=loras)
+    return _component(source, config, "blocks.", count, is_cross_kv, loras=loras)
 
 
 def _open_text(source: ComponentSource) -> Component:
     config = {**TEXT, **source.config}
 
-    def build() -> tuple[Any, Any]:
-        from transformers import UMT5Config, UMT5EncoderModel
-
-        own = UMT5Config(**(dict(source.config) | {"num_layers": 1}))
-        module = skeleton(UMT5EncoderModel, own)
-        return module, module.encoder.block[0]
-
-    return _component(source, config, build, "encoder.block.", config["num_layers"])
+    return _component(source, config, "encoder.block.", config["num_layers"])
 
 
 def _open_image(source: ComponentSource) -> Component:
     config = {**IMAGE, **source.config}
 
-    def build() -> tuple[Any, Any]:
-        from transformers import CLIPVisionConfig, CLIPVisionModel
-
-        own = CLIPVisionConfig(**(dict(source.config) | {"num_hidden_layers": 1}))
-        module = skeleton(CLIPVisionModel, own)
-        return module, module.encoder.layers[0]
-
     count = layers_needed(config["num_hidden_layers"])
-    return _component(source, config, build, "encoder.layers.", count)
+    return _component(source, config, "encoder.layers.", count)
 
 
 def _open_vae(source: ComponentSource) -> tuple[Component, Component]:
-    def build() -> tuple[Any, Any]:
-        from diffusers import AutoencoderKLWan
-
-        return skeleton(AutoencoderKLWan, dict(source.config)), None
-
     halves = []
     for half, parts in (
         ("encoder", ("encoder.", "quant_conv.")),
         ("decoder", ("decoder.", "post_quant_conv.")),
     ):
-        component = _component(source, {**VAE, **source.config}, build, only=parts)
+        component = _component(source, {**VAE, **source.config}, only=parts)
         halves.append(replace(component, name=f"vae {half}"))
     return halves[0], halves[1]
 
@@ -340,7 +319,6 @@ def _open_vae(source: ComponentSource) -> tuple[Component, Component]:
 def _component(
     source: ComponentSource,
     config: Mapping[str, Any],
-    build: Build,
     prefix: str = "",
     count: int = 0,
     leaves_stream: Callable[[str], bool] = lambda name: False,
@@ -356,20 +334,22 @@ def _component(
     formats = _local_formats(linear_formats(source), prefix, count)
     blocks = [_split(group, leaves_stream) for group in groups[1:]]
     packs = Packs.of(source.raw)
-    dtype = torch_dtype(compute_tag(source))
-    parts = loras.parts(prefix, count, dtype)
+    tag = compute_tag(source)
+    parts = loras.parts(prefix, count, tag)
     return Component(
         name=source.component,
         config=config,
-        skeleton=Skeleton(build, formats, [part.deltas for part in parts], dtype),
+        skeleton=Skeleton(
+            source.component, source.config, formats, [part.deltas for part in parts], tag
+        ),
         prefix=prefix,
         checkpoint=Checkpoint(source.raw.path, entries, {**source.raw.stamps, **loras.stamps}, {}),
         rest=packs.checked(BlockLayout.from_entries(groups[0])),
         blocks=tuple(packs.checked(BlockLayout.from_entries(part)) for part, _ in blocks),
         cross=tuple(packs.checked(BlockLayout.from_entries(part)) for _, part in blocks if part),
-        dtype=dtype,
+        tag=tag,
         formats=formats,
-        adapters=adapters_of(source, prefix, count, only, dtype),
+        adapters=adapters_of(source, prefix, count, only, tag),
         source=source,
         packs=packs,
         loras=parts,

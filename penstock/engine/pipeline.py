@@ -25,6 +25,7 @@ from penstock.engine.ending import Ending
 from penstock.engine.events import Listener, Monitor, PhaseMonitor
 from penstock.engine.film import Film
 from penstock.engine.model import Component
+from penstock.engine.picture import open_image
 from penstock.engine.previewing import prepare_previews, preview_of
 from penstock.engine.report import JobResult, RunReport, versions
 from penstock.engine.request import GenerationRequest
@@ -103,7 +104,7 @@ def condition(stage: Stage) -> Conditions:
     texts = stage.attempt("text", lambda: encode_prompts(stage))
     if path is None:
         return Conditions(tuple(texts))
-    picture = pictures.open_image(path)
+    picture = open_image(path)
     return Conditions(
         tuple(texts),
         stage.attempt("image", lambda: encode_picture(stage, picture)),

@@ -14,12 +14,13 @@ from penstock.engine.request import (
     parse_area,
     parse_size,
     size_for,
+    workload_of,
 )
 from penstock.errors import UsageError
 from penstock.profiles.advice import plan_chosen
 from penstock.profiles.builtin import builtin
 from penstock.profiles.cards import described
-from penstock.profiles.hardware import Hardware, probe
+from penstock.profiles.hardware import Hardware, default_device, probe
 from penstock.profiles.phases import Workload
 from penstock.profiles.plan import Plan
 from penstock.profiles.profile import AUTO, Chosen, Overrides, choose, load
@@ -66,7 +67,7 @@ class Asked:
             **(dict(DISTILLED) if self.distilled else {})
             | {name: value for name, value in given.items() if value is not None},
         )
-        return _workload(request)
+        return workload_of(request, kept=True)
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,7 @@ class Target:
                 expected="--card as well",
                 remedy="penstock doctor measures this machine's own disk.",
             )
-        if self.device in ("cpu", "cuda"):
-            return probe(self.device)
-        from torch import cuda
-
-        return probe("cuda" if cuda.is_available() else "cpu")
+        return probe(self.device if self.device in ("cpu", "cuda") else default_device())
 
     @property
     def overrides(self) -> Overrides:
@@ -167,13 +164,11 @@ def plan_files(opened: _Opened, asked: Asked, chosen: Chosen) -> Plan:
     Raises:
         CheckpointError: they are not a model that penstock runs.
     """
-    import torch
-
     from penstock.engine.lora.file import as_loras
     from penstock.engine.model import ModelFiles
     from penstock.engine.packs.variants import Variants, computing_on
     from penstock.engine.settings import Settings, resolve
-    from penstock.quant.compute import Computing, Scratch
+    from penstock.quant.paths import Computing, Scratch
 
     settings = Settings(
         prompt="a plan",
@@ -187,14 +182,10 @@ def plan_files(opened: _Opened, asked: Asked, chosen: Chosen) -> Plan:
     )
     model = ModelFiles.open(opened.model, opened.files, as_loras(opened.loras))
     request = resolve(settings, model)
-    device = torch.device(chosen.hardware.device)
+    device = chosen.hardware.device
     computing = Computing(Scratch(0, device))
     if not opened.described:
         computing, _ = computing_on(device, chosen.policy.compute)
     variants = Variants(model, chosen, computing, described=opened.described)
-    found = variants.plan(_workload(request))
+    found = variants.plan(workload_of(request, kept=True))
     return replace(found, origins=found.origins + model.loras.origins())
-
-
-def _workload(request: GenerationRequest) -> Workload:
-    return Workload(request.video_shape, request.steps, request.uses_guidance, kept=True)

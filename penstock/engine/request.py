@@ -17,6 +17,7 @@ from typing import Any
 from penstock.engine import negative
 from penstock.errors import RequestError
 from penstock.profiles.manifest import VideoShape
+from penstock.profiles.phases import Workload
 
 SAMPLERS = ("unipc", "dpm++", "euler", "lcm")
 DISTILLED: Mapping[str, Any] = MappingProxyType(
@@ -238,6 +239,11 @@ class GenerationRequest:
                 )
             )
         return tuple(found)
+
+
+def workload_of(request: GenerationRequest, *, kept: bool = False) -> Workload:
+    """The request as the planner takes it; ``kept``: in a job's directory."""
+    return Workload(request.video_shape, request.steps, request.uses_guidance, kept)
 
 
 def check_task(request: GenerationRequest, *, image_to_video: bool) -> None:

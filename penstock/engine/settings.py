@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from penstock.engine.image import open_image
 from penstock.engine.model import ModelFiles
 from penstock.engine.request import (
     DISTILLED,
@@ -97,4 +96,6 @@ def _size(settings: Settings, defaults: dict[str, Any], grid: Grid) -> tuple[int
     area = width * height if settings.max_area is None else parse_area(settings.max_area)
     if settings.image is None:
         return size_for((width, height), area, grid)
+    from penstock.engine.picture import open_image  # Pillow and numpy, for a picture alone
+
     return size_for(open_image(settings.image).size, area, grid)

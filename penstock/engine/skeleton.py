@@ -1,40 +1,40 @@
-"""Networks without weights, built when a job first needs one: diffusers and transformers take
-seconds to load, and a plan or a refusal needs neither."""
+"""Networks without weights, built when a job first needs one: torch, diffusers and transformers
+take seconds to load, and a plan or a refusal needs none of them."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-import torch
-
-from penstock.quant.compute import Computing
 from penstock.quant.format import QuantFormat
-from penstock.quant.linear import replace_linears
-from penstock.quant.lora import add_deltas
+from penstock.quant.paths import Computing
 
 Formats = Mapping[str, QuantFormat]
-
-Build = Callable[[], tuple[Any, Any]]
-"""Makes a network on the meta device, with one block; and that block (None: it has none)."""
 
 
 class Skeleton:
     """A network of one component. One job at a time uses it, and the first builds it.
 
     Args:
-        build: makes it.
+        component: transformer, vae, text_encoder or image_encoder.
+        config: the network's own.
         formats: of the quantised linears of each block.
         deltas: what LoRAs add, outside the blocks and then block by block; empty without LoRAs.
-        dtype: the type it computes in.
+        tag: safetensors tag of the dtype it computes in.
     """
 
     def __init__(
-        self, build: Build, formats: tuple[Formats, ...], deltas: Sequence[Any], dtype: torch.dtype
+        self,
+        component: str,
+        config: Mapping[str, Any],
+        formats: tuple[Formats, ...],
+        deltas: Sequence[Any],
+        tag: str,
     ) -> None:
-        self._build, self._formats, self._dtype = build, formats, dtype
+        self._component, self._config = component, config
+        self._formats, self._tag = formats, tag
         self._deltas = deltas
         self._computing: Computing | None = None
         self._installed: set[int] = set()
@@ -64,14 +64,17 @@ class Skeleton:
         return module, templates
 
     def _put(self, place: int, part: Any, computing: Computing) -> None:
-        if place:
-            replace_linears(part, self._formats[place - 1], computing, self._dtype)
-        if self._deltas:
-            add_deltas(part, self._deltas[place], computing, self._dtype)
+        from penstock.engine.networks import equip
+
+        formats = self._formats[place - 1] if place else {}
+        deltas = self._deltas[place] if self._deltas else {}
+        equip(part, formats, deltas, computing, self._tag)
 
     @cached_property
     def _parts(self) -> tuple[Any, tuple[Any, ...]]:
-        module, block = self._build()
+        from penstock.engine.networks import build
+
+        module, block = build(self._component, self._config)
         added = self._deltas[1:] or [{}] * len(self._formats)
         return module, _templates(block, list(zip(self._formats, added, strict=True)))
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
-
 from penstock.engine.lora.place import lora_spec
-from penstock.engine.wan.forward import is_cross_kv
+from penstock.engine.wan.structure import is_cross_kv
 from penstock.profiles.manifest import (
     ImageSpec,
     ModelManifest,
@@ -16,7 +14,7 @@ from penstock.profiles.manifest import (
     TransformerSpec,
     VaeSpec,
 )
-from penstock.quant.compute import Computing
+from penstock.quant.paths import Computing
 
 if TYPE_CHECKING:
     from penstock.engine.model import Component
@@ -34,7 +32,7 @@ def manifest_of(
     return ModelManifest(
         transformer=_transformer_spec(transformer, computing),
         text=_text_spec(text, computing),
-        vae=_vae_spec(encoder, decoder, computing.scratch.device),
+        vae=_vae_spec(encoder, decoder, computing.scratch.device_type),
         image=None if image is None else _image_spec(image, computing),
     )
 
@@ -56,7 +54,7 @@ def undecided(manifest: ModelManifest) -> ModelManifest:
 def _transformer_spec(component: Component, computing: Computing) -> TransformerSpec:
     config = component.config
     return TransformerSpec(
-        weights=component.weights(computing.scratch.device),
+        weights=component.weights(computing.scratch.device_type),
         cross_block_bytes=tuple(layout.nbytes for layout in component.cross),
         num_layers=len(component.blocks),
         num_attention_heads=config["num_attention_heads"],
@@ -77,7 +75,7 @@ def _transformer_spec(component: Component, computing: Computing) -> Transformer
 def _text_spec(component: Component, computing: Computing) -> TextSpec:
     config = component.config
     return TextSpec(
-        weights=component.weights(computing.scratch.device),
+        weights=component.weights(computing.scratch.device_type),
         d_model=config["d_model"],
         d_kv=config["d_kv"],
         d_ff=config["d_ff"],
@@ -90,7 +88,7 @@ def _text_spec(component: Component, computing: Computing) -> TextSpec:
 def _image_spec(component: Component, computing: Computing) -> ImageSpec:
     config = component.config
     return ImageSpec(
-        weights=component.weights(computing.scratch.device),
+        weights=component.weights(computing.scratch.device_type),
         hidden_size=config["hidden_size"],
         intermediate_size=config["intermediate_size"],
         num_hidden_layers=len(component.blocks),
@@ -101,7 +99,7 @@ def _image_spec(component: Component, computing: Computing) -> ImageSpec:
     )
 
 
-def _vae_spec(encoder: Component, decoder: Component, device: torch.device) -> VaeSpec:
+def _vae_spec(encoder: Component, decoder: Component, device: str) -> VaeSpec:
     config = decoder.config
     return VaeSpec(
         encoder=encoder.weights(device),

@@ -18,6 +18,7 @@ from penstock.engine.model import Component, ModelFiles
 from penstock.engine.preview import Previewer
 from penstock.engine.recovery import MEMORY_ERRORS, Shortage, shortage
 from penstock.engine.request import GenerationRequest
+from penstock.engine.request import workload_of
 from penstock.engine.steering import Hooks
 from penstock.engine.store.keeper import Keeper
 from penstock.errors import OutOfMemory
@@ -29,7 +30,6 @@ from penstock.offload.tiers import release_cached
 from penstock.profiles.manifest import SCRATCH
 from penstock.profiles.phases import RESTORED
 from penstock.profiles.plan import PhasePlan, Plan, StreamPlan, changes
-from penstock.profiles.planner import Workload
 
 ONE_RESIDENT = StreamPlan(1, 1, 0, 0, 1)
 """A network of one block, which comes through a slab and stays on the device."""
@@ -74,11 +74,6 @@ class Run:
     notices: tuple[str, ...] = ()
     hooks: Hooks = field(default_factory=Hooks)
     previewer: Previewer = field(default_factory=Previewer)
-
-
-def workload_of(request: GenerationRequest, *, kept: bool = False) -> Workload:
-    """The request as the planner takes it; ``kept``: in a job's directory."""
-    return Workload(request.video_shape, request.steps, request.uses_guidance, kept)
 
 
 class Stage:
@@ -198,7 +193,7 @@ class Stage:
             CheckpointChanged: its files changed since the model was opened.
         """
         component.checkpoint.check_unchanged()
-        adapted = component.made_bytes(self.device)
+        adapted = component.made_bytes(self.device.type)
         with (
             self._loaded(component.rest) as tensors,
             self.device_ledger.reserve("adapted weights", adapted),

@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from penstock.offload.checkpoint import TensorEntry, view_as_stored
 from penstock.offload.files import DIRECT_ALIGNMENT, FileStamp
 from penstock.units import align_up
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TENSOR_ALIGNMENT = 64
 """As torch's own CPU allocator places tensors: kernels take the same path, with the same bits."""

@@ -28,12 +28,12 @@ from penstock.profiles.policy import Limits, Policy
 from penstock.profiles.rates import Rates
 from penstock.profiles.streams import (
     LINK_CARE,
+    UNTIMED,
     Network,
     Pace,
     Placement,
     Stream,
     best_stream,
-    stream_of,
 )
 from penstock.units import MIB
 
@@ -168,7 +168,8 @@ class Denoise:
             yield replace(phase, cross_kv_on_device=not away)
 
     def all_small(self, limits: Limits) -> Iterator[Group]:
-        """As `Step`: the smallest chunk, rings of one, and residents in at most one memory."""
+        """As `Step`: the smallest chunk, rings of one, and residents in at most one memory. Bytes
+        alone are asked of these: their streams are not timed."""
         for shape in self._shapes:
             if shape.cost.chunk_tokens != min(self._chunks):
                 continue
@@ -178,12 +179,10 @@ class Denoise:
             )
             for place in self._network.smallest:
                 if not place.read_bytes or self.case.policy.disk != "never":
-                    stream = self._small_stream(shape, place)
-                    yield context, self._phase(shape, stream, limits)
+                    yield context, self._phase(shape, self._small_stream(place), limits)
 
-    def _small_stream(self, shape: Shape, place: Placement) -> Stream:
-        slots, slabs = min(self._network.rings(place))
-        return stream_of(place, self._network, slots, slabs, self._pace(shape), self.case.rates)
+    def _small_stream(self, place: Placement) -> Stream:
+        return Stream(place, self._network.n_blocks, *min(self._network.rings(place)), UNTIMED)
 
     @property
     def _chunks(self) -> tuple[int, ...]:

@@ -1,4 +1,5 @@
-"""What a machine has: bytes, bytes a second, operations a second. `probe` is the only query.
+"""What a machine has: bytes, bytes a second, operations a second. `default_device` and `probe` are
+the only queries.
 
 Rates are those that `penstock doctor` measured and stored, or else cautious assumptions.
 """
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from penstock.profiles.gpu_sign import shows_gpu
 from penstock.profiles.rates import Rates, stored_rates
 from penstock.units import GIB, MIB
 
@@ -104,6 +106,15 @@ def _inactive_cache_bytes(folder: Path) -> int:
     counts = dict(line.split(" ", 1) for line in lines if " " in line)
     value = counts.get("total_inactive_file", counts.get("inactive_file", "0"))
     return int(value) if value.isdigit() else 0
+
+
+def default_device() -> str:
+    """ "cuda" where torch finds a GPU, else "cpu". torch is asked where there is a sign of one."""
+    if not shows_gpu():
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def probe(device: str) -> Hardware:

@@ -111,6 +111,32 @@ class Network:
             for slabs in (*_ring(through_slabs), *staged):
                 yield slots, slabs
 
+    @cached_property
+    def footprints(self) -> tuple[Footprint, ...]:
+        """Of every stream there is; they are looked through again for each other choice."""
+        return tuple(
+            _footprint(choice, place, slots, slabs)
+            for choice, place in enumerate(self.choices)
+            for slots, slabs in self.rings(place)
+        )
+
+
+class Footprint(NamedTuple):
+    """The bytes of one stream: of one of the network's choices with so many slots and slabs."""
+
+    choice: int
+    slots: int
+    slabs: int
+    vram: int
+    ram: int
+    pinned: int
+
+
+def _footprint(choice: int, place: Placement, slots: int, slabs: int) -> Footprint:
+    vram = place.device_bytes + slots * place.slot_bytes
+    ram = place.host_bytes + place.ring_bytes(slabs)
+    return Footprint(choice, slots, slabs, vram, ram, ram if slabs else place.host_bytes)
+
 
 def _ring(passing: int) -> tuple[int, ...]:
     return tuple(size for size in RING if size <= passing) or (0,)
@@ -174,6 +200,10 @@ class Timing(NamedTuple):
     seconds: float
     objective: float
     bound: str
+
+
+UNTIMED = Timing(0.0, 0.0, "compute")
+"""Of a stream of which only the bytes are asked."""
 
 
 @dataclass(frozen=True)
@@ -256,17 +286,12 @@ def best_stream(
     if room.vram_bytes < network.least_vram_bytes:
         return None
     found: list[tuple[float, int, int, int, int]] = []
-    for index, place in enumerate(network.choices):
-        if place.read_bytes and not from_disk:
-            continue
-        for slots, slabs in network.rings(place):
-            vram = place.device_bytes + slots * place.slot_bytes
-            ram = place.host_bytes + place.ring_bytes(slabs)
-            pinned = ram if slabs else place.host_bytes
-            if _fits(room, vram, ram, pinned):
-                least = _least_objective(place, network.blocks, slots, slabs, pace, rates)
-                if least <= better_than:
-                    found.append((least, vram + ram, index, slots, slabs))
+    for choice, slots, slabs, vram, ram, pinned in network.footprints:
+        place = network.choices[choice]
+        if (from_disk or not place.read_bytes) and _fits(room, vram, ram, pinned):
+            least = _least_objective(place, network.blocks, slots, slabs, pace, rates)
+            if least <= better_than:
+                found.append((least, vram + ram, choice, slots, slabs))
     found.sort()
     best: Stream | None = None
     for least, nbytes, index, slots, slabs in found:

@@ -1,4 +1,5 @@
-"""How a linear over quantised storage computes: one strategy object a path, chosen once.
+"""How a linear over quantised storage computes: one strategy object a path, chosen once by
+`penstock.quant.paths`.
 
 - `Dequant`, the reference: decode the weight into one shared scratch buffer, then `F.linear`.
 - `Fp8Gemm`: `torch._scaled_mm` on e4m3 weights and activations scaled by token.
@@ -10,78 +11,21 @@ row-wise scaling inside `_scaled_mm` is not there on every architecture.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, TypeAlias
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from penstock.errors import LedgerOverflow
 from penstock.quant.format import QuantFormat
+from penstock.quant.paths import DEFAULT_CHUNK_BYTES, GEMM_MULTIPLE, Computing, Path, Scratch
 from penstock.quant.plain import Plain
-from penstock.quant.rows import ITEM_BYTES, Shape
-from penstock.quant.scaled import E4M3_MAX, INT8_MAX, Gemm, Scaled8
-from penstock.units import MIB
-
-Path: TypeAlias = Literal["dequant", "fp8", "int8"]
-Mode: TypeAlias = Literal["exact", "fast"]
-
-DEFAULT_CHUNK_BYTES = 128 * MIB
+from penstock.quant.rows import Shape
+from penstock.quant.scaled import E4M3_MAX, INT8_MAX, Scaled8
 
 _CUDA_MIN_ROWS = 17
-_GEMM_MULTIPLE = 16
-
-
-class Scratch:
-    """One buffer that every dequantised weight passes through.
-
-    Owned by the engine; a phase of a job reserves its bytes and holds them. A weight in it lives
-    for one matrix product.
-
-    Args:
-        nbytes: of the largest weight in the compute dtype; 0 for a buffer that `held` makes.
-        device: where the linears compute.
-    """
-
-    def __init__(self, nbytes: int, device: torch.device | str) -> None:
-        self.device = torch.device(device)
-        self._buffer = self._make(nbytes)
-
-    def _make(self, nbytes: int) -> Tensor:
-        # An empty one asks nothing of the device: a plan may be for one that is not here.
-        return torch.empty(nbytes, dtype=torch.uint8, device=self.device if nbytes else "cpu")
-
-    @property
-    def nbytes(self) -> int:
-        """What it holds now."""
-        return self._buffer.numel()
-
-    @contextmanager
-    def held(self, nbytes: int) -> Iterator[None]:
-        """A buffer of ``nbytes`` until the context ends."""
-        self._buffer = self._make(nbytes)
-        try:
-            yield
-        finally:
-            self._buffer = self._make(0)
-
-    def view(self, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """The start of the buffer as an uninitialised ``shape`` of ``dtype``.
-
-        Raises:
-            LedgerOverflow: the buffer is smaller than that.
-        """
-        need = shape[0] * shape[1] * dtype.itemsize
-        if need > self.nbytes:
-            raise LedgerOverflow(
-                "the scratch buffer is too small for a weight",
-                expected=f"at least {need:,} bytes for {shape[0]}x{shape[1]}",
-                found=f"{self.nbytes:,} bytes",
-            )
-        return self._buffer[:need].view(dtype).view(shape)
 
 
 @dataclass(frozen=True)
@@ -167,7 +111,7 @@ class Int8Gemm:
             codes, token_scale = quantise_tokens(tokens, torch.int8)
             rows = len(codes)
             if codes.is_cuda and rows < _CUDA_MIN_ROWS:
-                codes = F.pad(codes, (0, 0, 0, 2 * _GEMM_MULTIPLE - rows))
+                codes = F.pad(codes, (0, 0, 0, 2 * GEMM_MULTIPLE - rows))
             return torch._int_mm(codes, weight.t())[:rows].float(), token_scale
 
         return _by_tokens(product, linear, scale, x, self.chunk_bytes)
@@ -218,43 +162,9 @@ def _by_tokens(
     return out.view(*x.shape[:-1], linear.shape[0])
 
 
-@dataclass(frozen=True)
-class Computing:
-    """The choice of paths for a run: ``--compute exact`` decodes everything; ``fast`` multiplies in
-    8 bits where the format allows it and the device has shown that it can.
-
-    Attributes:
-        working: 8-bit paths that `penstock.quant.probe` found to work on the device.
-    """
-
-    scratch: Scratch
-    mode: Mode = "exact"
-    working: frozenset[Gemm] = frozenset()
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES
-
-    def path_for(self, fmt: QuantFormat, shape: Shape) -> Compute:
-        """The path of one linear. 8-bit products need both sides to be multiples of 16."""
-        gemm = fmt.gemm if isinstance(fmt, Scaled8) else None
-        aligned = shape[0] % _GEMM_MULTIPLE == 0 and shape[1] % _GEMM_MULTIPLE == 0
-        if self.mode == "exact" or gemm not in self.working or not aligned:
-            return Dequant(self.scratch)
-        return Fp8Gemm(self.chunk_bytes) if gemm == "fp8" else Int8Gemm(self.chunk_bytes)
-
-    def workspace_bytes(self, fmt: QuantFormat, shape: Shape, device: torch.device) -> int:
-        """Most bytes that one linear allocates beside scratch and output, for any token count."""
-        if self.path_for(fmt, shape).path == "dequant":
-            return fmt.workspace_bytes(shape, device)
-        return max(self.chunk_bytes, 5 * shape[1] + 8 * shape[0])
-
-
-def scratch_bytes(weights: Iterable[tuple[QuantFormat, Shape]], compute_dtype: str) -> int:
-    """Bytes that a `Scratch` needs for ``weights``: the largest that must be decoded, in
-    ``compute_dtype`` (a safetensors tag)."""
-    return max(
-        (
-            shape[0] * shape[1] * ITEM_BYTES[compute_dtype]
-            for fmt, shape in weights
-            if not (isinstance(fmt, Plain) and fmt.tag == compute_dtype)
-        ),
-        default=0,
-    )
+def strategy_for(computing: Computing, fmt: QuantFormat, shape: Shape) -> Compute:
+    """What computes one linear on the path that ``computing`` chooses."""
+    path = computing.path_for(fmt, shape)
+    if path == "dequant":
+        return Dequant(computing.scratch)
+    return (Fp8Gemm if path == "fp8" else Int8Gemm)(computing.chunk_bytes)

@@ -1,13 +1,14 @@
-"""What a quantised weight is: the `QuantFormat` protocol and the formats by name."""
+"""What a quantised weight is: the `QuantFormat` protocol and the formats by name.
+
+A format's own module says how its bytes lie and counts them; `penstock.quant.values` computes them,
+imported when there is a tensor to compute with: a plan needs no torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from penstock.errors import UsageError
 from penstock.quant.gguf import GGUF_FORMATS
@@ -16,6 +17,10 @@ from penstock.quant.plain import Plain
 from penstock.quant.quanto import QuantoInt4
 from penstock.quant.rows import Shape, Spec
 from penstock.quant.scaled import Scaled8
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class QuantFormat(Protocol):
@@ -41,8 +46,9 @@ class QuantFormat(Protocol):
                 keep their scales in it.
         """
 
-    def workspace_bytes(self, shape: Shape, device: torch.device) -> int:
-        """Most bytes that `dequantise` allocates on ``device`` for a moment beside its output."""
+    def workspace_bytes(self, shape: Shape, device: str) -> int:
+        """Most bytes that `dequantise` allocates for a moment beside its output, on a device of the
+        type ``device`` ("cpu", "cuda")."""
 
     def quantise(self, weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
         """Stored tensors of ``weight`` (2-D; bf16, fp16 or fp32); ``name`` is for messages.

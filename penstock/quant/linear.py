@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from penstock.errors import TensorMismatch
-from penstock.quant.compute import Compute, Computing, Operands
+from penstock.quant.compute import Compute, Operands, strategy_for
 from penstock.quant.format import QuantFormat
-from penstock.quant.rows import DTYPES, Shape, dtype_tag
+from penstock.quant.paths import Computing
+from penstock.quant.rows import Shape
+from penstock.quant.values.tensors import DTYPES, dtype_tag
 
 
 class QuantLinear(nn.Module):
@@ -88,6 +90,6 @@ def replace_linears(
         shape = (linear.out_features, linear.in_features)
         if not fmt.fits(shape):
             raise ValueError(f"{fmt.name} cannot store {name} of shape {shape}")
-        path = computing.path_for(fmt, shape)
-        quantised = QuantLinear(shape, fmt, path, dtype, bias=linear.bias is not None)
+        compute = strategy_for(computing, fmt, shape)
+        quantised = QuantLinear(shape, fmt, compute, dtype, bias=linear.bias is not None)
         setattr(module.get_submodule(parent_name), leaf, quantised)

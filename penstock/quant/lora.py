@@ -3,46 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from penstock.errors import TensorMismatch
-from penstock.quant.compute import Computing
+from penstock.quant.compute import strategy_for
+from penstock.quant.delta import Delta
 from penstock.quant.format import FORMATS, QuantFormat
 from penstock.quant.linear import QuantLinear, register
+from penstock.quant.paths import Computing
 from penstock.quant.plain import Plain
-from penstock.quant.rows import Shape, dtype_tag
-
-
-@dataclass(frozen=True)
-class Delta:
-    """What one LoRA adds to a weight W: ``scale * up @ down``, or ``scale * diff``.
-
-    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685.
-
-    Attributes:
-        index: which LoRA; its tensors are called ``lora.{index}.down``, ``.up`` or ``.diff``.
-        rank: rows of ``down`` and columns of ``up``; 0: a ``diff`` of the shape of W.
-        scale: strength, times alpha / rank where there is a rank.
-    """
-
-    index: int
-    rank: int
-    scale: float
-
-    def tensors(self, shape: Shape) -> dict[str, Shape]:
-        """Shape of each tensor beside a weight of ``shape``, by the name it has in the layer."""
-        rows, columns = shape
-        if not self.rank:
-            return {self.name("diff"): shape}
-        return {self.name("down"): (self.rank, columns), self.name("up"): (rows, self.rank)}
-
-    def name(self, role: str) -> str:
-        """The tensor's name in the layer."""
-        return f"lora.{self.index}.{role}"
+from penstock.quant.values.tensors import dtype_tag
 
 
 class LoraLinear(QuantLinear):
@@ -70,7 +43,7 @@ class LoraLinear(QuantLinear):
             fmt, compute = base.format, base.compute
         else:
             fmt = _plain(dtype)
-            compute = computing.path_for(fmt, shape)
+            compute = strategy_for(computing, fmt, shape)
         has_bias = isinstance(base.bias, Tensor)
         super().__init__(shape, fmt, compute, dtype, bias=has_bias)
         self.deltas = deltas

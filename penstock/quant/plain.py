@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from penstock.quant.rows import Shape, Spec
 
-from penstock.errors import CheckpointError
-from penstock.quant.rows import DTYPES, Shape, Spec, output, row_amax
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Plain:
         """One tensor, whatever the compute dtype."""
         return {"weight": (self.tag, shape)}
 
-    def workspace_bytes(self, shape: Shape, device: torch.device) -> int:
+    def workspace_bytes(self, shape: Shape, device: str) -> int:
         """Nothing beside the output."""
         return 0
 
@@ -37,16 +38,9 @@ class Plain:
         Raises:
             CheckpointError: NaN or Inf, or a value that the dtype cannot hold.
         """
-        row_amax(weight, name)
-        stored = weight.to(DTYPES[self.tag])
-        if not bool(torch.isfinite(stored).all()):
-            raise CheckpointError(
-                f"{name} cannot be stored as {self.name}",
-                expected=f"magnitudes up to {torch.finfo(stored.dtype).max:g}",
-                found=f"{weight.abs().max().item():g}",
-                remedy="Choose bf16 or fp32",
-            )
-        return {"weight": stored}
+        from penstock.quant.values import plain
+
+        return plain.quantise(self, weight, name)
 
     def dequantise(
         self,
@@ -56,7 +50,6 @@ class Plain:
         out: Tensor | None = None,
     ) -> Tensor:
         """The weight itself if it has ``dtype`` already and no ``out`` is given, else a cast."""
-        weight = tensors["weight"]
-        if out is None and weight.dtype == dtype:
-            return weight
-        return output(out, shape, dtype, weight.device).copy_(weight)
+        from penstock.quant.values import plain
+
+        return plain.dequantise(self, tensors, shape, dtype, out)

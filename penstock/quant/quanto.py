@@ -6,21 +6,15 @@ Source: optimum-quanto 0.2.7 (`tensor/grouped.py`, `tensor/packed.py`, `tensor/q
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from penstock.quant.rows import Shape, Spec, chunk_rows
 
-from penstock.quant.rows import (
-    DTYPES,
-    Shape,
-    Spec,
-    chunk_rows,
-    output,
-    row_amax,
-    row_slices,
-)
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 def group_size(columns: int) -> int | None:
@@ -47,7 +41,7 @@ class QuantoInt4:
 
     def storage(self, shape: Shape, compute_dtype: str) -> dict[str, Spec]:
         """Packed codes, scales and shifts of the groups."""
-        count, size = _groups(shape)
+        count, size = groups_of(shape)
         tag = self.scale_tag or compute_dtype
         return {
             "weight._data._data": ("U8", (-(-count // 2), size)),
@@ -55,9 +49,9 @@ class QuantoInt4:
             "weight._shift": (tag, (count, 1)),
         }
 
-    def workspace_bytes(self, shape: Shape, device: torch.device) -> int:
+    def workspace_bytes(self, shape: Shape, device: str) -> int:
         """A chunk of codes and one of values."""
-        count, size = _groups(shape)
+        count, size = groups_of(shape)
         return 5 * size * chunk_rows(-(-count // 2), size, device)
 
     def quantise(self, weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
@@ -67,19 +61,9 @@ class QuantoInt4:
         Raises:
             CheckpointError: NaN or Inf.
         """
-        row_amax(weight, name)
-        count, size = _groups((weight.shape[0], weight.shape[1]))
-        groups = weight.reshape(count, size)
-        low, high = torch.aminmax(groups, dim=1, keepdim=True)
-        tag_dtype = weight.dtype if self.scale_tag is None else DTYPES[self.scale_tag]
-        scale = ((high.float() - low.float()) / 15).to(tag_dtype)
-        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-        shift = (-low).to(tag_dtype)
-        codes = torch.empty(count, size, dtype=torch.uint8, device=weight.device)
-        for rows in row_slices(count, size, weight.device):
-            part = groups[rows].float().add(shift[rows].float()).div_(scale[rows].float())
-            codes[rows] = part.round_().clamp_(0, 15).to(torch.uint8)
-        return {"weight._data._data": _pack(codes), "weight._scale": scale, "weight._shift": shift}
+        from penstock.quant.values import quanto
+
+        return quanto.quantise(self, weight, name)
 
     def dequantise(
         self,
@@ -89,47 +73,12 @@ class QuantoInt4:
         out: Tensor | None = None,
     ) -> Tensor:
         """quanto's own values: computed in the scale's dtype, then cast to ``dtype``."""
-        packed, scale = tensors["weight._data._data"], tensors["weight._scale"]
-        shift = tensors["weight._shift"]
-        out = output(out, shape, dtype, packed.device)
-        groups = out.view(_groups(shape))
-        size = chunk_rows(packed.shape[0], packed.shape[1], packed.device)
-        codes = torch.empty(size, packed.shape[1], dtype=torch.uint8, device=packed.device)
-        chunk = torch.empty_like(codes, dtype=scale.dtype)
-        for source, rows, half in _halves(packed, len(groups)):
-            target = groups[rows]
-            code = codes[: len(target)]
-            _nibble(source, half, code)
-            work = target if dtype == scale.dtype else chunk[: len(target)]
-            work.copy_(code).mul_(scale[rows]).sub_(shift[rows])
-            if dtype != scale.dtype:
-                target.copy_(work)
-        return out
+        from penstock.quant.values import quanto
+
+        return quanto.dequantise(self, tensors, shape, dtype, out)
 
 
-def _groups(shape: Shape) -> tuple[int, int]:
+def groups_of(shape: Shape) -> tuple[int, int]:
+    """Number and size of the groups of a weight."""
     size = group_size(shape[1]) or shape[1]
     return shape[0] * shape[1] // size, size
-
-
-def _pack(codes: Tensor) -> Tensor:
-    half = -(-len(codes) // 2)
-    packed = codes[:half].clone()
-    packed[: len(codes) - half] |= codes[half:] << 4
-    return packed
-
-
-def _nibble(source: Tensor, half: int, out: Tensor) -> None:
-    if half == 0:
-        torch.bitwise_and(source, 15, out=out)
-    else:
-        torch.bitwise_right_shift(source, 4, out=out)
-
-
-def _halves(packed: Tensor, count: int) -> Iterator[tuple[Tensor, slice, int]]:
-    """Chunks of packed rows with the group rows that each of their two halves decodes to."""
-    half_rows = len(packed)
-    for half, available in ((0, half_rows), (1, count - half_rows)):
-        for rows in row_slices(available, packed.shape[1], packed.device):
-            first = half * half_rows
-            yield packed[rows], slice(first + rows.start, first + rows.stop), half

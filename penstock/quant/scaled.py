@@ -8,20 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-import torch
-from torch import Tensor
+from penstock.quant.rows import Shape, Spec, chunk_rows
 
-from penstock.quant.rows import (
-    DTYPES,
-    Shape,
-    Spec,
-    chunk_rows,
-    output,
-    row_amax,
-    row_slices,
-)
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 ScaleLayout: TypeAlias = Literal["none", "scalar", "one", "one_one", "row", "column"]
 """Shape of the scale: absent, (), (1,), (1, 1), (rows,) or (rows, 1)."""
@@ -83,10 +76,10 @@ class Scaled8:
             stored[self.scale_key] = (tag, scale_shape(self.scale, shape[0]))
         return stored
 
-    def workspace_bytes(self, shape: Shape, device: torch.device) -> int:
+    def workspace_bytes(self, shape: Shape, device: str) -> int:
         """The scale in fp32, and on a CPU a chunk in fp32, for fp8 its bits besides and the largest
         of them; other devices decode in place."""
-        if device.type != "cpu":
+        if device != "cpu":
             return 4 * shape[0]
         item = 4 if self.tag == "I8" else 4 + 2 + 1
         return 4 * shape[0] + item * shape[1] * chunk_rows(*shape, device) + 1
@@ -97,30 +90,9 @@ class Scaled8:
         Raises:
             CheckpointError: NaN or Inf.
         """
-        scale = self._fresh_scale(row_amax(weight, name), weight.dtype)
-        stored = torch.empty_like(weight, dtype=DTYPES[self.tag])
-        for rows in row_slices(weight.shape[0], weight.shape[1], weight.device):
-            part = weight[rows].to(torch.float32, copy=True)
-            if scale is not None:
-                part.div_(scale[rows] if len(scale) == len(weight) else scale)
-            stored[rows] = _round(part, self.tag)
-        if scale is None:
-            return {self.weight_key: stored}
-        return {
-            self.weight_key: stored,
-            self.scale_key: scale_as(scale, self.scale, len(weight), self.scale_tag),
-        }
+        from penstock.quant.values import scaled
 
-    def _fresh_scale(self, amax: Tensor, dtype: torch.dtype) -> Tensor | None:
-        if self.scale == "none":
-            return None
-        whole = self.scale in ("scalar", "one", "one_one")
-        largest = E4M3_MAX if self.tag == "F8_E4M3" else INT8_MAX
-        scale = (amax.max().reshape(1, 1) if whole else amax) / largest
-        stored = scale.to(dtype if self.scale_tag is None else DTYPES[self.scale_tag])
-        info = torch.finfo(stored.dtype)
-        # Never 0: not for rows of zeros, and not where fp16 underflows (rows below 1e-5).
-        return stored.clamp_(min=info.tiny * info.eps)
+        return scaled.quantise(self, weight, name)
 
     def operands(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
         """The 8-bit weight ``(rows, columns)`` and its scale, ``(rows, 1)`` or ``(1, 1)``."""
@@ -137,66 +109,6 @@ class Scaled8:
         out: Tensor | None = None,
     ) -> Tensor:
         """``stored * scale``, computed in fp32 and rounded once to ``dtype``."""
-        weight, scale = self.operands(tensors)
-        out = output(out, shape, dtype, weight.device)
-        if weight.device.type == "cpu":
-            return _by_chunks(weight, scale, out)
-        # Both stored types are exact in every compute dtype: one rounding here as well.
-        return out.copy_(weight) if scale is None else out.copy_(weight).mul_(scale.float())
+        from penstock.quant.values import scaled
 
-
-def _round(part: Tensor, tag: str) -> Tensor:
-    if tag == "I8":
-        return part.round_().clamp_(-INT8_MAX, INT8_MAX)
-    # Older torch makes NaN of what e4m3fn cannot hold; newer saturates.
-    return part.clamp_(-E4M3_MAX, E4M3_MAX)
-
-
-def scale_as(scale: Tensor, layout: ScaleLayout, rows: int, tag: str | None) -> Tensor:
-    """``scale`` in the shape that ``layout`` names."""
-    dtype = scale.dtype if tag is None else DTYPES[tag]
-    return scale.to(dtype).reshape(scale_shape(layout, rows))
-
-
-def _by_chunks(weight: Tensor, scale: Tensor | None, out: Tensor) -> Tensor:
-    """Walks the rows so that what is in work stays in the cache; bit-equal to the whole product."""
-    rows, columns = weight.shape
-    size = chunk_rows(rows, columns, weight.device)
-    bits = torch.empty(size, columns, dtype=torch.int16) if weight.is_floating_point() else None
-    chunk = None if _decodes_into(out.dtype, weight, scale) else torch.empty(size, columns)
-    if scale is not None:
-        scale = scale.to(out.dtype if chunk is None else torch.float32).expand(rows, 1)
-    for part in row_slices(rows, columns, weight.device):
-        target = out[part]
-        work = target if chunk is None else chunk[: len(target)]
-        if bits is None:
-            work.copy_(weight[part])
-        else:
-            _decode_e4m3(weight[part], bits[: len(target)], work)
-        if scale is not None:
-            work.mul_(scale[part])
-        if chunk is not None:
-            target.copy_(work)
-    return out
-
-
-def _decodes_into(dtype: torch.dtype, weight: Tensor, scale: Tensor | None) -> bool:
-    """Whether the product can be made in ``dtype`` itself, rounded once: both factors are numbers
-    of it. (Also so in other cases, where torch would convert one by one.)"""
-    whole = weight.dtype == torch.int8 and scale is not None and scale.dtype == dtype
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and whole)
-
-
-def _decode_e4m3(codes: Tensor, bits: Tensor, out: Tensor) -> None:
-    """``codes`` (e4m3fn) as fp32, with ``bits`` (int16) in between: torch's way, one by one, takes
-    several times as long.
-
-    Sign, exponent and mantissa are moved to where fp16 has them. Its exponent counts from 8 further
-    down, subnormals included: what stands there is the number over 256.
-    """
-    raw = codes.view(torch.int8)
-    if int((raw & 127).amax()) == 127:  # NaN; fp16 would read 480 / 256
-        out.copy_(codes)
-        return
-    bits.copy_(raw).bitwise_left_shift_(7).bitwise_and_(~(1 << 14))  # bit 14: the copied sign
-    out.copy_(bits.view(torch.float16)).mul_(256)
+        return scaled.dequantise(self, tensors, shape, dtype, out)

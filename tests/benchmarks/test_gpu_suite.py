@@ -297,9 +297,3 @@ def test_dry_runs_are_never_rendered(tmp_path: Path) -> None:
     (tmp_path / "gpu_suite_dry_run.json").write_text('{"dry_run": true}')
     (tmp_path / "peers.json").write_text("{}")
     assert list(render.read_results(tmp_path)) == ["peers"]
-
-
-def test_the_readme_says_what_the_files_say() -> None:
-    text = render.README.read_text(encoding="utf-8")
-    assert render.rendered(text, render.read_results(render.RESULTS)) == text
-    assert "<!-- measured:streaming -->" in text and "<!-- measured:gpu -->" in text

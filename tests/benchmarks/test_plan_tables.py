@@ -1,6 +1,8 @@
-"""The tables of docs/plans.md say what plans say now."""
+"""The documents say what the results say, and the tables of plans what plans say now."""
 
 from __future__ import annotations
+
+import re
 
 import pytest
 
@@ -29,6 +31,9 @@ def test_of_a_profile(case: tuple[str, str, int]) -> None:
 
 
 def test_documents_are_rendered() -> None:
+    tables = []
     for path in render.DOCUMENTS:
         text = path.read_text(encoding="utf-8")
         assert render.rendered(text, RESULTS) == text, f"{path.name}: python -m benchmarks.render"
+        tables += re.findall(r"<!-- measured:(\w+) -->", text)
+    assert sorted(tables) == sorted(render.TABLES)

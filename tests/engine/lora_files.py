@@ -12,7 +12,7 @@ from torch import Tensor
 from penstock.engine.files.keys import ComponentSource
 from penstock.engine.wan import forward as dit
 from penstock.engine.wan.keys import NAMINGS
-from penstock.quant.compute import Computing, Scratch
+from penstock.quant.paths import Computing, Scratch
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 _WAN = next(n for n in NAMINGS if (n.component, n.author) == ("transformer", "Wan"))

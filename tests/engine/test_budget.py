@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from penstock.engine.engine import Engine
 from penstock.engine.pipeline import run
 from penstock.engine.report import JobResult
-from penstock.engine.request import GenerationRequest
-from penstock.engine.stage import Run, workload_of
+from penstock.engine.request import GenerationRequest, workload_of
+from penstock.engine.stage import Run
 from penstock.engine.synthetic import write_tiny_model
 from penstock.errors import OverBudget
 from penstock.profiles.plan import PhasePlan, Plan, StreamPlan

@@ -7,13 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from penstock.engine.store.digest import SAMPLE_BYTES, SAMPLES, stamp
 from penstock.engine.store.fingerprint import (
-    SAMPLE_BYTES,
-    SAMPLES,
     check_fingerprint,
     compare_fingerprint,
     fingerprint,
-    stamp,
 )
 from penstock.engine.store.sealed import open_json, seal_json
 from penstock.errors import FingerprintMismatch, StorageError

@@ -30,7 +30,7 @@ from penstock.errors import (
     StorageError,
     UsageError,
 )
-from penstock.quant.compute import Computing
+from penstock.quant.paths import Computing
 from tests.engine import golden
 from tests.engine.test_budget import _host_buffers_apart, _in_ram, _meter, _run
 from tests.engine.test_scratch import REQUEST as LEAST

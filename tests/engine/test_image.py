@@ -14,18 +14,16 @@ from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from penstock.engine.image import (
-    MAX_PIXELS,
     conditioning,
     embed_pixels,
     encode_layers,
-    layers_needed,
     make_image_processor,
-    open_image,
     pixel_values,
     preprocess,
-    to_rgb,
 )
+from penstock.engine.picture import MAX_PIXELS, open_image, to_rgb
 from penstock.engine.synthetic import write_tiny_model
+from penstock.engine.wan.structure import layers_needed
 from penstock.errors import CheckpointError, ImageError
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from penstock.engine.files.formats import WeightReader, compute_tag, linear_formats
+from penstock.engine.files.formats import compute_tag, linear_formats
 from penstock.engine.files.keys import recognise
+from penstock.engine.files.reader import WeightReader
 from penstock.engine.files.source import open_raw
 from penstock.errors import CheckpointError, HeaderError, PickleRefused, TensorMismatch
 from tests.engine import golden

@@ -15,7 +15,7 @@ from penstock.engine.engine import Engine
 from penstock.engine.files.locate import locate
 from penstock.engine.lora.file import Lora
 from penstock.engine.model import ModelFiles
-from penstock.engine.stage import workload_of
+from penstock.engine.request import workload_of
 from penstock.errors import OverBudget
 from penstock.profiles.manifest import LoraSpec
 from penstock.profiles.plan import StreamPlan

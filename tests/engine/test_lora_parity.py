@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from penstock.engine.engine import Engine
-from penstock.engine.files.formats import WeightReader
 from penstock.engine.files.locate import locate
+from penstock.engine.files.reader import WeightReader
 from penstock.engine.lora.file import Lora
 from penstock.engine.model import ModelFiles
 from penstock.engine.packs.pack import pack

@@ -16,9 +16,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from penstock.engine.files.formats import WeightReader, linear_formats
+from penstock.engine.files.formats import linear_formats
 from penstock.engine.files.keys import recognise, stored_name
 from penstock.engine.files.locate import Files, locate
+from penstock.engine.files.reader import WeightReader
 from penstock.engine.files.source import open_raw
 from penstock.engine.packs import file as packfile
 from penstock.engine.packs.file import PackFile, verify

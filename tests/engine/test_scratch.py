@@ -11,8 +11,7 @@ import torch
 from penstock.engine.engine import Engine
 from penstock.engine.files.locate import Files, locate
 from penstock.engine.packs.pack import pack
-from penstock.engine.request import GenerationRequest
-from penstock.engine.stage import workload_of
+from penstock.engine.request import GenerationRequest, workload_of
 from penstock.offload.files import DIRECT_ALIGNMENT
 from penstock.offload.layout import TENSOR_ALIGNMENT
 from penstock.profiles.manifest import SCRATCH

@@ -20,6 +20,8 @@ from penstock.engine.request import GenerationRequest
 from penstock.offload.allocator import allocator_capped
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.tiers import HostTier
+from penstock.profiles.gpu_sign import shows_gpu
+from penstock.profiles.hardware import default_device
 from penstock.profiles.plan import StreamPlan
 from penstock.profiles.profile import Overrides
 
@@ -129,3 +131,7 @@ def test_an_end_of_memory_is_survived_with_the_same_bits(
         again = job.result().latents
     assert sum(isinstance(event, Replanned) for event in events) == 1
     assert torch.equal(whole, again)
+
+
+def test_the_machine_shows_a_sign_of_its_gpu() -> None:
+    assert shows_gpu() and default_device() == "cuda"

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from penstock.errors import ProfileError
 from penstock.profiles.builtin import BUILTIN, builtin
 from penstock.profiles.formats import FORMATS, get_format
-from penstock.quant.compute import scratch_bytes
 from penstock.quant.format import FORMATS as STORED
+from penstock.quant.paths import scratch_bytes
 from tests.quant.weights import storage_bytes
 
 SHAPES = [(5120, 5120), (13824, 5120), (5120, 13824), (512, 256)]
-CUDA = torch.device("cuda")
+CUDA = "cuda"
 
 
 @pytest.mark.parametrize("name", FORMATS)

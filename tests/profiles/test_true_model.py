@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.fake_dit import I2V_14B, fake_inputs, fake_transformer
 from penstock.engine.wan import forward
+from penstock.engine.wan.structure import is_cross_kv
 from penstock.errors import OverBudget
 from penstock.profiles import profile as profiles
 from penstock.profiles.builtin import builtin
@@ -81,9 +82,9 @@ class TestBytesOfWeights:
         spec = manifest_of("bf16").transformer
         rest = run_bytes((t for n, t in weights.items() if not n.startswith("blocks.")), 2)
         assert spec.weights.rest_bytes == rest
-        cross = [t for n, t in block.items() if forward.is_cross_kv(n)]
+        cross = [t for n, t in block.items() if is_cross_kv(n)]
         assert spec.cross_block_bytes == (run_bytes(cross, 2),) * I2V_14B["num_layers"]
-        streamed = [t for n, t in block.items() if not forward.is_cross_kv(n)]
+        streamed = [t for n, t in block.items() if not is_cross_kv(n)]
         assert spec.weights.block_bytes == (run_bytes(streamed, 2),) * I2V_14B["num_layers"]
 
     def test_of_the_vae(self) -> None:

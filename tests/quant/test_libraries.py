@@ -16,13 +16,13 @@ from gguf.quants import quantize as gguf_quantize
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from penstock.quant import nf4
 from penstock.quant.format import get_format
 from penstock.quant.gguf import GGUF_FORMATS, Gguf
-from penstock.quant.nf4 import compiled_kernel
 from penstock.quant.quanto import group_size
 from penstock.quant.recognise import canonical_suffix, recognise
-from penstock.quant.rows import dtype_tag
+from penstock.quant.values import nf4
+from penstock.quant.values.nf4 import compiled_kernel
+from penstock.quant.values.tensors import dtype_tag
 from tests.meter import StorageMeter
 from tests.quant.weights import relative_rms, small_weight
 from tests.quanto_python import python_unpack

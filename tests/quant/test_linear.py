@@ -11,18 +11,16 @@ from torch.nn import functional as F
 
 from penstock.errors import LedgerOverflow, TensorMismatch
 from penstock.quant.compute import (
-    Computing,
     Dequant,
     Fp8Gemm,
     Int8Gemm,
     Operands,
-    Scratch,
     gemm_chunk_rows,
     quantise_tokens,
-    scratch_bytes,
 )
 from penstock.quant.format import FORMATS, QuantFormat, get_format
 from penstock.quant.linear import QuantLinear, replace_linears
+from penstock.quant.paths import Computing, Scratch, scratch_bytes
 from penstock.quant.scaled import Scaled8
 from tests.meter import StorageMeter
 from tests.quant.weights import small_weight
@@ -163,11 +161,11 @@ def test_exact_decodes_everything_and_fast_multiplies_where_it_can() -> None:
     only_int8 = Computing(scratch, "fast", frozenset(("int8",)))
     fp8, int8, nf4 = get_format("fp8"), get_format("int8"), get_format("nf4")
     forbidden = Scaled8("fp8", "F8_E4M3", None)
-    assert {exact.path_for(f, SHAPE).path for f in FORMATS.values()} == {"dequant"}
-    assert [fast.path_for(f, SHAPE).path for f in (fp8, int8, nf4)] == ["fp8", "int8", "dequant"]
-    assert fast.path_for(forbidden, SHAPE).path == "dequant"
-    assert fast.path_for(int8, (48, 250)).path == fast.path_for(int8, (50, 256)).path == "dequant"
-    assert [only_int8.path_for(f, SHAPE).path for f in (fp8, int8)] == ["dequant", "int8"]
+    assert {exact.path_for(f, SHAPE) for f in FORMATS.values()} == {"dequant"}
+    assert [fast.path_for(f, SHAPE) for f in (fp8, int8, nf4)] == ["fp8", "int8", "dequant"]
+    assert fast.path_for(forbidden, SHAPE) == "dequant"
+    assert fast.path_for(int8, (48, 250)) == fast.path_for(int8, (50, 256)) == "dequant"
+    assert [only_int8.path_for(f, SHAPE) for f in (fp8, int8)] == ["dequant", "int8"]
 
 
 def test_the_scratch_is_as_large_as_the_largest_weight_that_is_decoded() -> None:
@@ -179,12 +177,12 @@ def test_the_scratch_is_as_large_as_the_largest_weight_that_is_decoded() -> None
 
 
 def test_a_linear_says_what_it_allocates() -> None:
-    device, int8 = torch.device("cpu"), get_format("int8")
+    int8 = get_format("int8")
     exact = Computing(Scratch(0, "cpu"))
     fast = Computing(Scratch(0, "cpu"), "fast", frozenset(("int8",)), 10_000)
-    assert exact.workspace_bytes(int8, SHAPE, device) == int8.workspace_bytes(SHAPE, device)
-    assert fast.workspace_bytes(int8, SHAPE, device) == 10_000
-    assert fast.workspace_bytes(int8, (16, 16_000), device) == 80_128
+    assert exact.workspace_bytes(int8, SHAPE) == int8.workspace_bytes(SHAPE, "cpu")
+    assert fast.workspace_bytes(int8, SHAPE) == 10_000
+    assert fast.workspace_bytes(int8, (16, 16_000)) == 80_128
 
 
 class Block(nn.Module):

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from penstock.errors import TensorMismatch
-from penstock.quant.compute import Computing, Scratch
+from penstock.quant.delta import Delta
 from penstock.quant.format import FORMATS
 from penstock.quant.linear import QuantLinear, replace_linears
-from penstock.quant.lora import Delta, LoraLinear, add_deltas
+from penstock.quant.lora import LoraLinear, add_deltas
+from penstock.quant.paths import Computing, Scratch
 from tests.meter import StorageMeter
 
 ROWS, COLUMNS = 128, 64

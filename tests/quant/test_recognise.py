@@ -9,8 +9,8 @@ from torch import Tensor
 from penstock.errors import CheckpointError
 from penstock.quant.format import get_format
 from penstock.quant.recognise import canonical_suffix, recognise
-from penstock.quant.rows import dtype_tag
 from penstock.quant.scaled import Scaled8
+from penstock.quant.values.tensors import dtype_tag
 from tests.quant.weights import relative_rms, small_weight
 
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from penstock.errors import CheckpointError, UsageError
 from penstock.quant.format import FORMATS, QuantFormat, get_format
-from penstock.quant.rows import DTYPES, ITEM_BYTES, dtype_tag
+from penstock.quant.rows import ITEM_BYTES
 from penstock.quant.scaled import Scaled8
+from penstock.quant.values.tensors import DTYPES, dtype_tag
 from tests.meter import StorageMeter
 from tests.quant.weights import outlier_weight, relative_rms, small_weight, storage_bytes
 
@@ -229,7 +230,7 @@ def test_decoding_allocates_no_more_than_it_says(
     fmt.dequantise(stored, shape, dtype, out)
     with StorageMeter(exclude=[out, *stored.values()]) as meter:
         fmt.dequantise(stored, shape, dtype, out)
-    assert meter.peak <= fmt.workspace_bytes(shape, torch.device(device)) <= 2 * out.nbytes
+    assert meter.peak <= fmt.workspace_bytes(shape, device) <= 2 * out.nbytes
 
 
 def test_an_unknown_format_lists_the_known_ones() -> None:

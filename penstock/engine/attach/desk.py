@@ -23,7 +23,7 @@ from penstock.profiles.phases import Mux, Workload
 from penstock.profiles.plan import PhasePlan, Plan, StreamPlan
 from penstock.profiles.planner import refusal, steps
 from penstock.profiles.policy import Limits, Policy
-from penstock.quant.compute import Computing, Scratch
+from penstock.quant.paths import Computing, Scratch
 
 STEPS = 40
 """Wan's own default: how often residents of the transformer will be used."""
@@ -162,7 +162,9 @@ class Desk:
                 device_ledger=self.vram,
                 host_ledger=self.ram,
             ) as tensors,
-            self.vram.reserve("adapted weights", component.adapters[0].peak_bytes(self.device)),
+            self.vram.reserve(
+                "adapted weights", component.adapters[0].peak_bytes(self.device.type)
+            ),
             component.bound(tensors) as module,
         ):
             self.read_bytes += component.rest.read_bytes

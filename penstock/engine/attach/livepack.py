@@ -21,7 +21,7 @@ from penstock.engine.packs.pack import as_memory
 from penstock.engine.store.durable import FileOps, storing
 from penstock.errors import UsageError
 from penstock.offload.checkpoint import Checkpoint, TensorEntry
-from penstock.quant.rows import DTYPES
+from penstock.quant.values.tensors import DTYPES
 
 _WRITE_BYTES = 8 << 20
 _FOLDER = "live"

@@ -24,7 +24,7 @@ from penstock.engine.image import make_image_processor
 from penstock.engine.model import ModelFiles
 from penstock.engine.packs.cache import cache_folder
 from penstock.engine.packs.firstuse import FirstUse
-from penstock.engine.packs.pack import LEAST_RAM_BYTES
+from penstock.engine.packs.plan import LEAST_RAM_BYTES
 from penstock.errors import CheckpointError, UsageError
 from penstock.quant.format import get_format
 

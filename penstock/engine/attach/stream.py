@@ -29,8 +29,8 @@ from penstock.offload.streamer import BlockStream
 from penstock.offload.tiers import release_cached
 from penstock.profiles.hardware import Hardware, probe
 from penstock.profiles.plan import Items
-from penstock.quant.compute import Computing, Scratch
 from penstock.quant.format import get_format
+from penstock.quant.paths import Computing, Scratch
 from penstock.units import align_up, parse_bytes
 
 

@@ -16,10 +16,12 @@ from penstock.engine.attach.blocks import Slot
 from penstock.engine.attach.livepack import LivePack, spec_of
 from penstock.engine.packs.file import Spec
 from penstock.errors import CheckpointError, UsageError
-from penstock.quant.compute import Computing, scratch_bytes
+from penstock.quant.compute import strategy_for
 from penstock.quant.format import QuantFormat
 from penstock.quant.linear import QuantLinear
-from penstock.quant.rows import Shape, dtype_tag
+from penstock.quant.paths import Computing, scratch_bytes
+from penstock.quant.rows import Shape
+from penstock.quant.values.tensors import dtype_tag
 
 
 @dataclass(frozen=True)
@@ -278,7 +280,7 @@ class Quantised:
         """Put quantised layers into the blocks."""
         for linears in self.linears:
             for each in linears:
-                path = computing.path_for(self.format, each.shape)
+                path = strategy_for(computing, self.format, each.shape)
                 weight, bias = each.module.weight, each.module.bias is not None
                 each.parent._modules[each.leaf] = QuantLinear(
                     each.shape, self.format, path, weight.dtype, bias=bias

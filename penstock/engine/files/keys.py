@@ -9,6 +9,8 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 from penstock.engine.files.source import RawFile, read_bytes
@@ -48,10 +50,10 @@ class ComponentSource:
     unknown: tuple[str, ...]
     misshaped: tuple[str, ...]
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    @cached_property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shape of every tensor that the config demands."""
-        return tensor_shapes(self.component, self.config)
+        return MappingProxyType(tensor_shapes(self.component, self.config))
 
     @property
     def family(self) -> str:

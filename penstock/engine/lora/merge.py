@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from penstock.engine.files.formats import WeightReader
+from penstock.engine.files.reader import WeightReader
 from penstock.engine.lora.place import Change, PlacedLoras, delta_of
-from penstock.engine.store.fingerprint import stamp
 from penstock.offload.checkpoint import Checkpoint
-
-
-def merged_names(loras: PlacedLoras) -> list[dict[str, Any]]:
-    """File name, strength, size and hash of each, for the metadata of what they were merged into.
-
-    Raises:
-        StorageError: a file cannot be read.
-    """
-    return [
-        {"file": path.name, "strength": lora.strength, **stamp(path)}
-        for lora, file in zip(loras.given, loras.files, strict=True)
-        for path in file.stamps
-    ]
 
 
 class MergedReader(WeightReader):

@@ -13,20 +13,23 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from penstock.engine.files.formats import is_linear
 from penstock.engine.files.keys import ComponentSource
 from penstock.engine.lora.file import Lora, LoraFile, LoraLayer, open_lora, parameters_of
+from penstock.engine.store.digest import stamp
 from penstock.offload.checkpoint import TensorEntry, torch_dtype
 from penstock.offload.files import FileStamp
+from penstock.offload.header import ITEM_BYTES
 from penstock.offload.layout import BlockLayout
 from penstock.profiles.manifest import LoraSpec
 from penstock.profiles.plan import Origin
-from penstock.quant.lora import Delta
+from penstock.quant.delta import Delta
 from penstock.units import format_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SINGLE = 4  # bytes of an fp32
 
@@ -59,14 +62,14 @@ class LoraPart:
     """What LoRAs add in one block, or outside the blocks. Names are local to it.
 
     Attributes:
-        dtype: of the network.
+        tag: safetensors tag of the network's dtype.
         deltas: by linear layer.
         folds: by parameter: what is added when it is bound.
         sizes: elements of each parameter that is.
         cast: elements of each matrix that is stored in another type than the network's.
     """
 
-    dtype: torch.dtype
+    tag: str
     deltas: Mapping[str, tuple[Delta, ...]] = field(default_factory=dict)
     folds: Mapping[str, tuple[Change, ...]] = field(default_factory=dict)
     sizes: Mapping[str, int] = field(default_factory=dict)
@@ -76,7 +79,7 @@ class LoraPart:
     def nbytes(self) -> int:
         """Most bytes that binding makes: casts, sums, and one sum's fp32 operands."""
         sums = self.sizes.values()
-        casts = sum(self.cast.values()) * self.dtype.itemsize
+        casts = sum(self.cast.values()) * ITEM_BYTES[self.tag]
         return casts + _SINGLE * (sum(sums) + 3 * max(sums, default=0))
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -85,7 +88,7 @@ class LoraPart:
             return tensors
         made = dict(tensors)
         for name in self.cast.keys() & made.keys():
-            made[name] = made[name].to(self.dtype)
+            made[name] = made[name].to(torch_dtype(self.tag))
         for name, folds in self.folds.items():
             if name in made:
                 made[name] = _summed(made, made[name], folds)
@@ -93,7 +96,7 @@ class LoraPart:
 
 
 def _summed(made: dict[str, Tensor], base: Tensor, folds: Sequence[Change]) -> Tensor:
-    total = base.to(torch.float32, copy=True)
+    total = base.to(torch_dtype("F32"), copy=True)
     for fold in folds:
         parts = [made.pop(name) for name in fold.tensors]
         total.add_(delta_of(parts, total.shape), alpha=fold.scale)
@@ -157,6 +160,18 @@ class PlacedLoras:
             for lora, file in zip(self.given, self.files, strict=True)
         ]
 
+    def merged_names(self) -> list[dict[str, Any]]:
+        """File name, strength, size and hash of each, for the metadata of a pack that holds them.
+
+        Raises:
+            StorageError: a file cannot be read.
+        """
+        return [
+            {"file": path.name, "strength": lora.strength, **stamp(path)}
+            for lora, file in zip(self.given, self.files, strict=True)
+            for path in file.stamps
+        ]
+
     def layers(self) -> Iterator[tuple[int, float, LoraLayer]]:
         """Which LoRA, its strength, and what it adds to one module."""
         for index, (lora, file) in enumerate(zip(self.given, self.files, strict=True)):
@@ -185,7 +200,7 @@ class PlacedLoras:
             if "bias" in named:
                 yield Change(bias, (named["bias"],), index, 0, strength * layer.bias_scale)
 
-    def parts(self, prefix: str, count: int, dtype: torch.dtype) -> tuple[LoraPart, ...]:
+    def parts(self, prefix: str, count: int, tag: str) -> tuple[LoraPart, ...]:
         """What they add outside the blocks, then block by block; nothing if there are none."""
         if not self.files:
             return ()
@@ -198,15 +213,14 @@ class PlacedLoras:
             groups[place].append(change)
         entries, shapes = self.entries(), self.source.shapes
         return tuple(
-            _part(group, cut, dtype, entries, shapes)
-            for group, cut in zip(groups, cuts, strict=True)
+            _part(group, cut, tag, entries, shapes) for group, cut in zip(groups, cuts, strict=True)
         )
 
 
 def _part(
     changes: Sequence[Change],
     cut: int,
-    dtype: torch.dtype,
+    tag: str,
     entries: Mapping[str, TensorEntry],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> LoraPart:
@@ -218,9 +232,9 @@ def _part(
             continue
         part.multiply(local)
         for name, place in zip(local.tensors, change.tensors, strict=True):
-            if torch_dtype(entries[place].dtype) != dtype:
+            if entries[place].dtype != tag:
                 part.cast[name] = math.prod(entries[place].shape)
-    return LoraPart(dtype, part.deltas, part.folds, part.sizes, part.cast)
+    return LoraPart(tag, part.deltas, part.folds, part.sizes, part.cast)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from pathlib import Path
 from penstock.engine.files.keys import ComponentSource
 from penstock.engine.files.locate import open_component
 from penstock.engine.packs.cache import ABOUT, being_changed, is_complete
-from penstock.engine.packs.pack import LEAST_RAM_BYTES, check_space, pack_component
-from penstock.engine.packs.plan import ComponentPlan, plan_component
+from penstock.engine.packs.plan import LEAST_RAM_BYTES, ComponentPlan, plan_component
 from penstock.engine.packs.side import as_json, write_config
 from penstock.engine.store.durable import FileOps, write_atomically
 from penstock.errors import OverBudget
@@ -118,6 +117,8 @@ class FirstUse:
             JobLocked: another process makes this pack.
             StorageError: no room for it, seen before anything is written; or the disk fails.
         """
+        from penstock.engine.packs.pack import check_space, pack_component
+
         ops = FileOps()
         check_space(ops, self.folder, [self.plan])
         with being_changed(self.folder):

@@ -19,14 +19,14 @@ from typing import IO, TypeAlias
 import torch
 from torch import Tensor
 
-from penstock.engine.files.formats import WeightReader
 from penstock.engine.files.keys import stored_name
 from penstock.engine.files.locate import ModelSource
+from penstock.engine.files.reader import WeightReader
 from penstock.engine.lora.file import Lora
-from penstock.engine.lora.merge import merged_names
+from penstock.engine.lora.merge import MergedReader
 from penstock.engine.lora.place import PlacedLoras
 from penstock.engine.packs.file import PackFile, PackLayout, Run, digest, running_digest, sums_text
-from penstock.engine.packs.plan import ComponentPlan, Step, plan_component
+from penstock.engine.packs.plan import LEAST_RAM_BYTES, ComponentPlan, Step, plan_component
 from penstock.engine.packs.side import write_side_files
 from penstock.engine.store.durable import NEW_SUFFIX, FileOps, read_whole, storing, write_atomically
 from penstock.errors import CheckpointError, UsageError
@@ -36,7 +36,6 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with the component's name, the bytes made so far and their sum over all components."""
 
 PROGRESS_SUFFIX = ".progress"
-LEAST_RAM_BYTES = 64 << 20
 _WRITE_BYTES = 8 << 20
 _SHARE = 16
 """A chunk's fp32 values take at most this part of the memory allowed: reading, decoding, rounding
@@ -98,7 +97,7 @@ def pack(
         report = _reporter(progress, plan.source.component, done, total)
         reused += pack_component(plan, folder / plan.file, ram_bytes, ops, report)
         done += plan.layout.file_bytes
-    named = {"loras": merged_names(merged)} if merged.files else {}
+    named = {"loras": merged.merged_names()} if merged.files else {}
     write_side_files(source, folder, {"format": wanted, **named}, ops)
     return PackReport(folder, len(plans), total, reused)
 
@@ -167,7 +166,7 @@ def _write_pack(
     layout, partial = plan.layout, _partial(path)
     sums = _sound_runs(ops, partial, notes, layout)
     reused = len(sums)
-    with plan.reader() as reader, _Output(ops, partial, layout, reused) as out:
+    with _reader(plan) as reader, _Output(ops, partial, layout, reused) as out:
         for run, steps in list(zip(layout.runs, plan.steps, strict=True))[reused:]:
             sums.append(_write_run(out, run, steps, reader, ram_bytes // _SHARE, report))
             out.sync()
@@ -179,6 +178,11 @@ def _write_pack(
     ops.rename(partial, path)
     ops.fsync_dir(path.parent)
     return reused
+
+
+def _reader(plan: ComponentPlan) -> WeightReader:
+    """Reads the values that are packed."""
+    return MergedReader(plan.loras) if plan.loras.files else WeightReader(plan.source)
 
 
 def _is_finished(path: Path, layout: PackLayout) -> bool:

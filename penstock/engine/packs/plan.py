@@ -7,15 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from penstock.engine.files.formats import WeightReader, compute_tag, is_linear
+from penstock.engine.files.formats import compute_tag, is_linear
 from penstock.engine.files.keys import ComponentSource, as_bytes, recognise, stored_name
 from penstock.engine.files.source import RawFile
-from penstock.engine.lora.merge import MergedReader, merged_names
 from penstock.engine.lora.place import PlacedLoras
 from penstock.engine.packs.file import PackLayout, Spec, lay_out
-from penstock.engine.store.fingerprint import stamp
-from penstock.engine.wan.forward import is_cross_kv
-from penstock.engine.wan.structure import BLOCKS
+from penstock.engine.store.digest import stamp
+from penstock.engine.wan.structure import BLOCKS, is_cross_kv
 from penstock.errors import UsageError
 from penstock.offload.checkpoint import TensorEntry
 from penstock.offload.gguf import PREFIX as GGUF
@@ -29,6 +27,9 @@ FILE_NAMES = {
     "text_encoder": "model.safetensors",
     "image_encoder": "model.safetensors",
 }
+LEAST_RAM_BYTES = 64 << 20
+"""The least memory for weights in work that a pack is made in."""
+
 _SAME = {"fp8": "fp8 per row", "int8": "int8 per row"}
 
 
@@ -68,10 +69,6 @@ class ComponentPlan:
     def file(self) -> str:
         """The pack's path inside the model's folder."""
         return f"{self.source.component}/{FILE_NAMES[self.source.component]}"
-
-    def reader(self) -> WeightReader:
-        """Reads the values that are packed."""
-        return MergedReader(self.loras) if self.loras.files else WeightReader(self.source)
 
     def foresee(self, path: Path) -> ComponentSource:
         """The component as the pack at ``path`` will hold it, before any of it is made: good for
@@ -129,7 +126,7 @@ def plan_component(
         "compute": tag,
         "gguf": _gguf_types(source, [step for made in steps.values() for step in made]),
         "source": {path.name: stamp(path) for path in sorted(source.raw.stamps)},
-        **({"loras": merged_names(loras)} if loras.files else {}),
+        **({"loras": loras.merged_names()} if loras.files else {}),
     }
     return ComponentPlan(source, lay_out(specs, about), tuple(steps.values()), loras)
 

@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from penstock.engine.decoding import block_format
 from penstock.engine.model import ModelFiles
 from penstock.engine.packs.cache import cache_folder
@@ -20,9 +18,7 @@ from penstock.profiles.manifest import ModelManifest
 from penstock.profiles.phases import Workload
 from penstock.profiles.plan import Plan
 from penstock.profiles.profile import Chosen
-from penstock.quant.compute import Computing, Mode, Scratch
-from penstock.quant.probe import probe as try_paths
-from penstock.quant.probe import working
+from penstock.quant.paths import Computing, Mode, Scratch
 from penstock.units import format_bytes
 
 if TYPE_CHECKING:
@@ -31,10 +27,14 @@ if TYPE_CHECKING:
 _PLAIN = ("bf16", "fp16", "fp32")
 
 
-def computing_on(device: torch.device, mode: Mode) -> tuple[Computing, tuple[str, ...]]:
+def computing_on(device: str, mode: Mode) -> tuple[Computing, tuple[str, ...]]:
     """How quantised linears compute on ``device``, and what is to be said of its 8-bit products,
     which are tried for "fast"."""
-    reports = try_paths(device) if mode == "fast" else {}
+    if mode == "exact":
+        return Computing(Scratch(0, device)), ()
+    from penstock.quant.probe import probe, working
+
+    reports = probe(device)
     told = tuple(
         f"8-bit products in {name}: "
         + ("they work here" if report.works else f"not here, weights are decoded ({report.reason})")

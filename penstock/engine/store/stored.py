@@ -13,13 +13,8 @@ from penstock.engine.model import ModelFiles
 from penstock.engine.opening import Opening
 from penstock.engine.packs.firstuse import PACKING
 from penstock.engine.request import GenerationRequest, Grid
-from penstock.engine.store.fingerprint import (
-    Fingerprint,
-    check_fingerprint,
-    fingerprint,
-    reading,
-    stamp,
-)
+from penstock.engine.store.digest import reading, stamp
+from penstock.engine.store.fingerprint import Fingerprint, check_fingerprint, fingerprint
 from penstock.engine.store.journal import HEADER_BYTES, PICTURE_FILE, Journal
 from penstock.errors import JournalError, RequestError
 from penstock.profiles.plan import Plan

@@ -26,21 +26,6 @@ from penstock.errors import CheckpointError, UsageError
 TEXT_TOKENS = 512
 """Text tokens of Wan's context, a constant in diffusers' attention processor too."""
 
-CROSS_KV_NAMES = (
-    "attn2.to_k",
-    "attn2.to_v",
-    "attn2.norm_k",
-    "attn2.add_k_proj",
-    "attn2.add_v_proj",
-    "attn2.norm_added_k",
-)
-"""Modules of a block that only `cross_kv` uses: `block_forward` runs without their weights."""
-
-
-def is_cross_kv(local_name: str) -> bool:
-    """Whether a block's tensor belongs to `cross_kv` alone, by its name inside the block."""
-    return local_name.startswith(tuple(f"{name}." for name in CROSS_KV_NAMES))
-
 
 @dataclass(frozen=True)
 class Context:
@@ -132,7 +117,8 @@ def cross_kv(attn2: Any, context: Context, same_image: CrossKV | None = None) ->
     """Keys and values of one block's cross-attention: the same for all steps.
 
     Args:
-        attn2: the block's cross-attention, with the weights of `CROSS_KV_NAMES` bound.
+        attn2: the block's cross-attention, with the weights of
+            `penstock.engine.wan.structure.CROSS_KV_NAMES` bound.
         context: of the branch.
         same_image: this block's result for another branch with the same image, whose image keys and
             values are then shared instead of computed again.
@@ -225,7 +211,8 @@ def block_forward(
     """One transformer block, in place on ``hidden``.
 
     Args:
-        block: a `WanTransformerBlock`, its weights bound; those of `CROSS_KV_NAMES` need not be.
+        block: a `WanTransformerBlock`, its weights bound; those of
+            `penstock.engine.wan.structure.CROSS_KV_NAMES` need not be.
         hidden: (1, n, d).
         modulation: of the step.
         cross: of this block and branch.

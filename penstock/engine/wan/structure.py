@@ -22,6 +22,22 @@ BLOCKS: Mapping[str, tuple[str, str]] = MappingProxyType(
 )
 """Prefix of the blocks' names, and the config entry that counts them; the VAE has none."""
 
+CROSS_KV_NAMES = (
+    "attn2.to_k",
+    "attn2.to_v",
+    "attn2.norm_k",
+    "attn2.add_k_proj",
+    "attn2.add_v_proj",
+    "attn2.norm_added_k",
+)
+"""Modules of a block that only `penstock.engine.wan.forward.cross_kv` uses: `block_forward` runs
+without their weights."""
+
+
+def is_cross_kv(local_name: str) -> bool:
+    """Whether a block's tensor belongs to `CROSS_KV_NAMES`, by its name inside the block."""
+    return local_name.startswith(tuple(f"{name}." for name in CROSS_KV_NAMES))
+
 
 def tensor_shapes(component: str, config: Config) -> Shapes:
     """Shape of every tensor of ``component`` under ``config``, by name.
@@ -136,6 +152,12 @@ def image_shapes(config: Config) -> Shapes:
     for index in range(config["num_hidden_layers"]):
         shapes |= _prefixed(f"encoder.layers.{index}.", block)
     return shapes | _norm("post_layernorm", width)
+
+
+def layers_needed(num_hidden_layers: int) -> int:
+    """Layers of the image encoder that run: the model is conditioned on ``hidden_states[-2]``, so
+    the last one is never computed."""
+    return num_hidden_layers - 1
 
 
 def vae_shapes(config: Config) -> Shapes:

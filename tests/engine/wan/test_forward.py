@@ -9,6 +9,7 @@ from diffusers import UniPCMultistepScheduler
 from torch import Tensor
 
 from penstock.engine.wan import forward
+from penstock.engine.wan.structure import is_cross_kv
 from penstock.engine.weights import bind, bound, skeleton
 from penstock.errors import CheckpointError, UsageError
 from tests.tiny_transformer import TINY, inputs, lean, tiny_transformer
@@ -111,7 +112,7 @@ def test_a_block_runs_without_the_weights_of_its_cross_kv(image_dim: int | None)
     shell = skeleton(type(model), model.config).blocks[0]
     branch = []
     for block in model.blocks:
-        weights = {n: t for n, t in block.state_dict().items() if forward.is_cross_kv(n)}
+        weights = {n: t for n, t in block.state_dict().items() if is_cross_kv(n)}
         with bound(shell, weights):
             branch.append(forward.cross_kv(shell.attn2, context))
     result = forward.denoise_forward(
@@ -128,18 +129,18 @@ def test_a_block_runs_without_the_weights_of_its_cross_kv(image_dim: int | None)
 
 def _visits(shell: Any, model: Any) -> Any:
     for index, block in enumerate(model.blocks):
-        weights = {n: t for n, t in block.state_dict().items() if not forward.is_cross_kv(n)}
+        weights = {n: t for n, t in block.state_dict().items() if not is_cross_kv(n)}
         with bound(shell, weights):
             yield index, shell
 
 
 def test_cross_kv_names_are_whole_modules() -> None:
     block = tiny_transformer(image_dim=14).blocks[0]
-    chosen = [name for name in block.state_dict() if forward.is_cross_kv(name)]
+    chosen = [name for name in block.state_dict() if is_cross_kv(name)]
     assert len(chosen) == 4 * 2 + 2
-    assert forward.is_cross_kv("attn2.to_k.weight_scale")
-    assert not forward.is_cross_kv("attn1.to_k.weight")
-    assert not forward.is_cross_kv("attn2.to_out.0.weight")
+    assert is_cross_kv("attn2.to_k.weight_scale")
+    assert not is_cross_kv("attn1.to_k.weight")
+    assert not is_cross_kv("attn2.to_out.0.weight")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from penstock.engine import image
+from penstock.engine.wan.structure import layers_needed
 from penstock.profiles.cost.encoders import image_bytes, image_flops, text_bytes, text_flops
 from penstock.profiles.manifest import ImageSpec, TextSpec, Weights
 from penstock.units import GIB
@@ -130,6 +130,6 @@ def test_text_flops_are_those_counted():
 def test_image_flops_are_those_counted():
     spec = ImageSpec(BF16, 40, 80, 4, 4, 32, 8)
     with FakeTensorMode(), torch.inference_mode():
-        modules = image_modules(spec, image.layers_needed(4))
+        modules = image_modules(spec, layers_needed(4))
         counted = counted_flops(lambda: run_image(spec, *modules))
     assert counted == image_flops(spec)

@@ -15,8 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.fake_dit import fake_inputs, fake_transformer
 from penstock.profiles.cost import transformer as cost
 from penstock.profiles.manifest import LoraSpec
-from penstock.quant.compute import Computing, Scratch
-from penstock.quant.lora import Delta, LoraLinear, add_deltas
+from penstock.quant.delta import Delta
+from penstock.quant.lora import LoraLinear, add_deltas
+from penstock.quant.paths import Computing, Scratch
 from tests.profiles.cost.test_transformer import SHAPES, measure, predicted, spec_of
 from tests.tiny_transformer import inputs, tiny_transformer
 

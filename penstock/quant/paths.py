@@ -1,0 +1,134 @@
+"""Which way each linear over quantised storage computes, and what that takes; how is
+`penstock.quant.compute`'s.
+
+Free of torch until a scratch buffer has bytes: a plan counts with what is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from penstock.errors import LedgerOverflow
+from penstock.quant.format import QuantFormat
+from penstock.quant.plain import Plain
+from penstock.quant.rows import ITEM_BYTES, Shape
+from penstock.quant.scaled import Gemm, Scaled8
+from penstock.units import MIB
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Path: TypeAlias = Literal["dequant", "fp8", "int8"]
+Mode: TypeAlias = Literal["exact", "fast"]
+
+DEFAULT_CHUNK_BYTES = 128 * MIB
+
+GEMM_MULTIPLE = 16
+"""What both sides of an 8-bit product's weight must be a multiple of."""
+
+
+class Scratch:
+    """One buffer that every dequantised weight passes through.
+
+    Owned by the engine; a phase of a job reserves its bytes and holds them. A weight in it lives
+    for one matrix product.
+
+    Args:
+        nbytes: of the largest weight in the compute dtype; 0 for a buffer that `held` makes.
+        device: where the linears compute.
+
+    Attributes:
+        device: its name, such as "cuda:0".
+    """
+
+    def __init__(self, nbytes: int, device: torch.device | str) -> None:
+        self.device = str(device)
+        self._buffer = self._make(nbytes)
+
+    def _make(self, nbytes: int) -> Tensor | None:
+        # None asks nothing of the device: a plan may be for one that is not here.
+        if not nbytes:
+            return None
+        import torch
+
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    @property
+    def device_type(self) -> str:
+        """Of `device`: "cpu", "cuda"."""
+        return self.device.partition(":")[0]
+
+    @property
+    def nbytes(self) -> int:
+        """What it holds now."""
+        return 0 if self._buffer is None else self._buffer.numel()
+
+    @contextmanager
+    def held(self, nbytes: int) -> Iterator[None]:
+        """A buffer of ``nbytes`` until the context ends."""
+        self._buffer = self._make(nbytes)
+        try:
+            yield
+        finally:
+            self._buffer = self._make(0)
+
+    def view(self, shape: Shape, dtype: torch.dtype) -> Tensor:
+        """The start of the buffer as an uninitialised ``shape`` of ``dtype``.
+
+        Raises:
+            LedgerOverflow: the buffer is smaller than that.
+        """
+        need = shape[0] * shape[1] * dtype.itemsize
+        if self._buffer is None or need > self.nbytes:
+            raise LedgerOverflow(
+                "the scratch buffer is too small for a weight",
+                expected=f"at least {need:,} bytes for {shape[0]}x{shape[1]}",
+                found=f"{self.nbytes:,} bytes",
+            )
+        return self._buffer[:need].view(dtype).view(shape)
+
+
+@dataclass(frozen=True)
+class Computing:
+    """The choice of paths for a run: ``--compute exact`` decodes everything; ``fast`` multiplies in
+    8 bits where the format allows it and the device has shown that it can.
+
+    Attributes:
+        working: 8-bit paths that `penstock.quant.probe` found to work on the device.
+    """
+
+    scratch: Scratch
+    mode: Mode = "exact"
+    working: frozenset[Gemm] = frozenset()
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES
+
+    def path_for(self, fmt: QuantFormat, shape: Shape) -> Path:
+        """The path of one linear. 8-bit products need both sides to be multiples of 16."""
+        gemm = fmt.gemm if isinstance(fmt, Scaled8) else None
+        aligned = shape[0] % GEMM_MULTIPLE == 0 and shape[1] % GEMM_MULTIPLE == 0
+        if self.mode == "exact" or gemm is None or gemm not in self.working or not aligned:
+            return "dequant"
+        return gemm
+
+    def workspace_bytes(self, fmt: QuantFormat, shape: Shape) -> int:
+        """Most bytes that one linear allocates beside scratch and output, for any token count."""
+        if self.path_for(fmt, shape) == "dequant":
+            return fmt.workspace_bytes(shape, self.scratch.device_type)
+        return max(self.chunk_bytes, 5 * shape[1] + 8 * shape[0])
+
+
+def scratch_bytes(weights: Iterable[tuple[QuantFormat, Shape]], compute_dtype: str) -> int:
+    """Bytes that a `Scratch` needs for ``weights``: the largest that must be decoded, in
+    ``compute_dtype`` (a safetensors tag)."""
+    return max(
+        (
+            shape[0] * shape[1] * ITEM_BYTES[compute_dtype]
+            for fmt, shape in weights
+            if not (isinstance(fmt, Plain) and fmt.tag == compute_dtype)
+        ),
+        default=0,
+    )

@@ -1,0 +1,1 @@
+"""HOW BYTES COMPUTE: the arithmetic of each format, in torch."""

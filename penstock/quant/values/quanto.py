@@ -1,0 +1,78 @@
+"""The arithmetic of `penstock.quant.quanto`: affine 4-bit groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from penstock.quant.quanto import QuantoInt4, groups_of
+from penstock.quant.rows import Shape, chunk_rows, row_slices
+from penstock.quant.values.tensors import DTYPES, output, row_amax
+
+
+def quantise(fmt: QuantoInt4, weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
+    """As `QuantoInt4.quantise`."""
+    row_amax(weight, name)
+    count, size = groups_of((weight.shape[0], weight.shape[1]))
+    groups = weight.reshape(count, size)
+    low, high = torch.aminmax(groups, dim=1, keepdim=True)
+    tag_dtype = weight.dtype if fmt.scale_tag is None else DTYPES[fmt.scale_tag]
+    scale = ((high.float() - low.float()) / 15).to(tag_dtype)
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    shift = (-low).to(tag_dtype)
+    codes = torch.empty(count, size, dtype=torch.uint8, device=weight.device)
+    for rows in row_slices(count, size, weight.device.type):
+        part = groups[rows].float().add(shift[rows].float()).div_(scale[rows].float())
+        codes[rows] = part.round_().clamp_(0, 15).to(torch.uint8)
+    return {"weight._data._data": _pack(codes), "weight._scale": scale, "weight._shift": shift}
+
+
+def dequantise(
+    fmt: QuantoInt4,
+    tensors: Mapping[str, Tensor],
+    shape: Shape,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
+    """As `QuantoInt4.dequantise`."""
+    packed, scale = tensors["weight._data._data"], tensors["weight._scale"]
+    shift = tensors["weight._shift"]
+    out = output(out, shape, dtype, packed.device)
+    groups = out.view(groups_of(shape))
+    size = chunk_rows(packed.shape[0], packed.shape[1], packed.device.type)
+    codes = torch.empty(size, packed.shape[1], dtype=torch.uint8, device=packed.device)
+    chunk = torch.empty_like(codes, dtype=scale.dtype)
+    for source, rows, half in _halves(packed, len(groups)):
+        target = groups[rows]
+        code = codes[: len(target)]
+        _nibble(source, half, code)
+        work = target if dtype == scale.dtype else chunk[: len(target)]
+        work.copy_(code).mul_(scale[rows]).sub_(shift[rows])
+        if dtype != scale.dtype:
+            target.copy_(work)
+    return out
+
+
+def _pack(codes: Tensor) -> Tensor:
+    half = -(-len(codes) // 2)
+    packed = codes[:half].clone()
+    packed[: len(codes) - half] |= codes[half:] << 4
+    return packed
+
+
+def _nibble(source: Tensor, half: int, out: Tensor) -> None:
+    if half == 0:
+        torch.bitwise_and(source, 15, out=out)
+    else:
+        torch.bitwise_right_shift(source, 4, out=out)
+
+
+def _halves(packed: Tensor, count: int) -> Iterator[tuple[Tensor, slice, int]]:
+    """Chunks of packed rows with the group rows that each of their two halves decodes to."""
+    half_rows = len(packed)
+    for half, available in ((0, half_rows), (1, count - half_rows)):
+        for rows in row_slices(available, packed.shape[1], packed.device.type):
+            first = half * half_rows
+            yield packed[rows], slice(first + rows.start, first + rows.stop), half

@@ -1,0 +1,114 @@
+"""The arithmetic of `penstock.quant.scaled`: eight bits a weight and a scale a row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from penstock.quant.rows import Shape, chunk_rows, row_slices
+from penstock.quant.scaled import E4M3_MAX, INT8_MAX, Scaled8, ScaleLayout, scale_shape
+from penstock.quant.values.tensors import DTYPES, output, row_amax
+
+
+def quantise(fmt: Scaled8, weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
+    """As `Scaled8.quantise`."""
+    scale = _fresh_scale(fmt, row_amax(weight, name), weight.dtype)
+    stored = torch.empty_like(weight, dtype=DTYPES[fmt.tag])
+    for rows in row_slices(weight.shape[0], weight.shape[1], weight.device.type):
+        part = weight[rows].to(torch.float32, copy=True)
+        if scale is not None:
+            part.div_(scale[rows] if len(scale) == len(weight) else scale)
+        stored[rows] = _round(part, fmt.tag)
+    if scale is None:
+        return {fmt.weight_key: stored}
+    return {
+        fmt.weight_key: stored,
+        fmt.scale_key: scale_as(scale, fmt.scale, len(weight), fmt.scale_tag),
+    }
+
+
+def _fresh_scale(fmt: Scaled8, amax: Tensor, dtype: torch.dtype) -> Tensor | None:
+    if fmt.scale == "none":
+        return None
+    whole = fmt.scale in ("scalar", "one", "one_one")
+    largest = E4M3_MAX if fmt.tag == "F8_E4M3" else INT8_MAX
+    scale = (amax.max().reshape(1, 1) if whole else amax) / largest
+    stored = scale.to(dtype if fmt.scale_tag is None else DTYPES[fmt.scale_tag])
+    info = torch.finfo(stored.dtype)
+    # Never 0: not for rows of zeros, and not where fp16 underflows (rows below 1e-5).
+    return stored.clamp_(min=info.tiny * info.eps)
+
+
+def dequantise(
+    fmt: Scaled8,
+    tensors: Mapping[str, Tensor],
+    shape: Shape,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
+    """As `Scaled8.dequantise`."""
+    weight, scale = fmt.operands(tensors)
+    out = output(out, shape, dtype, weight.device)
+    if weight.device.type == "cpu":
+        return _by_chunks(weight, scale, out)
+    # Both stored types are exact in every compute dtype: one rounding here as well.
+    return out.copy_(weight) if scale is None else out.copy_(weight).mul_(scale.float())
+
+
+def _round(part: Tensor, tag: str) -> Tensor:
+    if tag == "I8":
+        return part.round_().clamp_(-INT8_MAX, INT8_MAX)
+    # Older torch makes NaN of what e4m3fn cannot hold; newer saturates.
+    return part.clamp_(-E4M3_MAX, E4M3_MAX)
+
+
+def scale_as(scale: Tensor, layout: ScaleLayout, rows: int, tag: str | None) -> Tensor:
+    """``scale`` in the shape that ``layout`` names."""
+    dtype = scale.dtype if tag is None else DTYPES[tag]
+    return scale.to(dtype).reshape(scale_shape(layout, rows))
+
+
+def _by_chunks(weight: Tensor, scale: Tensor | None, out: Tensor) -> Tensor:
+    """Walks the rows so that what is in work stays in the cache; bit-equal to the whole product."""
+    rows, columns = weight.shape
+    size = chunk_rows(rows, columns, weight.device.type)
+    bits = torch.empty(size, columns, dtype=torch.int16) if weight.is_floating_point() else None
+    chunk = None if _decodes_into(out.dtype, weight, scale) else torch.empty(size, columns)
+    if scale is not None:
+        scale = scale.to(out.dtype if chunk is None else torch.float32).expand(rows, 1)
+    for part in row_slices(rows, columns, weight.device.type):
+        target = out[part]
+        work = target if chunk is None else chunk[: len(target)]
+        if bits is None:
+            work.copy_(weight[part])
+        else:
+            _decode_e4m3(weight[part], bits[: len(target)], work)
+        if scale is not None:
+            work.mul_(scale[part])
+        if chunk is not None:
+            target.copy_(work)
+    return out
+
+
+def _decodes_into(dtype: torch.dtype, weight: Tensor, scale: Tensor | None) -> bool:
+    """Whether the product can be made in ``dtype`` itself, rounded once: both factors are numbers
+    of it. (Also so in other cases, where torch would convert one by one.)"""
+    whole = weight.dtype == torch.int8 and scale is not None and scale.dtype == dtype
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and whole)
+
+
+def _decode_e4m3(codes: Tensor, bits: Tensor, out: Tensor) -> None:
+    """``codes`` (e4m3fn) as fp32, with ``bits`` (int16) in between: torch's way, one by one, takes
+    several times as long.
+
+    Sign, exponent and mantissa are moved to where fp16 has them. Its exponent counts from 8 further
+    down, subnormals included: what stands there is the number over 256.
+    """
+    raw = codes.view(torch.int8)
+    if int((raw & 127).amax()) == 127:  # NaN; fp16 would read 480 / 256
+        out.copy_(codes)
+        return
+    bits.copy_(raw).bitwise_left_shift_(7).bitwise_and_(~(1 << 14))  # bit 14: the copied sign
+    out.copy_(bits.view(torch.float16)).mul_(256)

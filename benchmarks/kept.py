@@ -8,14 +8,16 @@ child of one process that has the libraries loaded:
   that the plan states for a phase: on a CPU both are host memory. VmHWM begins anew with each
   phase; the growth is over what was resident before the run, after the same child had made the same
   video, so that the libraries' code is mapped (a fork maps none of it) and their kernels compiled;
-- ``seconds``: predicted over measured, with rates that were measured on this machine just before.
-  Both clocks count the CPU seconds of the computing thread, not the time on the wall: other
-  programs on the machine do not disturb them, and waiting for weights is not in them.
+- ``seconds``: predicted over measured, with rates that were measured on this machine just before:
+  a calibration goes before each pair of budgets, and a plan has the medians of the last three.
+  Measured is the median of three runs. Both clocks count the CPU seconds of the computing
+  thread, not the time on the wall: waiting for the processor or for weights is not in them, but
+  other programs' use of its caches and memory is.
 
 glibc's threshold for returning memory at once is fixed (``MALLOC_MMAP_THRESHOLD_``), as its own
 grows with what was freed. Linux only. The last line on stdout is JSON.
 
-    python -m benchmarks.kept [--frames 17] [--steps 1] [--repeat-calibration 3]
+    python -m benchmarks.kept [--frames 17] [--steps 1]
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,8 +44,8 @@ from penstock.engine.calibrate import Effort, calibrate
 from penstock.engine.events import Event, PhaseEnded, PhaseStarted
 from penstock.engine.model import ModelFiles
 from penstock.engine.pipeline import run
-from penstock.engine.request import GenerationRequest
-from penstock.engine.stage import Run, workload_of
+from penstock.engine.request import GenerationRequest, workload_of
+from penstock.engine.stage import Run
 from penstock.engine.synthetic import write_tiny_model
 from penstock.errors import OverBudget
 from penstock.profiles.hardware import Hardware, probe
@@ -57,6 +61,10 @@ VRAM_SHARES = (1.0, 1.2, 1.5, 2.0, 3.0, 4.0)
 """Of the least that a plan needs."""
 RAM_SHARES = (0.3, 1.2)
 """Of the transformer's weights."""
+RUNS = 3
+"""Of each plan, whose median is its seconds."""
+CALIBRATIONS = 3
+"""The last ones, whose medians are a plan's rates."""
 MALLOC = ("MALLOC_MMAP_THRESHOLD_", "65536")
 
 
@@ -72,9 +80,9 @@ def reset_peak_rss() -> None:
 
 
 def measured(model: ModelFiles, request: GenerationRequest, made: Plan) -> dict[str, Any]:
-    """The second run of ``made`` in this process."""
+    """The second run of ``made`` in this process; seconds are the medians of it and later ones."""
     began: dict[str, float] = {}
-    seconds: dict[str, float] = {}
+    seconds: dict[str, list[float]] = {}
     rss: dict[str, int] = {}
     before = 0
 
@@ -84,8 +92,8 @@ def measured(model: ModelFiles, request: GenerationRequest, made: Plan) -> dict[
             began[event.phase] = time.thread_time()
         elif isinstance(event, PhaseEnded):
             name = event.report.name
-            seconds[name] = time.thread_time() - began[name]
-            rss[name] = status_bytes("VmHWM") - before
+            seconds.setdefault(name, []).append(time.thread_time() - began[name])
+            rss.setdefault(name, status_bytes("VmHWM") - before)
 
     job = Run(
         model=model, request=request, plan=made, device=torch.device("cpu"), overlapped=True,
@@ -96,9 +104,12 @@ def measured(model: ModelFiles, request: GenerationRequest, made: Plan) -> dict[
     ctypes.CDLL(None).malloc_trim(0)
     before = status_bytes("VmRSS")
     phases = run(job, listen, threading.Event()).report.phases
+    for _ in range(RUNS - 1):
+        run(job, listen, threading.Event())
     return {
         "rss": rss,
-        "seconds": seconds,
+        "seconds": {name: statistics.median(found) for name, found in seconds.items()},
+        "seconds_of_runs": seconds,
         "ledgers": {
             phase.name: [phase.measured_vram_bytes, phase.measured_ram_bytes] for phase in phases
         },
@@ -156,16 +167,21 @@ def row(made: Plan, found: dict[str, Any]) -> dict[str, Any]:
         "rss_predicted_bytes": max(both.values()),
         "rss_of_phases": {name: [found["rss"][name], both[name]] for name in names},
         "seconds": round(predicted_s / sum(found["seconds"].values()), 3),
+        "seconds_of_runs": found["seconds_of_runs"],
         "seconds_of_phases": {
             name: [round(made[name].seconds, 3), round(found["seconds"][name], 3)] for name in names
         },
     }
 
 
-def calibrated(repeat: int, folder: Path) -> Rates:
-    """The median of each rate over some calibrations, in CPU seconds."""
+def rates_now(folder: Path) -> Rates:
+    """One calibration, in CPU seconds."""
     effort = replace(Effort.on(torch.device("cpu")), clock=time.thread_time, seconds=0.2)
-    found = [calibrate(torch.device("cpu"), folder, effort) for _ in range(repeat)]
+    return calibrate(torch.device("cpu"), folder, effort)
+
+
+def medians(found: Sequence[Rates]) -> Rates:
+    """The median of each rate over some calibrations."""
     names = [name for name, value in vars(found[0]).items() if isinstance(value, float)]
     return replace(
         found[0], **{name: statistics.median(getattr(each, name) for each in found)
@@ -173,19 +189,27 @@ def calibrated(repeat: int, folder: Path) -> Rates:
     )  # fmt: skip
 
 
-def budgets(model: ModelFiles, request: GenerationRequest, hardware: Hardware) -> list[Plan]:
-    """Plans of every pair of budgets that has one, each plan once."""
+def plans(
+    model: ModelFiles, request: GenerationRequest, hardware: Hardware, folder: Path
+) -> Iterator[tuple[Plan, Rates]]:
+    """The plan of every pair of budgets that has one, and the rates of that moment it has."""
     workload, total = workload_of(request), model.manifest.transformer.weights.total_bytes
     least = minimum_vram_bytes(model.manifest, workload, hardware)
-    made: list[Plan] = []
+    recent: deque[Rates] = deque((rates_now(folder) for _ in range(CALIBRATIONS)), CALIBRATIONS)
     for ram in RAM_SHARES:
         for vram in VRAM_SHARES:
-            machine = replace(hardware, vram_bytes=int(vram * least), ram_bytes=int(ram * total))
+            recent.append(rates_now(folder))
+            rates = medians(recent)
+            machine = replace(
+                hardware,
+                rates=rates,
+                vram_bytes=int(vram * least),
+                ram_bytes=int(ram * total),
+            )
             try:
-                made.append(plan(model.manifest, workload, machine))
+                yield plan(model.manifest, workload, machine), rates
             except OverBudget as error:
                 print(f"{vram} x {ram}: {error.resource} is too small", file=sys.stderr)
-    return made
 
 
 def main() -> None:
@@ -193,7 +217,6 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     arguments.add_argument("--frames", type=int, default=17)
     arguments.add_argument("--steps", type=int, default=1)
-    arguments.add_argument("--repeat-calibration", type=int, default=3)
     options = arguments.parse_args()
     if os.environ.get(MALLOC[0]) != MALLOC[1]:
         os.environ[MALLOC[0]] = MALLOC[1]  # read by glibc when a process begins
@@ -208,17 +231,16 @@ def main() -> None:
             prompt="a cat", width=192, height=128, frames=options.frames, steps=options.steps,
             guidance_scale=1.0, seed=1, grid=model.grid,
         )  # fmt: skip
-        rates = calibrated(options.repeat_calibration, Path(scratch))
-        hardware = replace(probe("cpu"), rates=rates)
         rows = []
-        for made in budgets(model, request, hardware):
-            rows.append(row(made, in_child(model, request, made)))
+        for made, rates in plans(model, request, probe("cpu"), Path(scratch)):
+            found = row(made, in_child(model, request, made))
+            rows.append(found | {"rates": dict(vars(rates))})
             print(rows[-1], file=sys.stderr)
         model.close()
-    print(json.dumps(report(rows, rates)))
+    print(json.dumps(report(rows)))
 
 
-def report(rows: list[dict[str, Any]], rates: Rates) -> dict[str, Any]:
+def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The extremes and all rows."""
     ledger = [value for each in rows for value in each["ledger"]]
     return {
@@ -228,7 +250,6 @@ def report(rows: list[dict[str, Any]], rates: Rates) -> dict[str, Any]:
         "seconds_predicted_over_measured": [
             min(r["seconds"] for r in rows), max(r["seconds"] for r in rows),
         ],
-        "rates": dict(vars(rates)),
         "torch": torch.__version__,
         "largest": format_bytes(max(r["rss_bytes"] for r in rows)),
         "rows": rows,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from penstock.offload.files import WeightFile
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.tiers import DeviceTier, HostTier, open_link
 from penstock.profiles.cost.transformer import Flops, denoise_flops
-from penstock.profiles.cost.vae import residual_work
+from penstock.profiles.cost.vae import VaeWork, residual_work
 from penstock.profiles.manifest import TransformerSpec, Weights
 from penstock.profiles.rates import SMALL_CHUNK, TINY_CHUNK, Rates
 from penstock.profiles.tiling import Window
@@ -29,6 +31,10 @@ from penstock.units import MIB
 
 _WIDTH, _HEADS, _FFN = 128, 8, 2048
 _READ_PIECE = 8 * MIB
+_TINY_TOKENS = 256
+_NARROW = 32
+_RESIDUALS = ((16, 1), (32, 1), (64, 1), (192, 1), (16, 16), (64, 4))
+"""Channels of the VAE's residual blocks that are measured, and what part of the side of a frame."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +74,12 @@ def calibrate(
     effort = effort or Effort.on(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.inference_mode():
-        conv_flops, conv_element_s = _vae(device, dtype, effort)
         rates = Rates(
             flops=_matmul(device, dtype, effort),
             copy_bytes_per_s=copy_rate(device, effort),
             read_bytes_per_s=_read(folder, effort),
             attention_flops=_attention(device, dtype, effort),
-            conv_flops=conv_flops,
-            conv_element_s=conv_element_s,
+            **_vae(device, dtype, effort),
             eight_bit_flops=_int8(device, effort),
             fp8_flops=_fp8(device, dtype, effort),
             memory_bytes_per_s=_decode(device, dtype, effort),
@@ -84,7 +88,7 @@ def calibrate(
         return replace(
             rates,
             overhead_s=overhead_s,
-            tiny_overhead_s=_tiny_overhead(device, dtype, effort),
+            **_tiny(device, dtype, effort, rates.attention_flops or rates.flops),
             element_s=element_s,
         )
 
@@ -124,33 +128,81 @@ def _attention(device: torch.device, dtype: torch.dtype, effort: Effort) -> floa
     return 4 * effort.tokens**2 * _HEADS * _WIDTH / seconds
 
 
-def _vae(device: torch.device, dtype: torch.dtype, effort: Effort) -> tuple[float, float]:
-    """Operations a second of the VAE's convolutions, and seconds of an element that they read.
+def _vae(device: torch.device, dtype: torch.dtype, effort: Effort) -> dict[str, float]:
+    """What the VAE's convolutions take, for an operation, an element, a pixel and a call.
 
-    A wide residual block is bound by the one, a narrow one by the other: two equations.
+    Residual blocks of several widths on frames of the same bytes, and on small frames: one is bound
+    by its operations, another by the elements that it reads, by its pixels or by the calls. They
+    are measured in turns, so that what else a machine does meets all of them, and the seconds are
+    fitted by least squares of relative errors, none of them negative.
     """
     side = 4 * math.isqrt(effort.tokens)
-    narrow = _residual(32, side, device, dtype, effort)
-    wide = _residual(192, max(1, round(side / math.sqrt(6))), device, dtype, effort)  # same bytes
-    (few, few_elements, narrow_s), (many, many_elements, wide_s) = narrow, wide
-    both = many * few_elements - few * many_elements
-    flop_s = max(1e-18, (wide_s * few_elements - narrow_s * many_elements) / both)
-    return 1 / flop_s, max(1e-13, (narrow_s - few * flop_s) / few_elements)
+    blocks = [
+        _residual(width, max(1, round(side / part * math.sqrt(_NARROW / width))), device, dtype)
+        for width, part in _RESIDUALS
+    ]
+    seconds = _in_turns([step for _, step in blocks], device, effort)
+    rows = [[work.flops, work.elements, work.pixels, work.calls] for work, _ in blocks]
+    flop_s, element_s, pixel_s, call_s = _fitted(rows, seconds)
+    return {
+        "conv_flops": 1 / max(1e-18, flop_s),
+        "conv_element_s": max(1e-15, element_s),
+        "conv_pixel_s": max(1e-15, pixel_s),
+        "conv_call_s": max(1e-9, call_s),
+    }
 
 
 def _residual(
-    width: int, side: int, device: torch.device, dtype: torch.dtype, effort: Effort
-) -> tuple[int, int, float]:
-    """FLOPs, elements and seconds of a residual block on the next frame."""
+    width: int, side: int, device: torch.device, dtype: torch.dtype
+) -> tuple[VaeWork, Callable[[], object]]:
+    """A residual block on the next frame: what it computes, and how to let it."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualBlock
 
     block = WanResidualBlock(width, width).to(device, dtype)
     frame = torch.randn(1, width, 1, side, side, device=device, dtype=dtype)
     past: Past = {}
     windows = (Window.whole(side, side),) * 3
-    work = residual_work(width, side)
-    seconds = _seconds(lambda: residual(block, past, windows, frame), device, effort)
-    return work.flops, work.elements, seconds
+    return residual_work(width, side), lambda: residual(block, past, windows, frame)
+
+
+def _in_turns(
+    works: Sequence[Callable[[], object]], device: torch.device, effort: Effort
+) -> list[float]:
+    """The median seconds of each of ``works``, one after the other, again and again."""
+    times: list[list[float]] = [[] for _ in works]
+    for work in (*works, *works):
+        work()
+    started = time.perf_counter()
+    while len(times[0]) < 3 or time.perf_counter() - started < len(works) * effort.seconds:
+        for work, found in zip(works, times, strict=True):
+            _finish(device)
+            before = effort.clock()
+            work()
+            _finish(device)
+            found.append(effort.clock() - before)
+    return [statistics.median(found) for found in times]
+
+
+def _fitted(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
+    """Seconds of each unit of work, none negative, that come nearest to ``seconds``: the best fit
+    of all sets of columns (those left out being zero).
+
+    Args:
+        rows: units of each kind, one row a measurement.
+    """
+    relative = torch.tensor(rows, dtype=torch.float64) / torch.tensor(seconds)[:, None].double()
+    scale = relative.abs().amax(0)
+    best, least = [0.0] * len(scale), math.inf
+    for chosen in range(1, 1 << len(scale)):
+        columns = [index for index in range(len(scale)) if chosen >> index & 1]
+        matrix = relative[:, columns] / scale[columns]
+        ones = torch.ones(len(rows), 1, dtype=torch.float64)
+        found = torch.linalg.lstsq(matrix, ones, driver="gelsd").solution
+        error = float((matrix @ found - ones).square().sum())
+        if error < least and bool((found >= 0).all()):
+            fitted = dict(zip(columns, (found[:, 0] / scale[columns]).tolist(), strict=True))
+            best, least = [fitted.get(index, 0.0) for index in range(len(scale))], error
+    return best
 
 
 def _int8(device: torch.device, effort: Effort) -> float | None:
@@ -240,6 +292,11 @@ class _Forward:
         return denoise_flops(spec, self.tokens, 0)
 
     @property
+    def width(self) -> int:
+        """Of the hidden states."""
+        return _WIDTH // 2 * _HEADS
+
+    @property
     def tokens(self) -> int:
         """Of the grid."""
         return (self.latents.shape[-1] // 2) ** 2
@@ -258,16 +315,31 @@ def _forward(
     flops = work.flops()
     attention = flops.self_attention + flops.cross_attention
     products = flops.linear / rates.flops + attention / (rates.attention_flops or rates.flops)
-    rest = max(1e-13, (whole - products - overhead) / (work.tokens * _WIDTH // 2 * _HEADS))
+    rest = max(1e-13, (whole - products - overhead) / (work.tokens * work.width))
     return overhead, rest
 
 
-def _tiny_overhead(device: torch.device, dtype: torch.dtype, effort: Effort) -> float:
-    """Of few tokens, as it takes many chunks."""
-    work = _Forward.make(device, dtype, min(effort.tokens, 256))
-    whole = _seconds(lambda: work(work.tokens), device, effort)
-    cut = _seconds(lambda: work(TINY_CHUNK), device, effort)
-    return max(1e-6, (cut - whole) / (work.tokens // TINY_CHUNK - 1))
+def _tiny(
+    device: torch.device, dtype: torch.dtype, effort: Effort, attention_flops: float
+) -> dict[str, float]:
+    """What a chunk of few tokens takes, in a forward of many of them, and what it takes for each
+    element that it attends to, besides the operations."""
+    work = _Forward.make(device, dtype, min(effort.tokens, _TINY_TOKENS))
+    shapes = [(1, count, _HEADS, _WIDTH // 2) for count in (TINY_CHUNK, effort.tokens, TINY_CHUNK)]
+    q, keys, few = (torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
+    works: list[Callable[[], object]] = [
+        partial(work, work.tokens),
+        partial(work, TINY_CHUNK),
+        partial(attention, q, keys, keys.clone()),
+        partial(attention, q, few, few.clone()),
+    ]
+    whole_s, cut_s, many_s, few_s = _in_turns(works, device, effort)
+    operations_s = 4 * TINY_CHUNK / attention_flops
+    read = keys.numel() - few.numel()
+    key_s = max(1e-15, (many_s - few_s) / read - operations_s)
+    attended = (work.tokens + forward.TEXT_TOKENS) * work.width
+    chunk_s = (cut_s - whole_s) / (work.tokens // TINY_CHUNK - 1)
+    return {"tiny_overhead_s": max(1e-6, chunk_s - attended * key_s), "tiny_key_s": key_s}
 
 
 def copy_rate(device: torch.device, effort: Effort) -> float:

@@ -161,6 +161,7 @@ class Denoise:
             ),
             (*self._host_kept(case), *self._saved(RESTORED, restored_bytes)),
             transformer.context_flops(spec, case),
+            visits=case.branches * spec.num_layers,
             rest_stays=True,
         )
         for phase in found.phases(limits):
@@ -248,10 +249,12 @@ class Denoise:
         flops = transformer.denoise_flops(spec, tokens, cost.image_tokens)
         path = compute_path(spec.storage, self.case.policy, rates)
         attention = flops.self_attention + flops.cross_attention
+        attended = (tokens + cost.text_tokens + cost.image_tokens) * spec.inner_dim
+        overhead_s = rates.chunk_overhead_s(cost.chunk_tokens, attended)
         branch = (
             flops.linear / (rates.product_flops(path) or rates.flops)
             + attention / (rates.attention_flops or rates.flops)
-            + chunks * (rates.chunk_overhead_s(cost.chunk_tokens) + self._decode_s(rates))
+            + chunks * (overhead_s + self._decode_s(rates))
             + tokens * spec.inner_dim * spec.num_layers * rates.element_s
         )
         if not cost.cross_kv_on_device:

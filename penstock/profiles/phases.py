@@ -143,6 +143,8 @@ class OnePass:
 
     Attributes:
         rest_bytes: of those weights.
+        visits: of a prompt or picture to a block: each takes what a chunk takes besides its tokens.
+        elements: of the hidden states, all visits together, that are normed and activated.
         rest_stays: they are there already, and stay (the transformer's).
     """
 
@@ -153,6 +155,8 @@ class OnePass:
     work: Items
     ram_work: Items
     flops: float
+    visits: int
+    elements: int = 0
     rest_stays: bool = False
 
     @classmethod
@@ -168,11 +172,14 @@ class OnePass:
             (("activations", work), *spec.storage.items),
             (("encoder states", encoder_state_bytes(case)),),
             encoders.text_flops(spec, prompts=branches),
+            visits=branches * spec.num_layers,
+            elements=branches * spec.num_layers * TEXT_TOKENS * spec.d_model,
         )
 
     @classmethod
     def image(cls, case: Case, spec: ImageSpec) -> OnePass:
         """The image encoder."""
+        layers = len(spec.weights.block_bytes)
         return cls(
             "image",
             case,
@@ -181,6 +188,8 @@ class OnePass:
             (("activations", encoders.image_bytes(spec)), *spec.storage.items),
             (("encoder states", encoder_state_bytes(case)), ("picture", picture_bytes(case))),
             encoders.image_flops(spec),
+            visits=layers,
+            elements=layers * spec.tokens * spec.hidden_size,
         )
 
     def best(self, limits: Limits) -> Group | None:
@@ -195,7 +204,11 @@ class OnePass:
     def phases(self, limits: Limits) -> Iterator[PhasePlan]:
         """One shape a ring size."""
         rates, blocks = self.case.rates, self.network.choices[0]
-        compute_s = self.flops / rates.flops
+        compute_s = (
+            self.flops / rates.flops
+            + self.visits * rates.overhead_s
+            + self.elements * rates.element_s
+        )
         loaded = blocks.copied_bytes + self.rest_bytes
         for stream in all_streams(self.network, Pace(compute_s, cycles=1), rates):
             room = limits.ram_bytes - sum(count for _, count in self.ram_work)
@@ -274,8 +287,6 @@ class Tiled:
         if decoding and self.case.workload.kept:
             held = (*held, ("kept tile", KEPT_TILE_COPIES * tile_bytes(self.case, grid)))
         room = limits.ram_bytes - sum(count for _, count in held)
-        conv_s = work.flops / (rates.conv_flops or rates.flops)
-        element_s = work.elements * (rates.conv_element_s or 0.0)
         return PhasePlan(
             self.name,
             weights=((f"VAE {self.name}r", weights.rest_bytes),),
@@ -285,7 +296,7 @@ class Tiled:
             tiles=(grid.rows, grid.cols),
             read_bytes=weights.rest_bytes,
             copied_bytes=weights.rest_bytes,
-            seconds=conv_s + element_s + loading_s(weights.rest_bytes, rates),
+            seconds=work.seconds(rates) + loading_s(weights.rest_bytes, rates),
         )
 
 

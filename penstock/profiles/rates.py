@@ -29,6 +29,9 @@ class Rates:
         conv_flops: of the VAE's convolutions; None: as matrix products.
         conv_element_s: of one element that they read: its norm and activation, and its copies;
             None: ``conv_flops`` is the rate of all that the VAE does.
+        conv_pixel_s: of one pixel that they make, however many its channels: its norm, and what a
+            kernel computes beside few channels; None: not counted.
+        conv_call_s: of one convolution, however small: its operations' own; None: not counted.
         eight_bit_flops: of int8 matrix products; None: the device has none that are faster.
         fp8_flops: of fp8 matrix products; None: the device has none.
         memory_bytes_per_s: the device's own memory; decoding of weights runs at it (None: not
@@ -36,6 +39,8 @@ class Rates:
         overhead_s: of one chunk of `SMALL_CHUNK` tokens or more in one block, besides its tokens.
         tiny_overhead_s: the same of one of `TINY_CHUNK` tokens, for which products do less in vain;
             None: as of larger ones.
+        tiny_key_s: of one element of the hidden states that a chunk of `TINY_CHUNK` tokens attends
+            to: its key and value are read for few queries; None: not counted.
         element_s: of one element of the hidden states in one block: norms, rotations, activations.
         video_pixels_per_s: into H.264.
     """
@@ -46,11 +51,14 @@ class Rates:
     attention_flops: float | None = None
     conv_flops: float | None = None
     conv_element_s: float | None = None
+    conv_pixel_s: float | None = None
+    conv_call_s: float | None = None
     eight_bit_flops: float | None = None
     fp8_flops: float | None = None
     memory_bytes_per_s: float | None = None
     overhead_s: float = 2e-4
     tiny_overhead_s: float | None = None
+    tiny_key_s: float | None = None
     element_s: float = 1e-13
     video_pixels_per_s: float = 2.5e7
 
@@ -68,13 +76,19 @@ class Rates:
         """Of the matrix products of a compute path; None: the device has none of them."""
         return {"fp8": self.fp8_flops, "int8": self.eight_bit_flops}.get(path, self.flops)
 
-    def chunk_overhead_s(self, tokens: int) -> float:
-        """Seconds of a chunk besides its tokens: between two sizes, by the logarithm."""
+    def chunk_overhead_s(self, tokens: int, attended: int = 0) -> float:
+        """Seconds of a chunk besides its tokens: between two sizes, by the logarithm.
+
+        Args:
+            tokens: of the chunk.
+            attended: elements of the hidden states whose keys and values it reads.
+        """
         if self.tiny_overhead_s is None:
             return self.overhead_s
         place = math.log(max(tokens, 1) / TINY_CHUNK) / math.log(SMALL_CHUNK / TINY_CHUNK)
         share = min(1.0, max(0.0, place))
-        return share * self.overhead_s + (1 - share) * self.tiny_overhead_s
+        tiny_s = self.tiny_overhead_s + attended * (self.tiny_key_s or 0.0)
+        return share * self.overhead_s + (1 - share) * tiny_s
 
 
 def config_dir() -> Path:

@@ -85,10 +85,13 @@ _rates = st.builds(
     attention_flops=st.sampled_from([None, 1e9]),
     conv_flops=st.sampled_from([None, 1e10]),
     conv_element_s=st.sampled_from([None, 1e-9]),
+    conv_pixel_s=st.sampled_from([None, 1e-7]),
+    conv_call_s=st.sampled_from([None, 1e-4]),
     eight_bit_flops=st.sampled_from([None, 1e11]),
     fp8_flops=st.sampled_from([None, 5e10]),
     memory_bytes_per_s=st.sampled_from([None, 1e9]),
     tiny_overhead_s=st.sampled_from([None, 1e-4]),
+    tiny_key_s=st.sampled_from([None, 1e-9]),
 )
 
 machines = st.builds(

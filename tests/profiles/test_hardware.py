@@ -247,3 +247,23 @@ def test_the_overhead_of_a_chunk_is_that_of_its_size() -> None:
     ]  # fmt: skip
     assert rates.chunk_overhead_s(8) == pytest.approx(3e-3)
     assert replace(rates, tiny_overhead_s=None).chunk_overhead_s(2) == 5e-3
+
+
+def test_few_tokens_pay_for_the_keys_they_read() -> None:
+    rates = Rates(1e12, 1e9, 1e9, overhead_s=5e-3, tiny_overhead_s=1e-3, tiny_key_s=1e-6)
+    assert rates.chunk_overhead_s(2, attended=2000) == pytest.approx(3e-3)
+    assert rates.chunk_overhead_s(8, attended=2000) == pytest.approx(4e-3)
+    assert rates.chunk_overhead_s(32, attended=2000) == 5e-3
+    assert replace(rates, tiny_key_s=None).chunk_overhead_s(2, attended=2000) == 1e-3
+
+
+def test_rates_stored_before_there_were_these_terms_are_read(tmp_path) -> None:
+    path = store_rates("a", Rates(1.0, 2.0, 3.0, conv_element_s=1e-9), tmp_path)
+    kept = json.loads(path.read_text())
+    new = ("conv_pixel_s", "conv_call_s", "tiny_key_s")
+    for name in new:
+        del kept["a"][name]
+    path.write_text(json.dumps(kept))
+    found = stored_rates("a", tmp_path)
+    assert found == Rates(1.0, 2.0, 3.0, conv_element_s=1e-9)
+    assert [getattr(found, name) for name in new] == [None, None, None]

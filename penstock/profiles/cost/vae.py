@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from penstock.profiles.cost.convolution import call_bytes
 from penstock.profiles.manifest import VaeSpec
+from penstock.profiles.rates import Rates
 from penstock.profiles.tiling import (
     QUERY_CHUNK,
     DecodeTile,
@@ -133,16 +134,34 @@ class VaeWork:
     Attributes:
         flops: floating-point operations, two for each multiply-add.
         elements: read by convolutions: each was normed, activated, enlarged or joined to others.
+        pixels: made by convolutions, those that tiles do not keep included.
+        calls: convolutions.
     """
 
     flops: int
     elements: int
+    pixels: int
+    calls: int
 
     @classmethod
     def of(cls, walks: Iterable[_Walk]) -> VaeWork:
         """Of several walks, one after the other."""
         walks = list(walks)
-        return cls(sum(walk.flops for walk in walks), sum(walk.elements for walk in walks))
+        return cls(
+            sum(walk.flops for walk in walks),
+            sum(walk.elements for walk in walks),
+            sum(walk.pixels for walk in walks),
+            sum(walk.calls for walk in walks),
+        )
+
+    def seconds(self, rates: Rates) -> float:
+        """On a machine of these rates."""
+        return (
+            self.flops / (rates.conv_flops or rates.flops)
+            + self.elements * (rates.conv_element_s or 0.0)
+            + self.pixels * (rates.conv_pixel_s or 0.0)
+            + self.calls * (rates.conv_call_s or 0.0)
+        )
 
 
 def residual_work(width: int, side: int) -> VaeWork:
@@ -185,7 +204,7 @@ class _Walk:
     def __init__(self, itemsize: int, frames: int, cached: int, on_cpu: bool) -> None:
         self.itemsize, self.frames, self.cached, self.on_cpu = itemsize, frames, cached, on_cpu
         self.past = self.waiting = self.working = self.frame = 0
-        self.flops = self.elements = 0
+        self.flops = self.elements = self.pixels = self.calls = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -226,7 +245,16 @@ class _Walk:
         self.need(*live, called)
         self.flops += 2 * widths[0] * widths[1] * taps * made * self.frames
         self.elements += widths[0] * area * self.frames
+        self.pixels += made * self.frames
+        self.calls += self.frames
         return out
+
+    def rescale(self, channels: int, area: int, frames: int) -> None:
+        """Latents into the VAE's own range or out of it: one convolution of single pixels, whose
+        bytes are counted elsewhere."""
+        self.flops += 2 * channels**2 * area * frames
+        self.pixels += area * frames
+        self.calls += frames
 
     def residual(self, width_in: int, width_out: int, windows: Sequence[Window]) -> None:
         x, area_in = self.frame, _area(windows[0])
@@ -285,7 +313,7 @@ def _decode_whole(
     frames, window = latent[0], Window.whole(*latent[1:])
     walk = _Walk(itemsize, frames, _cached(frames), on_cpu)
     width, area = spec.base_dim * spec.dim_mult[-1], _area(window)
-    walk.flops += 2 * spec.z_dim**2 * area * frames
+    walk.rescale(spec.z_dim, area, frames)
     walk.remember(spec.z_dim, area)
     walk.frame = walk.convolve((spec.z_dim, width), area, area, 27)
     walk.middle(width, window)
@@ -347,7 +375,7 @@ def _encode_whole(
     walk.middle(width, window)
     walk.head(width, 2 * spec.z_dim, window, window)
     walk.need(walk.frame, walk.frame, walk.frame)
-    walk.flops += 8 * spec.z_dim**2 * area * latent[0]
+    walk.rescale(2 * spec.z_dim, area, latent[0])
     return walk
 
 

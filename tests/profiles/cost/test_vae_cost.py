@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from penstock.engine.wan.vae_decode import decode_frames, decode_tiled
 from penstock.engine.wan.vae_encode import encode_tiled, first_frame_then_zeros
-from penstock.profiles.cost.vae import decode_bytes, decode_work, encode_bytes, encode_work
+from penstock.profiles.cost.vae import (
+    VaeWork,
+    decode_bytes,
+    decode_work,
+    encode_bytes,
+    encode_work,
+)
 from penstock.profiles.manifest import VaeSpec, Weights
+from penstock.profiles.rates import Rates
 from penstock.profiles.tiling import TileGrid
 from tests.engine.wan.tiny_vae import tiny_vae
 from tests.meter import StorageMeter, allocated_peak
@@ -95,32 +103,51 @@ def test_flops_are_those_of_the_operations(case) -> None:
         assert counter.get_total_flops() == predict(spec, latent, grid).flops
 
 
-class ConvolutionInputs(TorchDispatchMode):
-    """Sums the elements that convolutions read, those of one multiply-add an element left out."""
+class Convolutions(TorchDispatchMode):
+    """Counts convolutions, the elements that they read and the pixels that they make."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.elements = 0
+        self.elements = self.pixels = self.calls = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
         if func.overloadpacket == torch.ops.aten.convolution:
             self.elements += args[0].numel()
-        return func(*args, **(kwargs or {}))
+            self.pixels += result[0, 0].numel()
+            self.calls += 1
+        return result
 
 
 @settings(max_examples=6, deadline=None)
 @given(case=cases())
-def test_elements_are_those_that_convolutions_read(case) -> None:
-    """But for the two convolutions between latents and the VAE's own range of them."""
+def test_convolutions_are_those_of_the_engine(case) -> None:
+    """All that they make and read, but for what the two read that lie between latents and the VAE's
+    own range of them."""
     spec, latent, grid, *_ = case
     vae, volume = vae_of(spec, torch.float32), latent[0] * latent[1] * latent[2]
     for run, predict, outside in (
         (run_decode, decode_work, spec.z_dim * volume),
         (run_encode, encode_work, 2 * spec.z_dim * volume),
     ):
-        with ConvolutionInputs() as counter:
+        with Convolutions() as counter:
             run(vae, spec, latent, grid, torch.float32)
-        assert counter.elements - outside == predict(spec, latent, grid).elements
+        work = predict(spec, latent, grid)
+        assert counter.elements - outside == work.elements
+        assert (counter.pixels, counter.calls) == (work.pixels, work.calls)
+
+
+def test_seconds_are_those_of_each_unit_of_work() -> None:
+    work = VaeWork(flops=5_000, elements=700, pixels=80, calls=9)
+    rates = Rates(1000.0, 1.0, 1.0)
+    assert work.seconds(rates) == 5.0
+    for name, value, more in (
+        ("conv_flops", 500.0, 5.0),
+        ("conv_element_s", 0.1, 70.0),
+        ("conv_pixel_s", 0.1, 8.0),
+        ("conv_call_s", 0.1, 0.9),
+    ):
+        assert work.seconds(replace(rates, **{name: value})) == pytest.approx(5.0 + more)
 
 
 @settings(max_examples=8, deadline=None)
@@ -166,7 +193,8 @@ def test_finer_grids_need_less_and_compute_more(predict) -> None:
     peaks = [predict(WAN, (21, 90, 160), grid, 2).device_bytes for grid in grids]
     works = [work_of(WAN, (21, 90, 160), grid) for grid in grids]
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 4
-    for counts in ([work.flops for work in works], [work.elements for work in works]):
+    for name in ("flops", "elements", "pixels", "calls"):
+        counts = [getattr(work, name) for work in works]
         assert counts == sorted(counts) and len(set(counts)) == 4
 
 

@@ -1,0 +1,94 @@
+"""Calibration: rates found in the seconds of several operations, on a clock of the test's own."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from penstock.engine import calibrate
+from penstock.engine.calibrate import Effort
+from penstock.profiles.cost.vae import VaeWork
+from penstock.profiles.rates import Rates
+
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """Seconds that operations take, as they say."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def spend(self, seconds: float) -> None:
+        self.now += seconds
+
+    @property
+    def effort(self) -> Effort:
+        return Effort(tokens=1024, copy_bytes=1, read_bytes=1, seconds=0.0, clock=self)
+
+
+def test_the_vaes_rates_are_those_of_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = Rates(
+        1.0, 1.0, 1.0,
+        conv_flops=1e11, conv_element_s=8e-9, conv_pixel_s=2e-7, conv_call_s=3e-4,
+    )  # fmt: skip
+    clock, real = Clock(), calibrate._residual
+
+    def block(width: int, side: int, *where: object) -> tuple[VaeWork, object]:
+        work, _ = real(width, side, *where)
+        return work, partial(clock.spend, work.seconds(true))
+
+    monkeypatch.setattr(calibrate, "_residual", block)
+    found = calibrate._vae(CPU, torch.float32, clock.effort)
+    assert found == {name: pytest.approx(getattr(true, name), rel=1e-3) for name in found}
+    assert len(found) == 4
+
+
+def test_few_tokens_pay_for_what_they_attend_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        clock.spend(1e-4 + k.numel() * (2e-9 + 4 * q.shape[1] / 1e11))
+
+    class Forward:
+        width, tokens = 512, 256
+
+        def __call__(self, chunk: int) -> None:
+            chunks = -(-self.tokens // chunk)
+            clock.spend(self.tokens * 1e-4 + (chunks - 1) * (1e-3 + 2e-9 * 512 * (256 + 512)))
+
+    monkeypatch.setattr(calibrate, "attention", attend)
+    monkeypatch.setattr(calibrate._Forward, "make", lambda *_: Forward())
+    found = calibrate._tiny(CPU, torch.float32, clock.effort, attention_flops=1e11)
+    assert found["tiny_key_s"] == pytest.approx(2e-9)
+    assert found["tiny_overhead_s"] == pytest.approx(1e-3)
+
+
+def test_no_seconds_are_negative() -> None:
+    """More units and fewer seconds: the second kind of work cannot be what takes them."""
+    found = calibrate._fitted([[1.0, 0.0], [1.0, 5.0]], [2.0, 1.5])
+    assert found[1] == 0.0 and 1.5 <= found[0] <= 2.0
+
+
+def test_operations_take_turns() -> None:
+    clock, order = Clock(), []
+
+    def work(name: str, seconds: float) -> None:
+        order.append(name)
+        clock.spend(seconds)
+
+    works = [partial(work, "a", 1.0), partial(work, "b", 3.0)]
+    assert calibrate._in_turns(works, CPU, clock.effort) == [1.0, 3.0]
+    assert "".join(order) == "ab" * (len(order) // 2)
+
+
+def test_every_rate_of_a_cpu_is_measured(tmp_path) -> None:
+    quick = Effort(tokens=64, copy_bytes=1 << 20, read_bytes=8 << 20, seconds=0.001)
+    found = calibrate.calibrate(CPU, tmp_path, quick)
+    absent = {name for name, value in vars(found).items() if value is None}
+    assert absent == {"eight_bit_flops", "fp8_flops"}

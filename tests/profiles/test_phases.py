@@ -1,0 +1,48 @@
+"""What a network that is visited once takes, where nothing but its arithmetic counts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from penstock.profiles.builtin import builtin
+from penstock.profiles.denoising import Denoise
+from penstock.profiles.manifest import VideoShape
+from penstock.profiles.phases import Case, OnePass, Workload
+from penstock.profiles.policy import Limits, Policy
+from penstock.profiles.rates import Rates
+
+ROOM = Limits(1 << 50, 1 << 50, None, None)
+FREE = Rates(1e30, 1e30, 1e30, overhead_s=1e-9, element_s=1e-30)
+
+
+def a_case(rates: Rates) -> Case:
+    workload = Workload(VideoShape(64, 64, 5), 1, guided=True)
+    return Case(builtin("wan2.1-i2v-14b", "bf16"), workload, rates, Policy(), "cpu")
+
+
+def seconds(name: str, rates: Rates) -> float:
+    case = a_case(rates)
+    if name == "context":
+        return next(Denoise(case)._contexts(False, ROOM)).seconds
+    image = case.manifest.image
+    assert image is not None
+    network = OnePass.text(case) if name == "text" else OnePass.image(case, image)
+    return next(network.phases(ROOM)).seconds
+
+
+@pytest.mark.parametrize(("name", "visits"), [("text", 2 * 24), ("image", 31), ("context", 2 * 40)])
+def test_each_visit_takes_what_a_chunk_takes(name: str, visits: int) -> None:
+    """Both prompts visit the layers of the text encoder and the blocks of the transformer, the
+    picture all layers of its encoder but the last."""
+    assert seconds(name, replace(FREE, overhead_s=1.0)) == pytest.approx(visits)
+
+
+@pytest.mark.parametrize(
+    ("name", "elements"),
+    [("text", 2 * 24 * 512 * 4096), ("image", 31 * 257 * 1280), ("context", 0)],
+)
+def test_elements_of_hidden_states_are_counted(name: str, elements: int) -> None:
+    found = seconds(name, replace(FREE, element_s=1e-6))
+    assert found == pytest.approx(elements * 1e-6, rel=1e-3, abs=1e-6)

@@ -84,7 +84,7 @@ class VaeRun:
 class EncodeRun:
     """Precomputed latents: several motions of every picture."""
 
-    scenes: int = 1024
+    scenes: int = 3072
     motions: int = 4
     shard: int = 16
     """Scenes per file."""

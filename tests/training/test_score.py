@@ -1,6 +1,6 @@
 """A 12-pair version of the held-out score, made by penstock itself with the model's defaults.
 
-Of 48 pairs some turns fail (training/README.md has the figures); among these twelve none does.
+Of 48 pairs three fail (training/README.md has the figures); one of these twelve is among them.
 """
 
 from __future__ import annotations

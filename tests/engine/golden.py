@@ -275,7 +275,9 @@ def _quanto_int4(tensor, layer):
         return inner, weight.dequantize().float()
 
 
-def write_gguf(path: Path, tensors, names, kind: str, architecture: str) -> dict:
+def write_gguf(
+    path: Path, tensors, names, kind: str, architecture: str, quantise=quants.quantize
+) -> dict:
     """A GGUF file as city96's converter writes it, and the values it stands for."""
     writer = GGUFWriter(path, architecture)
     writer.add_quantization_version(2)
@@ -284,7 +286,7 @@ def write_gguf(path: Path, tensors, names, kind: str, architecture: str) -> dict
         data, ggml = tensor.float().numpy(), GGMLQuantizationType[kind]
         matrix = is_block_matrix(name, tensor) or name == "shared.weight"
         if matrix and tensor.shape[1] % 32 == 0 and kind != "F16":
-            stored = quants.quantize(data, ggml)
+            stored = quantise(data, ggml)
             writer.add_tensor(names[name], stored, raw_dtype=ggml)
             values[name] = torch.from_numpy(np.array(quants.dequantize(stored, ggml)))
         elif tensor.ndim > 4:

@@ -22,7 +22,7 @@ SETTINGS = Settings(
     prompt="a red circle moves", negative_prompt="", size="32x32", frames=1, steps=2, seed=3,
     guidance_scale=1.0,
 )  # fmt: skip
-FORMATS = ("int8", "fp8", "nf4", "gguf-q4_0")
+FORMATS = ("int8", "fp8", "nf4", "gguf-q4_0", "gguf-q4_k")
 
 
 def judge(limit: float) -> Callable[[Tensor], bool]:
@@ -50,6 +50,7 @@ def rows(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Qua
         ("as stored exact", "int8 exact"),
         ("int8 exact", "fp8 exact"),
         ("fp8 exact", "nf4 exact"),
+        ("gguf-q4_k exact", "gguf-q4_0 exact"),
     ],
 )
 def test_formats_are_ordered(rows: dict[str, Quality], better: str, worse: str) -> None:

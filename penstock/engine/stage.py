@@ -17,8 +17,7 @@ from penstock.engine.events import Listener, Monitor, PhaseMonitor, Replanned
 from penstock.engine.model import Component, ModelFiles
 from penstock.engine.preview import Previewer
 from penstock.engine.recovery import MEMORY_ERRORS, Shortage, shortage
-from penstock.engine.request import GenerationRequest
-from penstock.engine.request import workload_of
+from penstock.engine.request import GenerationRequest, workload_of
 from penstock.engine.steering import Hooks
 from penstock.engine.store.keeper import Keeper
 from penstock.errors import OutOfMemory

@@ -15,9 +15,7 @@ ERRORS = {"Q6_K": 0.02, "Q5_K": 0.04, "Q4_K": 0.08}
 
 
 def read(stored: Tensor, kind: str) -> Tensor:
-    return torch.from_numpy(
-        np.array(quants.dequantize(stored.numpy(), GGMLQuantizationType[kind]))
-    )
+    return torch.from_numpy(np.array(quants.dequantize(stored.numpy(), GGMLQuantizationType[kind])))
 
 
 def relative(found: Tensor, weight: Tensor) -> float:

@@ -39,14 +39,15 @@ def a_task(engine: Engine, picture: Path, folder: Path) -> Task:
 
 
 def kill_at_failpoints(
-    engine: Engine, picture: Path, sha: str, tmp_path: Path, count: int
+    engine: Engine, picture: Path, sha: str, tmp_path: Path, count: int | None = None
 ) -> tuple[int, int]:
-    """Kill a job at ``count`` failpoints spread over its life and finish it each time.
+    """Kill a job at ``count`` failpoints spread over its life, or at all, and finish it each time.
 
     Returns:
         How many failpoints there are, and how many steps were done twice.
     """
     total = a_task(engine, picture, tmp_path / "count").attempt().failpoints
+    count = count or total
     points = sorted({1 + index * (total - 1) // (count - 1) for index in range(count)})
     redone = 0
     for at in points:

@@ -279,10 +279,15 @@ def quality(value: Any) -> str:
         )
         for row in value["rows"]
     ]
+    scored = (
+        "; score: the share of clips that show what was asked, of which one clip is "
+        f"{100 / value['clips']:.1f} points; more than two points lost are marked"
+    )
     return (
         f"Quality, model {value['model']}, {value['clips']} clip(s), against the weights as "
-        "stored: 1 - cosine of the worst matrix and of the worst block, PSNR of latents and frames "
-        f"(`benchmarks/quality.py`):\n\n{table((*headings, *(['score'] if judged else [])), rows)}"
+        "stored: 1 - cosine of the worst matrix and of the worst block, PSNR of latents and frames"
+        f"{scored if judged else ''} (`benchmarks/quality.py`):\n\n"
+        f"{table((*headings, *(['score'] if judged else [])), rows)}"
     )
 
 

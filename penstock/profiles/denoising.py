@@ -10,6 +10,7 @@ from types import MappingProxyType
 from penstock.profiles.cost import transformer
 from penstock.profiles.manifest import ComputePath, Storage, TransformerSpec
 from penstock.profiles.phases import (
+    OBJECTS,
     RESTORED,
     Case,
     Group,
@@ -279,6 +280,7 @@ class Denoise:
                 if cost.cross_kv_on_device
                 else (("cross-attention K/V", transformer.cross_kv_bytes(self.spec, cost)),)
             ),
+            OBJECTS,
         )
 
     def _host_work(self, shape: Shape) -> Items:

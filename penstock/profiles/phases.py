@@ -38,6 +38,10 @@ KEPT_TILE_COPIES = 2
 """Of a decoded tile's pixels: the file's bytes and their tensor when it is read again; saving takes
 one."""
 
+OBJECTS = ("small objects", MIB)
+"""Item of the host memory of every phase that computes: what is in no tensor of its own account,
+such as scalars, indices and Python's objects (up to 0.7 MB was seen by `benchmarks.kept`)."""
+
 TEXT_TOKENS = 512
 _SINGLE = 4  # bytes of an fp32
 
@@ -170,7 +174,7 @@ class OnePass:
             Network.of(spec.weights.block_bytes, resident=False),
             spec.weights.rest_bytes,
             (("activations", work), *spec.storage.items),
-            (("encoder states", encoder_state_bytes(case)),),
+            (("encoder states", encoder_state_bytes(case)), OBJECTS),
             encoders.text_flops(spec, prompts=branches),
             visits=branches * spec.num_layers,
             elements=branches * spec.num_layers * TEXT_TOKENS * spec.d_model,
@@ -186,7 +190,11 @@ class OnePass:
             Network.of(spec.weights.block_bytes, resident=False),
             spec.weights.rest_bytes,
             (("activations", encoders.image_bytes(spec)), *spec.storage.items),
-            (("encoder states", encoder_state_bytes(case)), ("picture", picture_bytes(case))),
+            (
+                ("encoder states", encoder_state_bytes(case)),
+                ("picture", picture_bytes(case)),
+                OBJECTS,
+            ),
             encoders.image_flops(spec),
             visits=layers,
             elements=layers * spec.tokens * spec.hidden_size,
@@ -279,10 +287,11 @@ class Tiled:
         )
         found = bytes_of(spec, latent, grid, weights.itemsize, on_cpu=self.case.device == "cpu")
         work = work_of(spec, latent, grid)
-        held = (*found.ram, ("latents", latents_bytes(self.case))) if decoding else (
+        held = (*found.ram, ("latents", latents_bytes(self.case)), OBJECTS) if decoding else (
             ("encoder states", encoder_state_bytes(self.case)),
             ("picture", picture_bytes(self.case)),
             ("condition", condition_bytes(self.case)),
+            OBJECTS,
         )  # fmt: skip
         if decoding and self.case.workload.kept:
             held = (*held, ("kept tile", KEPT_TILE_COPIES * tile_bytes(self.case, grid)))

@@ -9,12 +9,11 @@ child of one process that has the libraries loaded:
   phase; the growth is over what was resident before the run, after the same child had made the same
   video, so that the libraries' code is mapped (a fork maps none of it) and their kernels compiled;
 - ``seconds``: predicted over measured, with rates that were measured on this machine just before:
-  the medians of three calibrations. Measured is the median of three runs. Both clocks count the CPU
-  seconds of the computing thread, not the time on the wall: waiting for the processor or for
-  weights is not in them, but other programs' use of its caches and memory is. So one and the same
-  work is timed before the calibrations and after the runs: where its seconds moved by more than a
-  tenth, the machine did, and the pair of budgets is tried again; ``tries`` has the drift and the
-  ratio of every try.
+  a calibration goes before each pair of budgets, and a plan has the medians of the last three.
+  Measured is the median of three runs. Both clocks count the CPU seconds of the computing
+  thread, not the time on the wall: waiting for the processor or for weights is not in them, but
+  other programs' use of its caches and memory is. ``drift``: the seconds of one and the same small
+  work after the runs over those before the calibration, which is the machine's own.
 
 glibc's threshold for returning memory at once is fixed (``MALLOC_MMAP_THRESHOLD_``), as its own
 grows with what was freed. Linux only. The last line on stdout is JSON.
@@ -34,6 +33,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -65,8 +65,9 @@ RAM_SHARES = (0.3, 1.2)
 RUNS = 3
 """Of each plan, whose median is its seconds."""
 CALIBRATIONS = 3
-"""Before a plan, whose medians are its rates."""
-CONTROLS, STEADY, TRIES = 31, 1.1, 4
+"""The last ones, whose medians are a plan's rates."""
+CONTROLS = 31
+"""Of the small work, whose median is its seconds."""
 MALLOC = ("MALLOC_MMAP_THRESHOLD_", "65536")
 
 
@@ -192,7 +193,7 @@ def medians(found: Sequence[Rates]) -> Rates:
 
 
 def control_s() -> float:
-    """CPU seconds of one and the same work, whose drift is the machine's own."""
+    """CPU seconds of one and the same small work."""
     left, right = torch.ones(768, 768), torch.ones(768, 768)
     frame, kernel = torch.ones(1, 32, 192, 256), torch.ones(32, 32, 3, 3)
     found = []
@@ -204,41 +205,29 @@ def control_s() -> float:
     return statistics.median(found)
 
 
-def steady_row(
-    model: ModelFiles, request: GenerationRequest, machine: Hardware, folder: Path
-) -> dict[str, Any]:
-    """A pair of budgets while the machine was as fast after the runs as before the calibration; of
-    `TRIES` in vain, the one with the least drift.
-
-    Raises:
-        OverBudget: nothing fits.
-    """
-    tried: list[dict[str, Any]] = []
-    while len(tried) < TRIES and not (tried and tried[-1]["drift"] <= STEADY):
-        before = control_s()
-        rates = medians([rates_now(folder) for _ in range(CALIBRATIONS)])
-        made = plan(model.manifest, workload_of(request), replace(machine, rates=rates))
-        found = row(made, in_child(model, request, made))
-        after = control_s()
-        drift = round(max(before, after) / min(before, after), 3)
-        tried.append(found | {"drift": drift, "rates": dict(vars(rates))})
-    best = min(tried, key=lambda each: float(each["drift"]))
-    return best | {"tries": [[each["drift"], each["seconds"]] for each in tried]}
-
-
 def rows_of(
     model: ModelFiles, request: GenerationRequest, hardware: Hardware, folder: Path
 ) -> Iterator[dict[str, Any]]:
     """Every pair of budgets that has a plan."""
-    total = model.manifest.transformer.weights.total_bytes
-    least = minimum_vram_bytes(model.manifest, workload_of(request), hardware)
+    workload, total = workload_of(request), model.manifest.transformer.weights.total_bytes
+    least = minimum_vram_bytes(model.manifest, workload, hardware)
+    recent: deque[Rates] = deque((rates_now(folder) for _ in range(CALIBRATIONS)), CALIBRATIONS)
     for ram in RAM_SHARES:
         for vram in VRAM_SHARES:
-            machine = replace(hardware, vram_bytes=int(vram * least), ram_bytes=int(ram * total))
+            before = control_s()
+            recent.append(rates_now(folder))
+            rates = medians(recent)
+            machine = replace(
+                hardware, rates=rates, vram_bytes=int(vram * least), ram_bytes=int(ram * total)
+            )
             try:
-                yield steady_row(model, request, machine, folder)
+                made = plan(model.manifest, workload, machine)
             except OverBudget as error:
                 print(f"{vram} x {ram}: {error.resource} is too small", file=sys.stderr)
+                continue
+            found = row(made, in_child(model, request, made))
+            drift = round(control_s() / before, 3)
+            yield found | {"drift": drift, "rates": dict(vars(rates))}
 
 
 def main() -> None:
@@ -278,8 +267,7 @@ def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "seconds_predicted_over_measured": [
             min(r["seconds"] for r in rows), max(r["seconds"] for r in rows),
         ],
-        "tries": sum(len(each["tries"]) for each in rows),
-        "unsteady": sum(each["drift"] > STEADY for each in rows),
+        "drift": [min(r["drift"] for r in rows), max(r["drift"] for r in rows)],
         "torch": torch.__version__,
         "largest": format_bytes(max(r["rss_bytes"] for r in rows)),
         "rows": rows,

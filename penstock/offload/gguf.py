@@ -315,9 +315,10 @@ def _entry(cursor: _Cursor, info: _Info, start: int, metadata: Mapping[str, Any]
         raise cursor.error(f"type {info.kind} of {info.name!r}", expected="a known ggml type")
     tag, block, block_bytes = GGML_TYPES[info.kind]
     elements = math.prod(info.shape)
-    if (info.shape[-1] if info.shape else 1) % block:
+    row = info.shape[-1] if info.shape else 1
+    if row % block:
         raise cursor.error(
-            f"rows of {info.shape[-1]} in {info.name!r}", expected=f"a multiple of {block} ({tag})"
+            f"rows of {row} in {info.name!r}", expected=f"a multiple of {block} ({tag})"
         )
     nbytes = elements // block * block_bytes
     if start + info.offset + nbytes > cursor.size:

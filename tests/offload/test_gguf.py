@@ -180,6 +180,7 @@ DAMAGED = {
     "unknown type": (raw(tensors=[tensor(kind=4)]), "type 4"),
     "removed type": (raw(tensors=[tensor(kind=31)]), "type 31"),
     "broken block": (raw(tensors=[tensor(dims=(33,), kind=8)]), "multiple of 32"),
+    "scalar of blocks": (raw(tensors=[tensor(dims=(), kind=8)]), "rows of 1"),
     "overlap": (raw(tensors=[tensor(), tensor(name=b"u")]), "overlap"),
     "original shape": (
         raw(pairs=[pair(b"comfy.gguf.orig_shape.t", 9, struct.pack("<IQ2i", 5, 2, 3, 3))]),

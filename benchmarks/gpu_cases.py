@@ -38,8 +38,9 @@ from penstock.quant.paths import Computing, Scratch
 from penstock.quant.probe import probe, working
 from penstock.units import GIB, MIB
 
-Failure = (PenstockError, RuntimeError, OSError, ValueError, NotImplementedError)
-"""What a case may end with; anything else is a mistake in the case itself and ends its group."""
+Failure = (PenstockError, RuntimeError, OSError, ValueError, NotImplementedError, ImportError)
+"""What a case may end with (an ImportError: nf4 needs bitsandbytes); anything else is a mistake in
+the case itself and ends its group."""
 
 Case = tuple[str, Callable[[], Mapping[str, Any]]]
 
@@ -133,18 +134,17 @@ class Context:
 
 
 def write(context: Context) -> Iterator[Case]:
-    """The models, and what machine this is."""
+    """What machine this is, and the model that most groups work with."""
     yield "machine", lambda: machine(context.device)
-    for model, blocks in (("long", context.scale.blocks), ("short", context.scale.short_blocks)):
+    yield "short", lambda: written(context, "short", context.scale.short_blocks)
 
-        def work(model: str = model, blocks: int = blocks) -> dict[str, Any]:
-            started = time.perf_counter()
-            name = context.scale.name
-            folder = write_synthetic(context.folder / model, name, blocks=blocks)
-            nbytes = sum(path.stat().st_size for path in (folder / "transformer").iterdir())
-            return {"blocks": blocks, "bytes": nbytes, "s": time.perf_counter() - started}
 
-        yield model, work
+def written(context: Context, model: str, blocks: int) -> dict[str, Any]:
+    """A model of so many blocks, and how long writing it took."""
+    started = time.perf_counter()
+    folder = write_synthetic(context.folder / model, context.scale.name, blocks=blocks)
+    nbytes = sum(path.stat().st_size for path in (folder / "transformer").iterdir())
+    return {"blocks": blocks, "bytes": nbytes, "s": time.perf_counter() - started}
 
 
 # Correctness
@@ -284,7 +284,13 @@ def speeds(context: Context) -> Iterator[Case]:
             ) -> dict[str, Any]:
                 found = placed(context, size, places, 2, warmup=1)
                 resident.append(found.median_s)
-                return speed(found, count) | {"over_resident": found.median_s / resident[0]}
+                over_resident = found.median_s / resident[0]
+                return speed(found, count) | {
+                    "over_resident": over_resident,
+                    "planned_bytes": max(phase.predicted_vram_bytes for phase in found.phases),
+                    "ledger_bytes": found.peak_vram_bytes,
+                    **allocator(context.device),
+                }
 
             yield f"{size[1]}x{size[0]}x{size[2]}, {where}", work
 
@@ -311,7 +317,10 @@ def speed(found: BenchResult, blocks: int) -> dict[str, Any]:
 class Ballast:
     """A second process that holds memory of the card, so that it is really taken.
 
-    Use as a context manager; on a CPU there is nothing to hold.
+    Use as a context manager, on a card that nobody else uses; on a CPU there is nothing to hold.
+
+    Attributes:
+        own_bytes: what of the card was taken before: this process's context, and the driver's part.
     """
 
     _CODE = (
@@ -327,14 +336,16 @@ class Ballast:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._process: subprocess.Popen[str] | None = None
+        self.own_bytes = 0
 
-    def leave(self, free_bytes: int) -> int:
-        """Hold so much that ``free_bytes`` are left; returns what is held."""
+    def imitate(self, card_bytes: int) -> int:
+        """Hold so much that this process has a card of ``card_bytes``, its context included;
+        returns what is held."""
         if self._device.type != "cuda":
             return 0
         self._hold(1)
-        found, _ = torch.cuda.mem_get_info(self._device)
-        held = max(1, found - free_bytes)
+        free_bytes, _ = torch.cuda.mem_get_info(self._device)
+        held = max(1, free_bytes - (card_bytes - self.own_bytes))
         self._hold(held)
         return held
 
@@ -353,6 +364,11 @@ class Ballast:
             raise RuntimeError("the ballast process cannot hold the rest of the card")
 
     def __enter__(self) -> Ballast:
+        if self._device.type == "cuda":
+            torch.zeros(1, device=self._device)
+            torch.cuda.empty_cache()
+            free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)
+            self.own_bytes = total_bytes - free_bytes
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -363,20 +379,23 @@ class Ballast:
 
 def peaks(context: Context) -> Iterator[Case]:
     """One guided step of the large video with all blocks, under each cap."""
+    yield "writing", lambda: written(context, "long", context.scale.blocks)
     with ExitStack() as stack:
         ballast = stack.enter_context(Ballast(context.device))
         for name, cap_bytes in context.scale.caps.items():
 
             def work(cap_bytes: int = cap_bytes) -> dict[str, Any]:
-                return peak(context, ballast, cap_bytes - context.scale.reserve_bytes)
+                return peak(context, ballast, cap_bytes)
 
             yield name, work
 
 
-def peak(context: Context, ballast: Ballast, budget_bytes: int) -> dict[str, Any]:
-    """What the plan promised, what the ledger counted, what the allocator held."""
+def peak(context: Context, ballast: Ballast, card_bytes: int) -> dict[str, Any]:
+    """What the plan promised, what the ledger counted, what the allocator and the driver held."""
     context.release()
-    held = ballast.leave(budget_bytes + 64 * MIB)
+    held = ballast.imitate(card_bytes)
+    budget_bytes = card_bytes - context.scale.reserve_bytes
+    before = taken(context.device)
     with context.engine("long", vram=budget_bytes) as engine:
         request = context.request(context.scale.large, 1, guided=True)
         asked = Asked(request, 0, context.scale.name)
@@ -384,18 +403,45 @@ def peak(context: Context, ballast: Ballast, budget_bytes: int) -> dict[str, Any
     worst = max(found.phases, key=lambda phase: phase.allocator_bytes)
     allocated = worst.allocator_bytes or found.peak_vram_bytes
     planned = max(phase.predicted_vram_bytes for phase in found.phases)
+    driver = ballast.own_bytes + taken(context.device) - before
     return speed(found, context.scale.blocks) | {
+        "card_bytes": card_bytes,
         "budget_bytes": budget_bytes,
         "ballast_bytes": held,
         "planned_bytes": planned,
         "ledger_bytes": found.peak_vram_bytes,
         "allocated_bytes": allocated,
+        "driver_bytes": driver,
         "within_budget": allocated <= budget_bytes,
+        "within_card": allocated + driver <= card_bytes,
         "plan_over_allocated": planned / allocated,
         "planned_ram_bytes": max(phase.predicted_ram_bytes for phase in found.phases),
         "process_bytes": max(phase.process_bytes for phase in found.phases),
         "placement": found.placement,
         "guided": True,
+        **allocator(context.device),
+    }
+
+
+def taken(device: torch.device) -> int:
+    """Bytes of the card that are taken by anything but this process's allocator."""
+    if device.type != "cuda":
+        return 0
+    free_bytes, total_bytes = torch.cuda.mem_get_info(device)
+    return total_bytes - free_bytes - torch.cuda.memory_reserved(device)
+
+
+def allocator(device: torch.device) -> dict[str, Any]:
+    """What torch's allocator tells of the last phase: bytes of tensors at the most, as asked for
+    and as rounded, and how often it had to give cached memory back and try again."""
+    if device.type != "cuda":
+        return {}
+    stats = torch.cuda.memory_stats(device)
+    return {
+        "requested_bytes": stats["requested_bytes.all.peak"],
+        "tensor_bytes": stats["allocated_bytes.all.peak"],
+        "reserved_bytes": stats["reserved_bytes.all.peak"],
+        "alloc_retries": stats["num_alloc_retries"],
     }
 
 

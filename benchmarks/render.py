@@ -209,8 +209,14 @@ def peak_rows(groups: Any) -> Rows:
             "yes" if row["within_budget"] else "NO",
             f"{row['s_per_forward']:.1f}",
         )
-        for case, row in sorted(done(groups, "peaks"), key=lambda item: item[1]["budget_bytes"])
+        for case, row in caps(groups)
     ]
+
+
+def caps(groups: Any) -> list[tuple[str, Any]]:
+    """The cases of the peaks that imitate a card, the smallest first."""
+    cards = [(case, row) for case, row in done(groups, "peaks") if "budget_bytes" in row]
+    return sorted(cards, key=lambda item: item[1]["budget_bytes"])
 
 
 def kernel_rows(groups: Any) -> Rows:
@@ -240,7 +246,7 @@ def plots(results: Results, folder: Path) -> list[Path]:
     """s/step over VRAM of each card's peaks."""
     made = []
     for name, value in results.items():
-        rows = list(done(value["groups"], "peaks")) if name.startswith("gpu_suite") else []
+        rows = caps(value["groups"]) if name.startswith("gpu_suite") else []
         if rows:
             path = folder / f"{name}.png"
             dots = [Dot(r["allocated_bytes"] / GIB, r["s_per_forward"], cap) for cap, r in rows]

@@ -30,6 +30,7 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
     for name, work in gpu_cases.write(made):
         if name != "machine":
             assert work()["bytes"] > 100_000
+    gpu_cases.written(made, "long", made.scale.blocks)
     return made
 
 
@@ -60,8 +61,9 @@ def test_a_case_that_differs_is_seen(
 
 def test_peaks_are_held_against_plan_and_budget(context: Context, tmp_path: Path) -> None:
     found = _run("peaks", context, tmp_path / "kept.json")
-    assert list(found) == ["large", "small"]
-    for row in found.values():
+    assert list(found) == ["writing", "large", "small"]
+    assert found["writing"]["blocks"] == 4
+    for row in (found["large"], found["small"]):
         assert row["within_budget"]
         assert row["planned_bytes"] >= row["ledger_bytes"] > 0
         assert row["guided"] and row["placement"]["n_blocks"] == 4

@@ -36,6 +36,7 @@ from penstock.errors import UsageError
 from penstock.offload.allocator import allocator_capped
 from penstock.offload.layout import BlockLayout
 from penstock.offload.streamer import BlockStream, StreamStats
+from penstock.offload.tiers import release_cached
 from penstock.profiles.phases import TEXT_TOKENS
 from penstock.profiles.plan import Plan, StreamPlan
 
@@ -106,6 +107,7 @@ def measure(
         reached = links(device, max(files, key=lambda path: path.stat().st_size), sample_bytes)
         for path in files:
             forget(path)
+        release_cached(device)  # what measuring the links has left behind
         latents = _run(stage, whole=asked.whole)
     steps = watch.steps()
     return BenchResult(

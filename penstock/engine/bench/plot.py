@@ -84,6 +84,6 @@ def _round_up(value: float) -> float:
     if not value > 0:
         return 1.0
     unit = 10.0 ** math.floor(math.log10(value / _TICKS))
-    steps = (1, 2, 2.5, 5, 10)
+    steps = (1, 2, 2.5, 5, 10, 20)  # 20: of 9.9 units and more, the margin reaches beyond 10
     step = next(each * unit for each in steps if each * unit * _TICKS >= value * 1.02)
     return round(step * _TICKS, 12)

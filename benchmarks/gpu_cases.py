@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from penstock.engine.bench.machine import machine
@@ -21,7 +24,7 @@ from penstock.engine.bench.measure import Asked, MeasuredStage, measure
 from penstock.engine.bench.result import BenchResult
 from penstock.engine.bench.weights import write_synthetic
 from penstock.engine.engine import Engine
-from penstock.engine.pipeline import decode
+from penstock.engine.pipeline import decode, encode_condition
 from penstock.engine.request import GenerationRequest
 from penstock.engine.sampling import Sampling
 from penstock.errors import PenstockError
@@ -41,6 +44,9 @@ from penstock.units import GIB, MIB
 Failure = (PenstockError, RuntimeError, OSError, ValueError, NotImplementedError, ImportError)
 """What a case may end with (an ImportError: nf4 needs bitsandbytes); anything else is a mistake in
 the case itself and ends its group."""
+
+HEADROOMS = (0, 256 * MIB, 768 * MIB)
+"""Tried one after the other where the plan's own peak does not fit the card."""
 
 Case = tuple[str, Callable[[], Mapping[str, Any]]]
 
@@ -140,9 +146,12 @@ def write(context: Context) -> Iterator[Case]:
 
 
 def written(context: Context, model: str, blocks: int) -> dict[str, Any]:
-    """A model of so many blocks, and how long writing it took."""
-    started = time.perf_counter()
-    folder = write_synthetic(context.folder / model, context.scale.name, blocks=blocks)
+    """A model of so many blocks, and how long writing it took; one that is there is taken."""
+    started, folder = time.perf_counter(), context.folder / model
+    if not folder.exists():
+        beside = folder.with_name(f"{model}.new")
+        write_synthetic(beside, context.scale.name, blocks=blocks)
+        beside.rename(folder)
     nbytes = sum(path.stat().st_size for path in (folder / "transformer").iterdir())
     return {"blocks": blocks, "bytes": nbytes, "s": time.perf_counter() - started}
 
@@ -215,9 +224,14 @@ def correctness(context: Context) -> Iterator[Case]:
     disk = StreamPlan(count, 0, 0, 2, 2)
     tight = StreamPlan(count, 0, 0, 1, 1)
     mixed = StreamPlan(count, count // 4, count // 4, 2, 1)
-    expected: list[str] = []
+    resident = StreamPlan(count, count)
+
+    @cache
+    def expected() -> str:
+        return placed(context, context.scale.small, resident, 2).latents_sha256
+
     for name, places, overlapped, queue in (
-        ("resident", StreamPlan(count, count), True, None),
+        ("resident", resident, True, None),
         ("from RAM", StreamPlan(count, 0, count, 2, 0), True, None),
         ("from disk", disk, True, None),
         ("mixed", mixed, True, None),
@@ -232,10 +246,10 @@ def correctness(context: Context) -> Iterator[Case]:
         def work(
             places: StreamPlan = places, overlapped: bool = overlapped, queue: Queue | None = queue
         ) -> dict[str, Any]:
+            wanted = expected()
             with delayed(queue, context):
                 found = placed(context, context.scale.small, places, 2, overlapped=overlapped)
-            expected.append(found.latents_sha256)
-            return {"identical": found.latents_sha256 == expected[0], "s": found.median_s}
+            return {"identical": found.latents_sha256 == wanted, "s": found.median_s}
 
         yield name, work
 
@@ -269,24 +283,26 @@ def with_places(plan: Plan, places: StreamPlan) -> Plan:
 def speeds(context: Context) -> Iterator[Case]:
     """s/forward and the share of resident, at each size."""
     count = context.scale.short_blocks
+    resident = StreamPlan(count, count)
+
+    @cache
+    def forward(size: tuple[int, int, int], places: StreamPlan) -> BenchResult:
+        return placed(context, size, places, 2, warmup=1)
+
     for size in context.scale.sizes:
-        resident: list[float] = []
         for where, places in (
-            ("resident", StreamPlan(count, count)),
+            ("resident", resident),
             ("RAM", StreamPlan(count, 0, count, 2, 0)),
             ("disk", StreamPlan(count, 0, 0, 2, 2)),
         ):
 
             def work(
-                size: tuple[int, int, int] = size,
-                places: StreamPlan = places,
-                resident: list[float] = resident,
+                size: tuple[int, int, int] = size, places: StreamPlan = places
             ) -> dict[str, Any]:
-                found = placed(context, size, places, 2, warmup=1)
-                resident.append(found.median_s)
-                over_resident = found.median_s / resident[0]
+                over = forward(size, resident).median_s
+                found = forward(size, places)
                 return speed(found, count) | {
-                    "over_resident": over_resident,
+                    "over_resident": found.median_s / over,
                     "planned_bytes": max(phase.predicted_vram_bytes for phase in found.phases),
                     "ledger_bytes": found.peak_vram_bytes,
                     **allocator(context.device),
@@ -396,10 +412,7 @@ def peak(context: Context, ballast: Ballast, card_bytes: int) -> dict[str, Any]:
     held = ballast.imitate(card_bytes)
     budget_bytes = card_bytes - context.scale.reserve_bytes
     before = taken(context.device)
-    with context.engine("long", vram=budget_bytes) as engine:
-        request = context.request(context.scale.large, 1, guided=True)
-        asked = Asked(request, 0, context.scale.name)
-        found = measure(engine, asked, sample_bytes=256 * MIB)
+    found, headroom = with_headroom(context, budget_bytes)
     worst = max(found.phases, key=lambda phase: phase.allocator_bytes)
     allocated = worst.allocator_bytes or found.peak_vram_bytes
     planned = max(phase.predicted_vram_bytes for phase in found.phases)
@@ -407,6 +420,7 @@ def peak(context: Context, ballast: Ballast, card_bytes: int) -> dict[str, Any]:
     return speed(found, context.scale.blocks) | {
         "card_bytes": card_bytes,
         "budget_bytes": budget_bytes,
+        "headroom_bytes": headroom,
         "ballast_bytes": held,
         "planned_bytes": planned,
         "ledger_bytes": found.peak_vram_bytes,
@@ -421,6 +435,22 @@ def peak(context: Context, ballast: Ballast, card_bytes: int) -> dict[str, Any]:
         "guided": True,
         **allocator(context.device),
     }
+
+
+def with_headroom(context: Context, budget_bytes: int) -> tuple[BenchResult, int]:
+    """One guided step under the budget; where memory runs out all the same, what of it must be left
+    alone for that."""
+    request = context.request(context.scale.large, 1, guided=True)
+    told = ""
+    for headroom in HEADROOMS:
+        context.release()
+        try:
+            with context.engine("long", vram=budget_bytes - headroom) as engine:
+                asked = Asked(request, 0, context.scale.name)
+                return measure(engine, asked, sample_bytes=256 * MIB), headroom
+        except torch.OutOfMemoryError as error:
+            told = str(error)
+    raise RuntimeError(f"with {HEADROOMS[-1]:,} bytes left alone: {told}")
 
 
 def taken(device: torch.device) -> int:
@@ -530,23 +560,33 @@ def finish(context: Context) -> None:
 
 
 def vae(context: Context) -> Iterator[Case]:
-    """The large video decoded as an 8 GiB card would have it, and whole."""
+    """Both ways through the VAE at the large size: as the smallest card's plan has it and in fixed
+    tiles, each capped at the plan's budget, and whole."""
+    smallest = min(context.scale.caps.values()) - context.scale.reserve_bytes
     videos: list[torch.Tensor] = []
-    tiled = context.scale.tiles
-    for name, tiles in ((f"tiled {tiled}", tiled), ("whole", "1x1")):
+    for half in ("decode", "encode"):
+        for name, vram, tiles in (
+            ("smallest card", smallest, None),
+            (f"tiled {context.scale.tiles}", None, context.scale.tiles),
+            ("whole", None, "1x1"),
+        ):
 
-        def work(tiles: str = tiles) -> dict[str, Any]:
-            return decoded(context, tiles, videos)
+            def work(
+                half: str = half, vram: int | None = vram, tiles: str | None = tiles
+            ) -> dict[str, Any]:
+                return through_vae(context, half, vram, tiles, videos)
 
-        yield name, work
+            yield f"{half}, {name}", work
 
 
-def decoded(context: Context, tiles: str, videos: list[torch.Tensor]) -> dict[str, Any]:
-    """One decode of random latents; the second is compared with the first."""
-    import threading
-
+def through_vae(
+    context: Context, half: str, vram: int | None, tiles: str | None, videos: list[torch.Tensor]
+) -> dict[str, Any]:
+    """Random latents decoded, or a grey picture encoded; decoded videos are compared with the
+    first."""
     context.release()
-    with context.engine("short", tiles=tiles) as engine, torch.no_grad():
+    fixed = {} if tiles is None else {"tiles": tiles}
+    with context.engine("short", vram=vram, **fixed) as engine, torch.no_grad():
         request = context.request(context.scale.large, 1).with_seed()
         plan = engine.plan(request)
         stage = MeasuredStage(engine.run_of(request, plan), lambda event: None, threading.Event())
@@ -555,20 +595,31 @@ def decoded(context: Context, tiles: str, videos: list[torch.Tensor]) -> dict[st
             torch.cuda.reset_peak_memory_stats(context.device)
         started = time.perf_counter()
         with allocator_capped(context.device, plan.vram_limit_bytes):
-            videos.append(decode(stage, latents))
+            if half == "decode":
+                videos.append(decode(stage, latents))
+            else:
+                encode_condition(stage, Image.new("RGB", (request.width, request.height), "grey"))
         seconds = time.perf_counter() - started
-    planned, ledger = plan["decode"].vram_bytes, stage.device_ledger.peak
+    planned, ledger = plan[half].vram_bytes, stage.device_ledger.peak
     cuda = context.device.type == "cuda"
     allocated = torch.cuda.max_memory_reserved(context.device) if cuda else ledger
-    difference = (videos[-1].int() - videos[0].int()).abs()
-    return {
+    found = {
         "s": seconds,
-        "tiles": list(plan["decode"].tiles),
+        "tiles": list(plan[half].tiles),
         "planned_bytes": planned,
         "ledger_bytes": ledger,
         "allocated_bytes": allocated,
-        "largest_difference": int(difference.max()),
-        "pixels_that_differ": float((difference > 0).float().mean()),
+        **allocator(context.device),
+    }
+    return found | (difference(videos) if half == "decode" else {})
+
+
+def difference(videos: list[torch.Tensor]) -> dict[str, Any]:
+    """Of the last video from the first."""
+    levels = (videos[-1].int() - videos[0].int()).abs()
+    return {
+        "largest_difference": int(levels.max()),
+        "pixels_that_differ": float((levels > 0).float().mean()),
     }
 
 

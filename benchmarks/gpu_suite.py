@@ -1,6 +1,7 @@
 """All that a GPU has to show, in one command and under eight minutes.
 
     python -m benchmarks.gpu_suite [--out benchmarks/results] [--folder DIR] [--groups a,b]
+    python -m benchmarks.gpu_suite --missing        # what an earlier run has not come to
     python -m benchmarks.gpu_suite --dry-run        # every case at tiny shapes, on the CPU
 
 Wan2.1 I2V 14B of true shapes with random int8 weights is written to ``--folder`` (17 GB, and 4 GB
@@ -17,8 +18,10 @@ of a shorter one) and removed again. Nothing is fetched. The groups, in this ord
 - ``peers``: `benchmarks.peers` on the card.
 
 Each group is a process of its own with its share of the time; each case is written to the JSON file
-as soon as it is done, so that what is cut short keeps what it has. `benchmarks.render` turns the
-files into tables. The last line on stdout is the path of the file.
+as soon as it is done, so that what is cut short keeps what it has. ``--missing`` goes on with such a
+file: cases that it holds stay, those that failed or were skipped are tried again; ``runs`` in the
+file tells which commit did what. ``--models DIR`` keeps the models for the next call.
+`benchmarks.render` turns the files into tables. The last line on stdout is the path of the file.
 """
 
 from __future__ import annotations
@@ -31,14 +34,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_cases import GROUPS, Context, Failure, scale
+from penstock.engine.bench.machine import commit
 
 SECONDS = 470.0
 SHARES: Mapping[str, float] = {
-    "write": 90, "correctness": 60, "speeds": 100, "formats": 40, "vae": 50, "peaks": 200,
+    "write": 60, "correctness": 70, "speeds": 110, "formats": 40, "vae": 60, "peaks": 300,
     "peers": 90,
 }  # fmt: skip
 """The most that a group may take, whatever is left in all."""
@@ -52,8 +57,11 @@ def main() -> None:
         return
     path = options.out / f"gpu_suite_{slug(device_name(options.dry_run))}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=options.folder, prefix="penstock-gpu-") as folder:
-        options.folder, options.file = folder, path
+    options.file = path
+    with ExitStack() as stack:
+        if options.models is None:
+            made = tempfile.TemporaryDirectory(dir=options.folder, prefix="penstock-gpu-")
+            options.models = Path(stack.enter_context(made))
         run_all(options, Kept(path))
     print(path)
 
@@ -63,7 +71,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The GPU suite")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--folder", default=None, help="where the models are written")
+    parser.add_argument("--models", type=Path, default=None, help="where they are, or are kept")
     parser.add_argument("--groups", default=",".join(GROUPS))
+    parser.add_argument("--missing", action="store_true", help="go on with the file in --out")
+    parser.add_argument("--commit", default=None, help="where git cannot tell it")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on the CPU")
     parser.add_argument("--group", choices=list(GROUPS), default=None, help=argparse.SUPPRESS)
@@ -73,7 +84,7 @@ def parse() -> argparse.Namespace:
 
 def context_of(options: argparse.Namespace) -> Context:
     """What the cases work with."""
-    return Context(scale(dry=options.dry_run), Path(options.folder))
+    return Context(scale(dry=options.dry_run), options.models)
 
 
 def deadline(options: argparse.Namespace) -> float:
@@ -99,6 +110,11 @@ class Kept:
         self.report["groups"].setdefault(group, {})[case] = dict(found)
         self.write()
 
+    def has(self, group: str, case: str) -> bool:
+        """Whether a case has come to its end before."""
+        found = self.report["groups"].get(group, {}).get(case)
+        return found is not None and is_done(found)
+
     def note(self, **facts: Any) -> None:
         """Keep facts about the whole run."""
         self.report |= facts
@@ -112,8 +128,11 @@ class Kept:
 
 
 def run_group(group: str, context: Context, kept: Kept, until: float) -> None:
-    """All cases of a group, each kept when it is done; those after the deadline are named."""
+    """All cases of a group, each kept when it is done; those after the deadline are named, those
+    that are kept already are left."""
     for case, work in GROUPS[group](context):
+        if group != "write" and kept.has(group, case):
+            continue
         if time.monotonic() > until:
             kept.put(group, case, {"skipped": "no time was left"})
             continue
@@ -129,8 +148,11 @@ def run_group(group: str, context: Context, kept: Kept, until: float) -> None:
 def run_all(options: argparse.Namespace, kept: Kept) -> None:
     """Every group within its share of the time; a dry run does them in this process."""
     started = time.monotonic()
-    kept.report = {"benchmark": "gpu_suite", "groups": {}}
-    kept.note(dry_run=options.dry_run, complete=False)
+    if not options.missing:
+        kept.report = {"benchmark": "gpu_suite", "groups": {}}
+    run = {"commit": options.commit or commit(), "groups": options.groups}
+    runs = [*kept.report.get("runs", ()), run]
+    kept.note(dry_run=options.dry_run, complete=False, runs=runs)
     for group in ["write", *[name for name in options.groups.split(",") if name != "write"]]:
         left = options.seconds - (time.monotonic() - started)
         share = min(SHARES[group], left)
@@ -139,7 +161,8 @@ def run_all(options: argparse.Namespace, kept: Kept) -> None:
         else:
             run_child(group, options, share)
             kept.report = json.loads(options.file.read_text(encoding="utf-8"))
-    kept.note(complete=not cut_short(kept.report), seconds=round(time.monotonic() - started, 1))
+    run["seconds"] = round(time.monotonic() - started, 1)
+    kept.note(complete=not cut_short(kept.report), runs=runs)
 
 
 def run_child(group: str, options: argparse.Namespace, share: float) -> None:
@@ -149,7 +172,7 @@ def run_child(group: str, options: argparse.Namespace, share: float) -> None:
         kept.put(group, "all", {"skipped": "no time was left"})
         return
     command = [sys.executable, "-m", "benchmarks.gpu_suite", "--group", group]
-    command += ["--file", str(options.file), "--folder", str(options.folder)]
+    command += ["--file", str(options.file), "--models", str(options.models)]
     command += ["--seconds", str(0.8 * share)]
     try:
         done = subprocess.run(command, timeout=share, check=False)
@@ -162,7 +185,12 @@ def run_child(group: str, options: argparse.Namespace, share: float) -> None:
 
 def cut_short(report: Mapping[str, Any]) -> bool:
     """Whether any case was left out or did not come to its end."""
-    return any("skipped" in found or "failed" in found for found in cases(report))
+    return not all(is_done(found) for found in cases(report))
+
+
+def is_done(found: Mapping[str, Any]) -> bool:
+    """Whether a case came to its end."""
+    return "skipped" not in found and "failed" not in found
 
 
 def cases(report: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

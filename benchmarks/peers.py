@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.disk_tier import read_plain
-from penstock.engine.bench.machine import forget
+from penstock.engine.disk import forget
 
 Forward = Callable[[], Any]
 SEED = 0

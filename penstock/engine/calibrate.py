@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from penstock.engine.disk import IN_FLIGHT, read_rate
 from penstock.engine.wan import forward
 from penstock.engine.wan.attention import attention
 from penstock.engine.wan.vae_layers import Past, residual
-from penstock.offload.files import WeightFile
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.tiers import DeviceTier, HostTier, open_link
 from penstock.profiles.cost.transformer import Flops, denoise_flops
@@ -30,7 +30,7 @@ from penstock.profiles.tiling import Window
 from penstock.units import MIB
 
 _WIDTH, _HEADS, _FFN = 128, 8, 2048
-_READ_PIECE = 8 * MIB
+_WRITTEN_AT_ONCE = 8 * MIB
 _TINY_TOKENS = 256
 _NARROW = 32
 _RESIDUALS = ((16, 1), (32, 1), (64, 1), (192, 1), (16, 16), (64, 4))
@@ -359,19 +359,12 @@ def copy_rate(device: torch.device, effort: Effort) -> float:
 
 
 def _read(folder: Path | None, effort: Effort) -> float:
-    """Sequential reads of a fresh file, past the page cache where the platform allows that."""
+    """Reads of a fresh file as a stream does them: direct where the platform allows that, several
+    at a time."""
     with tempfile.TemporaryDirectory(dir=folder, prefix="penstock-doctor-") as scratch:
         path = Path(scratch) / "read"
-        block = bytes(range(256)) * (_READ_PIECE // 256)
+        block = bytes(range(256)) * (_WRITTEN_AT_ONCE // 256)
         with path.open("wb") as file:
-            for _ in range(effort.read_bytes // _READ_PIECE):
+            for _ in range(effort.read_bytes // _WRITTEN_AT_ONCE):
                 file.write(block)
-        ledger, cpu = ByteLedger("calibration", 1 << 62), torch.device("cpu")
-        with (
-            HostTier(ledger, cpu).buffers("target", [_READ_PIECE]) as (buffer,),
-            WeightFile(path, direct=True) as weights,
-        ):
-            started = time.perf_counter()
-            for offset in range(0, effort.read_bytes, _READ_PIECE):
-                weights.read_into(buffer.view, offset, on_page=True)
-            return effort.read_bytes / (time.perf_counter() - started)
+        return read_rate(path, effort.read_bytes, IN_FLIGHT)

@@ -49,7 +49,7 @@ def test_every_placement_and_delay_gives_the_same_bits(context: Context, tmp_pat
 def test_a_case_that_differs_is_seen(
     context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    digests = iter("aabaaaaaaa")
+    digests = iter("aaabaaaaaaa")  # the resident model's twice: once to compare with
 
     def wrong(*arguments: Any, **options: Any) -> Any:
         return SimpleNamespace(latents_sha256=next(digests), median_s=1.0)
@@ -67,6 +67,26 @@ def test_peaks_are_held_against_plan_and_budget(context: Context, tmp_path: Path
         assert row["within_budget"]
         assert row["planned_bytes"] >= row["ledger_bytes"] > 0
         assert row["guided"] and row["placement"]["n_blocks"] == 4
+
+
+def test_what_a_card_lacks_is_found(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest, asked = gpu_cases.measure, []
+
+    def short(engine: Any, *arguments: Any, **options: Any) -> Any:
+        asked.append(engine.hardware.vram_bytes)
+        if len(asked) < 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return honest(engine, *arguments, **options)
+
+    monkeypatch.setattr(gpu_cases, "measure", short)
+    monkeypatch.setattr(gpu_cases, "HEADROOMS", (0, 1 << 20, 2 << 20))
+    row = peak(context, gpu_cases.Ballast(context.device), 8 << 20)
+    assert row["headroom_bytes"] == 2 << 20
+    assert asked == [8 << 20, 7 << 20, 6 << 20]
+    asked.clear()
+    monkeypatch.setattr(gpu_cases, "HEADROOMS", (0,))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        peak(context, gpu_cases.Ballast(context.device), 8 << 20)
 
 
 def test_a_peak_above_the_budget_is_told(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,10 +124,17 @@ def test_formats_run_on_every_path(context: Context, tmp_path: Path) -> None:
 
 def test_tiles_change_nothing(context: Context, tmp_path: Path) -> None:
     found = _run("vae", context, tmp_path / "kept.json")
-    assert found["tiled 1x2"]["tiles"] == [1, 2]
-    assert found["whole"]["tiles"] == [1, 1]
-    assert found["whole"]["largest_difference"] <= 1
-    assert found["tiled 1x2"]["planned_bytes"] >= found["tiled 1x2"]["ledger_bytes"]
+    assert list(found) == [
+        f"{half}, {how}"
+        for half in ("decode", "encode")
+        for how in ("smallest card", "tiled 1x2", "whole")
+    ]
+    for half in ("decode", "encode"):
+        assert found[f"{half}, tiled 1x2"]["tiles"] == [1, 2]
+        assert found[f"{half}, whole"]["tiles"] == [1, 1]
+        for row in found.values():
+            assert row["planned_bytes"] >= row["ledger_bytes"] > 0
+    assert found["decode, whole"]["largest_difference"] <= 1
 
 
 def test_a_delay_is_put_before_what_its_queue_does() -> None:
@@ -174,6 +201,41 @@ def test_what_was_done_survives_an_end_in_the_middle(
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_run_goes_on_where_another_ended(
+    context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, done = tmp_path / "gpu_suite_dry_run.json", []
+
+    def told(place: int) -> Any:
+        def work() -> dict[str, Any]:
+            done.append(place)
+            if len(done) == 1:
+                raise RuntimeError("once")
+            return {"place": place}
+
+        return work
+
+    _group(monkeypatch, told(0), told(1))
+    monkeypatch.setattr(gpu_suite, "GROUPS", gpu_suite.GROUPS | {"write": lambda context: ()})
+    monkeypatch.setattr(gpu_suite, "SHARES", {"some": 9.0, "write": 9.0})
+    options = argparse.Namespace(
+        dry_run=True, missing=True, groups="some", seconds=FOREVER, models=tmp_path, file=path,
+        commit="first",
+    )  # fmt: skip
+    gpu_suite.run_all(options, Kept(path))
+    assert not json.loads(path.read_text())["complete"]
+    options.commit = "second"
+    gpu_suite.run_all(options, Kept(path))
+    kept = json.loads(path.read_text())
+    assert done == [0, 1, 0]
+    assert kept["complete"]
+    assert [run["commit"] for run in kept["runs"]] == ["first", "second"]
+    options.missing = False
+    gpu_suite.run_all(options, Kept(path))
+    assert done == [0, 1, 0, 0, 1]
+    assert len(json.loads(path.read_text())["runs"]) == 1
+
+
 def test_cases_after_the_deadline_are_named(
     context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,7 +264,7 @@ def test_a_group_whose_process_ends_badly_is_named(
         return outcome
 
     monkeypatch.setattr(gpu_suite.subprocess, "run", child)
-    options = argparse.Namespace(file=tmp_path / "kept.json", folder=tmp_path)
+    options = argparse.Namespace(file=tmp_path / "kept.json", models=tmp_path)
     run_child("peaks", options, 50)
     kept = json.loads(options.file.read_text())
     assert kept["groups"]["peaks"]["all"]["failed"] == told

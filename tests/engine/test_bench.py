@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from penstock.engine.bench import order as bench_order
 from penstock.engine.bench import weights as bench_weights
-from penstock.engine.bench.machine import machine, read_rate
+from penstock.engine.bench.machine import machine
 from penstock.engine.bench.measure import Asked, Memory, measure
 from penstock.engine.bench.order import Order, fitting_blocks, run, sweep
 from penstock.engine.bench.plot import Dot, draw
@@ -38,6 +38,7 @@ from penstock.engine.bench.weights import (
     write_synthetic,
     write_transformer,
 )
+from penstock.engine.disk import read_rate
 from penstock.engine.engine import Engine
 from penstock.engine.model import ModelFiles
 from penstock.engine.request import GenerationRequest

@@ -6,8 +6,6 @@ import os
 import platform
 import shutil
 import subprocess
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +13,12 @@ import torch
 
 from penstock.engine.bench.result import Links
 from penstock.engine.calibrate import Effort, copy_rate
+from penstock.engine.disk import IN_FLIGHT, read_rate
 from penstock.engine.report import versions
-from penstock.offload.files import WeightFile
-from penstock.offload.ledger import ByteLedger
-from penstock.offload.tiers import HostTier
 from penstock.units import MIB
 
 SAMPLE_BYTES = 1024 * MIB
 """Read from the model's file to know what the disk reaches."""
-
-IN_FLIGHT = 4
-"""Requests at a time: one does not fill an NVMe disk's queue."""
-
-_PIECE = 8 * MIB
 
 _QUERY = ("driver_version", "pcie.link.gen.max", "pcie.link.width.max", "memory.total")
 
@@ -45,7 +36,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "ram_bytes": int(psutil.virtual_memory().total),
         "cgroup_bytes": _cgroup_limit(),
         "versions": versions(),
-        "commit": _commit(),
+        "commit": commit(),
     }
     return facts | _gpu(device)
 
@@ -93,7 +84,7 @@ def _nvidia_smi(device: torch.device) -> list[str]:
     return [word.strip() for word in _output("nvidia-smi", *flags).split(",") if word.strip()]
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """Of the working tree that the package is in, with a mark where it was changed since."""
     here = ("git", "-C", str(Path(__file__).parent))
     commit = _output(*here, "rev-parse", "HEAD").strip()
@@ -126,33 +117,3 @@ def links(device: torch.device, file: Path, sample_bytes: int = SAMPLE_BYTES) ->
         plain_read_bytes_per_s=read_rate(file, nbytes, 1),
         copy_bytes_per_s=copy_rate(device, Effort.on(device)),
     )
-
-
-def read_rate(file: Path, nbytes: int, in_flight: int) -> float:
-    """Bytes a second of direct reads of the first ``nbytes``, so many requests at a time."""
-    forget(file)
-    ledger, cpu = ByteLedger("measuring", 1 << 62), torch.device("cpu")
-    with (
-        HostTier(ledger, cpu).buffers("targets", [_PIECE] * in_flight) as buffers,
-        WeightFile(file, direct=True) as weights,
-        ThreadPoolExecutor(in_flight) as pool,
-    ):
-        for buffer in buffers:  # no page is touched for the first time while the clock runs
-            buffer.tensor.zero_()
-
-        def read(which: int) -> None:
-            for offset in range(which * _PIECE, nbytes, in_flight * _PIECE):
-                view = buffers[which].view[: min(_PIECE, nbytes - offset)]
-                weights.read_into(view, offset, on_page=True)
-
-        started = time.perf_counter()
-        list(pool.map(read, range(in_flight)))
-        return nbytes / (time.perf_counter() - started)
-
-
-def forget(file: Path) -> None:
-    """Drop ``file`` from the page cache, where the platform can."""
-    if hasattr(os, "posix_fadvise"):
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-            os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penstock.engine.bench.machine import SAMPLE_BYTES, forget, links, machine
+from penstock.engine.bench.machine import SAMPLE_BYTES, links, machine
 from penstock.engine.bench.result import (
     BenchResult,
     PhaseFigures,
     Recipe,
     StepFigures,
 )
+from penstock.engine.disk import forget
 from penstock.engine.engine import Engine
 from penstock.engine.events import Event, Listener, PhaseEnded, PhaseMonitor, PhaseStarted, Progress
 from penstock.engine.pipeline import condition, decode, denoise
@@ -100,14 +101,14 @@ def measure(
     run = engine.run_of(asked.request.with_seed(), plan)
     stage = MeasuredStage(replace(run, overlapped=asked.overlapped), watch, threading.Event())
     watch.stage = stage
+    stage.prepare()
+    files = stage.model.transformer.source.raw.stamps
+    reached = links(device, max(files, key=lambda path: path.stat().st_size), sample_bytes)
+    for path in files:
+        forget(path)
+    release_cached(device)  # what measuring the links has left behind
     with allocator_capped(device, plan.vram_limit_bytes), Memory(device) as memory:
         watch.memory = memory
-        stage.prepare()
-        files = stage.model.transformer.source.raw.stamps
-        reached = links(device, max(files, key=lambda path: path.stat().st_size), sample_bytes)
-        for path in files:
-            forget(path)
-        release_cached(device)  # what measuring the links has left behind
         latents = _run(stage, whole=asked.whole)
     steps = watch.steps()
     return BenchResult(

@@ -18,8 +18,8 @@ of a shorter one) and removed again. Nothing is fetched. The groups, in this ord
 - ``peers``: `benchmarks.peers` on the card.
 
 Each group is a process of its own with its share of the time; each case is written to the JSON file
-as soon as it is done, so that what is cut short keeps what it has. ``--missing`` goes on with such a
-file: cases that it holds stay, those that failed or were skipped are tried again; ``runs`` in the
+as soon as it is done, so that what is cut short keeps what it has. ``--missing`` goes on with such
+a file: cases that it holds stay, those that failed or were skipped are tried again; ``runs`` in the
 file tells which commit did what. ``--models DIR`` keeps the models for the next call.
 `benchmarks.render` turns the files into tables. The last line on stdout is the path of the file.
 """

@@ -159,6 +159,7 @@ class Denoise:
             (
                 *transformer.context_bytes(spec, case).items,
                 *self._decoding(spec.context_storage or spec.storage),
+                *self.case.libraries(),
             ),
             (*self._host_kept(case), *self._saved(RESTORED, restored_bytes)),
             transformer.context_flops(spec, case),
@@ -227,6 +228,7 @@ class Denoise:
         work = (
             *transformer.denoise_bytes(self.spec, cost).items,
             *self._decoding(self.spec.storage),
+            *self.case.libraries(),
         )
         passes = self.case.workload.steps * -(-cost.branches // cost.visit_branches)
         return Shape(cost, work, self._compute_s(cost), passes)

@@ -42,6 +42,13 @@ OBJECTS = ("small objects", MIB)
 """Item of the host memory of every phase that computes: what is in no tensor of its own account,
 such as scalars, indices and Python's objects (up to 0.7 MB was seen by `benchmarks.kept`)."""
 
+LIBRARIES = "library workspaces"
+"""Item of the device memory of every phase on a GPU: what cuBLAS and cuDNN ask torch's allocator
+for besides operands and results, and what the allocator rounds up."""
+
+CUDA_LIBRARY_BYTES = 64 * MIB
+"""Of it, what does not depend on the phase. cuBLAS takes 32 MiB on Hopper and 8 elsewhere."""
+
 TEXT_TOKENS = 512
 _SINGLE = 4  # bytes of an fp32
 
@@ -81,6 +88,17 @@ class Case:
     def pins(self) -> bool:
         """Whether host buffers are page-locked."""
         return self.device == "cuda"
+
+    def libraries(self, convolution_bytes: int = 0) -> Items:
+        """What a GPU's libraries take in a phase.
+
+        Args:
+            convolution_bytes: operands and result of the phase's largest convolution: cuDNN lays
+                them out anew, channels last.
+        """
+        if self.device != "cuda":
+            return ()
+        return ((LIBRARIES, CUDA_LIBRARY_BYTES + convolution_bytes),)
 
     @property
     def latent(self) -> tuple[int, int, int]:
@@ -173,7 +191,7 @@ class OnePass:
             case,
             Network.of(spec.weights.block_bytes, resident=False),
             spec.weights.rest_bytes,
-            (("activations", work), *spec.storage.items),
+            (("activations", work), *spec.storage.items, *case.libraries()),
             (("encoder states", encoder_state_bytes(case)), OBJECTS),
             encoders.text_flops(spec, prompts=branches),
             visits=branches * spec.num_layers,
@@ -189,7 +207,11 @@ class OnePass:
             case,
             Network.of(spec.weights.block_bytes, resident=False),
             spec.weights.rest_bytes,
-            (("activations", encoders.image_bytes(spec)), *spec.storage.items),
+            (
+                ("activations", encoders.image_bytes(spec)),
+                *spec.storage.items,
+                *case.libraries(),
+            ),
             (
                 ("encoder states", encoder_state_bytes(case)),
                 ("picture", picture_bytes(case)),
@@ -299,7 +321,7 @@ class Tiled:
         return PhasePlan(
             self.name,
             weights=((f"VAE {self.name}r", weights.rest_bytes),),
-            work=found.device,
+            work=(*found.device, *self.case.libraries(found.convolution_bytes)),
             ram_weights=(("weights staging", staging_bytes(weights.rest_bytes, room)),),
             ram_work=held,
             tiles=(grid.rows, grid.cols),

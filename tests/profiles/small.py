@@ -15,7 +15,7 @@ from penstock.profiles.manifest import (
     VideoShape,
     Weights,
 )
-from penstock.profiles.phases import Workload
+from penstock.profiles.phases import CUDA_LIBRARY_BYTES, Workload
 from penstock.profiles.policy import Policy
 from penstock.profiles.rates import Rates
 
@@ -95,7 +95,9 @@ _rates = st.builds(
 )
 
 machines = st.builds(
-    lambda device, vram, ram, rates: Hardware(device, "a machine", vram, ram, rates),
+    lambda device, vram, ram, rates: Hardware(
+        device, "a machine", vram + (CUDA_LIBRARY_BYTES if device == "cuda" else 0), ram, rates
+    ),
     st.sampled_from(["cpu", "cuda"]),
     st.integers(6 << 20, 32 << 20),
     st.integers(16 << 20, 40 << 20),

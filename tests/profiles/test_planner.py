@@ -16,7 +16,7 @@ from penstock.profiles.cost import encoders, transformer, vae
 from penstock.profiles.denoising import EIGHT_BIT_WORKSPACE_BYTES
 from penstock.profiles.hardware import Hardware
 from penstock.profiles.manifest import ModelManifest, VideoShape
-from penstock.profiles.phases import Workload
+from penstock.profiles.phases import CUDA_LIBRARY_BYTES, Workload
 from penstock.profiles.plan import Plan
 from penstock.profiles.planner import fits, minimum_vram_bytes, plan, smaller
 from penstock.profiles.policy import Limits, Policy
@@ -163,8 +163,12 @@ def _states(model: ModelManifest, work: Workload) -> int:
     return states
 
 
+def _libraries(machine: Hardware, convolution: int = 0) -> int:
+    return CUDA_LIBRARY_BYTES + convolution if machine.device == "cuda" else 0
+
+
 def _one_pass_fits(blocks, work_bytes, rest, held, machine, stays=0) -> bool:
-    vram = work_bytes + (stays + max(blocks) if stays else max(rest, max(blocks)))
+    vram = work_bytes + _libraries(machine) + (stays + max(blocks) if stays else max(rest, max(blocks)))
     return vram <= machine.vram_bytes and held + max(max(blocks), PAGE) <= machine.ram_bytes
 
 
@@ -181,13 +185,15 @@ def _vae_fits(model, work, machine, policy, picture) -> bool:
     pixels = work.shape.width * work.shape.height
     latents, condition = 64 * volume, 80 * volume
     decode = any(
-        cost.device_bytes + model.vae.decoder.rest_bytes <= machine.vram_bytes
+        cost.device_bytes + model.vae.decoder.rest_bytes
+        <= machine.vram_bytes - _libraries(machine, cost.convolution_bytes)
         and cost.ram_bytes + latents + _kept_tile(work, latent, grid) + PAGE <= machine.ram_bytes
         for grid in grids
         for cost in (vae.decode_bytes(model.vae, latent, grid, 2, on_cpu=on_cpu),)
     )
     encode = model.transformer.in_channels == 16 or any(
-        cost.device_bytes + model.vae.encoder.rest_bytes <= machine.vram_bytes
+        cost.device_bytes + model.vae.encoder.rest_bytes
+        <= machine.vram_bytes - _libraries(machine, cost.convolution_bytes)
         and _states(model, work) + picture + condition + PAGE <= machine.ram_bytes
         for cost in (vae.encode_bytes(model.vae, latent, grid, 2, on_cpu=on_cpu) for grid in grids)
     )
@@ -229,7 +235,7 @@ def _denoise_fits(model, work, machine, policy) -> bool:
             spec.cross_block_bytes, context, 0, kept + restored, machine, spec.weights.rest_bytes
         ):
             continue
-        step = transformer.denoise_bytes(spec, case).total_bytes + decoding
+        step = transformer.denoise_bytes(spec, case).total_bytes + decoding + _libraries(machine)
         room = (
             machine.vram_bytes - step - spec.weights.rest_bytes,
             machine.ram_bytes - kept - 64 * volume * (5 if work.kept else 1),

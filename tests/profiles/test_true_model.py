@@ -26,6 +26,7 @@ from penstock.profiles import profile as profiles
 from penstock.profiles.builtin import builtin
 from penstock.profiles.cards import described
 from penstock.profiles.manifest import ModelManifest, VideoShape
+from penstock.profiles.phases import LIBRARIES
 from penstock.profiles.plan import PhasePlan, Plan
 from penstock.profiles.planner import Workload, plan
 from penstock.profiles.tiling import TileGrid
@@ -158,7 +159,8 @@ def hold(predicted: int, actual: int) -> None:
 
 
 def weight_bytes(part: PhasePlan) -> int:
-    return part.vram_bytes - part.work_bytes
+    """Weights, and what a GPU's libraries take, which no fake tensor shows."""
+    return part.vram_bytes - part.work_bytes + dict(part.work)[LIBRARIES]
 
 
 def decoding_bytes(found: Plan) -> int:

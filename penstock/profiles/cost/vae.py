@@ -3,7 +3,8 @@
 The walk mirrors `penstock.engine.wan.vae_layers`, `vae_decode` and `vae_encode` statement by
 statement: which frames are alive when the next is made. It assumes the worst moment, with every
 causal past full, and the attention kernel that stores its scores. What convolutions take for
-themselves is in it on a CPU (`penstock.profiles.cost.convolution`); on a GPU it is not.
+themselves is in it on a CPU (`penstock.profiles.cost.convolution`); on a GPU it is the largest
+convolution's, told apart.
 """
 
 from __future__ import annotations
@@ -37,10 +38,12 @@ class VaeBytes:
     Attributes:
         device: ``(label, bytes)`` in device memory.
         ram: ``(label, bytes)`` in host memory.
+        convolution_bytes: input and result of the largest convolution.
     """
 
     device: tuple[tuple[str, int], ...]
     ram: tuple[tuple[str, int], ...]
+    convolution_bytes: int
 
     @property
     def device_bytes(self) -> int:
@@ -95,6 +98,7 @@ def decode_bytes(
     return VaeBytes(
         (*items, ("latents", spec.z_dim * frames * plane)),
         (("video frames", out_frames * area * _PIXELS), ("staging", staging)),
+        max(walk.convolution for walk in (whole, *walks)),
     )
 
 
@@ -117,14 +121,16 @@ def encode_bytes(
     walks = [_encode_tile(spec, frames, tile, itemsize, on_cpu) for tile in tiles]
     largest = max(walks, key=lambda walk: walk.peak_bytes)
     candidates = [largest.items(features=frames * features)]
+    convolutions = [walk.convolution for walk in walks]
     for done in {*range(min(frames, _CACHED + 1)), frames - 1}:
         whole = _encode_whole(spec, done, latent, itemsize, on_cpu)
         modes = done + 1 + (frames if done == frames - 1 else 0)
         items = whole.items(features=(frames - 1 - done) * features)
         candidates.append((*items, ("latents", spec.z_dim * modes * plane)))
+        convolutions.append(whole.convolution)
     items = max(candidates, key=lambda found: sum(count for _, count in found))
     picture = _PIXELS * plane * spec.spatial_factor**2
-    return VaeBytes((*items, ("picture", picture)), ())
+    return VaeBytes((*items, ("picture", picture)), (), max(convolutions))
 
 
 @dataclass(frozen=True)
@@ -198,13 +204,14 @@ class _Walk:
     """One pass through layers, frame by frame: what is alive at the worst moment.
 
     ``past`` is what causal layers remember, ``waiting`` what other frames on their way hold, and
-    ``working`` the most that one layer needs besides. ``frame`` is the storage of the one in hand.
+    ``working`` the most that one layer needs besides. ``frame`` is the storage of the one in hand,
+    ``convolution`` the most that the input and the result of a convolution take.
     """
 
     def __init__(self, itemsize: int, frames: int, cached: int, on_cpu: bool) -> None:
         self.itemsize, self.frames, self.cached, self.on_cpu = itemsize, frames, cached, on_cpu
         self.past = self.waiting = self.working = self.frame = 0
-        self.flops = self.elements = self.pixels = self.calls = 0
+        self.flops = self.elements = self.pixels = self.calls = self.convolution = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -243,6 +250,7 @@ class _Walk:
         out = self.bytes(widths[1], made)
         called = call_bytes(widths, area, made, taps, self.itemsize) if self.on_cpu else out
         self.need(*live, called)
+        self.convolution = max(self.convolution, self.bytes(widths[0], area) + out)
         self.flops += 2 * widths[0] * widths[1] * taps * made * self.frames
         self.elements += widths[0] * area * self.frames
         self.pixels += made * self.frames

@@ -14,9 +14,11 @@ import torch
 from penstock.engine import pipeline
 from penstock.engine.bench.measure import Asked, measure
 from penstock.engine.bench.weights import write_synthetic
+from penstock.engine.demo import DEMO_PROMPT, MINI, demo_picture
 from penstock.engine.engine import Engine
 from penstock.engine.events import Replanned
 from penstock.engine.request import GenerationRequest
+from penstock.engine.settings import Settings, resolve
 from penstock.offload.allocator import allocator_capped
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.tiers import HostTier
@@ -131,6 +133,38 @@ def test_an_end_of_memory_is_survived_with_the_same_bits(
         again = job.result().latents
     assert sum(isinstance(event, Replanned) for event in events) == 1
     assert torch.equal(whole, again)
+
+
+def _trained(engine: Engine) -> GenerationRequest:
+    return resolve(Settings(prompt=DEMO_PROMPT, image=demo_picture(), seed=3), engine.model)
+
+
+def test_the_trained_model_makes_the_video_that_it_makes_on_a_cpu() -> None:
+    videos = []
+    for device in ("cpu", DEVICE):
+        with Engine.open(MINI, device=device) as engine:
+            video = engine.submit(_trained(engine)).result().video
+        videos.append(video.double() / 255)
+    error = (videos[0] - videos[1]).square().mean()
+    assert -10 * torch.log10(error.clamp(min=1e-12)) >= 35, "dB"
+
+
+def test_a_job_that_was_stopped_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+    with Engine.open(MINI, device=DEVICE) as engine:
+        request = _trained(engine)
+        whole = engine.submit(request).result()
+
+        def stop(step: int, latents: torch.Tensor) -> None:
+            if step == 5:
+                raise InterruptedError("made up by a test")
+
+        stopped = engine.submit(request, job_dir=tmp_path / "job", on_step=stop)
+        with pytest.raises(InterruptedError):
+            stopped.result()
+    with Engine.open(MINI, device=DEVICE) as engine:
+        again = engine.resume(tmp_path / "job").result()
+    assert torch.equal(whole.latents, again.latents)
+    assert torch.equal(whole.video, again.video)
 
 
 def test_the_machine_shows_a_sign_of_its_gpu() -> None:

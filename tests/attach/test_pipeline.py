@@ -28,10 +28,23 @@ VRAM, RAM = "48MiB", "64MiB"
 PARTS = ("transformer", "text_encoder", "vae", "image_encoder")
 
 
-def _open(folder: Path) -> Any:
+def _weights(pipe: Any) -> list[nn.Parameter]:
+    models = [model for name in PARTS if (model := getattr(pipe, name, None)) is not None]
+    return [weight for model in models for weight in model.parameters()]
+
+
+def _open(folder: Path, *, mapped: bool = False) -> Any:
+    """The pipeline, its weights in memory that torch gave, as they are wherever they were moved or
+    cast; or ``mapped``, as safetensors leaves them: where in the file its header ends.
+
+    Torch's product of a matrix and one vector (as of a timestep) may round otherwise where the
+    matrix is not on a boundary of 16 bytes: MKL on an AMD EPYC does.
+    """
     i2v = (folder / "image_encoder").is_dir()
     pipe = (WanImageToVideoPipeline if i2v else WanPipeline).from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
+    for weight in () if mapped else _weights(pipe):
+        weight.data = weight.data.clone()
     return pipe
 
 
@@ -212,6 +225,17 @@ def test_every_call_gives_the_bits_of_the_plain_pipeline(outcome: Outcome) -> No
     assert not _equal(outcome.plain["plain"], outcome.plain["embeds"])
 
 
+def test_weights_mapped_from_a_file_change_no_more_than_rounding(folders: dict[str, Path]) -> None:
+    pipe = _open(folders["i2v"], mapped=True)
+    assert any(weight.data_ptr() % 16 for weight in _weights(pipe))
+    wanted = _call(pipe)
+    with penstock.attach(pipe, vram=VRAM, ram=RAM):
+        found = _call(pipe)
+    assert (wanted - found).abs().max() <= 5e-6  # 2.2e-6 on an EPYC
+    # Nothing but where they lie was different: detached they are on boundaries too.
+    assert _equal(_call(pipe), found)
+
+
 def test_batches_are_those_of_the_plain_pipeline(outcome: Outcome) -> None:
     names = [name for name in BATCHES if name in outcome.plain]
     assert names
@@ -249,7 +273,7 @@ def test_nothing_is_held_between_calls(outcome: Outcome) -> None:
 
 def test_memory_is_back_after_detach(folders: dict[str, Path]) -> None:
     pipe = _open(folders["i2v"])
-    weights = [p for name in PARTS for p in getattr(pipe, name).parameters()]
+    weights = _weights(pipe)
     nbytes = sum(p.nbytes for p in weights)
     with StorageMeter(weights) as meter:
         handle = penstock.attach(pipe, vram=VRAM, ram=RAM)
@@ -285,8 +309,7 @@ def test_a_small_budget_is_kept_by_chunks_and_tiles(folders: dict[str, Path]) ->
 def test_a_pipeline_opened_lazily(name: str, folders: dict[str, Path]) -> None:
     plain = _open(folders[name])
     wanted = _call(plain)
-    models = [model for part in PARTS if (model := getattr(plain, part, None)) is not None]
-    nbytes = sum(p.nbytes for model in models for p in model.parameters())
+    nbytes = sum(weight.nbytes for weight in _weights(plain))
     with StorageMeter() as meter:
         pipe = penstock.load_pipeline(folders[name], vram=VRAM, ram=RAM)
         assert meter.peak < 0.1 * nbytes  # rotary tables
@@ -326,10 +349,12 @@ def test_a_lazy_transformer_never_holds_its_weights_whole(tmp_path: Path) -> Non
 @pytest.mark.parametrize(("format", "least"), [("int8", 0.999), ("fp8", 0.98)])
 def test_quantised(folders: dict[str, Path], format: str, least: float) -> None:
     pipe = _open(folders["t2v"])
-    wanted = _call(pipe, output_type="latent").flatten()
+    wanted = _call(pipe, output_type="latent").flatten().double()
     with penstock.attach(pipe, vram=VRAM, ram=RAM, format=format):
         found = _call(pipe, output_type="latent").flatten()
-    assert least <= torch.nn.functional.cosine_similarity(wanted, found, dim=0) < 0.9999999
+    assert torch.nn.functional.cosine_similarity(wanted, found.double(), dim=0) >= least
+    # 4.5e-4 and more; rounding alone, had nothing been quantised, makes some 1e-6.
+    assert (wanted - found).norm() > 1e-4 * wanted.norm()
     lazy = penstock.load_pipeline(folders["t2v"], vram=VRAM, ram=RAM, format=format)
     lazy.set_progress_bar_config(disable=True)
     assert torch.equal(_call(lazy, output_type="latent").flatten(), found)

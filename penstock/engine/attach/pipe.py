@@ -138,7 +138,9 @@ def attach(
     (and from there to RAM and VRAM, as far as the budgets reach) and come back with `detach`. In
     fp32, latents are those of the plain pipeline, bit for bit, where the budget lets all tokens go
     through a block at once; else they differ by rounding, and so may frames, whose convolutions
-    another kernel computes (3e-6 of a range of 2, measured).
+    another kernel computes (3e-6 of a range of 2, measured). That is said of weights in memory that
+    torch gave, as after a cast or a move to a GPU. Those that `from_pretrained` maps from a file
+    lie anywhere, and some CPUs' matrix products round by that (2e-6 of a range of 1, measured).
 
     Args:
         pipe: a `WanPipeline` or a `WanImageToVideoPipeline` of Wan 2.1.
@@ -185,6 +187,7 @@ def attach(
 def detach(pipe: Any) -> None:
     """Undo `attach`: the pipeline's own models, with their weights, are back in their places.
 
+    The weights are the same to the bit, in memory that torch gave, wherever they were before.
     A pipeline of `load_pipeline` has no models of its own: it gives all memory back, closes its
     files and cannot be called again.
 

@@ -89,8 +89,9 @@ def stream(
     streamed, the blocks' weights live in a pack on disk and, as far as the budgets go, in RAM and
     VRAM; the module's own copies are let go, and come back, in the same parameters, with
     :meth:`Streamed.close`. Results are those of the resident module, bit for bit, unless ``format``
-    is given. What is outside the blocks, all buffers, and weights that are used both in a block and
-    elsewhere stay on the device.
+    is given, or weights mapped from a file lie off boundaries of 16 bytes, by which some CPUs'
+    matrix products round. What is outside the blocks, all buffers, and weights that are used both
+    in a block and elsewhere stay on the device.
 
     Args:
         module: any module; its weights must be loaded.

@@ -18,15 +18,21 @@ _SMALL_ELEMENTS = 20480
 _SINGLE = 4
 
 _ALIGNMENT_BYTES = 128
-"""Around the copy of the bias."""
+"""Around each of what oneDNN keeps in its workspace: the copy of the bias, and sums."""
 
 _ROWS_BYTES, _TILES_BYTES = 4 * MIB, 128 * KIB
-"""Of 16-bit inputs, the most rows that one thread arranges for the matrix unit at a time, and the
-unit's own tiles: the most seen."""
+"""Of 16-bit inputs on a CPU with a matrix unit (AMX), the most rows that one thread arranges for it
+at a time, and the unit's own tiles: the most seen."""
+
+_MOST_PIXELS = 30
+"""Of a row that oneDNN computes at once; it rounds sums up to whole rows."""
 
 
 def call_bytes(widths: tuple[int, int], area: int, made: int, taps: int, itemsize: int) -> int:
     """The most that a convolution of one picture holds at a time, its result included.
+
+    It is that of one thread. Where there are more, oneDNN sets aside workspace for each in 16-bit
+    types; of that for sums, a thread touches only what it computes.
 
     Args:
         widths: channels of the input and of the result.
@@ -42,8 +48,21 @@ def call_bytes(widths: tuple[int, int], area: int, made: int, taps: int, itemsiz
     blocked = wide_out * made * itemsize
     if itemsize == _SINGLE:
         return max(copied, result) + blocked
-    rows = min(2 * wide_in * area * itemsize, _ROWS_BYTES) + _TILES_BYTES
-    return max(copied + rows, 2 * result) + blocked
+    workspace = max(_rows_bytes(wide_in * area * itemsize), _sums_bytes(wide_out, made, taps))
+    return max(copied + workspace, 2 * result) + blocked
+
+
+def _rows_bytes(nbytes: int) -> int:
+    """Workspace for an input of 16-bit elements on a CPU with a matrix unit."""
+    return min(2 * nbytes, _ROWS_BYTES) + _TILES_BYTES
+
+
+def _sums_bytes(wide_out: int, made: int, taps: int) -> int:
+    """Workspace on one without: where the kernel is a single pixel, oneDNN's ``jit_bf16_1x1`` takes
+    room for all of its result in fp32."""
+    if taps > 1:
+        return 0
+    return wide_out * (made + _MOST_PIXELS - 1) * _SINGLE + _ALIGNMENT_BYTES
 
 
 def _filled(channels: int) -> int:

@@ -36,6 +36,8 @@ def both(channels: tuple[int, int], side: int, kernel: int, dtype: torch.dtype) 
 )
 @example((20, 32), 32, 3, torch.float32)  # the largest that torch does itself
 @example((21, 32), 32, 3, torch.float32)
+@example((1, 49), 27, 1, torch.bfloat16)  # without a matrix unit: sums in fp32, a bias to pad
+@example((42, 67), 70, 1, torch.bfloat16)
 def test_never_more_than_predicted(channels, side, kernel, dtype) -> None:
     peak, predicted = both(channels, side, kernel, dtype)
     assert peak <= predicted

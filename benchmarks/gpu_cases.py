@@ -627,31 +627,33 @@ def difference(videos: list[torch.Tensor]) -> dict[str, Any]:
 
 
 def peers(context: Context) -> Iterator[Case]:
-    """`benchmarks.peers` in a process of its own."""
+    """`benchmarks.peers` on the card, each in a process of its own; the first writes their model."""
+    for name in CUDA_PEERS if context.device.type == "cuda" else CPU_PEERS:
+        yield name, lambda name=name: peer(context, name)  # type: ignore[misc]
 
-    def work() -> dict[str, Any]:
-        size = "x".join(map(str, context.scale.sizes[-1]))
-        command = [sys.executable, "-m", "benchmarks.peers", "--folder", str(context.folder)]
-        command += ["--device", context.scale.device, "--name", context.scale.name]
-        command += [
-            "--size",
-            size,
-            "--rounds",
-            "1",
-            "--limit-s",
-            "40",
-            "--blocks",
-            str(context.scale.short_blocks),
-        ]
-        if context.device.type != "cuda":
-            command += ["--cases", "penstock_disk,resident"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise RuntimeError(done.stderr[-300:])
-        report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return report
 
-    yield "all", work
+CPU_PEERS = ("penstock_ram", "resident")
+CUDA_PEERS = (
+    "penstock_ram", "group_offload", "resident", "penstock_disk", "group_offload_disk",
+    "accelerate_cpu", "mmgp", "model_offload",
+)  # fmt: skip
+
+
+def peer(context: Context, name: str) -> dict[str, Any]:
+    """What one of them reports: a forward at the smallest size, over the short model in bf16."""
+    size = "x".join(map(str, context.scale.sizes[-1]))
+    flags = {
+        "models": context.folder, "cases": name, "device": context.scale.device, "size": size,
+        "name": context.scale.name, "blocks": context.scale.short_blocks, "rounds": 1,
+        "limit-s": 60,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "benchmarks.peers"]
+    command += [f"--{flag}={value}" for flag, value in flags.items()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr[-300:])
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return {"size": report["size"], "model": report["model"], **report["peers"][name]}
 
 
 GROUPS: Mapping[str, Callable[[Context], Iterator[Case]]] = {

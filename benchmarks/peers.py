@@ -36,7 +36,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,12 @@ def main() -> None:
         os.environ["DIFFUSERS_VERBOSITY"] = os.environ["TRANSFORMERS_VERBOSITY"] = "error"
         print(json.dumps(play(options)))
         return
-    with tempfile.TemporaryDirectory(dir=options.folder, prefix="penstock-peers-") as folder:
-        report = measure(options, Path(folder))
+    with ExitStack() as stack:
+        folder = options.models
+        if folder is None:
+            made = tempfile.TemporaryDirectory(dir=options.folder, prefix="penstock-peers-")
+            folder = Path(stack.enter_context(made))
+        report = measure(options, folder)
     print(json.dumps(report))
 
 
@@ -64,6 +68,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="penstock beside its peers")
     parser.add_argument("--folder", default=None, help="where the files are written, twice their")
+    parser.add_argument("--models", type=Path, default=None, help="where they are, or are kept")
     parser.add_argument("--name", default="wan2.1-i2v-14b")
     parser.add_argument("--blocks", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=2, help="forwards after the first")
@@ -79,13 +84,15 @@ def parse() -> argparse.Namespace:
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Write the model, let every peer run, and set them side by side."""
     report: dict[str, Any] = {}
-    run_child(options, "write", folder)
     path = weights_file(folder)
+    if not path.exists():
+        run_child(options, "write", folder)
     found: dict[str, Any] = {}
     for name in wanted(options):
         forget(path)
         found[name] = run_child(options, name, folder)
-        found[name]["plain_s"] = timed(lambda: read_plain(path))
+        if name in FROM_DISK:
+            found[name]["plain_s"] = timed(lambda: read_plain(path))
         print(f"{name}: {json.dumps(found[name])}", flush=True)
         report = summary(options, found, path.stat().st_size)
         if options.save is not None:  # after each peer, so that a run cut short keeps what it has
@@ -514,6 +521,9 @@ def mmgp(options: argparse.Namespace, folder: Path) -> Peer:
     offload.profile({"transformer": model}, profile_no=4, quantizeTransformer=False)
     yield call(model, inputs(options)), nothing
 
+
+FROM_DISK = ("penstock_disk", "accelerate_disk", "mmap", "group_offload_disk")
+"""Peers beside which the file is read plainly, for their rates to be compared with."""
 
 ON_CUDA = ("model_offload", "group_offload", "group_offload_disk", "mmgp")
 PEERS: dict[str, Callable[[argparse.Namespace, Path], Any]] = {

@@ -165,7 +165,8 @@ def gpu_part(value: Any) -> str:
         ("speeds", ("size, weights", "s/forward", "over resident", "overlap"), speed_rows(groups)),
         ("peaks", ("card", "planned", "allocated", "within", "s/step"), peak_rows(groups)),
         ("formats", ("kernel", "ms", "TFLOP/s"), kernel_rows(groups)),
-        ("vae", ("decode", "s", "planned", "allocated", "difference"), vae_rows(groups)),
+        ("vae", ("way, tiles", "s", "planned", "allocated", "difference"), vae_rows(groups)),
+        ("peers", PEER_HEADINGS, card_peer_rows(groups)),
     ):
         if rows:
             parts.append(f"{title}:\n\n{table(headings, rows)}")
@@ -229,16 +230,35 @@ def kernel_rows(groups: Any) -> Rows:
 
 
 def vae_rows(groups: Any) -> Rows:
-    """Tiled and whole."""
+    """Both ways, tiled and whole."""
     return [
         (
-            case,
+            f"{case} ({'x'.join(map(str, row['tiles']))})",
             f"{row['s']:.1f}",
             gib(row["planned_bytes"]),
             gib(row["allocated_bytes"]),
-            f"at most {row['largest_difference']} of 255",
+            f"at most {row['largest_difference']} of 255" if "largest_difference" in row else "",
         )
         for case, row in done(groups, "vae")
+    ]
+
+
+PEER_HEADINGS = ("peer", "first forward, s", "later ones, s", "over penstock", "VRAM")
+
+
+def card_peer_rows(groups: Any) -> Rows:
+    """Others beside penstock with its blocks in RAM, on the card."""
+    rows = dict(done(groups, "peers"))
+    ours = rows.get("penstock_ram")
+    return [
+        (
+            f"{name.replace('_', ' ')} ({row['model']}, {row['size']})",
+            f"{row['first_s']:.2f}",
+            f"{row['step_s']:.2f}",
+            "" if ours is None else f"{row['step_s'] / ours['step_s']:.2f}",
+            gib(row["vram_bytes"]),
+        )
+        for name, row in rows.items()
     ]
 
 

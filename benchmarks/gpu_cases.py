@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -140,8 +141,9 @@ class Context:
 
 
 def write(context: Context) -> Iterator[Case]:
-    """What machine this is, and the model that most groups work with."""
-    yield "machine", lambda: machine(context.device)
+    """What machine this is (each run's commit is told elsewhere), and the model that most groups
+    work with."""
+    yield "machine", lambda: {k: v for k, v in machine(context.device).items() if k != "commit"}
     yield "short", lambda: written(context, "short", context.scale.short_blocks)
 
 
@@ -372,6 +374,8 @@ class Ballast:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
+                # In one piece: segments that grow by pages would take seconds.
+                env={k: v for k, v in os.environ.items() if not k.endswith("ALLOC_CONF")},
             )
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(f"{nbytes}\n")
@@ -627,7 +631,7 @@ def difference(videos: list[torch.Tensor]) -> dict[str, Any]:
 
 
 def peers(context: Context) -> Iterator[Case]:
-    """`benchmarks.peers` on the card, each in a process of its own; the first writes their model."""
+    """`benchmarks.peers`, each in a process of its own; the first writes their model."""
     for name in CUDA_PEERS if context.device.type == "cuda" else CPU_PEERS:
         yield name, lambda name=name: peer(context, name)  # type: ignore[misc]
 

@@ -105,6 +105,8 @@ class Stage:
         before."""
         plan = plan or self.plan[name]
         self._active = name
+        if self.device.type == "cuda":  # holes that the last phase has left are no use to this one
+            release_cached(self.device)
         with (
             self.monitor.phase(plan, total, unit, done) as phase,
             self.device_ledger.reserve(f"{name}: activations", plan.work_bytes),

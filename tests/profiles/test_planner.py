@@ -168,7 +168,8 @@ def _libraries(machine: Hardware, convolution: int = 0) -> int:
 
 
 def _one_pass_fits(blocks, work_bytes, rest, held, machine, stays=0) -> bool:
-    vram = work_bytes + _libraries(machine) + (stays + max(blocks) if stays else max(rest, max(blocks)))
+    vram = work_bytes + (stays + max(blocks) if stays else max(rest, max(blocks)))
+    vram += _libraries(machine)
     return vram <= machine.vram_bytes and held + max(max(blocks), PAGE) <= machine.ram_bytes
 
 

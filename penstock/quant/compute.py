@@ -91,11 +91,9 @@ class Fp8Gemm:
     def __call__(self, linear: Operands, x: Tensor) -> Tensor:
         """As `Compute`."""
         rowwise = self.rowwise and x.dtype == torch.bfloat16
-        product = _rowwise_fp8(linear) if rowwise else _unit_fp8(linear, x.device)
+        product = _rowwise_fp8(linear) if rowwise else _unit_fp8(linear)
         size = gemm_token_bytes(linear.shape, x.device.type, rowwise=rowwise)
-        return _by_tokens(
-            product, linear.shape, x, gemm_chunk(linear.shape, size, self.chunk_bytes)
-        )
+        return _by_tokens(product, linear.shape, x, size, self.chunk_bytes)
 
 
 @dataclass(frozen=True)
@@ -122,9 +120,7 @@ class Int8Gemm:
             _rescale(part, token_scale, row_scale, linear.bias, out)
 
         size = gemm_token_bytes(linear.shape, x.device.type)
-        return _by_tokens(
-            product, linear.shape, x, gemm_chunk(linear.shape, size, self.chunk_bytes)
-        )
+        return _by_tokens(product, linear.shape, x, size, self.chunk_bytes)
 
 
 def quantise_tokens(tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -173,9 +169,9 @@ def _rowwise_fp8(linear: Operands) -> _Product:
     return product
 
 
-def _unit_fp8(linear: Operands, device: torch.device) -> _Product:
+def _unit_fp8(linear: Operands) -> _Product:
     weight, row_scale = _operands(linear)
-    unit = torch.ones((), device=device)
+    unit = torch.ones((), device=weight.device)
 
     def product(tokens: Tensor, out: Tensor) -> None:
         codes, token_scale = quantise_tokens(tokens, torch.float8_e4m3fn)
@@ -206,9 +202,12 @@ def gemm_chunk(shape: Shape, token_bytes: int, chunk_bytes: int) -> int:
     return max(1, (chunk_bytes - gemm_fixed_bytes(shape)) // token_bytes)
 
 
-def _by_tokens(product: _Product, shape: Shape, x: Tensor, step: int) -> Tensor:
+def _by_tokens(
+    product: _Product, shape: Shape, x: Tensor, token_bytes: int, chunk_bytes: int
+) -> Tensor:
     tokens = x.reshape(-1, shape[1])
     out = torch.empty(len(tokens), shape[0], dtype=x.dtype, device=x.device)
+    step = gemm_chunk(shape, token_bytes, chunk_bytes)
     for start in range(0, len(tokens), step):
         product(tokens[start : start + step], out[start : start + step])
     return out.view(*x.shape[:-1], shape[0])

@@ -315,6 +315,7 @@ def test_a_gpu_casts_in_its_kernels_and_pads_a_few_tokens() -> None:
         33 * (16 + 4 * 16_000 + 8) + 8 * 16_000 + 4
     )
     assert gemm_token_bytes((16, 16_000), "cuda") == 5 * 16_000 + 8
+    assert gemm_token_bytes((16_000, 16), "cuda", rowwise=True) == 5 * 16 + 8
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@
 - `Int8Gemm`: `torch._int_mm` on int8 weights and activations scaled by token.
 
 An 8-bit product has unit scales, and its output is multiplied by the tokens' and the rows' in two
-passes. Row-wise scales inside `_scaled_mm` need none, but are not there on every architecture.
+passes. Row-wise scales inside `_scaled_mm` need none; not every architecture and system has them.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class Fp8Gemm:
     """e4m3 by e4m3; activations are divided by their token's largest magnitude / 448.
 
     ``chunk_bytes`` bounds the temporaries: tokens are taken in as many chunks as that needs.
-    ``rowwise`` leaves scales and bias of a bf16 product to `_scaled_mm`, which has no such kernel
-    for other dtypes.
+    ``rowwise`` leaves scales and bias of a bf16 product to `_scaled_mm`; not every torch that can
+    has such a kernel for other dtypes.
     """
 
     chunk_bytes: int = DEFAULT_CHUNK_BYTES

@@ -5,8 +5,8 @@
 - `Fp8Gemm`: `torch._scaled_mm` on e4m3 weights and activations scaled by token.
 - `Int8Gemm`: `torch._int_mm` on int8 weights and activations scaled by token.
 
-The 8-bit products use unit scales and multiply their output by the tokens' and the rows' scales:
-row-wise scaling inside `_scaled_mm` is not there on every architecture.
+An 8-bit product has unit scales, and its output is multiplied by the tokens' and the rows' in two
+passes. Row-wise scales inside `_scaled_mm` need none; not every architecture and system has them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from penstock.quant.format import QuantFormat
-from penstock.quant.paths import DEFAULT_CHUNK_BYTES, GEMM_MULTIPLE, Computing, Path, Scratch
+from penstock.quant.paths import (
+    DEFAULT_CHUNK_BYTES,
+    GEMM_MULTIPLE,
+    Computing,
+    Path,
+    Scratch,
+    gemm_fixed_bytes,
+    gemm_token_bytes,
+)
 from penstock.quant.plain import Plain
 from penstock.quant.rows import Shape
 from penstock.quant.scaled import E4M3_MAX, INT8_MAX, Scaled8
@@ -72,24 +80,20 @@ class Fp8Gemm:
     """e4m3 by e4m3; activations are divided by their token's largest magnitude / 448.
 
     ``chunk_bytes`` bounds the temporaries: tokens are taken in as many chunks as that needs.
+    ``rowwise`` leaves scales and bias of a bf16 product to `_scaled_mm`; not every torch that can
+    has such a kernel for other dtypes.
     """
 
     chunk_bytes: int = DEFAULT_CHUNK_BYTES
+    rowwise: bool = False
     path: Path = field(default="fp8", init=False)
 
     def __call__(self, linear: Operands, x: Tensor) -> Tensor:
         """As `Compute`."""
-        weight, scale = _operands(linear)
-        unit = torch.ones((), device=x.device)
-
-        def product(tokens: Tensor) -> tuple[Tensor, Tensor]:
-            codes, token_scale = quantise_tokens(tokens, torch.float8_e4m3fn)
-            out = torch._scaled_mm(
-                codes, weight.t(), scale_a=unit, scale_b=unit, out_dtype=torch.float32
-            )
-            return out, token_scale
-
-        return _by_tokens(product, linear, scale, x, self.chunk_bytes)
+        rowwise = self.rowwise and x.dtype == torch.bfloat16
+        product = _rowwise_fp8(linear) if rowwise else _unit_fp8(linear)
+        size = gemm_token_bytes(linear.shape, x.device.type, rowwise=rowwise)
+        return _by_tokens(product, linear.shape, x, size, self.chunk_bytes)
 
 
 @dataclass(frozen=True)
@@ -105,61 +109,108 @@ class Int8Gemm:
 
     def __call__(self, linear: Operands, x: Tensor) -> Tensor:
         """As `Compute`."""
-        weight, scale = _operands(linear)
+        weight, row_scale = _operands(linear)
 
-        def product(tokens: Tensor) -> tuple[Tensor, Tensor]:
+        def product(tokens: Tensor, out: Tensor) -> None:
             codes, token_scale = quantise_tokens(tokens, torch.int8)
             rows = len(codes)
             if codes.is_cuda and rows < _CUDA_MIN_ROWS:
                 codes = F.pad(codes, (0, 0, 0, 2 * GEMM_MULTIPLE - rows))
-            return torch._int_mm(codes, weight.t())[:rows].float(), token_scale
+            part = torch._int_mm(codes, weight.t())[:rows]
+            _rescale(part, token_scale, row_scale, linear.bias, out)
 
-        return _by_tokens(product, linear, scale, x, self.chunk_bytes)
+        size = gemm_token_bytes(linear.shape, x.device.type)
+        return _by_tokens(product, linear.shape, x, size, self.chunk_bytes)
 
 
 def quantise_tokens(tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """8-bit codes of ``tokens`` (n, features) and their fp32 scales (n, 1); ``code * scale`` is the
-    value. A token of zeros gets scale 1; one with NaN or Inf a scale that is not finite."""
+    """8-bit codes of ``tokens`` (n, features), row by row, and their fp32 scales (n, 1); ``code *
+    scale`` is the value. A token of zeros gets scale 1; one with NaN or Inf a scale that is not
+    finite."""
     norm = torch.linalg.vector_norm(tokens, torch.inf, dim=-1, keepdim=True)
-    largest = INT8_MAX if dtype == torch.int8 else E4M3_MAX
-    scale = norm.float() / largest
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    scaled = tokens.to(torch.float32, copy=True).div_(scale)
-    return (scaled.round_() if dtype == torch.int8 else scaled).to(dtype), scale
+    scale = norm.float() / (INT8_MAX if dtype == torch.int8 else E4M3_MAX)
+    scale.masked_fill_(scale == 0, 1)
+    # The quotients are fp32, and fp8 is rounded from them by the division itself.
+    codes = torch.empty(tokens.shape, dtype=dtype, device=tokens.device)
+    if dtype == torch.int8:
+        codes.copy_(torch.div(tokens, scale).round_())
+    else:
+        torch.div(tokens, scale, out=codes)
+    return codes, scale
 
 
 class _Product(Protocol):
-    def __call__(self, tokens: Tensor) -> tuple[Tensor, Tensor]: ...
+    """Multiplies ``tokens`` (n, in features) into ``out`` (n, out features)."""
+
+    def __call__(self, tokens: Tensor, out: Tensor) -> None: ...
 
 
-def _operands(linear: Operands) -> tuple[Tensor, Tensor | None]:
+def _operands(linear: Operands) -> tuple[Tensor, Tensor]:
+    """The 8-bit weight and its rows' scales: fp32, contiguous, (1, rows)."""
     if not isinstance(linear.format, Scaled8):
         raise TypeError(f"{linear.format.name} has no 8-bit operands")
-    return linear.format.operands(linear.tensors)
+    weight, scale = linear.format.operands(linear.tensors)
+    if scale is None:
+        scale = torch.ones(1, 1, device=weight.device)
+    return weight, scale.float().reshape(1, -1).expand(1, len(weight)).contiguous()
 
 
-def gemm_chunk_rows(shape: Shape, chunk_bytes: int) -> int:
-    """Tokens whose temporaries fit ``chunk_bytes``, at least one: fp32 and 8-bit tokens, the 32-bit
-    product and its fp32 copy."""
-    rows, columns = shape
-    return max(1, chunk_bytes // (5 * columns + 8 * rows))
+def _rowwise_fp8(linear: Operands) -> _Product:
+    weight, row_scale = _operands(linear)
+
+    def product(tokens: Tensor, out: Tensor) -> None:
+        codes, scale = quantise_tokens(tokens, torch.float8_e4m3fn)
+        bias = None if linear.bias is None else linear.bias.to(out.dtype)
+        torch._scaled_mm(
+            codes, weight.t(), scale_a=scale, scale_b=row_scale,
+            bias=bias, out_dtype=out.dtype, out=out,
+        )  # fmt: skip
+
+    return product
+
+
+def _unit_fp8(linear: Operands) -> _Product:
+    weight, row_scale = _operands(linear)
+    unit = torch.ones((), device=weight.device)
+
+    def product(tokens: Tensor, out: Tensor) -> None:
+        codes, token_scale = quantise_tokens(tokens, torch.float8_e4m3fn)
+        part = torch._scaled_mm(
+            codes, weight.t(), scale_a=unit, scale_b=unit, out_dtype=torch.float32
+        )
+        _rescale(part, token_scale, row_scale, linear.bias, out)
+
+    return product
+
+
+def _rescale(
+    part: Tensor, token_scale: Tensor, row_scale: Tensor, bias: Tensor | None, out: Tensor
+) -> None:
+    """The 32-bit ``part``, scaled in fp32 and rounded into ``out`` once: two passes over memory.
+
+    The first writes where it reads (int32 and fp32 are of one size), so ``part`` is lost.
+    """
+    scaled = torch.mul(part, token_scale, out=part.view(torch.float32))
+    if bias is None:
+        torch.mul(scaled, row_scale, out=out)
+    else:
+        torch.addcmul(bias, scaled, row_scale, out=out)
+
+
+def gemm_chunk(shape: Shape, token_bytes: int, chunk_bytes: int) -> int:
+    """Tokens whose temporaries, of ``token_bytes`` each, fit ``chunk_bytes``; at least one."""
+    return max(1, (chunk_bytes - gemm_fixed_bytes(shape)) // token_bytes)
 
 
 def _by_tokens(
-    product: _Product, linear: Operands, scale: Tensor | None, x: Tensor, chunk_bytes: int
+    product: _Product, shape: Shape, x: Tensor, token_bytes: int, chunk_bytes: int
 ) -> Tensor:
-    tokens = x.reshape(-1, linear.shape[1])
-    out = torch.empty(len(tokens), linear.shape[0], dtype=x.dtype, device=x.device)
-    step = gemm_chunk_rows(linear.shape, chunk_bytes)
+    tokens = x.reshape(-1, shape[1])
+    out = torch.empty(len(tokens), shape[0], dtype=x.dtype, device=x.device)
+    step = gemm_chunk(shape, token_bytes, chunk_bytes)
     for start in range(0, len(tokens), step):
-        part, token_scale = product(tokens[start : start + step])
-        part.mul_(token_scale)
-        if scale is not None:
-            part.mul_(scale.reshape(1, -1))
-        if linear.bias is not None:
-            part.add_(linear.bias)
-        out[start : start + step] = part
-    return out.view(*x.shape[:-1], linear.shape[0])
+        product(tokens[start : start + step], out[start : start + step])
+    return out.view(*x.shape[:-1], shape[0])
 
 
 def strategy_for(computing: Computing, fmt: QuantFormat, shape: Shape) -> Compute:
@@ -167,4 +218,6 @@ def strategy_for(computing: Computing, fmt: QuantFormat, shape: Shape) -> Comput
     path = computing.path_for(fmt, shape)
     if path == "dequant":
         return Dequant(computing.scratch)
-    return (Fp8Gemm if path == "fp8" else Int8Gemm)(computing.chunk_bytes)
+    if path == "int8":
+        return Int8Gemm(computing.chunk_bytes)
+    return Fp8Gemm(computing.chunk_bytes, "fp8-rowwise" in computing.working)

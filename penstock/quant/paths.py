@@ -15,7 +15,7 @@ from penstock.errors import LedgerOverflow
 from penstock.quant.format import QuantFormat
 from penstock.quant.plain import Plain
 from penstock.quant.rows import ITEM_BYTES, Shape
-from penstock.quant.scaled import Gemm, Scaled8
+from penstock.quant.scaled import Scaled8
 from penstock.units import MIB
 
 if TYPE_CHECKING:
@@ -25,10 +25,17 @@ if TYPE_CHECKING:
 Path: TypeAlias = Literal["dequant", "fp8", "int8"]
 Mode: TypeAlias = Literal["exact", "fast"]
 
+Kernel: TypeAlias = Literal["fp8", "fp8-rowwise", "int8"]
+"""An 8-bit product that a device may have. "fp8-rowwise" takes the scales of tokens and rows, and
+the bias, and writes bf16: it makes the path "fp8" faster where that works."""
+
 DEFAULT_CHUNK_BYTES = 128 * MIB
 
 GEMM_MULTIPLE = 16
 """What both sides of an 8-bit product's weight must be a multiple of."""
+
+_MOST_PADDED = 2 * GEMM_MULTIPLE + 1
+"""Tokens whose bytes a single one may take on a GPU: its own, and those it is padded to."""
 
 
 class Scratch:
@@ -98,12 +105,12 @@ class Computing:
     8 bits where the format allows it and the device has shown that it can.
 
     Attributes:
-        working: 8-bit paths that `penstock.quant.probe` found to work on the device.
+        working: 8-bit products that `penstock.quant.probe` found to work on the device.
     """
 
     scratch: Scratch
     mode: Mode = "exact"
-    working: frozenset[Gemm] = frozenset()
+    working: frozenset[Kernel] = frozenset()
     chunk_bytes: int = DEFAULT_CHUNK_BYTES
 
     def path_for(self, fmt: QuantFormat, shape: Shape) -> Path:
@@ -118,7 +125,27 @@ class Computing:
         """Most bytes that one linear allocates beside scratch and output, for any token count."""
         if self.path_for(fmt, shape) == "dequant":
             return fmt.workspace_bytes(shape, self.scratch.device_type)
-        return max(self.chunk_bytes, 5 * shape[1] + 8 * shape[0])
+        device = self.scratch.device_type
+        least = gemm_token_bytes(shape, device) * (1 if device == "cpu" else _MOST_PADDED)
+        return max(self.chunk_bytes, gemm_fixed_bytes(shape) + least)
+
+
+def gemm_fixed_bytes(shape: Shape) -> int:
+    """What an 8-bit product makes once a linear: the rows' scales and the bias in fp32, a unit."""
+    return 8 * shape[0] + 4
+
+
+def gemm_token_bytes(shape: Shape, device: str, *, rowwise: bool = False) -> int:
+    """Most bytes that a token takes in an 8-bit product on a ``device`` of that type.
+
+    First its codes, the quotients in fp32 that they are rounded from, its norm and its scale; then
+    the codes, the scale and the 32-bit product, which is scaled in place. A CPU casts what it
+    reads or writes in a copy beside. A ``rowwise`` product lies in the output.
+    """
+    rows, columns = shape
+    fp32 = 8 if device == "cpu" else 4
+    codes = columns + 8
+    return codes + fp32 * (columns if rowwise else max(columns, rows))
 
 
 def scratch_bytes(weights: Iterable[tuple[QuantFormat, Shape]], compute_dtype: str) -> int:

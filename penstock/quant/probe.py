@@ -12,10 +12,20 @@ from torch.nn import functional as F
 
 from penstock.quant.compute import Compute, Fp8Gemm, Int8Gemm, Operands
 from penstock.quant.format import get_format
+from penstock.quant.paths import Kernel
 from penstock.quant.scaled import Gemm
 
 MIN_COSINE: Mapping[Gemm, float] = MappingProxyType({"fp8": 0.998, "int8": 0.9995})
 """Cosine to the fp32 product, in the worst output row; a right kernel reaches 0.9989 and 0.9999."""
+
+PATHS: Mapping[Kernel, tuple[Gemm, Compute]] = MappingProxyType(
+    {
+        "fp8": ("fp8", Fp8Gemm()),
+        "fp8-rowwise": ("fp8", Fp8Gemm(rowwise=True)),
+        "int8": ("int8", Int8Gemm()),
+    }
+)
+"""For each product the format whose weight it is tried on, and how it computes."""
 
 _TOKENS, _COLUMNS, _ROWS = 48, 256, 64
 
@@ -39,37 +49,38 @@ _NO_CPU_FP8 = PathReport(
 )
 
 
-def probe(
-    device: torch.device | str, dtype: torch.dtype = torch.bfloat16
-) -> dict[Gemm, PathReport]:
-    """Tries each 8-bit path on ``device``; dequantising always works and is not listed."""
+def probe(device: torch.device | str) -> dict[Kernel, PathReport]:
+    """Tries each 8-bit product on ``device``, in bf16; dequantising always works and is not
+    listed."""
     device = torch.device(device)
-    paths: dict[Gemm, Compute] = {"fp8": Fp8Gemm(), "int8": Int8Gemm()}
     return {
-        name: _NO_CPU_FP8
+        kernel: _NO_CPU_FP8
         if (name, device.type) == ("fp8", "cpu")
-        else try_path(name, path, device, dtype)
-        for name, path in paths.items()
+        else try_path(name, path, device, torch.bfloat16)
+        for kernel, (name, path) in PATHS.items()
     }
 
 
-def working(reports: Mapping[Gemm, PathReport]) -> frozenset[Gemm]:
-    """The paths that work, as `Computing` wants them."""
+def working(reports: Mapping[Kernel, PathReport]) -> frozenset[Kernel]:
+    """The products that work, as `Computing` wants them."""
     return frozenset(name for name, report in reports.items() if report.works)
 
 
 def try_path(name: Gemm, path: Compute, device: torch.device, dtype: torch.dtype) -> PathReport:
     """Runs ``path`` on Gaussian tokens and a weight of the format ``name`` whose rows are of very
-    unlike size, and compares with the fp32 product of the weight before quantising."""
+    unlike size, with a bias as large as its products, and compares with the fp32 product of the
+    weight before quantising."""
     fmt = get_format(name)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(_ROWS, _COLUMNS, generator=generator)
-    weight *= torch.logspace(-3, 0, _ROWS)[:, None]
+    size = torch.logspace(-3, 0, _ROWS)
+    weight *= size[:, None]
     x = torch.randn(_TOKENS, _COLUMNS, generator=generator).to(device, dtype)
+    bias = (torch.randn(_ROWS, generator=generator) * size * _COLUMNS**0.5).to(device, dtype)
     tensors = {suffix: each.to(device) for suffix, each in fmt.quantise(weight).items()}
     try:
-        found = path(Operands(fmt, (_ROWS, _COLUMNS), tensors, None), x)
-        found = found.float().cpu()
+        found = path(Operands(fmt, (_ROWS, _COLUMNS), tensors, bias), x)
+        found = (found.float() - bias.float()).cpu()
     except (RuntimeError, ValueError) as refusal:
         return PathReport(False, None, str(refusal).partition("\n")[0])
     return _verdict(name, found, F.linear(x.float().cpu(), weight))

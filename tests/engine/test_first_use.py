@@ -31,6 +31,7 @@ from penstock.errors import (
     UsageError,
 )
 from penstock.quant.paths import Computing
+from penstock.quant.probe import PathReport
 from tests.engine import golden
 from tests.engine.test_budget import _host_buffers_apart, _in_ram, _meter, _run
 from tests.engine.test_scratch import REQUEST as LEAST
@@ -273,6 +274,24 @@ def test_where_no_8_bit_product_works_weights_are_decoded(
         found = engine.submit(REQUEST).result()
     assert torch.equal(found.latents, expected)
     assert any("not here, weights are decoded (no such kernel)" in t for t in found.report.notices)
+
+
+@pytest.mark.parametrize(
+    ("rowwise", "told"),
+    [
+        (PathReport(True, 0.999, ""), "they work here"),
+        (
+            PathReport(False, None, "sm120"),
+            "they work here, scaled in passes of their own (sm120)",
+        ),
+    ],
+)
+def test_how_fp8_is_scaled_is_told(rowwise: PathReport, told: str) -> None:
+    works, refused = PathReport(True, 0.999, ""), PathReport(False, None, "no kernel")
+    assert variants.told_of({"fp8": works, "fp8-rowwise": rowwise, "int8": refused}) == (
+        f"8-bit products in fp8: {told}",
+        "8-bit products in int8: not here, weights are decoded (no kernel)",
+    )
 
 
 @pytest.mark.parametrize("wanted", ["int8", "fp8"])

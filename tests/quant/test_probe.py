@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from penstock.quant.compute import Fp8Gemm, Int8Gemm, Operands
-from penstock.quant.probe import MIN_COSINE, probe, try_path, working
+from penstock.quant.probe import MIN_COSINE, PATHS, probe, try_path, working
 from penstock.quant.scaled import Gemm
 
 CPU = torch.device("cpu")
@@ -19,10 +20,10 @@ CPU = torch.device("cpu")
 
 def test_a_cpu_multiplies_in_int8_and_not_in_fp8_which_torch_does_one_by_one() -> None:
     reports = probe("cpu")
-    assert working(reports) == {"int8"}
+    assert set(reports) == {"fp8", "fp8-rowwise", "int8"} and working(reports) == {"int8"}
     int8, fp8 = reports["int8"], reports["fp8"]
     assert int8.cosine is not None and int8.cosine >= MIN_COSINE["int8"] and not int8.reason
-    assert "one by one" in fp8.reason
+    assert "one by one" in fp8.reason and reports["fp8-rowwise"] == fp8
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Wrong:
             return out / linear.tensors["weight_scale"].flatten() * torch.randn(len(out), 1)
         elif self.fault == "one row":
             out[:, 0] = out[:, 0].flip(0)
+        elif self.fault == "no bias":
+            return Int8Gemm()(replace(linear, bias=None), x)
         elif self.fault == "refuses":
             raise RuntimeError("not supported on this architecture\nat file.cpp")
         return out
@@ -51,6 +54,7 @@ class Wrong:
         ("nan", "not finite"),
         ("one scale for all rows", "cosine"),
         ("one row", "cosine"),
+        ("no bias", "cosine"),
         ("refuses", "not supported on this architecture"),
     ],
 )
@@ -63,6 +67,25 @@ def test_a_wrong_kernel_is_found(fault: str, reason: str) -> None:
 def test_the_right_kernel_passes_where_the_wrong_ones_fail() -> None:
     assert try_path("int8", Wrong("none"), CPU, torch.bfloat16).works
     assert try_path("fp8", Fp8Gemm(), CPU, torch.float32).works
+    assert try_path("fp8", Fp8Gemm(rowwise=True), CPU, torch.bfloat16).works
+
+
+def test_a_device_without_row_wise_scales_has_the_product_with_unit_scales(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kernel = torch._scaled_mm
+
+    def old(*operands: Tensor, scale_a: Tensor, **others: Any) -> Tensor:
+        if scale_a.numel() > 1:
+            raise RuntimeError("no row-wise scales here")
+        return kernel(*operands, scale_a=scale_a, **others)
+
+    monkeypatch.setattr(torch, "_scaled_mm", old)
+    reports = {
+        kernel: try_path(name, path, CPU, torch.bfloat16) for kernel, (name, path) in PATHS.items()
+    }
+    assert working(reports) == {"fp8", "int8"}
+    assert reports["fp8-rowwise"].reason == "no row-wise scales here"
 
 
 def test_importing_asks_no_device_and_loads_no_quantisation_library() -> None:

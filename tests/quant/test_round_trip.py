@@ -12,8 +12,10 @@ from penstock.errors import CheckpointError, UsageError
 from penstock.quant.format import FORMATS, QuantFormat, get_format
 from penstock.quant.rows import ITEM_BYTES
 from penstock.quant.scaled import Scaled8
+from penstock.quant.values import scaled
 from penstock.quant.values.tensors import DTYPES, dtype_tag
 from tests.meter import StorageMeter
+from tests.quant.calls import Calls
 from tests.quant.weights import outlier_weight, relative_rms, small_weight, storage_bytes
 
 WRITABLE = [name for name in FORMATS if not name.startswith("gguf") or name == "gguf-q8_0"]
@@ -191,6 +193,25 @@ def test_int8_is_rounded_once_whatever_the_dtypes(scale_tag: str, dtype: torch.d
     expected = (weight.double() * scale.double()).to(torch.float32).to(dtype)
     found = fmt.dequantise({"weight": weight, "weight_scale": scale}, shape_of(weight), dtype)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", ["int8", "quanto-int8", "fp8", "quanto-fp8"])
+def test_a_device_decodes_at_once_to_the_same_bits(name: str, dtype: torch.dtype) -> None:
+    fmt = FORMATS[name]
+    assert isinstance(fmt, Scaled8)
+    stored = fmt.quantise(small_weight(dtype=torch.bfloat16))
+    found = scaled._at_once(*fmt.operands(stored), torch.empty(48, 256, dtype=dtype))
+    assert torch.equal(found, fmt.dequantise(stored, (48, 256), dtype))
+
+
+def test_int8_is_decoded_on_a_device_in_one_pass() -> None:
+    weight = torch.empty(48, 256, dtype=torch.int8, device="meta")
+    stored = {"weight": weight, "weight_scale": torch.empty(48, 1, device="meta")}
+    out = torch.empty(48, 256, dtype=torch.bfloat16, device="meta")
+    with Calls() as calls:
+        assert get_format("int8").dequantise(stored, (48, 256), torch.bfloat16, out) is out
+    assert calls.names == ["mul.out"]
 
 
 def test_a_value_too_large_for_fp16_is_refused() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,11 +18,13 @@ from penstock.profiles.manifest import ModelManifest
 from penstock.profiles.phases import Workload
 from penstock.profiles.plan import Plan
 from penstock.profiles.profile import Chosen
-from penstock.quant.paths import Computing, Mode, Scratch
+from penstock.quant.paths import Computing, Kernel, Mode, Scratch
 from penstock.units import format_bytes
 
 if TYPE_CHECKING:
     from penstock.engine.stage import Stage
+    from penstock.quant.probe import PathReport
+    from penstock.quant.scaled import Gemm
 
 _PLAIN = ("bf16", "fp16", "fp32")
 
@@ -35,12 +37,20 @@ def computing_on(device: str, mode: Mode) -> tuple[Computing, tuple[str, ...]]:
     from penstock.quant.probe import probe, working
 
     reports = probe(device)
-    told = tuple(
-        f"8-bit products in {name}: "
-        + ("they work here" if report.works else f"not here, weights are decoded ({report.reason})")
-        for name, report in reports.items()
-    )
-    return Computing(Scratch(0, device), mode, working(reports)), told
+    return Computing(Scratch(0, device), mode, working(reports)), told_of(reports)
+
+
+def told_of(reports: Mapping[Kernel, PathReport]) -> tuple[str, ...]:
+    """What is said of each path in 8 bits, as it was found on the device."""
+    rowwise = reports["fp8-rowwise"]
+    slower = "" if rowwise.works else f", scaled in passes of their own ({rowwise.reason})"
+    return _told("fp8", reports["fp8"], slower), _told("int8", reports["int8"], "")
+
+
+def _told(path: Gemm, report: PathReport, slower: str) -> str:
+    if report.works:
+        return f"8-bit products in {path}: they work here{slower}"
+    return f"8-bit products in {path}: not here, weights are decoded ({report.reason})"
 
 
 class Variants:

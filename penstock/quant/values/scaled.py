@@ -53,6 +53,14 @@ def dequantise(
     out = output(out, shape, dtype, weight.device)
     if weight.device.type == "cpu":
         return _by_chunks(weight, scale, out)
+    return _at_once(weight, scale, out)
+
+
+def _at_once(weight: Tensor, scale: Tensor | None, out: Tensor) -> Tensor:
+    """For devices that cast inside their kernels: nothing is made but the scale in fp32."""
+    if scale is not None and weight.dtype == torch.int8:
+        # Promoted to fp32 and rounded into ``out`` in one pass over memory; fp8 is not promoted.
+        return torch.mul(weight, scale.float(), out=out)
     # Both stored types are exact in every compute dtype: one rounding here as well.
     return out.copy_(weight) if scale is None else out.copy_(weight).mul_(scale.float())
 

@@ -338,7 +338,7 @@ class Ballast:
     Use as a context manager, on a card that nobody else uses; on a CPU there is nothing to hold.
 
     Attributes:
-        own_bytes: what of the card was taken before: this process's context, and the driver's part.
+        others_bytes: what of the card the second process takes.
     """
 
     _CODE = (
@@ -354,17 +354,19 @@ class Ballast:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._process: subprocess.Popen[str] | None = None
-        self.own_bytes = 0
+        self.others_bytes = 0
 
     def imitate(self, card_bytes: int) -> int:
         """Hold so much that this process has a card of ``card_bytes``, its context included;
         returns what is held."""
         if self._device.type != "cuda":
             return 0
+        own_bytes = taken(self._device) - self.others_bytes
         self._hold(1)
         free_bytes, _ = torch.cuda.mem_get_info(self._device)
-        held = max(1, free_bytes - (card_bytes - self.own_bytes))
+        held = max(1, free_bytes - (card_bytes - own_bytes))
         self._hold(held)
+        self.others_bytes = taken(self._device) - own_bytes
         return held
 
     def _hold(self, nbytes: int) -> None:
@@ -387,8 +389,6 @@ class Ballast:
         if self._device.type == "cuda":
             torch.zeros(1, device=self._device)
             torch.cuda.empty_cache()
-            free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)
-            self.own_bytes = total_bytes - free_bytes
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -415,12 +415,11 @@ def peak(context: Context, ballast: Ballast, card_bytes: int) -> dict[str, Any]:
     context.release()
     held = ballast.imitate(card_bytes)
     budget_bytes = card_bytes - context.scale.reserve_bytes
-    before = taken(context.device)
     found, headroom = with_headroom(context, budget_bytes)
     worst = max(found.phases, key=lambda phase: phase.allocator_bytes)
     allocated = worst.allocator_bytes or found.peak_vram_bytes
     planned = max(phase.predicted_vram_bytes for phase in found.phases)
-    driver = ballast.own_bytes + taken(context.device) - before
+    driver = taken(context.device) - ballast.others_bytes
     return speed(found, context.scale.blocks) | {
         "card_bytes": card_bytes,
         "budget_bytes": budget_bytes,
@@ -436,6 +435,7 @@ def peak(context: Context, ballast: Ballast, card_bytes: int) -> dict[str, Any]:
         "planned_ram_bytes": max(phase.predicted_ram_bytes for phase in found.phases),
         "process_bytes": max(phase.process_bytes for phase in found.phases),
         "placement": found.placement,
+        "chunk_tokens": found.recipe.chunk_tokens,
         "guided": True,
         **allocator(context.device),
     }

@@ -14,6 +14,7 @@ from penstock.profiles.hardware import (
     INTERPRETER_BYTES,
     SYSTEM_BYTES,
     Hardware,
+    has_fused_norms,
 )
 from penstock.profiles.rates import Rates
 from penstock.units import GIB, parse_bytes
@@ -163,6 +164,7 @@ def described(card_name: str, ram: str | None, disk: str | None) -> Hardware:
         ram_bytes=max(0, total_bytes - SYSTEM_BYTES - INTERPRETER_BYTES),
         rates=rates,
         rates_source=f"table of cards, {disk or DEFAULT_DISK}",
+        fused_norms=has_fused_norms("cuda"),
     )
 
 

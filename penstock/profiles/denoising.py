@@ -203,6 +203,7 @@ class Denoise:
             visit_branches=workload.branches,
             steps=workload.steps,
             image_tokens=0 if manifest.image is None else manifest.image.tokens,
+            fused_norms=self.case.fused_norms,
         )
 
     @cached_property

@@ -6,8 +6,10 @@ Rates are those that `penstock doctor` measured and stored, or else cautious ass
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from penstock.profiles.gpu_sign import shows_gpu
@@ -17,8 +19,12 @@ from penstock.units import GIB, MIB
 CPU_RESERVE_BYTES = 2 * GIB
 """Host memory left to the system and the interpreter when a budget is chosen automatically."""
 
-CUDA_RESERVE_BYTES = 700 * MIB
-"""Free VRAM left to the CUDA context, cuBLAS workspaces and the display, likewise."""
+CUDA_RESERVE_BYTES = 800 * MIB
+"""Free VRAM left to the CUDA context, the kernels that libraries load, and the display, likewise.
+`benchmarks.gpu_suite` found 767 MiB on an H200; a card with fewer multiprocessors takes less."""
+
+FUSED_NORMS_SINCE = (2, 9)
+"""The torch whose RMS norm is one kernel on CUDA."""
 
 INTERPRETER_BYTES = 1 * GIB
 """Python, torch and the libraries' code, which no ``--ram`` counts."""
@@ -40,6 +46,7 @@ class Hardware:
         ram_bytes: free host memory, cgroup limits counted.
         rates: what it computes and moves a second.
         rates_source: where those figures come from.
+        fused_norms: an RMS norm is one kernel there, and makes nothing but its result.
     """
 
     device: str
@@ -48,6 +55,7 @@ class Hardware:
     ram_bytes: int
     rates: Rates
     rates_source: str = "assumed"
+    fused_norms: bool = False
 
 
 def available_ram_bytes(root: Path = Path("/")) -> int:
@@ -130,8 +138,19 @@ def probe(device: str) -> Hardware:
     return _rated("cuda", name, max(0, free_bytes - CUDA_RESERVE_BYTES), ram_bytes, _ASSUMED_CUDA)
 
 
+def has_fused_norms(device: str) -> bool:
+    """Whether the torch that is installed normalises in one kernel on ``device``."""
+    if device != "cuda":
+        return False
+    try:
+        numbers = re.match(r"(\d+)\.(\d+)", metadata.version("torch"))
+    except metadata.PackageNotFoundError:
+        return False
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) >= FUSED_NORMS_SINCE
+
+
 def _rated(device: str, name: str, vram_bytes: int, ram_bytes: int, assumed: Rates) -> Hardware:
     measured = stored_rates(name)
-    if measured is None:
-        return Hardware(device, name, vram_bytes, ram_bytes, assumed, "assumed")
-    return Hardware(device, name, vram_bytes, ram_bytes, measured, "measured by penstock doctor")
+    source = "assumed" if measured is None else "measured by penstock doctor"
+    rates, fused = measured or assumed, has_fused_norms(device)
+    return Hardware(device, name, vram_bytes, ram_bytes, rates, source, fused)

@@ -6,8 +6,9 @@ best of its shapes inside limits, and the smallest.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 from penstock.profiles.cost import encoders, vae
@@ -47,7 +48,16 @@ LIBRARIES = "library workspaces"
 for besides operands and results, and what the allocator rounds up."""
 
 CUDA_LIBRARY_BYTES = 64 * MIB
-"""Of it, what does not depend on the phase. cuBLAS takes 32 MiB on Hopper and 8 elsewhere."""
+"""Of it, what does not depend on the phase. cuBLAS takes 32 MiB on Hopper and 8 elsewhere; torch's
+allocator held up to 60 MiB more than the tensors of a denoising step (`benchmarks.gpu_suite`, on an
+H200, segments growing by pages)."""
+
+HOLES = "holes between tensors"
+"""Item of the device memory of the VAE's phases on a GPU: what torch's allocator holds of them
+beside their tensors, frames of many sizes that come and go."""
+
+HOLE_SHARES: Mapping[str, float] = MappingProxyType({"decode": 0.25, "encode": 0.4})
+"""Of those tensors' bytes: 0.23 and 0.30 to 0.39 were measured likewise."""
 
 TEXT_TOKENS = 512
 _SINGLE = 4  # bytes of an fp32
@@ -83,6 +93,7 @@ class Case:
     rates: Rates
     policy: Policy
     device: str
+    fused_norms: bool = False
 
     @property
     def pins(self) -> bool:
@@ -99,6 +110,12 @@ class Case:
         if self.device != "cuda":
             return ()
         return ((LIBRARIES, CUDA_LIBRARY_BYTES + convolution_bytes),)
+
+    def holes(self, phase: str, tensor_bytes: int) -> Items:
+        """What a GPU's allocator holds beside ``tensor_bytes`` of a phase of the VAE."""
+        if self.device != "cuda":
+            return ()
+        return ((HOLES, int(HOLE_SHARES[phase] * tensor_bytes)),)
 
     @property
     def latent(self) -> tuple[int, int, int]:
@@ -321,7 +338,7 @@ class Tiled:
         return PhasePlan(
             self.name,
             weights=((f"VAE {self.name}r", weights.rest_bytes),),
-            work=(*found.device, *self.case.libraries(found.convolution_bytes)),
+            work=(*found.device, *self._gpu_items(found, weights.rest_bytes)),
             ram_weights=(("weights staging", staging_bytes(weights.rest_bytes, room)),),
             ram_work=held,
             tiles=(grid.rows, grid.cols),
@@ -329,6 +346,11 @@ class Tiled:
             copied_bytes=weights.rest_bytes,
             seconds=work.seconds(rates) + loading_s(weights.rest_bytes, rates),
         )
+
+    def _gpu_items(self, found: vae.VaeBytes, weight_bytes: int) -> Items:
+        libraries = self.case.libraries(found.convolution_bytes)
+        tensors = weight_bytes + found.device_bytes + found.convolution_bytes
+        return (*libraries, *self.case.holes(self.name, tensors))
 
 
 @dataclass(frozen=True)

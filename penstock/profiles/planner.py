@@ -76,7 +76,7 @@ def steps(
     manifest: ModelManifest, workload: Workload, hardware: Hardware, policy: Policy
 ) -> Iterator[Step]:
     """The groups of phases, in the order in which they run."""
-    case = Case(manifest, workload, hardware.rates, policy, hardware.device)
+    case = Case(manifest, workload, hardware.rates, policy, hardware.device, hardware.fused_norms)
     yield OnePass.text(case)
     if manifest.image is not None:
         yield OnePass.image(case, manifest.image)

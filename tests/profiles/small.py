@@ -95,10 +95,16 @@ _rates = st.builds(
 )
 
 machines = st.builds(
-    lambda device, vram, ram, rates: Hardware(
-        device, "a machine", vram + (CUDA_LIBRARY_BYTES if device == "cuda" else 0), ram, rates
+    lambda device, fused, vram, ram, rates: Hardware(
+        device,
+        "a machine",
+        vram + (CUDA_LIBRARY_BYTES if device == "cuda" else 0),
+        ram,
+        rates,
+        fused_norms=fused and device == "cuda",
     ),
     st.sampled_from(["cpu", "cuda"]),
+    st.booleans(),
     st.integers(6 << 20, 32 << 20),
     st.integers(16 << 20, 40 << 20),
     _rates,

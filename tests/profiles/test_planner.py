@@ -163,8 +163,16 @@ def _states(model: ModelManifest, work: Workload) -> int:
     return states
 
 
-def _libraries(machine: Hardware, convolution: int = 0) -> int:
-    return CUDA_LIBRARY_BYTES + convolution if machine.device == "cuda" else 0
+def _libraries(machine: Hardware) -> int:
+    return CUDA_LIBRARY_BYTES if machine.device == "cuda" else 0
+
+
+def _half(cost: vae.VaeBytes, weights: int, machine: Hardware, share: float) -> int:
+    """VRAM of one half of the VAE."""
+    if machine.device != "cuda":
+        return cost.device_bytes + weights
+    tensors = cost.device_bytes + cost.convolution_bytes + weights
+    return tensors + int(share * tensors) + CUDA_LIBRARY_BYTES
 
 
 def _one_pass_fits(blocks, work_bytes, rest, held, machine, stays=0) -> bool:
@@ -186,15 +194,13 @@ def _vae_fits(model, work, machine, policy, picture) -> bool:
     pixels = work.shape.width * work.shape.height
     latents, condition = 64 * volume, 80 * volume
     decode = any(
-        cost.device_bytes + model.vae.decoder.rest_bytes
-        <= machine.vram_bytes - _libraries(machine, cost.convolution_bytes)
+        _half(cost, model.vae.decoder.rest_bytes, machine, 0.25) <= machine.vram_bytes
         and cost.ram_bytes + latents + _kept_tile(work, latent, grid) + PAGE <= machine.ram_bytes
         for grid in grids
         for cost in (vae.decode_bytes(model.vae, latent, grid, 2, on_cpu=on_cpu),)
     )
     encode = model.transformer.in_channels == 16 or any(
-        cost.device_bytes + model.vae.encoder.rest_bytes
-        <= machine.vram_bytes - _libraries(machine, cost.convolution_bytes)
+        _half(cost, model.vae.encoder.rest_bytes, machine, 0.4) <= machine.vram_bytes
         and _states(model, work) + picture + condition + PAGE <= machine.ram_bytes
         for cost in (vae.encode_bytes(model.vae, latent, grid, 2, on_cpu=on_cpu) for grid in grids)
     )
@@ -228,6 +234,7 @@ def _denoise_fits(model, work, machine, policy) -> bool:
         case = transformer.DenoiseCase(
             latent, chunk, work.branches, visit, work.steps,
             model.image.tokens if model.image else 0, cross_kv_on_device=place,
+            fused_norms=machine.fused_norms,
         )  # fmt: skip
         kept = held + (0 if place else transformer.cross_kv_bytes(spec, case))
         context = transformer.context_bytes(spec, case).total_bytes + decoding

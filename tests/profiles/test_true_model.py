@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from penstock.profiles import profile as profiles
 from penstock.profiles.builtin import builtin
 from penstock.profiles.cards import described
 from penstock.profiles.manifest import ModelManifest, VideoShape
-from penstock.profiles.phases import LIBRARIES
+from penstock.profiles.phases import HOLES, LIBRARIES
 from penstock.profiles.plan import PhasePlan, Plan
 from penstock.profiles.planner import Workload, plan
 from penstock.profiles.tiling import TileGrid
@@ -50,6 +51,7 @@ def manifest_of(weight_format: str) -> ModelManifest:
 def made(size: str, name: str, system_gib: int) -> Plan:
     """The plan of the first format of the profile that fits."""
     machine = described(CARD, f"{system_gib}GiB", None)
+    assert machine.fused_norms
     chosen = profiles.choose(profiles.load(name), profiles.Overrides(), machine)
     workload = Workload(VideoShape(*SIZES[size]), steps=40, guided=True, kept=True)
     refused = []
@@ -159,8 +161,14 @@ def hold(predicted: int, actual: int) -> None:
 
 
 def weight_bytes(part: PhasePlan) -> int:
-    """Weights, and what a GPU's libraries take, which no fake tensor shows."""
-    return part.vram_bytes - part.work_bytes + dict(part.work)[LIBRARIES]
+    """Weights, and what a GPU's libraries and allocator take, which no fake tensor shows."""
+    work = dict(part.work)
+    return part.vram_bytes - part.work_bytes + work[LIBRARIES] + work.get(HOLES, 0)
+
+
+def fused_rms_norm(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    """What CUDA's kernel makes since torch 2.9: the result. On fake tensors torch composes it."""
+    return torch.empty_like(x)
 
 
 def decoding_bytes(found: Plan) -> int:
@@ -178,7 +186,8 @@ def fake_vae() -> FakeVae:
 def denoise_peaks(size: str, chunk: int, visit: int, on_device: bool) -> tuple[int, int]:
     """Live bytes besides weights of the context and of a step, one block standing for forty."""
     latent = VideoShape(*SIZES[size]).latent(manifest_of("bf16").vae)
-    with FakeTensorMode(), torch.no_grad():
+    fused = mock.patch("torch.nn.functional.rms_norm", fused_rms_norm)
+    with FakeTensorMode(), torch.no_grad(), fused:
         model = fake_transformer(blocks=1)
         given, text, image = fake_inputs(latent)
         with StorageMeter([*model.parameters(), *model.buffers()]) as meter:

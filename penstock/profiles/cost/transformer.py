@@ -73,6 +73,7 @@ class DenoiseCase:
         history_latents: latents that the scheduler keeps between steps.
         cross_kv_on_device: all cross-attention K/V stay on the device; else they are fetched from
             elsewhere for one block and branch at a time.
+        fused_norms: an RMS norm is one kernel, which makes its result and no more.
     """
 
     latent: tuple[int, int, int]
@@ -84,6 +85,7 @@ class DenoiseCase:
     text_tokens: int = TEXT_TOKENS
     history_latents: int = UNIPC_HISTORY
     cross_kv_on_device: bool = True
+    fused_norms: bool = False
 
 
 def grid_tokens(spec: TransformerSpec, latent: tuple[int, int, int]) -> int:
@@ -133,12 +135,13 @@ def context_bytes(spec: TransformerSpec, case: DenoiseCase) -> PeakBytes:
         kept //= spec.num_layers  # each block's leave before the next
     normalising = max(
         0,
-        _rms_norm_bytes(spec, text) - 2 * after_text * d * e,
-        _rms_norm_bytes(spec, image) - 2 * image * d * e,
+        _rms_norm_bytes(spec, text, case.fused_norms) - 2 * after_text * d * e,
+        _rms_norm_bytes(spec, image, case.fused_norms) - 2 * image * d * e,
     )
     stages = {
         "embedders": {"embedders": _embedder_bytes(spec, case)},
         "cross_kv": {"cross_kv": kept, "normalising": normalising},
+        "steps": {"cross_kv": kept, "embedders": _embedder_rows_bytes(spec)},
     }
     held["lora"] = max(text, image) * spec.lora.rank * e
     stage = max(stages, key=lambda name: sum(stages[name].values()))
@@ -250,7 +253,7 @@ def _block_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int]:
         "block_modulation": _block_modulation_bytes(spec),
         "chunk": max(
             _layer_norm_bytes(spec, chunk),
-            _rms_norm_bytes(spec, chunk),
+            _rms_norm_bytes(spec, chunk, case.fused_norms),
             _rotation_bytes(spec, chunk),
             _attention_bytes(spec, chunk, case.image_tokens),
             _feed_forward_bytes(spec, chunk),
@@ -269,10 +272,11 @@ def _layer_norm_bytes(spec: TransformerSpec, tokens: int) -> int:
     return tokens * (width + 2 * FP32_BYTES)
 
 
-def _rms_norm_bytes(spec: TransformerSpec, tokens: int) -> int:
-    """The input, its fp32 copy, and two fp32 products at once, as torch composes it on the CPU."""
+def _rms_norm_bytes(spec: TransformerSpec, tokens: int, fused: bool) -> int:
+    """The input, its fp32 copy, and two fp32 products at once, as torch composes it on the CPU;
+    ``fused``, input and result. A statistic or two a token."""
     e = spec.weights.itemsize
-    width = (e + _upcast(e) + 2 * FP32_BYTES) * spec.inner_dim
+    width = (2 * e if fused else e + _upcast(e) + 2 * FP32_BYTES) * spec.inner_dim
     return tokens * (width + 2 * FP32_BYTES)
 
 

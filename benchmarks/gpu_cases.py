@@ -33,7 +33,6 @@ from penstock.offload import streamer
 from penstock.offload.allocator import allocator_capped
 from penstock.offload.schedule import Queue, Ref
 from penstock.offload.tiers import Link, open_link
-from penstock.profiles.hardware import CUDA_RESERVE_BYTES
 from penstock.profiles.plan import Plan, StreamPlan
 from penstock.profiles.profile import Overrides
 from penstock.quant.compute import Operands, strategy_for
@@ -45,6 +44,9 @@ from penstock.units import GIB, MIB
 Failure = (PenstockError, RuntimeError, OSError, ValueError, NotImplementedError, ImportError)
 """What a case may end with (an ImportError: nf4 needs bitsandbytes); anything else is a mistake in
 the case itself and ends its group."""
+
+LARGE_CONTEXT_BYTES = 800 * MIB
+"""Of a card, for the context and the kernels of an H200: more than a consumer card's take."""
 
 HEADROOMS = (0, 256 * MIB, 768 * MIB)
 """Tried one after the other where the plan's own peak does not fit the card."""
@@ -94,7 +96,7 @@ def scale(*, dry: bool) -> Scale:
         )  # fmt: skip
     caps = {f"{size} GiB": size * GIB for size in (12, 8, 24, 6, 16, 4)}
     return Scale(
-        "cuda", "wan2.1-i2v-14b", 40, 8, caps, CUDA_RESERVE_BYTES, (1280, 720, 81),
+        "cuda", "wan2.1-i2v-14b", 40, 8, caps, LARGE_CONTEXT_BYTES, (1280, 720, 81),
         ((1280, 720, 81), (960, 528, 77), (832, 480, 81)), (256, 256, 5), (13824, 5120), 8192,
         75_600, 40, 20_000_000, 10, "3x3",
     )  # fmt: skip

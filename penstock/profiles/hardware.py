@@ -19,9 +19,10 @@ from penstock.units import GIB, MIB
 CPU_RESERVE_BYTES = 2 * GIB
 """Host memory left to the system and the interpreter when a budget is chosen automatically."""
 
-CUDA_RESERVE_BYTES = 800 * MIB
+CUDA_RESERVE_BYTES = 700 * MIB
 """Free VRAM left to the CUDA context, the kernels that libraries load, and the display, likewise.
-`benchmarks.gpu_suite` found 767 MiB on an H200; a card with fewer multiprocessors takes less."""
+On an H200 the context takes 619 MiB and the kernels 148 (`benchmarks.gpu_suite`); the context of a
+card with a quarter of its multiprocessors is smaller."""
 
 FUSED_NORMS_SINCE = (2, 9)
 """The torch whose RMS norm is one kernel on CUDA."""

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from benchmarks import render
+from benchmarks.gpu_cases import LARGE_CONTEXT_BYTES
 from benchmarks.gpu_suite import is_done
 from penstock.profiles.builtin import builtin
 from penstock.profiles.cost import transformer
 from penstock.profiles.denoising import CHUNKS
-from penstock.profiles.hardware import CUDA_RESERVE_BYTES
 from penstock.profiles.manifest import VideoShape
 from penstock.profiles.phases import CUDA_LIBRARY_BYTES, Case, Tiled, Workload
 from penstock.profiles.policy import Limits, Policy
@@ -69,7 +69,7 @@ def test_a_step_takes_what_is_planned_and_at_most_five_percent_less(case: str, r
     planned = denoise_bytes(row, chunk_of(row), fused=True)
     assert row["reserved_bytes"] <= planned <= 1.05 * row["reserved_bytes"], case
     assert row["within_budget"] and row["within_card"]
-    assert row["driver_bytes"] <= CUDA_RESERVE_BYTES
+    assert row["driver_bytes"] <= LARGE_CONTEXT_BYTES
 
 
 @pytest.mark.parametrize(("case", "row"), rows("vae"))

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_plans import step_bytes, vae_phase
 from penstock.engine.bench.plot import Dot, draw
 from penstock.units import GIB, MIB
 
@@ -162,15 +163,25 @@ def gpu_part(value: Any) -> str:
     parts = [f"**{name}**{whole}\n"]
     for title, headings, rows in (
         ("correctness", ("case", "bit-identical"), correctness_rows(groups)),
-        ("speeds", ("size, weights", "s/forward", "over resident", "overlap"), speed_rows(groups)),
-        ("peaks", ("card", "planned", "allocated", "within", "s/step"), peak_rows(groups)),
+        ("speeds of 8 of the 40 blocks, one branch", SPEED_HEADINGS, speed_rows(groups)),
+        ("peaks of a guided step at 720x1280x81, all blocks", PEAK_HEADINGS, peak_rows(groups)),
         ("formats", ("kernel", "ms", "TFLOP/s"), kernel_rows(groups)),
-        ("vae", ("way, tiles", "s", "planned", "allocated", "difference"), vae_rows(groups)),
+        ("VAE at 720x1280x81, bf16", VAE_HEADINGS, vae_rows(groups)),
         ("peers", PEER_HEADINGS, card_peer_rows(groups)),
     ):
         if rows:
             parts.append(f"{title}:\n\n{table(headings, rows)}")
-    return "\n".join(parts)
+    open_cases = "".join(f"- {line}\n" for line in not_done(groups))
+    return "\n".join([*parts, f"Not shown by this run:\n\n{open_cases}"] if open_cases else parts)
+
+
+def not_done(groups: Any) -> Iterator[str]:
+    """Cases that failed or were left out, with what was said."""
+    for group, cases in groups.items():
+        for case, found in cases.items():
+            said = found.get("failed") or found.get("skipped")
+            if said:
+                yield f"{group}, {case}: {said.partition('. ')[0]}"
 
 
 def done(groups: Any, group: str) -> Iterator[tuple[str, Any]]:
@@ -187,6 +198,11 @@ def correctness_rows(groups: Any) -> Rows:
     ]
 
 
+SPEED_HEADINGS = (
+    "size, weights", "s/forward", "over resident", "computing", "disk GB/s of its ceiling",
+)  # fmt: skip
+
+
 def speed_rows(groups: Any) -> Rows:
     """Each size and place."""
     return [
@@ -195,19 +211,30 @@ def speed_rows(groups: Any) -> Rows:
             f"{row['s_per_forward']:.3f}",
             f"{row['over_resident']:.3f}",
             f"{row['overlap']:.1%}",
+            f"{row['read_gb_per_s']:.2f} of {row['read_ceiling_gb_per_s']:.2f}"
+            if case.endswith("disk")
+            else "",
         )
         for case, row in done(groups, "speeds")
     ]
 
 
+PEAK_HEADINGS = (
+    "card", "blocks in VRAM / RAM / from disk", "plan", "allocator held", "plan over held",
+    "within the card", "s/step, the first",
+)  # fmt: skip
+
+
 def peak_rows(groups: Any) -> Rows:
-    """Each cap."""
+    """Each cap, beside what plans say of it today."""
     return [
         (
             case,
-            gib(row["planned_bytes"]),
+            "{device_resident} / {host_resident} / {disk_blocks}".format(**row["placement"]),
+            gib(step_bytes(row)),
             gib(row["allocated_bytes"]),
-            "yes" if row["within_budget"] else "NO",
+            f"{100 * (step_bytes(row) / row['allocated_bytes'] - 1):.1f} %",
+            "yes" if row["within_card"] else "NO",
             f"{row['s_per_forward']:.1f}",
         )
         for case, row in caps(groups)
@@ -229,13 +256,17 @@ def kernel_rows(groups: Any) -> Rows:
     ]
 
 
+VAE_HEADINGS = ("way, tiles", "s", "plan", "tensors", "allocator held", "difference")
+
+
 def vae_rows(groups: Any) -> Rows:
-    """Both ways, tiled and whole."""
+    """Both ways, tiled and whole, beside what plans say of them today."""
     return [
         (
             f"{case} ({'x'.join(map(str, row['tiles']))})",
             f"{row['s']:.1f}",
-            gib(row["planned_bytes"]),
+            gib(vae_phase(case, row).vram_bytes),
+            gib(row["tensor_bytes"]),
             gib(row["allocated_bytes"]),
             f"at most {row['largest_difference']} of 255" if "largest_difference" in row else "",
         )

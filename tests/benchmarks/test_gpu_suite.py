@@ -17,9 +17,11 @@ import torch
 
 from benchmarks import gpu_cases, gpu_suite, render
 from benchmarks.gpu_cases import Context, Delays, peak, scale
+from benchmarks.gpu_plans import step_bytes
 from benchmarks.gpu_suite import Kept, cut_short, run_child, run_group, slug
 from penstock.offload.schedule import Queue, Ref
 from penstock.offload.tiers import CpuLink
+from penstock.units import GIB
 
 FOREVER = 1e12
 
@@ -338,22 +340,29 @@ def test_a_bad_marker_is_an_error(text: str, message: str) -> None:
 
 
 def test_a_suite_becomes_tables_and_a_plot(tmp_path: Path) -> None:
+    place = {
+        "n_blocks": 40, "device_resident": 3, "host_resident": 37, "device_slots": 2,
+        "disk_blocks": 0, "branches_a_visit": 2, "cross_kv_on_device": 1,
+    }  # fmt: skip
     row = {
-        "planned_bytes": 8 << 30, "allocated_bytes": 7 << 30, "within_budget": True,
-        "s_per_forward": 12.5, "budget_bytes": 9 << 30,
+        "allocated_bytes": 7 << 30, "within_card": False, "s_per_forward": 12.5,
+        "budget_bytes": 9 << 30, "placement": place, "chunk_tokens": 2048,
     }  # fmt: skip
     suite = {
         "complete": False,
         "groups": {
             "write": {"machine": {"gpu": "a card"}},
-            "peaks": {"8 GiB": row, "4 GiB": {"failed": "x"}},
-            "correctness": {"mixed": {"identical": False}},
+            "peaks": {"writing": {"s": 1}, "8 GiB": row, "4 GiB": {"failed": "no room. At all"}},
+            "correctness": {"mixed": {"identical": False}, "late reads": {"skipped": "no time"}},
         },
     }
     made = render.gpu({"gpu_suite_a": suite})
     assert "**a card** (cut short" in made
-    assert "| 8 GiB | 8.00 GiB | 7.00 GiB | yes | 12.5 |" in made
-    assert "| mixed | NO |" in made and "4 GiB" not in made
+    planned = step_bytes(row)
+    told = f"{planned / GIB:.2f} GiB | 7.00 GiB | {100 * (planned / (7 * GIB) - 1):.1f} %"
+    assert f"| 8 GiB | 3 / 37 / 0 | {told} | NO | 12.5 |" in made
+    assert "| mixed | NO |" in made and "| 4 GiB |" not in made
+    assert "- peaks, 4 GiB: no room\n- correctness, late reads: no time\n" in made
     assert render.plots({"gpu_suite_a": suite}, tmp_path) == [tmp_path / "gpu_suite_a.png"]
 
 

@@ -27,6 +27,11 @@ from penstock.profiles.cost.vae import VaeWork, residual_work
 from penstock.profiles.manifest import TransformerSpec, Weights
 from penstock.profiles.rates import SMALL_CHUNK, TINY_CHUNK, Rates
 from penstock.profiles.tiling import Window
+from penstock.quant.compute import Compute, Operands, strategy_for
+from penstock.quant.format import get_format
+from penstock.quant.paths import Computing, Scratch
+from penstock.quant.probe import probe, working
+from penstock.quant.scaled import Gemm
 from penstock.units import MIB
 
 _WIDTH, _HEADS, _FFN = 128, 8, 2048
@@ -80,8 +85,8 @@ def calibrate(
             read_bytes_per_s=_read(folder, effort),
             attention_flops=_attention(device, dtype, effort),
             **_vae(device, dtype, effort),
-            eight_bit_flops=_int8(device, effort),
-            fp8_flops=_fp8(device, dtype, effort),
+            eight_bit_flops=_eight_bit("int8", device, dtype, effort),
+            fp8_flops=_eight_bit("fp8", device, dtype, effort),
             memory_bytes_per_s=_decode(device, dtype, effort),
         )
         overhead_s, element_s = _forward(device, dtype, effort, rates)
@@ -113,8 +118,13 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _inner(device: torch.device) -> int:
+    """Columns of the products: a GPU reaches its rate at the 14B model's width only."""
+    return 5120 if device.type == "cuda" else _WIDTH * _HEADS
+
+
 def _matmul(device: torch.device, dtype: torch.dtype, effort: Effort) -> float:
-    inner = _WIDTH * _HEADS
+    inner = _inner(device)
     x = torch.randn(effort.tokens, inner, device=device, dtype=dtype)
     weight = torch.randn(4 * inner, inner, device=device, dtype=dtype)
     seconds = _seconds(lambda: F.linear(x, weight), device, effort)
@@ -205,45 +215,41 @@ def _fitted(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[f
     return best
 
 
-def _int8(device: torch.device, effort: Effort) -> float | None:
-    """int8 products, where they are faster than the compute dtype's: on GPUs that can."""
-    return _eight_bit(torch.int8, torch._int_mm, device, effort)
-
-
-def _fp8(device: torch.device, dtype: torch.dtype, effort: Effort) -> float | None:
-    """fp8 products, on GPUs that can."""
-    one = torch.ones((), device=device)
-
-    def product(x: Tensor, weight: Tensor) -> Tensor:
-        return torch._scaled_mm(x, weight, scale_a=one, scale_b=one, out_dtype=dtype)
-
-    return _eight_bit(torch.float8_e4m3fn, product, device, effort)
-
-
 def _eight_bit(
-    kind: torch.dtype,
-    product: Callable[[Tensor, Tensor], Tensor],
-    device: torch.device,
-    effort: Effort,
+    name: Gemm, device: torch.device, dtype: torch.dtype, effort: Effort
 ) -> float | None:
+    """Products in 8 bits as ``--compute fast`` makes them, the tokens' quantising and the scaling
+    of results included, on GPUs that can."""
     if device.type != "cuda":
         return None
-    inner = _WIDTH * _HEADS
-    x = torch.ones(effort.tokens, inner, device=device).to(kind)
-    weight = torch.ones(4 * inner, inner, device=device).to(kind).T  # as a linear's is stored
-    try:
-        seconds = _seconds(lambda: product(x, weight), device, effort)
-    except RuntimeError:  # "not supported on this device": nothing to measure
-        return None
-    return 2 * effort.tokens * inner * 4 * inner / seconds
+    operands = _stored(name, 4 * _inner(device), device)
+    computing = Computing(Scratch(0, device), "fast", working(probe(device)))
+    path = strategy_for(computing, operands.format, operands.shape)
+    return None if path.path == "dequant" else _product(path, operands, device, dtype, effort)
+
+
+def _product(
+    path: Compute, operands: Operands, device: torch.device, dtype: torch.dtype, effort: Effort
+) -> float:
+    """Operations a second of a linear on a path."""
+    x = torch.randn(effort.tokens, operands.shape[1], device=device, dtype=dtype)
+    seconds = _seconds(lambda: path(operands, x), device, effort)
+    return 2 * effort.tokens * math.prod(operands.shape) / seconds
+
+
+def _stored(name: str, rows: int, device: torch.device) -> Operands:
+    """A random weight of so many rows in a format."""
+    fmt, shape = get_format(name), (rows, _inner(device))
+    stored = fmt.quantise(torch.randn(shape))
+    return Operands(fmt, shape, {key: each.to(device) for key, each in stored.items()}, None)
 
 
 def _decode(device: torch.device, dtype: torch.dtype, effort: Effort) -> float:
     """Bytes read and written by decoding an int8 weight."""
-    stored = torch.ones(effort.copy_bytes // 8, device=device, dtype=torch.int8)
-    out = torch.empty(stored.shape, device=device, dtype=dtype)
-    seconds = _seconds(lambda: out.copy_(stored).mul_(0.5), device, effort)
-    return (stored.nbytes + out.nbytes) / seconds
+    operands = _stored("int8", max(1, effort.copy_bytes // 8 // _inner(device)), device)
+    out = torch.empty(operands.shape, device=device, dtype=dtype)
+    decode = partial(operands.format.dequantise, operands.tensors, operands.shape, dtype, out)
+    return (math.prod(operands.shape) + out.nbytes) / _seconds(decode, device, effort)
 
 
 @dataclass(frozen=True)

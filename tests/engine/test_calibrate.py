@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,6 +12,8 @@ from penstock.engine import calibrate
 from penstock.engine.calibrate import Effort
 from penstock.profiles.cost.vae import VaeWork
 from penstock.profiles.rates import Rates
+from penstock.quant.compute import Operands
+from penstock.quant.scaled import Scaled8
 
 CPU = torch.device("cpu")
 
@@ -47,6 +50,34 @@ def test_the_vaes_rates_are_those_of_its_blocks(monkeypatch: pytest.MonkeyPatch)
     found = calibrate._vae(CPU, torch.float32, clock.effort)
     assert found == {name: pytest.approx(getattr(true, name), rel=1e-3) for name in found}
     assert len(found) == 4
+
+
+def test_a_product_in_8_bits_is_timed_as_a_linear_does_it() -> None:
+    clock, asked = Clock(), []
+
+    def path(operands: Operands, x: torch.Tensor) -> None:
+        asked.append((operands, x.shape, x.dtype))
+        clock.spend(2 * x.shape[0] * operands.shape[0] * operands.shape[1] / 3e9)
+
+    operands = calibrate._stored("int8", 48, CPU)
+    found = calibrate._product(path, operands, CPU, torch.bfloat16, clock.effort)
+    assert found == pytest.approx(3e9)
+    assert all(each == (operands, (1024, 1024), torch.bfloat16) for each in asked)
+    assert operands.shape == (48, 1024) and operands.tensors["weight"].dtype == torch.int8
+    assert calibrate._eight_bit("int8", CPU, torch.bfloat16, clock.effort) is None
+
+
+def test_decoding_is_timed_on_a_weight_as_it_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, moved = Clock(), []
+
+    def dequantise(self: object, tensors: object, shape: tuple[int, int], *where: object) -> None:
+        moved.append(shape)
+        clock.spend(shape[0] * shape[1] * 3 / 1e9)  # a byte read, two written
+
+    monkeypatch.setattr(Scaled8, "dequantise", dequantise)
+    effort = replace(clock.effort, copy_bytes=8 * 1024 * 10)
+    assert calibrate._decode(CPU, torch.bfloat16, effort) == pytest.approx(1e9)
+    assert set(moved) == {(10, 1024)}
 
 
 def test_few_tokens_pay_for_what_they_attend_to(monkeypatch: pytest.MonkeyPatch) -> None:

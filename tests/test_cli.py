@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
-from penstock.cli import app
+from penstock.cli import app, prefer_pages
 from penstock.engine.synthetic import write_tiny_model
 from penstock.engine.video import read_metadata
 
@@ -169,3 +169,18 @@ def test_the_package_runs_as_a_program() -> None:
         [sys.executable, "-m", "penstock", "--version"], capture_output=True, text=True, check=True
     )
     assert said.stdout.strip() == __version__
+
+
+def test_pages_are_asked_for_where_there_are_some_and_nothing_else_was_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}
+    monkeypatch.setattr(sys, "platform", "linux")
+    for said in (*({name: "max_split_size_mb:64"} for name in names), {}):
+        environ = dict(said)
+        prefer_pages(environ)
+        assert environ == (said or dict.fromkeys(names, "expandable_segments:True"))
+    monkeypatch.setattr(sys, "platform", "win32")
+    environ = {}
+    prefer_pages(environ)
+    assert not environ

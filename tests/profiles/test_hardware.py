@@ -120,6 +120,26 @@ class TestAuto:
         assert machine.rates_source == "assumed"
         assert self.plan(machine).peak_vram_bytes <= machine.vram_bytes
 
+    @pytest.mark.parametrize(
+        ("device", "version", "fused"),
+        [
+            ("cuda", "2.9.0+cu128", True), ("cuda", "2.13.0", True), ("cuda", "3.0", True),
+            ("cuda", "2.8.1", False), ("cuda", "of one's own", False), ("cpu", "2.13.0", False),
+        ],
+    )  # fmt: skip
+    def test_norms_are_one_kernel_on_cuda_since_torch_2_9(
+        self, monkeypatch, device: str, version: str, fused: bool
+    ) -> None:
+        monkeypatch.setattr(hw.metadata, "version", lambda name: version)
+        assert hw.has_fused_norms(device) == fused
+
+    def test_a_torch_that_is_not_a_package_is_taken_for_an_old_one(self, monkeypatch) -> None:
+        def absent(name: str) -> str:
+            raise hw.metadata.PackageNotFoundError(name)
+
+        monkeypatch.setattr(hw.metadata, "version", absent)
+        assert not hw.has_fused_norms("cuda")
+
     def test_measured_rates_win(self, monkeypatch) -> None:
         free_memory(monkeypatch, 40 * GIB)
         rates = Rates(5e9, 4e9, 3e9, eight_bit_flops=None, conv_flops=1e9)

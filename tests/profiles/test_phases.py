@@ -9,7 +9,17 @@ import pytest
 from penstock.profiles.builtin import builtin
 from penstock.profiles.denoising import Denoise
 from penstock.profiles.manifest import VideoShape
-from penstock.profiles.phases import Case, OnePass, Workload
+from penstock.profiles.phases import (
+    CUDA_LIBRARY_BYTES,
+    HOLE_SHARES,
+    HOLES,
+    LIBRARIES,
+    Case,
+    OnePass,
+    Step,
+    Tiled,
+    Workload,
+)
 from penstock.profiles.policy import Limits, Policy
 from penstock.profiles.rates import Rates
 
@@ -46,3 +56,34 @@ def test_each_visit_takes_what_a_chunk_takes(name: str, visits: int) -> None:
 def test_elements_of_hidden_states_are_counted(name: str, elements: int) -> None:
     found = seconds(name, replace(FREE, element_s=1e-6))
     assert found == pytest.approx(elements * 1e-6, rel=1e-3, abs=1e-6)
+
+
+def test_a_gpu_has_an_item_for_its_libraries_and_one_for_holes() -> None:
+    """In every phase that computes there, and no other machine has one."""
+    case = replace(a_case(FREE), workload=Workload(VideoShape(832, 480, 81), 1, guided=True))
+    for device in ("cpu", "cuda"):
+        on = replace(case, device=device)
+        image = on.manifest.image
+        assert image is not None
+        steps: list[Step] = [OnePass.text(on), OnePass.image(on, image), Denoise(on)]
+        steps += [Tiled("encode", on), Tiled("decode", on)]
+        groups = [step.best(ROOM) for step in steps]
+        phases = {phase.name: dict(phase.work) for group in groups for phase in group or ()}
+        assert set(phases) == {"text", "image", "context", "denoise", "encode", "decode"}
+        for name, work in phases.items():
+            assert (LIBRARIES in work) == (device == "cuda")
+            assert (HOLES in work) == (device == "cuda" and name in HOLE_SHARES)
+        if device == "cuda":
+            assert phases["decode"][LIBRARIES] > CUDA_LIBRARY_BYTES == phases["text"][LIBRARIES]
+            # input and result of the last level's convolutions: three frames of 96 channels, one
+            frame = 96 * 480 * 832 * 2
+            assert phases["decode"][LIBRARIES] == CUDA_LIBRARY_BYTES + 4 * frame
+
+
+def test_norms_of_one_kernel_leave_room_for_larger_chunks() -> None:
+    case = replace(a_case(FREE), workload=Workload(VideoShape(832, 480, 81), 1, guided=True))
+    composed, fused = (
+        next(iter(Denoise(replace(case, fused_norms=is_fused))._shapes)).work_bytes
+        for is_fused in (False, True)
+    )
+    assert composed - fused == 6 * 5120 * 32_760  # 14 bytes a channel and token, and 8

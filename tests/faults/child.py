@@ -48,18 +48,21 @@ class Task:
         """The job's directory."""
         return self.folder / "jobs" / "job"
 
-    def attempt(self, *, kill_at: int = 0, kill_after_s: float | None = None) -> Attempt:
+    def attempt(
+        self, *, kill_at: int = 0, kill_at_step: int = 0, kill_after_s: float | None = None
+    ) -> Attempt:
         """Start or resume the job in a child.
 
         Args:
             kill_at: number of the failpoint at which it is killed, from 1; 0: never.
+            kill_at_step: the step that is its last, likewise.
             kill_after_s: when it is killed from outside; None: never.
         """
         reader, writer = os.pipe()
         pid = os.fork()
         if pid == 0:
             os.close(reader)
-            _in_child(lambda: self._do(writer, kill_at))
+            _in_child(lambda: self._do(_Failpoints(writer, kill_at, kill_at_step)))
         os.close(writer)
         if kill_after_s is not None:
             time.sleep(kill_after_s)
@@ -75,8 +78,7 @@ class Task:
             was_killed=killed,
         )
 
-    def _do(self, writer: int, kill_at: int) -> None:
-        failpoints = _Failpoints(writer, kill_at)
+    def _do(self, failpoints: _Failpoints) -> None:
         failpoints.intercept_files()
         failpoints.intercept_events()
         # Whoever lost the process starts the command again: it resumes what there is.
@@ -89,15 +91,15 @@ class Task:
 
 
 class _Failpoints:
-    def __init__(self, writer: int, kill_at: int) -> None:
-        self._writer, self._kill_at = writer, kill_at
+    def __init__(self, writer: int, kill_at: int, kill_at_step: int) -> None:
+        self._writer, self._kill_at, self._kill_at_step = writer, kill_at, kill_at_step
         self.passed = 0
 
     def reach(self) -> None:
         """One more failpoint."""
         self.passed += 1
         if self.passed == self._kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+            _die()
 
     def tell(self, kind: str, number: int) -> None:
         """Let the parent know, also beyond a kill."""
@@ -125,12 +127,18 @@ class _Failpoints:
             def tap(event: Event) -> None:
                 if isinstance(event, Progress) and event.phase == "denoise":
                     self.tell("s", event.step)
+                    if event.step == self._kill_at_step:
+                        _die()
                 self.reach()
                 listener(event)
 
             return original(work, tap, cancelled)
 
         engine_module.run = run  # type: ignore[assignment]
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _in_child(body: Callable[[], None]) -> None:

@@ -233,7 +233,7 @@ def _eight_bit(
     weight = torch.ones(4 * inner, inner, device=device).to(kind).T  # as a linear's is stored
     try:
         seconds = _seconds(lambda: product(x, weight), device, effort)
-    except RuntimeError:  # "not supported on this device": nothing to measure
+    except (RuntimeError, ValueError):  # "not supported on this device": nothing to measure
         return None
     return 2 * effort.tokens * inner * 4 * inner / seconds
 
@@ -264,7 +264,9 @@ class _Forward:
         model = WanTransformer3DModel(
             num_attention_heads=_HEADS, attention_head_dim=_WIDTH // 2, in_channels=16,
             out_channels=16, text_dim=64, freq_dim=64, ffn_dim=_FFN, num_layers=1,
-        ).to(device, dtype)  # fmt: skip
+        )  # fmt: skip
+        rope = forward.rope_tables(model, (1, side, side), device)  # fp32, as a model's own
+        model = model.to(device, dtype)
         text = torch.randn(1, forward.TEXT_TOKENS, 64, device=device, dtype=dtype)
         context = forward.prepare_context(model, text, None)
         return cls(
@@ -272,7 +274,7 @@ class _Forward:
             torch.randn(1, 16, 1, side, side, device=device, dtype=dtype),
             [[forward.cross_kv(model.blocks[0].attn2, context)]],
             forward.step_modulation(model, torch.zeros(1, device=device), dtype)[0],
-            forward.rope_tables(model, (1, side, side), device),
+            rope,
         )
 
     def __call__(self, chunk_tokens: int) -> object:

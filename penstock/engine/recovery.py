@@ -16,6 +16,15 @@ MEMORY_ERRORS = (LedgerOverflow, MemoryError, OSError, RuntimeError)
 _HOST_SIGNS = ("DefaultCPUAllocator", "std::bad_alloc", "can't start new thread")
 """torch's CPU allocator and threads without a stack have no error class of their own."""
 
+_DEVICE_SIGNS = (
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+"""What is allocated past torch's allocator (kernels that are loaded when they are first used, the
+handles of libraries) fails with errors of other classes; the device works on."""
+
 
 @dataclass(frozen=True)
 class Shortage:
@@ -40,11 +49,18 @@ def shortage(error: BaseException, device: torch.device) -> Shortage | None:
     message = str(error).partition("\n")[0]
     if isinstance(error, LedgerOverflow):
         return Shortage("RAM" if error.memory == "RAM" else "VRAM", message)
-    if isinstance(error, torch.OutOfMemoryError):
+    if _is_device_shortage(error):
         return Shortage("VRAM", message)
     if _is_host_shortage(error):
         return Shortage("memory" if device.type == "cpu" else "RAM", message)
     return None
+
+
+def _is_device_shortage(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(sign in text for sign in _DEVICE_SIGNS)
 
 
 def _is_host_shortage(error: BaseException) -> bool:
@@ -74,7 +90,7 @@ def device_lost(error: BaseException) -> DeviceLost | None:
     After a CUDA error other than out-of-memory every later call of the process fails too ("sticky
     errors", CUDA C++ Programming Guide, "Error Checking").
     """
-    if not isinstance(error, torch.AcceleratorError) or isinstance(error, torch.OutOfMemoryError):
+    if not isinstance(error, torch.AcceleratorError) or _is_device_shortage(error):
         return None
     return DeviceLost(
         "the device has failed",

@@ -144,6 +144,15 @@ def test_spill_is_told_where_it_can_happen() -> None:
     assert linux.remedy is None
 
 
+def test_a_kernel_that_refuses_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **named: object) -> None:
+        raise ValueError("no such operands on this device")
+
+    monkeypatch.setattr(torch, "_scaled_mm", refuse)
+    found = {finding.topic: finding for finding in doctor._kernels(torch.device("cpu"))}
+    assert found["kernel fp8 product"].found == "no: no such operands on this device"
+
+
 def test_the_doctor_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Effort, "on", classmethod(lambda cls, device: QUICK))
     assert "rates are kept in" in run("doctor", "--device", "cpu")

@@ -222,6 +222,7 @@ def _eight_bit(
     of results included, on GPUs that can."""
     if device.type != "cuda":
         return None
+<<<<<<< HEAD
     operands = _stored(name, 4 * _inner(device), device)
     computing = Computing(Scratch(0, device), "fast", working(probe(device)))
     path = strategy_for(computing, operands.format, operands.shape)
@@ -242,6 +243,16 @@ def _stored(name: str, rows: int, device: torch.device) -> Operands:
     fmt, shape = get_format(name), (rows, _inner(device))
     stored = fmt.quantise(torch.randn(shape))
     return Operands(fmt, shape, {key: each.to(device) for key, each in stored.items()}, None)
+=======
+    inner = _WIDTH * _HEADS
+    x = torch.ones(effort.tokens, inner, device=device).to(kind)
+    weight = torch.ones(4 * inner, inner, device=device).to(kind).T  # as a linear's is stored
+    try:
+        seconds = _seconds(lambda: product(x, weight), device, effort)
+    except (RuntimeError, ValueError):  # "not supported on this device": nothing to measure
+        return None
+    return 2 * effort.tokens * inner * 4 * inner / seconds
+>>>>>>> helper-c
 
 
 def _decode(device: torch.device, dtype: torch.dtype, effort: Effort) -> float:
@@ -270,7 +281,9 @@ class _Forward:
         model = WanTransformer3DModel(
             num_attention_heads=_HEADS, attention_head_dim=_WIDTH // 2, in_channels=16,
             out_channels=16, text_dim=64, freq_dim=64, ffn_dim=_FFN, num_layers=1,
-        ).to(device, dtype)  # fmt: skip
+        )  # fmt: skip
+        rope = forward.rope_tables(model, (1, side, side), device)  # fp32, as a model's own
+        model = model.to(device, dtype)
         text = torch.randn(1, forward.TEXT_TOKENS, 64, device=device, dtype=dtype)
         context = forward.prepare_context(model, text, None)
         return cls(
@@ -278,7 +291,7 @@ class _Forward:
             torch.randn(1, 16, 1, side, side, device=device, dtype=dtype),
             [[forward.cross_kv(model.blocks[0].attn2, context)]],
             forward.step_modulation(model, torch.zeros(1, device=device), dtype)[0],
-            forward.rope_tables(model, (1, side, side), device),
+            rope,
         )
 
     def __call__(self, chunk_tokens: int) -> object:

@@ -39,6 +39,7 @@ from penstock.engine.wan.cross import CrossStore
 from penstock.engine.wan.vae_decode import raw_latents
 from penstock.engine.wan.vae_encode import encode_tiled, first_frame_then_zeros
 from penstock.offload.allocator import allocator_capped
+from penstock.offload.device import made_current
 from penstock.offload.streamer import BlockStream
 from penstock.profiles.tiling import TileGrid
 
@@ -56,7 +57,7 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
     started = time.perf_counter()
     stage = Stage(job, listener, cancelled)
     capped = allocator_capped(job.device, job.plan.vram_limit_bytes)
-    with Ending(job.keeper, job.device), capped, closing(stage):
+    with Ending(job.keeper, job.device), made_current(job.device), capped, closing(stage):
         for message in (*job.notices, *(warning.message for warning in job.request.warnings)):
             stage.monitor.notice(message)
         latents = sample(stage)

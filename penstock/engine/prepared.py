@@ -46,7 +46,7 @@ class Prepared:
         cache: Path | None = None,
     ) -> None:
         self.chosen = chosen or choose(load(AUTO), Overrides(), hardware)
-        device, mode = self.chosen.hardware.device, self.chosen.policy.compute
+        device, mode = self.chosen.hardware.place, self.chosen.policy.compute
         computing, self.notices = computing_on(device, mode)
         self.variants = Variants(model, self.chosen, computing, cache)
         self.model = self.variants.stored

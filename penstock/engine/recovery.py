@@ -16,6 +16,15 @@ MEMORY_ERRORS = (LedgerOverflow, MemoryError, OSError, RuntimeError)
 _HOST_SIGNS = ("DefaultCPUAllocator", "std::bad_alloc", "can't start new thread")
 """torch's CPU allocator and threads without a stack have no error class of their own."""
 
+_DEVICE_SIGNS = (
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+"""What is allocated past torch's allocator (kernels that are loaded when they are first used, the
+handles of libraries) fails with errors of other classes; the device works on."""
+
 
 @dataclass(frozen=True)
 class Shortage:
@@ -40,11 +49,18 @@ def shortage(error: BaseException, device: torch.device) -> Shortage | None:
     message = str(error).partition("\n")[0]
     if isinstance(error, LedgerOverflow):
         return Shortage("RAM" if error.memory == "RAM" else "VRAM", message)
-    if isinstance(error, torch.OutOfMemoryError):
+    if _is_device_shortage(error):
         return Shortage("VRAM", message)
     if _is_host_shortage(error):
         return Shortage("memory" if device.type == "cpu" else "RAM", message)
     return None
+
+
+def _is_device_shortage(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(sign in text for sign in _DEVICE_SIGNS)
 
 
 def _is_host_shortage(error: BaseException) -> bool:
@@ -68,13 +84,20 @@ def out_of_memory(error: BaseException, device: torch.device) -> OutOfMemory | N
     )
 
 
+def _is_device_error(error: BaseException) -> bool:
+    """torch 2.7 has no class for it yet, only the words."""
+    named = getattr(torch, "AcceleratorError", ())
+    told = isinstance(error, RuntimeError) and str(error).startswith("CUDA error:")
+    return told or isinstance(error, named)
+
+
 def device_lost(error: BaseException) -> DeviceLost | None:
     """The named error of a device that this process cannot use again, if ``error`` is one.
 
     After a CUDA error other than out-of-memory every later call of the process fails too ("sticky
     errors", CUDA C++ Programming Guide, "Error Checking").
     """
-    if not isinstance(error, torch.AcceleratorError) or isinstance(error, torch.OutOfMemoryError):
+    if not _is_device_error(error) or _is_device_shortage(error):
         return None
     return DeviceLost(
         "the device has failed",

@@ -197,8 +197,9 @@ class BlockStream:
     def cycle(self) -> Iterator[tuple[int, Tensors]]:
         """One pass over the blocks: each index with its tensors by local name.
 
-        The body of the loop is the computation (on CUDA: issues it, on the stream that was current
-        on entry). The tensors are views of a buffer that is filled again afterwards.
+        The body of the loop is the computation (on CUDA: issues it, on the current stream, which
+        may be another one than before). The tensors are views of a buffer that is filled again
+        afterwards.
 
         Raises:
             UsageError: the stream was opened for fewer passes, or the last one was not finished.

@@ -364,11 +364,12 @@ class CudaLink:
     slab is to be read into again (in the reading thread).
 
     Args:
-        device: a CUDA device; its current stream, now, is the compute stream.
+        device: a CUDA device; the compute queue is its current stream, whichever that is.
         longest_wait: no operation waits for one that is more visits back.
     """
 
     def __init__(self, device: torch.device, longest_wait: int) -> None:
+        self._device = device
         self._compute = _cuda.current_stream(device)
         self._copy = _cuda.Stream(device)
         self._longest_wait = longest_wait
@@ -378,7 +379,7 @@ class CudaLink:
 
     def begin(self) -> None:
         """The copy stream waits: torch may hand out memory where kernels are still at work."""
-        self._copy.wait_stream(self._compute)
+        self._copy.wait_stream(self._stream(Queue.COMPUTE))
 
     def wait(self, queue: Queue, ref: Ref) -> None:
         """The stream of ``queue`` waits; for reads, the calling thread. A read that is waited for
@@ -409,7 +410,8 @@ class CudaLink:
 
     def copy(self, target: Tensor, source: Tensor) -> None:
         """Issue a copy that the host does not wait for."""
-        with _cuda.stream(self._copy):
+        # This thread's device too: leaving the stream would make a context on the current one.
+        with _cuda.device(self._copy.device), _cuda.stream(self._copy):
             target.copy_(source, non_blocking=True)
 
     @contextmanager
@@ -438,7 +440,15 @@ class CudaLink:
                 spans.popleft().settle()
 
     def _stream(self, queue: Queue) -> Any:
-        return self._copy if queue is Queue.COPY else self._compute
+        """Of the compute queue that which is current now (only its own thread asks). Where that is
+        another one than before, it goes on behind it: the queue's order is that of both."""
+        if queue is Queue.COPY:
+            return self._copy
+        current = _cuda.current_stream(self._device)
+        if current != self._compute:
+            current.wait_stream(self._compute)
+            self._compute = current
+        return self._compute
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -48,6 +48,7 @@ class Hardware:
         rates: what it computes and moves a second.
         rates_source: where those figures come from.
         fused_norms: an RMS norm is one kernel there, and makes nothing but its result.
+        index: of the GPU that was asked: every thread has a current one of its own.
     """
 
     device: str
@@ -57,6 +58,12 @@ class Hardware:
     rates: Rates
     rates_source: str = "assumed"
     fused_norms: bool = False
+    index: int | None = None
+
+    @property
+    def place(self) -> str:
+        """The device as torch names it, by its index where that is known: "cuda:1"."""
+        return self.device if self.index is None else f"{self.device}:{self.index}"
 
 
 def available_ram_bytes(root: Path = Path("/")) -> int:
@@ -136,7 +143,9 @@ def probe(device: str) -> Hardware:
 
     free_bytes, _ = torch.cuda.mem_get_info()
     name = torch.cuda.get_device_name()
-    return _rated("cuda", name, max(0, free_bytes - CUDA_RESERVE_BYTES), ram_bytes, _ASSUMED_CUDA)
+    room = max(0, free_bytes - CUDA_RESERVE_BYTES)
+    found = _rated("cuda", name, room, ram_bytes, _ASSUMED_CUDA)
+    return replace(found, index=torch.cuda.current_device())
 
 
 def has_fused_norms(device: str) -> bool:

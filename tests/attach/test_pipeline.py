@@ -15,11 +15,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 import penstock
+from penstock.engine.attach import pipe as attach_pipe
 from penstock.engine.attach.desk import WHOLE_FRAMES
 from penstock.engine.store.durable import FileOps
 from penstock.engine.synthetic import write_tiny_model
 from penstock.errors import OverBudget, PenstockError, StorageError, UsageError
 from penstock.profiles.cost import vae as vae_cost
+from penstock.profiles.hardware import Hardware
 from penstock.profiles.manifest import VaeSpec, Weights
 from penstock.profiles.tiling import TileGrid
 from tests.meter import StorageMeter
@@ -406,6 +408,35 @@ def test_what_is_refused(spoil: Any, message: str, folders: dict[str, Path], cac
         penstock.attach(pipe, vram=VRAM, ram=RAM)
     assert all(getattr(pipe, name, None) is model for name, model in models.items())
     assert not cache.exists() or list(cache.iterdir()) == []
+
+
+def test_what_the_weights_took_is_free(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, held = _open(folders["t2v"]), list[int]()
+    weights, honest = _weights(pipe), attach_pipe.budgets
+
+    def watched(*arguments: Any) -> Hardware:
+        held.append(sum(weight.nbytes for weight in weights))
+        return replace(honest(*arguments), vram_bytes=(48 << 20) + len(held))
+
+    monkeypatch.setattr(attach_pipe, "budgets", watched)
+    with penstock.attach(pipe) as attached:
+        assert attached.report.vram_limit_bytes == (48 << 20) + 2
+    assert held[0] > held[1] == 0
+
+
+def test_a_gpu_is_the_same_with_and_without_its_index(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = _open(folders["t2v"])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    with penstock.attach(pipe, vram=VRAM, ram=RAM):
+        part = pipe.transformer
+        part.device = torch.device("cuda", 1)
+        assert part.to("cuda") is part and part.to("cuda:1") is part
+        with pytest.raises(UsageError, match="cannot be moved"):
+            part.to("cuda:0")
 
 
 def test_what_an_attached_pipeline_refuses(folders: dict[str, Path]) -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,13 @@ import torch
 from torch import Tensor, nn
 
 import penstock
+from penstock.engine.attach import stream as attach_stream
+from penstock.engine.attach.away import AwayWeight
 from penstock.engine.store.durable import FileOps
 from penstock.errors import CheckpointError, OverBudget, StorageError, UsageError
+from penstock.profiles.hardware import Hardware
+from penstock.profiles.rates import Rates
+from penstock.quant.format import get_format
 from tests.attach.zoo import NAMES, Walk, make
 from tests.meter import StorageMeter
 
@@ -287,6 +293,46 @@ def test_the_need_in_the_refusal_is_exact() -> None:
     with pytest.raises(OverBudget, match="activations"):
         penstock.stream(module, "blocks", vram=more, ram=ROOM, activations=100_000)
     assert _same(module, before)
+
+
+def test_what_decoding_makes_is_in_the_budget() -> None:
+    with pytest.raises(OverBudget) as refused:
+        penstock.stream(_Wide(), "blocks", vram=1, ram=ROOM, format="gguf-q8_0")
+    fmt = get_format("gguf-q8_0")
+    assert (
+        dict(refused.value.consumers)["dequantisation"] == fmt.workspace_bytes((32, 64), "cpu") > 0
+    )
+
+
+def test_what_a_module_holds_of_a_gpu_is_the_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not so with a budget that is given; and what lies on another device is no concern of it."""
+    module, there = Walk(), torch.device("cuda", 1)
+    weight = module.blocks[0][0].weight
+    module.blocks[0][0]._parameters["weight"] = AwayWeight(weight, there, "weight")
+    card = Hardware("cuda", "a card", 1 << 20, 1 << 20, Rates(1e12, 1e10, 1e9), index=1)
+    assert attach_stream._held_bytes(module, card) == weight.nbytes
+    assert attach_stream._held_bytes(module, replace(card, index=0)) == 0
+    seen: list[int] = []
+
+    def opened(patient: object, quantised: object, hardware: Hardware, *more: object) -> None:
+        seen.append(hardware.vram_bytes)
+        raise InterruptedError
+
+    monkeypatch.setattr(attach_stream, "_Opening", opened)
+    monkeypatch.setattr(attach_stream, "Patient", lambda *_: None)
+    monkeypatch.setattr(attach_stream, "probe", lambda device: card)
+    for vram in (None, 4096):
+        with pytest.raises(InterruptedError):
+            penstock.stream(module, "blocks", vram=vram, device="cuda")
+    assert seen == [card.vram_bytes + weight.nbytes, 4096]
+
+
+class _Wide(nn.Module):
+    """One block with a matrix that every format can store."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(64, 32))])
 
 
 def _whole_numbers() -> nn.Parameter:

@@ -63,6 +63,14 @@ def _request(folder: Path, steps: int = 3) -> GenerationRequest:
     )
 
 
+def test_a_format_that_the_model_has_not_is_packed_before_the_clock(
+    tiny: Path, tmp_path: Path
+) -> None:
+    with Engine.open(tiny, format="nf4", vram="64MiB", device="cpu", cache=tmp_path) as engine:
+        result = measure(engine, Asked(_request(tmp_path), 0, "tiny"))
+    assert [phase.name for phase in result.phases] == ["context", "denoise"]
+
+
 # Weights
 
 

@@ -100,6 +100,24 @@ def test_few_tokens_pay_for_what_they_attend_to(monkeypatch: pytest.MonkeyPatch)
     assert found["tiny_overhead_s"] == pytest.approx(1e-3)
 
 
+def test_angles_are_fp32_as_in_a_model_that_is_run() -> None:
+    work = calibrate._Forward.make(CPU, torch.bfloat16, tokens=64)
+    assert work.rope.cos.dtype == work.rope.sin.dtype == torch.float32
+
+
+@pytest.mark.parametrize("refusal", [RuntimeError, ValueError])
+def test_what_a_card_does_not_multiply_is_not_measured(
+    refusal: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        raise refusal("not on this device")
+
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))
+    card = torch.device("cuda")
+    assert calibrate._eight_bit(torch.int8, product, card, Clock().effort) is None
+
+
 def test_no_seconds_are_negative() -> None:
     """More units and fewer seconds: the second kind of work cannot be what takes them."""
     found = calibrate._fitted([[1.0, 0.0], [1.0, 5.0]], [2.0, 1.5])

@@ -47,6 +47,9 @@ def latents(t2v_folder: Path) -> torch.Tensor:
         (LedgerOverflow("x"), CPU, "VRAM"),
         (LedgerOverflow("x", memory="RAM"), CUDA, "RAM"),
         (torch.OutOfMemoryError("CUDA out of memory"), CUDA, "VRAM"),
+        (torch.AcceleratorError("CUDA error: out of memory\nSearch for ..."), CUDA, "VRAM"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling ..."), CUDA, "VRAM"),
+        (torch.AcceleratorError("CUDA error: an illegal memory access"), CUDA, None),
         (MemoryError(), CUDA, "RAM"),
         (MemoryError(), CPU, "memory"),
         (OSError(12, "Cannot allocate memory"), CUDA, "RAM"),
@@ -78,9 +81,12 @@ def test_a_shortage_outside_the_phases_has_a_name_too() -> None:
 
 def test_a_lost_device_is_told_from_out_of_memory() -> None:
     assert device_lost(torch.OutOfMemoryError("x")) is None
+    assert device_lost(torch.AcceleratorError("CUDA error: out of memory")) is None
     assert device_lost(RuntimeError("x")) is None
-    lost = device_lost(torch.AcceleratorError("CUDA error: an illegal memory access"))
-    assert lost is not None and "illegal memory access" in str(lost)
+    for kind in (torch.AcceleratorError, RuntimeError):  # torch 2.7 has the words alone
+        lost = device_lost(kind("CUDA error: an illegal memory access"))
+        assert lost is not None and "illegal memory access" in str(lost)
+    assert device_lost(torch.AcceleratorError("of another maker's")) is not None
 
 
 def plans_of(engine: Engine, phase: str, resource: str) -> list[Plan]:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from penstock.engine import pipeline
+from penstock.engine.engine import Engine
+from penstock.engine.prepared import Prepared
 from penstock.engine.report import JobResult, PhaseReport
 from penstock.engine.request import GenerationRequest
 from penstock.engine.stage import Stage
@@ -38,6 +43,25 @@ def cases(i2v_folder: Path, t2v_folder: Path, picture: Path) -> tuple[Case, Case
         Case(i2v_folder, a_request(image=picture, seed=5), "24MiB"),
         Case(t2v_folder, a_request(width=64, frames=9, sampler="euler"), "300MiB"),
     )
+
+
+def test_a_job_computes_on_the_device_of_its_engine(
+    cases: tuple[Case, Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its thread has a current device of its own, which is another one at first."""
+    seen: list[tuple[str, torch.device]] = []
+
+    def watched(device: torch.device) -> nullcontext[None]:
+        seen.append((threading.current_thread().name, device))
+        return nullcontext()
+
+    monkeypatch.setattr(pipeline, "made_current", watched)
+    cases[1].run()
+    assert seen == [("penstock-job", torch.device("cpu"))] * ROUNDS
+    prepared = Prepared.open(cases[1].folder, device="cpu")
+    there = replace(prepared.chosen.hardware, device="cuda", index=1)
+    prepared.chosen = replace(prepared.chosen, hardware=there)
+    assert Engine(prepared)._device == torch.device("cuda", 1)
 
 
 def _bytes(report: PhaseReport) -> dict[str, object]:

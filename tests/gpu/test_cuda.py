@@ -3,29 +3,37 @@ survived. `python -m pytest -m gpu`; `benchmarks.gpu_suite` shows the same at tr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+import penstock
 from penstock.engine import pipeline
 from penstock.engine.bench.measure import Asked, measure
 from penstock.engine.bench.weights import write_synthetic
 from penstock.engine.demo import DEMO_PROMPT, MINI, demo_picture
 from penstock.engine.engine import Engine
-from penstock.engine.events import Replanned
+from penstock.engine.events import Progress, Replanned
+from penstock.engine.files.locate import locate
 from penstock.engine.request import GenerationRequest
 from penstock.engine.settings import Settings, resolve
+from penstock.engine.synthetic import write_tiny_model
 from penstock.offload.allocator import allocator_capped
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.tiers import HostTier
 from penstock.profiles.gpu_sign import shows_gpu
 from penstock.profiles.hardware import default_device
+from penstock.profiles.phases import CUDA_LIBRARY_BYTES
 from penstock.profiles.plan import StreamPlan
 from penstock.profiles.profile import Overrides
+from tests.attach.zoo import Walk
+from tests.engine import lora_files
 
 pytestmark = [
     pytest.mark.gpu,
@@ -85,14 +93,22 @@ def test_the_allocator_stays_under_the_budget(engine: Engine) -> None:
 
 def test_the_ceiling_is_the_drivers_too() -> None:
     device = torch.device(DEVICE)
-    torch.cuda.empty_cache()
-    held = torch.cuda.memory_reserved(device)
-    with allocator_capped(device, held + 256 * MIB):
+    with allocator_capped(device, 256 * MIB):
         assert torch.empty(100 * MIB, dtype=torch.uint8, device=device).numel() == 100 * MIB
         torch.cuda.empty_cache()
         with pytest.raises(torch.cuda.OutOfMemoryError):
             torch.empty(400 * MIB, dtype=torch.uint8, device=device)
     assert torch.empty(400 * MIB, dtype=torch.uint8, device=device).numel() == 400 * MIB
+
+
+def test_what_others_hold_comes_on_top_of_the_ceiling() -> None:
+    device = torch.device(DEVICE)
+    others = torch.empty(300 * MIB, dtype=torch.uint8, device=device)
+    with allocator_capped(device, 256 * MIB):
+        assert torch.empty(200 * MIB, dtype=torch.uint8, device=device).numel() == 200 * MIB
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            torch.empty(400 * MIB, dtype=torch.uint8, device=device)
+    assert others.numel() == 300 * MIB
 
 
 def test_slabs_are_pinned_exactly_and_given_back() -> None:
@@ -165,6 +181,237 @@ def test_a_job_that_was_stopped_goes_on_with_the_same_bits(tmp_path: Path) -> No
         again = engine.resume(tmp_path / "job").result()
     assert torch.equal(whole.latents, again.latents)
     assert torch.equal(whole.video, again.video)
+
+
+TEXT = GenerationRequest(prompt="a cat", width=64, height=64, frames=5, steps=3, seed=1)
+FIXED = Overrides(chunk_tokens="16", branches="1", cross_kv="vram")
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six blocks of about 10 MiB, whose matrices all formats can store; no picture."""
+    shape = {"num_attention_heads": 8, "attention_head_dim": 64, "ffn_dim": 1024}
+    return write_tiny_model(
+        tmp_path_factory.mktemp("wide"),
+        image_to_video=False,
+        transformer={"num_layers": BLOCKS, **shape},
+    )
+
+
+def _digest(engine: Engine, places: StreamPlan) -> str:
+    plan = engine.plan(TEXT)
+    plan = plan.with_phases((replace(plan["denoise"], stream=places),))
+    return measure(engine, Asked(TEXT, 0, "wide"), plan=plan).latents_sha256
+
+
+RESIDENT, STREAMED = StreamPlan(BLOCKS, BLOCKS), StreamPlan(BLOCKS, 1, 1, 2, 2)
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8", "nf4", "gguf-q8_0", "quanto-int4"])
+def test_a_format_packed_by_its_first_job_streams_to_the_bits_of_residents(
+    format: str, wide: Path, tmp_path: Path
+) -> None:
+    with Engine.open(
+        wide, format=format, vram="512MiB", device=DEVICE, cache=tmp_path, overrides=FIXED
+    ) as engine:
+        assert _digest(engine, RESIDENT) == _digest(engine, STREAMED)
+
+
+def test_a_lora_streams_to_the_bits_of_residents(wide: Path, tmp_path: Path) -> None:
+    source = locate(wide).transformer
+    layers = lora_files.pairs(source, lora_files.linears(source, outside=False))
+    lora = lora_files.write_kohya(tmp_path / "lora.safetensors", layers)
+    digests = []
+    for loras in ([], [f"{lora}:0.5"]):
+        with Engine.open(
+            wide, loras=loras, vram="512MiB", device=DEVICE, overrides=FIXED
+        ) as engine:
+            digests += [_digest(engine, RESIDENT), _digest(engine, STREAMED)]
+    plain, same, changed, streamed = digests
+    assert plain == same != changed == streamed
+
+
+def test_previews_and_steering_of_a_job_on_the_card() -> None:
+    seen: list[torch.device] = []
+
+    def keep(step: int, latents: Tensor) -> Tensor:
+        seen.append(latents.device)
+        return latents
+
+    with Engine.open(MINI, device=DEVICE) as engine:
+        whole = engine.submit(_trained(engine)).result().latents
+        job = engine.submit(_trained(engine), on_step=keep, preview_every=1)
+        previews = [
+            event.preview
+            for event in job.events()
+            if isinstance(event, Progress) and event.unit == "step"
+        ]
+        steered = job.result()
+    assert steered.report.steered and torch.equal(steered.latents, whole)
+    assert previews and all(each is not None and len(set(each.rgb)) > 1 for each in previews)
+    assert set(seen) == {torch.device("cpu")}
+
+
+def test_unload_gives_the_memory_back() -> None:
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    held = []
+    with Engine.open(MINI, device=DEVICE) as engine:
+        for _ in range(2):
+            engine.submit(_trained(engine)).result()
+            engine.unload()
+            held.append(torch.cuda.memory_reserved() - before)
+    assert held[1] <= held[0] <= CUDA_LIBRARY_BYTES
+
+
+class _Squeezed:
+    """`pipeline.denoise`, with ``missing`` bytes less than it took before.
+
+    Attributes:
+        peak: what torch's allocator held when nothing was missing.
+    """
+
+    def __init__(self) -> None:
+        self._honest = pipeline.denoise
+        self.peak = self.missing = 0
+
+    def __call__(self, *arguments: Any) -> Any:
+        torch.cuda.empty_cache()
+        if not self.missing:
+            torch.cuda.reset_peak_memory_stats()
+            found = self._honest(*arguments)
+            self.peak = torch.cuda.max_memory_reserved()
+            return found
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction((self.peak - self.missing) / total, 0)
+        try:
+            return self._honest(*arguments)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, 0)
+
+
+def test_a_real_end_of_memory_is_survived_with_the_same_bits(
+    wide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    squeezed = _Squeezed()
+    monkeypatch.setattr(pipeline, "denoise", squeezed)
+    with Engine.open(wide, vram="512MiB", device=DEVICE, overrides=FIXED) as engine:
+        stream = engine.plan(TEXT)["denoise"].stream
+        assert stream is not None and stream.device_resident == BLOCKS
+        whole = engine.submit(TEXT).result().latents
+        squeezed.missing = 24 * MIB
+        job = engine.submit(TEXT)
+        replanned = [event for event in job.events() if isinstance(event, Replanned)]
+        again = job.result().latents
+    assert replanned and all("out of memory" in event.reason for event in replanned)
+    assert torch.equal(whole, again)
+
+
+def test_two_engines_at_once_have_both_their_budgets(wide: Path) -> None:
+    def run(results: list[Tensor]) -> None:
+        with Engine.open(wide, vram="256MiB", device=DEVICE, overrides=FIXED) as engine:
+            results.extend(engine.submit(TEXT).result().latents for _ in range(2))
+
+    found: list[list[Tensor]] = [[], [], []]
+    run(found[0])
+    threads = [threading.Thread(target=run, args=(each,)) for each in found[1:]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(len(each) == 2 for each in found)
+    assert all(torch.equal(latents, found[0][0]) for each in found for latents in each)
+
+
+@pytest.mark.parametrize("home", ["cpu", DEVICE])
+def test_a_streamed_module_gives_the_bits_of_the_resident_one(home: str, tmp_path: Path) -> None:
+    """In whatever stream it is called."""
+    module, x = Walk().to(DEVICE), torch.linspace(-1, 1, 32, device=DEVICE).reshape(2, 16)
+    with torch.no_grad():
+        wanted = module(x)
+    module.to(home)
+    there = next(module.parameters()).device
+    largest = "1MiB" if home == "cpu" else None
+    with (
+        torch.no_grad(),
+        penstock.stream(module, "blocks", vram=largest, ram="1MiB", device=DEVICE, folder=tmp_path),
+    ):
+        for enter in _streams():
+            assert torch.equal(enter(lambda: module(x)), wanted)
+    assert all(weight.device == there for weight in module.parameters())
+    with torch.no_grad():
+        assert torch.equal(module.to(DEVICE)(x), wanted)
+
+
+def _streams() -> list[Callable[[Callable[[], Tensor]], Tensor]]:
+    """Ways to call something: in torch's own stream, in another one, and in torch's own again."""
+
+    def aside(call: Callable[[], Tensor]) -> Tensor:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            found = call()
+        side.synchronize()
+        return found
+
+    return [lambda call: call(), aside, lambda call: call(), aside]
+
+
+@pytest.mark.parametrize("format", ["int8", "nf4"])
+def test_a_streamed_module_with_quantised_layers(format: str, tmp_path: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        x = torch.randn(4, 128)
+        module = torch.nn.Module()
+        blocks = [torch.nn.Sequential(torch.nn.Linear(128, 128)) for _ in range(4)]
+    module.blocks = torch.nn.ModuleList(blocks)
+    found = []
+    for device in ("cpu", DEVICE):
+        with (
+            torch.no_grad(),
+            penstock.stream(
+                module, "blocks", vram="64MiB", ram="1MiB", format=format, device=device,
+                folder=tmp_path,
+            ),
+        ):  # fmt: skip
+            y = x.to(device)
+            for block in module.blocks:
+                y = block(y)
+            found.append(y.cpu())
+    # The same decoded weights; products are summed in another order.
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("home", ["cpu", DEVICE])
+@pytest.mark.parametrize("vram", ["512MiB", None])
+def test_an_attached_pipeline_makes_what_it_makes_by_itself(
+    home: str, vram: str | None, wide: Path, tmp_path: Path
+) -> None:
+    from diffusers import WanPipeline
+
+    pipe = WanPipeline.from_pretrained(wide).to(DEVICE)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"prompt": "a cat", "height": 64, "width": 64, "num_frames": 5,
+            "num_inference_steps": 2, "output_type": "pt"}  # fmt: skip
+
+    def frames() -> Tensor:
+        draw = torch.Generator().manual_seed(0)
+        found: Tensor = pipe(**call, generator=draw).frames
+        return found.cpu()
+
+    wanted = frames()
+    before = [weight.detach().cpu().clone() for weight in pipe.transformer.parameters()]
+    pipe.to(home)
+    with penstock.attach(pipe, vram=vram, ram="256MiB", device=DEVICE, folder=tmp_path) as attached:
+        pipe.to(home)  # where it is already
+        found, again = frames(), frames()
+        assert attached.report.vram_bytes == 0
+    # The same operations in fp32; where kernels differ, by rounding.
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+    assert torch.equal(found, again)
+    after = list(pipe.transformer.parameters())
+    assert {weight.device.type for weight in after} == {home}
+    assert all(torch.equal(w.cpu(), b) for w, b in zip(after, before, strict=True))
 
 
 def test_the_machine_shows_a_sign_of_its_gpu() -> None:

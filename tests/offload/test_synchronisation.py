@@ -162,6 +162,17 @@ def test_every_wait_at_an_end_is_needed(files: Files) -> None:
         ), site
 
 
+def test_the_computation_may_go_on_in_another_stream(files: Files) -> None:
+    streamed = Scenario(Residency(3, (1,), (), 1, 1), cycles=3, hops=True)
+    resident = Scenario(Residency(2, (0, 1), (), 0, 1), cycles=3, hops=True)
+    for scenario in (streamed, resident):
+        for policy in policies():
+            assert not files.run(scenario, policy).caught
+    for before, after in (("0", "1"), ("1", "2")):
+        hop = Mutant((f"stream compute {after}", "begins after", f"stream compute {before}"))
+        assert is_caught(files, resident, hop)
+
+
 def test_without_marks_nothing_moves(files: Files) -> None:
     for queue in ("read", "copy", "compute"):
         outcome = files.run(SCENARIOS[1], Dice(0), Mutant(("mark", queue)))

@@ -50,6 +50,7 @@ class Scenario:
         fail_at: the piece that the disk cannot read; None: it reads all.
         ahead: the host's half opens first.
         small_pieces: a block is read in many pieces, several at a time.
+        hops: every pass computes in a stream of its own.
     """
 
     residency: Residency
@@ -59,6 +60,7 @@ class Scenario:
     fail_at: int | None = None
     ahead: bool = False
     small_pieces: bool = False
+    hops: bool = False
 
 
 @dataclass(frozen=True)
@@ -339,7 +341,9 @@ class Stage:
                 self.turns.pause()
             stack.enter_context(stream)
             visit = 0
-            for _ in range(scenario.cycles):
+            for number in range(scenario.cycles):
+                if scenario.hops:
+                    self.compute = Stream(self, f"stream compute {number}")
                 for index, block in stream.cycle():
                     if visit == scenario.leave_at:
                         raise Left

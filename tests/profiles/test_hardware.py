@@ -115,7 +115,9 @@ class TestAuto:
         free_memory(monkeypatch, 40 * GIB)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (6 * GIB, 24 * GIB))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
         machine = hw.probe("cuda")
+        assert (machine.device, machine.place) == ("cuda", "cuda:1")
         assert machine.vram_bytes == 6 * GIB - hw.CUDA_RESERVE_BYTES
         assert machine.rates_source == "assumed"
         assert self.plan(machine).peak_vram_bytes <= machine.vram_bytes

@@ -52,7 +52,7 @@ class Desk:
     """
 
     def __init__(self, model: ModelFiles, hardware: Hardware) -> None:
-        self.device, self._hardware = torch.device(hardware.device), hardware
+        self.device, self._hardware = torch.device(hardware.place), hardware
         self.model = model.installed(Computing(Scratch(0, self.device)))
         self.vram = ByteLedger("VRAM", hardware.vram_bytes)
         self.ram = ByteLedger("RAM", hardware.ram_bytes)

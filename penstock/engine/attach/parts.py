@@ -21,6 +21,7 @@ from penstock.engine.attach.endless import EndlessStream
 from penstock.engine.model import Component
 from penstock.engine.wan import forward as dit
 from penstock.errors import UsageError
+from penstock.offload.device import indexed
 from penstock.profiles.manifest import VideoShape
 
 
@@ -55,6 +56,7 @@ class Part(nn.Module):
             UsageError: another device or dtype is asked for.
         """
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        device = None if device is None else indexed(device)
         if device not in (None, self.device) or dtype not in (None, self.dtype):
             raise UsageError(
                 f"the {self.name} of an attached pipeline cannot be moved or cast",

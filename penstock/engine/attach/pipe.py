@@ -26,6 +26,7 @@ from penstock.engine.packs.cache import cache_folder
 from penstock.engine.packs.firstuse import FirstUse
 from penstock.engine.packs.plan import LEAST_RAM_BYTES
 from penstock.errors import CheckpointError, UsageError
+from penstock.offload.tiers import release_cached
 from penstock.quant.format import get_format
 
 _PARTS: Mapping[str, type[Part]] = {
@@ -145,8 +146,9 @@ def attach(
     Args:
         pipe: a `WanPipeline` or a `WanImageToVideoPipeline` of Wan 2.1.
         vram: budget on the device for all that penstock holds there, such as ``"12GiB"``; None:
-            what is free. What the pipeline itself keeps on that device comes on top.
-        ram: budget of host memory; None: what is free.
+            what is free once the weights have left. What the pipeline itself keeps on that device
+            comes on top.
+        ram: budget of host memory; None: likewise.
         format: store the transformer's matrices in it: ``"int8"``, ``"fp8"``, ``"nf4"``, ...
         device: where to compute: "cuda", "cpu" or "auto" (CUDA where there is one).
         folder: where the packs are written; None: penstock's cache folder.
@@ -169,7 +171,8 @@ def attach(
         model = ModelFiles.open(place / "model")
         if wanted is not None:
             model = _stored_as(model, wanted, place)
-        desk = Desk(model, hardware)
+        release_cached(torch.device(hardware.place))
+        desk = Desk(model, budgets(device, vram, ram))  # without what the weights took
         stack.callback(desk.close)
         attached = Attached(pipe, desk, disk_bytes, ExitStack())
         for name, made in _PARTS.items():

@@ -97,12 +97,13 @@ def stream(
         module: any module; its weights must be loaded.
         blocks: dotted name of the `nn.ModuleList`, such as ``"encoder.layers"``; or of several, in
             the order in which the module goes through them.
-        vram: budget on the device, such as ``"4GiB"`` or bytes; None: what is free.
+        vram: budget on the device, such as ``"4GiB"`` or bytes; None: what is free, and what the
+            module takes there now.
         ram: budget of host memory for blocks; None: what is free.
         format: store the blocks' linear layers in it: ``"int8"``, ``"fp8"``, ``"nf4"``, ...
         keep: ends of names of linear layers that are not quantised, such as ``"wo"``.
         activations: bytes of ``vram`` to leave to the module's own computation, which is not known
-            here.
+            here; on a GPU with what cuBLAS and cuDNN work in (8 to 32 MiB and more).
         device: "cuda", "cpu" or "auto" (CUDA where there is one).
         folder: where the pack is written; None: penstock's cache folder. It is removed at the end.
 
@@ -119,6 +120,8 @@ def stream(
     patient = Patient(module, [blocks] if isinstance(blocks, str) else blocks)
     quantised = None if format is None else Quantised(patient, get_format(format), keep)
     hardware = budgets(device, vram, ram)
+    if vram is None:  # what the module holds there is the budget's to place
+        hardware = replace(hardware, vram_bytes=hardware.vram_bytes + _held_bytes(module, hardware))
     opening = _Opening(patient, quantised, hardware, parse_bytes(activations) if activations else 0)
     with ExitStack() as stack:
         lender, report = opening.open(stack, None if folder is None else Path(folder))
@@ -212,15 +215,17 @@ class _Opening:
         self, patient: Patient, quantised: Quantised | None, hardware: Hardware, work_bytes: int
     ) -> None:
         self._patient, self._quantised, self._hardware = patient, quantised, hardware
-        self._device = torch.device(hardware.device)
+        self._device = torch.device(hardware.place)
         self._runs = patient.runs()
         specs = specs_of(self._runs)
         self._plain = plan_live(specs)
         self._stored = self._plain if quantised is None else plan_live(quantised.specs(specs))
         self._scratch_bytes = 0 if quantised is None else quantised.scratch_bytes
+        workspace = 0 if quantised is None else quantised.workspace_bytes(hardware.device)
         self._fixed: Items = (
             ("weights outside the blocks, and buffers", _storage_bytes(patient.staying)),
             ("dequantisation scratch", self._scratch_bytes),
+            ("dequantisation", workspace),
             ("activations", work_bytes),
         )
         self._plan = place_blocks(_run_bytes(self._stored), self._fixed, hardware)
@@ -329,11 +334,18 @@ def _storage_bytes(tensors: Sequence[Tensor]) -> int:
     return sum({t.untyped_storage().data_ptr(): t.nbytes for t in tensors}.values())
 
 
+def _held_bytes(module: nn.Module, hardware: Hardware) -> int:
+    """What the module takes of a GPU now, and so is not free there."""
+    device = torch.device(hardware.place)
+    tensors = [*module.parameters(), *module.buffers()] if device.type == "cuda" else []
+    return sum(tensor.nbytes for tensor in tensors if tensor.device == device)
+
+
 def _move(tensors: Sequence[Tensor], device: torch.device, stack: ExitStack) -> None:
     """To the device, and back with the stack; what is written to them meanwhile is kept."""
     for tensor in tensors:
         home = tensor.device
-        if home.type != device.type:
+        if home != device:
             tensor.data = tensor.data.to(device)
             stack.callback(_set_device, tensor, home)
 

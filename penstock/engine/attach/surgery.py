@@ -254,6 +254,14 @@ class Quantised:
             for each in linears
         )
 
+    def workspace_bytes(self, device: str) -> int:
+        """What decoding one of them makes for a moment, on a device of that type."""
+        return max(
+            self.format.workspace_bytes(each.shape, device)
+            for linears in self.linears
+            for each in linears
+        )
+
     def specs(self, plain: Mapping[str, Mapping[str, Spec]]) -> dict[str, dict[str, Spec]]:
         """What is stored, by run and name, where ``plain`` is stored unquantised."""
         made = {}

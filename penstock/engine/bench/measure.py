@@ -96,7 +96,7 @@ def measure(
         OverBudget: no plan fits. Whatever a job raises.
     """
     plan = plan or engine.plan(asked.request)
-    device = torch.device(engine.hardware.device)
+    device = torch.device(engine.hardware.place)
     watch = _Watch(listener, _clock(device))
     run = engine.run_of(asked.request.with_seed(), plan)
     stage = MeasuredStage(replace(run, overlapped=asked.overlapped), watch, threading.Event())
@@ -289,7 +289,7 @@ class _Watch:
         if isinstance(event, PhaseStarted | Progress) and event.phase == "denoise":
             assert self.stage is not None
             self._marks.append((self.mark(), self.stage.moved("denoise")))
-        if isinstance(event, PhaseEnded):
+        if isinstance(event, PhaseEnded) and self.memory is not None:  # packing comes before
             self.phases.append(self._figures(event.report))
         self.listener(event)
 

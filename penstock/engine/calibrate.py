@@ -222,7 +222,6 @@ def _eight_bit(
     of results included, on GPUs that can."""
     if device.type != "cuda":
         return None
-<<<<<<< HEAD
     operands = _stored(name, 4 * _inner(device), device)
     computing = Computing(Scratch(0, device), "fast", working(probe(device)))
     path = strategy_for(computing, operands.format, operands.shape)
@@ -243,16 +242,6 @@ def _stored(name: str, rows: int, device: torch.device) -> Operands:
     fmt, shape = get_format(name), (rows, _inner(device))
     stored = fmt.quantise(torch.randn(shape))
     return Operands(fmt, shape, {key: each.to(device) for key, each in stored.items()}, None)
-=======
-    inner = _WIDTH * _HEADS
-    x = torch.ones(effort.tokens, inner, device=device).to(kind)
-    weight = torch.ones(4 * inner, inner, device=device).to(kind).T  # as a linear's is stored
-    try:
-        seconds = _seconds(lambda: product(x, weight), device, effort)
-    except (RuntimeError, ValueError):  # "not supported on this device": nothing to measure
-        return None
-    return 2 * effort.tokens * inner * 4 * inner / seconds
->>>>>>> helper-c
 
 
 def _decode(device: torch.device, dtype: torch.dtype, effort: Effort) -> float:

@@ -105,17 +105,14 @@ def test_angles_are_fp32_as_in_a_model_that_is_run() -> None:
     assert work.rope.cos.dtype == work.rope.sin.dtype == torch.float32
 
 
-@pytest.mark.parametrize("refusal", [RuntimeError, ValueError])
-def test_what_a_card_does_not_multiply_is_not_measured(
-    refusal: type[Exception], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        raise refusal("not on this device")
-
-    ones = torch.ones
-    monkeypatch.setattr(torch, "ones", lambda *size, device: ones(*size))
-    card = torch.device("cuda")
-    assert calibrate._eight_bit(torch.int8, product, card, Clock().effort) is None
+def test_what_a_card_does_not_multiply_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored, card = calibrate._stored, torch.device("cuda")
+    monkeypatch.setattr(calibrate, "_stored", lambda name, rows, device: stored(name, 32, CPU))
+    monkeypatch.setattr(calibrate, "_product", lambda path, *rest: path.path)
+    for works, found in ((frozenset({"int8"}), "int8"), (frozenset(), None)):
+        monkeypatch.setattr(calibrate, "probe", lambda device: {})
+        monkeypatch.setattr(calibrate, "working", lambda reports, works=works: works)
+        assert calibrate._eight_bit("int8", card, torch.bfloat16, Clock().effort) == found
 
 
 def test_no_seconds_are_negative() -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from penstock.engine import programs
 from penstock.engine.store.digest import SAMPLE_BYTES, SAMPLES, stamp
 from penstock.engine.store.fingerprint import (
     check_fingerprint,
@@ -50,6 +53,47 @@ def test_a_changed_thread_count_is_a_difference(tmp_path: Path) -> None:
         assert [d[0] for d in compare_fingerprint(then, taken(tmp_path))] == ["numerics.threads"]
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_switched_off_attention_kernel_is_a_difference(tmp_path: Path) -> None:
+    then = taken(tmp_path)
+    with sdpa_kernel(SDPBackend.MATH):
+        found = compare_fingerprint(then, taken(tmp_path))
+    assert [d[0] for d in found] == ["numerics.attention_kernels"]
+    assert found[0][2] == ["math"]
+
+
+def test_a_switch_that_does_not_tell_is_no_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mixed() -> str:
+        raise RuntimeError("mix of the legacy and new APIs")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", mixed)
+    numerics = taken(tmp_path)["numerics"]
+    assert numerics["matmul_precision"] == "older and newer settings mixed"  # type: ignore[index]
+
+
+def test_a_gpus_driver_is_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def smi(*command: str) -> str:
+        calls.append(command)
+        return "580.159.04\n"
+
+    properties = SimpleNamespace(uuid="1234-abcd")
+    monkeypatch.setattr(programs, "output", smi)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    found = fingerprint(torch.device("cuda:1"), {}, [])
+    assert found["device"]["driver"] == "580.159.04"
+    assert "--id=GPU-1234-abcd" in calls[0] and "--query-gpu=driver_version" in calls[0]
+    del properties.uuid  # an older torch
+    fingerprint(torch.device("cuda:1"), {}, [])
+    assert "--id=1" in calls[1]
+    monkeypatch.setattr(programs, "output", lambda *command: "")
+    assert fingerprint(torch.device("cuda:1"), {}, [])["device"]["driver"] is None
 
 
 def test_a_field_of_none_is_not_a_missing_field() -> None:

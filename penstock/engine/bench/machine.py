@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,14 @@ import torch
 from penstock.engine.bench.result import Links
 from penstock.engine.calibrate import Effort, copy_rate
 from penstock.engine.disk import IN_FLIGHT, read_rate
+from penstock.engine.programs import nvidia_smi, output
 from penstock.engine.report import versions
 from penstock.units import MIB
 
 SAMPLE_BYTES = 1024 * MIB
 """Read from the model's file to know what the disk reaches."""
 
-_QUERY = ("driver_version", "pcie.link.gen.max", "pcie.link.width.max", "memory.total")
+_QUERY = ("driver_version", "pcie.link.gen.max", "pcie.link.width.max")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -65,7 +64,7 @@ def _cgroup_limit() -> int | None:
 def _gpu(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {"gpu": None}
-    found = dict(zip(_QUERY, _nvidia_smi(device), strict=False))
+    found = nvidia_smi(device, _QUERY)
     return {
         "gpu": torch.cuda.get_device_name(device),
         "capability": list(torch.cuda.get_device_capability(device)),
@@ -77,31 +76,13 @@ def _gpu(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _nvidia_smi(device: torch.device) -> list[str]:
-    """What NVIDIA's own tool says of the device; nothing where it is not installed."""
-    index = device.index or 0
-    flags = ["--format=csv,noheader,nounits", f"--query-gpu={','.join(_QUERY)}", f"--id={index}"]
-    return [word.strip() for word in _output("nvidia-smi", *flags).split(",") if word.strip()]
-
-
 def commit() -> str | None:
     """Of the working tree that the package is in, with a mark where it was changed since."""
     here = ("git", "-C", str(Path(__file__).parent))
-    commit = _output(*here, "rev-parse", "HEAD").strip()
+    commit = output(*here, "rev-parse", "HEAD").strip()
     if not commit:
         return None
-    return commit + (" (changed)" if _output(*here, "status", "--porcelain").strip() else "")
-
-
-def _output(*command: str) -> str:
-    """What a program prints; "" where it is not there or fails."""
-    if shutil.which(command[0]) is None:
-        return ""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout if done.returncode == 0 else ""
+    return commit + (" (changed)" if output(*here, "status", "--porcelain").strip() else "")
 
 
 def links(device: torch.device, file: Path, sample_bytes: int = SAMPLE_BYTES) -> Links:

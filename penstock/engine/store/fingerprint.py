@@ -7,13 +7,14 @@ driver, the numerics that were chosen, and the model's files.
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from penstock._version import __version__
+from penstock.engine.programs import nvidia_smi
 from penstock.engine.store.digest import stamp
 from penstock.errors import FingerprintMismatch
 
@@ -105,14 +106,37 @@ def _device(device: torch.device) -> dict[str, Any]:
         "type": "cuda",
         "name": torch.cuda.get_device_name(device),
         "capability": list(torch.cuda.get_device_capability(device)),
+        "driver": nvidia_smi(device, ["driver_version"]).get("driver_version"),
     }
 
 
 def _switches() -> dict[str, Any]:
+    cuda: Any = torch.backends.cuda  # untyped in torch
+    cudnn = torch.backends.cudnn
     return {
         "threads": torch.get_num_threads(),
-        "matmul_precision": torch.get_float32_matmul_precision(),
-        "cudnn_tf32": torch.backends.cudnn.allow_tf32,
-        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "matmul_precision": _said(torch.get_float32_matmul_precision),
+        "cudnn_tf32": _said(lambda: cudnn.allow_tf32),
+        "cudnn_benchmark": cudnn.benchmark,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "bf16_reduction": _said(lambda: cuda.matmul.allow_bf16_reduced_precision_reduction),
+        "fp16_reduction": _said(lambda: cuda.matmul.allow_fp16_reduced_precision_reduction),
+        "attention_kernels": [
+            name
+            for name, enabled in (
+                ("flash", cuda.flash_sdp_enabled),
+                ("mem_efficient", cuda.mem_efficient_sdp_enabled),
+                ("cudnn", cuda.cudnn_sdp_enabled),
+                ("math", cuda.math_sdp_enabled),
+            )
+            if enabled()
+        ],
     }
+
+
+def _said(switch: Callable[[], object]) -> object:
+    """A switch of torch's; it refuses to tell where its older and newer settings were mixed."""
+    try:
+        return switch()
+    except RuntimeError:
+        return "older and newer settings mixed"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import argparse
+import gc
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,9 +21,10 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from penstock.engine.bench.machine import machine
+from benchmarks.peers import await_ready, measured, parse, start, summary, weights_file
+from penstock.engine.bench.machine import links, machine
 from penstock.engine.bench.measure import Asked, MeasuredStage, measure
-from penstock.engine.bench.result import BenchResult
+from penstock.engine.bench.result import BenchResult, Links
 from penstock.engine.bench.weights import write_synthetic
 from penstock.engine.engine import Engine
 from penstock.engine.pipeline import decode, encode_condition
@@ -51,6 +53,13 @@ LARGE_CONTEXT_BYTES = 800 * MIB
 HEADROOMS = (0, 256 * MIB, 768 * MIB)
 """Tried one after the other where the plan's own peak does not fit the card."""
 
+SAMPLE_BYTES = 256 * MIB
+"""Read of a model's file, to know what the disk reaches."""
+
+SHORT_STEP_S = 1.0
+"""Of steps below, two are counted wherever the blocks live; of longer ones two where they are
+resident, which shows how little they differ, and one elsewhere."""
+
 Case = tuple[str, Callable[[], Mapping[str, Any]]]
 
 
@@ -67,6 +76,7 @@ class Scale:
         tokens, context: of the products and of attention.
         delay_cycles: of the injected delays, in clock cycles of the device.
         tiles: rows and columns of the VAE's tiled case.
+        peer_blocks: of the model, in bf16, that the peers work with.
     """
 
     device: str
@@ -85,6 +95,7 @@ class Scale:
     delay_cycles: int
     repeats: int
     tiles: str
+    peer_blocks: int
 
 
 def scale(*, dry: bool) -> Scale:
@@ -92,13 +103,13 @@ def scale(*, dry: bool) -> Scale:
     if dry:
         return Scale(
             "cpu", "tiny", 4, 2, {"large": 64 * MIB, "small": 8 * MIB}, 0, (32, 32, 5),
-            ((48, 32, 5),), (32, 32, 5), (256, 128), 32, 64, 2, 1000, 2, "1x2",
+            ((48, 32, 5),), (32, 32, 5), (256, 128), 32, 64, 2, 1000, 2, "1x2", 2,
         )  # fmt: skip
-    caps = {f"{size} GiB": size * GIB for size in (12, 8, 24, 6, 16, 4)}
+    caps = {f"{size} GiB": size * GIB for size in (12, 8, 24, 4, 16, 6)}
     return Scale(
         "cuda", "wan2.1-i2v-14b", 40, 8, caps, LARGE_CONTEXT_BYTES, (1280, 720, 81),
         ((1280, 720, 81), (960, 528, 77), (832, 480, 81)), (256, 256, 5), (13824, 5120), 8192,
-        75_600, 40, 20_000_000, 10, "3x3",
+        75_600, 40, 20_000_000, 10, "3x3", 6,
     )  # fmt: skip
 
 
@@ -133,10 +144,28 @@ class Context:
             frames=frames, steps=steps, guidance_scale=5.0 if guided else 1.0, seed=0,
         )  # fmt: skip
 
+    @cached_property
+    def links(self) -> Links:
+        """What disk and link reach, measured once a process on the short model's file."""
+        (file,) = (self.folder / "short" / "transformer").glob("*.safetensors")
+        found = links(self.device, file, SAMPLE_BYTES)
+        self.release()
+        return found
+
     def release(self) -> None:
         """Give cached memory back between cases."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def settle(self) -> None:
+        """Leave nothing to the next group.
+
+        Raises:
+            RuntimeError: an earlier error has made the device unusable for this process.
+        """
+        gc.collect()
+        self.release()
+        finish(self)
 
 
 # Writing
@@ -149,12 +178,14 @@ def write(context: Context) -> Iterator[Case]:
     yield "short", lambda: written(context, "short", context.scale.short_blocks)
 
 
-def written(context: Context, model: str, blocks: int) -> dict[str, Any]:
+def written(
+    context: Context, model: str, blocks: int, weight_format: str = "int8"
+) -> dict[str, Any]:
     """A model of so many blocks, and how long writing it took; one that is there is taken."""
     started, folder = time.perf_counter(), context.folder / model
     if not folder.exists():
         beside = folder.with_name(f"{model}.new")
-        write_synthetic(beside, context.scale.name, blocks=blocks)
+        write_synthetic(beside, context.scale.name, blocks=blocks, weight_format=weight_format)
         beside.rename(folder)
     nbytes = sum(path.stat().st_size for path in (folder / "transformer").iterdir())
     return {"blocks": blocks, "bytes": nbytes, "s": time.perf_counter() - started}
@@ -273,7 +304,7 @@ def placed(
         request = context.request(size, steps + warmup)
         plan = with_places(engine.plan(request), places)
         asked = Asked(request, warmup, context.scale.name, overlapped=overlapped)
-        return measure(engine, asked, plan=plan, sample_bytes=256 * MIB)
+        return measure(engine, asked, plan=plan, reached=context.links)
 
 
 def with_places(plan: Plan, places: StreamPlan) -> Plan:
@@ -290,8 +321,8 @@ def speeds(context: Context) -> Iterator[Case]:
     resident = StreamPlan(count, count)
 
     @cache
-    def forward(size: tuple[int, int, int], places: StreamPlan) -> BenchResult:
-        return placed(context, size, places, 2, warmup=1)
+    def beside(size: tuple[int, int, int]) -> BenchResult:
+        return placed(context, size, resident, 2, warmup=1)
 
     for size in context.scale.sizes:
         for where, places in (
@@ -303,8 +334,10 @@ def speeds(context: Context) -> Iterator[Case]:
             def work(
                 size: tuple[int, int, int] = size, places: StreamPlan = places
             ) -> dict[str, Any]:
-                over = forward(size, resident).median_s
-                found = forward(size, places)
+                found, over = beside(size), beside(size).median_s
+                if places != resident:
+                    counted = 2 if over < SHORT_STEP_S else 1
+                    found = placed(context, size, places, counted, warmup=1)
                 return speed(found, count) | {
                     "over_resident": found.median_s / over,
                     "planned_bytes": max(phase.predicted_vram_bytes for phase in found.phases),
@@ -338,6 +371,7 @@ class Ballast:
     """A second process that holds memory of the card, so that it is really taken.
 
     Use as a context manager, on a card that nobody else uses; on a CPU there is nothing to hold.
+    The process imports torch from the beginning on, and touches the card when it first holds.
 
     Attributes:
         others_bytes: what of the card the second process takes.
@@ -372,15 +406,7 @@ class Ballast:
         return held
 
     def _hold(self, nbytes: int) -> None:
-        if self._process is None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", self._CODE],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                # In one piece: segments that grow by pages would take seconds.
-                env={k: v for k, v in os.environ.items() if not k.endswith("ALLOC_CONF")},
-            )
+        assert self._process is not None
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(f"{nbytes}\n")
         self._process.stdin.flush()
@@ -389,6 +415,14 @@ class Ballast:
 
     def __enter__(self) -> Ballast:
         if self._device.type == "cuda":
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", self._CODE],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                # In one piece: segments that grow by pages would take seconds.
+                env={k: v for k, v in os.environ.items() if not k.endswith("ALLOC_CONF")},
+            )
             torch.zeros(1, device=self._device)
             torch.cuda.empty_cache()
         return self
@@ -401,9 +435,8 @@ class Ballast:
 
 def peaks(context: Context) -> Iterator[Case]:
     """One guided step of the large video with all blocks, under each cap."""
-    yield "writing", lambda: written(context, "long", context.scale.blocks)
-    with ExitStack() as stack:
-        ballast = stack.enter_context(Ballast(context.device))
+    with Ballast(context.device) as ballast:
+        yield "writing", lambda: written(context, "long", context.scale.blocks)
         for name, cap_bytes in context.scale.caps.items():
 
             def work(cap_bytes: int = cap_bytes) -> dict[str, Any]:
@@ -414,10 +447,12 @@ def peaks(context: Context) -> Iterator[Case]:
 
 def peak(context: Context, ballast: Ballast, card_bytes: int) -> dict[str, Any]:
     """What the plan promised, what the ledger counted, what the allocator and the driver held."""
+    written(context, "long", context.scale.blocks)  # where an earlier run's was removed
+    reached = context.links  # measured before the card is small
     context.release()
     held = ballast.imitate(card_bytes)
     budget_bytes = card_bytes - context.scale.reserve_bytes
-    found, headroom = with_headroom(context, budget_bytes)
+    found, headroom = with_headroom(context, budget_bytes, reached)
     worst = max(found.phases, key=lambda phase: phase.allocator_bytes)
     allocated = worst.allocator_bytes or found.peak_vram_bytes
     planned = max(phase.predicted_vram_bytes for phase in found.phases)
@@ -443,7 +478,7 @@ def peak(context: Context, ballast: Ballast, card_bytes: int) -> dict[str, Any]:
     }
 
 
-def with_headroom(context: Context, budget_bytes: int) -> tuple[BenchResult, int]:
+def with_headroom(context: Context, budget_bytes: int, reached: Links) -> tuple[BenchResult, int]:
     """One guided step under the budget; where memory runs out all the same, what of it must be left
     alone for that."""
     request = context.request(context.scale.large, 1, guided=True)
@@ -453,7 +488,7 @@ def with_headroom(context: Context, budget_bytes: int) -> tuple[BenchResult, int
         try:
             with context.engine("long", vram=budget_bytes - headroom) as engine:
                 asked = Asked(request, 0, context.scale.name)
-                return measure(engine, asked, sample_bytes=256 * MIB), headroom
+                return measure(engine, asked, reached=reached), headroom
         except torch.OutOfMemoryError as error:
             told = str(error)
     raise RuntimeError(f"with {HEADROOMS[-1]:,} bytes left alone: {told}")
@@ -487,13 +522,18 @@ def allocator(device: torch.device) -> dict[str, Any]:
 def formats(context: Context) -> Iterator[Case]:
     """Every path of a quantised linear, and every attention kernel, on the same inputs."""
     reports = probe(context.device)
+
+    @cache
+    def operands() -> tuple[torch.Tensor, torch.Tensor]:
+        return weight_and_inputs(context)
+
     for path, report in reports.items():
         yield f"path {path}", lambda report=report: vars(report)  # type: ignore[misc]
     for name in ("bf16", "fp8", "int8", "nf4"):
         for mode in ("exact", "fast"):
 
             def work(name: str = name, mode: Any = mode) -> dict[str, Any]:
-                return product(context, name, mode, working(reports))
+                return product(context, name, mode, working(reports), *operands())
 
             yield f"{name}, {mode}", work
     for backend in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
@@ -504,13 +544,26 @@ def formats(context: Context) -> Iterator[Case]:
         yield f"attention {backend.lower()}", kernel
 
 
-def product(context: Context, name: str, mode: Any, works: frozenset[Any]) -> dict[str, Any]:
-    """Seconds of a linear over the largest matrix of a block."""
+def weight_and_inputs(context: Context) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest matrix of a block (on the host) and what it is multiplied with, both random."""
     rows, columns = context.scale.matrix
-    device, fmt = context.device, get_format(name)
     draw = torch.Generator().manual_seed(0)
     weight = torch.randn(rows, columns, generator=draw).mul_(0.02).to(torch.bfloat16)
-    x = torch.randn(context.scale.tokens, columns, generator=draw).to(device, torch.bfloat16)
+    x = torch.randn(context.scale.tokens, columns, generator=draw)
+    return weight, x.to(context.device, torch.bfloat16)
+
+
+def product(
+    context: Context,
+    name: str,
+    mode: Any,
+    works: frozenset[Any],
+    weight: torch.Tensor,
+    x: torch.Tensor,
+) -> dict[str, Any]:
+    """Seconds of a linear over ``weight`` in a format."""
+    rows, columns = context.scale.matrix
+    device, fmt = context.device, get_format(name)
     stored = {suffix: each.to(device) for suffix, each in fmt.quantise(weight).items()}
     computing = Computing(Scratch(2 * rows * columns, device), mode, works)
     path = strategy_for(computing, fmt, (rows, columns))
@@ -633,41 +686,67 @@ def difference(videos: list[torch.Tensor]) -> dict[str, Any]:
 
 
 def peers(context: Context) -> Iterator[Case]:
-    """`benchmarks.peers`, each in a process of its own; the first writes their model."""
-    for name in CUDA_PEERS if context.device.type == "cuda" else CPU_PEERS:
-        yield name, lambda name=name: peer(context, name)  # type: ignore[misc]
+    """`benchmarks.peers`, each in a process of its own. All import at once, while their model is
+    written and nothing is measured."""
+    options = peer_options(context)
+    with ExitStack() as stack:
+        waiting = {
+            name: stack.enter_context(ended(start(options, name, context.folder)))
+            for name in (CUDA_PEERS if context.device.type == "cuda" else CPU_PEERS)
+        }
+
+        @cache
+        def ready() -> dict[str, Any]:
+            found = written(context, "model", context.scale.peer_blocks, "bf16")
+            for process in waiting.values():
+                await_ready(process)
+            return found
+
+        yield "writing", ready
+        for name, process in waiting.items():
+
+            def work(name: str = name, process: subprocess.Popen[str] = process) -> dict[str, Any]:
+                ready()
+                found = {name: measured(process, name, options, context.folder)}
+                told = summary(options, found, weights_file(context.folder).stat().st_size)
+                return {"size": told["size"], "model": told["model"], **found[name]}
+
+            yield name, work
 
 
 CPU_PEERS = ("penstock_ram", "resident")
 CUDA_PEERS = (
-    "penstock_ram", "group_offload", "resident", "penstock_disk", "group_offload_disk",
+    "penstock_ram", "group_offload", "penstock_disk", "group_offload_disk", "resident",
     "accelerate_cpu", "mmgp", "model_offload",
 )  # fmt: skip
 
 
-def peer(context: Context, name: str) -> dict[str, Any]:
-    """What one of them reports: a forward at the smallest size, over the short model in bf16."""
-    size = "x".join(map(str, context.scale.sizes[-1]))
+def peer_options(context: Context) -> argparse.Namespace:
+    """A forward at the smallest size, over a short model in bf16."""
+    scale = context.scale
     flags = {
-        "models": context.folder, "cases": name, "device": context.scale.device, "size": size,
-        "name": context.scale.name, "blocks": context.scale.short_blocks, "rounds": 1,
-        "limit-s": 60,
+        "device": scale.device, "size": "x".join(map(str, scale.sizes[-1])), "name": scale.name,
+        "blocks": scale.peer_blocks, "rounds": 1, "limit-s": 60,
     }  # fmt: skip
-    command = [sys.executable, "-m", "benchmarks.peers"]
-    command += [f"--{flag}={value}" for flag, value in flags.items()]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(done.stderr[-300:])
-    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return {"size": report["size"], "model": report["model"], **report["peers"][name]}
+    return parse([f"--{flag}={value}" for flag, value in flags.items()])
+
+
+@contextmanager
+def ended(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process that is over at the end, whether it had its turn or not."""
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 GROUPS: Mapping[str, Callable[[Context], Iterator[Case]]] = {
     "write": write,
     "correctness": correctness,
-    "speeds": speeds,
-    "formats": formats,
     "vae": vae,
     "peaks": peaks,
+    "speeds": speeds,
+    "formats": formats,
     "peers": peers,
 }

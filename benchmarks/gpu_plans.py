@@ -60,7 +60,7 @@ def _step_bytes(row: Mapping[str, Any], chunk: int, fused: bool) -> int:
     weights = spec.weights.rest_bytes + blocks * max(spec.weights.block_bytes)
     decoding = spec.storage.scratch_bytes + spec.storage.workspace_bytes
     work = transformer.denoise_bytes(spec, case).total_bytes
-    return weights + work + decoding + CUDA_LIBRARY_BYTES
+    return int(weights + work + decoding + CUDA_LIBRARY_BYTES)
 
 
 def vae_phase(case: str, row: Mapping[str, Any]) -> PhasePlan:

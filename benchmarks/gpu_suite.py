@@ -4,57 +4,70 @@
     python -m benchmarks.gpu_suite --missing        # what an earlier run has not come to
     python -m benchmarks.gpu_suite --dry-run        # every case at tiny shapes, on the CPU
 
-Wan2.1 I2V 14B of true shapes with random int8 weights is written to ``--folder`` (17 GB, and 4 GB
-of a shorter one) and removed again. Nothing is fetched. The groups, in this order:
+Wan2.1 I2V 14B of true shapes with random int8 weights is written to ``--folder`` (17 GB, 4 GB of a
+shorter one, and 5 GB of one in bf16) and removed again. Nothing is fetched. The groups, what is
+worth most first:
 
 - ``correctness``: streamed from disk, from RAM and sequentially, and with delays injected into each
   stream, all bit for bit what the resident model gives;
-- ``speeds``: s/forward resident, from RAM and from disk at three sizes (the shorter model: a block
-  takes as long in a short model as in a long one);
-- ``formats``: each path of a quantised linear, and each attention kernel;
 - ``vae``: the decode of the 720p video, in the plan's tiles and whole;
 - ``peaks``: all blocks, guided, 720p, under caps of 24 to 4 GiB: the process's share is capped, a
   second process holds the rest of the card, and the allocator's peak is held against the plan;
+- ``speeds``: s/forward resident, from RAM and from disk at three sizes (the shorter model: a block
+  takes as long in a short model as in a long one);
+- ``formats``: each path of a quantised linear, and each attention kernel;
 - ``peers``: `benchmarks.peers` on the card.
 
-Each group is a process of its own with its share of the time; each case is written to the JSON file
-as soon as it is done, so that what is cut short keeps what it has. ``--missing`` goes on with such
-a file: cases that it holds stay, those that failed or were skipped are tried again; ``runs`` in the
-file tells which commit did what. ``--models DIR`` keeps the models for the next call.
-`benchmarks.render` turns the files into tables. The last line on stdout is the path of the file.
+Groups run one after another in one process, from ``peaks`` on in another; where a group takes its
+process down, outlives its share of the time or leaves the device unusable, a new process goes on
+with the next group. Each case is written to the JSON file as soon as it is done, so that what is
+cut short keeps what it has. ``--missing`` goes on with such a file: cases that it holds stay, those
+that failed or were skipped are tried again; ``runs`` in the file tells which commit did what.
+``--models DIR`` keeps the models for the next call. `benchmarks.render` turns the files into
+tables. The last line on stdout is the path of the file.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import multiprocessing
 import re
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_cases import GROUPS, Context, Failure, scale
+from benchmarks.gpu_cases import GROUPS, Case, Context, Failure, scale
 from penstock.engine.bench.machine import commit
+
+Groups = Mapping[str, Callable[[Context], Iterator[Case]]]
 
 SECONDS = 470.0
 SHARES: Mapping[str, float] = {
-    "write": 60, "correctness": 70, "speeds": 110, "formats": 40, "vae": 60, "peaks": 300,
-    "peers": 90,
+    "write": 60, "correctness": 70, "vae": 80, "peaks": 275, "speeds": 80, "formats": 40,
+    "peers": 160,
 }  # fmt: skip
 """The most that a group may take, whatever is left in all."""
 
+ALONE = "peaks"
+"""The group that begins in a new process, the only one on the card: what its context and its
+kernels take is part of what it tells."""
+
+IMPORTED = "diffusers.pipelines.wan.pipeline_wan_i2v"
+"""What takes seconds to import, with all that it imports in turn: before a process is asked."""
+
+NO_TIME = {"skipped": "no time was left"}
+
 
 def main() -> None:
-    """Run one group, or all of them."""
+    """Run all groups that are asked for."""
     options = parse()
-    if options.group is not None:
-        run_group(options.group, context_of(options), Kept(options.file), deadline(options))
-        return
     path = options.out / f"gpu_suite_{slug(device_name(options.dry_run))}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     options.file = path
@@ -62,7 +75,8 @@ def main() -> None:
         if options.models is None:
             made = tempfile.TemporaryDirectory(dir=options.folder, prefix="penstock-gpu-")
             options.models = Path(stack.enter_context(made))
-        run_all(options, Kept(path))
+        workers = stack.enter_context(Workers(options))
+        run_all(options, Kept(path), workers.run)
     print(path)
 
 
@@ -77,19 +91,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--commit", default=None, help="where git cannot tell it")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on the CPU")
-    parser.add_argument("--group", choices=list(GROUPS), default=None, help=argparse.SUPPRESS)
-    parser.add_argument("--file", type=Path, default=None, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def context_of(options: argparse.Namespace) -> Context:
     """What the cases work with."""
     return Context(scale(dry=options.dry_run), options.models)
-
-
-def deadline(options: argparse.Namespace) -> float:
-    """On the clock of `time.monotonic`."""
-    return time.monotonic() + float(options.seconds)
 
 
 class Kept:
@@ -102,13 +109,22 @@ class Kept:
     def __init__(self, path: Path) -> None:
         self._path = path
         self.report: dict[str, Any] = {"benchmark": "gpu_suite", "groups": {}}
-        if path.exists():
-            self.report = json.loads(path.read_text(encoding="utf-8"))
+        self.read()
+
+    def read(self) -> None:
+        """Take over what another process has written."""
+        if self._path.exists():
+            self.report = json.loads(self._path.read_text(encoding="utf-8"))
 
     def put(self, group: str, case: str, found: Mapping[str, Any]) -> None:
         """Keep what one case has found."""
         self.report["groups"].setdefault(group, {})[case] = dict(found)
         self.write()
+
+    def drop(self, group: str, case: str) -> None:
+        """Forget a case, if there is one."""
+        if self.report["groups"].get(group, {}).pop(case, None) is not None:
+            self.write()
 
     def has(self, group: str, case: str) -> bool:
         """Whether a case has come to its end before."""
@@ -127,14 +143,14 @@ class Kept:
         beside.replace(self._path)
 
 
-def run_group(group: str, context: Context, kept: Kept, until: float) -> None:
+def run_group(group: str, cases: Iterable[Case], kept: Kept, until: float) -> None:
     """All cases of a group, each kept when it is done; those after the deadline are named, those
     that are kept already are left."""
-    for case, work in GROUPS[group](context):
+    for case, work in cases:
         if group != "write" and kept.has(group, case):
             continue
         if time.monotonic() > until:
-            kept.put(group, case, {"skipped": "no time was left"})
+            kept.put(group, case, NO_TIME)
             continue
         started = time.monotonic()
         try:
@@ -145,42 +161,113 @@ def run_group(group: str, context: Context, kept: Kept, until: float) -> None:
         print(f"{group}/{case}: {json.dumps(kept.report['groups'][group][case])}", flush=True)
 
 
-def run_all(options: argparse.Namespace, kept: Kept) -> None:
-    """Every group within its share of the time; a dry run does them in this process."""
+def run_all(
+    options: argparse.Namespace, kept: Kept, run: Callable[[str, float], str | None]
+) -> None:
+    """Every group within its share of the time; ``run`` is given a group and its share."""
     started = time.monotonic()
     if not options.missing:
         kept.report = {"benchmark": "gpu_suite", "groups": {}}
-    run = {"commit": options.commit or commit(), "groups": options.groups}
-    runs = [*kept.report.get("runs", ()), run]
+    done = {"commit": options.commit or commit(), "groups": options.groups}
+    runs = [*kept.report.get("runs", ()), done]
     kept.note(dry_run=options.dry_run, complete=False, runs=runs)
     for group in ["write", *[name for name in options.groups.split(",") if name != "write"]]:
-        left = options.seconds - (time.monotonic() - started)
-        share = min(SHARES[group], left)
-        if options.dry_run:
-            run_group(group, context_of(options), kept, time.monotonic() + left)
-        else:
-            run_child(group, options, share)
-            kept.report = json.loads(options.file.read_text(encoding="utf-8"))
-    run["seconds"] = round(time.monotonic() - started, 1)
+        share = min(SHARES[group], options.seconds - (time.monotonic() - started))
+        kept.drop(group, "all")  # of an earlier run
+        told = run(group, share) if share >= 5 else None
+        kept.read()
+        if told is not None:
+            kept.put(group, "all", {"failed": told})
+        elif share < 5:
+            kept.put(group, "all", NO_TIME)
+    done["seconds"] = round(time.monotonic() - started, 1)
     kept.note(complete=not cut_short(kept.report), runs=runs)
 
 
-def run_child(group: str, options: argparse.Namespace, share: float) -> None:
-    """One group in a process of its own, ended when its time is over."""
-    kept = Kept(options.file)
-    if share < 5:
-        kept.put(group, "all", {"skipped": "no time was left"})
-        return
-    command = [sys.executable, "-m", "benchmarks.gpu_suite", "--group", group]
-    command += ["--file", str(options.file), "--models", str(options.models)]
-    command += ["--seconds", str(0.8 * share)]
-    try:
-        done = subprocess.run(command, timeout=share, check=False)
-    except subprocess.TimeoutExpired:
-        Kept(options.file).put(group, "all", {"failed": f"longer than {share:.0f} s"})
-        return
-    if done.returncode != 0:
-        Kept(options.file).put(group, "all", {"failed": f"exit code {done.returncode}"})
+class Workers:
+    """Runs groups one after another in one process as long as it lives, and then in the next. A
+    context manager.
+
+    Two start at once, so that the second has its imports behind it when it is needed.
+
+    Args:
+        options: of the command line.
+        groups: what there is to run.
+    """
+
+    def __init__(self, options: argparse.Namespace, groups: Groups = GROUPS) -> None:
+        self._options, self._groups = options, groups
+        self._now = Worker(options, groups)
+        self._spare: Worker | None = Worker(options, groups)
+
+    def run(self, group: str, share: float) -> str | None:
+        """As `Worker.run`; `ALONE` ends the process before it, whose context is on the card."""
+        if group == ALONE:
+            self._now.end()
+        if not self._now.is_alive():
+            self._now = self._spare or Worker(self._options, self._groups)
+            self._spare = None
+        return self._now.run(group, share)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._now.end()
+        if self._spare is not None:
+            self._spare.end()
+
+
+class Worker:
+    """A process that runs the groups it is given.
+
+    Args:
+        options: of the command line.
+        groups: what there is to run.
+    """
+
+    def __init__(self, options: argparse.Namespace, groups: Groups) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._pipe, theirs = spawn.Pipe()
+        self._process = spawn.Process(target=serve, args=(theirs, options, groups), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def is_alive(self) -> bool:
+        """Whether it can take a group."""
+        return self._process.is_alive()
+
+    def run(self, group: str, share: float) -> str | None:
+        """A group within ``share`` seconds; what went wrong, if it has not come to its end. The
+        process is over then."""
+        try:
+            self._pipe.send((group, share))
+            if not self._pipe.poll(share):
+                self.end()
+                return f"longer than {share:.0f} s"
+            self._pipe.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            return f"exit code {self._process.exitcode}"
+        return None
+
+    def end(self) -> None:
+        """Whatever it is doing."""
+        self._process.kill()
+        self._process.join()
+
+
+def serve(pipe: Connection, options: argparse.Namespace, groups: Groups) -> None:
+    """In a worker's process: the groups that come down the pipe, each answered when it is over. A
+    device that a group leaves unusable ends the process."""
+    importlib.import_module(IMPORTED)
+    context = context_of(options)
+    while True:
+        group, share = pipe.recv()
+        until = time.monotonic() + 0.8 * share
+        run_group(group, groups[group](context), Kept(options.file), until)
+        context.settle()
+        pipe.send(group)
 
 
 def cut_short(report: Mapping[str, Any]) -> bool:

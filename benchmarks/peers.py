@@ -35,7 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from penstock.engine.disk import forget
 
 Forward = Callable[[], Any]
 SEED = 0
+READY = "ready"
 CHUNK_TOKENS = 1 << 16
 
 
@@ -53,7 +54,8 @@ def main() -> None:
     options = parse()
     if options.case is not None:
         os.environ["DIFFUSERS_VERBOSITY"] = os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-        print(json.dumps(play(options)))
+        if is_told_to_go():
+            print(json.dumps(play(options)))
         return
     with ExitStack() as stack:
         folder = options.models
@@ -64,8 +66,8 @@ def main() -> None:
     print(json.dumps(report))
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, or ``arguments`` in its place."""
     parser = argparse.ArgumentParser(description="penstock beside its peers")
     parser.add_argument("--folder", default=None, help="where the files are written, twice their")
     parser.add_argument("--models", type=Path, default=None, help="where they are, or are kept")
@@ -78,7 +80,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cases", default=None, help="some of the peers, by name")
     parser.add_argument("--case", default=None, help=argparse.SUPPRESS)
     parser.add_argument("--limit-s", type=float, default=900, help="for one peer")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -86,13 +88,12 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     report: dict[str, Any] = {}
     path = weights_file(folder)
     if not path.exists():
-        run_child(options, "write", folder)
+        written = outcome(start(options, "write", folder), options.limit_s)
+        if "failed" in written:
+            sys.exit(written["failed"])
     found: dict[str, Any] = {}
     for name in wanted(options):
-        forget(path)
-        found[name] = run_child(options, name, folder)
-        if name in FROM_DISK:
-            found[name]["plain_s"] = timed(lambda: read_plain(path))
+        found[name] = measured(start(options, name, folder), name, options, folder)
         print(f"{name}: {json.dumps(found[name])}", flush=True)
         report = summary(options, found, path.stat().st_size)
         if options.save is not None:  # after each peer, so that a run cut short keeps what it has
@@ -112,22 +113,53 @@ def wanted(options: argparse.Namespace) -> list[str]:
     return chosen
 
 
-def run_child(options: argparse.Namespace, case: str, folder: Path) -> dict[str, Any]:
-    """What one peer reports; its failure is a report too."""
+def start(options: argparse.Namespace, case: str, folder: Path) -> subprocess.Popen[str]:
+    """A peer's process: it imports what it needs, says so, and waits for a line to go on."""
     flags = ["--case", case, "--folder", str(folder), "--blocks", str(options.blocks)]
     flags += ["--rounds", str(options.rounds), "--size", options.size, "--name", options.name]
     command = [sys.executable, "-m", "benchmarks.peers", *flags, "--device", options.device]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+def is_told_to_go() -> bool:
+    """In a peer's process: import what takes seconds, then wait; False if nobody is there."""
+    for name in ("accelerate", "diffusers.models.transformers.transformer_wan"):
+        importlib.import_module(name)
+    print(READY, flush=True)
+    return bool(sys.stdin.readline())
+
+
+def await_ready(process: subprocess.Popen[str]) -> None:
+    """Until its imports are over, or the process is."""
+    assert process.stdout is not None
+    while process.stdout.readline().strip() not in (READY, ""):
+        pass
+
+
+def measured(
+    process: subprocess.Popen[str], name: str, options: argparse.Namespace, folder: Path
+) -> dict[str, Any]:
+    """What a peer reports and, where it read the disk, how long plain reads take."""
+    path = weights_file(folder)
+    forget(path)
+    found = outcome(process, options.limit_s)
+    if name in FROM_DISK:
+        found["plain_s"] = timed(lambda: read_plain(path))
+    return found
+
+
+def outcome(process: subprocess.Popen[str], limit_s: float) -> dict[str, Any]:
+    """Let a peer do its work: what it reports; its failure is a report too."""
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=options.limit_s, check=False
-        )
+        stdout, stderr = process.communicate("go\n", timeout=limit_s)
     except subprocess.TimeoutExpired:
-        return {"failed": f"longer than {options.limit_s:g} s"}
-    if done.returncode != 0:
-        if case == "write":
-            sys.exit(done.stderr)
-        return {"failed": done.stderr.strip().splitlines()[-1][:300] if done.stderr else "killed"}
-    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        process.kill()
+        process.communicate()
+        return {"failed": f"longer than {limit_s:g} s"}
+    if process.returncode != 0:
+        return {"failed": stderr.strip().splitlines()[-1][:300] if stderr else "killed"}
+    report: dict[str, Any] = json.loads(stdout.splitlines()[-1])
     return report
 
 

@@ -279,7 +279,7 @@ PEER_HEADINGS = ("peer", "first forward, s", "later ones, s", "over penstock", "
 
 def card_peer_rows(groups: Any) -> Rows:
     """Others beside penstock with its blocks in RAM, on the card."""
-    rows = dict(done(groups, "peers"))
+    rows = {name: row for name, row in done(groups, "peers") if "step_s" in row}
     ours = rows.get("penstock_ram")
     return [
         (

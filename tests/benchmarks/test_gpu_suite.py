@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -16,9 +17,9 @@ import pytest
 import torch
 
 from benchmarks import gpu_cases, gpu_suite, render
-from benchmarks.gpu_cases import Context, Delays, peak, scale
+from benchmarks.gpu_cases import Case, Context, Delays, peak, scale
 from benchmarks.gpu_plans import step_bytes
-from benchmarks.gpu_suite import Kept, cut_short, run_child, run_group, slug
+from benchmarks.gpu_suite import Kept, Workers, cut_short, run_all, run_group, slug
 from penstock.offload.schedule import Queue, Ref
 from penstock.offload.tiers import CpuLink
 from penstock.units import GIB
@@ -37,7 +38,7 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
 
 
 def _run(group: str, context: Context, path: Path) -> Mapping[str, Any]:
-    run_group(group, context, Kept(path), time.monotonic() + FOREVER)
+    run_group(group, gpu_suite.GROUPS[group](context), Kept(path), time.monotonic() + FOREVER)
     found: Mapping[str, Any] = json.loads(path.read_text())["groups"][group]
     return found
 
@@ -139,6 +140,13 @@ def test_tiles_change_nothing(context: Context, tmp_path: Path) -> None:
     assert found["decode, whole"]["largest_difference"] <= 1
 
 
+def test_peers_wait_for_their_turn(context: Context, tmp_path: Path) -> None:
+    found = _run("peers", context, tmp_path / "kept.json")
+    assert list(found) == ["writing", "penstock_ram", "resident"]
+    for name in ("penstock_ram", "resident"):
+        assert found[name]["step_s"] > 0 and found[name]["model"] == "tiny, 2 blocks, bf16"
+
+
 def test_a_delay_is_put_before_what_its_queue_does() -> None:
     done: list[str] = []
 
@@ -198,7 +206,7 @@ def test_what_was_done_survives_an_end_in_the_middle(
     path = tmp_path / "kept.json"
     _group(monkeypatch, lambda: {"a": 1}, _fails(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
-        run_group("some", context, Kept(path), time.monotonic() + FOREVER)
+        run_group("some", gpu_suite.GROUPS["some"](context), Kept(path), FOREVER)
     assert json.loads(path.read_text())["groups"]["some"]["case 0"]["a"] == 1
     assert list(tmp_path.iterdir()) == [path]
 
@@ -218,22 +226,26 @@ def test_a_run_goes_on_where_another_ended(
         return work
 
     _group(monkeypatch, told(0), told(1))
-    monkeypatch.setattr(gpu_suite, "GROUPS", gpu_suite.GROUPS | {"write": lambda context: ()})
     monkeypatch.setattr(gpu_suite, "SHARES", {"some": 9.0, "write": 9.0})
     options = argparse.Namespace(
-        dry_run=True, missing=True, groups="some", seconds=FOREVER, models=tmp_path, file=path,
-        commit="first",
-    )  # fmt: skip
-    gpu_suite.run_all(options, Kept(path))
+        dry_run=True, missing=True, groups="some", seconds=FOREVER, commit="first"
+    )
+
+    def here(group: str, share: float) -> str | None:
+        if group == "some":
+            run_group(group, gpu_suite.GROUPS[group](context), Kept(path), FOREVER)
+        return None
+
+    gpu_suite.run_all(options, Kept(path), here)
     assert not json.loads(path.read_text())["complete"]
     options.commit = "second"
-    gpu_suite.run_all(options, Kept(path))
+    gpu_suite.run_all(options, Kept(path), here)
     kept = json.loads(path.read_text())
     assert done == [0, 1, 0]
     assert kept["complete"]
     assert [run["commit"] for run in kept["runs"]] == ["first", "second"]
     options.missing = False
-    gpu_suite.run_all(options, Kept(path))
+    gpu_suite.run_all(options, Kept(path), here)
     assert done == [0, 1, 0, 0, 1]
     assert len(json.loads(path.read_text())["runs"]) == 1
 
@@ -243,41 +255,87 @@ def test_cases_after_the_deadline_are_named(
 ) -> None:
     path = tmp_path / "kept.json"
     _group(monkeypatch, _fails(AssertionError("ran")))
-    run_group("some", context, Kept(path), time.monotonic() - 1)
+    run_group("some", gpu_suite.GROUPS["some"](context), Kept(path), time.monotonic() - 1)
     assert json.loads(path.read_text())["groups"]["some"]["case 0"] == {
         "skipped": "no time was left"
     }
 
 
-@pytest.mark.parametrize(
-    ("outcome", "told"),
-    [
-        (subprocess.TimeoutExpired("x", 9), "longer than 50 s"),
-        (subprocess.CompletedProcess("x", -11), "exit code -11"),
-    ],
-)
-def test_a_group_whose_process_ends_badly_is_named(
-    outcome: Any, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def child(command: list[str], **options: Any) -> Any:
-        assert options["timeout"] == 50
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
+def _told(context: Context) -> Iterator[Case]:
+    yield "case", lambda: {"process": os.getpid()}
 
-    monkeypatch.setattr(gpu_suite.subprocess, "run", child)
-    options = argparse.Namespace(file=tmp_path / "kept.json", models=tmp_path)
-    run_child("peaks", options, 50)
-    kept = json.loads(options.file.read_text())
-    assert kept["groups"]["peaks"]["all"]["failed"] == told
-    run_child("vae", options, 2)
-    kept = json.loads(options.file.read_text())
-    assert kept["groups"]["vae"]["all"] == {"skipped": "no time was left"}
-    assert "peaks" in kept["groups"]
+
+def _killed(context: Context) -> Iterator[Case]:
+    yield from _told(context)
+    yield "killed", lambda: os._exit(7)
+    yield "after", dict
+
+
+def _hanging(context: Context) -> Iterator[Case]:
+    yield from _told(context)
+    yield "hanging", lambda: time.sleep(1000) or {}
+    yield "after", dict
+
+
+def _breaking(context: Context) -> Iterator[Case]:
+    def breaks() -> Mapping[str, Any]:
+        gpu_cases.finish = _fails(RuntimeError("an illegal memory access"))
+        return {}
+
+    yield from _told(context)
+    yield "breaking", breaks
+
+
+WORKING = {
+    "write": _told, "correctness": _killed, "vae": _told, "peaks": _told, "speeds": _hanging,
+    "formats": _breaking, "peers": _told,
+}  # fmt: skip
+
+
+def test_a_group_that_ends_its_process_loses_only_its_own_cases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "kept.json"
+    monkeypatch.setattr(gpu_suite, "SHARES", dict.fromkeys(WORKING, 100.0) | {"speeds": 8.0})
+    options = argparse.Namespace(
+        dry_run=True, missing=False, groups=",".join(WORKING), seconds=FOREVER, commit="x",
+        file=path, models=tmp_path,
+    )  # fmt: skip
+    with Workers(options, WORKING) as workers:
+        run_all(options, Kept(path), workers.run)
+    groups = json.loads(path.read_text())["groups"]
+    assert groups["correctness"]["all"] == {"failed": "exit code 7"}
+    assert groups["speeds"]["all"] == {"failed": "longer than 8 s"}
+    assert groups["formats"]["all"] == {"failed": "exit code 1"}
+    assert "failed" not in groups["formats"]["breaking"]
+    assert groups["peers"].keys() == {"case"}
+    assert all("after" not in cases for cases in groups.values())
+    processes = [groups[name]["case"]["process"] for name in WORKING]
+    assert [processes.index(each) for each in processes] == [0, 0, 2, 3, 3, 5, 6]
+    assert os.getpid() not in processes
+
+
+def test_a_group_for_which_no_time_is_left_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "kept.json"
+    Kept(path).put("vae", "all", {"failed": "exit code 1"})
+    options = argparse.Namespace(
+        dry_run=True, missing=True, groups="vae,peers", seconds=100.0, commit="x"
+    )
+    asked: list[str] = []
+
+    def run(group: str, share: float) -> None:
+        asked.append(group)
+        if group == "vae":
+            options.seconds = 4.0
+
+    run_all(options, Kept(path), run)
+    groups = json.loads(path.read_text())["groups"]
+    assert asked == ["write", "vae"]
+    assert groups == {"vae": {}, "peers": {"all": {"skipped": "no time was left"}}}
 
 
 def test_the_shares_fit_into_eight_minutes_in_order() -> None:
-    assert set(gpu_suite.SHARES) == set(gpu_cases.GROUPS)
+    assert list(gpu_suite.SHARES) == list(gpu_cases.GROUPS)
     assert gpu_suite.SECONDS < 480
 
 

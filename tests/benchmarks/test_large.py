@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -85,13 +87,29 @@ def test_a_peer_that_fails_or_differs_is_told(options: argparse.Namespace) -> No
     options.cases = None
 
 
-def test_a_childs_failure_is_a_report(
+def _process(code: str) -> subprocess.Popen[str]:
+    pipe, command = subprocess.PIPE, [sys.executable, "-c", code]
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("input(); print('noise'); print('{\"a\": 1}')", {"a": 1}),
+        ("input(); exit('not today')", {"failed": "not today"}),
+        ("input(); import time; time.sleep(1000)", {"failed": "longer than 3 s"}),
+        ("import os; os._exit(1)", {"failed": "killed"}),
+    ],
+)
+def test_what_a_peer_comes_to(code: str, told: Any) -> None:
+    process = _process(f"print('noise'); print('ready', flush=True); {code}")
+    peers.await_ready(process)
+    assert peers.outcome(process, 3) == told
+
+
+def test_without_a_model_there_is_nothing_to_measure(
     options: argparse.Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(command: list[str], **more: Any) -> Any:
-        return argparse.Namespace(returncode=1, stderr="a trace\nValueError: no", stdout="")
-
-    monkeypatch.setattr(peers.subprocess, "run", run)
-    assert peers.run_child(options, "resident", tmp_path) == {"failed": "ValueError: no"}
-    with pytest.raises(SystemExit):
-        peers.run_child(options, "write", tmp_path)
+    monkeypatch.setattr(peers, "start", lambda *_: _process("input(); exit('ValueError: no')"))
+    with pytest.raises(SystemExit, match="ValueError: no"):
+        peers.measure(options, tmp_path)

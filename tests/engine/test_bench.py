@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 
+from penstock.engine.bench import measure as bench_measure
 from penstock.engine.bench import order as bench_order
 from penstock.engine.bench import weights as bench_weights
 from penstock.engine.bench.machine import machine
 from penstock.engine.bench.measure import Asked, Memory, measure
 from penstock.engine.bench.order import Order, fitting_blocks, run, sweep
-from penstock.engine.bench.plot import Dot, draw
+from penstock.engine.bench.plot import Dot, _round_up, draw
 from penstock.engine.bench.result import (
     BenchResult,
     Links,
@@ -42,10 +47,13 @@ from penstock.engine.disk import read_rate
 from penstock.engine.engine import Engine
 from penstock.engine.model import ModelFiles
 from penstock.engine.request import GenerationRequest
+from penstock.engine.wan.structure import transformer_shapes
 from penstock.errors import UsageError
 from penstock.offload.files import DIRECT_ALIGNMENT
 from penstock.profiles.plan import StreamPlan
 from penstock.profiles.profile import Overrides
+from penstock.quant.format import get_format
+from penstock.quant.policy import default_policy
 
 MIB = 1 << 20
 
@@ -105,6 +113,46 @@ def test_no_two_blocks_of_a_synthetic_transformer_are_alike(tmp_path: Path) -> N
             ), name
         norm = file.get_tensor("blocks.0.norm2.weight").float()
         assert abs(norm.mean().item() - 1) < 0.1
+
+
+def _parameters(path: Path) -> dict[str, torch.Tensor]:
+    with safe_open(str(path), "pt") as file:
+        names = [name for name in file.keys() if not name.startswith("__")]  # noqa: SIM118
+        return {name: file.get_tensor(name) for name in names}
+
+
+def test_synthetic_weights_have_the_spread_of_true_ones(tmp_path: Path) -> None:
+    config = SYNTHETIC["tiny"].config(6)
+    found = _parameters(write_transformer(tmp_path, config, "bf16"))
+    large = {name: tensor.float() for name, tensor in found.items() if tensor.numel() > 10_000}
+    assert len(large) > 20
+    for name, tensor in large.items():
+        assert tensor.std().item() == pytest.approx(0.02, rel=0.05), name
+        assert abs(tensor.mean().item()) < 0.001, name
+
+
+def test_blocks_of_true_size_have_no_equal_tensors() -> None:
+    shapes = transformer_shapes(SYNTHETIC["wan2.1-i2v-14b"].config(None))
+    chosen = default_policy(shapes)
+    turns = [
+        (shape, name in chosen, rotation % (shape[0] if name in chosen else math.prod(shape)))
+        for name, shape in shapes.items()
+        for rotation in [bench_weights._rotation(name)]
+        if not name.endswith("norm2.weight")
+    ]
+    assert len(set(turns)) == len(turns)
+
+
+@pytest.mark.parametrize("shape", [(4097, 2048), (13824, 512), (2048, 4096)])
+def test_a_sample_that_repeats_its_numbers_repeats_no_row(shape: tuple[int, int]) -> None:
+    made = bench_weights._Samples(get_format("bf16"), 0)
+    values = made._values(shape, 4_000_000)
+    assert values.numel() > bench_weights._POOL
+    rows = {row.numpy().tobytes() for row in values.view(torch.uint8)}
+    assert len(rows) == shape[0]
+    columns = values.float()[:2000].T
+    assert torch.corrcoef(columns[:64]).fill_diagonal_(0).abs().max() < 0.15
+    assert values.float().std().item() == pytest.approx(0.02, rel=0.01)
 
 
 def test_the_14b_model_has_its_true_size() -> None:
@@ -193,10 +241,27 @@ def test_at_least_one_step_counts(tmp_path: Path) -> None:
             Asked(_request(tmp_path), warmup, "tiny")
 
 
+def test_links_that_are_known_are_not_measured(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unwanted(*arguments: Any) -> Links:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(bench_measure, "links", unwanted)
+    asked = Asked(_request(tmp_path, steps=1), 0, "tiny")
+    with Engine.open(tiny, vram="64MiB", ram="64MiB", device="cpu") as engine:
+        assert measure(engine, asked, reached=Links(1.0, 2.0, 3.0)).links == Links(1.0, 2.0, 3.0)
+        with pytest.raises(AssertionError, match="measured again"):
+            measure(engine, asked)
+
+
 def test_the_process_is_watched_from_outside() -> None:
     with Memory(torch.device("cpu")) as memory:
         memory.reset()
         held = torch.ones(64 * MIB, dtype=torch.uint8)
+        deadline = time.monotonic() + 30
+        while memory._peak < memory._base + 48 * MIB and time.monotonic() < deadline:
+            time.sleep(0.01)  # until the watching thread has had its turn
         del held
         process_bytes, allocator_bytes = memory.peaks()
     assert process_bytes >= 48 * MIB
@@ -430,3 +495,10 @@ def test_a_plot_shows_its_dots(tmp_path: Path) -> None:
         draw([], tmp_path / "c.png", title="", x_label="", y_label="")
     with pytest.raises(UsageError, match="cannot be written"):
         draw(dots, tmp_path / "no" / "d.png", title="", x_label="", y_label="")
+
+
+@given(value=st.floats(1e-9, 1e9))
+@example(value=59.9)  # 9.98 units a tick: with the margin beyond ten of them
+@example(value=5.9e-7)
+def test_an_axis_ends_a_little_above_its_largest_value(value: float) -> None:
+    assert 1.02 * value <= _round_up(value) * (1 + 1e-9) and _round_up(value) <= 2.5 * value

@@ -20,6 +20,7 @@ from torch import Tensor
 from penstock.engine.bench.machine import SAMPLE_BYTES, links, machine
 from penstock.engine.bench.result import (
     BenchResult,
+    Links,
     PhaseFigures,
     Recipe,
     StepFigures,
@@ -82,6 +83,7 @@ def measure(
     *,
     plan: Plan | None = None,
     sample_bytes: int = SAMPLE_BYTES,
+    reached: Links | None = None,
 ) -> BenchResult:
     """Run a job's phases and say how long they took, what they moved and what they held.
 
@@ -91,6 +93,7 @@ def measure(
         listener: receives the job's own events.
         plan: to run under (the engine's for the request by default).
         sample_bytes: read of the model's file to know the disk's rate.
+        reached: what disk and link reach, if that was measured before (measured now by default).
 
     Raises:
         OverBudget: no plan fits. Whatever a job raises.
@@ -103,7 +106,8 @@ def measure(
     watch.stage = stage
     stage.prepare()
     files = stage.model.transformer.source.raw.stamps
-    reached = links(device, max(files, key=lambda path: path.stat().st_size), sample_bytes)
+    if reached is None:
+        reached = links(device, max(files, key=lambda path: path.stat().st_size), sample_bytes)
     for path in files:
         forget(path)
     release_cached(device)  # what measuring the links has left behind

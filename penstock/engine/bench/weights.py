@@ -1,8 +1,9 @@
 """Models of true shapes with random weights, written as fast as the disk takes them, to measure on.
 
-The values are samples, one a shape and format; each block gets them rotated by rows of its own, so
-that no two blocks are alike and none is drawn anew: 16 GB take no longer than their writing. The
-file is plain safetensors whose blocks begin on pages, as in packs.
+The values are samples, one a shape and format, each a pool of random numbers repeated from a place
+of its own; each parameter gets its sample rotated by rows of its own, so that no two blocks are
+alike and none is made anew: 16 GB take no longer than their writing. The file is plain safetensors
+whose blocks begin on pages, as in packs.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
@@ -43,6 +45,9 @@ FREE_BYTES = 2 << 30
 _FILE = "diffusion_pytorch_model.safetensors"
 _SIGMA = 0.02
 _STRIDE = 7919  # a prime: rotations of neighbours have no common pattern
+_POOL = (1 << 22) + 15
+"""Random numbers that are really drawn. A prime, so that no two rows of a matrix begin at the same
+place of them, whatever its columns."""
 
 _WAN_14B: Mapping[str, Any] = MappingProxyType(
     {
@@ -329,7 +334,7 @@ def _pad_to(file: IO[bytes], position: int) -> None:
 
 @dataclass
 class _Samples:
-    """Stored tensors of random parameters, drawn once a shape, kind and format."""
+    """Stored tensors of random parameters, made once a shape, kind and format."""
 
     format: QuantFormat
     seed: int
@@ -350,8 +355,7 @@ class _Samples:
         key = (kind, tensor.of, tensor.quantised)
         if key in self._made:
             return self._made[key]
-        draw = torch.Generator().manual_seed(self.seed + crc32(repr(key).encode()))
-        values = torch.randn(tensor.of, generator=draw, dtype=torch.bfloat16).mul_(_SIGMA)
+        values = self._values(tensor.of, crc32(repr(key).encode()) % _POOL)
         if kind == "norm":
             values = values.mul_(5).add_(1)
         stored = {"weight": values}
@@ -362,6 +366,16 @@ class _Samples:
             self._made[key] = made
         return made
 
+    def _values(self, shape: Sequence[int], begin: int) -> Tensor:
+        """The pool over and over, from ``begin`` on, in new memory."""
+        count = math.prod(shape)
+        return self._pool.roll(-begin).repeat(-(-count // _POOL))[:count].view(*shape)
+
+    @cached_property
+    def _pool(self) -> Tensor:
+        draw = torch.Generator().manual_seed(self.seed)
+        return torch.randn(_POOL, generator=draw, dtype=torch.bfloat16).mul_(_SIGMA)
+
 
 def _kind(parameter: str) -> str:
     return "norm" if "norm" in parameter and parameter.endswith("weight") else "plain"
@@ -370,7 +384,7 @@ def _kind(parameter: str) -> str:
 def _rotation(parameter: str) -> int:
     """A number of rows that differs from block to block, and within a block from name to name."""
     if not parameter.startswith("blocks."):
-        return 0
+        return crc32(parameter.encode())
     _, number, local = parameter.split(".", 2)
     return _STRIDE * (int(number) + 1) + sum(local.encode())
 

@@ -50,6 +50,7 @@ def _summary(result: BenchResult) -> Section:
             ("overlap (compute / wall)", f"{result.overlap:.1%}"),
             ("video", f"{recipe.width}x{recipe.height}, {recipe.frames} frames, "
              f"{recipe.branches} pass(es) a step, {recipe.chunk_tokens:,} tokens a chunk"),
+            ("compute", recipe.compute),
             ("blocks", f"{place['device_resident']} in VRAM, {place['host_resident']} in RAM, "
              f"{place['disk_blocks']} from disk at every pass; rings of {place['device_slots']} "
              f"and {place['host_slabs']}"),

@@ -35,7 +35,7 @@ from penstock.engine.stage import Run, Stage, visits
 from penstock.engine.store.keeper import Conditions
 from penstock.engine.video import write_video
 from penstock.engine.wan import forward as dit
-from penstock.engine.wan.attention import Attention, self_attention_of
+from penstock.engine.wan.attention import Attention, attention, self_attention_of
 from penstock.engine.wan.cross import CrossStore
 from penstock.engine.wan.vae_decode import raw_latents
 from penstock.engine.wan.vae_encode import encode_tiled, first_frame_then_zeros
@@ -250,7 +250,7 @@ class Forward:
     cross: CrossStore
     chunk_tokens: int
     phase: PhaseMonitor
-    attend: Attention
+    attend: Attention = attention
 
     def __call__(
         self, model_input: Tensor, branches: range, modulation: dit.StepModulation, rope: dit.Rope

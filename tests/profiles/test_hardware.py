@@ -286,4 +286,4 @@ def test_rates_stored_before_there_were_these_terms_are_read(tmp_path) -> None:
     path.write_text(json.dumps(kept))
     found = stored_rates("a", tmp_path)
     assert found == Rates(1.0, 2.0, 3.0, conv_element_s=1e-9)
-    assert [getattr(found, name) for name in new] == [None, None, None]
+    assert [getattr(found, name) for name in new] == [None] * 4

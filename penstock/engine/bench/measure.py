@@ -101,6 +101,8 @@ def measure(
     run = engine.run_of(asked.request.with_seed(), plan)
     stage = MeasuredStage(replace(run, overlapped=asked.overlapped), watch, threading.Event())
     watch.stage = stage
+    for message in run.notices:
+        stage.monitor.notice(message)
     stage.prepare()
     files = stage.model.transformer.source.raw.stamps
     reached = links(device, max(files, key=lambda path: path.stat().st_size), sample_bytes)

@@ -181,7 +181,7 @@ def _is_asked_by(record: JobRecord | None, request: Mapping[str, Any]) -> bool:
     theirs = before | dict(record.request)
     if request.get("seed") is None and "seed" in theirs:
         theirs["seed"] = None
-    return theirs == dict(request)
+    return theirs == before | dict(request)
 
 
 @dataclass(frozen=True)

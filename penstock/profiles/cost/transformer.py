@@ -256,17 +256,15 @@ def _block_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int]:
         _attention_bytes(spec, chunk, case.image_tokens),
         _feed_forward_bytes(spec, chunk),
     )
-    moments: tuple[Mapping[str, int], ...] = ({"chunk": largest},)
+    moments = [{"chunk": largest}]
     if case.attention == "int8":
-        attending = _int8_attention_moments(spec, chunk, grid_tokens(spec, case.latent))
-        moments = (*moments, *attending)
-    peak = max(moments, key=lambda moment: sum(moment.values()))
+        moments.append(_int8_attending(spec, chunk, grid_tokens(spec, case.latent)))
     return {
         "hidden": case.visit_branches * hidden,
         "self_kv": 2 * hidden,
         "outputs": _earlier_outputs_bytes(spec, case),
         "block_modulation": _block_modulation_bytes(spec),
-        **peak,
+        **max(moments, key=lambda moment: sum(moment.values())),
     }
 
 
@@ -326,20 +324,13 @@ def int8_attention_bytes(heads: int, width: int, queries: int, keys: int, itemsi
     return heads * (codes + FP32_BYTES * (scales + 1) + copies)
 
 
-def _int8_attention_moments(
-    spec: TransformerSpec, chunk: int, tokens: int
-) -> tuple[Mapping[str, int], ...]:
-    """Inside the kernel, whose result is as wide as its heads (and in fp32 comes from one of 16
-    bits beside it); and after it, when the result is laid out token by token in a copy."""
+def _int8_attending(spec: TransformerSpec, chunk: int, tokens: int) -> dict[str, int]:
+    """Inside int8 attention: queries, and a result as wide as the kernel's heads; in fp32 it comes
+    from one of 16 bits beside it. Its copy token by token, when the rest is gone, takes less."""
     e, heads, width = spec.weights.itemsize, spec.num_attention_heads, spec.attention_head_dim
-    queries, made = chunk * spec.inner_dim * e, chunk * heads * _kernel_width(width)
-    result = made * e
-    inside = result + (made * HALF_BYTES if e == FP32_BYTES else 0)
+    result = chunk * heads * _kernel_width(width) * (e + (HALF_BYTES if e == FP32_BYTES else 0))
     backend = int8_attention_bytes(heads, width, chunk, tokens, e)
-    return (
-        {"chunk": queries + inside, "int8_attention": backend},
-        {"chunk": queries + result + queries},
-    )
+    return {"chunk": chunk * spec.inner_dim * e + result, "int8_attention": backend}
 
 
 def _kernel_width(width: int) -> int:

@@ -19,9 +19,12 @@ from penstock.engine.engine import Engine
 from penstock.engine.events import Replanned
 from penstock.engine.request import GenerationRequest
 from penstock.engine.settings import Settings, resolve
+from penstock.engine.wan.attention import int8_attention
+from penstock.engine.wan.attention_probe import probe_int8
 from penstock.offload.allocator import allocator_capped
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.tiers import HostTier
+from penstock.profiles.cost.transformer import int8_attention_bytes
 from penstock.profiles.gpu_sign import shows_gpu
 from penstock.profiles.hardware import default_device
 from penstock.profiles.plan import StreamPlan
@@ -165,6 +168,26 @@ def test_a_job_that_was_stopped_goes_on_with_the_same_bits(tmp_path: Path) -> No
         again = engine.resume(tmp_path / "job").result()
     assert torch.equal(whole.latents, again.latents)
     assert torch.equal(whole.video, again.video)
+
+
+def test_int8_attention_works_and_takes_what_plans_say() -> None:
+    pytest.importorskip("comfy_kitchen")
+    report = probe_int8(DEVICE, torch.bfloat16, 40, 128)
+    assert report.works, report.reason
+    heads, width, queries, keys = 8, 128, 500, 3000
+    q, k, v = (
+        torch.randn(1, tokens, heads, width, device=DEVICE, dtype=torch.bfloat16)
+        for tokens in (queries, keys, keys)
+    )
+    attend = int8_attention()
+    attend(q, k, v)  # kernels are loaded
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_stats()["requested_bytes.all.current"]
+    attend(q, k, v)
+    taken = torch.cuda.memory_stats()["requested_bytes.all.peak"] - held
+    planned = int8_attention_bytes(heads, width, queries, keys, 2) + q.nbytes
+    assert 0.99 * planned <= taken <= planned
 
 
 def test_the_machine_shows_a_sign_of_its_gpu() -> None:

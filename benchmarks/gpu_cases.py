@@ -30,6 +30,7 @@ from penstock.engine.engine import Engine
 from penstock.engine.pipeline import decode, encode_condition
 from penstock.engine.request import GenerationRequest
 from penstock.engine.sampling import Sampling
+from penstock.engine.wan.attention import attention, int8_attention
 from penstock.errors import PenstockError
 from penstock.offload import streamer
 from penstock.offload.allocator import allocator_capped
@@ -44,8 +45,8 @@ from penstock.quant.probe import probe, working
 from penstock.units import GIB, MIB
 
 Failure = (PenstockError, RuntimeError, OSError, ValueError, NotImplementedError, ImportError)
-"""What a case may end with (an ImportError: nf4 needs bitsandbytes); anything else is a mistake in
-the case itself and ends its group."""
+"""What a case may end with (an ImportError: nf4 needs bitsandbytes, int8 attention comfy-kitchen);
+anything else is a mistake in the case itself and ends its group."""
 
 LARGE_CONTEXT_BYTES = 800 * MIB
 """Of a card, for the context and the kernels of an H200: more than a consumer card's take."""
@@ -542,6 +543,7 @@ def formats(context: Context) -> Iterator[Case]:
             return attend(context, backend)
 
         yield f"attention {backend.lower()}", kernel
+    yield "attention int8 (comfy-kitchen)", lambda: attend_int8(context)
 
 
 def weight_and_inputs(context: Context) -> tuple[torch.Tensor, torch.Tensor]:
@@ -576,23 +578,52 @@ def product(
             "relative_error": float(error)}  # fmt: skip
 
 
+HEAD_WIDTH = 128
+"""Of the 14B model."""
+
+
 def attend(context: Context, backend: str) -> dict[str, Any]:
     """Seconds of a chunk of queries against all keys, by one of torch's kernels."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    heads, width = context.scale.heads, 128
-    if backend == "MATH":  # its scores would not fit at true length
-        heads = 1
-    draw = torch.Generator(device=context.device).manual_seed(0)
-
-    def random(tokens: int) -> torch.Tensor:
-        shape = (1, heads, tokens, width)
-        return torch.randn(shape, generator=draw, device=context.device, dtype=torch.bfloat16)
-
-    q, k, v = (random(n) for n in (context.scale.tokens, *(context.scale.context,) * 2))
+    heads = 1 if backend == "MATH" else context.scale.heads  # its scores would not fit
+    q, k, v = (x.transpose(1, 2).contiguous() for x in random_qkv(context, heads))
     with sdpa_kernel(getattr(SDPBackend, backend)):
         seconds = seconds_of(lambda: F.scaled_dot_product_attention(q, k, v), context)
-    flops = 4 * context.scale.tokens * context.scale.context * heads * width
+    return attended(context, heads, seconds)
+
+
+def attend_int8(context: Context) -> dict[str, Any]:
+    """The same as ``--attention int8`` makes it, its quantising and its copy back included; and its
+    error against torch's own."""
+    attend_in_8_bits = int8_attention()
+    q, k, v = random_qkv(context, context.scale.heads)
+    seconds = seconds_of(lambda: attend_in_8_bits(q, k, v), context)
+    sdpa_seconds = seconds_of(lambda: attention(q, k, v), context)
+    reference = attention(q, k, v).float()
+    error = (attend_in_8_bits(q, k, v).float() - reference).norm() / reference.norm()
+    return attended(context, context.scale.heads, seconds) | {
+        "sdpa_ms": 1e3 * sdpa_seconds,
+        "relative_error": float(error),
+    }
+
+
+def random_qkv(context: Context, heads: int) -> list[torch.Tensor]:
+    """A chunk of queries, and the keys and values of all tokens: (1, tokens, heads, width)."""
+    draw = torch.Generator(device=context.device).manual_seed(0)
+    counts = (context.scale.tokens, context.scale.context, context.scale.context)
+    return [
+        torch.randn(
+            (1, tokens, heads, HEAD_WIDTH), generator=draw, device=context.device,
+            dtype=torch.bfloat16,
+        )
+        for tokens in counts
+    ]  # fmt: skip
+
+
+def attended(context: Context, heads: int, seconds: float) -> dict[str, Any]:
+    """What is told of attention that took so long."""
+    flops = 4 * context.scale.tokens * context.scale.context * heads * HEAD_WIDTH
     return {"heads": heads, "ms": 1e3 * seconds, "tflops": flops / seconds / 1e12}
 
 

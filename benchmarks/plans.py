@@ -3,7 +3,8 @@
 ``peaks``: every profile and size, with 16 and with 64 GiB of system memory: the predicted peak of
 each phase beside the live bytes of the real code on fake tensors (see
 `tests/profiles/test_true_model.py`), and how much the one is over the other.
-``cards``: ten machines and three sizes: seconds a step, total, what bounds it.
+``cards``: ten machines and three sizes: seconds a step, total, what bounds it; as penstock runs by
+default, and with products and self-attention in 8 bits.
 
 Both print JSON, of which `benchmarks.render` makes the tables of docs/plans.md:
 
@@ -15,14 +16,17 @@ Both print JSON, of which `benchmarks.render` makes the tables of docs/plans.md:
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from penstock.engine.files.locate import Files
 from penstock.engine.planning import Asked, Target, make_plan
+from penstock.errors import OverBudget
 from penstock.plan_view import clock
 from penstock.profiles.manifest import VideoShape
 from penstock.profiles.plan import Plan
@@ -37,6 +41,11 @@ CARDS = (
     ("RTX 4070 Ti 12GB", "12gb"), ("RTX 4080 16GB", "16gb"), ("RTX 4090 24GB", "24gb"),
     ("RTX 5090 32GB", "max"),
 )  # fmt: skip
+
+WAYS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {"default": {}, "8 bits": {"format": "int8", "compute": "fast", "attention": "int8"}}
+)
+"""Flags of a plan, by the name of a table."""
 
 
 def peaks() -> list[dict[str, Any]]:
@@ -94,31 +103,30 @@ def measured_pairs(
 
 
 def cards(known: Sequence[tuple[str, str]] = CARDS) -> list[dict[str, Any]]:
-    """One row a card and size, of cards and their profiles."""
-    rows = []
-    for card, profile in known:
-        for size, (width, height, frames) in true.SIZES.items():
-            plan = make_plan(
-                None,
-                Files(),
-                "wan2.1-i2v-14b",
-                Asked(size=f"{width}x{height}", frames=frames),
-                Target(card=card, profile=profile, ram="32GiB"),
-            )
-            denoise = plan["denoise"]
-            rows.append(
-                {
-                    "card": card,
-                    "profile": profile,
-                    "size": size,
-                    "format": plan.weight_format,
-                    "seconds_a_step": round(denoise.seconds / 40, 1),
-                    "total": clock(plan.seconds),
-                    "bound": denoise.bound,
-                    "vram_gib": round(plan.peak_vram_bytes / GIB, 2),
-                }
-            )
-    return rows
+    """One row a way, card and size, of cards and their profiles."""
+    return [
+        {"way": way, "card": card, "profile": profile, "size": size}
+        | row(size, Target(card=card, profile=profile, ram="32GiB", **WAYS[way]))
+        for way, (card, profile), size in itertools.product(WAYS, known, true.SIZES)
+    ]
+
+
+def row(size: str, target: Target) -> dict[str, Any]:
+    """What a plan says; for a video that does not fit, how much VRAM it takes at the least."""
+    width, height, frames = true.SIZES[size]
+    asked = Asked(size=f"{width}x{height}", frames=frames)
+    try:
+        plan = make_plan(None, Files(), "wan2.1-i2v-14b", asked, target)
+    except OverBudget as error:
+        return {"needs_gib": round(error.need_bytes / GIB, 2)}
+    denoise = plan["denoise"]
+    return {
+        "format": plan.weight_format,
+        "seconds_a_step": round(denoise.seconds / 40, 1),
+        "total": clock(plan.seconds),
+        "bound": denoise.bound,
+        "vram_gib": round(plan.peak_vram_bytes / GIB, 2),
+    }
 
 
 def main() -> None:

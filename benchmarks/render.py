@@ -14,6 +14,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -464,21 +465,30 @@ def plan_profiles(results: Results) -> str:
     )
 
 
-def plan_cards(results: Results) -> str:
-    """Cards, a column for each size: seconds a step, and of the job."""
-    found: dict[tuple[str, str, str, str], dict[str, str]] = {}
-    for row in results["plans_cards"]:
-        line = row["card"], row["profile"], row["format"], row["bound"]
-        cell = f"{row['seconds_a_step']:.0f} ({row['total']})"
-        found.setdefault(line, {})[row["size"]] = cell
-    sizes = list(dict.fromkeys(row["size"] for row in results["plans_cards"]))
-    return table(
-        ("card", "profile", "format", *sizes, "bound"),
-        [
-            (*key[:3], *(cells.get(size, "") for size in sizes), key[3])
-            for key, cells in found.items()
-        ],
-    )
+def plan_cards(results: Results, way: str = "default") -> str:
+    """Cards, a column for each size: seconds a step, and of the job; one of the ways of
+    `benchmarks.plans`."""
+    rows = [row for row in results["plans_cards"] if row["way"] == way]
+    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    cards = dict.fromkeys((row["card"], row["profile"]) for row in rows)
+    lines = []
+    for card, profile in cards:
+        mine = {
+            row["size"]: row for row in rows if (row["card"], row["profile"]) == (card, profile)
+        }
+        formats, bounds = (
+            " / ".join(dict.fromkeys(row[name] for row in mine.values() if name in row))
+            for name in ("format", "bound")
+        )
+        lines.append((card, profile, formats, *(card_cell(mine[size]) for size in sizes), bounds))
+    return table(("card", "profile", "format", *sizes, "bound"), lines)
+
+
+def card_cell(row: Mapping[str, Any]) -> str:
+    """Seconds a step and of the job, or what it would take."""
+    if "needs_gib" in row:
+        return f"needs {row['needs_gib']:.2f} GiB"
+    return f"{row['seconds_a_step']:.0f} ({row['total']})"
 
 
 TABLES: Mapping[str, Callable[[Results], str]] = {
@@ -487,6 +497,7 @@ TABLES: Mapping[str, Callable[[Results], str]] = {
     "formats": formats,
     "plan_peaks": plan_peaks,
     "plan_cards": plan_cards,
+    "plan_cards_8_bits": partial(plan_cards, way="8 bits"),
     "plan_profiles": plan_profiles,
 }
 

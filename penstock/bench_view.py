@@ -32,7 +32,10 @@ class Section:
 
 def sections(result: BenchResult) -> list[Section]:
     """All of a result, table by table."""
-    return [_summary(result), _phases(result), _traffic(result), _waits(result), _peaks(result)]
+    told = [_notes(result)] if result.notices else []
+    return [
+        _summary(result), _phases(result), _traffic(result), _waits(result), _peaks(result), *told
+    ]  # fmt: skip
 
 
 def _summary(result: BenchResult) -> Section:
@@ -50,6 +53,7 @@ def _summary(result: BenchResult) -> Section:
             ("overlap (compute / wall)", f"{result.overlap:.1%}"),
             ("video", f"{recipe.width}x{recipe.height}, {recipe.frames} frames, "
              f"{recipe.branches} pass(es) a step, {recipe.chunk_tokens:,} tokens a chunk"),
+            ("compute", recipe.compute),
             ("blocks", f"{place['device_resident']} in VRAM, {place['host_resident']} in RAM, "
              f"{place['disk_blocks']} from disk at every pass; rings of {place['device_slots']} "
              f"and {place['host_slabs']}"),
@@ -136,6 +140,11 @@ def _peaks(result: BenchResult) -> Section:
         "process grew by",
     )  # fmt: skip
     return Section("peaks", headings, rows)
+
+
+def _notes(result: BenchResult) -> Section:
+    """What a job would tell its user."""
+    return Section("notes", ("",), tuple((line,) for line in result.notices))
 
 
 def sweep_section(points: Sequence[Point]) -> Section:

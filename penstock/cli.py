@@ -64,6 +64,9 @@ Profile = Annotated[str, typer.Option(help="A profile's name, or the path of a .
 Compute = Annotated[
     str | None, typer.Option(help="exact, or fast (8-bit products where they work).")
 ]
+Attention = Annotated[
+    str | None, typer.Option(help="sdpa, or int8 (self-attention in 8 bits where it works).")
+]
 Format = Annotated[
     str | None, typer.Option(help="Of the transformer's matrices, such as int8 (as stored).")
 ]
@@ -126,6 +129,7 @@ def generate(
     profile: Profile = "auto",
     format: Format = None,
     compute: Compute = None,
+    attention: Attention = None,
     force: Force = False,
     no_metadata: Annotated[
         bool, typer.Option("--no-metadata", help="Leave prompt and settings out of the file.")
@@ -149,7 +153,7 @@ def generate(
     files = Files(transformer, text_encoder, vae, image_encoder, tokenizer)
     opening = {
         "files": files, "vram": vram, "ram": ram, "device": device, "profile": profile,
-        "format": format, "compute": compute, "loras": lora or [],
+        "format": format, "compute": compute, "attention": attention, "loras": lora or [],
     }  # fmt: skip
     settings = Settings(
         prompt=prompt,
@@ -300,6 +304,7 @@ def plan(
     ] = None,
     format: Format = None,
     compute: Compute = None,
+    attention: Attention = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -314,7 +319,7 @@ def plan(
             Files(transformer, text_encoder, vae, image_encoder, tokenizer),
             synthetic,
             Asked(size, max_area, frames, steps, cfg, image, distilled),
-            Target(device, card, ram, disk, vram, profile, format, compute),
+            Target(device, card, ram, disk, vram, profile, format, compute, attention),
             lora or [],
         )
     if as_json:
@@ -424,7 +429,7 @@ def _job_folder(
     from penstock.engine.store.jobs import find_unfinished, new_job_folder
     from penstock.engine.store.stored import request_values
 
-    values = request_values(request, engine.model.opening, plan.weight_format, plan.compute)
+    values = request_values(request, engine.model.opening, plan)
     found = find_unfinished(values, folder)
     if found is not None and resumes is not False:
         question = f"job {found.name} is the same and unfinished ({found.step}/{found.steps} steps)"

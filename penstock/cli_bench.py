@@ -46,6 +46,9 @@ def bench(
     compute: Annotated[
         str | None, typer.Option(help="exact, or fast (8-bit products where they work).")
     ] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="sdpa, or int8 (self-attention in 8 bits where it works).")
+    ] = None,
     save: Annotated[Path | None, typer.Option(help="Keep the result in this file.")] = None,
     compare: Annotated[Path | None, typer.Option(help="Hold it against a kept one.")] = None,
     percent: Annotated[float, typer.Option(help="Worse by more than this counts, if also")] = 5.0,
@@ -70,7 +73,7 @@ def bench(
     with reported(debug):
         order = Order(
             model, synthetic, blocks, format, width, height, frames, steps, warmup, cfg,
-            vram, ram, profile, device, folder, minutes, whole, compute,
+            vram, ram, profile, device, folder, minutes, whole, compute, attention,
         )  # fmt: skip
         thresholds = Thresholds(percent, seconds, parse_bytes(peak))
         if sweep is not None:

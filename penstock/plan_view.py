@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from penstock.profiles.hardware import INTERPRETER_BYTES
-from penstock.profiles.plan import COMPUTE_PATHS, Plan, StreamPlan
+from penstock.profiles.plan import ATTENTION, COMPUTE_PATHS, Plan, StreamPlan
 from penstock.profiles.profile import Profile, load, names
 from penstock.units import format_bytes
 
@@ -27,7 +27,7 @@ def plan_view(plan: Plan) -> Group:
         f"visit, cross-attention K/V in {'VRAM' if denoise.cross_kv_on_device else 'RAM'}, "
         f"{_tiles(plan)}",
         f"weights  blocks stored as {plan.weight_format}, compute {plan.compute}: "
-        f"{COMPUTE_PATHS[plan.compute_path]}",
+        f"{COMPUTE_PATHS[plan.compute_path]}; self-attention {ATTENTION[plan.attention]}",
         f"total    {clock(plan.seconds)}; denoising is bound by {_BOUND[denoise.bound]}",
         f"budgets  VRAM {format_bytes(plan.peak_vram_bytes)} of "
         f"{format_bytes(plan.vram_limit_bytes)}, RAM {format_bytes(plan.peak_ram_bytes)} of "
@@ -134,6 +134,7 @@ def profile_view(profile: Profile) -> Table:
         ("cross_kv", policy.cross_kv),
         ("compute", policy.compute),
         ("disk", policy.disk),
+        ("attention", policy.attention),
     ]
     for name, value in rows:
         table.add_row(name, str(value), str(profile.path) if name in profile.given else "default")

@@ -21,7 +21,7 @@ from penstock.engine.events import Progress as Advance
 from penstock.engine.packs.cache import CachedPack
 from penstock.engine.report import PhaseReport, RunReport
 from penstock.engine.store.jobs import JobInfo
-from penstock.profiles.plan import COMPUTE_PATHS, Plan
+from penstock.profiles.plan import ATTENTION, COMPUTE_PATHS, Plan
 from penstock.units import format_bytes
 
 
@@ -124,7 +124,7 @@ def plan_summary(plan: Plan) -> str:
         f"{denoise.chunk_tokens} tokens a chunk, {denoise.branches} branch(es) a visit, "
         f"decode in {plan['decode'].tiles[0]}x{plan['decode'].tiles[1]} tiles\n"
         f"plan: blocks stored as {plan.weight_format}, compute {plan.compute}: "
-        f"{COMPUTE_PATHS[plan.compute_path]}"
+        f"{COMPUTE_PATHS[plan.compute_path]}; self-attention {ATTENTION[plan.attention]}"
     )
 
 
@@ -132,7 +132,8 @@ def report_summary(report: RunReport) -> str:
     """One line about a finished job."""
     return (
         f"wrote {report.output}: {report.frames} frames, {report.width}x{report.height}, "
-        f"seed {report.seed}, {report.weight_format} ({COMPUTE_PATHS[report.compute_path]}), "
+        f"seed {report.seed}, {report.weight_format} ({COMPUTE_PATHS[report.compute_path]}, "
+        f"self-attention {ATTENTION[report.attention]}), "
         f"{report.seconds:.1f} s, "
         f"peak VRAM {format_bytes(report.peak_vram_bytes)}, "
         f"RAM {format_bytes(report.peak_ram_bytes)}"

@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from penstock.cli import app
 from penstock.engine.bench.result import load
+from tests import fake_kitchen
 
 SMALL = ["--synthetic", "tiny", "--blocks", "2", "--width", "32", "--height", "32",
          "--frames", "5", "--steps", "2", "--device", "cpu"]  # fmt: skip
@@ -57,6 +58,23 @@ def test_another_recipe_is_an_exit_code(kept: Path) -> None:
     done = _call(*SMALL, "--cfg", "1", "--compare", kept)
     assert done.exit_code == 2
     assert "RECIPE_MISMATCH" in done.stdout
+
+
+def test_another_attention_is_another_recipe(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_kitchen.install(monkeypatch)
+    done = _call(*SMALL, "--attention", "int8", "--compare", kept, "--json")
+    assert done.exit_code == 2, done.output
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["verdict"]["outcome"] == "RECIPE_MISMATCH"
+    assert found["recipe"]["compute"].endswith(", int8 attention")
+    assert load(kept).recipe.compute == found["recipe"]["compute"].partition(",")[0]
+    assert found["latents_sha256"] != load(kept).latents_sha256
+    assert any("int8 attention: it works here" in told for told in found["notices"])
+    fake_kitchen.install(monkeypatch, available=False)
+    done = _call(*SMALL, "--attention", "int8", "--compare", kept, "--seconds", "1000")
+    assert done.exit_code == 0, done.output
+    shown = " ".join(done.stdout.split())
+    assert "int8 attention: not here, torch's own attends (it needs a CUDA device)" in shown
 
 
 def test_a_bad_file_is_found_before_anything_is_measured(tmp_path: Path) -> None:

@@ -67,6 +67,14 @@ def test_the_table_names_phases_blocks_bottleneck_and_origins() -> None:
     assert len(blocks) == 40 and set(blocks) <= set("Vr.")
 
 
+def test_the_plan_and_a_profile_name_what_attends() -> None:
+    assert "self-attention by torch" in run(*TRUE, *CARD)
+    shown = run(*TRUE, *CARD, "--attention", "int8")
+    assert "self-attention in 8 bits, by comfy-kitchen" in shown
+    rows = [line.split() for line in run("profiles", "show", "12gb").splitlines()]
+    assert any("attention" in row and "sdpa" in row for row in rows)
+
+
 def test_json_is_the_plan() -> None:
     shown = run(*TRUE, *CARD, "--size", "832x480", "--frames", "49", "--format", "nf4", "--json")
     plan = Plan.from_json(json.loads(shown))

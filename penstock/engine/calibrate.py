@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from penstock.engine.disk import IN_FLIGHT, read_rate
 from penstock.engine.wan import forward
-from penstock.engine.wan.attention import attention
+from penstock.engine.wan.attention import Attention, attention, int8_attention
+from penstock.engine.wan.attention_probe import probe_int8
 from penstock.engine.wan.vae_layers import Past, residual
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.tiers import DeviceTier, HostTier, open_link
@@ -83,7 +84,8 @@ def calibrate(
             flops=_matmul(device, dtype, effort),
             copy_bytes_per_s=copy_rate(device, effort),
             read_bytes_per_s=_read(folder, effort),
-            attention_flops=_attention(device, dtype, effort),
+            attention_flops=_attention(attention, device, dtype, effort),
+            int8_attention_flops=_int8_attention(device, dtype, effort),
             **_vae(device, dtype, effort),
             eight_bit_flops=_eight_bit("int8", device, dtype, effort),
             fp8_flops=_eight_bit("fp8", device, dtype, effort),
@@ -131,11 +133,20 @@ def _matmul(device: torch.device, dtype: torch.dtype, effort: Effort) -> float:
     return 2 * effort.tokens * inner * 4 * inner / seconds
 
 
-def _attention(device: torch.device, dtype: torch.dtype, effort: Effort) -> float:
+def _attention(
+    attend: Attention, device: torch.device, dtype: torch.dtype, effort: Effort
+) -> float:
     shape = (1, effort.tokens, _HEADS, _WIDTH)
     q, k, v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
-    seconds = _seconds(lambda: attention(q, k, v), device, effort)
+    seconds = _seconds(lambda: attend(q, k, v), device, effort)
     return 4 * effort.tokens**2 * _HEADS * _WIDTH / seconds
+
+
+def _int8_attention(device: torch.device, dtype: torch.dtype, effort: Effort) -> float | None:
+    """As ``--attention int8`` makes it, its quantising included, where it works."""
+    if not probe_int8(device, dtype, _HEADS, _WIDTH).works:
+        return None
+    return _attention(int8_attention(), device, dtype, effort)
 
 
 def _vae(device: torch.device, dtype: torch.dtype, effort: Effort) -> dict[str, float]:

@@ -15,6 +15,7 @@ import torch
 from penstock.engine.calibrate import Effort, calibrate
 from penstock.engine.report import versions
 from penstock.engine.wan.attention import attention
+from penstock.engine.wan.attention_probe import probe_int8
 from penstock.profiles.hardware import Hardware, available_ram_bytes, probe
 from penstock.profiles.rates import Rates, store_rates
 from penstock.units import GIB, format_bytes
@@ -70,6 +71,7 @@ def examine(
         *_software(),
         *_device(hardware),
         *_kernels(chosen),
+        _int8_attention(chosen, rates),
         *_memory(),
         *_disk(folder),
         *_spill(chosen, platform.release(), sys.platform),
@@ -118,6 +120,18 @@ def _kernels(device: torch.device) -> Iterator[Finding]:
 
 
 _UNUSED = "Plans do without it: --compute exact never uses it."
+
+
+def _int8_attention(device: torch.device, rates: Rates) -> Finding:
+    """What ``--attention int8`` would do here; ``rates`` have measured it where it works."""
+    rate = rates.int8_attention_flops
+    if rate is not None:
+        return Finding("attention (int8)", f"works, {rate / 1e12:.3g} TFLOP/s")
+    report = probe_int8(device, torch.bfloat16, 1, 128)
+    return Finding("attention (int8)", f"no: {report.reason}", _OPTIONAL)
+
+
+_OPTIONAL = "Plans do without it unless asked: --attention sdpa, the default, is torch's own."
 
 
 def _probes(device: torch.device) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:

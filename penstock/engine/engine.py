@@ -72,6 +72,7 @@ class Engine:
         loras: Sequence[Lora | str | Path] = (),
         format: str | None = None,
         compute: str | None = None,
+        attention: str | None = None,
         vram: str | int | None = None,
         ram: str | int | None = None,
         device: str = "auto",
@@ -92,6 +93,8 @@ class Engine:
                 the transformer into ``cache``, and it is read from there.
             compute: "exact" decodes quantised weights, "fast" multiplies in 8 bits where the format
                 allows it and the device has just shown that it can; None: the profile's.
+            attention: "sdpa", or "int8" for self-attention in 8 bits where comfy-kitchen is
+                installed and the device has just shown that it can; None: the profile's.
             vram, ram: ceilings, such as "12GiB" or bytes; None takes the profile's.
             device: "cuda", "cpu" or "auto" (CUDA where there is one).
             profile: a profile's name or the path of its file.
@@ -101,11 +104,12 @@ class Engine:
 
         Raises:
             CheckpointError: the folder is not a model that penstock runs.
-            UsageError: an illegal size, device, profile, format or way to compute.
+            UsageError: an illegal size, device, profile, format or way to compute or to attend.
         """
         prepared = Prepared.open(
-            model, files=files, loras=loras, format=format, compute=compute, vram=vram, ram=ram,
-            device=device, profile=profile, overrides=overrides, cache=cache,
+            model, files=files, loras=loras, format=format, compute=compute,
+            attention=attention, vram=vram, ram=ram, device=device, profile=profile,
+            overrides=overrides, cache=cache,
         )  # fmt: skip
         return cls(prepared, overlapped=overlapped)
 
@@ -176,7 +180,7 @@ class Engine:
         plan = self.plan(request, kept=job_dir is not None)
         if job_dir is None:
             return self._start(request, plan, order, Keeper(), hooks)
-        now = conditions_now(self.model, self._device, self._variants.matrices(plan.weight_format))
+        now = conditions_now(self.model, self._device, self._variants.numerics(plan.weight_format))
         journal, request = begin(
             Path(job_dir), self.model, request, plan, now, order, self._budgets()
         )
@@ -237,9 +241,9 @@ class Engine:
         if order.output is not None:
             check_output(order.output, overwrite=order.overwrite)
         plan = self._fitting(plan, request)
-        matrices = self._variants.matrices(plan.weight_format)
-        plan = replace(plan, compute=matrices["compute"], compute_path=matrices["compute_path"])
-        now = conditions_now(self.model, self._device, matrices)
+        numerics = self._variants.numerics(plan.weight_format)
+        plan = replace(plan, compute=numerics["compute"], compute_path=numerics["compute_path"])
+        now = conditions_now(self.model, self._device, numerics)
         notices = check_conditions(
             journal,
             plan,
@@ -251,9 +255,10 @@ class Engine:
         return self._start(request, plan, order, JournalKeeper(journal), hooks, notices)
 
     def _fitting(self, plan: Plan, request: GenerationRequest) -> Plan:
-        """The job's own plan where it fits today's budgets, else a new one."""
+        """The job's own plan where it fits today's budgets and attention, else a new one."""
         vram_bytes, ram_bytes = self.hardware.vram_bytes, self.hardware.ram_bytes
-        if plan.peak_vram_bytes > vram_bytes or plan.peak_ram_bytes > ram_bytes:
+        too_large = plan.peak_vram_bytes > vram_bytes or plan.peak_ram_bytes > ram_bytes
+        if too_large or plan.attention != self.chosen.policy.attention:
             return self.plan(request, kept=True)
         return replace(plan, vram_limit_bytes=vram_bytes, ram_limit_bytes=ram_bytes)
 

@@ -35,6 +35,7 @@ from penstock.engine.stage import Run, Stage, visits
 from penstock.engine.store.keeper import Conditions
 from penstock.engine.video import write_video
 from penstock.engine.wan import forward as dit
+from penstock.engine.wan.attention import Attention, attention, self_attention_of
 from penstock.engine.wan.cross import CrossStore
 from penstock.engine.wan.vae_decode import raw_latents
 from penstock.engine.wan.vae_encode import encode_tiled, first_frame_then_zeros
@@ -195,7 +196,8 @@ def denoise(stage: Stage, conditions: Conditions, sampling: Sampling) -> Tensor:
             passes = plan.passes(len(conditions.texts))
             cycles = stage.steps_left * len(passes)
             with stage.stream(component.blocks, plan.stream, phase, cycles) as stream:
-                forward = Forward(model, component, stream, cross, plan.chunk_tokens, phase)
+                attend = self_attention_of(stage.plan.attention)
+                forward = Forward(model, component, stream, cross, plan.chunk_tokens, phase, attend)
                 rope = dit.rope_tables(model, latents.shape[2:], stage.device)
                 picture = _on_device(conditions.condition, stage.device)
                 for step in range(start, steps):
@@ -249,6 +251,7 @@ class Forward:
     cross: CrossStore
     chunk_tokens: int
     phase: PhaseMonitor
+    attend: Attention = attention
 
     def __call__(
         self, model_input: Tensor, branches: range, modulation: dit.StepModulation, rope: dit.Rope
@@ -262,6 +265,7 @@ class Forward:
             modulation,
             rope,
             self.chunk_tokens,
+            self.attend,
         )
 
 
@@ -346,6 +350,7 @@ def _report(job: Run, monitor: Monitor, seconds: float) -> RunReport:
         weight_format=job.plan.weight_format,
         compute=job.plan.compute,
         compute_path=job.plan.compute_path,
+        attention=job.plan.attention,
         phases=tuple(monitor.phases),
         notices=tuple(monitor.notices),
         versions=versions(),

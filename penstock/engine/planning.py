@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from penstock.engine.attending import attending_on
 from penstock.engine.files.locate import Files
 from penstock.engine.request import (
     DISTILLED,
@@ -88,6 +89,7 @@ class Target:
     profile: str = AUTO
     format: str | None = None
     compute: str | None = None
+    attention: str | None = None
 
     @property
     def hardware(self) -> Hardware:
@@ -110,7 +112,9 @@ class Target:
     def overrides(self) -> Overrides:
         """What wins over the profile."""
         ram = self.ram if self.card is None else None
-        return Overrides(self.vram, ram, format=self.format, compute=self.compute)
+        return Overrides(
+            self.vram, ram, format=self.format, compute=self.compute, attention=self.attention
+        )
 
 
 def make_plan(
@@ -137,6 +141,8 @@ def make_plan(
             "a LoRA is checked against a model's files", expected="--model", found="--synthetic"
         )
     if synthetic is not None and not has_files:
+        if target.card is None:
+            chosen, _ = attending_on(chosen, builtin(synthetic, chosen.formats[0]).transformer)
         return plan_chosen(lambda stored: builtin(synthetic, stored), asked.workload, chosen)
     if synthetic is None and has_files:
         opened = _Opened(model, files, tuple(loras), described=target.card is not None)
@@ -186,6 +192,8 @@ def plan_files(opened: _Opened, asked: Asked, chosen: Chosen) -> Plan:
     computing = Computing(Scratch(0, device))
     if not opened.described:
         computing, _ = computing_on(device, chosen.policy.compute)
+        spec, tag = model.manifest.transformer, model.transformer.tag
+        chosen, _ = attending_on(chosen, spec, tag)
     variants = Variants(model, chosen, computing, described=opened.described)
     found = variants.plan(workload_of(request, kept=True))
     return replace(found, origins=found.origins + model.loras.origins())

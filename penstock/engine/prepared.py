@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from penstock.engine.attending import attending_on
 from penstock.engine.files.locate import Files
 from penstock.engine.lora.file import Lora, as_loras
 from penstock.engine.model import ModelFiles
@@ -35,7 +36,7 @@ class Prepared:
         chosen: as given, or chosen.
         variants: the model in the formats it may run in.
         model: as its files hold it.
-        notices: what is to be said of the device's 8-bit products.
+        notices: what is to be said of the device's 8-bit products and attention.
     """
 
     def __init__(
@@ -45,9 +46,12 @@ class Prepared:
         chosen: Chosen | None = None,
         cache: Path | None = None,
     ) -> None:
-        self.chosen = chosen or choose(load(AUTO), Overrides(), hardware)
-        device, mode = self.chosen.hardware.place, self.chosen.policy.compute
-        computing, self.notices = computing_on(device, mode)
+        chosen = chosen or choose(load(AUTO), Overrides(), hardware)
+        device, mode = chosen.hardware.place, chosen.policy.compute
+        computing, products = computing_on(device, mode)
+        spec, tag = model.manifest.transformer, model.transformer.tag
+        self.chosen, attention = attending_on(chosen, spec, tag)
+        self.notices = (*products, *attention)
         self.variants = Variants(model, self.chosen, computing, cache)
         self.model = self.variants.stored
 
@@ -60,6 +64,7 @@ class Prepared:
         loras: Sequence[Lora | str | Path] = (),
         format: str | None = None,
         compute: str | None = None,
+        attention: str | None = None,
         vram: str | int | None = None,
         ram: str | int | None = None,
         device: str = "auto",
@@ -82,6 +87,7 @@ class Prepared:
             ram=ram,
             format=format or base.format,
             compute=compute or base.compute,
+            attention=attention or base.attention,
         )
         hardware = probe(_device_type(device))
         chosen = choose(load(profile), flags, hardware)

@@ -72,6 +72,7 @@ class RunReport:
         compute: "exact" or "fast", as asked.
         compute_path: how most of the blocks' matrices multiplied: "plain", "dequant", "fp8" or
             "int8".
+        attention: what self-attention ran on: "sdpa" or "int8".
         notices: all that the user was told on the way.
         steered: ``on_step`` replaced the latents in some step: the request and the seed alone do
             not lead to this video.
@@ -91,6 +92,7 @@ class RunReport:
     weight_format: str
     compute: str
     compute_path: str
+    attention: str
     phases: tuple[PhaseReport, ...]
     notices: tuple[str, ...]
     versions: dict[str, str]
@@ -136,10 +138,13 @@ class JobResult:
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
     packages = ("penstock", "torch", "diffusers", "transformers", "safetensors", "av")
-    return {"python": platform.python_version()} | {name: _version(name) for name in packages}
+    return {"python": platform.python_version()} | {
+        name: package_version(name) for name in packages
+    }
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """Of an installed package; "absent" where there is none."""
     if package == "penstock":
         return __version__
     try:

@@ -25,7 +25,8 @@ else:
     import tomli as tomllib  # pragma: no cover (Python 3.10)
 
 ATTAINED = 0.55
-"""Of the dense bf16 peak, in matrix products and in attention (seen in practice)."""
+"""Of the dense peak, in matrix products and in attention (seen in practice in bf16; assumed of 8
+bits)."""
 
 ATTAINED_CONV = 0.25
 """Of the dense bf16 peak, in the VAE's 3-D convolutions."""
@@ -151,6 +152,7 @@ def described(card_name: str, ram: str | None, disk: str | None) -> Hardware:
         flops=ATTAINED * card.flops,
         copy_bytes_per_s=card.link_bytes_per_s,
         read_bytes_per_s=disk_bytes_per_s(disk or DEFAULT_DISK),
+        int8_attention_flops=_attained(card.eight_bit_flops),
         conv_flops=ATTAINED_CONV * card.flops,
         eight_bit_flops=_attained(card.eight_bit_flops),
         fp8_flops=_attained(card.fp8_flops),

@@ -204,6 +204,7 @@ class Denoise:
             steps=workload.steps,
             image_tokens=0 if manifest.image is None else manifest.image.tokens,
             fused_norms=self.case.fused_norms,
+            attention=self.case.policy.attention,
         )
 
     @cached_property
@@ -252,13 +253,13 @@ class Denoise:
         chunks = -(-tokens // cost.chunk_tokens) * spec.num_layers
         flops = transformer.denoise_flops(spec, tokens, cost.image_tokens)
         path = compute_path(spec.storage, self.case.policy, rates)
-        attention = flops.self_attention + flops.cross_attention
         attended = (tokens + cost.text_tokens + cost.image_tokens) * spec.inner_dim
         overhead_s = rates.chunk_overhead_s(cost.chunk_tokens, attended)
         branch = (
             flops.linear / (rates.product_flops(path) or rates.flops)
-            + attention / (rates.attention_flops or rates.flops)
-            + chunks * (overhead_s + self._decode_s(rates))
+            + flops.self_attention / rates.self_attention_flops(cost.attention)
+            + flops.cross_attention / (rates.attention_flops or rates.flops)
+            + chunks * (overhead_s + self._decode_s(rates) + self._requantise_s(rates, tokens))
             + tokens * spec.inner_dim * spec.num_layers * rates.element_s
         )
         if not cost.cross_kv_on_device:
@@ -272,6 +273,14 @@ class Denoise:
         if self._is_fast or not stored.decoded_bytes or rates.memory_bytes_per_s is None:
             return 0.0
         moved = max(self.spec.weights.block_bytes) + stored.decoded_bytes
+        return moved / rates.memory_bytes_per_s
+
+    def _requantise_s(self, rates: Rates, tokens: int) -> float:
+        """Seconds to quantise a block's keys and values once, for attention in 8 bits: every chunk
+        does. Values are read twice, since each channel of all tokens has one scale."""
+        if self.case.policy.attention != "int8" or rates.memory_bytes_per_s is None:
+            return 0.0
+        moved = tokens * self.spec.inner_dim * (3 * self.spec.weights.itemsize + 2)
         return moved / rates.memory_bytes_per_s
 
     def _host_kept(self, cost: transformer.DenoiseCase) -> Items:

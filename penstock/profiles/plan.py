@@ -26,6 +26,11 @@ COMPUTE_PATHS: Mapping[str, str] = MappingProxyType(
 )
 """What a plan's ``compute_path`` means, for people."""
 
+ATTENTION: Mapping[str, str] = MappingProxyType(
+    {"sdpa": "by torch", "int8": "in 8 bits, by comfy-kitchen"}
+)
+"""What a plan's ``attention`` means, for people."""
+
 
 def spread(n: int, k: int) -> tuple[int, ...]:
     """``k`` of the places ``0..n-1``, ascending, with gaps that differ by at most one."""
@@ -167,6 +172,7 @@ class Plan:
         compute: "exact" or "fast", as asked.
         compute_path: how most of the blocks' matrices multiply: "plain", "dequant" (decoded first),
             "fp8" or "int8".
+        attention: what self-attention runs on: "sdpa", or "int8" where that is asked for and works.
         machine: the hardware's name.
         origins: where budgets, rates and policy come from.
     """
@@ -177,6 +183,7 @@ class Plan:
     weight_format: str = "bf16"
     compute: str = "exact"
     compute_path: str = "plain"
+    attention: str = "sdpa"
     machine: str = ""
     origins: tuple[Origin, ...] = ()
 

@@ -67,6 +67,7 @@ def plan(
         weight_format=manifest.transformer.storage.format,
         compute=policy.compute,
         compute_path=compute_path(manifest.transformer.storage, policy, hardware.rates),
+        attention=policy.attention,
         machine=hardware.name,
     )
     return with_reading_ahead(found_plan, limits)

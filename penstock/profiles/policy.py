@@ -9,6 +9,7 @@ from penstock.errors import ProfileError
 
 Disk = Literal["auto", "spare", "never"]
 Compute = Literal["exact", "fast"]
+Attention = Literal["sdpa", "int8"]
 Place = Literal["auto", "vram", "ram"]
 
 
@@ -37,6 +38,8 @@ class Policy:
         tiles: rows and columns of VAE tiles, or None.
         cross_kv: where cross-attention K/V are kept.
         compute: "exact" decodes quantised weights; "fast" multiplies in 8 bits where it can.
+        attention: what the transformer's self-attention runs on: "sdpa", torch's own in the compute
+            dtype; "int8", in 8 bits, which a machine must have shown that it can.
         disk: "auto" lets blocks stream from disk at every pass where that costs no time; "spare"
             prefers memory that is free anyway; "never" forbids it.
     """
@@ -47,6 +50,7 @@ class Policy:
     cross_kv: Place = "auto"
     compute: Compute = "exact"
     disk: Disk = "auto"
+    attention: Attention = "sdpa"
 
     def __post_init__(self) -> None:
         self._require("branches", self.branches in (None, 1, 2), "1, 2 or auto")
@@ -56,6 +60,7 @@ class Policy:
         self._require("tiles", not flat, "ROWSxCOLUMNS, 1x1 or more, or auto")
         self._require("cross_kv", self.cross_kv in ("auto", "vram", "ram"), "auto, vram or ram")
         self._require("compute", self.compute in ("exact", "fast"), "exact or fast")
+        self._require("attention", self.attention in ("sdpa", "int8"), "sdpa or int8")
         self._require("disk", self.disk in ("auto", "spare", "never"), "auto, spare or never")
 
     def _require(self, name: str, holds: bool, expected: str) -> None:

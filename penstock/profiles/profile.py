@@ -80,6 +80,7 @@ class Overrides:
     tiles: str | None = None
     cross_kv: str | None = None
     disk_use: str | None = None
+    attention: str | None = None
 
     @property
     def policy(self) -> dict[str, Any]:
@@ -91,6 +92,7 @@ class Overrides:
             "tiles": self.tiles,
             "cross_kv": self.cross_kv,
             "disk": self.disk_use,
+            "attention": self.attention,
         }
         return {name: word for name, word in named.items() if word is not None}
 
@@ -113,6 +115,17 @@ class Chosen:
     formats: tuple[str, ...]
     origins: tuple[Origin, ...] = field(default=())
     formats_from: str = "default"
+
+
+def without_int8_attention(chosen: Chosen, reason: str) -> Chosen:
+    """``chosen`` with torch's own attention, and with ``reason`` beside its origin."""
+    origins = tuple(
+        Origin(each.name, "sdpa", f"int8 by {each.source}, not here: {reason}")
+        if each.name == "attention"
+        else each
+        for each in chosen.origins
+    )
+    return replace(chosen, policy=replace(chosen.policy, attention="sdpa"), origins=origins)
 
 
 def choose(profile: Profile, overrides: Overrides, hardware: Hardware) -> Chosen:

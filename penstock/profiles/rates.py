@@ -26,6 +26,7 @@ class Rates:
         copy_bytes_per_s: pinned host memory to device.
         read_bytes_per_s: disk to host memory.
         attention_flops: of attention; None: as matrix products.
+        int8_attention_flops: of self-attention in 8 bits; None: as ``attention_flops``.
         conv_flops: of the VAE's convolutions; None: as matrix products.
         conv_element_s: of one element that they read: its norm and activation, and its copies;
             None: ``conv_flops`` is the rate of all that the VAE does.
@@ -49,6 +50,7 @@ class Rates:
     copy_bytes_per_s: float
     read_bytes_per_s: float
     attention_flops: float | None = None
+    int8_attention_flops: float | None = None
     conv_flops: float | None = None
     conv_element_s: float | None = None
     conv_pixel_s: float | None = None
@@ -71,6 +73,12 @@ class Rates:
                     expected="a rate above 0",
                     found=str(value),
                 )
+
+    def self_attention_flops(self, attention: str) -> float:
+        """Of the transformer's self-attention by "sdpa" or "int8"; in 8 bits as in 16 where that
+        rate is unknown."""
+        eight_bit = self.int8_attention_flops if attention == "int8" else None
+        return eight_bit or self.attention_flops or self.flops
 
     def product_flops(self, path: str) -> float | None:
         """Of the matrix products of a compute path; None: the device has none of them."""

@@ -23,6 +23,7 @@ from benchmarks.gpu_suite import Kept, Workers, cut_short, run_all, run_group, s
 from penstock.offload.schedule import Queue, Ref
 from penstock.offload.tiers import CpuLink
 from penstock.units import GIB
+from tests import fake_kitchen
 
 FOREVER = 1e12
 
@@ -123,6 +124,24 @@ def test_formats_run_on_every_path(context: Context, tmp_path: Path) -> None:
         assert found[f"{name}, exact"]["relative_error"] < 0.05
     assert found["attention math"]["tflops"] > 0
     assert "failed" in found["attention cudnn_attention"]  # there is none on a CPU, and it says so
+
+
+def test_attention_in_8_bits_is_held_against_torchs_own(
+    context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cases = dict(gpu_cases.formats(context))
+    monkeypatch.setattr(gpu_suite, "GROUPS", {"formats": lambda _: iter(
+        [(name, cases[name]) for name in ("attention int8 (comfy-kitchen)",)]
+    )})  # fmt: skip
+    monkeypatch.setitem(sys.modules, "comfy_kitchen", None)
+    found = _run("formats", context, tmp_path / "without.json")
+    assert "comfy_kitchen" in found["attention int8 (comfy-kitchen)"]["failed"]
+    fake_kitchen.install(monkeypatch)
+    found = _run("formats", context, tmp_path / "with.json")
+    row = found["attention int8 (comfy-kitchen)"]
+    assert 0 < row["relative_error"] < 0.05 and row["ms"] > 0 and row["sdpa_ms"] > 0
+    operations = 4 * context.scale.tokens * context.scale.context * context.scale.heads * 128
+    assert row["tflops"] == pytest.approx(operations / row["ms"] / 1e9)
 
 
 def test_tiles_change_nothing(context: Context, tmp_path: Path) -> None:

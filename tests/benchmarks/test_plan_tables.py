@@ -17,7 +17,7 @@ def test_of_a_card() -> None:
     card = ("RTX 3060 12GB", "12gb")
     kept = [row for row in RESULTS["plans_cards"] if row["card"] == card[0]]
     assert plans.cards([card]) == kept
-    assert len(RESULTS["plans_cards"]) == len(plans.CARDS) * len(true.SIZES)
+    assert len(RESULTS["plans_cards"]) == len(plans.WAYS) * len(plans.CARDS) * len(true.SIZES)
 
 
 @pytest.mark.parametrize("case", [("480x832x81", "12gb", 16), ("720x1280x81", "4gb", 64)])

@@ -8,12 +8,13 @@ from functools import partial
 import pytest
 import torch
 
-from penstock.engine import calibrate
+from penstock.engine import calibrate, doctor
 from penstock.engine.calibrate import Effort
 from penstock.profiles.cost.vae import VaeWork
 from penstock.profiles.rates import Rates
 from penstock.quant.compute import Operands
 from penstock.quant.scaled import Scaled8
+from tests import fake_kitchen
 
 CPU = torch.device("cpu")
 
@@ -137,4 +138,27 @@ def test_every_rate_of_a_cpu_is_measured(tmp_path) -> None:
     quick = Effort(tokens=64, copy_bytes=1 << 20, read_bytes=8 << 20, seconds=0.001)
     found = calibrate.calibrate(CPU, tmp_path, quick)
     absent = {name for name, value in vars(found).items() if value is None}
-    assert absent == {"eight_bit_flops", "fp8_flops"}
+    assert absent == {"eight_bit_flops", "fp8_flops", "int8_attention_flops"}
+
+
+def test_attention_in_8_bits_is_timed_where_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+
+    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        heads, tokens, width = q.shape[1:]
+        clock.spend(4 * tokens * k.shape[2] * heads * width / 7e9)
+        return fake_kitchen.quantising(q, k, v)
+
+    effort = replace(clock.effort, tokens=64)
+    fake_kitchen.install(monkeypatch, kernel)
+    assert calibrate._int8_attention(CPU, torch.float32, effort) == pytest.approx(7e9)
+    fake_kitchen.install(monkeypatch, kernel, available=False)
+    assert calibrate._int8_attention(CPU, torch.float32, effort) is None
+
+
+def test_the_doctor_tells_of_attention_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = Rates(1.0, 1.0, 1.0, int8_attention_flops=3e14)
+    assert doctor._int8_attention(CPU, measured).found == "works, 300 TFLOP/s"
+    fake_kitchen.install(monkeypatch, available=False)
+    told = doctor._int8_attention(CPU, Rates(1.0, 1.0, 1.0))
+    assert told.found == "no: it needs a CUDA device" and "--attention sdpa" in str(told.remedy)

@@ -17,7 +17,7 @@ from penstock.engine.wan import config
 from tests.engine import golden
 from tests.engine.lora_files import linears, pairs, write_diffusers
 
-HEAVY = ("accelerate", "bitsandbytes", "diffusers", "torch", "transformers")
+HEAVY = ("accelerate", "bitsandbytes", "comfy_kitchen", "diffusers", "torch", "transformers")
 
 CHILD = f"""
 import sys
@@ -94,6 +94,16 @@ def test_a_plan_in_another_format(
 
 def test_a_plan_for_another_machine(i2v_folder: Path) -> None:
     assert planned("--model", i2v_folder, "--card", "RTX 3060 12GB")["weight_format"] == "fp32"
+
+
+@pytest.mark.parametrize("model", ["files", "synthetic"])
+def test_attention_in_8_bits_for_another_machine_is_assumed(model: str, i2v_folder: Path) -> None:
+    """Neither torch nor the library is there."""
+    which = ("--model", i2v_folder) if model == "files" else ("--synthetic", "wan2.1-i2v-14b")
+    flags = ("--card", "RTX 4090 24GB", "--attention", "int8", "--compute", "fast")
+    plan = planned(*which, *flags)
+    assert plan["attention"] == "int8"
+    assert ["attention", "int8", "flag"] in [list(each.values()) for each in plan["origins"]]
 
 
 def test_a_plan_of_gguf_files(t2v: Path, tmp_path: Path) -> None:

@@ -24,9 +24,12 @@ from penstock.engine.files.locate import locate
 from penstock.engine.request import GenerationRequest
 from penstock.engine.settings import Settings, resolve
 from penstock.engine.synthetic import write_tiny_model
+from penstock.engine.wan.attention import int8_attention
+from penstock.engine.wan.attention_probe import probe_int8
 from penstock.offload.allocator import allocator_capped
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.tiers import HostTier
+from penstock.profiles.cost.transformer import int8_attention_bytes
 from penstock.profiles.gpu_sign import shows_gpu
 from penstock.profiles.hardware import default_device
 from penstock.profiles.phases import CUDA_LIBRARY_BYTES
@@ -412,6 +415,26 @@ def test_an_attached_pipeline_makes_what_it_makes_by_itself(
     after = list(pipe.transformer.parameters())
     assert {weight.device.type for weight in after} == {home}
     assert all(torch.equal(w.cpu(), b) for w, b in zip(after, before, strict=True))
+
+
+def test_int8_attention_works_and_takes_what_plans_say() -> None:
+    pytest.importorskip("comfy_kitchen")
+    report = probe_int8(DEVICE, torch.bfloat16, 40, 128)
+    assert report.works, report.reason
+    heads, width, queries, keys = 8, 128, 500, 3000
+    q, k, v = (
+        torch.randn(1, tokens, heads, width, device=DEVICE, dtype=torch.bfloat16)
+        for tokens in (queries, keys, keys)
+    )
+    attend = int8_attention()
+    attend(q, k, v)  # kernels are loaded
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_stats()["requested_bytes.all.current"]
+    attend(q, k, v)
+    taken = torch.cuda.memory_stats()["requested_bytes.all.peak"] - held
+    planned = int8_attention_bytes(heads, width, queries, keys, 2) + q.nbytes
+    assert 0.99 * planned <= taken <= planned
 
 
 def test_the_machine_shows_a_sign_of_its_gpu() -> None:

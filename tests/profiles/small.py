@@ -83,6 +83,7 @@ _rates = st.builds(
     copy_bytes_per_s=st.floats(1e7, 1e10),
     read_bytes_per_s=st.floats(1e6, 1e10),
     attention_flops=st.sampled_from([None, 1e9]),
+    int8_attention_flops=st.sampled_from([None, 3e8, 4e9]),
     conv_flops=st.sampled_from([None, 1e10]),
     conv_element_s=st.sampled_from([None, 1e-9]),
     conv_pixel_s=st.sampled_from([None, 1e-7]),
@@ -120,5 +121,6 @@ policies = st.one_of(
         cross_kv=st.sampled_from(["auto", "vram", "ram"]),
         compute=st.sampled_from(["exact", "fast"]),
         disk=st.sampled_from(["auto", "never"]),
+        attention=st.sampled_from(["sdpa", "int8"]),
     ),
 )

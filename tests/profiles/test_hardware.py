@@ -227,7 +227,7 @@ class TestCards:
         machine = described("GTX 1650", "16GiB", "sata")
         assert machine.vram_bytes == 4 * GIB - hw.CUDA_RESERVE_BYTES
         assert machine.ram_bytes == 16 * GIB - hw.SYSTEM_BYTES - hw.INTERPRETER_BYTES
-        assert machine.rates.eight_bit_flops is None
+        assert machine.rates.eight_bit_flops is machine.rates.int8_attention_flops is None
         assert described("4090", "1GiB", None).ram_bytes == 0
         assert described("4090", None, None).rates.copy_bytes_per_s == pytest.approx(
             2.5e10, rel=0.02
@@ -282,10 +282,10 @@ def test_few_tokens_pay_for_the_keys_they_read() -> None:
 def test_rates_stored_before_there_were_these_terms_are_read(tmp_path) -> None:
     path = store_rates("a", Rates(1.0, 2.0, 3.0, conv_element_s=1e-9), tmp_path)
     kept = json.loads(path.read_text())
-    new = ("conv_pixel_s", "conv_call_s", "tiny_key_s")
+    new = ("conv_pixel_s", "conv_call_s", "tiny_key_s", "int8_attention_flops")
     for name in new:
         del kept["a"][name]
     path.write_text(json.dumps(kept))
     found = stored_rates("a", tmp_path)
     assert found == Rates(1.0, 2.0, 3.0, conv_element_s=1e-9)
-    assert [getattr(found, name) for name in new] == [None, None, None]
+    assert [getattr(found, name) for name in new] == [None] * 4

@@ -12,14 +12,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from penstock.errors import OverBudget
+from penstock.profiles.builtin import builtin
+from penstock.profiles.cards import described
 from penstock.profiles.cost import encoders, transformer, vae
-from penstock.profiles.denoising import EIGHT_BIT_WORKSPACE_BYTES
+from penstock.profiles.denoising import EIGHT_BIT_WORKSPACE_BYTES, Denoise
 from penstock.profiles.hardware import Hardware
 from penstock.profiles.manifest import ModelManifest, VideoShape
-from penstock.profiles.phases import CUDA_LIBRARY_BYTES, Workload
+from penstock.profiles.phases import CUDA_LIBRARY_BYTES, Case, Workload
 from penstock.profiles.plan import Plan
 from penstock.profiles.planner import fits, minimum_vram_bytes, plan, smaller
 from penstock.profiles.policy import Limits, Policy
+from penstock.profiles.rates import Rates
 from penstock.profiles.streams import LINK_CARE
 from penstock.profiles.tiling import TileGrid
 from tests.profiles.small import PAGE, machines, manifests, policies, workloads
@@ -234,7 +237,7 @@ def _denoise_fits(model, work, machine, policy) -> bool:
         case = transformer.DenoiseCase(
             latent, chunk, work.branches, visit, work.steps,
             model.image.tokens if model.image else 0, cross_kv_on_device=place,
-            fused_norms=machine.fused_norms,
+            fused_norms=machine.fused_norms, attention=policy.attention,
         )  # fmt: skip
         kept = held + (0 if place else transformer.cross_kv_bytes(spec, case))
         context = transformer.context_bytes(spec, case).total_bytes + decoding
@@ -401,10 +404,75 @@ def test_changes_are_told() -> None:
     assert not changes(one, plan(model, work, machine, Policy(chunk_tokens=64)))[1]
 
 
-def test_each_kind_of_8_bit_product_has_its_own_rate() -> None:
-    from penstock.profiles.builtin import builtin
-    from penstock.profiles.cards import described
+@CHECKED
+@given(manifests(), workloads, machines, policies)
+def test_attention_in_8_bits_is_never_predicted_slower_where_its_rate_is_higher(
+    model, work, machine, policy
+) -> None:
+    """Of each shape; what a chunk quantises is left out (`memory_bytes_per_s`)."""
+    rates = machine.rates
+    faster = replace(
+        rates,
+        int8_attention_flops=1.5 * (rates.attention_flops or rates.flops),
+        memory_bytes_per_s=None,
+    )
+    sdpa, int8 = (
+        Denoise(Case(model, work, faster, replace(policy, attention=name), machine.device))
+        for name in ("sdpa", "int8")
+    )
 
+    def seconds(step: Denoise) -> dict[object, float]:
+        return {
+            replace(shape.cost, attention=""): shape.compute_s * shape.passes
+            for shape in step._shapes
+        }
+
+    before, after = seconds(sdpa), seconds(int8)
+    assert before.keys() == after.keys()
+    assert all(after[shape] < before[shape] for shape in before)
+
+
+@CHECKED
+@given(manifests(), workloads, machines, policies)
+def test_attention_in_8_bits_takes_no_less_memory(model, work, machine, policy) -> None:
+    sdpa, int8 = (replace(policy, attention=name) for name in ("sdpa", "int8"))
+    case = Denoise(Case(model, work, machine.rates, sdpa, machine.device))
+    other = Denoise(Case(model, work, machine.rates, int8, machine.device))
+    less = {replace(shape.cost, attention=""): shape.work_bytes for shape in case._shapes}
+    for shape in other._shapes:
+        assert shape.work_bytes >= less[replace(shape.cost, attention="")]
+
+
+def test_where_the_rate_in_8_bits_is_unknown_that_in_16_counts() -> None:
+    rates = Rates(1e12, 1e10, 1e9, attention_flops=2e12)
+    assert rates.self_attention_flops("int8") == rates.self_attention_flops("sdpa") == 2e12
+    known = replace(rates, int8_attention_flops=5e12)
+    assert (known.self_attention_flops("int8"), known.self_attention_flops("sdpa")) == (5e12, 2e12)
+    assert Rates(1e12, 1e10, 1e9).self_attention_flops("int8") == 1e12
+
+
+def test_attention_in_8_bits_on_a_known_card() -> None:
+    machine, work = described("4090", None, None), Workload(VideoShape(1280, 720, 81), 4, True)
+    fixed = Policy(chunk_tokens=2048, branches=1, cross_kv="vram")
+    sdpa, int8 = (
+        plan(builtin("wan2.1-i2v-14b", "int8"), work, machine, replace(fixed, attention=name))
+        for name in ("sdpa", "int8")
+    )
+    assert (sdpa.attention, int8.attention) == ("sdpa", "int8")
+    assert "int8_attention" not in dict(sdpa["denoise"].work)
+    counted = transformer.int8_attention_bytes(40, 128, 2048, 75_600, 2)
+    assert dict(int8["denoise"].work)["int8_attention"] == counted
+    # Attention is 4 n n d a block, forward and step; the card's int8 peak is four times bf16's.
+    assert machine.rates.int8_attention_flops == machine.rates.eight_bit_flops
+    operations, chunks = 8 * 40 * 4 * 75_600**2 * 5120, 8 * 40 * 37
+    saved = operations * (1 / machine.rates.flops - 1 / machine.rates.int8_attention_flops)
+    # Each chunk reads keys once and values twice (16 bits) and writes both (8 bits).
+    requantised = chunks * 75_600 * 5120 * (3 * 2 + 2) / machine.rates.memory_bytes_per_s
+    difference = sdpa["denoise"].seconds - int8["denoise"].seconds
+    assert difference == pytest.approx(saved - requantised, rel=0.01)
+
+
+def test_each_kind_of_8_bit_product_has_its_own_rate() -> None:
     machine, work = described("4090", None, None), Workload(VideoShape(832, 480, 17), 4, True)
     policy = Policy(compute="fast", chunk_tokens=4096, branches=2, cross_kv="vram")
     seconds = {

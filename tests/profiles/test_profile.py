@@ -18,6 +18,7 @@ from penstock.profiles.profile import (
     load,
     names,
     parse,
+    without_int8_attention,
 )
 from penstock.profiles.rates import Rates
 from penstock.units import GIB
@@ -57,6 +58,7 @@ def test_flag_over_profile_over_machine_over_default() -> None:
         "cross_kv": ("auto", "default"),
         "compute": ("fast", "flag"),
         "disk": ("spare", "profile 12gb"),
+        "attention": ("sdpa", "default"),
         "rates": ("a card", "assumed"),
     }
 
@@ -127,8 +129,27 @@ def test_a_profile_that_is_not_there(tmp_path: Path) -> None:
 def test_words_of_flags_are_checked_too() -> None:
     with pytest.raises(ProfileError):
         choose(Profile("p", ""), Overrides(compute="slow"), MACHINE)
+    with pytest.raises(ProfileError, match="illegal attention: expected sdpa or int8"):
+        choose(Profile("p", ""), Overrides(attention="fp4"), MACHINE)
     with pytest.raises(UsageError):
         choose(Profile("p", ""), Overrides(vram="-1"), MACHINE)
+
+
+def test_a_profile_may_ask_for_attention_in_8_bits_and_a_flag_takes_it_back() -> None:
+    asked = parse("mine", 'attention = "int8"', Path("mine.toml"))
+    chosen = choose(asked, Overrides(), MACHINE)
+    assert chosen.policy.attention == "int8"
+    assert origins(chosen)["attention"] == ("int8", "profile mine")
+    assert choose(asked, Overrides(attention="sdpa"), MACHINE).policy.attention == "sdpa"
+
+
+def test_why_there_is_no_attention_in_8_bits_stands_with_the_origins() -> None:
+    chosen = choose(Profile("p", ""), Overrides(attention="int8", compute="fast"), MACHINE)
+    without = without_int8_attention(chosen, "no kernel")
+    assert without.policy == Policy(compute="fast")
+    assert origins(without)["attention"] == ("sdpa", "int8 by flag, not here: no kernel")
+    others = origins(chosen).keys() - {"attention"}
+    assert all(origins(without)[name] == origins(chosen)[name] for name in others)
 
 
 def test_auto_takes_back_what_a_profile_fixed() -> None:

@@ -104,6 +104,8 @@ def measure(
     run = engine.run_of(asked.request.with_seed(), plan)
     stage = MeasuredStage(replace(run, overlapped=asked.overlapped), watch, threading.Event())
     watch.stage = stage
+    for message in run.notices:
+        stage.monitor.notice(message)
     stage.prepare()
     files = stage.model.transformer.source.raw.stamps
     if reached is None:
@@ -173,7 +175,7 @@ def _recipe(stage: Stage, asked: Asked, plan: Plan) -> Recipe:
         warmup=asked.warmup,
         branches=2 if request.uses_guidance else 1,
         device=stage.device.type,
-        compute=plan.compute_path,
+        compute=_computing(plan),
         profile=asked.profile,
         vram=asked.vram,
         ram=asked.ram,
@@ -181,6 +183,13 @@ def _recipe(stage: Stage, asked: Asked, plan: Plan) -> Recipe:
         whole=asked.whole,
         overlapped=asked.overlapped,
     )
+
+
+def _computing(plan: Plan) -> str:
+    """The path of the matrices, and what attends, where that is not torch."""
+    if plan.attention == "sdpa":
+        return plan.compute_path
+    return f"{plan.compute_path}, {plan.attention} attention"
 
 
 def _placement(plan: Plan) -> dict[str, int]:

@@ -48,6 +48,7 @@ class Order:
             made where all of them would take longer.
         whole: every phase of a job, not denoising alone.
         compute: "exact" or "fast".
+        attention: "sdpa" or "int8".
     """
 
     model: str | None = None
@@ -68,6 +69,7 @@ class Order:
     minutes: float = 10.0
     whole: bool = False
     compute: str | None = None
+    attention: str | None = None
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.synthetic is None):
@@ -152,6 +154,7 @@ def _measure(order: Order, model: Path | str, listener: Listener) -> BenchResult
             model,
             format=order.stored_format,
             compute=order.compute,
+            attention=order.attention,
             vram=order.vram,
             ram=order.ram,
             device=order.device,

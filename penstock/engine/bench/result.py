@@ -27,7 +27,8 @@ class Recipe:
         weight_format: of its blocks.
         steps, warmup: denoising steps that count, and those before them that do not.
         branches: forward passes a step (2 with guidance).
-        compute: the path of the blocks' matrices: "plain", "dequant", "fp8" or "int8".
+        compute: the path of the blocks' matrices: "plain", "dequant", "fp8" or "int8"; and the
+            attention, where it is not torch's own.
         vram, ram, profile: as asked; "" where nothing was said.
         chunk_tokens: of the plan: another cut computes otherwise.
         whole: every phase of a job, not denoising alone.

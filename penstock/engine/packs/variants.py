@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from penstock.engine.attending import attention_numerics
 from penstock.engine.decoding import block_format
 from penstock.engine.model import ModelFiles
 from penstock.engine.packs.cache import cache_folder
@@ -153,11 +154,17 @@ class Variants:
             use.make(phase_plan.ram_work_bytes, report)
         return self._open(use)
 
-    def matrices(self, name: str) -> dict[str, str]:
-        """How the block matrices in that format are stored and multiply here, as the plan says."""
+    def numerics(self, name: str) -> dict[str, str]:
+        """How the block matrices in that format are stored and multiply here, and what attends, as
+        the plan says."""
         policy, rates = self._chosen.policy, self._chosen.hardware.rates
         path = compute_path(self.named(name).manifest.transformer.storage, policy, rates)
-        return {"weight_format": name, "compute": policy.compute, "compute_path": path}
+        return {
+            "weight_format": name,
+            "compute": policy.compute,
+            "compute_path": path,
+            "attention": attention_numerics(policy.attention),
+        }
 
     def close(self) -> None:
         """Close the files."""

@@ -177,10 +177,11 @@ def find_unfinished(
 def _is_asked_by(record: JobRecord | None, request: Mapping[str, Any]) -> bool:
     if record is None:
         return False
-    theirs = dict(record.request)
+    before = {"attention": "sdpa"}  # of jobs whose records do not name it
+    theirs = before | dict(record.request)
     if request.get("seed") is None and "seed" in theirs:
         theirs["seed"] = None
-    return theirs == dict(request)
+    return theirs == before | dict(request)
 
 
 @dataclass(frozen=True)
@@ -211,6 +212,7 @@ def launch_settings(
         "files": opening.files,
         "format": plan.get("weight_format"),
         "compute": plan.get("compute"),
+        "attention": plan.get("attention"),
         "vram": vram or facts.get("vram_bytes"),
         "ram": ram or facts.get("ram_bytes"),
         "device": facts.get("device", device) if device == "auto" else device,

@@ -22,7 +22,7 @@ from penstock.profiles.plan import Plan
 STATE_TENSORS = 5
 """Latents and the solver's history at most: UniPC keeps three of the latents' size (order 2)."""
 
-_NOT_OF_THE_REQUEST = ("model", "files", "loras", "weight_format", "compute")
+_NOT_OF_THE_REQUEST = ("model", "files", "loras", "weight_format", "compute", "attention")
 
 GENERATIONS = 3
 """Of the sampler's state: two are kept while a third is written."""
@@ -51,17 +51,15 @@ class Order:
         }
 
 
-def request_values(
-    request: GenerationRequest, opening: Opening, weight_format: str, compute: str
-) -> dict[str, Any]:
-    """The request as plain values, with where the model is, and how its transformer is stored and
-    computes; the picture is told by its content.
+def request_values(request: GenerationRequest, opening: Opening, plan: Plan) -> dict[str, Any]:
+    """The request as plain values, with where the model is, and how its transformer is stored,
+    computes and attends under ``plan``; the picture is told by its content.
 
     Raises:
         StorageError: the picture cannot be read.
     """
     picture = None if request.image is None else stamp(request.image)
-    numerics = {"weight_format": weight_format, "compute": compute}
+    numerics = {name: getattr(plan, name) for name in ("weight_format", "compute", "attention")}
     return asdict(request) | {"image": picture} | opening.values() | numerics
 
 
@@ -89,7 +87,7 @@ def begin(
             picture = request.image.read_bytes()
     journal = Journal.create(
         folder,
-        request_values(request, model.opening, plan.weight_format, plan.compute),
+        request_values(request, model.opening, plan),
         plan.to_json(),
         now,
         facts=order.facts() | dict(budgets),
@@ -101,17 +99,16 @@ def begin(
     return journal, request
 
 
-def conditions_now(
-    model: ModelFiles, device: torch.device, matrices: Mapping[str, str]
-) -> Fingerprint:
+def conditions_now(model: ModelFiles, device: torch.device, how: Mapping[str, str]) -> Fingerprint:
     """The fingerprint of a job of this model on this device; chunks and tiles are compared apart.
 
     Args:
         model: as its files hold it: a pack of them is a function of its format.
-        matrices: how those of the transformer's blocks are stored and multiply.
+        how: the transformer's matrices are stored and multiply, and what attends
+            (`penstock.engine.packs.variants.Variants.numerics`).
     """
     dtypes = {component.name: str(component.dtype) for component in model.components()}
-    numerics: dict[str, Any] = {"attention": "sdpa", "dtypes": dtypes} | dict(matrices)
+    numerics: dict[str, Any] = {"dtypes": dtypes} | dict(how)
     if model.loras.given:
         numerics["loras"] = model.loras.numerics()
     return fingerprint(device, numerics, sorted(model.files.items()))

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from penstock.engine.wan.attention import attention
+from penstock.engine.wan.attention import Attention, attention
 from penstock.errors import CheckpointError, UsageError
 
 TEXT_TOKENS = 512
@@ -207,6 +207,7 @@ def block_forward(
     rope: Rope,
     kv: SelfKV,
     chunk_tokens: int,
+    attend: Attention = attention,
 ) -> None:
     """One transformer block, in place on ``hidden``.
 
@@ -219,6 +220,7 @@ def block_forward(
         rope: of the latent grid.
         kv: room to work in; its content is lost.
         chunk_tokens: tokens that go through the block together.
+        attend: of the self-attention.
     """
     table = (block.scale_shift_table + modulation.projection.float()).chunk(
         6, dim=1
@@ -229,7 +231,9 @@ def block_forward(
         _write_kv(block, hidden[:, part], scale, shift, rope, kv, part)
     for part in _chunks(hidden.shape[1], chunk_tokens):
         chunk = hidden[:, part]
-        chunk.add_(_gated(_self_attention(block, chunk, scale, shift, rope, kv, part), gate))
+        chunk.add_(
+            _gated(_self_attention(block, chunk, scale, shift, rope, kv, part, attend), gate)
+        )
         chunk.add_(_cross_attention(block, chunk, cross))
         chunk.add_(_gated(_feed_forward(block, chunk, ffn_scale, ffn_shift), ffn_gate))
 
@@ -263,13 +267,20 @@ def _write_kv(
 
 
 def _self_attention(
-    block: Any, chunk: Tensor, scale: Tensor, shift: Tensor, rope: Rope, kv: SelfKV, part: slice
+    block: Any,
+    chunk: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    rope: Rope,
+    kv: SelfKV,
+    part: slice,
+    attend: Attention,
 ) -> Tensor:
     attn = block.attn1
     q = attn.to_q(_modulated(block.norm1, chunk, scale, shift))
     q = attn.norm_q(q).unflatten(2, (attn.heads, -1))
     q = _rotate(q, rope, part, out=torch.empty_like(q))
-    q = attention(q, kv.k, kv.v)
+    q = attend(q, kv.k, kv.v)
     update: Tensor = attn.to_out[0](q)
     return update
 
@@ -347,6 +358,7 @@ def denoise_forward(
     modulation: StepModulation,
     rope: Rope,
     chunk_tokens: int,
+    attend: Attention = attention,
 ) -> list[Tensor]:
     """The whole transformer, all branches in one visit of each block.
 
@@ -362,12 +374,13 @@ def denoise_forward(
         modulation: of the step.
         rope: of the latent grid.
         chunk_tokens: tokens that go through a block together.
+        attend: of the self-attention; what is attended to across (few keys) is torch's own.
 
     Returns:
         For each branch (1, out_channels, t, h, w).
     """
     hidden = _embed_branches(model, latents, len(branches))
-    _run_blocks(model, blocks, hidden, branches, modulation, rope, chunk_tokens)
+    _run_blocks(model, blocks, hidden, branches, modulation, rope, chunk_tokens, attend)
     latent = latents.shape[2:]
     return [
         head(model, hidden.pop(0), modulation.temb, latent, chunk_tokens)
@@ -388,8 +401,9 @@ def _run_blocks(
     modulation: StepModulation,
     rope: Rope,
     chunk_tokens: int,
+    attend: Attention,
 ) -> None:
     kv = SelfKV(hidden[0], model.config.num_attention_heads)
     for index, block in blocks:
         for state, cross in zip(hidden, branches, strict=True):
-            block_forward(block, state, modulation, cross[index], rope, kv, chunk_tokens)
+            block_forward(block, state, modulation, cross[index], rope, kv, chunk_tokens, attend)

@@ -17,6 +17,7 @@ from penstock.profiles.manifest import TransformerSpec
 
 TEXT_TOKENS = 512
 FP32_BYTES = 4
+HALF_BYTES = 2
 UNIPC_HISTORY = 3
 """Latents that diffusers' UniPC of order 2 keeps: two model outputs and the last sample."""
 SAMPLER_TEMPORARIES = 9
@@ -74,6 +75,7 @@ class DenoiseCase:
         cross_kv_on_device: all cross-attention K/V stay on the device; else they are fetched from
             elsewhere for one block and branch at a time.
         fused_norms: an RMS norm is one kernel, which makes its result and no more.
+        attention: "sdpa", or "int8" for self-attention in 8 bits.
     """
 
     latent: tuple[int, int, int]
@@ -86,6 +88,7 @@ class DenoiseCase:
     history_latents: int = UNIPC_HISTORY
     cross_kv_on_device: bool = True
     fused_norms: bool = False
+    attention: str = "sdpa"
 
 
 def grid_tokens(spec: TransformerSpec, latent: tuple[int, int, int]) -> int:
@@ -246,18 +249,22 @@ def _embed_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int]:
 def _block_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int]:
     hidden = _hidden_bytes(spec, case)
     chunk = min(case.chunk_tokens, grid_tokens(spec, case.latent))
+    largest = max(
+        _layer_norm_bytes(spec, chunk),
+        _rms_norm_bytes(spec, chunk, case.fused_norms),
+        _rotation_bytes(spec, chunk),
+        _attention_bytes(spec, chunk, case.image_tokens),
+        _feed_forward_bytes(spec, chunk),
+    )
+    moments = [{"chunk": largest}]
+    if case.attention == "int8":
+        moments.append(_int8_attending(spec, chunk, grid_tokens(spec, case.latent)))
     return {
         "hidden": case.visit_branches * hidden,
         "self_kv": 2 * hidden,
         "outputs": _earlier_outputs_bytes(spec, case),
         "block_modulation": _block_modulation_bytes(spec),
-        "chunk": max(
-            _layer_norm_bytes(spec, chunk),
-            _rms_norm_bytes(spec, chunk, case.fused_norms),
-            _rotation_bytes(spec, chunk),
-            _attention_bytes(spec, chunk, case.image_tokens),
-            _feed_forward_bytes(spec, chunk),
-        ),
+        **max(moments, key=lambda moment: sum(moment.values())),
     }
 
 
@@ -292,6 +299,43 @@ def _attention_bytes(spec: TransformerSpec, tokens: int, image_tokens: int) -> i
     results = 3 if image_tokens else 2
     attending = results * e * spec.inner_dim + FP32_BYTES * spec.num_attention_heads
     return tokens * max(attending, (e + FP32_BYTES) * spec.inner_dim)
+
+
+def int8_attention_bytes(heads: int, width: int, queries: int, keys: int, itemsize: int) -> int:
+    """What comfy-kitchen's int8 attention holds beside queries, keys, values and its result.
+
+    As `_int8_attention_cuda` of comfy-kitchen 0.2.40 (`comfy_kitchen/sage_attention.py`) allocates:
+    a head is as wide as 64, 128 or 256, and copied where it is narrower than that; queries and keys
+    at a byte an element, values too, their tokens filled up to tiles; fp32 scales, of queries for
+    each 128 tokens 32 (64 in the widest heads), of keys 4 a tile, of values one a channel; one
+    int32 a head.
+
+    Args:
+        width: of a head, up to 256.
+        queries, keys: tokens.
+        itemsize: of the compute dtype.
+    """
+    wide = _kernel_width(width)
+    tile = 128 if wide >= 128 and keys > 1024 else 64
+    tiles = -(-keys // tile)
+    codes = wide * (queries + keys + tiles * tile)
+    scales = -(-queries // 128) * (64 if wide == 256 else 32) + 4 * tiles + wide
+    copies = 0 if wide == width else wide * (queries + 2 * keys) * itemsize
+    return heads * (codes + FP32_BYTES * (scales + 1) + copies)
+
+
+def _int8_attending(spec: TransformerSpec, chunk: int, tokens: int) -> dict[str, int]:
+    """Inside int8 attention: queries, and a result as wide as the kernel's heads; in fp32 it comes
+    from one of 16 bits beside it. Its copy token by token, when the rest is gone, takes less."""
+    e, heads, width = spec.weights.itemsize, spec.num_attention_heads, spec.attention_head_dim
+    result = chunk * heads * _kernel_width(width) * (e + (HALF_BYTES if e == FP32_BYTES else 0))
+    backend = int8_attention_bytes(heads, width, chunk, tokens, e)
+    return {"chunk": chunk * spec.inner_dim * e + result, "int8_attention": backend}
+
+
+def _kernel_width(width: int) -> int:
+    """Of a head in comfy-kitchen's int8 attention."""
+    return next(size for size in (64, 128, 256) if width <= size or size == 256)
 
 
 def _feed_forward_bytes(spec: TransformerSpec, tokens: int) -> int:

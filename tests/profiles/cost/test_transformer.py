@@ -16,8 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.fake_dit import I2V_14B, fake_inputs, fake_transformer
 from penstock.engine.wan import forward
+from penstock.engine.wan.attention import Attention, attention, int8_attention
 from penstock.profiles.cost import transformer as cost
 from penstock.profiles.manifest import TransformerSpec, Weights
+from tests import fake_kitchen
 from tests.meter import StorageMeter
 from tests.tiny_transformer import inputs, tiny_transformer
 
@@ -43,7 +45,9 @@ def spec_of(config: Any, itemsize: int) -> TransformerSpec:
     )
 
 
-def measure(model: Any, given: Any, case: cost.DenoiseCase) -> tuple[int, int]:
+def measure(
+    model: Any, given: Any, case: cost.DenoiseCase, attend: Attention = attention
+) -> tuple[int, int]:
     """Peak bytes of the prepare and of the denoising phase, as an engine runs them."""
     latents, text, image = given
     dtype = latents.dtype
@@ -68,7 +72,7 @@ def measure(model: Any, given: Any, case: cost.DenoiseCase) -> tuple[int, int]:
             visit = branches[first_of_visit : first_of_visit + case.visit_branches]
             blocks = enumerate(model.blocks)
             results += forward.denoise_forward(
-                model, blocks, model_input, visit, steps[0], rope, case.chunk_tokens
+                model, blocks, model_input, visit, steps[0], rope, case.chunk_tokens, attend
             )
     return prepare, meter.peak
 
@@ -226,6 +230,46 @@ def test_one_branch_a_visit_takes_one_hidden_state_less() -> None:
     saved = cost.denoise_bytes(spec_14b(), both).total_bytes
     saved -= cost.denoise_bytes(spec_14b(), single).total_bytes
     assert saved == 75_600 * 5120 * 2 - 16 * 21 * 90 * 160 * 2  # the first prediction waits
+
+
+def test_bytes_of_int8_attention_by_hand() -> None:
+    tokens = 75_600  # 590 tiles of 128 and 80 tokens more
+    keys, values, scales = tokens * 5120, 591 * 128 * 5120, 40 * 4 * (591 * 4 + 128 + 1)
+    for chunk, blocks in ((2048, 16), (75_600, 591)):
+        queries = chunk * 5120 + 40 * 4 * blocks * 32
+        found = cost.int8_attention_bytes(40, 128, chunk, tokens, 2)
+        assert found == keys + values + scales + queries
+    few = 200  # up to 1024 keys tiles are of 64 tokens
+    assert cost.int8_attention_bytes(1, 128, 1, few, 2) == (
+        128 * (1 + few + 256) + 4 * (32 + 4 * 4 + 128 + 1)
+    )
+    narrow = 64 * (10 + few + 256) + 4 * (32 + 4 * 4 + 64 + 1) + 64 * (10 + 2 * few) * 4
+    assert cost.int8_attention_bytes(3, 24, 10, few, 4) == 3 * narrow
+    widest = 256 * (10 + few + 256) + 4 * (64 + 4 * 4 + 256 + 1)
+    assert cost.int8_attention_bytes(1, 256, 10, few, 2) == widest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [12, 64])
+@pytest.mark.parametrize("chunk", [9, 60, 1200])
+def test_int8_attention_takes_what_is_predicted(
+    chunk: int, width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a kernel that allocates as the library's source does, and computes nothing."""
+    fake_kitchen.install(monkeypatch, fake_kitchen.allocating)
+    model = tiny_transformer(attention_head_dim=width, ffn_dim=8, dtype=dtype)
+    latent = (3, 40, 40)
+    case = cost.DenoiseCase(latent, chunk, 1, 1, 2, image_tokens=0, attention="int8")
+    spec = spec_of(model.config, dtype.itemsize)
+    given = inputs(model, latent, dtype)
+    _, bound = predicted(spec, case)
+    _, peak = measure(model, given, case, int8_attention())
+    assert peak <= bound
+    torchs = dataclasses.replace(case, attention="sdpa")
+    if width == 64:  # narrower heads are copied, and what fp32's result takes there is rounded up
+        assert bound - peak <= predicted(spec, torchs)[1] - measure(model, given, torchs)[1]
+    if chunk < 1200:  # else the norm's copies in fp32 are more
+        assert peak > predicted(spec, torchs)[1]
 
 
 def test_earlier_predictions_are_held_while_the_last_visit_runs() -> None:

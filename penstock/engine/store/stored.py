@@ -104,7 +104,7 @@ def conditions_now(model: ModelFiles, device: torch.device, how: Mapping[str, st
 
     Args:
         model: as its files hold it: a pack of them is a function of its format.
-        how: the transformer's matrices are stored and multiply, and what attends
+        how: its transformer's matrices are stored and multiply, and its tokens attend
             (`penstock.engine.packs.variants.Variants.numerics`).
     """
     dtypes = {component.name: str(component.dtype) for component in model.components()}

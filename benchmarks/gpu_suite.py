@@ -43,7 +43,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_cases import GROUPS, Case, Context, Failure, scale
+from benchmarks.gpu_cases import GROUPS, Failure
+from benchmarks.gpu_context import Case, Context, scale
 from penstock.engine.bench.machine import commit
 
 Groups = Mapping[str, Callable[[Context], Iterator[Case]]]

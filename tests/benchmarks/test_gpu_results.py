@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import render
-from benchmarks.gpu_cases import LARGE_CONTEXT_BYTES
+from benchmarks.gpu_context import LARGE_CONTEXT_BYTES
 from benchmarks.gpu_plans import step_bytes, vae_phase
 from penstock.profiles.phases import HOLES
 

@@ -16,8 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_cases, gpu_suite, render
-from benchmarks.gpu_cases import Case, Context, Delays, peak, scale
+from benchmarks import gpu_cases, gpu_context, gpu_kernels, gpu_memory, gpu_suite, render
+from benchmarks.gpu_cases import Delays
+from benchmarks.gpu_context import Case, Context, scale
+from benchmarks.gpu_memory import peak
 from benchmarks.gpu_plans import step_bytes
 from benchmarks.gpu_suite import Kept, Workers, cut_short, run_all, run_group, slug
 from penstock.offload.schedule import Queue, Ref
@@ -34,7 +36,7 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
     for name, work in gpu_cases.write(made):
         if name != "machine":
             assert work()["bytes"] > 100_000
-    gpu_cases.written(made, "long", made.scale.blocks)
+    gpu_context.written(made, "long", made.scale.blocks)
     return made
 
 
@@ -74,7 +76,7 @@ def test_peaks_are_held_against_plan_and_budget(context: Context, tmp_path: Path
 
 
 def test_what_a_card_lacks_is_found(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest, asked = gpu_cases.measure, []
+    honest, asked = gpu_memory.measure, []
 
     def short(engine: Any, *arguments: Any, **options: Any) -> Any:
         asked.append(engine.hardware.vram_bytes)
@@ -82,19 +84,19 @@ def test_what_a_card_lacks_is_found(context: Context, monkeypatch: pytest.Monkey
             raise torch.OutOfMemoryError("out of memory")
         return honest(engine, *arguments, **options)
 
-    monkeypatch.setattr(gpu_cases, "measure", short)
-    monkeypatch.setattr(gpu_cases, "HEADROOMS", (0, 1 << 20, 2 << 20))
-    row = peak(context, gpu_cases.Ballast(context.device), 8 << 20)
+    monkeypatch.setattr(gpu_memory, "measure", short)
+    monkeypatch.setattr(gpu_memory, "HEADROOMS", (0, 1 << 20, 2 << 20))
+    row = peak(context, gpu_memory.Ballast(context.device), 8 << 20)
     assert row["headroom_bytes"] == 2 << 20
     assert asked == [8 << 20, 7 << 20, 6 << 20]
     asked.clear()
-    monkeypatch.setattr(gpu_cases, "HEADROOMS", (0,))
+    monkeypatch.setattr(gpu_memory, "HEADROOMS", (0,))
     with pytest.raises(RuntimeError, match="out of memory"):
-        peak(context, gpu_cases.Ballast(context.device), 8 << 20)
+        peak(context, gpu_memory.Ballast(context.device), 8 << 20)
 
 
 def test_a_peak_above_the_budget_is_told(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = gpu_cases.measure
+    honest = gpu_memory.measure
 
     def wasteful(*arguments: Any, **options: Any) -> Any:
         found = honest(*arguments, **options)
@@ -102,8 +104,8 @@ def test_a_peak_above_the_budget_is_told(context: Context, monkeypatch: pytest.M
             object.__setattr__(phase, "allocator_bytes", 1 << 40)
         return found
 
-    monkeypatch.setattr(gpu_cases, "measure", wasteful)
-    row = peak(context, gpu_cases.Ballast(context.device), 8 << 20)
+    monkeypatch.setattr(gpu_memory, "measure", wasteful)
+    row = peak(context, gpu_memory.Ballast(context.device), 8 << 20)
     assert not row["within_budget"]
 
 
@@ -129,7 +131,7 @@ def test_formats_run_on_every_path(context: Context, tmp_path: Path) -> None:
 def test_attention_in_8_bits_is_held_against_torchs_own(
     context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cases = dict(gpu_cases.formats(context))
+    cases = dict(gpu_kernels.formats(context))
     monkeypatch.setattr(gpu_suite, "GROUPS", {"formats": lambda _: iter(
         [(name, cases[name]) for name in ("attention int8 (comfy-kitchen)",)]
     )})  # fmt: skip
@@ -298,7 +300,7 @@ def _hanging(context: Context) -> Iterator[Case]:
 
 def _breaking(context: Context) -> Iterator[Case]:
     def breaks() -> Mapping[str, Any]:
-        gpu_cases.finish = _fails(RuntimeError("an illegal memory access"))
+        gpu_context.finish = _fails(RuntimeError("an illegal memory access"))
         return {}
 
     yield from _told(context)

@@ -153,6 +153,7 @@ def peer_rows(value: Any) -> Rows:
 def gpu(results: Results) -> str:
     """What the GPU suite has found, card by card."""
     parts = [gpu_part(value) for value in named(results, "gpu_suite")]
+    parts += [lean_part(value) for value in named(results, "lean_card")]
     return "\n".join(parts) if parts else "The GPU suite has not run on a card yet.\n"
 
 
@@ -174,6 +175,29 @@ def gpu_part(value: Any) -> str:
             parts.append(f"{title}:\n\n{table(headings, rows)}")
     open_cases = "".join(f"- {line}\n" for line in not_done(groups))
     return "\n".join([*parts, f"Not shown by this run:\n\n{open_cases}"] if open_cases else parts)
+
+
+LEAN_HEADINGS = ("tokens a chunk", "s/forward", "over diffusers", "activations", "difference")
+
+
+def lean_part(value: Any) -> str:
+    """The lean forward beside diffusers' own on a card."""
+    theirs = value["diffusers"]
+    rows: Rows = [
+        ("diffusers", f"{theirs['seconds'][-1]:.3f}", "", gib(theirs["activation_bytes"]), "")
+    ]
+    for chunk, row in value["lean"].items():
+        rows.append(
+            (
+                "all" if int(chunk) > 1 << 17 else f"{int(chunk):,}",
+                f"{row['seconds'][-1]:.3f}",
+                f"{row['ratio']:.3f}",
+                gib(row["activation_bytes"]),
+                f"{row['relative_difference']:.0e}" if row["relative_difference"] else "none",
+            )
+        )
+    title = f"{value['card']}: the lean forward, {value['blocks']} blocks in bf16, 720x1280x81"
+    return f"{title} (`benchmarks/lean_card.py`):\n\n{table(LEAN_HEADINGS, rows)}"
 
 
 def not_done(groups: Any) -> Iterator[str]:

@@ -445,6 +445,20 @@ def test_a_suite_becomes_tables_and_a_plot(tmp_path: Path) -> None:
     assert render.plots({"gpu_suite_a": suite}, tmp_path) == [tmp_path / "gpu_suite_a.png"]
 
 
+def test_the_lean_forward_on_a_card_becomes_a_table() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.lean_card", "--dry-run", "--blocks", "1"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["lean"]["1024"]["relative_difference"] == 0  # a chunk for all tokens
+    found["lean"]["1024"] |= {"ratio": 1.5, "activation_bytes": GIB, "relative_difference": 2e-5}
+    made = render.gpu({"lean_card_a": found})
+    seconds = found["lean"]["1024"]["seconds"][-1]
+    assert f"| 1,024 | {seconds:.3f} | 1.500 | 1.00 GiB | 2e-05 |" in made
+    assert "| all | " in made and "| diffusers | " in made
+
+
 def test_dry_runs_are_never_rendered(tmp_path: Path) -> None:
     (tmp_path / "gpu_suite_dry_run.json").write_text('{"dry_run": true}')
     (tmp_path / "peers.json").write_text("{}")

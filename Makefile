@@ -1,6 +1,6 @@
 # make demo   an image and a prompt become a video, on CPU, with the model in the box
 # make test   the whole test suite
-# make faults the full counts of the fault tests: kills, cancels, out of memory, limits (an hour)
+# make faults the full counts of the fault tests: kills, cancels, out of memory, limits (ten minutes on two cores)
 # make lint   ruff, mypy, import-linter
 PYTHON ?= python3
 VENV := .venv
@@ -20,7 +20,7 @@ quick: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not faults"
 
 faults: $(STAMP)
-	$(BIN)/python -m pytest tests/faults tests/engine/test_cancel.py -m faults -s
+	$(BIN)/python -m pytest tests/faults tests/engine/test_cancel.py -m faults -n auto --dist load -rP
 
 coverage: $(STAMP)
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered

@@ -45,6 +45,7 @@ from typing import Any
 
 from benchmarks.gpu_cases import GROUPS, Failure
 from benchmarks.gpu_context import Case, Context, scale
+from benchmarks.render import is_done
 from penstock.engine.bench.machine import commit
 
 Groups = Mapping[str, Callable[[Context], Iterator[Case]]]
@@ -274,11 +275,6 @@ def serve(pipe: Connection, options: argparse.Namespace, groups: Groups) -> None
 def cut_short(report: Mapping[str, Any]) -> bool:
     """Whether any case was left out or did not come to its end."""
     return not all(is_done(found) for found in cases(report))
-
-
-def is_done(found: Mapping[str, Any]) -> bool:
-    """Whether a case came to its end."""
-    return "skipped" not in found and "failed" not in found
 
 
 def cases(report: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

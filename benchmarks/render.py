@@ -212,8 +212,13 @@ def not_done(groups: Any) -> Iterator[str]:
 def done(groups: Any, group: str) -> Iterator[tuple[str, Any]]:
     """The cases of a group that came to their end."""
     for case, found in groups.get(group, {}).items():
-        if "failed" not in found and "skipped" not in found:
+        if is_done(found):
             yield case, found
+
+
+def is_done(found: Mapping[str, Any]) -> bool:
+    """Whether a case came to its end."""
+    return "skipped" not in found and "failed" not in found
 
 
 def correctness_rows(groups: Any) -> Rows:

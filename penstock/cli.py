@@ -19,6 +19,7 @@ from rich.console import Console
 from penstock._version import __version__
 from penstock.cli_bench import bench
 from penstock.cli_files import (
+    Attention,
     Loras,
     Model,
     Part,
@@ -63,9 +64,6 @@ Device = Annotated[str, typer.Option(help="auto, cuda or cpu.")]
 Profile = Annotated[str, typer.Option(help="A profile's name, or the path of a .toml file.")]
 Compute = Annotated[
     str | None, typer.Option(help="exact, or fast (8-bit products where they work).")
-]
-Attention = Annotated[
-    str | None, typer.Option(help="sdpa, or int8 (self-attention in 8 bits where it works).")
 ]
 Format = Annotated[
     str | None, typer.Option(help="Of the transformer's matrices, such as int8 (as stored).")

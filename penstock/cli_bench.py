@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from penstock.cli_files import Debug, Json, reported
+from penstock.cli_files import Attention, Debug, Json, reported
 
 
 def bench(
@@ -46,9 +46,7 @@ def bench(
     compute: Annotated[
         str | None, typer.Option(help="exact, or fast (8-bit products where they work).")
     ] = None,
-    attention: Annotated[
-        str | None, typer.Option(help="sdpa, or int8 (self-attention in 8 bits where it works).")
-    ] = None,
+    attention: Attention = None,
     save: Annotated[Path | None, typer.Option(help="Keep the result in this file.")] = None,
     compare: Annotated[Path | None, typer.Option(help="Hold it against a kept one.")] = None,
     percent: Annotated[float, typer.Option(help="Worse by more than this counts, if also")] = 5.0,

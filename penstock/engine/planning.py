@@ -188,7 +188,7 @@ def plan_files(opened: _Opened, asked: Asked, chosen: Chosen) -> Plan:
     )
     model = ModelFiles.open(opened.model, opened.files, as_loras(opened.loras))
     request = resolve(settings, model)
-    device = chosen.hardware.device
+    device = chosen.hardware.place
     computing = Computing(Scratch(0, device))
     if not opened.described:
         computing, _ = computing_on(device, chosen.policy.compute)

@@ -7,8 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from penstock.engine.engine import Engine
+from penstock.engine.events import Progress
 from penstock.engine.request import GenerationRequest
+from penstock.errors import JobCancelled
 
 REQUEST = GenerationRequest(
     prompt="a cat", negative_prompt="", width=48, height=32, frames=5, steps=3, seed=3
@@ -41,3 +45,13 @@ class Gate:
     def open(self) -> None:
         """Let the job go."""
         self._open.set()
+
+
+def stop_after_a_step(engine: Engine, request: GenerationRequest, folder: Path) -> None:
+    """A kept job that ends after its first step."""
+    job = engine.submit(request, job_dir=folder)
+    for event in job.events():
+        if isinstance(event, Progress) and event.phase == "denoise":
+            job.cancel()
+    with pytest.raises(JobCancelled):
+        job.result()

@@ -16,17 +16,15 @@ from typer.testing import CliRunner
 
 from penstock.cli import app
 from penstock.engine import report
-from penstock.engine.engine import Engine
-from penstock.engine.events import Progress
 from penstock.engine.report import JobResult
 from penstock.engine.store.jobs import find_unfinished, launch_settings
 from penstock.engine.store.journal import read_record
 from penstock.engine.store.stored import request_values
-from penstock.errors import FingerprintMismatch, JobCancelled, ProfileError
+from penstock.errors import FingerprintMismatch, ProfileError
 from penstock.profiles.plan import Plan
 from penstock.profiles.profile import Overrides
 from tests import fake_kitchen
-from tests.engine.running import REQUEST, an_engine
+from tests.engine.running import REQUEST, an_engine, stop_after_a_step
 
 NOT_HERE = "int8 attention: not here, torch's own attends"
 
@@ -39,16 +37,6 @@ def expected(t2v_folder: Path) -> Tensor:
 def result_of(folder: Path, **options: Any) -> JobResult:
     with an_engine(folder, **options) as engine:
         return engine.submit(REQUEST).result()
-
-
-def stopped_job(engine: Engine, folder: Path) -> None:
-    """A kept job that ends after its first step."""
-    job = engine.submit(REQUEST, job_dir=folder)
-    for event in job.events():
-        if isinstance(event, Progress) and event.phase == "denoise":
-            job.cancel()
-    with pytest.raises(JobCancelled):
-        job.result()
 
 
 def test_a_job_runs_on_it_and_says_so(
@@ -146,7 +134,7 @@ def test_a_job_is_not_resumed_with_another_attention(
 ) -> None:
     fake_kitchen.install(monkeypatch)
     with an_engine(t2v_folder, attention=first) as engine:
-        stopped_job(engine, tmp_path / "job")
+        stop_after_a_step(engine, REQUEST, tmp_path / "job")
     with an_engine(t2v_folder, attention=then) as engine:
         with pytest.raises(FingerprintMismatch, match=r"numerics\.attention"):
             engine.resume(tmp_path / "job")
@@ -160,7 +148,7 @@ def test_a_job_is_resumed_with_its_own(
     fake_kitchen.install(monkeypatch)
     whole = result_of(t2v_folder, attention="int8")
     with an_engine(t2v_folder, attention="int8") as engine:
-        stopped_job(engine, tmp_path / "job")
+        stop_after_a_step(engine, REQUEST, tmp_path / "job")
         values = request_values(REQUEST, engine.model.opening, engine.plan(REQUEST))
     assert launch_settings(tmp_path / "job").options["attention"] == "int8"
     assert find_unfinished(values, tmp_path / "job") is not None
@@ -175,7 +163,7 @@ def test_the_library_s_version_determines_a_result(
 ) -> None:
     fake_kitchen.install(monkeypatch)
     with an_engine(t2v_folder, attention="int8") as engine:
-        stopped_job(engine, tmp_path / "job")
+        stop_after_a_step(engine, REQUEST, tmp_path / "job")
         numerics = read_record(tmp_path / "job").fingerprint["numerics"]
         assert numerics["attention"] == "int8, comfy-kitchen absent"
         monkeypatch.setattr(report, "package_version", lambda package: f"{package} 9")
@@ -187,7 +175,7 @@ def test_jobs_and_plans_stored_before_have_torchs_own(
     tmp_path: Path, t2v_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with an_engine(t2v_folder) as engine:
-        stopped_job(engine, tmp_path / "job")
+        stop_after_a_step(engine, REQUEST, tmp_path / "job")
         plan = engine.plan(REQUEST, kept=True)
         asked = request_values(REQUEST, engine.model.opening, plan)
     assert read_record(tmp_path / "job").fingerprint["numerics"]["attention"] == "sdpa"

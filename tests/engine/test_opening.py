@@ -17,8 +17,9 @@ from penstock.engine.files.locate import Files
 from penstock.engine.opening import Opening
 from penstock.engine.request import GenerationRequest
 from penstock.engine.store.jobs import launch_settings
-from penstock.errors import JobCancelled, JournalError
+from penstock.errors import JournalError
 from tests.engine import golden
+from tests.engine.running import stop_after_a_step
 from tests.engine.test_doors import single_files
 
 REQUEST = GenerationRequest(
@@ -42,12 +43,7 @@ def expected(model: Path) -> Tensor:
 def stopped_then_resumed(folder: Path, model: str | Path | None, files: Files | None) -> Tensor:
     """The latents of a job that was stopped after a step and continued from its record alone."""
     with Engine.open(model, files=files, **BUDGETS) as engine:
-        job = engine.submit(REQUEST, job_dir=folder)
-        for event in job.events():
-            if isinstance(event, Progress) and event.phase == "denoise":
-                job.cancel()
-        with pytest.raises(JobCancelled):
-            job.result()
+        stop_after_a_step(engine, REQUEST, folder)
     launch = launch_settings(folder)
     with Engine.open(launch.model, **launch.options) as engine:
         return engine.resume(folder).result().latents

@@ -25,7 +25,6 @@ from penstock.engine.events import Listener
 from penstock.engine.request import GenerationRequest
 from penstock.errors import OverBudget, UsageError
 from penstock.profiles.builtin import BUILTIN, builtin
-from penstock.profiles.hardware import Hardware
 from penstock.profiles.phases import Workload
 from penstock.profiles.planner import plan as make_plan
 from penstock.units import format_bytes
@@ -230,6 +229,6 @@ def _predicted_s(order: Order, weight_format: str) -> float:
 
     assert order.synthetic is not None
     request, found = order.request, Target(order.device).hardware
-    roomy = Hardware(found.device, found.name, 1 << 50, 1 << 50, found.rates)
+    roomy = replace(found, vram_bytes=1 << 50, ram_bytes=1 << 50)
     work = Workload(request.video_shape, request.steps, request.uses_guidance)
     return make_plan(builtin(order.synthetic, weight_format), work, roomy)["denoise"].seconds

@@ -20,7 +20,7 @@ quick: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not faults"
 
 faults: $(STAMP)
-	$(BIN)/python -m pytest tests/faults tests/engine/test_cancel.py -m faults -n auto --dist load -rP
+	$(BIN)/python -m pytest tests/faults tests/engine/run/test_cancel.py -m faults -n auto --dist load -rP
 
 coverage: $(STAMP)
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered

@@ -34,11 +34,11 @@ from transformers.utils import logging
 from penstock.engine.bench.measure import Asked, measure, random_conditions
 from penstock.engine.bench.weights import write_synthetic
 from penstock.engine.engine import Engine
-from penstock.engine.model import Component
-from penstock.engine.request import GenerationRequest
-from penstock.engine.sampling import Sampling
-from penstock.engine.stage import Stage
-from penstock.engine.wan import forward as dit
+from penstock.engine.families.wan import forward as dit
+from penstock.engine.model.files import Component
+from penstock.engine.request.generation import GenerationRequest
+from penstock.engine.run.sampling import Sampling
+from penstock.engine.run.stage import Stage
 from penstock.offload.layout import BlockLayout
 from penstock.offload.streamer import load_block
 from penstock.profiles.manifest import SCRATCH

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from penstock.engine.engine import Engine
-from penstock.engine.request import GenerationRequest
+from penstock.engine.families.wan.tiny import write_tiny_model
+from penstock.engine.request.generation import GenerationRequest
+from penstock.engine.run.keeper import JournalKeeper
 from penstock.engine.store.journal import Journal
-from penstock.engine.store.keeper import JournalKeeper
-from penstock.engine.synthetic import write_tiny_model
 
 LATENTS_720P = (1, 16, 21, 90, 160)
 STATE_TENSORS = 4

@@ -25,7 +25,7 @@ from penstock.profiles.cost.vae import (
 from penstock.profiles.manifest import VaeSpec, Weights
 from penstock.profiles.tiling import TileGrid
 from penstock.units import format_bytes
-from tests.engine.wan.fake_vae import STEADY_LATENTS, FakeVae
+from tests.engine.families.wan.fake_vae import STEADY_LATENTS, FakeVae
 
 SIZES = {"720x1280x81": (21, 90, 160), "480x832x81": (21, 60, 104)}
 GRIDS = ((1, 1), (2, 2), (3, 3), (4, 4))

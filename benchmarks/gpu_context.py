@@ -17,7 +17,7 @@ from penstock.engine.bench.machine import links
 from penstock.engine.bench.result import BenchResult, Links
 from penstock.engine.bench.weights import write_synthetic
 from penstock.engine.engine import Engine
-from penstock.engine.request import GenerationRequest
+from penstock.engine.request.generation import GenerationRequest
 from penstock.profiles.profile import Overrides
 from penstock.units import GIB, MIB
 

@@ -41,13 +41,13 @@ from typing import Any
 
 import torch
 
-from penstock.engine.calibrate import Effort, calibrate
-from penstock.engine.events import Event, PhaseEnded, PhaseStarted
-from penstock.engine.model import ModelFiles
-from penstock.engine.pipeline import run
-from penstock.engine.request import GenerationRequest, workload_of
-from penstock.engine.stage import Run
-from penstock.engine.synthetic import write_tiny_model
+from penstock.engine.families.wan.tiny import write_tiny_model
+from penstock.engine.machine.calibrate import Effort, calibrate
+from penstock.engine.model.files import ModelFiles
+from penstock.engine.request.generation import GenerationRequest, workload_of
+from penstock.engine.run.events import Event, PhaseEnded, PhaseStarted
+from penstock.engine.run.pipeline import run
+from penstock.engine.run.stage import Run
 from penstock.errors import OverBudget
 from penstock.profiles.hardware import Hardware, probe
 from penstock.profiles.plan import Plan

@@ -23,7 +23,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from benchmarks.fake_dit import I2V_14B, SHAPES
-from penstock.engine.wan import forward
+from penstock.engine.families.wan import forward
 
 TINY: dict[str, Any] = {"num_attention_heads": 2, "ffn_dim": 64, "added_kv_proj_dim": 256}
 CHUNKS = (1024, 2048, 4096, 8192, 16384, 1 << 20)

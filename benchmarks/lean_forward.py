@@ -24,7 +24,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from penstock.engine.wan import forward
+from penstock.engine.families.wan import forward
 from tests.meter import StorageMeter
 
 CONFIG: dict[str, Any] = {

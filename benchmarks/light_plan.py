@@ -29,9 +29,9 @@ from typing import Any
 from PIL import Image
 
 from benchmarks.fake_dit import I2V_14B
-from penstock.engine.demo import MINI
+from penstock.engine.families.wan.structure import tensor_shapes
 from penstock.engine.packs.plan import FILE_NAMES
-from penstock.engine.wan.structure import tensor_shapes
+from penstock.engine.request.demo import MINI
 
 HERE = Path(__file__).parents[1]
 ENCODERS: Mapping[str, dict[str, Any]] = {

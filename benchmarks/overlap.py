@@ -6,7 +6,7 @@ Each case draws a machine (disk 0.2 to 10 GB/s, link 2 to 50 GB/s, computation f
 above both), a network (3 to 40 blocks, even or not), budgets from one block upwards and 2 to 100
 passes; the planner plans, and the simulated device runs the plan, its cold start included.
 
-The bound is `penstock.offload.simulated.least_seconds`: max(read, copy, compute) with the cold
+The bound is `benchmarks.simulated.least_seconds`: max(read, copy, compute) with the cold
 start, and, where a ring has one buffer, with what that makes take turns. Short rings cost more than
 that bound says: a copy that is one visit ahead at most cannot hide behind two visits to residents.
 So a case below 98 % is run again with rings of six buffers: if the rings were what held it back,
@@ -21,8 +21,8 @@ import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
+from benchmarks.simulated import Block, Machine, Timeline, least_seconds, simulate
 from penstock.offload.schedule import Residency
-from penstock.offload.simulated import Block, Machine, Timeline, least_seconds, simulate
 from penstock.profiles.policy import Limits
 from penstock.profiles.rates import Rates
 from penstock.profiles.streams import Network, Pace, Stream, best_stream

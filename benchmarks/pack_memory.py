@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from penstock.engine.wan.structure import tensor_shapes
+from penstock.engine.families.wan.structure import tensor_shapes
 from penstock.units import MIB, format_bytes, parse_bytes
 from tests.engine import test_inspect, test_pack_memory
 

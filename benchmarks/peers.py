@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.disk_tier import read_plain
-from penstock.engine.disk import forget
+from penstock.engine.machine.disk import forget
 
 Forward = Callable[[], Any]
 SEED = 0
@@ -447,7 +447,7 @@ def streamed(host_resident: bool) -> Callable[[argparse.Namespace, Path], Any]:
 
 def asked(options: argparse.Namespace) -> Any:
     """The request whose step is run; one branch."""
-    from penstock.engine.request import GenerationRequest
+    from penstock.engine.request.generation import GenerationRequest
 
     width, height, frames = (int(part) for part in options.size.split("x"))
     return GenerationRequest(
@@ -459,17 +459,17 @@ def asked(options: argparse.Namespace) -> Any:
 def forwards(
     engine: Any, request: Any, plan: Any, options: argparse.Namespace
 ) -> Generator[Any, None, None]:
-    """A forward each time it is asked for, as `penstock.engine.pipeline.denoise` does it; what the
-    prompt decides is computed in the first."""
+    """A forward each time it is asked for, as `penstock.engine.run.pipeline.denoise` does it; what
+    the prompt decides is computed in the first."""
     import threading
 
     import torch
 
     from penstock.engine.bench.measure import MeasuredStage
-    from penstock.engine.pipeline import Forward as Streamed
-    from penstock.engine.pipeline import prepare
-    from penstock.engine.store.keeper import Conditions
-    from penstock.engine.wan import forward as dit
+    from penstock.engine.families.wan import forward as dit
+    from penstock.engine.run.keeper import Conditions
+    from penstock.engine.run.pipeline import Forward as Streamed
+    from penstock.engine.run.pipeline import prepare
 
     device = torch.device(options.device)
     stage = MeasuredStage(engine.run_of(request, plan), lambda event: None, threading.Event())

@@ -24,15 +24,15 @@ from typing import Any
 
 import torch
 
+from penstock.cli.plan_view import clock
 from penstock.engine.files.locate import Files
 from penstock.engine.planning import Asked, Target, make_plan
 from penstock.errors import OverBudget
-from penstock.plan_view import clock
 from penstock.profiles.manifest import VideoShape
 from penstock.profiles.plan import Plan
 from penstock.profiles.tiling import TileGrid
 from penstock.units import GIB
-from tests.engine.wan.fake_vae import FakeVae
+from tests.engine.families.wan.fake_vae import FakeVae
 from tests.profiles import test_true_model as true
 
 CARDS = (

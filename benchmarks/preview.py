@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 
 from penstock.engine.engine import Engine
-from penstock.engine.events import Notice
-from penstock.engine.preview import Previewer, RgbMap
-from penstock.engine.request import GenerationRequest
-from penstock.engine.synthetic import write_tiny_model
-from penstock.engine.wan.latent_rgb import BIAS, FACTORS
+from penstock.engine.families.wan.latent_rgb import BIAS, FACTORS
+from penstock.engine.families.wan.tiny import write_tiny_model
+from penstock.engine.request.generation import GenerationRequest
+from penstock.engine.run.events import Notice
+from penstock.engine.run.preview import Previewer, RgbMap
 
 LATENTS_720P = (1, 16, 21, 90, 160)
 TFLOP_720P_STEP = 2 * 6540

@@ -49,10 +49,10 @@ from benchmarks import kquants
 from benchmarks.quality_blocks import Outputs, outputs, worst
 from benchmarks.quality_kept import Difference, Kept
 from penstock.engine.engine import Engine
+from penstock.engine.families.wan.tiny import write_tiny_model
 from penstock.engine.files.locate import Files, locate
 from penstock.engine.packs.firstuse import FirstUse
-from penstock.engine.settings import Settings, resolve
-from penstock.engine.synthetic import write_tiny_model
+from penstock.engine.request.settings import Settings, resolve
 from penstock.offload.layout import BlockLayout
 from penstock.quant.format import writable
 from penstock.quant.policy import default_policy

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from penstock.engine.engine import Engine
-from penstock.engine.model import Component
+from penstock.engine.model.files import Component
 from penstock.offload.layout import BlockLayout
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.streamer import load_block

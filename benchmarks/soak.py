@@ -25,12 +25,12 @@ import psutil
 import torch
 
 from penstock.engine.engine import Engine
-from penstock.engine.events import Event, Progress
-from penstock.engine.pipeline import run
-from penstock.engine.report import PhaseReport
-from penstock.engine.request import GenerationRequest, workload_of
-from penstock.engine.stage import Run
-from penstock.engine.synthetic import write_tiny_model
+from penstock.engine.families.wan.tiny import write_tiny_model
+from penstock.engine.request.generation import GenerationRequest, workload_of
+from penstock.engine.run.events import Event, Progress
+from penstock.engine.run.pipeline import run
+from penstock.engine.run.report import PhaseReport
+from penstock.engine.run.stage import Run
 from penstock.profiles.ahead import without_reading_ahead
 from penstock.profiles.plan import Plan, StreamPlan
 from penstock.profiles.planner import minimum_vram_bytes

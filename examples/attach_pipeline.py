@@ -16,7 +16,7 @@ import torch
 from diffusers import WanPipeline
 
 import penstock
-from penstock.engine.synthetic import write_tiny_model
+from penstock.engine.families.wan.tiny import write_tiny_model
 
 
 def main(folder: Path) -> None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import penstock
-from penstock.engine.synthetic import write_tiny_model
+from penstock.engine.families.wan.tiny import write_tiny_model
 
 
 @contextmanager

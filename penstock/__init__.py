@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     )
     from penstock.engine.attach.stream import Streamed, StreamReport, stream
     from penstock.engine.engine import Engine
-    from penstock.engine.eventlog import Events
-    from penstock.engine.events import (
+    from penstock.engine.request.generation import GenerationRequest
+    from penstock.engine.run.eventlog import Events
+    from penstock.engine.run.events import (
         Event,
         Notice,
         PhaseEnded,
@@ -30,10 +31,9 @@ if TYPE_CHECKING:
         Progress,
         Replanned,
     )
-    from penstock.engine.job import Job
-    from penstock.engine.preview import Preview
-    from penstock.engine.report import JobResult, PhaseReport, RunReport
-    from penstock.engine.request import GenerationRequest
+    from penstock.engine.run.job import Job
+    from penstock.engine.run.preview import Preview
+    from penstock.engine.run.report import JobResult, PhaseReport, RunReport
     from penstock.errors import JobCancelled, OverBudget, PenstockError
     from penstock.profiles.plan import Plan
 
@@ -41,23 +41,23 @@ _HOMES = {
     "AttachReport": "penstock.engine.attach.pipe",
     "Attached": "penstock.engine.attach.pipe",
     "Engine": "penstock.engine.engine",
-    "Event": "penstock.engine.events",
-    "Events": "penstock.engine.eventlog",
-    "GenerationRequest": "penstock.engine.request",
-    "Job": "penstock.engine.job",
+    "Event": "penstock.engine.run.events",
+    "Events": "penstock.engine.run.eventlog",
+    "GenerationRequest": "penstock.engine.request.generation",
+    "Job": "penstock.engine.run.job",
     "JobCancelled": "penstock.errors",
-    "JobResult": "penstock.engine.report",
-    "Notice": "penstock.engine.events",
+    "JobResult": "penstock.engine.run.report",
+    "Notice": "penstock.engine.run.events",
     "OverBudget": "penstock.errors",
     "PenstockError": "penstock.errors",
-    "PhaseEnded": "penstock.engine.events",
-    "PhaseReport": "penstock.engine.report",
-    "PhaseStarted": "penstock.engine.events",
+    "PhaseEnded": "penstock.engine.run.events",
+    "PhaseReport": "penstock.engine.run.report",
+    "PhaseStarted": "penstock.engine.run.events",
     "Plan": "penstock.profiles.plan",
-    "Preview": "penstock.engine.preview",
-    "Progress": "penstock.engine.events",
-    "Replanned": "penstock.engine.events",
-    "RunReport": "penstock.engine.report",
+    "Preview": "penstock.engine.run.preview",
+    "Progress": "penstock.engine.run.events",
+    "Replanned": "penstock.engine.run.events",
+    "RunReport": "penstock.engine.run.report",
     "StreamReport": "penstock.engine.attach.stream",
     "Streamed": "penstock.engine.attach.stream",
     "attach": "penstock.engine.attach.pipe",

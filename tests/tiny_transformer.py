@@ -8,7 +8,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
-from penstock.engine.wan import forward
+from penstock.engine.families.wan import forward
 
 TINY: dict[str, Any] = {
     "num_attention_heads": 2,

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from penstock.engine.engine import Engine
-from penstock.engine.settings import Settings, resolve
+from penstock.engine.request.settings import Settings, resolve
 from training.generate import Sampler
 
 

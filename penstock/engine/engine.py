@@ -11,18 +11,18 @@ from types import TracebackType
 import torch
 
 from penstock.engine.files.locate import Files
-from penstock.engine.job import Job
-from penstock.engine.jobqueue import JobQueue
 from penstock.engine.lora.file import Lora
-from penstock.engine.pipeline import run
+from penstock.engine.media.video import check_output
 from penstock.engine.prepared import Prepared
-from penstock.engine.preview import Previewer
-from penstock.engine.request import GenerationRequest, workload_of
-from penstock.engine.stage import Run
-from penstock.engine.steering import Hooks, OnStep
-from penstock.engine.store.journal import Journal
-from penstock.engine.store.keeper import JournalKeeper, Keeper
-from penstock.engine.store.stored import (
+from penstock.engine.request.generation import GenerationRequest, workload_of
+from penstock.engine.run.job import Job
+from penstock.engine.run.jobqueue import JobQueue
+from penstock.engine.run.keeper import JournalKeeper, Keeper
+from penstock.engine.run.pipeline import run
+from penstock.engine.run.preview import Previewer
+from penstock.engine.run.stage import Run
+from penstock.engine.run.steering import Hooks, OnStep
+from penstock.engine.run.stored import (
     Order,
     begin,
     check_conditions,
@@ -33,7 +33,7 @@ from penstock.engine.store.stored import (
     restored_plan,
     restored_request,
 )
-from penstock.engine.video import check_output
+from penstock.engine.store.journal import Journal
 from penstock.offload.tiers import release_cached
 from penstock.profiles.hardware import Hardware
 from penstock.profiles.phases import Workload

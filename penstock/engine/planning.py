@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from penstock.engine.attending import attending_on
+from penstock.engine.families.wan.attending import attending_on
 from penstock.engine.files.locate import Files
-from penstock.engine.request import (
+from penstock.engine.request.generation import (
     DISTILLED,
     GenerationRequest,
     parse_area,
@@ -171,9 +171,9 @@ def plan_files(opened: _Opened, asked: Asked, chosen: Chosen) -> Plan:
         CheckpointError: they are not a model that penstock runs.
     """
     from penstock.engine.lora.file import as_loras
-    from penstock.engine.model import ModelFiles
-    from penstock.engine.packs.variants import Variants, computing_on
-    from penstock.engine.settings import Settings, resolve
+    from penstock.engine.model.files import ModelFiles
+    from penstock.engine.request.settings import Settings, resolve
+    from penstock.engine.variants import Variants, computing_on
     from penstock.quant.paths import Computing, Scratch
 
     settings = Settings(

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from penstock.engine.attending import attending_on
+from penstock.engine.families.wan.attending import attending_on
 from penstock.engine.files.locate import Files
 from penstock.engine.lora.file import Lora, as_loras
-from penstock.engine.model import ModelFiles
-from penstock.engine.packs.variants import Variants, computing_on
-from penstock.engine.request import GenerationRequest, check_task, workload_of
+from penstock.engine.model.files import ModelFiles
+from penstock.engine.request.generation import GenerationRequest, check_task, workload_of
+from penstock.engine.variants import Variants, computing_on
 from penstock.errors import UsageError
 from penstock.profiles.hardware import Hardware, default_device, probe
 from penstock.profiles.phases import Workload

@@ -1,6 +1,6 @@
 """What the planner knows of a model: the numbers in its configs and the bytes in its headers.
 
-Plain values, free of torch, made from a folder's headers (`penstock.engine.model`) or from a
+Plain values, free of torch, made from a folder's headers (`penstock.engine.model.files`) or from a
 built-in description. Names follow the configs of diffusers and transformers.
 """
 

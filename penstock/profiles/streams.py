@@ -1,7 +1,7 @@
 """Where the blocks of a network live, in bytes and in seconds: every choice, and the best of them.
 
 Three queues (disk, link, computation) run beside each other as far as the rings let them. The first
-passes are followed operation by operation, as `penstock.offload.simulated` follows all of them.
+passes are followed operation by operation, as `benchmarks.simulated` follows all of them.
 """
 
 from __future__ import annotations

@@ -373,7 +373,7 @@ class Absent:
         if name.partition(".")[0] in {absent!r}:
             raise ModuleNotFoundError(name, name=name)
 sys.meta_path.insert(0, Absent())
-import benchmarks.gpu_suite, benchmarks.peers, benchmarks.render, penstock.cli
+import benchmarks.gpu_suite, benchmarks.peers, benchmarks.render, penstock.cli.main
 print("imported")
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -17,7 +17,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 from safetensors.torch import load_file, save_file
 
-from penstock.engine.synthetic import write_tiny_model
+from penstock.engine.families.wan.tiny import write_tiny_model
 from tests.quanto_python import python_unpack
 
 SIZES = {

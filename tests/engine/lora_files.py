@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from penstock.engine.families.wan import forward as dit
+from penstock.engine.families.wan.keys import NAMINGS
 from penstock.engine.files.keys import ComponentSource
-from penstock.engine.wan import forward as dit
-from penstock.engine.wan.keys import NAMINGS
 from penstock.quant.paths import Computing, Scratch
 
 Pairs = dict[str, tuple[Tensor, Tensor]]

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from penstock.engine.engine import Engine
-from penstock.engine.events import Progress
-from penstock.engine.request import GenerationRequest
+from penstock.engine.request.generation import GenerationRequest
+from penstock.engine.run.events import Progress
 from penstock.errors import JobCancelled
 
 REQUEST = GenerationRequest(

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from penstock.engine.engine import Engine
-from penstock.engine.request import GenerationRequest
+from penstock.engine.request.generation import GenerationRequest
 from penstock.errors import (
     HeaderError,
     ImageError,

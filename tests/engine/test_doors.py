@@ -6,9 +6,9 @@ import torch
 from penstock.engine.engine import Engine
 from penstock.engine.files.locate import Files, locate
 from penstock.engine.packs.pack import pack
-from penstock.engine.request import GenerationRequest
+from penstock.engine.request.generation import GenerationRequest
 from tests.engine import golden
-from tests.engine.test_spm import train
+from tests.engine.files.test_spm import train
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from penstock.engine.files.inspect import inspect
-from penstock.engine.wan.structure import tensor_shapes
+from penstock.engine.families.wan.structure import tensor_shapes
+from penstock.engine.inspect import inspect
 from penstock.errors import CheckpointError
 from tests.engine import golden
-from tests.engine.wan.test_structure import I2V_14B
+from tests.engine.families.wan.test_structure import I2V_14B
 
 SIZES = {"F16": 2, "F8_E4M3": 1, "F32": 4}
 
@@ -51,7 +51,7 @@ import json, resource, sys, time
 resource.setrlimit(resource.RLIMIT_DATA, (200 << 20, 200 << 20))  # more is refused by the system
 start = time.perf_counter()
 from pathlib import Path
-from penstock.engine.files.inspect import inspect
+from penstock.engine.inspect import inspect
 imported = time.perf_counter()
 found = inspect(Path(sys.argv[1])).components[0]
 print(json.dumps({

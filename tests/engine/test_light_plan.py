@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from penstock.engine.families.wan import config
 from penstock.engine.files.locate import open_component
-from penstock.engine.wan import config
 from tests.engine import golden
 from tests.engine.lora_files import linears, pairs, write_diffusers
 
@@ -21,7 +21,7 @@ HEAVY = ("accelerate", "bitsandbytes", "comfy_kitchen", "diffusers", "torch", "t
 
 CHILD = f"""
 import sys
-from penstock.cli import app
+from penstock.cli.main import app
 from penstock.profiles import hardware
 hardware.shows_gpu = lambda: sys.argv[1] == "GPU"
 try:
@@ -38,8 +38,8 @@ class Refuse:
         if name in {HEAVY!r}:
             raise ImportError("the header path imports " + name)
 sys.meta_path.insert(0, Refuse())
-import penstock.cli, penstock.plan_view, penstock.engine.planning, penstock.engine.prepared
-import penstock.engine.settings, penstock.engine.packs.variants
+import penstock.cli.main, penstock.cli.plan_view, penstock.engine.planning, penstock.engine.prepared
+import penstock.engine.request.settings, penstock.engine.variants
 """
 """What a plan or a refusal imports, all of it at its first line: a traceback shows the chain."""
 
@@ -160,7 +160,7 @@ def test_the_defaults_are_those_of_the_libraries() -> None:
 
 
 def test_building_waits_for_its_first_use(i2v_folder: Path) -> None:
-    from penstock.engine.model import ModelFiles
+    from penstock.engine.model.files import ModelFiles
 
     model = ModelFiles.open(i2v_folder)
     for part in model.components():

@@ -15,7 +15,7 @@ from benchmarks.quality import Clip, Quality, Runs, write_model
 from benchmarks.quality_blocks import cosine
 from benchmarks.quality_kept import Difference, Kept
 from penstock.engine.engine import Engine
-from penstock.engine.settings import Settings
+from penstock.engine.request.settings import Settings
 from penstock.errors import UsageError
 
 SETTINGS = Settings(

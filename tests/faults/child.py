@@ -12,10 +12,10 @@ from typing import Any
 
 from penstock.engine import engine as engine_module
 from penstock.engine.engine import Engine
-from penstock.engine.events import Event, Progress
-from penstock.engine.request import GenerationRequest
+from penstock.engine.request.generation import GenerationRequest
+from penstock.engine.run.events import Event, Progress
+from penstock.engine.run.jobs import list_jobs
 from penstock.engine.store.durable import FileOps
-from penstock.engine.store.jobs import list_jobs
 from tests.faults.storage import CHANGING
 
 FINISHED, CRASHED = 0, 99

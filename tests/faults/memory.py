@@ -11,7 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from penstock.engine import engine, pipeline
+from penstock.engine import engine
+from penstock.engine.run import pipeline
 from penstock.errors import LedgerOverflow
 from penstock.offload.ledger import ByteLedger, Reservation
 

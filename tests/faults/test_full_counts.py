@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from penstock.engine.engine import Engine
-from penstock.engine.synthetic import write_tiny_model
+from penstock.engine.families.wan.tiny import write_tiny_model
 from tests.engine.conftest import SMALL_VAE
-from tests.engine.test_killed import kill_at_failpoints, kill_at_moments
-from tests.engine.test_resume import a_request, an_engine
+from tests.engine.run.test_killed import kill_at_failpoints, kill_at_moments
+from tests.engine.run.test_resume import a_request, an_engine
 from tests.faults.film import frames_sha
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from penstock.engine.engine import Engine
-from penstock.engine.events import Replanned
+from penstock.engine.families.wan.tiny import write_tiny_model
+from penstock.engine.run.events import Replanned
 from penstock.engine.store.journal import read_record
-from penstock.engine.synthetic import write_tiny_model
 from penstock.errors import OutOfMemory
-from tests.engine.test_resume import a_request, an_engine
+from tests.engine.run.test_resume import a_request, an_engine
 
 pytestmark = [
     pytest.mark.faults,

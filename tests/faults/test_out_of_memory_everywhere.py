@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from penstock.engine.engine import Engine
-from penstock.engine.stage import Stage
+from penstock.engine.families.wan.tiny import write_tiny_model
+from penstock.engine.run.stage import Stage
 from penstock.engine.store.journal import read_record
-from penstock.engine.synthetic import write_tiny_model
 from penstock.errors import OutOfMemory, OverBudget
 from penstock.offload.ledger import ByteLedger
-from tests.engine.test_resume import a_request, an_engine
+from tests.engine.run.test_resume import a_request, an_engine
 from tests.faults.memory import DeviceAllocations
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]

@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 import penstock
-from penstock.engine import pipeline
 from penstock.engine.bench.measure import Asked, measure
 from penstock.engine.bench.weights import write_synthetic
-from penstock.engine.demo import DEMO_PROMPT, MINI, demo_picture
 from penstock.engine.engine import Engine
-from penstock.engine.events import Progress, Replanned
+from penstock.engine.families.wan.attention import int8_attention
+from penstock.engine.families.wan.attention_probe import probe_int8
+from penstock.engine.families.wan.tiny import write_tiny_model
 from penstock.engine.files.locate import locate
-from penstock.engine.request import GenerationRequest
-from penstock.engine.settings import Settings, resolve
-from penstock.engine.synthetic import write_tiny_model
-from penstock.engine.wan.attention import int8_attention
-from penstock.engine.wan.attention_probe import probe_int8
+from penstock.engine.request.demo import DEMO_PROMPT, MINI, demo_picture
+from penstock.engine.request.generation import GenerationRequest
+from penstock.engine.request.settings import Settings, resolve
+from penstock.engine.run import pipeline
+from penstock.engine.run.events import Progress, Replanned
 from penstock.offload.allocator import allocator_capped
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.tiers import HostTier
@@ -35,8 +35,8 @@ from penstock.profiles.hardware import default_device
 from penstock.profiles.phases import CUDA_LIBRARY_BYTES
 from penstock.profiles.plan import StreamPlan
 from penstock.profiles.profile import Overrides
-from tests.attach.zoo import Walk
 from tests.engine import lora_files
+from tests.engine.attach.zoo import Walk
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.overlap import TARGET, Row, rows, summary
+from benchmarks.simulated import Block, Machine, least_seconds, simulate
 from penstock.offload.schedule import Residency
-from penstock.offload.simulated import Block, Machine, least_seconds, simulate
 from tests.offload.test_schedule import residencies
 
 ROOM = 1 << 62

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.simulated import Block, Machine, simulate
 from penstock.offload.schedule import Residency
 from penstock.offload.schedule import spread as offload_spread
-from penstock.offload.simulated import Block, Machine, simulate
 from penstock.profiles.plan import StreamPlan, spread
 from penstock.profiles.policy import Limits
 from penstock.profiles.rates import Rates

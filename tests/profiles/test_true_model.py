@@ -20,8 +20,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.fake_dit import I2V_14B, fake_inputs, fake_transformer
-from penstock.engine.wan import forward
-from penstock.engine.wan.structure import is_cross_kv
+from penstock.engine.families.wan import forward
+from penstock.engine.families.wan.structure import is_cross_kv
 from penstock.errors import OverBudget
 from penstock.profiles import profile as profiles
 from penstock.profiles.builtin import builtin
@@ -32,7 +32,7 @@ from penstock.profiles.plan import PhasePlan, Plan
 from penstock.profiles.planner import Workload, plan
 from penstock.profiles.tiling import TileGrid
 from penstock.units import GIB, align_up
-from tests.engine.wan.fake_vae import FakeVae
+from tests.engine.families.wan.fake_vae import FakeVae
 from tests.meter import StorageMeter
 from tests.profiles.cost.fake_encoders import measured_image_bytes, measured_text_bytes
 

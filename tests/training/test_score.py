@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from penstock.engine.demo import MINI
 from penstock.engine.engine import Engine
+from penstock.engine.request.demo import MINI
 from training.evaluate import make_pairs, score
 from training.generate import default_sampler
 from training.through_engine import EngineGenerator

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import torch
 
 from penstock.engine.attach.endless import EndlessStream
-from penstock.engine.model import Component, ModelFiles
-from penstock.engine.stage import residency
+from penstock.engine.model.files import Component, ModelFiles
+from penstock.engine.run.stage import residency
 from penstock.errors import UsageError
 from penstock.offload.layout import BlockLayout
 from penstock.offload.ledger import ByteLedger

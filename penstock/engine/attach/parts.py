@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from penstock.engine import image as pictures
-from penstock.engine import text as prompts
 from penstock.engine.attach.desk import Desk
 from penstock.engine.attach.endless import EndlessStream
-from penstock.engine.model import Component
-from penstock.engine.wan import forward as dit
+from penstock.engine.families.wan import clip as pictures
+from penstock.engine.families.wan import forward as dit
+from penstock.engine.families.wan import umt5 as prompts
+from penstock.engine.model.files import Component
 from penstock.errors import UsageError
 from penstock.offload.device import indexed
 from penstock.profiles.manifest import VideoShape

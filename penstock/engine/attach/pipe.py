@@ -18,10 +18,10 @@ from penstock.engine.attach.livepack import live_folder
 from penstock.engine.attach.parts import ImagePart, Part, TextPart, TransformerPart
 from penstock.engine.attach.stream import budgets, close_at_exit
 from penstock.engine.attach.vae_part import VaePart
-from penstock.engine.decoding import block_format
+from penstock.engine.families.wan.clip import make_image_processor
 from penstock.engine.files.locate import Files
-from penstock.engine.image import make_image_processor
-from penstock.engine.model import ModelFiles
+from penstock.engine.model.files import ModelFiles
+from penstock.engine.model.storage import block_format
 from penstock.engine.packs.cache import cache_folder
 from penstock.engine.packs.firstuse import FirstUse
 from penstock.engine.packs.plan import LEAST_RAM_BYTES

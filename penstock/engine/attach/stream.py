@@ -20,7 +20,7 @@ from penstock.engine.attach.livepack import LivePack, live_folder, plan_live
 from penstock.engine.attach.placing import place_blocks
 from penstock.engine.attach.surgery import Emptied, Patient, Quantised, run_name, specs_of
 from penstock.engine.packs.file import PackLayout
-from penstock.engine.stage import residency
+from penstock.engine.run.stage import residency
 from penstock.errors import UsageError
 from penstock.offload.files import DIRECT_ALIGNMENT
 from penstock.offload.layout import BlockLayout

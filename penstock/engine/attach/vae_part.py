@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from penstock.engine.attach.parts import Part
-from penstock.engine.model import Component
-from penstock.engine.wan.vae_decode import decode_tiled
-from penstock.engine.wan.vae_encode import encode_tiled
+from penstock.engine.families.wan.vae_decode import decode_tiled
+from penstock.engine.families.wan.vae_encode import encode_tiled
+from penstock.engine.model.files import Component
 from penstock.errors import UsageError
 from penstock.profiles.manifest import VideoShape
 from penstock.profiles.tiling import TileGrid, Window

@@ -25,15 +25,22 @@ from penstock.engine.bench.result import (
     Recipe,
     StepFigures,
 )
-from penstock.engine.disk import forget
 from penstock.engine.engine import Engine
-from penstock.engine.events import Event, Listener, PhaseEnded, PhaseMonitor, PhaseStarted, Progress
-from penstock.engine.pipeline import condition, decode, denoise
-from penstock.engine.report import PhaseReport
-from penstock.engine.request import GenerationRequest
-from penstock.engine.sampling import Sampling
-from penstock.engine.stage import Run, Stage
-from penstock.engine.store.keeper import Conditions
+from penstock.engine.machine.disk import forget
+from penstock.engine.request.generation import GenerationRequest
+from penstock.engine.run.events import (
+    Event,
+    Listener,
+    PhaseEnded,
+    PhaseMonitor,
+    PhaseStarted,
+    Progress,
+)
+from penstock.engine.run.keeper import Conditions
+from penstock.engine.run.pipeline import condition, decode, denoise
+from penstock.engine.run.report import PhaseReport
+from penstock.engine.run.sampling import Sampling
+from penstock.engine.run.stage import Run, Stage
 from penstock.errors import UsageError
 from penstock.offload.allocator import allocator_capped
 from penstock.offload.layout import BlockLayout

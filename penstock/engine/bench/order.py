@@ -21,8 +21,8 @@ from penstock.engine.bench.weights import (
     write_synthetic,
 )
 from penstock.engine.engine import Engine
-from penstock.engine.events import Listener
-from penstock.engine.request import GenerationRequest
+from penstock.engine.request.generation import GenerationRequest
+from penstock.engine.run.events import Listener
 from penstock.errors import OverBudget, UsageError
 from penstock.profiles.builtin import BUILTIN, builtin
 from penstock.profiles.phases import Workload

@@ -22,10 +22,10 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+from penstock.engine.families.wan.structure import is_cross_kv, transformer_shapes
+from penstock.engine.families.wan.tiny import write_tiny_model
 from penstock.engine.files.keys import stored_name
 from penstock.engine.files.storage import PADDING
-from penstock.engine.synthetic import write_tiny_model
-from penstock.engine.wan.structure import is_cross_kv, transformer_shapes
 from penstock.errors import UsageError
 from penstock.offload.files import DIRECT_ALIGNMENT
 from penstock.offload.header import ITEM_BYTES

@@ -13,11 +13,11 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
+from penstock.engine.families.wan.config import FAMILIES, ShapesOf, check_transformer, derive
+from penstock.engine.families.wan.keys import FUSED_QKV, Naming, find_naming
+from penstock.engine.families.wan.structure import tensor_shapes
 from penstock.engine.files.source import RawFile, read_bytes
 from penstock.engine.files.storage import COMFY_MARK, PACK_METADATA, StoredWeight, gather
-from penstock.engine.wan.config import FAMILIES, ShapesOf, check_transformer, derive
-from penstock.engine.wan.keys import FUSED_QKV, Naming, find_naming
-from penstock.engine.wan.structure import tensor_shapes
 from penstock.errors import CheckpointError, TensorMismatch
 from penstock.offload.checkpoint import TensorEntry
 from penstock.offload.gguf import BLOCK_SIZES, block_size

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from penstock.engine.families.wan.config import IMAGE_PROCESSOR, UNIPC
 from penstock.engine.files.hub import Fetch, hub_snapshot
 from penstock.engine.files.keys import COMPONENTS, ComponentSource, recognise
 from penstock.engine.files.source import open_raw, read_bytes, refusal_of
-from penstock.engine.wan.config import IMAGE_PROCESSOR, UNIPC
 from penstock.errors import CheckpointError, PenstockError, UsageError
 from penstock.offload.checkpoint import PICKLES, TensorEntry
 
@@ -410,8 +410,8 @@ def open_tokenizer(tokenizer: Path | TensorEntry) -> Any:
     Raises:
         CheckpointError: it cannot be read.
     """
+    from penstock.engine.families.wan.umt5 import load_tokenizer
     from penstock.engine.files.spm import tokenizer_from_spm
-    from penstock.engine.text import load_tokenizer
 
     if isinstance(tokenizer, TensorEntry):
         return tokenizer_from_spm(read_bytes(tokenizer))

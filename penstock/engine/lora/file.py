@@ -16,11 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from penstock.engine.families.wan.config import FAMILIES
 from penstock.engine.files.keys import ComponentSource
 from penstock.engine.files.locate import read_object
 from penstock.engine.files.source import read_bytes
 from penstock.engine.lora.keys import Part, foreign_kind, is_lora, parse_key
-from penstock.engine.wan.config import FAMILIES
 from penstock.errors import CheckpointError, TensorMismatch, UsageError
 from penstock.offload.checkpoint import Checkpoint, TensorEntry
 from penstock.offload.files import FileStamp

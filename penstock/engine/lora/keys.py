@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from penstock.engine.wan.keys import NAMINGS, Naming
+from penstock.engine.families.wan.keys import NAMINGS, Naming
 
 _PREFIXES = (
     ("base_model.model.", "PEFT"),

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from penstock.engine.families.wan.structure import BLOCKS, is_cross_kv
 from penstock.engine.files.formats import compute_tag, is_linear
 from penstock.engine.files.keys import ComponentSource, as_bytes, recognise, stored_name
 from penstock.engine.files.source import RawFile
 from penstock.engine.lora.place import PlacedLoras
 from penstock.engine.packs.file import PackLayout, Spec, lay_out
 from penstock.engine.store.digest import stamp
-from penstock.engine.wan.structure import BLOCKS, is_cross_kv
 from penstock.errors import UsageError
 from penstock.offload.checkpoint import TensorEntry
 from penstock.offload.gguf import PREFIX as GGUF

@@ -1,8 +1,9 @@
 """Bytes and FLOPs of the text and the image encoder, in closed form.
 
-Bytes are those of live tensors other than weights, at the worst moment of `penstock.engine.text`
-and `penstock.engine.image`: never under what is measured, and within 5 % of it at the shapes of
-UMT5-XXL and CLIP ViT-H/14. FLOPs count a multiply-add as two.
+Bytes are those of live tensors other than weights, at the worst moment of
+`penstock.engine.families.wan.umt5` and `penstock.engine.families.wan.clip`: never under what is
+measured, and within 5 % of it at the shapes of UMT5-XXL and CLIP ViT-H/14. FLOPs count a
+multiply-add as two.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Memory and arithmetic of the diffusion transformer, in closed form and without torch.
 
 Bytes are those of activations: everything that is alive beside the weights. They follow
-`penstock.engine.wan.forward` operation by operation, so that a plan's figure is never below what a
-run takes; the comments name the moment that is the peak. What a quantised linear layer needs to
+`penstock.engine.families.wan.forward` operation by operation, so that a plan's figure is never
+below what a run takes; the comments name the moment that is the peak. What a quantised linear
+layer needs to
 unpack its weight is not an activation and not counted here, nor is a kernel's own workspace.
 
 Every function takes the compute dtype's itemsize from ``spec.weights.itemsize``: 4 or 2 bytes.

@@ -1,7 +1,7 @@
 """Bytes and arithmetic of the tiled VAE, by walking its layers as the engine does.
 
-The walk mirrors `penstock.engine.wan.vae_layers`, `vae_decode` and `vae_encode` statement by
-statement: which frames are alive when the next is made. It assumes the worst moment, with every
+The walk mirrors `penstock.engine.families.wan.vae_layers`, `vae_decode` and `vae_encode` statement
+by statement: which frames are alive when the next is made. It assumes the worst moment, with every
 causal past full, and the attention kernel that stores its scores. What convolutions take for
 themselves is in it on a CPU (`penstock.profiles.cost.convolution`); on a GPU it is the largest
 convolution's, told apart.
@@ -69,7 +69,7 @@ def decode_bytes(
     *,
     on_cpu: bool = False,
 ) -> VaeBytes:
-    """Peak of `penstock.engine.wan.vae_decode.decode_frames` above the decoder's weights.
+    """Peak of `penstock.engine.families.wan.vae_decode.decode_frames` above the decoder's weights.
 
     Args:
         spec: the VAE.
@@ -110,7 +110,7 @@ def encode_bytes(
     *,
     on_cpu: bool = False,
 ) -> VaeBytes:
-    """Peak of `penstock.engine.wan.vae_encode.encode_tiled` above the encoder's weights.
+    """Peak of `penstock.engine.families.wan.vae_encode.encode_tiled` above the encoder's weights.
 
     Arguments and errors are those of `decode_bytes`; the picture is counted, the clip never exists.
     """

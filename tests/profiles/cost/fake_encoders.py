@@ -8,7 +8,8 @@ from transformers import CLIPVisionConfig, UMT5Config
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer, CLIPVisionEmbeddings
 from transformers.models.umt5.modeling_umt5 import UMT5Block, UMT5LayerNorm
 
-from penstock.engine import image, text
+from penstock.engine.families.wan import clip as image
+from penstock.engine.families.wan import umt5 as text
 from tests.meter import StorageMeter
 
 TYPES = {2: torch.bfloat16, 4: torch.float32}

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from penstock.engine.wan.vae_layers import one_frame
+from penstock.engine.families.wan.vae_layers import one_frame
 from penstock.profiles.cost.convolution import call_bytes
 from tests.meter import allocated_peak
 

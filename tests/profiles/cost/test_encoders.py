@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from penstock.engine.wan.structure import layers_needed
+from penstock.engine.families.wan.structure import layers_needed
 from penstock.profiles.cost.encoders import image_bytes, image_flops, text_bytes, text_flops
 from penstock.profiles.manifest import ImageSpec, TextSpec, Weights
 from penstock.units import GIB

@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from penstock.engine.wan.vae_decode import decode_frames, decode_tiled
-from penstock.engine.wan.vae_encode import encode_tiled, first_frame_then_zeros
+from penstock.engine.families.wan.vae_decode import decode_frames, decode_tiled
+from penstock.engine.families.wan.vae_encode import encode_tiled, first_frame_then_zeros
 from penstock.profiles.cost.vae import (
     VaeWork,
     decode_bytes,
@@ -25,7 +25,7 @@ from penstock.profiles.cost.vae import (
 from penstock.profiles.manifest import VaeSpec, Weights
 from penstock.profiles.rates import Rates
 from penstock.profiles.tiling import TileGrid
-from tests.engine.wan.tiny_vae import tiny_vae
+from tests.engine.families.wan.tiny_vae import tiny_vae
 from tests.meter import StorageMeter, allocated_peak
 
 NONE = Weights(0, (), 2)

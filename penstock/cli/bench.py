@@ -1,0 +1,141 @@
+"""The command that measures. Parse, call, print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from penstock.cli.files import Attention, Debug, Json, reported
+
+
+def bench(
+    model: Annotated[str | None, typer.Option(help="A model, as generate takes it.")] = None,
+    synthetic: Annotated[
+        str | None,
+        typer.Option(help="Random weights of true shapes, made on the spot: wan2.1-i2v-14b."),
+    ] = None,
+    blocks: Annotated[
+        int | None, typer.Option(help="Its blocks (as many as disk and --minutes allow).")
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option(help="Of the blocks; a synthetic model's is int8 by default.")
+    ] = None,
+    width: Annotated[int, typer.Option(help="Pixels.")] = 832,
+    height: Annotated[int, typer.Option(help="Pixels.")] = 480,
+    frames: Annotated[int, typer.Option(help="Frames, 4n+1.")] = 81,
+    steps: Annotated[int, typer.Option(help="Denoising steps that count.")] = 3,
+    warmup: Annotated[int, typer.Option(help="Steps before them that do not.")] = 1,
+    cfg: Annotated[float, typer.Option(help="Guidance scale; 1 is off: one pass a step.")] = 5.0,
+    vram: Annotated[str | None, typer.Option(help='Ceiling on VRAM, such as "12GiB".')] = None,
+    ram: Annotated[str | None, typer.Option(help="Ceiling on host memory.")] = None,
+    profile: Annotated[str, typer.Option(help="A profile's name, or a .toml file.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    folder: Annotated[
+        Path | None, typer.Option(help="Where a synthetic model is made (and removed again).")
+    ] = None,
+    minutes: Annotated[
+        float, typer.Option(help="That the steps of a synthetic model may take, by the plan.")
+    ] = 10.0,
+    whole: Annotated[
+        bool, typer.Option("--whole", help="Every phase of a job, not denoising alone.")
+    ] = False,
+    compute: Annotated[
+        str | None, typer.Option(help="exact, or fast (8-bit products where they work).")
+    ] = None,
+    attention: Attention = None,
+    save: Annotated[Path | None, typer.Option(help="Keep the result in this file.")] = None,
+    compare: Annotated[Path | None, typer.Option(help="Hold it against a kept one.")] = None,
+    percent: Annotated[float, typer.Option(help="Worse by more than this counts, if also")] = 5.0,
+    seconds: Annotated[float, typer.Option(help="by more than this in a step, or")] = 0.05,
+    peak: Annotated[str, typer.Option(help="by more than this in a peak.")] = "32MiB",
+    sweep: Annotated[
+        Path | None, typer.Option(help="Measure several profiles; draw s/step over VRAM here.")
+    ] = None,
+    profiles: Annotated[str, typer.Option(help="Those of a sweep.")] = "24gb,16gb,12gb,8gb,6gb,4gb",
+    as_json: Json = False,
+    as_md: Annotated[bool, typer.Option("--md", help="Print Markdown.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a profile on this machine: s/step, traffic, stalls and peaks, beside the plan.
+
+    Exit codes: 0 done (PASS), 1 failed or REGRESSION, 2 a wrong call or RECIPE_MISMATCH.
+    """
+    from penstock.engine.bench.order import Order
+    from penstock.engine.bench.result import Thresholds
+    from penstock.units import parse_bytes
+
+    with reported(debug):
+        order = Order(
+            model, synthetic, blocks, format, width, height, frames, steps, warmup, cfg,
+            vram, ram, profile, device, folder, minutes, whole, compute, attention,
+        )  # fmt: skip
+        thresholds = Thresholds(percent, seconds, parse_bytes(peak))
+        if sweep is not None:
+            _sweep(order, profiles.split(","), sweep, as_json, as_md)
+            return
+        code = _measure(order, save, compare, thresholds, as_json, as_md)
+    raise typer.Exit(code)
+
+
+def _tell(line: str) -> None:
+    Console(stderr=True).print(line, highlight=False)
+
+
+def _measure(
+    order: object, save: Path | None, compare: Path | None, thresholds: object, as_json: bool,
+    as_md: bool,
+) -> int:  # fmt: skip
+    from penstock.cli.bench_view import markdown, sections, tables, verdict_section
+    from penstock.engine.bench import result as bench_result
+    from penstock.engine.bench.order import Order, run
+
+    assert isinstance(order, Order) and isinstance(thresholds, bench_result.Thresholds)
+    old = None if compare is None else bench_result.load(compare)
+    result = run(order, lambda event: None, _tell)
+    if save is not None:
+        bench_result.save(result, save)
+    shown = sections(result)
+    verdict = None if old is None else bench_result.compare(old, result, thresholds)
+    if verdict is not None:
+        shown.append(verdict_section(verdict))
+    if as_json:
+        told = None if verdict is None else {"outcome": verdict.outcome, "lines": verdict.lines}
+        print(json.dumps(result.to_json() | {"verdict": told}))
+    elif as_md:
+        print(markdown(shown))
+    else:
+        Console().print(tables(shown), highlight=False)
+    return 0 if verdict is None else verdict.exit_code
+
+
+def _sweep(order: object, profiles: list[str], picture: Path, as_json: bool, as_md: bool) -> None:
+    from penstock.cli.bench_view import markdown, sweep_section, tables
+    from penstock.engine.bench.order import Order, sweep
+    from penstock.engine.bench.plot import Dot, draw
+    from penstock.units import GIB
+
+    assert isinstance(order, Order)
+    points = sweep(order, profiles, lambda event: None, _tell)
+    measured = [(point.profile, point.result) for point in points if point.result is not None]
+    draw(
+        [Dot(found.peak_vram_bytes / GIB, found.median_s, name) for name, found in measured],
+        picture,
+        title=measured[0][1].recipe.model if measured else "",
+        x_label="peak VRAM, GiB",
+        y_label="seconds a step",
+    )
+    if as_json:
+        rows = [
+            {"profile": point.profile, "refusal": point.refusal,
+             "result": None if point.result is None else point.result.to_json()}
+            for point in points
+        ]  # fmt: skip
+        print(json.dumps(rows))
+    elif as_md:
+        print(markdown([sweep_section(points)]))
+    else:
+        Console().print(tables([sweep_section(points)]), highlight=False)

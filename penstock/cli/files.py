@@ -1,0 +1,152 @@
+"""Commands about files of weights: inspect, pack, verify, cache. Parse, call, print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from penstock.errors import PenstockError
+
+cache_app = typer.Typer(help="List and remove the packs that were made on first use.")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+Part = Annotated[Path | None, typer.Option(help="This component's file, index or folder.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="A folder (diffusers, Wan's own, ComfyUI), a transformer's file, or a hub id."
+    ),
+]
+Tokenizer = Annotated[
+    Path | None, typer.Option(help="A tokenizer's folder or SentencePiece model.")
+]
+Attention = Annotated[
+    str | None, typer.Option(help="sdpa, or int8 (self-attention in 8 bits where it works).")
+]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option("--lora", metavar="FILE[:STRENGTH]", help="A LoRA; may be given several times."),
+]
+
+
+@contextmanager
+def reported(debug: bool) -> Iterator[None]:
+    """Errors of penstock's own become one line and an exit code; others stay tracebacks."""
+    try:
+        yield
+    except PenstockError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from error
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A file, an index or a folder.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a file or a folder is, by its header, and how to use it."""
+    from penstock.engine.inspect import inspect as look
+
+    with reported(debug):
+        found = look(path)
+    if as_json:
+        print(json.dumps(asdict(found), default=str))
+    else:
+        print("\n".join(found.lines()))
+
+
+def pack(
+    format: Annotated[str, typer.Option(help="Of the transformer's matrices, such as int8.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
+    model: Model = None,
+    transformer: Part = None,
+    text_encoder: Part = None,
+    vae: Part = None,
+    image_encoder: Part = None,
+    tokenizer: Tokenizer = None,
+    lora: Loras = None,
+    ram: Annotated[str, typer.Option(help="The most memory for weights in work.")] = "2GiB",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a model as packs: quantised, checked, and laid out for streaming."""
+    from penstock.cli.progress import pack_bar
+    from penstock.engine.files.locate import Files, locate
+    from penstock.engine.lora.file import as_loras
+    from penstock.engine.packs.pack import pack as write
+    from penstock.units import format_bytes, parse_bytes
+
+    with reported(debug):
+        files = Files(transformer, text_encoder, vae, image_encoder, tokenizer)
+        with pack_bar(Console(stderr=True)) as progress:
+            report = write(
+                locate(model, files),
+                format,
+                output,
+                loras=as_loras(lora or []),
+                ram_bytes=parse_bytes(ram),
+                progress=progress,
+            )
+    if as_json:
+        print(json.dumps(asdict(report), default=str))
+    else:
+        print(f"{report.folder}: {report.files} packs, {format_bytes(report.nbytes)}")
+        print(f"use it: penstock generate --model {report.folder}")
+
+
+def verify(
+    path: Annotated[Path, typer.Argument(help="A pack, or a folder of packs.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Check every byte of a pack; exit code 1 if any is damaged."""
+    from penstock.cli.progress import pack_bar
+    from penstock.engine.packs.file import verify as check
+    from penstock.units import format_bytes
+
+    with reported(debug), pack_bar(Console(stderr=True)) as progress:
+        found = check(path, lambda done, total: progress("checking", done, total))
+    if as_json:
+        print(json.dumps(asdict(found), default=str))
+    else:
+        for file, what in found.damage:
+            print(f"damaged: {file}: {what}")
+        print(f"{found.files} packs, {found.runs} runs, {format_bytes(found.nbytes)} checked")
+    if found.damage:
+        raise typer.Exit(1)
+
+
+@cache_app.command("ls")
+def list_cache(as_json: Json = False, debug: Debug = False) -> None:
+    """List the packs in the cache: size, and what they were made from."""
+    from penstock.cli.progress import packs_table
+    from penstock.engine.packs.cache import cache_folder, cached_packs
+
+    with reported(debug):
+        packs = cached_packs(cache_folder())
+    print(json.dumps([each.to_json() for each in packs]) if as_json else packs_table(packs))
+
+
+@cache_app.command("rm")
+def remove_cached(
+    name: Annotated[str, typer.Argument(help="Name of a pack, as `cache ls` shows it.")],
+    debug: Debug = False,
+) -> None:
+    """Remove a pack; `generate` makes it again when it is needed."""
+    from penstock.engine.packs.cache import cache_folder, remove_pack
+    from penstock.units import format_bytes
+
+    with reported(debug):
+        freed = remove_pack(cache_folder(), name)
+    print(f"removed {name} ({format_bytes(freed)})")

@@ -1,0 +1,473 @@
+"""The command line: parse, call, print. No logic lives here."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from penstock._version import __version__
+from penstock.cli.bench import bench
+from penstock.cli.files import (
+    Attention,
+    Loras,
+    Model,
+    Part,
+    Tokenizer,
+    cache_app,
+    inspect,
+    pack,
+    reported,
+    verify,
+)
+
+app = typer.Typer(
+    name="penstock",
+    help="Runs video models far larger than the card, inside a byte budget you choose.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+jobs_app = typer.Typer(help="List and remove the jobs that are kept on this machine.")
+app.add_typer(jobs_app, name="jobs")
+app.add_typer(cache_app, name="cache")
+
+
+for command in (inspect, pack, verify, bench):
+    app.command()(command)
+
+
+class SamplerName(str, Enum):
+    """Samplers by the name that users know."""
+
+    UNIPC = "unipc"
+    DPMPP = "dpm++"
+    EULER = "euler"
+    LCM = "lcm"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+Vram = Annotated[str | None, typer.Option(help='Ceiling on VRAM, such as "12GiB".')]
+Ram = Annotated[str | None, typer.Option(help="Ceiling on host memory for weights and frames.")]
+Device = Annotated[str, typer.Option(help="auto, cuda or cpu.")]
+Profile = Annotated[str, typer.Option(help="A profile's name, or the path of a .toml file.")]
+Compute = Annotated[
+    str | None, typer.Option(help="exact, or fast (8-bit products where they work).")
+]
+Format = Annotated[
+    str | None, typer.Option(help="Of the transformer's matrices, such as int8 (as stored).")
+]
+Distilled = Annotated[
+    bool,
+    typer.Option(
+        "--distilled",
+        help="For a distilled model or LoRA: 4 steps, guidance off, shift 5, its noise levels.",
+    ),
+]
+Force = Annotated[bool, typer.Option(help="Replace an existing output.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Runs video models far larger than the card, inside a byte budget you choose."""
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="What should happen.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The mp4 to write.")],
+    model: Model = None,
+    transformer: Part = None,
+    text_encoder: Part = None,
+    vae: Part = None,
+    image_encoder: Part = None,
+    tokenizer: Tokenizer = None,
+    image: Annotated[Path | None, typer.Option(help="The picture to start from.")] = None,
+    negative: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
+    size: Annotated[str | None, typer.Option(help="Pixels, such as 1280x720.")] = None,
+    max_area: Annotated[
+        str | None, typer.Option(help="720p, 480p or WxH: the picture's aspect within this area.")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames, 4n+1 (81).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps (40).")] = None,
+    cfg: Annotated[float | None, typer.Option(help="Guidance scale (5); 1 is off.")] = None,
+    shift: Annotated[float | None, typer.Option(help="Flow shift (5 at 720p, 3 at 480p).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the noise (drawn if absent).")] = None,
+    sampler: Annotated[SamplerName | None, typer.Option(help="Sampler (unipc).")] = None,
+    distilled: Distilled = False,
+    fps: Annotated[int | None, typer.Option(help="Frames a second of the file (16).")] = None,
+    lora: Loras = None,
+    vram: Vram = None,
+    ram: Ram = None,
+    device: Device = "auto",
+    profile: Profile = "auto",
+    format: Format = None,
+    compute: Compute = None,
+    attention: Attention = None,
+    force: Force = False,
+    no_metadata: Annotated[
+        bool, typer.Option("--no-metadata", help="Leave prompt and settings out of the file.")
+    ] = False,
+    as_json: Json = False,
+    job: Annotated[
+        Path | None, typer.Option(help="Folder to keep the job in (the data directory).")
+    ] = None,
+    resume_same: Annotated[
+        bool | None,
+        typer.Option(
+            "--resume/--no-resume", help="Continue an unfinished identical job, if there is one."
+        ),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Make a video from a prompt, and a picture where the model takes one."""
+    from penstock.engine.files.locate import Files
+    from penstock.engine.request.settings import Settings
+
+    files = Files(transformer, text_encoder, vae, image_encoder, tokenizer)
+    opening = {
+        "files": files, "vram": vram, "ram": ram, "device": device, "profile": profile,
+        "format": format, "compute": compute, "attention": attention, "loras": lora or [],
+    }  # fmt: skip
+    settings = Settings(
+        prompt=prompt,
+        image=image,
+        negative_prompt=negative,
+        size=size,
+        max_area=max_area,
+        frames=frames,
+        steps=steps,
+        guidance_scale=cfg,
+        shift=shift,
+        seed=seed,
+        sampler=None if sampler is None else sampler.value,
+        fps=fps,
+        distilled=distilled,
+    )
+    with reported(debug):
+        _generate(
+            model, opening, settings, output, force, not no_metadata, as_json,
+            lambda engine, request, plan: _job_folder(engine, request, plan, job, resume_same),
+        )  # fmt: skip
+
+
+@app.command()
+def resume(
+    job: Annotated[
+        str | None, typer.Argument(help="Folder, or name of a job; the only unfinished one.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The mp4 to write instead.")
+    ] = None,
+    lora: Loras = None,
+    vram: Vram = None,
+    ram: Ram = None,
+    device: Device = "auto",
+    allow_nonidentical: Annotated[
+        bool, typer.Option(help="Go on where the result will not be the same to the bit.")
+    ] = False,
+    force: Force = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Continue a job that was stopped, failed or killed."""
+    from penstock.engine.engine import Engine
+    from penstock.engine.run.jobs import find_job, launch_settings
+
+    with reported(debug):
+        folder = find_job(job)
+        launch = launch_settings(folder, vram=vram, ram=ram, device=device, loras=lora or [])
+        with Engine.open(launch.model, **launch.options) as engine:
+            running = engine.resume(
+                folder, output, force=force, allow_nonidentical=allow_nonidentical
+            )
+            _watch(running, running.plan, as_json)
+
+
+@jobs_app.callback(invoke_without_command=True)
+def jobs(
+    context: typer.Context,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the jobs as one JSON list.")
+    ] = False,
+) -> None:
+    """List the jobs: state, step, age and size."""
+    from penstock.cli.progress import jobs_table
+    from penstock.engine.run.jobs import list_jobs
+
+    if context.invoked_subcommand is not None:
+        return
+    with reported(False):
+        found = list_jobs()
+    if as_json:
+        print(json.dumps([info.to_json() for info in found]))
+    else:
+        print(jobs_table(found))
+
+
+@jobs_app.command("rm")
+def remove(
+    job: Annotated[str, typer.Argument(help="Folder, or name of a job.")],
+    debug: Debug = False,
+) -> None:
+    """Remove a job and all that it has kept; its video stays."""
+    from penstock.engine.run.jobs import find_job, remove_job
+
+    with reported(debug):
+        folder = find_job(job)
+        remove_job(folder)
+    print(f"removed {folder.name}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The mp4 to write.")] = Path(
+        "demo.mp4"
+    ),
+    prompt: Annotated[str | None, typer.Option(help="What should happen.")] = None,
+    image: Annotated[Path | None, typer.Option(help="The picture to start from.")] = None,
+    vram: Vram = None,
+    ram: Ram = None,
+    device: Device = "auto",
+    force: Force = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make a video, and a page with its frames, with the small model in the box."""
+    from penstock.engine.media.sheet import sheet_beside, write_contact_sheet
+    from penstock.engine.request.demo import MINI, demo_settings
+
+    with reported(debug):
+        sheet = sheet_beside(output, overwrite=force)
+        opening = {"vram": vram, "ram": ram, "device": device}
+        _generate(MINI, opening, demo_settings(prompt, image), output, force, True, as_json)
+        write_contact_sheet(output, sheet, scale=2)
+        Console(stderr=True).print(f"its frames: {sheet}", soft_wrap=True)
+
+
+@app.command()
+def plan(
+    model: Model = None,
+    transformer: Part = None,
+    text_encoder: Part = None,
+    vae: Part = None,
+    image_encoder: Part = None,
+    tokenizer: Tokenizer = None,
+    synthetic: Annotated[
+        str | None, typer.Option(help="A built-in description instead: wan2.1-i2v-14b.")
+    ] = None,
+    image: Annotated[Path | None, typer.Option(help="The picture, for its aspect.")] = None,
+    size: Annotated[str | None, typer.Option(help="Pixels, such as 1280x720.")] = None,
+    max_area: Annotated[str | None, typer.Option(help="720p, 480p or WxH.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames, 4n+1 (81).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps (40).")] = None,
+    cfg: Annotated[float | None, typer.Option(help="Guidance scale (5); 1 is off.")] = None,
+    distilled: Distilled = False,
+    lora: Loras = None,
+    vram: Vram = None,
+    ram: Annotated[
+        str | None, typer.Option(help="Ceiling on RAM; with --card, that machine's memory.")
+    ] = None,
+    device: Device = "auto",
+    profile: Profile = "auto",
+    card: Annotated[
+        str | None, typer.Option(help='Plan for another machine, such as "RTX 3060 12GB".')
+    ] = None,
+    disk: Annotated[
+        str | None, typer.Option(help="Its disk: nvme5, nvme4, nvme3, sata, hdd, or 3.5GB/s.")
+    ] = None,
+    format: Format = None,
+    compute: Compute = None,
+    attention: Attention = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what a video will take, in bytes and seconds, without loading anything."""
+    from penstock.cli.plan_view import plan_view
+    from penstock.engine.files.locate import Files
+    from penstock.engine.planning import Asked, Target, make_plan
+
+    with reported(debug):
+        found = make_plan(
+            model,
+            Files(transformer, text_encoder, vae, image_encoder, tokenizer),
+            synthetic,
+            Asked(size, max_area, frames, steps, cfg, image, distilled),
+            Target(device, card, ram, disk, vram, profile, format, compute, attention),
+            lora or [],
+        )
+    if as_json:
+        print(json.dumps(found.to_json()))
+    else:
+        Console().print(plan_view(found), highlight=False, soft_wrap=True)
+
+
+profiles_app = typer.Typer(help="Byte budgets and policies by name.", invoke_without_command=True)
+app.add_typer(profiles_app, name="profiles")
+
+
+@profiles_app.callback()
+def profiles(context: typer.Context) -> None:
+    """List the profiles."""
+    from penstock.cli.plan_view import profiles_view
+
+    if context.invoked_subcommand is None:
+        with reported(debug=False):
+            Console().print(profiles_view())
+
+
+@profiles_app.command("show")
+def profiles_show(name: Annotated[str, typer.Argument(help="A name, or a file.")]) -> None:
+    """Show one profile."""
+    from penstock.cli.plan_view import profile_view
+    from penstock.profiles.profile import load
+
+    with reported(debug=False):
+        Console().print(profile_view(load(name)))
+
+
+@app.command()
+def doctor(
+    device: Device = "auto",
+    folder: Annotated[Path | None, typer.Option(help="On the disk that the models are on.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Say what this machine is and does, measure it, and keep the rates for plans."""
+    from penstock.cli.plan_view import findings_view
+    from penstock.engine.machine.doctor import examine
+
+    with reported(debug):
+        found = examine(device, folder)
+    if as_json:
+        print(json.dumps(found.to_json()))
+        return
+    rows = [(each.topic, each.found, each.remedy) for each in found.findings]
+    Console().print(findings_view(found.machine, rows), highlight=False)
+    print(f"rates are kept in {found.stored_in}")
+
+
+JobFolder = Callable[[Any, Any, Any], tuple[Path, bool]]
+"""Given engine, request and plan: the job's folder, and whether to resume the job in it."""
+
+
+def _generate(
+    model: Path | str | None,
+    opening: dict[str, Any],
+    settings: Any,
+    output: Path,
+    force: bool,
+    metadata: bool,
+    as_json: bool,
+    job_folder: JobFolder | None = None,
+) -> None:
+    """Make a video with an engine that is opened with ``opening``; what cannot fit is refused
+    before anything heavy is imported."""
+    from penstock.engine.prepared import Prepared
+    from penstock.engine.request.settings import resolve
+
+    prepared = Prepared.open(model, **opening)
+    request = resolve(settings, prepared.model)
+    plan = prepared.plan(request, kept=job_folder is not None)
+
+    from penstock.engine.engine import Engine
+
+    with Engine(prepared) as engine:
+        folder, resumes = (None, False) if job_folder is None else job_folder(engine, request, plan)
+        if resumes and folder is not None:
+            job = engine.resume(folder, output, force=force)
+        else:
+            job = engine.submit(request, output, force=force, metadata=metadata, job_dir=folder)
+        _watch(job, plan, as_json)
+
+
+def _watch(job: Any, plan: Any, as_json: bool) -> None:
+    """Show a job until it ends, and its report."""
+    from penstock.cli.progress import Display, plan_summary, report_summary
+
+    console = Console(stderr=True)
+    console.print(plan_summary(plan), highlight=False, soft_wrap=True)
+    with _stopping(job.cancel), Display(console, plan) as display:
+        for event in job.events():
+            display.show(event)
+    report = job.result().report
+    console.print(report_summary(report), highlight=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps({"plan": plan.to_json(), "report": report.to_json()}))
+
+
+def _job_folder(
+    engine: Any, request: Any, plan: Any, folder: Path | None, resumes: bool | None
+) -> tuple[Path, bool]:
+    """Where the job is kept, and whether an unfinished identical one there is continued."""
+    from penstock.engine.run.jobs import find_unfinished, new_job_folder
+    from penstock.engine.run.stored import request_values
+
+    values = request_values(request, engine.model.opening, plan)
+    found = find_unfinished(values, folder)
+    if found is not None and resumes is not False:
+        question = f"job {found.name} is the same and unfinished ({found.step}/{found.steps} steps)"
+        if resumes or (sys.stdin.isatty() and typer.confirm(f"{question}: continue it?")):
+            return found.folder, True
+        print(f"note: {question}: penstock resume {found.folder}", file=sys.stderr)
+    return folder or new_job_folder(), False
+
+
+@contextmanager
+def _stopping(cancel: Callable[[], None]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask the job to stop instead of tearing it down."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: cancel()) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+
+
+def prefer_pages(environ: MutableMapping[str, str]) -> None:
+    """Ask torch's CUDA allocator for segments that grow and shrink by pages, where the platform has
+    them and the user has not said otherwise: a budget is then not spent on holes between tensors.
+
+    The command's own process only; what embeds penstock keeps its allocator as it set it.
+    """
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # before torch 2.9, and since
+    if sys.platform == "linux" and not any(name in environ for name in names):
+        environ.update(dict.fromkeys(names, "expandable_segments:True"))
+
+
+def main() -> None:
+    """Entry point of the ``penstock`` command."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for library in ("DIFFUSERS", "TRANSFORMERS"):  # they set their own level when they are imported
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    prefer_pages(os.environ)
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""What a person sees while a job runs: a rich display on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from penstock.engine.packs.cache import CachedPack
+from penstock.engine.run.events import Event, Notice, PhaseEnded, PhaseStarted, Replanned
+from penstock.engine.run.events import Progress as Advance
+from penstock.engine.run.jobs import JobInfo
+from penstock.engine.run.report import PhaseReport, RunReport
+from penstock.profiles.plan import ATTENTION, COMPUTE_PATHS, Plan
+from penstock.units import format_bytes
+
+
+class Display:
+    """Shows the events of one job on ``console`` (stderr).
+
+    Args:
+        console: where to write; its ``is_terminal`` picks bars or lines.
+        plan: for the budgets that the bytes are shown against.
+    """
+
+    def __init__(self, console: Console, plan: Plan) -> None:
+        self._console = console
+        self._plan = plan
+        self._bars = _bars(console) if console.is_terminal else None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Display:
+        self._context: AbstractContextManager[object] = self._bars or nullcontext()
+        self._context.__enter__()
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._context.__exit__(None, None, None)
+
+    def show(self, event: Event) -> None:
+        """Show one event."""
+        if isinstance(event, Notice | Replanned):
+            self._console.print(f"note: {event.message}", style="yellow", highlight=False)
+        elif self._bars is not None:
+            self._show_bar(self._bars, event)
+        else:
+            self._show_line(event)
+
+    def _show_bar(self, bars: Progress, event: Event) -> None:
+        if isinstance(event, PhaseStarted):
+            self._task = bars.add_task(event.phase, total=event.total, facts="")
+        elif isinstance(event, Advance) and self._task is not None:
+            bars.update(self._task, completed=event.step, facts=self._facts(event))
+        elif isinstance(event, PhaseEnded) and self._task is not None:
+            bars.update(self._task, completed=event.report.units, facts=_summary(event.report))
+
+    def _show_line(self, event: Event) -> None:
+        if isinstance(event, PhaseStarted):
+            line = f"{event.phase}: {event.total} {event.unit}{'s' if event.total != 1 else ''}"
+        elif isinstance(event, Advance):
+            if event.unit != "step":
+                return
+            line = f"{event.phase}: {event.step}/{event.total}  {self._facts(event)}"
+        elif isinstance(event, PhaseEnded):
+            line = f"{event.report.name}: {_summary(event.report)}"
+        else:
+            return
+        self._console.print(line, highlight=False, soft_wrap=True)
+
+    def _facts(self, event: Advance) -> str:
+        plan = self._plan
+        return (
+            f"{event.seconds_per_unit:.2f} s/{event.unit}, {_clock(event.eta_s)} left, "
+            f"VRAM {format_bytes(event.vram_bytes)} of {format_bytes(plan.vram_limit_bytes)}, "
+            f"RAM {format_bytes(event.ram_bytes)} of {format_bytes(plan.ram_limit_bytes)}"
+        )
+
+
+def _bars(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:>8}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[facts]}"),
+        console=console,
+    )
+
+
+def _summary(report: PhaseReport) -> str:
+    return (
+        f"{report.seconds:.1f} s, peak VRAM {format_bytes(report.measured_vram_bytes)}, "
+        f"RAM {format_bytes(report.measured_ram_bytes)}"
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def plan_summary(plan: Plan) -> str:
+    """The plan in three lines, as printed before anything is loaded."""
+    denoise = plan["denoise"]
+    stream = denoise.stream
+    assert stream is not None
+    return (
+        f"plan: peak VRAM {format_bytes(plan.peak_vram_bytes)} "
+        f"of {format_bytes(plan.vram_limit_bytes)}, "
+        f"RAM {format_bytes(plan.peak_ram_bytes)} of {format_bytes(plan.ram_limit_bytes)}\n"
+        f"plan: {stream.n_blocks} blocks: {stream.device_resident} stay in VRAM, "
+        f"{stream.host_resident} in RAM, {stream.disk_blocks} stream from disk; "
+        f"{denoise.chunk_tokens} tokens a chunk, {denoise.branches} branch(es) a visit, "
+        f"decode in {plan['decode'].tiles[0]}x{plan['decode'].tiles[1]} tiles\n"
+        f"plan: blocks stored as {plan.weight_format}, compute {plan.compute}: "
+        f"{COMPUTE_PATHS[plan.compute_path]}; self-attention {ATTENTION[plan.attention]}"
+    )
+
+
+def report_summary(report: RunReport) -> str:
+    """One line about a finished job."""
+    return (
+        f"wrote {report.output}: {report.frames} frames, {report.width}x{report.height}, "
+        f"seed {report.seed}, {report.weight_format} ({COMPUTE_PATHS[report.compute_path]}, "
+        f"self-attention {ATTENTION[report.attention]}), "
+        f"{report.seconds:.1f} s, "
+        f"peak VRAM {format_bytes(report.peak_vram_bytes)}, "
+        f"RAM {format_bytes(report.peak_ram_bytes)}"
+    )
+
+
+def jobs_table(jobs: Sequence[JobInfo]) -> str:
+    """The jobs as a table: name, state, steps, age, size; newest first."""
+    if not jobs:
+        return "no jobs"
+    now = time.time()
+    rows = [("JOB", "STATE", "STEP", "AGE", "SIZE")]
+    rows += [
+        (
+            str(info.name),
+            info.state,
+            f"{info.step}/{info.steps}",
+            _clock(max(0.0, now - info.created)) if info.created else "?",
+            format_bytes(info.size_bytes),
+        )
+        for info in jobs
+    ]
+    return _table(rows)
+
+
+def packs_table(packs: Sequence[CachedPack]) -> str:
+    """The packs in the cache: name, size, and what they were made from."""
+    if not packs:
+        return "no packs"
+    rows = [("PACK", "SIZE", "MADE FROM")]
+    rows += [
+        (pack.name, format_bytes(pack.nbytes), pack.source if pack.complete else "(unfinished)")
+        for pack in packs
+    ]
+    return _table(rows)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of equal length in aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (zip(row, widths, strict=True) for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in line).rstrip() for line in lines
+    )
+
+
+Show = Callable[[Event], None]
+
+
+@contextmanager
+def pack_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar of bytes that appears with the first call of what is given: (what, done, total)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bars:
+        tasks: list[TaskID] = []
+
+        def show(what: str, done: int, total: int) -> None:
+            if not tasks:
+                tasks.append(bars.add_task(what, total=total))
+            bars.update(tasks[0], description=what.replace("_", " "), completed=done)
+
+        yield show

@@ -1,0 +1,128 @@
+"""The picture a video starts from: encoded by CLIP, turned into conditioning.
+
+The encoder is run layer by layer as free functions over the modules of transformers'
+``CLIPVisionModel``. The transformer wants ``hidden_states[-2]``, so the last layer, the pooled
+output and the post-norm are never needed: do not load them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.functional import scaled_dot_product_attention
+
+from penstock.errors import CheckpointError
+
+
+def preprocess(picture: Image.Image, width: int, height: int) -> Tensor:
+    """The picture at the video's size, ``(1, 3, height, width)`` fp32 in [-1, 1].
+
+    As diffusers' ``VideoProcessor.preprocess``: Lanczos to exactly this size, whatever the aspect.
+    """
+    sized = picture.resize((width, height), resample=Image.Resampling.LANCZOS)
+    scaled = torch.from_numpy(np.array(sized).astype(np.float32) / 255.0)
+    return (
+        (2.0 * scaled - 1.0).permute(2, 0, 1).unsqueeze(0).contiguous()
+    )  # (h, w, 3) -> (1, 3, h, w)
+
+
+def conditioning(
+    encoded: Tensor, latents_mean: Sequence[float], latents_std: Sequence[float], temporal: int = 4
+) -> Tensor:
+    """What is concatenated to the noise: the mask of given frames and the encoded picture.
+
+    As ``WanImageToVideoPipeline.prepare_latents``: the mask has ``temporal`` channels, one for each
+    video frame of a latent frame, and is one where the frame is given: the first latent frame.
+
+    Args:
+        encoded: the VAE's mean for the picture, then zeros, ``(1, z, t, h, w)``, not normalised.
+        latents_mean, latents_std: the VAE config's, one a channel.
+        temporal: video frames a latent frame.
+
+    Returns:
+        ``(1, temporal + z, t, h, w)``, 20 channels for Wan2.1, in the type of ``encoded``.
+    """
+    batch, channels, frames, height, width = encoded.shape
+    view = (1, channels, 1, 1, 1)
+    mean = torch.tensor(latents_mean).view(view).to(encoded)
+    inverse_std = 1.0 / torch.tensor(latents_std).view(view).to(encoded)
+    joined = encoded.new_zeros(batch, temporal + channels, frames, height, width)
+    joined[:, :temporal, 0] = 1
+    joined[:, temporal:] = (encoded - mean) * inverse_std
+    return joined
+
+
+def make_image_processor(config: Mapping[str, Any]) -> Any:
+    """The CLIP image processor of a ``preprocessor_config.json``'s content.
+
+    Raises:
+        CheckpointError: it is of no use.
+    """
+    from transformers import CLIPImageProcessor
+
+    try:
+        return CLIPImageProcessor.from_dict(dict(config))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError("no usable image processor config", found=str(error)) from error
+
+
+def pixel_values(processor: Any, picture: Image.Image) -> Tensor:
+    """The picture as CLIP sees it, ``(1, 3, s, s)`` fp32, normalised by the folder's processor."""
+    return processor(images=picture, return_tensors="pt").pixel_values  # type: ignore[no-any-return]
+
+
+def embed_pixels(embeddings: Any, pre_layer_norm: Module, pixels: Tensor) -> Tensor:
+    """Patches, class token and positions, normed: ``(1, 3, s, s) -> (1, n, d)``.
+
+    Args:
+        embeddings: ``CLIPVisionModel.embeddings``; only its weights are used, not its buffers.
+        pre_layer_norm: ``CLIPVisionModel.pre_layrnorm``.
+        pixels: from `pixel_values`.
+    """
+    weight = embeddings.patch_embedding.weight
+    patches = embeddings.patch_embedding(pixels.to(weight)).flatten(2).transpose(1, 2)
+    head = embeddings.class_embedding.expand(1, 1, -1)
+    tokens = torch.cat([head, patches], dim=1) + embeddings.position_embedding.weight
+    return pre_layer_norm(tokens)  # type: ignore[no-any-return]
+
+
+def encode_layers(blocks: Iterable[tuple[int, Module]], hidden: Tensor) -> Tensor:
+    """Run CLIP encoder layers; give it the first
+    `penstock.engine.families.wan.structure.layers_needed`.
+
+    Args:
+        blocks: ``(index, CLIPEncoderLayer)`` in order, weights bound while the loop holds them.
+        hidden: ``(1, n, d)`` from `embed_pixels`.
+
+    Returns:
+        ``(1, n, d)``: after all but the last layer, ``hidden_states[-2]``.
+    """
+    for _, block in blocks:
+        hidden = _run_layer(block, hidden)
+    return hidden
+
+
+def _run_layer(layer: Any, hidden: Tensor) -> Tensor:
+    hidden = hidden + _attend(layer.self_attn, layer.layer_norm1(hidden))
+    return hidden + _feed_forward(layer.mlp, layer.layer_norm2(hidden))
+
+
+def _attend(module: Any, normed: Tensor) -> Tensor:
+    # (1, n, heads * d) -> (1, heads, n, d)
+    query, key, value = (
+        part(normed).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+        for part in (module.q_proj, module.k_proj, module.v_proj)
+    )
+    mixed = scaled_dot_product_attention(query, key, value, scale=module.scale)
+    del query, key, value
+    return module.out_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def _feed_forward(module: Any, normed: Tensor) -> Tensor:
+    return module.fc2(module.activation_fn(module.fc1(normed)))  # type: ignore[no-any-return]

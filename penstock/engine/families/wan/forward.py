@@ -1,0 +1,409 @@
+"""The Wan transformer's forward pass in little memory: free functions over diffusers' modules.
+
+`diffusers.WanTransformer3DModel` gives structure and weights; this file gives the order of the
+work. In a block the keys and values of all tokens come first. Then each chunk of tokens goes
+through self-attention, cross-attention and feed-forward, and is updated in place: nothing else
+needs its old value. What does not change from step to step is computed once: the context and its
+cross-attention keys and values a prompt, the time embedding a schedule.
+
+Operations and roundings are those of diffusers' forward: with one chunk over all tokens the result
+is the same bit for bit. The memory it takes is stated by `penstock.profiles.cost.transformer`,
+which follows this file line by line: change both together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from penstock.engine.families.wan.attention import Attention, attention
+from penstock.errors import CheckpointError, UsageError
+
+TEXT_TOKENS = 512
+"""Text tokens of Wan's context, a constant in diffusers' attention processor too."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a branch is conditioned on: text (1, 512, d), image (1, n, d) or None."""
+
+    text: Tensor
+    image: Tensor | None
+
+
+@dataclass(frozen=True)
+class CrossKV:
+    """Keys and values of one block's cross-attention, each (1, tokens, heads, head width)."""
+
+    k: Tensor
+    v: Tensor
+    k_img: Tensor | None = None
+    v_img: Tensor | None = None
+
+
+class CrossByBlock(Protocol):
+    """The `CrossKV` of one branch by block index: a list, or something that fetches them."""
+
+    def __getitem__(self, block: int, /) -> CrossKV: ...
+
+
+@dataclass(frozen=True)
+class StepModulation:
+    """The time embedding of one step: ``temb`` (1, d) for the head, ``projection`` (1, 6, d)."""
+
+    temb: Tensor
+    projection: Tensor
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary angles of all tokens: ``cos`` and ``sin``, each (1, n, 1, head width / 2)."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+@torch.no_grad()
+def prepare_context(model: Any, text: Tensor, image: Tensor | None) -> Context:
+    """Project encoder states to the transformer's width.
+
+    Args:
+        model: the transformer, with ``condition_embedder``'s text and image embedders bound.
+        text: (1, 512, text_dim), in the compute dtype.
+        image: (1, n, image_dim), in the compute dtype; None for a text-to-video model.
+
+    Raises:
+        CheckpointError: a first-and-last-frame model, whose image embedder has positions.
+        UsageError: not 512 text tokens, or an image where the model takes none, or none where it
+            takes one.
+    """
+    embedder = model.condition_embedder
+    _check_context(embedder, text, image)
+    return Context(
+        text=embedder.text_embedder(text),
+        image=None if image is None else embedder.image_embedder(image),
+    )
+
+
+def _check_context(embedder: Any, text: Tensor, image: Tensor | None) -> None:
+    wants_image = embedder.image_embedder is not None
+    if wants_image and embedder.image_embedder.pos_embed is not None:
+        raise CheckpointError(
+            "first-and-last-frame models are not supported",
+            expected="a transformer config without pos_embed_seq_len",
+            remedy="Use a Wan2.1 image-to-video or text-to-video model",
+        )
+    if text.shape[1] != TEXT_TOKENS:
+        raise UsageError(
+            "the text must be padded or cut to the context's length",
+            expected=f"{TEXT_TOKENS} tokens",
+            found=f"{text.shape[1]}",
+        )
+    if wants_image != (image is not None):
+        raise UsageError(
+            "the image conditioning does not match the model",
+            expected="image states" if wants_image else "no image states",
+            found="none" if wants_image else "image states",
+            remedy="Use an image-to-video model exactly when there is an image",
+        )
+
+
+@torch.no_grad()
+def cross_kv(attn2: Any, context: Context, same_image: CrossKV | None = None) -> CrossKV:
+    """Keys and values of one block's cross-attention: the same for all steps.
+
+    Args:
+        attn2: the block's cross-attention, with the weights of
+            `penstock.engine.families.wan.structure.CROSS_KV_NAMES` bound.
+        context: of the branch.
+        same_image: this block's result for another branch with the same image, whose image keys and
+            values are then shared instead of computed again.
+    """
+    heads = (attn2.heads, -1)
+    k = attn2.norm_k(attn2.to_k(context.text)).unflatten(2, heads)
+    v = attn2.to_v(context.text).unflatten(2, heads)
+    if context.image is None:
+        return CrossKV(k, v)
+    if same_image is not None:
+        return CrossKV(k, v, same_image.k_img, same_image.v_img)
+    k_img = attn2.norm_added_k(attn2.add_k_proj(context.image)).unflatten(2, heads)
+    v_img = attn2.add_v_proj(context.image).unflatten(2, heads)
+    return CrossKV(k, v, k_img, v_img)
+
+
+@torch.no_grad()
+def step_modulation(model: Any, timesteps: Tensor, dtype: torch.dtype) -> list[StepModulation]:
+    """The time embedding of all steps, one by one: a batch would round differently.
+
+    Args:
+        model: the transformer, with ``condition_embedder``'s time embedder and projection bound.
+        timesteps: (steps,), in the scheduler's dtype, on the model's device.
+        dtype: the compute dtype.
+    """
+    embedder = model.condition_embedder
+    weight_dtype = embedder.time_embedder.linear_1.weight.dtype
+    steps = []
+    for timestep in timesteps[:, None]:  # each (1,)
+        angles = embedder.timesteps_proj(timestep).to(weight_dtype)  # (1,) -> (1, freq_dim)
+        temb = embedder.time_embedder(angles).to(dtype)
+        projection = embedder.time_proj(embedder.act_fn(temb)).unflatten(1, (6, -1))
+        steps.append(StepModulation(temb, projection))
+    return steps
+
+
+@torch.no_grad()
+def rope_tables(model: Any, latent: Sequence[int], device: torch.device) -> Rope:
+    """Rotary angles of a latent grid.
+
+    diffusers keeps each angle twice, for the two elements it turns; one is enough here.
+
+    Args:
+        model: the transformer; ``rope`` holds the angles of each position along each axis.
+        latent: latent frames, height and width.
+        device: where the tables shall be.
+    """
+    grid = tuple(size // patch for size, patch in zip(latent, model.config.patch_size, strict=True))
+    widths = [model.rope.t_dim // 2, model.rope.h_dim // 2, model.rope.w_dim // 2]
+
+    def spread(freqs: Tensor) -> Tensor:
+        axes = torch.split(freqs[:, ::2].to(device), widths, dim=1)
+        shaped = []
+        for axis, table in enumerate(axes):
+            ones = [1, 1, 1]
+            ones[axis] = grid[axis]
+            shaped.append(table[: grid[axis]].view(*ones, -1).expand(*grid, -1))
+        return torch.cat(shaped, dim=-1).flatten(0, 2)[
+            None, :, None
+        ]  # (f, h, w, r) -> (1, n, 1, r)
+
+    return Rope(spread(model.rope.freqs_cos), spread(model.rope.freqs_sin))
+
+
+@torch.no_grad()
+def embed(model: Any, latents: Tensor) -> Tensor:
+    """Patches of the model input: (1, in_channels, t, h, w) -> (1, n, d), contiguous."""
+    patches: Tensor = model.patch_embedding(latents)  # (1, d, f, h, w)
+    return patches.flatten(2).transpose(1, 2).contiguous()
+
+
+class SelfKV:
+    """Room for one block's self-attention keys and values, reused by all blocks and branches."""
+
+    def __init__(self, hidden: Tensor, heads: int) -> None:
+        self.k = torch.unflatten(torch.empty_like(hidden), 2, (heads, -1))  # (1, n, heads, width)
+        self.v = torch.empty_like(self.k)
+
+
+@torch.no_grad()
+def block_forward(
+    block: Any,
+    hidden: Tensor,
+    modulation: StepModulation,
+    cross: CrossKV,
+    rope: Rope,
+    kv: SelfKV,
+    chunk_tokens: int,
+    attend: Attention = attention,
+) -> None:
+    """One transformer block, in place on ``hidden``.
+
+    Args:
+        block: a `WanTransformerBlock`, its weights bound; those of
+            `penstock.engine.families.wan.structure.CROSS_KV_NAMES` need not be.
+        hidden: (1, n, d).
+        modulation: of the step.
+        cross: of this block and branch.
+        rope: of the latent grid.
+        kv: room to work in; its content is lost.
+        chunk_tokens: tokens that go through the block together.
+        attend: of the self-attention.
+    """
+    table = (block.scale_shift_table + modulation.projection.float()).chunk(
+        6, dim=1
+    )  # 6 x (1, 1, d)
+    shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table
+    scale, ffn_scale = 1 + scale, 1 + ffn_scale
+    for part in _chunks(hidden.shape[1], chunk_tokens):
+        _write_kv(block, hidden[:, part], scale, shift, rope, kv, part)
+    for part in _chunks(hidden.shape[1], chunk_tokens):
+        chunk = hidden[:, part]
+        chunk.add_(
+            _gated(_self_attention(block, chunk, scale, shift, rope, kv, part, attend), gate)
+        )
+        chunk.add_(_cross_attention(block, chunk, cross))
+        chunk.add_(_gated(_feed_forward(block, chunk, ffn_scale, ffn_shift), ffn_gate))
+
+
+def _chunks(tokens: int, chunk_tokens: int) -> Iterator[slice]:
+    for start in range(0, tokens, chunk_tokens):
+        yield slice(start, min(start + chunk_tokens, tokens))
+
+
+def _modulated(norm: Any, chunk: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Layer norm, scale and shift in fp32: (1, c, d) -> (1, c, d) in the dtype of ``chunk``."""
+    normed: Tensor = norm(chunk.float())
+    return normed.mul_(scale).add_(shift).type_as(chunk)
+
+
+def _gated(update: Tensor, gate: Tensor) -> Tensor:
+    """``update * gate`` in fp32; ``update`` is used up."""
+    return update.mul_(gate) if update.dtype == gate.dtype else update * gate
+
+
+def _write_kv(
+    block: Any, chunk: Tensor, scale: Tensor, shift: Tensor, rope: Rope, kv: SelfKV, part: slice
+) -> None:
+    attn = block.attn1
+    x = _modulated(block.norm1, chunk, scale, shift)
+    kv.v[:, part] = attn.to_v(x).unflatten(2, (attn.heads, -1))
+    k = attn.to_k(x)
+    del x
+    k = attn.norm_k(k)
+    _rotate(k.unflatten(2, (attn.heads, -1)), rope, part, out=kv.k[:, part])
+
+
+def _self_attention(
+    block: Any,
+    chunk: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    rope: Rope,
+    kv: SelfKV,
+    part: slice,
+    attend: Attention,
+) -> Tensor:
+    attn = block.attn1
+    q = attn.to_q(_modulated(block.norm1, chunk, scale, shift))
+    q = attn.norm_q(q).unflatten(2, (attn.heads, -1))
+    q = _rotate(q, rope, part, out=torch.empty_like(q))
+    q = attend(q, kv.k, kv.v)
+    update: Tensor = attn.to_out[0](q)
+    return update
+
+
+def _rotate(x: Tensor, rope: Rope, part: slice, out: Tensor) -> Tensor:
+    """Turn neighbouring pairs of (1, c, heads, head width) by the angles of their tokens."""
+    cos, sin = rope.cos[:, part], rope.sin[:, part]
+    x1, x2 = torch.unflatten(x, -1, (-1, 2)).unbind(-1)
+    out[..., 0::2] = (x1 * cos).sub_(x2 * sin)
+    out[..., 1::2] = (x1 * sin).add_(x2 * cos)
+    return out
+
+
+def _cross_attention(block: Any, chunk: Tensor, cross: CrossKV) -> Tensor:
+    attn = block.attn2
+    q = attn.to_q(block.norm2(chunk.float()).type_as(chunk))
+    q = attn.norm_q(q).unflatten(2, (attn.heads, -1))
+    out = attention(q, cross.k, cross.v)
+    if cross.k_img is not None and cross.v_img is not None:
+        out.add_(attention(q, cross.k_img, cross.v_img))
+    del q
+    update: Tensor = attn.to_out[0](out)
+    return update
+
+
+def _feed_forward(block: Any, chunk: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    gelu, _, down = block.ffn.net
+    x = gelu.proj(_modulated(block.norm3, chunk, scale, shift))
+    torch.ops.aten.gelu_(x, approximate=gelu.approximate)
+    update: Tensor = down(x)
+    return update
+
+
+@torch.no_grad()
+def head(
+    model: Any,
+    hidden: Tensor,
+    temb: Tensor,
+    latent: Sequence[int],
+    chunk_tokens: int,
+) -> Tensor:
+    """Final norm and projection, back to latents.
+
+    Args:
+        model: the transformer, with ``proj_out`` and its ``scale_shift_table`` bound.
+        hidden: (1, n, d).
+        temb: (1, d), of the step.
+        latent: latent frames, height and width.
+        chunk_tokens: tokens that are projected together.
+
+    Returns:
+        (1, out_channels, t, h, w), in the dtype of ``hidden``.
+    """
+    shift, scale = (model.scale_shift_table + temb.unsqueeze(1)).chunk(2, dim=1)
+    scale = 1 + scale
+    tokens = hidden.shape[1]
+    patches = hidden.new_empty(1, tokens, model.proj_out.out_features)
+    for part in _chunks(tokens, chunk_tokens):
+        x = _modulated(model.norm_out, hidden[:, part], scale, shift)
+        patches[:, part] = model.proj_out(x)
+    return _unpatchify(patches, latent, model.config.patch_size)
+
+
+def _unpatchify(patches: Tensor, latent: Sequence[int], patch: Sequence[int]) -> Tensor:
+    f, h, w = (size // p for size, p in zip(latent, patch, strict=True))
+    x = patches.view(1, f, h, w, *patch, -1)  # (1, n, pt*ph*pw*c) -> (1, f, h, w, pt, ph, pw, c)
+    return x.permute(0, 7, 1, 4, 2, 5, 3, 6).reshape(1, -1, *latent)
+
+
+def denoise_forward(
+    model: Any,
+    blocks: Iterable[tuple[int, Any]],
+    latents: Tensor,
+    branches: Sequence[CrossByBlock],
+    modulation: StepModulation,
+    rope: Rope,
+    chunk_tokens: int,
+    attend: Attention = attention,
+) -> list[Tensor]:
+    """The whole transformer, all branches in one visit of each block.
+
+    The branches go through a block one after another, never as a batch: each result is that of a
+    pass of its own.
+
+    Args:
+        model: the transformer; ``patch_embedding``, ``proj_out``, ``scale_shift_table`` bound.
+        blocks: index and module of each block in order, its weights bound while it is the current.
+        latents: (1, in_channels, t, h, w), the model input, the same for all branches.
+        branches: for each branch (conditional, unconditional) its `CrossKV` by block index, looked
+            up when the block needs it and let go after it.
+        modulation: of the step.
+        rope: of the latent grid.
+        chunk_tokens: tokens that go through a block together.
+        attend: of the self-attention; what is attended to across (few keys) is torch's own.
+
+    Returns:
+        For each branch (1, out_channels, t, h, w).
+    """
+    hidden = _embed_branches(model, latents, len(branches))
+    _run_blocks(model, blocks, hidden, branches, modulation, rope, chunk_tokens, attend)
+    latent = latents.shape[2:]
+    return [
+        head(model, hidden.pop(0), modulation.temb, latent, chunk_tokens)
+        for _ in range(len(hidden))
+    ]
+
+
+def _embed_branches(model: Any, latents: Tensor, branches: int) -> list[Tensor]:
+    first = embed(model, latents)
+    return [first, *(first.clone() for _ in range(branches - 1))]
+
+
+def _run_blocks(
+    model: Any,
+    blocks: Iterable[tuple[int, Any]],
+    hidden: Sequence[Tensor],
+    branches: Sequence[CrossByBlock],
+    modulation: StepModulation,
+    rope: Rope,
+    chunk_tokens: int,
+    attend: Attention,
+) -> None:
+    kv = SelfKV(hidden[0], model.config.num_attention_heads)
+    for index, block in blocks:
+        for state, cross in zip(hidden, branches, strict=True):
+            block_forward(block, state, modulation, cross[index], rope, kv, chunk_tokens, attend)

@@ -1,0 +1,74 @@
+"""The networks of a model without weights: the classes of diffusers and transformers on the meta
+device, each with one block, and what is put into them where weights are quantised or bear LoRAs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from penstock.engine.model.binding import skeleton
+from penstock.offload.checkpoint import torch_dtype
+from penstock.quant.delta import Delta
+from penstock.quant.format import QuantFormat
+from penstock.quant.linear import replace_linears
+from penstock.quant.lora import add_deltas
+from penstock.quant.paths import Computing
+
+
+def build(component: str, config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The network of ``component`` under ``config``, and its one block (None: it has none)."""
+    makers: dict[str, Callable[[dict[str, Any]], tuple[Any, Any]]] = {
+        "transformer": _transformer,
+        "text_encoder": _text,
+        "image_encoder": _image,
+        "vae": _vae,
+    }
+    return makers[component](dict(config))
+
+
+def equip(
+    module: Any,
+    formats: Mapping[str, QuantFormat],
+    deltas: Mapping[str, tuple[Delta, ...]],
+    computing: Computing,
+    tag: str,
+) -> None:
+    """Put quantised linears and LoRAs into ``module``.
+
+    Args:
+        module: a block, or a network.
+        formats: of its quantised linears, by local name.
+        deltas: what LoRAs add, by local name.
+        computing: how they compute.
+        tag: safetensors tag of the dtype they compute in.
+    """
+    dtype = torch_dtype(tag)
+    replace_linears(module, formats, computing, dtype)
+    add_deltas(module, deltas, computing, dtype)
+
+
+def _transformer(config: dict[str, Any]) -> tuple[Any, Any]:
+    from diffusers import WanTransformer3DModel
+
+    module = skeleton(WanTransformer3DModel, config | {"num_layers": 1})
+    return module, module.blocks[0]
+
+
+def _text(config: dict[str, Any]) -> tuple[Any, Any]:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    module = skeleton(UMT5EncoderModel, UMT5Config(**(config | {"num_layers": 1})))
+    return module, module.encoder.block[0]
+
+
+def _image(config: dict[str, Any]) -> tuple[Any, Any]:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    module = skeleton(CLIPVisionModel, CLIPVisionConfig(**(config | {"num_hidden_layers": 1})))
+    return module, module.encoder.layers[0]
+
+
+def _vae(config: dict[str, Any]) -> tuple[Any, Any]:
+    from diffusers import AutoencoderKLWan
+
+    return skeleton(AutoencoderKLWan, config), None

@@ -1,0 +1,188 @@
+"""Exact tiled decoding with diffusers' `AutoencoderKLWan`: latents become frames, without seams.
+
+`conv_in`, the mid block (it attends across the frame) and the first up block's residual blocks run
+on whole latent frames, whose features are kept. The rest runs tile by tile, and within a tile frame
+by frame, so that the causal past of one tile is alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from penstock.engine.families.wan.vae_layers import (
+    Past,
+    causal_conv,
+    head,
+    levels_of,
+    middle,
+    pointwise,
+    residual,
+    residuals,
+)
+from penstock.profiles.tiling import DecodeTile, TileGrid, Window, decode_tiles
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Pixels of one frame in one tile.
+
+    Attributes:
+        tile, tiles: index of the tile and their number.
+        frame: index of the frame in the video.
+        window: where the pixels go.
+        pixels: (3, h, w) in [-1, 1], on the device, in the VAE's dtype.
+    """
+
+    tile: int
+    tiles: int
+    frame: int
+    window: Window
+    pixels: Tensor
+
+
+@torch.no_grad()
+def decode_tiled(
+    vae: Any,
+    latents: Tensor,
+    grid: TileGrid,
+    *,
+    skip: Container[int] = (),
+    should_stop: Callable[[], None] = lambda: None,
+) -> Iterator[Piece]:
+    """Decode ``latents`` tile by tile; the pieces cover every pixel of every frame exactly once.
+
+    Args:
+        vae: an `AutoencoderKLWan` of which `post_quant_conv` and `decoder` hold weights.
+        latents: (1, z, t, h, w), already scaled and shifted back to the VAE's own range, of the
+            VAE's dtype and on its device.
+        grid: rows and columns of tiles.
+        skip: indices of tiles that are not wanted.
+        should_stop: called between units of work; ends the decoding by raising.
+
+    Raises:
+        CheckpointError: the VAE is not a Wan 2.1 VAE.
+        UsageError: more tiles than latents along an axis.
+    """
+    height, width = latents.shape[-2:]
+    tiles = decode_tiles(levels_of(vae), grid, height, width)
+    features = []
+    for feature in _whole_frames(vae, latents):
+        features.append(feature)
+        should_stop()
+    for index, tile in enumerate(tiles):
+        if index in skip:
+            continue
+        for frame, pixels in enumerate(_tile_frames(vae.decoder, features, tile)):
+            yield Piece(index, len(tiles), frame, tile.output, pixels[0, :, 0])
+            del pixels
+            should_stop()
+
+
+def raw_latents(latents: Tensor, config: Any) -> Tensor:
+    """Latents (1, z, t, h, w) in the VAE's own range: its normalisation undone, rounded as
+    diffusers' pipelines do."""
+    view = (1, config.z_dim, 1, 1, 1)
+    mean = torch.tensor(config.latents_mean).view(view).to(latents)
+    inverse_std = 1.0 / torch.tensor(config.latents_std).view(view).to(latents)
+    return latents / inverse_std + mean
+
+
+def tile_windows(vae: Any, grid: TileGrid, height: int, width: int) -> list[Window]:
+    """Where the pixels of each tile go, for latents of ``height`` x ``width``.
+
+    Raises:
+        UsageError: more tiles than latents along an axis.
+    """
+    return [tile.output for tile in decode_tiles(levels_of(vae), grid, height, width)]
+
+
+def decode_frames(
+    vae: Any, latents: Tensor, grid: TileGrid, *, should_stop: Callable[[], None] = lambda: None
+) -> Tensor:
+    """The decoded video, uint8 (frames, height, width, 3) in RAM, as diffusers would round it.
+
+    Arguments and errors are those of `decode_tiled`.
+    """
+    factor = levels_of(vae).factor
+    frames = 1 + (latents.shape[2] - 1) * _temporal_factor(vae.decoder)
+    size = latents.shape[3] * factor, latents.shape[4] * factor
+    video = torch.empty((frames, *size, 3), dtype=torch.uint8)
+    for piece in decode_tiled(vae, latents, grid, should_stop=should_stop):
+        rows, cols = piece.window.inside(Window.whole(*size))
+        video[piece.frame, rows, cols] = to_uint8(piece.pixels).cpu()
+    return video
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """(3, h, w) in [-1, 1] to (h, w, 3) in 0..255, by diffusers' `VaeImageProcessor` arithmetic."""
+    unit = (pixels * 0.5 + 0.5).clamp_(0, 1)
+    return unit.float().mul_(255).round_().to(torch.uint8).permute(1, 2, 0).contiguous()
+
+
+def _temporal_factor(decoder: Any) -> int:
+    return 1 << int(sum(decoder.temperal_upsample))
+
+
+def _whole_frames(vae: Any, latents: Tensor) -> Iterator[Tensor]:
+    """Features (1, c, 1, h, w) of each latent frame after the first up block's residual blocks."""
+    past: Past = {}
+    window, decoder = Window.whole(*latents.shape[-2:]), vae.decoder
+    single: Iterator[Tensor] = (latents[:, :, at : at + 1] for at in range(latents.shape[2]))
+    frames: Iterator[Tensor] = map(partial(pointwise, vae.post_quant_conv), single)
+    frames = map(partial(causal_conv, decoder.conv_in, past), frames)
+    frames = middle(decoder.mid_block, past, window, frames)
+    return residuals(decoder.up_blocks[0].resnets, past, window, frames)
+
+
+def _tile_frames(decoder: Any, features: Sequence[Tensor], tile: DecodeTile) -> Iterator[Tensor]:
+    """All frames of one tile, (1, 3, 1, h, w) each."""
+    past: Past = {}
+    whole = Window.whole(*features[0].shape[-2:])
+    rows, cols = tile.tail.inside(whole)
+    frames: Iterator[Tensor] = (feature[..., rows, cols] for feature in features)
+    low = tile.tail
+    for lower, upper, windows in zip(
+        decoder.up_blocks, decoder.up_blocks[1:], tile.levels, strict=False
+    ):
+        upsampler = lower.upsamplers[0]
+        frames = _doubled_rate(upsampler, past, frames)
+        frames = map(partial(_doubled_size, upsampler, low, windows[0]), frames)
+        for index, block in enumerate(upper.resnets):
+            span = windows[2 * index : 2 * index + 3]
+            frames = map(partial(residual, block, past, span), frames)
+        low = windows[2 * len(upper.resnets)]
+    frames = map(partial(head, decoder, past, tile.levels[-1][-2:]), frames)
+    return map(partial(torch.clamp_, min=-1.0, max=1.0), frames)
+
+
+def _doubled_rate(upsampler: Any, past: Past, frames: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Two frames for each one after the first, where the upsampler works in time too.
+
+    diffusers' marker "Rep" says the same: the first frame passes by, and the second meets zeros.
+    """
+    if upsampler.mode != "upsample3d":
+        yield from frames
+        return
+    yield next(frames)
+    for frame in frames:
+        pair = list(causal_conv(upsampler.time_conv, past, frame).chunk(2, dim=1))
+        del frame
+        while pair:
+            yield pair.pop(0)
+
+
+def _doubled_size(upsampler: Any, low: Window, after: Window, frame: Tensor) -> Tensor:
+    """Nearest-neighbour enlargement (a copy, so exact in any dtype) and its convolution."""
+    conv = upsampler.resample[1]
+    large = F.interpolate(frame[:, :, 0], scale_factor=2, mode="nearest-exact")
+    before = low.scaled(2)
+    rows, cols = before.rows.convolved(after.rows), before.cols.convolved(after.cols)
+    made = F.conv2d(large, conv.weight, conv.bias, padding=(rows.padding, cols.padding))
+    return made[:, :, None, rows.kept, cols.kept]

@@ -1,0 +1,389 @@
+"""What this machine really computes and moves a second, measured on the engine's own operations."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from penstock.engine.families.wan import forward
+from penstock.engine.families.wan.attention import Attention, attention, int8_attention
+from penstock.engine.families.wan.attention_probe import probe_int8
+from penstock.engine.families.wan.vae_layers import Past, residual
+from penstock.engine.machine.disk import IN_FLIGHT, read_rate
+from penstock.offload.ledger import ByteLedger
+from penstock.offload.tiers import DeviceTier, HostTier, open_link
+from penstock.profiles.cost.transformer import Flops, denoise_flops
+from penstock.profiles.cost.vae import VaeWork, residual_work
+from penstock.profiles.manifest import TransformerSpec, Weights
+from penstock.profiles.rates import SMALL_CHUNK, TINY_CHUNK, Rates
+from penstock.profiles.tiling import Window
+from penstock.quant.compute import Compute, Operands, strategy_for
+from penstock.quant.format import get_format
+from penstock.quant.paths import Computing, Scratch
+from penstock.quant.probe import probe, working
+from penstock.quant.scaled import Gemm
+from penstock.units import MIB
+
+_WIDTH, _HEADS, _FFN = 128, 8, 2048
+_WRITTEN_AT_ONCE = 8 * MIB
+_TINY_TOKENS = 256
+_NARROW = 32
+_RESIDUALS = ((16, 1), (32, 1), (64, 1), (192, 1), (16, 16), (64, 4))
+"""Channels of the VAE's residual blocks that are measured, and what part of the side of a frame."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured.
+
+    Attributes:
+        tokens: of the products and of attention.
+        copy_bytes, read_bytes: moved once, for the bandwidths.
+        seconds: each operation is repeated for at least as long.
+        clock: times operations that compute; `time.thread_time` leaves out what others compute on a
+            shared machine.
+    """
+
+    tokens: int
+    copy_bytes: int
+    read_bytes: int
+    seconds: float
+    clock: Callable[[], float] = time.perf_counter
+
+    @classmethod
+    def on(cls, device: torch.device) -> Effort:
+        """What fills the device, and takes some seconds in all."""
+        if device.type == "cuda":
+            return cls(16384, 512 * MIB, 1024 * MIB, 0.5)
+        return cls(1024, 64 * MIB, 256 * MIB, 0.4)
+
+
+def calibrate(
+    device: torch.device, folder: Path | None = None, effort: Effort | None = None
+) -> Rates:
+    """Measure the rates of ``device`` and of the disk that ``folder`` is on.
+
+    Args:
+        folder: where a file is written and read back (the temporary directory by default).
+    """
+    effort = effort or Effort.on(device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with torch.inference_mode():
+        rates = Rates(
+            flops=_matmul(device, dtype, effort),
+            copy_bytes_per_s=copy_rate(device, effort),
+            read_bytes_per_s=_read(folder, effort),
+            attention_flops=_attention(attention, device, dtype, effort),
+            int8_attention_flops=_int8_attention(device, dtype, effort),
+            **_vae(device, dtype, effort),
+            eight_bit_flops=_eight_bit("int8", device, dtype, effort),
+            fp8_flops=_eight_bit("fp8", device, dtype, effort),
+            memory_bytes_per_s=_decode(device, dtype, effort),
+        )
+        overhead_s, element_s = _forward(device, dtype, effort, rates)
+        return replace(
+            rates,
+            overhead_s=overhead_s,
+            **_tiny(device, dtype, effort, rates.attention_flops or rates.flops),
+            element_s=element_s,
+        )
+
+
+def _seconds(work: Callable[[], object], device: torch.device, effort: Effort) -> float:
+    """The median of repetitions, after two to warm up."""
+    times: list[float] = []
+    for _ in range(2):
+        work()
+    _finish(device)
+    started = time.perf_counter()
+    while len(times) < 3 or time.perf_counter() - started < effort.seconds:
+        before = effort.clock()
+        work()
+        _finish(device)
+        times.append(effort.clock() - before)
+    return sorted(times)[len(times) // 2]
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _inner(device: torch.device) -> int:
+    """Columns of the products: a GPU reaches its rate at the 14B model's width only."""
+    return 5120 if device.type == "cuda" else _WIDTH * _HEADS
+
+
+def _matmul(device: torch.device, dtype: torch.dtype, effort: Effort) -> float:
+    inner = _inner(device)
+    x = torch.randn(effort.tokens, inner, device=device, dtype=dtype)
+    weight = torch.randn(4 * inner, inner, device=device, dtype=dtype)
+    seconds = _seconds(lambda: F.linear(x, weight), device, effort)
+    return 2 * effort.tokens * inner * 4 * inner / seconds
+
+
+def _attention(
+    attend: Attention, device: torch.device, dtype: torch.dtype, effort: Effort
+) -> float:
+    shape = (1, effort.tokens, _HEADS, _WIDTH)
+    q, k, v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
+    seconds = _seconds(lambda: attend(q, k, v), device, effort)
+    return 4 * effort.tokens**2 * _HEADS * _WIDTH / seconds
+
+
+def _int8_attention(device: torch.device, dtype: torch.dtype, effort: Effort) -> float | None:
+    """As ``--attention int8`` makes it, its quantising included, where it works."""
+    if not probe_int8(device, dtype, _HEADS, _WIDTH).works:
+        return None
+    return _attention(int8_attention(), device, dtype, effort)
+
+
+def _vae(device: torch.device, dtype: torch.dtype, effort: Effort) -> dict[str, float]:
+    """What the VAE's convolutions take, for an operation, an element, a pixel and a call.
+
+    Residual blocks of several widths on frames of the same bytes, and on small frames: one is bound
+    by its operations, another by the elements that it reads, by its pixels or by the calls. They
+    are measured in turns, so that what else a machine does meets all of them, and the seconds are
+    fitted by least squares of relative errors, none of them negative.
+    """
+    side = 4 * math.isqrt(effort.tokens)
+    blocks = [
+        _residual(width, max(1, round(side / part * math.sqrt(_NARROW / width))), device, dtype)
+        for width, part in _RESIDUALS
+    ]
+    seconds = _in_turns([step for _, step in blocks], device, effort)
+    rows = [[work.flops, work.elements, work.pixels, work.calls] for work, _ in blocks]
+    flop_s, element_s, pixel_s, call_s = _fitted(rows, seconds)
+    return {
+        "conv_flops": 1 / max(1e-18, flop_s),
+        "conv_element_s": max(1e-15, element_s),
+        "conv_pixel_s": max(1e-15, pixel_s),
+        "conv_call_s": max(1e-9, call_s),
+    }
+
+
+def _residual(
+    width: int, side: int, device: torch.device, dtype: torch.dtype
+) -> tuple[VaeWork, Callable[[], object]]:
+    """A residual block on the next frame: what it computes, and how to let it."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualBlock
+
+    block = WanResidualBlock(width, width).to(device, dtype)
+    frame = torch.randn(1, width, 1, side, side, device=device, dtype=dtype)
+    past: Past = {}
+    windows = (Window.whole(side, side),) * 3
+    return residual_work(width, side), lambda: residual(block, past, windows, frame)
+
+
+def _in_turns(
+    works: Sequence[Callable[[], object]], device: torch.device, effort: Effort
+) -> list[float]:
+    """The median seconds of each of ``works``, one after the other, again and again."""
+    times: list[list[float]] = [[] for _ in works]
+    for work in (*works, *works):
+        work()
+    started = time.perf_counter()
+    while len(times[0]) < 3 or time.perf_counter() - started < len(works) * effort.seconds:
+        for work, found in zip(works, times, strict=True):
+            _finish(device)
+            before = effort.clock()
+            work()
+            _finish(device)
+            found.append(effort.clock() - before)
+    return [statistics.median(found) for found in times]
+
+
+def _fitted(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
+    """Seconds of each unit of work, none negative, that come nearest to ``seconds``: the best fit
+    of all sets of columns (those left out being zero).
+
+    Args:
+        rows: units of each kind, one row a measurement.
+    """
+    relative = torch.tensor(rows, dtype=torch.float64) / torch.tensor(seconds)[:, None].double()
+    scale = relative.abs().amax(0)
+    best, least = [0.0] * len(scale), math.inf
+    for chosen in range(1, 1 << len(scale)):
+        columns = [index for index in range(len(scale)) if chosen >> index & 1]
+        matrix = relative[:, columns] / scale[columns]
+        ones = torch.ones(len(rows), 1, dtype=torch.float64)
+        found = torch.linalg.lstsq(matrix, ones, driver="gelsd").solution
+        error = float((matrix @ found - ones).square().sum())
+        if error < least and bool((found >= 0).all()):
+            fitted = dict(zip(columns, (found[:, 0] / scale[columns]).tolist(), strict=True))
+            best, least = [fitted.get(index, 0.0) for index in range(len(scale))], error
+    return best
+
+
+def _eight_bit(
+    name: Gemm, device: torch.device, dtype: torch.dtype, effort: Effort
+) -> float | None:
+    """Products in 8 bits as ``--compute fast`` makes them, the tokens' quantising and the scaling
+    of results included, on GPUs that can."""
+    if device.type != "cuda":
+        return None
+    operands = _stored(name, 4 * _inner(device), device)
+    computing = Computing(Scratch(0, device), "fast", working(probe(device)))
+    path = strategy_for(computing, operands.format, operands.shape)
+    return None if path.path == "dequant" else _product(path, operands, device, dtype, effort)
+
+
+def _product(
+    path: Compute, operands: Operands, device: torch.device, dtype: torch.dtype, effort: Effort
+) -> float:
+    """Operations a second of a linear on a path."""
+    x = torch.randn(effort.tokens, operands.shape[1], device=device, dtype=dtype)
+    seconds = _seconds(lambda: path(operands, x), device, effort)
+    return 2 * effort.tokens * math.prod(operands.shape) / seconds
+
+
+def _stored(name: str, rows: int, device: torch.device) -> Operands:
+    """A random weight of so many rows in a format."""
+    fmt, shape = get_format(name), (rows, _inner(device))
+    stored = fmt.quantise(torch.randn(shape))
+    return Operands(fmt, shape, {key: each.to(device) for key, each in stored.items()}, None)
+
+
+def _decode(device: torch.device, dtype: torch.dtype, effort: Effort) -> float:
+    """Bytes read and written by decoding an int8 weight."""
+    operands = _stored("int8", max(1, effort.copy_bytes // 8 // _inner(device)), device)
+    out = torch.empty(operands.shape, device=device, dtype=dtype)
+    decode = partial(operands.format.dequantise, operands.tensors, operands.shape, dtype, out)
+    return (math.prod(operands.shape) + out.nbytes) / _seconds(decode, device, effort)
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """One block of the lean forward on random weights, as a plan counts it."""
+
+    model: Any
+    latents: Tensor
+    cross: list[list[forward.CrossKV]]
+    step: forward.StepModulation
+    rope: forward.Rope
+
+    @classmethod
+    def make(cls, device: torch.device, dtype: torch.dtype, tokens: int) -> _Forward:
+        from diffusers import WanTransformer3DModel
+
+        side = 2 * math.isqrt(tokens)
+        model = WanTransformer3DModel(
+            num_attention_heads=_HEADS, attention_head_dim=_WIDTH // 2, in_channels=16,
+            out_channels=16, text_dim=64, freq_dim=64, ffn_dim=_FFN, num_layers=1,
+        )  # fmt: skip
+        rope = forward.rope_tables(model, (1, side, side), device)  # fp32, as a model's own
+        model = model.to(device, dtype)
+        text = torch.randn(1, forward.TEXT_TOKENS, 64, device=device, dtype=dtype)
+        context = forward.prepare_context(model, text, None)
+        return cls(
+            model,
+            torch.randn(1, 16, 1, side, side, device=device, dtype=dtype),
+            [[forward.cross_kv(model.blocks[0].attn2, context)]],
+            forward.step_modulation(model, torch.zeros(1, device=device), dtype)[0],
+            rope,
+        )
+
+    def __call__(self, chunk_tokens: int) -> object:
+        blocks = enumerate(self.model.blocks)
+        return forward.denoise_forward(
+            self.model, blocks, self.latents, self.cross, self.step, self.rope, chunk_tokens
+        )
+
+    def flops(self) -> Flops:
+        """As the planner counts it."""
+        config = self.model.config
+        spec = TransformerSpec(
+            weights=Weights(0, (0,), 4), cross_block_bytes=(0,), num_layers=1,
+            num_attention_heads=_HEADS, attention_head_dim=_WIDTH // 2, ffn_dim=config.ffn_dim,
+            in_channels=16, out_channels=16, text_dim=64, freq_dim=64, patch_size=(1, 2, 2),
+        )  # fmt: skip
+        return denoise_flops(spec, self.tokens, 0)
+
+    @property
+    def width(self) -> int:
+        """Of the hidden states."""
+        return _WIDTH // 2 * _HEADS
+
+    @property
+    def tokens(self) -> int:
+        """Of the grid."""
+        return (self.latents.shape[-1] // 2) ** 2
+
+
+def _forward(
+    device: torch.device, dtype: torch.dtype, effort: Effort, rates: Rates
+) -> tuple[float, float]:
+    """Seconds of a chunk, and of an element besides the products: a forward in few large chunks and
+    in many small ones, less what the products take."""
+    work = _Forward.make(device, dtype, effort.tokens)
+    whole = _seconds(lambda: work(work.tokens), device, effort)
+    chunks = work.tokens // SMALL_CHUNK
+    cut = _seconds(lambda: work(-(-work.tokens // chunks)), device, effort)
+    overhead = max(1e-6, (cut - whole) / (chunks - 1))
+    flops = work.flops()
+    attention = flops.self_attention + flops.cross_attention
+    products = flops.linear / rates.flops + attention / (rates.attention_flops or rates.flops)
+    rest = max(1e-13, (whole - products - overhead) / (work.tokens * work.width))
+    return overhead, rest
+
+
+def _tiny(
+    device: torch.device, dtype: torch.dtype, effort: Effort, attention_flops: float
+) -> dict[str, float]:
+    """What a chunk of few tokens takes, in a forward of many of them, and what it takes for each
+    element that it attends to, besides the operations."""
+    work = _Forward.make(device, dtype, min(effort.tokens, _TINY_TOKENS))
+    shapes = [(1, count, _HEADS, _WIDTH // 2) for count in (TINY_CHUNK, effort.tokens, TINY_CHUNK)]
+    q, keys, few = (torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
+    works: list[Callable[[], object]] = [
+        partial(work, work.tokens),
+        partial(work, TINY_CHUNK),
+        partial(attention, q, keys, keys.clone()),
+        partial(attention, q, few, few.clone()),
+    ]
+    whole_s, cut_s, many_s, few_s = _in_turns(works, device, effort)
+    operations_s = 4 * TINY_CHUNK / attention_flops
+    read = keys.numel() - few.numel()
+    key_s = max(1e-15, (many_s - few_s) / read - operations_s)
+    attended = (work.tokens + forward.TEXT_TOKENS) * work.width
+    chunk_s = (cut_s - whole_s) / (work.tokens // TINY_CHUNK - 1)
+    return {"tiny_overhead_s": max(1e-6, chunk_s - attended * key_s), "tiny_key_s": key_s}
+
+
+def copy_rate(device: torch.device, effort: Effort) -> float:
+    """Bytes a second from host memory to the device, through the engine's own tiers: from pinned
+    memory on a GPU, plain copies on a CPU."""
+    ledger = ByteLedger("calibration", 1 << 62)
+    host, tier, link = HostTier(ledger, device), DeviceTier(device, ledger), open_link(device, 1)
+    sizes = [effort.copy_bytes]
+    with host.buffers("source", sizes) as (source,), tier.buffers("target", sizes) as (target,):
+        source.tensor.fill_(1)
+
+        def copy() -> None:
+            link.copy(target, source.tensor)
+            link.drain()
+
+        return effort.copy_bytes / _seconds(copy, device, effort)
+
+
+def _read(folder: Path | None, effort: Effort) -> float:
+    """Reads of a fresh file as a stream does them: direct where the platform allows that, several
+    at a time."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix="penstock-doctor-") as scratch:
+        path = Path(scratch) / "read"
+        block = bytes(range(256)) * (_WRITTEN_AT_ONCE // 256)
+        with path.open("wb") as file:
+            for _ in range(effort.read_bytes // _WRITTEN_AT_ONCE):
+                file.write(block)
+        return read_rate(path, effort.read_bytes, IN_FLIGHT)

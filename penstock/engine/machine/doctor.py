@@ -1,0 +1,218 @@
+"""What this machine is and does, finding by finding, each with what to do about it."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from penstock.engine.families.wan.attention import attention
+from penstock.engine.families.wan.attention_probe import probe_int8
+from penstock.engine.machine.calibrate import Effort, calibrate
+from penstock.engine.run.report import versions
+from penstock.profiles.hardware import Hardware, available_ram_bytes, probe
+from penstock.profiles.rates import Rates, store_rates
+from penstock.units import GIB, format_bytes
+
+LITTLE_RAM_BYTES = 8 * GIB
+LITTLE_DISK_BYTES = 40 * GIB
+SLOW_COPY_BYTES_PER_S = 5e9
+SLOW_READ_BYTES_PER_S = 1e9
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fact about the machine.
+
+    Attributes:
+        topic: what it is about.
+        found: the fact.
+        remedy: what to do, or None where all is well.
+    """
+
+    topic: str
+    found: str
+    remedy: str | None = None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All findings, the measured rates, and the file they are kept in."""
+
+    machine: str
+    findings: tuple[Finding, ...]
+    rates: Rates
+    stored_in: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, ready for json.dumps."""
+        return asdict(self) | {"stored_in": str(self.stored_in)}
+
+
+def examine(
+    device: str = "auto", folder: Path | None = None, effort: Effort | None = None
+) -> Diagnosis:
+    """Look at everything, measure the rates, and keep them for the planner.
+
+    Args:
+        device: "auto", "cuda" or "cpu".
+        folder: on the disk that the models are on (the temporary directory by default).
+    """
+    chosen = torch.device(_resolved(device))
+    hardware = probe(chosen.type)
+    rates = calibrate(chosen, folder, effort)
+    findings = [
+        *_software(),
+        *_device(hardware),
+        *_kernels(chosen),
+        _int8_attention(chosen, rates),
+        *_memory(),
+        *_disk(folder),
+        *_spill(chosen, platform.release(), sys.platform),
+        *_speed(rates, chosen),
+    ]
+    stored = store_rates(hardware.name, rates)
+    return Diagnosis(hardware.name, tuple(findings), rates, stored)
+
+
+def _resolved(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def _software() -> Iterator[Finding]:
+    yield Finding("software", ", ".join(f"{name} {found}" for name, found in versions().items()))
+
+
+def _device(hardware: Hardware) -> Iterator[Finding]:
+    yield Finding("device", f"{hardware.name}, {format_bytes(hardware.vram_bytes)} for a budget")
+    if hardware.device == "cpu":
+        yield Finding(
+            "driver",
+            "no CUDA device",
+            "For a GPU: a CUDA build of torch and NVIDIA's driver; without one everything works, "
+            "slowly.",
+        )
+        return
+    major, minor = torch.cuda.get_device_capability()
+    old = None if (major, minor) >= (7, 5) else "Turing (7.5) or newer is what penstock is for."
+    yield Finding("architecture", f"sm{major}{minor}, CUDA {torch.version.cuda}", old)
+
+
+def _kernels(device: torch.device) -> Iterator[Finding]:
+    """Each kernel is run once on the device; what it raises is the finding."""
+    for name, work in _probes(device):
+        try:
+            finite = bool(torch.isfinite(work().float()).all())
+        except (RuntimeError, ValueError, AttributeError) as error:
+            yield Finding(f"kernel {name}", f"no: {str(error).splitlines()[0]}", _UNUSED)
+            continue
+        yield Finding(
+            f"kernel {name}", "works" if finite else "gives NaN", None if finite else _UNUSED
+        )
+
+
+_UNUSED = "Plans do without it: --compute exact never uses it."
+
+
+def _int8_attention(device: torch.device, rates: Rates) -> Finding:
+    """What ``--attention int8`` would do here; ``rates`` have measured it where it works."""
+    rate = rates.int8_attention_flops
+    if rate is not None:
+        return Finding("attention (int8)", f"works, {rate / 1e12:.3g} TFLOP/s")
+    report = probe_int8(device, torch.bfloat16, 1, 128)
+    return Finding("attention (int8)", f"no: {report.reason}", _OPTIONAL)
+
+
+_OPTIONAL = "Plans do without it unless asked: --attention sdpa, the default, is torch's own."
+
+
+def _probes(device: torch.device) -> Iterator[tuple[str, Callable[[], torch.Tensor]]]:
+    half = torch.ones(1, 64, 2, 64, device=device, dtype=torch.bfloat16)
+    codes = torch.ones(32, 32, device=device, dtype=torch.int8)
+    yield "attention (bf16)", lambda: attention(half, half, half)
+    yield "int8 product", lambda: torch._int_mm(codes, codes)
+    yield "fp8 product", lambda: _fp8_product(device)
+    yield (
+        "convolution (bf16)",
+        lambda: torch.nn.functional.conv2d(
+            torch.ones(1, 12, 8, 8, device=device, dtype=torch.bfloat16),
+            torch.ones(4, 12, 3, 3, device=device, dtype=torch.bfloat16),
+        ),
+    )
+
+
+def _fp8_product(device: torch.device) -> torch.Tensor:
+    codes = torch.ones(32, 32, device=device).to(torch.float8_e4m3fn)
+    unit = torch.ones((), device=device)
+    return torch._scaled_mm(codes, codes.t(), scale_a=unit, scale_b=unit, out_dtype=torch.float32)
+
+
+def _memory(root: Path = Path("/")) -> Iterator[Finding]:
+    import psutil
+
+    total, free = int(psutil.virtual_memory().total), available_ram_bytes(root)
+    little = free < LITTLE_RAM_BYTES
+    yield Finding(
+        "host memory",
+        f"{format_bytes(free)} free (control groups counted) of {format_bytes(total)}",
+        "Close other programs, or let blocks stream from disk: a plan does so by itself."
+        if little
+        else None,
+    )
+
+
+def _disk(folder: Path | None) -> Iterator[Finding]:
+    where = Path.cwd() if folder is None else folder
+    free = shutil.disk_usage(where).free
+    yield Finding(
+        "disk",
+        f"{format_bytes(free)} free where {where.resolve().name or where} is",
+        "The 14B model takes 33 GB in bf16 and 17 GB in 8 bits."
+        if free < LITTLE_DISK_BYTES
+        else None,
+    )
+
+
+def _spill(device: torch.device, release: str, system: str) -> Iterator[Finding]:
+    """On Windows and WSL the driver moves VRAM into system memory instead of failing."""
+    if device.type == "cuda" and (system == "win32" or "microsoft" in release.lower()):
+        yield Finding(
+            "system-memory spill",
+            "the driver may move VRAM into system memory, silently and slowly",
+            "In NVIDIA's control panel set 'CUDA - Sysmem Fallback Policy' to 'Prefer No Sysmem "
+            "Fallback'. penstock caps its own allocator below that in any case.",
+        )
+    else:
+        yield Finding("system-memory spill", "none on this platform")
+
+
+def _speed(rates: Rates, device: torch.device) -> Iterator[Finding]:
+    attention_rate = rates.attention_flops or rates.flops
+    yield Finding(
+        "computing",
+        f"{rates.flops / 1e12:.3g} TFLOP/s in products, {attention_rate / 1e12:.3g} in attention, "
+        f"{(rates.conv_flops or rates.flops) / 1e12:.3g} in convolutions",
+    )
+    slow_link = device.type == "cuda" and rates.copy_bytes_per_s < SLOW_COPY_BYTES_PER_S
+    yield Finding(
+        "host to device",
+        f"{rates.copy_bytes_per_s / 1e9:.2f} GB/s",
+        "The card seems to sit in a slow slot: look for one with 8 or 16 lanes to the processor."
+        if slow_link
+        else None,
+    )
+    yield Finding(
+        "disk reads",
+        f"{rates.read_bytes_per_s / 1e9:.2f} GB/s",
+        "Put the models on an NVMe disk, or give more RAM, so that fewer blocks stream from disk."
+        if rates.read_bytes_per_s < SLOW_READ_BYTES_PER_S
+        else None,
+    )

@@ -1,0 +1,1 @@
+"""A model as layouts, manifest and skeletons."""

@@ -1,0 +1,396 @@
+"""What to generate: a request that is legal by construction, and the sizes Wan2.1 knows.
+
+Pure and torch-free. An illegal value raises `RequestError` with the nearest legal one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from penstock.engine.families.wan import negative
+from penstock.errors import RequestError
+from penstock.profiles.manifest import VideoShape
+from penstock.profiles.phases import Workload
+
+SAMPLERS = ("unipc", "dpm++", "euler", "lcm")
+DISTILLED: Mapping[str, Any] = MappingProxyType(
+    {"distilled": True, "steps": 4, "guidance_scale": 1.0, "shift": 5.0, "sampler": "lcm"}
+)
+"""Fields that suit a model, or a LoRA, distilled to four steps without guidance. Source: LightX2V's
+``configs/distill/wan21`` and its ``WanStepDistillScheduler``, which adds fresh noise at each step
+as latent consistency models do (arXiv:2310.04378)."""
+AREAS = {"480p": 480 * 832, "720p": 720 * 1280}
+MAX_SEED = (1 << 32) - 1
+MAX_STEPS = 1000
+MAX_FPS = 240
+COHERENT_FRAMES = 121
+
+_SIZE = re.compile(r"\s*(\d+)\s*[xX*×]\s*(\d+)\s*")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a model can represent. The defaults are Wan2.1's.
+
+    Attributes:
+        side: pixels that both sides must be multiples of (VAE factor 8 x patch 2).
+        temporal: video frames a latent frame: frames must be ``temporal * n + 1``.
+        positions: rotary positions on each axis (``rope_max_seq_len``), in patches.
+    """
+
+    side: int = 16
+    temporal: int = 4
+    positions: int = 1024
+
+    @property
+    def max_side(self) -> int:
+        """The longest side in pixels."""
+        return self.side * self.positions
+
+    @property
+    def max_frames(self) -> int:
+        """The largest number of frames."""
+        return self.temporal * (self.positions - 1) + 1
+
+    def nearest_side(self, pixels: int) -> int:
+        """The legal side nearest to ``pixels``; the smaller of two equally near ones."""
+        return _nearest(pixels, self.side, self.side, self.max_side)
+
+    def nearest_frames(self, frames: int) -> int:
+        """The legal frame count nearest to ``frames``; the smaller of two equally near ones."""
+        return 1 + _nearest(frames - 1, self.temporal, 0, self.max_frames - 1)
+
+
+def _nearest(value: int, step: int, low: int, high: int) -> int:
+    return min(max(-((step // 2 - value) // step) * step, low), high)
+
+
+@dataclass(frozen=True)
+class RequestWarning:
+    """Something legal that is likely not what the user wants.
+
+    Attributes:
+        code: stable name for programs.
+        message: one sentence: what will happen and what to do instead.
+    """
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One video to make. Immutable, hashable, and checked when it is made.
+
+    Attributes:
+        prompt: what to show; must not be blank.
+        image: the picture to start from, or None for text to video.
+        negative_prompt: what to avoid; None takes the official default, ``""`` takes none.
+        width, height: pixels, multiples of ``grid.side``.
+        frames: video frames, ``4n+1``.
+        steps: denoising steps.
+        guidance_scale: classifier-free guidance; 1 and below switch it off (one pass a step).
+        shift: flow shift of the noise schedule; None takes the official one of the resolution.
+        seed: 0 to 2**32-1, or None to draw one (`with_seed`).
+        sampler: one of `SAMPLERS`.
+        fps: frames a second in the file; the model was trained at 16.
+        distilled: take the noise levels that distilled models were trained at: before the shift,
+            1000, 750, 500 and 250 of 1000 for four steps; for "lcm" and "euler".
+        grid: what the model can represent.
+
+    Raises:
+        RequestError: a field is illegal; says what was expected and the nearest legal value.
+    """
+
+    prompt: str
+    image: Path | None = None
+    negative_prompt: str | None = None
+    width: int = 1280
+    height: int = 720
+    frames: int = 81
+    steps: int = 40
+    guidance_scale: float = 5.0
+    shift: float | None = None
+    seed: int | None = None
+    sampler: str = "unipc"
+    fps: int = 16
+    distilled: bool = False
+    grid: Grid = field(default_factory=Grid)
+
+    def __post_init__(self) -> None:
+        self._check_texts()
+        self._check_shape()
+        _check_int("steps", self.steps, 1, MAX_STEPS)
+        _check_int("fps", self.fps, 1, MAX_FPS)
+        _check_guidance(self.guidance_scale)
+        _check_shift(self.shift)
+        _check_seed(self.seed)
+        if self.sampler not in SAMPLERS:
+            raise RequestError(
+                "unknown sampler", expected=" or ".join(SAMPLERS), found=repr(self.sampler)
+            )
+        if self.distilled and self.sampler not in ("lcm", "euler"):
+            raise RequestError(
+                "this sampler cannot take the noise levels of a distilled model",
+                expected="lcm or euler",
+                found=self.sampler,
+                remedy="Leave the sampler open, or do without distilled",
+            )
+
+    def _check_texts(self) -> None:
+        for name, text in (("prompt", self.prompt), ("negative prompt", self.negative_prompt)):
+            if text is not None and not isinstance(text, str):
+                raise RequestError(f"the {name} is not text", expected="str", found=_type(text))
+        if self.prompt is None or not self.prompt.strip():
+            raise RequestError(
+                "the prompt is empty",
+                expected="a description of the video",
+                found=repr(self.prompt),
+                remedy="Say what should happen, e.g. 'the cat turns its head and yawns'",
+            )
+        if self.image is not None and not isinstance(self.image, Path):
+            raise RequestError(
+                "the image is not a path",
+                expected="pathlib.Path",
+                found=_type(self.image),
+                remedy="Wrap it: Path('cat.png')",
+            )
+
+    def _check_shape(self) -> None:
+        grid = self.grid
+        for name, value in (("width", self.width), ("height", self.height)):
+            _check_whole(name, value)
+            nearest = grid.nearest_side(value)
+            if value != nearest:
+                raise RequestError(
+                    f"illegal {name}",
+                    expected=f"a multiple of {grid.side} from {grid.side} to {grid.max_side}",
+                    found=str(value),
+                    remedy=f"The nearest legal {name} is {nearest}",
+                )
+        _check_whole("frames", self.frames)
+        nearest = grid.nearest_frames(self.frames)
+        if self.frames != nearest:
+            raise RequestError(
+                "illegal number of frames",
+                expected=f"{grid.temporal}n+1 from 1 to {grid.max_frames}",
+                found=str(self.frames),
+                remedy=f"The nearest legal number of frames is {nearest}",
+            )
+
+    @property
+    def video_shape(self) -> VideoShape:
+        """The size as the planner takes it."""
+        return VideoShape(self.width, self.height, self.frames)
+
+    @property
+    def uses_guidance(self) -> bool:
+        """Whether each step takes a second, unconditional pass."""
+        return self.guidance_scale > 1
+
+    @property
+    def effective_shift(self) -> float:
+        """``shift``, or the official one: 3.0 up to the area of 480p, 5.0 above it."""
+        if self.shift is not None:
+            return float(self.shift)
+        return 3.0 if self.width * self.height <= AREAS["480p"] else 5.0
+
+    @property
+    def effective_negative_prompt(self) -> str:
+        """``negative_prompt``, or the official one of the task."""
+        if self.negative_prompt is not None:
+            return self.negative_prompt
+        return negative.TEXT_TO_VIDEO if self.image is None else negative.IMAGE_TO_VIDEO
+
+    def with_seed(self) -> GenerationRequest:
+        """This request with a seed: its own, or one drawn now.
+
+        Raises:
+            Nothing.
+        """
+        return self if self.seed is not None else replace(self, seed=secrets.randbelow(1 << 32))
+
+    @property
+    def warnings(self) -> tuple[RequestWarning, ...]:
+        """What is legal here but likely unwanted."""
+        found = []
+        if self.frames > COHERENT_FRAMES:
+            found.append(
+                RequestWarning(
+                    "long_video",
+                    f"{self.frames} frames: beyond about {COHERENT_FRAMES} at once the motion"
+                    " degenerates or repeats. Make shorter videos and join them, starting each from"
+                    " the last frame before it.",
+                )
+            )
+        if 0 < self.guidance_scale < 1:
+            found.append(
+                RequestWarning(
+                    "guidance_off",
+                    f"guidance scale {self.guidance_scale}: values up to 1 switch guidance off, as"
+                    " in diffusers. Use 0 or 1 to mean that, or a value above 1.",
+                )
+            )
+        return tuple(found)
+
+
+def workload_of(request: GenerationRequest, *, kept: bool = False) -> Workload:
+    """The request as the planner takes it; ``kept``: in a job's directory."""
+    return Workload(request.video_shape, request.steps, request.uses_guidance, kept)
+
+
+def check_task(request: GenerationRequest, *, image_to_video: bool) -> None:
+    """Refuse a request whose task the model cannot do.
+
+    Args:
+        request: the request.
+        image_to_video: whether the model is an image-to-video model.
+
+    Raises:
+        RequestError: a picture is given to a text-to-video model, or is missing for the other.
+    """
+    if image_to_video and request.image is None:
+        raise RequestError(
+            "this is an image-to-video model",
+            expected="an image to start from",
+            found="none",
+            remedy="Give one with --image (image=Path(...)), or use a text-to-video model",
+        )
+    if not image_to_video and request.image is not None:
+        raise RequestError(
+            "this is a text-to-video model",
+            expected="no image",
+            found=str(request.image),
+            remedy="Leave the image out, or use an image-to-video model",
+        )
+
+
+def size_for(
+    image_size: tuple[int, int], max_area: int, grid: Grid | None = None
+) -> tuple[int, int]:
+    """The largest legal size of the picture's aspect within an area.
+
+    The rule of the official code (``wan/image2video.py``): each side is ``sqrt(area * aspect)``
+    rounded down to the grid. Computed in integers, so that an exact side does not fall a step short
+    by floating-point rounding.
+
+    Args:
+        image_size: width and height of the picture in pixels.
+        max_area: pixels a frame may have.
+        grid: what the model can represent; Wan2.1's by default.
+
+    Returns:
+        Width and height.
+
+    Raises:
+        RequestError: the area is too small, or the picture too narrow, for the grid.
+    """
+    grid = grid or Grid()
+    width, height = image_size
+    cells = grid.side * grid.side
+    sides = (
+        grid.side * math.isqrt(max_area * width // (height * cells)),
+        grid.side * math.isqrt(max_area * height // (width * cells)),
+    )
+    if not (grid.side <= min(sides) and max(sides) <= grid.max_side):
+        raise RequestError(
+            "no legal size has this aspect and area",
+            expected=f"sides from {grid.side} to {grid.max_side}",
+            found=f"a {width}x{height} picture in {max_area} pixels",
+            remedy="Crop the picture, or choose the size yourself with --size",
+        )
+    return sides
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Width and height from ``"1280x720"`` (also ``1280*720`` as the official code writes it).
+
+    Raises:
+        RequestError: not a size.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise RequestError("not a size", expected='like "1280x720"', found=repr(text))
+    return int(match[1]), int(match[2])
+
+
+def parse_area(text: str) -> int:
+    """Pixels of ``"720p"``, ``"480p"`` or of a size such as ``"528x960"``.
+
+    Raises:
+        RequestError: neither.
+    """
+    named = AREAS.get(text.strip().lower())
+    if named is not None:
+        return named
+    if _SIZE.fullmatch(text) is None:
+        raise RequestError(
+            "not an area", expected=f'{" or ".join(AREAS)} or like "528x960"', found=repr(text)
+        )
+    width, height = parse_size(text)
+    return width * height
+
+
+def _type(value: object) -> str:
+    return type(value).__name__
+
+
+def _check_whole(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise RequestError(f"{name} must be a whole number", expected="int", found=repr(value))
+
+
+def _check_int(name: str, value: int, low: int, high: int) -> None:
+    _check_whole(name, value)
+    if not low <= value <= high:
+        raise RequestError(
+            f"{name} out of range",
+            expected=f"{low} to {high}",
+            found=str(value),
+            remedy=f"The nearest legal value is {min(max(value, low), high)}",
+        )
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_guidance(value: float) -> None:
+    if not _is_finite(value) or value < 0:
+        raise RequestError(
+            "illegal guidance scale",
+            expected="a finite number, 0 or more",
+            found=repr(value),
+            remedy="5.0 is Wan2.1's default; 1.0 switches guidance off",
+        )
+
+
+def _check_shift(value: float | None) -> None:
+    if value is not None and (not _is_finite(value) or value <= 0):
+        raise RequestError(
+            "illegal shift",
+            expected="a finite number above 0",
+            found=repr(value),
+            remedy="The official values are 5.0 at 720p and 3.0 at 480p",
+        )
+
+
+def _check_seed(value: int | None) -> None:
+    if value is None:
+        return
+    _check_whole("seed", value)
+    if not 0 <= value <= MAX_SEED:
+        # torch's CPU generator (mt19937) uses the low 32 bits only
+        raise RequestError(
+            "seed out of range",
+            expected=f"0 to {MAX_SEED}",
+            found=str(value),
+            remedy=f"{value & MAX_SEED} gives the same noise",
+        )

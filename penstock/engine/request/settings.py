@@ -1,0 +1,101 @@
+"""From what a user said to a full request: what is left open takes the model's defaults.
+
+A model folder may carry a ``defaults.json`` (width, height, frames, steps, guidance_scale, shift,
+fps, negative_prompt) where the official Wan2.1 defaults do not suit it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from penstock.engine.model.files import ModelFiles
+from penstock.engine.request.generation import (
+    DISTILLED,
+    GenerationRequest,
+    Grid,
+    parse_area,
+    parse_size,
+    size_for,
+)
+from penstock.errors import CheckpointError, UsageError
+
+_NUMBERS = ("width", "height", "frames", "steps", "guidance_scale", "shift", "fps")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A request with gaps: None means "the model's default"; ``distilled`` fills those that are
+    left open with `penstock.engine.request.generation.DISTILLED`."""
+
+    prompt: str
+    image: Path | None = None
+    negative_prompt: str | None = None
+    size: str | None = None
+    max_area: str | None = None
+    frames: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    shift: float | None = None
+    seed: int | None = None
+    sampler: str | None = None
+    fps: int | None = None
+    distilled: bool = False
+
+
+def resolve(settings: Settings, model: ModelFiles) -> GenerationRequest:
+    """Fill the gaps of ``settings`` from the model's defaults, and the size from the picture.
+
+    Raises:
+        UsageError: both a size and an area; RequestError, ImageError: as the request itself.
+        CheckpointError: the model's defaults.json is damaged.
+    """
+    if settings.size is not None and settings.max_area is not None:
+        raise UsageError(
+            "two answers to one question", expected="--size or --max-area", found="both"
+        )
+    defaults = _defaults(model.source.defaults, model.source.origin)
+    given = {
+        field.name: getattr(settings, field.name)
+        for field in fields(settings)
+        if field.name not in ("size", "max_area") and getattr(settings, field.name) is not None
+    }
+    if settings.distilled:
+        defaults |= DISTILLED
+    width, height = _size(settings, defaults, model.grid)
+    return GenerationRequest(
+        **(defaults | given | {"width": width, "height": height, "grid": model.grid})
+    )
+
+
+def _defaults(found: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    texts = {"negative_prompt"}
+    unknown = sorted(found.keys() - set(_NUMBERS) - texts)
+    wrong = [
+        name
+        for name, value in found.items()
+        if type(value) not in ((str,) if name in texts else (int, float))
+    ]
+    if unknown or wrong:
+        raise CheckpointError(
+            f"defaults.json of {origin} cannot be used",
+            expected="numbers named " + ", ".join(_NUMBERS) + " and a text negative_prompt",
+            found=", ".join(unknown + wrong),
+        )
+    return dict(found)
+
+
+def _size(settings: Settings, defaults: dict[str, Any], grid: Grid) -> tuple[int, int]:
+    if settings.size is not None:
+        return parse_size(settings.size)
+    width, height = defaults.get("width", 1280), defaults.get("height", 720)
+    if settings.max_area is None and settings.image is None:
+        return width, height
+    area = width * height if settings.max_area is None else parse_area(settings.max_area)
+    if settings.image is None:
+        return size_for((width, height), area, grid)
+    from penstock.engine.media.picture import open_image  # Pillow and numpy, for a picture alone
+
+    return size_for(open_image(settings.image).size, area, grid)

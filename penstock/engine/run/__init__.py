@@ -1,0 +1,1 @@
+"""A running job: its phases, its state, its events, its record."""

@@ -1,0 +1,277 @@
+"""What a running job keeps, and what it finds kept: the pipeline's view of a job's directory.
+
+`Keeper` keeps nothing; `JournalKeeper` writes a journal, on a thread of its own, so that the disk
+works while the next step computes. A save is complete before the one after it begins, and before
+the next step is counted as done: at most one finished step is ever lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from penstock.engine.run.report import RunReport
+from penstock.engine.run.sampler import SamplerState
+from penstock.engine.store.journal import Journal
+from penstock.errors import JobCancelled, JournalError, PenstockError
+from penstock.profiles.plan import Plan
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the transformer is told, on the CPU.
+
+    Attributes:
+        texts: states (1, tokens, d) of the prompt and, with guidance, of the negative prompt.
+        image: image states (1, tokens, image_dim), or None.
+        condition: mask and latents of the picture (1, 20, t, h, w), or None.
+    """
+
+    texts: tuple[Tensor, ...]
+    image: Tensor | None = None
+    condition: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Point:
+    """The sampling after a finished step.
+
+    Attributes:
+        latents: (1, z, t, h, w), fp32.
+        solver: the solver's history; its ``values["next_step"]`` steps are done.
+    """
+
+    latents: Tensor
+    solver: SamplerState
+
+    @property
+    def step(self) -> int:
+        """Steps that are done."""
+        return int(self.solver.values["next_step"])
+
+
+class Keeper:
+    """Keeps nothing and finds nothing."""
+
+    keeps = False
+    """Whether anything is kept: the plan then counts what is being saved or read."""
+
+    problems: tuple[str, ...] = ()
+    """Damage that was found and worked around."""
+
+    def __init__(self) -> None:
+        self._steered = False
+
+    @property
+    def steered(self) -> bool:
+        """Whether the latents have been replaced from outside, now or before."""
+        return self._steered
+
+    def keep_steered(self) -> None:
+        """From now on the latents are not what the request alone leads to."""
+        self._steered = True
+
+    def conditions(self) -> Conditions | None:
+        """The encoded prompt and picture."""
+        return None
+
+    def keep_conditions(self, conditions: Conditions) -> None:
+        """Keep the encoded prompt and picture."""
+
+    def point(self) -> Point | None:
+        """Where the sampling stood."""
+        return None
+
+    def keep_point(self, point: Point) -> None:
+        """Keep where the sampling stands. Returns before it is on the disk."""
+
+    def settle(self) -> None:
+        """Return when all that was given is on the disk."""
+
+    def latents(self) -> Tensor | None:
+        """The final latents."""
+        return None
+
+    def keep_latents(self, latents: Tensor) -> None:
+        """Keep the final latents."""
+
+    def tiles(self, grid: tuple[int, int]) -> Iterable[tuple[int, Tensor]]:
+        """Decoded tiles of a grid of rows and columns: index and pixels (frames, h, w, 3)."""
+        return ()
+
+    def keep_tile(self, grid: tuple[int, int], index: int, frames: Tensor) -> None:
+        """Keep a decoded tile."""
+
+    def keep_plan(self, plan: Plan) -> None:
+        """The job goes on under another plan."""
+
+    def writing_output(self) -> None:
+        """The file is about to appear under its name."""
+
+    def finished(self, report: RunReport) -> None:
+        """The job is done."""
+
+    def ended(self, error: BaseException) -> str | None:
+        """The job ends with ``error``; returns how it is continued."""
+        return None
+
+    def close(self) -> None:
+        """Nothing more will be kept."""
+
+
+class JournalKeeper(Keeper):
+    """Keeps a job in its journal.
+
+    Args:
+        journal: open; closed by :meth:`close`.
+    """
+
+    keeps = True
+
+    def __init__(self, journal: Journal) -> None:
+        super().__init__()
+        self._journal = journal
+        self._writer = ThreadPoolExecutor(1, "penstock-journal")
+        self._pending: Future[None] | None = None
+
+    @property
+    def problems(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Damage that was found and worked around."""
+        return self._journal.problems
+
+    @property
+    def steered(self) -> bool:
+        """Whether the latents have been replaced from outside, now or before."""
+        return bool(self._journal.record.facts.get("steered"))
+
+    def keep_steered(self) -> None:
+        """Note it at once: no state that was steered may be found without the note.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        self.settle()
+        self._journal.mark("running", steered=True)
+
+    def _write(self, save: Callable[[], None]) -> None:
+        self.settle()
+        self._pending = self._writer.submit(save)
+
+    def settle(self) -> None:
+        """Return when all that was given is on the disk.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def conditions(self) -> Conditions | None:
+        """The encoded prompt and picture; None where they are missing or damaged."""
+        tensors = self._journal.load_conditioning()
+        if tensors is None:
+            return None
+        texts = [tensors[name] for name in ("text.0", "text.1") if name in tensors]
+        return Conditions(tuple(texts), tensors.get("image"), tensors.get("condition"))
+
+    def keep_conditions(self, conditions: Conditions) -> None:
+        """Keep the encoded prompt and picture."""
+        tensors = {f"text.{index}": text for index, text in enumerate(conditions.texts)}
+        for name in ("image", "condition"):
+            if (tensor := getattr(conditions, name)) is not None:
+                tensors[name] = tensor
+        self._write(lambda: self._journal.save_conditioning(tensors))
+
+    def point(self) -> Point | None:
+        """Where the sampling stood; None where it had not begun.
+
+        Raises:
+            JournalError: both generations are damaged.
+        """
+        kept = self._journal.load_latest()
+        if kept is None:
+            return None
+        tensors = dict(kept.tensors)
+        try:
+            point = Point(tensors.pop("latents"), SamplerState(kept.values, tensors))
+            if point.step != kept.step:
+                raise ValueError(f"step {kept.step} holds step {point.step}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise JournalError("the saved state is no sampler's", found=str(error)) from error
+        return point
+
+    def keep_point(self, point: Point) -> None:
+        """Keep where the sampling stands. Returns before it is on the disk."""
+        self.settle()  # first: only one copy of the state is alive at a time
+        # Copies: the solver and the next step may work in place while these are written.
+        tensors = {name: _copy(tensor) for name, tensor in point.solver.tensors.items()}
+        tensors["latents"] = _copy(point.latents)
+        step, values = point.step, dict(point.solver.values)
+
+        def save() -> None:
+            try:
+                self._journal.save_step(step, tensors, values)
+            finally:
+                tensors.clear()  # the writer's thread may hold on to this call for a while
+
+        self._write(save)
+
+    def latents(self) -> Tensor | None:
+        """The final latents; None where they are missing or damaged."""
+        return self._journal.load_latents()
+
+    def keep_latents(self, latents: Tensor) -> None:
+        """Keep the final latents."""
+        self._write(lambda: self._journal.save_latents(latents))
+
+    def tiles(self, grid: tuple[int, int]) -> Iterable[tuple[int, Tensor]]:
+        """Decoded tiles that are whole: index and pixels (frames, h, w, 3)."""
+        for index in self._journal.finished_tiles(grid):
+            frames = self._journal.load_tile(grid, index)
+            if frames is not None:
+                yield index, frames
+
+    def keep_tile(self, grid: tuple[int, int], index: int, frames: Tensor) -> None:
+        """Keep a decoded tile."""
+        self._write(lambda: self._journal.save_tile(grid, index, frames))
+
+    def keep_plan(self, plan: Plan) -> None:
+        """The job goes on under another plan."""
+        self.settle()
+        self._journal.mark("running", plan=plan.to_json())
+
+    def writing_output(self) -> None:
+        """From now on a file under the output's name may be this job's own."""
+        self.settle()
+        self._journal.mark("running", output_begun=True)
+
+    def finished(self, report: RunReport) -> None:
+        """The job is done; what it no longer needs is removed."""
+        self.settle()
+        self._journal.mark("done", report=report.to_json(), error=None)
+        self._journal.discard_work()
+
+    def ended(self, error: BaseException) -> str | None:
+        """The job ends with ``error``; returns how it is continued."""
+        state = "stopped" if isinstance(error, JobCancelled) else "failed"
+        code = error.code if isinstance(error, PenstockError) else type(error).__name__
+        try:
+            self.settle()
+            self._journal.mark(state, error=f"{code}: {error}")
+        except JournalError as second:
+            # The first error is the one to report; an unmarked job counts as killed and resumes.
+            return f"Its end could not be noted ({second})."
+        return f"The job is kept: continue it with `penstock resume {self._journal.folder}`"
+
+    def close(self) -> None:
+        """Finish writing and let others work on the job."""
+        self._writer.shutdown()
+        self._journal.close()
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)

@@ -1,0 +1,101 @@
+"""Where the sampling stands: the last finished step, which a failure leaves as it was."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from penstock.engine.run.keeper import Point
+from penstock.engine.run.sampler import Sampler, SamplerState, initial_noise
+from penstock.engine.run.stage import Stage
+from penstock.engine.run.steering import steer
+
+
+class Sampling:
+    """The point that a job's sampling has reached: the one that was kept, or the first noise.
+
+    Args:
+        stage: the running job.
+
+    Raises:
+        JournalError: a state was kept, and both its generations are damaged.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        with stage.restoring():
+            kept = stage.keeper.point()
+            self._point = self._first() if kept is None else _moved(kept, stage.device)
+
+    def _first(self) -> Point:
+        request, vae = self._stage.job.request, self._stage.model.manifest.vae
+        assert request.seed is not None
+        shape = (1, vae.z_dim, *request.video_shape.latent(vae))
+        noise = initial_noise(shape, request.seed).to(self._stage.device)
+        point = Point(noise, self._sampler().state())
+        self._stage.keeper.keep_point(point)
+        self._stage.keeper.settle()  # the copy's room is the denoising's, which has not begun
+        return point
+
+    def _sampler(self) -> Sampler:
+        request = self._stage.job.request
+        assert request.seed is not None
+        return Sampler(
+            dict(self._stage.model.source.scheduler),
+            sampler=request.sampler,
+            steps=request.steps,
+            shift=request.effective_shift,
+            device=self._stage.device,
+            distilled=request.distilled,
+            seed=request.seed,
+        )
+
+    @property
+    def latents(self) -> Tensor:
+        """(1, z, t, h, w), fp32, on the device."""
+        return self._point.latents
+
+    @property
+    def steps_done(self) -> int:
+        """Steps that are finished."""
+        return self._point.step
+
+    def resume(self) -> Sampler:
+        """A fresh sampler that stands at the point."""
+        sampler = self._sampler()
+        sampler.load_state(self._point.solver)
+        return sampler
+
+    def step(self, sampler: Sampler, prediction: Tensor, latents: Tensor) -> Tensor:
+        """One step of ``sampler``; returns the new latents, as ``on_step`` has left them.
+
+        The step before is on the disk first, so that at most one finished step can be lost.
+        """
+        self._stage.keeper.settle()
+        latents = self._steered(sampler, sampler.step(prediction, sampler.next_step, latents))
+        self._point = Point(latents, sampler.state())
+        self._stage.keeper.keep_point(self._point)
+        return latents
+
+    def _steered(self, sampler: Sampler, latents: Tensor) -> Tensor:
+        stage, on_step = self._stage, self._stage.job.hooks.on_step
+        if on_step is None:
+            return latents
+        with stage.host_ledger.reserve("on_step: latents", latents.nbytes):
+            wanted = steer(on_step, sampler.next_step, stage.job.request.steps, latents)
+        if wanted is None:
+            return latents
+        if not stage.keeper.steered:
+            stage.keeper.keep_steered()  # before any state that it has touched
+        return wanted
+
+
+def _moved(point: Point, device: torch.device) -> Point:
+    tensors = {name: tensor.to(device) for name, tensor in point.solver.tensors.items()}
+    return replace(
+        point,
+        latents=point.latents.to(device),
+        solver=SamplerState(point.solver.values, tensors),
+    )

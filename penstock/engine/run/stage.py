@@ -1,0 +1,269 @@
+"""What the phases of a job share: what it is made of, its ledgers, and how weights come and go."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from penstock.engine.model.files import Component, ModelFiles
+from penstock.engine.request.generation import GenerationRequest, workload_of
+from penstock.engine.run.events import Listener, Monitor, PhaseMonitor, Replanned
+from penstock.engine.run.keeper import Keeper
+from penstock.engine.run.prefetch import Ahead
+from penstock.engine.run.preview import Previewer
+from penstock.engine.run.recovery import MEMORY_ERRORS, Shortage, shortage
+from penstock.engine.run.steering import Hooks
+from penstock.errors import OutOfMemory
+from penstock.offload.layout import BlockLayout
+from penstock.offload.ledger import ByteLedger
+from penstock.offload.schedule import Residency
+from penstock.offload.streamer import BlockStream, Tensors, load_block
+from penstock.offload.tiers import release_cached
+from penstock.profiles.manifest import SCRATCH
+from penstock.profiles.phases import RESTORED
+from penstock.profiles.plan import PhasePlan, Plan, StreamPlan, changes
+
+ONE_RESIDENT = StreamPlan(1, 1, 0, 0, 1)
+"""A network of one block, which comes through a slab and stays on the device."""
+
+Result = TypeVar("Result")
+Shrink = Callable[[Plan, str, str], "Plan | None"]
+
+
+def nothing_smaller(plan: Plan, phase: str, resource: str) -> Plan | None:
+    """The `Shrink` of a job that runs as planned or not at all."""
+    return None
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a job is made of.
+
+    Attributes:
+        overlapped: stream ahead of the computation (else the sequential reference).
+        output: where the mp4 goes; None: decode, but write nothing.
+        metadata: prompt and settings go into the file.
+        prepare: gives the model to read weights from, if that is not ``model`` (whose pack may have
+            to be made first).
+        shrink: a plan that takes less of a resource in a phase, or None where there is none.
+        keeper: what is kept of the job while it runs.
+        notices: told at the start.
+        hooks: what its user wants to see and do between steps.
+        previewer: makes previews.
+    """
+
+    model: ModelFiles
+    request: GenerationRequest
+    plan: Plan
+    device: torch.device
+    overlapped: bool
+    output: Path | None
+    overwrite: bool
+    metadata: bool
+    prepare: Callable[[Stage], ModelFiles] | None = None
+    shrink: Shrink = nothing_smaller
+    keeper: Keeper = field(default_factory=Keeper)
+    notices: tuple[str, ...] = ()
+    hooks: Hooks = field(default_factory=Hooks)
+    previewer: Previewer = field(default_factory=Previewer)
+
+
+class Stage:
+    """A running job: the run, its plan as it stands, its ledgers and its monitor.
+
+    Attributes:
+        steps_left: of the denoising, when its stream is opened.
+    """
+
+    def __init__(self, job: Run, listener: Listener, cancelled: threading.Event) -> None:
+        self.job, self.model, self.device = job, job.model, job.device
+        self.plan, self.keeper = job.plan, job.keeper
+        self._active = ""
+        self._ahead = Ahead()
+        self.steps_left = job.request.steps
+        self.device_ledger = ByteLedger("VRAM", job.plan.vram_limit_bytes)
+        self.host_ledger = ByteLedger("RAM", job.plan.ram_limit_bytes)
+        self.monitor = Monitor(listener, self.device_ledger, self.host_ledger, cancelled)
+
+    def prepare(self) -> None:
+        """From now on the weights are where the job reads them."""
+        if self.job.prepare is not None:
+            self.model = self.job.prepare(self)
+
+    @contextmanager
+    def phase(
+        self, name: str, total: int, unit: str, *, done: int = 0, plan: PhasePlan | None = None
+    ) -> Iterator[tuple[PhasePlan, PhaseMonitor]]:
+        """One phase of the plan (or of ``plan``), its room reserved; ``done`` units were finished
+        before."""
+        plan = plan or self.plan[name]
+        self._active = name
+        if self.device.type == "cuda":  # holes that the last phase has left are no use to this one
+            release_cached(self.device)
+        with (
+            self.monitor.phase(plan, total, unit, done) as phase,
+            self.device_ledger.reserve(f"{name}: activations", plan.work_bytes),
+            self.host_ledger.reserve(f"{name}: host work", plan.ram_work_bytes),
+            self.model.scratch.held(dict(plan.work).get(SCRATCH, 0)),
+        ):
+            if plan.ahead_bytes:
+                self._read_ahead()
+            yield plan, phase
+
+    def _read_ahead(self) -> None:
+        """Let the transformer's first blocks come, as far as its buffers in RAM go."""
+        denoise, blocks = self.plan["denoise"], self.model.transformer.blocks
+        if self._ahead.is_reading or not self.job.overlapped or denoise.stream is None:
+            return
+        passes = denoise.passes(workload_of(self.job.request).branches)
+        stream = self._open(blocks, denoise.stream, self.steps_left * len(passes))
+        self._ahead.begin(blocks, stream)
+
+    def read_decoder_ahead(self) -> None:
+        """Let the VAE decoder's weights come, where the plan has room for them already now.
+
+        Raises:
+            LedgerOverflow: the buffer does not fit the budget.
+        """
+        planned = self.plan["denoise"].decoder_ahead_bytes
+        if planned and self.job.overlapped and not self._ahead.is_reading:
+            layouts = (self.model.vae_decoder.rest,)
+            self._ahead.begin(layouts, self._open(layouts, ONE_RESIDENT, 1))
+
+    def close(self) -> None:
+        """Give back what was read ahead for a phase that did not come."""
+        self._ahead.drop()
+
+    @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Room for reading what was kept of the job, as the plan's next phase has it."""
+        nbytes = dict(self.plan["context"].ram_work).get(RESTORED, 0)
+        with self.host_ledger.reserve(RESTORED, nbytes):
+            yield
+
+    def attempt(self, name: str, body: Callable[[], Result]) -> Result:
+        """Do ``body``, and where memory runs out do it again under a smaller plan.
+
+        Every plan takes strictly less than the one before, so that the attempts come to an end.
+
+        Args:
+            name: the phase that a shortage before any phase began is put down to.
+            body: leaves nothing behind when it fails.
+
+        Raises:
+            OutOfMemory: no smaller plan exists.
+        """
+        while True:
+            self._active = name
+            try:
+                return body()
+            except MEMORY_ERRORS as error:
+                short = shortage(error, self.device)
+                if short is None:
+                    raise
+            self._shrink(short)
+
+    def _shrink(self, short: Shortage) -> None:
+        self._ahead.drop()
+        gc.collect()
+        release_cached(self.device)
+        plan = self.job.shrink(self.plan, self._active, short.resource)
+        if plan is None:
+            raise OutOfMemory(
+                f"out of memory in the phase {self._active}, and nothing smaller can be planned",
+                found=short.message,
+                remedy="Free memory (close other programs), or give a smaller --vram or --ram.",
+            )
+        what, identical = changes(self.plan, plan)
+        self.plan = plan
+        self.keeper.keep_plan(plan)
+        self.monitor.replanned(Replanned(self._active, short.message, what, identical))
+
+    @contextmanager
+    def rest(self, component: Component) -> Iterator[Any]:
+        """The network of ``component`` with all that is not in a block loaded.
+
+        Raises:
+            CheckpointChanged: its files changed since the model was opened.
+        """
+        component.checkpoint.check_unchanged()
+        adapted = component.made_bytes(self.device.type)
+        with (
+            self._loaded(component.rest) as tensors,
+            self.device_ledger.reserve("adapted weights", adapted),
+            component.bound(tensors) as module,
+        ):
+            yield module
+
+    @contextmanager
+    def _loaded(self, layout: BlockLayout) -> Iterator[Tensors]:
+        """Weights on the device: read now, or taken from where they were read ahead."""
+        with ExitStack() as stack:
+            ahead = self._ahead.take((layout,), stack)
+            if ahead is None:
+                yield stack.enter_context(
+                    load_block(
+                        layout,
+                        device=self.device,
+                        device_ledger=self.device_ledger,
+                        host_ledger=self.host_ledger,
+                    )
+                )
+            else:
+                stack.enter_context(ahead)
+                for _, tensors in ahead.cycle():
+                    yield tensors
+
+    @contextmanager
+    def stream(
+        self,
+        layouts: Sequence[BlockLayout],
+        plan: StreamPlan | None,
+        phase: PhaseMonitor,
+        cycles: int,
+    ) -> Iterator[BlockStream]:
+        """A stream over ``layouts`` as planned, its statistics joined to the phase's."""
+        assert plan is not None
+        with ExitStack() as stack:
+            ahead = self._ahead.take(layouts, stack)
+            stream = ahead or self._open(layouts, plan, cycles)
+            stack.enter_context(stream)
+            phase.opened(stream.stats)
+            for message in stream.notices:
+                self.monitor.notice(message)
+            yield stream
+
+    def _open(self, layouts: Sequence[BlockLayout], plan: StreamPlan, cycles: int) -> BlockStream:
+        return BlockStream(
+            layouts,
+            residency(plan),
+            cycles=cycles,
+            device=self.device,
+            device_ledger=self.device_ledger,
+            host_ledger=self.host_ledger,
+            overlapped=self.job.overlapped,
+            should_stop=self.monitor.check,
+        )
+
+
+def residency(plan: StreamPlan) -> Residency:
+    """The plan's places, as the stream takes them."""
+    on_device, in_ram = plan.device_blocks, plan.host_blocks
+    return Residency(plan.n_blocks, on_device, in_ram, plan.device_slots, plan.host_slabs)
+
+
+def visits(
+    stream: BlockStream, component: Component, phase: PhaseMonitor
+) -> Iterator[tuple[int, Any]]:
+    """One pass over all blocks: each index with the block module, its weights bound meanwhile."""
+    for index, tensors in stream.cycle():
+        phase.check()
+        with component.bound(tensors, index) as block:
+            yield index, block

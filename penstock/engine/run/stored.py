@@ -1,0 +1,233 @@
+"""A job as its journal holds it: request, plan and settings as plain values, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from penstock.engine.model.files import ModelFiles
+from penstock.engine.model.opening import Opening
+from penstock.engine.packs.firstuse import PACKING
+from penstock.engine.request.generation import GenerationRequest, Grid
+from penstock.engine.run.fingerprint import Fingerprint, check_fingerprint, fingerprint
+from penstock.engine.store.digest import reading, stamp
+from penstock.engine.store.journal import HEADER_BYTES, PICTURE_FILE, Journal
+from penstock.errors import JournalError, RequestError
+from penstock.profiles.plan import Plan
+
+STATE_TENSORS = 5
+"""Latents and the solver's history at most: UniPC keeps three of the latents' size (order 2)."""
+
+_NOT_OF_THE_REQUEST = ("model", "files", "loras", "weight_format", "compute", "attention")
+
+GENERATIONS = 3
+"""Of the sampler's state: two are kept while a third is written."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What goes with a request.
+
+    Attributes:
+        output: where the mp4 goes; None: nowhere.
+        overwrite: replace an existing file.
+        metadata: prompt and settings go into the file.
+    """
+
+    output: Path | None
+    overwrite: bool = False
+    metadata: bool = True
+
+    def facts(self) -> dict[str, Any]:
+        """Plain values, for the record."""
+        return {
+            "output": None if self.output is None else str(self.output.absolute()),
+            "overwrite": self.overwrite,
+            "metadata": self.metadata,
+        }
+
+
+def request_values(request: GenerationRequest, opening: Opening, plan: Plan) -> dict[str, Any]:
+    """The request as plain values, with where the model is, and how its transformer is stored,
+    computes and attends under ``plan``; the picture is told by its content.
+
+    Raises:
+        StorageError: the picture cannot be read.
+    """
+    picture = None if request.image is None else stamp(request.image)
+    numerics = {name: getattr(plan, name) for name in ("weight_format", "compute", "attention")}
+    return asdict(request) | {"image": picture} | opening.values() | numerics
+
+
+def begin(
+    folder: Path,
+    model: ModelFiles,
+    request: GenerationRequest,
+    plan: Plan,
+    now: Fingerprint,
+    order: Order,
+    budgets: Mapping[str, Any],
+) -> tuple[Journal, GenerationRequest]:
+    """Make a job's directory; returns the journal, and the request on the copy of its picture.
+
+    Args:
+        now: the fingerprint of today, as `conditions_now` gives it.
+
+    Raises:
+        StorageError: no space, or the folder cannot be written.
+        JournalError, JobLocked: there is a job already.
+    """
+    picture = None
+    if request.image is not None:
+        with reading(request.image):
+            picture = request.image.read_bytes()
+    journal = Journal.create(
+        folder,
+        request_values(request, model.opening, plan),
+        plan.to_json(),
+        now,
+        facts=order.facts() | dict(budgets),
+        picture=picture,
+        reserve_bytes=reserve_bytes(model, request),
+    )
+    if picture is not None:
+        request = replace(request, image=folder / PICTURE_FILE)
+    return journal, request
+
+
+def conditions_now(model: ModelFiles, device: torch.device, how: Mapping[str, str]) -> Fingerprint:
+    """The fingerprint of a job of this model on this device; chunks and tiles are compared apart.
+
+    Args:
+        model: as its files hold it: a pack of them is a function of its format.
+        how: its transformer's matrices are stored and multiply, and its tokens attend
+            (`penstock.engine.variants.Variants.numerics`).
+    """
+    dtypes = {component.name: str(component.dtype) for component in model.components()}
+    numerics: dict[str, Any] = {"dtypes": dtypes} | dict(how)
+    if model.loras.given:
+        numerics["loras"] = model.loras.numerics()
+    return fingerprint(device, numerics, sorted(model.files.items()))
+
+
+def check_unfinished(journal: Journal) -> None:
+    """Refuse a job that has nothing left to do.
+
+    Raises:
+        JournalError: it is done.
+    """
+    if journal.record.state == "done":
+        raise JournalError(
+            f"the job in {journal.folder} is done",
+            found=str(journal.record.facts.get("output")),
+            remedy="Remove it with `penstock jobs rm`.",
+        )
+
+
+def restored_request(journal: Journal) -> GenerationRequest:
+    """The request of a job.
+
+    Raises:
+        JournalError: the record holds none.
+    """
+    values = {k: v for k, v in journal.record.request.items() if k not in _NOT_OF_THE_REQUEST}
+    picture = journal.folder / PICTURE_FILE if values.get("image") is not None else None
+    try:
+        grid = Grid(**values.pop("grid"))
+        return GenerationRequest(**(values | {"grid": grid, "image": picture}))
+    except (KeyError, TypeError, RequestError) as error:
+        raise JournalError(f"{journal.folder} holds no request", found=str(error)) from error
+
+
+def restored_plan(journal: Journal) -> Plan:
+    """The plan of a job.
+
+    Raises:
+        JournalError: the record holds none.
+    """
+    try:
+        return Plan.from_json(journal.record.plan)
+    except (KeyError, TypeError, ValueError) as error:
+        raise JournalError(f"{journal.folder} holds no plan", found=str(error)) from error
+
+
+def restored_order(journal: Journal) -> Order:
+    """Where a job's video goes; a file that it had begun to write itself may be replaced."""
+    facts = journal.record.facts
+    return Order(
+        output=Path(facts["output"]) if isinstance(facts.get("output"), str) else None,
+        overwrite=bool(facts.get("overwrite") or facts.get("output_begun")),
+        metadata=bool(facts.get("metadata", True)),
+    )
+
+
+def check_conditions(
+    journal: Journal, plan: Plan, now: Fingerprint, *, steers: bool, allow_nonidentical: bool
+) -> tuple[str, ...]:
+    """Differences between the conditions a job began under and those of today, as sentences.
+
+    Args:
+        journal: of the job.
+        plan: under which it will go on.
+        now: the fingerprint of today.
+        steers: there is an ``on_step``. A job that had one and replaced latents needs it again for
+            the steps that remain.
+        allow_nonidentical: differences are no error.
+
+    Raises:
+        FingerprintMismatch: something differs, and that is not allowed.
+    """
+    steered = bool(journal.record.facts.get("steered"))
+    still = steered and (steers or journal.load_latents() is not None)
+    then = {"plan": _rounding(restored_plan(journal)), "steered": steered}
+    today = {"plan": _rounding(plan), "steered": still}
+    differences = check_fingerprint(
+        journal.record.fingerprint | then, now | today, allow_nonidentical=allow_nonidentical
+    )
+    return tuple(
+        f"the result will not be identical: {field} was {old!r} and is {new!r}"
+        for field, old, new in differences
+    )
+
+
+def check_picture(journal: Journal) -> None:
+    """Refuse a damaged copy of the picture.
+
+    Raises:
+        JournalError: it is not what the request was made with.
+    """
+    expected = journal.record.request.get("image")
+    if expected is not None and stamp(journal.folder / PICTURE_FILE) != expected:
+        raise JournalError(
+            f"{journal.folder / PICTURE_FILE} is damaged",
+            expected=str(expected),
+            remedy="Put the original picture in its place, or start the job again.",
+        )
+
+
+def reserve_bytes(model: ModelFiles, request: GenerationRequest) -> int:
+    """Disk space that the files of a job take at most."""
+    manifest = model.manifest
+    frames, height, width = request.video_shape.latent(manifest.vae)
+    area = frames * height * width
+    latents = 4 * manifest.vae.z_dim * area
+    condition = 4 * manifest.transformer.in_channels * area
+    texts = 2 * 512 * manifest.text.d_model * manifest.text.weights.itemsize
+    image = 0 if manifest.image is None else 4 * manifest.image.tokens * manifest.image.hidden_size
+    video = 3 * request.frames * request.height * request.width
+    picture = 0 if request.image is None else request.image.stat().st_size
+    states = GENERATIONS * (STATE_TENSORS * latents + HEADER_BYTES)
+    return states + latents + condition + texts + image + video + picture + 64 * HEADER_BYTES
+
+
+def _rounding(plan: Plan) -> dict[str, Any]:
+    """What of a plan alters rounding (`penstock.profiles.plan.same_rounding`)."""
+    return {
+        phase.name: {"chunk_tokens": phase.chunk_tokens, "tiles": list(phase.tiles)}
+        for phase in plan.phases
+        if phase.name != PACKING
+    }

@@ -1,0 +1,172 @@
+"""A model in the formats it may be run in: as its files are, or as packs of its transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from penstock.engine.families.wan.attending import attention_numerics
+from penstock.engine.families.wan.manifest import undecided
+from penstock.engine.model.files import ModelFiles
+from penstock.engine.model.storage import block_format
+from penstock.engine.packs.cache import cache_folder
+from penstock.engine.packs.firstuse import FirstUse
+from penstock.profiles.advice import plan_chosen
+from penstock.profiles.denoising import compute_path
+from penstock.profiles.manifest import ModelManifest
+from penstock.profiles.phases import Workload
+from penstock.profiles.plan import Plan
+from penstock.profiles.profile import Chosen
+from penstock.quant.paths import Computing, Kernel, Mode, Scratch
+from penstock.units import format_bytes
+
+if TYPE_CHECKING:
+    from penstock.engine.run.stage import Stage
+    from penstock.quant.probe import PathReport
+    from penstock.quant.scaled import Gemm
+
+_PLAIN = ("bf16", "fp16", "fp32")
+
+
+def computing_on(device: str, mode: Mode) -> tuple[Computing, tuple[str, ...]]:
+    """How quantised linears compute on ``device``, and what is to be said of its 8-bit products,
+    which are tried for "fast"."""
+    if mode == "exact":
+        return Computing(Scratch(0, device)), ()
+    from penstock.quant.probe import probe, working
+
+    reports = probe(device)
+    return Computing(Scratch(0, device), mode, working(reports)), told_of(reports)
+
+
+def told_of(reports: Mapping[Kernel, PathReport]) -> tuple[str, ...]:
+    """What is said of each path in 8 bits, as it was found on the device."""
+    rowwise = reports["fp8-rowwise"]
+    slower = "" if rowwise.works else f", scaled in passes of their own ({rowwise.reason})"
+    return _told("fp8", reports["fp8"], slower), _told("int8", reports["int8"], "")
+
+
+def _told(path: Gemm, report: PathReport, slower: str) -> str:
+    if report.works:
+        return f"8-bit products in {path}: they work here{slower}"
+    return f"8-bit products in {path}: not here, weights are decoded ({report.reason})"
+
+
+class Variants:
+    """A model as its files hold it, and in other formats.
+
+    A format that a flag names is the one; those of a profile count where the files are plain (what
+    is quantised already is not quantised again for a preference); else the files stay as they are.
+
+    Args:
+        model: as its files hold it.
+        chosen: budgets, policy and formats.
+        computing: how quantised linears compute.
+        cache: where packs are kept; None: `penstock.engine.packs.cache.cache_folder`.
+        described: the machine is only described: which 8-bit products it has, its rates say.
+    """
+
+    def __init__(
+        self,
+        model: ModelFiles,
+        chosen: Chosen,
+        computing: Computing,
+        cache: Path | None = None,
+        *,
+        described: bool = False,
+    ) -> None:
+        self._chosen, self._computing, self._described = chosen, computing, described
+        self.stored = model.installed(computing)
+        self._cache = cache or cache_folder()
+        self._stored_format = block_format(model.transformer.source)
+        self._packs: dict[str, tuple[FirstUse, ModelFiles]] = {}
+
+    def plan(self, workload: Workload) -> Plan:
+        """The plan in the first format that fits, with the packing that it needs before.
+
+        Raises:
+            OverBudget: no plan fits the budgets.
+            UsageError: no such format.
+        """
+        found = plan_chosen(self._offered, workload, self._chosen)
+        use = self._first_use(found.weight_format)
+        if use is None or use.is_made:
+            return found
+        return replace(found, phases=(use.phase(self._chosen.hardware), *found.phases))
+
+    def _offered(self, name: str) -> ModelManifest:
+        origin, stored = self._chosen.formats_from, self._stored_format
+        kept = origin == "default" or (
+            origin != "flag" and (stored not in _PLAIN or name in _PLAIN)
+        )
+        manifest = (self.stored if kept else self.named(name)).manifest
+        return undecided(manifest) if self._described else manifest
+
+    def named(self, name: str) -> ModelFiles:
+        """The model with its block matrices in the format ``name``; its pack may have to be made.
+
+        Raises:
+            UsageError: no such format, or one that is only read.
+        """
+        use = self._first_use(name)
+        return self.stored if use is None else self._packs[name][1]
+
+    def _first_use(self, name: str) -> FirstUse | None:
+        """The pack of that format, opened; None where the files hold it already."""
+        if name == self._stored_format:
+            return None
+        if name not in self._packs:
+            self._open(FirstUse.of(self.stored.transformer.source, name, self._cache))
+        return self._packs[name][0]
+
+    def _open(self, use: FirstUse) -> ModelFiles:
+        known = self._packs.get(use.wanted)
+        if known is not None:
+            known[1].transformer.checkpoint.close()
+        model = self.stored.with_transformer(use.transformer()).installed(self._computing)
+        self._packs[use.wanted] = (use, model)
+        return model
+
+    def preparation(self, name: str) -> Callable[[Stage], ModelFiles] | None:
+        """What gives a job the model in that format to read from; None where the files do."""
+        use = self._first_use(name)
+        return None if use is None else lambda stage: self._prepared(use, stage)
+
+    def _prepared(self, use: FirstUse, stage: Stage) -> ModelFiles:
+        size = format_bytes(use.nbytes)
+        if use.is_made:
+            stage.monitor.notice(f"the transformer is read as {use.wanted} from {use.folder}")
+            return self._open(use)
+        stage.monitor.notice(
+            f"packing the transformer as {use.wanted}, once, into {use.folder} ({size}); "
+            "`penstock cache` lists and frees packs"
+        )
+        phase_plan = use.phase(self._chosen.hardware)
+        with stage.phase(phase_plan.name, use.nbytes >> 20, "MiB", plan=phase_plan) as (_, phase):
+
+            def report(nbytes: int) -> None:
+                phase.check()
+                while phase.done < min(nbytes >> 20, phase.total):
+                    phase.advance()
+
+            use.make(phase_plan.ram_work_bytes, report)
+        return self._open(use)
+
+    def numerics(self, name: str) -> dict[str, str]:
+        """How the block matrices in that format are stored and multiply here, and what attends, as
+        the plan says."""
+        policy, rates = self._chosen.policy, self._chosen.hardware.rates
+        path = compute_path(self.named(name).manifest.transformer.storage, policy, rates)
+        return {
+            "weight_format": name,
+            "compute": policy.compute,
+            "compute_path": path,
+            "attention": attention_numerics(policy.attention),
+        }
+
+    def close(self) -> None:
+        """Close the files."""
+        for model in (self.stored, *(model for _, model in self._packs.values())):
+            model.close()

@@ -1,0 +1,27 @@
+"""The two examples of this part, run as a user runs them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_EXAMPLES = Path(__file__).parents[3] / "examples"
+
+
+@pytest.mark.parametrize(
+    ("name", "promised"),
+    [
+        ("attach_pipeline.py", ["the same video: True", "and after detaching: True"]),
+        ("stream_any_model.py", ["the same result: True", "expected at least"]),
+    ],
+)
+def test_the_example_runs(name: str, promised: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, _EXAMPLES / name], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    for line in promised:
+        assert line in done.stdout

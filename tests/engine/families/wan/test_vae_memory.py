@@ -1,0 +1,44 @@
+"""The true VAE at 720p, on fake tensors: the budget holds and the prediction is tight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from penstock.profiles.cost.vae import decode_bytes, encode_bytes
+from penstock.profiles.manifest import VaeSpec, Weights
+from penstock.profiles.tiling import TileGrid
+from penstock.units import GIB
+from tests.engine.families.wan.fake_vae import FakeVae
+
+LATENT = (21, 90, 160)
+NONE = Weights(0, (), 2)
+WAN = VaeSpec(NONE, NONE, 96, 16, (1, 2, 4, 4), 2, (False, True, True))
+
+
+@pytest.fixture(scope="module")
+def fake_vae() -> FakeVae:
+    return FakeVae.make(torch.bfloat16)
+
+
+def test_720p_decode_in_tiles_stays_below_1_2_gib(fake_vae) -> None:
+    peak, grid = fake_vae.decode_peak(LATENT, TileGrid(3, 3)), TileGrid(3, 3)
+    assert peak <= 1.2 * GIB
+    assert peak <= decode_bytes(WAN, LATENT, grid, 2).device_bytes <= 1.05 * peak
+
+
+def test_720p_encode_in_tiles_stays_below_1_2_gib(fake_vae) -> None:
+    peak, grid = fake_vae.encode_peak(LATENT, TileGrid(2, 2)), TileGrid(2, 2)
+    assert peak <= 1.2 * GIB
+    assert peak <= encode_bytes(WAN, LATENT, grid, 2).device_bytes <= 1.05 * peak
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", [1, 2, 3, 4])
+@pytest.mark.parametrize("latent", [LATENT, (21, 60, 104)])
+def test_predictions_at_the_true_shapes(fake_vae, latent, side) -> None:
+    grid = TileGrid(side, side)
+    peak = fake_vae.decode_peak(latent, grid)
+    assert peak <= decode_bytes(WAN, latent, grid, 2).device_bytes <= 1.05 * peak
+    peak = fake_vae.encode_peak(latent, grid)
+    assert peak <= encode_bytes(WAN, latent, grid, 2).device_bytes <= 1.05 * peak

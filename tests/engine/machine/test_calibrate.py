@@ -1,0 +1,164 @@
+"""Calibration: rates found in the seconds of several operations, on a clock of the test's own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from penstock.engine.machine import calibrate, doctor
+from penstock.engine.machine.calibrate import Effort
+from penstock.profiles.cost.vae import VaeWork
+from penstock.profiles.rates import Rates
+from penstock.quant.compute import Operands
+from penstock.quant.scaled import Scaled8
+from tests import fake_kitchen
+
+CPU = torch.device("cpu")
+
+
+class Clock:
+    """Seconds that operations take, as they say."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def spend(self, seconds: float) -> None:
+        self.now += seconds
+
+    @property
+    def effort(self) -> Effort:
+        return Effort(tokens=1024, copy_bytes=1, read_bytes=1, seconds=0.0, clock=self)
+
+
+def test_the_vaes_rates_are_those_of_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    true = Rates(
+        1.0, 1.0, 1.0,
+        conv_flops=1e11, conv_element_s=8e-9, conv_pixel_s=2e-7, conv_call_s=3e-4,
+    )  # fmt: skip
+    clock, real = Clock(), calibrate._residual
+
+    def block(width: int, side: int, *where: object) -> tuple[VaeWork, object]:
+        work, _ = real(width, side, *where)
+        return work, partial(clock.spend, work.seconds(true))
+
+    monkeypatch.setattr(calibrate, "_residual", block)
+    found = calibrate._vae(CPU, torch.float32, clock.effort)
+    assert found == {name: pytest.approx(getattr(true, name), rel=1e-3) for name in found}
+    assert len(found) == 4
+
+
+def test_a_product_in_8_bits_is_timed_as_a_linear_does_it() -> None:
+    clock, asked = Clock(), []
+
+    def path(operands: Operands, x: torch.Tensor) -> None:
+        asked.append((operands, x.shape, x.dtype))
+        clock.spend(2 * x.shape[0] * operands.shape[0] * operands.shape[1] / 3e9)
+
+    operands = calibrate._stored("int8", 48, CPU)
+    found = calibrate._product(path, operands, CPU, torch.bfloat16, clock.effort)
+    assert found == pytest.approx(3e9)
+    assert all(each == (operands, (1024, 1024), torch.bfloat16) for each in asked)
+    assert operands.shape == (48, 1024) and operands.tensors["weight"].dtype == torch.int8
+    assert calibrate._eight_bit("int8", CPU, torch.bfloat16, clock.effort) is None
+
+
+def test_decoding_is_timed_on_a_weight_as_it_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, moved = Clock(), []
+
+    def dequantise(self: object, tensors: object, shape: tuple[int, int], *where: object) -> None:
+        moved.append(shape)
+        clock.spend(shape[0] * shape[1] * 3 / 1e9)  # a byte read, two written
+
+    monkeypatch.setattr(Scaled8, "dequantise", dequantise)
+    effort = replace(clock.effort, copy_bytes=8 * 1024 * 10)
+    assert calibrate._decode(CPU, torch.bfloat16, effort) == pytest.approx(1e9)
+    assert set(moved) == {(10, 1024)}
+
+
+def test_few_tokens_pay_for_what_they_attend_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        clock.spend(1e-4 + k.numel() * (2e-9 + 4 * q.shape[1] / 1e11))
+
+    class Forward:
+        width, tokens = 512, 256
+
+        def __call__(self, chunk: int) -> None:
+            chunks = -(-self.tokens // chunk)
+            clock.spend(self.tokens * 1e-4 + (chunks - 1) * (1e-3 + 2e-9 * 512 * (256 + 512)))
+
+    monkeypatch.setattr(calibrate, "attention", attend)
+    monkeypatch.setattr(calibrate._Forward, "make", lambda *_: Forward())
+    found = calibrate._tiny(CPU, torch.float32, clock.effort, attention_flops=1e11)
+    assert found["tiny_key_s"] == pytest.approx(2e-9)
+    assert found["tiny_overhead_s"] == pytest.approx(1e-3)
+
+
+def test_angles_are_fp32_as_in_a_model_that_is_run() -> None:
+    work = calibrate._Forward.make(CPU, torch.bfloat16, tokens=64)
+    assert work.rope.cos.dtype == work.rope.sin.dtype == torch.float32
+
+
+def test_what_a_card_does_not_multiply_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored, card = calibrate._stored, torch.device("cuda")
+    monkeypatch.setattr(calibrate, "_stored", lambda name, rows, device: stored(name, 32, CPU))
+    monkeypatch.setattr(calibrate, "_product", lambda path, *rest: path.path)
+    for works, found in ((frozenset({"int8"}), "int8"), (frozenset(), None)):
+        monkeypatch.setattr(calibrate, "probe", lambda device: {})
+        monkeypatch.setattr(calibrate, "working", lambda reports, works=works: works)
+        assert calibrate._eight_bit("int8", card, torch.bfloat16, Clock().effort) == found
+
+
+def test_no_seconds_are_negative() -> None:
+    """More units and fewer seconds: the second kind of work cannot be what takes them."""
+    found = calibrate._fitted([[1.0, 0.0], [1.0, 5.0]], [2.0, 1.5])
+    assert found[1] == 0.0 and 1.5 <= found[0] <= 2.0
+
+
+def test_operations_take_turns() -> None:
+    clock, order = Clock(), []
+
+    def work(name: str, seconds: float) -> None:
+        order.append(name)
+        clock.spend(seconds)
+
+    works = [partial(work, "a", 1.0), partial(work, "b", 3.0)]
+    assert calibrate._in_turns(works, CPU, clock.effort) == [1.0, 3.0]
+    assert "".join(order) == "ab" * (len(order) // 2)
+
+
+def test_every_rate_of_a_cpu_is_measured(tmp_path) -> None:
+    quick = Effort(tokens=64, copy_bytes=1 << 20, read_bytes=8 << 20, seconds=0.001)
+    found = calibrate.calibrate(CPU, tmp_path, quick)
+    absent = {name for name, value in vars(found).items() if value is None}
+    assert absent == {"eight_bit_flops", "fp8_flops", "int8_attention_flops"}
+
+
+def test_attention_in_8_bits_is_timed_where_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+
+    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        heads, tokens, width = q.shape[1:]
+        clock.spend(4 * tokens * k.shape[2] * heads * width / 7e9)
+        return fake_kitchen.quantising(q, k, v)
+
+    effort = replace(clock.effort, tokens=64)
+    fake_kitchen.install(monkeypatch, kernel)
+    assert calibrate._int8_attention(CPU, torch.float32, effort) == pytest.approx(7e9)
+    fake_kitchen.install(monkeypatch, kernel, available=False)
+    assert calibrate._int8_attention(CPU, torch.float32, effort) is None
+
+
+def test_the_doctor_tells_of_attention_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = Rates(1.0, 1.0, 1.0, int8_attention_flops=3e14)
+    assert doctor._int8_attention(CPU, measured).found == "works, 300 TFLOP/s"
+    fake_kitchen.install(monkeypatch, available=False)
+    told = doctor._int8_attention(CPU, Rates(1.0, 1.0, 1.0))
+    assert told.found == "no: it needs a CUDA device" and "--attention sdpa" in str(told.remedy)

@@ -1,0 +1,167 @@
+"""The transformer's first blocks come while the phases before it work, and change nothing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from penstock.engine.engine import Engine
+from penstock.engine.request.generation import GenerationRequest
+from penstock.engine.run import stage
+from penstock.engine.run.events import Event, PhaseEnded, PhaseStarted, Progress
+from penstock.engine.run.pipeline import run
+from penstock.engine.run.prefetch import Ahead
+from penstock.engine.run.report import JobResult
+from penstock.engine.run.stage import Run, Stage
+from penstock.errors import JobCancelled, LedgerOverflow
+from penstock.profiles.ahead import without_reading_ahead
+from penstock.profiles.plan import Plan
+
+BEFORE = ("text", "image", "encode", "context")
+
+
+class Watch:
+    """A listener: which phases ended while a stream was reading, and what they told."""
+
+    def __init__(self, cancel_at: str = "") -> None:
+        self.cancelled, self._cancel_at = threading.Event(), cancel_at
+        self.reading: list[str] = []
+        self.steps = 0
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, PhaseStarted) and event.phase == self._cancel_at:
+            self.cancelled.set()
+        if isinstance(event, Progress) and event.phase == "denoise":
+            self.steps = event.step
+        if isinstance(event, PhaseEnded) and streams():
+            self.reading.append(event.report.name)
+
+
+def streams() -> list[str]:
+    names = [thread.name for thread in threading.enumerate()]
+    return [name for name in names if name.startswith("penstock-stream")]
+
+
+def do(
+    engine: Engine, plan: Plan, picture: Path, watch: Watch, overlapped: bool, **more: Any
+) -> JobResult:
+    job = Run(
+        model=engine.model,
+        request=request(picture),
+        plan=plan,
+        device=torch.device("cpu"),
+        overlapped=overlapped,
+        output=None,
+        overwrite=False,
+        metadata=False,
+        **more,
+    )
+    return run(job, watch, watch.cancelled)
+
+
+def request(picture: Path) -> GenerationRequest:
+    return GenerationRequest(
+        prompt="a red circle moves",
+        negative_prompt="",
+        image=picture,
+        width=64,
+        height=48,
+        frames=5,
+        steps=2,
+        seed=3,
+    )
+
+
+@pytest.fixture
+def engine(i2v_folder: Path) -> Iterator[Engine]:
+    with Engine.open(i2v_folder, device="cpu", vram="1GiB", ram="1GiB") as opened:
+        yield opened
+
+
+def test_first_blocks_come_while_text_and_image_are_encoded(engine: Engine, picture: Path) -> None:
+    plan = engine.plan(request(picture))
+    assert all(plan[name].ahead_bytes > 0 for name in BEFORE)
+    watch, alone = Watch(), Watch()
+    result = do(engine, plan, picture, watch, overlapped=True)
+    expected = do(engine, without_reading_ahead(plan), picture, alone, overlapped=False)
+    assert torch.equal(result.latents, expected.latents)
+    assert watch.reading[:4] == list(BEFORE) and alone.reading == [] and streams() == []
+    for report in result.report.phases:
+        planned = plan[report.name]
+        assert planned.ahead_bytes <= report.measured_ram_bytes <= planned.ram_bytes
+    denoise = next(report for report in result.report.phases if report.name == "denoise")
+    in_steps = sum(step.flow.disk_to_host.nbytes for step in denoise.steps)
+    assert denoise.read_bytes - in_steps > 0, "something came before the first step"
+
+
+def test_the_decoder_comes_during_the_last_step(
+    engine: Engine, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = engine.model.vae_decoder.rest
+    loaded: list[object] = []
+    begun: list[tuple[object, int]] = []
+    load, begin = stage.load_block, Ahead.begin
+
+    def loading(layout: Any, **more: Any) -> Any:
+        loaded.append(layout)
+        return load(layout, **more)
+
+    def beginning(ahead: Ahead, layouts: Any, stream: Any) -> None:
+        begun.append((layouts[0], watch.steps))
+        begin(ahead, layouts, stream)
+
+    watch = Watch()
+    monkeypatch.setattr(stage, "load_block", loading)
+    monkeypatch.setattr(Ahead, "begin", beginning)
+    plan = engine.plan(request(picture))
+    nbytes = plan["denoise"].decoder_ahead_bytes
+    assert nbytes == decoder.nbytes == plan["decode"].decoder_ahead_bytes
+    result = do(engine, plan, picture, watch, overlapped=True)
+    assert not any(layout is decoder for layout in loaded)
+    assert (decoder, 1) in begun, "one of two steps was done"
+    alone = without_reading_ahead(plan)
+    expected = do(engine, alone, picture, Watch(), overlapped=True)
+    assert any(layout is decoder for layout in loaded)
+    assert torch.equal(result.video, expected.video)
+    measured = {report.name: report.measured_ram_bytes for report in result.report.phases}
+    assert nbytes <= measured["denoise"] <= plan["denoise"].ram_bytes
+    assert nbytes <= measured["decode"] <= plan["decode"].ram_bytes
+
+
+def test_a_job_that_ends_before_its_steps_gives_everything_back(
+    engine: Engine, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Stage] = []
+    init = Stage.__init__
+
+    def remembered(self: Stage, *arguments: object) -> None:
+        init(self, *arguments)
+        made.append(self)
+
+    monkeypatch.setattr(Stage, "__init__", remembered)
+    with pytest.raises(JobCancelled):
+        do(engine, engine.plan(request(picture)), picture, Watch("encode"), overlapped=True)
+    assert streams() == [] and made[0].host_ledger.used == 0
+
+
+def test_where_memory_runs_out_nothing_is_read_ahead_any_more(
+    engine: Engine, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The buffers turn out not to fit: the phase goes on without them."""
+    asked: list[str] = []
+
+    def begin(ahead: Ahead, layouts: object, stream: object) -> None:
+        asked.append("begin")
+        raise LedgerOverflow("blocks read ahead do not fit", memory="RAM")
+
+    monkeypatch.setattr(Ahead, "begin", begin)
+    shrink = lambda plan, phase, resource: without_reading_ahead(plan)  # noqa: E731
+    watch = Watch()
+    result = do(engine, engine.plan(request(picture)), picture, watch, True, shrink=shrink)
+    assert any("no blocks read ahead" in notice for notice in result.report.notices)
+    assert asked == ["begin"] and watch.reading == [] and streams() == []

@@ -1,0 +1,219 @@
+import copy
+import json
+
+import pytest
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from diffusers.utils.torch_utils import randn_tensor
+
+from penstock.engine.request.generation import SAMPLERS
+from penstock.engine.run.sampler import (
+    Sampler,
+    SamplerState,
+    guide,
+    initial_noise,
+    read_scheduler_config,
+    step_generator,
+)
+from penstock.errors import CheckpointError, NonFinite, UsageError
+
+SHAPE = (1, 16, 2, 4, 6)
+# As it stands in a model's folder
+WAN_CONFIG = json.loads(
+    UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    ).to_json_string()
+)
+
+
+def make(sampler="unipc", steps=8, shift=5.0):
+    return Sampler(WAN_CONFIG, sampler=sampler, steps=steps, shift=shift)
+
+
+def prediction(i, latents):
+    """A stand-in for the transformer: deterministic, and sensitive to its input."""
+    return torch.sin(3 * latents + i) + 0.1 * latents
+
+
+def run(sampler, latents, start=0, stop=None):
+    for i in range(start, len(sampler.timesteps) if stop is None else stop):
+        latents = sampler.step(prediction(i, latents), i, latents)
+    return latents
+
+
+def diffusers_scheduler(sampler, shift):
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+    if sampler == "unipc":
+        return UniPCMultistepScheduler(**flow)
+    if sampler == "dpm++":
+        return DPMSolverMultistepScheduler(**flow)
+    return FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=sampler == "lcm")
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(("steps", "shift"), [(1, 5.0), (2, 3.0), (6, 5.0), (20, 3.0), (40, 5.0)])
+def test_each_solver_equals_diffusers_bit_for_bit(sampler, steps, shift):
+    theirs = diffusers_scheduler(sampler, shift)
+    theirs.set_timesteps(steps)
+    ours = make(sampler, steps, shift)
+    assert torch.equal(ours.timesteps, theirs.timesteps)
+    latents = expected = initial_noise(SHAPE, 1)
+    for i, timestep in enumerate(theirs.timesteps):
+        guess = prediction(i, expected)
+        noise = {"generator": step_generator(0, i)} if sampler == "lcm" else {}
+        expected = theirs.step(guess, timestep, expected, return_dict=False, **noise)[0]
+        latents = ours.step(prediction(i, latents), i, latents)
+        assert torch.equal(latents, expected)
+    assert ours.next_step == steps
+
+
+def test_the_requests_shift_replaces_the_folders():
+    assert WAN_CONFIG["flow_shift"] == 3.0
+    for sampler in SAMPLERS:
+        middles = {shift: make(sampler, 9, shift).timesteps[4].item() for shift in (1.0, 3.0, 5.0)}
+        assert middles[1.0] < middles[3.0] < middles[5.0]
+
+
+def test_other_settings_of_the_folder_are_kept():
+    config = WAN_CONFIG | {"solver_order": 3}
+    latents = initial_noise(SHAPE, 1)
+    third = Sampler(config, sampler="unipc", steps=8, shift=5.0)
+    assert not torch.equal(run(third, latents), run(make(), latents))
+
+
+def test_dynamic_shifting_in_a_foreign_config_is_switched_off():
+    config = dict(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).config)
+    for sampler in SAMPLERS:
+        made = Sampler(config, sampler=sampler, steps=4, shift=5.0)
+        assert torch.equal(made.timesteps, make(sampler, 4).timesteps)
+
+
+def test_repeated_timesteps_lose_no_step():
+    sampler = make(steps=900)
+    assert len(sampler.timesteps.unique()) < 900
+    assert sampler.timesteps[0] == sampler.timesteps[1]
+    run(sampler, initial_noise(SHAPE, 1), stop=2)
+    assert sampler._scheduler.step_index == 2
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_state_after_any_step_continues_bit_identically(sampler):
+    noise = initial_noise(SHAPE, 3)
+    whole = run(make(sampler), noise)
+    for k in range(9):
+        first = make(sampler)
+        latents = run(first, noise, stop=k)
+        saved = copy.deepcopy(first.state())
+        plain = json.loads(json.dumps(saved.values))
+        second = make(sampler)
+        second.load_state(SamplerState(plain, saved.tensors))
+        assert second.next_step == k
+        assert torch.equal(run(second, latents, start=k), whole)
+
+
+@pytest.mark.parametrize(("sampler", "count"), [("unipc", 5), ("dpm++", 2), ("euler", 0)])
+def test_the_state_is_the_solvers_complete_history(sampler, count):
+    made = make(sampler)
+    before = set(vars(made._scheduler))
+    run(made, initial_noise(SHAPE, 3), stop=3)
+    state = made.state()
+    assert len(state.tensors) == count
+    assert state.values["next_step"] == 3
+    fresh = make(sampler)
+    fresh.load_state(state)
+    assert before <= set(vars(fresh._scheduler))
+    for name, value in vars(made._scheduler).items():
+        assert same(value, getattr(fresh._scheduler, name)), name
+
+
+def same(left, right):
+    if isinstance(left, torch.Tensor):
+        return isinstance(right, torch.Tensor) and torch.equal(left, right)
+    if isinstance(left, list):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right
+
+
+@pytest.mark.parametrize("missing", ["model_outputs.0", "model_outputs.1", "last_sample.0"])
+def test_each_tensor_of_the_state_matters(missing):
+    noise = initial_noise(SHAPE, 3)
+    first = make()
+    latents = run(first, noise, stop=4)
+    state = first.state()
+    state.tensors[missing] = state.tensors[missing] + 1e-3
+    second = make()
+    second.load_state(state)
+    assert not torch.equal(run(second, latents, start=4), run(first, latents, start=4))
+
+
+def test_a_foreign_state_is_refused():
+    state = make("unipc").state()
+    for other in (make("dpm++"), make(steps=9), make(shift=3.0)):
+        with pytest.raises(UsageError, match="other settings"):
+            other.load_state(state)
+
+
+def test_steps_are_taken_once_and_in_order():
+    sampler = make(steps=2)
+    latents = initial_noise(SHAPE, 0)
+    with pytest.raises(UsageError, match="expected step 0 of 2, found step 1"):
+        sampler.step(latents, 1, latents)
+    latents = run(sampler, latents)
+    with pytest.raises(UsageError, match="found step 2"):
+        sampler.step(latents, 2, latents)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_nan_and_inf_stop_at_that_step(sampler, value):
+    made = make(sampler)
+    latents = run(made, initial_noise(SHAPE, 0), stop=2)
+    guess = prediction(2, latents)
+    guess[0, 3, 1, 2, 2] = value
+    with pytest.raises(NonFinite, match="after step 3 of 8.*1 of 768 bad"):
+        made.step(guess, 2, latents)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0.0, 1.5, 5.0, 7.3])
+def test_guidance_is_diffusers_expression_in_place(dtype, scale):
+    noise_pred, noise_uncond = torch.randn(2, 4000).to(dtype)
+    expected = noise_uncond + scale * (noise_pred - noise_uncond)
+    guided = guide(noise_pred, noise_uncond, scale)
+    assert guided.data_ptr() == noise_pred.data_ptr()
+    assert torch.equal(guided, expected)
+
+
+def test_noise_is_that_of_diffusers_with_a_cpu_generator():
+    generator = torch.Generator("cpu").manual_seed(42)
+    theirs = randn_tensor(SHAPE, generator=generator, device="cpu", dtype=torch.float32)
+    ours = initial_noise(SHAPE, 42)
+    assert torch.equal(ours, theirs)
+    assert ours.dtype == torch.float32
+    assert not torch.equal(ours, initial_noise(SHAPE, 43))
+
+
+def test_drawing_noise_leaves_the_global_generator_alone():
+    before = torch.random.get_rng_state()
+    initial_noise(SHAPE, 1)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_reading_the_folders_config(tmp_path):
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(WAN_CONFIG))
+    assert read_scheduler_config(tmp_path)["flow_shift"] == 3.0
+    with pytest.raises(CheckpointError, match="no usable scheduler config"):
+        read_scheduler_config(tmp_path / "none")
+    for text in ("{", "[1]"):
+        (tmp_path / "scheduler_config.json").write_text(text)
+        with pytest.raises(CheckpointError, match="no usable scheduler config"):
+            read_scheduler_config(tmp_path)
+
+
+def test_an_unknown_sampler_is_refused():
+    with pytest.raises(UsageError, match=r"unipc or dpm\+\+ or euler"):
+        make("ddim")

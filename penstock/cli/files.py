@@ -37,6 +37,13 @@ Loras = Annotated[
     typer.Option("--lora", metavar="FILE[:STRENGTH]", help="A LoRA; may be given several times."),
 ]
 
+LoraStrict = Annotated[
+    bool,
+    typer.Option(
+        "--lora-strict", help="Refuse a LoRA of which a tensor has no place in the model."
+    ),
+]
+
 
 @contextmanager
 def reported(debug: bool) -> Iterator[None]:
@@ -76,6 +83,7 @@ def pack(
     image_encoder: Part = None,
     tokenizer: Tokenizer = None,
     lora: Loras = None,
+    lora_strict: LoraStrict = False,
     ram: Annotated[str, typer.Option(help="The most memory for weights in work.")] = "2GiB",
     as_json: Json = False,
     debug: Debug = False,
@@ -94,10 +102,12 @@ def pack(
                 locate(model, files),
                 format,
                 output,
-                loras=as_loras(lora or []),
+                loras=as_loras(lora or [], strict=lora_strict),
                 ram_bytes=parse_bytes(ram),
                 progress=progress,
             )
+    for notice in report.notices:
+        print(f"note: {notice}", file=sys.stderr)
     if as_json:
         print(json.dumps(asdict(report), default=str))
     else:

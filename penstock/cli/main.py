@@ -21,6 +21,7 @@ from penstock.cli.bench import bench
 from penstock.cli.files import (
     Attention,
     Loras,
+    LoraStrict,
     Model,
     Part,
     Tokenizer,
@@ -121,6 +122,7 @@ def generate(
     distilled: Distilled = False,
     fps: Annotated[int | None, typer.Option(help="Frames a second of the file (16).")] = None,
     lora: Loras = None,
+    lora_strict: LoraStrict = False,
     vram: Vram = None,
     ram: Ram = None,
     device: Device = "auto",
@@ -146,12 +148,14 @@ def generate(
 ) -> None:
     """Make a video from a prompt, and a picture where the model takes one."""
     from penstock.engine.files.locate import Files
+    from penstock.engine.lora.file import as_loras
     from penstock.engine.request.settings import Settings
 
     files = Files(transformer, text_encoder, vae, image_encoder, tokenizer)
     opening = {
         "files": files, "vram": vram, "ram": ram, "device": device, "profile": profile,
-        "format": format, "compute": compute, "attention": attention, "loras": lora or [],
+        "format": format, "compute": compute, "attention": attention,
+        "loras": as_loras(lora or [], strict=lora_strict),
     }  # fmt: skip
     settings = Settings(
         prompt=prompt,
@@ -288,6 +292,7 @@ def plan(
     cfg: Annotated[float | None, typer.Option(help="Guidance scale (5); 1 is off.")] = None,
     distilled: Distilled = False,
     lora: Loras = None,
+    lora_strict: LoraStrict = False,
     vram: Vram = None,
     ram: Annotated[
         str | None, typer.Option(help="Ceiling on RAM; with --card, that machine's memory.")
@@ -309,6 +314,7 @@ def plan(
     """Say what a video will take, in bytes and seconds, without loading anything."""
     from penstock.cli.plan_view import plan_view
     from penstock.engine.files.locate import Files
+    from penstock.engine.lora.file import as_loras
     from penstock.engine.planning import Asked, Target, make_plan
 
     with reported(debug):
@@ -318,7 +324,7 @@ def plan(
             synthetic,
             Asked(size, max_area, frames, steps, cfg, image, distilled),
             Target(device, card, ram, disk, vram, profile, format, compute, attention),
-            lora or [],
+            as_loras(lora or [], strict=lora_strict),
         )
     if as_json:
         print(json.dumps(found.to_json()))

@@ -9,6 +9,7 @@ from typing import Any
 
 from penstock.engine.families.wan.attending import attending_on
 from penstock.engine.files.locate import Files
+from penstock.engine.lora.file import Lora
 from penstock.engine.request.generation import (
     DISTILLED,
     GenerationRequest,
@@ -123,7 +124,7 @@ def make_plan(
     synthetic: str | None,
     asked: Asked,
     target: Target,
-    loras: Sequence[str] = (),
+    loras: Sequence[Lora] = (),
 ) -> Plan:
     """The plan for a model, or for a built-in description.
 
@@ -160,7 +161,7 @@ class _Opened:
 
     model: str | None
     files: Files
-    loras: tuple[str, ...]
+    loras: tuple[Lora, ...]
     described: bool
 
 
@@ -170,7 +171,6 @@ def plan_files(opened: _Opened, asked: Asked, chosen: Chosen) -> Plan:
     Raises:
         CheckpointError: they are not a model that penstock runs.
     """
-    from penstock.engine.lora.file import as_loras
     from penstock.engine.model.files import ModelFiles
     from penstock.engine.request.settings import Settings, resolve
     from penstock.engine.variants import Variants, computing_on
@@ -186,7 +186,7 @@ def plan_files(opened: _Opened, asked: Asked, chosen: Chosen) -> Plan:
         image=asked.image,
         distilled=asked.distilled,
     )
-    model = ModelFiles.open(opened.model, opened.files, as_loras(opened.loras))
+    model = ModelFiles.open(opened.model, opened.files, opened.loras)
     request = resolve(settings, model)
     device = chosen.hardware.place
     computing = Computing(Scratch(0, device))
@@ -196,4 +196,4 @@ def plan_files(opened: _Opened, asked: Asked, chosen: Chosen) -> Plan:
         chosen, _ = attending_on(chosen, spec, tag)
     variants = Variants(model, chosen, computing, described=opened.described)
     found = variants.plan(workload_of(request, kept=True))
-    return replace(found, origins=found.origins + model.loras.origins())
+    return replace(found, origins=found.origins + model.origins())

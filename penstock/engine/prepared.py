@@ -36,7 +36,7 @@ class Prepared:
         chosen: as given, or chosen.
         variants: the model in the formats it may run in.
         model: as its files hold it.
-        notices: what is to be said of the device's 8-bit products and attention.
+        notices: what is to be said of the device's 8-bit products and attention, and of the files.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Prepared:
         computing, products = computing_on(device, mode)
         spec, tag = model.manifest.transformer, model.transformer.tag
         self.chosen, attention = attending_on(chosen, spec, tag)
-        self.notices = (*products, *attention)
+        self.notices = (*products, *attention, *model.notices)
         self.variants = Variants(model, self.chosen, computing, cache)
         self.model = self.variants.stored
 
@@ -115,7 +115,7 @@ class Prepared:
             OverBudget: no plan fits the budgets; names a profile or a request that does.
         """
         found = self.variants.plan(workload)
-        return replace(found, origins=found.origins + self.model.loras.origins())
+        return replace(found, origins=found.origins + self.model.origins())
 
 
 def _device_type(name: str) -> str:

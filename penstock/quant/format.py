@@ -91,6 +91,11 @@ def writable() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name not in read_only)
 
 
+def plain_format(tag: str) -> QuantFormat:
+    """The format of weights that are stored in the dtype ``tag``, as they are."""
+    return next(fmt for fmt in FORMATS.values() if isinstance(fmt, Plain) and fmt.tag == tag)
+
+
 def get_format(name: str) -> QuantFormat:
     """The format called ``name``.
 

@@ -156,6 +156,12 @@ def recognise(raw: RawFile, config: Mapping[str, Any] | None = None) -> Componen
     return _compare(raw, naming, config, weights, named)
 
 
+def component_of(raw: RawFile) -> str | None:
+    """Which component ``raw`` holds, by its keys; None if it is none."""
+    found = find_naming(raw.entries)
+    return None if found is None else found[0].component
+
+
 @dataclass(frozen=True)
 class _Named:
     entries: dict[str, TensorEntry]

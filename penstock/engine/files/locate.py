@@ -5,28 +5,30 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from penstock.engine.families.wan.config import IMAGE_PROCESSOR, UNIPC
+from penstock.engine.files.folders import SUFFIXES, comfy_folders, comfy_root, weight_files
 from penstock.engine.files.hub import Fetch, hub_snapshot
-from penstock.engine.files.keys import COMPONENTS, ComponentSource, recognise
-from penstock.engine.files.source import open_raw, read_bytes, refusal_of
+from penstock.engine.files.keys import COMPONENTS, ComponentSource, component_of, recognise
+from penstock.engine.files.source import RawFile, open_raw, read_bytes, refusal_of
 from penstock.errors import CheckpointError, PenstockError, UsageError
 from penstock.offload.checkpoint import PICKLES, TensorEntry
 
 TOKENIZER_TENSOR = "spiece_model"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
-_COMFY_FOLDERS = {
-    "transformer": ("diffusion_models", "unet"),
-    "text_encoder": ("text_encoders", "clip"),
-    "vae": ("vae",),
-    "image_encoder": ("clip_vision",),
+_OWNERS = {
+    "WanTransformer3DModel": "transformer",
+    "AutoencoderKLWan": "vae",
+    "umt5": "text_encoder",
+    "clip_vision_model": "image_encoder",
 }
+"""Whose config.json it is, by its class (diffusers) or its model type (transformers)."""
+
 _FLAGS = {name: "--" + name.replace("_", "-") for name in COMPONENTS}
-_SUFFIXES = (".safetensors", ".gguf")
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "tokenizer_config.json")
 
 
@@ -57,6 +59,8 @@ class ModelSource:
         tokenizer: a folder, a SentencePiece model, or the byte tensor that holds one.
         scheduler, image_processor: configs as diffusers and transformers write them.
         defaults: the model's own defaults for a request (``defaults.json``), often none.
+        lora_folders: where a LoRA that is given by its name is looked for.
+        notes: what was passed over in finding it, for people.
     """
 
     origin: str
@@ -68,6 +72,8 @@ class ModelSource:
     scheduler: Mapping[str, Any]
     image_processor: Mapping[str, Any]
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    lora_folders: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def components(self) -> tuple[ComponentSource, ...]:
         """All that there are."""
@@ -110,9 +116,12 @@ def locate(model: str | Path | None, files: Files | None = None, *, fetch: Fetch
 
 @dataclass(frozen=True)
 class _Found:
-    """Where the parts of a model may be: one place a component, or several to choose from."""
+    """Where the parts of a model may be: one place a component, or several to choose from; and the
+    folders under which names count."""
 
     places: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
+    roots: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
+    lora_folders: tuple[Path, ...] = ()
     tokenizer: Path | None = None
     scheduler: Mapping[str, Any] = field(default_factory=lambda: UNIPC)
     image_processor: Mapping[str, Any] = field(default_factory=lambda: IMAGE_PROCESSOR)
@@ -131,9 +140,9 @@ def _with_transformer(path: Path, files: Files) -> Files:
 def _in_folder(folder: Path, files: Files) -> _Found:
     if (folder / "model_index.json").exists():
         return _diffusers(folder)
-    for root in (folder, folder / "models"):
-        if any((root / name).is_dir() for name in _COMFY_FOLDERS["transformer"]):
-            return _comfy(folder, root)
+    root = comfy_root(folder)
+    if root is not None:
+        return _comfy(folder, root)
     return _original(folder)
 
 
@@ -176,51 +185,19 @@ def check_pipeline(folder: Path, index: Mapping[str, Any]) -> None:
 
 
 def _comfy(folder: Path, root: Path) -> _Found:
-    roots = {name: [root / sub for sub in subs] for name, subs in _COMFY_FOLDERS.items()}
-    for base in (folder, root.parent):
-        extra = base / "extra_model_paths.yaml"
-        if extra.exists():
-            for name, place in _extra_paths(extra):
-                roots[name].append(place)
-            break
+    roots = comfy_folders(folder, root)
     places = {
-        name: tuple(path for place in dict.fromkeys(subs) for path in _weight_files(place))
-        for name, subs in roots.items()
+        name: tuple(path for place in roots[name] for path in weight_files(place))
+        for name in COMPONENTS
     }
-    return _Found(places=places)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
-
-
-def _extra_paths(path: Path) -> Iterator[tuple[str, Path]]:
-    """Component and folder of each entry of ComfyUI's ``extra_model_paths.yaml``."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path} cannot be read", found=str(error)) from error
-    sections = content.values() if isinstance(content, dict) else ()
-    for section in sections:
-        if not isinstance(section, dict):
-            continue
-        base = path.parent / Path(str(section.get("base_path", ""))).expanduser()
-        for component, names in _COMFY_FOLDERS.items():
-            for name in names:
-                for line in str(section.get(name) or "").splitlines():
-                    if line.strip():
-                        yield component, base / line.strip()
+    return _Found(places=places, roots=roots, lora_folders=roots["loras"])
 
 
 def _original(folder: Path) -> _Found:
     """Wan's own repository: a sharded transformer at the top, the rest beside it."""
     places: dict[str, tuple[Path, ...]] = {}
     index = sorted(folder.glob("*.safetensors.index.json"))
-    loose = [p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix in _SUFFIXES]
+    loose = [p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix in SUFFIXES]
     if index:
         loose = [path for path in loose if not re.search(r"-\d{5}-of-\d{5}\.", path.name)]
         places["transformer"] = (index[0],)
@@ -242,20 +219,23 @@ def _original(folder: Path) -> _Found:
 
 
 def _assemble(origin: str, found: _Found, files: Files) -> ModelSource:
-    transformer = _component("transformer", found, files)
+    notes: list[str] = []
+    transformer = _component("transformer", found, files, notes)
     image = transformer.config.get("image_dim") is not None
-    text = _component("text_encoder", found, files)
-    vae = _component("vae", found, files)
+    text = _component("text_encoder", found, files, notes)
+    vae = _component("vae", found, files, notes)
     return ModelSource(
         origin=origin,
         transformer=transformer,
         text_encoder=text,
         vae=vae,
-        image_encoder=_component("image_encoder", found, files) if image else None,
+        image_encoder=_component("image_encoder", found, files, notes) if image else None,
         tokenizer=_tokenizer(text, found, files),
         scheduler=dict(found.scheduler),
         image_processor=_sized(found.image_processor),
         defaults=found.defaults,
+        lora_folders=found.lora_folders,
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 
@@ -263,7 +243,7 @@ def _sized(processor: Mapping[str, Any]) -> dict[str, Any]:
     return {key: dict(v) if isinstance(v, Mapping) else v for key, v in processor.items()}
 
 
-def _component(name: str, found: _Found, files: Files) -> ComponentSource:
+def _component(name: str, found: _Found, files: Files, notes: list[str]) -> ComponentSource:
     given = getattr(files, name)
     if given is not None:
         return _given(name, given, found)
@@ -272,17 +252,37 @@ def _component(name: str, found: _Found, files: Files) -> ComponentSource:
         source = open_component(places[0])
         _check_kind(name, source)
         return source
-    return _choose(name, places, found)
+    return _choose(name, places, found, notes)
 
 
 def _given(name: str, given: Path, found: _Found) -> ComponentSource:
     given = given.expanduser()
-    if not given.exists():
-        named = [path for path in found.places.get(name, ()) if path.name == str(given)]
-        given = named[0] if named else given
-    source = open_component(given)
+    source = open_component(given if given.exists() else _named(name, given, found))
     _check_kind(name, source)
     return source
+
+
+def _named(name: str, given: Path, found: _Found) -> Path:
+    """The file of that name under a ComfyUI root, with or without its subfolder; else ``given``.
+
+    Raises:
+        CheckpointError: several subfolders hold one.
+    """
+    whole = (root / given for root in found.roots.get(name, ()))
+    direct = next((path for path in whole if path.is_file()), None)
+    if direct is not None or given.is_absolute():
+        return direct or given
+    same = [
+        path for path in found.places.get(name, ())
+        if path.parts[-len(given.parts) :] == given.parts
+    ]  # fmt: skip
+    if len({path.resolve() for path in same}) > 1:
+        raise CheckpointError(
+            f"more than one file is called {given}",
+            expected="one, or its subfolder with it",
+            found=", ".join(map(str, same)),
+        )
+    return same[0] if same else given
 
 
 def _check_kind(name: str, source: ComponentSource) -> None:
@@ -296,19 +296,29 @@ def _check_kind(name: str, source: ComponentSource) -> None:
     source.check()
 
 
-def _choose(name: str, places: tuple[Path, ...], found: _Found) -> ComponentSource:
-    """The one file among ``places`` that is this component; others may be anything."""
+def _choose(
+    name: str, places: tuple[Path, ...], found: _Found, notes: list[str]
+) -> ComponentSource:
+    """The one file among ``places`` that is this component; others may be anything, and those that
+    cannot be read at all are added to ``notes``."""
     fitting: list[ComponentSource] = []
-    refused: list[PenstockError] = []
+    broken: list[CheckpointError] = []
+    refused: list[CheckpointError] = []
     for path in places:
         try:
-            source = open_component(path)
+            raw = open_raw(path)
+        except CheckpointError as error:
+            broken.append(error)
+            continue
+        try:
+            source = recognise_beside(raw)
             if source.component == name:
                 source.check()
                 fitting.append(source)
         except CheckpointError as error:
             refused.append(error)
     if len(fitting) == 1:
+        notes += [f"passed over: {error}" for error in broken]
         return fitting[0]
     if fitting:
         raise CheckpointError(
@@ -316,10 +326,10 @@ def _choose(name: str, places: tuple[Path, ...], found: _Found) -> ComponentSour
             expected=f"one; name it with {_FLAGS[name]}",
             found=", ".join(source.raw.path.name for source in fitting),
         )
-    raise _nothing(name, found, refused)
+    raise _nothing(name, found, [*broken, *refused])
 
 
-def _nothing(name: str, found: _Found, refused: list[PenstockError]) -> PenstockError:
+def _nothing(name: str, found: _Found, refused: list[CheckpointError]) -> PenstockError:
     if found.pickles:
         return refusal_of(_likely_pickle(name, found.pickles))
     if len(refused) == 1:
@@ -344,20 +354,28 @@ def open_component(path: Path) -> ComponentSource:
     Raises:
         CheckpointError: as `recognise` and `open_raw` do.
     """
-    raw = open_raw(path)
-    folder = path if path.is_dir() else path.parent
-    return recognise(raw, _config_beside(folder))
+    return recognise_beside(open_raw(path))
 
 
-def _config_beside(folder: Path) -> dict[str, Any] | None:
-    """The config.json of diffusers or transformers; Wan's own one tells less than the shapes."""
+def recognise_beside(raw: RawFile) -> ComponentSource:
+    """Recognise the component in ``raw``, with the config.json beside it where that is its own.
+
+    Raises:
+        CheckpointError: as `recognise` does.
+    """
+    folder = raw.path if raw.path.is_dir() else raw.path.parent
+    return recognise(raw, _config_beside(folder, component_of(raw)))
+
+
+def _config_beside(folder: Path, component: str | None) -> dict[str, Any] | None:
+    """The config.json of diffusers or transformers, where it is that of ``component``; Wan's own
+    one tells less than the shapes."""
     path = folder / "config.json"
     if not path.exists():
         return None
     config = read_object(path)
-    known = ("WanTransformer3DModel", "AutoencoderKLWan")
-    text = config.get("model_type") in ("umt5", "clip_vision_model")
-    if config.get("_class_name") not in known and not text:
+    owner = _OWNERS.get(str(config.get("_class_name") or config.get("model_type")))
+    if owner is None or owner != component:
         return None
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
@@ -383,9 +401,10 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def _tokenizer(text: ComponentSource, found: _Found, files: Files) -> Path | TensorEntry:
     if files.tokenizer is not None:
-        if not files.tokenizer.exists():
-            raise CheckpointError(f"{files.tokenizer} does not exist", expected="a tokenizer")
-        return files.tokenizer
+        given = files.tokenizer.expanduser()
+        if not given.exists():
+            raise CheckpointError(f"{given} does not exist", expected="a tokenizer")
+        return given
     if found.tokenizer is not None:
         return found.tokenizer
     embedded = text.extras.get(TOKENIZER_TENSOR)

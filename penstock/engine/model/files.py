@@ -34,6 +34,9 @@ from penstock.offload.checkpoint import Checkpoint, TensorEntry, torch_dtype
 from penstock.offload.header import ITEM_BYTES
 from penstock.offload.layout import BlockLayout
 from penstock.profiles.manifest import ModelManifest, Storage, Weights
+from penstock.profiles.plan import Origin
+from penstock.quant.format import plain_format
+from penstock.quant.patched import Patched
 from penstock.quant.paths import Computing, Scratch
 
 if TYPE_CHECKING:
@@ -103,7 +106,7 @@ class Component:
     def made_bytes(self, device: str, place: int = 0) -> int:
         """What binding makes besides the stored tensors: outside the blocks, or in the block
         ``place - 1``."""
-        added = self.loras[place].nbytes if self.loras else 0
+        added = self.loras[place].nbytes(device) if self.loras else 0
         return self.adapters[place].peak_bytes(device) + added
 
     def storage(
@@ -203,8 +206,18 @@ class ModelFiles:
             inside = tokenizer.iterdir() if tokenizer.is_dir() else [tokenizer]
             found |= {f"tokenizer/{path.name}": path for path in inside if path.is_file()}
         for index, lora in enumerate(self.loras.files):
-            found |= {f"lora/{index}/{part}": path for part, path in enumerate(lora.stamps)}
+            found |= {f"lora/{index}/{part}": path for part, path in enumerate(lora.file.stamps)}
         return found
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What was passed over or left out in opening it."""
+        return (*self.source.notes, *self.loras.notices)
+
+    def origins(self) -> tuple[Origin, ...]:
+        """Its LoRAs and what is to be said of its files, for plans."""
+        notes = tuple(Origin("note", text, "files") for text in self.notices)
+        return (*self.loras.origins(), *notes)
 
     def tokenizer(self) -> Any:
         """The text encoder's tokenizer.
@@ -232,7 +245,7 @@ class ModelFiles:
             HeaderError, PickleRefused, TensorMismatch: a component's files cannot be used.
         """
         source = locate(model, files)
-        placed = PlacedLoras.open(source.transformer, loras)
+        placed = PlacedLoras.open(source.transformer, loras, source.lora_folders)
         transformer = _open_transformer(placed)
         text = _open_text(source.text_encoder)
         encoder, decoder = _open_vae(source.vae)
@@ -331,11 +344,11 @@ def _component(
         {key: entry for key, entry in entries.items() if _in_rest(key, prefix, only)},
         *(_local(entries, f"{prefix}{index}.") for index in range(count)),
     ]
-    formats = _local_formats(linear_formats(source), prefix, count)
     blocks = [_split(group, leaves_stream) for group in groups[1:]]
     packs = Packs.of(source.raw)
     tag = compute_tag(source)
     parts = loras.parts(prefix, count, tag)
+    formats = _patched(_local_formats(linear_formats(source), prefix, count), parts[1:], tag)
     return Component(
         name=source.component,
         config=config,
@@ -371,6 +384,25 @@ def _split(
 ) -> tuple[dict[str, TensorEntry], dict[str, TensorEntry]]:
     streamed = {key: entry for key, entry in group.items() if not leaves(key)}
     return streamed, {key: entry for key, entry in group.items() if leaves(key)}
+
+
+def _patched(
+    formats: tuple[Formats, ...], parts: Sequence[LoraPart], tag: str
+) -> tuple[Formats, ...]:
+    """``formats`` of the blocks, with the LoRAs that change a weight as it is decoded."""
+    if not parts:
+        return formats
+    plain = plain_format(tag)
+    return tuple(
+        {
+            **known,
+            **{
+                name: Patched(known.get(name, plain), patches)
+                for name, patches in part.patches.items()
+            },
+        }
+        for known, part in zip(formats, parts, strict=True)
+    )
 
 
 def _local_formats(formats: Formats, prefix: str, count: int) -> tuple[Formats, ...]:

@@ -128,7 +128,7 @@ def test_what_binding_makes_is_counted(engine: Engine, place: int) -> None:
     assert not {
         name for folds in part.folds.values() for fold in folds for name in fold.tensors
     } & {*made_tensors}
-    assert 0.5 * part.nbytes < meter.peak <= part.nbytes
+    assert 0.5 * part.nbytes("cpu") < meter.peak <= part.nbytes("cpu")
 
 
 def test_streamed_is_resident_bit_for_bit(engine: Engine, picture: Path) -> None:

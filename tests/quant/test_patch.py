@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from penstock.engine.lora.file import LoraFile, open_lora
@@ -27,14 +27,15 @@ MATRIX_KINDS = tuple(k for k in kinds.KINDS if k not in ("norms", "grown input")
 
 
 def _opened(made: kinds.Made, path: Path) -> tuple[LoraFile, dict[str, Tensor]]:
-    with safe_open(made.write(path), "pt") as file:
-        return open_lora(path), {name: file.get_tensor(name) for name in file.keys()}
+    return open_lora(made.write(path)), load_file(path)
 
 
 def _patch(made: kinds.Made, path: Path, shape: tuple[int, int], strength: float
            ) -> tuple[Patch, dict[str, Tensor]]:  # fmt: skip
     file, stored = _opened(made, path)
-    (layer,), wrong = fit(file.layers.values(), {f"{NAME}.weight": shape, f"{NAME}.bias": shape[:1]})
+    (layer,), wrong = fit(
+        file.layers.values(), {f"{NAME}.weight": shape, f"{NAME}.bias": shape[:1]}
+    )
     assert not wrong
     (change,) = layer.weights
     tensors = {role: stored[entry.name] for role, entry in change.entries.items()}

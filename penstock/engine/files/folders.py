@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from penstock.errors import CheckpointError
+from penstock.offload.shards import heads
 
 COMFY_FOLDERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -55,7 +56,7 @@ def comfy_folders(folder: Path, root: Path) -> dict[str, tuple[Path, ...]]:
 
 def weight_files(folder: Path) -> list[Path]:
     """The weights in ``folder`` and its subfolders, linked ones too; what cannot be listed, and
-    links that lead back, are passed over."""
+    links that lead back, are passed over. Of shards the first stands for all."""
     found: list[Path] = []
     seen: set[str] = set()
     for place, folders, names in os.walk(folder, followlinks=True):
@@ -66,11 +67,11 @@ def weight_files(folder: Path) -> list[Path]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if name != ".git")
         found += [Path(place, n) for n in names if Path(n).suffix.lower() in SUFFIXES]
-    return sorted(found)
+    return heads(sorted(found))
 
 
 def _extra_paths(path: Path) -> list[tuple[str, Path, bool]]:
-    """Component, folder, and whether it comes first, of each entry of ``extra_model_paths.yaml``."""
+    """Component, folder, and whether it comes first, of each entry of extra_model_paths.yaml."""
     import yaml
 
     try:

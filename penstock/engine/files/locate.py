@@ -6,17 +6,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from penstock.engine.families.wan.config import IMAGE_PROCESSOR, UNIPC
 from penstock.engine.files.folders import SUFFIXES, comfy_folders, comfy_root, weight_files
 from penstock.engine.files.hub import Fetch, hub_snapshot
+from penstock.engine.files.incomplete import check_whole
 from penstock.engine.files.keys import COMPONENTS, ComponentSource, component_of, recognise
-from penstock.engine.files.source import RawFile, open_raw, read_bytes, refusal_of
-from penstock.errors import CheckpointError, PenstockError, UsageError
+from penstock.engine.files.source import RawFile, dangling, open_raw, read_bytes, refusal_of
+from penstock.errors import CheckpointError, UsageError
 from penstock.offload.checkpoint import PICKLES, TensorEntry
+from penstock.offload.shards import heads, is_shard
 
 TOKENIZER_TENSOR = "spiece_model"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
@@ -29,7 +31,8 @@ _OWNERS = {
 """Whose config.json it is, by its class (diffusers) or its model type (transformers)."""
 
 _FLAGS = {name: "--" + name.replace("_", "-") for name in COMPONENTS}
-_TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "tokenizer_config.json")
+_SPM_FILES = ("spiece.model", "tokenizer.model")
+_TOKENIZER_FILES = ("tokenizer.json", *_SPM_FILES, "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ def locate(model: str | Path | None, files: Files | None = None, *, fetch: Fetch
         return _assemble(str(path), _in_folder(path, files), files)
     if path.exists():
         return _assemble(str(path), _Found(), _with_transformer(path, files))
+    if path.is_symlink():
+        raise dangling(path)
     if isinstance(model, str) and _HUB_ID.fullmatch(model):
         return _from_hub(model, files, fetch or hub_snapshot)
     raise CheckpointError(
@@ -112,6 +117,26 @@ def locate(model: str | Path | None, files: Files | None = None, *, fetch: Fetch
         "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers",
         remedy="Check the path.",
     )
+
+
+def survey(folder: Path) -> dict[str, ComponentSource | CheckpointError]:
+    """Each part of the model in ``folder``, or why it is not to be had there; of a text-to-video
+    model no image encoder.
+
+    Raises:
+        CheckpointError: the folder holds no model at all.
+    """
+    found = _in_folder(folder, None)
+    parts: dict[str, ComponentSource | CheckpointError] = {}
+    for name in COMPONENTS:
+        try:
+            parts[name] = _component(name, found, Files(), [])
+        except CheckpointError as error:
+            parts[name] = error
+    transformer = parts["transformer"]
+    if isinstance(transformer, ComponentSource) and transformer.config.get("image_dim") is None:
+        del parts["image_encoder"]
+    return parts
 
 
 @dataclass(frozen=True)
@@ -137,18 +162,23 @@ def _with_transformer(path: Path, files: Files) -> Files:
     return Files(path, files.text_encoder, files.vae, files.image_encoder, files.tokenizer)
 
 
-def _in_folder(folder: Path, files: Files) -> _Found:
+def _in_folder(folder: Path, files: Files | None) -> _Found:
+    """The places of a model's parts; the folder of a pipeline must be whole, but for ``files``.
+    None: it may lack parts."""
     if (folder / "model_index.json").exists():
-        return _diffusers(folder)
+        return _diffusers(folder, files)
     root = comfy_root(folder)
     if root is not None:
         return _comfy(folder, root)
     return _original(folder)
 
 
-def _diffusers(folder: Path) -> _Found:
+def _diffusers(folder: Path, files: Files | None) -> _Found:
     index = read_object(folder / "model_index.json")
     check_pipeline(folder, index)
+    if files is not None:
+        given = {each.name for each in fields(files) if getattr(files, each.name) is not None}
+        check_whole(folder, index, frozenset(given))
     parts = [name for name in COMPONENTS if (folder / name).is_dir()]
     scheduler = folder / "scheduler" / "scheduler_config.json"
     processor = folder / "image_processor" / "preprocessor_config.json"
@@ -199,8 +229,9 @@ def _original(folder: Path) -> _Found:
     index = sorted(folder.glob("*.safetensors.index.json"))
     loose = [p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix in SUFFIXES]
     if index:
-        loose = [path for path in loose if not re.search(r"-\d{5}-of-\d{5}\.", path.name)]
+        loose = [path for path in loose if not is_shard(path)]
         places["transformer"] = (index[0],)
+    loose = heads(loose)
     for name in COMPONENTS:
         places[name] = (*places.get(name, ()), *loose)
     pickles = tuple(p for p in sorted(folder.iterdir()) if p.suffix in PICKLES)
@@ -329,7 +360,7 @@ def _choose(
     raise _nothing(name, found, [*broken, *refused])
 
 
-def _nothing(name: str, found: _Found, refused: list[CheckpointError]) -> PenstockError:
+def _nothing(name: str, found: _Found, refused: list[CheckpointError]) -> CheckpointError:
     if found.pickles:
         return refusal_of(_likely_pickle(name, found.pickles))
     if len(refused) == 1:
@@ -374,10 +405,15 @@ def _config_beside(folder: Path, component: str | None) -> dict[str, Any] | None
     if not path.exists():
         return None
     config = read_object(path)
-    owner = _OWNERS.get(str(config.get("_class_name") or config.get("model_type")))
+    owner = config_owner(config)
     if owner is None or owner != component:
         return None
     return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def config_owner(config: Mapping[str, Any]) -> str | None:
+    """The component that a config.json of diffusers or transformers describes; None: another's."""
+    return _OWNERS.get(str(config.get("_class_name") or config.get("model_type")))
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -436,23 +472,31 @@ def open_tokenizer(tokenizer: Path | TensorEntry) -> Any:
         return tokenizer_from_spm(read_bytes(tokenizer))
     if tokenizer.is_file():
         return tokenizer_from_spm(tokenizer.read_bytes())
+    alone = next((tokenizer / name for name in _SPM_FILES if (tokenizer / name).is_file()), None)
+    if alone is not None and not (tokenizer / "tokenizer.json").exists():
+        return tokenizer_from_spm(alone.read_bytes())
     return load_tokenizer(tokenizer)
 
 
 def _from_hub(model: str, files: Files, fetch: Fetch) -> ModelSource:
     """From the local cache where it is whole, else downloaded (huggingface_hub resumes)."""
+    there: CheckpointError | None = None
     try:
         folder = fetch(model, True)
         return _assemble(model, _in_folder(folder, files), files)
-    except (FileNotFoundError, CheckpointError):
-        pass  # not there, or a download that did not finish: get what is missing
+    except FileNotFoundError:
+        pass  # not there
+    except CheckpointError as error:
+        there = error  # a download that did not finish: get what is missing
     try:
         folder = fetch(model, False)
     except (ConnectionError, FileNotFoundError) as error:
+        where = "not" if there is None else "not whole"
+        reason = "" if there is None else f"{there.what}: {there.found}. "
         raise CheckpointError(
-            f"{model} is not in the local cache and cannot be downloaded",
+            f"{model} is {where} in the local cache and cannot be downloaded",
             expected="a whole snapshot, or a way to the hub",
-            found=str(error).strip().partition("\n")[0] or type(error).__name__,
+            found=reason + str(error).strip().partition("\n")[0] or type(error).__name__,
             remedy="Go online, or give a folder or files that you have.",
         ) from error
     return _assemble(model, _in_folder(folder, files), files)

@@ -19,7 +19,7 @@ from typing import Any
 from penstock.engine.families.wan.config import FAMILIES
 from penstock.engine.files.keys import ComponentSource
 from penstock.engine.files.locate import read_object
-from penstock.engine.files.source import read_bytes
+from penstock.engine.files.source import dangling, read_bytes
 from penstock.engine.lora.keys import Part, foreign_kind, is_lora, parse_key
 from penstock.engine.lora.layer import Incomplete, LoraLayer, WeightChange, changes_of, fit
 from penstock.errors import CheckpointError, TensorMismatch, UsageError
@@ -240,6 +240,8 @@ def open_lora(path: Path) -> LoraFile:
         CheckpointError: no LoRA, or a damaged one: half a pair, ranks that differ, integers.
     """
     path = path.expanduser()
+    if path.is_symlink() and not path.exists():
+        raise dangling(path)
     if not path.exists():
         raise CheckpointError(
             f"{path} does not exist", expected="a LoRA's .safetensors", remedy="Check the path."

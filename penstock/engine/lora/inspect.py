@@ -12,7 +12,6 @@ from penstock.engine.lora.keys import foreign_kind, is_lora
 from penstock.offload.checkpoint import Checkpoint
 from penstock.units import format_bytes
 
-
 _SPELLED = MappingProxyType(
     {
         "lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr", "glora": "GLoRA",

@@ -139,7 +139,7 @@ def _rotations(blocks: Tensor, largest: float, strength: float) -> Tensor:
         norm = torch.linalg.vector_norm(skew) + 1e-8  # as LyCORIS writes it
         skew.mul_(torch.clamp(largest / norm, max=1.0))
     unit = torch.eye(blocks.shape[-1], device=blocks.device)
-    turned = torch.linalg.solve(unit - skew, unit + skew, left=False)
+    turned: Tensor = torch.linalg.solve(unit - skew, unit + skew, left=False)
     return turned.sub_(unit).mul_(strength).add_(unit)
 
 

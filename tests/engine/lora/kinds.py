@@ -1,7 +1,7 @@
 """LoRAs of every kind as their trainers write them, and what these make of a weight.
 
-LyCORIS' own modules hold the values, write the files and merge; what it has no module for is written
-out here.
+LyCORIS' own modules hold the values, write the files and merge; what it has no module for is
+written out here.
 """
 
 from __future__ import annotations

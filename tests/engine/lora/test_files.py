@@ -318,8 +318,8 @@ def test_inspect_says_what_it_is(source: ComponentSource, tmp_path: Path) -> Non
     text = "\n".join(found.lines())
     for part in ("LoRA for Wan2.1 I2V", "96 wide", "Kohya", "rank 4", "alpha / rank 0.5", "F32"):
         assert part in text
-    mixed = _write(tmp_path / "b.safetensors", **_pair(),
-                   **{"lora_te_text_model_encoder.lora_down.weight": torch.ones(2, 96)})  # fmt: skip
+    stranger = {"lora_te_text_model_encoder.lora_down.weight": torch.ones(2, 96)}
+    mixed = _write(tmp_path / "b.safetensors", **_pair(), **stranger)
     other = inspect(mixed)
     assert isinstance(other, LoraInspection)
     assert other.arguments == ("--lora", str(mixed))
@@ -435,13 +435,13 @@ def test_a_lora_of_this_size_is_not_said_to_be_of_another(
 def test_names_without_a_config_are_as_trained(source: ComponentSource, tmp_path: Path) -> None:
     """PEFT's folder has a config; other writers of its prefix keep alphas, or have none."""
     start = "base_model.model.diffusion_model.blocks.0.self_attn.q"
-    path = _write(tmp_path / "a.safetensors", **{f"{start}.lora_A.weight": torch.zeros(2, 96),
-                                                 f"{start}.lora_B.weight": torch.zeros(96, 2)})  # fmt: skip
+    down, up = _pair().values()
+    pair = {f"{start}.lora_A.weight": down, f"{start}.lora_B.weight": up}
+    path = _write(tmp_path / "a.safetensors", **pair)
     assert open_lora(path).layers["blocks.0.attn1.to_q"].scale == 1.0
     start = "base_model.model.blocks.0.attn1.to_q"
-    path = _write(tmp_path / "b.safetensors", **{f"{start}.lora_A.weight": torch.zeros(2, 96),
-                                                 f"{start}.lora_B.weight": torch.zeros(96, 2),
-                                                 f"{start}.alpha": torch.tensor(1.0)})  # fmt: skip
+    pair = {f"{start}.lora_A.weight": down, f"{start}.lora_B.weight": up}
+    path = _write(tmp_path / "b.safetensors", **pair, **{f"{start}.alpha": torch.tensor(1.0)})
     assert open_lora(path).layers["blocks.0.attn1.to_q"].scale == 0.5
 
 
@@ -464,7 +464,9 @@ def test_a_dora_of_pefts_is_that_of_peft(tmp_path: Path) -> None:
         torch.nn.ModuleDict({"attn1": torch.nn.ModuleDict({"to_q": torch.nn.Linear(96, 96)})})
     ])})  # fmt: skip
     weight = net["blocks"][0]["attn1"]["to_q"].weight.detach().clone()
-    peft = get_peft_model(net, LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=["to_q"]))
+    peft = get_peft_model(
+        net, LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=["to_q"])
+    )
     for name, parameter in peft.named_parameters():
         if "lora_B" in name or "magnitude" in name:
             parameter.data.add_(0.1 * torch.randn_like(parameter).abs())

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from penstock.profiles.builtin import builtin
-from penstock.profiles.cost import transformer
-from penstock.profiles.denoising import CHUNKS
+from penstock.engine.families.wan.denoise_plan import CHUNKS
+
+from penstock.engine.families.wan.builtin import builtin
+from penstock.engine.families.wan.cost import transformer
+from penstock.engine.families.wan.plan import Tiled
 from penstock.profiles.manifest import VideoShape
-from penstock.profiles.phases import CUDA_LIBRARY_BYTES, Case, Tiled, Workload
+from penstock.profiles.phases import CUDA_LIBRARY_BYTES, Case, Workload
 from penstock.profiles.plan import PhasePlan
 from penstock.profiles.policy import Limits, Policy
 from penstock.profiles.rates import Rates

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock.engine.families.wan.attending import attending_on
+from penstock.engine.families.wan.builtin import builtin
 from penstock.engine.files.locate import Files
 from penstock.engine.request.generation import (
     DISTILLED,
@@ -19,7 +20,6 @@ from penstock.engine.request.generation import (
 )
 from penstock.errors import UsageError
 from penstock.profiles.advice import plan_chosen
-from penstock.profiles.builtin import builtin
 from penstock.profiles.cards import described
 from penstock.profiles.hardware import Hardware, default_device, probe
 from penstock.profiles.phases import Workload

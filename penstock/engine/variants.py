@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from penstock.engine.families.wan.attending import attention_numerics
-from penstock.engine.families.wan.manifest import undecided
 from penstock.engine.model.files import ModelFiles
 from penstock.engine.model.storage import block_format
 from penstock.engine.packs.cache import cache_folder
 from penstock.engine.packs.firstuse import FirstUse
 from penstock.profiles.advice import plan_chosen
-from penstock.profiles.denoising import compute_path
-from penstock.profiles.manifest import ModelManifest
-from penstock.profiles.phases import Workload
+from penstock.profiles.manifest import Manifest
+from penstock.profiles.phases import Workload, compute_path
 from penstock.profiles.plan import Plan
 from penstock.profiles.profile import Chosen
 from penstock.quant.paths import Computing, Kernel, Mode, Scratch
@@ -96,13 +94,13 @@ class Variants:
             return found
         return replace(found, phases=(use.phase(self._chosen.hardware), *found.phases))
 
-    def _offered(self, name: str) -> ModelManifest:
+    def _offered(self, name: str) -> Manifest:
         origin, stored = self._chosen.formats_from, self._stored_format
         kept = origin == "default" or (
             origin != "flag" and (stored not in _PLAIN or name in _PLAIN)
         )
         manifest = (self.stored if kept else self.named(name)).manifest
-        return undecided(manifest) if self._described else manifest
+        return manifest.undecided() if self._described else manifest
 
     def named(self, name: str) -> ModelFiles:
         """The model with its block matrices in the format ``name``; its pack may have to be made.
@@ -158,7 +156,7 @@ class Variants:
         """How the block matrices in that format are stored and multiply here, and what attends, as
         the plan says."""
         policy, rates = self._chosen.policy, self._chosen.hardware.rates
-        path = compute_path(self.named(name).manifest.transformer.storage, policy, rates)
+        path = compute_path(self.named(name).manifest.storage, policy, rates)
         return {
             "weight_format": name,
             "compute": policy.compute,

@@ -19,6 +19,7 @@ from penstock.engine.bench.weights import write_synthetic
 from penstock.engine.engine import Engine
 from penstock.engine.families.wan.attention import int8_attention
 from penstock.engine.families.wan.attention_probe import probe_int8
+from penstock.engine.families.wan.cost.transformer import int8_attention_bytes
 from penstock.engine.families.wan.tiny import write_tiny_model
 from penstock.engine.files.locate import locate
 from penstock.engine.request.demo import DEMO_PROMPT, MINI, demo_picture
@@ -29,7 +30,6 @@ from penstock.engine.run.events import Progress, Replanned
 from penstock.offload.allocator import allocator_capped
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.tiers import HostTier
-from penstock.profiles.cost.transformer import int8_attention_bytes
 from penstock.profiles.gpu_sign import shows_gpu
 from penstock.profiles.hardware import default_device
 from penstock.profiles.phases import CUDA_LIBRARY_BYTES

@@ -6,18 +6,17 @@ from dataclasses import replace
 
 import pytest
 
-from penstock.profiles.builtin import builtin
-from penstock.profiles.denoising import Denoise
+from penstock.engine.families.wan.builtin import builtin
+from penstock.engine.families.wan.denoise_plan import Denoise
+from penstock.engine.families.wan.plan import HOLE_SHARES, Tiled
 from penstock.profiles.manifest import VideoShape
 from penstock.profiles.phases import (
     CUDA_LIBRARY_BYTES,
-    HOLE_SHARES,
     HOLES,
     LIBRARIES,
     Case,
     OnePass,
     Step,
-    Tiled,
     Workload,
 )
 from penstock.profiles.policy import Limits, Policy

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from penstock.engine.attach.endless import EndlessStream
+from penstock.engine.families.wan.manifest import WanManifest
 from penstock.engine.model.files import Component, ModelFiles
 from penstock.engine.run.stage import residency
 from penstock.errors import UsageError
@@ -18,7 +19,7 @@ from penstock.offload.ledger import ByteLedger
 from penstock.offload.streamer import BlockStream, load_block
 from penstock.offload.tiers import release_cached
 from penstock.profiles.hardware import Hardware
-from penstock.profiles.manifest import SCRATCH, ModelManifest, VideoShape
+from penstock.profiles.manifest import SCRATCH, VideoShape
 from penstock.profiles.phases import Mux, Workload
 from penstock.profiles.plan import PhasePlan, Plan, StreamPlan
 from penstock.profiles.planner import refusal, steps
@@ -198,7 +199,7 @@ class Desk:
                 self.copied_bytes += opened.copied_bytes
 
 
-def _plan(manifest: ModelManifest, workload: Workload, hardware: Hardware, policy: Policy) -> Plan:
+def _plan(manifest: WanManifest, workload: Workload, hardware: Hardware, policy: Policy) -> Plan:
     """As `penstock.profiles.planner.plan`, but for the file, which a pipeline does not write."""
     limits, phases = Limits(hardware.vram_bytes, hardware.ram_bytes), list[PhasePlan]()
     for step in steps(manifest, workload, hardware, policy):
@@ -225,8 +226,8 @@ def _whole_blocks(component: Component) -> tuple[BlockLayout, ...]:
 
 
 def _with_blocks(
-    manifest: ModelManifest, blocks: Sequence[BlockLayout], context_bytes: int
-) -> ModelManifest:
+    manifest: WanManifest, blocks: Sequence[BlockLayout], context_bytes: int
+) -> WanManifest:
     """As the transformer runs here: over whole blocks, the context beside the steps."""
     spec = manifest.transformer
     weights = replace(

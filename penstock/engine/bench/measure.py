@@ -26,6 +26,7 @@ from penstock.engine.bench.result import (
     StepFigures,
 )
 from penstock.engine.engine import Engine
+from penstock.engine.families.wan.cost.transformer import TEXT_TOKENS
 from penstock.engine.machine.disk import forget
 from penstock.engine.request.generation import GenerationRequest
 from penstock.engine.run.events import (
@@ -46,7 +47,6 @@ from penstock.offload.allocator import allocator_capped
 from penstock.offload.layout import BlockLayout
 from penstock.offload.streamer import BlockStream, StreamStats
 from penstock.offload.tiers import release_cached
-from penstock.profiles.phases import TEXT_TOKENS
 from penstock.profiles.plan import Plan, StreamPlan
 
 _SAMPLING_S = 0.01

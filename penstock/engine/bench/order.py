@@ -21,10 +21,10 @@ from penstock.engine.bench.weights import (
     write_synthetic,
 )
 from penstock.engine.engine import Engine
+from penstock.engine.families.wan.builtin import BUILTIN, builtin
 from penstock.engine.request.generation import GenerationRequest
 from penstock.engine.run.events import Listener
 from penstock.errors import OverBudget, UsageError
-from penstock.profiles.builtin import BUILTIN, builtin
 from penstock.profiles.phases import Workload
 from penstock.profiles.planner import plan as make_plan
 from penstock.units import format_bytes

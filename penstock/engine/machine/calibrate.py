@@ -19,13 +19,14 @@ from torch.nn import functional as F
 from penstock.engine.families.wan import forward
 from penstock.engine.families.wan.attention import Attention, attention, int8_attention
 from penstock.engine.families.wan.attention_probe import probe_int8
+from penstock.engine.families.wan.cost.transformer import Flops, denoise_flops
+from penstock.engine.families.wan.cost.vae import VaeWork, residual_work
+from penstock.engine.families.wan.spec import TransformerSpec
 from penstock.engine.families.wan.vae_layers import Past, residual
 from penstock.engine.machine.disk import IN_FLIGHT, read_rate
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.tiers import DeviceTier, HostTier, open_link
-from penstock.profiles.cost.transformer import Flops, denoise_flops
-from penstock.profiles.cost.vae import VaeWork, residual_work
-from penstock.profiles.manifest import TransformerSpec, Weights
+from penstock.profiles.manifest import Weights
 from penstock.profiles.rates import SMALL_CHUNK, TINY_CHUNK, Rates
 from penstock.profiles.tiling import Window
 from penstock.quant.compute import Compute, Operands, strategy_for

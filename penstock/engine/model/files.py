@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from penstock.engine.families.wan.config import IMAGE, TEXT, TRANSFORMER, VAE
-from penstock.engine.families.wan.manifest import manifest_of
+from penstock.engine.families.wan.manifest import WanManifest, manifest_of
 from penstock.engine.families.wan.structure import is_cross_kv, layers_needed
 from penstock.engine.files.formats import compute_tag, linear_formats
 from penstock.engine.files.keys import ComponentSource
@@ -33,7 +33,7 @@ from penstock.errors import CheckpointError
 from penstock.offload.checkpoint import Checkpoint, TensorEntry, torch_dtype
 from penstock.offload.header import ITEM_BYTES
 from penstock.offload.layout import BlockLayout
-from penstock.profiles.manifest import ModelManifest, Storage, Weights
+from penstock.profiles.manifest import Storage, Weights
 from penstock.quant.paths import Computing, Scratch
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ class ModelFiles:
     vae_encoder: Component
     vae_decoder: Component
     image: Component | None
-    manifest: ModelManifest
+    manifest: WanManifest
     scratch: Scratch
     loras: PlacedLoras
 

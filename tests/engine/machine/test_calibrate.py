@@ -8,9 +8,9 @@ from functools import partial
 import pytest
 import torch
 
+from penstock.engine.families.wan.cost.vae import VaeWork
 from penstock.engine.machine import calibrate, doctor
 from penstock.engine.machine.calibrate import Effort
-from penstock.profiles.cost.vae import VaeWork
 from penstock.profiles.rates import Rates
 from penstock.quant.compute import Operands
 from penstock.quant.scaled import Scaled8

@@ -5,7 +5,7 @@ Free of torch until 8 bits are asked for.
 
 from __future__ import annotations
 
-from penstock.profiles.manifest import TransformerSpec
+from penstock.engine.families.wan.spec import TransformerSpec
 from penstock.profiles.profile import Chosen, without_int8_attention
 
 TAGS = {2: "BF16", 4: "F32"}

@@ -1,23 +1,67 @@
-"""A model in the planner's terms: its configs and bytes as plain numbers."""
+"""Wan as the planner takes it, and how its files become that: plain numbers and bytes."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from penstock.engine.families.wan import plan
+from penstock.engine.families.wan.spec import ImageSpec, TextSpec, TransformerSpec, VaeSpec, WanSpec
 from penstock.engine.families.wan.structure import is_cross_kv
+from penstock.engine.families.wan.terms import WanCase
 from penstock.engine.lora.place import lora_spec
-from penstock.profiles.manifest import (
-    ImageSpec,
-    ModelManifest,
-    TextSpec,
-    TransformerSpec,
-    VaeSpec,
-)
+from penstock.profiles.manifest import Prefetch, Storage, VideoShape
+from penstock.profiles.phases import Step
 from penstock.quant.paths import Computing
 
 if TYPE_CHECKING:
     from penstock.engine.model.files import Component
+
+
+_FRAMES = (81, 65, 49, 33, 17)
+_AREA_480P = (832, 480)
+
+
+@dataclass(frozen=True)
+class WanManifest(WanSpec):
+    """A model of Wan as the planner takes it (`penstock.profiles.manifest.Manifest`)."""
+
+    @property
+    def storage(self) -> Storage:
+        """As `penstock.profiles.manifest.Manifest`: of the transformer's blocks."""
+        return self.transformer.storage
+
+    @property
+    def prefetch(self) -> Prefetch:
+        """As `penstock.profiles.manifest.Manifest`."""
+        return Prefetch(stream="denoise", weights="decode")
+
+    def steps(self, case: WanCase) -> Iterator[Step]:
+        """As `penstock.profiles.manifest.Manifest`."""
+        return plan.steps(case)
+
+    def smaller_shapes(self, shape: VideoShape) -> Iterator[VideoShape]:
+        """Fewer frames first, then 480p, each with fewer tokens than ``shape``."""
+        low = _AREA_480P if shape.width >= shape.height else _AREA_480P[::-1]
+        for width, height in ((shape.width, shape.height), low):
+            for frames in (shape.frames, *_FRAMES):
+                fewer = frames <= shape.frames and width * height <= shape.width * shape.height
+                if fewer and (width, height, frames) != (shape.width, shape.height, shape.frames):
+                    yield VideoShape(width, height, frames)
+
+    def undecided(self) -> WanManifest:
+        """As `penstock.profiles.manifest.Manifest`."""
+        spec = self.transformer
+        context = spec.context_storage
+        return replace(
+            self,
+            transformer=replace(
+                spec,
+                storage=replace(spec.storage, path=None),
+                context_storage=None if context is None else replace(context, path=None),
+            ),
+        )
 
 
 def manifest_of(
@@ -27,27 +71,13 @@ def manifest_of(
     decoder: Component,
     image: Component | None,
     computing: Computing,
-) -> ModelManifest:
+) -> WanManifest:
     """What the planner knows of the networks of a model, computing as ``computing`` says."""
-    return ModelManifest(
+    return WanManifest(
         transformer=_transformer_spec(transformer, computing),
         text=_text_spec(text, computing),
         vae=_vae_spec(encoder, decoder, computing.scratch.device_type),
         image=None if image is None else _image_spec(image, computing),
-    )
-
-
-def undecided(manifest: ModelManifest) -> ModelManifest:
-    """``manifest`` for a machine that nobody asked which matrix products it has."""
-    spec = manifest.transformer
-    context = spec.context_storage
-    return replace(
-        manifest,
-        transformer=replace(
-            spec,
-            storage=replace(spec.storage, path=None),
-            context_storage=None if context is None else replace(context, path=None),
-        ),
     )
 
 

@@ -119,7 +119,7 @@ def _tight(engine: Engine, request: GenerationRequest) -> Plan:
     denoise = plan["denoise"]
     assert denoise.stream is not None
     stream = StreamPlan(denoise.stream.n_blocks, 0, 1, device_slots=1, host_slabs=1)
-    return without_prefetch(plan).with_phases((replace(denoise, stream=stream),))
+    return without_prefetch(plan, manifest.prefetch).with_phases((replace(denoise, stream=stream),))
 
 
 def _sample(process: Any, event: Progress) -> Sample:

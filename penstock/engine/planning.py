@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from penstock.engine.families.wan.attending import attending_on
-from penstock.engine.families.wan.builtin import builtin
+from penstock.engine.attention.choice import attending_on
+from penstock.engine.family.protocol import builtin
 from penstock.engine.files.locate import Files
 from penstock.engine.request.generation import (
     DISTILLED,
@@ -142,7 +142,7 @@ def make_plan(
         )
     if synthetic is not None and not has_files:
         if target.card is None:
-            chosen, _ = attending_on(chosen, builtin(synthetic, chosen.formats[0]).transformer)
+            chosen, _ = attending_on(chosen, builtin(synthetic, chosen.formats[0]).heads)
         return plan_chosen(lambda stored: builtin(synthetic, stored), asked.workload, chosen)
     if synthetic is None and has_files:
         opened = _Opened(model, files, tuple(loras), described=target.card is not None)
@@ -192,8 +192,8 @@ def plan_files(opened: _Opened, asked: Asked, chosen: Chosen) -> Plan:
     computing = Computing(Scratch(0, device))
     if not opened.described:
         computing, _ = computing_on(device, chosen.policy.compute)
-        spec, tag = model.manifest.transformer, model.transformer.tag
-        chosen, _ = attending_on(chosen, spec, tag)
+        heads, tag = model.manifest.heads, model.streamed.tag
+        chosen, _ = attending_on(chosen, heads, tag)
     variants = Variants(model, chosen, computing, described=opened.described)
     found = variants.plan(workload_of(request, kept=True))
     return replace(found, origins=found.origins + model.loras.origins())

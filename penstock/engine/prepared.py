@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from penstock.engine.families.wan.attending import attending_on
+from penstock.engine.attention.choice import attending_on
 from penstock.engine.files.locate import Files
 from penstock.engine.lora.file import Lora, as_loras
 from penstock.engine.model.files import ModelFiles
@@ -49,8 +49,8 @@ class Prepared:
         chosen = chosen or choose(load(AUTO), Overrides(), hardware)
         device, mode = chosen.hardware.place, chosen.policy.compute
         computing, products = computing_on(device, mode)
-        spec, tag = model.manifest.transformer, model.transformer.tag
-        self.chosen, attention = attending_on(chosen, spec, tag)
+        heads, tag = model.manifest.heads, model.streamed.tag
+        self.chosen, attention = attending_on(chosen, heads, tag)
         self.notices = (*products, *attention)
         self.variants = Variants(model, self.chosen, computing, cache)
         self.model = self.variants.stored

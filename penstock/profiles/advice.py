@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from penstock.errors import OverBudget
-from penstock.profiles.manifest import Manifest
-from penstock.profiles.phases import Workload
+from penstock.profiles.phases import Manifest, Workload
 from penstock.profiles.plan import Origin, Plan
 from penstock.profiles.planner import fits, plan
 from penstock.profiles.policy import Limits

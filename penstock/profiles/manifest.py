@@ -6,12 +6,8 @@ built-in description. Names follow the configs of diffusers and transformers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
-
-if TYPE_CHECKING:
-    from penstock.profiles.phases import Case, Step
+from typing import Literal, Protocol
 
 SCRATCH = "dequantisation scratch"
 """Label of the buffer that matrices are decoded into, in plans."""
@@ -122,29 +118,26 @@ class Prefetch:
 
     Attributes:
         stream: the phase whose first blocks are read during all phases before it.
+        blocks_of: the network whose blocks these are.
         weights: the phase whose weights are read during the last step of ``stream``.
+        weights_of: the network whose weights these are.
     """
 
     stream: str
+    blocks_of: str
     weights: str
+    weights_of: str
 
 
-class Manifest(Protocol):
-    """A model in the planner's terms: what a family states of it."""
+@dataclass(frozen=True)
+class Heads:
+    """Self-attention of the network that streams.
 
-    @property
-    def storage(self) -> Storage:
-        """How the matrices are stored that a pack may hold in another format."""
+    Attributes:
+        count, width: its heads, and channels of one.
+        itemsize: bytes of an element that it computes in.
+    """
 
-    @property
-    def prefetch(self) -> Prefetch:
-        """What may be read before its phase."""
-
-    def steps(self, case: Case[Any]) -> Iterator[Step]:
-        """The groups of phases, in the order in which they run."""
-
-    def smaller_shapes(self, shape: VideoShape) -> Iterator[VideoShape]:
-        """Legal videos with fewer tokens than ``shape``, the nearest first."""
-
-    def undecided(self) -> Manifest:
-        """This manifest for a machine that nobody asked which matrix products it has."""
+    count: int
+    width: int
+    itemsize: int

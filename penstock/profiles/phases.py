@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Generic, Protocol, TypeVar
 
-from penstock.profiles.manifest import ComputePath, Storage, VideoShape
+from penstock.profiles.manifest import ComputePath, Heads, Prefetch, Storage, VideoShape
 from penstock.profiles.plan import Items, PhasePlan
 from penstock.profiles.policy import Limits, Policy
 from penstock.profiles.rates import Rates
@@ -119,6 +119,31 @@ class Step(Protocol):
 
     def all_small(self, limits: Limits) -> Iterator[Group]:
         """Shapes among which are the smallest in VRAM and in RAM, fitting or not."""
+
+
+class Manifest(Protocol):
+    """A model in the planner's terms: what a family states of it."""
+
+    @property
+    def storage(self) -> Storage:
+        """How the matrices are stored that a pack may hold in another format."""
+
+    @property
+    def heads(self) -> Heads:
+        """What a trial of an attention is made with."""
+
+    @property
+    def prefetch(self) -> Prefetch:
+        """What may be read before its phase."""
+
+    def steps(self, case: Case[Any]) -> Iterator[Step]:
+        """The groups of phases, in the order in which they run."""
+
+    def smaller_shapes(self, shape: VideoShape) -> Iterator[VideoShape]:
+        """Legal videos with fewer tokens than ``shape``, the nearest first."""
+
+    def undecided(self) -> Manifest:
+        """This manifest for a machine that nobody asked which matrix products it has."""
 
 
 def vram_bytes(group: Group) -> int:

@@ -11,9 +11,9 @@ from dataclasses import replace
 
 from penstock.errors import OverBudget
 from penstock.profiles.hardware import Hardware
-from penstock.profiles.manifest import Manifest
 from penstock.profiles.phases import (
     Case,
+    Manifest,
     Step,
     Workload,
     both_bytes,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from penstock.engine.families.wan.builtin import BUILTIN, builtin
+from penstock.engine.families.wan.builtin import BUILTIN
+from penstock.engine.family.protocol import builtin
 from penstock.errors import ProfileError
 from penstock.profiles.formats import FORMATS, get_format
 from penstock.quant.format import FORMATS as STORED

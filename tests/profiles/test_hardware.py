@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from penstock.engine.families.wan.builtin import builtin
+from penstock.engine.family.protocol import builtin
 from penstock.errors import OverBudget, ProfileError
 from penstock.profiles import hardware as hw
 from penstock.profiles.advice import plan_chosen

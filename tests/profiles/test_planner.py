@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from penstock.engine.families.wan.builtin import builtin
 from penstock.engine.families.wan.cost import encoders, transformer, vae
 from penstock.engine.families.wan.denoise_plan import EIGHT_BIT_WORKSPACE_BYTES, Denoise
 from penstock.engine.families.wan.manifest import WanManifest
+from penstock.engine.family.protocol import builtin
 from penstock.errors import OverBudget
 from penstock.profiles.cards import described
 from penstock.profiles.hardware import Hardware
@@ -330,7 +330,7 @@ def test_smaller_plans_come_to_an_end(model, work, machine, resource, data) -> N
 
 
 def test_a_pinned_share_that_is_too_small_is_named() -> None:
-    from penstock.engine.families.wan.builtin import builtin
+    from penstock.engine.family.protocol import builtin
     from penstock.profiles.cards import described
 
     machine = described("RTX 3060 12GB", "32GiB", None)
@@ -351,7 +351,7 @@ class TestAdvice:
         return choose(load(name), Overrides(vram=vram, ram=ram), described("4090", None, None))
 
     def refused(self, work: Workload, chosen) -> OverBudget:
-        from penstock.engine.families.wan.builtin import builtin
+        from penstock.engine.family.protocol import builtin
         from penstock.profiles.advice import plan_chosen
 
         with pytest.raises(OverBudget) as found:
@@ -369,7 +369,7 @@ class TestAdvice:
         assert "no profile and no shorter or smaller video does" in str(error)
 
     def test_a_folder_has_one_format_and_is_tried_once(self) -> None:
-        from penstock.engine.families.wan.builtin import builtin
+        from penstock.engine.family.protocol import builtin
         from penstock.profiles.advice import plan_chosen
 
         only = builtin("wan2.1-i2v-14b", "bf16")
@@ -382,14 +382,14 @@ class TestAdvice:
 
 
 def test_weights_in_all() -> None:
-    from penstock.engine.families.wan.builtin import builtin
+    from penstock.engine.family.protocol import builtin
 
     weights = builtin("wan2.1-i2v-14b", "bf16").text.weights
     assert weights.total_bytes == weights.rest_bytes + 24 * weights.block_bytes[0]
 
 
 def test_changes_are_told() -> None:
-    from penstock.engine.families.wan.builtin import builtin
+    from penstock.engine.family.protocol import builtin
     from penstock.profiles.cards import described
     from penstock.profiles.plan import changes
 

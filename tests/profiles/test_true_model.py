@@ -21,9 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.fake_dit import I2V_14B, fake_inputs, fake_transformer
 from penstock.engine.families.wan import forward
-from penstock.engine.families.wan.builtin import builtin
 from penstock.engine.families.wan.manifest import WanManifest
 from penstock.engine.families.wan.structure import is_cross_kv
+from penstock.engine.family.protocol import builtin
 from penstock.errors import OverBudget
 from penstock.profiles import profile as profiles
 from penstock.profiles.cards import described

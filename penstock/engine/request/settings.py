@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from penstock.engine.model.files import ModelFiles
+from penstock.engine.model.grid import Grid
 from penstock.engine.request.generation import (
     DISTILLED,
     GenerationRequest,
-    Grid,
     parse_area,
     parse_size,
     size_for,

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from penstock.engine.engine import Engine
-from penstock.engine.families.wan.builtin import builtin
 from penstock.engine.families.wan.plan import KEPT_TILE_COPIES
 from penstock.engine.families.wan.terms import restored_bytes, saved_state_bytes, tile_bytes
 from penstock.engine.families.wan.tiny import write_tiny_model
+from penstock.engine.family.protocol import builtin
 from penstock.engine.request.generation import GenerationRequest
 from penstock.engine.run import keeper as keeper_module
 from penstock.engine.run.keeper import JournalKeeper, Point

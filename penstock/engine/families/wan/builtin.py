@@ -11,7 +11,6 @@ from types import MappingProxyType
 
 from penstock.engine.families.wan.manifest import WanManifest
 from penstock.engine.families.wan.spec import ImageSpec, TextSpec, TransformerSpec, VaeSpec
-from penstock.errors import ProfileError
 from penstock.profiles.formats import WeightFormat, get_format
 from penstock.profiles.manifest import Storage, Weights
 from penstock.units import align_up
@@ -137,19 +136,3 @@ def _rest_elements() -> tuple[int, ...]:
 BUILTIN: Mapping[str, Callable[[str], WanManifest]] = MappingProxyType(
     {"wan2.1-i2v-14b": wan21_i2v_14b}
 )
-
-
-def builtin(name: str, weight_format: str) -> WanManifest:
-    """The description called ``name``.
-
-    Raises:
-        ProfileError: no such model, or no such format.
-    """
-    if name not in BUILTIN:
-        raise ProfileError(
-            "no built-in description of this model",
-            expected="one of " + ", ".join(BUILTIN),
-            found=repr(name),
-            remedy="Give --model and its folder instead.",
-        )
-    return BUILTIN[name](weight_format)

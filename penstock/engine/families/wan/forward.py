@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from penstock.engine.families.wan.attention import Attention, attention
+from penstock.engine.attention.kernels import Attention, attention
 from penstock.errors import CheckpointError, UsageError
 
 TEXT_TOKENS = 512

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.fake_dit import I2V_14B, fake_inputs, fake_transformer
+from penstock.engine.attention.kernels import Attention, attention, int8_attention
 from penstock.engine.families.wan import forward
-from penstock.engine.families.wan.attention import Attention, attention, int8_attention
 from penstock.engine.families.wan.cost import transformer as cost
 from penstock.engine.families.wan.spec import TransformerSpec
 from penstock.profiles.manifest import Weights

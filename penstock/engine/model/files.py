@@ -191,6 +191,16 @@ class ModelFiles:
         )
 
     @property
+    def defaults(self) -> Mapping[str, Any]:
+        """Of requests, as the model's folder states them."""
+        return self.source.defaults
+
+    @property
+    def origin(self) -> str:
+        """Where the model is, for messages."""
+        return self.source.origin
+
+    @property
     def files(self) -> dict[str, Path]:
         """Every file that a result depends on, by component and name."""
         found: dict[str, Path] = {}

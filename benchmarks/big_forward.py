@@ -43,7 +43,7 @@ from penstock.engine.run.stage import Stage
 from penstock.offload.layout import BlockLayout
 from penstock.offload.streamer import load_block
 from penstock.profiles.manifest import SCRATCH
-from penstock.profiles.profile import Overrides
+from penstock.profiles.options import Options
 
 LIMIT_BYTES = 3 << 30
 SIZE, FRAMES = 256, 5
@@ -123,7 +123,7 @@ def stream(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         vram=options.vram,
         ram=options.ram,
         device="cpu",
-        overrides=Overrides(chunk_tokens=str(CHUNK_TOKENS), disk_use="auto"),
+        options=Options(chunk_tokens=str(CHUNK_TOKENS), disk="auto"),
     ) as engine:
         parameters = engine.model.streamed.source.parameters
         started = time.perf_counter()

@@ -23,7 +23,8 @@ from typing import Any
 
 from penstock.engine.families.wan.kinds import KINDS
 from penstock.units import MIB, format_bytes, parse_bytes
-from tests.engine.packs import test_inspect, test_pack_memory
+from tests.engine import test_inspect
+from tests.engine.packs import test_pack_memory
 
 
 def child(code: str, *arguments: str) -> dict[str, Any]:

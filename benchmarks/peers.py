@@ -420,11 +420,11 @@ def streamed(host_resident: bool) -> Callable[[argparse.Namespace, Path], Any]:
         from dataclasses import replace
 
         from penstock.engine.engine import Engine
+        from penstock.profiles.options import Options
         from penstock.profiles.plan import StreamPlan
-        from penstock.profiles.profile import Overrides
 
-        overrides = Overrides(chunk_tokens=str(CHUNK_TOKENS), cross_kv="vram")
-        with Engine.open(folder / "model", device=options.device, overrides=overrides) as engine:
+        named = Options(device=options.device, chunk_tokens=str(CHUNK_TOKENS), cross_kv="vram")
+        with Engine.open(folder / "model", options=named) as engine:
             request = asked(options)
             plan = engine.plan(request)
             count = len(engine.model.streamed.blocks)

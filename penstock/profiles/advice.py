@@ -41,7 +41,8 @@ def plan_chosen(manifests: Manifests, workload: Workload, chosen: Chosen) -> Pla
         except OverBudget as error:
             refused.append(error)
             continue
-        return replace(found, origins=_with_format(chosen.origins, found.weight_format))
+        origins = _with_format(chosen.origins, found.weight_format)
+        return replace(found, origins=origins, options=chosen.options)
     raise _advised(refused[-1], tried[-1], workload, chosen)
 
 

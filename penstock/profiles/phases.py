@@ -129,6 +129,10 @@ class Manifest(Protocol):
         """How the matrices are stored that a pack may hold in another format."""
 
     @property
+    def image_to_video(self) -> bool:
+        """Whether a conditioning picture is needed."""
+
+    @property
     def heads(self) -> Heads:
         """What a trial of an attention is made with."""
 

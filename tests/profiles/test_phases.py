@@ -10,14 +10,7 @@ from penstock.engine.families.wan.denoise_plan import Denoise
 from penstock.engine.families.wan.plan import HOLE_SHARES, Tiled, image_step, text_step
 from penstock.engine.family.protocol import builtin
 from penstock.profiles.manifest import VideoShape
-from penstock.profiles.phases import (
-    CUDA_LIBRARY_BYTES,
-    HOLES,
-    LIBRARIES,
-    Case,
-    Step,
-    Workload,
-)
+from penstock.profiles.phases import CUDA_LIBRARY_BYTES, HOLES, LIBRARIES, Case, Step, Workload
 from penstock.profiles.policy import Limits, Policy
 from penstock.profiles.rates import Rates
 

@@ -346,9 +346,10 @@ class TestAdvice:
 
     def chosen(self, vram: str | None, ram: str | None = None, name: str = "12gb"):
         from penstock.profiles.cards import described
-        from penstock.profiles.profile import Overrides, choose, load
+        from penstock.profiles.options import Options
+        from penstock.profiles.profile import choose, load
 
-        return choose(load(name), Overrides(vram=vram, ram=ram), described("4090", None, None))
+        return choose(load(name), Options(vram=vram, ram=ram), described("4090", None, None))
 
     def refused(self, work: Workload, chosen) -> OverBudget:
         from penstock.engine.family.protocol import builtin

@@ -28,6 +28,7 @@ from penstock.errors import OverBudget
 from penstock.profiles import profile as profiles
 from penstock.profiles.cards import described
 from penstock.profiles.manifest import VideoShape
+from penstock.profiles.options import Options
 from penstock.profiles.phases import HOLES, LIBRARIES
 from penstock.profiles.plan import PhasePlan, Plan
 from penstock.profiles.planner import Workload, plan
@@ -53,7 +54,7 @@ def made(size: str, name: str, system_gib: int) -> Plan:
     """The plan of the first format of the profile that fits."""
     machine = described(CARD, f"{system_gib}GiB", None)
     assert machine.fused_norms
-    chosen = profiles.choose(profiles.load(name), profiles.Overrides(), machine)
+    chosen = profiles.choose(profiles.load(name), Options(), machine)
     workload = Workload(VideoShape(*SIZES[size]), steps=40, guided=True, kept=True)
     refused = []
     for weight_format in chosen.formats:

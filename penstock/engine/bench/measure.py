@@ -45,6 +45,7 @@ from penstock.offload.layout import BlockLayout
 from penstock.offload.streamer import BlockStream, StreamStats
 from penstock.offload.tiers import release_cached
 from penstock.profiles.plan import Plan, StreamPlan
+from penstock.profiles.policy import AUTO
 
 _SAMPLING_S = 0.01
 
@@ -57,16 +58,12 @@ class Asked:
         request: its steps are all of them, those before the counted ones included.
         warmup: steps that do not count; the first one carries the cold start.
         name: of the model, for the recipe.
-        vram, ram, profile: as asked for, for the recipe.
         whole: every phase, not denoising alone.
     """
 
     request: GenerationRequest
     warmup: int
     name: str
-    vram: str = ""
-    ram: str = ""
-    profile: str = "auto"
     whole: bool = False
     overlapped: bool = True
 
@@ -148,7 +145,7 @@ def _run(stage: Stage, *, whole: bool) -> Tensor:
 
 def _recipe(stage: Stage, asked: Asked, plan: Plan) -> Recipe:
     request, blocks = asked.request, len(stage.model.streamed.blocks)
-    stored = stage.model.streamed.source
+    stored, options = stage.model.streamed.source, plan.options
     return Recipe(
         model=f"{asked.name}, {blocks} blocks, {stored.nbytes:,} bytes",
         weight_format=stored.label(),
@@ -160,13 +157,18 @@ def _recipe(stage: Stage, asked: Asked, plan: Plan) -> Recipe:
         branches=2 if request.uses_guidance else 1,
         device=stage.device.type,
         compute=_computing(plan),
-        profile=asked.profile,
-        vram=asked.vram,
-        ram=asked.ram,
+        profile=options.profile or AUTO,
+        vram=str(options.vram or ""),
+        ram=str(options.ram or ""),
         chunk_tokens=plan["denoise"].chunk_tokens,
         whole=asked.whole,
         overlapped=asked.overlapped,
+        rules={name: str(word) for name, word in options.given.items() if name not in _TOLD},
     )
+
+
+_TOLD = ("vram", "ram", "profile", "device", "format", "compute", "attention")
+"""Options that a recipe's own fields tell."""
 
 
 def _computing(plan: Plan) -> str:

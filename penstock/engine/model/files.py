@@ -59,7 +59,7 @@ class ModelFiles:
     @property
     def image_to_video(self) -> bool:
         """Whether a conditioning picture is needed."""
-        raise NotImplementedError
+        return bool(self.manifest.image_to_video)
 
     def flow_shift(self, width: int, height: int, asked: float | None) -> float:
         """``asked``, or the noise schedule's official shift for a video of that size."""
@@ -72,6 +72,16 @@ class ModelFiles:
     def kept_bytes(self, shape: VideoShape) -> int:
         """Disk space that a kept job takes at most for what its phases leave."""
         raise NotImplementedError
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """Of requests, as the model's folder states them."""
+        return self.source.defaults
+
+    @property
+    def origin(self) -> str:
+        """Where the model is, for messages."""
+        return self.source.origin
 
     @property
     def files(self) -> dict[str, Path]:

@@ -174,6 +174,7 @@ def _report(job: Run, monitor: Monitor, seconds: float) -> RunReport:
         notices=tuple(monitor.notices),
         versions=versions(),
         steered=job.keeper.steered,
+        options=job.plan.options,
     )
 
 

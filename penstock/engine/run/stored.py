@@ -18,13 +18,13 @@ from penstock.engine.request.generation import GenerationRequest
 from penstock.engine.run.fingerprint import Fingerprint, check_fingerprint, fingerprint
 from penstock.engine.store.digest import reading, stamp
 from penstock.engine.store.journal import HEADER_BYTES, PICTURE_FILE, Journal
-from penstock.errors import JournalError, RequestError
-from penstock.profiles.plan import Plan
+from penstock.errors import JournalError, RequestError, UsageError
+from penstock.profiles.plan import NUMERICS, Plan
 
 STATE_TENSORS = 5
 """Latents and the solver's history at most: UniPC keeps three of the latents' size (order 2)."""
 
-_NOT_OF_THE_REQUEST = ("model", "files", "loras", "weight_format", "compute", "attention")
+_NOT_OF_THE_REQUEST = ("model", "files", "loras", *NUMERICS)
 
 GENERATIONS = 3
 """Of the sampler's state: two are kept while a third is written."""
@@ -61,8 +61,7 @@ def request_values(request: GenerationRequest, opening: Opening, plan: Plan) -> 
         StorageError: the picture cannot be read.
     """
     picture = None if request.image is None else stamp(request.image)
-    numerics = {name: getattr(plan, name) for name in ("weight_format", "compute", "attention")}
-    return asdict(request) | {"image": picture} | opening.values() | numerics
+    return asdict(request) | {"image": picture} | opening.values() | plan.numerics
 
 
 def begin(
@@ -72,7 +71,6 @@ def begin(
     plan: Plan,
     now: Fingerprint,
     order: Order,
-    budgets: Mapping[str, Any],
 ) -> tuple[Journal, GenerationRequest]:
     """Make a job's directory; returns the journal, and the request on the copy of its picture.
 
@@ -92,7 +90,7 @@ def begin(
         request_values(request, model.opening, plan),
         plan.to_json(),
         now,
-        facts=order.facts() | dict(budgets),
+        facts=order.facts(),
         picture=picture,
         reserve_bytes=reserve_bytes(model, request),
     )
@@ -153,7 +151,7 @@ def restored_plan(journal: Journal) -> Plan:
     """
     try:
         return Plan.from_json(journal.record.plan)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, UsageError) as error:
         raise JournalError(f"{journal.folder} holds no plan", found=str(error)) from error
 
 

@@ -50,8 +50,8 @@ from penstock.engine.model.files import ModelFiles
 from penstock.engine.request.generation import GenerationRequest
 from penstock.errors import UsageError
 from penstock.offload.files import DIRECT_ALIGNMENT
+from penstock.profiles.options import Options
 from penstock.profiles.plan import StreamPlan
-from penstock.profiles.profile import Overrides
 from penstock.quant.format import get_format
 from penstock.quant.policy import default_policy
 
@@ -205,8 +205,8 @@ def test_a_benchmark_computes_what_a_job_computes(tiny: Path, tmp_path: Path) ->
 
 
 def _measured(tiny: Path, request: GenerationRequest, warmup: int, places: StreamPlan) -> Any:
-    overrides = Overrides(chunk_tokens="4", branches="1")
-    with Engine.open(tiny, vram="8MiB", ram="64MiB", device="cpu", overrides=overrides) as engine:
+    rules = Options(chunk_tokens="4", branches="1")
+    with Engine.open(tiny, vram="8MiB", ram="64MiB", device="cpu", options=rules) as engine:
         plan = engine.plan(request)
         plan = plan.with_phases((replace(plan["denoise"], stream=places),))
         return measure(engine, Asked(request, warmup, "tiny"), plan=plan)
@@ -288,8 +288,8 @@ def test_the_machine_is_described() -> None:
 def test_an_order_makes_its_model_and_removes_it(tmp_path: Path) -> None:
     told: list[str] = []
     order = Order(
-        synthetic="tiny", blocks=2, weight_format="fp8", width=32, height=32, frames=5, steps=2,
-        guidance=1.0, device="cpu", folder=tmp_path,
+        synthetic="tiny", blocks=2, width=32, height=32, frames=5, steps=2, guidance=1.0,
+        folder=tmp_path, options=Options(format="fp8", device="cpu"),
     )  # fmt: skip
     result = run(order, lambda event: None, told.append)
     assert list(tmp_path.iterdir()) == []
@@ -301,7 +301,8 @@ def test_an_order_makes_its_model_and_removes_it(tmp_path: Path) -> None:
 
 def test_a_sweep_tells_what_does_not_fit(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "small.toml").write_text('vram = "1KiB"\nram = "1MiB"\n')
-    order = Order(model=str(tiny), width=32, height=32, frames=5, steps=1, warmup=0, device="cpu")
+    size = {"width": 32, "height": 32, "frames": 5, "steps": 1, "warmup": 0}
+    order = Order(model=str(tiny), options=Options(device="cpu"), **size)
     small = str(tmp_path / "small.toml")
     points = sweep(order, ["4gb", small], lambda event: None, lambda line: None)
     assert points[0].result is not None and points[0].profile == "4gb"
@@ -325,7 +326,7 @@ def test_an_order_that_makes_no_sense_is_refused(given: dict[str, Any], message:
 def test_blocks_are_as_many_as_disk_and_time_allow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    order = Order(synthetic="wan2.1-i2v-14b", device="cpu", minutes=1e9)
+    order = Order(synthetic="wan2.1-i2v-14b", options=Options(device="cpu"), minutes=1e9)
     config = SYNTHETIC["wan2.1-i2v-14b"].config
     room = streamed_bytes(KIND, config(7), "int8") + bench_weights.FREE_BYTES
 

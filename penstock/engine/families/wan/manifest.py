@@ -30,6 +30,11 @@ class WanManifest(WanSpec):
         return self.transformer.storage
 
     @property
+    def image_to_video(self) -> bool:
+        """As `penstock.profiles.phases.Manifest`: the model has 36 input channels."""
+        return self.transformer.in_channels > self.vae.z_dim
+
+    @property
     def heads(self) -> Heads:
         """As `penstock.profiles.phases.Manifest`: of the transformer."""
         spec = self.transformer

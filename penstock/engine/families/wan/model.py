@@ -56,11 +56,6 @@ class WanModel(ModelFiles):
         return self.parts.get(IMAGE)
 
     @property
-    def image_to_video(self) -> bool:
-        """Whether a conditioning picture is needed (and the model has 36 input channels)."""
-        return self.manifest.transformer.in_channels > self.manifest.vae.z_dim
-
-    @property
     def grid(self) -> Grid:
         """The sizes that the model can represent."""
         spec, config = self.manifest, self.transformer.config

@@ -199,7 +199,7 @@ def describe(source: ComponentSource, arguments: tuple[str, ...] = ()) -> Inspec
     return Inspection(
         path=source.raw.path,
         component=source.component,
-        family=source.family,
+        family=source.title,
         naming=source.naming,
         format=source.label(),
         parameters=source.parameters,

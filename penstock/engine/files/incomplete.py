@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from penstock.engine.files.folders import SUFFIXES
-from penstock.engine.files.keys import COMPONENTS
 from penstock.errors import CheckpointError
 from penstock.offload.checkpoint import PICKLES
 
 _SHOWN = 6
 
 
-def check_whole(folder: Path, index: Mapping[str, Any], given: frozenset[str]) -> None:
+def check_whole(folder: Path, index: Mapping[str, Any], parts: Sequence[str]) -> None:
     """Refuse a folder of which files are missing.
 
     Args:
         index: its model_index.json.
-        given: parts that come from elsewhere.
+        parts: those that must come from here, if the index names them.
 
     Raises:
         CheckpointError: names them.
     """
-    named = [part for part in (*COMPONENTS, "tokenizer") if _is_named(index.get(part))]
-    wanted = [part for part in named if part not in given]
+    wanted = [part for part in parts if _is_named(index.get(part))]
     missing = [text for part in wanted for text in _told(folder, part)]
     if missing:
         more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""

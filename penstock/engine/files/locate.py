@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from penstock.engine.families.wan.config import IMAGE_PROCESSOR, UNIPC
+from penstock.engine.family.protocol import ComponentKind, Family, families
 from penstock.engine.files.folders import SUFFIXES, comfy_folders, comfy_root, weight_files
 from penstock.engine.files.hub import Fetch, hub_snapshot
 from penstock.engine.files.incomplete import check_whole
-from penstock.engine.files.keys import COMPONENTS, ComponentSource, component_of, recognise
+from penstock.engine.files.keys import ComponentSource, find_naming, recognise
 from penstock.engine.files.source import RawFile, dangling, open_raw, read_bytes, refusal_of
 from penstock.errors import CheckpointError, UsageError
 from penstock.offload.checkpoint import PICKLES, TensorEntry
@@ -22,15 +22,6 @@ from penstock.offload.shards import heads, is_shard
 
 TOKENIZER_TENSOR = "spiece_model"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
-_OWNERS = {
-    "WanTransformer3DModel": "transformer",
-    "AutoencoderKLWan": "vae",
-    "umt5": "text_encoder",
-    "clip_vision_model": "image_encoder",
-}
-"""Whose config.json it is, by its class (diffusers) or its model type (transformers)."""
-
-_FLAGS = {name: "--" + name.replace("_", "-") for name in COMPONENTS}
 _SPM_FILES = ("spiece.model", "tokenizer.model")
 _TOKENIZER_FILES = ("tokenizer.json", *_SPM_FILES, "tokenizer_config.json")
 
@@ -52,13 +43,19 @@ class Files:
     tokenizer: Path | None = None
 
 
+COMPONENTS = ("transformer", "text_encoder", "vae", "image_encoder")
+"""Networks that a flag names, the one that streams first."""
+
+_FLAGS = {name: "--" + name.replace("_", "-") for name in COMPONENTS}
+
+
 @dataclass(frozen=True)
 class ModelSource:
-    """A whole Wan2.1 model, wherever its parts lie.
+    """A whole model, wherever its parts lie.
 
     Attributes:
         origin: what it was found by, for people.
-        image_encoder: None for a text-to-video model.
+        parts: its networks by name, the one that streams first.
         tokenizer: a folder, a SentencePiece model, or the byte tensor that holds one.
         scheduler, image_processor: configs as diffusers and transformers write them.
         defaults: the model's own defaults for a request (``defaults.json``), often none.
@@ -67,10 +64,7 @@ class ModelSource:
     """
 
     origin: str
-    transformer: ComponentSource
-    text_encoder: ComponentSource
-    vae: ComponentSource
-    image_encoder: ComponentSource | None
+    parts: Mapping[str, ComponentSource]
     tokenizer: Path | TensorEntry
     scheduler: Mapping[str, Any]
     image_processor: Mapping[str, Any]
@@ -78,10 +72,19 @@ class ModelSource:
     lora_folders: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
 
+    @property
+    def streamed(self) -> ComponentSource:
+        """The network whose blocks stream while latents are denoised."""
+        return next(iter(self.parts.values()))
+
+    @property
+    def family(self) -> Family:
+        """That the model is of."""
+        return self.streamed.family
+
     def components(self) -> tuple[ComponentSource, ...]:
         """All that there are."""
-        parts = (self.transformer, self.text_encoder, self.vae, self.image_encoder)
-        return tuple(part for part in parts if part is not None)
+        return tuple(self.parts.values())
 
 
 def locate(model: str | Path | None, files: Files | None = None, *, fetch: Fetch | None = None
@@ -120,8 +123,7 @@ def locate(model: str | Path | None, files: Files | None = None, *, fetch: Fetch
 
 
 def survey(folder: Path) -> dict[str, ComponentSource | CheckpointError]:
-    """Each part of the model in ``folder``, or why it is not to be had there; of a text-to-video
-    model no image encoder.
+    """Each part that the model in ``folder`` needs, or why it is not to be had there.
 
     Raises:
         CheckpointError: the folder holds no model at all.
@@ -133,9 +135,10 @@ def survey(folder: Path) -> dict[str, ComponentSource | CheckpointError]:
             parts[name] = _component(name, found, Files(), [])
         except CheckpointError as error:
             parts[name] = error
-    transformer = parts["transformer"]
-    if isinstance(transformer, ComponentSource) and transformer.config.get("image_dim") is None:
-        del parts["image_encoder"]
+    first = parts[COMPONENTS[0]]
+    if isinstance(first, ComponentSource):
+        wanted = (COMPONENTS[0], *first.family.needed(first.config))
+        parts = {name: part for name, part in parts.items() if name in wanted}
     return parts
 
 
@@ -148,8 +151,8 @@ class _Found:
     roots: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
     lora_folders: tuple[Path, ...] = ()
     tokenizer: Path | None = None
-    scheduler: Mapping[str, Any] = field(default_factory=lambda: UNIPC)
-    image_processor: Mapping[str, Any] = field(default_factory=lambda: IMAGE_PROCESSOR)
+    scheduler: Mapping[str, Any] | None = None
+    image_processor: Mapping[str, Any] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     pickles: tuple[Path, ...] = ()
 
@@ -178,7 +181,7 @@ def _diffusers(folder: Path, files: Files | None) -> _Found:
     check_pipeline(folder, index)
     if files is not None:
         given = {each.name for each in fields(files) if getattr(files, each.name) is not None}
-        check_whole(folder, index, frozenset(given))
+        check_whole(folder, index, [p for p in (*COMPONENTS, "tokenizer") if p not in given])
     parts = [name for name in COMPONENTS if (folder / name).is_dir()]
     scheduler = folder / "scheduler" / "scheduler_config.json"
     processor = folder / "image_processor" / "preprocessor_config.json"
@@ -186,32 +189,26 @@ def _diffusers(folder: Path, files: Files | None) -> _Found:
     return _Found(
         places={name: (folder / name,) for name in parts},
         tokenizer=folder / "tokenizer" if (folder / "tokenizer").is_dir() else None,
-        scheduler=read_object(scheduler) if scheduler.exists() else UNIPC,
-        image_processor=read_object(processor) if processor.exists() else IMAGE_PROCESSOR,
+        scheduler=read_object(scheduler) if scheduler.exists() else None,
+        image_processor=read_object(processor) if processor.exists() else None,
         defaults=read_object(defaults) if defaults.exists() else {},
     )
 
 
 def check_pipeline(folder: Path, index: Mapping[str, Any]) -> None:
-    """Refuse a ``model_index.json`` of another pipeline.
+    """Refuse a ``model_index.json`` of a pipeline that no family runs.
 
     Raises:
-        CheckpointError: not Wan2.1.
+        CheckpointError: as the family that comes nearest says.
     """
-    known = ("WanImageToVideoPipeline", "WanPipeline")
-    if index.get("_class_name") not in known:
-        raise CheckpointError(
-            f"{folder} holds another kind of model",
-            expected=" or ".join(known),
-            found=str(index.get("_class_name")),
-        )
-    second = index.get("transformer_2") or [None, None]
-    if second[0] is not None or index.get("expand_timesteps"):
-        raise CheckpointError(
-            f"{folder} holds a Wan 2.2 model",
-            expected="Wan 2.1: one transformer, one timestep a step",
-            found="two transformers or expanded timesteps",
-        )
+    refused: CheckpointError | None = None
+    for family in families():
+        try:
+            return family.check_pipeline(folder, index)
+        except CheckpointError as error:
+            refused = refused or error
+    assert refused is not None
+    raise refused
 
 
 def _comfy(folder: Path, root: Path) -> _Found:
@@ -251,19 +248,16 @@ def _original(folder: Path) -> _Found:
 
 def _assemble(origin: str, found: _Found, files: Files) -> ModelSource:
     notes: list[str] = []
-    transformer = _component("transformer", found, files, notes)
-    image = transformer.config.get("image_dim") is not None
-    text = _component("text_encoder", found, files, notes)
-    vae = _component("vae", found, files, notes)
+    first = _component(COMPONENTS[0], found, files, notes)
+    names = first.family.needed(first.config)
+    others = {name: _component(name, found, files, notes) for name in names}
+    parts = {COMPONENTS[0]: first} | others
     return ModelSource(
         origin=origin,
-        transformer=transformer,
-        text_encoder=text,
-        vae=vae,
-        image_encoder=_component("image_encoder", found, files, notes) if image else None,
-        tokenizer=_tokenizer(text, found, files),
-        scheduler=dict(found.scheduler),
-        image_processor=_sized(found.image_processor),
+        parts=parts,
+        tokenizer=_tokenizer(parts["text_encoder"], found, files),
+        scheduler=dict(found.scheduler or first.family.SCHEDULER),
+        image_processor=_sized(found.image_processor or first.family.IMAGE_PROCESSOR),
         defaults=found.defaults,
         lora_folders=found.lora_folders,
         notes=tuple(dict.fromkeys(notes)),
@@ -321,7 +315,7 @@ def _check_kind(name: str, source: ComponentSource) -> None:
         raise CheckpointError(
             f"{source.raw.path} is no {name.replace('_', ' ')}",
             expected=f"the {name.replace('_', ' ')} of a Wan2.1 model",
-            found=f"a {source.component.replace('_', ' ')} ({source.family})",
+            found=f"a {source.kind.label} ({source.title})",
             remedy=f"Give it with {_FLAGS[source.component]}.",
         )
     source.check()
@@ -395,25 +389,32 @@ def recognise_beside(raw: RawFile) -> ComponentSource:
         CheckpointError: as `recognise` does.
     """
     folder = raw.path if raw.path.is_dir() else raw.path.parent
-    return recognise(raw, _config_beside(folder, component_of(raw)))
+    found = find_naming(raw.entries)
+    return recognise(raw, None if found is None else _config_beside(folder, found.kind))
 
 
-def _config_beside(folder: Path, component: str | None) -> dict[str, Any] | None:
-    """The config.json of diffusers or transformers, where it is that of ``component``; Wan's own
-    one tells less than the shapes."""
+def _config_beside(folder: Path, kind: ComponentKind) -> dict[str, Any] | None:
+    """The config.json in ``folder``, where it is that of a network of this kind."""
     path = folder / "config.json"
     if not path.exists():
         return None
     config = read_object(path)
-    owner = config_owner(config)
-    if owner is None or owner != component:
+    if config_owner(config) is not kind:
         return None
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
-def config_owner(config: Mapping[str, Any]) -> str | None:
-    """The component that a config.json of diffusers or transformers describes; None: another's."""
-    return _OWNERS.get(str(config.get("_class_name") or config.get("model_type")))
+def config_owner(config: Mapping[str, Any]) -> ComponentKind | None:
+    """The network that a config.json of diffusers or transformers describes; None: a foreign one's,
+    or one in a model's own style, which tells less than the shapes."""
+    name, typed = config.get("_class_name"), config.get("model_type")
+    kinds = [kind for family in families() for kind in family.KINDS.values()]
+    for kind in kinds:
+        if name == kind.made_by[1] or (
+            name is None and typed is not None and typed == kind.model_type
+        ):
+            return kind
+    return None
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -459,13 +460,12 @@ def _tokenizer(text: ComponentSource, found: _Found, files: Files) -> Path | Ten
     )
 
 
-def open_tokenizer(tokenizer: Path | TensorEntry) -> Any:
+def open_tokenizer(family: Family, tokenizer: Path | TensorEntry) -> Any:
     """The tokenizer in a folder, a SentencePiece model, or the byte tensor that holds one.
 
     Raises:
         CheckpointError: it cannot be read.
     """
-    from penstock.engine.families.wan.umt5 import load_tokenizer
     from penstock.engine.files.spm import tokenizer_from_spm
 
     if isinstance(tokenizer, TensorEntry):
@@ -475,7 +475,7 @@ def open_tokenizer(tokenizer: Path | TensorEntry) -> Any:
     alone = next((tokenizer / name for name in _SPM_FILES if (tokenizer / name).is_file()), None)
     if alone is not None and not (tokenizer / "tokenizer.json").exists():
         return tokenizer_from_spm(alone.read_bytes())
-    return load_tokenizer(tokenizer)
+    return family.load_tokenizer(tokenizer)
 
 
 def _from_hub(model: str, files: Files, fetch: Fetch) -> ModelSource:

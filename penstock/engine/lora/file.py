@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from penstock.engine.families.wan.config import FAMILIES
+from penstock.engine.families.wan.config import SIZES
 from penstock.engine.files.keys import ComponentSource
 from penstock.engine.files.locate import read_object
 from penstock.engine.files.source import dangling, read_bytes
@@ -228,8 +228,8 @@ def _whose(file: LoraFile, source: ComponentSource) -> str:
     inner = source.config["num_attention_heads"] * source.config["attention_head_dim"]
     other = width not in (None, inner) or blocks > source.config["num_layers"]
     if other or (pictured and source.config.get("image_dim") is None):
-        return f"{file.path} is a LoRA for {file.family}, and this model is {source.family}"
-    return f"{file.path} is not wholly for this model, {source.family}"
+        return f"{file.path} is a LoRA for {file.family}, and this model is {source.title}"
+    return f"{file.path} is not wholly for this model, {source.title}"
 
 
 def open_lora(path: Path) -> LoraFile:
@@ -437,7 +437,7 @@ def read_scalar(path: Path, entry: TensorEntry) -> float:
 
 def _family(layers: Mapping[str, LoraLayer]) -> str:
     width, blocks, pictured = _traits(layers)
-    sizes = {dim: size for (dim, _, _), size in FAMILIES.items()}
+    sizes = {dim: size for (dim, _, _), size in SIZES.items()}
     size = "" if width is None else f" {sizes.get(width, 'of another size')} ({width} wide"
     count = "" if not blocks or width is None else f", {blocks} blocks"
     task = " I2V" if pictured else ""

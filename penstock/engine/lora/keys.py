@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
 
-from penstock.engine.families.wan.keys import NAMINGS, Naming
+from penstock.engine.families.wan.keys import NAMINGS
+from penstock.engine.family.naming import Naming
 
 _PREFIXES = (
     ("base_model.model.diffusion_model.", "ComfyUI"),

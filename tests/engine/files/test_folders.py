@@ -58,12 +58,12 @@ def test_a_name_may_have_its_subfolder(tmp_path, single) -> None:
         (place / folder).mkdir()
         shutil.copy(single["transformer"], place / folder / "same.safetensors")
     found = locate(root, Files(transformer=Path("b/same.safetensors")))
-    assert found.transformer.raw.path == place / "b" / "same.safetensors"
+    assert found.streamed.raw.path == place / "b" / "same.safetensors"
     with pytest.raises(CheckpointError, match=r"more than one file is called same.*a/same"):
         locate(root, Files(transformer=Path("same.safetensors")))
     shutil.copy(single["transformer"], place / "same.safetensors")
     found = locate(root, Files(transformer=Path("same.safetensors")))
-    assert found.transformer.raw.path == place / "same.safetensors"
+    assert found.streamed.raw.path == place / "same.safetensors"
 
 
 def test_what_cannot_be_read_is_passed_over_with_a_note(tmp_path, model, single) -> None:
@@ -93,7 +93,7 @@ def test_shards_under_a_root_are_one_file(tmp_path, model, single) -> None:
 
 def test_a_lora_is_found_by_its_name(tmp_path, single) -> None:
     root = comfy_root(tmp_path / "ComfyUI", single)
-    source = locate(root).transformer
+    source = locate(root).streamed
     pairs = made.pairs(source, made.linears(source, outside=False)[:2])
     extra = tmp_path / "webui" / "Lora"
     for folder in (root / "models" / "loras" / "wan", extra):

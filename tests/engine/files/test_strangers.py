@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from penstock.engine.family.protocol import families
 from penstock.engine.files.locate import locate, open_component, open_tokenizer
 from penstock.engine.inspect import inspect
 from penstock.engine.lora.file import open_lora
@@ -67,7 +68,7 @@ def sharded(tmp_path: Path, model: Path) -> Path:
 def test_shards_without_their_index_are_read(sharded: Path, model: Path) -> None:
     assert tensors_of(locate(sharded)) == tensors_of(locate(model))
     shard = sharded / "transformer" / "diffusion_pytorch_model-00002-of-00003.safetensors"
-    assert open_component(shard).entries().keys() == locate(model).transformer.entries().keys()
+    assert open_component(shard).entries().keys() == locate(model).streamed.entries().keys()
 
 
 def test_missing_shards_are_named(sharded: Path) -> None:
@@ -157,7 +158,9 @@ def test_pickles_in_an_original_folder_are_named(tmp_path, model, single) -> Non
 
 def test_a_tokenizer_folder_may_hold_a_sentencepiece_model_alone(tmp_path: Path) -> None:
     (tmp_path / "spiece.model").write_bytes(train())
-    one, whole = open_tokenizer(tmp_path), open_tokenizer(tmp_path / "spiece.model")
+    (family,) = families()
+    one = open_tokenizer(family, tmp_path)
+    whole = open_tokenizer(family, tmp_path / "spiece.model")
     assert one("a cat").input_ids == whole("a cat").input_ids
 
 

@@ -42,7 +42,7 @@ RANK = 300
 def loras(i2v_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Lora]:
     """One in fp16, which is cast at every visit, with biases, norms and tables; one as stored."""
     folder = tmp_path_factory.mktemp("loras")
-    source = locate(i2v_folder).transformer
+    source = locate(i2v_folder).streamed
     modules = made.linears(source, outside=False) + made.linears(source, outside=True)
     pairs = made.pairs(source, modules, RANK)
     wide = made.write_lightx2v(

@@ -32,7 +32,7 @@ Q = "diffusion_model.blocks.0.self_attn.q"
 
 @pytest.fixture(scope="module")
 def source(i2v_folder: Path) -> ComponentSource:
-    return locate(i2v_folder).transformer
+    return locate(i2v_folder).streamed
 
 
 def _write(path: Path, **tensors: Tensor) -> Path:
@@ -260,7 +260,7 @@ def test_a_lora_of_another_size_or_task_says_what_it_is_for(
     pictured = made.pairs(source, ["blocks.0.attn2.add_k_proj", "blocks.0.attn1.to_q"])
     path = made.write_comfy(tmp_path / "i2v.safetensors", pictured)
     open_lora(path).check(source)
-    text_only = locate(t2v_folder).transformer
+    text_only = locate(t2v_folder).streamed
     with pytest.raises(TensorMismatch, match=r"Wan2\.1 I2V .*this model is Wan2\.1 T2V.*k_img"):
         open_lora(path).check(text_only)
     deep = {name.replace("blocks.0.", "blocks.77."): t for name, t in _pair().items()}
@@ -341,7 +341,7 @@ def test_bfloat16_models_and_quantised_ones_take_them(tmp_path: Path) -> None:
     folder = write_tiny_model(
         tmp_path / "m", dtype=torch.bfloat16, image_to_video=False, vae={"base_dim": 8}
     )
-    source = locate(folder).transformer
+    source = locate(folder).streamed
     dim = source.shapes["scale_shift_table"][2]
     path = _write(
         tmp_path / "a.safetensors",

@@ -48,7 +48,7 @@ def _latents(folder: Path, loras: list[Lora], *streams: StreamPlan) -> list[Tens
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
-    source = locate(folder).transformer
+    source = locate(folder).streamed
     with WeightReader(source) as reader:
         return {name: reader.read(name, torch.float32) for name in source.shapes}
 
@@ -95,7 +95,7 @@ def test_the_latents_are_those_of_merged_weights(
     kind: str, stored: str, base, without, t2v_folder: Path, tmp_path: Path
 ) -> None:
     folder = base(stored)
-    shapes = locate(folder).transformer.shapes
+    shapes = locate(folder).streamed.shapes
     made = kinds.make(kind, shapes, kinds.some_modules(shapes))
     strength = 0.8 if kind in kinds.AT_ANY_STRENGTH else 1.0
     lora = Lora(made.write(tmp_path / "lora.safetensors"), strength, strict=True)
@@ -116,7 +116,7 @@ def test_there_are_twelve_kinds_and_those_that_need_the_weight_wrap_its_format(
     t2v_folder: Path, base, tmp_path: Path
 ) -> None:
     assert len(kinds.KINDS) == 12
-    shapes = locate(t2v_folder).transformer.shapes
+    shapes = locate(t2v_folder).streamed.shapes
     for kind in kinds.KINDS:
         made = kinds.make(kind, shapes, kinds.some_modules(shapes))
         lora = Lora(made.write(tmp_path / "lora.safetensors"))

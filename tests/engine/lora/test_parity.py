@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from penstock.engine.engine import Engine
+from penstock.engine.families.wan.defaults import flow_shift
 from penstock.engine.files.locate import locate
 from penstock.engine.files.reader import WeightReader
 from penstock.engine.lora.file import Lora
@@ -113,7 +114,7 @@ def test_the_transformer_is_that_of_diffusers(
     style: str, image: bool, i2v_folder: Path, t2v_folder: Path, tmp_path: Path
 ) -> None:
     folder = i2v_folder if image else t2v_folder
-    path = STYLES[style](locate(folder).transformer, tmp_path / "lora.safetensors")
+    path = STYLES[style](locate(folder).streamed, tmp_path / "lora.safetensors")
     loras = [Lora(path, 0.7)]
     files = ModelFiles.open(folder, loras=loras)
     given = made.inputs(files.transformer.module.config)
@@ -127,7 +128,7 @@ def test_the_transformer_is_that_of_diffusers(
 
 
 def test_several_at_once_add_up(i2v_folder: Path, tmp_path: Path) -> None:
-    source = locate(i2v_folder).transformer
+    source = locate(i2v_folder).streamed
     loras = [
         Lora(_kohya(source, tmp_path / "a.safetensors"), 0.5),
         Lora(_comfy(source, tmp_path / "b.safetensors"), -0.25),
@@ -145,7 +146,7 @@ def test_several_at_once_add_up(i2v_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("stored", ["int8", "gguf-q8_0"])
 def test_beside_quantised_weights(stored: str, t2v_folder: Path, tmp_path: Path) -> None:
     """diffusers on the decoded weights, with the LoRA as it loads it."""
-    path = _lightx2v(locate(t2v_folder).transformer, tmp_path / "lora.safetensors")
+    path = _lightx2v(locate(t2v_folder).streamed, tmp_path / "lora.safetensors")
     pack(locate(t2v_folder), stored, tmp_path / "packed")
     files = ModelFiles.open(tmp_path / "packed", loras=[Lora(path, 0.7)])
     assert {fmt.name for fmt in files.transformer.formats[0].values()} == {stored}
@@ -172,7 +173,7 @@ def _their_latents(folder: Path, request: GenerationRequest, loras: list[Lora]) 
     pipe = _pipe(folder, True)
     _add(pipe, loras)
     pipe.scheduler = type(pipe.scheduler).from_config(
-        pipe.scheduler.config, flow_shift=request.effective_shift
+        pipe.scheduler.config, flow_shift=flow_shift(request.width, request.height, request.shift)
     )
     frames: Tensor = pipe(
         image=Image.open(request.image).convert("RGB"),
@@ -194,7 +195,7 @@ def test_the_latents_of_a_job_are_those_of_diffusers(
     style: str, i2v_folder: Path, picture: Path, tmp_path: Path
 ) -> None:
     """Unmerged and merged, streamed from disk and resident."""
-    path = STYLES[style](locate(i2v_folder).transformer, tmp_path / "lora.safetensors")
+    path = STYLES[style](locate(i2v_folder).streamed, tmp_path / "lora.safetensors")
     loras, request = [Lora(path, 0.6)], _request(picture)
     expected = _their_latents(i2v_folder, request, loras)
     pack(locate(i2v_folder), "fp32", tmp_path / "merged", loras=loras)

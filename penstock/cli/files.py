@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,22 +14,21 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from penstock.cli.paths import path_argument, path_option
 from penstock.errors import PenstockError
 
 cache_app = typer.Typer(help="List and remove the packs that were made on first use.")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-Part = Annotated[Path | None, typer.Option(help="This component's file, index or folder.")]
+Part = Annotated[Path | None, path_option("This component's file, index or folder.")]
 Model = Annotated[
     str | None,
     typer.Option(
         help="A folder (diffusers, Wan's own, ComfyUI), a transformer's file, or a hub id."
     ),
 ]
-Tokenizer = Annotated[
-    Path | None, typer.Option(help="A tokenizer's folder or SentencePiece model.")
-]
+Tokenizer = Annotated[Path | None, path_option("A tokenizer's folder or SentencePiece model.")]
 Loras = Annotated[
     list[str] | None,
     typer.Option("--lora", metavar="FILE[:STRENGTH]", help="A LoRA; may be given several times."),
@@ -55,7 +55,7 @@ def reported(debug: bool) -> Iterator[None]:
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A file, an index or a folder.")],
+    path: Annotated[Path, path_argument("A file, an index or a folder.")],
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -72,7 +72,7 @@ def inspect(
 
 def pack(
     format: Annotated[str, typer.Option(help="Of the transformer's matrices, such as int8.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
+    output: Annotated[Path, path_option("The folder to write.", "--output", "-o")],
     model: Model = None,
     transformer: Part = None,
     text_encoder: Part = None,
@@ -109,11 +109,12 @@ def pack(
         print(json.dumps(asdict(report), default=str))
     else:
         print(f"{report.folder}: {report.files} packs, {format_bytes(report.nbytes)}")
-        print(f"use it: penstock generate --model {report.folder}")
+        place = shlex.join(["--model", str(report.folder.absolute())])
+        print(f"use it: penstock generate {place}")
 
 
 def verify(
-    path: Annotated[Path, typer.Argument(help="A pack, or a folder of packs.")],
+    path: Annotated[Path, path_argument("A pack, or a folder of packs.")],
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -31,6 +31,7 @@ from penstock.cli.files import (
     verify,
 )
 from penstock.cli.options import NOTHING, with_options
+from penstock.cli.paths import path_option
 from penstock.profiles.options import Options
 
 app = typer.Typer(
@@ -56,6 +57,14 @@ class SamplerName(str, Enum):
     DPMPP = "dpm++"
     EULER = "euler"
     LCM = "lcm"
+
+
+class FitName(str, Enum):
+    """What is done with a picture of another aspect than the video's."""
+
+    CROP = "crop"
+    PAD = "pad"
+    STRETCH = "stretch"
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")]
@@ -92,14 +101,14 @@ def main_options(
 @with_options()
 def generate(
     prompt: Annotated[str, typer.Option(help="What should happen.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The mp4 to write.")],
+    output: Annotated[Path, path_option("The mp4 to write.", "--output", "-o")],
     model: Model = None,
     transformer: Part = None,
     text_encoder: Part = None,
     vae: Part = None,
     image_encoder: Part = None,
     tokenizer: Tokenizer = None,
-    image: Annotated[Path | None, typer.Option(help="The picture to start from.")] = None,
+    image: Annotated[Path | None, path_option("The picture to start from.")] = None,
     negative: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
     size: Annotated[str | None, typer.Option(help="Pixels, such as 1280x720.")] = None,
     max_area: Annotated[
@@ -109,10 +118,20 @@ def generate(
     steps: Annotated[int | None, typer.Option(help="Denoising steps (40).")] = None,
     cfg: Annotated[float | None, typer.Option(help="Guidance scale (5); 1 is off.")] = None,
     shift: Annotated[float | None, typer.Option(help="Flow shift (5 at 720p, 3 at 480p).")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the noise (drawn if absent).")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the noise (drawn if absent or -1).")
+    ] = None,
     sampler: Annotated[SamplerName | None, typer.Option(help="Sampler (unipc).")] = None,
     distilled: Distilled = False,
-    fps: Annotated[int | None, typer.Option(help="Frames a second of the file (16).")] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames a second of the file, such as 23.976 (16).")
+    ] = None,
+    fit: Annotated[
+        FitName | None,
+        typer.Option(
+            help="A picture of another aspect than --size is cropped, padded or stretched."
+        ),
+    ] = None,
     lora: Loras = None,
     lora_strict: LoraStrict = False,
     options: Options = NOTHING,
@@ -122,7 +141,8 @@ def generate(
     ] = False,
     as_json: Json = False,
     job: Annotated[
-        Path | None, typer.Option(help="Folder to keep the job in (the data directory).")
+        Path | None,
+        path_option("Folder to keep the job in (the data directory)."),
     ] = None,
     resume_same: Annotated[
         bool | None,
@@ -151,6 +171,7 @@ def generate(
         seed=seed,
         sampler=None if sampler is None else sampler.value,
         fps=fps,
+        fit=None if fit is None else fit.value,
         distilled=distilled,
     )
     with reported(debug):
@@ -172,7 +193,8 @@ def resume(
         str | None, typer.Argument(help="Folder, or name of a job; the only unfinished one.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The mp4 to write instead.")
+        Path | None,
+        path_option("The mp4 to write instead.", "--output", "-o"),
     ] = None,
     lora: Loras = None,
     options: Options = NOTHING,
@@ -234,11 +256,9 @@ def remove(
 @app.command()
 @with_options()
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The mp4 to write.")] = Path(
-        "demo.mp4"
-    ),
+    output: Annotated[Path, path_option("The mp4 to write.", "--output", "-o")] = Path("demo.mp4"),
     prompt: Annotated[str | None, typer.Option(help="What should happen.")] = None,
-    image: Annotated[Path | None, typer.Option(help="The picture to start from.")] = None,
+    image: Annotated[Path | None, path_option("The picture to start from.")] = None,
     options: Options = NOTHING,
     force: Force = False,
     as_json: Json = False,
@@ -268,7 +288,7 @@ def plan(
     synthetic: Annotated[
         str | None, typer.Option(help="A built-in description instead: wan2.1-i2v-14b.")
     ] = None,
-    image: Annotated[Path | None, typer.Option(help="The picture, for its aspect.")] = None,
+    image: Annotated[Path | None, path_option("The picture, for its aspect.")] = None,
     size: Annotated[str | None, typer.Option(help="Pixels, such as 1280x720.")] = None,
     max_area: Annotated[str | None, typer.Option(help="720p, 480p or WxH.")] = None,
     frames: Annotated[int | None, typer.Option(help="Frames, 4n+1 (81).")] = None,
@@ -343,7 +363,7 @@ def profiles_show(name: Annotated[str, typer.Argument(help="A name, or a file.")
 @app.command()
 def doctor(
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
-    folder: Annotated[Path | None, typer.Option(help="On the disk that the models are on.")] = None,
+    folder: Annotated[Path | None, path_option("On the disk that the models are on.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -423,7 +443,7 @@ def _job_folder(
         question = f"job {found.name} is the same and unfinished ({found.step}/{found.steps} steps)"
         if resumes or (sys.stdin.isatty() and typer.confirm(f"{question}: continue it?")):
             return found.folder, True
-        print(f"note: {question}: penstock resume {found.folder}", file=sys.stderr)
+        print(f"note: {question}: penstock resume {found.folder.absolute()}", file=sys.stderr)
     return folder or new_job_folder(), False
 
 

@@ -5,6 +5,7 @@ Only headers are read, and torch is not imported: a file of 32 GB takes a fracti
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,7 @@ class Inspection:
         if self.extras:
             lines.append(f"  beside the model: {', '.join(self.extras)}")
         if self.arguments:
-            lines.append(f"  use it: penstock generate {' '.join(self.arguments)}")
+            lines.append(f"  use it: penstock generate {shlex.join(self.arguments)}")
         return lines
 
 
@@ -116,11 +117,11 @@ class ModelInspection:
         lines = [line for part in self.components for line in part.lines()]
         lines += self.notes
         if self.completed:
-            lines.append(f"with what it lacks: penstock generate {' '.join(self.completed)}")
+            lines.append(f"with what it lacks: penstock generate {shlex.join(self.completed)}")
         if self.problem:
             lines.append(f"not a whole model: {self.problem}")
         elif len(self.components) > 1 and not self.problem:
-            lines.append(f"use it: penstock generate {' '.join(self.arguments)}")
+            lines.append(f"use it: penstock generate {shlex.join(self.arguments)}")
         return lines
 
 
@@ -130,7 +131,7 @@ def inspect(path: Path) -> ModelInspection | LoraInspection:
     Raises:
         CheckpointError: nothing there is a component of a Wan2.1 model.
     """
-    path = path.expanduser()
+    path = path.expanduser().absolute()  # hints hold wherever they are read
     if holds_lora(path):
         return describe_lora(path)
     if path.is_dir() and not _is_component(path):

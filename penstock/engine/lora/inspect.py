@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ class LoraInspection:
             kind = f" ({self.kind})" if self.kind else ""
             lines.append(f"  {len(self.unknown)} unknown keys: {shown}{kind}, left out")
         if self.arguments:
-            lines.append(f"  use it: penstock generate ... {' '.join(self.arguments)}")
+            lines.append(f"  use it: penstock generate ... {shlex.join(self.arguments)}")
         return lines
 
 

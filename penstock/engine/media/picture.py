@@ -102,6 +102,48 @@ def _damaged(path: Path, error: Exception) -> ImageError:
     )
 
 
+def fitted(
+    picture: Image.Image, size: tuple[int, int], fit: str, cell: int
+) -> tuple[Image.Image, str]:
+    """The picture for a video of ``size`` (width, height), and what was done to it, for people.
+
+    ComfyUI's nodes and the makers' tools crop around the middle. What has the video's aspect but
+    for the rounding of its sides is left to be resized as it is, as the makers' code does.
+
+    Args:
+        fit: "crop", "pad" or "stretch".
+        cell: pixels that a side is rounded to.
+
+    Returns:
+        The picture, of ``size`` unless it was left alone, and a sentence, "" if it was.
+    """
+    (width, height), (inner_width, inner_height) = picture.size, size
+    # Sides that keep the picture's aspect beside the one or the other side of the video
+    beside = (
+        inner_width * height / width - inner_height,
+        inner_height * width / height - inner_width,
+    )
+    if min(map(abs, beside)) < cell:
+        return picture, ""
+    told = f"the picture is {width}x{height} and the video {inner_width}x{inner_height}: it is "
+    if fit == "stretch":
+        return picture, told + "stretched (--fit crop or pad keep its shapes)"
+    if fit == "crop":
+        scale = min(width / inner_width, height / inner_height)
+        kept = scale * inner_width, scale * inner_height
+        left, top = (width - kept[0]) / 2, (height - kept[1]) / 2
+        box = (left, top, left + kept[0], top + kept[1])
+        cut = picture.resize(size, Image.Resampling.LANCZOS, box=box)
+        what = f"cropped to {round(kept[0])}x{round(kept[1])} around its middle"
+        return cut, told + f"{what} (--fit pad keeps all of it)"
+    scale = min(inner_width / width, inner_height / height)
+    whole = max(1, round(scale * width)), max(1, round(scale * height))
+    canvas = Image.new("RGB", size)
+    place = (inner_width - whole[0]) // 2, (inner_height - whole[1]) // 2
+    canvas.paste(picture.resize(whole, Image.Resampling.LANCZOS), place)
+    return canvas, told + "padded with black (--fit crop fills the frame)"
+
+
 def to_rgb(picture: Image.Image) -> Image.Image:
     """The picture in mode RGB: alpha over white, 16-bit grey scaled, palettes and CMYK resolved.
 

@@ -140,8 +140,8 @@ def find_job(name: str | None, root: Path | None = None) -> Path:
     Raises:
         JournalError: there is none, or more than one.
     """
-    if name is not None and _holds_job(Path(name)):
-        return Path(name)
+    if name is not None and _holds_job(Path(name).expanduser()):
+        return Path(name).expanduser()
     known = list_jobs(root)
     if name is None:
         matches = [info for info in known if info.unfinished]

@@ -27,7 +27,7 @@ from penstock.engine.families.wan.model import model_of
 from penstock.engine.families.wan.preview import prepare_previews, preview_of
 from penstock.engine.families.wan.vae_decode import raw_latents
 from penstock.engine.families.wan.vae_encode import encode_tiled, first_frame_then_zeros
-from penstock.engine.media.picture import open_image
+from penstock.engine.media.picture import fitted, open_image
 from penstock.engine.model.component import Component
 from penstock.engine.request.generation import GenerationRequest
 from penstock.engine.run.events import PhaseMonitor
@@ -50,7 +50,12 @@ def _image(stage: Stage, found: Products) -> None:
 
 
 def _encode(stage: Stage, found: Products) -> None:
-    picture = _picture(stage, found)
+    request = stage.job.request
+    picture, done = fitted(
+        _picture(stage, found), (request.width, request.height), request.fit, request.grid.side
+    )
+    if done:
+        stage.monitor.notice(done)
     found["condition"] = stage.attempt("encode", lambda: encode_condition(stage, picture))
 
 

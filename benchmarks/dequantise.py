@@ -30,8 +30,9 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize as gguf_dequantize
 from torch import Tensor
 
-from penstock.quant.format import QuantFormat, get_format
-from penstock.quant.gguf import GGUF_FORMATS, Gguf
+from penstock.formats.formats import QuantFormat, get_format
+from penstock.formats.gguf import GGUF_FORMATS, Gguf
+from penstock.quant.arithmetic import dequantise, quantise
 
 
 @dataclass(frozen=True)
@@ -80,14 +81,14 @@ def _pair(case: Case, turn: int) -> tuple[float, float]:
 def ours(fmt: QuantFormat, stored: dict[str, Tensor], out: Tensor) -> Callable[[], object]:
     """Decoding into ``out``."""
     shape = (out.shape[0], out.shape[1])
-    return lambda: fmt.dequantise(stored, shape, out.dtype, out)
+    return lambda: dequantise(fmt, stored, shape, out.dtype, out)
 
 
 def torch_cases(weight: Tensor, out: Tensor) -> Iterator[Case]:
     """fp8 and int8 against the plain expression."""
     for name in ("fp8", "int8"):
         fmt = get_format(name)
-        stored = fmt.quantise(weight)
+        stored = quantise(fmt, weight)
         data, scale = stored["weight"], stored["weight_scale"]
 
         def plain(data: Tensor = data, scale: Tensor = scale) -> Tensor:
@@ -112,11 +113,11 @@ def bitsandbytes_cases(weight: Tensor, out: Tensor) -> Iterator[Case]:
         "int8",
         "bitsandbytes",
         out.dtype,
-        ours(fmt, fmt.quantise(weight), out),
+        ours(fmt, quantise(fmt, weight), out),
         lambda: functional.int8_vectorwise_dequant(codes, maxima).to(out.dtype),
     )
     fmt = get_format("nf4")
-    stored = fmt.quantise(weight)
+    stored = quantise(fmt, weight)
     packed, state = functional.quantize_4bit(weight.to(out.dtype), blocksize=64, quant_type="nf4")
     yield Case(
         "nf4",
@@ -147,7 +148,7 @@ def quanto_cases(weight: Tensor, out: Tensor) -> Iterator[Case]:
             name,
             "optimum-quanto",
             out.dtype,
-            ours(fmt, fmt.quantise(source), out),
+            ours(fmt, quantise(fmt, source), out),
             theirs.dequantize,
         )
 

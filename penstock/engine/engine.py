@@ -88,7 +88,7 @@ class Engine:
                 if ``files`` names every part.
             files: parts given by themselves; they win over what ``model`` holds.
             loras: applied beside the transformer's weights: `Lora`, or "FILE" or "FILE:STRENGTH".
-            format: of the transformer's matrices (`penstock.quant.format.FORMATS`); None: the
+            format: of the transformer's matrices (`penstock.formats.formats.FORMATS`); None: the
                 profile's, or as they are stored. Where the files hold another, the first job packs
                 the transformer into ``cache``, and it is read from there.
             compute: "exact" decodes quantised weights, "fast" multiplies in 8 bits where the format

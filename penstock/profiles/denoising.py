@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from types import MappingProxyType
 
+from penstock.formats.formats import FORMATS
 from penstock.profiles.cost import transformer
 from penstock.profiles.manifest import ComputePath, Storage, TransformerSpec
 from penstock.profiles.phases import (
@@ -44,15 +44,13 @@ CHUNKS = (1 << 16, 1 << 15, 1 << 14, 1 << 13, 4096, 2048, 1024, 512, 256, 128, 6
 EIGHT_BIT_WORKSPACE_BYTES = 128 * MIB
 """Temporaries of an 8-bit matrix product (`penstock.quant.compute.DEFAULT_CHUNK_BYTES`)."""
 
-_EIGHT_BIT: Mapping[str, ComputePath] = MappingProxyType({"fp8": "fp8", "int8": "int8"})
-
 
 def compute_path(stored: Storage, policy: Policy, rates: Rates) -> ComputePath:
     """How most matrices of the blocks multiply: as the device was found to allow, or, for a machine
     that is only described, as its rates say."""
     if stored.path is not None:
         return stored.path
-    eight_bit = _EIGHT_BIT.get(stored.format)
+    eight_bit = FORMATS[stored.format].gemm if stored.format in FORMATS else None
     if policy.compute == "fast" and eight_bit and rates.product_flops(eight_bit):
         return eight_bit
     return "dequant" if stored.scratch_bytes else "plain"
@@ -238,7 +236,7 @@ class Denoise:
     @property
     def _is_fast(self) -> bool:
         case = self.case
-        return compute_path(self.spec.storage, case.policy, case.rates) in _EIGHT_BIT
+        return compute_path(self.spec.storage, case.policy, case.rates) in ("fp8", "int8")
 
     def _decoding(self, stored: Storage) -> Items:
         """What quantised matrices take in VRAM besides their bytes."""

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from penstock.profiles.cost import encoders, vae
-from penstock.profiles.cost.transformer import UNIPC_HISTORY
+from penstock.profiles.cost.transformer import TEXT_TOKENS, UNIPC_HISTORY
 from penstock.profiles.manifest import ImageSpec, ModelManifest, VideoShape
 from penstock.profiles.plan import Items, PhasePlan
 from penstock.profiles.policy import Limits, Policy
@@ -59,7 +59,6 @@ beside their tensors, frames of many sizes that come and go."""
 HOLE_SHARES: Mapping[str, float] = MappingProxyType({"decode": 0.25, "encode": 0.4})
 """Of those tensors' bytes: 0.23 and 0.30 to 0.39 were measured likewise."""
 
-TEXT_TOKENS = 512
 _SINGLE = 4  # bytes of an fp32
 
 Group = tuple[PhasePlan, ...]

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
+from penstock.blocks import spread
+
 Items = tuple[tuple[str, int], ...]
 
 AHEAD = "blocks read ahead"
@@ -30,11 +32,6 @@ ATTENTION: Mapping[str, str] = MappingProxyType(
     {"sdpa": "by torch", "int8": "in 8 bits, by comfy-kitchen"}
 )
 """What a plan's ``attention`` means, for people."""
-
-
-def spread(n: int, k: int) -> tuple[int, ...]:
-    """``k`` of the places ``0..n-1``, ascending, with gaps that differ by at most one."""
-    return tuple((2 * i + 1) * n // (2 * k) for i in range(k))
 
 
 @dataclass(frozen=True)

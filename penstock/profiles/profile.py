@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock.errors import ProfileError, UsageError
-from penstock.profiles.formats import get_format
+from penstock.formats.formats import get_format
 from penstock.profiles.hardware import Hardware
 from penstock.profiles.plan import Origin
 from penstock.profiles.policy import Policy

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from penstock.errors import LedgerOverflow
-from penstock.quant.format import QuantFormat
-from penstock.quant.plain import Plain
-from penstock.quant.rows import ITEM_BYTES, Shape
-from penstock.quant.scaled import Scaled8
+from penstock.formats.formats import QuantFormat
+from penstock.formats.plain import Plain
+from penstock.formats.rows import Shape
+from penstock.formats.tags import ITEM_BYTES
 from penstock.units import MIB
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class Computing:
 
     def path_for(self, fmt: QuantFormat, shape: Shape) -> Path:
         """The path of one linear. 8-bit products need both sides to be multiples of 16."""
-        gemm = fmt.gemm if isinstance(fmt, Scaled8) else None
+        gemm = fmt.gemm
         aligned = shape[0] % GEMM_MULTIPLE == 0 and shape[1] % GEMM_MULTIPLE == 0
         if self.mode == "exact" or gemm is None or gemm not in self.working or not aligned:
             return "dequant"

@@ -16,10 +16,11 @@ from gguf.quants import quantize as gguf_quantize
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from penstock.quant.format import get_format
-from penstock.quant.gguf import GGUF_FORMATS, Gguf
-from penstock.quant.quanto import group_size
-from penstock.quant.recognise import canonical_suffix, recognise
+from penstock.formats.formats import get_format
+from penstock.formats.gguf import GGUF_FORMATS, Gguf
+from penstock.formats.quanto import group_size
+from penstock.formats.recognise import canonical_suffix, recognise
+from penstock.quant.arithmetic import dequantise, quantise
 from penstock.quant.values import nf4
 from penstock.quant.values.nf4 import compiled_kernel
 from penstock.quant.values.tensors import dtype_tag
@@ -37,10 +38,10 @@ def test_nf4_equals_bitsandbytes(dtype: torch.dtype, shape: tuple[int, int]) -> 
     weight = small_weight(*shape, dtype)
     weight[1] = 0
     packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    stored = get_format("nf4").quantise(weight)
+    stored = quantise(get_format("nf4"), weight)
     assert torch.equal(stored["weight"].flatten(), packed.flatten())
     assert torch.equal(stored["weight_absmax"].flatten(), state.absmax)
-    ours = get_format("nf4").dequantise(stored, shape, dtype)
+    ours = dequantise(get_format("nf4"), stored, shape, dtype)
     assert torch.equal(ours, functional.dequantize_4bit(packed, state))
 
 
@@ -49,12 +50,12 @@ def test_nf4_by_the_operator_and_by_the_compiled_function(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fmt, shape = get_format("nf4"), (700, 2048)
-    stored = fmt.quantise(small_weight(*shape, dtype))
+    stored = quantise(fmt, small_weight(*shape, dtype))
     assert compiled_kernel(dtype) is not None
-    compiled = fmt.dequantise(stored, shape, dtype)
+    compiled = dequantise(fmt, stored, shape, dtype)
     monkeypatch.setattr(nf4, "compiled_kernel", lambda dtype: None)
     with StorageMeter(exclude=stored.values()) as meter:
-        operator = fmt.dequantise(stored, shape, dtype)
+        operator = dequantise(fmt, stored, shape, dtype)
     assert meter.peak > operator.nbytes  # it was the operator, with its new tensors
     assert torch.equal(compiled, operator)
 
@@ -77,7 +78,7 @@ def test_nf4_does_without_a_library_that_did_not_load(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("change", ["shorter", "strided", "other dtype"])
 def test_nf4_gives_the_compiled_function_no_memory_of_another_shape(key: str, change: str) -> None:
     fmt, shape = get_format("nf4"), (48, 256)
-    stored = fmt.quantise(small_weight(*shape))
+    stored = quantise(fmt, small_weight(*shape))
     tensor = stored[key]
     wrong = {
         "shorter": tensor[:-1],
@@ -85,7 +86,7 @@ def test_nf4_gives_the_compiled_function_no_memory_of_another_shape(key: str, ch
         "other dtype": tensor.to(torch.float64),
     }
     with pytest.raises(ValueError, match=f"{key} must be contiguous"):
-        fmt.dequantise(stored | {key: wrong[change]}, shape, torch.float32)
+        dequantise(fmt, stored | {key: wrong[change]}, shape, torch.float32)
 
 
 def random_blocks(fmt: Gguf, rows: int, columns: int) -> Tensor:
@@ -107,9 +108,9 @@ def test_gguf_blocks_equal_the_gguf_package(fmt: Gguf) -> None:
     stored = random_blocks(fmt, 300, 1024)
     assert fmt.storage((300, 1024), "BF16") == {"weight": ("U8", tuple(stored.shape))}
     expected = torch.from_numpy(gguf_dequantize(stored.numpy(), kind))
-    found = fmt.dequantise({"weight": stored}, (300, 1024), torch.float32)
+    found = dequantise(fmt, {"weight": stored}, (300, 1024), torch.float32)
     assert torch.equal(found, expected)
-    half = fmt.dequantise({"weight": stored}, (300, 1024), torch.bfloat16)
+    half = dequantise(fmt, {"weight": stored}, (300, 1024), torch.bfloat16)
     assert torch.equal(half, expected.bfloat16())
 
 
@@ -119,7 +120,7 @@ def test_gguf_weights_written_by_the_gguf_package_read_back(name: str) -> None:
     weight = small_weight(64, 1024)
     stored = torch.from_numpy(gguf_quantize(weight.numpy(), kind))
     fmt = get_format(f"gguf-{name.lower()}")
-    found = fmt.dequantise({"weight": stored}, (64, 1024), torch.float32)
+    found = dequantise(fmt, {"weight": stored}, (64, 1024), torch.float32)
     limit = {"Q8_0": 0.006, "Q5_0": 0.05, "Q5_1": 0.05}.get(name, 0.1)
     assert relative_rms(found, weight) < limit
 
@@ -131,7 +132,7 @@ def test_q8_0_is_written_as_the_gguf_package_writes_it() -> None:
     weight[7, :32] = -weight[6, :32]
     weight[6:8, 0] = 127.0
     expected = gguf_quantize(weight.numpy(), GGMLQuantizationType.Q8_0)
-    assert np.array_equal(get_format("gguf-q8_0").quantise(weight)["weight"].numpy(), expected)
+    assert np.array_equal(quantise(get_format("gguf-q8_0"), weight)["weight"].numpy(), expected)
 
 
 @pytest.fixture
@@ -178,19 +179,19 @@ def test_quanto_files_open(
     found = {suffix: (dtype_tag(t.dtype), tuple(t.shape)) for suffix, t in tensors.items()}
     assert found == fmt.storage(shape, dtype_tag(dtype))
     expected = quanto_values(quanto, kind, model[0], tensors)
-    assert torch.equal(fmt.dequantise(tensors, shape, dtype), expected)
+    assert torch.equal(dequantise(fmt, tensors, shape, dtype), expected)
 
 
 @pytest.mark.parametrize("name", ["quanto-int8", "quanto-fp8", "quanto-int4"])
 def test_quanto_opens_what_we_write(quanto: Any, name: str) -> None:
     weight = small_weight(32, 256, torch.bfloat16)
     fmt = get_format(name)
-    stored = fmt.quantise(weight)
+    stored = quantise(fmt, weight)
     kind = {"quanto-int8": "qint8", "quanto-fp8": "qfloat8", "quanto-int4": "qint4"}[name]
     layer = quanto.QLinear(256, 32, dtype=torch.bfloat16, weights=getattr(quanto, kind))
     expected = quanto_values(quanto, kind, layer, stored)
     assert relative_rms(expected, weight) < {"qint4": 0.13}.get(kind, 0.03)
-    assert torch.equal(fmt.dequantise(stored, (32, 256), torch.bfloat16), expected)
+    assert torch.equal(dequantise(fmt, stored, (32, 256), torch.bfloat16), expected)
 
 
 @pytest.mark.parametrize("columns", [32, 96, 128, 160, 192, 224, 256, 300, 5120, 13824])

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from penstock.errors import CheckpointError
-from penstock.quant.format import get_format
-from penstock.quant.recognise import canonical_suffix, recognise
-from penstock.quant.scaled import Scaled8
+from penstock.formats.formats import get_format
+from penstock.formats.recognise import canonical_suffix, recognise
+from penstock.formats.scaled import Scaled8
+from penstock.quant.arithmetic import dequantise, quantise
 from penstock.quant.values.tensors import dtype_tag
 from tests.quant.weights import relative_rms, small_weight
 
@@ -24,7 +25,7 @@ def reads(tensors: dict[str, Tensor], weight: Tensor, **options: object) -> floa
     named = {name: t for s, t in tensors.items() if (name := canonical_suffix(s)) is not None}
     shape = (weight.shape[0], weight.shape[1])
     assert set(fmt.storage(shape, "F32")) <= set(named)
-    return relative_rms(fmt.dequantise(named, shape, torch.float32), weight)
+    return relative_rms(dequantise(fmt, named, shape, torch.float32), weight)
 
 
 FP8 = torch.float8_e4m3fn
@@ -69,7 +70,7 @@ def test_comfy_int8_tensorwise_with_one_scale() -> None:
     "name", ["bf16", "fp16", "fp32", "fp8", "int8", "quanto-int8", "quanto-int4"]
 )
 def test_our_own_storage_is_recognised(name: str) -> None:
-    stored = get_format(name).quantise(small_weight(48, 256, torch.bfloat16))
+    stored = quantise(get_format(name), small_weight(48, 256, torch.bfloat16))
     assert recognise(specs(stored)).name == name
     assert recognise(specs(stored) | {"bias": ("BF16", (48,))}).name == name
 

@@ -22,6 +22,7 @@ from penstock.engine.families.wan import umt5 as prompts
 from penstock.engine.model.files import Component
 from penstock.errors import UsageError
 from penstock.offload.device import indexed
+from penstock.profiles.cost.transformer import TEXT_TOKENS
 from penstock.profiles.manifest import VideoShape
 
 
@@ -338,11 +339,11 @@ def _context(model: Any, text: Tensor, image: Tensor | None) -> dit.Context:
     if image is None:
         return dit.Context(states, None)
     joined = torch.cat([embedder.image_embedder(image), states], dim=1)
-    cut = joined.shape[1] - dit.TEXT_TOKENS
+    cut = joined.shape[1] - TEXT_TOKENS
     if cut <= 0:
         raise UsageError(
             "too few text tokens for a model that is conditioned on a picture",
-            expected=f"max_sequence_length={dit.TEXT_TOKENS}",
+            expected=f"max_sequence_length={TEXT_TOKENS}",
             found=f"{text.shape[1]} text and {image.shape[1]} image tokens",
         )
     return dit.Context(joined[:, cut:], joined[:, :cut])

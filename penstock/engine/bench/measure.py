@@ -46,7 +46,7 @@ from penstock.offload.allocator import allocator_capped
 from penstock.offload.layout import BlockLayout
 from penstock.offload.streamer import BlockStream, StreamStats
 from penstock.offload.tiers import release_cached
-from penstock.profiles.phases import TEXT_TOKENS
+from penstock.profiles.cost.transformer import TEXT_TOKENS
 from penstock.profiles.plan import Plan, StreamPlan
 
 _SAMPLING_S = 0.01

@@ -19,9 +19,9 @@ from penstock.engine.families.wan.structure import tensor_shapes
 from penstock.engine.files.source import RawFile, read_bytes
 from penstock.engine.files.storage import COMFY_MARK, PACK_METADATA, StoredWeight, gather
 from penstock.errors import CheckpointError, TensorMismatch
+from penstock.formats.gguf import BLOCK_SIZES, block_size
+from penstock.formats.gguf import PREFIX as GGUF
 from penstock.offload.checkpoint import TensorEntry
-from penstock.offload.gguf import BLOCK_SIZES, block_size
-from penstock.offload.gguf import PREFIX as GGUF
 
 COMPONENTS = ("transformer", "text_encoder", "vae", "image_encoder")
 _EMBED_TOKENS = "encoder.embed_tokens.weight"

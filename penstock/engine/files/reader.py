@@ -47,7 +47,7 @@ class WeightReader:
 
     def has_rows(self, name: str) -> bool:
         """Whether rows of the parameter can be read alone."""
-        return self._source.weights[name].label != "quanto-int4"
+        return self._source.weights[name].format.by_rows
 
     def read_rows(self, name: str, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """Rows ``first`` to ``last`` (exclusive) of a matrix of which `has_rows` holds."""

@@ -21,18 +21,19 @@ from penstock.engine.families.wan.attention import Attention, attention, int8_at
 from penstock.engine.families.wan.attention_probe import probe_int8
 from penstock.engine.families.wan.vae_layers import Past, residual
 from penstock.engine.machine.disk import IN_FLIGHT, read_rate
+from penstock.formats.formats import get_format
+from penstock.formats.scaled import Gemm
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.tiers import DeviceTier, HostTier, open_link
-from penstock.profiles.cost.transformer import Flops, denoise_flops
+from penstock.profiles.cost.transformer import TEXT_TOKENS, Flops, denoise_flops
 from penstock.profiles.cost.vae import VaeWork, residual_work
 from penstock.profiles.manifest import TransformerSpec, Weights
 from penstock.profiles.rates import SMALL_CHUNK, TINY_CHUNK, Rates
 from penstock.profiles.tiling import Window
+from penstock.quant.arithmetic import dequantise, quantise
 from penstock.quant.compute import Compute, Operands, strategy_for
-from penstock.quant.format import get_format
 from penstock.quant.paths import Computing, Scratch
 from penstock.quant.probe import probe, working
-from penstock.quant.scaled import Gemm
 from penstock.units import MIB
 
 _WIDTH, _HEADS, _FFN = 128, 8, 2048
@@ -251,7 +252,7 @@ def _product(
 def _stored(name: str, rows: int, device: torch.device) -> Operands:
     """A random weight of so many rows in a format."""
     fmt, shape = get_format(name), (rows, _inner(device))
-    stored = fmt.quantise(torch.randn(shape))
+    stored = quantise(fmt, torch.randn(shape))
     return Operands(fmt, shape, {key: each.to(device) for key, each in stored.items()}, None)
 
 
@@ -259,7 +260,7 @@ def _decode(device: torch.device, dtype: torch.dtype, effort: Effort) -> float:
     """Bytes read and written by decoding an int8 weight."""
     operands = _stored("int8", max(1, effort.copy_bytes // 8 // _inner(device)), device)
     out = torch.empty(operands.shape, device=device, dtype=dtype)
-    decode = partial(operands.format.dequantise, operands.tensors, operands.shape, dtype, out)
+    decode = partial(dequantise, operands.format, operands.tensors, operands.shape, dtype, out)
     return (math.prod(operands.shape) + out.nbytes) / _seconds(decode, device, effort)
 
 
@@ -284,7 +285,7 @@ class _Forward:
         )  # fmt: skip
         rope = forward.rope_tables(model, (1, side, side), device)  # fp32, as a model's own
         model = model.to(device, dtype)
-        text = torch.randn(1, forward.TEXT_TOKENS, 64, device=device, dtype=dtype)
+        text = torch.randn(1, TEXT_TOKENS, 64, device=device, dtype=dtype)
         context = forward.prepare_context(model, text, None)
         return cls(
             model,
@@ -356,7 +357,7 @@ def _tiny(
     operations_s = 4 * TINY_CHUNK / attention_flops
     read = keys.numel() - few.numel()
     key_s = max(1e-15, (many_s - few_s) / read - operations_s)
-    attended = (work.tokens + forward.TEXT_TOKENS) * work.width
+    attended = (work.tokens + TEXT_TOKENS) * work.width
     chunk_s = (cut_s - whole_s) / (work.tokens // TINY_CHUNK - 1)
     return {"tiny_overhead_s": max(1e-6, chunk_s - attended * key_s), "tiny_key_s": key_s}
 

@@ -30,8 +30,8 @@ from penstock.engine.model.storage import Matrices, block_format, storage_of
 from penstock.engine.packs.checked import Packs
 from penstock.engine.request.generation import Grid
 from penstock.errors import CheckpointError
+from penstock.formats.tags import ITEM_BYTES
 from penstock.offload.checkpoint import Checkpoint, TensorEntry, torch_dtype
-from penstock.offload.header import ITEM_BYTES
 from penstock.offload.layout import BlockLayout
 from penstock.profiles.manifest import ModelManifest, Storage, Weights
 from penstock.quant.paths import Computing, Scratch

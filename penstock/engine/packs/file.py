@@ -20,10 +20,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from penstock.blocks import PAGE_BYTES, TENSOR_ALIGNMENT
 from penstock.engine.files.storage import PACK_METADATA, PADDING
 from penstock.errors import CheckpointError, HeaderError
-from penstock.offload.files import DIRECT_ALIGNMENT, WeightFile
-from penstock.offload.header import ITEM_BYTES, MAX_HEADER_BYTES, Header, read_header
+from penstock.formats.tags import ITEM_BYTES
+from penstock.offload.files import WeightFile
+from penstock.offload.header import MAX_HEADER_BYTES, Header, read_header
 from penstock.units import align_up
 
 if TYPE_CHECKING:
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
 
 VERSION = 1
 SUMS = "__sums__"
-TENSOR_ALIGNMENT = 64
 _DIGEST_HEX = 32
 _CHUNK_BYTES = 8 << 20
 
@@ -94,10 +95,10 @@ def lay_out(runs: Mapping[str, Mapping[str, Spec]], metadata: Mapping[str, Any])
     placed: list[Run] = []
     end = 0
     for name, tensors in runs.items():
-        run = _place_run(name, tensors, align_up(end, DIRECT_ALIGNMENT))
+        run = _place_run(name, tensors, align_up(end, PAGE_BYTES))
         placed.append(run)
         end = run.offset + run.nbytes
-    sums_offset = align_up(end, DIRECT_ALIGNMENT)
+    sums_offset = align_up(end, PAGE_BYTES)
     sums_bytes = len(sums_text(b"", [b""] * len(placed)))
     table = {"version": VERSION, **metadata, "runs": {r.name: [r.offset, r.nbytes] for r in placed}}
     sums = PackedTensor(SUMS, "U8", (sums_bytes,), sums_offset, sums_bytes)
@@ -136,7 +137,7 @@ def _header(tensors: Iterator[PackedTensor], table: Mapping[str, Any]) -> bytes:
             "dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": place,
         }  # fmt: skip
     text = json.dumps(entries, separators=(",", ":")).encode()
-    whole = align_up(8 + len(text), DIRECT_ALIGNMENT)
+    whole = align_up(8 + len(text), PAGE_BYTES)
     return (whole - 8).to_bytes(8, "little") + text.ljust(whole - 8)
 
 
@@ -349,6 +350,6 @@ def _digest_of(file: WeightFile, run: PackRun, report: Callable[[int], None]) ->
 
 def _is_zero(file: WeightFile, start: int, stop: int) -> bool:
     """Whether the padding from ``start`` to ``stop`` is what was written."""
-    if start > stop or stop - start > DIRECT_ALIGNMENT:
+    if start > stop or stop - start > PAGE_BYTES:
         return False
     return not any(_read(file, start, stop - start))

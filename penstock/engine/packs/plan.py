@@ -15,11 +15,12 @@ from penstock.engine.lora.place import PlacedLoras
 from penstock.engine.packs.file import PackLayout, Spec, lay_out
 from penstock.engine.store.digest import stamp
 from penstock.errors import UsageError
+from penstock.formats.formats import QuantFormat, get_format, writable
+from penstock.formats.gguf import PREFIX as GGUF
+from penstock.formats.gguf import Gguf
+from penstock.formats.rows import Shape
 from penstock.offload.checkpoint import TensorEntry
-from penstock.offload.gguf import PREFIX as GGUF
-from penstock.quant.format import QuantFormat, get_format, writable
 from penstock.quant.policy import default_policy
-from penstock.quant.rows import Shape
 
 FILE_NAMES = {
     "transformer": "diffusion_pytorch_model.safetensors",
@@ -29,8 +30,6 @@ FILE_NAMES = {
 }
 LEAST_RAM_BYTES = 64 << 20
 """The least memory for weights in work that a pack is made in."""
-
-_SAME = {"fp8": "fp8 per row", "int8": "int8 per row"}
 
 
 @dataclass(frozen=True)
@@ -176,7 +175,7 @@ def _step(
     matrix = _matrix(shape)
     if target is not None and matrix is not None and target.fits(matrix):
         made = target.storage(matrix, tag)
-        same = stored.label == _SAME.get(target.name, target.name) and found == made
+        same = stored.label == target.label and found == made
         return Step(name, shape, made, same and not changed, target)
     if target is None and not stored.plain and is_linear(name, shape) and not changed:
         return Step(name, shape, found, True, None)
@@ -199,8 +198,8 @@ def _gguf_types(source: ComponentSource, steps: list[Step]) -> dict[str, str]:
     types = {}
     for step in steps:
         found = source.weights[step.name].tensors.get("weight")
-        if step.format is not None and step.format.name.startswith("gguf-"):
-            types[step.name] = step.format.name.removeprefix("gguf-").upper()
+        if isinstance(step.format, Gguf):
+            types[step.name] = step.format.ggml_type
         elif step.kept and found is not None and found.dtype.startswith(GGUF):
             types[step.name] = found.dtype.removeprefix(GGUF)
     return types

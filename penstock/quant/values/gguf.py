@@ -1,4 +1,4 @@
-"""The arithmetic of `penstock.quant.gguf`: ggml's blocks, decoded in torch.
+"""The arithmetic of `penstock.formats.gguf`: ggml's blocks, decoded in torch.
 
 Source: the block layouts of ggml (`ggml-common.h`, `ggml-quants.c`), checked value for value
 against the `gguf` package.
@@ -14,16 +14,20 @@ import torch
 from torch import Tensor
 
 from penstock.errors import UsageError
-from penstock.quant.gguf import GgmlType, Gguf
-from penstock.quant.rows import Shape, chunk_rows, row_slices
+from penstock.formats.gguf import Gguf
+from penstock.formats.rows import Shape, chunk_rows, row_slices
 from penstock.quant.values.tensors import output, row_amax
 
 Decoder: TypeAlias = Callable[[Tensor, Tensor], None]
 
 
 def quantise(fmt: Gguf, weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
-    """As `Gguf.quantise`."""
-    if fmt.ggml_type != "Q8_0":
+    """Stored bytes, for Q8_0 only: equal to ggml's reference.
+
+    Raises:
+        UsageError: another type; those are read, not written.
+    """
+    if not fmt.writable:
         raise UsageError(
             f"{fmt.ggml_type} is read, not written",
             expected="gguf-q8_0, int8 or nf4 as the format to quantise to",
@@ -47,7 +51,7 @@ def dequantise(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """As `Gguf.dequantise`."""
+    """ggml's fp32 values, rounded once to ``dtype``."""
     stored = tensors["weight"]
     out = output(out, shape, dtype, stored.device)
     rows = 0 if dtype == torch.float32 else chunk_rows(*shape, stored.device.type)
@@ -169,7 +173,7 @@ def _q6_k(blocks: Tensor, out: Tensor) -> None:
     out.view(-1, 16, 16).mul_(scale[:, :, None])
 
 
-_DECODERS: Mapping[GgmlType, Decoder] = MappingProxyType(
+_DECODERS: Mapping[str, Decoder] = MappingProxyType(
     {
         "Q8_0": _q8_0,
         "Q6_K": _q6_k,

@@ -1,4 +1,4 @@
-"""The arithmetic of `penstock.quant.scaled`: eight bits a weight and a scale a row."""
+"""The arithmetic of `penstock.formats.scaled`: eight bits a weight and a scale a row."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from penstock.quant.rows import Shape, chunk_rows, row_slices
-from penstock.quant.scaled import E4M3_MAX, INT8_MAX, Scaled8, ScaleLayout, scale_shape
+from penstock.formats.rows import Shape, chunk_rows, row_slices
+from penstock.formats.scaled import E4M3_MAX, INT8_MAX, Scaled8, ScaleLayout, scale_shape
+from penstock.quant.values.quanto import codes_of
 from penstock.quant.values.tensors import DTYPES, output, row_amax
 
 
 def quantise(fmt: Scaled8, weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
-    """As `Scaled8.quantise`."""
+    """``weight / scale``, rounded to nearest even."""
     scale = _fresh_scale(fmt, row_amax(weight, name), weight.dtype)
     stored = torch.empty_like(weight, dtype=DTYPES[fmt.tag])
     for rows in row_slices(weight.shape[0], weight.shape[1], weight.device.type):
         part = weight[rows].to(torch.float32, copy=True)
-        if scale is not None:
-            part.div_(scale[rows] if len(scale) == len(weight) else scale)
-        stored[rows] = _round(part, fmt.tag)
+        unit = scale[rows] if scale is not None and len(scale) == len(weight) else scale
+        if unit is not None and fmt.is_quanto:
+            stored[rows] = codes_of(part, unit.float(), stored.dtype)
+        else:
+            stored[rows] = _round(part if unit is None else part.div_(unit), fmt.tag)
     if scale is None:
         return {fmt.weight_key: stored}
     return {
@@ -41,6 +44,12 @@ def _fresh_scale(fmt: Scaled8, amax: Tensor, dtype: torch.dtype) -> Tensor | Non
     return stored.clamp_(min=info.tiny * info.eps)
 
 
+def operands(fmt: Scaled8, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """The 8-bit weight ``(rows, columns)`` and its scale, ``(rows, 1)`` or ``(1, 1)``."""
+    weight = tensors[fmt.weight_key]
+    return weight, None if fmt.scale == "none" else tensors[fmt.scale_key].reshape(-1, 1)
+
+
 def dequantise(
     fmt: Scaled8,
     tensors: Mapping[str, Tensor],
@@ -48,8 +57,8 @@ def dequantise(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """As `Scaled8.dequantise`."""
-    weight, scale = fmt.operands(tensors)
+    """``stored * scale``, computed in fp32 and rounded once to ``dtype``."""
+    weight, scale = operands(fmt, tensors)
     out = output(out, shape, dtype, weight.device)
     if weight.device.type == "cpu":
         return _by_chunks(weight, scale, out)

@@ -10,10 +10,10 @@ import torch
 
 from penstock.engine.machine import calibrate, doctor
 from penstock.engine.machine.calibrate import Effort
+from penstock.formats.scaled import Scaled8
 from penstock.profiles.cost.vae import VaeWork
 from penstock.profiles.rates import Rates
 from penstock.quant.compute import Operands
-from penstock.quant.scaled import Scaled8
 from tests import fake_kitchen
 
 CPU = torch.device("cpu")

@@ -22,9 +22,7 @@ from torch import Tensor
 
 from penstock.engine.families.wan.attention import Attention, attention
 from penstock.errors import CheckpointError, UsageError
-
-TEXT_TOKENS = 512
-"""Text tokens of Wan's context, a constant in diffusers' attention processor too."""
+from penstock.profiles.cost.transformer import TEXT_TOKENS
 
 
 @dataclass(frozen=True)

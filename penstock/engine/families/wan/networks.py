@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from penstock.engine.model.binding import skeleton
+from penstock.formats.formats import QuantFormat
 from penstock.offload.checkpoint import torch_dtype
 from penstock.quant.delta import Delta
-from penstock.quant.format import QuantFormat
 from penstock.quant.linear import replace_linears
 from penstock.quant.lora import add_deltas
 from penstock.quant.paths import Computing

@@ -6,15 +6,10 @@ optimum-quanto's (``weight._data`` + ``weight._scale``) differ in names and in t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import ClassVar, Literal, TypeAlias
 
-from penstock.quant.rows import Shape, Spec, chunk_rows
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+from penstock.formats.rows import Shape, Spec, chunk_rows
 
 ScaleLayout: TypeAlias = Literal["none", "scalar", "one", "one_one", "row", "column"]
 """Shape of the scale: absent, (), (1,), (1, 1), (rows,) or (rows, 1)."""
@@ -60,9 +55,26 @@ class Scaled8:
     weight_key: str = "weight"
     scale_key: str = "weight_scale"
 
+    plain: ClassVar[bool] = False
+    writable: ClassVar[bool] = True
+    by_rows: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if self.tag == "I8" and self.scale == "none":
             raise ValueError("int8 without a scale has no meaning")
+
+    @property
+    def is_quanto(self) -> bool:
+        """Whether optimum-quanto reads it, and so quantises to it."""
+        return self.weight_key != "weight"
+
+    @property
+    def label(self) -> str:
+        """Its name, and for the spellings of several authors how it is scaled."""
+        if self.is_quanto:
+            return self.name
+        scaled = {"none": "raw", "row": "per row", "column": "per row"}.get(self.scale)
+        return f"{self.name} {scaled or 'per tensor'}"
 
     def fits(self, shape: Shape) -> bool:
         """Every shape can be stored."""
@@ -83,32 +95,3 @@ class Scaled8:
             return 4 * shape[0]
         item = 4 if self.tag == "I8" else 4 + 2 + 1
         return 4 * shape[0] + item * shape[1] * chunk_rows(*shape, device) + 1
-
-    def quantise(self, weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
-        """Stored tensors of ``weight`` (2-D, floating point).
-
-        Raises:
-            CheckpointError: NaN or Inf.
-        """
-        from penstock.quant.values import scaled
-
-        return scaled.quantise(self, weight, name)
-
-    def operands(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """The 8-bit weight ``(rows, columns)`` and its scale, ``(rows, 1)`` or ``(1, 1)``."""
-        weight = tensors[self.weight_key]
-        if self.scale == "none":
-            return weight, None
-        return weight, tensors[self.scale_key].reshape(-1, 1)
-
-    def dequantise(
-        self,
-        tensors: Mapping[str, Tensor],
-        shape: Shape,
-        dtype: torch.dtype,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """``stored * scale``, computed in fp32 and rounded once to ``dtype``."""
-        from penstock.quant.values import scaled
-
-        return scaled.dequantise(self, tensors, shape, dtype, out)

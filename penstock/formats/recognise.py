@@ -1,4 +1,4 @@
-"""From the tensors that a file holds for one linear to the format that reads them.
+"""From the tensors that a file holds for one weight to the format that reads them.
 
 The spellings and their sources:
 
@@ -6,29 +6,49 @@ The spellings and their sources:
   ``[N, 1]``), LightX2V (``[N, 1]``), ours;
 - ``weight`` + ``scale_weight`` (scalar fp32): ComfyUI's older scaled fp8, Kijai's `_scaled` files;
 - ``weight`` alone in F8_E4M3: a raw cast, Kijai's and Comfy-Org's `_fp8_e4m3fn`;
-- ``weight._data`` + ``weight._scale`` (+ ``_shift``): optimum-quanto.
+- ``weight._data`` + ``weight._scale`` (+ ``_shift``): optimum-quanto;
+- ``weight`` + ``weight_absmax``: ours, of bitsandbytes' NF4;
+- ``weight`` of a ggml type, whose tag says which.
 
 Scales of activations (``input_scale``, ``scale_input``, ``output_scale``) are not used: ours are
-measured for each token. GGUF types and NF4 are not told by dtype and shape: the caller names them.
+measured for each token.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
 from penstock.errors import CheckpointError
-from penstock.quant.format import FORMATS, QuantFormat
-from penstock.quant.quanto import QuantoInt4
-from penstock.quant.rows import Spec
-from penstock.quant.scaled import Scaled8, ScaleLayout
+from penstock.formats.formats import FORMATS, QuantFormat
+from penstock.formats.gguf import GGUF_FORMATS
+from penstock.formats.gguf import PREFIX as GGUF
+from penstock.formats.plain import Plain
+from penstock.formats.quanto import QuantoInt4
+from penstock.formats.rows import Spec
+from penstock.formats.scaled import Scaled8, ScaleLayout
 
 ALIASES: Mapping[str, str] = MappingProxyType({"scale_weight": "weight_scale"})
 UNUSED: frozenset[str] = frozenset({"input_scale", "scale_input", "output_scale", "comfy_quant"})
 
-_PLAIN = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+_KNOWN = (
+    "weight", "weight._data._data", "weight._data", "weight._scale", "weight._shift",
+    "weight_scale_2", "weight_scale", "weight_absmax", *ALIASES, *UNUSED,
+)  # fmt: skip
+_SUFFIX = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _KNOWN))})")
 _EIGHT = {"F8_E4M3": "fp8", "I8": "int8"}
+_PLAIN: Mapping[str, QuantFormat] = MappingProxyType(
+    {each.tag: each for each in FORMATS.values() if isinstance(each, Plain)}
+)
+
+
+def split_suffix(name: str) -> tuple[str, str] | None:
+    """A stored tensor's layer and its suffix as the file spells it; None if it is none of those
+    that formats know."""
+    match = _SUFFIX.fullmatch(name)
+    return (match[1], match[2]) if match else None
 
 
 def canonical_suffix(suffix: str) -> str | None:
@@ -43,11 +63,12 @@ def recognise(
     comfy: Mapping[str, object] | None = None,
     full_precision: bool = False,
 ) -> QuantFormat:
-    """The format of one linear's stored tensors.
+    """The format of one weight's stored tensors; a plain or raw one may have any dimensions.
 
     Args:
-        stored: dtype tag and shape by suffix, in any spelling; ``bias`` is ignored.
-        layer: the linear's name, for messages.
+        stored: dtype tag and shape by suffix, in any spelling; ``bias`` is ignored. GGUF blocks
+            have the tag of their type and the weight's shape.
+        layer: its name, for messages.
         comfy: its entry in ComfyUI's ``comfy_quant`` or ``_quantization_metadata``, decoded.
         full_precision: the file forbids 8-bit matrix products (``scaled_fp8`` of two elements).
 
@@ -57,17 +78,11 @@ def recognise(
     named = _canonical(stored, layer)
     config = {} if comfy is None else comfy
     _refuse_foreign(config, layer)
-    kinds = {suffix: tag for suffix, (tag, _) in named.items()}
-    if set(kinds) == {"weight"} and kinds["weight"] in _PLAIN:
-        return FORMATS[_PLAIN[kinds["weight"]]]
-    if set(kinds) == {"weight._data._data", "weight._scale", "weight._shift"}:
-        return QuantoInt4(scale_tag=kinds["weight._scale"])
-    found = _eight_bit(named, layer)
+    found = _alone(named, layer) or _packed(named) or _eight_bit(named, layer)
     if found is None:
         raise _unknown(named, layer)
-    if full_precision or config.get("full_precision_matrix_mult"):
-        return replace(found, gemm=None)
-    return found
+    forbidden = full_precision or config.get("full_precision_matrix_mult")
+    return replace(found, gemm=None) if forbidden and isinstance(found, Scaled8) else found
 
 
 def _canonical(stored: Mapping[str, Spec], layer: str) -> dict[str, Spec]:
@@ -86,23 +101,60 @@ def _canonical(stored: Mapping[str, Spec], layer: str) -> dict[str, Spec]:
     return named
 
 
+def _alone(named: Mapping[str, Spec], layer: str) -> QuantFormat | None:
+    """The format of a weight that one tensor holds."""
+    if set(named) != {"weight"}:
+        return None
+    tag, shape = named["weight"]
+    if tag.startswith(GGUF):
+        return _gguf(tag, shape, layer)
+    if tag == "F8_E4M3":
+        return _scaled("fp8", "none", "F32")
+    return _PLAIN.get(tag)
+
+
+def _gguf(tag: str, shape: tuple[int, ...], layer: str) -> QuantFormat:
+    kind = tag.removeprefix(GGUF)
+    found = next((each for each in GGUF_FORMATS if each.ggml_type == kind), None)
+    if found is None:
+        raise CheckpointError(
+            f"{layer} has a GGUF type that penstock does not read",
+            expected=", ".join(each.name for each in GGUF_FORMATS),
+            found=f"gguf-{kind.lower()}",
+            remedy="Take the Q8_0, Q6_K, Q5_K_M or Q4_K_M file of the same model.",
+        )
+    if shape[-1] % found.block:
+        raise _unknown({"weight": (tag, shape)}, layer)
+    return found
+
+
+def _packed(named: Mapping[str, Spec]) -> QuantFormat | None:
+    """The format of codes smaller than a byte."""
+    if set(named) == {"weight._data._data", "weight._scale", "weight._shift"}:
+        return QuantoInt4(scale_tag=named["weight._scale"][0])
+    tag, shape = named.get("weight", ("", ()))
+    if set(named) == {"weight", "weight_absmax"} and tag == "U8" and len(shape) == 2:
+        return FORMATS["nf4"]
+    return None
+
+
 def _eight_bit(named: Mapping[str, Spec], layer: str) -> Scaled8 | None:
     for data, scale, prefix in (
         ("weight", "weight_scale", ""),
         ("weight._data", "weight._scale", "quanto-"),
     ):
         tag, shape = named.get(data, ("", ()))
-        if tag not in _EIGHT or len(shape) != 2 or not set(named) <= {data, scale}:
-            continue
-        base = FORMATS[prefix + _EIGHT[tag]]
-        assert isinstance(base, Scaled8)
-        if scale in named:
+        if tag in _EIGHT and len(shape) == 2 and set(named) == {data, scale}:
             scale_tag, scale_dims = named[scale]
             layout = _layout(scale_dims, shape[0], layer)
-            return replace(base, scale=layout, scale_tag=scale_tag)
-        if base.name == "fp8":
-            return replace(base, scale="none")
+            return _scaled(prefix + _EIGHT[tag], layout, scale_tag)
     return None
+
+
+def _scaled(name: str, layout: ScaleLayout, tag: str | None) -> Scaled8:
+    base = FORMATS[name]
+    assert isinstance(base, Scaled8)
+    return replace(base, scale=layout, scale_tag=tag)
 
 
 def _layout(dims: tuple[int, ...], rows: int, layer: str) -> ScaleLayout:
@@ -145,8 +197,8 @@ def _refuse_foreign(config: Mapping[str, object], layer: str) -> None:
 def _unknown(named: Mapping[str, Spec], layer: str) -> CheckpointError:
     found = ", ".join(f"{suffix} {tag}{list(dims)}" for suffix, (tag, dims) in named.items())
     return CheckpointError(
-        f"the tensors of {layer} are of no known format",
-        expected="weight in BF16, F16, F32, F8_E4M3 or I8 with its scale, or optimum-quanto's",
+        f"{layer} is stored in a way that penstock does not read",
+        expected="bf16, fp16, fp32, fp8 e4m3, int8 with scales, quanto, nf4 or GGUF",
         found=found or "none",
-        remedy="Run `penstock inspect` on the file",
+        remedy="Use the same model's bf16, fp8 e4m3 or GGUF file.",
     )

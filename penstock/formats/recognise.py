@@ -5,7 +5,7 @@ The spellings and their sources:
 - ``weight`` + ``weight_scale``: ComfyUI's `QUANTIZATION.md` (scalar; its `int8_tensorwise` also
   ``[N, 1]``), LightX2V (``[N, 1]``), ours;
 - ``weight`` + ``scale_weight`` (scalar fp32): ComfyUI's older scaled fp8, Kijai's `_scaled` files;
-- ``weight`` alone in F8_E4M3: a raw cast, Kijai's and Comfy-Org's `_fp8_e4m3fn`;
+- ``weight`` alone in F8_E4M3 or F8_E5M2: a raw cast, Kijai's and Comfy-Org's `_fp8_e4m3fn`;
 - ``weight._data`` + ``weight._scale`` (+ ``_shift``): optimum-quanto;
 - ``weight`` + ``weight_absmax``: ours, of bitsandbytes' NF4;
 - ``weight`` of a ggml type, whose tag says which.
@@ -38,7 +38,8 @@ _KNOWN = (
     "weight_scale_2", "weight_scale", "weight_absmax", *ALIASES, *UNUSED,
 )  # fmt: skip
 _SUFFIX = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _KNOWN))})")
-_EIGHT = {"F8_E4M3": "fp8", "I8": "int8"}
+_EIGHT = {"F8_E4M3": "fp8", "I8": "int8", "F8_E5M2": "fp8-e5m2"}
+_COMFY = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
 _PLAIN: Mapping[str, QuantFormat] = MappingProxyType(
     {each.tag: each for each in FORMATS.values() if isinstance(each, Plain)}
 )
@@ -108,8 +109,8 @@ def _alone(named: Mapping[str, Spec], layer: str) -> QuantFormat | None:
     tag, shape = named["weight"]
     if tag.startswith(GGUF):
         return _gguf(tag, shape, layer)
-    if tag == "F8_E4M3":
-        return _scaled("fp8", "none", "F32")
+    if tag in ("F8_E4M3", "F8_E5M2"):
+        return _scaled(_EIGHT[tag], "none", "F32")
     return _PLAIN.get(tag)
 
 
@@ -144,7 +145,8 @@ def _eight_bit(named: Mapping[str, Spec], layer: str) -> Scaled8 | None:
         ("weight._data", "weight._scale", "quanto-"),
     ):
         tag, shape = named.get(data, ("", ()))
-        if tag in _EIGHT and len(shape) == 2 and set(named) == {data, scale}:
+        known = prefix + _EIGHT.get(tag, "") in FORMATS and len(shape) == 2
+        if known and set(named) == {data, scale}:
             scale_tag, scale_dims = named[scale]
             layout = _layout(scale_dims, shape[0], layer)
             return _scaled(prefix + _EIGHT[tag], layout, scale_tag)
@@ -185,10 +187,10 @@ def _refuse_foreign(config: Mapping[str, object], layer: str) -> None:
             remedy="Use the same model's fp8, bf16 or GGUF file, or quantise the bf16 file with "
             "`penstock pack --format int8`",
         )
-    if kind not in (None, "float8_e4m3fn", "int8_tensorwise"):
+    if kind not in (None, *_COMFY):
         raise CheckpointError(
             f"{layer} has a quantisation that penstock does not read",
-            expected="float8_e4m3fn or int8_tensorwise",
+            expected=", ".join(_COMFY),
             found=str(kind),
             remedy="Use another file of this model",
         )
@@ -198,7 +200,7 @@ def _unknown(named: Mapping[str, Spec], layer: str) -> CheckpointError:
     found = ", ".join(f"{suffix} {tag}{list(dims)}" for suffix, (tag, dims) in named.items())
     return CheckpointError(
         f"{layer} is stored in a way that penstock does not read",
-        expected="bf16, fp16, fp32, fp8 e4m3, int8 with scales, quanto, nf4 or GGUF",
+        expected="bf16, fp16, fp32, fp8, int8 with scales, quanto, nf4 or GGUF",
         found=found or "none",
         remedy="Use the same model's bf16, fp8 e4m3 or GGUF file.",
     )

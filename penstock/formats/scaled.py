@@ -1,4 +1,4 @@
-"""Eight bits a weight and a scale a row: fp8 e4m3fn and symmetric int8, under every spelling.
+"""Eight bits a weight and a scale a row: fp8 (e4m3fn, e5m2) and symmetric int8, in every spelling.
 
 One storage, several authors: ours, LightX2V's and ComfyUI's (``weight`` + ``weight_scale``) and
 optimum-quanto's (``weight._data`` + ``weight._scale``) differ in names and in the scale's shape.
@@ -41,14 +41,14 @@ class Scaled8:
     tensor is read but is no default: a few outliers cost int8 eight times the error.
 
     Attributes:
-        tag: "F8_E4M3" or "I8".
+        tag: "F8_E4M3", "F8_E5M2" or "I8".
         gemm: the 8-bit matrix product that can use it; None where the file forbids that.
         scale: layout of the scale; "none" is a raw cast.
         scale_tag: dtype of the scale; None means the compute dtype, as optimum-quanto does.
     """
 
     name: str
-    tag: Literal["F8_E4M3", "I8"]
+    tag: Literal["F8_E4M3", "F8_E5M2", "I8"]
     gemm: Gemm | None
     scale: ScaleLayout = "column"
     scale_tag: str | None = "F32"
@@ -56,12 +56,17 @@ class Scaled8:
     scale_key: str = "weight_scale"
 
     plain: ClassVar[bool] = False
-    writable: ClassVar[bool] = True
     by_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.tag == "I8" and self.scale == "none":
             raise ValueError("int8 without a scale has no meaning")
+
+    @property
+    def writable(self) -> bool:
+        """Whether weights can be quantised to it; e5m2 is read: e4m3fn takes as much and errs half
+        as far."""
+        return self.tag != "F8_E5M2"
 
     @property
     def is_quanto(self) -> bool:

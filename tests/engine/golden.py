@@ -192,15 +192,16 @@ class Stored:
 
 
 FP8 = torch.float8_e4m3fn
+E5M2 = torch.float8_e5m2
 
 
 def scaled(weight, dtype, per_row):
     """8-bit weight and fp32 scale, ``(rows, 1)`` or a scalar."""
-    largest = 448.0 if dtype == FP8 else 127.0
+    largest = {FP8: 448.0, E5M2: 57344.0, torch.int8: 127.0}[dtype]
     amax = weight.float().abs().amax(dim=1, keepdim=True)
     scale = (amax if per_row else amax.max()) / largest
     small = weight.float() / scale
-    return (small if dtype == FP8 else small.round()).to(dtype), scale
+    return (small.round() if dtype == torch.int8 else small).to(dtype), scale
 
 
 def make(tensors, names, spelling: str, prefix: str = "") -> Stored:
@@ -222,6 +223,8 @@ def make(tensors, names, spelling: str, prefix: str = "") -> Stored:
         layers[layer] = {"format": "float8_e4m3fn"}
     if spelling == "comfy old":
         stored.file[prefix + "scaled_fp8"] = torch.zeros(0, dtype=FP8)
+    if spelling == "comfy old e5m2":
+        stored.file[prefix + "scaled_fp8"] = torch.zeros(0, dtype=E5M2)
     if spelling == "comfy old exact":
         stored.file[prefix + "scaled_fp8"] = torch.zeros(2, dtype=FP8)
     if spelling == "comfy metadata":
@@ -235,12 +238,12 @@ def _json_tensor(value) -> torch.Tensor:
 
 def _store(tensor, spelling, layer):
     one = torch.tensor(1.0)
-    if spelling in ("raw fp8", "everything fp8"):
-        small = tensor.to(FP8)
+    if spelling in ("raw fp8", "everything fp8", "raw e5m2"):
+        small = tensor.to(E5M2 if "e5m2" in spelling else FP8)
         return {f"{layer}.weight": small}, small.float()
     if spelling == "quanto int4":
         return _quanto_int4(tensor, layer)
-    dtype = torch.int8 if "int8" in spelling else FP8
+    dtype = torch.int8 if "int8" in spelling else E5M2 if "e5m2" in spelling else FP8
     per_row = spelling.startswith(("lightx2v", "quanto")) or spelling == "comfy int8 rows"
     small, scale = scaled(tensor, dtype, per_row)
     value = small.float() * scale
@@ -253,8 +256,9 @@ def _store(tensor, spelling, layer):
         extra = {f"{layer}.weight": small, f"{layer}.scale_weight": scale.reshape(())}
         return extra | {f"{layer}.scale_input": one}, value
     extra = {f"{layer}.weight": small, f"{layer}.weight_scale": scale}
-    if spelling == "comfy new":
-        extra |= {f"{layer}.comfy_quant": _json_tensor({"format": "float8_e4m3fn"})}
+    if spelling.startswith("comfy new"):
+        kind = "float8_e5m2" if dtype == E5M2 else "float8_e4m3fn"
+        extra |= {f"{layer}.comfy_quant": _json_tensor({"format": kind})}
         extra |= {f"{layer}.input_scale": one}
     if spelling.startswith("comfy int8"):
         extra[f"{layer}.weight_scale"] = scale.reshape(-1, 1) if per_row else scale.reshape(1)

@@ -93,7 +93,7 @@ def test_convrot_is_refused_with_a_remedy() -> None:
         recognise(stored, layer="blocks.0.x", comfy=config)
 
 
-@pytest.mark.parametrize("kind", ["int8_blockwise", "nvfp4", "float8_e5m2"])
+@pytest.mark.parametrize("kind", ["int8_blockwise", "nvfp4", "svdquant_w4a4"])
 def test_other_comfy_formats_are_refused_by_name(kind: str) -> None:
     stored = {"weight": ("I8", (256, 256)), "weight_scale": ("F32", (2, 2))}
     with pytest.raises(CheckpointError, match=kind):
@@ -105,7 +105,7 @@ def test_other_comfy_formats_are_refused_by_name(kind: str) -> None:
     [
         {},
         {"weight": ("I8", (48, 256))},
-        {"weight": ("F8_E5M2", (48, 256))},
+        {"weight": ("F8_E8M0", (48, 256))},
         {"weight": ("U8", (48, 128))},
         {"weight": ("BF16", (48, 256)), "weight_scale": ("F32", ())},
         {"weight._data": ("I8", (48, 256))},

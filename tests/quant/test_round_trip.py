@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from penstock.errors import CheckpointError, UsageError
-from penstock.formats.formats import FORMATS, QuantFormat, get_format
+from penstock.formats.formats import FORMATS, QuantFormat, get_format, writable
 from penstock.formats.scaled import Scaled8
 from penstock.formats.tags import ITEM_BYTES
 from penstock.quant.arithmetic import dequantise, quantise
@@ -19,7 +20,7 @@ from tests.meter import StorageMeter
 from tests.quant.calls import Calls
 from tests.quant.weights import outlier_weight, relative_rms, small_weight, storage_bytes
 
-WRITABLE = [name for name in FORMATS if not name.startswith("gguf") or name == "gguf-q8_0"]
+WRITABLE = list(writable())
 RAW_FP8 = Scaled8("fp8", "F8_E4M3", "fp8", scale="none")
 TENSOR_INT8 = Scaled8("int8", "I8", "int8", scale="scalar")
 
@@ -194,6 +195,19 @@ def test_int8_is_rounded_once_whatever_the_dtypes(scale_tag: str, dtype: torch.d
     expected = (weight.double() * scale.double()).to(torch.float32).to(dtype)
     found = dequantise(fmt, {"weight": weight, "weight_scale": scale}, shape_of(weight), dtype)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("scale", ["none", "scalar", "column"])
+def test_e5m2_is_decoded_as_torch_does(scale: Any, dtype: torch.dtype) -> None:
+    fmt = Scaled8("fp8-e5m2", "F8_E5M2", None, scale)
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e5m2).repeat(64, 4)
+    scales = torch.rand(64, 1) if scale == "column" else torch.tensor(0.37)
+    stored = {"weight": every, "weight_scale": scales}
+    expected = every.float() * (1 if scale == "none" else scales)
+    found = dequantise(fmt, stored, shape_of(every), dtype)
+    assert torch.equal(found.nan_to_num(), expected.to(dtype).nan_to_num())
+    assert torch.equal(found.isnan(), expected.isnan())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -81,7 +81,7 @@ def decode(
     Raises:
         CheckpointError: it has no rows and columns and yet a quantised storage.
     """
-    if stored.plain or (stored.label == "fp8 raw" and len(shape) != 2):
+    if stored.plain or (stored.label.endswith(" raw") and len(shape) != 2):
         return tensors["weight"].to(dtype)
     if len(shape) != 2:
         raise CheckpointError(

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from penstock.errors import UsageError
 from penstock.formats.rows import Shape, chunk_rows, row_slices
 from penstock.formats.scaled import E4M3_MAX, INT8_MAX, Scaled8, ScaleLayout, scale_shape
 from penstock.quant.values.quanto import codes_of
@@ -15,6 +16,12 @@ from penstock.quant.values.tensors import DTYPES, output, row_amax
 
 def quantise(fmt: Scaled8, weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
     """``weight / scale``, rounded to nearest even."""
+    if not fmt.writable:
+        raise UsageError(
+            f"{fmt.name} is read, not written",
+            expected="fp8, int8 or nf4 as the format to quantise to",
+            found=fmt.name,
+        )
     scale = _fresh_scale(fmt, row_amax(weight, name), weight.dtype)
     stored = torch.empty_like(weight, dtype=DTYPES[fmt.tag])
     for rows in row_slices(weight.shape[0], weight.shape[1], weight.device.type):
@@ -101,7 +108,8 @@ def _by_chunks(weight: Tensor, scale: Tensor | None, out: Tensor) -> Tensor:
         if bits is None:
             work.copy_(weight[part])
         else:
-            _decode_e4m3(weight[part], bits[: len(target)], work)
+            decode = _decode_e4m3 if weight.dtype == torch.float8_e4m3fn else _decode_e5m2
+            decode(weight[part], bits[: len(target)], work)
         if scale is not None:
             work.mul_(scale[part])
         if chunk is not None:
@@ -129,3 +137,9 @@ def _decode_e4m3(codes: Tensor, bits: Tensor, out: Tensor) -> None:
         return
     bits.copy_(raw).bitwise_left_shift_(7).bitwise_and_(~(1 << 14))  # bit 14: the copied sign
     out.copy_(bits.view(torch.float16)).mul_(256)
+
+
+def _decode_e5m2(codes: Tensor, bits: Tensor, out: Tensor) -> None:
+    """``codes`` (e5m2) as fp32, with ``bits`` in between: they are the upper bytes of fp16."""
+    bits.copy_(codes.view(torch.int8)).bitwise_left_shift_(8)
+    out.copy_(bits.view(torch.float16))

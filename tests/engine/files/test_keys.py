@@ -64,6 +64,9 @@ def test_original_transformer(tmp_path, model, parts, prefix, spelling):
 SPELLINGS = {
     "raw fp8": ("fp8 raw", "fp8", "fp8"),
     "everything fp8": ("fp8 raw", "fp8", "fp8"),
+    "raw e5m2": ("fp8-e5m2 raw", "fp8-e5m2", None),
+    "comfy old e5m2": ("fp8-e5m2 per tensor", "fp8-e5m2", None),
+    "comfy new e5m2": ("fp8-e5m2 per tensor", "fp8-e5m2", None),
     "comfy old": ("fp8 per tensor", "fp8", "fp8"),
     "comfy old exact": ("fp8 per tensor", "fp8", None),
     "comfy new": ("fp8 per tensor", "fp8", "fp8"),
@@ -263,8 +266,8 @@ def _no_json(file):
     file["blocks.0.ffn.0.comfy_quant"] = torch.tensor([1, 2, 3], dtype=torch.uint8)
 
 
-def _e5m2(file):
-    file["blocks.0.ffn.0.weight"] = file["blocks.0.ffn.0.weight"].to(torch.float8_e5m2)
+def _e8m0(file):
+    file["blocks.0.ffn.0.weight"] = file["blocks.0.ffn.0.weight"].to(torch.float8_e8m0fnu)
 
 
 def _int8_without_scale(file):
@@ -282,7 +285,7 @@ def _scale_alone(file):
         (_rotated, "convrot"),
         (_blockwise, "int8_blockwise"),
         (_no_json, "comfy_quant"),
-        (_e5m2, "F8_E5M2"),
+        (_e8m0, "F8_E8M0"),
         (_int8_without_scale, "I8"),
         (_scale_alone, "no weight"),
     ],

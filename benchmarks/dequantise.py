@@ -23,6 +23,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -153,15 +154,26 @@ def quanto_cases(weight: Tensor, out: Tensor) -> Iterator[Case]:
         )
 
 
+SCALES: Mapping[str, tuple[int, ...]] = MappingProxyType({
+    "Q6_K": (208,), "Q5_K": (0, 2), "Q4_K": (0, 2), "Q3_K": (108,), "Q2_K": (80, 82),
+    "Q5_1": (0, 2), "Q4_1": (0, 2), "TQ1_0": (52,), "TQ2_0": (64,), "MXFP4": (), "NVFP4": (),
+    "IQ1_M": (),
+})  # fmt: skip
+"""Where a block's fp16 scales begin; 0 for the other types."""
+
+
 def gguf_blocks(fmt: Gguf, rows: int, columns: int) -> Tensor:
     """Random blocks; speed does not depend on their values, but NaN would be unlike a real file."""
     generator = torch.Generator().manual_seed(0)
     size = (rows, columns // fmt.block, fmt.block_bytes)
     blocks = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
-    for start in (208,) if fmt.ggml_type == "Q6_K" else (0, 2):
+    for start in SCALES.get(fmt.ggml_type, (0,)):
         blocks[:, :, start : start + 2] = (
             torch.full(size[:2], 0.01).half()[:, :, None].view(torch.uint8)
         )
+    if fmt.ggml_type == "IQ1_M":  # the scale's four nibbles top the last four 16-bit numbers
+        blocks[:, :, [49, 51, 53, 55]] &= 15
+        blocks[:, :, 55] |= 0x20
     return blocks.view(rows, -1)
 
 

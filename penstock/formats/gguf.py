@@ -46,6 +46,11 @@ GGML_TYPES: Mapping[int, tuple[str, int, int]] = MappingProxyType(
         28: ("F64", 1, 8),
         29: ("GGUF_IQ1_M", 256, 56),
         30: ("BF16", 1, 2),
+        34: ("GGUF_TQ1_0", 256, 54),
+        35: ("GGUF_TQ2_0", 256, 66),
+        39: ("GGUF_MXFP4", 32, 17),
+        40: ("GGUF_NVFP4", 64, 36),
+        41: ("GGUF_Q1_0", 128, 18),
     }
 )
 BLOCK_SIZES: Mapping[str, tuple[int, int]] = MappingProxyType(
@@ -104,7 +109,11 @@ class Gguf:
         return 7 * shape[1] * chunk_rows(*shape, device)
 
 
-_READ = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+_READ = (
+    "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "Q5_1", "Q5_0", "Q4_1", "Q4_0",
+    "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS",
+    "IQ1_M", "IQ1_S", "TQ2_0", "TQ1_0",
+)  # fmt: skip
 
 GGUF_FORMATS: tuple[Gguf, ...] = tuple(
     Gguf(f"gguf-{kind.lower()}", kind, *BLOCK_SIZES[PREFIX + kind]) for kind in _READ

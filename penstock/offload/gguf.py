@@ -264,7 +264,13 @@ def _entries(
 
 def _entry(cursor: _Cursor, info: _Info, start: int, metadata: Mapping[str, Any]) -> TensorEntry:
     if info.kind not in GGML_TYPES:
-        raise cursor.error(f"type {info.kind} of {info.name!r}", expected="a known ggml type")
+        raise HeaderError(
+            f"{cursor.path} holds weights of a type that penstock does not know",
+            expected="a ggml type up to NVFP4 (40)",
+            found=f"type {info.kind} of {info.name!r}",
+            remedy="The file may be newer than penstock: take the Q8_0, Q6_K or Q4_K_M file of the "
+            "same model.",
+        )
     tag, block, block_bytes = GGML_TYPES[info.kind]
     elements = math.prod(info.shape)
     row = info.shape[-1] if info.shape else 1

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, quants
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quants
 from safetensors.torch import load_file, save_file
 
 from penstock.engine.families.wan.tiny import write_tiny_model
@@ -289,7 +289,7 @@ def write_gguf(
     for name, tensor in tensors.items():
         data, ggml = tensor.float().numpy(), GGMLQuantizationType[kind]
         matrix = is_block_matrix(name, tensor) or name == "shared.weight"
-        if matrix and tensor.shape[1] % 32 == 0 and kind != "F16":
+        if matrix and tensor.shape[1] % GGML_QUANT_SIZES[ggml][0] == 0 and kind != "F16":
             stored = quantise(data, ggml)
             writer.add_tensor(names[name], stored, raw_dtype=ggml)
             values[name] = torch.from_numpy(np.array(quants.dequantize(stored, ggml)))

@@ -16,6 +16,7 @@ from gguf.quants import quantize as gguf_quantize
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from benchmarks.dequantise import SCALES
 from penstock.formats.formats import get_format
 from penstock.formats.gguf import GGUF_FORMATS, Gguf
 from penstock.formats.quanto import group_size
@@ -94,10 +95,12 @@ def random_blocks(fmt: Gguf, rows: int, columns: int) -> Tensor:
     generator = torch.Generator().manual_seed(fmt.block_bytes)
     size = (rows, columns // fmt.block, fmt.block_bytes)
     blocks = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
-    fields = {"Q6_K": [208], "Q8_0": [0], "Q4_0": [0], "Q5_0": [0]}.get(fmt.ggml_type, [0, 2])
-    for start in fields:
+    for start in SCALES.get(fmt.ggml_type, (0,)):
         half = (torch.randn(*size[:2], 1, generator=generator) * 0.01).half()
         blocks[:, :, start : start + 2] = half.view(torch.uint8)
+    if fmt.ggml_type == "IQ1_M":  # the scale's four nibbles top the last four 16-bit numbers
+        blocks[:, :, [49, 51, 53, 55]] &= 15
+        blocks[:, :, 55] |= 0x20
     return blocks.view(rows, -1)
 
 
@@ -114,14 +117,17 @@ def test_gguf_blocks_equal_the_gguf_package(fmt: Gguf) -> None:
     assert torch.equal(half, expected.bfloat16())
 
 
-@pytest.mark.parametrize("name", ["Q8_0", "Q5_0", "Q5_1", "Q4_0", "Q4_1"])
+@pytest.mark.parametrize(
+    "name", ["Q8_0", "Q5_0", "Q5_1", "Q4_0", "Q4_1", "MXFP4", "TQ1_0", "TQ2_0"]
+)
 def test_gguf_weights_written_by_the_gguf_package_read_back(name: str) -> None:
     kind = GGMLQuantizationType[name]
     weight = small_weight(64, 1024)
     stored = torch.from_numpy(gguf_quantize(weight.numpy(), kind))
     fmt = get_format(f"gguf-{name.lower()}")
     found = dequantise(fmt, {"weight": stored}, (64, 1024), torch.float32)
-    limit = {"Q8_0": 0.006, "Q5_0": 0.05, "Q5_1": 0.05}.get(name, 0.1)
+    limits = {"Q8_0": 0.006, "Q5_0": 0.05, "Q5_1": 0.05, "MXFP4": 0.15, "TQ1_0": 0.9, "TQ2_0": 0.9}
+    limit = limits.get(name, 0.1)
     assert relative_rms(found, weight) < limit
 
 

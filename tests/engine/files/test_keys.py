@@ -2,15 +2,18 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.dequantise import gguf_blocks
 from penstock.engine.files.formats import compute_tag, linear_formats
 from penstock.engine.files.keys import recognise
 from penstock.engine.files.reader import WeightReader
 from penstock.engine.files.source import open_raw
 from penstock.errors import CheckpointError, HeaderError, PickleRefused, TensorMismatch
+from penstock.formats.gguf import GGUF_FORMATS
 from tests.engine import golden
 
 
@@ -112,6 +115,35 @@ def test_gguf(tmp_path, parts, part, kind):
     assert_equal(found, values)
     assert source.label() == ("fp16" if kind == "F16" else f"gguf-{kind.lower()}")
     assert compute_tag(source) == ("F16" if kind == "F16" else "BF16")
+
+
+@pytest.mark.parametrize("fmt", GGUF_FORMATS, ids=lambda fmt: fmt.name)
+def test_every_ggml_type_is_read_from_a_file(tmp_path, parts, fmt):
+    tensors, path = parts["transformer"], tmp_path / "x.gguf"
+    names = golden.original_names("transformer", list(tensors))
+
+    def blocks(data, ggml):
+        return gguf_blocks(fmt, *data.shape).numpy()
+
+    values = golden.write_gguf(path, tensors, names, fmt.ggml_type, "wan", blocks)
+    source, found = values_of(path, "transformer")
+    assert_equal(found, values)
+    assert source.label() == fmt.name
+    assert set(linear_formats(source).values()) == {fmt}
+
+
+def test_a_known_type_that_is_not_read_is_named(tmp_path, parts, monkeypatch):
+    tensors, path = parts["transformer"], tmp_path / "x.gguf"
+    names = golden.original_names("transformer", list(tensors))
+
+    def blocks(data, ggml):
+        return np.zeros((len(data), data.shape[1] // 128 * 18), np.uint8)
+
+    monkeypatch.setattr(golden.quants, "dequantize", lambda stored, ggml: stored)
+    golden.write_gguf(path, tensors, names, "Q1_0", "wan", blocks)
+    with pytest.raises(CheckpointError, match="gguf-q1_0.*Q8_0") as refused:
+        recognise(open_raw(path))
+    assert "damaged" not in str(refused.value)
 
 
 def test_sharded_files_of_the_original_repository(tmp_path, parts):

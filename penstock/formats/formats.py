@@ -80,6 +80,7 @@ FORMATS: Mapping[str, QuantFormat] = _by_name(
     Scaled8("fp8", "F8_E4M3", "fp8"),
     Scaled8("int8", "I8", "int8"),
     Scaled8("fp8-e5m2", "F8_E5M2", None),
+    Scaled8("int8-convrot", "I8", "int8", rotation=256),
     NF4(),
     Scaled8("quanto-int8", "I8", "int8", "column", None, "weight._data", "weight._scale"),
     Scaled8("quanto-fp8", "F8_E4M3", "fp8", "column", None, "weight._data", "weight._scale"),

@@ -3,7 +3,7 @@
 The spellings and their sources:
 
 - ``weight`` + ``weight_scale``: ComfyUI's `QUANTIZATION.md` (scalar; its `int8_tensorwise` also
-  ``[N, 1]``), LightX2V (``[N, 1]``), ours;
+  ``[N, 1]``, rotated where ``convrot`` says so), LightX2V (``[N, 1]``), ours;
 - ``weight`` + ``scale_weight`` (scalar fp32): ComfyUI's older scaled fp8, Kijai's `_scaled` files;
 - ``weight`` alone in F8_E4M3 or F8_E5M2: a raw cast, Kijai's and Comfy-Org's `_fp8_e4m3fn`;
 - ``weight._data`` + ``weight._scale`` (+ ``_shift``): optimum-quanto;
@@ -39,6 +39,7 @@ _KNOWN = (
 )  # fmt: skip
 _SUFFIX = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _KNOWN))})")
 _EIGHT = {"F8_E4M3": "fp8", "I8": "int8", "F8_E5M2": "fp8-e5m2"}
+_ROTATIONS = (4, 16, 64, 256, 1024)
 _COMFY = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
 _PLAIN: Mapping[str, QuantFormat] = MappingProxyType(
     {each.tag: each for each in FORMATS.values() if isinstance(each, Plain)}
@@ -82,6 +83,8 @@ def recognise(
     found = _alone(named, layer) or _packed(named) or _eight_bit(named, layer)
     if found is None:
         raise _unknown(named, layer)
+    if config.get("convrot"):
+        found = _rotated(found, config, named, layer)
     forbidden = full_precision or config.get("full_precision_matrix_mult")
     return replace(found, gemm=None) if forbidden and isinstance(found, Scaled8) else found
 
@@ -153,6 +156,23 @@ def _eight_bit(named: Mapping[str, Spec], layer: str) -> Scaled8 | None:
     return None
 
 
+def _rotated(
+    found: QuantFormat, config: Mapping[str, object], named: Mapping[str, Spec], layer: str
+) -> QuantFormat:
+    size, columns = config.get("convrot_groupsize", 256), (*named.get("weight", ("", ()))[1], 0)[1]
+    legal = isinstance(size, int) and size in _ROTATIONS and columns % size == 0
+    if not (legal and isinstance(found, Scaled8) and found.name == "int8"):
+        raise CheckpointError(
+            f"{layer} was rotated (convrot) in a way that penstock does not read",
+            expected=f"int8 in groups of {', '.join(map(str, _ROTATIONS))} columns",
+            found=f"{found.name} of {columns} columns in groups of {size}",
+            remedy="Use the same model's fp8, bf16 or GGUF file, or quantise the bf16 file with "
+            "`penstock pack --format int8-convrot`",
+        )
+    assert isinstance(size, int)
+    return replace(found, name="int8-convrot", rotation=size)
+
+
 def _scaled(name: str, layout: ScaleLayout, tag: str | None) -> Scaled8:
     base = FORMATS[name]
     assert isinstance(base, Scaled8)
@@ -179,14 +199,6 @@ def _layout(dims: tuple[int, ...], rows: int, layer: str) -> ScaleLayout:
 
 def _refuse_foreign(config: Mapping[str, object], layer: str) -> None:
     kind = config.get("format")
-    if config.get("convrot"):
-        raise CheckpointError(
-            f"{layer} was quantised after a rotation (convrot)",
-            expected="int8_tensorwise without convrot",
-            found=f"{kind} with convrot",
-            remedy="Use the same model's fp8, bf16 or GGUF file, or quantise the bf16 file with "
-            "`penstock pack --format int8`",
-        )
     if kind not in (None, *_COMFY):
         raise CheckpointError(
             f"{layer} has a quantisation that penstock does not read",

@@ -45,6 +45,8 @@ class Scaled8:
         gemm: the 8-bit matrix product that can use it; None where the file forbids that.
         scale: layout of the scale; "none" is a raw cast.
         scale_tag: dtype of the scale; None means the compute dtype, as optimum-quanto does.
+        rotation: columns of a group that was rotated before it was quantised (ConvRot: a Hadamard
+            matrix of that size, a power of 4, spreads outliers over it); 0: none was.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Scaled8:
     scale_tag: str | None = "F32"
     weight_key: str = "weight"
     scale_key: str = "weight_scale"
+    rotation: int = 0
 
     plain: ClassVar[bool] = False
     by_rows: ClassVar[bool] = True
@@ -82,8 +85,8 @@ class Scaled8:
         return f"{self.name} {scaled or 'per tensor'}"
 
     def fits(self, shape: Shape) -> bool:
-        """Every shape can be stored."""
-        return True
+        """Every shape can be stored; a rotated one if its rows are whole groups."""
+        return not self.rotation or shape[1] % self.rotation == 0
 
     def storage(self, shape: Shape, compute_dtype: str) -> dict[str, Spec]:
         """The weight's bytes and, unless raw, its scale."""
@@ -95,7 +98,11 @@ class Scaled8:
 
     def workspace_bytes(self, shape: Shape, device: str) -> int:
         """The scale in fp32, and on a CPU a chunk in fp32, for fp8 its bits besides and the largest
-        of them; other devices decode in place."""
+        of them; other devices decode in place. A rotation takes half a chunk, and two more while
+        it turns, and its matrices."""
+        if self.rotation:
+            rows, columns = shape
+            return 8 * rows + 12 * columns * chunk_rows(rows, 2 * columns, device) + 4096
         if device != "cpu":
             return 4 * shape[0]
         item = 4 if self.tag == "I8" else 4 + 2 + 1

@@ -32,6 +32,7 @@ from penstock.quant.paths import (
     gemm_fixed_bytes,
     gemm_token_bytes,
 )
+from penstock.quant.values.rotation import unit_rotation
 from penstock.quant.values.scaled import operands
 
 _CUDA_MIN_ROWS = 17
@@ -112,7 +113,12 @@ class Int8Gemm:
         """As `Compute`."""
         weight, row_scale = _operands(linear)
 
+        rotation = linear.format.rotation if isinstance(linear.format, Scaled8) else 0
+
         def product(tokens: Tensor, out: Tensor) -> None:
+            if rotation:
+                turned = unit_rotation(tokens.float().contiguous(), rotation)
+                tokens = turned.mul_(rotation**-0.5)
             codes, token_scale = quantise_tokens(tokens, torch.int8)
             rows = len(codes)
             if codes.is_cuda and rows < _CUDA_MIN_ROWS:
@@ -120,7 +126,7 @@ class Int8Gemm:
             part = torch._int_mm(codes, weight.t())[:rows]
             _rescale(part, token_scale, row_scale, linear.bias, out)
 
-        size = gemm_token_bytes(linear.shape, x.device.type)
+        size = gemm_token_bytes(linear.shape, x.device.type, rotated=bool(rotation))
         return _by_tokens(product, linear.shape, x, size, self.chunk_bytes)
 
 

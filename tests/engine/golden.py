@@ -260,6 +260,19 @@ def _store(tensor, spelling, layer):
         kind = "float8_e5m2" if dtype == E5M2 else "float8_e4m3fn"
         extra |= {f"{layer}.comfy_quant": _json_tensor({"format": kind})}
         extra |= {f"{layer}.input_scale": one}
+    if spelling.startswith("comfy convrot"):
+        size = int(spelling.rpartition(" ")[2])
+        base = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]).double()
+        turn = base / 2
+        while len(turn) < size:
+            turn = torch.kron(turn, base / 2)
+        turned = (tensor.double().view(len(tensor), -1, size) @ turn).view(tensor.shape)
+        small, scale = scaled(turned, torch.int8, True)
+        back = (small.double().view(len(tensor), -1, size) @ turn).view(tensor.shape)
+        config = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": size}
+        extra = {f"{layer}.weight": small, f"{layer}.weight_scale": scale}
+        extra |= {f"{layer}.comfy_quant": _json_tensor(config)}
+        return extra, back.float() * scale
     if spelling.startswith("comfy int8"):
         extra[f"{layer}.weight_scale"] = scale.reshape(-1, 1) if per_row else scale.reshape(1)
         extra |= {f"{layer}.comfy_quant": _json_tensor({"format": "int8_tensorwise"})}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from benchmarks.dequantise import SCALES
-from penstock.formats.formats import get_format
+from penstock.formats.formats import FORMATS, get_format
 from penstock.formats.gguf import GGUF_FORMATS, Gguf
 from penstock.formats.quanto import group_size
 from penstock.formats.recognise import canonical_suffix, recognise
 from penstock.quant.arithmetic import dequantise, quantise
+from penstock.quant.compute import Int8Gemm, Operands
 from penstock.quant.values import nf4
 from penstock.quant.values.nf4 import compiled_kernel
 from penstock.quant.values.tensors import dtype_tag
@@ -204,3 +207,48 @@ def test_quanto_opens_what_we_write(quanto: Any, name: str) -> None:
 def test_groups_are_those_that_quanto_chooses(quanto: Any, columns: int) -> None:
     layer = quanto.QLinear(columns, 4, weights=quanto.qint4, device="meta")
     assert group_size(columns) == layer.weight_group_size
+
+
+def _kitchen() -> Any:
+    return pytest.importorskip("comfy_kitchen.tensor")
+
+
+@pytest.mark.parametrize("size", [16, 64, 256])
+def test_convrot_as_comfy_kitchen_has_it(size: int) -> None:
+    layout, weight = _kitchen().TensorWiseINT8Layout, small_weight(96, 1024)
+    weight[:, ::97] *= 20
+    codes, params = layout.quantize(weight, per_channel=True, convrot=True, convrot_groupsize=size)
+    stored = {"weight": codes, "weight_scale": params.scale.reshape(96, 1)}
+    config = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": size}
+    fmt = recognise({k: (dtype_tag(t.dtype), tuple(t.shape)) for k, t in stored.items()},
+                    comfy=config)  # fmt: skip
+    theirs = layout.dequantize(codes, params)
+    ours = dequantise(fmt, stored, (96, 1024), torch.float32)
+    # Theirs sums scaled products in fp32; ours sums whole numbers, so it is rounded once.
+    assert (ours - theirs).abs().max() <= 2e-7 * theirs.abs().max() * size**0.5
+    turn = import_module("comfy_kitchen.tensor.int8_utils")._build_hadamard(
+        size, dtype=torch.float64
+    )
+    scaled = codes.double() * params.scale.double()
+    exact = (scaled.view(96, -1, size) @ turn).view(96, 1024)
+    assert (ours - exact).abs().max() <= (theirs - exact).abs().max()
+    # And quantised as they do, but for codes that fp32 sums round to the other side.
+    made = quantise(fmt, weight)
+    assert (made["weight"].int() - codes.int()).abs().max() <= 1
+    assert (made["weight"] != codes).float().mean() < 1e-3
+    torch.testing.assert_close(made["weight_scale"], stored["weight_scale"], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("size", [16, 64, 256])
+def test_a_rotation_is_undone_on_the_fast_path(size: int) -> None:
+    fmt = replace(FORMATS["int8-convrot"], rotation=size)  # type: ignore[type-var]
+    weight, x = small_weight(64, 1024), torch.randn(33, 1024)
+    stored = quantise(fmt, weight)
+    found = Int8Gemm()(Operands(fmt, (64, 1024), stored, None), x)
+    wanted = x @ dequantise(fmt, stored, (64, 1024), torch.float32).t()
+    assert relative_rms(found, wanted) < 0.012
+    x[:, 5] *= 30  # an outlier, which the rotation spreads
+    found = Int8Gemm()(Operands(fmt, (64, 1024), stored, None), x)
+    plain = get_format("int8")
+    unturned = Int8Gemm()(Operands(plain, (64, 1024), quantise(plain, weight), None), x)
+    assert relative_rms(found, x @ weight.t()) < relative_rms(unturned, x @ weight.t())

@@ -86,10 +86,21 @@ def test_a_file_that_forbids_8_bit_products_is_obeyed() -> None:
     assert full.gemm is None and marked.gemm is None and free.gemm == "fp8"
 
 
-def test_convrot_is_refused_with_a_remedy() -> None:
+@pytest.mark.parametrize("size, dims", [(256, (48, 1)), (64, (48,)), (16, ())])
+def test_convrot_is_read(size: int, dims: tuple[int, ...]) -> None:
+    stored = {"weight": ("I8", (48, 256)), "weight_scale": ("F32", dims)}
+    config = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": size}
+    found = recognise(stored, layer="blocks.0.x", comfy=config)
+    assert isinstance(found, Scaled8)
+    assert (found.name, found.rotation, found.gemm) == ("int8-convrot", size, "int8")
+    assert found.storage((48, 256), "BF16") == stored
+
+
+@pytest.mark.parametrize("size", [32, 0, "256", 1024])
+def test_other_rotations_are_refused_with_a_remedy(size: object) -> None:
     stored = {"weight": ("I8", (48, 256)), "weight_scale": ("F32", (48, 1))}
-    config = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 256}
-    with pytest.raises(CheckpointError, match=r"blocks\.0\.x.*rotation.*Use the same model"):
+    config = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": size}
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.x was rotated.*Use the same model"):
         recognise(stored, layer="blocks.0.x", comfy=config)
 
 

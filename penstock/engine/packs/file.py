@@ -86,11 +86,16 @@ class PackLayout:
         return len(self.header) + self.sums_offset + self.sums_bytes
 
 
-def lay_out(runs: Mapping[str, Mapping[str, Spec]], metadata: Mapping[str, Any]) -> PackLayout:
+def lay_out(
+    runs: Mapping[str, Mapping[str, Spec]],
+    metadata: Mapping[str, Any],
+    texts: Mapping[str, str] = MappingProxyType({}),
+) -> PackLayout:
     """Place ``runs`` (tensors with dtype tag and shape, by run and name) one after the other.
 
     Args:
         metadata: what the pack says of itself, as JSON values.
+        texts: further entries of the header's metadata.
     """
     placed: list[Run] = []
     end = 0
@@ -103,7 +108,7 @@ def lay_out(runs: Mapping[str, Mapping[str, Spec]], metadata: Mapping[str, Any])
     table = {"version": VERSION, **metadata, "runs": {r.name: [r.offset, r.nbytes] for r in placed}}
     sums = PackedTensor(SUMS, "U8", (sums_bytes,), sums_offset, sums_bytes)
     padded = _padded([*(tensor for run in placed for tensor in run.tensors), sums])
-    return PackLayout(_header(padded, table), tuple(placed), sums_offset, sums_bytes)
+    return PackLayout(_header(padded, table, texts), tuple(placed), sums_offset, sums_bytes)
 
 
 def _place_run(name: str, specs: Mapping[str, Spec], offset: int) -> Run:
@@ -129,8 +134,11 @@ def _padded(tensors: Sequence[PackedTensor]) -> Iterator[PackedTensor]:
         end = tensor.offset + tensor.nbytes
 
 
-def _header(tensors: Iterator[PackedTensor], table: Mapping[str, Any]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt", PACK_METADATA: json.dumps(table)}}
+def _header(
+    tensors: Iterator[PackedTensor], table: Mapping[str, Any], texts: Mapping[str, str]
+) -> bytes:
+    about = {"format": "pt", PACK_METADATA: json.dumps(table), **texts}
+    entries: dict[str, Any] = {"__metadata__": about}
     for tensor in tensors:
         place = [tensor.offset, tensor.offset + tensor.nbytes]
         entries[tensor.name] = {

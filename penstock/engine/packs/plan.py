@@ -11,6 +11,7 @@ from penstock.engine.families.wan.structure import BLOCKS, is_cross_kv
 from penstock.engine.files.formats import compute_tag, is_linear
 from penstock.engine.files.keys import ComponentSource, as_bytes, recognise, stored_name
 from penstock.engine.files.source import RawFile
+from penstock.engine.files.storage import COMFY_METADATA
 from penstock.engine.lora.place import PlacedLoras
 from penstock.engine.packs.file import PackLayout, Spec, lay_out
 from penstock.engine.store.digest import stamp
@@ -19,6 +20,7 @@ from penstock.formats.formats import QuantFormat, get_format, writable
 from penstock.formats.gguf import PREFIX as GGUF
 from penstock.formats.gguf import Gguf
 from penstock.formats.rows import Shape
+from penstock.formats.scaled import Scaled8
 from penstock.offload.checkpoint import TensorEntry
 from penstock.quant.policy import default_policy
 
@@ -127,7 +129,8 @@ def plan_component(
         "source": {path.name: stamp(path) for path in sorted(source.raw.stamps)},
         **({"loras": loras.merged_names()} if loras.files else {}),
     }
-    return ComponentPlan(source, lay_out(specs, about), tuple(steps.values()), loras)
+    texts = _comfy_text(source, [step for made in steps.values() for step in made])
+    return ComponentPlan(source, lay_out(specs, about, texts), tuple(steps.values()), loras)
 
 
 def runs_of(component: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
@@ -191,6 +194,18 @@ def specs_of(tensors: Mapping[str, TensorEntry]) -> dict[str, Spec]:
     """Dtype tag and shape of stored tensors, as bytes lie."""
     entries = {suffix: as_bytes(entry) for suffix, entry in tensors.items()}
     return {suffix: (entry.dtype, entry.shape) for suffix, entry in entries.items()}
+
+
+def _comfy_text(source: ComponentSource, steps: list[Step]) -> dict[str, str]:
+    """What tensors do not tell of rotated weights, as ComfyUI's files do; nothing if none is."""
+    layers = {}
+    for step in steps:
+        fmt = source.weights[step.name].format if step.kept else step.format
+        if isinstance(fmt, Scaled8) and fmt.rotation:
+            layers[step.name.removesuffix(".weight")] = {
+                "format": "int8_tensorwise", "convrot": True, "convrot_groupsize": fmt.rotation,
+            }  # fmt: skip
+    return {COMFY_METADATA: json.dumps({"layers": layers})} if layers else {}
 
 
 def _gguf_types(source: ComponentSource, steps: list[Step]) -> dict[str, str]:

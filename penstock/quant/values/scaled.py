@@ -11,6 +11,7 @@ from penstock.errors import UsageError
 from penstock.formats.rows import Shape, chunk_rows, row_slices
 from penstock.formats.scaled import E4M3_MAX, INT8_MAX, Scaled8, ScaleLayout, scale_shape
 from penstock.quant.values.quanto import codes_of
+from penstock.quant.values.rotation import unit_rotation
 from penstock.quant.values.tensors import DTYPES, output, row_amax
 
 
@@ -22,10 +23,13 @@ def quantise(fmt: Scaled8, weight: Tensor, name: str = "weight") -> dict[str, Te
             expected="fp8, int8 or nf4 as the format to quantise to",
             found=fmt.name,
         )
-    scale = _fresh_scale(fmt, row_amax(weight, name), weight.dtype)
+    amax = row_amax(weight, name)
+    scale = _fresh_scale(fmt, _rotated_amax(fmt, weight) if fmt.rotation else amax, weight.dtype)
     stored = torch.empty_like(weight, dtype=DTYPES[fmt.tag])
     for rows in row_slices(weight.shape[0], weight.shape[1], weight.device.type):
         part = weight[rows].to(torch.float32, copy=True)
+        if fmt.rotation:
+            part = unit_rotation(part, fmt.rotation).mul_(fmt.rotation**-0.5)
         unit = scale[rows] if scale is not None and len(scale) == len(weight) else scale
         if unit is not None and fmt.is_quanto:
             stored[rows] = codes_of(part, unit.float(), stored.dtype)
@@ -37,6 +41,15 @@ def quantise(fmt: Scaled8, weight: Tensor, name: str = "weight") -> dict[str, Te
         fmt.weight_key: stored,
         fmt.scale_key: scale_as(scale, fmt.scale, len(weight), fmt.scale_tag),
     }
+
+
+def _rotated_amax(fmt: Scaled8, weight: Tensor) -> Tensor:
+    """Largest magnitude of each row once it is rotated: fp32, ``(rows, 1)``."""
+    amax = torch.empty(len(weight), 1, device=weight.device)
+    for rows in row_slices(weight.shape[0], weight.shape[1], weight.device.type):
+        part = unit_rotation(weight[rows].float().contiguous(), fmt.rotation)
+        torch.amax(part.abs_(), dim=1, keepdim=True, out=amax[rows])
+    return amax.mul_(fmt.rotation**-0.5)
 
 
 def _fresh_scale(fmt: Scaled8, amax: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -67,6 +80,8 @@ def dequantise(
     """``stored * scale``, computed in fp32 and rounded once to ``dtype``."""
     weight, scale = operands(fmt, tensors)
     out = output(out, shape, dtype, weight.device)
+    if fmt.rotation:
+        return _unrotated(weight, scale, fmt.rotation, out)
     if weight.device.type == "cpu":
         return _by_chunks(weight, scale, out)
     return _at_once(weight, scale, out)
@@ -114,6 +129,20 @@ def _by_chunks(weight: Tensor, scale: Tensor | None, out: Tensor) -> Tensor:
             work.mul_(scale[part])
         if chunk is not None:
             target.copy_(work)
+    return out
+
+
+def _unrotated(weight: Tensor, scale: Tensor | None, size: int, out: Tensor) -> Tensor:
+    """Rotates the codes, whose sums are exact, and scales after: rounded in fp32 once, and to the
+    dtype of ``out``."""
+    rows, columns = weight.shape
+    assert scale is not None
+    factor = (scale.float() * size**-0.5).expand(rows, 1)
+    device, wide = weight.device.type, 2 * columns  # half a chunk: turning takes two more
+    chunk = torch.empty(chunk_rows(rows, wide, device), columns, device=out.device)
+    for part in row_slices(rows, wide, device):
+        work = chunk[: part.stop - part.start]
+        out[part] = unit_rotation(work.copy_(weight[part]), size).mul_(factor[part])
     return out
 
 

@@ -76,6 +76,8 @@ SPELLINGS = {
     "comfy metadata": ("fp8 per tensor", "fp8", "fp8"),
     "comfy int8": ("int8 per tensor", "int8", "int8"),
     "comfy int8 rows": ("int8 per row", "int8", "int8"),
+    "comfy convrot 64": ("int8-convrot per row", "int8-convrot", "int8"),
+    "comfy convrot 16": ("int8-convrot per row", "int8-convrot", "int8"),
     "lightx2v int8": ("int8 per row", "int8", "int8"),
     "lightx2v fp8": ("fp8 per row", "fp8", "fp8"),
     "quanto int8": ("quanto-int8", "quanto-int8", "int8"),
@@ -283,7 +285,7 @@ def _fp8(file, key="blocks.0.ffn.0"):
 
 
 def _rotated(file):
-    _fp8(file)
+    _fp8(file)  # of 8-bit floats no rotation is known
     config = {"format": "int8_tensorwise", "convrot": True}
     file["blocks.0.ffn.0.comfy_quant"] = golden._json_tensor(config)
     file["blocks.0.ffn.0.weight_scale"] = torch.ones(1)

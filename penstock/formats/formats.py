@@ -13,6 +13,7 @@ from typing import Protocol
 
 from penstock.errors import ProfileError
 from penstock.formats.gguf import GGUF_FORMATS
+from penstock.formats.micro import Micro
 from penstock.formats.nf4 import NF4
 from penstock.formats.plain import Plain
 from penstock.formats.quanto import QuantoInt4
@@ -55,6 +56,10 @@ class QuantFormat(Protocol):
     def fits(self, shape: Shape) -> bool:
         """Whether a weight of ``shape`` can be stored; if not it is kept plain."""
 
+    def logical(self, data: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The weight's shape by that of its data, the first of the stored tensors; None where only
+        the model's config tells it."""
+
     def storage(self, shape: Shape, compute_dtype: str) -> dict[str, Spec]:
         """Dtype tag and shape of each stored tensor.
 
@@ -85,6 +90,8 @@ FORMATS: Mapping[str, QuantFormat] = _by_name(
     Scaled8("quanto-int8", "I8", "int8", "column", None, "weight._data", "weight._scale"),
     Scaled8("quanto-fp8", "F8_E4M3", "fp8", "column", None, "weight._data", "weight._scale"),
     QuantoInt4(),
+    Micro("nvfp4", 16, 16, "F8_E4M3", ()),
+    Micro("mxfp8", 32, 32, "F8_E8M0", None),
     *GGUF_FORMATS,
 )
 

@@ -38,6 +38,10 @@ class NF4:
         """Whether rows are whole blocks."""
         return shape[1] % self.block == 0
 
+    def logical(self, data: tuple[int, ...]) -> tuple[int, ...]:
+        """Two numbers a byte."""
+        return (data[0], 2 * data[1])
+
     def storage(self, shape: Shape, compute_dtype: str) -> dict[str, Spec]:
         """Packed codes (the first of a pair in the high bits) and the blocks' maxima."""
         rows, columns = shape

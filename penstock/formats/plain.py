@@ -29,6 +29,10 @@ class Plain:
         """Every shape can be stored."""
         return True
 
+    def logical(self, data: tuple[int, ...]) -> tuple[int, ...]:
+        """The same."""
+        return data
+
     def storage(self, shape: Shape, compute_dtype: str) -> dict[str, Spec]:
         """One tensor, whatever the compute dtype."""
         return {"weight": (self.tag, shape)}

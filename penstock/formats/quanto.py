@@ -44,6 +44,10 @@ class QuantoInt4:
         """Every shape can be stored."""
         return True
 
+    def logical(self, data: tuple[int, ...]) -> None:
+        """Groups tell no shape."""
+        return
+
     def storage(self, shape: Shape, compute_dtype: str) -> dict[str, Spec]:
         """Packed codes, scales and shifts of the groups."""
         count, size = groups_of(shape)

@@ -8,6 +8,7 @@ The spellings and their sources:
 - ``weight`` alone in F8_E4M3 or F8_E5M2: a raw cast, Kijai's and Comfy-Org's `_fp8_e4m3fn`;
 - ``weight._data`` + ``weight._scale`` (+ ``_shift``): optimum-quanto;
 - ``weight`` + ``weight_absmax``: ours, of bitsandbytes' NF4;
+- ``weight`` + ``weight_scale`` (+ ``weight_scale_2``) of NVFP4 and MXFP8: ComfyUI's;
 - ``weight`` of a ggml type, whose tag says which.
 
 Scales of activations (``input_scale``, ``scale_input``, ``output_scale``) are not used: ours are
@@ -25,6 +26,7 @@ from penstock.errors import CheckpointError
 from penstock.formats.formats import FORMATS, QuantFormat
 from penstock.formats.gguf import GGUF_FORMATS
 from penstock.formats.gguf import PREFIX as GGUF
+from penstock.formats.micro import Micro
 from penstock.formats.plain import Plain
 from penstock.formats.quanto import QuantoInt4
 from penstock.formats.rows import Spec
@@ -40,7 +42,7 @@ _KNOWN = (
 _SUFFIX = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _KNOWN))})")
 _EIGHT = {"F8_E4M3": "fp8", "I8": "int8", "F8_E5M2": "fp8-e5m2"}
 _ROTATIONS = (4, 16, 64, 256, 1024)
-_COMFY = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
+_COMFY = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "nvfp4", "mxfp8")
 _PLAIN: Mapping[str, QuantFormat] = MappingProxyType(
     {each.tag: each for each in FORMATS.values() if isinstance(each, Plain)}
 )
@@ -137,9 +139,25 @@ def _packed(named: Mapping[str, Spec]) -> QuantFormat | None:
     if set(named) == {"weight._data._data", "weight._scale", "weight._shift"}:
         return QuantoInt4(scale_tag=named["weight._scale"][0])
     tag, shape = named.get("weight", ("", ()))
-    if set(named) == {"weight", "weight_absmax"} and tag == "U8" and len(shape) == 2:
+    if len(shape) != 2:
+        return None
+    if set(named) == {"weight", "weight_absmax"} and tag == "U8":
         return FORMATS["nf4"]
-    return None
+    return _micro(named, tag)
+
+
+def _micro(named: Mapping[str, Spec], tag: str) -> QuantFormat | None:
+    """NVFP4 or MXFP8, of whole tiles."""
+    scale_tag = named.get("weight_scale", ("", ()))[0]
+    found: Micro | None = None
+    if set(named) == {"weight", "weight_scale", "weight_scale_2"} and tag == "U8":
+        found = Micro("nvfp4", 16, 16, scale_tag, named["weight_scale_2"][1])
+    elif set(named) == {"weight", "weight_scale"} and scale_tag in ("U8", "F8_E8M0"):
+        found = Micro("mxfp8", 32, 32, scale_tag, None)
+    if found is None:
+        return None
+    rows, columns = found.logical(named["weight"][1])
+    return found if found.storage((rows, columns), "") == dict(named) else None
 
 
 def _eight_bit(named: Mapping[str, Spec], layer: str) -> Scaled8 | None:
@@ -212,7 +230,7 @@ def _unknown(named: Mapping[str, Spec], layer: str) -> CheckpointError:
     found = ", ".join(f"{suffix} {tag}{list(dims)}" for suffix, (tag, dims) in named.items())
     return CheckpointError(
         f"{layer} is stored in a way that penstock does not read",
-        expected="bf16, fp16, fp32, fp8, int8 with scales, quanto, nf4 or GGUF",
+        expected="bf16, fp16, fp32, fp8, int8 with scales, quanto, nf4, nvfp4, mxfp8 or GGUF",
         found=found or "none",
         remedy="Use the same model's bf16, fp8 e4m3 or GGUF file.",
     )

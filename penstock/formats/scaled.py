@@ -88,6 +88,10 @@ class Scaled8:
         """Every shape can be stored; a rotated one if its rows are whole groups."""
         return not self.rotation or shape[1] % self.rotation == 0
 
+    def logical(self, data: tuple[int, ...]) -> tuple[int, ...]:
+        """The same."""
+        return data
+
     def storage(self, shape: Shape, compute_dtype: str) -> dict[str, Spec]:
         """The weight's bytes and, unless raw, its scale."""
         stored: dict[str, Spec] = {self.weight_key: (self.tag, shape)}

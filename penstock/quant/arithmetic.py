@@ -15,12 +15,13 @@ from torch import Tensor
 
 from penstock.formats.formats import QuantFormat
 from penstock.formats.gguf import Gguf
+from penstock.formats.micro import Micro
 from penstock.formats.nf4 import NF4
 from penstock.formats.plain import Plain
 from penstock.formats.quanto import QuantoInt4
 from penstock.formats.rows import Shape
 from penstock.formats.scaled import Scaled8
-from penstock.quant.values import gguf, nf4, plain, quanto, scaled
+from penstock.quant.values import gguf, micro, nf4, plain, quanto, scaled
 
 
 class Arithmetic(NamedTuple):
@@ -35,6 +36,7 @@ ARITHMETIC: Mapping[type[Any], Arithmetic] = MappingProxyType(
         Plain: Arithmetic(plain.quantise, plain.dequantise),
         Scaled8: Arithmetic(scaled.quantise, scaled.dequantise),
         NF4: Arithmetic(nf4.quantise, nf4.dequantise),
+        Micro: Arithmetic(micro.quantise, micro.dequantise),
         QuantoInt4: Arithmetic(quanto.quantise, quanto.dequantise),
         Gguf: Arithmetic(gguf.quantise, gguf.dequantise),
     }

@@ -241,6 +241,8 @@ def _store(tensor, spelling, layer):
     if spelling in ("raw fp8", "everything fp8", "raw e5m2"):
         small = tensor.to(E5M2 if "e5m2" in spelling else FP8)
         return {f"{layer}.weight": small}, small.float()
+    if spelling in ("comfy nvfp4", "comfy mxfp8"):
+        return _micro(tensor, spelling.removeprefix("comfy "), layer)
     if spelling == "quanto int4":
         return _quanto_int4(tensor, layer)
     dtype = torch.int8 if "int8" in spelling else E5M2 if "e5m2" in spelling else FP8
@@ -277,6 +279,17 @@ def _store(tensor, spelling, layer):
         extra[f"{layer}.weight_scale"] = scale.reshape(-1, 1) if per_row else scale.reshape(1)
         extra |= {f"{layer}.comfy_quant": _json_tensor({"format": "int8_tensorwise"})}
     return extra, value
+
+
+def _micro(tensor, name, layer):
+    from comfy_kitchen import tensor as kitchen
+
+    layout = {"nvfp4": kitchen.TensorCoreNVFP4Layout, "mxfp8": kitchen.TensorCoreMXFP8Layout}[name]
+    codes, params = layout.quantize(tensor.float())
+    tensors = layout.state_dict_tensors(codes, params)
+    extra = {f"{layer}.weight{suffix}": value for suffix, value in tensors.items()}
+    extra |= {f"{layer}.comfy_quant": _json_tensor({"format": name})}
+    return extra, layout.dequantize(codes, params)
 
 
 def _quanto_int4(tensor, layer):

@@ -252,3 +252,26 @@ def test_a_rotation_is_undone_on_the_fast_path(size: int) -> None:
     plain = get_format("int8")
     unturned = Int8Gemm()(Operands(plain, (64, 1024), quantise(plain, weight), None), x)
     assert relative_rms(found, x @ weight.t()) < relative_rms(unturned, x @ weight.t())
+
+
+@pytest.mark.parametrize("shape", [(96, 1024), (40, 72), (300, 512)])
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp8"])
+def test_blackwells_formats_as_comfy_kitchen_has_them(name: str, shape: tuple[int, int]) -> None:
+    layouts = {"nvfp4": "TensorCoreNVFP4Layout", "mxfp8": "TensorCoreMXFP8Layout"}
+    layout, weight = getattr(_kitchen(), layouts[name]), small_weight(*shape)
+    weight[3] = 0
+    weight[:, 7] *= 40
+    codes, params = layout.quantize(weight)
+    stored = {"weight" + k: v for k, v in layout.state_dict_tensors(codes, params).items()}
+    found = {k: (dtype_tag(t.dtype), tuple(t.shape)) for k, t in stored.items()}
+    fmt = recognise(found, comfy={"format": name})
+    assert fmt.name == name and fmt.storage(shape, "BF16") == found
+    theirs = layout.dequantize(codes, params)[: shape[0], : shape[1]]
+    assert torch.equal(dequantise(fmt, stored, shape, torch.float32), theirs)
+    # In bf16 theirs rounds the scales first; ours rounds the fp32 product once.
+    assert torch.equal(dequantise(fmt, stored, shape, torch.bfloat16), theirs.bfloat16())
+    assert relative_rms(theirs, weight) < 0.2
+    if name == "mxfp8":  # ComfyUI's files may call the powers bytes
+        stored["weight_scale"] = stored["weight_scale"].view(torch.uint8)
+        fmt = recognise(found | {"weight_scale": ("U8", found["weight_scale"][1])})
+        assert torch.equal(dequantise(fmt, stored, shape, torch.float32), theirs)

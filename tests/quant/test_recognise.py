@@ -104,7 +104,7 @@ def test_other_rotations_are_refused_with_a_remedy(size: object) -> None:
         recognise(stored, layer="blocks.0.x", comfy=config)
 
 
-@pytest.mark.parametrize("kind", ["int8_blockwise", "nvfp4", "svdquant_w4a4"])
+@pytest.mark.parametrize("kind", ["int8_blockwise", "int4_awq", "svdquant_w4a4"])
 def test_other_comfy_formats_are_refused_by_name(kind: str) -> None:
     stored = {"weight": ("I8", (256, 256)), "weight_scale": ("F32", (2, 2))}
     with pytest.raises(CheckpointError, match=kind):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from penstock.engine.files.formats import compute_tag, decode
-from penstock.engine.files.keys import ComponentSource, as_bytes
+from penstock.engine.files.keys import ComponentSource
+from penstock.engine.files.storage import as_bytes
 from penstock.offload.checkpoint import TensorEntry, torch_dtype, view_as_stored
 from penstock.offload.files import WeightFile
 

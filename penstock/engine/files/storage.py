@@ -10,13 +10,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
 from penstock.errors import CheckpointError
 from penstock.formats.formats import QuantFormat
+from penstock.formats.gguf import PREFIX as GGUF
+from penstock.formats.gguf import block_size
 from penstock.formats.recognise import canonical_suffix, recognise, split_suffix
+from penstock.formats.rows import Spec
 from penstock.offload.checkpoint import TensorEntry
 
 COMFY_MARK = "scaled_fp8"
@@ -36,7 +39,8 @@ class StoredWeight:
         tensors: the stored tensors that computing needs, by suffix in the spelling of the formats
             ("weight", "weight_scale", ...).
         format: what reads them.
-        shape: the logical shape; None where only the model's config tells it (4-bit quanto).
+        shape: the logical shape, padded where the format pads; None where only the model's config
+            tells it (4-bit quanto).
     """
 
     name: str
@@ -55,16 +59,31 @@ class StoredWeight:
         return self.format.plain
 
     @property
+    def specs(self) -> dict[str, Spec]:
+        """Dtype tag and shape of the stored tensors, as bytes lie."""
+        entries = {suffix: as_bytes(entry) for suffix, entry in self.tensors.items()}
+        return {suffix: (entry.dtype, entry.shape) for suffix, entry in entries.items()}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the stored tensors."""
         return sum(entry.nbytes for entry in self.tensors.values())
 
     def holds(self, shape: tuple[int, ...]) -> bool:
         """Whether this can be a weight of ``shape``."""
-        if self.shape is not None:
+        if self.shape == shape or len(shape) != 2:
             return self.shape == shape
-        packed = self.tensors["weight._data._data"]
-        return len(shape) == 2 and packed.nbytes == math.prod(shape) / 2
+        matrix = (shape[0], shape[1])
+        return self.format.fits(matrix) and self.format.storage(matrix, "") == self.specs
+
+
+def as_bytes(entry: TensorEntry) -> TensorEntry:
+    """An entry of GGUF blocks as rows of bytes; others as they are."""
+    if not entry.dtype.startswith(GGUF):
+        return entry
+    block, nbytes = block_size(entry.dtype)
+    *rows, columns = entry.shape
+    return replace(entry, dtype="U8", shape=(*rows, columns // block * nbytes))
 
 
 def gather(
@@ -180,10 +199,4 @@ def _stored(
         comfy=comfy,
         full_precision=full_precision,
     )
-    return StoredWeight(name, MappingProxyType(used), found, _logical(found, data.shape))
-
-
-def _logical(found: QuantFormat, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    if found.name == "quanto-int4":
-        return None
-    return (shape[0], 2 * shape[1]) if found.name == "nf4" else shape
+    return StoredWeight(name, MappingProxyType(used), found, found.logical(data.shape))

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from penstock.engine.files.formats import decode, is_linear
-from penstock.engine.files.keys import ComponentSource, as_bytes, stored_name
-from penstock.engine.files.storage import StoredWeight
+from penstock.engine.files.keys import ComponentSource, stored_name
+from penstock.engine.files.storage import StoredWeight, as_bytes
 from penstock.formats.tags import ITEM_BYTES
 from penstock.offload.checkpoint import Checkpoint, torch_dtype
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from penstock.engine.families.wan.structure import BLOCKS, is_cross_kv
 from penstock.engine.files.formats import compute_tag, is_linear
-from penstock.engine.files.keys import ComponentSource, as_bytes, recognise, stored_name
+from penstock.engine.files.keys import ComponentSource, recognise, stored_name
 from penstock.engine.files.source import RawFile
 from penstock.engine.files.storage import COMFY_METADATA
 from penstock.engine.lora.place import PlacedLoras
@@ -174,7 +174,7 @@ def _step(
     changed: bool,
 ) -> Step:
     stored = source.weights[name]
-    found = specs_of(stored.tensors)
+    found = stored.specs
     matrix = _matrix(shape)
     if target is not None and matrix is not None and target.fits(matrix):
         made = target.storage(matrix, tag)
@@ -188,12 +188,6 @@ def _step(
 
 def _matrix(shape: tuple[int, ...]) -> Shape | None:
     return (shape[0], shape[1]) if len(shape) == 2 else None
-
-
-def specs_of(tensors: Mapping[str, TensorEntry]) -> dict[str, Spec]:
-    """Dtype tag and shape of stored tensors, as bytes lie."""
-    entries = {suffix: as_bytes(entry) for suffix, entry in tensors.items()}
-    return {suffix: (entry.dtype, entry.shape) for suffix, entry in entries.items()}
 
 
 def _comfy_text(source: ComponentSource, steps: list[Step]) -> dict[str, str]:

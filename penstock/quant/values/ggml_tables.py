@@ -16,7 +16,7 @@ from torch import Tensor
 _NORMAL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 """IQ4_NL's points, denser around zero."""
 
-_E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 """Numbers of a sign, two bits of exponent and one of mantissa, doubled."""
 
 
@@ -33,16 +33,18 @@ def runs(blocks: Tensor, start: int, count: int, size: int) -> Tensor:
 
 
 @cache
-def _pairs(points: Sequence[int], device: torch.device) -> Tensor:
-    """For each byte the points of its low and its high half, as one int16."""
+def pairs(points: Sequence[int], device: torch.device, *, high_first: bool = False) -> Tensor:
+    """For each byte the points of its low and its high half, as one int16; or the other way."""
     values = torch.tensor(points, dtype=torch.int8, device=device)
     byte = torch.arange(256, device=device)
-    return torch.stack([values[byte & 15], values[byte >> 4]], dim=1).view(torch.int16).flatten()
+    halves = [values[byte & 15], values[byte >> 4]]
+    both = torch.stack(halves[::-1] if high_first else halves, dim=1)
+    return both.view(torch.int16).flatten()
 
 
 def _decode_pairs(packed: Tensor, points: Sequence[int], out: Tensor) -> None:
     """Bytes (blocks, runs, n) -> points (blocks, runs, 2, n): each run's low halves, then high."""
-    found = _pairs(points, packed.device).index_select(0, packed.reshape(-1).int())
+    found = pairs(points, packed.device).index_select(0, packed.reshape(-1).int())
     halves = found.view(torch.int8).view(*packed.shape, 2)
     out.view(*packed.shape[:2], 2, -1).copy_(halves.transpose(2, 3))
 
@@ -65,7 +67,7 @@ def iq4_xs(blocks: Tensor, out: Tensor) -> None:
 
 def mxfp4(blocks: Tensor, out: Tensor) -> None:
     """Doubled E2M1 numbers, times half of the power of two that byte 0 names."""
-    _decode_pairs(blocks[:, None, 1:], _E2M1, out)
+    _decode_pairs(blocks[:, None, 1:], E2M1, out)
     power = blocks[:, :1].int()
     # The two least powers are subnormal in fp32.
     bits = torch.where(power < 2, 0x00200000 << power.clamp(max=1), (power - 1) << 23)
@@ -74,7 +76,7 @@ def mxfp4(blocks: Tensor, out: Tensor) -> None:
 
 def nvfp4(blocks: Tensor, out: Tensor) -> None:
     """Four groups of 16 doubled E2M1 numbers, each times half of its scale in unsigned e4m3."""
-    _decode_pairs(runs(blocks, 4, 4, 8), _E2M1, out)
+    _decode_pairs(runs(blocks, 4, 4, 8), E2M1, out)
     code = blocks[:, :4]
     exponent, mantissa = (code >> 3 & 15).int(), (code & 7).float()
     normal = torch.ldexp(1 + mantissa / 8, exponent - 7)

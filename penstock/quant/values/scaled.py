@@ -123,7 +123,7 @@ def _by_chunks(weight: Tensor, scale: Tensor | None, out: Tensor) -> Tensor:
         if bits is None:
             work.copy_(weight[part])
         else:
-            decode = _decode_e4m3 if weight.dtype == torch.float8_e4m3fn else _decode_e5m2
+            decode = decode_e4m3 if weight.dtype == torch.float8_e4m3fn else _decode_e5m2
             decode(weight[part], bits[: len(target)], work)
         if scale is not None:
             work.mul_(scale[part])
@@ -153,7 +153,7 @@ def _decodes_into(dtype: torch.dtype, weight: Tensor, scale: Tensor | None) -> b
     return dtype == torch.float32 or (dtype == torch.bfloat16 and whole)
 
 
-def _decode_e4m3(codes: Tensor, bits: Tensor, out: Tensor) -> None:
+def decode_e4m3(codes: Tensor, bits: Tensor, out: Tensor) -> None:
     """``codes`` (e4m3fn) as fp32, with ``bits`` (int16) in between: torch's way, one by one, takes
     several times as long.
 

@@ -78,6 +78,8 @@ SPELLINGS = {
     "comfy int8 rows": ("int8 per row", "int8", "int8"),
     "comfy convrot 64": ("int8-convrot per row", "int8-convrot", "int8"),
     "comfy convrot 16": ("int8-convrot per row", "int8-convrot", "int8"),
+    "comfy nvfp4": ("nvfp4", "nvfp4", None),
+    "comfy mxfp8": ("mxfp8", "mxfp8", None),
     "lightx2v int8": ("int8 per row", "int8", "int8"),
     "lightx2v fp8": ("fp8 per row", "fp8", "fp8"),
     "quanto int8": ("quanto-int8", "quanto-int8", "int8"),

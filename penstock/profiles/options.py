@@ -26,7 +26,7 @@ class Options:
         vram, ram: ceilings, such as "12GiB" or bytes.
         device: "cuda", "cpu" or "auto" (CUDA where there is one).
         profile: a profile's name or the path of its file.
-        format: of the transformer's matrices (`penstock.quant.format.FORMATS`). Where the files
+        format: of the transformer's matrices (`penstock.formats.formats.FORMATS`). Where the files
             hold another, the first job packs the transformer, and it is read from there.
         compute: "exact" decodes quantised weights, "fast" multiplies in 8 bits where the format
             allows it and the device has just shown that it can.

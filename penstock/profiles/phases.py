@@ -6,11 +6,11 @@ best of its shapes inside limits, and the smallest.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Generic, Protocol, TypeVar
 
+from penstock.formats.formats import FORMATS
 from penstock.profiles.manifest import ComputePath, Heads, Prefetch, Storage, VideoShape
 from penstock.profiles.plan import Items, PhasePlan
 from penstock.profiles.policy import Limits, Policy
@@ -44,9 +44,6 @@ HOLES = "holes between tensors"
 """Item of the device memory of the VAE's phases on a GPU: what torch's allocator holds of them
 beside their tensors, frames of many sizes that come and go."""
 
-
-EIGHT_BIT: Mapping[str, ComputePath] = MappingProxyType({"fp8": "fp8", "int8": "int8"})
-"""Formats whose matrices may multiply in 8 bits, and how."""
 
 Group = tuple[PhasePlan, ...]
 
@@ -315,7 +312,7 @@ def compute_path(stored: Storage, policy: Policy, rates: Rates) -> ComputePath:
     that is only described, as its rates say."""
     if stored.path is not None:
         return stored.path
-    eight_bit = EIGHT_BIT.get(stored.format)
+    eight_bit = FORMATS[stored.format].gemm if stored.format in FORMATS else None
     if policy.compute == "fast" and eight_bit and rates.product_flops(eight_bit):
         return eight_bit
     return "dequant" if stored.scratch_bytes else "plain"

@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from penstock.errors import ProfileError, UsageError
-from penstock.profiles.formats import get_format
+from penstock.formats.formats import get_format
 from penstock.profiles.hardware import Hardware
 from penstock.profiles.options import Options
 from penstock.profiles.plan import Origin

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 
+from penstock.blocks import PAGE_BYTES
 from penstock.engine.bench import measure as bench_measure
 from penstock.engine.bench import order as bench_order
 from penstock.engine.bench import weights as bench_weights
@@ -49,10 +50,9 @@ from penstock.engine.machine.disk import read_rate
 from penstock.engine.model.files import ModelFiles
 from penstock.engine.request.generation import GenerationRequest
 from penstock.errors import UsageError
-from penstock.offload.files import DIRECT_ALIGNMENT
+from penstock.formats.formats import get_format
 from penstock.profiles.options import Options
 from penstock.profiles.plan import StreamPlan
-from penstock.quant.format import get_format
 from penstock.quant.policy import default_policy
 
 MIB = 1 << 20
@@ -98,7 +98,7 @@ def test_a_synthetic_transformer_is_a_model_like_any_other(
     assert model.transformer.source.label().startswith(weight_format)
     for layout in (*model.transformer.blocks, *model.transformer.cross):
         assert len(layout.extents) == 1, "a block is one read"
-        assert layout.extents[0].file_offset % DIRECT_ALIGNMENT == 0
+        assert layout.extents[0].file_offset % PAGE_BYTES == 0
     model.close()
 
 

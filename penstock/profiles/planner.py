@@ -85,7 +85,8 @@ def steps(
         yield Tiled("encode", case)
     yield Denoise(case)
     yield Tiled("decode", case)
-    yield Mux(case)
+    if workload.written:
+        yield Mux(case)
 
 
 def minimum_vram_bytes(manifest: ModelManifest, workload: Workload, hardware: Hardware) -> int:

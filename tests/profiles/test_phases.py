@@ -8,6 +8,7 @@ import pytest
 
 from penstock.profiles.builtin import builtin
 from penstock.profiles.denoising import Denoise
+from penstock.profiles.hardware import Hardware
 from penstock.profiles.manifest import VideoShape
 from penstock.profiles.phases import (
     CUDA_LIBRARY_BYTES,
@@ -20,6 +21,7 @@ from penstock.profiles.phases import (
     Tiled,
     Workload,
 )
+from penstock.profiles.planner import plan
 from penstock.profiles.policy import Limits, Policy
 from penstock.profiles.rates import Rates
 
@@ -40,6 +42,18 @@ def seconds(name: str, rates: Rates) -> float:
     assert image is not None
     network = OnePass.text(case) if name == "text" else OnePass.image(case, image)
     return next(network.phases(ROOM)).seconds
+
+
+def test_a_file_is_planned_where_one_is_written() -> None:
+    """A pipeline that is not ours takes the frames themselves."""
+    case = a_case(FREE)
+    machine = Hardware("cpu", "a machine", 1 << 50, 1 << 50, FREE)
+    ours, theirs = (
+        plan(case.manifest, replace(case.workload, written=written), machine).phases
+        for written in (True, False)
+    )
+    assert [phase.name for phase in theirs] == [phase.name for phase in ours[:-1]]
+    assert ours[-1].name == "mux"
 
 
 @pytest.mark.parametrize(("name", "visits"), [("text", 2 * 24), ("image", 31), ("context", 2 * 40)])

@@ -60,7 +60,7 @@ def test_every_command_that_plans_takes_every_option() -> None:
 
 def test_flags_reach_the_plan() -> None:
     flags = ("--branches", 1, "--chunk-tokens", 2048, "--tiles", "2x3", "--cross-kv", "ram",
-             "--disk-use", "never", "--format", "nf4")  # fmt: skip
+             "--disk-use", "never", "--format", "nf4", "--pinned-share", "0.25")  # fmt: skip
     plan = told(*CARD, *flags, "--disk", "hdd", "--ram", "64GiB")
     denoise, decode = (
         next(each for each in plan["phases"] if each["name"] == name)
@@ -70,13 +70,13 @@ def test_flags_reach_the_plan() -> None:
     assert not denoise["cross_kv_on_device"]
     assert decode["tiles"] == [2, 3]
     sources = {each["name"]: each["source"] for each in plan["origins"]}
-    for name in ("branches", "chunk_tokens", "tiles", "cross_kv", "disk", "format"):
+    for name in ("branches", "chunk_tokens", "tiles", "cross_kv", "disk", "format", "pinned"):
         assert sources[name] == "flag"
     assert sources["ram"].startswith("free on") and sources["rates"].endswith("hdd")
     given = {name: word for name, word in plan["options"].items() if word is not None}
     assert given == {
         "device": "cuda", "format": "nf4", "branches": "1", "chunk_tokens": "2048",
-        "tiles": "2x3", "cross_kv": "ram", "disk": "never",
+        "tiles": "2x3", "cross_kv": "ram", "disk": "never", "pinned_share": "0.25",
     }  # fmt: skip
 
 
@@ -99,7 +99,13 @@ WAYS = (
     {"profile": "12gb"},
     {"format": "int8", "compute": "fast"},
     {"branches": "1", "chunk-tokens": "4", "tiles": "2x2", "cross-kv": "ram"},
-    {"disk-use": "never", "distilled": None, "max-area": "48x32", "size": None},
+    {
+        "pinned-share": "0.5",
+        "disk-use": "never",
+        "distilled": None,
+        "max-area": "48x32",
+        "size": None,
+    },
 )
 
 

@@ -23,6 +23,7 @@ MACHINE = Hardware("cuda", "a card", 20 * GIB, 30 * GIB, Rates(1e12, 1e10, 1e9))
 ALL = Options(
     vram="9GiB", ram=8 * GIB, device="cpu", profile="12gb", format="int8", compute="fast",
     attention="int8", branches="1", chunk_tokens=64, tiles="2x3", cross_kv="vram", disk="never",
+    pinned_share=0.5,
 )  # fmt: skip
 """Every option says something."""
 
@@ -59,6 +60,10 @@ def test_what_determines_a_result_is_told_by_a_plan() -> None:
         ({"tiles": "big"}, "illegal tiles: expected ROWSxCOLUMNS"),
         ({"cross_kv": "disk"}, "illegal cross_kv: expected auto, vram or ram"),
         ({"disk": "no"}, "illegal disk: expected auto, spare or never"),
+        ({"pinned_share": "all"}, "illegal pinned_share: expected a share of RAM, above 0 and up"),
+        ({"pinned_share": 0}, "illegal pinned_share"),
+        ({"pinned_share": "1.01"}, "illegal pinned_share"),
+        ({"pinned_share": "nan"}, "illegal pinned_share"),
     ],
 )
 def test_an_illegal_value_dies_where_it_is_made(given: dict[str, Any], told: str) -> None:

@@ -392,6 +392,8 @@ def test_a_saved_result_comes_back_the_same(tmp_path: Path) -> None:
 def test_a_result_from_before_recipes_had_rules_is_read(tmp_path: Path) -> None:
     value = json.loads(json.dumps(_result().to_json()))
     del value["recipe"]["rules"]
+    text = json.dumps(value["recipe"], sort_keys=True)
+    assert value["recipe_hash"] == hashlib.sha256(text.encode()).hexdigest()[:16]
     (tmp_path / "old.json").write_text(json.dumps(value))
     assert load(tmp_path / "old.json") == _result()
     ruled = _result(rules={"branches": "1"})

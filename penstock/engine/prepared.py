@@ -13,22 +13,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from penstock.engine.families.wan.attending import attending_on
+from penstock.engine.attention.choice import attending_on
+from penstock.engine.family.protocol import builtin
 from penstock.engine.files.locate import Files
 from penstock.engine.lora.file import Lora, as_loras
 from penstock.engine.model.files import ModelFiles
+from penstock.engine.model.grid import Grid
 from penstock.engine.model.opening import Opening
-from penstock.engine.request.generation import GenerationRequest, Grid, check_task, workload_of
+from penstock.engine.request.generation import GenerationRequest, check_task, workload_of
 from penstock.engine.request.settings import Suited
 from penstock.engine.variants import Variants, computing_on
 from penstock.errors import UsageError
 from penstock.profiles.advice import plan_chosen
-from penstock.profiles.builtin import builtin
 from penstock.profiles.cards import described
 from penstock.profiles.hardware import Hardware, default_device, probe
-from penstock.profiles.manifest import ModelManifest
 from penstock.profiles.options import Options
-from penstock.profiles.phases import Workload
+from penstock.profiles.phases import Manifest, Workload
 from penstock.profiles.plan import Plan
 from penstock.profiles.policy import AUTO
 from penstock.profiles.profile import Chosen, choose, load
@@ -40,7 +40,7 @@ class BuiltIn:
     """A built-in description in the place of a model's files: it is planned, and never run.
 
     Attributes:
-        name: as `penstock.profiles.builtin.BUILTIN` has it.
+        name: as `penstock.engine.family.protocol.builtin` has it.
         chosen: budgets, policy and formats.
         grid: the sizes that the model can represent.
     """
@@ -59,7 +59,7 @@ class BuiltIn:
         """For messages."""
         return f"the built-in {self.name}"
 
-    def manifest(self, weight_format: str) -> ModelManifest:
+    def manifest(self, weight_format: str) -> Manifest:
         """The model with its block matrices in that format.
 
         Raises:
@@ -158,16 +158,16 @@ class Prepared:
             computing = Computing(Scratch(0, chosen.hardware.place))
             return cls(Variants(model, chosen, computing, cache, described=True), chosen)
         computing, products = computing_on(chosen.hardware.place, chosen.policy.compute)
-        spec, tag = model.manifest.transformer, model.transformer.tag
-        chosen, attention = attending_on(chosen, spec, tag)
+        heads, tag = model.manifest.heads, model.streamed.tag
+        chosen, attention = attending_on(chosen, heads, tag)
         return cls(Variants(model, chosen, computing, cache), chosen, (*products, *attention))
 
     @classmethod
     def _of_description(cls, name: str, chosen: Chosen, *, here: bool) -> Prepared:
         notices: tuple[str, ...] = ()
         if here:
-            spec = builtin(name, chosen.formats[0]).transformer
-            chosen, notices = attending_on(chosen, spec)
+            heads = builtin(name, chosen.formats[0]).heads
+            chosen, notices = attending_on(chosen, heads)
         return cls(BuiltIn(name, chosen), chosen, notices)
 
     @property

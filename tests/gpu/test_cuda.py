@@ -14,22 +14,22 @@ import torch
 from torch import Tensor
 
 import penstock
+from penstock.engine.attention.kernels import int8_attention
+from penstock.engine.attention.probe import probe_int8
 from penstock.engine.bench.measure import Asked, measure
 from penstock.engine.bench.weights import write_synthetic
 from penstock.engine.engine import Engine
-from penstock.engine.families.wan.attention import int8_attention
-from penstock.engine.families.wan.attention_probe import probe_int8
+from penstock.engine.families.wan import work
+from penstock.engine.families.wan.cost.transformer import int8_attention_bytes
 from penstock.engine.families.wan.tiny import write_tiny_model
 from penstock.engine.files.locate import locate
 from penstock.engine.request.demo import DEMO_PROMPT, MINI, demo_picture
 from penstock.engine.request.generation import GenerationRequest
 from penstock.engine.request.settings import Settings, resolve
-from penstock.engine.run import pipeline
 from penstock.engine.run.events import Progress, Replanned
 from penstock.offload.allocator import allocator_capped
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.tiers import HostTier
-from penstock.profiles.cost.transformer import int8_attention_bytes
 from penstock.profiles.gpu_sign import shows_gpu
 from penstock.profiles.hardware import default_device
 from penstock.profiles.options import Options
@@ -139,14 +139,14 @@ def test_an_end_of_memory_is_survived_with_the_same_bits(
     rules = Options(chunk_tokens="16")
     with Engine.open(model, vram="512MiB", device=DEVICE, options=rules) as engine:
         whole = engine.submit(request).result().latents
-        honest, failures = pipeline.dit.denoise_forward, iter([False, True])
+        honest, failures = work.dit.denoise_forward, iter([False, True])
 
         def exhausted(*arguments: Any) -> Any:
             if next(failures, False):
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory (made up by a test)")
             return honest(*arguments)
 
-        monkeypatch.setattr(pipeline.dit, "denoise_forward", exhausted)
+        monkeypatch.setattr(work.dit, "denoise_forward", exhausted)
         job = engine.submit(request)
         events = list(job.events())
         again = job.result().latents
@@ -266,14 +266,14 @@ def test_unload_gives_the_memory_back() -> None:
 
 
 class _Squeezed:
-    """`pipeline.denoise`, with ``missing`` bytes less than it took before.
+    """`work.denoise`, with ``missing`` bytes less than it took before.
 
     Attributes:
         peak: what torch's allocator held when nothing was missing.
     """
 
     def __init__(self) -> None:
-        self._honest = pipeline.denoise
+        self._honest = work.denoise
         self.peak = self.missing = 0
 
     def __call__(self, *arguments: Any) -> Any:
@@ -295,7 +295,7 @@ def test_a_real_end_of_memory_is_survived_with_the_same_bits(
     wide: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     squeezed = _Squeezed()
-    monkeypatch.setattr(pipeline, "denoise", squeezed)
+    monkeypatch.setattr(work, "denoise", squeezed)
     with Engine.open(wide, vram="512MiB", device=DEVICE, options=FIXED) as engine:
         stream = engine.plan(TEXT)["denoise"].stream
         assert stream is not None and stream.device_resident == BLOCKS

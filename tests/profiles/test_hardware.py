@@ -12,10 +12,10 @@ import psutil
 import pytest
 import torch
 
+from penstock.engine.family.protocol import builtin
 from penstock.errors import OverBudget, ProfileError
 from penstock.profiles import hardware as hw
 from penstock.profiles.advice import plan_chosen
-from penstock.profiles.builtin import builtin
 from penstock.profiles.cards import cards, described, disk_bytes_per_s, find_card
 from penstock.profiles.manifest import VideoShape
 from penstock.profiles.options import Options

@@ -14,18 +14,18 @@ from PIL import Image
 
 from penstock.engine.bench.measure import Asked, measure
 from penstock.engine.bench.result import BenchResult
+from penstock.engine.bench.synthetic import synthetic
 from penstock.engine.bench.weights import (
     FREE_BYTES,
-    synthetic,
-    transformer_bytes,
+    streamed_bytes,
     write_synthetic,
 )
 from penstock.engine.engine import Engine
+from penstock.engine.family.protocol import builtin_names
 from penstock.engine.prepared import Prepared
 from penstock.engine.request.generation import GenerationRequest, workload_of
 from penstock.engine.run.events import Listener
 from penstock.errors import OverBudget, UsageError
-from penstock.profiles.builtin import BUILTIN
 from penstock.profiles.options import Options
 from penstock.units import format_bytes
 
@@ -158,7 +158,7 @@ def _measure(order: Order, model: Path | str, listener: Listener) -> BenchResult
         asked = Asked(
             request,
             order.warmup,
-            name=order.synthetic or engine.model.transformer.source.family,
+            name=order.synthetic or engine.model.streamed.source.title,
             whole=order.whole,
         )
         return measure(engine, asked, listener)
@@ -184,8 +184,8 @@ def _model(order: Order, tell: Tell) -> Iterator[Path | str]:
         logging.disable_progress_bar()
         weight_format = order.options.format or SYNTHETIC_FORMAT
         blocks = order.blocks or fitting_blocks(order, weight_format, Path(scratch))
-        config = synthetic(order.synthetic).config(blocks)
-        size = format_bytes(transformer_bytes(config, weight_format))
+        model = synthetic(order.synthetic)
+        size = format_bytes(streamed_bytes(model.kind, model.config(blocks), weight_format))
         tell(f"making {blocks} blocks of {order.synthetic} in {weight_format}: {size}")
         yield write_synthetic(
             Path(scratch), order.synthetic, blocks=blocks, weight_format=weight_format
@@ -200,12 +200,12 @@ def fitting_blocks(order: Order, weight_format: str, folder: Path) -> int:
     """
     assert order.synthetic is not None
     model = synthetic(order.synthetic)
-    whole = int(model.transformer["num_layers"])
-    one, two = (transformer_bytes(model.config(n), weight_format) for n in (1, 2))
+    whole = int(model.streamed["num_layers"])
+    one, two = (streamed_bytes(model.kind, model.config(n), weight_format) for n in (1, 2))
     room = shutil.disk_usage(folder).free - FREE_BYTES - (2 * one - two)
     by_disk = max(0, room) // (two - one)
     by_time = whole
-    if order.synthetic in BUILTIN:
+    if order.synthetic in builtin_names():
         allowed_s = 60 * order.minutes
         by_time = int(whole * allowed_s / max(_predicted_s(order, weight_format), 1e-9))
     return max(1, min(whole, by_disk, by_time))

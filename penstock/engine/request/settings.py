@@ -11,10 +11,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
+from penstock.engine.model.grid import Grid
 from penstock.engine.request.generation import (
     DISTILLED,
     GenerationRequest,
-    Grid,
     parse_area,
     parse_size,
     size_for,

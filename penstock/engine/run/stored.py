@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 import torch
 
 from penstock.engine.model.files import ModelFiles
+from penstock.engine.model.grid import Grid
 from penstock.engine.model.opening import Opening
 from penstock.engine.packs.firstuse import PACKING
-from penstock.engine.request.generation import GenerationRequest, Grid
+from penstock.engine.request.generation import GenerationRequest
 from penstock.engine.run.fingerprint import Fingerprint, check_fingerprint, fingerprint
 from penstock.engine.store.digest import reading, stamp
 from penstock.engine.store.journal import HEADER_BYTES, PICTURE_FILE, Journal
@@ -209,17 +211,12 @@ def check_picture(journal: Journal) -> None:
 
 def reserve_bytes(model: ModelFiles, request: GenerationRequest) -> int:
     """Disk space that the files of a job take at most."""
-    manifest = model.manifest
-    frames, height, width = request.video_shape.latent(manifest.vae)
-    area = frames * height * width
-    latents = 4 * manifest.vae.z_dim * area
-    condition = 4 * manifest.transformer.in_channels * area
-    texts = 2 * 512 * manifest.text.d_model * manifest.text.weights.itemsize
-    image = 0 if manifest.image is None else 4 * manifest.image.tokens * manifest.image.hidden_size
-    video = 3 * request.frames * request.height * request.width
+    shape = request.video_shape
+    video = 3 * shape.frames * shape.height * shape.width
     picture = 0 if request.image is None else request.image.stat().st_size
+    latents = 4 * math.prod(model.latent_shape(shape))
     states = GENERATIONS * (STATE_TENSORS * latents + HEADER_BYTES)
-    return states + latents + condition + texts + image + video + picture + 64 * HEADER_BYTES
+    return states + latents + model.kept_bytes(shape) + video + picture + 64 * HEADER_BYTES
 
 
 def _rounding(plan: Plan) -> dict[str, Any]:

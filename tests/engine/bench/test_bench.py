@@ -38,13 +38,13 @@ from penstock.engine.bench.result import (
 )
 from penstock.engine.bench.weights import (
     FORMATS,
-    SYNTHETIC,
-    transformer_bytes,
+    streamed_bytes,
+    write_streamed,
     write_synthetic,
-    write_transformer,
 )
 from penstock.engine.engine import Engine
 from penstock.engine.families.wan.structure import transformer_shapes
+from penstock.engine.families.wan.synthetic import SYNTHETIC
 from penstock.engine.machine.disk import read_rate
 from penstock.engine.model.files import ModelFiles
 from penstock.engine.request.generation import GenerationRequest
@@ -56,6 +56,7 @@ from penstock.quant.format import get_format
 from penstock.quant.policy import default_policy
 
 MIB = 1 << 20
+KIND = SYNTHETIC["tiny"].kind
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +88,8 @@ def test_a_synthetic_transformer_is_a_model_like_any_other(
     weight_format: str, tiny: Path, tmp_path: Path
 ) -> None:
     config = SYNTHETIC["tiny"].config(3)
-    path = write_transformer(tmp_path / "transformer", config, weight_format)
-    assert path.stat().st_size == transformer_bytes(config, weight_format)
+    path = write_streamed(tmp_path / "transformer", KIND, config, weight_format)
+    assert path.stat().st_size == streamed_bytes(KIND, config, weight_format)
     for part in tiny.iterdir():
         if part.name != "transformer":
             (tmp_path / part.name).symlink_to(part)
@@ -102,7 +103,7 @@ def test_a_synthetic_transformer_is_a_model_like_any_other(
 
 
 def test_no_two_blocks_of_a_synthetic_transformer_are_alike(tmp_path: Path) -> None:
-    path = write_transformer(tmp_path, SYNTHETIC["tiny"].config(4), "int8")
+    path = write_streamed(tmp_path, KIND, SYNTHETIC["tiny"].config(4), "int8")
     with safe_open(str(path), "pt") as file:
         for name in ("attn1.to_q.weight", "attn1.to_q.weight_scale", "ffn.net.0.proj.bias"):
             found = [file.get_tensor(f"blocks.{block}.{name}") for block in range(4)]
@@ -123,7 +124,7 @@ def _parameters(path: Path) -> dict[str, torch.Tensor]:
 
 def test_synthetic_weights_have_the_spread_of_true_ones(tmp_path: Path) -> None:
     config = SYNTHETIC["tiny"].config(6)
-    found = _parameters(write_transformer(tmp_path, config, "bf16"))
+    found = _parameters(write_streamed(tmp_path, KIND, config, "bf16"))
     large = {name: tensor.float() for name, tensor in found.items() if tensor.numel() > 10_000}
     assert len(large) > 20
     for name, tensor in large.items():
@@ -157,8 +158,8 @@ def test_a_sample_that_repeats_its_numbers_repeats_no_row(shape: tuple[int, int]
 
 def test_the_14b_model_has_its_true_size() -> None:
     config = SYNTHETIC["wan2.1-i2v-14b"].config(None)
-    assert 16.3e9 < transformer_bytes(config, "int8") < 17e9
-    assert 32.7e9 < transformer_bytes(config, "bf16") < 33e9
+    assert 16.3e9 < streamed_bytes(KIND, config, "int8") < 17e9
+    assert 32.7e9 < streamed_bytes(KIND, config, "bf16") < 33e9
 
 
 def test_weights_without_room_on_the_disk_are_refused(
@@ -168,7 +169,7 @@ def test_weights_without_room_on_the_disk_are_refused(
         bench_weights.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1 << 30})
     )
     with pytest.raises(UsageError, match="no room.*fewer --blocks"):
-        write_transformer(tmp_path, SYNTHETIC["tiny"].config(None), "int8")
+        write_streamed(tmp_path, KIND, SYNTHETIC["tiny"].config(None), "int8")
     assert list(tmp_path.glob("*.safetensors")) == []
 
 
@@ -327,7 +328,7 @@ def test_blocks_are_as_many_as_disk_and_time_allow(
 ) -> None:
     order = Order(synthetic="wan2.1-i2v-14b", options=Options(device="cpu"), minutes=1e9)
     config = SYNTHETIC["wan2.1-i2v-14b"].config
-    room = transformer_bytes(config(7), "int8") + bench_weights.FREE_BYTES
+    room = streamed_bytes(KIND, config(7), "int8") + bench_weights.FREE_BYTES
 
     def usage(_: object) -> Any:
         return type("Usage", (), {"free": room})

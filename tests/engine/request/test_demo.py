@@ -13,6 +13,7 @@ from PIL import Image
 
 import penstock
 from penstock.engine.engine import Engine
+from penstock.engine.families.wan.defaults import flow_shift, negative_prompt
 from penstock.engine.request.demo import DEMO_PROMPT, MINI, demo_picture
 from penstock.engine.request.generation import GenerationRequest
 from penstock.engine.request.settings import Settings, resolve
@@ -45,7 +46,7 @@ def test_diffusers_opens_it_and_makes_the_same_video() -> None:
     theirs = pipe(
         image=Image.open(demo_picture()).convert("RGB"),
         prompt=request.prompt,
-        negative_prompt=request.effective_negative_prompt,
+        negative_prompt=negative_prompt(request),
         width=request.width,
         height=request.height,
         num_frames=request.frames,
@@ -54,7 +55,9 @@ def test_diffusers_opens_it_and_makes_the_same_video() -> None:
         generator=torch.Generator().manual_seed(3),
         output_type="np",
     ).frames[0]
-    assert pipe.scheduler.config.flow_shift == request.effective_shift
+    assert pipe.scheduler.config.flow_shift == flow_shift(
+        request.width, request.height, request.shift
+    )
     assert np.abs(ours - np.round(theirs * 255)).max() <= 1
 
 

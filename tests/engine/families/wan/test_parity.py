@@ -12,6 +12,7 @@ from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
 from penstock.engine.engine import Engine
+from penstock.engine.families.wan.defaults import flow_shift, negative_prompt
 from penstock.engine.request.generation import GenerationRequest
 from penstock.profiles.options import Options
 
@@ -23,13 +24,13 @@ def _theirs(pipeline_class: Any, folder: Path, request: GenerationRequest, laten
     pipe = pipeline_class.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = type(pipe.scheduler).from_config(
-        pipe.scheduler.config, flow_shift=request.effective_shift
+        pipe.scheduler.config, flow_shift=flow_shift(request.width, request.height, request.shift)
     )
     picture = {} if request.image is None else {"image": Image.open(request.image).convert("RGB")}
     return pipe(
         **picture,
         prompt=request.prompt,
-        negative_prompt=request.effective_negative_prompt,
+        negative_prompt=negative_prompt(request),
         width=request.width,
         height=request.height,
         num_frames=request.frames,

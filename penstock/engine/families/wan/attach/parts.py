@@ -6,95 +6,23 @@ pipeline asks of the model (config, dtype, device), and computes what its forwar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from penstock.engine.attach.desk import Desk
 from penstock.engine.attach.endless import EndlessStream
+from penstock.engine.attach.part import Part, desk_visits, refuse_arguments
 from penstock.engine.families.wan import clip as pictures
 from penstock.engine.families.wan import forward as dit
 from penstock.engine.families.wan import umt5 as prompts
-from penstock.engine.model.files import Component
+from penstock.engine.families.wan.model import model_of
+from penstock.engine.model.component import Component
 from penstock.errors import UsageError
-from penstock.offload.device import indexed
 from penstock.profiles.manifest import VideoShape
-
-
-class Part(nn.Module):
-    """What all parts have in common.
-
-    Args:
-        name: of the component in the pipeline.
-        desk: of the pipeline.
-        config: the model's.
-        device: where a pipeline's tensors are; results go there, whatever device computes.
-    """
-
-    def __init__(self, name: str, desk: Desk, config: Any, device: torch.device) -> None:
-        super().__init__()
-        self.name, self.desk, self.config, self.device = name, desk, config, device
-
-    @property
-    def component(self) -> Component:
-        """Its files."""
-        raise NotImplementedError
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What it computes in."""
-        return self.component.dtype
-
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Stays where and what it is.
-
-        Raises:
-            UsageError: another device or dtype is asked for.
-        """
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-        device = None if device is None else indexed(device)
-        if device not in (None, self.device) or dtype not in (None, self.dtype):
-            raise UsageError(
-                f"the {self.name} of an attached pipeline cannot be moved or cast",
-                expected=f"{self.device}, {self.dtype}",
-                found=f"{device or self.device}, {dtype or self.dtype}",
-                remedy="Detach the pipeline, move it, and attach it again.",
-            )
-        return self
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            raise AttributeError(
-                f"{type(self).__name__} has no {name!r}: the {self.name} of an attached pipeline "
-                "is run by penstock; penstock.detach(pipe) gives the model itself back"
-            ) from None
-
-    def _reset_stateful_cache(self) -> None:
-        """Pipelines call this of their models when a call ends: the memory is given back."""
-        self.desk.release()
-
-
-def _refuse(part: Part, what: Mapping[str, Any], remedy: str) -> None:
-    """Refuse the first argument that is given and has no meaning here."""
-    for name, value in what.items():
-        if value is not None and value is not False and value != {}:
-            raise UsageError(
-                f"the {part.name} of an attached pipeline does not take {name}",
-                found=f"{name}={value!r}"[:80],
-                remedy=remedy,
-            )
-
-
-def _visits(desk: Desk, stream: EndlessStream, component: Component) -> Iterator[tuple[int, Any]]:
-    for index, tensors in stream.cycle():
-        with component.bound(tensors, index) as block:
-            yield index, block
 
 
 class TextPart(Part):
@@ -103,7 +31,7 @@ class TextPart(Part):
     @property
     def component(self) -> Component:
         """Its files."""
-        return self.desk.model.text
+        return model_of(self.desk).text
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **more: Any) -> Any:
@@ -116,7 +44,7 @@ class TextPart(Part):
         from transformers.modeling_outputs import BaseModelOutput
 
         more.pop("return_dict", None)
-        _refuse(self, more, "Detach the pipeline for this.")
+        refuse_arguments(self, more, "Detach the pipeline for this.")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         lengths = [int(length) for length in mask.sum(1)]
         self._check(input_ids, mask, lengths)
@@ -146,7 +74,7 @@ class TextPart(Part):
                 device=desk.device,
             )
             with desk.stream(component.blocks, phase.stream) as stream:
-                blocks = _visits(desk, stream, component)
+                blocks = desk_visits(desk, stream, component)
                 hidden = prompts.encode_layers(blocks, hidden, [prompt.length])
             with desk.rest(component) as module:
                 states: Tensor = module.encoder.final_layer_norm(hidden[0])
@@ -179,7 +107,7 @@ class ImagePart(Part):
     @property
     def component(self) -> Component:
         """Its files."""
-        component = self.desk.model.image
+        component = model_of(self.desk).image
         assert component is not None
         return component
 
@@ -189,7 +117,7 @@ class ImagePart(Part):
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         more.pop("return_dict", None)
-        _refuse(self, more, "Detach the pipeline for this.")
+        refuse_arguments(self, more, "Detach the pipeline for this.")
         states = torch.cat([self._encode(pixels[None]) for pixels in pixel_values])
         kept: Any = _Penultimate(states.to(pixel_values.device), len(self.component.blocks) + 2)
         return BaseModelOutputWithPooling(hidden_states=kept)
@@ -203,7 +131,7 @@ class ImagePart(Part):
                     module.embeddings, module.pre_layrnorm, pixels.to(desk.device)
                 )
             with desk.stream(component.blocks, phase.stream) as stream:
-                blocks = _visits(desk, stream, component)
+                blocks = desk_visits(desk, stream, component)
                 return pictures.encode_layers(blocks, hidden).to(self.device)
 
 
@@ -227,7 +155,7 @@ class TransformerPart(Part):
     @property
     def component(self) -> Component:
         """Its files."""
-        return self.desk.model.transformer
+        return model_of(self.desk).transformer
 
     def cache_context(self, name: str, **_: Any) -> AbstractContextManager[None]:
         """Nothing is cached from step to step."""
@@ -252,7 +180,9 @@ class TransformerPart(Part):
         """
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-        _refuse(self, {"attention_kwargs": attention_kwargs}, "Fuse LoRAs before attaching.")
+        refuse_arguments(
+            self, {"attention_kwargs": attention_kwargs}, "Fuse LoRAs before attaching."
+        )
         count = len(hidden_states)
         images = _for_each(encoder_hidden_states_image, count)
         if timestep.ndim != 1:
@@ -269,7 +199,7 @@ class TransformerPart(Part):
             text = encoder_hidden_states[at]
             sample = self._sample(model, hidden_states[at], timestep[at], text, images[at])
             kv = dit.SelfKV(sample.hidden, model.config.num_attention_heads)
-            for _, block in _visits(self.desk, stream, self.component):
+            for _, block in desk_visits(self.desk, stream, self.component):
                 cross = dit.cross_kv(block.attn2, sample.context)
                 dit.block_forward(
                     block, sample.hidden, sample.modulation, cross, rope, kv, phase.chunk_tokens
@@ -284,7 +214,7 @@ class TransformerPart(Part):
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
     def _shape(self, latents: Tensor) -> VideoShape:
-        spec = self.desk.model.manifest.vae
+        spec = model_of(self.desk).manifest.vae
         frames, height, width = latents.shape[2:]
         factor = spec.spatial_factor
         return VideoShape(width * factor, height * factor, (frames - 1) * spec.temporal_factor + 1)

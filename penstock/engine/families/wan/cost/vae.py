@@ -3,8 +3,8 @@
 The walk mirrors `penstock.engine.families.wan.vae_layers`, `vae_decode` and `vae_encode` statement
 by statement: which frames are alive when the next is made. It assumes the worst moment, with every
 causal past full, and the attention kernel that stores its scores. What convolutions take for
-themselves is in it on a CPU (`penstock.profiles.cost.convolution`); on a GPU it is the largest
-convolution's, told apart.
+themselves is in it on a CPU (`penstock.engine.families.wan.cost.convolution`); on a GPU it is the
+largest convolution's, told apart.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from penstock.profiles.cost.convolution import call_bytes
-from penstock.profiles.manifest import VaeSpec
+from penstock.engine.families.wan.cost.convolution import call_bytes
+from penstock.engine.families.wan.spec import VaeSpec
 from penstock.profiles.rates import Rates
 from penstock.profiles.tiling import (
     QUERY_CHUNK,

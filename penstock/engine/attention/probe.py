@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from penstock.engine.families.wan.attention import attention, int8_attention
+from penstock.engine.attention.kernels import attention, int8_attention
 
 MIN_COSINE = 0.99
 """To attention in fp32, of the worst head; queries, keys and values in int8 reach some 0.999."""

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.fake_dit import I2V_14B, fake_inputs, fake_transformer
+from penstock.engine.attention.kernels import Attention, attention, int8_attention
 from penstock.engine.families.wan import forward
-from penstock.engine.families.wan.attention import Attention, attention, int8_attention
-from penstock.profiles.cost import transformer as cost
-from penstock.profiles.manifest import TransformerSpec, Weights
+from penstock.engine.families.wan.cost import transformer as cost
+from penstock.engine.families.wan.spec import TransformerSpec
+from penstock.profiles.manifest import Weights
 from tests import fake_kitchen
 from tests.meter import StorageMeter
 from tests.tiny_transformer import inputs, tiny_transformer

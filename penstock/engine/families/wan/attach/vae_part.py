@@ -7,10 +7,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from penstock.engine.attach.parts import Part
+from penstock.engine.attach.part import Part
+from penstock.engine.families.wan.model import model_of
 from penstock.engine.families.wan.vae_decode import decode_tiled
 from penstock.engine.families.wan.vae_encode import encode_tiled
-from penstock.engine.model.files import Component
+from penstock.engine.model.component import Component
 from penstock.errors import UsageError
 from penstock.profiles.manifest import VideoShape
 from penstock.profiles.tiling import TileGrid, Window
@@ -46,7 +47,7 @@ class VaePart(Part):
     @property
     def component(self) -> Component:
         """Its files."""
-        return self.desk.model.vae_decoder
+        return model_of(self.desk).vae_decoder
 
     def enable_tiling(self, *_: Any, **__: Any) -> None:
         """Nothing to do: tiles are chosen by the budget."""
@@ -70,7 +71,7 @@ class VaePart(Part):
     def _encode(self, clip: Tensor) -> Tensor:
         desk, (frames, height, width) = self.desk, clip.shape[1:]
         shape = VideoShape(width, height, frames)
-        phase, component = desk.plan(shape)["encode"], desk.model.vae_encoder
+        phase, component = desk.plan(shape)["encode"], model_of(desk).vae_encoder
 
         def pixels(frame: int, window: Window) -> Tensor:
             rows, cols = window.inside(Window.whole(height, width))
@@ -95,7 +96,7 @@ class VaePart(Part):
         """
         from diffusers.models.autoencoders.vae import DecoderOutput
 
-        spec = self.desk.model.manifest.vae
+        spec = model_of(self.desk).manifest.vae
         batch, _, frames, height, width = z.shape
         shape = VideoShape(
             width * spec.spatial_factor,

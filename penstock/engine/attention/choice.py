@@ -5,7 +5,7 @@ Free of torch until 8 bits are asked for.
 
 from __future__ import annotations
 
-from penstock.profiles.manifest import TransformerSpec
+from penstock.profiles.manifest import Heads
 from penstock.profiles.profile import Chosen, without_int8_attention
 
 TAGS = {2: "BF16", 4: "F32"}
@@ -13,25 +13,25 @@ TAGS = {2: "BF16", 4: "F32"}
 
 
 def attending_on(
-    chosen: Chosen, spec: TransformerSpec, tag: str | None = None
+    chosen: Chosen, heads: Heads, tag: str | None = None
 ) -> tuple[Chosen, tuple[str, ...]]:
     """``chosen`` with the attention that works on its device, and what is to be said of it.
 
     Args:
         chosen: whose device is here; what a described machine can is not asked.
-        spec: of the transformer that shall attend.
+        heads: of the network that shall attend.
         tag: safetensors tag of the dtype it computes in; None: by its bytes an element.
     """
     if chosen.policy.attention == "sdpa":
         return chosen, ()
-    from penstock.engine.families.wan.attention_probe import probe_int8
+    from penstock.engine.attention.probe import probe_int8
     from penstock.offload.checkpoint import torch_dtype
 
     report = probe_int8(
         chosen.hardware.place,
-        torch_dtype(tag or TAGS[spec.weights.itemsize]),
-        spec.num_attention_heads,
-        spec.attention_head_dim,
+        torch_dtype(tag or TAGS[heads.itemsize]),
+        heads.count,
+        heads.width,
     )
     if report.works:
         return chosen, (f"int8 attention: it works here (cosine {report.cosine:.4f} to fp32)",)

@@ -8,7 +8,7 @@ multiply-add as two.
 
 from __future__ import annotations
 
-from penstock.profiles.manifest import ImageSpec, TextSpec
+from penstock.engine.families.wan.spec import ImageSpec, TextSpec
 
 _INDEX = 8  # bytes of an int64
 _SINGLE = 4  # bytes of an fp32: norms and attention sums are kept in it

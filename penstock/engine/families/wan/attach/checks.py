@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from penstock.engine.attach.parts import Part
+from penstock.engine.attach.part import Part
 from penstock.errors import UsageError
 
 _CLASSES = {

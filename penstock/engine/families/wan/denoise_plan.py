@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from types import MappingProxyType
 
-from penstock.profiles.cost import transformer
-from penstock.profiles.manifest import ComputePath, Storage, TransformerSpec
-from penstock.profiles.phases import (
-    OBJECTS,
-    RESTORED,
-    Case,
-    Group,
-    OnePass,
+from penstock.engine.families.wan.cost import transformer
+from penstock.engine.families.wan.spec import TransformerSpec
+from penstock.engine.families.wan.terms import (
+    WanCase,
     condition_bytes,
     encoder_state_bytes,
-    group_fits,
-    group_key,
+    latent_of,
     latents_bytes,
-    loading_s,
     restored_bytes,
     saved_state_bytes,
 )
+from penstock.profiles.manifest import Storage
+from penstock.profiles.phases import (
+    EIGHT_BIT,
+    OBJECTS,
+    RESTORED,
+    Group,
+    OnePass,
+    compute_path,
+    group_fits,
+    group_key,
+    loading_s,
+)
 from penstock.profiles.plan import Items, PhasePlan
-from penstock.profiles.policy import Limits, Policy
+from penstock.profiles.policy import Limits
 from penstock.profiles.rates import Rates
 from penstock.profiles.streams import (
     LINK_CARE,
@@ -43,19 +48,6 @@ CHUNKS = (1 << 16, 1 << 15, 1 << 14, 1 << 13, 4096, 2048, 1024, 512, 256, 128, 6
 
 EIGHT_BIT_WORKSPACE_BYTES = 128 * MIB
 """Temporaries of an 8-bit matrix product (`penstock.quant.compute.DEFAULT_CHUNK_BYTES`)."""
-
-_EIGHT_BIT: Mapping[str, ComputePath] = MappingProxyType({"fp8": "fp8", "int8": "int8"})
-
-
-def compute_path(stored: Storage, policy: Policy, rates: Rates) -> ComputePath:
-    """How most matrices of the blocks multiply: as the device was found to allow, or, for a machine
-    that is only described, as its rates say."""
-    if stored.path is not None:
-        return stored.path
-    eight_bit = _EIGHT_BIT.get(stored.format)
-    if policy.compute == "fast" and eight_bit and rates.product_flops(eight_bit):
-        return eight_bit
-    return "dequant" if stored.scratch_bytes else "plain"
 
 
 @dataclass(frozen=True)
@@ -88,8 +80,12 @@ class Shape:
 class Denoise:
     """The group of context and denoise, which share the non-block weights and the context."""
 
-    case: Case
-    name: str = "denoise"
+    case: WanCase
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """As `penstock.profiles.phases.Step`."""
+        return ("context", "denoise")
 
     @property
     def spec(self) -> TransformerSpec:
@@ -166,7 +162,7 @@ class Denoise:
             visits=case.branches * spec.num_layers,
             rest_stays=True,
         )
-        for phase in found.phases(limits):
+        for phase in found.shapes(limits):
             yield replace(phase, cross_kv_on_device=not away)
 
     def all_small(self, limits: Limits) -> Iterator[Group]:
@@ -188,7 +184,7 @@ class Denoise:
 
     @property
     def _chunks(self) -> tuple[int, ...]:
-        tokens = transformer.grid_tokens(self.spec, self.case.latent)
+        tokens = transformer.grid_tokens(self.spec, latent_of(self.case))
         fixed = self.case.policy.chunk_tokens
         if fixed is not None:
             return (min(fixed, tokens),)
@@ -197,7 +193,7 @@ class Denoise:
     def _cost_case(self) -> transformer.DenoiseCase:
         manifest, workload = self.case.manifest, self.case.workload
         return transformer.DenoiseCase(
-            latent=self.case.latent,
+            latent=latent_of(self.case),
             chunk_tokens=1,
             branches=workload.branches,
             visit_branches=workload.branches,
@@ -238,7 +234,7 @@ class Denoise:
     @property
     def _is_fast(self) -> bool:
         case = self.case
-        return compute_path(self.spec.storage, case.policy, case.rates) in _EIGHT_BIT
+        return compute_path(self.spec.storage, case.policy, case.rates) in EIGHT_BIT
 
     def _decoding(self, stored: Storage) -> Items:
         """What quantised matrices take in VRAM besides their bytes."""
@@ -302,7 +298,7 @@ class Denoise:
             *self._saved("saved state", saved_state_bytes),
         )
 
-    def _saved(self, label: str, bytes_of: Callable[[Case], int]) -> Items:
+    def _saved(self, label: str, bytes_of: Callable[[WanCase], int]) -> Items:
         return ((label, bytes_of(self.case)),) if self.case.workload.kept else ()
 
     def _phase(self, shape: Shape, stream: Stream, limits: Limits) -> PhasePlan:

@@ -8,11 +8,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from penstock.engine.families.wan.cost.encoders import (
+    image_bytes,
+    image_flops,
+    text_bytes,
+    text_flops,
+)
+from penstock.engine.families.wan.spec import ImageSpec, TextSpec
 from penstock.engine.families.wan.structure import layers_needed
-from penstock.profiles.cost.encoders import image_bytes, image_flops, text_bytes, text_flops
-from penstock.profiles.manifest import ImageSpec, TextSpec, Weights
+from penstock.profiles.manifest import Weights
 from penstock.units import GIB
-from tests.profiles.cost.fake_encoders import (
+from tests.engine.families.wan.cost.fake_encoders import (
     default_type,
     image_modules,
     measured_image_bytes,

@@ -13,12 +13,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.fake_dit import fake_inputs, fake_transformer
-from penstock.profiles.cost import transformer as cost
+from penstock.engine.families.wan.cost import transformer as cost
 from penstock.profiles.manifest import LoraSpec
 from penstock.quant.delta import Delta
 from penstock.quant.lora import LoraLinear, add_deltas
 from penstock.quant.paths import Computing, Scratch
-from tests.profiles.cost.test_transformer import SHAPES, measure, predicted, spec_of
+from tests.engine.families.wan.cost.test_transformer import SHAPES, measure, predicted, spec_of
 from tests.tiny_transformer import inputs, tiny_transformer
 
 

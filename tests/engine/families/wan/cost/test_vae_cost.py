@@ -13,16 +13,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from penstock.engine.families.wan.vae_decode import decode_frames, decode_tiled
-from penstock.engine.families.wan.vae_encode import encode_tiled, first_frame_then_zeros
-from penstock.profiles.cost.vae import (
+from penstock.engine.families.wan.cost.vae import (
     VaeWork,
     decode_bytes,
     decode_work,
     encode_bytes,
     encode_work,
 )
-from penstock.profiles.manifest import VaeSpec, Weights
+from penstock.engine.families.wan.spec import VaeSpec
+from penstock.engine.families.wan.vae_decode import decode_frames, decode_tiled
+from penstock.engine.families.wan.vae_encode import encode_tiled, first_frame_then_zeros
+from penstock.profiles.manifest import Weights
 from penstock.profiles.rates import Rates
 from penstock.profiles.tiling import TileGrid
 from tests.engine.families.wan.tiny_vae import tiny_vae

@@ -9,17 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 
-from penstock.errors import ProfileError
+from penstock.engine.families.wan.manifest import WanManifest
+from penstock.engine.families.wan.spec import ImageSpec, TextSpec, TransformerSpec, VaeSpec
 from penstock.profiles.formats import WeightFormat, get_format
-from penstock.profiles.manifest import (
-    ImageSpec,
-    ModelManifest,
-    Storage,
-    TextSpec,
-    TransformerSpec,
-    VaeSpec,
-    Weights,
-)
+from penstock.profiles.manifest import Storage, Weights
 from penstock.units import align_up
 
 _ITEM = 2  # bytes of a bf16
@@ -37,14 +30,14 @@ _CROSS = ((_DIM, _DIM),) * 4
 """Cross-attention K and V of text and image, which leave the stream."""
 
 
-def wan21_i2v_14b(weight_format: str) -> ModelManifest:
+def wan21_i2v_14b(weight_format: str) -> WanManifest:
     """Wan2.1 image-to-video 14B, all in bf16 but the blocks' matrices in ``weight_format``.
 
     Raises:
         ProfileError: no such format.
     """
     stored = get_format(weight_format)
-    return ModelManifest(
+    return WanManifest(
         transformer=_transformer(stored),
         text=TextSpec(Weights(8192, (385_896_448,) * 24, _ITEM), 4096, 64, 10240, 24, 64),
         vae=VaeSpec(
@@ -140,22 +133,6 @@ def _rest_elements() -> tuple[int, ...]:
     return (2 * _DIM, *weights, *biases, _IMAGE, _IMAGE, _DIM, _DIM)
 
 
-BUILTIN: Mapping[str, Callable[[str], ModelManifest]] = MappingProxyType(
+BUILTIN: Mapping[str, Callable[[str], WanManifest]] = MappingProxyType(
     {"wan2.1-i2v-14b": wan21_i2v_14b}
 )
-
-
-def builtin(name: str, weight_format: str) -> ModelManifest:
-    """The description called ``name``.
-
-    Raises:
-        ProfileError: no such model, or no such format.
-    """
-    if name not in BUILTIN:
-        raise ProfileError(
-            "no built-in description of this model",
-            expected="one of " + ", ".join(BUILTIN),
-            found=repr(name),
-            remedy="Give --model and its folder instead.",
-        )
-    return BUILTIN[name](weight_format)

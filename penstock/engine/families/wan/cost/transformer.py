@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from penstock.profiles.manifest import TransformerSpec
+from penstock.engine.families.wan.spec import TransformerSpec
 
 TEXT_TOKENS = 512
 FP32_BYTES = 4

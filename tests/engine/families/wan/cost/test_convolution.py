@@ -9,8 +9,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from penstock.engine.families.wan.cost.convolution import call_bytes
 from penstock.engine.families.wan.vae_layers import one_frame
-from penstock.profiles.cost.convolution import call_bytes
 from tests.meter import allocated_peak
 
 DTYPES = (torch.float32, torch.bfloat16)

@@ -33,7 +33,8 @@ def int8_attention() -> Attention:
     """Unmasked softmax attention by comfy-kitchen, which quantises queries, keys and values to int8
     in every call.
 
-    What it holds meanwhile is stated by `penstock.profiles.cost.transformer.int8_attention_bytes`.
+    What it holds meanwhile is stated by
+    `penstock.engine.families.wan.cost.transformer.int8_attention_bytes`.
 
     Raises:
         ImportError: comfy-kitchen is not installed.

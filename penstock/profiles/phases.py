@@ -54,12 +54,14 @@ class Workload:
 
     Attributes:
         kept: the job is kept while it runs: host memory holds what is being saved or read again.
+        written: a file is made of the frames at the end.
     """
 
     shape: VideoShape
     steps: int
     guided: bool
     kept: bool = False
+    written: bool = True
 
     @property
     def branches(self) -> int:

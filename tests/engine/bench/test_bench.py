@@ -390,6 +390,20 @@ def test_a_saved_result_comes_back_the_same(tmp_path: Path) -> None:
         save(_result(), tmp_path / "nowhere" / "result.json")
 
 
+def test_a_result_from_before_recipes_had_rules_is_read(tmp_path: Path) -> None:
+    value = json.loads(json.dumps(_result().to_json()))
+    del value["recipe"]["rules"]
+    text = json.dumps(value["recipe"], sort_keys=True)
+    assert value["recipe_hash"] == hashlib.sha256(text.encode()).hexdigest()[:16]
+    (tmp_path / "old.json").write_text(json.dumps(value))
+    assert load(tmp_path / "old.json") == _result()
+    ruled = _result(rules={"branches": "1"})
+    assert ruled.recipe.hash != _result().recipe.hash
+    save(ruled, tmp_path / "new.json")
+    assert load(tmp_path / "new.json") == ruled
+    assert compare(_result(), ruled, Thresholds()).outcome == "RECIPE_MISMATCH"
+
+
 def _broken(change: dict[str, Any], drop: str = "") -> str:
     value = json.loads(json.dumps(_result().to_json())) | change
     value.pop(drop, None)

@@ -40,8 +40,10 @@ def move_home(patch: pytest.MonkeyPatch, home: Path) -> None:
     """Let ``home`` be where this process, and those that it starts, look for a user's folders."""
     for name in ("HOME", "USERPROFILE"):
         patch.setenv(name, str(home))
-    patch.setenv("APPDATA", str(home / "AppData" / "Roaming"))
-    patch.setenv("LOCALAPPDATA", str(home / "AppData" / "Local"))
+    for name, place in (("APPDATA", "Roaming"), ("LOCALAPPDATA", "Local")):
+        patch.setenv(name, str(home / "AppData" / place))
+    for name, place in (("APPDATA", "Roaming"), ("LOCAL_APPDATA", "Local")):
+        patch.setenv(f"WIN_PD_OVERRIDE_{name}", str(home / "AppData" / place))
 
 
 @pytest.fixture(autouse=True)

@@ -1,78 +1,107 @@
-"""The tests never read or write what the user of this machine keeps."""
+"""Where settings, jobs and packs are: the variable that names it, or the platform's place."""
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from platformdirs.macos import MacOS
+from platformdirs.unix import Unix
+from platformdirs.windows import Windows, get_win_folder_from_env_vars
 
-from penstock.engine.packs.cache import cache_folder, cached_packs
-from penstock.engine.run.jobs import jobs_directory, list_jobs
-from penstock.profiles.hardware import probe
-from penstock.profiles.rates import config_dir
+from penstock import folders
+from penstock.engine.run.jobs import jobs_directory, new_job_folder
+from penstock.folders import cache_folder, config_folder, data_folder
 
-AT_IMPORT = Path.home()
-"""As modules and fixtures of a wider scope see it."""
-
-LEADS = {
-    "HOME": {"HOME": ""},
-    "XDG": {
-        "XDG_CONFIG_HOME": ".config",
-        "XDG_DATA_HOME": ".local/share",
-        "XDG_CACHE_HOME": ".cache",
-    },
-    "PENSTOCK": {
-        "PENSTOCK_CONFIG": ".config/penstock",
-        "PENSTOCK_DATA_DIR": ".local/share/penstock",
-        "PENSTOCK_CACHE": ".cache/penstock/packs",
-    },
-}  # fmt: skip
-KEPT = {
-    ".config/penstock/rates.json": "not rates",
-    ".local/share/penstock/jobs/one/job-0.json": "not a job",
-    ".cache/penstock/packs/wan-0123456789abcdef/pack.json": "not a pack",
-}
+PLATFORMS = {"linux": Unix, "darwin": MacOS, "win32": Windows}
 
 
-def folders() -> tuple[Path, ...]:
-    return config_dir(), jobs_directory(), cache_folder()
+def be(monkeypatch: pytest.MonkeyPatch, platform: str, **variables: str) -> None:
+    """Let this be another platform, with these variables."""
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(folders, "PlatformDirs", PLATFORMS[platform])
+    asked = "platformdirs.windows._RESOLVE_WIN_FOLDER"  # Windows itself, which says the same
+    monkeypatch.setattr(asked, get_win_folder_from_env_vars)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
 
 
-def test_nothing_of_a_user_is_found(home: Path) -> None:
-    assert all(home in folder.parents for folder in folders())
-    assert AT_IMPORT in home.parents
-    assert probe("cpu").rates_source == "assumed"
-    assert list_jobs() == [] == cached_packs(cache_folder())
+@pytest.mark.parametrize(
+    ("platform", "variables", "ending"),
+    [
+        ("linux", {"XDG_CONFIG_HOME": "/x"}, "/x/penstock"),
+        ("linux", {}, ".config/penstock"),
+        ("win32", {"APPDATA": "/roaming"}, "/roaming/penstock"),
+        ("darwin", {}, "Library/Application Support/penstock"),
+        ("linux", {"PENSTOCK_CONFIG": "/here"}, "/here"),
+    ],
+)
+def test_where_settings_are(
+    monkeypatch: pytest.MonkeyPatch, platform: str, variables: Mapping[str, str], ending: str
+) -> None:
+    be(monkeypatch, platform, **variables)
+    assert config_folder().as_posix().endswith(ending)
 
 
-@pytest.mark.parametrize("lead", LEADS)
-def test_whatever_a_user_keeps(lead: str, tmp_path: Path) -> None:
-    """The test before this one passes where there are rates (that cannot even be read), a job and
-    a pack, wherever the environment leads."""
-    for name, content in KEPT.items():
-        (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).write_text(content)
-    before = sorted(tmp_path.rglob("*"))
-    pointers = {name: str(tmp_path / place) for name, place in LEADS[lead].items()}
-    test = f"{__file__}::{test_nothing_of_a_user_is_found.__name__}"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test],
-        env=os.environ | pointers, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
-    assert sorted(tmp_path.rglob("*")) == before
+def test_where_jobs_are(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setenv("PENSTOCK_DATA_DIR", str(tmp_path))
+        assert data_folder() == tmp_path and jobs_directory() == tmp_path / "jobs"
+        assert new_job_folder().parent == tmp_path / "jobs"
+    for platform, variables, expected in (
+        ("linux", {"XDG_DATA_HOME": str(tmp_path / "xdg")}, tmp_path / "xdg" / "penstock"),
+        ("linux", {"XDG_DATA_HOME": "relative"}, home / ".local" / "share" / "penstock"),
+        ("win32", {"LOCALAPPDATA": str(tmp_path / "local")}, tmp_path / "local" / "penstock"),
+        ("darwin", {}, home / "Library" / "Application Support" / "penstock"),
+    ):
+        with monkeypatch.context() as patched:
+            be(patched, platform, **variables)
+            assert data_folder() == expected
 
 
-def test_child_processes_look_where_the_test_does() -> None:
-    code = "from tests.test_folders import folders; print(*folders(), sep='\\n')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == [str(folder) for folder in folders()]
+def test_where_packs_are(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setenv("PENSTOCK_CACHE", "/data/packs")
+        assert cache_folder() == Path("/data/packs")
+    for platform, variables, expected in (
+        ("linux", {}, home / ".cache"),
+        ("linux", {"XDG_CACHE_HOME": "/c"}, Path("/c")),
+        ("win32", {"LOCALAPPDATA": str(tmp_path)}, tmp_path),
+        ("darwin", {}, home / "Library" / "Caches"),
+    ):
+        with monkeypatch.context() as patched:
+            be(patched, platform, **variables)
+            assert cache_folder() == expected / "penstock" / "packs"
 
 
-@pytest.mark.parametrize("turn", range(2))
-def test_what_one_test_keeps_the_next_does_not_find(turn: int) -> None:
-    assert not config_dir().exists()
-    config_dir().mkdir(parents=True)
+def test_a_tilde_is_the_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PENSTOCK_CACHE", "~/packs")
+    assert cache_folder() == home / "packs"
+
+
+@pytest.mark.parametrize(
+    ("platform", "variables", "before"),
+    [
+        ("darwin", {"XDG_CONFIG_HOME": "/x"}, "Library/Application Support"),
+        ("win32", {}, "moved"),
+    ],
+)
+def test_what_a_user_has_from_before_stays_in_use(
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    platform: str,
+    variables: Mapping[str, str],
+    before: str,
+) -> None:
+    be(monkeypatch, platform, **variables)
+    if platform == "win32":  # where the system says something else than the variable
+        monkeypatch.setenv("WIN_PD_OVERRIDE_APPDATA", r"C:\Roaming")
+        monkeypatch.setenv("APPDATA", str(home / before))
+    place = config_folder()
+    assert home not in place.parents
+    (home / before / "penstock").mkdir(parents=True)
+    assert config_folder() == home / before / "penstock"
+    monkeypatch.setattr(folders.Path, "is_dir", lambda path: True)
+    assert config_folder() == place, "once there is the platform's own, it counts"

@@ -6,6 +6,7 @@ best of its shapes inside limits, and the smallest.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -17,6 +18,8 @@ from penstock.profiles.policy import Limits, Policy
 from penstock.profiles.rates import Rates
 from penstock.profiles.streams import Network, Pace, Stream, all_streams, staging_bytes
 from penstock.units import MIB
+
+log = logging.getLogger(__name__)
 
 ENCODER_BYTES_PER_PIXEL = 240
 """Host memory of libx264's look-ahead and references, a pixel of one frame: measured on
@@ -300,8 +303,16 @@ class Mux:
 
 def best_of(groups: Iterable[Group], limits: Limits) -> Group | None:
     """The fastest of those that fit; ties go to fewer bytes."""
-    fitting = [group for group in groups if group_fits(group, limits)]
-    return min(fitting, key=group_key, default=None)
+    return min(fitting(groups, limits), key=group_key, default=None)
+
+
+def fitting(groups: Iterable[Group], limits: Limits) -> Iterator[Group]:
+    """Those of ``groups`` that fit, as they come."""
+    for group in groups:
+        if group_fits(group, limits):
+            yield group
+        else:
+            log.debug("refused, does not fit: %s", group[-1])
 
 
 def group_key(group: Group) -> tuple[float, int]:

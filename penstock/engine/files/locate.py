@@ -4,6 +4,7 @@ ComfyUI root, a hub id, or single files. Only headers are read."""
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from penstock.engine.files.keys import ComponentSource, recognise
 from penstock.engine.files.source import open_raw, read_bytes, refusal_of
 from penstock.errors import CheckpointError, PenstockError, UsageError
 from penstock.offload.checkpoint import PICKLES, TensorEntry
+
+log = logging.getLogger(__name__)
 
 TOKENIZER_TENSOR = "spiece_model"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
@@ -141,10 +144,13 @@ def _with_transformer(path: Path, files: Files) -> Files:
 
 def _in_folder(folder: Path, files: Files) -> _Found:
     if (folder / "model_index.json").exists():
+        log.debug("%s is a folder of diffusers", folder)
         return _diffusers(folder)
     for root in (folder, folder / "models"):
         if any((root / name).is_dir() for name in _COMFY_FOLDERS["transformer"]):
+            log.debug("%s is a folder of ComfyUI", root)
             return _comfy(folder, root)
+    log.debug("%s is a repository of the model's makers, or any folder", folder)
     return _original(folder)
 
 
@@ -308,6 +314,7 @@ def _choose(name: str, places: tuple[Path, ...], found: _Found) -> ComponentSour
                 source.check()
                 fitting.append(source)
         except CheckpointError as error:
+            log.debug("%s is not it: %s", path, error)
             refused.append(error)
     if len(fitting) == 1:
         return fitting[0]
@@ -347,7 +354,11 @@ def open_component(path: Path) -> ComponentSource:
     """
     raw = open_raw(path)
     folder = path if path.is_dir() else path.parent
-    return recognise(raw, _config_beside(folder))
+    found = recognise(raw, _config_beside(folder))
+    if log.isEnabledFor(logging.DEBUG):
+        told = (found.component, found.title, found.label())
+        log.debug("%s (%s) is the %s of %s, stored as %s", path, raw.kind, *told)
+    return found
 
 
 def _config_beside(folder: Path) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ from penstock.engine.store.durable import NEW_SUFFIX, FileOps, read_whole, stori
 from penstock.errors import CheckpointError, UsageError
 from penstock.offload.checkpoint import torch_dtype
 from penstock.quant.arithmetic import quantise
+
+log = logging.getLogger(__name__)
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with the component's name, the bytes made so far and their sum over all components."""
@@ -165,6 +168,7 @@ def _write_pack(
     layout, partial = plan.layout, _partial(path)
     sums = _sound_runs(ops, partial, notes, layout)
     reused = len(sums)
+    log.info("%s: %d of %d runs are there already", path, reused, len(layout.runs))
     with _reader(plan) as reader, _Output(ops, partial, layout, reused) as out:
         for run, steps in list(zip(layout.runs, plan.steps, strict=True))[reused:]:
             sums.append(_write_run(out, run, steps, reader, ram_bytes // _SHARE, report))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -30,6 +31,8 @@ from penstock.offload.tiers import release_cached
 from penstock.profiles.manifest import SCRATCH
 from penstock.profiles.phases import RESTORED
 from penstock.profiles.plan import PhasePlan, Plan, StreamPlan, changes
+
+log = logging.getLogger(__name__)
 
 ONE_RESIDENT = StreamPlan(1, 1, 0, 0, 1)
 """A network of one block, which comes through a slab and stays on the device."""
@@ -125,6 +128,7 @@ class Stage:
         if self._ahead.is_reading or not self.job.overlapped or phase.stream is None:
             return
         passes = phase.passes(workload_of(self.job.request).branches)
+        log.debug("%s lets blocks of %s come", self._active, what.stream)
         stream = self._open(blocks, phase.stream, self.steps_left * len(passes))
         self._ahead.begin(blocks, stream)
 
@@ -174,6 +178,7 @@ class Stage:
             self._shrink(short)
 
     def _shrink(self, short: Shortage) -> None:
+        log.info("%s ran out in %s: %s", short.resource, self._active, short.message)
         self._ahead.drop()
         gc.collect()
         release_cached(self.device)

@@ -6,6 +6,7 @@ states, image states, condition, latents) pass from one to the next.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -108,7 +109,8 @@ def encode_prompts(stage: Stage) -> list[Tensor]:
     tokenised = [prompts.tokenise(tokenizer, text) for text in texts]
     for which, prompt in zip(("prompt", "negative prompt"), tokenised, strict=False):
         if prompt.cut:
-            stage.monitor.notice(f"the {which} is too long; this is cut: {prompt.cut!r}")
+            told = f"the {which} is too long; this is cut: {prompt.cut!r}"
+            stage.monitor.notice(told, logging.DEBUG)
     lengths = [prompt.length for prompt in tokenised]
     with stage.phase("text", len(component.blocks), "layer") as (plan, phase):
         hidden = prompts.embed(

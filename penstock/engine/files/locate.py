@@ -359,7 +359,8 @@ def _config_beside(folder: Path) -> dict[str, Any] | None:
     text = config.get("model_type") in ("umt5", "clip_vision_model")
     if config.get("_class_name") not in known and not text:
         return None
-    return {key: value for key, value in config.items() if not key.startswith("_")}
+    foreign = "quantization_config"  # the tensors tell how they are stored
+    return {k: v for k, v in config.items() if not k.startswith("_") and k != foreign}
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -80,6 +80,10 @@ SPELLINGS = {
     "comfy convrot 16": ("int8-convrot per row", "int8-convrot", "int8"),
     "comfy nvfp4": ("nvfp4", "nvfp4", None),
     "comfy mxfp8": ("mxfp8", "mxfp8", None),
+    "torchao int8": ("int8 per row", "int8", "int8"),
+    "torchao fp8": ("fp8 per row", "fp8", "fp8"),
+    "bitsandbytes nf4": ("nf4", "nf4", None),
+    "bitsandbytes nf4 nested": ("nf4 nested", "nf4", None),
     "lightx2v int8": ("int8 per row", "int8", "int8"),
     "lightx2v fp8": ("fp8 per row", "fp8", "fp8"),
     "quanto int8": ("quanto-int8", "quanto-int8", "int8"),
@@ -119,6 +123,27 @@ def test_gguf(tmp_path, parts, part, kind):
     assert_equal(found, values)
     assert source.label() == ("fp16" if kind == "F16" else f"gguf-{kind.lower()}")
     assert compute_tag(source) == ("F16" if kind == "F16" else "BF16")
+
+
+def test_zero_points_that_move_the_weights_are_refused(tmp_path, parts):
+    tensors = parts["transformer"]
+    made = golden.make(tensors, golden.original_names("transformer", list(tensors)), "torchao int8")
+    name = next(key for key in made.file if key.endswith("_weight_zero_point"))
+    made.file[name][3] = 1
+    with pytest.raises(CheckpointError, match=r"_weight_zero_point moves .*symmetric"):
+        recognise(open_raw(made.save(tmp_path / "x.safetensors")))
+
+
+@pytest.mark.parametrize("change", [{"quant_type": "fp4"}, {"shape": [3, 5]}, {"blocksize": None}])
+def test_what_bitsandbytes_says_is_checked(tmp_path, parts, change):
+    tensors = parts["transformer"]
+    names = golden.original_names("transformer", list(tensors))
+    made = golden.make(tensors, names, "bitsandbytes nf4")
+    name = next(key for key in made.file if "quant_state" in key)
+    said = json.loads(bytes(made.file[name].tolist())) | change
+    made.file[name] = golden._json_tensor(said)
+    with pytest.raises(CheckpointError, match="quantised by bitsandbytes in a way"):
+        recognise(open_raw(made.save(tmp_path / "x.safetensors")))
 
 
 @pytest.mark.parametrize("fmt", GGUF_FORMATS, ids=lambda fmt: fmt.name)

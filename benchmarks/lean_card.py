@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.fake_dit import I2V_14B, SHAPES
 from penstock.engine.families.wan import forward
-from penstock.profiles.cost.transformer import TEXT_TOKENS
+from penstock.engine.families.wan.cost.transformer import TEXT_TOKENS
 
 TINY: dict[str, Any] = {"num_attention_heads": 2, "ffn_dim": 64, "added_kv_proj_dim": 256}
 CHUNKS = (1024, 2048, 4096, 8192, 16384, 1 << 20)

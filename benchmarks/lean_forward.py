@@ -25,7 +25,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from penstock.engine.families.wan import forward
-from penstock.profiles.cost.transformer import TEXT_TOKENS
+from penstock.engine.families.wan.cost.transformer import TEXT_TOKENS
 from tests.meter import StorageMeter
 
 CONFIG: dict[str, Any] = {

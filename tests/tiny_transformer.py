@@ -9,7 +9,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from penstock.engine.families.wan import forward
-from penstock.profiles.cost.transformer import TEXT_TOKENS
+from penstock.engine.families.wan.cost.transformer import TEXT_TOKENS
 
 TINY: dict[str, Any] = {
     "num_attention_heads": 2,

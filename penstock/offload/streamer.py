@@ -24,15 +24,7 @@ from penstock.errors import UsageError
 from penstock.offload.layout import BlockLayout
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.mover import Buffers, Carrier, Mover
-from penstock.offload.schedule import (
-    Compute,
-    Copy,
-    Queue,
-    Read,
-    Ref,
-    Residency,
-    build_schedule,
-)
+from penstock.offload.schedule import Compute, Copy, Queue, Read, Ref, Residency, build_schedule
 from penstock.offload.stats import Flow, StreamStats
 from penstock.offload.tiers import DeviceTier, DiskTier, HostTier, open_link
 from penstock.units import format_bytes

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from penstock.engine.families.wan.builtin import BUILTIN
+from penstock.engine.family.protocol import builtin
 from penstock.errors import ProfileError
 from penstock.formats.formats import FORMATS, get_format, spec_bytes
-from penstock.profiles.builtin import BUILTIN, builtin
 from penstock.quant.arithmetic import ARITHMETIC
 from penstock.quant.paths import scratch_bytes
 from tests.quant.weights import storage_bytes

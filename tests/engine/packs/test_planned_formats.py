@@ -12,21 +12,21 @@ from typer.testing import CliRunner
 
 from penstock.blocks import PAGE_BYTES
 from penstock.cli.main import app
-from penstock.engine.bench.weights import _WAN_14B
-from penstock.engine.families.wan.structure import is_cross_kv, tensor_shapes
+from penstock.engine.families.wan.builtin import wan21_i2v_14b
+from penstock.engine.families.wan.spec import TransformerSpec
+from penstock.engine.families.wan.structure import is_cross_kv, transformer_shapes
+from penstock.engine.families.wan.synthetic import _WAN_14B
 from penstock.engine.files.keys import ComponentSource, recognise
 from penstock.engine.files.source import RawFile
 from penstock.engine.packs.plan import plan_component
 from penstock.formats.formats import FORMATS, spec_bytes, writable
 from penstock.formats.gguf import PREFIX, Gguf
 from penstock.offload.checkpoint import TensorEntry
-from penstock.profiles.builtin import builtin
-from penstock.profiles.manifest import TransformerSpec
 from penstock.quant.policy import default_policy
 from penstock.units import align_up
 
 CONFIG: dict[str, Any] = dict(_WAN_14B) | {"num_layers": 40}
-SHAPES = tensor_shapes("transformer", CONFIG)
+SHAPES = transformer_shapes(CONFIG)
 
 
 @cache
@@ -49,7 +49,7 @@ def true_model(name: str = "bf16") -> ComponentSource:
 
 
 def planned(name: str) -> TransformerSpec:
-    return builtin("wan2.1-i2v-14b", name).transformer
+    return wan21_i2v_14b(name).transformer
 
 
 @pytest.mark.parametrize("name", writable())

@@ -19,6 +19,7 @@ from typing import IO, TypeAlias
 import torch
 from torch import Tensor
 
+from penstock.closing import Closing
 from penstock.engine.files.keys import stored_name
 from penstock.engine.files.locate import ModelSource
 from penstock.engine.files.reader import WeightReader
@@ -236,7 +237,7 @@ def _file_digest(file: IO[bytes], offset: int, nbytes: int) -> bytes:
     return state.digest()
 
 
-class _Output:
+class _Output(Closing):
     """The pack being written: only ever appended to. Positions count from the start of the data."""
 
     def __init__(self, ops: FileOps, path: Path, layout: PackLayout, runs: int) -> None:
@@ -282,10 +283,8 @@ class _Output:
             self._ops.unlink(self._path)
             raise
 
-    def __enter__(self) -> _Output:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Close the file."""
         self._ops.close(self._descriptor)
 
 

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from penstock.engine.bench.order import Point
+from penstock.engine.bench.order import SweepPoint
 from penstock.engine.bench.result import BenchResult, PhaseFigures, Verdict
 from penstock.units import format_bytes
 
@@ -147,7 +147,7 @@ def _notes(result: BenchResult) -> Section:
     return Section("notes", ("",), tuple((line,) for line in result.notices))
 
 
-def sweep_section(points: Sequence[Point]) -> Section:
+def sweep_section(points: Sequence[SweepPoint]) -> Section:
     """One row a profile."""
     rows = tuple(
         (

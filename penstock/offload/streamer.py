@@ -13,13 +13,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from types import TracebackType
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from penstock.blocks import STAGING_BYTES
+from penstock.closing import Closing
 from penstock.errors import UsageError
 from penstock.offload.layout import BlockLayout
 from penstock.offload.ledger import ByteLedger
@@ -35,7 +35,7 @@ Tensors = dict[str, Tensor]
 _Kind = TypeVar("_Kind", Read, Copy, Compute)
 
 
-class BlockStream:
+class BlockStream(Closing):
     """The blocks of a network, in order, again and again, on the device; a context manager.
 
     Entering allocates every buffer and begins to fetch; leaving, at any moment and for any reason,
@@ -211,12 +211,8 @@ class BlockStream:
                 yield index, mover.tensors(op)
             loop.leave(op)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End the threads and give every byte back."""
         self._is_open = False
         self._stack.close()
 

@@ -8,13 +8,13 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from penstock.blocks import PAGE_BYTES
+from penstock.closing import Closing
 from penstock.engine.attach.blocks import Lender, Slot, StreamedBlocks
 from penstock.engine.attach.endless import EndlessStream
 from penstock.engine.attach.livepack import LivePack, live_folder, plan_live
@@ -130,7 +130,7 @@ def stream(
         return streamed
 
 
-class Streamed:
+class Streamed(Closing):
     """A module that is being streamed; a context manager that ends with :meth:`close`.
 
     Attributes:
@@ -161,17 +161,6 @@ class Streamed:
 
     def __del__(self) -> None:
         """Threads would wait for ever for a module that nobody has any more."""
-        self.close()
-
-    def __enter__(self) -> Streamed:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
         self.close()
 
 

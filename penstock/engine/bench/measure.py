@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from penstock.closing import Closing
 from penstock.engine.bench.machine import SAMPLE_BYTES, links, machine
 from penstock.engine.bench.result import (
     BenchResult,
@@ -329,7 +330,7 @@ class _Watch:
         )
 
 
-class Memory:
+class Memory(Closing):
     """The process's memory by the operating system, and torch's CUDA allocator: peaks that no
     ledger of ours has a part in. A context manager.
 
@@ -368,6 +369,7 @@ class Memory:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """End the watching."""
         self._stop.set()
         self._thread.join()

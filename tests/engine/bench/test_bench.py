@@ -24,7 +24,7 @@ from penstock.engine.bench import order as bench_order
 from penstock.engine.bench import weights as bench_weights
 from penstock.engine.bench.machine import machine
 from penstock.engine.bench.measure import Asked, Memory, measure
-from penstock.engine.bench.order import Order, fitting_blocks, run, sweep
+from penstock.engine.bench.order import BenchOrder, fitting_blocks, run, sweep
 from penstock.engine.bench.plot import Dot, _round_up, draw
 from penstock.engine.bench.result import (
     BenchResult,
@@ -260,8 +260,7 @@ def test_the_process_is_watched_from_outside() -> None:
     with Memory(torch.device("cpu")) as memory:
         memory.reset()
         held = torch.ones(64 * MIB, dtype=torch.uint8)
-        deadline = time.monotonic() + 30
-        while memory._peak < memory._base + 48 * MIB and time.monotonic() < deadline:
+        while memory._peak < memory._base + 48 * MIB:
             time.sleep(0.01)  # until the watching thread has had its turn
         del held
         process_bytes, allocator_bytes = memory.peaks()
@@ -287,7 +286,7 @@ def test_the_machine_is_described() -> None:
 
 def test_an_order_makes_its_model_and_removes_it(tmp_path: Path) -> None:
     told: list[str] = []
-    order = Order(
+    order = BenchOrder(
         synthetic="tiny", blocks=2, width=32, height=32, frames=5, steps=2, guidance=1.0,
         folder=tmp_path, options=Options(format="fp8", device="cpu"),
     )  # fmt: skip
@@ -302,7 +301,7 @@ def test_an_order_makes_its_model_and_removes_it(tmp_path: Path) -> None:
 def test_a_sweep_tells_what_does_not_fit(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "small.toml").write_text('vram = "1KiB"\nram = "1MiB"\n')
     size = {"width": 32, "height": 32, "frames": 5, "steps": 1, "warmup": 0}
-    order = Order(model=str(tiny), options=Options(device="cpu"), **size)
+    order = BenchOrder(model=str(tiny), options=Options(device="cpu"), **size)
     small = str(tmp_path / "small.toml")
     points = sweep(order, ["4gb", small], lambda event: None, lambda line: None)
     assert points[0].result is not None and points[0].profile == "4gb"
@@ -320,13 +319,13 @@ def test_a_sweep_tells_what_does_not_fit(tiny: Path, tmp_path: Path) -> None:
 )
 def test_an_order_that_makes_no_sense_is_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        Order(**given)
+        BenchOrder(**given)
 
 
 def test_blocks_are_as_many_as_disk_and_time_allow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    order = Order(synthetic="wan2.1-i2v-14b", options=Options(device="cpu"), minutes=1e9)
+    order = BenchOrder(synthetic="wan2.1-i2v-14b", options=Options(device="cpu"), minutes=1e9)
     config = SYNTHETIC["wan2.1-i2v-14b"].config
     room = streamed_bytes(KIND, config(7), "int8") + bench_weights.FREE_BYTES
 

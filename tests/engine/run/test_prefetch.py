@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from penstock.engine.engine import Engine
+from penstock.engine.families.wan import work
 from penstock.engine.request.generation import GenerationRequest
 from penstock.engine.run import stage
 from penstock.engine.run.events import Event, PhaseEnded, PhaseStarted, Progress
@@ -168,3 +169,32 @@ def test_where_memory_runs_out_nothing_is_read_ahead_any_more(
     result = do(engine, engine.plan(request(picture)), picture, watch, True, shrink=shrink)
     assert any("no blocks read ahead" in notice for notice in result.report.notices)
     assert asked == ["begin"] and watch.reading == [] and streams() == []
+
+
+def test_what_is_read_ahead_is_given_back_before_a_smaller_plan_is_made(
+    engine: Engine, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be what the next attempt has no room for."""
+    made: list[Stage] = []
+    init, encode = Stage.__init__, work.encode_picture
+    at_failure, at_planning = [], []
+
+    def remembered(self: Stage, *arguments: object) -> None:
+        init(self, *arguments)
+        made.append(self)
+
+    def fails_once(running: Stage, image: Any) -> Any:
+        if not at_failure:
+            at_failure.append((len(streams()), running.host_ledger.used > 0))
+            raise LedgerOverflow("a test", memory="RAM")
+        return encode(running, image)
+
+    def shrink(plan: Plan, phase: str, resource: str) -> Plan:
+        at_planning.append((len(streams()), made[0].host_ledger.used > 0))
+        return without_prefetch(plan, WHAT)
+
+    monkeypatch.setattr(Stage, "__init__", remembered)
+    monkeypatch.setattr(work, "encode_picture", fails_once)
+    do(engine, engine.plan(request(picture)), picture, Watch(), True, shrink=shrink)
+    assert at_failure[0][0] > 0 and at_failure[0][1], "something was being read"
+    assert at_planning == [(0, False)]

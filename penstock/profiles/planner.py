@@ -76,8 +76,8 @@ def plan(
     )
     found_plan = with_prefetch(found_plan, manifest.prefetch, limits)
     for phase in found_plan.phases:
-        if phase.ahead_bytes or phase.decoder_ahead_bytes:
-            log.debug("reads ahead in %s", phase)
+        if phase.prefetch_bytes or phase.prefetched_weights_bytes:
+            log.debug("prefetches in %s", phase)
     return found_plan
 
 

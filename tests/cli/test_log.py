@@ -57,7 +57,7 @@ def test_one_file_tells_what_was_decided(model: Path, tmp_path: Path) -> None:
     for decision in (
         "asked for Options", "vram is ", "is a folder of diffusers", "keys of ",
         "is the transformer of",
-        "wanted is int8", "as int8 would be", "chosen: denoise: VRAM", "reads ahead in ",
+        "wanted is int8", "as int8 would be", "chosen: denoise: VRAM", "prefetches in ",
         "makes {", "packs int8 into", "runs are there already", "begins at 0 of 2 steps",
         "open for 4 passes of Residency", "closed: StreamStats", "ended: PhaseReport",
     ):  # fmt: skip

@@ -27,8 +27,15 @@ from penstock.engine.files.reader import WeightReader
 from penstock.engine.lora.file import Lora
 from penstock.engine.lora.merge import MergedReader
 from penstock.engine.lora.place import PlacedLoras
-from penstock.engine.packs.file import PackFile, PackLayout, Run, digest, running_digest, sums_text
-from penstock.engine.packs.plan import LEAST_RAM_BYTES, ComponentPlan, Step, plan_component
+from penstock.engine.packs.file import (
+    PackFile,
+    PackLayout,
+    PlannedRun,
+    digest,
+    running_digest,
+    sums_text,
+)
+from penstock.engine.packs.plan import LEAST_RAM_BYTES, ComponentPlan, PackStep, plan_component
 from penstock.engine.packs.side import write_side_files
 from penstock.engine.store.durable import NEW_SUFFIX, FileOps, read_whole, storing, write_atomically
 from penstock.errors import CheckpointError, UsageError
@@ -294,8 +301,8 @@ class _Output(Closing):
 
 def _write_run(
     out: _Output,
-    run: Run,
-    steps: tuple[Step, ...],
+    run: PlannedRun,
+    steps: tuple[PackStep, ...],
     reader: WeightReader,
     chunk_bytes: int,
     report: Callable[[int], None],
@@ -315,7 +322,9 @@ def _write_run(
     return out.checksum()
 
 
-def _pieces(step: Step, reader: WeightReader, chunk_bytes: int) -> Iterator[tuple[str, memoryview]]:
+def _pieces(
+    step: PackStep, reader: WeightReader, chunk_bytes: int
+) -> Iterator[tuple[str, memoryview]]:
     """The bytes of a parameter's packed tensors, tensor by tensor, by suffix."""
     if step.kept:
         for suffix in step.made:
@@ -331,7 +340,7 @@ def _pieces(step: Step, reader: WeightReader, chunk_bytes: int) -> Iterator[tupl
 
 
 def _quantised(
-    step: Step, reader: WeightReader, chunk_bytes: int
+    step: PackStep, reader: WeightReader, chunk_bytes: int
 ) -> Iterator[tuple[str, memoryview]]:
     """The first tensor, the long one, goes out as it is made; the scales wait for its end."""
     assert step.format is not None
@@ -348,7 +357,7 @@ def _quantised(
 
 
 def _chunks(
-    step: Step, reader: WeightReader, chunk_bytes: int, dtype: torch.dtype
+    step: PackStep, reader: WeightReader, chunk_bytes: int, dtype: torch.dtype
 ) -> Iterator[Tensor]:
     """The parameter's values by runs of rows, or at once where it must or may be."""
     whole = step.format is not None and not step.format.by_rows

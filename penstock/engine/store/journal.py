@@ -71,7 +71,7 @@ STATES = ("running", "stopped", "failed", "done")
 Tensors = dict[str, torch.Tensor]
 
 
-class SamplerState(NamedTuple):
+class SavedSampler(NamedTuple):
     """The sampler after ``step`` steps: tensors, and plain values that JSON can hold."""
 
     step: int
@@ -288,7 +288,7 @@ class Journal(Closing):
         self._make_room(sum(tensor.nbytes for tensor in tensors.values()))
         self._states.save(make)
 
-    def load_latest(self) -> SamplerState | None:
+    def load_latest(self) -> SavedSampler | None:
         """The newest state that is whole; None where the sampling has not begun.
 
         Raises:
@@ -360,7 +360,7 @@ class Journal(Closing):
             return None
         return tensors
 
-    def _parse_state(self, blob: bytes) -> Generation[SamplerState]:
+    def _parse_state(self, blob: bytes) -> Generation[SavedSampler]:
         tensors, metadata = open_tensors(blob)
         self._check_owner(metadata)
         try:
@@ -370,7 +370,7 @@ class Journal(Closing):
             raise JournalError("not a sampler's state", found=str(error)) from error
         if step < 0 or sequence < 0 or not isinstance(values, dict):
             raise JournalError("not a sampler's state", found=f"step {step}, values {values!r:.80}")
-        return Generation(sequence, SamplerState(step, tensors, values))
+        return Generation(sequence, SavedSampler(step, tensors, values))
 
     def _metadata(self, **items: str) -> dict[str, str]:
         return {"penstock": str(FORMAT), "job": self.record.job, **items}

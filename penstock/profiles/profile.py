@@ -11,12 +11,12 @@ from importlib.resources import files
 from pathlib import Path
 
 from penstock.errors import ProfileError, UsageError
-from penstock.profiles.formats import get_format
+from penstock.folders import config_folder
+from penstock.formats.formats import get_format
 from penstock.profiles.hardware import Hardware
 from penstock.profiles.options import Options
 from penstock.profiles.plan import Origin
 from penstock.profiles.policy import AUTO, Policy, policy_of
-from penstock.profiles.rates import config_dir
 from penstock.units import format_bytes, parse_bytes
 
 if sys.version_info >= (3, 11):
@@ -120,12 +120,12 @@ def choose(profile: Profile, options: Options, hardware: Hardware) -> Chosen:
         else:
             budgets[name], source = free_bytes, f"free on {hardware.name}, less a reserve"
         origins.append(Origin(name, format_bytes(budgets[name]), source))
-    pinned_bytes = int(profile.pinned_share * budgets["ram"])
+    share = profile.pinned_share if options.share is None else options.share
+    pinned_bytes = int(share * budgets["ram"])
     formats = profile.formats if options.format is None else (options.format,)
     formats_from = _source(options.format is not None, "formats", profile)
-    origins.append(
-        Origin("pinned", format_bytes(pinned_bytes), _source(False, "pinned_share", profile))
-    )
+    pinned_from = _source(options.share is not None, "pinned_share", profile)
+    origins.append(Origin("pinned", format_bytes(pinned_bytes), pinned_from))
     origins.append(Origin("format", ", ".join(formats), formats_from))
     policy = policy_of(options.policy, profile.policy)
     origins += [
@@ -195,7 +195,7 @@ def load(name: str, folder: Path | None = None) -> Profile:
 
 
 def _own_dir(folder: Path | None) -> Path:
-    return config_dir() / "profiles" if folder is None else folder
+    return config_folder() / "profiles" if folder is None else folder
 
 
 def _text(path: Path) -> str:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from penstock.errors import TensorMismatch
+from penstock.formats.formats import plain_format
 from penstock.quant.compute import strategy_for
 from penstock.quant.delta import Delta
-from penstock.quant.format import plain_format
 from penstock.quant.linear import QuantLinear, register
 from penstock.quant.paths import Computing
 from penstock.quant.values.tensors import dtype_tag

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from penstock.engine.lora.file import LoraFile, open_lora
 from penstock.engine.lora.layer import fit
+from penstock.formats.patch import Patch
+from penstock.formats.patched import Patched
+from penstock.formats.plain import Plain
+from penstock.formats.scaled import Scaled8
 from penstock.quant import rows
-from penstock.quant.patch import Patch
-from penstock.quant.patched import Patched
-from penstock.quant.plain import Plain
-from penstock.quant.scaled import Scaled8
+from penstock.quant.arithmetic import dequantise, quantise
 from penstock.quant.values.patch import apply
 from tests.engine.lora import kinds
 from tests.meter import StorageMeter
@@ -102,18 +103,18 @@ def test_decoding_takes_no_more_than_is_said(kind: str, stored: str, tmp_path: P
     base = Plain("bf16", "BF16") if stored == "bf16" else Scaled8("int8", "I8", "int8")
     fmt = Patched(base, (patch, patch))
     weight = (torch.randn(shape) * 0.1).bfloat16()
-    given = base.quantise(weight) | {patch.name(r): t for r, t in tensors.items()}
+    given = quantise(base, weight) | {patch.name(r): t for r, t in tensors.items()}
     assert given.keys() == fmt.storage(shape, "BF16").keys()
     out = torch.empty(shape, dtype=torch.bfloat16)
     with StorageMeter([out, *given.values()]) as meter:
-        fmt.dequantise(given, shape, torch.bfloat16, out)
+        dequantise(fmt, given, shape, torch.bfloat16, out)
     assert meter.peak <= fmt.workspace_bytes(shape, "cpu") <= 5 * meter.peak + (1 << 16)
-    decoded = base.dequantise(given, shape, torch.float32)
+    decoded = dequantise(base, given, shape, torch.float32)
     expected = decoded.bfloat16().clone()
     for _ in range(2):
         apply(patch, expected, tensors)
     assert torch.equal(out, expected)
-    assert torch.equal(base.dequantise(given, shape, torch.float32), decoded)
+    assert torch.equal(dequantise(base, given, shape, torch.float32), decoded)
 
 
 def test_an_older_order_of_gloras_factors_is_known(tmp_path: Path) -> None:

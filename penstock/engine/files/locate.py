@@ -3,7 +3,9 @@ ComfyUI root, a hub id, or single files. Only headers are read."""
 
 from __future__ import annotations
 
+import base64
 import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -19,6 +21,8 @@ from penstock.engine.files.source import RawFile, dangling, open_raw, read_bytes
 from penstock.errors import CheckpointError, UsageError
 from penstock.offload.checkpoint import PICKLES, TensorEntry
 from penstock.offload.shards import heads, is_shard
+
+log = logging.getLogger(__name__)
 
 TOKENIZER_TENSOR = "spiece_model"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
@@ -169,10 +173,13 @@ def _in_folder(folder: Path, files: Files | None) -> _Found:
     """The places of a model's parts; the folder of a pipeline must be whole, but for ``files``.
     None: it may lack parts."""
     if (folder / "model_index.json").exists():
+        log.debug("%s is a folder of diffusers", folder)
         return _diffusers(folder, files)
     root = comfy_root(folder)
     if root is not None:
+        log.debug("%s is a folder of ComfyUI", root)
         return _comfy(folder, root)
+    log.debug("%s is a repository of the model's makers, or any folder", folder)
     return _original(folder)
 
 
@@ -341,6 +348,7 @@ def _choose(
                 source.check()
                 fitting.append(source)
         except CheckpointError as error:
+            log.debug("%s is not it: %s", path, error)
             refused.append(error)
     if len(fitting) == 1:
         notes += [f"passed over: {error}" for error in broken]
@@ -374,7 +382,8 @@ def _likely_pickle(name: str, pickles: tuple[Path, ...]) -> Path:
 
 
 def open_component(path: Path) -> ComponentSource:
-    """Recognise the component in ``path`` (a file, an index, or a folder with a config.json).
+    """Recognise the component in ``path`` (a file, an index, or a folder with a config.json); mmgp
+    writes the config into the file's header.
 
     Raises:
         CheckpointError: as `recognise` and `open_raw` do.
@@ -389,8 +398,14 @@ def recognise_beside(raw: RawFile) -> ComponentSource:
         CheckpointError: as `recognise` does.
     """
     folder = raw.path if raw.path.is_dir() else raw.path.parent
-    found = find_naming(raw.entries)
-    return recognise(raw, None if found is None else _config_beside(folder, found.kind))
+    naming, config = find_naming(raw.entries), None
+    if naming is not None:
+        config = _config_beside(folder, naming.kind) or _config_within(raw, naming.kind)
+    found = recognise(raw, config)
+    if log.isEnabledFor(logging.DEBUG):
+        told = (found.component, found.title, found.label())
+        log.debug("%s (%s) is the %s of %s, stored as %s", raw.path, raw.kind, *told)
+    return found
 
 
 def _config_beside(folder: Path, kind: ComponentKind) -> dict[str, Any] | None:
@@ -398,10 +413,31 @@ def _config_beside(folder: Path, kind: ComponentKind) -> dict[str, Any] | None:
     path = folder / "config.json"
     if not path.exists():
         return None
-    config = read_object(path)
+    return _ours(read_object(path), kind)
+
+
+def _config_within(raw: RawFile, kind: ComponentKind) -> dict[str, Any] | None:
+    """The config that the header carries in base64, as mmgp saves it."""
+    text = raw.metadata.get("config_base64")
+    if not isinstance(text, str):
+        return None
+    try:
+        config = json.loads(base64.b64decode(text, validate=True))
+    except ValueError as error:
+        raise CheckpointError(
+            f"config_base64 in the header of {raw.path} cannot be used",
+            expected="a JSON object",
+            found=str(error),
+        ) from error
+    return _ours(config, kind) if isinstance(config, dict) else None
+
+
+def _ours(config: Mapping[str, Any], kind: ComponentKind) -> dict[str, Any] | None:
+    """``config`` without what is not the network's own; None if it is not of this kind."""
     if config_owner(config) is not kind:
         return None
-    return {key: value for key, value in config.items() if not key.startswith("_")}
+    foreign = "quantization_config"  # the tensors tell how they are stored
+    return {k: v for k, v in config.items() if not k.startswith("_") and k != foreign}
 
 
 def config_owner(config: Mapping[str, Any]) -> ComponentKind | None:

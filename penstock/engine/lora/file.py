@@ -23,9 +23,9 @@ from penstock.engine.files.source import dangling, read_bytes
 from penstock.engine.lora.keys import Part, foreign_kind, is_lora, parse_key
 from penstock.engine.lora.layer import Incomplete, LoraLayer, WeightChange, changes_of, fit
 from penstock.errors import CheckpointError, TensorMismatch, UsageError
+from penstock.formats.patch import MAGNITUDE
 from penstock.offload.checkpoint import Checkpoint, TensorEntry
 from penstock.offload.files import FileStamp
-from penstock.quant.patch import MAGNITUDE
 
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _SHOWN = 3

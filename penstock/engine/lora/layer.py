@@ -1,6 +1,6 @@
 """What a LoRA does to a weight, from the tensors that its file has for it; and whether that fits.
 
-Free of torch. `penstock.quant.patch` says what each kind means.
+Free of torch. `penstock.formats.patch` says what each kind means.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TypeAlias
 
+from penstock.formats.patch import MAGNITUDE, Kind, Patch
 from penstock.offload.checkpoint import TensorEntry
-from penstock.quant.patch import MAGNITUDE, Kind, Patch
 
 Dims: TypeAlias = tuple[int, ...]
 _WITH_MAGNITUDE = ("lora", "loha", "lokr")
@@ -23,7 +23,7 @@ class WeightChange:
     """What a LoRA does to one weight.
 
     Attributes:
-        kind: as `penstock.quant.patch.Kind`.
+        kind: as `penstock.formats.patch.Kind`.
         entries: its tensors by role.
         scale: alpha / rank; of oft and boft alpha, 0 without one.
         reshape: the shape that the weight is first filled up to with zeros; None: its own.

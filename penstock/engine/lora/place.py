@@ -4,7 +4,7 @@ the layers.
 A LoRA's tensors are named after the module they change (``blocks.0.attn1.to_q.lora.0.down``), so
 that they lie in the same run of bytes as its weights, are read, copied and counted with them, and
 come and go with a visit. Sums of matrices are multiplied beside the weight (`penstock.quant.lora`);
-what needs the weight's values changes them where they are decoded (`penstock.quant.patched`);
+what needs the weight's values changes them where they are decoded (`penstock.formats.patched`);
 everything else (biases, norms, tables, convolutions, and what needs the values of a matrix outside
 the blocks) is done when it is bound.
 """
@@ -23,15 +23,15 @@ from penstock.engine.lora.file import FittedLora, Lora, open_lora
 from penstock.engine.lora.find import found_in
 from penstock.engine.lora.layer import LoraLayer, parameters_of
 from penstock.engine.store.digest import stamp
+from penstock.formats.patch import Patch
+from penstock.formats.rows import Shape
+from penstock.formats.tags import ITEM_BYTES
 from penstock.offload.checkpoint import TensorEntry, torch_dtype
 from penstock.offload.files import FileStamp
-from penstock.offload.header import ITEM_BYTES
 from penstock.offload.layout import BlockLayout
 from penstock.profiles.manifest import LoraSpec
 from penstock.profiles.plan import Origin
 from penstock.quant.delta import Delta
-from penstock.quant.patch import Patch
-from penstock.quant.rows import Shape
 from penstock.units import format_bytes
 
 if TYPE_CHECKING:

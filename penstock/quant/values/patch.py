@@ -1,4 +1,4 @@
-"""The arithmetic of `penstock.quant.patch`: in fp32, by slices, rounded once into the weight.
+"""The arithmetic of `penstock.formats.patch`: in fp32, by slices, rounded once into the weight.
 
 A magnitude is that of the changed weight, as the trainers (LyCORIS, PEFT) have it; ComfyUI divides
 by the unchanged weight's where it lies along the outputs.
@@ -12,8 +12,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from penstock.quant.patch import MAGNITUDE, Patch
-from penstock.quant.rows import row_slices
+from penstock.formats.patch import MAGNITUDE, Patch
+from penstock.formats.rows import row_slices
 
 _Tensors: TypeAlias = Mapping[str, Tensor]
 _Change: TypeAlias = Callable[[slice, Tensor], Tensor]

@@ -217,7 +217,9 @@ class Hub:
 
 def test_hub_ids(tmp_path, model):
     cache = Hub(cached=model)
-    assert locate("org/wan@main", fetch=cache).streamed.raw.path == model / "transformer"
+    assert (
+        locate("org/wan@main", fetch=cache).parts["transformer"].raw.path == model / "transformer"
+    )
     assert cache.calls == [("org/wan@main", True)]
     absent = Hub(remote=model)
     assert locate("org/wan", fetch=absent).origin == "org/wan"

@@ -22,8 +22,8 @@ from penstock.engine.lora.file import Lora
 from penstock.engine.model.files import ModelFiles
 from penstock.engine.packs.pack import pack
 from penstock.engine.request.generation import GenerationRequest
+from penstock.formats.patched import Patched
 from penstock.profiles.plan import StreamPlan
-from penstock.quant.patched import Patched
 from tests.engine.lora import kinds
 from tests.engine.run.test_budget import _placed, _run
 

@@ -13,9 +13,9 @@ from penstock.engine.families.wan.samples import SAMPLES
 from penstock.engine.machine import calibrate, doctor
 from penstock.engine.machine.calibrate import Effort
 from penstock.engine.machine.samples import Samples
+from penstock.formats.scaled import Scaled8
 from penstock.profiles.rates import Rates
 from penstock.quant.compute import Operands
-from penstock.quant.scaled import Scaled8
 from tests import fake_kitchen
 
 CPU = torch.device("cpu")

@@ -12,7 +12,8 @@ from penstock.engine.families.wan.tiny import write_tiny_model
 from penstock.engine.files.locate import locate
 from penstock.engine.lora.file import Lora
 from penstock.engine.packs.pack import pack
-from penstock.quant.format import get_format
+from penstock.formats.formats import get_format
+from penstock.quant.arithmetic import quantise
 from tests.engine import lora_files as made
 from tests.engine.lora import kinds
 
@@ -47,7 +48,7 @@ def test_the_sum_of_a_bf16_matrix_is_rounded_once(kind: str, folder: Path, tmp_p
     for wanted in ("int8", "gguf-q8_0", "bf16"):
         stored = _packed(folder, wanted, lora, tmp_path / wanted)
         for name in changed:
-            expected = get_format(wanted).quantise(whole[name], name)
+            expected = quantise(get_format(wanted), whole[name], name)
             for suffix, tensor in expected.items():
                 found = stored[name.removesuffix("weight") + suffix]
                 assert torch.equal(found.view(tensor.dtype), tensor), (wanted, name, suffix)

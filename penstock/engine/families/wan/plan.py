@@ -20,7 +20,7 @@ from penstock.engine.families.wan.terms import (
     picture_bytes,
     tile_bytes,
 )
-from penstock.profiles.phases import OBJECTS, Group, Mux, OnePass, Step, group_fits, loading_s
+from penstock.profiles.phases import OBJECTS, Group, Mux, OnePass, Step, fitting, loading_s
 from penstock.profiles.plan import Items, PhasePlan
 from penstock.profiles.policy import Limits
 from penstock.profiles.streams import Network, staging_bytes
@@ -108,7 +108,7 @@ class Tiled:
 
     def best(self, limits: Limits) -> Group | None:
         """As `Step`: grids come from the fastest on, so the first that fits is the best."""
-        return next((group for group in self.all_small(limits) if group_fits(group, limits)), None)
+        return next(fitting(self.all_small(limits), limits), None)
 
     def all_small(self, limits: Limits) -> Iterator[Group]:
         """As `Step`: all grids."""

@@ -6,18 +6,12 @@ into, so that they take no memory a block; `penstock pack --lora` computes them 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
-from penstock.errors import UsageError
-from penstock.quant.format import QuantFormat
-from penstock.quant.patch import Patch
-from penstock.quant.rows import Shape, Spec
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+from penstock.formats.formats import QuantFormat
+from penstock.formats.patch import Patch
+from penstock.formats.rows import Shape, Spec
 
 
 @dataclass(frozen=True)
@@ -32,14 +26,28 @@ class Patched:
     base: QuantFormat
     patches: tuple[Patch, ...]
 
+    plain: ClassVar[bool] = False
+    writable: ClassVar[bool] = False
+    by_rows: ClassVar[bool] = False
+    gemm: ClassVar[None] = None
+
     @property
     def name(self) -> str:
         """The base's, and that there is something beside it."""
         return f"{self.base.name}+lora"
 
+    @property
+    def label(self) -> str:
+        """The same for people."""
+        return f"{self.base.label}+lora"
+
     def fits(self, shape: Shape) -> bool:
         """As the base."""
         return self.base.fits(shape)
+
+    def logical(self, data: tuple[int, ...]) -> tuple[int, ...] | None:
+        """As the base."""
+        return self.base.logical(data)
 
     def storage(self, shape: Shape, compute_dtype: str) -> dict[str, Spec]:
         """The base's tensors, and the LoRAs'."""
@@ -52,28 +60,3 @@ class Patched:
         """The most of decoding and of each change: one comes after the other."""
         changes = (patch.workspace_bytes(shape, device) for patch in self.patches)
         return max(self.base.workspace_bytes(shape, device), *changes)
-
-    def quantise(self, weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
-        """Refused: it is how a weight is read.
-
-        Raises:
-            UsageError: always.
-        """
-        raise UsageError(f"{name} cannot be stored as {self.name}", expected=self.base.name)
-
-    def dequantise(
-        self,
-        tensors: Mapping[str, Tensor],
-        shape: Shape,
-        dtype: torch.dtype,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """The base's values, changed in fp32 and rounded to ``dtype`` once a LoRA."""
-        from penstock.quant.values.patch import apply
-        from penstock.quant.values.tensors import output
-
-        device = next(iter(tensors.values())).device
-        weight = self.base.dequantise(tensors, shape, dtype, output(out, shape, dtype, device))
-        for patch in self.patches:
-            apply(patch, weight, {role: tensors[patch.name(role)] for role in patch.roles})
-        return weight

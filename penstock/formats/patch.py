@@ -19,7 +19,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from penstock.quant.rows import Shape, Spec, chunk_rows
+from penstock.formats.rows import Shape, Spec, chunk_rows
 
 Kind: TypeAlias = Literal["lora", "diff", "set", "loha", "lokr", "glora", "oft", "boft"]
 

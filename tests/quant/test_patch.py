@@ -11,11 +11,11 @@ from torch import Tensor
 
 from penstock.engine.lora.file import LoraFile, open_lora
 from penstock.engine.lora.layer import fit
+from penstock.formats import rows
 from penstock.formats.patch import Patch
 from penstock.formats.patched import Patched
 from penstock.formats.plain import Plain
 from penstock.formats.scaled import Scaled8
-from penstock.quant import rows
 from penstock.quant.arithmetic import dequantise, quantise
 from penstock.quant.values.patch import apply
 from tests.engine.lora import kinds

@@ -50,7 +50,7 @@ def _filled(module: Any, draw: torch.Generator) -> Any:
     for name, parameter in module.named_parameters():
         if "org_module" in name:
             continue
-        size = 0.3 if parameter.dim() > 1 else 0.1
+        size = 0.3 if parameter.dim() > 1 else 1.0
         noise = size * torch.randn(parameter.shape, generator=draw)
         base = 1.0 if name in ("rescale", "dora_scale") else 0.0
         parameter.data.copy_(base + noise.abs() if name == "dora_scale" else base + noise)

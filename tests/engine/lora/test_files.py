@@ -26,6 +26,7 @@ from penstock.errors import CheckpointError, PickleRefused, TensorMismatch, Usag
 from penstock.offload.checkpoint import Checkpoint
 from penstock.quant.values.patch import apply
 from tests.engine import lora_files as made
+from tests.engine.lora import kinds
 
 Q = "diffusion_model.blocks.0.self_attn.q"
 
@@ -324,6 +325,24 @@ def test_inspect_says_what_it_is(source: ComponentSource, tmp_path: Path) -> Non
     assert isinstance(other, LoraInspection)
     assert other.arguments == ("--lora", str(mixed))
     assert "1 unknown keys" in "\n".join(other.lines()) and other.kind == "a text encoder's LoRA"
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("dora by outputs", "DoRA"), ("loha", "LoHa"), ("lokr", "LoKr"), ("glora", "GLoRA"),
+        ("oft", "OFT"), ("boft", "BOFT"), ("whole weights", "whole weights"),
+        ("differences", "differences"),
+    ],
+)  # fmt: skip
+def test_inspect_names_the_kind(
+    kind: str, said: str, source: ComponentSource, tmp_path: Path
+) -> None:
+    modules = kinds.some_modules(source.shapes)
+    found = inspect(kinds.make(kind, source.shapes, modules).write(tmp_path / "a.safetensors"))
+    assert isinstance(found, LoraInspection)
+    assert f"{len(modules)} {said}" in "\n".join(found.lines())
+    assert not found.unknown and found.arguments
 
 
 def test_describing_a_lora_does_not_import_torch(tmp_path: Path) -> None:

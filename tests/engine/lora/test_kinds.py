@@ -21,11 +21,15 @@ from penstock.engine.files.reader import WeightReader
 from penstock.engine.lora.file import Lora
 from penstock.engine.model.files import ModelFiles
 from penstock.engine.packs.pack import pack
-from penstock.engine.request.generation import GenerationRequest
+from penstock.engine.request.generation import GenerationRequest, workload_of
 from penstock.formats.patched import Patched
+from penstock.profiles.manifest import SCRATCH
 from penstock.profiles.plan import StreamPlan
+from penstock.profiles.planner import minimum_vram_bytes
+from penstock.profiles.planner import plan as make_plan
+from penstock.units import MIB
 from tests.engine.lora import kinds
-from tests.engine.run.test_budget import _placed, _run
+from tests.engine.run.test_budget import _host_buffers_apart, _in_ram, _meter, _placed, _run
 
 CLOSE = 1e-5
 BASES = {"plain": None, "int8": "int8", "gguf": "gguf-q8_0"}
@@ -125,3 +129,26 @@ def test_there_are_twelve_kinds_and_those_that_need_the_weight_wrap_its_format(
         beside = bool(component.loras[1].deltas)
         sums = kind in ("lora", "differences")
         assert (wrapped, beside) == (not sums and kind not in ("norms", "grown input"), sums)
+
+
+@pytest.mark.parametrize("kind", ["dora by inputs", "lokr", "boft"])
+@pytest.mark.parametrize("stored", ["plain", "int8"])
+def test_neither_ledgers_nor_tensors_pass_the_plan(
+    kind: str, stored: str, base, tmp_path: Path
+) -> None:
+    """Their weights are made in the scratch buffer, with a bounded slice in work."""
+    folder = base(stored)
+    shapes = locate(folder).streamed.shapes
+    modules = [*kinds.some_modules(shapes), "condition_embedder.text_embedder.linear_1"]
+    made = kinds.make(kind, shapes, modules)
+    lora = Lora(made.write(tmp_path / "lora.safetensors"))
+    with Engine.open(folder, loras=[lora], device="cpu", vram="1GiB", ram="1GiB") as engine:
+        workload, manifest = workload_of(_request()), engine.model.manifest
+        roomy = replace(engine.hardware, ram_bytes=64 * MIB)
+        least = minimum_vram_bytes(manifest, workload, roomy)
+        plan = make_plan(manifest, workload, replace(roomy, vram_bytes=least))
+        assert dict(plan["denoise"].work)[SCRATCH] > 0
+        with _meter(engine) as meter, _host_buffers_apart(meter):
+            result = _run(engine, _request(), plan, overlapped=False)
+    assert result.report.peak_vram_bytes <= least
+    assert meter.peak <= least + _in_ram(plan)

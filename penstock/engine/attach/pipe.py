@@ -272,7 +272,7 @@ def _pipeline(model: ModelFiles, desk: Desk) -> Any:
         for name, made in _PARTS.items()
         if name != "image_encoder" or model.image is not None
     }
-    parts |= {"tokenizer": model.tokenizer(), "scheduler": _scheduler(model)}
+    parts |= {"tokenizer": model.tokenizer.for_transformers(), "scheduler": _scheduler(model)}
     if not model.image_to_video:
         return WanPipeline(**parts)
     parts["image_processor"] = make_image_processor(model.source.image_processor)

@@ -13,7 +13,7 @@ from typing import Any
 from penstock.engine.families.wan.config import IMAGE_PROCESSOR, UNIPC
 from penstock.engine.files.hub import Fetch, hub_snapshot
 from penstock.engine.files.keys import COMPONENTS, ComponentSource, recognise
-from penstock.engine.files.source import open_raw, read_bytes, refusal_of
+from penstock.engine.files.source import open_raw, refusal_of
 from penstock.errors import CheckpointError, PenstockError, UsageError
 from penstock.offload.checkpoint import PICKLES, TensorEntry
 
@@ -402,22 +402,6 @@ def _tokenizer(text: ComponentSource, found: _Found, files: Files) -> Path | Ten
         remedy="Give a folder with --tokenizer: google/umt5-xxl of the hub, or the tokenizer "
         "folder of any Wan2.1 -Diffusers repository; Comfy-Org's umt5_xxl files carry theirs.",
     )
-
-
-def open_tokenizer(tokenizer: Path | TensorEntry) -> Any:
-    """The tokenizer in a folder, a SentencePiece model, or the byte tensor that holds one.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    from penstock.engine.families.wan.umt5 import load_tokenizer
-    from penstock.engine.files.spm import tokenizer_from_spm
-
-    if isinstance(tokenizer, TensorEntry):
-        return tokenizer_from_spm(read_bytes(tokenizer))
-    if tokenizer.is_file():
-        return tokenizer_from_spm(tokenizer.read_bytes())
-    return load_tokenizer(tokenizer)
 
 
 def _from_hub(model: str, files: Files, fetch: Fetch) -> ModelSource:

@@ -20,7 +20,8 @@ from penstock.engine.families.wan.manifest import manifest_of
 from penstock.engine.families.wan.structure import is_cross_kv, layers_needed
 from penstock.engine.files.formats import compute_tag, linear_formats
 from penstock.engine.files.keys import ComponentSource
-from penstock.engine.files.locate import Files, ModelSource, locate, open_tokenizer
+from penstock.engine.files.locate import Files, ModelSource, locate
+from penstock.engine.files.tokenizer import Tokenizer
 from penstock.engine.lora.file import Lora
 from penstock.engine.lora.place import LoraPart, PlacedLoras
 from penstock.engine.model.adapters import Adapter, adapters_of, read_table_rows
@@ -206,13 +207,10 @@ class ModelFiles:
             found |= {f"lora/{index}/{part}": path for part, path in enumerate(lora.stamps)}
         return found
 
-    def tokenizer(self) -> Any:
-        """The text encoder's tokenizer.
-
-        Raises:
-            CheckpointError: it cannot be read.
-        """
-        return open_tokenizer(self.source.tokenizer)
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The text encoder's tokenizer; nothing of it is read yet."""
+        return Tokenizer(self.source.tokenizer)
 
     @classmethod
     def open(

@@ -117,11 +117,10 @@ def condition(stage: Stage) -> Conditions:
 def encode_prompts(stage: Stage) -> list[Tensor]:
     """Text states (1, 512, d) of the prompt and, with guidance, of the negative prompt, on CPU."""
     component, request = stage.model.text, stage.job.request
-    tokenizer = stage.model.tokenizer()
     texts = [request.prompt]
     if request.uses_guidance:
         texts.append(request.effective_negative_prompt)
-    tokenised = [prompts.tokenise(tokenizer, text) for text in texts]
+    tokenised = stage.model.tokenizer.tokenise([prompts.clean_prompt(text) for text in texts])
     for which, prompt in zip(("prompt", "negative prompt"), tokenised, strict=False):
         if prompt.cut:
             stage.monitor.notice(f"the {which} is too long; this is cut: {prompt.cut!r}")

@@ -8,6 +8,7 @@ open_clip's ViT-H/14.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -102,13 +103,26 @@ class ShapesOf:
         return shape
 
     def count(self, prefix: str) -> int:
-        """Blocks named ``prefix`` + number: one more than the largest number."""
+        """Blocks named ``prefix`` + number: one more than the largest number.
+
+        Raises:
+            TensorMismatch: that is more than there are tensors.
+        """
         numbers = {
             int(number)
             for name in self._shapes
-            if name.startswith(prefix) and (number := name[len(prefix) :].split(".")[0]).isdigit()
+            if name.startswith(prefix)
+            and re.fullmatch("[0-9]{1,6}", number := name[len(prefix) :].partition(".")[0])
         }
-        return max(numbers, default=-1) + 1
+        count = max(numbers, default=-1) + 1
+        if count > len(self._shapes):
+            raise TensorMismatch(
+                f"{self.where} is incomplete",
+                expected=f"the tensors of {prefix}0 to {prefix}{count - 1}",
+                found=f"{len(self._shapes)} tensors in all",
+                remedy="The file is incomplete or belongs to another model: copy it again.",
+            )
+        return count
 
 
 def derive(component: str, shapes: ShapesOf) -> dict[str, Any]:

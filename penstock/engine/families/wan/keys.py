@@ -19,6 +19,9 @@ from types import MappingProxyType
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.", "vision_model.", "visual.")
 """What some files put before every name."""
 
+_DEEPEST = 8
+"""Parts of the longest module path in any table; longer keys are not searched further."""
+
 FUSED_QKV = "self_attn.to_qkv"
 """A target that stands for three: q, k and v are its rows, one after another."""
 
@@ -58,11 +61,11 @@ class Naming:
 
 def _longest(key: str, table: Mapping[str, str]) -> str | None:
     """``key`` with its longest leading module path in ``table`` replaced."""
-    path = key
-    while path:
+    parts = key.split(".", _DEEPEST)
+    for count in range(min(len(parts), _DEEPEST), 0, -1):
+        path = ".".join(parts[:count])
         if path in table:
             return table[path] + key[len(path) :]
-        path = path.rpartition(".")[0]
     return None
 
 

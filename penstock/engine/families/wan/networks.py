@@ -65,6 +65,7 @@ def _image(config: dict[str, Any]) -> tuple[Any, Any]:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     module = skeleton(CLIPVisionModel, CLIPVisionConfig(**(config | {"num_hidden_layers": 1})))
+    module = getattr(module, "vision_model", module)  # transformers 4 wraps what 5 has bare
     return module, module.encoder.layers[0]
 
 

@@ -34,8 +34,8 @@ Source: ComfyUI-GGUF's converter."""
 MAX_HEADER_BYTES = 100_000_000
 MAX_INLINE_ITEMS = 4096
 MAX_ITEMS = 1 << 21
-"""Metadata pairs, strings of arrays and items of short arrays, all together: they are visited one by
-one. A tokenizer of 256,000 pieces has a quarter of them."""
+"""Metadata pairs, strings of arrays and items of short arrays, all together: they are visited one
+by one. A tokenizer of 256,000 pieces has a quarter of them."""
 
 _MAX_DIMS = 8
 _MAX_NAME_BYTES = 1024

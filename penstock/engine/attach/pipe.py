@@ -19,6 +19,7 @@ from penstock.engine.attach.parts import ImagePart, Part, TextPart, TransformerP
 from penstock.engine.attach.stream import budgets, close_at_exit
 from penstock.engine.attach.vae_part import VaePart
 from penstock.engine.families.wan.clip import make_image_processor
+from penstock.engine.families.wan.fields import known
 from penstock.engine.files.locate import Files
 from penstock.engine.model.files import ModelFiles
 from penstock.engine.model.storage import block_format
@@ -286,9 +287,9 @@ def _config(name: str, model: ModelFiles) -> Any:
 
     source = next(part for part in model.source.components() if part.component == name)
     if name == "text_encoder":
-        return UMT5Config(**dict(source.config))
+        return UMT5Config(**known(name, source.config))
     if name == "image_encoder":
-        return CLIPVisionConfig(**dict(source.config))
+        return CLIPVisionConfig(**known(name, source.config))
     skeleton = model.transformer.module if name == "transformer" else model.vae_decoder.module
     return FrozenDict({**skeleton.config, **source.config})
 

@@ -3,7 +3,6 @@ is missing or unknown. Only headers are read, and ComfyUI's short descriptions o
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -14,8 +13,10 @@ from types import MappingProxyType
 from typing import Any
 
 from penstock.engine.families.wan.config import FAMILIES, ShapesOf, check_transformer, derive
+from penstock.engine.families.wan.fields import check_config
 from penstock.engine.families.wan.keys import FUSED_QKV, Naming, find_naming
 from penstock.engine.families.wan.structure import tensor_shapes
+from penstock.engine.files.fields import parse_object
 from penstock.engine.files.source import RawFile, read_bytes
 from penstock.engine.files.storage import COMFY_MARK, PACK_METADATA, StoredWeight, gather
 from penstock.errors import CheckpointError, TensorMismatch
@@ -151,8 +152,11 @@ def recognise(raw: RawFile, config: Mapping[str, Any] | None = None) -> Componen
     shapes = {name: stored.shape for name, stored in weights.items() if stored.shape is not None}
     if config is None:
         config = derive(naming.component, ShapesOf(str(raw.path), shapes))
-    elif naming.component == "transformer":
-        check_transformer(str(raw.path), config)
+        check_config(naming.component, config, str(raw.path))
+    else:
+        check_config(naming.component, config, f"the config.json of {raw.path}")
+        if naming.component == "transformer":
+            check_transformer(str(raw.path), config)
     return _compare(raw, naming, config, weights, named)
 
 
@@ -191,9 +195,9 @@ def packed_facts(raw: RawFile) -> dict[str, Any]:
     if PACK_METADATA not in raw.metadata:
         return {}
     try:
-        facts = dict(json.loads(raw.metadata[PACK_METADATA]))
+        facts = parse_object(str(raw.metadata[PACK_METADATA]), str(raw.path))
         return facts | {"gguf": {str(n): str(kind) for n, kind in facts["gguf"].items()}}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, AttributeError) as error:
         raise CheckpointError(
             f"{raw.path} has damaged metadata", expected="those of a pack", found=str(error)
         ) from error

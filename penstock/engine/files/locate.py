@@ -3,14 +3,15 @@ ComfyUI root, a hub id, or single files. Only headers are read."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from penstock.engine.families.wan import fields
 from penstock.engine.families.wan.config import IMAGE_PROCESSOR, UNIPC
+from penstock.engine.files.fields import Field, check_fields, read_object
 from penstock.engine.files.hub import Fetch, hub_snapshot
 from penstock.engine.files.keys import COMPONENTS, ComponentSource, recognise
 from penstock.engine.files.source import open_raw, refusal_of
@@ -26,6 +27,7 @@ _COMFY_FOLDERS = {
     "image_encoder": ("clip_vision",),
 }
 _FLAGS = {name: "--" + name.replace("_", "-") for name in COMPONENTS}
+_MAX_YAML_BYTES = 256 << 10
 _SUFFIXES = (".safetensors", ".gguf")
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "tokenizer_config.json")
 
@@ -138,7 +140,7 @@ def _in_folder(folder: Path, files: Files) -> _Found:
 
 
 def _diffusers(folder: Path) -> _Found:
-    index = read_object(folder / "model_index.json")
+    index = _checked(folder / "model_index.json", fields.MODEL_INDEX, {})
     check_pipeline(folder, index)
     parts = [name for name in COMPONENTS if (folder / name).is_dir()]
     scheduler = folder / "scheduler" / "scheduler_config.json"
@@ -147,10 +149,21 @@ def _diffusers(folder: Path) -> _Found:
     return _Found(
         places={name: (folder / name,) for name in parts},
         tokenizer=folder / "tokenizer" if (folder / "tokenizer").is_dir() else None,
-        scheduler=read_object(scheduler) if scheduler.exists() else UNIPC,
-        image_processor=read_object(processor) if processor.exists() else IMAGE_PROCESSOR,
-        defaults=read_object(defaults) if defaults.exists() else {},
+        scheduler=_checked(scheduler, fields.SCHEDULER, UNIPC),
+        image_processor=_checked(processor, fields.IMAGE_PROCESSOR, IMAGE_PROCESSOR),
+        defaults=_checked(defaults, fields.DEFAULTS, {}),
     )
+
+
+def _checked(
+    path: Path, table: Mapping[str, Field], otherwise: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """The config in ``path``, every value in its range; ``otherwise`` if there is none."""
+    if not path.exists():
+        return otherwise
+    config = read_object(path)
+    check_fields(config, table, str(path))
+    return config
 
 
 def check_pipeline(folder: Path, index: Mapping[str, Any]) -> None:
@@ -201,19 +214,32 @@ def _extra_paths(path: Path) -> Iterator[tuple[str, Path]]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        content = yaml.safe_load(_small_text(path)) or {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise CheckpointError(f"{path} cannot be read", found=str(error)) from error
     sections = content.values() if isinstance(content, dict) else ()
     for section in sections:
         if not isinstance(section, dict):
             continue
-        base = path.parent / Path(str(section.get("base_path", ""))).expanduser()
+        base = path.parent / Path(_text(section, "base_path")).expanduser()
         for component, names in _COMFY_FOLDERS.items():
             for name in names:
-                for line in str(section.get(name) or "").splitlines():
+                for line in _text(section, name).splitlines():
                     if line.strip():
                         yield component, base / line.strip()
+
+
+def _text(section: Mapping[Any, Any], name: str) -> str:
+    """An entry that is a text; what else it may be (aliases can unfold without end) is no path."""
+    value = section.get(name)
+    return value if isinstance(value, str) else ""
+
+
+def _small_text(path: Path) -> str:
+    size = path.stat().st_size
+    if size > _MAX_YAML_BYTES:
+        raise ValueError(f"{size:,} bytes, and {_MAX_YAML_BYTES:,} are the most")
+    return path.read_text(encoding="utf-8")
 
 
 def _original(folder: Path) -> _Found:
@@ -360,25 +386,6 @@ def _config_beside(folder: Path) -> dict[str, Any] | None:
     if config.get("_class_name") not in known and not text:
         return None
     return {key: value for key, value in config.items() if not key.startswith("_")}
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``.
-
-    Raises:
-        CheckpointError: it cannot be read, or holds something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read", expected="a JSON object", found=str(error)
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{path} cannot be used", expected="a JSON object", found=type(value).__name__
-        )
-    return value
 
 
 def _tokenizer(text: ComponentSource, found: _Found, files: Files) -> Path | TensorEntry:

@@ -8,7 +8,6 @@ optimum-quanto as Wan2GP saves it, ComfyUI-GGUF.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from penstock.engine.files.fields import parse_object
 from penstock.errors import CheckpointError
 from penstock.offload.checkpoint import TensorEntry
 from penstock.offload.gguf import PREFIX as GGUF
@@ -126,7 +126,7 @@ def _comfy_layers(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
     text = metadata.get(COMFY_METADATA)
     if text is None:
         return {}
-    return _layers(_json(str(text), COMFY_METADATA))
+    return _layers(parse_object(str(text), COMFY_METADATA))
 
 
 def _layers(value: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -138,18 +138,6 @@ def _layers(value: Mapping[str, Any]) -> Mapping[str, Any]:
             found=repr(layers)[:80],
         )
     return layers
-
-
-def _json(text: str | bytes, what: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{what} cannot be used", expected="JSON", found=str(error)
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{what} cannot be used", expected="a JSON object", found=repr(value))
-    return value
 
 
 def _comfy_config(
@@ -166,7 +154,7 @@ def _comfy_config(
             expected="a short JSON text",
             found=f"{entry.nbytes} bytes",
         )
-    return _json(read(entry), entry.name)
+    return parse_object(read(entry), entry.name)
 
 
 def _stored(

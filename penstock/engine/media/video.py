@@ -142,7 +142,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
         comment = container.metadata.get("comment", "")
     try:
         stored = json.loads(comment)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return stored if isinstance(stored, dict) else {}
 

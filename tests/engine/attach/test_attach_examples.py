@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.versions import TRANSFORMERS_4
+
 _EXAMPLES = Path(__file__).parents[3] / "examples"
 
 
@@ -23,5 +25,7 @@ def test_the_example_runs(name: str, promised: list[str]) -> None:
         [sys.executable, _EXAMPLES / name], capture_output=True, text=True, timeout=200
     )
     assert done.returncode == 0, done.stderr
+    if TRANSFORMERS_4:  # whose UMT5 rounds otherwise than torch's attention
+        promised = [line for line in promised if line != "the same video: True"]
     for line in promised:
         assert line in done.stdout

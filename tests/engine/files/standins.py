@@ -7,7 +7,11 @@ import time
 
 
 def echo(text):
-    return {"found": text, "torch": "torch" in sys.modules, "path": os.environ.get("RAYON_NUM_THREADS")}
+    return {
+        "found": text,
+        "torch": "torch" in sys.modules,
+        "path": os.environ.get("RAYON_NUM_THREADS"),
+    }
 
 
 def sleep():

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from penstock.engine.families.wan.fields import known
 from penstock.engine.model.binding import skeleton
 from penstock.offload.checkpoint import torch_dtype
 from penstock.quant.delta import Delta
@@ -23,7 +24,7 @@ def build(component: str, config: Mapping[str, Any]) -> tuple[Any, Any]:
         "image_encoder": _image,
         "vae": _vae,
     }
-    return makers[component](dict(config))
+    return makers[component](known(component, config))
 
 
 def equip(

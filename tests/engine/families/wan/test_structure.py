@@ -15,6 +15,7 @@ from penstock.engine.families.wan import config as configs
 from penstock.engine.families.wan.keys import NAMINGS, Naming, find_naming
 from penstock.engine.families.wan.structure import tensor_shapes
 from penstock.errors import CheckpointError, TensorMismatch
+from tests.versions import bare_clip
 
 I2V_14B = {
     "patch_size": [1, 2, 2],
@@ -82,7 +83,7 @@ def theirs(component, config):
         elif component == "text_encoder":
             module = UMT5EncoderModel(UMT5Config(**config))
         else:
-            module = CLIPVisionModel(CLIPVisionConfig(**config))
+            module = bare_clip(CLIPVisionModel(CLIPVisionConfig(**config)))
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     shapes.pop("encoder.embed_tokens.weight", None)
     return shapes

@@ -220,8 +220,8 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def test_every_call_gives_the_bits_of_the_plain_pipeline(outcome: Outcome) -> None:
-    differ = [name for name, wanted in outcome.plain.items()
-              if name not in BATCHES and not same_after_umt5(outcome.attached[name], wanted)]  # fmt: skip
+    wanted = {name: each for name, each in outcome.plain.items() if name not in BATCHES}
+    differ = [n for n, each in wanted.items() if not same_after_umt5(outcome.attached[n], each)]
     assert differ == []
     # The calls differ from each other, so that equality means something.
     assert not _equal(outcome.plain["plain"], outcome.plain["no guidance"])

@@ -10,8 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from penstock.engine.files.fields import read_object
-from penstock.engine.files.keys import COMPONENTS, ComponentSource
-from penstock.engine.files.locate import ModelSource, locate, open_component
+from penstock.engine.files.keys import ComponentSource
+from penstock.engine.files.locate import (
+    COMPONENTS,
+    ModelSource,
+    locate,
+    open_component,
+)
 from penstock.engine.lora.inspect import LoraInspection, describe_lora, holds_lora
 from penstock.errors import PenstockError
 from penstock.units import format_bytes
@@ -170,7 +175,7 @@ def describe(source: ComponentSource, arguments: tuple[str, ...] = ()) -> Inspec
     return Inspection(
         path=source.raw.path,
         component=source.component,
-        family=source.family,
+        family=source.title,
         naming=source.naming,
         format=source.label(),
         parameters=source.parameters,

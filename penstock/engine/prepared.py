@@ -59,11 +59,6 @@ class BuiltIn:
         """For messages."""
         return f"the built-in {self.name}"
 
-    @property
-    def image_to_video(self) -> bool:
-        """Whether a conditioning picture is needed."""
-        return self.manifest(self.chosen.formats[0]).image_to_video
-
     def manifest(self, weight_format: str) -> Manifest:
         """The model with its block matrices in that format.
 
@@ -203,8 +198,8 @@ class Prepared:
         return self.chosen.hardware
 
     def plan(self, asked: GenerationRequest | Workload, *, kept: bool = False) -> Plan:
-        """What a job takes: of a request, which must suit the model, or of a shape, whatever it
-        shows.
+        """What a job takes: of a request, which must suit the model's files, or of a shape,
+        whatever it shows.
 
         Args:
             asked: the request or the shape.
@@ -215,7 +210,8 @@ class Prepared:
             RequestError: the request does not suit the model.
         """
         if isinstance(asked, GenerationRequest):
-            check_task(asked, image_to_video=self.about.image_to_video)
+            if isinstance(self._plans, Variants):
+                check_task(asked, image_to_video=self.model.image_to_video)
             asked = workload_of(asked, kept=kept)
         return self._plans.plan(asked)
 

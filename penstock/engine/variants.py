@@ -12,6 +12,7 @@ from penstock.engine.model.files import ModelFiles
 from penstock.engine.model.storage import block_format
 from penstock.engine.packs.cache import cache_folder
 from penstock.engine.packs.firstuse import FirstUse
+from penstock.formats.formats import get_format
 from penstock.profiles.advice import plan_chosen
 from penstock.profiles.phases import Manifest, Workload, compute_path
 from penstock.profiles.plan import Plan
@@ -21,10 +22,8 @@ from penstock.units import format_bytes
 
 if TYPE_CHECKING:
     from penstock.engine.run.stage import Stage
+    from penstock.formats.scaled import Gemm
     from penstock.quant.probe import PathReport
-    from penstock.quant.scaled import Gemm
-
-_PLAIN = ("bf16", "fp16", "fp32")
 
 
 def computing_on(device: str, mode: Mode) -> tuple[Computing, tuple[str, ...]]:
@@ -97,7 +96,7 @@ class Variants:
     def _offered(self, name: str) -> Manifest:
         origin, stored = self._chosen.formats_from, self._stored_format
         kept = origin == "default" or (
-            origin != "flag" and (stored not in _PLAIN or name in _PLAIN)
+            origin != "flag" and (not get_format(stored).plain or get_format(name).plain)
         )
         manifest: Manifest = (self.stored if kept else self.named(name)).manifest
         return manifest.undecided() if self._described else manifest

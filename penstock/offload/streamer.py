@@ -19,27 +19,17 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from penstock.blocks import STAGING_BYTES
 from penstock.errors import UsageError
 from penstock.offload.layout import BlockLayout
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.mover import Buffers, Carrier, Mover
-from penstock.offload.schedule import (
-    Compute,
-    Copy,
-    Queue,
-    Read,
-    Ref,
-    Residency,
-    build_schedule,
-)
+from penstock.offload.schedule import Compute, Copy, Queue, Read, Ref, Residency, build_schedule
 from penstock.offload.stats import Flow, StreamStats
 from penstock.offload.tiers import DeviceTier, DiskTier, HostTier, open_link
-from penstock.units import MIB, format_bytes
+from penstock.units import format_bytes
 
 __all__ = ["STAGING_BYTES", "BlockStream", "Flow", "StreamStats", "load_block"]
-
-STAGING_BYTES = 64 * MIB
-"""The most host memory through which weights are read that stay on the device."""
 
 Tensors = dict[str, Tensor]
 _Kind = TypeVar("_Kind", Read, Copy, Compute)

@@ -6,11 +6,11 @@ best of its shapes inside limits, and the smallest.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Generic, Protocol, TypeVar
 
+from penstock.formats.formats import FORMATS
 from penstock.profiles.manifest import ComputePath, Heads, Prefetch, Storage, VideoShape
 from penstock.profiles.plan import Items, PhasePlan
 from penstock.profiles.policy import Limits, Policy
@@ -45,9 +45,6 @@ HOLES = "holes between tensors"
 beside their tensors, frames of many sizes that come and go."""
 
 
-EIGHT_BIT: Mapping[str, ComputePath] = MappingProxyType({"fp8": "fp8", "int8": "int8"})
-"""Formats whose matrices may multiply in 8 bits, and how."""
-
 Group = tuple[PhasePlan, ...]
 
 
@@ -57,12 +54,14 @@ class Workload:
 
     Attributes:
         kept: the job is kept while it runs: host memory holds what is being saved or read again.
+        written: a file is made of the frames at the end.
     """
 
     shape: VideoShape
     steps: int
     guided: bool
     kept: bool = False
+    written: bool = True
 
     @property
     def branches(self) -> int:
@@ -315,7 +314,7 @@ def compute_path(stored: Storage, policy: Policy, rates: Rates) -> ComputePath:
     that is only described, as its rates say."""
     if stored.path is not None:
         return stored.path
-    eight_bit = EIGHT_BIT.get(stored.format)
+    eight_bit = FORMATS[stored.format].gemm if stored.format in FORMATS else None
     if policy.compute == "fast" and eight_bit and rates.product_flops(eight_bit):
         return eight_bit
     return "dequant" if stored.scratch_bytes else "plain"

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
+from penstock.blocks import spread
 from penstock.profiles.options import Options
 
 Items = tuple[tuple[str, int], ...]
@@ -38,11 +39,6 @@ NUMERICS: Mapping[str, str | None] = MappingProxyType(
     {"weight_format": None, "compute": "exact", "attention": "sdpa"}
 )
 """Fields of a plan that determine a result; and what they were in jobs that do not name them."""
-
-
-def spread(n: int, k: int) -> tuple[int, ...]:
-    """``k`` of the places ``0..n-1``, ascending, with gaps that differ by at most one."""
-    return tuple((2 * i + 1) * n // (2 * k) for i in range(k))
 
 
 @dataclass(frozen=True)

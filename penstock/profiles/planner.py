@@ -14,6 +14,7 @@ from penstock.profiles.hardware import Hardware
 from penstock.profiles.phases import (
     Case,
     Manifest,
+    Mux,
     Step,
     Workload,
     both_bytes,
@@ -75,7 +76,8 @@ def steps(
 ) -> Iterator[Step]:
     """The groups of phases, in the order in which they run."""
     case = Case(manifest, workload, hardware.rates, policy, hardware.device, hardware.fused_norms)
-    return manifest.steps(case)
+    every: Iterator[Step] = manifest.steps(case)
+    return (step for step in every if workload.written or not isinstance(step, Mux))
 
 
 def minimum_vram_bytes(manifest: Manifest, workload: Workload, hardware: Hardware) -> int:

@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from penstock.errors import ProfileError, UsageError
-from penstock.profiles.formats import get_format
+from penstock.formats.formats import get_format
 from penstock.profiles.hardware import Hardware
 from penstock.profiles.options import Options
 from penstock.profiles.plan import Origin
@@ -120,12 +120,12 @@ def choose(profile: Profile, options: Options, hardware: Hardware) -> Chosen:
         else:
             budgets[name], source = free_bytes, f"free on {hardware.name}, less a reserve"
         origins.append(Origin(name, format_bytes(budgets[name]), source))
-    pinned_bytes = int(profile.pinned_share * budgets["ram"])
+    share = profile.pinned_share if options.share is None else options.share
+    pinned_bytes = int(share * budgets["ram"])
     formats = profile.formats if options.format is None else (options.format,)
     formats_from = _source(options.format is not None, "formats", profile)
-    origins.append(
-        Origin("pinned", format_bytes(pinned_bytes), _source(False, "pinned_share", profile))
-    )
+    pinned_from = _source(options.share is not None, "pinned_share", profile)
+    origins.append(Origin("pinned", format_bytes(pinned_bytes), pinned_from))
     origins.append(Origin("format", ", ".join(formats), formats_from))
     policy = policy_of(options.policy, profile.policy)
     origins += [

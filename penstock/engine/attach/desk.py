@@ -20,10 +20,10 @@ from penstock.offload.streamer import BlockStream, load_block
 from penstock.offload.tiers import release_cached
 from penstock.profiles.hardware import Hardware
 from penstock.profiles.manifest import SCRATCH, VideoShape
-from penstock.profiles.phases import Manifest, Mux, Workload
+from penstock.profiles.phases import Workload
 from penstock.profiles.plan import PhasePlan, Plan, StreamPlan
-from penstock.profiles.planner import refusal, steps
-from penstock.profiles.policy import Limits, Policy
+from penstock.profiles.planner import plan as make_plan
+from penstock.profiles.policy import Policy
 from penstock.quant.paths import Computing, Scratch
 
 STEPS = 40
@@ -76,13 +76,13 @@ class Desk:
         if shape not in self._plans:
             # K/V are made block by block and never kept; no branch waits for the other.
             policy = Policy(branches=1, cross_kv="ram")
-            workload = Workload(shape, 2 * STEPS, guided=False)
+            workload = Workload(shape, 2 * STEPS, guided=False, written=False)
             blocks = tuple(layout.nbytes for layout in self.whole_blocks)
             manifest = self.model.manifest.with_whole_blocks(blocks, 0)
             roomy = replace(self._hardware, vram_bytes=UNLIMITED)
-            context = _plan(manifest, workload, roomy, policy)["context"]
+            context = make_plan(manifest, workload, roomy, policy)["context"]
             manifest = manifest.with_whole_blocks(blocks, _beside_scratch(context))
-            self._plans[shape] = _plan(manifest, workload, self._hardware, policy)
+            self._plans[shape] = make_plan(manifest, workload, self._hardware, policy)
         return self._plans[shape]
 
     def whole(self, phase: PhasePlan, shape: VideoShape) -> PhasePlan | None:
@@ -198,18 +198,6 @@ class Desk:
                 opened.close()
                 self.read_bytes += opened.read_bytes
                 self.copied_bytes += opened.copied_bytes
-
-
-def _plan(manifest: Manifest, workload: Workload, hardware: Hardware, policy: Policy) -> Plan:
-    """As `penstock.profiles.planner.plan`, but for the file, which a pipeline does not write."""
-    limits, phases = Limits(hardware.vram_bytes, hardware.ram_bytes), list[PhasePlan]()
-    for step in steps(manifest, workload, hardware, policy):
-        if not isinstance(step, Mux):
-            found = step.best(limits)
-            if found is None:
-                raise refusal(step, limits)
-            phases.extend(found)
-    return Plan(tuple(phases), hardware.vram_bytes, hardware.ram_bytes)
 
 
 def _beside_scratch(phase: PhasePlan) -> int:

@@ -24,8 +24,8 @@ from penstock.engine.packs.cache import cache_folder
 from penstock.engine.packs.firstuse import FirstUse
 from penstock.engine.packs.plan import LEAST_RAM_BYTES
 from penstock.errors import UsageError
+from penstock.formats.formats import get_format
 from penstock.offload.tiers import release_cached
-from penstock.quant.format import get_format
 
 
 class AttachFamily(Protocol):

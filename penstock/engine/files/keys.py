@@ -16,11 +16,11 @@ from penstock.engine.family.naming import FUSED_QKV, PREFIXES, Naming, ShapesOf
 from penstock.engine.family.protocol import ComponentKind, Family, families
 from penstock.engine.files.fields import parse_object
 from penstock.engine.files.source import RawFile, read_bytes
-from penstock.engine.files.storage import COMFY_MARK, PACK_METADATA, StoredWeight, gather
+from penstock.engine.files.storage import COMFY_MARK, PACK_METADATA, StoredWeight, as_bytes, gather
 from penstock.errors import CheckpointError, TensorMismatch
+from penstock.formats.gguf import BLOCK_SIZES
+from penstock.formats.gguf import PREFIX as GGUF
 from penstock.offload.checkpoint import TensorEntry
-from penstock.offload.gguf import BLOCK_SIZES, block_size
-from penstock.offload.gguf import PREFIX as GGUF
 
 _EMBED_TOKENS = "encoder.embed_tokens.weight"
 
@@ -126,15 +126,6 @@ class ComponentSource:
 def stored_name(name: str, suffix: str) -> str:
     """Full name of a stored tensor of the parameter ``name``."""
     return name if suffix == "weight" else name.removesuffix("weight") + suffix
-
-
-def as_bytes(entry: TensorEntry) -> TensorEntry:
-    """An entry of GGUF blocks as rows of bytes; others as they are."""
-    if not entry.dtype.startswith(GGUF):
-        return entry
-    block, nbytes = block_size(entry.dtype)
-    *rows, columns = entry.shape
-    return replace(entry, dtype="U8", shape=(*rows, columns // block * nbytes))
 
 
 @dataclass(frozen=True)

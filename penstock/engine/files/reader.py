@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from penstock.engine.files.formats import compute_tag, decode
-from penstock.engine.files.keys import ComponentSource, as_bytes
+from penstock.engine.files.keys import ComponentSource
+from penstock.engine.files.storage import as_bytes
 from penstock.offload.checkpoint import TensorEntry, torch_dtype, view_as_stored
 from penstock.offload.files import WeightFile
 
@@ -47,7 +48,7 @@ class WeightReader:
 
     def has_rows(self, name: str) -> bool:
         """Whether rows of the parameter can be read alone."""
-        return self._source.weights[name].label != "quanto-int4"
+        return self._source.weights[name].format.by_rows
 
     def read_rows(self, name: str, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """Rows ``first`` to ``last`` (exclusive) of a matrix of which `has_rows` holds."""

@@ -31,6 +31,7 @@ from penstock.engine.packs.side import write_side_files
 from penstock.engine.store.durable import NEW_SUFFIX, FileOps, read_whole, storing, write_atomically
 from penstock.errors import CheckpointError, UsageError
 from penstock.offload.checkpoint import torch_dtype
+from penstock.quant.arithmetic import quantise
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with the component's name, the bytes made so far and their sum over all components."""
@@ -40,9 +41,6 @@ _WRITE_BYTES = 8 << 20
 _SHARE = 16
 """A chunk's fp32 values take at most this part of the memory allowed: reading, decoding, rounding
 and the result hold a few copies of it at once."""
-
-_ONE_PIECE = ("quanto-int4",)
-"""Formats that store distant rows side by side: such a weight is quantised whole."""
 
 
 @dataclass(frozen=True)
@@ -337,7 +335,7 @@ def _quantised(
     first, *others = step.made
     waiting: dict[str, list[Tensor]] = {suffix: [] for suffix in others}
     for values in _chunks(step, reader, chunk_bytes, reader.dtype):
-        made = step.format.quantise(values, step.name)
+        made = quantise(step.format, values, step.name)
         yield first, as_memory(made[first])
         for suffix in others:
             waiting[suffix].append(made[suffix])
@@ -350,7 +348,7 @@ def _chunks(
     step: Step, reader: WeightReader, chunk_bytes: int, dtype: torch.dtype
 ) -> Iterator[Tensor]:
     """The parameter's values by runs of rows, or at once where it must or may be."""
-    whole = step.format is not None and step.format.name in _ONE_PIECE
+    whole = step.format is not None and not step.format.by_rows
     if len(step.shape) != 2 or whole or not reader.has_rows(step.name):
         yield reader.read(step.name, dtype)
         return

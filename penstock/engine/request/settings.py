@@ -59,10 +59,6 @@ class Suited(Protocol):
     def origin(self) -> str:
         """Where it is, for messages."""
 
-    @property
-    def image_to_video(self) -> bool:
-        """Whether a conditioning picture is needed."""
-
 
 def resolve(settings: Settings, model: Suited) -> GenerationRequest:
     """Fill the gaps of ``settings`` from the model's defaults, and the size from the picture.

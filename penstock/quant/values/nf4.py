@@ -1,4 +1,4 @@
-"""The arithmetic of `penstock.quant.nf4`, by bitsandbytes."""
+"""The arithmetic of `penstock.formats.nf4`, by bitsandbytes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from penstock.quant.nf4 import NF4
-from penstock.quant.rows import Shape, row_slices
+from penstock.formats.nf4 import NF4
+from penstock.formats.rows import Shape, row_slices
 from penstock.quant.values.tensors import DTYPES, check_contiguous, output, row_amax
 
 Kernel: TypeAlias = Callable[..., None]
@@ -31,7 +31,7 @@ would write anywhere."""
 
 
 def quantise(fmt: NF4, weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
-    """As `NF4.quantise`."""
+    """Stored tensors, the same bytes as bitsandbytes gives, which makes them."""
     if not fmt.fits((weight.shape[0], weight.shape[1])):
         raise ValueError(f"rows of {weight.shape[1]} are not whole blocks of {fmt.block}")
     row_amax(weight, name)
@@ -55,7 +55,7 @@ def dequantise(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """As `NF4.dequantise`.
+    """``code * absmax`` rounded to ``dtype``, by bitsandbytes' kernel of the device.
 
     On a CPU its operator can only return new tensors, whose pages cost more than decoding does; so
     its compiled function is called, which writes where it is told, and the operator by chunks only

@@ -20,9 +20,9 @@ from penstock.engine.attach import stream as attach_stream
 from penstock.engine.attach.away import AwayWeight
 from penstock.engine.store.durable import FileOps
 from penstock.errors import CheckpointError, OverBudget, StorageError, UsageError
+from penstock.formats.formats import get_format
 from penstock.profiles.hardware import Hardware
 from penstock.profiles.rates import Rates
-from penstock.quant.format import get_format
 from tests.engine.attach.zoo import NAMES, Walk, make
 from tests.meter import StorageMeter
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors import safe_open
 
+from penstock.blocks import PAGE_BYTES
 from penstock.engine.bench import measure as bench_measure
 from penstock.engine.bench import order as bench_order
 from penstock.engine.bench import weights as bench_weights
@@ -49,10 +50,9 @@ from penstock.engine.machine.disk import read_rate
 from penstock.engine.model.files import ModelFiles
 from penstock.engine.request.generation import GenerationRequest
 from penstock.errors import UsageError
-from penstock.offload.files import DIRECT_ALIGNMENT
+from penstock.formats.formats import get_format
 from penstock.profiles.options import Options
 from penstock.profiles.plan import StreamPlan
-from penstock.quant.format import get_format
 from penstock.quant.policy import default_policy
 
 MIB = 1 << 20
@@ -98,7 +98,7 @@ def test_a_synthetic_transformer_is_a_model_like_any_other(
     assert model.transformer.source.label().startswith(weight_format)
     for layout in (*model.transformer.blocks, *model.transformer.cross):
         assert len(layout.extents) == 1, "a block is one read"
-        assert layout.extents[0].file_offset % DIRECT_ALIGNMENT == 0
+        assert layout.extents[0].file_offset % PAGE_BYTES == 0
     model.close()
 
 
@@ -388,6 +388,20 @@ def test_a_saved_result_comes_back_the_same(tmp_path: Path) -> None:
     assert load(path) == _result()
     with pytest.raises(UsageError, match="cannot be written"):
         save(_result(), tmp_path / "nowhere" / "result.json")
+
+
+def test_a_result_from_before_recipes_had_rules_is_read(tmp_path: Path) -> None:
+    value = json.loads(json.dumps(_result().to_json()))
+    del value["recipe"]["rules"]
+    text = json.dumps(value["recipe"], sort_keys=True)
+    assert value["recipe_hash"] == hashlib.sha256(text.encode()).hexdigest()[:16]
+    (tmp_path / "old.json").write_text(json.dumps(value))
+    assert load(tmp_path / "old.json") == _result()
+    ruled = _result(rules={"branches": "1"})
+    assert ruled.recipe.hash != _result().recipe.hash
+    save(ruled, tmp_path / "new.json")
+    assert load(tmp_path / "new.json") == ruled
+    assert compare(_result(), ruled, Thresholds()).outcome == "RECIPE_MISMATCH"
 
 
 def _broken(change: dict[str, Any], drop: str = "") -> str:

@@ -19,7 +19,6 @@ from penstock.engine.families.wan.terms import (
 )
 from penstock.profiles.manifest import Storage
 from penstock.profiles.phases import (
-    EIGHT_BIT,
     OBJECTS,
     RESTORED,
     Group,
@@ -234,7 +233,7 @@ class Denoise:
     @property
     def _is_fast(self) -> bool:
         case = self.case
-        return compute_path(self.spec.storage, case.policy, case.rates) in EIGHT_BIT
+        return compute_path(self.spec.storage, case.policy, case.rates) in ("fp8", "int8")
 
     def _decoding(self, stored: Storage) -> Items:
         """What quantised matrices take in VRAM besides their bytes."""

@@ -198,11 +198,11 @@ def test_no_two_namings_share_their_marks():
         names = list(KINDS[component].shapes(config))
         found = find_naming(names)
         assert found is not None
-        assert found[0].component == component
+        assert found.kind.name == component
         for prefix in ("model.diffusion_model.", "diffusion_model.", "model."):
             found = find_naming([prefix + name for name in names])
             assert found is not None
-            assert (found[0].component, found[1]) == (component, prefix)
+            assert (found.kind.name, found.prefix) == (component, prefix)
     assert find_naming(["a", "b"]) is None
 
 

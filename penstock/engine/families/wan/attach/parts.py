@@ -19,6 +19,7 @@ from penstock.engine.attach.part import Part, desk_visits, refuse_arguments
 from penstock.engine.families.wan import clip as pictures
 from penstock.engine.families.wan import forward as dit
 from penstock.engine.families.wan import umt5 as prompts
+from penstock.engine.families.wan.cost.transformer import TEXT_TOKENS
 from penstock.engine.families.wan.model import model_of
 from penstock.engine.files.tokenizer import TOKENS, TokenisedPrompt
 from penstock.engine.model.component import Component
@@ -269,11 +270,11 @@ def _context(model: Any, text: Tensor, image: Tensor | None) -> dit.Context:
     if image is None:
         return dit.Context(states, None)
     joined = torch.cat([embedder.image_embedder(image), states], dim=1)
-    cut = joined.shape[1] - dit.TEXT_TOKENS
+    cut = joined.shape[1] - TEXT_TOKENS
     if cut <= 0:
         raise UsageError(
             "too few text tokens for a model that is conditioned on a picture",
-            expected=f"max_sequence_length={dit.TEXT_TOKENS}",
+            expected=f"max_sequence_length={TEXT_TOKENS}",
             found=f"{text.shape[1]} text and {image.shape[1]} image tokens",
         )
     return dit.Context(joined[:, cut:], joined[:, :cut])

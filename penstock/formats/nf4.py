@@ -7,15 +7,10 @@ they are shaped by the weight's rows, which are the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
-from penstock.quant.rows import Shape, Spec, chunk_rows
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+from penstock.formats.rows import Shape, Spec, chunk_rows
 
 
 @dataclass(frozen=True)
@@ -29,9 +24,23 @@ class NF4:
     name: str = "nf4"
     block: int = 64
 
+    plain: ClassVar[bool] = False
+    writable: ClassVar[bool] = True
+    by_rows: ClassVar[bool] = True
+    gemm: ClassVar[None] = None
+
+    @property
+    def label(self) -> str:
+        """Its name."""
+        return self.name
+
     def fits(self, shape: Shape) -> bool:
         """Whether rows are whole blocks."""
         return shape[1] % self.block == 0
+
+    def logical(self, data: tuple[int, ...]) -> tuple[int, ...]:
+        """Two numbers a byte."""
+        return (data[0], 2 * data[1])
 
     def storage(self, shape: Shape, compute_dtype: str) -> dict[str, Spec]:
         """Packed codes (the first of a pair in the high bits) and the blocks' maxima."""
@@ -45,26 +54,3 @@ class NF4:
         """A decoded chunk (fp32 at most), where only the operator can decode on a CPU; all other
         ways decode into the output."""
         return 0 if device == "cuda" else 4 * shape[1] * chunk_rows(*shape, device)
-
-    def quantise(self, weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
-        """Stored tensors, the same bytes as bitsandbytes gives.
-
-        Raises:
-            CheckpointError: NaN or Inf.
-            ValueError: rows are not whole blocks.
-        """
-        from penstock.quant.values import nf4
-
-        return nf4.quantise(self, weight, name)
-
-    def dequantise(
-        self,
-        tensors: Mapping[str, Tensor],
-        shape: Shape,
-        dtype: torch.dtype,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """``code * absmax`` rounded to ``dtype``, by bitsandbytes' kernel of the device."""
-        from penstock.quant.values import nf4
-
-        return nf4.dequantise(self, tensors, shape, dtype, out)

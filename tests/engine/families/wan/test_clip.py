@@ -247,7 +247,7 @@ def test_clip_features_equal_the_pipelines_bit_for_bit(pipeline):
         for weight in encoder.parameters():
             weight.add_(0.1 * torch.randn_like(weight))
         theirs = pipeline.encode_image(picture, "cpu")
-        pixels = pixel_values(pipeline.image_processor, picture)
+        pixels = pixel_values(pipeline.image_processor.to_dict(), picture, 32)
         hidden = embed_pixels(bare.embeddings, bare.pre_layrnorm, pixels)
         count = layers_needed(encoder.config.num_hidden_layers)
         ours = encode_layers(enumerate(bare.encoder.layers[:count]), hidden)
@@ -279,7 +279,7 @@ def test_the_folders_processor_is_used(pipeline, tmp_path):
     pipeline.image_processor.save_pretrained(tmp_path / "p")
     picture = noise_picture((64, 40))
     config = json.loads((tmp_path / "p" / "preprocessor_config.json").read_text())
-    ours = pixel_values(make_image_processor(config), picture)
+    ours = pixel_values(config, picture, 32)
     theirs = pipeline.image_processor(images=picture, return_tensors="pt").pixel_values
     assert ours.shape == (1, 3, 32, 32)
     assert torch.equal(ours, theirs)

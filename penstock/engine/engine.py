@@ -6,10 +6,10 @@ import gc
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
+from penstock.closing import Closing
 from penstock.engine.files.locate import Files
 from penstock.engine.lora.file import Lora
 from penstock.engine.media.video import check_output
@@ -43,7 +43,7 @@ from penstock.profiles.plan import Plan
 from penstock.profiles.planner import smaller
 
 
-class Engine:
+class Engine(Closing):
     """A Wan2.1 model under a byte budget.
 
     Nothing of the model is loaded before a job needs it, and each part is given back after its
@@ -86,7 +86,7 @@ class Engine:
             options: budgets, device, profile, format and the rest of
                 `penstock.profiles.options.Options`.
             overlapped: stream ahead of the computation; False is the sequential reference.
-            cache: where packs are kept; None: `penstock.engine.packs.cache.cache_folder`.
+            cache: where packs are kept; None: `penstock.folders.cache_folder`.
             named: options by their names: ``vram="12GiB"`` is ``options=Options(vram="12GiB")``.
 
         Raises:
@@ -351,14 +351,3 @@ class Engine:
         if not self._jobs.device_lost:
             self.unload()
         self._variants.close()
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

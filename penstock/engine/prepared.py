@@ -114,7 +114,7 @@ class Prepared:
             model, files, loras, options, named: as `penstock.engine.engine.Engine.open`.
             synthetic: the name of a built-in description, in the place of a model.
             machine: another one than this, as `machine_of` describes it: nothing of it is tried.
-            cache: where packs are kept; None: `penstock.engine.packs.cache.cache_folder`.
+            cache: where packs are kept; None: `penstock.folders.cache_folder`.
 
         Raises:
             As `penstock.engine.engine.Engine.open`; UsageError: neither a model nor a description,

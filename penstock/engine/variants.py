@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from penstock.engine.attention.choice import attention_numerics
 from penstock.engine.model.files import ModelFiles
 from penstock.engine.model.storage import block_format
-from penstock.engine.packs.cache import cache_folder
 from penstock.engine.packs.firstuse import FirstUse
+from penstock.folders import cache_folder
 from penstock.formats.formats import get_format
 from penstock.profiles.advice import plan_chosen
 from penstock.profiles.phases import Manifest, Workload, compute_path
@@ -60,7 +60,7 @@ class Variants:
         model: as its files hold it.
         chosen: budgets, policy and formats.
         computing: how quantised linears compute.
-        cache: where packs are kept; None: `penstock.engine.packs.cache.cache_folder`.
+        cache: where packs are kept; None: `penstock.folders.cache_folder`.
         described: the machine is only described: which 8-bit products it has, its rates say.
     """
 

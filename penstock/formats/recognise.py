@@ -7,7 +7,9 @@ The spellings and their sources:
 - ``weight`` + ``scale_weight`` (scalar fp32): ComfyUI's older scaled fp8, Kijai's `_scaled` files;
 - ``weight`` alone in F8_E4M3 or F8_E5M2: a raw cast, Kijai's and Comfy-Org's `_fp8_e4m3fn`;
 - ``weight._data`` + ``weight._scale`` (+ ``_shift``): optimum-quanto;
-- ``weight`` + ``weight_absmax``: ours, of bitsandbytes' NF4;
+- ``_weight_qdata`` + ``_weight_scale``: torchao's int8 and fp8 in folders of diffusers;
+- ``weight`` + ``weight_absmax``: ours, of bitsandbytes' NF4; ``weight.absmax`` and others beside a
+  flat ``weight``: its own;
 - ``weight`` + ``weight_scale`` (+ ``weight_scale_2``) of NVFP4 and MXFP8: ComfyUI's;
 - ``weight`` of a ggml type, whose tag says which.
 
@@ -27,17 +29,37 @@ from penstock.formats.formats import FORMATS, QuantFormat
 from penstock.formats.gguf import GGUF_FORMATS
 from penstock.formats.gguf import PREFIX as GGUF
 from penstock.formats.micro import Micro
+from penstock.formats.nf4 import NF4
 from penstock.formats.plain import Plain
 from penstock.formats.quanto import QuantoInt4
 from penstock.formats.rows import Spec
 from penstock.formats.scaled import Scaled8, ScaleLayout
 
-ALIASES: Mapping[str, str] = MappingProxyType({"scale_weight": "weight_scale"})
-UNUSED: frozenset[str] = frozenset({"input_scale", "scale_input", "output_scale", "comfy_quant"})
+ZERO_POINT = "_weight_zero_point"
+"""torchao's, which computing ignores: the caller looks that it is zero."""
+
+STATES = ("weight.quant_state.bitsandbytes__nf4", "weight.quant_state.bitsandbytes__fp4")
+"""Text in which bitsandbytes says how a weight is stored."""
+
+ALIASES: Mapping[str, str] = MappingProxyType(
+    {
+        "scale_weight": "weight_scale",
+        "_weight_qdata": "weight",
+        "_weight_scale": "weight_scale",
+        "weight.absmax": "weight_absmax",
+        "weight.nested_absmax": "weight_nested_absmax",
+        "weight.nested_quant_map": "weight_nested_map",
+    }
+)
+UNUSED: frozenset[str] = frozenset(
+    {"input_scale", "scale_input", "output_scale", "comfy_quant", "weight.quant_map", ZERO_POINT,
+     *STATES}
+)  # fmt: skip
 
 _KNOWN = (
     "weight", "weight._data._data", "weight._data", "weight._scale", "weight._shift",
-    "weight_scale_2", "weight_scale", "weight_absmax", *ALIASES, *UNUSED,
+    "weight_scale_2", "weight_scale", "weight_absmax", "weight_nested_absmax", "weight_nested_map",
+    *ALIASES, *UNUSED,
 )  # fmt: skip
 _SUFFIX = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _KNOWN))})")
 _EIGHT = {"F8_E4M3": "fp8", "I8": "int8", "F8_E5M2": "fp8-e5m2"}
@@ -66,6 +88,7 @@ def recognise(
     layer: str = "weight",
     comfy: Mapping[str, object] | None = None,
     full_precision: bool = False,
+    state: Mapping[str, object] | None = None,
 ) -> QuantFormat:
     """The format of one weight's stored tensors; a plain or raw one may have any dimensions.
 
@@ -75,6 +98,7 @@ def recognise(
         layer: its name, for messages.
         comfy: its entry in ComfyUI's ``comfy_quant`` or ``_quantization_metadata``, decoded.
         full_precision: the file forbids 8-bit matrix products (``scaled_fp8`` of two elements).
+        state: what bitsandbytes says of the weight (`STATES`), decoded.
 
     Raises:
         CheckpointError: no format reads these tensors.
@@ -82,6 +106,8 @@ def recognise(
     named = _canonical(stored, layer)
     config = {} if comfy is None else comfy
     _refuse_foreign(config, layer)
+    if state is not None:
+        return _by_bitsandbytes(named, state, layer)
     found = _alone(named, layer) or _packed(named) or _eight_bit(named, layer)
     if found is None:
         raise _unknown(named, layer)
@@ -144,6 +170,28 @@ def _packed(named: Mapping[str, Spec]) -> QuantFormat | None:
     if set(named) == {"weight", "weight_absmax"} and tag == "U8":
         return FORMATS["nf4"]
     return _micro(named, tag)
+
+
+def _by_bitsandbytes(
+    named: Mapping[str, Spec], state: Mapping[str, object], layer: str
+) -> QuantFormat:
+    """Flat NF4, its maxima in fp32 or quantised once more."""
+    nested, offset = state.get("nested_blocksize", 0), state.get("nested_offset", 0.0)
+    block, shape = state.get("blocksize"), state.get("shape")
+    said = (block, nested, *(shape if isinstance(shape, list) else ()))
+    numbers = [n for n in said if isinstance(n, int) and n >= 0]
+    whole = len(said) == len(numbers) == 4 and block
+    if whole and state.get("quant_type") == "nf4" and isinstance(offset, int | float):
+        size, again, rows, columns = numbers
+        found = NF4(block=size, flat=True, nested_block=again, nested_offset=float(offset))
+        if found.fits((rows, columns)) and found.storage((rows, columns), "") == dict(named):
+            return found
+    raise CheckpointError(
+        f"{layer} is quantised by bitsandbytes in a way that penstock does not read",
+        expected="nf4 of matrices whose rows are whole blocks",
+        found=f"{state.get('quant_type')} in blocks of {block}, of shape {shape}",
+        remedy="Use the same model's bf16, fp8 or GGUF file.",
+    )
 
 
 def _micro(named: Mapping[str, Spec], tag: str) -> QuantFormat | None:
@@ -230,7 +278,7 @@ def _unknown(named: Mapping[str, Spec], layer: str) -> CheckpointError:
     found = ", ".join(f"{suffix} {tag}{list(dims)}" for suffix, (tag, dims) in named.items())
     return CheckpointError(
         f"{layer} is stored in a way that penstock does not read",
-        expected="bf16, fp16, fp32, fp8, int8 with scales, quanto, nf4, nvfp4, mxfp8 or GGUF",
+        expected="bf16, fp16, fp32, fp64, fp8, int8 with scales, quanto, nf4, nvfp4, mxfp8 or GGUF",
         found=found or "none",
         remedy="Use the same model's bf16, fp8 e4m3 or GGUF file.",
     )

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from penstock.closing import Closing
 from penstock.errors import CheckpointError, PickleRefused, TensorMismatch
 from penstock.formats.tags import TORCH_NAMES
 from penstock.offload.files import FileStamp, WeightFile, check_stamp, unreadable
@@ -84,7 +85,7 @@ class TensorEntry:
     stamp: FileStamp | None = field(default=None, repr=False)
 
 
-class Checkpoint(Mapping[str, TensorEntry]):
+class Checkpoint(Mapping[str, TensorEntry], Closing):
     """The tensors of a checkpoint by name, in the order of files and bytes.
 
     Attributes:
@@ -202,17 +203,6 @@ class Checkpoint(Mapping[str, TensorEntry]):
         """Close the files; the entries stay, and a later read opens them again."""
         self._open_files.clear()
         self._stack.close()
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def find_checkpoint(folder: Path) -> Path:

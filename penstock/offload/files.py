@@ -10,9 +10,9 @@ import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 from penstock.blocks import PAGE_BYTES
+from penstock.closing import Closing
 from penstock.errors import CheckpointChanged, CheckpointError
 
 _NO_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
@@ -59,7 +59,7 @@ def _difference(found: FileStamp, stamp: FileStamp) -> str:
     return "a newer time of change"
 
 
-class WeightFile:
+class WeightFile(Closing):
     """An open file that is read at positions, from any number of threads at once.
 
     Args:
@@ -173,17 +173,6 @@ class WeightFile:
         descriptor, self._direct_fd = self._direct_fd, None
         if descriptor is not None:
             os.close(descriptor)
-
-    def __enter__(self) -> WeightFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:

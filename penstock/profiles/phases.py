@@ -230,7 +230,7 @@ class OnePass:
             + self.elements * rates.element_s
         )
         loaded = blocks.copied_bytes + self.rest_bytes
-        for stream in all_streams(self.network, Pace(compute_s, cycles=1), rates):
+        for stream in all_streams(self.network, Pace(compute_s, passes=1), rates):
             room = limits.ram_bytes - sum(count for _, count in self.ram_work)
             yield PhasePlan(
                 self.name,

@@ -15,8 +15,8 @@ from penstock.profiles.options import Options
 
 Items = tuple[tuple[str, int], ...]
 
-AHEAD = "blocks read ahead"
-DECODER_AHEAD = "VAE decoder read ahead"
+PREFETCHED = "blocks read ahead"
+WEIGHTS_PREFETCHED = "VAE decoder read ahead"
 """The transformer's buffers in host memory, as an item of a phase before its own."""
 
 COMPUTE_PATHS: Mapping[str, str] = MappingProxyType(
@@ -52,14 +52,14 @@ class StreamPlan:
         device_resident: how many stay in VRAM for the whole phase.
         host_resident: how many stay in RAM and are copied at every visit.
         device_slots: ring of block buffers in VRAM.
-        host_slabs: ring of block buffers in RAM that the disk is read into.
+        staging_buffers: ring of block buffers in RAM that the disk is read into.
     """
 
     n_blocks: int
     device_resident: int = 0
     host_resident: int = 0
     device_slots: int = 0
-    host_slabs: int = 0
+    staging_buffers: int = 0
 
     @property
     def disk_blocks(self) -> int:
@@ -136,14 +136,14 @@ class PhasePlan:
         return self.ram_weights + self.ram_work
 
     @property
-    def ahead_bytes(self) -> int:
+    def prefetch_bytes(self) -> int:
         """Host memory into which the transformer's first blocks are read meanwhile."""
-        return sum(count for label, count in self.ram_weights if label == AHEAD)
+        return sum(count for label, count in self.ram_weights if label == PREFETCHED)
 
     @property
-    def decoder_ahead_bytes(self) -> int:
+    def prefetched_weights_bytes(self) -> int:
         """Host memory into which the VAE decoder is read before its own phase."""
-        return dict(self.ram_weights).get(DECODER_AHEAD, 0)
+        return dict(self.ram_weights).get(WEIGHTS_PREFETCHED, 0)
 
     @property
     def ram_work_bytes(self) -> int:
@@ -258,7 +258,10 @@ def _phase_from_json(value: Mapping[str, Any]) -> PhasePlan:
         plain[name] = tuple((str(label), int(count)) for label, count in plain[name])
     plain["tiles"] = tuple(plain["tiles"])
     if plain["stream"] is not None:
-        plain["stream"] = StreamPlan(**plain["stream"])
+        stream = dict(plain["stream"])
+        if "host_slabs" in stream:  # as plans of jobs call it that 0.1 has kept
+            stream["staging_buffers"] = stream.pop("host_slabs")
+        plain["stream"] = StreamPlan(**stream)
     return PhasePlan(**plain)
 
 
@@ -288,14 +291,14 @@ def _told(phase: PhasePlan) -> list[str]:
         f"{phase.branches} CFG branches a visit",
         f"{phase.tiles[0]}x{phase.tiles[1]} tiles",
         f"cross-attention K/V in {'VRAM' if phase.cross_kv_on_device else 'RAM'}",
-        f"{'the first' if phase.ahead_bytes else 'no'} blocks read ahead",
-        f"VAE decoder read {'ahead' if phase.decoder_ahead_bytes else 'when it is needed'}",
+        f"{'the first' if phase.prefetch_bytes else 'no'} blocks read ahead",
+        f"VAE decoder read {'ahead' if phase.prefetched_weights_bytes else 'when it is needed'}",
     ]
     if phase.stream is not None:
         told += [
             f"{phase.stream.device_resident} blocks resident in VRAM",
             f"{phase.stream.host_resident} in RAM",
             f"{phase.stream.device_slots} block slots in VRAM",
-            f"{phase.stream.host_slabs} block slabs in RAM",
+            f"{phase.stream.staging_buffers} staging buffers in RAM",
         ]
     return told

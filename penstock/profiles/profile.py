@@ -11,12 +11,12 @@ from importlib.resources import files
 from pathlib import Path
 
 from penstock.errors import ProfileError, UsageError
+from penstock.folders import config_folder
 from penstock.formats.formats import get_format
 from penstock.profiles.hardware import Hardware
 from penstock.profiles.options import Options
 from penstock.profiles.plan import Origin
 from penstock.profiles.policy import AUTO, Policy, policy_of
-from penstock.profiles.rates import config_dir
 from penstock.units import format_bytes, parse_bytes
 
 if sys.version_info >= (3, 11):
@@ -194,7 +194,7 @@ def load(name: str, folder: Path | None = None) -> Profile:
 
 
 def _own_dir(folder: Path | None) -> Path:
-    return config_dir() / "profiles" if folder is None else folder
+    return config_folder() / "profiles" if folder is None else folder
 
 
 _MAX_BYTES = 256 << 10

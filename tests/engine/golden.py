@@ -243,6 +243,10 @@ def _store(tensor, spelling, layer):
         return {f"{layer}.weight": small}, small.float()
     if spelling in ("comfy nvfp4", "comfy mxfp8"):
         return _micro(tensor, spelling.removeprefix("comfy "), layer)
+    if spelling.startswith("torchao"):
+        return _torchao(tensor, spelling, layer)
+    if spelling.startswith("bitsandbytes"):
+        return _bitsandbytes(tensor, layer, nested=spelling.endswith("nested"))
     if spelling == "quanto int4":
         return _quanto_int4(tensor, layer)
     dtype = torch.int8 if "int8" in spelling else E5M2 if "e5m2" in spelling else FP8
@@ -290,6 +294,26 @@ def _micro(tensor, name, layer):
     extra = {f"{layer}.weight{suffix}": value for suffix, value in tensors.items()}
     extra |= {f"{layer}.comfy_quant": _json_tensor({"format": name})}
     return extra, layout.dequantize(codes, params)
+
+
+def _torchao(tensor, spelling, layer):
+    small, scale = scaled(tensor, torch.int8 if "int8" in spelling else FP8, True)
+    extra = {f"{layer}._weight_qdata": small, f"{layer}._weight_scale": scale}
+    if "int8" in spelling:
+        extra[f"{layer}._weight_zero_point"] = torch.zeros(len(small), 1, dtype=torch.int8)
+    return extra, small.float() * scale
+
+
+def _bitsandbytes(tensor, layer, *, nested):
+    from bitsandbytes import functional
+
+    packed, state = functional.quantize_4bit(
+        tensor, blocksize=64, quant_type="nf4", compress_statistics=nested
+    )
+    said = {f"{layer}.weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+    state.dtype = torch.float32  # what it decodes to
+    value = functional.dequantize_4bit(packed, state)
+    return {f"{layer}.weight": packed} | said, value
 
 
 def _quanto_int4(tensor, layer):

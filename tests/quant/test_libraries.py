@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
@@ -275,3 +276,45 @@ def test_blackwells_formats_as_comfy_kitchen_has_them(name: str, shape: tuple[in
         stored["weight_scale"] = stored["weight_scale"].view(torch.uint8)
         fmt = recognise(found | {"weight_scale": ("U8", found["weight_scale"][1])})
         assert torch.equal(dequantise(fmt, stored, shape, torch.float32), theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Float8WeightOnlyConfig"])
+def test_torchao_weights_open(kind: str, dtype: torch.dtype) -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    layer = nn.Sequential(nn.Linear(256, 48, bias=False)).to(dtype)
+    torchao.quantize_(layer, getattr(torchao, kind)())
+    theirs = layer[0].weight
+    stored = {"weight": theirs.qdata, "weight_scale": theirs.scale}
+    spelled = {"_weight_qdata": theirs.qdata, "_weight_scale": theirs.scale}
+    if hasattr(theirs, "zero_point"):
+        spelled["_weight_zero_point"] = theirs.zero_point
+    fmt = recognise({k: (dtype_tag(t.dtype), tuple(t.shape)) for k, t in spelled.items()})
+    assert fmt.name == ("int8" if "Int8" in kind else "fp8")
+    found = dequantise(fmt, stored, (48, 256), torch.float32)
+    # Theirs gives the product in the model's dtype; in bf16 they round it on the way.
+    tolerance = 0.0 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(found, theirs.dequantize().float(), rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(64, 256), (700, 1024)])
+def test_bitsandbytes_own_tensors_open(
+    shape: tuple[int, int], dtype: torch.dtype, nested: bool
+) -> None:
+    functional = pytest.importorskip("bitsandbytes").functional
+    packed, state = functional.quantize_4bit(
+        small_weight(*shape, dtype), blocksize=64, quant_type="nf4", compress_statistics=nested
+    )
+    held = {"weight": packed} | {f"weight.{k}": v for k, v in state.as_dict(packed=True).items()}
+    said = json.loads(bytes(held["weight.quant_state.bitsandbytes__nf4"].tolist()))
+    fmt = recognise({k: (dtype_tag(t.dtype), tuple(t.shape)) for k, t in held.items()}, state=said)
+    assert fmt.name == "nf4" and fmt.label == ("nf4 nested" if nested else "nf4")
+    stored = {s: t for k, t in held.items() if (s := canonical_suffix(k)) is not None}
+    expected = functional.dequantize_4bit(packed, state)
+    assert torch.equal(dequantise(fmt, stored, shape, dtype), expected)
+    out = torch.empty(shape, dtype=dtype)
+    with StorageMeter(exclude=[out, *stored.values()]) as meter:
+        dequantise(fmt, stored, shape, dtype, out)
+    assert meter.peak <= fmt.workspace_bytes(shape, "cpu")

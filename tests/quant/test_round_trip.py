@@ -144,6 +144,30 @@ def test_constant_groups_of_quanto_int4_get_scale_1() -> None:
     assert torch.equal(restored[2, 128:], weight[2, 128:])
 
 
+@pytest.mark.parametrize(("fmt", "whole"), [("int8", False), ("quanto-int8", False), (None, True)])
+def test_the_largest_of_a_row_is_the_largest_code(fmt: str | None, whole: bool) -> None:
+    """All of the 255 codes are used, and nothing is off by more than half of one."""
+    weight = small_weight(48, 512)
+    int8 = TENSOR_INT8 if fmt is None else get_format(fmt)
+    stored = int8.quantise(weight)
+    codes, scale = (stored[key] for key in (int8.weight_key, int8.scale_key))
+    largest = weight.abs().amax() if whole else weight.abs().amax(1)
+    assert torch.equal(scale.flatten(), (largest / 127).flatten())
+    found = codes.abs().amax() if whole else codes.abs().amax(1)
+    assert bool((found == 127).all())
+    error = (round_trip(int8, weight) - weight).abs()
+    assert bool((error <= 0.5001 * scale.reshape(-1, 1)).all())
+
+
+@pytest.mark.parametrize("name", ["fp8", "quanto-fp8"])
+def test_the_largest_of_a_row_is_the_largest_number_of_fp8(name: str) -> None:
+    weight = small_weight(48, 512)
+    fmt = get_format(name)
+    stored = fmt.quantise(weight)
+    assert bool((stored[fmt.weight_key].float().abs().amax(1) == 448).all())
+    assert torch.equal(stored[fmt.scale_key].flatten(), weight.abs().amax(1) / 448)
+
+
 @pytest.mark.parametrize("name", ["quanto-int8", "quanto-fp8"])
 def test_a_scale_that_fp16_rounds_down_does_not_wrap_codes(name: str) -> None:
     weight = torch.linspace(-1e-5, 1e-5, 256).half().repeat(2, 1)

@@ -176,9 +176,34 @@ def recognise(raw: RawFile, config: Mapping[str, Any] | None = None) -> Componen
     weights = gather(named.entries, raw.metadata, read_bytes, found.prefix)
     shapes = {name: stored.shape for name, stored in weights.items() if stored.shape is not None}
     if config is None:
-        config = found.kind.derive(ShapesOf(str(raw.path), shapes))
+        config = _derived(raw, found, weights, shapes)
     found.kind.check(str(raw.path), config)
     return _compare(raw, found, config, weights, named)
+
+
+def _derived(
+    raw: RawFile,
+    found: Recognised,
+    weights: Mapping[str, StoredWeight],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> Mapping[str, Any]:
+    """The config that shapes tell.
+
+    Raises:
+        TensorMismatch: they do not.
+    """
+    try:
+        return found.kind.derive(ShapesOf(str(raw.path), shapes))
+    except TensorMismatch as error:
+        silent = [name for name, stored in weights.items() if stored.shape is None]
+        if not silent:
+            raise
+        raise TensorMismatch(
+            f"{raw.path} does not tell its shapes",
+            expected="the model's config.json beside it",
+            found=f"{silent[0]} in {weights[silent[0]].label}, whose groups tell none",
+            remedy="Put the file into a folder with the config.json of the same model.",
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@ ComfyUI root, a hub id, or single files. Only headers are read."""
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,10 +12,10 @@ from typing import Any
 
 from penstock.engine.family.protocol import Family, families
 from penstock.engine.files import side_fields as fields
-from penstock.engine.files.fields import Field, check_fields, read_object
+from penstock.engine.files.fields import Field, check_fields, parse_object, read_object
 from penstock.engine.files.hub import Fetch, hub_snapshot
 from penstock.engine.files.keys import ComponentSource, recognise
-from penstock.engine.files.source import open_raw, refusal_of
+from penstock.engine.files.source import RawFile, open_raw, refusal_of
 from penstock.errors import CheckpointError, PenstockError, UsageError
 from penstock.offload.checkpoint import PICKLES, TensorEntry
 
@@ -364,14 +365,16 @@ def _likely_pickle(name: str, pickles: tuple[Path, ...]) -> Path:
 
 
 def open_component(path: Path) -> ComponentSource:
-    """Recognise the component in ``path`` (a file, an index, or a folder with a config.json).
+    """Recognise the component in ``path`` (a file, an index, or a folder with a config.json); mmgp
+    writes the config into the file's header.
 
     Raises:
         CheckpointError: as `recognise` and `open_raw` do.
     """
     raw = open_raw(path)
     folder = path if path.is_dir() else path.parent
-    return recognise(raw, _config_beside(folder))
+    config = _config_beside(folder)
+    return recognise(raw, _config_within(raw) if config is None else config)
 
 
 def _config_beside(folder: Path) -> dict[str, Any] | None:
@@ -379,13 +382,33 @@ def _config_beside(folder: Path) -> dict[str, Any] | None:
     path = folder / "config.json"
     if not path.exists():
         return None
-    config = read_object(path)
+    return _ours(read_object(path))
+
+
+def _config_within(raw: RawFile) -> dict[str, Any] | None:
+    """The config that the header carries in base64, as mmgp saves it."""
+    text = raw.metadata.get("config_base64")
+    if not isinstance(text, str):
+        return None
+    where = f"config_base64 in the header of {raw.path}"
+    try:
+        content = base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{where} cannot be used", expected="a JSON object", found=str(error)
+        ) from error
+    return _ours(parse_object(content, where))
+
+
+def _ours(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """``config`` without what is not the network's own; None if it is of no class that is run."""
     kinds = [kind for family in families() for kind in family.KINDS.values()]
     named = config.get("_class_name") in [kind.made_by[1] for kind in kinds]
     typed = config.get("model_type") in [kind.model_type for kind in kinds if kind.model_type]
     if not (named or typed):
         return None
-    return {key: value for key, value in config.items() if not key.startswith("_")}
+    foreign = "quantization_config"  # the tensors tell how they are stored
+    return {k: v for k, v in config.items() if not k.startswith("_") and k != foreign}
 
 
 def _tokenizer(text: ComponentSource, found: _Found, files: Files) -> Path | TensorEntry:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from types import TracebackType
 
 import torch
 from torch import Tensor
 
+from penstock.closing import Closing
 from penstock.engine.files.formats import compute_tag, decode
 from penstock.engine.files.keys import ComponentSource
 from penstock.engine.files.storage import as_bytes
@@ -17,7 +17,7 @@ from penstock.offload.checkpoint import TensorEntry, torch_dtype, view_as_stored
 from penstock.offload.files import WeightFile
 
 
-class WeightReader:
+class WeightReader(Closing):
     """Reads the parameters of a component, as stored bytes or as plain values.
 
     Args:
@@ -82,17 +82,6 @@ class WeightReader:
     def close(self) -> None:
         """Close the files."""
         self._stack.close()
-
-    def __enter__(self) -> WeightReader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _rows(entry: TensorEntry, first: int, last: int) -> TensorEntry:

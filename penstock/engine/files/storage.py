@@ -18,7 +18,13 @@ from penstock.errors import CheckpointError
 from penstock.formats.formats import QuantFormat
 from penstock.formats.gguf import PREFIX as GGUF
 from penstock.formats.gguf import block_size
-from penstock.formats.recognise import canonical_suffix, recognise, split_suffix
+from penstock.formats.recognise import (
+    STATES,
+    ZERO_POINT,
+    canonical_suffix,
+    recognise,
+    split_suffix,
+)
 from penstock.formats.rows import Spec
 from penstock.offload.checkpoint import TensorEntry
 
@@ -110,7 +116,7 @@ def gather(
         layer = _layer(tensors)
         known = comfy.get(layer) or comfy.get(layer.removeprefix(prefix))
         config = _comfy_config(tensors, known, read)
-        gathered[name] = _stored(name, tensors, config, full_precision)
+        gathered[name] = _stored(name, tensors, config, full_precision, read)
     return gathered
 
 
@@ -156,19 +162,30 @@ def _comfy_config(
     read: Callable[[TensorEntry], bytes],
 ) -> Mapping[str, Any]:
     entry = tensors.get("comfy_quant")
-    if entry is None:
-        return known or {}
-    if entry.nbytes > 65536:
+    return known or {} if entry is None else _described(entry, read)
+
+
+def _described(entry: TensorEntry, read: Callable[[TensorEntry], bytes]) -> dict[str, Any]:
+    """The JSON object that a byte tensor holds."""
+    return parse_object(_short(entry, read), entry.name)
+
+
+def _short(entry: TensorEntry, read: Callable[[TensorEntry], bytes]) -> bytes:
+    if entry.nbytes > 1 << 20:
         raise CheckpointError(
             f"{entry.name} cannot be used",
-            expected="a short JSON text",
+            expected="a short tensor",
             found=f"{entry.nbytes} bytes",
         )
-    return parse_object(read(entry), entry.name)
+    return read(entry)
 
 
 def _stored(
-    name: str, tensors: Mapping[str, TensorEntry], comfy: Mapping[str, Any], full_precision: bool
+    name: str,
+    tensors: Mapping[str, TensorEntry],
+    comfy: Mapping[str, Any],
+    full_precision: bool,
+    read: Callable[[TensorEntry], bytes],
 ) -> StoredWeight:
     used = {
         known: entry
@@ -181,10 +198,25 @@ def _stored(
         raise CheckpointError(
             f"{name} has a scale and no weight", expected=f"a tensor {name}", found=first.name
         )
+    if ZERO_POINT in tensors:
+        _check_symmetric(tensors[ZERO_POINT], read)
+    state = next((_described(tensors[each], read) for each in STATES if each in tensors), None)
     found = recognise(
         {suffix: (entry.dtype, entry.shape) for suffix, entry in tensors.items()},
         layer=data.name,
         comfy=comfy,
         full_precision=full_precision,
+        state=state,
     )
-    return StoredWeight(name, MappingProxyType(used), found, found.logical(data.shape))
+    shape = found.logical(data.shape) if state is None else tuple(state["shape"])
+    return StoredWeight(name, MappingProxyType(used), found, shape)
+
+
+def _check_symmetric(zeros: TensorEntry, read: Callable[[TensorEntry], bytes]) -> None:
+    if any(_short(zeros, read)):
+        raise CheckpointError(
+            f"{zeros.name} moves the weights' zero, which penstock does not read",
+            expected="torchao's symmetric int8, or fp8",
+            found="zero points that are not 0",
+            remedy="Use the same model's bf16, fp8 or GGUF file.",
+        )

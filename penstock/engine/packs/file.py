@@ -52,7 +52,7 @@ class PackedTensor:
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """A piece that is read at once, from its first tensor's first byte to its last one's last."""
 
     name: str
@@ -72,7 +72,7 @@ class PackLayout:
     """
 
     header: bytes
-    runs: tuple[Run, ...]
+    runs: tuple[PlannedRun, ...]
     sums_offset: int
     sums_bytes: int
 
@@ -98,7 +98,7 @@ def lay_out(
         metadata: what the pack says of itself, as JSON values.
         texts: further entries of the header's metadata.
     """
-    placed: list[Run] = []
+    placed: list[PlannedRun] = []
     end = 0
     for name, tensors in runs.items():
         run = _place_run(name, tensors, align_up(end, PAGE_BYTES))
@@ -112,7 +112,7 @@ def lay_out(
     return PackLayout(_header(padded, table, texts), tuple(placed), sums_offset, sums_bytes)
 
 
-def _place_run(name: str, specs: Mapping[str, Spec], offset: int) -> Run:
+def _place_run(name: str, specs: Mapping[str, Spec], offset: int) -> PlannedRun:
     tensors: list[PackedTensor] = []
     end = offset
     for tensor_name, (dtype, shape) in specs.items():
@@ -120,7 +120,7 @@ def _place_run(name: str, specs: Mapping[str, Spec], offset: int) -> Run:
         start = align_up(end, TENSOR_ALIGNMENT)
         tensors.append(PackedTensor(tensor_name, dtype, tuple(shape), start, nbytes))
         end = start + nbytes
-    return Run(name, offset, end - offset, tuple(tensors))
+    return PlannedRun(name, offset, end - offset, tuple(tensors))
 
 
 def _padded(tensors: Sequence[PackedTensor]) -> Iterator[PackedTensor]:

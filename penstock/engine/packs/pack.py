@@ -19,14 +19,22 @@ from typing import IO, TypeAlias
 import torch
 from torch import Tensor
 
+from penstock.closing import Closing
 from penstock.engine.files.keys import stored_name
 from penstock.engine.files.locate import ModelSource
 from penstock.engine.files.reader import WeightReader
 from penstock.engine.lora.file import Lora
 from penstock.engine.lora.merge import MergedReader
 from penstock.engine.lora.place import PlacedLoras
-from penstock.engine.packs.file import PackFile, PackLayout, Run, digest, running_digest, sums_text
-from penstock.engine.packs.plan import LEAST_RAM_BYTES, ComponentPlan, Step, plan_component
+from penstock.engine.packs.file import (
+    PackFile,
+    PackLayout,
+    PlannedRun,
+    digest,
+    running_digest,
+    sums_text,
+)
+from penstock.engine.packs.plan import LEAST_RAM_BYTES, ComponentPlan, PackStep, plan_component
 from penstock.engine.packs.side import write_side_files
 from penstock.engine.store.durable import NEW_SUFFIX, FileOps, read_whole, storing, write_atomically
 from penstock.errors import CheckpointError, UsageError
@@ -236,7 +244,7 @@ def _file_digest(file: IO[bytes], offset: int, nbytes: int) -> bytes:
     return state.digest()
 
 
-class _Output:
+class _Output(Closing):
     """The pack being written: only ever appended to. Positions count from the start of the data."""
 
     def __init__(self, ops: FileOps, path: Path, layout: PackLayout, runs: int) -> None:
@@ -282,17 +290,15 @@ class _Output:
             self._ops.unlink(self._path)
             raise
 
-    def __enter__(self) -> _Output:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Close the file."""
         self._ops.close(self._descriptor)
 
 
 def _write_run(
     out: _Output,
-    run: Run,
-    steps: tuple[Step, ...],
+    run: PlannedRun,
+    steps: tuple[PackStep, ...],
     reader: WeightReader,
     chunk_bytes: int,
     report: Callable[[int], None],
@@ -312,7 +318,9 @@ def _write_run(
     return out.checksum()
 
 
-def _pieces(step: Step, reader: WeightReader, chunk_bytes: int) -> Iterator[tuple[str, memoryview]]:
+def _pieces(
+    step: PackStep, reader: WeightReader, chunk_bytes: int
+) -> Iterator[tuple[str, memoryview]]:
     """The bytes of a parameter's packed tensors, tensor by tensor, by suffix."""
     if step.kept:
         for suffix in step.made:
@@ -328,7 +336,7 @@ def _pieces(step: Step, reader: WeightReader, chunk_bytes: int) -> Iterator[tupl
 
 
 def _quantised(
-    step: Step, reader: WeightReader, chunk_bytes: int
+    step: PackStep, reader: WeightReader, chunk_bytes: int
 ) -> Iterator[tuple[str, memoryview]]:
     """The first tensor, the long one, goes out as it is made; the scales wait for its end."""
     assert step.format is not None
@@ -345,7 +353,7 @@ def _quantised(
 
 
 def _chunks(
-    step: Step, reader: WeightReader, chunk_bytes: int, dtype: torch.dtype
+    step: PackStep, reader: WeightReader, chunk_bytes: int, dtype: torch.dtype
 ) -> Iterator[Tensor]:
     """The parameter's values by runs of rows, or at once where it must or may be."""
     whole = step.format is not None and not step.format.by_rows

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import secrets
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +24,7 @@ from penstock.engine.store.journal import (
 from penstock.engine.store.lock import JobLock
 from penstock.engine.store.sealed import read_metadata
 from penstock.errors import JobLocked, JournalError, StorageError, UsageError
+from penstock.folders import data_folder
 from penstock.profiles.options import Options
 from penstock.profiles.plan import NUMERICS
 
@@ -72,25 +71,9 @@ class JobInfo:
         return self.state in ("stopped", "failed", "killed")
 
 
-def data_directory() -> Path:
-    """penstock's folder for data, by the platform's convention; PENSTOCK_DATA_DIR overrides it."""
-    override = os.environ.get("PENSTOCK_DATA_DIR")
-    if override:
-        return Path(override)
-    if sys.platform == "win32":
-        local = os.environ.get("LOCALAPPDATA")
-        return (Path(local) if local else Path.home() / "AppData" / "Local") / "penstock"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Application Support" / "penstock"
-    # https://specifications.freedesktop.org/basedir-spec/: a relative path is to be ignored
-    shared = os.environ.get("XDG_DATA_HOME", "")
-    base = Path(shared) if Path(shared).is_absolute() else Path.home() / ".local" / "share"
-    return base / "penstock"
-
-
 def jobs_directory() -> Path:
     """Where jobs are kept that were given no folder of their own."""
-    return data_directory() / "jobs"
+    return data_folder() / "jobs"
 
 
 def new_job_folder(root: Path | None = None) -> Path:

@@ -23,11 +23,11 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 
+from penstock.closing import Closing
 from penstock.engine.store.durable import (
     NEW_SUFFIX,
     FileOps,
@@ -68,7 +68,7 @@ STATES = ("running", "stopped", "failed", "done")
 Tensors = dict[str, torch.Tensor]
 
 
-class SamplerState(NamedTuple):
+class SavedSampler(NamedTuple):
     """The sampler after ``step`` steps: tensors, and plain values that JSON can hold."""
 
     step: int
@@ -139,7 +139,7 @@ def _load_record(folder: Path, files: Generations[JobRecord]) -> JobRecord:
     return record
 
 
-class Journal:
+class Journal(Closing):
     """A job's directory while a process works on it. Made by :meth:`create` and :meth:`open`.
 
     Attributes:
@@ -235,17 +235,6 @@ class Journal:
         """Let others work on the job."""
         self._lock.release()
 
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     @property
     def problems(self) -> tuple[str, ...]:
         """Damage that was found so far and worked around, for the report."""
@@ -296,7 +285,7 @@ class Journal:
         self._make_room(sum(tensor.nbytes for tensor in tensors.values()))
         self._states.save(make)
 
-    def load_latest(self) -> SamplerState | None:
+    def load_latest(self) -> SavedSampler | None:
         """The newest state that is whole; None where the sampling has not begun.
 
         Raises:
@@ -367,7 +356,7 @@ class Journal:
             return None
         return tensors
 
-    def _parse_state(self, blob: bytes) -> Generation[SamplerState]:
+    def _parse_state(self, blob: bytes) -> Generation[SavedSampler]:
         tensors, metadata = open_tensors(blob)
         self._check_owner(metadata)
         try:
@@ -377,7 +366,7 @@ class Journal:
             raise JournalError("not a sampler's state", found=str(error)) from error
         if step < 0 or sequence < 0 or not isinstance(values, dict):
             raise JournalError("not a sampler's state", found=f"step {step}, values {values!r:.80}")
-        return Generation(sequence, SamplerState(step, tensors, values))
+        return Generation(sequence, SavedSampler(step, tensors, values))
 
     def _metadata(self, **items: str) -> dict[str, str]:
         return {"penstock": str(FORMAT), "job": self.record.job, **items}

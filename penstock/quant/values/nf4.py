@@ -62,6 +62,11 @@ def dequantise(
     where that is not at hand.
     """
     packed, absmax = tensors["weight"], tensors["weight_absmax"]
+    if fmt.nested_block:
+        absmax = _maxima(fmt, tensors)
+    if fmt.flat:
+        packed = packed.view(shape[0], shape[1] // 2)
+        absmax = absmax.view(shape[0], shape[1] // fmt.block)
     out = output(out, shape, dtype, packed.device)
     ops = _operators()
     if packed.device.type == "cuda":
@@ -81,9 +86,17 @@ def dequantise(
     return out
 
 
+def _maxima(fmt: NF4, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The blocks' maxima from codes of their own: ``map[code] * maximum + offset``."""
+    codes = tensors["weight_absmax"]
+    found = tensors["weight_nested_map"].index_select(0, codes.int())
+    whole = tensors["weight_nested_absmax"].repeat_interleave(fmt.nested_block)
+    return found.mul_(whole[: len(found)]).add_(fmt.nested_offset)
+
+
 def _into(fmt: NF4, kernel: Kernel, packed: Tensor, absmax: Tensor, out: Tensor) -> Tensor:
     rows, columns = out.shape
-    stored = fmt.storage((rows, columns), "")
+    stored = NF4(block=fmt.block).storage((rows, columns), "")
     for tensor, (name, (tag, shape)) in zip((packed, absmax), stored.items(), strict=True):
         check_contiguous(name, tensor, shape, DTYPES[tag])
     pointers = [ctypes.c_void_p(each.data_ptr()) for each in (packed, absmax, out)]

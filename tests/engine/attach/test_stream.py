@@ -461,7 +461,7 @@ def test_a_process_that_ends_in_the_middle_of_a_stream_ends(closing: str, cache:
         "stream = penstock.stream(module, 'blocks', vram='1MiB', ram='1MiB')\n"
         f"with torch.no_grad(): module(torch.zeros(1, 16))\n{closing}\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True)
     assert list(cache.iterdir()) == []
 
 

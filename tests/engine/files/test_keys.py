@@ -1,5 +1,6 @@
 """Every project's layout of the same model loads to the same tensors; foreign files are refused."""
 
+import base64
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 from benchmarks.dequantise import gguf_blocks
 from penstock.engine.files.formats import compute_tag, linear_formats
 from penstock.engine.files.keys import recognise
+from penstock.engine.files.locate import open_component
 from penstock.engine.files.reader import WeightReader
 from penstock.engine.files.source import open_raw
 from penstock.errors import CheckpointError, HeaderError, PickleRefused, TensorMismatch
@@ -80,6 +82,10 @@ SPELLINGS = {
     "comfy convrot 16": ("int8-convrot per row", "int8-convrot", "int8"),
     "comfy nvfp4": ("nvfp4", "nvfp4", None),
     "comfy mxfp8": ("mxfp8", "mxfp8", None),
+    "torchao int8": ("int8 per row", "int8", "int8"),
+    "torchao fp8": ("fp8 per row", "fp8", "fp8"),
+    "bitsandbytes nf4": ("nf4", "nf4", None),
+    "bitsandbytes nf4 nested": ("nf4 nested", "nf4", None),
     "lightx2v int8": ("int8 per row", "int8", "int8"),
     "lightx2v fp8": ("fp8 per row", "fp8", "fp8"),
     "quanto int8": ("quanto-int8", "quanto-int8", "int8"),
@@ -119,6 +125,56 @@ def test_gguf(tmp_path, parts, part, kind):
     assert_equal(found, values)
     assert source.label() == ("fp16" if kind == "F16" else f"gguf-{kind.lower()}")
     assert compute_tag(source) == ("F16" if kind == "F16" else "BF16")
+
+
+def test_a_file_in_fp64(tmp_path, parts):
+    tensors = parts["transformer"]
+    names = golden.original_names("transformer", list(tensors))
+    path = tmp_path / "x.safetensors"
+    save_file({names[name]: tensor.double() for name, tensor in tensors.items()}, path)
+    source, values = values_of(path, "transformer")
+    assert_equal(values, tensors)
+    assert source.label() == "fp64" and compute_tag(source) == "F32"
+
+
+def test_mmgp_files_carry_their_config(tmp_path, model, parts):
+    """Keys are optimum-quanto's; 4-bit groups tell no shapes, the config in the header does."""
+    tensors, path = parts["transformer"], tmp_path / "x.safetensors"
+    made = golden.make(tensors, {name: name for name in tensors}, "quanto int4")
+    made.save(path)
+    with pytest.raises(TensorMismatch, match=r"does not tell its shapes.*config\.json"):
+        open_component(path)
+    config = (model / "transformer" / "config.json").read_bytes()
+    text = base64.b64encode(config).decode()
+    made.metadata |= {"quantization_format": "quanto", "config_base64": text}
+    source = open_component(made.save(path))
+    source.check()
+    with WeightReader(source) as reader:
+        assert_equal({n: reader.read(n, torch.float32) for n in source.weights}, made.values)
+    made.metadata["config_base64"] = "{"
+    with pytest.raises(CheckpointError, match="config_base64 in the header"):
+        open_component(made.save(path))
+
+
+def test_zero_points_that_move_the_weights_are_refused(tmp_path, parts):
+    tensors = parts["transformer"]
+    made = golden.make(tensors, golden.original_names("transformer", list(tensors)), "torchao int8")
+    name = next(key for key in made.file if key.endswith("_weight_zero_point"))
+    made.file[name][3] = 1
+    with pytest.raises(CheckpointError, match=r"_weight_zero_point moves .*symmetric"):
+        recognise(open_raw(made.save(tmp_path / "x.safetensors")))
+
+
+@pytest.mark.parametrize("change", [{"quant_type": "fp4"}, {"shape": [3, 5]}, {"blocksize": None}])
+def test_what_bitsandbytes_says_is_checked(tmp_path, parts, change):
+    tensors = parts["transformer"]
+    names = golden.original_names("transformer", list(tensors))
+    made = golden.make(tensors, names, "bitsandbytes nf4")
+    name = next(key for key in made.file if "quant_state" in key)
+    said = json.loads(bytes(made.file[name].tolist())) | change
+    made.file[name] = golden._json_tensor(said)
+    with pytest.raises(CheckpointError, match="quantised by bitsandbytes in a way"):
+        recognise(open_raw(made.save(tmp_path / "x.safetensors")))
 
 
 @pytest.mark.parametrize("fmt", GGUF_FORMATS, ids=lambda fmt: fmt.name)

@@ -184,15 +184,15 @@ def denoise(stage: Stage, conditions: Conditions, sampling: Sampling) -> Tensor:
         cross, modulation = prepare(stage, model, conditions, sampler.timesteps)
         with stage.phase("denoise", steps, "step", done=start) as (plan, phase):
             passes = plan.passes(len(conditions.texts))
-            cycles = stage.steps_left * len(passes)
-            with stage.stream(component.blocks, plan.stream, phase, cycles) as stream:
+            total = stage.steps_left * len(passes)
+            with stage.stream(component.blocks, plan.stream, phase, total) as stream:
                 attend = self_attention_of(stage.plan.attention)
                 forward = Forward(model, component, stream, cross, plan.chunk_tokens, phase, attend)
                 rope = dit.rope_tables(model, latents.shape[2:], stage.device)
                 picture = _on_device(conditions.condition, stage.device)
                 for step in range(start, steps):
                     if step == steps - 1:
-                        stage.read_decoder_ahead()
+                        stage.prefetch_weights()
                     model_input = _model_input(latents, picture, component.dtype)
                     predictions = [
                         prediction

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from penstock.formats.formats import FORMATS
-from penstock.profiles.manifest import ComputePath, Heads, Prefetch, Storage, VideoShape
+from penstock.profiles.manifest import ComputePath, Heads, Picture, Prefetch, Storage, VideoShape
 from penstock.profiles.plan import Items, PhasePlan
 from penstock.profiles.policy import Limits, Policy
 from penstock.profiles.rates import Rates
@@ -58,6 +58,8 @@ class Workload:
     Attributes:
         kept: the job is kept while it runs: host memory holds what is being saved or read again.
         written: a file is made of the frames at the end.
+        picture: that the video starts from; None: there is none, or none is known yet and it is
+            taken to be as large as the video.
     """
 
     shape: VideoShape
@@ -65,6 +67,7 @@ class Workload:
     guided: bool
     kept: bool = False
     written: bool = True
+    picture: Picture | None = None
 
     @property
     def branches(self) -> int:

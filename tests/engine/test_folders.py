@@ -1,5 +1,5 @@
-"""Folders as diffusers' own tools quantise them: they open, and give the plain model's latents within
-their format's error."""
+"""Folders as diffusers' own tools quantise them: they open, and give the plain model's latents
+within their format's error."""
 
 from __future__ import annotations
 

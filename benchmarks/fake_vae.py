@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from penstock.profiles.cost.runs import FIRST_FRAME
 from penstock.profiles.cost.vae import (
     VaeWork,
     decode_bytes,
@@ -59,9 +61,11 @@ def row(fake: FakeVae, name: str, shape: tuple[int, int]) -> dict[str, Any]:
         "decode_bytes": fake.decode_peak(latent, grid),
         "decode_predicted_bytes": decode_bytes(WAN, latent, grid, 2).device_bytes,
         "decode_flops_ratio": ratio(decode_work, latent, grid),
-        "encode_bytes": fake.encode_peak(latent, grid),
-        "encode_predicted_bytes": encode_bytes(WAN, latent, grid, 2).device_bytes,
-        "encode_flops_ratio": ratio(encode_work, latent, grid),
+        "encode_bytes": fake.encode_peak(latent, grid, FIRST_FRAME),
+        "encode_predicted_bytes": encode_bytes(
+            WAN, latent, grid, 2, changes=FIRST_FRAME
+        ).device_bytes,
+        "encode_flops_ratio": ratio(partial(encode_work, changes=FIRST_FRAME), latent, grid),
     }
 
 

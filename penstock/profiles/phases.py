@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from penstock.profiles.cost import encoders, vae
+from penstock.profiles.cost.runs import FIRST_FRAME
 from penstock.profiles.cost.transformer import UNIPC_HISTORY
 from penstock.profiles.manifest import ImageSpec, ModelManifest, VideoShape
 from penstock.profiles.plan import Items, PhasePlan
@@ -71,12 +72,15 @@ class Workload:
 
     Attributes:
         kept: the job is kept while it runs: host memory holds what is being saved or read again.
+        changes: frames of the conditioning clip that differ from the one before, as
+            `penstock.profiles.cost.runs.clip_runs` takes them; None: any may.
     """
 
     shape: VideoShape
     steps: int
     guided: bool
     kept: bool = False
+    changes: tuple[int, ...] | None = FIRST_FRAME
 
     @property
     def branches(self) -> int:
@@ -319,13 +323,15 @@ class Tiled:
 
     def _phase(self, grid: TileGrid, limits: Limits) -> PhasePlan:
         rates, spec, latent = self.case.rates, self.case.manifest.vae, self.case.latent
-        decoding = self.name == "decode"
+        decoding, on_cpu = self.name == "decode", self.case.device == "cpu"
         weights = spec.decoder if decoding else spec.encoder
-        bytes_of, work_of = (
-            (vae.decode_bytes, vae.decode_work) if decoding else (vae.encode_bytes, vae.encode_work)
-        )
-        found = bytes_of(spec, latent, grid, weights.itemsize, on_cpu=self.case.device == "cpu")
-        work = work_of(spec, latent, grid)
+        of, size = (spec, latent, grid), weights.itemsize
+        if decoding:
+            found, work = vae.decode_bytes(*of, size, on_cpu=on_cpu), vae.decode_work(*of)
+        else:
+            changes = self.case.workload.changes
+            found = vae.encode_bytes(*of, size, changes=changes, on_cpu=on_cpu)
+            work = vae.encode_work(*of, changes=changes)
         held = (*found.ram, ("latents", latents_bytes(self.case)), OBJECTS) if decoding else (
             ("encoder states", encoder_state_bytes(self.case)),
             ("picture", picture_bytes(self.case)),

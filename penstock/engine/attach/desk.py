@@ -75,7 +75,7 @@ class Desk:
         if shape not in self._plans:
             # K/V are made block by block and never kept; no branch waits for the other.
             policy = Policy(branches=1, cross_kv="ram")
-            workload = Workload(shape, 2 * STEPS, guided=False)
+            workload = Workload(shape, 2 * STEPS, guided=False, changes=None)
             manifest = _with_blocks(self.model.manifest, self.whole_blocks, 0)
             roomy = replace(self._hardware, vram_bytes=UNLIMITED)
             context = _plan(manifest, workload, roomy, policy)["context"]

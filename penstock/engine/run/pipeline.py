@@ -42,6 +42,7 @@ from penstock.engine.run.stage import Run, Stage, visits
 from penstock.offload.allocator import allocator_capped
 from penstock.offload.device import made_current
 from penstock.offload.streamer import BlockStream
+from penstock.profiles.cost.runs import FIRST_FRAME
 from penstock.profiles.tiling import TileGrid
 
 STEERED = "on_step replaced the latents: the request and the seed alone do not lead to this video"
@@ -177,7 +178,9 @@ def encode_condition(stage: Stage, picture: Image) -> Tensor:
     units = latent_frames * (tiles.rows * tiles.cols + 1)
     with stage.phase("encode", units, "frame") as (_, phase), stage.rest(component) as vae:
         source = first_frame_then_zeros(pixels[0].to(stage.device, component.dtype))
-        encoded = encode_tiled(vae, source, size, tiles, should_stop=phase.advance)
+        encoded = encode_tiled(
+            vae, source, size, tiles, changes=FIRST_FRAME, should_stop=phase.advance
+        )
         return pictures.conditioning(
             encoded.float(), vae.config.latents_mean, vae.config.latents_std
         ).cpu()

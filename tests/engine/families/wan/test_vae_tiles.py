@@ -212,8 +212,8 @@ def _cropping(run):
             level[-1]: after[0] for level, after in zip(tile.levels, tile.levels[1:], strict=False)
         }
 
-        def cropped(downsampler, before, after, frame):
-            out = halved(downsampler, before, after, frame)
+        def cropped(downsampler, past, before, after, frame):
+            out = halved(downsampler, past, before, after, frame)
             rows, cols = entries.get(after, after).inside(after)
             return out[..., rows, cols]
 
@@ -245,7 +245,7 @@ def test_layers_on_whole_frames_are_bit_equal_in_fp32() -> None:
     vae = tiny_vae(torch.float32, num_res_blocks=1)
     block, window = vae.decoder.up_blocks[1].resnets[0], Window.whole(9, 7)
     frames = torch.randn(1, block.in_dim, 3, 9, 7)
-    past: vae_layers.Past = {}
+    past = vae_layers.Past()
     cache: list[Tensor | None] = [None] * 3
     with torch.no_grad():
         for frame in frames.split(1, dim=2):

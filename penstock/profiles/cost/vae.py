@@ -233,6 +233,7 @@ class _Walk:
         past: what causal layers remember.
         room: where they join it; given back while the mid block attends.
         waiting: what other frames on their way hold.
+        holds: frames are held, whatever the runs.
         held: a frame that a residual block adds again and again while what is made of it changes.
             One at most: a block takes the next frame when it is done with one, and gets a run when
             those before it are done.
@@ -243,7 +244,7 @@ class _Walk:
     def __init__(
         self, itemsize: int, runs: Sequence[int], on_cpu: bool, holds: bool = False
     ) -> None:
-        self.itemsize, self.runs, self.on_cpu, self._holds = itemsize, [*runs], on_cpu, holds
+        self.itemsize, self.runs, self.on_cpu, self.holds = itemsize, [*runs], on_cpu, holds
         self.past = self.room = self.waiting = self.held = self.frame = 0
         self.flops = self.elements = self.pixels = self.calls = self.convolution = 0
         self._working = self._attending = 0
@@ -325,7 +326,7 @@ class _Walk:
 
     def residual(self, width_in: int, width_out: int, windows: Sequence[Window]) -> None:
         x, area_in = self.frame, _area(windows[0])
-        holds = self._holds or max(self.runs) > 1
+        holds = self.holds or max(self.runs) > 1
         self.need(x, self.normalised(width_in, area_in))
         made = _made(windows[0], windows[1])
         h = self.convolve((width_in, width_out), area_in, made, 27, x)
@@ -369,7 +370,7 @@ class _Walk:
 
     def head(self, width: int, width_out: int, before: Window, after: Window) -> None:
         area, x = _area(before), self.frame
-        holds = self._holds or max(self.runs) > 1
+        holds = self.holds or max(self.runs) > 1
         self.need(x, self.normalised(width, area))
         self.frame = self.convolve((width, width_out), area, _made(before, after), 27, x)
         self.held = max(self.held, x if holds else 0)
@@ -438,6 +439,7 @@ def _encode_tile(spec: VaeSpec, tile: EncodeTile, walk: _Walk) -> _Walk:
     walk.frame = walk.convolve(
         (_PIXELS, width), _area(first[0]), _made(first[0], first[1]), 27, pixels
     )
+    walk.held = pixels if walk.holds else walk.itemsize  # a frame of zeros is one element
     for level, windows in enumerate(tile.levels):
         width_out, at = spec.base_dim * spec.dim_mult[level], 1 if level == 0 else 0
         for _ in range(spec.num_res_blocks):

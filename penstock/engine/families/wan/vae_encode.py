@@ -94,11 +94,13 @@ def encode_tiled(
     features: list[Run] = []
     for tile in encode_tiles(arch, grid, height, width):
         clip = ((pixels(first, tile.pixels), times) for first, times in runs)
-        for index, (feature, times) in enumerate(_tile_frames(vae.encoder, clip, tile)):
+        rows, cols = tile.output.inside(Window.whole(height, width))
+        index = 0  # `enumerate` would hold on to a feature while the next is made
+        for feature, times in _tile_frames(vae.encoder, clip, tile):
             if index == len(features):
                 features.append((feature.new_empty((*feature.shape[:3], height, width)), times))
-            rows, cols = tile.output.inside(Window.whole(height, width))
             features[index][0][..., rows, cols] = feature
+            index += 1
             del feature
             for _ in range(times):
                 should_stop()

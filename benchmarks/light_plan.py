@@ -29,7 +29,7 @@ from typing import Any
 from PIL import Image
 
 from benchmarks.fake_dit import I2V_14B
-from penstock.engine.families.wan.structure import tensor_shapes
+from penstock.engine.families.wan.kinds import KINDS
 from penstock.engine.packs.plan import FILE_NAMES
 from penstock.engine.request.demo import MINI
 
@@ -60,7 +60,7 @@ def write_headers(folder: Path) -> Path:
         (path.parent / "config.json").write_text(json.dumps(config))
         header: dict[str, Any] = {}
         end = 0
-        for name, shape in tensor_shapes(component, config).items():
+        for name, shape in KINDS[component].shapes(config).items():
             start, end = end, end + 2 * math.prod(shape)
             header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
         text = json.dumps(header).encode()

@@ -10,15 +10,7 @@ from dataclasses import dataclass, replace
 
 from penstock.errors import UsageError
 from penstock.offload.ledger import ByteLedger
-from penstock.offload.schedule import (
-    Compute,
-    Copy,
-    Op,
-    Queue,
-    Ref,
-    Residency,
-    build_schedule,
-)
+from penstock.offload.schedule import Compute, Copy, Op, Queue, Ref, Residency, build_schedule
 
 
 @dataclass(frozen=True)

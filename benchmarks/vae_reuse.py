@@ -5,9 +5,9 @@ turns on the same random VAE of the true structure, each on one thread; CPU seco
 and the medians of pairs are told:
 
 - ``encode``: the conditioning clip of 81 frames, whole and in tiles, fp32 and bf16;
-- ``decode``: the latents of a 720p video's first frames, whole and in 3x3 tiles: the ratio of the
-  two beside that of their arithmetic, and for each the tensor operations that compute or copy and
-  the bytes that are newly allocated, for a frame of a tile.
+- ``decode``: the first latents of a 720p video, whole and in 3x3 tiles: the ratio of the two beside
+  that of their arithmetic. ``counted`` are the tensor operations that compute or copy in bf16, and
+  the bytes that they allocate, on small latents: they are as many at any size.
 
 The last line on stdout is JSON.
 
@@ -188,14 +188,17 @@ def compared(engines: dict[str, Engine], case: dict[str, Any], pairs: int) -> di
             digests.add(found["digest"])
     ratios = [new / old for old, new in zip(seconds["old"], seconds["new"], strict=True)]
     return case | {
-        "seconds": seconds, "new_over_old": statistics.median(ratios), "identical": len(digests) == 1,
-    }  # fmt: skip
+        "seconds": seconds,
+        "new_over_old": statistics.median(ratios),
+        "identical": len(digests) == 1,
+    }
 
 
 def tiles_over_whole(rows: list[dict[str, Any]], engines: dict[str, Engine]) -> dict[str, Any]:
     """What 3x3 tiles cost of a decoding, by each engine, beside the arithmetic."""
-    from penstock.profiles.cost.vae import decode_work
-    from penstock.profiles.manifest import VaeSpec, Weights
+    from penstock.engine.families.wan.cost.vae import decode_work
+    from penstock.engine.families.wan.spec import VaeSpec
+    from penstock.profiles.manifest import Weights
     from penstock.profiles.tiling import TileGrid
 
     none, grids = Weights(0, (), 4), [TileGrid(*grid) for grid in DECODE["grids"]]  # type: ignore[attr-defined]
@@ -232,11 +235,13 @@ def main() -> None:
     decoded = [row for row in rows if row["half"] == "decode"]
     counted = {
         name: [
-            engine.run(**(row | {"seconds": 0, "latent": (2, 9, 12)}), count=True, told=False)
+            engine.run(
+                **(row | {"dtype": "bfloat16", "latent": (2, 9, 12)}), count=True, told=False
+            )
             for row in decoded
         ]
         for name, engine in engines.items()
-    }  # fmt: skip
+    }
     report = {
         "clock": "CPU seconds of a process, one thread",
         "encode_new_over_old": max(r["new_over_old"] for r in rows if r["half"] == "encode"),

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from penstock.errors import PenstockError
+from penstock.folders import cache_folder
 
 cache_app = typer.Typer(help="List and remove the packs that were made on first use.")
 
@@ -28,9 +29,6 @@ Model = Annotated[
 ]
 Tokenizer = Annotated[
     Path | None, typer.Option(help="A tokenizer's folder or SentencePiece model.")
-]
-Attention = Annotated[
-    str | None, typer.Option(help="sdpa, or int8 (self-attention in 8 bits where it works).")
 ]
 Loras = Annotated[
     list[str] | None,
@@ -131,7 +129,7 @@ def verify(
 def list_cache(as_json: Json = False, debug: Debug = False) -> None:
     """List the packs in the cache: size, and what they were made from."""
     from penstock.cli.progress import packs_table
-    from penstock.engine.packs.cache import cache_folder, cached_packs
+    from penstock.engine.packs.cache import cached_packs
 
     with reported(debug):
         packs = cached_packs(cache_folder())
@@ -144,7 +142,7 @@ def remove_cached(
     debug: Debug = False,
 ) -> None:
     """Remove a pack; `generate` makes it again when it is needed."""
-    from penstock.engine.packs.cache import cache_folder, remove_pack
+    from penstock.engine.packs.cache import remove_pack
     from penstock.units import format_bytes
 
     with reported(debug):

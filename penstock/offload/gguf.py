@@ -18,14 +18,12 @@ from types import MappingProxyType
 from typing import IO, Any
 
 from penstock.errors import HeaderError
+from penstock.formats.gguf import GGML_TYPES
 from penstock.offload.checkpoint import TensorEntry
 from penstock.offload.files import FileStamp
 from penstock.units import align_up
 
 MAGIC = b"GGUF"
-PREFIX = "GGUF_"
-"""Begins the dtype tag of an entry whose bytes are blocks of a ggml type: ``"GGUF_Q8_0"``."""
-
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 """Metadata key (followed by a tensor's name) of the shape it had before it was stored flat.
 Source: ComfyUI-GGUF's converter."""
@@ -34,43 +32,6 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_INLINE_ITEMS = 4096
 _MAX_DIMS = 8
 _MAX_NAME_BYTES = 1024
-
-# ggml type id -> (tag, elements of a block, bytes of a block). Source: ggml's `ggml.h`.
-GGML_TYPES: Mapping[int, tuple[str, int, int]] = MappingProxyType(
-    {
-        0: ("F32", 1, 4),
-        1: ("F16", 1, 2),
-        2: ("GGUF_Q4_0", 32, 18),
-        3: ("GGUF_Q4_1", 32, 20),
-        6: ("GGUF_Q5_0", 32, 22),
-        7: ("GGUF_Q5_1", 32, 24),
-        8: ("GGUF_Q8_0", 32, 34),
-        10: ("GGUF_Q2_K", 256, 84),
-        11: ("GGUF_Q3_K", 256, 110),
-        12: ("GGUF_Q4_K", 256, 144),
-        13: ("GGUF_Q5_K", 256, 176),
-        14: ("GGUF_Q6_K", 256, 210),
-        16: ("GGUF_IQ2_XXS", 256, 66),
-        17: ("GGUF_IQ2_XS", 256, 74),
-        18: ("GGUF_IQ3_XXS", 256, 98),
-        19: ("GGUF_IQ1_S", 256, 50),
-        20: ("GGUF_IQ4_NL", 32, 18),
-        21: ("GGUF_IQ3_S", 256, 110),
-        22: ("GGUF_IQ2_S", 256, 82),
-        23: ("GGUF_IQ4_XS", 256, 136),
-        24: ("I8", 1, 1),
-        25: ("I16", 1, 2),
-        26: ("I32", 1, 4),
-        27: ("I64", 1, 8),
-        28: ("F64", 1, 8),
-        29: ("GGUF_IQ1_M", 256, 56),
-        30: ("BF16", 1, 2),
-    }
-)
-BLOCK_SIZES: Mapping[str, tuple[int, int]] = MappingProxyType(
-    {tag: (block, nbytes) for tag, block, nbytes in GGML_TYPES.values()}
-)
-"""Elements and bytes of a block, by dtype tag."""
 
 _SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
@@ -120,15 +81,6 @@ def is_gguf(path: Path) -> bool:
     """Whether the file begins as a GGUF file does."""
     with path.open("rb") as file:
         return file.read(len(MAGIC)) == MAGIC
-
-
-def block_size(dtype: str) -> tuple[int, int]:
-    """Elements and bytes of one block of a ``GGUF_*`` dtype tag.
-
-    Raises:
-        KeyError: not such a tag.
-    """
-    return BLOCK_SIZES[dtype]
 
 
 def read_gguf(path: Path) -> GgufHeader:
@@ -312,7 +264,13 @@ def _entries(
 
 def _entry(cursor: _Cursor, info: _Info, start: int, metadata: Mapping[str, Any]) -> TensorEntry:
     if info.kind not in GGML_TYPES:
-        raise cursor.error(f"type {info.kind} of {info.name!r}", expected="a known ggml type")
+        raise HeaderError(
+            f"{cursor.path} holds weights of a type that penstock does not know",
+            expected="a ggml type up to NVFP4 (40)",
+            found=f"type {info.kind} of {info.name!r}",
+            remedy="The file may be newer than penstock: take the Q8_0, Q6_K or Q4_K_M file of the "
+            "same model.",
+        )
     tag, block, block_bytes = GGML_TYPES[info.kind]
     elements = math.prod(info.shape)
     row = info.shape[-1] if info.shape else 1

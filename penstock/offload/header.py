@@ -17,19 +17,11 @@ from types import MappingProxyType
 from typing import Any
 
 from penstock.errors import HeaderError
+from penstock.formats.tags import ITEM_BYTES
 from penstock.offload.files import WeightFile
 
 MAX_HEADER_BYTES = 100_000_000
 """The library's own limit."""
-
-ITEM_BYTES = MappingProxyType({
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
-    "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
-    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4,
-    "I64": 8, "U64": 8, "F64": 8, "C64": 8,
-})  # fmt: skip
-"""Bytes of one element, by safetensors tag; types smaller than a byte are left out on purpose."""
 
 _U64_MAX = (1 << 64) - 1
 _METADATA = "__metadata__"

@@ -156,16 +156,6 @@ def _without(blocks: tuple[int, ...] | range, taken: tuple[int, ...]) -> tuple[i
     return tuple(block for block in blocks if block not in gone)
 
 
-def spread(n: int, k: int) -> tuple[int, ...]:
-    """``k`` of the places ``0..n-1``, ascending, with gaps that differ by at most one.
-
-    Raises:
-        UsageError: not 0 <= k <= n.
-    """
-    _require(0 <= k <= n, "spread", f"0 to {n} places", k)
-    return tuple((2 * i + 1) * n // (2 * k) for i in range(k))
-
-
 def build_schedule(residency: Residency, cycles: int) -> Iterator[Op]:
     """The operations of ``cycles`` passes over all blocks, lazily.
 

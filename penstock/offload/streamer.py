@@ -13,39 +13,29 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from types import TracebackType
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from penstock.blocks import STAGING_BYTES
+from penstock.closing import Closing
 from penstock.errors import UsageError
 from penstock.offload.layout import BlockLayout
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.mover import Buffers, Carrier, Mover
-from penstock.offload.schedule import (
-    Compute,
-    Copy,
-    Queue,
-    Read,
-    Ref,
-    Residency,
-    build_schedule,
-)
+from penstock.offload.schedule import Compute, Copy, Queue, Read, Ref, Residency, build_schedule
 from penstock.offload.stats import Flow, StreamStats
 from penstock.offload.tiers import DeviceTier, DiskTier, HostTier, open_link
-from penstock.units import MIB, format_bytes
+from penstock.units import format_bytes
 
 __all__ = ["STAGING_BYTES", "BlockStream", "Flow", "StreamStats", "load_block"]
-
-STAGING_BYTES = 64 * MIB
-"""The most host memory through which weights are read that stay on the device."""
 
 Tensors = dict[str, Tensor]
 _Kind = TypeVar("_Kind", Read, Copy, Compute)
 
 
-class BlockStream:
+class BlockStream(Closing):
     """The blocks of a network, in order, again and again, on the device; a context manager.
 
     Entering allocates every buffer and begins to fetch; leaving, at any moment and for any reason,
@@ -221,12 +211,8 @@ class BlockStream:
                 yield index, mover.tensors(op)
             loop.leave(op)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End the threads and give every byte back."""
         self._is_open = False
         self._stack.close()
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from penstock.errors import ProfileError
+from penstock.folders import config_folder
 
 TINY_CHUNK, SMALL_CHUNK = 2, 32
 """Tokens of the chunks whose overheads are measured."""
@@ -99,19 +98,6 @@ class Rates:
         return share * self.overhead_s + (1 - share) * tiny_s
 
 
-def config_dir() -> Path:
-    """Where a user's own profiles and measured rates are: ``$PENSTOCK_CONFIG``, or the platform's
-    place for settings."""
-    named = os.environ.get("PENSTOCK_CONFIG")
-    if named:
-        return Path(named)
-    if sys.platform == "win32":
-        return Path(os.environ.get("APPDATA", Path.home() / "AppData/Roaming")) / "penstock"
-    if sys.platform == "darwin":
-        return Path.home() / "Library/Application Support/penstock"
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "penstock"
-
-
 def stored_rates(machine: str, folder: Path | None = None) -> Rates | None:
     """The rates measured on ``machine``, or None.
 
@@ -132,7 +118,7 @@ def store_rates(machine: str, rates: Rates, folder: Path | None = None) -> Path:
 
 
 def _file(folder: Path | None) -> Path:
-    return (config_dir() if folder is None else folder) / "rates.json"
+    return (config_folder() if folder is None else folder) / "rates.json"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -11,19 +11,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from penstock.blocks import PAGE_BYTES, STAGING_BYTES
 from penstock.profiles.plan import Items, StreamPlan
 from penstock.profiles.policy import Limits
 from penstock.profiles.rates import Rates
-from penstock.units import MIB
 
 RING = (2, 3, 1)
 """Sizes of the device ring and of the host ring that are tried, the likeliest first."""
-
-STAGING_BYTES = 64 * MIB
-"""The most host memory through which weights that stay on the device are read."""
-
-PAGE_BYTES = 4096
-"""The least, and the unit of every buffer."""
 
 _PASSES = 4
 """Passes that are followed operation by operation; by then they repeat."""

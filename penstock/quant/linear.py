@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from penstock.errors import TensorMismatch
+from penstock.formats.formats import QuantFormat
+from penstock.formats.rows import Shape
 from penstock.quant.compute import Compute, Operands, strategy_for
-from penstock.quant.format import QuantFormat
 from penstock.quant.paths import Computing
-from penstock.quant.rows import Shape
 from penstock.quant.values.tensors import DTYPES, dtype_tag
 
 

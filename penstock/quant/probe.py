@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from penstock.formats.formats import get_format
+from penstock.formats.scaled import Gemm
+from penstock.quant.arithmetic import quantise
 from penstock.quant.compute import Compute, Fp8Gemm, Int8Gemm, Operands
-from penstock.quant.format import get_format
 from penstock.quant.paths import Kernel
-from penstock.quant.scaled import Gemm
 
 MIN_COSINE: Mapping[Gemm, float] = MappingProxyType({"fp8": 0.998, "int8": 0.9995})
 """Cosine to the fp32 product, in the worst output row; a right kernel reaches 0.9989 and 0.9999."""
@@ -77,7 +78,7 @@ def try_path(name: Gemm, path: Compute, device: torch.device, dtype: torch.dtype
     weight *= size[:, None]
     x = torch.randn(_TOKENS, _COLUMNS, generator=generator).to(device, dtype)
     bias = (torch.randn(_ROWS, generator=generator) * size * _COLUMNS**0.5).to(device, dtype)
-    tensors = {suffix: each.to(device) for suffix, each in fmt.quantise(weight).items()}
+    tensors = {suffix: each.to(device) for suffix, each in quantise(fmt, weight).items()}
     try:
         found = path(Operands(fmt, (_ROWS, _COLUMNS), tensors, bias), x)
         found = (found.float() - bias.float()).cpu()

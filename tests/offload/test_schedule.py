@@ -10,18 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from penstock.blocks import spread
 from penstock.errors import UsageError
-from penstock.offload.schedule import (
-    Compute,
-    Copy,
-    Op,
-    Queue,
-    Read,
-    Ref,
-    Residency,
-    build_schedule,
-    spread,
-)
+from penstock.offload.schedule import Compute, Copy, Op, Queue, Read, Ref, Residency, build_schedule
 
 
 @st.composite

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
+import queue
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ from penstock.errors import CheckpointChanged, LedgerOverflow, UsageError
 from penstock.offload import streamer, tiers
 from penstock.offload.layout import BlockLayout
 from penstock.offload.ledger import ByteLedger
-from penstock.offload.schedule import Residency
+from penstock.offload.schedule import Queue, Ref, Residency
 from penstock.offload.streamer import BlockStream, load_block
 from penstock.offload.tiers import CpuLink, DiskTier
 from tests.meter import StorageMeter
@@ -34,6 +34,7 @@ from tests.offload.blocks import (
     write_blocks,
 )
 from tests.offload.test_schedule import residencies
+from tests.offload.waiting import Waiting
 
 CPU = torch.device("cpu")
 BLOCKS = random_blocks(8, width=60)
@@ -240,14 +241,33 @@ def test_as_many_layouts_as_blocks(layouts: list[BlockLayout]) -> None:
         Budgets(layouts, Residency(8, (), (), 1, 1)).stream(layouts, Residency(8, (), (), 1, 1), 0)
 
 
-def test_nothing_is_read_beyond_the_last_cycle_or_the_rings(layouts: list[BlockLayout]) -> None:
+def test_nothing_is_read_beyond_the_last_cycle_or_the_rings(
+    layouts: list[BlockLayout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: queue.SimpleQueue[Ref | str] = queue.SimpleQueue()
+    read, wait = DiskTier.read, streamer._Board.wait
+
+    def seen_read(*args: Any) -> Any:
+        moved = read(*args)
+        happened.put("read")
+        return moved
+
+    def seen_wait(board: Any, ref: Ref) -> float | None:
+        happened.put(ref)
+        return wait(board, ref)
+
+    monkeypatch.setattr(DiskTier, "read", seen_read)
+    monkeypatch.setattr(streamer._Board, "wait", seen_wait)
     residency = Residency(8, (), (), 2, 3)
     with Budgets(layouts, residency).stream(layouts, residency, 2) as stream:
         passes = stream.cycle()
         next(passes)
-        time.sleep(0.3)
-        ahead = sum(layout.read_bytes for layout in layouts[:5])
-        assert stream.stats.read_bytes == ahead, "two slots and three slabs, and no more"
+        reads = 0
+        while (event := happened.get()) != Ref(Queue.COPY, 2):  # which waits for the first slot
+            reads += event == "read"
+            assert reads <= 5, "two slots and three slabs, and no more"
+        assert reads == 5
+        assert stream.stats.read_bytes == sum(layout.read_bytes for layout in layouts[:5])
 
 
 class Flaky:
@@ -283,7 +303,7 @@ def test_what_a_thread_runs_into_surfaces_as_itself(
     monkeypatch.setattr(owner, method, Flaky(getattr(owner, method), calls, error))
     residency = Residency(8, (), (), 2, 2)
     budgets, before = Budgets(layouts, residency), open_descriptors()
-    began, visits = time.perf_counter(), 0
+    visits = 0
     with (
         pytest.raises(OSError) as caught,
         budgets.stream(layouts, residency, 50, overlapped=overlapped) as stream,
@@ -293,7 +313,7 @@ def test_what_a_thread_runs_into_surfaces_as_itself(
                 assert same(block, BLOCKS[index])
                 visits += 1
     assert caught.value is error
-    assert visits < calls and time.perf_counter() - began < 5
+    assert visits < calls
     assert ours() == [] and open_descriptors() == before
     assert budgets.device.used == 0 == budgets.host.used
 
@@ -301,15 +321,39 @@ def test_what_a_thread_runs_into_surfaces_as_itself(
 def test_a_failure_is_told_even_while_residents_compute(
     layouts: list[BlockLayout], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    error = OSError(5, "the disk is gone")
+    """The second read of the only block that is streamed fails in the middle of a pass."""
+    error, computing, told = OSError(5, "the disk is gone"), threading.Event(), threading.Event()
+    read, note_end = DiskTier.read, streamer._Board.note_end
+
+    def fails(*args: Any) -> Any:
+        if len(calls) == 8:
+            computing.wait()
+            raise error
+        calls.append(args)
+        return read(*args)
+
+    def seen_end(board: Any, thread: Any) -> None:
+        note_end(board, thread)
+        if thread.exception() is error:
+            told.set()
+
+    calls: list[Any] = []
+    monkeypatch.setattr(DiskTier, "read", fails)
+    monkeypatch.setattr(streamer._Board, "note_end", seen_end)
     residency = Residency(8, tuple(range(7)), (), 1, 1)
-    with Budgets(layouts, residency).stream(layouts, residency, 3) as stream:
-        monkeypatch.setattr(DiskTier, "read", Flaky(DiskTier.read, 1, error))
-        with pytest.raises(OSError) as caught:
-            for _ in range(3):
-                for _ in stream.cycle():
-                    time.sleep(0.02)
+    visits: list[tuple[int, int]] = []
+    with (
+        Budgets(layouts, residency).stream(layouts, residency, 3) as stream,
+        pytest.raises(OSError) as caught,
+    ):
+        for cycle in range(3):
+            for index, _ in stream.cycle():
+                visits.append((cycle, index))
+                if (cycle, index) == (1, 2):
+                    computing.set()
+                    told.wait()
     assert caught.value is error
+    assert visits[-1] == (1, 2), "the next resident is not computed with any more"
 
 
 @pytest.mark.parametrize("overlapped", [True, False])
@@ -356,24 +400,29 @@ def test_inside_inference_mode(layouts: list[BlockLayout]) -> None:
 def test_waits_are_counted_where_they_happen(
     layouts: list[BlockLayout], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    residency = Residency(8, (), (), 2, 2)
-    read = DiskTier.read
+    residency, waiting = Residency(8, (), (), 2, 2), Waiting(monkeypatch)
+    read, visits = DiskTier.read, iter(range(8))
 
     def slow(*args: Any) -> Any:
-        time.sleep(0.02)
+        visit = next(visits)
+        waiting.spend(1.0, Ref(Queue.READ, visit), Ref(Queue.COPY, visit))
         return read(*args)
 
-    monkeypatch.setattr(DiskTier, "read", slow)
+    with monkeypatch.context() as patched:
+        patched.setattr(DiskTier, "read", slow)
+        with Budgets(layouts, residency).stream(layouts, residency, 1) as stream:
+            list(stream.cycle())
+    stats = stream.stats
+    assert (stats.read_s, stats.disk_wait_s, stats.compute_wait_s) == (8.0, 8.0, 8.0)
+    assert (stats.copy_s, stats.slot_wait_s, stats.slab_wait_s) == (0.0, 0.0, 0.0)
     with Budgets(layouts, residency).stream(layouts, residency, 1) as stream:
-        list(stream.cycle())
-    assert stream.stats.disk_wait_s > 0.1 and stream.stats.compute_wait_s > 0.1
-    assert stream.stats.read_s > 0.16 > stream.stats.copy_s
-    monkeypatch.undo()
-    with Budgets(layouts, residency).stream(layouts, residency, 1) as stream:
-        for _ in stream.cycle():
-            time.sleep(0.02)
-    assert stream.stats.slot_wait_s > 0.06 and stream.stats.slab_wait_s > 0.04
-    assert stream.stats.compute_wait_s < 0.1
+        for visit, _ in stream.cycle():
+            # The copy after the next wants this slot, and the read two further on that copy's slab.
+            wanted = [Ref(Queue.COMPUTE, visit), Ref(Queue.COPY, visit + 2)]
+            waiting.spend(1.0, *wanted[: (visit < 6) + (visit < 4)])
+    stats = stream.stats
+    assert (stats.slot_wait_s, stats.slab_wait_s) == (6.0, 4.0)
+    assert (stats.disk_wait_s, stats.compute_wait_s) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("staging", [1 << 20, 4096])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from types import TracebackType
 
 from torch import Tensor
 
+from penstock.closing import Closing
 from penstock.offload.streamer import BlockStream
 
 CYCLES = 256
@@ -14,7 +14,7 @@ CYCLES = 256
 theirs, so that a stream without end in which a queue has nothing to do would keep a core busy."""
 
 
-class EndlessStream:
+class EndlessStream(Closing):
     """A `BlockStream` opened again whenever its passes are used up; a context manager.
 
     Args:
@@ -33,19 +33,11 @@ class EndlessStream:
         self._left = CYCLES
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def close(self) -> None:
         """End the stream."""
         stream, self._stream = self._stream, None
         if stream is not None:
-            stream.__exit__(None, None, None)
+            stream.close()
             self._read += stream.stats.read_bytes
             self._copied += stream.stats.copied_bytes
 

@@ -8,12 +8,13 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from penstock.blocks import PAGE_BYTES
+from penstock.closing import Closing
 from penstock.engine.attach.blocks import Lender, Slot, StreamedBlocks
 from penstock.engine.attach.endless import EndlessStream
 from penstock.engine.attach.livepack import LivePack, live_folder, plan_live
@@ -22,14 +23,13 @@ from penstock.engine.attach.surgery import Emptied, Patient, Quantised, run_name
 from penstock.engine.packs.file import PackLayout
 from penstock.engine.run.stage import residency
 from penstock.errors import UsageError
-from penstock.offload.files import DIRECT_ALIGNMENT
+from penstock.formats.formats import get_format
 from penstock.offload.layout import BlockLayout
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.streamer import BlockStream
 from penstock.offload.tiers import release_cached
 from penstock.profiles.hardware import Hardware, probe
 from penstock.profiles.plan import Items
-from penstock.quant.format import get_format
 from penstock.quant.paths import Computing, Scratch
 from penstock.units import align_up, parse_bytes
 
@@ -130,7 +130,7 @@ def stream(
         return streamed
 
 
-class Streamed:
+class Streamed(Closing):
     """A module that is being streamed; a context manager that ends with :meth:`close`.
 
     Attributes:
@@ -161,17 +161,6 @@ class Streamed:
 
     def __del__(self) -> None:
         """Threads would wait for ever for a module that nobody has any more."""
-        self.close()
-
-    def __enter__(self) -> Streamed:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
         self.close()
 
 
@@ -327,7 +316,7 @@ def _restore(slots: Sequence[Sequence[Slot]]) -> None:
 
 def _run_bytes(layout: PackLayout) -> list[int]:
     """What each run takes in a buffer."""
-    return [align_up(run.nbytes, DIRECT_ALIGNMENT) for run in layout.runs]
+    return [align_up(run.nbytes, PAGE_BYTES) for run in layout.runs]
 
 
 def _storage_bytes(tensors: Sequence[Tensor]) -> int:

@@ -7,7 +7,6 @@ loaded with the first file: what writes none, a benchmark for one, runs without 
 from __future__ import annotations
 
 import json
-import os
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from penstock.engine.store.durable import FileOps
 from penstock.errors import OutputError, VideoError
 
 SUFFIX = ".mp4"
@@ -123,10 +123,11 @@ def write_video(
         count = _encode(temporary, frames, fps, metadata, encoder, crf)
         _check_vacant(path, overwrite)
         with _as_video_error(path):
-            _flush(temporary)
-            size_bytes = temporary.stat().st_size
-            temporary.replace(path)
-            _flush_folder(path.parent)
+            ops = FileOps()
+            _flush(ops, temporary)
+            size_bytes = ops.size(temporary)
+            ops.rename(temporary, path)
+            ops.fsync_dir(path.parent)
     return WrittenVideo(path, encoder, count, size_bytes)
 
 
@@ -176,7 +177,7 @@ def _temporary_beside(path: Path) -> Iterator[Path]:
     try:
         yield temporary
     finally:
-        temporary.unlink(missing_ok=True)
+        FileOps().unlink(temporary)
 
 
 @contextmanager
@@ -298,17 +299,9 @@ def _convert(pixels: np.ndarray[Any, Any], index: int) -> Any:
     return frame
 
 
-def _flush(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make the rename last; Windows cannot open folders and does this itself."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
+def _flush(ops: FileOps, path: Path) -> None:
+    descriptor = ops.append(path)
     try:
-        os.fsync(handle)
+        ops.fsync(descriptor)
     finally:
-        os.close(handle)
+        ops.close(descriptor)

@@ -6,11 +6,9 @@ other weights of the same name, or another version of the layout, are another pa
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,6 @@ from penstock.engine.store.durable import FileOps, storing
 from penstock.engine.store.lock import JobLock
 from penstock.errors import CheckpointError, UsageError
 
-VARIABLE = "PENSTOCK_CACHE"
 ABOUT = "pack.json"
 """The last file of a pack to be written, and the first to be removed."""
 
@@ -50,23 +47,6 @@ class CachedPack:
             "name": self.name, "folder": str(self.path), "bytes": self.nbytes,
             "source": self.source, "complete": self.complete,
         }  # fmt: skip
-
-
-def cache_folder(environ: Mapping[str, str] | None = None) -> Path:
-    """Where packs are kept: ``$PENSTOCK_CACHE``, else the platform's cache directory.
-
-    Args:
-        environ: the environment; None takes the process's own.
-    """
-    environ = os.environ if environ is None else environ
-    if environ.get(VARIABLE):
-        return Path(environ[VARIABLE]).expanduser()
-    if sys.platform == "win32":
-        base = environ.get("LOCALAPPDATA") or str(Path.home() / "AppData" / "Local")
-        return Path(base) / "penstock" / "packs"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "penstock" / "packs"
-    return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "penstock" / "packs"
 
 
 def is_complete(folder: Path) -> bool:

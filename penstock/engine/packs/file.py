@@ -20,10 +20,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from penstock.blocks import PAGE_BYTES, TENSOR_ALIGNMENT
 from penstock.engine.files.storage import PACK_METADATA, PADDING
 from penstock.errors import CheckpointError, HeaderError
-from penstock.offload.files import DIRECT_ALIGNMENT, WeightFile
-from penstock.offload.header import ITEM_BYTES, MAX_HEADER_BYTES, Header, read_header
+from penstock.formats.tags import ITEM_BYTES
+from penstock.offload.files import WeightFile
+from penstock.offload.header import MAX_HEADER_BYTES, Header, read_header
 from penstock.units import align_up
 
 if TYPE_CHECKING:
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
 
 VERSION = 1
 SUMS = "__sums__"
-TENSOR_ALIGNMENT = 64
 _DIGEST_HEX = 32
 _CHUNK_BYTES = 8 << 20
 
@@ -85,24 +86,29 @@ class PackLayout:
         return len(self.header) + self.sums_offset + self.sums_bytes
 
 
-def lay_out(runs: Mapping[str, Mapping[str, Spec]], metadata: Mapping[str, Any]) -> PackLayout:
+def lay_out(
+    runs: Mapping[str, Mapping[str, Spec]],
+    metadata: Mapping[str, Any],
+    texts: Mapping[str, str] = MappingProxyType({}),
+) -> PackLayout:
     """Place ``runs`` (tensors with dtype tag and shape, by run and name) one after the other.
 
     Args:
         metadata: what the pack says of itself, as JSON values.
+        texts: further entries of the header's metadata.
     """
     placed: list[Run] = []
     end = 0
     for name, tensors in runs.items():
-        run = _place_run(name, tensors, align_up(end, DIRECT_ALIGNMENT))
+        run = _place_run(name, tensors, align_up(end, PAGE_BYTES))
         placed.append(run)
         end = run.offset + run.nbytes
-    sums_offset = align_up(end, DIRECT_ALIGNMENT)
+    sums_offset = align_up(end, PAGE_BYTES)
     sums_bytes = len(sums_text(b"", [b""] * len(placed)))
     table = {"version": VERSION, **metadata, "runs": {r.name: [r.offset, r.nbytes] for r in placed}}
     sums = PackedTensor(SUMS, "U8", (sums_bytes,), sums_offset, sums_bytes)
     padded = _padded([*(tensor for run in placed for tensor in run.tensors), sums])
-    return PackLayout(_header(padded, table), tuple(placed), sums_offset, sums_bytes)
+    return PackLayout(_header(padded, table, texts), tuple(placed), sums_offset, sums_bytes)
 
 
 def _place_run(name: str, specs: Mapping[str, Spec], offset: int) -> Run:
@@ -128,15 +134,18 @@ def _padded(tensors: Sequence[PackedTensor]) -> Iterator[PackedTensor]:
         end = tensor.offset + tensor.nbytes
 
 
-def _header(tensors: Iterator[PackedTensor], table: Mapping[str, Any]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt", PACK_METADATA: json.dumps(table)}}
+def _header(
+    tensors: Iterator[PackedTensor], table: Mapping[str, Any], texts: Mapping[str, str]
+) -> bytes:
+    about = {"format": "pt", PACK_METADATA: json.dumps(table), **texts}
+    entries: dict[str, Any] = {"__metadata__": about}
     for tensor in tensors:
         place = [tensor.offset, tensor.offset + tensor.nbytes]
         entries[tensor.name] = {
             "dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": place,
         }  # fmt: skip
     text = json.dumps(entries, separators=(",", ":")).encode()
-    whole = align_up(8 + len(text), DIRECT_ALIGNMENT)
+    whole = align_up(8 + len(text), PAGE_BYTES)
     return (whole - 8).to_bytes(8, "little") + text.ljust(whole - 8)
 
 
@@ -349,6 +358,6 @@ def _digest_of(file: WeightFile, run: PackRun, report: Callable[[int], None]) ->
 
 def _is_zero(file: WeightFile, start: int, stop: int) -> bool:
     """Whether the padding from ``start`` to ``stop`` is what was written."""
-    if start > stop or stop - start > DIRECT_ALIGNMENT:
+    if start > stop or stop - start > PAGE_BYTES:
         return False
     return not any(_read(file, start, stop - start))

@@ -19,6 +19,7 @@ from typing import IO, TypeAlias
 import torch
 from torch import Tensor
 
+from penstock.closing import Closing
 from penstock.engine.files.keys import stored_name
 from penstock.engine.files.locate import ModelSource
 from penstock.engine.files.reader import WeightReader
@@ -31,6 +32,7 @@ from penstock.engine.packs.side import write_side_files
 from penstock.engine.store.durable import NEW_SUFFIX, FileOps, read_whole, storing, write_atomically
 from penstock.errors import CheckpointError, UsageError
 from penstock.offload.checkpoint import torch_dtype
+from penstock.quant.arithmetic import quantise
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with the component's name, the bytes made so far and their sum over all components."""
@@ -40,9 +42,6 @@ _WRITE_BYTES = 8 << 20
 _SHARE = 16
 """A chunk's fp32 values take at most this part of the memory allowed: reading, decoding, rounding
 and the result hold a few copies of it at once."""
-
-_ONE_PIECE = ("quanto-int4",)
-"""Formats that store distant rows side by side: such a weight is quantised whole."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +84,9 @@ def pack(
             "too little memory to pack", expected=f"{LEAST_RAM_BYTES:,} bytes", found=str(ram_bytes)
         )
     ops = ops or FileOps()
-    merged = PlacedLoras.open(source.transformer, loras)
+    merged = PlacedLoras.open(source.streamed, loras)
     plans = [
-        plan_component(part, wanted, merged if part is source.transformer else None)
+        plan_component(part, wanted, merged if part is source.streamed else None)
         for part in source.components()
     ]
     check_space(ops, folder, plans)
@@ -238,7 +237,7 @@ def _file_digest(file: IO[bytes], offset: int, nbytes: int) -> bytes:
     return state.digest()
 
 
-class _Output:
+class _Output(Closing):
     """The pack being written: only ever appended to. Positions count from the start of the data."""
 
     def __init__(self, ops: FileOps, path: Path, layout: PackLayout, runs: int) -> None:
@@ -284,10 +283,8 @@ class _Output:
             self._ops.unlink(self._path)
             raise
 
-    def __enter__(self) -> _Output:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Close the file."""
         self._ops.close(self._descriptor)
 
 
@@ -337,7 +334,7 @@ def _quantised(
     first, *others = step.made
     waiting: dict[str, list[Tensor]] = {suffix: [] for suffix in others}
     for values in _chunks(step, reader, chunk_bytes, reader.dtype):
-        made = step.format.quantise(values, step.name)
+        made = quantise(step.format, values, step.name)
         yield first, as_memory(made[first])
         for suffix in others:
             waiting[suffix].append(made[suffix])
@@ -350,7 +347,7 @@ def _chunks(
     step: Step, reader: WeightReader, chunk_bytes: int, dtype: torch.dtype
 ) -> Iterator[Tensor]:
     """The parameter's values by runs of rows, or at once where it must or may be."""
-    whole = step.format is not None and step.format.name in _ONE_PIECE
+    whole = step.format is not None and not step.format.by_rows
     if len(step.shape) != 2 or whole or not reader.has_rows(step.name):
         yield reader.read(step.name, dtype)
         return

@@ -7,30 +7,31 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from penstock.engine.families.wan.structure import BLOCKS, is_cross_kv
+from penstock.engine.family.protocol import ComponentKind
 from penstock.engine.files.formats import compute_tag, is_linear
-from penstock.engine.files.keys import ComponentSource, as_bytes, recognise, stored_name
+from penstock.engine.files.keys import ComponentSource, recognise, stored_name
 from penstock.engine.files.source import RawFile
+from penstock.engine.files.storage import COMFY_METADATA
 from penstock.engine.lora.place import PlacedLoras
 from penstock.engine.packs.file import PackLayout, Spec, lay_out
 from penstock.engine.store.digest import stamp
 from penstock.errors import UsageError
+from penstock.formats.formats import QuantFormat, get_format, writable
+from penstock.formats.gguf import PREFIX as GGUF
+from penstock.formats.gguf import Gguf
+from penstock.formats.rows import Shape
+from penstock.formats.scaled import Scaled8
 from penstock.offload.checkpoint import TensorEntry
-from penstock.offload.gguf import PREFIX as GGUF
-from penstock.quant.format import QuantFormat, get_format, writable
 from penstock.quant.policy import default_policy
-from penstock.quant.rows import Shape
 
 FILE_NAMES = {
-    "transformer": "diffusion_pytorch_model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-    "text_encoder": "model.safetensors",
-    "image_encoder": "model.safetensors",
+    "diffusers": "diffusion_pytorch_model.safetensors",
+    "transformers": "model.safetensors",
 }
+"""By the library that would read the file."""
+
 LEAST_RAM_BYTES = 64 << 20
 """The least memory for weights in work that a pack is made in."""
-
-_SAME = {"fp8": "fp8 per row", "int8": "int8 per row"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class ComponentPlan:
     @property
     def file(self) -> str:
         """The pack's path inside the model's folder."""
-        return f"{self.source.component}/{FILE_NAMES[self.source.component]}"
+        return f"{self.source.component}/{FILE_NAMES[self.source.kind.made_by[0]]}"
 
     def foresee(self, path: Path) -> ComponentSource:
         """The component as the pack at ``path`` will hold it, before any of it is made: good for
@@ -107,13 +108,13 @@ def plan_component(
     loras = loras or PlacedLoras(source, (), ())
     changed = {change.parameter for change in loras.changes()}
     target, tag, shapes = get_format(wanted), compute_tag(source), source.shapes
-    chosen = set(default_policy(shapes)) if source.component == "transformer" else set()
+    chosen = set(default_policy(shapes)) if source.kind.is_packed else set()
     steps = {
         run: tuple(
             _step(source, n, shapes[n], target if n in chosen else None, tag, n in changed)
             for n in names
         )
-        for run, names in runs_of(source.component, shapes).items()
+        for run, names in runs_of(source.kind, shapes).items()
     }
     specs = {
         run: {stored_name(step.name, suffix): spec for step in made
@@ -128,10 +129,11 @@ def plan_component(
         "source": {path.name: stamp(path) for path in sorted(source.raw.stamps)},
         **({"loras": loras.merged_names()} if loras.files else {}),
     }
-    return ComponentPlan(source, lay_out(specs, about), tuple(steps.values()), loras)
+    texts = _comfy_text(source, [step for made in steps.values() for step in made])
+    return ComponentPlan(source, lay_out(specs, about, texts), tuple(steps.values()), loras)
 
 
-def runs_of(component: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
+def runs_of(kind: ComponentKind, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
     """Parameters by the run they are packed in: what is read at once lies together.
 
     A transformer's cross-attention K/V projections leave the stream, so they are runs of their own;
@@ -139,21 +141,15 @@ def runs_of(component: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
     """
     runs: dict[str, list[str]] = {}
     for name in shapes:
-        runs.setdefault(_run_of(component, name), []).append(name)
+        runs.setdefault(_run_of(kind, name), []).append(name)
     return dict(sorted(runs.items(), key=lambda item: _run_order(item[0])))
 
 
-def _run_of(component: str, name: str) -> str:
-    if component == "vae":
-        return "encoder" if name.startswith(("encoder.", "quant_conv.")) else "decoder"
-    if name == "shared.weight":
-        return "embedding"
-    prefix = BLOCKS[component][0]
-    if not name.startswith(prefix):
-        return "rest"
-    number, _, local = name[len(prefix) :].partition(".")
-    cross = component == "transformer" and is_cross_kv(local)
-    return f"{'cross' if cross else 'block'} {number}"
+def _run_of(kind: ComponentKind, name: str) -> str:
+    if not (kind.blocks and name.startswith(kind.blocks)):
+        return kind.run_outside(name)
+    number, _, local = name[len(kind.blocks) :].partition(".")
+    return f"{'cross' if kind.leaves_stream(local) else 'block'} {number}"
 
 
 def _run_order(run: str) -> tuple[int, int]:
@@ -172,11 +168,11 @@ def _step(
     changed: bool,
 ) -> Step:
     stored = source.weights[name]
-    found = specs_of(stored.tensors)
+    found = stored.specs
     matrix = _matrix(shape)
     if target is not None and matrix is not None and target.fits(matrix):
         made = target.storage(matrix, tag)
-        same = stored.label == _SAME.get(target.name, target.name) and found == made
+        same = stored.label == target.label and found == made
         return Step(name, shape, made, same and not changed, target)
     if target is None and not stored.plain and is_linear(name, shape) and not changed:
         return Step(name, shape, found, True, None)
@@ -188,10 +184,16 @@ def _matrix(shape: tuple[int, ...]) -> Shape | None:
     return (shape[0], shape[1]) if len(shape) == 2 else None
 
 
-def specs_of(tensors: Mapping[str, TensorEntry]) -> dict[str, Spec]:
-    """Dtype tag and shape of stored tensors, as bytes lie."""
-    entries = {suffix: as_bytes(entry) for suffix, entry in tensors.items()}
-    return {suffix: (entry.dtype, entry.shape) for suffix, entry in entries.items()}
+def _comfy_text(source: ComponentSource, steps: list[Step]) -> dict[str, str]:
+    """What tensors do not tell of rotated weights, as ComfyUI's files do; nothing if none is."""
+    layers = {}
+    for step in steps:
+        fmt = source.weights[step.name].format if step.kept else step.format
+        if isinstance(fmt, Scaled8) and fmt.rotation:
+            layers[step.name.removesuffix(".weight")] = {
+                "format": "int8_tensorwise", "convrot": True, "convrot_groupsize": fmt.rotation,
+            }  # fmt: skip
+    return {COMFY_METADATA: json.dumps({"layers": layers})} if layers else {}
 
 
 def _gguf_types(source: ComponentSource, steps: list[Step]) -> dict[str, str]:
@@ -199,8 +201,8 @@ def _gguf_types(source: ComponentSource, steps: list[Step]) -> dict[str, str]:
     types = {}
     for step in steps:
         found = source.weights[step.name].tensors.get("weight")
-        if step.format is not None and step.format.name.startswith("gguf-"):
-            types[step.name] = step.format.name.removeprefix("gguf-").upper()
+        if isinstance(step.format, Gguf):
+            types[step.name] = step.format.ggml_type
         elif step.kept and found is not None and found.dtype.startswith(GGUF):
             types[step.name] = found.dtype.removeprefix(GGUF)
     return types

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import secrets
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from penstock.engine.lora.file import Lora, as_loras
 from penstock.engine.model.opening import Opening
 from penstock.engine.store.durable import FileOps
 from penstock.engine.store.journal import (
@@ -24,7 +23,10 @@ from penstock.engine.store.journal import (
 )
 from penstock.engine.store.lock import JobLock
 from penstock.engine.store.sealed import read_metadata
-from penstock.errors import JobLocked, JournalError, StorageError
+from penstock.errors import JobLocked, JournalError, StorageError, UsageError
+from penstock.folders import data_folder
+from penstock.profiles.options import Options
+from penstock.profiles.plan import NUMERICS
 
 _HEADER_BYTES = 1 << 20
 
@@ -69,25 +71,9 @@ class JobInfo:
         return self.state in ("stopped", "failed", "killed")
 
 
-def data_directory() -> Path:
-    """penstock's folder for data, by the platform's convention; PENSTOCK_DATA_DIR overrides it."""
-    override = os.environ.get("PENSTOCK_DATA_DIR")
-    if override:
-        return Path(override)
-    if sys.platform == "win32":
-        local = os.environ.get("LOCALAPPDATA")
-        return (Path(local) if local else Path.home() / "AppData" / "Local") / "penstock"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Application Support" / "penstock"
-    # https://specifications.freedesktop.org/basedir-spec/: a relative path is to be ignored
-    shared = os.environ.get("XDG_DATA_HOME", "")
-    base = Path(shared) if Path(shared).is_absolute() else Path.home() / ".local" / "share"
-    return base / "penstock"
-
-
 def jobs_directory() -> Path:
     """Where jobs are kept that were given no folder of their own."""
-    return data_directory() / "jobs"
+    return data_folder() / "jobs"
 
 
 def new_job_folder(root: Path | None = None) -> Path:
@@ -177,48 +163,48 @@ def find_unfinished(
 def _is_asked_by(record: JobRecord | None, request: Mapping[str, Any]) -> bool:
     if record is None:
         return False
-    before = {"attention": "sdpa"}  # of jobs whose records do not name it
+    before = {name: word for name, word in NUMERICS.items() if word is not None}
     theirs = before | dict(record.request)
     if request.get("seed") is None and "seed" in theirs:
         theirs["seed"] = None
     return theirs == before | dict(request)
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How the engine of a job is opened again: the model, and arguments of `Engine.open`."""
+def opening_of(
+    folder: Path, options: Options | None = None, loras: Sequence[Lora | str] = ()
+) -> Opening:
+    """The model of a job and its options: device, budgets, format and numerics as they were
+    decided, the rest as it was asked for.
 
-    model: str | None
-    options: dict[str, Any]
-
-
-def launch_settings(
-    folder: Path,
-    *,
-    vram: str | None = None,
-    ram: str | None = None,
-    device: str = "auto",
-    loras: Sequence[str] = (),
-) -> Launch:
-    """The model, device, budgets and LoRAs of a job; what is given replaces the job's own.
+    Args:
+        folder: of the job.
+        options: those that are given replace the job's own; a profile brings its budgets with it.
+        loras: likewise.
 
     Raises:
-        JournalError: the folder holds no job, or one that names no model.
+        JournalError: the folder holds no job, or one that names no model or no options.
     """
     record = read_record(folder)
-    opening, facts = Opening.from_values(record.request), record.facts
+    opening, own = Opening.from_values(record.request), _options_of(record)
+    given = options or Options()
+    if given.profile is not None:
+        own = replace(own, vram=None, ram=None)
+    return replace(opening, loras=as_loras(loras) or opening.loras, options=given.over(own))
+
+
+def _options_of(record: JobRecord) -> Options:
+    """Of a job; those before `Options` tell their budgets, device and numerics only."""
     plan = record.plan
-    options = {
-        "files": opening.files,
+    decided = {
+        "vram": plan.get("vram_limit_bytes"),
+        "ram": plan.get("ram_limit_bytes"),
         "format": plan.get("weight_format"),
-        "compute": plan.get("compute"),
-        "attention": plan.get("attention"),
-        "vram": vram or facts.get("vram_bytes"),
-        "ram": ram or facts.get("ram_bytes"),
-        "device": facts.get("device", device) if device == "auto" else device,
-        "loras": loras or opening.loras,
-    }
-    return Launch(opening.model, options)
+    } | {name: plan.get(name) for name in NUMERICS if name != "weight_format"}
+    try:
+        asked = {"device": record.facts.get("device")} | plan.get("options", {})
+        return Options(**decided).over(Options.from_json(asked))
+    except (TypeError, UsageError) as error:
+        raise JournalError("the job's record holds no options", found=str(error)) from error
 
 
 def remove_job(folder: Path) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import platform
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from penstock._version import __version__
 from penstock.offload.stats import Flow
+from penstock.profiles.options import Options
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,7 @@ class RunReport:
         steered: ``on_step`` replaced the latents in some step: the request and the seed alone do
             not lead to this video.
         versions: of the packages that the result depends on.
+        options: as they were asked for.
     """
 
     output: str | None
@@ -97,6 +96,7 @@ class RunReport:
     notices: tuple[str, ...]
     versions: dict[str, str]
     steered: bool = False
+    options: Options = field(default_factory=Options)
 
     @property
     def peak_vram_bytes(self) -> int:
@@ -133,21 +133,3 @@ class JobResult:
     report: RunReport
     latents: Tensor
     video: Tensor
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    packages = ("penstock", "torch", "diffusers", "transformers", "safetensors", "av")
-    return {"python": platform.python_version()} | {
-        name: package_version(name) for name in packages
-    }
-
-
-def package_version(package: str) -> str:
-    """Of an installed package; "absent" where there is none."""
-    if package == "penstock":
-        return __version__
-    try:
-        return version(package)
-    except PackageNotFoundError:  # a benchmark runs without the video encoder, for one
-        return "absent"

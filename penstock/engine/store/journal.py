@@ -23,11 +23,11 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 
+from penstock.closing import Closing
 from penstock.engine.store.durable import (
     NEW_SUFFIX,
     FileOps,
@@ -139,7 +139,7 @@ def _load_record(folder: Path, files: Generations[JobRecord]) -> JobRecord:
     return record
 
 
-class Journal:
+class Journal(Closing):
     """A job's directory while a process works on it. Made by :meth:`create` and :meth:`open`.
 
     Attributes:
@@ -234,17 +234,6 @@ class Journal:
     def close(self) -> None:
         """Let others work on the job."""
         self._lock.release()
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def problems(self) -> tuple[str, ...]:

@@ -2,15 +2,18 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.dequantise import gguf_blocks
 from penstock.engine.files.formats import compute_tag, linear_formats
 from penstock.engine.files.keys import recognise
 from penstock.engine.files.reader import WeightReader
 from penstock.engine.files.source import open_raw
 from penstock.errors import CheckpointError, HeaderError, PickleRefused, TensorMismatch
+from penstock.formats.gguf import GGUF_FORMATS
 from tests.engine import golden
 
 
@@ -64,12 +67,23 @@ def test_original_transformer(tmp_path, model, parts, prefix, spelling):
 SPELLINGS = {
     "raw fp8": ("fp8 raw", "fp8", "fp8"),
     "everything fp8": ("fp8 raw", "fp8", "fp8"),
+    "raw e5m2": ("fp8-e5m2 raw", "fp8-e5m2", None),
+    "comfy old e5m2": ("fp8-e5m2 per tensor", "fp8-e5m2", None),
+    "comfy new e5m2": ("fp8-e5m2 per tensor", "fp8-e5m2", None),
     "comfy old": ("fp8 per tensor", "fp8", "fp8"),
     "comfy old exact": ("fp8 per tensor", "fp8", None),
     "comfy new": ("fp8 per tensor", "fp8", "fp8"),
     "comfy metadata": ("fp8 per tensor", "fp8", "fp8"),
     "comfy int8": ("int8 per tensor", "int8", "int8"),
     "comfy int8 rows": ("int8 per row", "int8", "int8"),
+    "comfy convrot 64": ("int8-convrot per row", "int8-convrot", "int8"),
+    "comfy convrot 16": ("int8-convrot per row", "int8-convrot", "int8"),
+    "comfy nvfp4": ("nvfp4", "nvfp4", None),
+    "comfy mxfp8": ("mxfp8", "mxfp8", None),
+    "torchao int8": ("int8 per row", "int8", "int8"),
+    "torchao fp8": ("fp8 per row", "fp8", "fp8"),
+    "bitsandbytes nf4": ("nf4", "nf4", None),
+    "bitsandbytes nf4 nested": ("nf4 nested", "nf4", None),
     "lightx2v int8": ("int8 per row", "int8", "int8"),
     "lightx2v fp8": ("fp8 per row", "fp8", "fp8"),
     "quanto int8": ("quanto-int8", "quanto-int8", "int8"),
@@ -111,6 +125,56 @@ def test_gguf(tmp_path, parts, part, kind):
     assert compute_tag(source) == ("F16" if kind == "F16" else "BF16")
 
 
+def test_zero_points_that_move_the_weights_are_refused(tmp_path, parts):
+    tensors = parts["transformer"]
+    made = golden.make(tensors, golden.original_names("transformer", list(tensors)), "torchao int8")
+    name = next(key for key in made.file if key.endswith("_weight_zero_point"))
+    made.file[name][3] = 1
+    with pytest.raises(CheckpointError, match=r"_weight_zero_point moves .*symmetric"):
+        recognise(open_raw(made.save(tmp_path / "x.safetensors")))
+
+
+@pytest.mark.parametrize("change", [{"quant_type": "fp4"}, {"shape": [3, 5]}, {"blocksize": None}])
+def test_what_bitsandbytes_says_is_checked(tmp_path, parts, change):
+    tensors = parts["transformer"]
+    names = golden.original_names("transformer", list(tensors))
+    made = golden.make(tensors, names, "bitsandbytes nf4")
+    name = next(key for key in made.file if "quant_state" in key)
+    said = json.loads(bytes(made.file[name].tolist())) | change
+    made.file[name] = golden._json_tensor(said)
+    with pytest.raises(CheckpointError, match="quantised by bitsandbytes in a way"):
+        recognise(open_raw(made.save(tmp_path / "x.safetensors")))
+
+
+@pytest.mark.parametrize("fmt", GGUF_FORMATS, ids=lambda fmt: fmt.name)
+def test_every_ggml_type_is_read_from_a_file(tmp_path, parts, fmt):
+    tensors, path = parts["transformer"], tmp_path / "x.gguf"
+    names = golden.original_names("transformer", list(tensors))
+
+    def blocks(data, ggml):
+        return gguf_blocks(fmt, *data.shape).numpy()
+
+    values = golden.write_gguf(path, tensors, names, fmt.ggml_type, "wan", blocks)
+    source, found = values_of(path, "transformer")
+    assert_equal(found, values)
+    assert source.label() == fmt.name
+    assert set(linear_formats(source).values()) == {fmt}
+
+
+def test_a_known_type_that_is_not_read_is_named(tmp_path, parts, monkeypatch):
+    tensors, path = parts["transformer"], tmp_path / "x.gguf"
+    names = golden.original_names("transformer", list(tensors))
+
+    def blocks(data, ggml):
+        return np.zeros((len(data), data.shape[1] // 128 * 18), np.uint8)
+
+    monkeypatch.setattr(golden.quants, "dequantize", lambda stored, ggml: stored)
+    golden.write_gguf(path, tensors, names, "Q1_0", "wan", blocks)
+    with pytest.raises(CheckpointError, match="gguf-q1_0.*Q8_0") as refused:
+        recognise(open_raw(path))
+    assert "damaged" not in str(refused.value)
+
+
 def test_sharded_files_of_the_original_repository(tmp_path, parts):
     tensors = parts["transformer"]
     names = golden.original_names("transformer", list(tensors))
@@ -133,7 +197,7 @@ def test_original_vae(tmp_path, parts, prefix):
     made = golden.make(tensors, golden.original_names("vae", list(tensors)), "fp32", prefix)
     source, values = values_of(made.save(tmp_path / "x.safetensors"), "vae")
     assert_equal(values, tensors)
-    assert source.family == "Wan VAE (8 wide)"
+    assert source.title == "Wan VAE (8 wide)"
 
 
 @pytest.mark.parametrize("names", ["original", "transformers"])
@@ -248,7 +312,7 @@ def _fp8(file, key="blocks.0.ffn.0"):
 
 
 def _rotated(file):
-    _fp8(file)
+    _fp8(file)  # of 8-bit floats no rotation is known
     config = {"format": "int8_tensorwise", "convrot": True}
     file["blocks.0.ffn.0.comfy_quant"] = golden._json_tensor(config)
     file["blocks.0.ffn.0.weight_scale"] = torch.ones(1)
@@ -263,8 +327,8 @@ def _no_json(file):
     file["blocks.0.ffn.0.comfy_quant"] = torch.tensor([1, 2, 3], dtype=torch.uint8)
 
 
-def _e5m2(file):
-    file["blocks.0.ffn.0.weight"] = file["blocks.0.ffn.0.weight"].to(torch.float8_e5m2)
+def _e8m0(file):
+    file["blocks.0.ffn.0.weight"] = file["blocks.0.ffn.0.weight"].to(torch.float8_e8m0fnu)
 
 
 def _int8_without_scale(file):
@@ -282,7 +346,7 @@ def _scale_alone(file):
         (_rotated, "convrot"),
         (_blockwise, "int8_blockwise"),
         (_no_json, "comfy_quant"),
-        (_e5m2, "F8_E5M2"),
+        (_e8m0, "F8_E8M0"),
         (_int8_without_scale, "I8"),
         (_scale_alone, "no weight"),
     ],

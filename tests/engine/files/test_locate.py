@@ -73,14 +73,14 @@ def test_diffusers_folder(model):
 
 def test_text_to_video_needs_no_image_encoder(tmp_path):
     found = locate(golden.write_model(tmp_path / "t2v", image_to_video=False))
-    assert found.image_encoder is None
-    assert found.transformer.family.startswith("Wan2.1 T2V")
+    assert "image_encoder" not in found.parts
+    assert found.streamed.title.startswith("Wan2.1 T2V")
 
 
 def test_single_files(model, single):
     found = locate(None, Files(**single))
     assert tensors_of(found) == tensors_of(locate(model))
-    assert found.tokenizer == found.text_encoder.extras["spiece_model"]
+    assert found.tokenizer == found.parts["text_encoder"].extras["spiece_model"]
     assert found.scheduler["flow_shift"] == 5.0
     assert found.image_processor["crop_size"] == {"height": 224, "width": 224}
     others = {name: path for name, path in single.items() if name != "transformer"}
@@ -110,7 +110,7 @@ def test_comfyui_with_extra_paths(tmp_path, model, single):
         "  vae: |\n    missing\n    autoencoders\n"
         "  checkpoints: models/checkpoints\nother: null\n"
     )
-    assert locate(root).vae.raw.path == other / "wan_vae.safetensors"
+    assert locate(root).parts["vae"].raw.path == other / "wan_vae.safetensors"
     (root / "extra_model_paths.yaml").write_text("a: [")
     with pytest.raises(CheckpointError, match="extra_model_paths"):
         locate(root)
@@ -124,7 +124,7 @@ def test_two_candidates_are_a_question(tmp_path, single):
         locate(root)
     assert "second.safetensors" in str(caught.value)
     found = locate(root, Files(transformer=Path("second.safetensors")))
-    assert found.transformer.raw.path == place / "second.safetensors"
+    assert found.parts["transformer"].raw.path == place / "second.safetensors"
 
 
 def original_folder(folder: Path, model, single, *, pickles: bool) -> Path:
@@ -168,8 +168,8 @@ def test_pickles_are_refused_with_the_remedy(tmp_path, model, single):
 
 def test_given_files_win(model, single):
     found = locate(model, Files(vae=single["vae"]))
-    assert found.vae.raw.path == single["vae"]
-    assert found.text_encoder.raw.path == model / "text_encoder"
+    assert found.parts["vae"].raw.path == single["vae"]
+    assert found.parts["text_encoder"].raw.path == model / "text_encoder"
 
 
 def test_a_part_in_the_wrong_place_is_named(single):
@@ -241,14 +241,16 @@ class Hub:
 
 def test_hub_ids(tmp_path, model):
     cache = Hub(cached=model)
-    assert locate("org/wan@main", fetch=cache).transformer.raw.path == model / "transformer"
+    assert (
+        locate("org/wan@main", fetch=cache).parts["transformer"].raw.path == model / "transformer"
+    )
     assert cache.calls == [("org/wan@main", True)]
     absent = Hub(remote=model)
     assert locate("org/wan", fetch=absent).origin == "org/wan"
     partial = shutil.copytree(model, tmp_path / "partial")
     shutil.rmtree(partial / "vae")
     resumed = Hub(cached=partial, remote=model)
-    assert locate("org/wan", fetch=resumed).vae.raw.path == model / "vae"
+    assert locate("org/wan", fetch=resumed).parts["vae"].raw.path == model / "vae"
     assert [offline for _, offline in resumed.calls] == [True, False]
     for offline in (Hub(), Hub(cached=partial)):
         with pytest.raises(CheckpointError, match=r"cannot be downloaded.*Go online"):

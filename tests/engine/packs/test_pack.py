@@ -27,9 +27,10 @@ from penstock.engine.packs.pack import PROGRESS_SUFFIX, pack, pack_component
 from penstock.engine.packs.plan import plan_component, runs_of
 from penstock.engine.store.durable import FileOps
 from penstock.errors import CheckpointChanged, CheckpointError, StorageError, UsageError
+from penstock.formats.formats import FORMATS
 from penstock.offload.checkpoint import Checkpoint
 from penstock.offload.layout import BlockLayout
-from penstock.quant.format import FORMATS
+from penstock.quant.arithmetic import dequantise, quantise
 from tests.engine import golden
 from tests.faults.storage import PACKING, FaultyOps, InterceptedOps
 
@@ -72,8 +73,8 @@ def test_every_format_packs_and_opens_to_the_values_it_stands_for(tmp_path, mode
             value = reader.read(name, torch.float32)
             if golden.is_block_matrix(name, tensor):
                 shape = (tensor.shape[0], tensor.shape[1])
-                stored = FORMATS[wanted].quantise(tensor)
-                tensor = FORMATS[wanted].dequantise(stored, shape, torch.float32)
+                stored = quantise(FORMATS[wanted], tensor)
+                tensor = dequantise(FORMATS[wanted], stored, shape, torch.float32)
             assert torch.equal(value, tensor.float()), name
     for part in ("vae", "text_encoder", "image_encoder"):
         with WeightReader(
@@ -94,7 +95,7 @@ def test_a_run_is_one_read_from_a_page(packed):
     path = transformer_of(packed)
     about = PackFile.open(path)
     source = recognise(open_raw(path))
-    runs = runs_of("transformer", source.shapes)
+    runs = runs_of(source.kind, source.shapes)
     assert list(runs) == ["rest", "cross 0", "cross 1", "block 0", "block 1"] == list(about.runs)
     entries = source.entries()
     for run, names in runs.items():

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from penstock.engine.engine import Engine
+from penstock.engine.families.wan import work
 from penstock.engine.request.generation import GenerationRequest
 from penstock.engine.run import stage
 from penstock.engine.run.events import Event, PhaseEnded, PhaseStarted, Progress
@@ -19,10 +20,13 @@ from penstock.engine.run.prefetch import Ahead
 from penstock.engine.run.report import JobResult
 from penstock.engine.run.stage import Run, Stage
 from penstock.errors import JobCancelled, LedgerOverflow
-from penstock.profiles.ahead import without_reading_ahead
+from penstock.profiles.manifest import Prefetch
 from penstock.profiles.plan import Plan
+from penstock.profiles.prefetch import without_prefetch
 
 BEFORE = ("text", "image", "encode", "context")
+
+WHAT = Prefetch("denoise", "transformer", "decode", "vae decoder")
 
 
 class Watch:
@@ -88,7 +92,7 @@ def test_first_blocks_come_while_text_and_image_are_encoded(engine: Engine, pict
     assert all(plan[name].ahead_bytes > 0 for name in BEFORE)
     watch, alone = Watch(), Watch()
     result = do(engine, plan, picture, watch, overlapped=True)
-    expected = do(engine, without_reading_ahead(plan), picture, alone, overlapped=False)
+    expected = do(engine, without_prefetch(plan, WHAT), picture, alone, overlapped=False)
     assert torch.equal(result.latents, expected.latents)
     assert watch.reading[:4] == list(BEFORE) and alone.reading == [] and streams() == []
     for report in result.report.phases:
@@ -124,7 +128,7 @@ def test_the_decoder_comes_during_the_last_step(
     result = do(engine, plan, picture, watch, overlapped=True)
     assert not any(layout is decoder for layout in loaded)
     assert (decoder, 1) in begun, "one of two steps was done"
-    alone = without_reading_ahead(plan)
+    alone = without_prefetch(plan, WHAT)
     expected = do(engine, alone, picture, Watch(), overlapped=True)
     assert any(layout is decoder for layout in loaded)
     assert torch.equal(result.video, expected.video)
@@ -160,8 +164,37 @@ def test_where_memory_runs_out_nothing_is_read_ahead_any_more(
         raise LedgerOverflow("blocks read ahead do not fit", memory="RAM")
 
     monkeypatch.setattr(Ahead, "begin", begin)
-    shrink = lambda plan, phase, resource: without_reading_ahead(plan)  # noqa: E731
+    shrink = lambda plan, phase, resource: without_prefetch(plan, WHAT)  # noqa: E731
     watch = Watch()
     result = do(engine, engine.plan(request(picture)), picture, watch, True, shrink=shrink)
     assert any("no blocks read ahead" in notice for notice in result.report.notices)
     assert asked == ["begin"] and watch.reading == [] and streams() == []
+
+
+def test_what_is_read_ahead_is_given_back_before_a_smaller_plan_is_made(
+    engine: Engine, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be what the next attempt has no room for."""
+    made: list[Stage] = []
+    init, encode = Stage.__init__, work.encode_picture
+    at_failure, at_planning = [], []
+
+    def remembered(self: Stage, *arguments: object) -> None:
+        init(self, *arguments)
+        made.append(self)
+
+    def fails_once(running: Stage, image: Any) -> Any:
+        if not at_failure:
+            at_failure.append((len(streams()), running.host_ledger.used > 0))
+            raise LedgerOverflow("a test", memory="RAM")
+        return encode(running, image)
+
+    def shrink(plan: Plan, phase: str, resource: str) -> Plan:
+        at_planning.append((len(streams()), made[0].host_ledger.used > 0))
+        return without_prefetch(plan, WHAT)
+
+    monkeypatch.setattr(Stage, "__init__", remembered)
+    monkeypatch.setattr(work, "encode_picture", fails_once)
+    do(engine, engine.plan(request(picture)), picture, Watch(), True, shrink=shrink)
+    assert at_failure[0][0] > 0 and at_failure[0][1], "something was being read"
+    assert at_planning == [(0, False)]

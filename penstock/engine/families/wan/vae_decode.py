@@ -190,9 +190,7 @@ def _doubled_rate(upsampler: Any, past: Past, runs: Iterator[Run]) -> Iterator[R
             yield once(halves.pop(0))
 
 
-def _doubled_size(
-    upsampler: Any, past: Past, low: Window, after: Window, frame: Tensor
-) -> Tensor:
+def _doubled_size(upsampler: Any, past: Past, low: Window, after: Window, frame: Tensor) -> Tensor:
     """Nearest-neighbour enlargement (a copy, so exact in any dtype) and its convolution."""
     conv = upsampler.resample[1]
     height, width = 2 * frame.shape[-2], 2 * frame.shape[-1]

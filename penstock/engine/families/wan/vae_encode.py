@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from penstock.engine.families.wan.cost.runs import clip_runs
 from penstock.engine.families.wan.vae_layers import (
     RESIDUAL_REACH,
     Past,
@@ -36,7 +37,6 @@ from penstock.engine.families.wan.vae_layers import (
     through,
 )
 from penstock.errors import RequestError
-from penstock.profiles.cost.runs import clip_runs
 from penstock.profiles.tiling import EncodeTile, TileGrid, Window, encode_tiles
 
 PixelSource = Callable[[int, Window], Tensor]
@@ -100,7 +100,7 @@ def encode_tiled(
             if index == len(features):
                 features.append((feature.new_empty((*feature.shape[:3], height, width)), times))
             features[index][0][..., rows, cols] = feature
-            index += 1
+            index += 1  # noqa: SIM113
             del feature
             for _ in range(times):
                 should_stop()

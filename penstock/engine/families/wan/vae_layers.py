@@ -232,9 +232,7 @@ def activated(norm: Any, x: Tensor, out: Tensor) -> Tensor:
 RESIDUAL_REACH = 2 * CAUSAL_REACH
 
 
-def residual(
-    block: Any, past: Past, windows: Sequence[Window], x: Tensor, at: int = 0
-) -> Tensor:
+def residual(block: Any, past: Past, windows: Sequence[Window], x: Tensor, at: int = 0) -> Tensor:
     """A `WanResidualBlock` on the next frame.
 
     Args:
@@ -300,9 +298,7 @@ def _attended(block: Any, past: Past, x: Tensor) -> Tensor:
     return out[:, :, None].add_(x)
 
 
-def head(
-    model: Any, past: Past, windows: Sequence[Window], runs: Iterator[Run]
-) -> Iterator[Run]:
+def head(model: Any, past: Past, windows: Sequence[Window], runs: Iterator[Run]) -> Iterator[Run]:
     """The last norm, SiLU and convolution of an encoder or decoder."""
     return entered(model.conv_out, past, windows, runs, model.norm_out)
 

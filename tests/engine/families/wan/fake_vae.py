@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from penstock.engine.families.wan import vae_decode, vae_encode
+from penstock.engine.families.wan.cost.runs import clip_runs
 from penstock.engine.families.wan.vae_layers import levels_of
-from penstock.profiles.cost.runs import clip_runs
 from penstock.profiles.tiling import TileGrid, decode_tiles, encode_tiles
 from tests.meter import StorageMeter
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from penstock.profiles.cost.runs import FIRST_FRAME
-from penstock.profiles.cost.vae import decode_bytes, encode_bytes
-from penstock.profiles.manifest import VaeSpec, Weights
+from penstock.engine.families.wan.cost.vae import decode_bytes, encode_bytes
+from penstock.engine.families.wan.spec import VaeSpec
+from penstock.profiles.manifest import Weights
+from penstock.profiles.phases import FIRST_FRAME
 from penstock.profiles.tiling import TileGrid
 from penstock.units import GIB
 from tests.engine.families.wan.fake_vae import FakeVae

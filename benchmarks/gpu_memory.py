@@ -27,6 +27,7 @@ from penstock.engine.bench.result import BenchResult, Links
 from penstock.engine.families.wan.work import decode, encode_condition
 from penstock.engine.run.sampling import Sampling
 from penstock.offload.allocator import allocator_capped
+from penstock.profiles.phases import FIRST_FRAME
 from penstock.units import MIB
 
 HEADROOMS = (0, 256 * MIB, 768 * MIB)
@@ -210,6 +211,7 @@ def through_vae(
     found = {
         "s": seconds,
         "tiles": list(plan[half].tiles),
+        "changes": list(FIRST_FRAME),
         "planned_bytes": planned,
         "ledger_bytes": ledger,
         "allocated_bytes": allocated,

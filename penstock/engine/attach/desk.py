@@ -76,7 +76,7 @@ class Desk:
         if shape not in self._plans:
             # K/V are made block by block and never kept; no branch waits for the other.
             policy = Policy(branches=1, cross_kv="ram")
-            workload = Workload(shape, 2 * STEPS, guided=False, written=False)
+            workload = Workload(shape, 2 * STEPS, guided=False, written=False, changes=None)
             blocks = tuple(layout.nbytes for layout in self.whole_blocks)
             manifest = self.model.manifest.with_whole_blocks(blocks, 0)
             roomy = replace(self._hardware, vram_bytes=UNLIMITED)

@@ -3,7 +3,7 @@ is missing or unknown. Only headers are read, and ComfyUI's short descriptions o
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 import re
 from collections import Counter
@@ -15,12 +15,15 @@ from typing import Any
 
 from penstock.engine.family.naming import FUSED_QKV, PREFIXES, Naming, ShapesOf
 from penstock.engine.family.protocol import ComponentKind, Family, families
+from penstock.engine.files.fields import parse_object
 from penstock.engine.files.source import RawFile, read_bytes
 from penstock.engine.files.storage import COMFY_MARK, PACK_METADATA, StoredWeight, as_bytes, gather
 from penstock.errors import CheckpointError, TensorMismatch
 from penstock.formats.gguf import BLOCK_SIZES
 from penstock.formats.gguf import PREFIX as GGUF
 from penstock.offload.checkpoint import TensorEntry
+
+log = logging.getLogger(__name__)
 
 _EMBED_TOKENS = "encoder.embed_tokens.weight"
 
@@ -172,6 +175,7 @@ def recognise(raw: RawFile, config: Mapping[str, Any] | None = None) -> Componen
     found = find_naming(raw.entries)
     if found is None:
         raise _foreign(raw)
+    log.debug("%s: keys of %s, after %r", raw.path, found.naming.author, found.prefix)
     named = _rename(raw, found)
     weights = gather(named.entries, raw.metadata, read_bytes, found.prefix)
     shapes = {name: stored.shape for name, stored in weights.items() if stored.shape is not None}
@@ -242,9 +246,9 @@ def packed_facts(raw: RawFile) -> dict[str, Any]:
     if PACK_METADATA not in raw.metadata:
         return {}
     try:
-        facts = dict(json.loads(raw.metadata[PACK_METADATA]))
+        facts = parse_object(str(raw.metadata[PACK_METADATA]), str(raw.path))
         return facts | {"gguf": {str(n): str(kind) for n, kind in facts["gguf"].items()}}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, AttributeError) as error:
         raise CheckpointError(
             f"{raw.path} has damaged metadata", expected="those of a pack", found=str(error)
         ) from error

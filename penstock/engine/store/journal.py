@@ -17,6 +17,7 @@ part is discarded when it is damaged; the job and the sampler's state have two g
 from __future__ import annotations
 
 import json
+import logging
 import re
 import secrets
 import time
@@ -40,6 +41,8 @@ from penstock.engine.store.generations import Generation, Generations
 from penstock.engine.store.lock import JobLock
 from penstock.engine.store.sealed import Document, open_json, open_tensors, seal_json, seal_tensors
 from penstock.errors import JournalError
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 """Of the directory; another one is refused."""
@@ -352,6 +355,7 @@ class Journal(Closing):
             tensors, metadata = open_tensors(blob)
             self._check_owner(metadata, file=name)
         except JournalError as error:
+            log.info("%s is computed again: %s", name, error)
             self._problems.append(f"{name} is computed again: {error}")
             return None
         return tensors

@@ -214,7 +214,7 @@ def _measured(tiny: Path, request: GenerationRequest, warmup: int, places: Strea
 
 def test_the_counted_steps_are_those_after_the_warm_up(tiny: Path, tmp_path: Path) -> None:
     request = _request(tmp_path, steps=5)
-    result = _measured(tiny, request, 2, StreamPlan(4, device_slots=1, host_slabs=1))
+    result = _measured(tiny, request, 2, StreamPlan(4, device_slots=1, staging_buffers=1))
     assert (len(result.warmup), len(result.steps)) == (2, 3)
     assert result.recipe.steps == 3
     denoise = next(phase for phase in result.phases if phase.name == "denoise")
@@ -230,7 +230,7 @@ def test_the_counted_steps_are_those_after_the_warm_up(tiny: Path, tmp_path: Pat
 
 def test_where_the_blocks_live_changes_no_bit(tiny: Path, tmp_path: Path) -> None:
     request = _request(tmp_path)
-    streamed = _measured(tiny, request, 0, StreamPlan(4, device_slots=1, host_slabs=1))
+    streamed = _measured(tiny, request, 0, StreamPlan(4, device_slots=1, staging_buffers=1))
     resident = _measured(tiny, request, 0, StreamPlan(4, device_resident=4))
     assert streamed.latents_sha256 == resident.latents_sha256
     assert streamed.phases[-1].read_bytes == 6 * resident.phases[-1].read_bytes
@@ -364,7 +364,7 @@ def _result(seconds: tuple[float, ...] = (1.0, 1.2, 1.1), **recipe: Any) -> Benc
         warmup=(StepFigures(2.0, 10, 10, 1.0),),
         steps=tuple(StepFigures(each, 10, 10, 0.1) for each in seconds),
         phases=(phase,),
-        placement={"disk_blocks": 4},
+        placement={"disk_blocks": 4, "staging_buffers": 2},
         vram_limit_bytes=1000,
         ram_limit_bytes=1000,
         latents_sha256="0",
@@ -392,6 +392,7 @@ def test_a_saved_result_comes_back_the_same(tmp_path: Path) -> None:
 def test_a_result_from_before_recipes_had_rules_is_read(tmp_path: Path) -> None:
     value = json.loads(json.dumps(_result().to_json()))
     del value["recipe"]["rules"]
+    value["placement"]["host_slabs"] = value["placement"].pop("staging_buffers")
     text = json.dumps(value["recipe"], sort_keys=True)
     assert value["recipe_hash"] == hashlib.sha256(text.encode()).hexdigest()[:16]
     (tmp_path / "old.json").write_text(json.dumps(value))

@@ -183,11 +183,11 @@ def test_what_is_read_ahead_is_given_back_before_a_smaller_plan_is_made(
         init(self, *arguments)
         made.append(self)
 
-    def fails_once(running: Stage, image: Any) -> Any:
+    def fails_once(running: Stage, *arguments: Any) -> Any:
         if not at_failure:
             at_failure.append((len(streams()), running.host_ledger.used > 0))
             raise LedgerOverflow("a test", memory="RAM")
-        return encode(running, image)
+        return encode(running, *arguments)
 
     def shrink(plan: Plan, phase: str, resource: str) -> Plan:
         at_planning.append((len(streams()), made[0].host_ledger.used > 0))

@@ -48,6 +48,10 @@ HOLES = "holes between tensors"
 beside their tensors, frames of many sizes that come and go."""
 
 
+FIRST_FRAME = (0, 1)
+"""Frames of a conditioning clip that differ from the one before, where it is a picture and then
+empty frames."""
+
 Group = tuple[PhasePlan, ...]
 
 
@@ -60,6 +64,8 @@ class Workload:
         written: a file is made of the frames at the end.
         picture: that the video starts from; None: there is none, or none is known yet and it is
             taken to be as large as the video.
+        changes: frames of the conditioning clip that may differ from the one before, the first
+            among them; None: any may.
     """
 
     shape: VideoShape
@@ -68,6 +74,7 @@ class Workload:
     kept: bool = False
     written: bool = True
     picture: Picture | None = None
+    changes: tuple[int, ...] | None = FIRST_FRAME
 
     @property
     def branches(self) -> int:

@@ -152,7 +152,7 @@ def test_the_largest_of_a_row_is_the_largest_code(fmt: str | None, whole: bool) 
     """All of the 255 codes are used, and nothing is off by more than half of one."""
     weight = small_weight(48, 512)
     int8 = TENSOR_INT8 if fmt is None else get_format(fmt)
-    stored = int8.quantise(weight)
+    stored = quantise(int8, weight)
     codes, scale = (stored[key] for key in (int8.weight_key, int8.scale_key))
     largest = weight.abs().amax() if whole else weight.abs().amax(1)
     assert torch.equal(scale.flatten(), (largest / 127).flatten())
@@ -166,7 +166,7 @@ def test_the_largest_of_a_row_is_the_largest_code(fmt: str | None, whole: bool) 
 def test_the_largest_of_a_row_is_the_largest_number_of_fp8(name: str) -> None:
     weight = small_weight(48, 512)
     fmt = get_format(name)
-    stored = fmt.quantise(weight)
+    stored = quantise(fmt, weight)
     assert bool((stored[fmt.weight_key].float().abs().amax(1) == 448).all())
     assert torch.equal(stored[fmt.scale_key].flatten(), weight.abs().amax(1) / 448)
 

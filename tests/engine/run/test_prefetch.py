@@ -13,7 +13,7 @@ import torch
 from penstock.engine.engine import Engine
 from penstock.engine.families.wan import work
 from penstock.engine.request.generation import GenerationRequest
-from penstock.engine.run import stage
+from penstock.engine.run import room
 from penstock.engine.run.events import Event, PhaseEnded, PhaseStarted, Progress
 from penstock.engine.run.pipeline import run
 from penstock.engine.run.prefetch import Prefetcher
@@ -109,7 +109,7 @@ def test_the_decoder_comes_during_the_last_step(
     decoder = engine.model.vae_decoder.rest
     loaded: list[object] = []
     begun: list[tuple[object, int]] = []
-    load, begin = stage.load_block, Prefetcher.begin
+    load, begin = room.load_block, Prefetcher.begin
 
     def loading(layout: Any, **more: Any) -> Any:
         loaded.append(layout)
@@ -120,7 +120,7 @@ def test_the_decoder_comes_during_the_last_step(
         begin(prefetched, layouts, stream)
 
     watch = Watch()
-    monkeypatch.setattr(stage, "load_block", loading)
+    monkeypatch.setattr(room, "load_block", loading)
     monkeypatch.setattr(Prefetcher, "begin", beginning)
     plan = engine.plan(request(picture))
     nbytes = plan["denoise"].prefetched_weights_bytes

@@ -129,13 +129,15 @@ class Tiled:
 
     def _phase(self, grid: TileGrid, limits: Limits) -> PhasePlan:
         rates, spec, latent = self.case.rates, self.case.manifest.vae, latent_of(self.case)
-        decoding = self.name == "decode"
+        decoding, on_cpu = self.name == "decode", self.case.device == "cpu"
         weights = spec.decoder if decoding else spec.encoder
-        bytes_of, work_of = (
-            (vae.decode_bytes, vae.decode_work) if decoding else (vae.encode_bytes, vae.encode_work)
-        )
-        found = bytes_of(spec, latent, grid, weights.itemsize, on_cpu=self.case.device == "cpu")
-        work = work_of(spec, latent, grid)
+        of, size = (spec, latent, grid), weights.itemsize
+        if decoding:
+            found, work = vae.decode_bytes(*of, size, on_cpu=on_cpu), vae.decode_work(*of)
+        else:
+            changes = self.case.workload.changes
+            found = vae.encode_bytes(*of, size, changes=changes, on_cpu=on_cpu)
+            work = vae.encode_work(*of, changes=changes)
         held = (*found.ram, ("latents", latents_bytes(self.case)), OBJECTS) if decoding else (
             ("encoder states", encoder_state_bytes(self.case)),
             ("picture", self._picture_bytes()),

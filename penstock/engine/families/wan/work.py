@@ -37,6 +37,7 @@ from penstock.engine.run.sampler import guide
 from penstock.engine.run.sampling import Sampling
 from penstock.engine.run.stage import Stage, visits
 from penstock.offload.streamer import BlockStream
+from penstock.profiles.phases import FIRST_FRAME
 from penstock.profiles.tiling import TileGrid
 
 
@@ -169,7 +170,9 @@ def encode_condition(stage: Stage, frame: Tensor | None) -> Tensor:
     with stage.phase("encode", units, "frame") as (_, phase), stage.rest(component) as vae:
         pixels = see_picture(stage)[1] if frame is None else frame
         source = first_frame_then_zeros(pixels[0].to(stage.device, component.dtype))
-        encoded = encode_tiled(vae, source, size, tiles, should_stop=phase.advance)
+        encoded = encode_tiled(
+            vae, source, size, tiles, changes=FIRST_FRAME, should_stop=phase.advance
+        )
         return pictures.conditioning(
             encoded.float(), vae.config.latents_mean, vae.config.latents_std
         ).cpu()

@@ -59,7 +59,7 @@ UNUSED: frozenset[str] = frozenset(
 _KNOWN = (
     "weight", "weight._data._data", "weight._data", "weight._scale", "weight._shift",
     "weight_scale_2", "weight_scale", "weight_absmax", "weight_nested_absmax", "weight_nested_map",
-    *ALIASES, *UNUSED,
+    "SCB", *ALIASES, *UNUSED,
 )  # fmt: skip
 _SUFFIX = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _KNOWN))})")
 _EIGHT = {"F8_E4M3": "fp8", "I8": "int8", "F8_E5M2": "fp8-e5m2"}
@@ -108,6 +108,13 @@ def recognise(
     if state is not None:
         return _by_bitsandbytes(named, state, layer)
     found = _alone(named, layer) or _packed(named) or _eight_bit(named, layer)
+    if found is None and "SCB" in named:
+        raise CheckpointError(
+            f"{layer} is stored in bitsandbytes' 8 bits, which penstock does not read",
+            expected="its 4-bit nf4, or int8 of another maker",
+            found="int8 with SCB",
+            remedy="Use the same model's bf16, fp8 or GGUF file.",
+        )
     if found is None:
         raise _unknown(named, layer)
     if config.get("convrot"):

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from penstock.engine.files.fields import read_object
 from penstock.engine.files.keys import ComponentSource
 from penstock.engine.files.locate import (
     ModelSource,
     config_owner,
     locate,
     open_component,
-    read_object,
     survey,
 )
 from penstock.engine.lora.inspect import LoraInspection, describe_lora, holds_lora

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from penstock.formats.formats import FORMATS
-from penstock.profiles.manifest import ComputePath, Heads, Prefetch, Storage, VideoShape
+from penstock.profiles.manifest import ComputePath, Heads, Picture, Prefetch, Storage, VideoShape
 from penstock.profiles.plan import Items, PhasePlan
 from penstock.profiles.policy import Limits, Policy
 from penstock.profiles.rates import Rates
@@ -48,6 +48,10 @@ HOLES = "holes between tensors"
 beside their tensors, frames of many sizes that come and go."""
 
 
+FIRST_FRAME = (0, 1)
+"""Frames of a conditioning clip that differ from the one before, where it is a picture and then
+empty frames."""
+
 Group = tuple[PhasePlan, ...]
 
 
@@ -58,6 +62,10 @@ class Workload:
     Attributes:
         kept: the job is kept while it runs: host memory holds what is being saved or read again.
         written: a file is made of the frames at the end.
+        picture: that the video starts from; None: there is none, or none is known yet and it is
+            taken to be as large as the video.
+        changes: frames of the conditioning clip that may differ from the one before, the first
+            among them; None: any may.
     """
 
     shape: VideoShape
@@ -65,6 +73,8 @@ class Workload:
     guided: bool
     kept: bool = False
     written: bool = True
+    picture: Picture | None = None
+    changes: tuple[int, ...] | None = FIRST_FRAME
 
     @property
     def branches(self) -> int:

@@ -26,6 +26,7 @@ COMFY_FOLDERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "loras": ("loras",),
     }
 )
+_MAX_YAML_BYTES = 256 << 10
 SUFFIXES = (".safetensors", ".sft", ".gguf")
 
 
@@ -75,8 +76,8 @@ def _extra_paths(path: Path) -> list[tuple[str, Path, bool]]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        content = yaml.safe_load(_small_text(path)) or {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise CheckpointError(f"{path} cannot be read", found=str(error)) from error
     values = content.values() if isinstance(content, dict) else ()
     sections = [section for section in values if isinstance(section, dict)]
@@ -84,10 +85,10 @@ def _extra_paths(path: Path) -> list[tuple[str, Path, bool]]:
 
 
 def _section(folder: Path, section: Mapping[str, Any]) -> Iterator[tuple[str, Path, bool]]:
-    base = folder / _expanded(str(section.get("base_path") or ""))
+    base = folder / _expanded(_text(section, "base_path"))
     for component, names in COMFY_FOLDERS.items():
         for name in names:
-            for line in str(section.get(name) or "").splitlines():
+            for line in _text(section, name).splitlines():
                 if line.strip():
                     yield component, base / _expanded(line.strip()), bool(section.get("is_default"))
 
@@ -95,3 +96,16 @@ def _section(folder: Path, section: Mapping[str, Any]) -> Iterator[tuple[str, Pa
 def _expanded(text: str) -> Path:
     """With its ``~`` and its ``$VAR`` filled in."""
     return Path(os.path.expandvars(os.path.expanduser(text)))  # noqa: PTH111
+
+
+def _text(section: Mapping[Any, Any], name: str) -> str:
+    """An entry that is a text; what else it may be (aliases can unfold without end) is no path."""
+    value = section.get(name)
+    return value if isinstance(value, str) else ""
+
+
+def _small_text(path: Path) -> str:
+    size = path.stat().st_size
+    if size > _MAX_YAML_BYTES:
+        raise ValueError(f"{size:,} bytes, and {_MAX_YAML_BYTES:,} are the most")
+    return path.read_text(encoding="utf-8")

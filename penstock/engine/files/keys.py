@@ -3,7 +3,6 @@ is missing or unknown. Only headers are read, and ComfyUI's short descriptions o
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -16,6 +15,7 @@ from typing import Any
 
 from penstock.engine.family.naming import FUSED_QKV, PREFIXES, Naming, ShapesOf
 from penstock.engine.family.protocol import ComponentKind, Family, families
+from penstock.engine.files.fields import parse_object
 from penstock.engine.files.source import RawFile, read_bytes
 from penstock.engine.files.storage import COMFY_MARK, PACK_METADATA, StoredWeight, as_bytes, gather
 from penstock.errors import CheckpointError, TensorMismatch
@@ -248,9 +248,9 @@ def packed_facts(raw: RawFile) -> dict[str, Any]:
     if PACK_METADATA not in raw.metadata:
         return {}
     try:
-        facts = dict(json.loads(raw.metadata[PACK_METADATA]))
+        facts = parse_object(str(raw.metadata[PACK_METADATA]), str(raw.path))
         return facts | {"gguf": {str(n): str(kind) for n, kind in facts["gguf"].items()}}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, AttributeError) as error:
         raise CheckpointError(
             f"{raw.path} has damaged metadata", expected="those of a pack", found=str(error)
         ) from error

@@ -4,7 +4,6 @@ ComfyUI root, a hub id, or single files. Only headers are read."""
 from __future__ import annotations
 
 import base64
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -13,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from penstock.engine.family.protocol import ComponentKind, Family, families
+from penstock.engine.files import side_fields
+from penstock.engine.files.fields import Field, check_fields, parse_object, read_object
 from penstock.engine.files.folders import SUFFIXES, comfy_folders, comfy_root, weight_files
 from penstock.engine.files.hub import Fetch, hub_snapshot
 from penstock.engine.files.incomplete import check_whole
 from penstock.engine.files.keys import ComponentSource, find_naming, recognise
-from penstock.engine.files.source import RawFile, dangling, open_raw, read_bytes, refusal_of
+from penstock.engine.files.source import RawFile, dangling, open_raw, refusal_of
 from penstock.errors import CheckpointError, UsageError
 from penstock.offload.checkpoint import PICKLES, TensorEntry
 from penstock.offload.shards import heads, is_shard
@@ -26,8 +27,7 @@ log = logging.getLogger(__name__)
 
 TOKENIZER_TENSOR = "spiece_model"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
-_SPM_FILES = ("spiece.model", "tokenizer.model")
-_TOKENIZER_FILES = ("tokenizer.json", *_SPM_FILES, "tokenizer_config.json")
+_TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "tokenizer_config.json")
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def _in_folder(folder: Path, files: Files | None) -> _Found:
 
 
 def _diffusers(folder: Path, files: Files | None) -> _Found:
-    index = read_object(folder / "model_index.json")
+    index = _checked(folder / "model_index.json", side_fields.MODEL_INDEX) or {}
     check_pipeline(folder, index)
     if files is not None:
         given = {each.name for each in fields(files) if getattr(files, each.name) is not None}
@@ -196,10 +196,19 @@ def _diffusers(folder: Path, files: Files | None) -> _Found:
     return _Found(
         places={name: (folder / name,) for name in parts},
         tokenizer=folder / "tokenizer" if (folder / "tokenizer").is_dir() else None,
-        scheduler=read_object(scheduler) if scheduler.exists() else None,
-        image_processor=read_object(processor) if processor.exists() else None,
-        defaults=read_object(defaults) if defaults.exists() else {},
+        scheduler=_checked(scheduler, side_fields.SCHEDULER),
+        image_processor=_checked(processor, side_fields.IMAGE_PROCESSOR),
+        defaults=_checked(defaults, side_fields.DEFAULTS) or {},
     )
+
+
+def _checked(path: Path, table: Mapping[str, Field]) -> Mapping[str, Any] | None:
+    """The config in ``path``, every value in its range; None if there is none."""
+    if not path.exists():
+        return None
+    config = read_object(path)
+    check_fields(config, table, str(path))
+    return config
 
 
 def check_pipeline(folder: Path, index: Mapping[str, Any]) -> None:
@@ -421,15 +430,14 @@ def _config_within(raw: RawFile, kind: ComponentKind) -> dict[str, Any] | None:
     text = raw.metadata.get("config_base64")
     if not isinstance(text, str):
         return None
+    where = f"config_base64 in the header of {raw.path}"
     try:
-        config = json.loads(base64.b64decode(text, validate=True))
+        content = base64.b64decode(text, validate=True)
     except ValueError as error:
         raise CheckpointError(
-            f"config_base64 in the header of {raw.path} cannot be used",
-            expected="a JSON object",
-            found=str(error),
+            f"{where} cannot be used", expected="a JSON object", found=str(error)
         ) from error
-    return _ours(config, kind) if isinstance(config, dict) else None
+    return _ours(parse_object(content, where), kind)
 
 
 def _ours(config: Mapping[str, Any], kind: ComponentKind) -> dict[str, Any] | None:
@@ -451,25 +459,6 @@ def config_owner(config: Mapping[str, Any]) -> ComponentKind | None:
         ):
             return kind
     return None
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``.
-
-    Raises:
-        CheckpointError: it cannot be read, or holds something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read", expected="a JSON object", found=str(error)
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{path} cannot be used", expected="a JSON object", found=type(value).__name__
-        )
-    return value
 
 
 def _tokenizer(text: ComponentSource, found: _Found, files: Files) -> Path | TensorEntry:
@@ -494,24 +483,6 @@ def _tokenizer(text: ComponentSource, found: _Found, files: Files) -> Path | Ten
         remedy="Give a folder with --tokenizer: google/umt5-xxl of the hub, or the tokenizer "
         "folder of any Wan2.1 -Diffusers repository; Comfy-Org's umt5_xxl files carry theirs.",
     )
-
-
-def open_tokenizer(family: Family, tokenizer: Path | TensorEntry) -> Any:
-    """The tokenizer in a folder, a SentencePiece model, or the byte tensor that holds one.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    from penstock.engine.files.spm import tokenizer_from_spm
-
-    if isinstance(tokenizer, TensorEntry):
-        return tokenizer_from_spm(read_bytes(tokenizer))
-    if tokenizer.is_file():
-        return tokenizer_from_spm(tokenizer.read_bytes())
-    alone = next((tokenizer / name for name in _SPM_FILES if (tokenizer / name).is_file()), None)
-    if alone is not None and not (tokenizer / "tokenizer.json").exists():
-        return tokenizer_from_spm(alone.read_bytes())
-    return family.load_tokenizer(tokenizer)
 
 
 def _from_hub(model: str, files: Files, fetch: Fetch) -> ModelSource:

@@ -6,7 +6,6 @@ Free of torch, so that a file can be described without it. What is added to the 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import struct
@@ -17,8 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from penstock.engine.families.wan.config import SIZES
+from penstock.engine.files.fields import (
+    Field,
+    check_fields,
+    flag,
+    maybe,
+    number,
+    parse_object,
+    read_object,
+)
 from penstock.engine.files.keys import ComponentSource
-from penstock.engine.files.locate import read_object
 from penstock.engine.files.source import dangling, read_bytes
 from penstock.engine.lora.keys import Part, foreign_kind, is_lora, parse_key
 from penstock.engine.lora.layer import Incomplete, LoraLayer, WeightChange, changes_of, fit
@@ -32,6 +39,15 @@ _SHOWN = 3
 _MOST_DIMENSIONS = 5
 _SCALARS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h"}
 _METADATA = "lora_adapter_metadata"
+_ALPHA = number(-1e6, 1e6)
+_PEFT = {
+    "lora_alpha": _ALPHA,
+    "alpha_pattern": maybe(Field("an object of finite numbers from -1e+06 to 1e+06", lambda value: (
+        isinstance(value, dict) and all(map(_ALPHA.fits, value.values()))
+    ))),
+    "use_rslora": maybe(flag()),
+    "use_dora": maybe(flag()),
+}  # fmt: skip
 _PLAIN_NAME = re.compile(r"\^?[\w.]+")
 
 
@@ -356,6 +372,10 @@ class _Alphas:
         silent = not any("alpha" in parts for parts in pairs)
         style = styles.most_common(1)[0][0] if styles and silent else ""
         self._config = _peft_config(path, metadata, style)
+        # By the end of a module's name that each holds of, with its place: the first one counts
+        self._patterns: dict[str, tuple[int, float]] = {}
+        for place, (name, alpha) in enumerate((self._config.get("alpha_pattern") or {}).items()):
+            self._patterns.setdefault(name.removeprefix("^"), (place, alpha))
 
     def check_magnitudes(self, layers: Collection[LoraLayer]) -> None:
         """Refuse a DoRA whose magnitudes are not there.
@@ -377,28 +397,18 @@ class _Alphas:
             return read_scalar(self._path, alpha) / change.rank
         if change.kind != "lora":
             return 1.0
-        found = self._config.get("lora_alpha", change.rank)
-        for name, value in (self._config.get("alpha_pattern") or {}).items():
-            plain = str(name).removeprefix("^")
-            if module == plain or module.endswith("." + plain):
-                found = value
-                break
-        if (
-            isinstance(found, bool)
-            or not isinstance(found, (int, float))
-            or not math.isfinite(found)
-        ):
-            raise _damaged(self._path, "a finite number lora_alpha in its metadata", repr(found))
-        return found / (math.sqrt(change.rank) if self._config.get("use_rslora") else change.rank)
+        parts = module.split(".")
+        ends = (".".join(parts[start:]) for start in range(len(parts)))
+        named = min((self._patterns[end] for end in ends if end in self._patterns), default=None)
+        found = self._config.get("lora_alpha", change.rank) if named is None else named[1]
+        rank = math.sqrt(change.rank) if self._config.get("use_rslora") else change.rank
+        return float(found / rank)
 
 
 def _peft_config(path: Path, metadata: Mapping[str, str], style: str) -> dict[str, Any]:
     """PEFT's config: in the header as diffusers writes it, or beside the file as PEFT does."""
-    try:
-        table = json.loads(metadata.get(_METADATA, "{}"))
-        config = {str(name).removeprefix("transformer."): v for name, v in dict(table).items()}
-    except (ValueError, TypeError) as error:
-        raise _damaged(path, "PEFT's config as a JSON object", str(error)) from error
+    table = parse_object(metadata.get(_METADATA, "{}"), f"PEFT's config in {path}")
+    config = {name.removeprefix("transformer."): value for name, value in table.items()}
     if style == "PEFT" and not config:
         beside = (path if path.is_dir() else path.parent) / "adapter_config.json"
         if not beside.is_file():
@@ -409,10 +419,9 @@ def _peft_config(path: Path, metadata: Mapping[str, str], style: str) -> dict[st
                 remedy="Copy it from where the LoRA came from.",
             )
         config = read_object(beside)
+    check_fields(config, _PEFT, f"PEFT's config of {path}")
     names = config.get("alpha_pattern") or {}
-    if not isinstance(names, dict):
-        raise _damaged(path, "alpha_pattern as an object", repr(names)[:80])
-    regular = next((name for name in names if not _PLAIN_NAME.fullmatch(str(name))), None)
+    regular = next((name for name in names if not _PLAIN_NAME.fullmatch(name)), None)
     if regular is not None:
         raise _damaged(path, "an alpha_pattern of module names", repr(regular))
     return config
@@ -430,8 +439,8 @@ def read_scalar(path: Path, entry: TensorEntry) -> float:
         value = float(struct.unpack(_SCALARS[entry.dtype], read_bytes(entry))[0])
     else:
         raise _damaged(path, f"{entry.name} as one number", f"{entry.dtype}{list(entry.shape)}")
-    if not math.isfinite(value):
-        raise _damaged(path, f"{entry.name} finite", str(value))
+    if not _ALPHA.fits(value):
+        raise _damaged(path, f"{entry.name} as {_ALPHA.told}", str(value))
     return float(value)
 
 

@@ -21,6 +21,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from penstock.blocks import PAGE_BYTES, TENSOR_ALIGNMENT
+from penstock.engine.files.fields import parse_object
 from penstock.engine.files.storage import PACK_METADATA, PADDING
 from penstock.errors import CheckpointError, HeaderError
 from penstock.formats.tags import ITEM_BYTES
@@ -229,12 +230,12 @@ def _about(path: Path, header: Header) -> dict[str, Any]:
             f"{path} is no pack", expected="a file made by penstock pack", found="another file"
         )
     try:
-        about: dict[str, Any] = json.loads(header.metadata[PACK_METADATA])
+        about: dict[str, Any] = parse_object(header.metadata[PACK_METADATA], str(path))
         version, runs = about["version"], about["runs"]
         whole = all(
             len(place) == 2 and all(type(n) is int for n in place) for place in runs.values()
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (CheckpointError, KeyError, TypeError, AttributeError) as error:
         raise damaged(path, "header") from error
     if not whole:
         raise damaged(path, "header")

@@ -237,7 +237,7 @@ def _noted(content: bytes, layout: PackLayout) -> list[bytes]:
         notes = json.loads(content)
         same = notes["header"] == digest(layout.header).hex()
         return [bytes.fromhex(text) for text in notes["runs"]] if same else []
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, RecursionError, KeyError, TypeError):
         return []  # damaged notes: nothing is known to be sound, and all is made again
 
 

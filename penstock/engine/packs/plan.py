@@ -170,6 +170,8 @@ def _step(
     stored = source.weights[name]
     found = stored.specs
     matrix = _matrix(shape)
+    if isinstance(target, Scaled8) and matrix is not None:
+        target = target.suited(matrix)
     if target is not None and matrix is not None and target.fits(matrix):
         made = target.storage(matrix, tag)
         same = stored.label == target.label and found == made

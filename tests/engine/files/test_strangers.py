@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from penstock.engine.family.protocol import families
-from penstock.engine.files.locate import locate, open_component, open_tokenizer
+from penstock.engine.files.locate import locate, open_component
+from penstock.engine.files.tokenizer import Tokenizer
 from penstock.engine.inspect import inspect
 from penstock.engine.lora.file import open_lora
 from penstock.errors import CheckpointError
@@ -158,10 +158,8 @@ def test_pickles_in_an_original_folder_are_named(tmp_path, model, single) -> Non
 
 def test_a_tokenizer_folder_may_hold_a_sentencepiece_model_alone(tmp_path: Path) -> None:
     (tmp_path / "spiece.model").write_bytes(train())
-    (family,) = families()
-    one = open_tokenizer(family, tmp_path)
-    whole = open_tokenizer(family, tmp_path / "spiece.model")
-    assert one("a cat").input_ids == whole("a cat").input_ids
+    one, whole = Tokenizer(tmp_path), Tokenizer(tmp_path / "spiece.model")
+    assert one.tokenise(["a cat"]) == whole.tokenise(["a cat"])
 
 
 def test_a_vae_of_few_blocks_is_known_by_its_shapes() -> None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
 from penstock.engine.attention.kernels import Attention, attention, self_attention_of
@@ -28,7 +27,8 @@ from penstock.engine.families.wan.model import model_of
 from penstock.engine.families.wan.preview import prepare_previews, preview_of
 from penstock.engine.families.wan.vae_decode import raw_latents
 from penstock.engine.families.wan.vae_encode import encode_tiled, first_frame_then_zeros
-from penstock.engine.media.picture import fitted, open_image
+from penstock.engine.media.fit import fitting
+from penstock.engine.media.picture import open_image
 from penstock.engine.model.component import Component
 from penstock.engine.request.generation import GenerationRequest
 from penstock.engine.run.events import PhaseMonitor
@@ -38,6 +38,7 @@ from penstock.engine.run.sampler import guide
 from penstock.engine.run.sampling import Sampling
 from penstock.engine.run.stage import Stage, visits
 from penstock.offload.streamer import BlockStream
+from penstock.profiles.phases import FIRST_FRAME
 from penstock.profiles.tiling import TileGrid
 
 
@@ -46,31 +47,16 @@ def _text(stage: Stage, found: Products) -> None:
 
 
 def _image(stage: Stage, found: Products) -> None:
-    picture = _picture(stage, found)
-    found["image"] = stage.attempt("image", lambda: encode_picture(stage, picture))
+    found["image"], found["frame"] = stage.attempt("image", lambda: encode_picture(stage))
 
 
 def _encode(stage: Stage, found: Products) -> None:
-    request = stage.job.request
-    picture, done = fitted(
-        _picture(stage, found), (request.width, request.height), request.fit, request.grid.side
-    )
-    if done:
-        stage.monitor.notice(done)
-    found["condition"] = stage.attempt("encode", lambda: encode_condition(stage, picture))
-
-
-def _picture(stage: Stage, found: Products) -> Image:
-    if "picture" not in found:
-        path = stage.job.request.image
-        assert path is not None
-        found["picture"] = open_image(path)
-    picture: Image = found["picture"]
-    return picture
+    frame = found.get("frame")
+    found["condition"] = stage.attempt("encode", lambda: encode_condition(stage, frame))
 
 
 def _denoise(stage: Stage, found: Products) -> None:
-    found.pop("picture", None)
+    found.pop("frame", None)
     conditions = _conditions(found)
     if stage.job.hooks.preview_every and not stage.job.previewer.is_ready:
         stage.attempt("decode", lambda: prepare_previews(stage))
@@ -107,11 +93,11 @@ def _saved_latents(stage: Stage) -> Products | None:
 def encode_prompts(stage: Stage) -> list[Tensor]:
     """Text states (1, 512, d) of the prompt and, with guidance, of the negative prompt, on CPU."""
     component, request = model_of(stage).text, stage.job.request
-    tokenizer = model_of(stage).tokenizer()
     texts = [request.prompt]
     if request.uses_guidance:
         texts.append(negative_prompt(request))
-    tokenised = [prompts.tokenise(tokenizer, text) for text in texts]
+    cleaned = [prompts.clean_prompt(text) for text in texts]
+    tokenised = model_of(stage).tokenizer.tokenise(cleaned)
     for which, prompt in zip(("prompt", "negative prompt"), tokenised, strict=False):
         if prompt.cut:
             told = f"the {which} is too long; this is cut: {prompt.cut!r}"
@@ -141,33 +127,58 @@ def _counted(blocks: Iterator[tuple[int, Any]], phase: PhaseMonitor) -> Iterator
         phase.advance()
 
 
-def encode_picture(stage: Stage, picture: Image) -> Tensor:
-    """Image states (1, tokens, image_dim) of the picture, on the CPU."""
+def see_picture(stage: Stage) -> tuple[Tensor | None, Tensor]:
+    """The picture as the image encoder sees it (None without one), whole, and at the video's size,
+    as the request wants it to fit. In the phase that plans for it: the decoded picture may be many
+    times as large as both."""
+    request, model = stage.job.request, model_of(stage)
+    assert request.image is not None
+    picture = open_image(request.image)
+    seen = None
+    if model.image is not None:
+        config, side = model.source.image_processor, model.image.config["image_size"]
+        seen = pictures.pixel_values(config, picture, side)
+    size = request.width, request.height
+    fit = fitting(picture.size, size, request.fit, request.grid.side)
+    if fit.told:
+        stage.monitor.notice(fit.told)
+    return seen, pictures.preprocess(picture, *size, fit)
+
+
+def encode_picture(stage: Stage) -> tuple[Tensor, Tensor]:
+    """Image states (1, tokens, image_dim) of the picture, and the picture at the video's size, on
+    the CPU."""
     component = model_of(stage).image
     assert component is not None
-    processor = pictures.make_image_processor(model_of(stage).source.image_processor)
-    pixels = pictures.pixel_values(processor, picture)
     with stage.phase("image", len(component.blocks), "layer") as (plan, phase):
+        pixels, frame = see_picture(stage)
+        assert pixels is not None
         with stage.rest(component) as module:
             hidden = pictures.embed_pixels(
                 module.embeddings, module.pre_layrnorm, pixels.to(stage.device)
             )
         with stage.stream(component.blocks, plan.stream, phase, 1) as stream:
             layers = _counted(visits(stream, component, phase), phase)
-            return pictures.encode_layers(layers, hidden).cpu()
+            return pictures.encode_layers(layers, hidden).cpu(), frame
 
 
-def encode_condition(stage: Stage, picture: Image) -> Tensor:
-    """The picture as the transformer sees it: mask and latents, (1, 20, t, h, w), on the CPU."""
+def encode_condition(stage: Stage, frame: Tensor | None) -> Tensor:
+    """The picture as the transformer sees it: mask and latents, (1, 20, t, h, w), on the CPU.
+
+    Args:
+        frame: the picture at the video's size; None: it is still to be read.
+    """
     component, request = model_of(stage).vae_encoder, stage.job.request
     size = (request.frames, request.height, request.width)
-    pixels = pictures.preprocess(picture, request.width, request.height)
     tiles = TileGrid(*stage.plan["encode"].tiles)
     latent_frames = request.video_shape.latent(model_of(stage).manifest.vae)[0]
     units = latent_frames * (tiles.rows * tiles.cols + 1)
     with stage.phase("encode", units, "frame") as (_, phase), stage.rest(component) as vae:
+        pixels = see_picture(stage)[1] if frame is None else frame
         source = first_frame_then_zeros(pixels[0].to(stage.device, component.dtype))
-        encoded = encode_tiled(vae, source, size, tiles, should_stop=phase.advance)
+        encoded = encode_tiled(
+            vae, source, size, tiles, changes=FIRST_FRAME, should_stop=phase.advance
+        )
         return pictures.conditioning(
             encoded.float(), vae.config.latents_mean, vae.config.latents_std
         ).cpu()

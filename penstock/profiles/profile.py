@@ -226,7 +226,7 @@ def parse(name: str, text: str, path: Path) -> Profile:
     """
     try:
         return _parse(name, text, path)
-    except (ValueError, RecursionError, UsageError) as error:
+    except (ValueError, OverflowError, RecursionError, UsageError) as error:
         raise ProfileError(f"{path} is no profile", found=str(error)) from error
 
 

@@ -30,6 +30,7 @@ _COMFY_FOLDERS = {
     "vae": ("vae",),
     "image_encoder": ("clip_vision",),
 }
+_SHOWN = 200
 _MAX_YAML_BYTES = 256 << 10
 _SUFFIXES = (".safetensors", ".gguf")
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "tokenizer_config.json")
@@ -226,7 +227,11 @@ def _extra_paths(path: Path) -> Iterator[tuple[str, Path]]:
     try:
         content = yaml.safe_load(_small_text(path)) or {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path} cannot be read", found=str(error)) from error
+        raise CheckpointError(
+            f"{path} cannot be read",
+            expected="ComfyUI's extra paths in YAML",
+            found=" ".join(str(error).split())[:_SHOWN],
+        ) from error
     sections = content.values() if isinstance(content, dict) else ()
     for section in sections:
         if not isinstance(section, dict):

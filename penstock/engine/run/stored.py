@@ -15,7 +15,8 @@ from penstock.engine.packs.firstuse import PACKING
 from penstock.engine.request.generation import GenerationRequest, Grid
 from penstock.engine.run.fingerprint import Fingerprint, check_fingerprint, fingerprint
 from penstock.engine.store.digest import reading, stamp
-from penstock.engine.store.journal import HEADER_BYTES, PICTURE_FILE, Journal
+from penstock.engine.store.journal import HEADER_BYTES, Journal
+from penstock.engine.store.names import PICTURE_FILE
 from penstock.errors import JournalError, RequestError
 from penstock.profiles.plan import Plan
 

@@ -30,7 +30,7 @@ from PIL import Image
 
 from benchmarks.fake_dit import I2V_14B
 from penstock.engine.families.wan.structure import tensor_shapes
-from penstock.engine.packs.plan import FILE_NAMES
+from penstock.engine.packs.names import FILE_NAMES
 from penstock.engine.request.demo import MINI
 
 HERE = Path(__file__).parents[1]

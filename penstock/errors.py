@@ -228,14 +228,19 @@ class FingerprintMismatch(JournalError):
 
     Args:
         differences: ``(field, then, now)`` of everything that differs.
+        files: paths of the files among it, for people.
     """
 
     code = "job_fingerprint"
 
-    def __init__(self, differences: Sequence[tuple[str, object, object]]) -> None:
+    def __init__(
+        self, differences: Sequence[tuple[str, object, object]], files: Sequence[str] = ()
+    ) -> None:
         self.differences = tuple(differences)
+        changed = f" (changed: {', '.join(files)})" if files else ""
         super().__init__(
-            "the job began under other conditions, so its continuation would not be identical",
+            "the job began under other conditions, so its continuation would not be identical"
+            + changed,
             expected="; ".join(f"{field} {then!r}" for field, then, _ in self.differences),
             found="; ".join(f"{field} {now!r}" for field, _, now in self.differences),
             remedy="Restore them, or pass --allow-nonidentical to continue all the same.",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -29,6 +30,7 @@ from penstock.engine.run.stored import (
     check_picture,
     check_unfinished,
     conditions_now,
+    read_again,
     restored_order,
     restored_plan,
     restored_request,
@@ -243,16 +245,19 @@ class Engine:
         plan = self._fitting(plan, request)
         numerics = self._variants.numerics(plan.weight_format)
         plan = replace(plan, compute=numerics["compute"], compute_path=numerics["compute_path"])
-        now = conditions_now(self.model, self._device, numerics)
+        now, how = read_again(
+            journal, self.model, conditions_now(self.model, self._device, numerics)
+        )
         notices = check_conditions(
             journal,
             plan,
             now,
+            self.model.files,
             steers=hooks.on_step is not None,
             allow_nonidentical=allow_nonidentical,
         )
         journal.mark("running", plan=plan.to_json(), error=None, **order.facts(), **self._budgets())
-        return self._start(request, plan, order, JournalKeeper(journal), hooks, notices)
+        return self._start(request, plan, order, JournalKeeper(journal), hooks, (how, *notices))
 
     def _fitting(self, plan: Plan, request: GenerationRequest) -> Plan:
         """The job's own plan where it fits today's budgets and attention, else a new one."""
@@ -311,6 +316,7 @@ class Engine:
             overwrite=False,
             metadata=False,
             notices=self._prepared.notices,
+            sources=self.model.files,
         )
 
     @property
@@ -322,7 +328,7 @@ class Engine:
     def _device(self) -> torch.device:
         return torch.device(self.hardware.place)
 
-    def _budgets(self) -> dict[str, int | str]:
+    def _budgets(self) -> dict[str, Any]:
         hardware = self.hardware
         return {
             "vram_bytes": hardware.vram_bytes,

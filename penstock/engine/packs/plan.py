@@ -13,6 +13,7 @@ from penstock.engine.files.keys import ComponentSource, as_bytes, recognise, sto
 from penstock.engine.files.source import RawFile
 from penstock.engine.lora.place import PlacedLoras
 from penstock.engine.packs.file import PackLayout, Spec, lay_out
+from penstock.engine.packs.names import FILE_NAMES
 from penstock.engine.store.digest import stamp
 from penstock.errors import UsageError
 from penstock.offload.checkpoint import TensorEntry
@@ -21,12 +22,6 @@ from penstock.quant.format import QuantFormat, get_format, writable
 from penstock.quant.policy import default_policy
 from penstock.quant.rows import Shape
 
-FILE_NAMES = {
-    "transformer": "diffusion_pytorch_model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-    "text_encoder": "model.safetensors",
-    "image_encoder": "model.safetensors",
-}
 LEAST_RAM_BYTES = 64 << 20
 """The least memory for weights in work that a pack is made in."""
 
@@ -69,6 +64,12 @@ class ComponentPlan:
     def file(self) -> str:
         """The pack's path inside the model's folder."""
         return f"{self.source.component}/{FILE_NAMES[self.source.component]}"
+
+    def origins(self) -> dict[str, Path]:
+        """Every file that the pack is made from, by a name of its own."""
+        files = [*sorted(self.source.raw.stamps)]
+        files += [path for lora in self.loras.files for path in sorted(lora.stamps)]
+        return {f"{index} {path.name}": path for index, path in enumerate(files)}
 
     def foresee(self, path: Path) -> ComponentSource:
         """The component as the pack at ``path`` will hold it, before any of it is made: good for

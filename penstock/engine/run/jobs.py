@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from penstock.engine.store.names import (
     is_unfinished,
 )
 from penstock.engine.store.owned import Contents, check_vacant, sort_out
+from penstock.engine.store.places import data_directory
 from penstock.engine.store.sealed import read_metadata
 from penstock.errors import JournalError, StorageError
 
@@ -71,22 +71,6 @@ class JobInfo:
     def unfinished(self) -> bool:
         """Whether `penstock resume` has something to do here."""
         return self.state in ("stopped", "failed", "killed") and self.problem is None
-
-
-def data_directory() -> Path:
-    """penstock's folder for data, by the platform's convention; PENSTOCK_DATA_DIR overrides it."""
-    override = os.environ.get("PENSTOCK_DATA_DIR")
-    if override:
-        return Path(override)
-    if sys.platform == "win32":
-        local = os.environ.get("LOCALAPPDATA")
-        return (Path(local) if local else Path.home() / "AppData" / "Local") / "penstock"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Application Support" / "penstock"
-    # https://specifications.freedesktop.org/basedir-spec/: a relative path is to be ignored
-    shared = os.environ.get("XDG_DATA_HOME", "")
-    base = Path(shared) if Path(shared).is_absolute() else Path.home() / ".local" / "share"
-    return base / "penstock"
 
 
 def jobs_directory() -> Path:
@@ -345,7 +329,7 @@ def _holds_job(folder: Path) -> bool:
         OSError: the folder cannot be read.
     """
     try:
-        names = os.listdir(folder)
+        names = [path.name for path in folder.iterdir()]
     except (FileNotFoundError, NotADirectoryError):
         return False
     return any(name in JOB_FILES or is_unfinished(name) for name in names)

@@ -7,12 +7,14 @@ the next step is counted as done: at most one finished step is ever lost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from penstock.engine.run.fingerprint import SUM
 from penstock.engine.run.report import RunReport
 from penstock.engine.run.sampler import SamplerState
 from penstock.engine.store.journal import Journal
@@ -107,6 +109,13 @@ class Keeper:
 
     def keep_plan(self, plan: Plan) -> None:
         """The job goes on under another plan."""
+
+    def lacks_sums(self) -> bool:
+        """Whether it is not known yet, to the byte, which files the job reads."""
+        return False
+
+    def keep_sums(self, sums: Mapping[str, str]) -> None:
+        """Keep checksums of files that the job reads, by their names in its fingerprint."""
 
     def writing_output(self) -> None:
         """The file is about to appear under its name."""
@@ -244,6 +253,21 @@ class JournalKeeper(Keeper):
         self.settle()
         self._journal.mark("running", plan=plan.to_json())
 
+    def lacks_sums(self) -> bool:
+        """Whether a large file is known by samples only: none of the job is computed yet then."""
+        files = self._journal.record.fingerprint.get("files", {})
+        return any(_is_sampled(entry) and SUM not in entry for entry in files.values())
+
+    def keep_sums(self, sums: Mapping[str, str]) -> None:
+        """Keep checksums of files that the job reads, by their names in its fingerprint."""
+        self.settle()
+        fingerprint = self._journal.record.fingerprint
+        files = {
+            name: entry | ({SUM: sums[name]} if _is_sampled(entry) and name in sums else {})
+            for name, entry in fingerprint.get("files", {}).items()
+        }
+        self._journal.mark("running", fingerprint={**fingerprint, "files": files})
+
     def writing_output(self) -> None:
         """From now on a file under the output's name may be this job's own."""
         self.settle()
@@ -271,6 +295,10 @@ class JournalKeeper(Keeper):
         """Finish writing and let others work on the job."""
         self._writer.shutdown()
         self._journal.close()
+
+
+def _is_sampled(entry: Mapping[str, Any]) -> bool:
+    return "samples_sha256" in entry
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -39,6 +39,7 @@ from penstock.engine.run.report import JobResult, RunReport, versions
 from penstock.engine.run.sampler import guide
 from penstock.engine.run.sampling import Sampling
 from penstock.engine.run.stage import Run, Stage, visits
+from penstock.engine.store.sums import PIECE_BYTES, Sums, how_told
 from penstock.offload.allocator import allocator_capped
 from penstock.offload.device import made_current
 from penstock.offload.streamer import BlockStream
@@ -61,6 +62,7 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
     with Ending(job.keeper, job.device), made_current(job.device), capped, closing(stage):
         for message in (*job.notices, *(warning.message for warning in job.request.warnings)):
             stage.monitor.notice(message)
+        know_sources(stage)
         latents = sample(stage)
         video = stage.attempt("decode", lambda: decode(stage, latents))
         output = job.output
@@ -74,6 +76,17 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
         report = _report(job, stage.monitor, time.perf_counter() - started)
         job.keeper.finished(report)
     return JobResult(report, latents, video)
+
+
+def know_sources(stage: Stage) -> None:
+    """Keep checksums of every byte that a kept job's result depends on, before any of it is made:
+    a resume then notices whatever has changed."""
+    if not stage.keeper.lacks_sums():
+        return
+    with stage.host_ledger.reserve("files being read for their checksums", PIECE_BYTES):
+        sums = {n: Sums().of(p, stage.monitor.check) for n, p in stage.job.sources.items()}
+    stage.keeper.keep_sums({name: each.value for name, each in sums.items()})
+    stage.monitor.notice(f"the model's files are known for a resume: {how_told(sums.values())}")
 
 
 def sample(stage: Stage) -> Tensor:

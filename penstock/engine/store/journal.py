@@ -245,12 +245,20 @@ class Journal:
         """Damage that was found so far and worked around, for the report."""
         return (*self._records.problems, *self._states.problems, *self._problems)
 
-    def mark(self, state: str, *, plan: Mapping[str, Any] | None = None, **facts: Any) -> None:
+    def mark(
+        self,
+        state: str,
+        *,
+        plan: Mapping[str, Any] | None = None,
+        fingerprint: Mapping[str, Any] | None = None,
+        **facts: Any,
+    ) -> None:
         """Write down what has become of the job.
 
         Args:
             state: one of `STATES`.
             plan: replaces the plan.
+            fingerprint: replaces the fingerprint.
             facts: plain values, added to those known; None takes one away.
 
         Raises:
@@ -259,7 +267,11 @@ class Journal:
         assert state in STATES, state
         merged = {k: v for k, v in (self.record.facts | facts).items() if v is not None}
         record = replace(self.record, state=state, facts=merged)
-        self._save_record(record if plan is None else replace(record, plan=dict(plan)))
+        if plan is not None:
+            record = replace(record, plan=dict(plan))
+        if fingerprint is not None:
+            record = replace(record, fingerprint=dict(fingerprint))
+        self._save_record(record)
 
     def save_conditioning(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep the encoded prompt and picture.

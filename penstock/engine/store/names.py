@@ -1,14 +1,14 @@
 """What the files in a job's directory are called.
 
-    job-0.json, job-1.json              request, plan, fingerprint, state; the newer file counts
-    conditioning.safetensors            encoded prompt and picture
-    state-0.safetensors, state-1...     the sampler's state after a step; likewise
-    picture                             a copy of the request's picture
-    latents.safetensors                 the final latents
-    tile-ROWSxCOLUMNS-N.safetensors     decoded pixels of one VAE tile
-    reserve                             disk space kept for those still to come
-    lock                                held while a process works on the job
-    ANY.JOB.new                         one that is being written; JOB begins the job's id
+job-0.json, job-1.json              request, plan, fingerprint, state; the newer file counts
+conditioning.safetensors            encoded prompt and picture
+state-0.safetensors, state-1...     the sampler's state after a step; likewise
+picture                             a copy of the request's picture
+latents.safetensors                 the final latents
+tile-ROWSxCOLUMNS-N.safetensors     decoded pixels of one VAE tile
+reserve                             disk space kept for those still to come
+lock                                held while a process works on the job
+ANY.JOB.new                         one that is being written; JOB begins the job's id
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Which files in a job's directory penstock has made: each is known by what it holds, not by its name.
+"""Which files in a job's directory penstock has made: each is known by what it holds.
 
-A user's own file may have any name. Nothing is removed unless its content is proven to be the job's:
-by a seal over all of it that names the job, by the size and checksum that the record has of it, or by
-the job's id in the name of a file that was never finished.
+A user's own file may have any name. Nothing is removed unless its content is proven to be the
+job's: by a seal over all of it that names the job, by the size and checksum that the record has of
+it, or by the job's id in the name of a file that was never finished.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock.engine.files.locate import read_object
-from penstock.engine.packs.names import FILE_NAMES, ORIGIN_SUFFIX, PROGRESS_SUFFIX
+from penstock.engine.packs.names import ORIGIN_SUFFIX, PROGRESS_SUFFIX
 from penstock.engine.store.durable import NEW_SUFFIX, FileOps, storing
 from penstock.engine.store.lock import JobLock
 from penstock.errors import CheckpointError, JobLocked, StorageError, UsageError
@@ -208,6 +208,7 @@ def _empty(ops: FileOps, folder: Path) -> list[str]:
 
 def _of_a_pack(path: Path) -> bool:
     name = path.name.removesuffix(NEW_SUFFIX)
-    known = (FILE_NAMES[_PART], f"{FILE_NAMES[_PART]}{PROGRESS_SUFFIX}",
-             f"{FILE_NAMES[_PART]}{ORIGIN_SUFFIX}", "config.json")  # fmt: skip
-    return path.is_file() and not path.is_symlink() and name in known
+    for suffix in (PROGRESS_SUFFIX, ORIGIN_SUFFIX):
+        name = name.removesuffix(suffix)
+    known = name == "config.json" or name.endswith(".safetensors")
+    return known and path.is_file() and not path.is_symlink()

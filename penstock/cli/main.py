@@ -259,13 +259,17 @@ def demo(
 ) -> None:
     """Make a video, and a page with its frames, with the small model in the box."""
     from penstock.engine.media.sheet import sheet_beside, write_contact_sheet
+    from penstock.engine.media.video import check_no_input
     from penstock.engine.request.demo import MINI, demo_settings
 
     with reported(debug):
         sheet = sheet_beside(output, overwrite=force)
+        check_no_input(sheet, [] if image is None else [image])
         opening = {"vram": vram, "ram": ram, "device": device}
-        _generate(MINI, opening, demo_settings(prompt, image), output, force, True, as_json)
-        write_contact_sheet(output, sheet, scale=2)
+        report = _generate(
+            MINI, opening, demo_settings(prompt, image), output, force, True, as_json
+        )
+        write_contact_sheet(Path(report.output), sheet, scale=2)
         Console(stderr=True).print(f"its frames: {sheet}", soft_wrap=True)
 
 
@@ -384,7 +388,7 @@ def _generate(
     metadata: bool,
     as_json: bool,
     job_folder: JobFolder | None = None,
-) -> None:
+) -> Any:
     """Make a video with an engine that is opened with ``opening``; what cannot fit is refused
     before anything heavy is imported."""
     from penstock.engine.prepared import Prepared
@@ -402,11 +406,11 @@ def _generate(
             job = engine.resume(folder, output, force=force)
         else:
             job = engine.submit(request, output, force=force, metadata=metadata, job_dir=folder)
-        _watch(job, plan, as_json)
+        return _watch(job, plan, as_json)
 
 
-def _watch(job: Any, plan: Any, as_json: bool) -> None:
-    """Show a job until it ends, and its report."""
+def _watch(job: Any, plan: Any, as_json: bool) -> Any:
+    """Show a job until it ends, and its report, which is returned."""
     from penstock.cli.progress import Display, plan_summary, report_summary
 
     console = Console(stderr=True)
@@ -418,6 +422,7 @@ def _watch(job: Any, plan: Any, as_json: bool) -> None:
     console.print(report_summary(report), highlight=False, soft_wrap=True)
     if as_json:
         print(json.dumps({"plan": plan.to_json(), "report": report.to_json()}))
+    return report
 
 
 def _job_folder(

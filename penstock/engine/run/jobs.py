@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock.engine.model.opening import Opening
-from penstock.engine.store.durable import FileOps
+from penstock.engine.store.durable import FileOps, new_name
 from penstock.engine.store.journal import JobRecord, read_record
 from penstock.engine.store.lock import JobLock, is_locked
 from penstock.engine.store.names import (
@@ -22,6 +22,7 @@ from penstock.engine.store.names import (
     STATE_FILES,
     is_job_file,
     is_unfinished,
+    tag_of,
 )
 from penstock.engine.store.owned import Contents, check_vacant, sort_out
 from penstock.engine.store.places import data_directory
@@ -152,9 +153,12 @@ def _size(path: Path) -> int:
 
 
 def _lacks(record: JobRecord, folder: Path) -> str | None:
-    """What a job needs to go on and has not: the picture is copied after the first record."""
-    missing = record.request.get("image") is not None and not (folder / PICTURE_FILE).exists()
-    return "its picture was never kept" if missing and record.state != "done" else None
+    """What a job needs to go on and has not."""
+    path = folder / PICTURE_FILE
+    there = path.exists() or new_name(path, tag_of(record.job)).exists()
+    if record.request.get("image") is None or record.state == "done" or there:
+        return None
+    return "its picture is missing"
 
 
 def find_job(name: str | None, root: Path | None = None) -> Path:

@@ -65,15 +65,14 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
         know_sources(stage)
         latents = sample(stage)
         video = stage.attempt("decode", lambda: decode(stage, latents))
-        output = job.output
-        if output is not None:
-            job.keeper.writing_output()
-            stage.attempt("mux", lambda: mux(stage, video, output))
+        output = asked = job.output
+        if asked is not None:
+            output = stage.attempt("mux", lambda: mux(stage, video, asked))
         if job.keeper.steered:
             stage.monitor.notice(STEERED)
         for problem in job.keeper.problems:
             stage.monitor.notice(problem)
-        report = _report(job, stage.monitor, time.perf_counter() - started)
+        report = _report(job, stage.monitor, output, time.perf_counter() - started)
         job.keeper.finished(report)
     return JobResult(report, latents, video)
 
@@ -319,17 +318,22 @@ def decode(stage: Stage, latents: Tensor) -> Tensor:
     return film.video
 
 
-def mux(stage: Stage, video: Tensor, output: Path) -> None:
-    """Write the frames to ``output``."""
+def mux(stage: Stage, video: Tensor, output: Path) -> Path:
+    """Write the frames to ``output``, or where that is taken by now to a free name like it."""
     job = stage.job
     with stage.phase("mux", len(video), "frame") as (_, phase):
-        write_video(
+        written = write_video(
             output,
             _counted_frames(video, phase),
             job.request.fps,
             metadata=_metadata(job) if job.metadata else None,
             overwrite=job.overwrite,
+            or_beside=True,
+            finished=stage.keeper.writing_output,
         )
+    if written.path != output:
+        stage.monitor.notice(f"{output} is another file by now: the video is in {written.path}")
+    return written.path
 
 
 def _counted_frames(video: Tensor, phase: PhaseMonitor) -> Iterator[Any]:
@@ -346,11 +350,11 @@ def _metadata(job: Run) -> dict[str, Any]:
     return {name: settings[name] for name in settings if name not in ("image", "grid")} | steered
 
 
-def _report(job: Run, monitor: Monitor, seconds: float) -> RunReport:
+def _report(job: Run, monitor: Monitor, output: Path | None, seconds: float) -> RunReport:
     request = job.request
     assert request.seed is not None
     return RunReport(
-        output=None if job.output is None else str(job.output),
+        output=None if output is None else str(output),
         frames=request.frames,
         width=request.width,
         height=request.height,

@@ -24,7 +24,7 @@ from penstock.engine.store.digest import reading, stamp
 from penstock.engine.store.journal import HEADER_BYTES, Journal
 from penstock.engine.store.names import PICTURE_FILE
 from penstock.engine.store.sums import Sums, how_told
-from penstock.errors import JournalError, RequestError
+from penstock.errors import JournalError, RequestError, StorageError
 from penstock.profiles.plan import Plan
 
 STATE_TENSORS = 5
@@ -180,13 +180,22 @@ def restored_plan(journal: Journal) -> Plan:
 
 
 def restored_order(journal: Journal) -> Order:
-    """Where a job's video goes; a file that it had begun to write itself may be replaced."""
+    """Where a job's video goes; a file there that it had finished itself may be replaced."""
     facts = journal.record.facts
+    output = Path(facts["output"]) if isinstance(facts.get("output"), str) else None
     return Order(
-        output=Path(facts["output"]) if isinstance(facts.get("output"), str) else None,
-        overwrite=bool(facts.get("overwrite") or facts.get("output_begun")),
+        output=output,
+        overwrite=bool(facts.get("overwrite")) or _is_own(output, facts.get("output_begun")),
         metadata=bool(facts.get("metadata", True)),
     )
+
+
+def _is_own(output: Path | None, begun: object) -> bool:
+    """Whether the file at ``output`` is the one that the job was about to name so."""
+    try:
+        return output is not None and output.is_file() and stamp(output) == begun
+    except (OSError, StorageError):
+        return False
 
 
 def check_conditions(

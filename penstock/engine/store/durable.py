@@ -177,17 +177,32 @@ def write_atomically(
     Raises:
         StorageError: names the path, and what was needed and free where the disk is full.
     """
-    parts = [memoryview(chunk).cast("B") for chunk in chunks]
-    need_bytes = sum(part.nbytes for part in parts)
-    new = _new_name(path, tag)
-    with storing(ops, path, need_bytes):
-        ops.unlink(new)
-        _write_file(ops, new, parts, need_bytes)
+    new = write_new(ops, path, chunks, tag)
+    with storing(ops, path):
         ops.rename(new, path)
         ops.fsync_dir(path.parent)
 
 
-def _new_name(path: Path, tag: str) -> Path:
+def write_new(
+    ops: FileOps, path: Path, chunks: Iterable[bytes | memoryview], tag: str = ""
+) -> Path:
+    """The first half of `write_atomically`: the content is on the disk, under another name, which
+    is returned.
+
+    Raises:
+        StorageError: as `write_atomically`.
+    """
+    parts = [memoryview(chunk).cast("B") for chunk in chunks]
+    need_bytes = sum(part.nbytes for part in parts)
+    new = new_name(path, tag)
+    with storing(ops, path, need_bytes):
+        ops.unlink(new)
+        _write_file(ops, new, parts, need_bytes)
+    return new
+
+
+def new_name(path: Path, tag: str) -> Path:
+    """What `write_atomically` calls ``path`` until it is whole."""
     return path.with_name(f"{path.name}{tag and '.'}{tag}{NEW_SUFFIX}")
 
 
@@ -285,7 +300,7 @@ class Reserve:
 
     def __init__(self, ops: FileOps, path: Path, mark: bytes, tag: str) -> None:
         self._ops, self._path, self._mark = ops, path, mark
-        self._new = _new_name(path, tag)
+        self._new = new_name(path, tag)
 
     def claim(self, nbytes: int) -> None:
         """Take ``nbytes`` of the disk.

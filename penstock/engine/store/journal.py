@@ -21,7 +21,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from penstock.engine.store.durable import FileOps, Reserve, read_whole, storing, write_atomically
+from penstock.engine.store.durable import (
+    FileOps,
+    Reserve,
+    new_name,
+    read_whole,
+    storing,
+    write_atomically,
+    write_new,
+)
 from penstock.engine.store.generations import Generation, Generations
 from penstock.engine.store.lock import JobLock
 from penstock.engine.store.names import (
@@ -148,7 +156,8 @@ class Journal:
         reserve_bytes: int = 0,
         ops: FileOps | None = None,
     ) -> Journal:
-        """Begin a job. Its record comes first: what else there is of it is named there.
+        """Begin a job. Its record comes first: no space is taken before it says so. Only the
+        picture is on the disk by then, under a name that it leaves when the job is next opened.
 
         Args:
             folder: made if absent; must be empty.
@@ -187,14 +196,23 @@ class Journal:
     def _begin(self, record: JobRecord, picture: bytes | None) -> None:
         self._remove(check_vacant(self._ops, self.folder))
         try:
+            if picture is not None:
+                write_new(self._ops, self.folder / PICTURE_FILE, [picture], self._tag)
             self._save_record(record)
+            self._name_picture()
             if record.reserve_bytes:
                 self._reserve.claim(record.reserve_bytes)
-            if picture is not None:
-                write_atomically(self._ops, self.folder / PICTURE_FILE, [picture], self._tag)
         except JournalError:
             self._give_up(record.job)
             raise
+
+    def _name_picture(self) -> None:
+        path = self.folder / PICTURE_FILE
+        new = new_name(path, self._tag)
+        with storing(self._ops, path):
+            if new.name in self._ops.names(self.folder):
+                self._ops.rename(new, path)
+                self._ops.fsync_dir(self.folder)
 
     def _give_up(self, job: str) -> None:
         """Take back a beginning that failed; what cannot be removed is listed, and can be later."""
@@ -219,6 +237,7 @@ class Journal:
         journal = cls(folder, ops, JobLock(folder / LOCK_FILE), job)
         try:
             journal.record = _load_record(folder, journal._records)
+            journal._name_picture()
             journal._remove_leftovers()
         except BaseException:
             journal.close()

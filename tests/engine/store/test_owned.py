@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -27,8 +28,6 @@ def begun(folder: Path, picture: bytes | None = b"a picture") -> Path:
     """A job that was stopped after a step; its record knows its picture."""
     request = dict(REQUEST)
     if picture is not None:
-        import hashlib
-
         sha = hashlib.sha256(picture).hexdigest()
         request["image"] = {"bytes": len(picture), "sha256": sha}
     with Journal.create(
@@ -128,14 +127,14 @@ class DyingOps(InterceptedOps):
 
 def test_a_beginning_that_dies_anywhere_is_listed_and_can_be_freed(tmp_path: Path) -> None:
     """No disk space is taken before a record says so; what there is, `jobs` lists and frees."""
-    at = 0
+    image, at = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}, 0
     while True:
         at += 1
         root = tmp_path / f"{at}"
         try:
             ops = DyingOps(at)
             Journal.create(
-                root / "job", REQUEST | {"image": {"bytes": 1, "sha256": "0"}}, PLAN, FINGERPRINT,
+                root / "job", REQUEST | {"image": image}, PLAN, FINGERPRINT,
                 picture=b"x", reserve_bytes=RESERVE_BYTES, ops=ops,
             ).close()  # fmt: skip
             break

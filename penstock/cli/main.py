@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from penstock._version import __version__
 from penstock.cli.bench import bench
@@ -30,6 +29,7 @@ from penstock.cli.files import (
     reported,
     verify,
 )
+from penstock.cli.terminal import Screen, asks_a_person, keep_going, printable, say, warn
 
 app = typer.Typer(
     name="penstock",
@@ -80,7 +80,7 @@ Force = Annotated[bool, typer.Option(help="Replace an existing output.")]
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(__version__)
+        say(__version__)
         raise typer.Exit
 
 
@@ -224,9 +224,9 @@ def jobs(
     with reported(False):
         found = list_jobs()
     if as_json:
-        print(json.dumps([info.to_json() for info in found]))
+        say(json.dumps([info.to_json() for info in found]))
     else:
-        print(jobs_table(found))
+        say(jobs_table(found))
 
 
 @jobs_app.command("rm")
@@ -240,7 +240,7 @@ def remove(
     with reported(debug):
         folder = find_job(job)
         remove_job(folder)
-    print(f"removed {folder.name}")
+    say(f"removed {folder.name}")
 
 
 @app.command()
@@ -270,7 +270,7 @@ def demo(
             MINI, opening, demo_settings(prompt, image), output, force, True, as_json
         )
         write_contact_sheet(Path(report.output), sheet, scale=2)
-        Console(stderr=True).print(f"its frames: {sheet}", soft_wrap=True)
+        Screen(stderr=True).print(f"its frames: {sheet}", soft_wrap=True)
 
 
 @app.command()
@@ -325,9 +325,9 @@ def plan(
             lora or [],
         )
     if as_json:
-        print(json.dumps(found.to_json()))
+        say(json.dumps(found.to_json()))
     else:
-        Console().print(plan_view(found), highlight=False, soft_wrap=True)
+        Screen().print(plan_view(found), soft_wrap=True)
 
 
 profiles_app = typer.Typer(help="Byte budgets and policies by name.", invoke_without_command=True)
@@ -341,7 +341,7 @@ def profiles(context: typer.Context) -> None:
 
     if context.invoked_subcommand is None:
         with reported(debug=False):
-            Console().print(profiles_view())
+            Screen().print(profiles_view())
 
 
 @profiles_app.command("show")
@@ -351,7 +351,7 @@ def profiles_show(name: Annotated[str, typer.Argument(help="A name, or a file.")
     from penstock.profiles.profile import load
 
     with reported(debug=False):
-        Console().print(profile_view(load(name)))
+        Screen().print(profile_view(load(name)))
 
 
 @app.command()
@@ -368,11 +368,11 @@ def doctor(
     with reported(debug):
         found = examine(device, folder)
     if as_json:
-        print(json.dumps(found.to_json()))
+        say(json.dumps(found.to_json()))
         return
     rows = [(each.topic, each.found, each.remedy) for each in found.findings]
-    Console().print(findings_view(found.machine, rows), highlight=False)
-    print(f"rates are kept in {found.stored_in}")
+    Screen().print(findings_view(found.machine, rows))
+    say(f"rates are kept in {found.stored_in}")
 
 
 JobFolder = Callable[[Any, Any, Any], tuple[Path, bool]]
@@ -413,15 +413,15 @@ def _watch(job: Any, plan: Any, as_json: bool) -> Any:
     """Show a job until it ends, and its report, which is returned."""
     from penstock.cli.progress import Display, plan_summary, report_summary
 
-    console = Console(stderr=True)
-    console.print(plan_summary(plan), highlight=False, soft_wrap=True)
+    console = Screen(stderr=True)
+    console.print(plan_summary(plan), soft_wrap=True)
     with _stopping(job.cancel), Display(console, plan) as display:
         for event in job.events():
             display.show(event)
     report = job.result().report
-    console.print(report_summary(report), highlight=False, soft_wrap=True)
+    console.print(report_summary(report), soft_wrap=True)
     if as_json:
-        print(json.dumps({"plan": plan.to_json(), "report": report.to_json()}))
+        say(json.dumps({"plan": plan.to_json(), "report": report.to_json()}))
     return report
 
 
@@ -436,10 +436,18 @@ def _job_folder(
     found = find_unfinished(values, folder)
     if found is not None and resumes is not False:
         question = f"job {found.name} is the same and unfinished ({found.step}/{found.steps} steps)"
-        if resumes or (sys.stdin.isatty() and typer.confirm(f"{question}: continue it?")):
+        if resumes or _confirmed(f"{printable(question)}: continue it?"):
             return found.folder, True
-        print(f"note: {question}: penstock resume {found.folder}", file=sys.stderr)
+        warn(f"note: {question}: penstock resume {found.folder}")
     return folder or new_job_folder(), False
+
+
+def _confirmed(question: str) -> bool:
+    """Whether a person says yes; nobody there, or gone meanwhile, means no."""
+    try:
+        return asks_a_person() and typer.confirm(question)
+    except typer.Abort:
+        return False
 
 
 @contextmanager
@@ -471,6 +479,7 @@ def main() -> None:
     for library in ("DIFFUSERS", "TRANSFORMERS"):  # they set their own level when they are imported
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     prefer_pages(os.environ)
+    keep_going()
     app()
 
 

@@ -50,7 +50,7 @@ class Display:
     def show(self, event: Event) -> None:
         """Show one event."""
         if isinstance(event, Notice | Replanned):
-            self._console.print(f"note: {event.message}", style="yellow", highlight=False)
+            self._console.print(f"note: {event.message}", style="yellow")
         elif self._bars is not None:
             self._show_bar(self._bars, event)
         else:
@@ -75,7 +75,7 @@ class Display:
             line = f"{event.report.name}: {_summary(event.report)}"
         else:
             return
-        self._console.print(line, highlight=False, soft_wrap=True)
+        self._console.print(line, soft_wrap=True)
 
     def _facts(self, event: Advance) -> str:
         plan = self._plan
@@ -88,11 +88,11 @@ class Display:
 
 def _bars(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description:>8}"),
+        TextColumn("{task.description:>8}", markup=False),
         BarColumn(bar_width=24),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[facts]}"),
+        TextColumn("{task.fields[facts]}", markup=False),
         console=console,
     )
 
@@ -186,7 +186,11 @@ Show = Callable[[Event], None]
 @contextmanager
 def pack_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     """A bar of bytes that appears with the first call of what is given: (what, done, total)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+    )
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bars:
         tasks: list[TaskID] = []
 

@@ -31,18 +31,19 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from penstock.engine.bench.measure import Asked, measure, random_conditions
+from penstock.engine.bench.measure import Asked, measure
 from penstock.engine.bench.weights import write_synthetic
 from penstock.engine.engine import Engine
 from penstock.engine.families.wan import forward as dit
-from penstock.engine.model.files import Component
+from penstock.engine.model.component import Component
 from penstock.engine.request.generation import GenerationRequest
+from penstock.engine.run.pipeline import work_of
 from penstock.engine.run.sampling import Sampling
 from penstock.engine.run.stage import Stage
 from penstock.offload.layout import BlockLayout
 from penstock.offload.streamer import load_block
 from penstock.profiles.manifest import SCRATCH
-from penstock.profiles.profile import Overrides
+from penstock.profiles.options import Options
 
 LIMIT_BYTES = 3 << 30
 SIZE, FRAMES = 256, 5
@@ -122,9 +123,9 @@ def stream(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         vram=options.vram,
         ram=options.ram,
         device="cpu",
-        overrides=Overrides(chunk_tokens=str(CHUNK_TOKENS), disk_use="auto"),
+        options=Options(chunk_tokens=str(CHUNK_TOKENS), disk="auto"),
     ) as engine:
-        parameters = engine.model.transformer.source.parameters
+        parameters = engine.model.streamed.source.parameters
         started = time.perf_counter()
         result = measure(engine, Asked(request(), 0, options.name), sample_bytes=256 << 20)
         seconds = time.perf_counter() - started
@@ -156,20 +157,19 @@ def one_by_one(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         Engine.open(folder / "model", vram="64GiB", ram="64GiB", device="cpu") as engine,
         torch.no_grad(),
     ):
-        asked, component = request(), engine.model.transformer
+        asked, component = request(), engine.model.streamed
         plan = engine.plan(asked)
         stage = Stage(engine.run_of(asked, plan), lambda event: None, threading.Event())
         scratch_bytes = dict(plan["denoise"].work).get(SCRATCH, 0)
-        conditions, sampling = random_conditions(stage), Sampling(stage)
+        drawn, sampling = work_of(stage).drawn(stage), Sampling(stage)
         started = time.perf_counter()
         with stage.rest(component) as model, stage.model.scratch.held(scratch_bytes):
             sampler = sampling.resume()
-            text, image = conditions.texts[0], conditions.image
+            text, image, condition = drawn["texts"][0], drawn["image"], drawn["condition"]
             context = dit.prepare_context(model, text, image)
             step = dit.step_modulation(model, sampler.timesteps, component.dtype)[0]
             rope = dit.rope_tables(model, sampling.latents.shape[2:], stage.device)
-            assert conditions.condition is not None
-            whole = torch.cat([sampling.latents, conditions.condition], dim=1).to(component.dtype)
+            whole = torch.cat([sampling.latents, condition], dim=1).to(component.dtype)
             hidden = dit.embed(model, whole)
             kv = dit.SelfKV(hidden, model.config.num_attention_heads)
             for index in range(len(component.blocks)):

@@ -15,14 +15,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from penstock.profiles.cost.vae import (
+from penstock.engine.families.wan.cost.vae import (
     VaeWork,
     decode_bytes,
     decode_work,
     encode_bytes,
     encode_work,
 )
-from penstock.profiles.manifest import VaeSpec, Weights
+from penstock.engine.families.wan.spec import VaeSpec
+from penstock.profiles.manifest import Weights
 from penstock.profiles.tiling import TileGrid
 from penstock.units import format_bytes
 from tests.engine.families.wan.fake_vae import STEADY_LATENTS, FakeVae

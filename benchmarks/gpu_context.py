@@ -18,7 +18,6 @@ from penstock.engine.bench.result import BenchResult, Links
 from penstock.engine.bench.weights import write_synthetic
 from penstock.engine.engine import Engine
 from penstock.engine.request.generation import GenerationRequest
-from penstock.profiles.profile import Overrides
 from penstock.units import GIB, MIB
 
 LARGE_CONTEXT_BYTES = 800 * MIB
@@ -92,13 +91,13 @@ class Context:
         """Where everything is computed."""
         return torch.device(self.scale.device)
 
-    def engine(self, model: str, *, vram: int | None = None, **overrides: str) -> Engine:
+    def engine(self, model: str, *, vram: int | None = None, **named: str) -> Engine:
         """A model opened, under a budget or under what is free."""
         return Engine.open(
             self.folder / model,
             vram=vram,
             device=self.scale.device,
-            overrides=Overrides(**overrides),
+            **named,
         )
 
     def request(

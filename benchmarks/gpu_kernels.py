@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.gpu_context import Case, Context, finish
-from penstock.engine.families.wan.attention import attention, int8_attention
+from penstock.engine.attention.kernels import attention, int8_attention
 from penstock.quant.compute import Operands, strategy_for
 from penstock.quant.format import get_format
 from penstock.quant.paths import Computing, Scratch

@@ -24,7 +24,7 @@ from benchmarks.gpu_context import (
 )
 from penstock.engine.bench.measure import Asked, MeasuredStage, measure
 from penstock.engine.bench.result import BenchResult, Links
-from penstock.engine.run.pipeline import decode, encode_condition
+from penstock.engine.families.wan.work import decode, encode_condition
 from penstock.engine.run.sampling import Sampling
 from penstock.offload.allocator import allocator_capped
 from penstock.units import MIB

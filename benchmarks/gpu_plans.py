@@ -10,16 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from penstock.profiles.builtin import builtin
-from penstock.profiles.cost import transformer
-from penstock.profiles.denoising import CHUNKS
+from penstock.engine.families.wan.builtin import wan21_i2v_14b
+from penstock.engine.families.wan.cost import transformer
+from penstock.engine.families.wan.denoise_plan import CHUNKS
+from penstock.engine.families.wan.plan import Tiled
 from penstock.profiles.manifest import VideoShape
-from penstock.profiles.phases import CUDA_LIBRARY_BYTES, Case, Tiled, Workload
+from penstock.profiles.phases import CUDA_LIBRARY_BYTES, Case, Workload
 from penstock.profiles.plan import PhasePlan
 from penstock.profiles.policy import Limits, Policy
 from penstock.profiles.rates import Rates
 
-MODEL = builtin("wan2.1-i2v-14b", "int8")
+MODEL = wan21_i2v_14b("int8")
 SHAPE = VideoShape(1280, 720, 81)
 """The suite's large video."""
 

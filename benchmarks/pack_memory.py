@@ -21,9 +21,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from penstock.engine.families.wan.structure import tensor_shapes
+from penstock.engine.families.wan.kinds import KINDS
 from penstock.units import MIB, format_bytes, parse_bytes
-from tests.engine import test_inspect, test_pack_memory
+from tests.engine import test_inspect
+from tests.engine.packs import test_pack_memory
 
 
 def child(code: str, *arguments: str) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def inspected(folder: Path) -> dict[str, Any]:
 
 def packed(folder: Path, layers: int, wanted: str, ram_bytes: int) -> dict[str, Any]:
     """What packing takes beside the libraries."""
-    shapes = tensor_shapes("transformer", test_pack_memory.CONFIG | {"num_layers": layers})
+    shapes = KINDS["transformer"].shapes(test_pack_memory.CONFIG | {"num_layers": layers})
     path = test_inspect.write_sparse(
         folder / "x.safetensors", {name: ("F16", shape) for name, shape in shapes.items()}
     )

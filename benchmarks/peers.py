@@ -320,10 +320,10 @@ def inputs(options: argparse.Namespace) -> dict[str, Any]:
     """What every forward is given; the same values whatever the peer."""
     import torch
 
-    from penstock.engine.bench.weights import synthetic
+    from penstock.engine.bench.synthetic import synthetic
 
     width, height, frames = (int(part) for part in options.size.split("x"))
-    config = synthetic(options.name).transformer
+    config = synthetic(options.name).streamed
     draw = torch.Generator().manual_seed(SEED)
 
     def random(*shape: int) -> Any:
@@ -420,14 +420,14 @@ def streamed(host_resident: bool) -> Callable[[argparse.Namespace, Path], Any]:
         from dataclasses import replace
 
         from penstock.engine.engine import Engine
+        from penstock.profiles.options import Options
         from penstock.profiles.plan import StreamPlan
-        from penstock.profiles.profile import Overrides
 
-        overrides = Overrides(chunk_tokens=str(CHUNK_TOKENS), cross_kv="vram")
-        with Engine.open(folder / "model", device=options.device, overrides=overrides) as engine:
+        named = Options(device=options.device, chunk_tokens=str(CHUNK_TOKENS), cross_kv="vram")
+        with Engine.open(folder / "model", options=named) as engine:
             request = asked(options)
             plan = engine.plan(request)
-            count = len(engine.model.transformer.blocks)
+            count = len(engine.model.streamed.blocks)
             places = StreamPlan(count, 0, count, 2, 0) if host_resident else StreamPlan(
                 count, 0, 0, 2, 2
             )  # fmt: skip
@@ -459,22 +459,22 @@ def asked(options: argparse.Namespace) -> Any:
 def forwards(
     engine: Any, request: Any, plan: Any, options: argparse.Namespace
 ) -> Generator[Any, None, None]:
-    """A forward each time it is asked for, as `penstock.engine.run.pipeline.denoise` does it; what
-    the prompt decides is computed in the first."""
+    """A forward each time it is asked for, as `penstock.engine.families.wan.work.denoise` does it;
+    what the prompt decides is computed in the first."""
     import threading
 
     import torch
 
     from penstock.engine.bench.measure import MeasuredStage
     from penstock.engine.families.wan import forward as dit
+    from penstock.engine.families.wan.work import Forward as Streamed
+    from penstock.engine.families.wan.work import prepare
     from penstock.engine.run.keeper import Conditions
-    from penstock.engine.run.pipeline import Forward as Streamed
-    from penstock.engine.run.pipeline import prepare
 
     device = torch.device(options.device)
     stage = MeasuredStage(engine.run_of(request, plan), lambda event: None, threading.Event())
     given = inputs(options)
-    component, latents = engine.model.transformer, given["hidden_states"]
+    component, latents = engine.model.streamed, given["hidden_states"]
     conditions = Conditions(
         (given["encoder_hidden_states"],), given["encoder_hidden_states_image"], None
     )

@@ -25,10 +25,12 @@ from typing import Any
 import torch
 
 from penstock.cli.plan_view import clock
-from penstock.engine.files.locate import Files
-from penstock.engine.planning import Asked, Target, make_plan
+from penstock.engine.prepared import Prepared, machine_of
+from penstock.engine.request.generation import workload_of
+from penstock.engine.request.settings import Settings, resolve
 from penstock.errors import OverBudget
 from penstock.profiles.manifest import VideoShape
+from penstock.profiles.options import Options
 from penstock.profiles.plan import Plan
 from penstock.profiles.tiling import TileGrid
 from penstock.units import GIB
@@ -106,17 +108,19 @@ def cards(known: Sequence[tuple[str, str]] = CARDS) -> list[dict[str, Any]]:
     """One row a way, card and size, of cards and their profiles."""
     return [
         {"way": way, "card": card, "profile": profile, "size": size}
-        | row(size, Target(card=card, profile=profile, ram="32GiB", **WAYS[way]))
+        | row(size, card, Options(profile=profile, ram="32GiB", **WAYS[way]))
         for way, (card, profile), size in itertools.product(WAYS, known, true.SIZES)
     ]
 
 
-def row(size: str, target: Target) -> dict[str, Any]:
+def row(size: str, card: str, options: Options) -> dict[str, Any]:
     """What a plan says; for a video that does not fit, how much VRAM it takes at the least."""
     width, height, frames = true.SIZES[size]
-    asked = Asked(size=f"{width}x{height}", frames=frames)
+    settings = Settings(prompt="a plan", size=f"{width}x{height}", frames=frames)
+    options, machine = machine_of(options, card, None)
+    prepared = Prepared.open(synthetic="wan2.1-i2v-14b", options=options, machine=machine)
     try:
-        plan = make_plan(None, Files(), "wan2.1-i2v-14b", asked, target)
+        plan = prepared.plan(workload_of(resolve(settings, prepared.about), kept=True))
     except OverBudget as error:
         return {"needs_gib": round(error.need_bytes / GIB, 2)}
     denoise = plan["denoise"]

@@ -191,7 +191,7 @@ class Runs:
             return Files()
         if name in (*WRITTEN_BY_GGUF, *K_QUANTS):
             return Files(transformer=self._gguf(name))
-        use = FirstUse.of(locate(self._model).transformer, name, self._kept.work)
+        use = FirstUse.of(locate(self._model).streamed, name, self._kept.work)
         if not use.is_made:
             use.make(GIB, lambda nbytes: None)
         return Files(transformer=use.folder / "transformer")
@@ -216,7 +216,7 @@ class Runs:
         return path
 
     def _facts(self, way: Way, engine: Engine) -> dict[str, Any]:
-        found, component = outputs(engine), engine.model.transformer
+        found, component = outputs(engine), engine.model.streamed
         if self._reference is None:
             if way.format == REFERENCE:
                 self._reference = found

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from penstock.engine.engine import Engine
-from penstock.engine.model.files import Component
+from penstock.engine.model.component import Component
 from penstock.offload.layout import BlockLayout
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.streamer import load_block
@@ -33,7 +33,7 @@ class Outputs:
 
 def outputs(engine: Engine) -> Outputs:
     """Apply each matrix and each block of the transformer to fixed inputs."""
-    component, storage = engine.model.transformer, engine.model.manifest.transformer
+    component, storage = engine.model.streamed, engine.model.manifest.transformer
     parts = (storage.storage, storage.context_storage or storage.storage)
     layers: list[Tensor] = []
     updates = []

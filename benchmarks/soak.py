@@ -31,10 +31,10 @@ from penstock.engine.run.events import Event, Progress
 from penstock.engine.run.pipeline import run
 from penstock.engine.run.report import PhaseReport
 from penstock.engine.run.stage import Run
-from penstock.profiles.ahead import without_reading_ahead
 from penstock.profiles.plan import Plan, StreamPlan
 from penstock.profiles.planner import minimum_vram_bytes
 from penstock.profiles.planner import plan as make_plan
+from penstock.profiles.prefetch import without_prefetch
 from penstock.units import MIB
 
 RSS_GROWTH_BYTES = 4 * MIB
@@ -119,7 +119,7 @@ def _tight(engine: Engine, request: GenerationRequest) -> Plan:
     denoise = plan["denoise"]
     assert denoise.stream is not None
     stream = StreamPlan(denoise.stream.n_blocks, 0, 1, device_slots=1, host_slabs=1)
-    return without_reading_ahead(plan).with_phases((replace(denoise, stream=stream),))
+    return without_prefetch(plan, manifest.prefetch).with_phases((replace(denoise, stream=stream),))
 
 
 def _sample(process: Any, event: Progress) -> Sample:

@@ -8,10 +8,13 @@ from typing import Annotated
 
 import typer
 
-from penstock.cli.files import Attention, Debug, Json, reported
+from penstock.cli.files import Debug, Json, reported
+from penstock.cli.options import NOTHING, with_options
 from penstock.cli.terminal import Screen, say
+from penstock.profiles.options import Options
 
 
+@with_options(format="Of the blocks; a synthetic model's is int8 by default.")
 def bench(
     model: Annotated[str | None, typer.Option(help="A model, as generate takes it.")] = None,
     synthetic: Annotated[
@@ -21,19 +24,13 @@ def bench(
     blocks: Annotated[
         int | None, typer.Option(help="Its blocks (as many as disk and --minutes allow).")
     ] = None,
-    format: Annotated[
-        str | None, typer.Option(help="Of the blocks; a synthetic model's is int8 by default.")
-    ] = None,
     width: Annotated[int, typer.Option(help="Pixels.")] = 832,
     height: Annotated[int, typer.Option(help="Pixels.")] = 480,
     frames: Annotated[int, typer.Option(help="Frames, 4n+1.")] = 81,
     steps: Annotated[int, typer.Option(help="Denoising steps that count.")] = 3,
     warmup: Annotated[int, typer.Option(help="Steps before them that do not.")] = 1,
     cfg: Annotated[float, typer.Option(help="Guidance scale; 1 is off: one pass a step.")] = 5.0,
-    vram: Annotated[str | None, typer.Option(help='Ceiling on VRAM, such as "12GiB".')] = None,
-    ram: Annotated[str | None, typer.Option(help="Ceiling on host memory.")] = None,
-    profile: Annotated[str, typer.Option(help="A profile's name, or a .toml file.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    options: Options = NOTHING,
     folder: Annotated[
         Path | None, typer.Option(help="Where a synthetic model is made (and removed again).")
     ] = None,
@@ -43,10 +40,6 @@ def bench(
     whole: Annotated[
         bool, typer.Option("--whole", help="Every phase of a job, not denoising alone.")
     ] = False,
-    compute: Annotated[
-        str | None, typer.Option(help="exact, or fast (8-bit products where they work).")
-    ] = None,
-    attention: Attention = None,
     save: Annotated[Path | None, typer.Option(help="Keep the result in this file.")] = None,
     compare: Annotated[Path | None, typer.Option(help="Hold it against a kept one.")] = None,
     percent: Annotated[float, typer.Option(help="Worse by more than this counts, if also")] = 5.0,
@@ -70,8 +63,8 @@ def bench(
 
     with reported(debug):
         order = Order(
-            model, synthetic, blocks, format, width, height, frames, steps, warmup, cfg,
-            vram, ram, profile, device, folder, minutes, whole, compute, attention,
+            model, synthetic, blocks, width, height, frames, steps, warmup, cfg,
+            folder, minutes, whole, options,
         )  # fmt: skip
         thresholds = Thresholds(percent, seconds, parse_bytes(peak))
         if sweep is not None:

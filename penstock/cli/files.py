@@ -29,9 +29,6 @@ Model = Annotated[
 Tokenizer = Annotated[
     Path | None, typer.Option(help="A tokenizer's folder or SentencePiece model.")
 ]
-Attention = Annotated[
-    str | None, typer.Option(help="sdpa, or int8 (self-attention in 8 bits where it works).")
-]
 Loras = Annotated[
     list[str] | None,
     typer.Option("--lora", metavar="FILE[:STRENGTH]", help="A LoRA; may be given several times."),

@@ -18,7 +18,6 @@ import typer
 from penstock._version import __version__
 from penstock.cli.bench import bench
 from penstock.cli.files import (
-    Attention,
     Loras,
     Model,
     Part,
@@ -29,7 +28,9 @@ from penstock.cli.files import (
     reported,
     verify,
 )
+from penstock.cli.options import NOTHING, with_options
 from penstock.cli.terminal import Screen, asks_a_person, keep_going, printable, say, warn
+from penstock.profiles.options import Options
 
 app = typer.Typer(
     name="penstock",
@@ -58,16 +59,6 @@ class SamplerName(str, Enum):
 
 Json = Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-Vram = Annotated[str | None, typer.Option(help='Ceiling on VRAM, such as "12GiB".')]
-Ram = Annotated[str | None, typer.Option(help="Ceiling on host memory for weights and frames.")]
-Device = Annotated[str, typer.Option(help="auto, cuda or cpu.")]
-Profile = Annotated[str, typer.Option(help="A profile's name, or the path of a .toml file.")]
-Compute = Annotated[
-    str | None, typer.Option(help="exact, or fast (8-bit products where they work).")
-]
-Format = Annotated[
-    str | None, typer.Option(help="Of the transformer's matrices, such as int8 (as stored).")
-]
 Distilled = Annotated[
     bool,
     typer.Option(
@@ -97,6 +88,7 @@ def main_options(
 
 
 @app.command()
+@with_options()
 def generate(
     prompt: Annotated[str, typer.Option(help="What should happen.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The mp4 to write.")],
@@ -121,13 +113,7 @@ def generate(
     distilled: Distilled = False,
     fps: Annotated[int | None, typer.Option(help="Frames a second of the file (16).")] = None,
     lora: Loras = None,
-    vram: Vram = None,
-    ram: Ram = None,
-    device: Device = "auto",
-    profile: Profile = "auto",
-    format: Format = None,
-    compute: Compute = None,
-    attention: Attention = None,
+    options: Options = NOTHING,
     force: Force = False,
     no_metadata: Annotated[
         bool, typer.Option("--no-metadata", help="Leave prompt and settings out of the file.")
@@ -149,10 +135,7 @@ def generate(
     from penstock.engine.request.settings import Settings
 
     files = Files(transformer, text_encoder, vae, image_encoder, tokenizer)
-    opening = {
-        "files": files, "vram": vram, "ram": ram, "device": device, "profile": profile,
-        "format": format, "compute": compute, "attention": attention, "loras": lora or [],
-    }  # fmt: skip
+    opening = {"files": files, "loras": lora or [], "options": options}
     settings = Settings(
         prompt=prompt,
         image=image,
@@ -176,6 +159,10 @@ def generate(
 
 
 @app.command()
+@with_options(
+    ("vram", "ram", "device", "profile"),
+    profile="In the place of the job's own; its budgets count again.",
+)
 def resume(
     job: Annotated[
         str | None, typer.Argument(help="Folder, or name of a job; the only unfinished one.")
@@ -184,9 +171,7 @@ def resume(
         Path | None, typer.Option("--output", "-o", help="The mp4 to write instead.")
     ] = None,
     lora: Loras = None,
-    vram: Vram = None,
-    ram: Ram = None,
-    device: Device = "auto",
+    options: Options = NOTHING,
     allow_nonidentical: Annotated[
         bool, typer.Option(help="Go on where the result will not be the same to the bit.")
     ] = False,
@@ -196,12 +181,11 @@ def resume(
 ) -> None:
     """Continue a job that was stopped, failed or killed."""
     from penstock.engine.engine import Engine
-    from penstock.engine.run.jobs import find_job, launch_settings
+    from penstock.engine.run.jobs import find_job, opening_of
 
     with reported(debug):
         folder = find_job(job)
-        launch = launch_settings(folder, vram=vram, ram=ram, device=device, loras=lora or [])
-        with Engine.open(launch.model, **launch.options) as engine:
+        with Engine.reopen(opening_of(folder, options, lora or [])) as engine:
             running = engine.resume(
                 folder, output, force=force, allow_nonidentical=allow_nonidentical
             )
@@ -244,15 +228,14 @@ def remove(
 
 
 @app.command()
+@with_options()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="The mp4 to write.")] = Path(
         "demo.mp4"
     ),
     prompt: Annotated[str | None, typer.Option(help="What should happen.")] = None,
     image: Annotated[Path | None, typer.Option(help="The picture to start from.")] = None,
-    vram: Vram = None,
-    ram: Ram = None,
-    device: Device = "auto",
+    options: Options = NOTHING,
     force: Force = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -265,15 +248,14 @@ def demo(
     with reported(debug):
         sheet = sheet_beside(output, overwrite=force)
         check_no_input(sheet, [] if image is None else [image])
-        opening = {"vram": vram, "ram": ram, "device": device}
-        report = _generate(
-            MINI, opening, demo_settings(prompt, image), output, force, True, as_json
-        )
+        settings, opening = demo_settings(prompt, image), {"options": options}
+        report = _generate(MINI, opening, settings, output, force, True, as_json)
         write_contact_sheet(Path(report.output), sheet, scale=2)
         Screen(stderr=True).print(f"its frames: {sheet}", soft_wrap=True)
 
 
 @app.command()
+@with_options(ram="Ceiling on RAM; with --card, that machine's memory.")
 def plan(
     model: Model = None,
     transformer: Part = None,
@@ -292,38 +274,38 @@ def plan(
     cfg: Annotated[float | None, typer.Option(help="Guidance scale (5); 1 is off.")] = None,
     distilled: Distilled = False,
     lora: Loras = None,
-    vram: Vram = None,
-    ram: Annotated[
-        str | None, typer.Option(help="Ceiling on RAM; with --card, that machine's memory.")
-    ] = None,
-    device: Device = "auto",
-    profile: Profile = "auto",
+    options: Options = NOTHING,
     card: Annotated[
         str | None, typer.Option(help='Plan for another machine, such as "RTX 3060 12GB".')
     ] = None,
     disk: Annotated[
         str | None, typer.Option(help="Its disk: nvme5, nvme4, nvme3, sata, hdd, or 3.5GB/s.")
     ] = None,
-    format: Format = None,
-    compute: Compute = None,
-    attention: Attention = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Say what a video will take, in bytes and seconds, without loading anything."""
     from penstock.cli.plan_view import plan_view
     from penstock.engine.files.locate import Files
-    from penstock.engine.planning import Asked, Target, make_plan
+    from penstock.engine.prepared import Prepared, machine_of
+    from penstock.engine.request.generation import workload_of
+    from penstock.engine.request.settings import Settings, resolve
 
+    settings = Settings(
+        prompt="a plan", image=image, size=size, max_area=max_area, frames=frames, steps=steps,
+        guidance_scale=cfg, distilled=distilled,
+    )  # fmt: skip
     with reported(debug):
-        found = make_plan(
+        options, machine = machine_of(options, card, disk)
+        prepared = Prepared.open(
             model,
-            Files(transformer, text_encoder, vae, image_encoder, tokenizer),
-            synthetic,
-            Asked(size, max_area, frames, steps, cfg, image, distilled),
-            Target(device, card, ram, disk, vram, profile, format, compute, attention),
-            lora or [],
+            files=Files(transformer, text_encoder, vae, image_encoder, tokenizer),
+            loras=lora or [],
+            options=options,
+            synthetic=synthetic,
+            machine=machine,
         )
+        found = prepared.plan(workload_of(resolve(settings, prepared.about), kept=True))
     if as_json:
         say(json.dumps(found.to_json()))
     else:
@@ -356,7 +338,7 @@ def profiles_show(name: Annotated[str, typer.Argument(help="A name, or a file.")
 
 @app.command()
 def doctor(
-    device: Device = "auto",
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
     folder: Annotated[Path | None, typer.Option(help="On the disk that the models are on.")] = None,
     as_json: Json = False,
     debug: Debug = False,

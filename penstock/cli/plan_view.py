@@ -122,19 +122,12 @@ def profile_view(profile: Profile) -> Table:
     table = Table(title=f"profile {profile.name}: {profile.summary}", title_justify="left")
     for heading in ("value", "is", "from"):
         table.add_column(heading)
-    policy = profile.policy
     rows: list[tuple[str, object]] = [
         ("vram", _ceiling(profile.vram_bytes)),
         ("ram", _ceiling(profile.ram_bytes)),
         ("pinned_share", profile.pinned_share),
         ("formats", ", ".join(profile.formats)),
-        ("branches", policy.branches or "auto"),
-        ("chunk_tokens", policy.chunk_tokens or "auto"),
-        ("tiles", "auto" if policy.tiles is None else "x".join(map(str, policy.tiles))),
-        ("cross_kv", policy.cross_kv),
-        ("compute", policy.compute),
-        ("disk", policy.disk),
-        ("attention", policy.attention),
+        *profile.policy.words().items(),
     ]
     for name, value in rows:
         table.add_row(name, str(value), str(profile.path) if name in profile.given else "default")

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 
@@ -15,6 +14,7 @@ from penstock.engine.files.locate import Files
 from penstock.engine.lora.file import Lora
 from penstock.engine.media.claim import OutputClaim
 from penstock.engine.media.video import check_no_input, check_output
+from penstock.engine.model.opening import Opening
 from penstock.engine.prepared import Prepared
 from penstock.engine.request.generation import GenerationRequest, workload_of
 from penstock.engine.run.job import Job
@@ -39,10 +39,10 @@ from penstock.engine.run.stored import (
 from penstock.engine.store.journal import Journal
 from penstock.offload.tiers import release_cached
 from penstock.profiles.hardware import Hardware
+from penstock.profiles.options import Options
 from penstock.profiles.phases import Workload
 from penstock.profiles.plan import Plan
 from penstock.profiles.planner import smaller
-from penstock.profiles.profile import AUTO, Overrides
 
 
 class Engine:
@@ -73,16 +73,10 @@ class Engine:
         *,
         files: Files | None = None,
         loras: Sequence[Lora | str | Path] = (),
-        format: str | None = None,
-        compute: str | None = None,
-        attention: str | None = None,
-        vram: str | int | None = None,
-        ram: str | int | None = None,
-        device: str = "auto",
-        profile: str = AUTO,
-        overrides: Overrides | None = None,
+        options: Options | None = None,
         overlapped: bool = True,
         cache: Path | None = None,
+        **named: str | int | None,
     ) -> Engine:
         """Open a model; reads headers only.
 
@@ -91,30 +85,34 @@ class Engine:
                 if ``files`` names every part.
             files: parts given by themselves; they win over what ``model`` holds.
             loras: applied beside the transformer's weights: `Lora`, or "FILE" or "FILE:STRENGTH".
-            format: of the transformer's matrices (`penstock.quant.format.FORMATS`); None: the
-                profile's, or as they are stored. Where the files hold another, the first job packs
-                the transformer into ``cache``, and it is read from there.
-            compute: "exact" decodes quantised weights, "fast" multiplies in 8 bits where the format
-                allows it and the device has just shown that it can; None: the profile's.
-            attention: "sdpa", or "int8" for self-attention in 8 bits where comfy-kitchen is
-                installed and the device has just shown that it can; None: the profile's.
-            vram, ram: ceilings, such as "12GiB" or bytes; None takes the profile's.
-            device: "cuda", "cpu" or "auto" (CUDA where there is one).
-            profile: a profile's name or the path of its file.
-            overrides: what else wins over the profile.
+            options: budgets, device, profile, format and the rest of
+                `penstock.profiles.options.Options`.
             overlapped: stream ahead of the computation; False is the sequential reference.
             cache: where packs are kept; None: `penstock.engine.packs.cache.cache_folder`.
+            named: options by their names: ``vram="12GiB"`` is ``options=Options(vram="12GiB")``.
 
         Raises:
             CheckpointError: the folder is not a model that penstock runs.
-            UsageError: an illegal size, device, profile, format or way to compute or to attend.
+            UsageError: an unknown option, an illegal one, or one that is given twice.
         """
-        prepared = Prepared.open(
-            model, files=files, loras=loras, format=format, compute=compute,
-            attention=attention, vram=vram, ram=ram, device=device, profile=profile,
-            overrides=overrides, cache=cache,
-        )  # fmt: skip
+        options = (options or Options()).named(named)
+        prepared = Prepared.open(model, files=files, loras=loras, options=options, cache=cache)
         return cls(prepared, overlapped=overlapped)
+
+    @classmethod
+    def reopen(
+        cls, opening: Opening, *, overlapped: bool = True, cache: Path | None = None
+    ) -> Engine:
+        """Open a model as it was opened before (`penstock.engine.run.jobs.opening_of` a job).
+
+        Args:
+            opening: the model, its parts, its LoRAs and the options.
+            overlapped, cache: as for :meth:`open`.
+
+        Raises:
+            CheckpointError, UsageError: as for :meth:`open`.
+        """
+        return cls(Prepared.reopen(opening, cache=cache), overlapped=overlapped)
 
     def plan(self, request: GenerationRequest, *, kept: bool = False) -> Plan:
         """What the request will take. Pure arithmetic over headers: nothing is loaded.
@@ -138,7 +136,7 @@ class Engine:
         Raises:
             OverBudget: no plan fits the budgets; names a profile or a request that does.
         """
-        return self._prepared.plan_workload(workload)
+        return self._prepared.plan(workload)
 
     def submit(
         self,
@@ -185,9 +183,7 @@ class Engine:
                 return self._start(request, plan, order, Keeper(claim), hooks)
             numerics = self._variants.numerics(plan.weight_format)
             now = conditions_now(self.model, self._device, numerics)
-            journal, request = begin(
-                Path(job_dir), self.model, request, plan, now, order, self._budgets()
-            )
+            journal, request = begin(Path(job_dir), self.model, request, plan, now, order)
             return self._start(request, plan, order, JournalKeeper(journal, claim), hooks)
         except BaseException:
             if claim is not None:
@@ -291,7 +287,7 @@ class Engine:
             steers=hooks.on_step is not None,
             allow_nonidentical=allow_nonidentical,
         )
-        journal.mark("running", plan=plan.to_json(), error=None, **order.facts(), **self._budgets())
+        journal.mark("running", plan=plan.to_json(), error=None, **order.facts())
         keeper = JournalKeeper(journal, claim)
         return self._start(request, plan, order, keeper, hooks, (how, *notices))
 
@@ -301,7 +297,12 @@ class Engine:
         too_large = plan.peak_vram_bytes > vram_bytes or plan.peak_ram_bytes > ram_bytes
         if too_large or plan.attention != self.chosen.policy.attention:
             return self.plan(request, kept=True)
-        return replace(plan, vram_limit_bytes=vram_bytes, ram_limit_bytes=ram_bytes)
+        return replace(
+            plan,
+            vram_limit_bytes=vram_bytes,
+            ram_limit_bytes=ram_bytes,
+            options=self.chosen.options,
+        )
 
     def _start(
         self,
@@ -363,14 +364,6 @@ class Engine:
     @property
     def _device(self) -> torch.device:
         return torch.device(self.hardware.place)
-
-    def _budgets(self) -> dict[str, Any]:
-        hardware = self.hardware
-        return {
-            "vram_bytes": hardware.vram_bytes,
-            "ram_bytes": hardware.ram_bytes,
-            "device": hardware.device,
-        }
 
     def unload(self) -> None:
         """Give all VRAM and pinned memory back to the system; the next job loads again.

@@ -9,8 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from penstock.engine.files.keys import COMPONENTS, ComponentSource
-from penstock.engine.files.locate import ModelSource, locate, open_component, read_object
+from penstock.engine.files.keys import ComponentSource
+from penstock.engine.files.locate import (
+    COMPONENTS,
+    ModelSource,
+    locate,
+    open_component,
+    read_object,
+)
 from penstock.engine.lora.inspect import LoraInspection, describe_lora, holds_lora
 from penstock.errors import PenstockError
 from penstock.units import format_bytes
@@ -169,7 +175,7 @@ def describe(source: ComponentSource, arguments: tuple[str, ...] = ()) -> Inspec
     return Inspection(
         path=source.raw.path,
         component=source.component,
-        family=source.family,
+        family=source.title,
         naming=source.naming,
         format=source.label(),
         parameters=source.parameters,

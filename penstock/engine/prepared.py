@@ -1,128 +1,258 @@
-"""A model opened under a budget: what it takes is known, and nothing of it is loaded.
+"""The one door to a plan: a model and the options it runs under, on this machine or on another.
 
-All of it comes from headers and configs. torch is imported only where the device must be asked: it
-may be a GPU, or shall multiply in 8 bits. So a plan is given, and a request refused, at once.
+The model is a folder's or files' headers, or a built-in description without any file. What a job
+takes is known here, and nothing of it is loaded. torch is imported only where the device must be
+asked: it may be a GPU, or shall compute in 8 bits. So a plan is given, and a request refused, at
+once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from penstock.engine.families.wan.attending import attending_on
+from penstock.engine.attention.choice import attending_on
+from penstock.engine.family.protocol import builtin
 from penstock.engine.files.locate import Files
 from penstock.engine.lora.file import Lora, as_loras
 from penstock.engine.model.files import ModelFiles
+from penstock.engine.model.grid import Grid
+from penstock.engine.model.opening import Opening
 from penstock.engine.request.generation import GenerationRequest, check_task, workload_of
+from penstock.engine.request.settings import Suited
 from penstock.engine.variants import Variants, computing_on
 from penstock.errors import UsageError
+from penstock.profiles.advice import plan_chosen
+from penstock.profiles.cards import described
 from penstock.profiles.hardware import Hardware, default_device, probe
-from penstock.profiles.phases import Workload
+from penstock.profiles.options import Options
+from penstock.profiles.phases import Manifest, Workload
 from penstock.profiles.plan import Plan
-from penstock.profiles.profile import AUTO, Chosen, Overrides, choose, load
+from penstock.profiles.policy import AUTO
+from penstock.profiles.profile import Chosen, choose, load
+from penstock.quant.paths import Computing, Scratch
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A built-in description in the place of a model's files: it is planned, and never run.
+
+    Attributes:
+        name: as `penstock.engine.family.protocol.builtin` has it.
+        chosen: budgets, policy and formats.
+        grid: the sizes that the model can represent.
+    """
+
+    name: str
+    chosen: Chosen
+    grid: Grid = Grid()
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """Of requests: none, so that the official ones count."""
+        return {}
+
+    @property
+    def origin(self) -> str:
+        """For messages."""
+        return f"the built-in {self.name}"
+
+    @property
+    def image_to_video(self) -> bool:
+        """Whether a conditioning picture is needed."""
+        return self.manifest(self.chosen.formats[0]).image_to_video
+
+    def manifest(self, weight_format: str) -> Manifest:
+        """The model with its block matrices in that format.
+
+        Raises:
+            ProfileError: no such model, or no such format.
+        """
+        return builtin(self.name, weight_format)
+
+    def plan(self, workload: Workload) -> Plan:
+        """The plan in the first format that fits.
+
+        Raises:
+            OverBudget: no plan fits the budgets.
+        """
+        return plan_chosen(self.manifest, workload, self.chosen)
 
 
 class Prepared:
-    """A Wan2.1 model and the budgets and policy it will run under.
+    """A model, and the budgets and policy it is planned under. Made by :meth:`open`.
 
     Args:
-        model: opened by its headers.
-        hardware: the machine.
-        chosen: budgets, policy and formats; None: those of the profile "auto".
-        cache: where packs are kept; None: `penstock.engine.packs.cache.cache_folder`.
+        plans: the model in the formats it may run in, or a description of one.
+        chosen: budgets, policy, formats and options.
+        notices: what is to be said of the device's 8-bit products and attention.
 
     Attributes:
-        chosen: as given, or chosen.
-        variants: the model in the formats it may run in.
-        model: as its files hold it.
-        notices: what is to be said of the device's 8-bit products and attention.
+        chosen, notices: as given.
+        about: what `penstock.engine.request.settings.resolve` needs to know of the model.
     """
 
     def __init__(
-        self,
-        model: ModelFiles,
-        hardware: Hardware,
-        chosen: Chosen | None = None,
-        cache: Path | None = None,
+        self, plans: Variants | BuiltIn, chosen: Chosen, notices: tuple[str, ...] = ()
     ) -> None:
-        chosen = chosen or choose(load(AUTO), Overrides(), hardware)
-        device, mode = chosen.hardware.place, chosen.policy.compute
-        computing, products = computing_on(device, mode)
-        spec, tag = model.manifest.transformer, model.transformer.tag
-        self.chosen, attention = attending_on(chosen, spec, tag)
-        self.notices = (*products, *attention)
-        self.variants = Variants(model, self.chosen, computing, cache)
-        self.model = self.variants.stored
+        self._plans, self.chosen, self.notices = plans, chosen, notices
+        self.about: Suited = plans.stored if isinstance(plans, Variants) else plans
 
     @classmethod
     def open(
         cls,
-        model: str | Path | None,
+        model: str | Path | None = None,
         *,
         files: Files | None = None,
         loras: Sequence[Lora | str | Path] = (),
-        format: str | None = None,
-        compute: str | None = None,
-        attention: str | None = None,
-        vram: str | int | None = None,
-        ram: str | int | None = None,
-        device: str = "auto",
-        profile: str = AUTO,
-        overrides: Overrides | None = None,
+        options: Options | None = None,
+        synthetic: str | None = None,
+        machine: Hardware | None = None,
         cache: Path | None = None,
+        **named: str | int | None,
     ) -> Prepared:
         """Open a model; reads headers only.
 
         Args:
-            As `penstock.engine.engine.Engine.open`.
+            model, files, loras, options, named: as `penstock.engine.engine.Engine.open`.
+            synthetic: the name of a built-in description, in the place of a model.
+            machine: another one than this, as `machine_of` describes it: nothing of it is tried.
+            cache: where packs are kept; None: `penstock.engine.packs.cache.cache_folder`.
+
+        Raises:
+            As `penstock.engine.engine.Engine.open`; UsageError: neither a model nor a description,
+            or both.
+        """
+        options, files = (options or Options()).named(named), files or Files()
+        has_files = model is not None or files != Files()
+        if has_files == (synthetic is not None):
+            raise UsageError(
+                "a plan needs a model",
+                expected="--model MODEL or, to plan only, --synthetic NAME",
+                found="both" if has_files else "neither",
+            )
+        if synthetic is None:
+            name = None if model is None else str(model)
+            opening = Opening(name, files, as_loras(loras), options)
+            return cls.reopen(opening, machine=machine, cache=cache)
+        if loras:
+            raise UsageError(
+                "a LoRA is checked against a model's files", expected="--model", found="--synthetic"
+            )
+        return cls._of_description(synthetic, _chosen(options, machine), here=machine is None)
+
+    @classmethod
+    def reopen(
+        cls, opening: Opening, *, machine: Hardware | None = None, cache: Path | None = None
+    ) -> Prepared:
+        """Open a model's files as ``opening`` says.
+
+        Args:
+            opening: the model, its parts, its LoRAs and the options.
+            machine, cache: as for :meth:`open`.
 
         Raises:
             As `penstock.engine.engine.Engine.open`.
         """
-        base = overrides or Overrides()
-        flags = replace(
-            base,
-            vram=vram,
-            ram=ram,
-            format=format or base.format,
-            compute=compute or base.compute,
-            attention=attention or base.attention,
-        )
-        hardware = probe(_device_type(device))
-        chosen = choose(load(profile), flags, hardware)
-        return cls(ModelFiles.open(model, files, as_loras(loras)), hardware, chosen, cache)
+        chosen = _chosen(opening.options, machine)
+        model = ModelFiles.open(opening.model, opening.files, opening.loras)
+        model = replace(model, opening=replace(opening, options=chosen.options))
+        if machine is not None:
+            computing = Computing(Scratch(0, chosen.hardware.place))
+            return cls(Variants(model, chosen, computing, cache, described=True), chosen)
+        computing, products = computing_on(chosen.hardware.place, chosen.policy.compute)
+        heads, tag = model.manifest.heads, model.streamed.tag
+        chosen, attention = attending_on(chosen, heads, tag)
+        return cls(Variants(model, chosen, computing, cache), chosen, (*products, *attention))
+
+    @classmethod
+    def _of_description(cls, name: str, chosen: Chosen, *, here: bool) -> Prepared:
+        notices: tuple[str, ...] = ()
+        if here:
+            heads = builtin(name, chosen.formats[0]).heads
+            chosen, notices = attending_on(chosen, heads)
+        return cls(BuiltIn(name, chosen), chosen, notices)
+
+    @property
+    def variants(self) -> Variants:
+        """The model in the formats it may run in.
+
+        Raises:
+            UsageError: it is a description only.
+        """
+        if isinstance(self._plans, BuiltIn):
+            raise UsageError(
+                f"{self._plans.origin} has no weights", expected="a model's files to run"
+            )
+        return self._plans
+
+    @property
+    def model(self) -> ModelFiles:
+        """The model as its files hold it.
+
+        Raises:
+            UsageError: it is a description only.
+        """
+        return self.variants.stored
 
     @property
     def hardware(self) -> Hardware:
         """What is planned for: the device, its budgets and its rates."""
         return self.chosen.hardware
 
-    def plan(self, request: GenerationRequest, *, kept: bool = False) -> Plan:
-        """As `penstock.engine.engine.Engine.plan`.
+    def plan(self, asked: GenerationRequest | Workload, *, kept: bool = False) -> Plan:
+        """What a job takes: of a request, which must suit the model, or of a shape, whatever it
+        shows.
 
-        Raises:
-            OverBudget: no plan fits the budgets.
-            RequestError: the request does not suit the model.
-        """
-        check_task(request, image_to_video=self.model.image_to_video)
-        return self.plan_workload(workload_of(request, kept=kept))
-
-    def plan_workload(self, workload: Workload) -> Plan:
-        """As `penstock.engine.engine.Engine.plan_workload`.
+        Args:
+            asked: the request or the shape.
+            kept: for a request: the job is kept in a folder while it runs (a `Workload` says so).
 
         Raises:
             OverBudget: no plan fits the budgets; names a profile or a request that does.
+            RequestError: the request does not suit the model.
         """
-        found = self.variants.plan(workload)
-        return replace(found, origins=found.origins + self.model.loras.origins())
+        if isinstance(asked, GenerationRequest):
+            check_task(asked, image_to_video=self.about.image_to_video)
+            asked = workload_of(asked, kept=kept)
+        return self._plans.plan(asked)
+
+
+def machine_of(
+    options: Options, card: str | None, disk: str | None
+) -> tuple[Options, Hardware | None]:
+    """The machine that a plan is for: None is this one; and the options that are left for it.
+
+    Args:
+        options: their ``ram`` is with ``card`` the memory of its machine, and then no ceiling.
+        card: a known card, or None.
+        disk: of that machine; only with a card.
+
+    Raises:
+        UsageError: a disk without a card; ProfileError: a card or a disk that is unknown.
+    """
+    if card is not None:
+        ram = None if options.ram is None else str(options.ram)
+        return replace(options, ram=None), described(card, ram, disk)
+    if disk is not None:
+        raise UsageError(
+            "--disk describes a machine that is not there",
+            expected="--card as well",
+            remedy="penstock doctor measures this machine's own disk.",
+        )
+    return options, None
+
+
+def _chosen(options: Options, machine: Hardware | None) -> Chosen:
+    hardware = machine or probe(_device_type(options.device or AUTO))
+    return choose(load(options.profile or AUTO), options, hardware)
 
 
 def _device_type(name: str) -> str:
-    if name == "auto":
+    if name == AUTO:
         return default_device()
-    if name not in ("cuda", "cpu"):
-        raise UsageError("unknown device", expected="auto, cuda or cpu", found=repr(name))
     if name == "cuda":
         _check_cuda()
     return name

@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from penstock.engine.families.wan.attending import attention_numerics
-from penstock.engine.families.wan.manifest import undecided
+from penstock.engine.attention.choice import attention_numerics
 from penstock.engine.model.files import ModelFiles
 from penstock.engine.model.storage import block_format
 from penstock.engine.packs.cache import cache_folder
@@ -16,9 +15,7 @@ from penstock.engine.packs.firstuse import FirstUse
 from penstock.engine.store.sums import how_told
 from penstock.errors import JobLocked
 from penstock.profiles.advice import plan_chosen
-from penstock.profiles.denoising import compute_path
-from penstock.profiles.manifest import ModelManifest
-from penstock.profiles.phases import Workload
+from penstock.profiles.phases import Manifest, Workload, compute_path
 from penstock.profiles.plan import Plan
 from penstock.profiles.profile import Chosen
 from penstock.quant.paths import Computing, Kernel, Mode, Scratch
@@ -82,7 +79,7 @@ class Variants:
         self._chosen, self._computing, self._described = chosen, computing, described
         self.stored = model.installed(computing)
         self._cache = cache or cache_folder()
-        self._stored_format = block_format(model.transformer.source)
+        self._stored_format = block_format(model.streamed.source)
         self._packs: dict[str, tuple[FirstUse, ModelFiles]] = {}
 
     def plan(self, workload: Workload) -> Plan:
@@ -93,18 +90,19 @@ class Variants:
             UsageError: no such format.
         """
         found = plan_chosen(self._offered, workload, self._chosen)
+        found = replace(found, origins=found.origins + self.stored.loras.origins())
         use = self._first_use(found.weight_format)
         if use is None or use.is_made:
             return found
         return replace(found, phases=(use.phase(self._chosen.hardware), *found.phases))
 
-    def _offered(self, name: str) -> ModelManifest:
+    def _offered(self, name: str) -> Manifest:
         origin, stored = self._chosen.formats_from, self._stored_format
         kept = origin == "default" or (
             origin != "flag" and (stored not in _PLAIN or name in _PLAIN)
         )
-        manifest = (self.stored if kept else self.named(name)).manifest
-        return undecided(manifest) if self._described else manifest
+        manifest: Manifest = (self.stored if kept else self.named(name)).manifest
+        return manifest.undecided() if self._described else manifest
 
     def named(self, name: str) -> ModelFiles:
         """The model with its block matrices in the format ``name``; its pack may have to be made.
@@ -120,14 +118,14 @@ class Variants:
         if name == self._stored_format:
             return None
         if name not in self._packs:
-            self._open(FirstUse.of(self.stored.transformer.source, name, self._cache))
+            self._open(FirstUse.of(self.stored.streamed.source, name, self._cache))
         return self._packs[name][0]
 
     def _open(self, use: FirstUse) -> ModelFiles:
         known = self._packs.get(use.wanted)
         if known is not None:
-            known[1].transformer.checkpoint.close()
-        model = self.stored.with_transformer(use.transformer()).installed(self._computing)
+            known[1].streamed.checkpoint.close()
+        model = self.stored.with_streamed(use.streamed()).installed(self._computing)
         self._packs[use.wanted] = (use, model)
         return model
 
@@ -190,7 +188,7 @@ class Variants:
         """How the block matrices in that format are stored and multiply here, and what attends, as
         the plan says."""
         policy, rates = self._chosen.policy, self._chosen.hardware.rates
-        path = compute_path(self.named(name).manifest.transformer.storage, policy, rates)
+        path = compute_path(self.named(name).manifest.storage, policy, rates)
         return {
             "weight_format": name,
             "compute": policy.compute,

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 from penstock.errors import OverBudget
-from penstock.profiles.manifest import ModelManifest, VideoShape
-from penstock.profiles.phases import Workload
+from penstock.profiles.phases import Manifest, Workload
 from penstock.profiles.plan import Origin, Plan
 from penstock.profiles.planner import fits, plan
 from penstock.profiles.policy import Limits
 from penstock.profiles.profile import SHIPPED, Chosen, load
 from penstock.units import format_bytes
 
-_FRAMES = (81, 65, 49, 33, 17)
-_AREA_480P = (832, 480)
-
-Manifests = Callable[[str], ModelManifest]
+Manifests = Callable[[str], Manifest]
 """The model in a weight format; a folder has one and gives it whatever is asked."""
 
 
@@ -28,7 +24,7 @@ def plan_chosen(manifests: Manifests, workload: Workload, chosen: Chosen) -> Pla
         OverBudget: none does; the remedy names a profile or a request that would.
     """
     refused: list[OverBudget] = []
-    tried: list[ModelManifest] = []
+    tried: list[Manifest] = []
     for weight_format in chosen.formats:
         manifest = manifests(weight_format)
         if manifest in tried:
@@ -45,7 +41,8 @@ def plan_chosen(manifests: Manifests, workload: Workload, chosen: Chosen) -> Pla
         except OverBudget as error:
             refused.append(error)
             continue
-        return replace(found, origins=_with_format(chosen.origins, found.weight_format))
+        origins = _with_format(chosen.origins, found.weight_format)
+        return replace(found, origins=origins, options=chosen.options)
     raise _advised(refused[-1], tried[-1], workload, chosen)
 
 
@@ -64,7 +61,7 @@ def _with_format(origins: tuple[Origin, ...], found: str) -> tuple[Origin, ...]:
 
 
 def _advised(
-    error: OverBudget, manifest: ModelManifest, workload: Workload, chosen: Chosen
+    error: OverBudget, manifest: Manifest, workload: Workload, chosen: Chosen
 ) -> OverBudget:
     advice = [
         text
@@ -86,7 +83,7 @@ def _advised(
 
 
 def _nearest_profile(
-    error: OverBudget, manifest: ModelManifest, workload: Workload, chosen: Chosen
+    error: OverBudget, manifest: Manifest, workload: Workload, chosen: Chosen
 ) -> str | None:
     """The smallest shipped profile with more VRAM in which it fits."""
     if error.resource != "VRAM":
@@ -103,21 +100,11 @@ def _nearest_profile(
     return None
 
 
-def _nearest_request(manifest: ModelManifest, workload: Workload, chosen: Chosen) -> str | None:
+def _nearest_request(manifest: Manifest, workload: Workload, chosen: Chosen) -> str | None:
     """The largest smaller video that fits these budgets."""
     hardware = chosen.hardware
     limits = Limits(hardware.vram_bytes, hardware.ram_bytes, chosen.pinned_bytes)
-    for shape in _smaller_shapes(workload.shape):
+    for shape in manifest.smaller_shapes(workload.shape):
         if fits(manifest, replace(workload, shape=shape), hardware, chosen.policy, limits):
             return f"here, --size {shape.width}x{shape.height} --frames {shape.frames}"
     return None
-
-
-def _smaller_shapes(shape: VideoShape) -> Iterator[VideoShape]:
-    """Fewer frames first, then 480p, each with fewer tokens than ``shape``."""
-    low = _AREA_480P if shape.width >= shape.height else _AREA_480P[::-1]
-    for width, height in ((shape.width, shape.height), low):
-        for frames in (shape.frames, *_FRAMES):
-            fewer = frames <= shape.frames and width * height <= shape.width * shape.height
-            if fewer and (width, height, frames) != (shape.width, shape.height, shape.frames):
-                yield VideoShape(width, height, frames)

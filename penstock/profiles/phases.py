@@ -9,22 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
-from penstock.profiles.cost import encoders, vae
-from penstock.profiles.cost.transformer import UNIPC_HISTORY
-from penstock.profiles.manifest import ImageSpec, ModelManifest, VideoShape
+from penstock.profiles.manifest import ComputePath, Heads, Prefetch, Storage, VideoShape
 from penstock.profiles.plan import Items, PhasePlan
 from penstock.profiles.policy import Limits, Policy
 from penstock.profiles.rates import Rates
 from penstock.profiles.streams import Network, Pace, Stream, all_streams, staging_bytes
-from penstock.profiles.tiling import TileGrid
 from penstock.units import MIB
-
-TILE_GRIDS = (
-    (1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (4, 3), (4, 4), (5, 4), (5, 5), (6, 6), (7, 7), (8, 8),
-)  # fmt: skip
-"""Rows and columns of VAE tiles that are tried; each costs more arithmetic than the one before."""
 
 ENCODER_BYTES_PER_PIXEL = 240
 """Host memory of libx264's look-ahead and references, a pixel of one frame: measured on
@@ -34,10 +26,6 @@ ENCODER_BASE_BYTES = 16 * MIB
 
 RESTORED = "restored state"
 """Item of the context's host memory: what a kept job reads before it goes on."""
-
-KEPT_TILE_COPIES = 2
-"""Of a decoded tile's pixels: the file's bytes and their tensor when it is read again; saving takes
-one."""
 
 OBJECTS = ("small objects", MIB)
 """Item of the host memory of every phase that computes: what is in no tensor of its own account,
@@ -56,11 +44,9 @@ HOLES = "holes between tensors"
 """Item of the device memory of the VAE's phases on a GPU: what torch's allocator holds of them
 beside their tensors, frames of many sizes that come and go."""
 
-HOLE_SHARES: Mapping[str, float] = MappingProxyType({"decode": 0.25, "encode": 0.4})
-"""Of those tensors' bytes: 0.23 and 0.30 to 0.39 were measured likewise."""
 
-TEXT_TOKENS = 512
-_SINGLE = 4  # bytes of an fp32
+EIGHT_BIT: Mapping[str, ComputePath] = MappingProxyType({"fp8": "fp8", "int8": "int8"})
+"""Formats whose matrices may multiply in 8 bits, and how."""
 
 Group = tuple[PhasePlan, ...]
 
@@ -84,11 +70,14 @@ class Workload:
         return 2 if self.guided else 1
 
 
+M = TypeVar("M", covariant=True)
+
+
 @dataclass(frozen=True)
-class Case:
+class Case(Generic[M]):
     """Everything a phase is planned for."""
 
-    manifest: ModelManifest
+    manifest: M
     workload: Workload
     rates: Rates
     policy: Policy
@@ -111,36 +100,54 @@ class Case:
             return ()
         return ((LIBRARIES, CUDA_LIBRARY_BYTES + convolution_bytes),)
 
-    def holes(self, phase: str, tensor_bytes: int) -> Items:
-        """What a GPU's allocator holds beside ``tensor_bytes`` of a phase of the VAE."""
+    def holes(self, share: float, tensor_bytes: int) -> Items:
+        """What a GPU's allocator holds beside ``tensor_bytes`` of a phase: ``share`` of them."""
         if self.device != "cuda":
             return ()
-        return ((HOLES, int(HOLE_SHARES[phase] * tensor_bytes)),)
-
-    @property
-    def latent(self) -> tuple[int, int, int]:
-        """Latent frames, height and width."""
-        return self.workload.shape.latent(self.manifest.vae)
-
-    @property
-    def latent_volume(self) -> int:
-        """Elements of one latent channel."""
-        frames, height, width = self.latent
-        return frames * height * width
+        return ((HOLES, int(share * tensor_bytes)),)
 
 
 class Step(Protocol):
     """A group of phases that is planned together."""
 
     @property
-    def name(self) -> str:
-        """Of its last phase."""
+    def phases(self) -> tuple[str, ...]:
+        """Their names, in order."""
 
     def best(self, limits: Limits) -> Group | None:
         """The fastest shape inside ``limits``; ties go to fewer bytes. None: nothing fits."""
 
     def all_small(self, limits: Limits) -> Iterator[Group]:
         """Shapes among which are the smallest in VRAM and in RAM, fitting or not."""
+
+
+class Manifest(Protocol):
+    """A model in the planner's terms: what a family states of it."""
+
+    @property
+    def storage(self) -> Storage:
+        """How the matrices are stored that a pack may hold in another format."""
+
+    @property
+    def image_to_video(self) -> bool:
+        """Whether a conditioning picture is needed."""
+
+    @property
+    def heads(self) -> Heads:
+        """What a trial of an attention is made with."""
+
+    @property
+    def prefetch(self) -> Prefetch:
+        """What may be read before its phase."""
+
+    def steps(self, case: Case[Any]) -> Iterator[Step]:
+        """The groups of phases, in the order in which they run."""
+
+    def smaller_shapes(self, shape: VideoShape) -> Iterator[VideoShape]:
+        """Legal videos with fewer tokens than ``shape``, the nearest first."""
+
+    def undecided(self) -> Manifest:
+        """This manifest for a machine that nobody asked which matrix products it has."""
 
 
 def vram_bytes(group: Group) -> int:
@@ -188,7 +195,7 @@ class OnePass:
     """
 
     name: str
-    case: Case
+    case: Case[Any]
     network: Network
     rest_bytes: int
     work: Items
@@ -198,46 +205,10 @@ class OnePass:
     elements: int = 0
     rest_stays: bool = False
 
-    @classmethod
-    def text(cls, case: Case) -> OnePass:
-        """The text encoder."""
-        spec, branches = case.manifest.text, case.workload.branches
-        work = encoders.text_bytes(spec, prompts=branches)
-        return cls(
-            "text",
-            case,
-            Network.of(spec.weights.block_bytes, resident=False),
-            spec.weights.rest_bytes,
-            (("activations", work), *spec.storage.items, *case.libraries()),
-            (("encoder states", encoder_state_bytes(case)), OBJECTS),
-            encoders.text_flops(spec, prompts=branches),
-            visits=branches * spec.num_layers,
-            elements=branches * spec.num_layers * TEXT_TOKENS * spec.d_model,
-        )
-
-    @classmethod
-    def image(cls, case: Case, spec: ImageSpec) -> OnePass:
-        """The image encoder."""
-        layers = len(spec.weights.block_bytes)
-        return cls(
-            "image",
-            case,
-            Network.of(spec.weights.block_bytes, resident=False),
-            spec.weights.rest_bytes,
-            (
-                ("activations", encoders.image_bytes(spec)),
-                *spec.storage.items,
-                *case.libraries(),
-            ),
-            (
-                ("encoder states", encoder_state_bytes(case)),
-                ("picture", picture_bytes(case)),
-                OBJECTS,
-            ),
-            encoders.image_flops(spec),
-            visits=layers,
-            elements=layers * spec.tokens * spec.hidden_size,
-        )
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """As `Step`."""
+        return (self.name,)
 
     def best(self, limits: Limits) -> Group | None:
         """As `Step`."""
@@ -245,10 +216,10 @@ class OnePass:
 
     def all_small(self, limits: Limits) -> Iterator[Group]:
         """As `Step`: all there is, one a ring size."""
-        for phase in self.phases(limits):
+        for phase in self.shapes(limits):
             yield (phase,)
 
-    def phases(self, limits: Limits) -> Iterator[PhasePlan]:
+    def shapes(self, limits: Limits) -> Iterator[PhasePlan]:
         """One shape a ring size."""
         rates, blocks = self.case.rates, self.network.choices[0]
         compute_s = (
@@ -287,78 +258,21 @@ class OnePass:
 
 
 @dataclass(frozen=True)
-class Tiled:
-    """One half of the VAE, over a grid of tiles.
+class Mux:
+    """Frames into a file: host memory only.
 
     Attributes:
-        name: "encode" or "decode".
+        held: what else is in host memory meanwhile.
     """
 
-    name: str
-    case: Case
+    case: Case[Any]
+    shape: VideoShape
+    held: Items
 
-    def best(self, limits: Limits) -> Group | None:
-        """As `Step`: grids come from the fastest on, so the first that fits is the best."""
-        return next((group for group in self.all_small(limits) if group_fits(group, limits)), None)
-
-    def all_small(self, limits: Limits) -> Iterator[Group]:
-        """As `Step`: all grids."""
-        for grid in self._grids():
-            yield (self._phase(grid, limits),)
-
-    def _grids(self) -> Iterator[TileGrid]:
-        _, height, width = self.case.latent
-        fixed = self.case.policy.tiles
-        wanted = TILE_GRIDS if fixed is None else (fixed,)
-        seen: set[TileGrid] = set()
-        for rows, columns in wanted:
-            grid = TileGrid(min(rows, height), min(columns, width))
-            if grid not in seen:
-                seen.add(grid)
-                yield grid
-
-    def _phase(self, grid: TileGrid, limits: Limits) -> PhasePlan:
-        rates, spec, latent = self.case.rates, self.case.manifest.vae, self.case.latent
-        decoding = self.name == "decode"
-        weights = spec.decoder if decoding else spec.encoder
-        bytes_of, work_of = (
-            (vae.decode_bytes, vae.decode_work) if decoding else (vae.encode_bytes, vae.encode_work)
-        )
-        found = bytes_of(spec, latent, grid, weights.itemsize, on_cpu=self.case.device == "cpu")
-        work = work_of(spec, latent, grid)
-        held = (*found.ram, ("latents", latents_bytes(self.case)), OBJECTS) if decoding else (
-            ("encoder states", encoder_state_bytes(self.case)),
-            ("picture", picture_bytes(self.case)),
-            ("condition", condition_bytes(self.case)),
-            OBJECTS,
-        )  # fmt: skip
-        if decoding and self.case.workload.kept:
-            held = (*held, ("kept tile", KEPT_TILE_COPIES * tile_bytes(self.case, grid)))
-        room = limits.ram_bytes - sum(count for _, count in held)
-        return PhasePlan(
-            self.name,
-            weights=((f"VAE {self.name}r", weights.rest_bytes),),
-            work=(*found.device, *self._gpu_items(found, weights.rest_bytes)),
-            ram_weights=(("weights staging", staging_bytes(weights.rest_bytes, room)),),
-            ram_work=held,
-            tiles=(grid.rows, grid.cols),
-            read_bytes=weights.rest_bytes,
-            copied_bytes=weights.rest_bytes,
-            seconds=work.seconds(rates) + loading_s(weights.rest_bytes, rates),
-        )
-
-    def _gpu_items(self, found: vae.VaeBytes, weight_bytes: int) -> Items:
-        libraries = self.case.libraries(found.convolution_bytes)
-        tensors = weight_bytes + found.device_bytes + found.convolution_bytes
-        return (*libraries, *self.case.holes(self.name, tensors))
-
-
-@dataclass(frozen=True)
-class Mux:
-    """Frames into a file: host memory only."""
-
-    case: Case
-    name: str = "mux"
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """As `Step`."""
+        return ("mux",)
 
     def best(self, limits: Limits) -> Group | None:
         """As `Step`."""
@@ -366,7 +280,7 @@ class Mux:
 
     def all_small(self, limits: Limits) -> Iterator[Group]:
         """As `Step`: there is one way."""
-        shape = self.case.workload.shape
+        shape = self.shape
         pixels = shape.width * shape.height
         encoder = ENCODER_BASE_BYTES + ENCODER_BYTES_PER_PIXEL * pixels
         yield (
@@ -377,7 +291,7 @@ class Mux:
                 ram_weights=(),
                 ram_work=(
                     ("video frames", 3 * shape.frames * pixels),
-                    ("latents", latents_bytes(self.case)),
+                    *self.held,
                     ("video encoder", encoder),
                 ),
                 seconds=shape.frames * pixels / self.case.rates.video_pixels_per_s,
@@ -396,49 +310,12 @@ def group_key(group: Group) -> tuple[float, int]:
     return sum(phase.seconds for phase in group), vram_bytes(group) + ram_bytes(group)
 
 
-def encoder_state_bytes(case: Case) -> int:
-    """What the encoders leave for the transformer, in host memory."""
-    manifest = case.manifest
-    text = case.workload.branches * TEXT_TOKENS * manifest.text.d_model
-    bytes_ = text * manifest.text.weights.itemsize
-    if manifest.image is not None:
-        image = manifest.image
-        bytes_ += image.tokens * image.hidden_size * image.weights.itemsize
-    return bytes_
-
-
-def picture_bytes(case: Case) -> int:
-    """The conditioning picture at the video's size: as bytes, and in fp32."""
-    return 3 * case.workload.shape.width * case.workload.shape.height * (1 + _SINGLE)
-
-
-def condition_bytes(case: Case) -> int:
-    """Mask and latents of the picture, in fp32."""
-    spec = case.manifest.transformer
-    return (spec.in_channels - spec.out_channels) * case.latent_volume * _SINGLE
-
-
-def latents_bytes(case: Case) -> int:
-    """The latents, in fp32."""
-    return case.manifest.vae.z_dim * case.latent_volume * _SINGLE
-
-
-def saved_state_bytes(case: Case) -> int:
-    """A copy of the sampler's state, which is written while the next step computes: the latents
-    and UniPC's history, the longest of the solvers."""
-    return (1 + UNIPC_HISTORY) * latents_bytes(case)
-
-
-def restored_bytes(case: Case) -> int:
-    """The most that reading a kept job takes: two generations of the sampler's state and the file
-    of one; or the encoded prompt and picture, and their file."""
-    conditions = encoder_state_bytes(case) + condition_bytes(case)
-    return max(3 * saved_state_bytes(case), 2 * conditions)
-
-
-def tile_bytes(case: Case, grid: TileGrid) -> int:
-    """The pixels of the largest tile of the video."""
-    _, height, width = case.latent
-    rows, columns = -(-height // grid.rows), -(-width // grid.cols)
-    factor = case.manifest.vae.spatial_factor
-    return 3 * case.workload.shape.frames * rows * columns * factor**2
+def compute_path(stored: Storage, policy: Policy, rates: Rates) -> ComputePath:
+    """How most matrices of the blocks multiply: as the device was found to allow, or, for a machine
+    that is only described, as its rates say."""
+    if stored.path is not None:
+        return stored.path
+    eight_bit = EIGHT_BIT.get(stored.format)
+    if policy.compute == "fast" and eight_bit and rates.product_flops(eight_bit):
+        return eight_bit
+    return "dequant" if stored.scratch_bytes else "plain"

@@ -6,9 +6,11 @@ Execution only obeys it; the report holds it beside what was measured.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
+
+from penstock.profiles.options import Options
 
 Items = tuple[tuple[str, int], ...]
 
@@ -30,6 +32,12 @@ ATTENTION: Mapping[str, str] = MappingProxyType(
     {"sdpa": "by torch", "int8": "in 8 bits, by comfy-kitchen"}
 )
 """What a plan's ``attention`` means, for people."""
+
+
+NUMERICS: Mapping[str, str | None] = MappingProxyType(
+    {"weight_format": None, "compute": "exact", "attention": "sdpa"}
+)
+"""Fields of a plan that determine a result; and what they were in jobs that do not name them."""
 
 
 def spread(n: int, k: int) -> tuple[int, ...]:
@@ -175,6 +183,7 @@ class Plan:
         attention: what self-attention runs on: "sdpa", or "int8" where that is asked for and works.
         machine: the hardware's name.
         origins: where budgets, rates and policy come from.
+        options: as they were asked for.
     """
 
     phases: tuple[PhasePlan, ...]
@@ -186,6 +195,7 @@ class Plan:
     attention: str = "sdpa"
     machine: str = ""
     origins: tuple[Origin, ...] = ()
+    options: Options = field(default_factory=Options)
 
     def __getitem__(self, name: str) -> PhasePlan:
         return next(phase for phase in self.phases if phase.name == name)
@@ -210,6 +220,11 @@ class Plan:
         return replace(self, phases=tuple(new.get(phase.name, phase) for phase in self.phases))
 
     @property
+    def numerics(self) -> dict[str, str]:
+        """What of the plan determines a result, but for the order of sums."""
+        return {name: getattr(self, name) for name in NUMERICS}
+
+    @property
     def seconds(self) -> float:
         """Predicted duration of the job."""
         return sum(phase.seconds for phase in self.phases)
@@ -231,12 +246,13 @@ class Plan:
         """The plan that `to_json` gave ``value`` for.
 
         Raises:
-            TypeError, KeyError: ``value`` is no plan.
+            TypeError, KeyError, UsageError: ``value`` is no plan.
         """
         derived = ("peak_vram_bytes", "peak_ram_bytes", "seconds")
         plain = {name: value[name] for name in value if name not in derived}
         plain["phases"] = tuple(_phase_from_json(phase) for phase in value["phases"])
         plain["origins"] = tuple(Origin(**origin) for origin in value["origins"])
+        plain["options"] = Options.from_json(value.get("options", {}))
         return cls(**plain)
 
 

@@ -1,6 +1,6 @@
 """From a model, a workload and a machine to a plan: search what fits, take the fastest.
 
-Pure functions. Each phase (`penstock.profiles.phases`, `penstock.profiles.denoising`) knows its
+Pure functions. Each phase (`penstock.profiles.phases`, and those of a family) knows its
 shapes; here they are put together under the budgets, or refused with the arithmetic.
 """
 
@@ -10,24 +10,21 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from penstock.errors import OverBudget
-from penstock.profiles.ahead import with_reading_ahead, without_reading_ahead
-from penstock.profiles.denoising import Denoise, compute_path
 from penstock.profiles.hardware import Hardware
-from penstock.profiles.manifest import ModelManifest
 from penstock.profiles.phases import (
     Case,
-    Mux,
-    OnePass,
+    Manifest,
     Step,
-    Tiled,
     Workload,
     both_bytes,
+    compute_path,
     group_fits,
     ram_bytes,
     vram_bytes,
 )
 from penstock.profiles.plan import Items, PhasePlan, Plan
 from penstock.profiles.policy import Limits, Policy
+from penstock.profiles.prefetch import with_prefetch, without_prefetch
 from penstock.units import format_bytes
 
 __all__ = ["Workload", "fits", "minimum_vram_bytes", "plan", "smaller"]
@@ -37,7 +34,7 @@ SHRINK = 0.9
 
 
 def plan(
-    manifest: ModelManifest,
+    manifest: Manifest,
     workload: Workload,
     hardware: Hardware,
     policy: Policy = Policy(),  # noqa: B008 (a frozen value)
@@ -64,31 +61,24 @@ def plan(
         tuple(phases),
         hardware.vram_bytes,
         hardware.ram_bytes,
-        weight_format=manifest.transformer.storage.format,
+        weight_format=manifest.storage.format,
         compute=policy.compute,
-        compute_path=compute_path(manifest.transformer.storage, policy, hardware.rates),
+        compute_path=compute_path(manifest.storage, policy, hardware.rates),
         attention=policy.attention,
         machine=hardware.name,
     )
-    return with_reading_ahead(found_plan, limits)
+    return with_prefetch(found_plan, manifest.prefetch, limits)
 
 
 def steps(
-    manifest: ModelManifest, workload: Workload, hardware: Hardware, policy: Policy
+    manifest: Manifest, workload: Workload, hardware: Hardware, policy: Policy
 ) -> Iterator[Step]:
     """The groups of phases, in the order in which they run."""
     case = Case(manifest, workload, hardware.rates, policy, hardware.device, hardware.fused_norms)
-    yield OnePass.text(case)
-    if manifest.image is not None:
-        yield OnePass.image(case, manifest.image)
-    if manifest.transformer.in_channels > manifest.vae.z_dim:
-        yield Tiled("encode", case)
-    yield Denoise(case)
-    yield Tiled("decode", case)
-    yield Mux(case)
+    return manifest.steps(case)
 
 
-def minimum_vram_bytes(manifest: ModelManifest, workload: Workload, hardware: Hardware) -> int:
+def minimum_vram_bytes(manifest: Manifest, workload: Workload, hardware: Hardware) -> int:
     """The least VRAM that any plan needs inside the RAM budget of ``hardware``.
 
     Raises:
@@ -133,7 +123,7 @@ def _over(resource: str, phase: str, items: Items, limit_bytes: int) -> OverBudg
 
 
 def smaller(
-    manifest: ModelManifest,
+    manifest: Manifest,
     workload: Workload,
     hardware: Hardware,
     current: Plan,
@@ -157,7 +147,8 @@ def smaller(
         The new plan, or None: nothing smaller exists.
     """
     measure = {"VRAM": vram_bytes, "RAM": ram_bytes, "memory": both_bytes}[resource]
-    names = ("context", "denoise") if phase in ("context", "denoise") else (phase,)
+    every = steps(manifest, workload, hardware, policy)
+    names = next(step.phases for step in every if phase in step.phases)
     held = tuple(current[name] for name in names)
     now = measure(held)
     same_chunk = replace(policy, chunk_tokens=held[-1].chunk_tokens or None)
@@ -165,9 +156,9 @@ def smaller(
         for limit_bytes in (int(SHRINK * now), now - 1):
             limits = _tightened(hardware, resource, limit_bytes)
             every = steps(manifest, workload, hardware, rules)
-            found = next(step for step in every if step.name == names[-1]).best(limits)
+            found = next(step for step in every if step.phases == names).best(limits)
             if found and measure(found) < now:
-                return without_reading_ahead(current).with_phases(found)
+                return without_prefetch(current, manifest.prefetch).with_phases(found)
     return None
 
 
@@ -181,7 +172,7 @@ def _tightened(hardware: Hardware, resource: str, limit_bytes: int) -> Limits:
 
 
 def fits(
-    manifest: ModelManifest,
+    manifest: Manifest,
     workload: Workload,
     hardware: Hardware,
     policy: Policy,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from types import MappingProxyType
+from typing import Any, Literal
 
 from penstock.errors import ProfileError
 
@@ -11,6 +14,11 @@ Disk = Literal["auto", "spare", "never"]
 Compute = Literal["exact", "fast"]
 Attention = Literal["sdpa", "int8"]
 Place = Literal["auto", "vram", "ram"]
+
+AUTO = "auto"
+"""The word that leaves a choice open."""
+
+_TILES = re.compile(r"(\d+)x(\d+)")
 
 
 @dataclass(frozen=True)
@@ -68,3 +76,51 @@ class Policy:
             raise ProfileError(
                 f"illegal {name}", expected=expected, found=repr(getattr(self, name))
             )
+
+    def words(self) -> dict[str, str]:
+        """Each rule as files and flags spell it."""
+        found = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: _spelled(value) for name, value in found.items()}
+
+
+def policy_of(words: Mapping[str, Any], base: Policy) -> Policy:
+    """``base`` with what ``words`` say, as files and flags spell it.
+
+    Raises:
+        ProfileError: a word that is none.
+    """
+    read = {
+        name: _READ[name](name, word) if name in _READ else word for name, word in words.items()
+    }
+    return replace(base, **read)
+
+
+def _spelled(value: object) -> str:
+    if value is None:
+        return AUTO
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _count(name: str, word: object) -> int | None:
+    if word == AUTO:
+        return None
+    if isinstance(word, bool) or not str(word).isdigit():
+        raise ProfileError(f"illegal {name}", expected="a whole number or auto", found=repr(word))
+    return int(str(word))
+
+
+def _grid(name: str, word: object) -> tuple[int, int] | None:
+    if word == AUTO:
+        return None
+    match = _TILES.fullmatch(str(word))
+    if match is None:
+        raise ProfileError(
+            f"illegal {name}", expected='ROWSxCOLUMNS, such as "3x3", or auto', found=repr(word)
+        )
+    return int(match[1]), int(match[2])
+
+
+_READ: Mapping[str, Callable[[str, object], Any]] = MappingProxyType(
+    {"branches": _count, "chunk_tokens": _count, "tiles": _grid}
+)
+"""How the rules that are no words are read."""

@@ -5,19 +5,17 @@ A flag wins over the profile, the profile over what was measured, that over defa
 
 from __future__ import annotations
 
-import re
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from penstock.errors import ProfileError, UsageError
 from penstock.profiles.formats import get_format
 from penstock.profiles.hardware import Hardware
+from penstock.profiles.options import Options
 from penstock.profiles.plan import Origin
-from penstock.profiles.policy import Policy
+from penstock.profiles.policy import AUTO, Policy, policy_of
 from penstock.profiles.rates import config_dir
 from penstock.units import format_bytes, parse_bytes
 
@@ -27,9 +25,6 @@ else:
     import tomli as tomllib  # pragma: no cover (Python 3.10)
 
 SHIPPED = ("4gb", "6gb", "8gb", "12gb", "16gb", "24gb", "max")
-AUTO = "auto"
-
-_GRID = re.compile(r"(\d+)x(\d+)")
 
 
 @dataclass(frozen=True)
@@ -68,36 +63,6 @@ class Profile:
 
 
 @dataclass(frozen=True)
-class Overrides:
-    """What flags say; None: nothing. Words are those of the flags and of the files."""
-
-    vram: str | int | None = None
-    ram: str | int | None = None
-    format: str | None = None
-    compute: str | None = None
-    branches: str | None = None
-    chunk_tokens: str | None = None
-    tiles: str | None = None
-    cross_kv: str | None = None
-    disk_use: str | None = None
-    attention: str | None = None
-
-    @property
-    def policy(self) -> dict[str, Any]:
-        """Values for `Policy`, by its names."""
-        named = {
-            "compute": self.compute,
-            "branches": self.branches,
-            "chunk_tokens": self.chunk_tokens,
-            "tiles": self.tiles,
-            "cross_kv": self.cross_kv,
-            "disk": self.disk_use,
-            "attention": self.attention,
-        }
-        return {name: word for name, word in named.items() if word is not None}
-
-
-@dataclass(frozen=True)
 class Chosen:
     """What a plan is made with.
 
@@ -107,6 +72,7 @@ class Chosen:
         formats: that may be tried, in order.
         formats_from: who names them: "flag", "profile NAME" or "default".
         origins: where each value comes from.
+        options: as they were asked for, the device decided, a profile's file by its whole path.
     """
 
     hardware: Hardware
@@ -115,6 +81,7 @@ class Chosen:
     formats: tuple[str, ...]
     origins: tuple[Origin, ...] = field(default=())
     formats_from: str = "default"
+    options: Options = field(default_factory=Options)
 
 
 def without_int8_attention(chosen: Chosen, reason: str) -> Chosen:
@@ -128,20 +95,23 @@ def without_int8_attention(chosen: Chosen, reason: str) -> Chosen:
     return replace(chosen, policy=replace(chosen.policy, attention="sdpa"), origins=origins)
 
 
-def choose(profile: Profile, overrides: Overrides, hardware: Hardware) -> Chosen:
+def choose(profile: Profile, options: Options, hardware: Hardware) -> Chosen:
     """Budgets and policy in force, each with its origin.
 
-    A profile's ceiling counts where that much is free; a flag counts as it is.
+    A profile's ceiling counts where that much is free; an option counts as it is.
+
+    Args:
+        profile: that `Options.profile` names.
+        hardware: the machine, with what it has free.
 
     Raises:
-        ProfileError: an illegal value in a flag.
-        UsageError: an illegal size.
+        Nothing: options are legal once they are made.
     """
     from_profile, origins = f"profile {profile.name}", []
     budgets = {}
     for name, flag, set_bytes, free_bytes in (
-        ("vram", overrides.vram, profile.vram_bytes, hardware.vram_bytes),
-        ("ram", overrides.ram, profile.ram_bytes, hardware.ram_bytes),
+        ("vram", options.vram, profile.vram_bytes, hardware.vram_bytes),
+        ("ram", options.ram, profile.ram_bytes, hardware.ram_bytes),
     ):
         if flag is not None:
             budgets[name], source = parse_bytes(flag), "flag"
@@ -151,18 +121,17 @@ def choose(profile: Profile, overrides: Overrides, hardware: Hardware) -> Chosen
             budgets[name], source = free_bytes, f"free on {hardware.name}, less a reserve"
         origins.append(Origin(name, format_bytes(budgets[name]), source))
     pinned_bytes = int(profile.pinned_share * budgets["ram"])
-    formats = profile.formats if overrides.format is None else (overrides.format,)
-    for name, value, in_flag, key in (
-        ("pinned", format_bytes(pinned_bytes), False, "pinned_share"),
-        ("format", ", ".join(formats), overrides.format is not None, "formats"),
-    ):
-        origins.append(Origin(name, value, _source(in_flag, key, profile)))
-    policy = policy_of(overrides.policy, profile.policy)
-    for each in fields(policy):
-        in_flag = each.name in overrides.policy
-        value = getattr(policy, each.name)
-        shown = "auto" if value is None else _word(value)
-        origins.append(Origin(each.name, shown, _source(in_flag, each.name, profile)))
+    formats = profile.formats if options.format is None else (options.format,)
+    formats_from = _source(options.format is not None, "formats", profile)
+    origins.append(
+        Origin("pinned", format_bytes(pinned_bytes), _source(False, "pinned_share", profile))
+    )
+    origins.append(Origin("format", ", ".join(formats), formats_from))
+    policy = policy_of(options.policy, profile.policy)
+    origins += [
+        Origin(name, word, _source(name in options.policy, name, profile))
+        for name, word in policy.words().items()
+    ]
     origins.append(Origin("rates", hardware.name, hardware.rates_source))
     return Chosen(
         replace(hardware, vram_bytes=budgets["vram"], ram_bytes=budgets["ram"]),
@@ -170,54 +139,23 @@ def choose(profile: Profile, overrides: Overrides, hardware: Hardware) -> Chosen
         pinned_bytes,
         formats,
         tuple(origins),
-        _source(overrides.format is not None, "formats", profile),
+        formats_from,
+        _decided(options, profile, hardware),
     )
+
+
+def _decided(options: Options, profile: Profile, hardware: Hardware) -> Options:
+    """``options`` as they mean the same on another day and from another folder."""
+    found = replace(options, device=hardware.device)
+    if profile.path is None or not (options.profile or AUTO).endswith(".toml"):
+        return found
+    return replace(found, profile=str(profile.path.absolute()))
 
 
 def _source(in_flag: bool, key: str, profile: Profile) -> str:
     if in_flag:
         return "flag"
     return f"profile {profile.name}" if key in profile.given else "default"
-
-
-def _word(value: object) -> str:
-    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def policy_of(words: Mapping[str, Any], base: Policy) -> Policy:
-    """``base`` with what ``words`` say, as files and flags spell it.
-
-    Raises:
-        ProfileError: a word that is none.
-    """
-    changes: dict[str, Any] = {}
-    for name, word in words.items():
-        if name in ("branches", "chunk_tokens"):
-            changes[name] = _count(name, word)
-        elif name == "tiles":
-            changes[name] = _grid(word)
-        else:
-            changes[name] = word
-    return replace(base, **changes)
-
-
-def _count(name: str, word: object) -> int | None:
-    if word == AUTO:
-        return None
-    if isinstance(word, bool) or not str(word).isdigit():
-        raise ProfileError(f"illegal {name}", expected="a whole number or auto", found=repr(word))
-    return int(str(word))
-
-
-def _grid(word: object) -> tuple[int, int] | None:
-    if word == AUTO:
-        return None
-    match = _GRID.fullmatch(str(word))
-    if match is None:
-        raise ProfileError(
-            "illegal tiles", expected='ROWSxCOLUMNS, such as "3x3", or auto', found=repr(word)
-        )
-    return int(match[1]), int(match[2])
 
 
 def names(folder: Path | None = None) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from penstock.cli.main import app
-from penstock.engine.run.jobs import launch_settings
+from penstock.engine.run.jobs import opening_of
 from tests.engine import golden
 from tests.engine.test_doors import single_files
 
@@ -66,9 +66,9 @@ def test_generate_and_resume_with_single_files(tmp_path: Path, model: Path) -> N
              files.vae, "--tokenizer", files.tokenizer]  # fmt: skip
     run = call("generate", *flags, *REQUEST, "-o", tmp_path / "x.mp4", "--job", tmp_path / "job")
     assert run.exit_code == 0, run.stderr
-    launch = launch_settings(tmp_path / "job")
-    assert launch.model is None
-    assert launch.options["files"] == files
+    opening = opening_of(tmp_path / "job")
+    assert opening.model is None
+    assert opening.files == files
     assert call("resume", tmp_path / "job").exit_code != 0  # it is done
     run = call("generate", *flags[2:], *REQUEST, "-o", tmp_path / "y.mp4")
     assert run.exit_code == 2
@@ -103,8 +103,8 @@ def test_generate_in_a_format_packs_into_the_cache(tmp_path: Path, model: Path) 
     assert pack["complete"]
     assert pack["source"] == str(model / "transformer")
     assert pack["name"] in call("cache", "ls").stdout
-    launch = launch_settings(tmp_path / "job")
-    assert (launch.options["format"], launch.options["compute"]) == ("nf4", "fast")
+    opening = opening_of(tmp_path / "job")
+    assert (opening.options.format, opening.options.compute) == ("nf4", "fast")
     assert call("cache", "rm", "other").exit_code == 2
     assert call("cache", "rm", pack["name"]).exit_code == 0
     assert not Path(pack["folder"]).exists()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from penstock.engine.families.wan.structure import tensor_shapes
+from penstock.engine.families.wan.kinds import KINDS
 from penstock.engine.inspect import inspect
 from penstock.errors import CheckpointError
 from tests.engine import golden
@@ -27,7 +27,7 @@ def model(tmp_path_factory):
 
 def original_14b() -> dict[str, tuple[int, ...]]:
     """Key and shape of every tensor of the official I2V 14B file."""
-    shapes = tensor_shapes("transformer", I2V_14B)
+    shapes = KINDS["transformer"].shapes(I2V_14B)
     names = golden.original_names("transformer", list(shapes))
     return {names[name]: shape for name, shape in shapes.items()}
 

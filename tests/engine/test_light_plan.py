@@ -38,7 +38,7 @@ class Refuse:
         if name in {HEAVY!r}:
             raise ImportError("the header path imports " + name)
 sys.meta_path.insert(0, Refuse())
-import penstock.cli.main, penstock.cli.plan_view, penstock.engine.planning, penstock.engine.prepared
+import penstock.cli.main, penstock.cli.plan_view, penstock.engine.prepared
 import penstock.engine.request.settings, penstock.engine.variants
 """
 """What a plan or a refusal imports, all of it at its first line: a traceback shows the chain."""

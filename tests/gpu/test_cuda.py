@@ -14,27 +14,27 @@ import torch
 from torch import Tensor
 
 import penstock
+from penstock.engine.attention.kernels import int8_attention
+from penstock.engine.attention.probe import probe_int8
 from penstock.engine.bench.measure import Asked, measure
 from penstock.engine.bench.weights import write_synthetic
 from penstock.engine.engine import Engine
-from penstock.engine.families.wan.attention import int8_attention
-from penstock.engine.families.wan.attention_probe import probe_int8
+from penstock.engine.families.wan import work
+from penstock.engine.families.wan.cost.transformer import int8_attention_bytes
 from penstock.engine.families.wan.tiny import write_tiny_model
 from penstock.engine.files.locate import locate
 from penstock.engine.request.demo import DEMO_PROMPT, MINI, demo_picture
 from penstock.engine.request.generation import GenerationRequest
 from penstock.engine.request.settings import Settings, resolve
-from penstock.engine.run import pipeline
 from penstock.engine.run.events import Progress, Replanned
 from penstock.offload.allocator import allocator_capped
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.tiers import HostTier
-from penstock.profiles.cost.transformer import int8_attention_bytes
 from penstock.profiles.gpu_sign import shows_gpu
 from penstock.profiles.hardware import default_device
+from penstock.profiles.options import Options
 from penstock.profiles.phases import CUDA_LIBRARY_BYTES
 from penstock.profiles.plan import StreamPlan
-from penstock.profiles.profile import Overrides
 from tests.engine import lora_files
 from tests.engine.attach.zoo import Walk
 
@@ -54,8 +54,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def engine(model: Path) -> Iterator[Engine]:
-    overrides = Overrides(chunk_tokens="16", branches="1", cross_kv="vram")
-    with Engine.open(model, vram="512MiB", device=DEVICE, overrides=overrides) as opened:
+    rules = Options(chunk_tokens="16", branches="1", cross_kv="vram")
+    with Engine.open(model, vram="512MiB", device=DEVICE, options=rules) as opened:
         yield opened
 
 
@@ -136,17 +136,17 @@ def test_an_end_of_memory_is_survived_with_the_same_bits(
     picture = tmp_path / "picture.png"
     Image.radial_gradient("L").resize((64, 64)).convert("RGB").save(picture)
     request = replace(_request(), image=picture)
-    overrides = Overrides(chunk_tokens="16")
-    with Engine.open(model, vram="512MiB", device=DEVICE, overrides=overrides) as engine:
+    rules = Options(chunk_tokens="16")
+    with Engine.open(model, vram="512MiB", device=DEVICE, options=rules) as engine:
         whole = engine.submit(request).result().latents
-        honest, failures = pipeline.dit.denoise_forward, iter([False, True])
+        honest, failures = work.dit.denoise_forward, iter([False, True])
 
         def exhausted(*arguments: Any) -> Any:
             if next(failures, False):
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory (made up by a test)")
             return honest(*arguments)
 
-        monkeypatch.setattr(pipeline.dit, "denoise_forward", exhausted)
+        monkeypatch.setattr(work.dit, "denoise_forward", exhausted)
         job = engine.submit(request)
         events = list(job.events())
         again = job.result().latents
@@ -187,7 +187,7 @@ def test_a_job_that_was_stopped_goes_on_with_the_same_bits(tmp_path: Path) -> No
 
 
 TEXT = GenerationRequest(prompt="a cat", width=64, height=64, frames=5, steps=3, seed=1)
-FIXED = Overrides(chunk_tokens="16", branches="1", cross_kv="vram")
+FIXED = Options(chunk_tokens="16", branches="1", cross_kv="vram")
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +215,7 @@ def test_a_format_packed_by_its_first_job_streams_to_the_bits_of_residents(
     format: str, wide: Path, tmp_path: Path
 ) -> None:
     with Engine.open(
-        wide, format=format, vram="512MiB", device=DEVICE, cache=tmp_path, overrides=FIXED
+        wide, format=format, vram="512MiB", device=DEVICE, cache=tmp_path, options=FIXED
     ) as engine:
         assert _digest(engine, RESIDENT) == _digest(engine, STREAMED)
 
@@ -226,9 +226,7 @@ def test_a_lora_streams_to_the_bits_of_residents(wide: Path, tmp_path: Path) -> 
     lora = lora_files.write_kohya(tmp_path / "lora.safetensors", layers)
     digests = []
     for loras in ([], [f"{lora}:0.5"]):
-        with Engine.open(
-            wide, loras=loras, vram="512MiB", device=DEVICE, overrides=FIXED
-        ) as engine:
+        with Engine.open(wide, loras=loras, vram="512MiB", device=DEVICE, options=FIXED) as engine:
             digests += [_digest(engine, RESIDENT), _digest(engine, STREAMED)]
     plain, same, changed, streamed = digests
     assert plain == same != changed == streamed
@@ -268,14 +266,14 @@ def test_unload_gives_the_memory_back() -> None:
 
 
 class _Squeezed:
-    """`pipeline.denoise`, with ``missing`` bytes less than it took before.
+    """`work.denoise`, with ``missing`` bytes less than it took before.
 
     Attributes:
         peak: what torch's allocator held when nothing was missing.
     """
 
     def __init__(self) -> None:
-        self._honest = pipeline.denoise
+        self._honest = work.denoise
         self.peak = self.missing = 0
 
     def __call__(self, *arguments: Any) -> Any:
@@ -297,8 +295,8 @@ def test_a_real_end_of_memory_is_survived_with_the_same_bits(
     wide: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     squeezed = _Squeezed()
-    monkeypatch.setattr(pipeline, "denoise", squeezed)
-    with Engine.open(wide, vram="512MiB", device=DEVICE, overrides=FIXED) as engine:
+    monkeypatch.setattr(work, "denoise", squeezed)
+    with Engine.open(wide, vram="512MiB", device=DEVICE, options=FIXED) as engine:
         stream = engine.plan(TEXT)["denoise"].stream
         assert stream is not None and stream.device_resident == BLOCKS
         whole = engine.submit(TEXT).result().latents
@@ -312,7 +310,7 @@ def test_a_real_end_of_memory_is_survived_with_the_same_bits(
 
 def test_two_engines_at_once_have_both_their_budgets(wide: Path) -> None:
     def run(results: list[Tensor]) -> None:
-        with Engine.open(wide, vram="256MiB", device=DEVICE, overrides=FIXED) as engine:
+        with Engine.open(wide, vram="256MiB", device=DEVICE, options=FIXED) as engine:
             results.extend(engine.submit(TEXT).result().latents for _ in range(2))
 
     found: list[list[Tensor]] = [[], [], []]

@@ -4,17 +4,10 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
+from penstock.engine.families.wan.manifest import WanManifest
+from penstock.engine.families.wan.spec import ImageSpec, TextSpec, TransformerSpec, VaeSpec
 from penstock.profiles.hardware import Hardware
-from penstock.profiles.manifest import (
-    ImageSpec,
-    ModelManifest,
-    Storage,
-    TextSpec,
-    TransformerSpec,
-    VaeSpec,
-    VideoShape,
-    Weights,
-)
+from penstock.profiles.manifest import Storage, VideoShape, Weights
 from penstock.profiles.phases import CUDA_LIBRARY_BYTES, Workload
 from penstock.profiles.policy import Policy
 from penstock.profiles.rates import Rates
@@ -37,13 +30,13 @@ def weights(draw: st.DrawFn, most: int = 5, largest: int = 40) -> Weights:
 
 
 @st.composite
-def manifests(draw: st.DrawFn) -> ModelManifest:
+def manifests(draw: st.DrawFn) -> WanManifest:
     dit, text = draw(weights(largest=1500)), draw(weights(3))
     pictured = draw(st.booleans())
     storage = draw(st.sampled_from([Storage(), Storage("int8", 900_000, 100, 30000)]))
     image = ImageSpec(draw(weights(3)), 16, 32, 3, 2, 8, 4) if pictured else None
     half = Weights(draw(st.integers(1, 30)) * PAGE, (), 2)
-    return ModelManifest(
+    return WanManifest(
         transformer=TransformerSpec(
             weights=dit,
             cross_block_bytes=tuple(max(PAGE, size // 2) for size in dit.block_bytes),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from penstock.engine.families.wan.builtin import BUILTIN
+from penstock.engine.family.protocol import builtin
 from penstock.errors import ProfileError
-from penstock.profiles.builtin import BUILTIN, builtin
 from penstock.profiles.formats import FORMATS, get_format
 from penstock.quant.format import FORMATS as STORED
 from penstock.quant.paths import scratch_bytes

@@ -12,14 +12,15 @@ import psutil
 import pytest
 import torch
 
+from penstock.engine.family.protocol import builtin
 from penstock.errors import OverBudget, ProfileError
 from penstock.profiles import hardware as hw
 from penstock.profiles.advice import plan_chosen
-from penstock.profiles.builtin import builtin
 from penstock.profiles.cards import cards, described, disk_bytes_per_s, find_card
 from penstock.profiles.manifest import VideoShape
+from penstock.profiles.options import Options
 from penstock.profiles.phases import Workload
-from penstock.profiles.profile import Overrides, choose, load
+from penstock.profiles.profile import choose, load
 from penstock.profiles.rates import Rates, config_dir, store_rates, stored_rates
 from penstock.units import GIB, MIB
 
@@ -84,7 +85,7 @@ class TestControlGroups:
 
 class TestAuto:
     def plan(self, machine: hw.Hardware):
-        chosen = choose(load("auto"), Overrides(), machine)
+        chosen = choose(load("auto"), Options(), machine)
         return plan_chosen(lambda stored: builtin("wan2.1-i2v-14b", stored), WORK, chosen)
 
     def test_another_process_holds_memory(self, monkeypatch) -> None:

@@ -6,20 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from penstock.profiles.builtin import builtin
-from penstock.profiles.denoising import Denoise
+from penstock.engine.families.wan.denoise_plan import Denoise
+from penstock.engine.families.wan.plan import HOLE_SHARES, Tiled, image_step, text_step
+from penstock.engine.family.protocol import builtin
 from penstock.profiles.manifest import VideoShape
-from penstock.profiles.phases import (
-    CUDA_LIBRARY_BYTES,
-    HOLE_SHARES,
-    HOLES,
-    LIBRARIES,
-    Case,
-    OnePass,
-    Step,
-    Tiled,
-    Workload,
-)
+from penstock.profiles.phases import CUDA_LIBRARY_BYTES, HOLES, LIBRARIES, Case, Step, Workload
 from penstock.profiles.policy import Limits, Policy
 from penstock.profiles.rates import Rates
 
@@ -38,8 +29,8 @@ def seconds(name: str, rates: Rates) -> float:
         return next(Denoise(case)._contexts(False, ROOM)).seconds
     image = case.manifest.image
     assert image is not None
-    network = OnePass.text(case) if name == "text" else OnePass.image(case, image)
-    return next(network.phases(ROOM)).seconds
+    network = text_step(case) if name == "text" else image_step(case, image)
+    return next(network.shapes(ROOM)).seconds
 
 
 @pytest.mark.parametrize(("name", "visits"), [("text", 2 * 24), ("image", 31), ("context", 2 * 40)])
@@ -65,7 +56,7 @@ def test_a_gpu_has_an_item_for_its_libraries_and_one_for_holes() -> None:
         on = replace(case, device=device)
         image = on.manifest.image
         assert image is not None
-        steps: list[Step] = [OnePass.text(on), OnePass.image(on, image), Denoise(on)]
+        steps: list[Step] = [text_step(on), image_step(on, image), Denoise(on)]
         steps += [Tiled("encode", on), Tiled("decode", on)]
         groups = [step.best(ROOM) for step in steps]
         phases = {phase.name: dict(phase.work) for group in groups for phase in group or ()}

@@ -11,13 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from penstock.engine.families.wan.cost import encoders, transformer, vae
+from penstock.engine.families.wan.denoise_plan import EIGHT_BIT_WORKSPACE_BYTES, Denoise
+from penstock.engine.families.wan.manifest import WanManifest
+from penstock.engine.family.protocol import builtin
 from penstock.errors import OverBudget
-from penstock.profiles.builtin import builtin
 from penstock.profiles.cards import described
-from penstock.profiles.cost import encoders, transformer, vae
-from penstock.profiles.denoising import EIGHT_BIT_WORKSPACE_BYTES, Denoise
 from penstock.profiles.hardware import Hardware
-from penstock.profiles.manifest import ModelManifest, VideoShape
+from penstock.profiles.manifest import VideoShape
 from penstock.profiles.phases import CUDA_LIBRARY_BYTES, Case, Workload
 from penstock.profiles.plan import Plan
 from penstock.profiles.planner import fits, minimum_vram_bytes, plan, smaller
@@ -132,7 +133,7 @@ def test_sparing_the_disk_costs_what_is_said(model, work, machine) -> None:
     assert fastest.seconds <= found.seconds <= fastest.seconds + LINK_CARE * busy_s + 1e-9
 
 
-def brute_force(model: ModelManifest, work: Workload, machine: Hardware, policy: Policy) -> bool:
+def brute_force(model: WanManifest, work: Workload, machine: Hardware, policy: Policy) -> bool:
     """Whether any legal choice at all fits, by plain arithmetic over all of them."""
     ok = [
         _one_pass_fits(
@@ -159,7 +160,7 @@ def brute_force(model: ModelManifest, work: Workload, machine: Hardware, policy:
     )  # fmt: skip
 
 
-def _states(model: ModelManifest, work: Workload) -> int:
+def _states(model: WanManifest, work: Workload) -> int:
     states = work.branches * 512 * model.text.d_model * model.text.weights.itemsize
     if model.image is not None:
         states += model.image.tokens * model.image.hidden_size * model.image.weights.itemsize
@@ -329,7 +330,7 @@ def test_smaller_plans_come_to_an_end(model, work, machine, resource, data) -> N
 
 
 def test_a_pinned_share_that_is_too_small_is_named() -> None:
-    from penstock.profiles.builtin import builtin
+    from penstock.engine.family.protocol import builtin
     from penstock.profiles.cards import described
 
     machine = described("RTX 3060 12GB", "32GiB", None)
@@ -345,13 +346,14 @@ class TestAdvice:
 
     def chosen(self, vram: str | None, ram: str | None = None, name: str = "12gb"):
         from penstock.profiles.cards import described
-        from penstock.profiles.profile import Overrides, choose, load
+        from penstock.profiles.options import Options
+        from penstock.profiles.profile import choose, load
 
-        return choose(load(name), Overrides(vram=vram, ram=ram), described("4090", None, None))
+        return choose(load(name), Options(vram=vram, ram=ram), described("4090", None, None))
 
     def refused(self, work: Workload, chosen) -> OverBudget:
+        from penstock.engine.family.protocol import builtin
         from penstock.profiles.advice import plan_chosen
-        from penstock.profiles.builtin import builtin
 
         with pytest.raises(OverBudget) as found:
             plan_chosen(lambda stored: builtin("wan2.1-i2v-14b", stored), work, chosen)
@@ -368,8 +370,8 @@ class TestAdvice:
         assert "no profile and no shorter or smaller video does" in str(error)
 
     def test_a_folder_has_one_format_and_is_tried_once(self) -> None:
+        from penstock.engine.family.protocol import builtin
         from penstock.profiles.advice import plan_chosen
-        from penstock.profiles.builtin import builtin
 
         only = builtin("wan2.1-i2v-14b", "bf16")
         work = Workload(VideoShape(832, 480, 17), 4, False)
@@ -381,14 +383,14 @@ class TestAdvice:
 
 
 def test_weights_in_all() -> None:
-    from penstock.profiles.builtin import builtin
+    from penstock.engine.family.protocol import builtin
 
     weights = builtin("wan2.1-i2v-14b", "bf16").text.weights
     assert weights.total_bytes == weights.rest_bytes + 24 * weights.block_bytes[0]
 
 
 def test_changes_are_told() -> None:
-    from penstock.profiles.builtin import builtin
+    from penstock.engine.family.protocol import builtin
     from penstock.profiles.cards import described
     from penstock.profiles.plan import changes
 

@@ -8,11 +8,11 @@ import pytest
 
 from penstock.errors import ProfileError, UsageError
 from penstock.profiles.hardware import Hardware
+from penstock.profiles.options import Options
 from penstock.profiles.policy import Policy
 from penstock.profiles.profile import (
     AUTO,
     SHIPPED,
-    Overrides,
     Profile,
     choose,
     load,
@@ -41,7 +41,7 @@ def test_shipped_profiles_stay_under_the_cards_they_are_named_for(name: str) -> 
 
 
 def test_flag_over_profile_over_machine_over_default() -> None:
-    flags = Overrides(vram="9GiB", compute="fast", tiles="2x3", branches="1", chunk_tokens="auto")
+    flags = Options(vram="9GiB", compute="fast", tiles="2x3", branches="1", chunk_tokens="auto")
     chosen = choose(load("12gb"), flags, MACHINE)
     assert chosen.hardware.vram_bytes == 9 * GIB
     assert chosen.hardware.ram_bytes == 30 * GIB
@@ -64,17 +64,17 @@ def test_flag_over_profile_over_machine_over_default() -> None:
 
 
 def test_a_profiles_ceiling_counts_where_that_much_is_free() -> None:
-    small = choose(load("24gb"), Overrides(), MACHINE)
+    small = choose(load("24gb"), Options(), MACHINE)
     assert small.hardware.vram_bytes == 20 * GIB
     assert origins(small)["vram"][1].startswith("free on")
-    roomy = choose(load("12gb"), Overrides(format="nf4"), MACHINE)
+    roomy = choose(load("12gb"), Options(format="nf4"), MACHINE)
     assert roomy.hardware.vram_bytes == 11 * GIB
     assert origins(roomy)["vram"][1] == "profile 12gb"
     assert roomy.formats == ("nf4",) and origins(roomy)["format"][1] == "flag"
 
 
 def test_auto_is_what_is_free() -> None:
-    chosen = choose(load(AUTO), Overrides(ram=3 * GIB), MACHINE)
+    chosen = choose(load(AUTO), Options(ram=3 * GIB), MACHINE)
     assert (chosen.hardware.vram_bytes, chosen.hardware.ram_bytes) == (20 * GIB, 3 * GIB)
 
 
@@ -128,23 +128,23 @@ def test_a_profile_that_is_not_there(tmp_path: Path) -> None:
 
 def test_words_of_flags_are_checked_too() -> None:
     with pytest.raises(ProfileError):
-        choose(Profile("p", ""), Overrides(compute="slow"), MACHINE)
+        choose(Profile("p", ""), Options(compute="slow"), MACHINE)
     with pytest.raises(ProfileError, match="illegal attention: expected sdpa or int8"):
-        choose(Profile("p", ""), Overrides(attention="fp4"), MACHINE)
+        choose(Profile("p", ""), Options(attention="fp4"), MACHINE)
     with pytest.raises(UsageError):
-        choose(Profile("p", ""), Overrides(vram="-1"), MACHINE)
+        choose(Profile("p", ""), Options(vram="-1"), MACHINE)
 
 
 def test_a_profile_may_ask_for_attention_in_8_bits_and_a_flag_takes_it_back() -> None:
     asked = parse("mine", 'attention = "int8"', Path("mine.toml"))
-    chosen = choose(asked, Overrides(), MACHINE)
+    chosen = choose(asked, Options(), MACHINE)
     assert chosen.policy.attention == "int8"
     assert origins(chosen)["attention"] == ("int8", "profile mine")
-    assert choose(asked, Overrides(attention="sdpa"), MACHINE).policy.attention == "sdpa"
+    assert choose(asked, Options(attention="sdpa"), MACHINE).policy.attention == "sdpa"
 
 
 def test_why_there_is_no_attention_in_8_bits_stands_with_the_origins() -> None:
-    chosen = choose(Profile("p", ""), Overrides(attention="int8", compute="fast"), MACHINE)
+    chosen = choose(Profile("p", ""), Options(attention="int8", compute="fast"), MACHINE)
     without = without_int8_attention(chosen, "no kernel")
     assert without.policy == Policy(compute="fast")
     assert origins(without)["attention"] == ("sdpa", "int8 by flag, not here: no kernel")
@@ -154,5 +154,5 @@ def test_why_there_is_no_attention_in_8_bits_stands_with_the_origins() -> None:
 
 def test_auto_takes_back_what_a_profile_fixed() -> None:
     fixed = parse("mine", 'tiles = "2x2"', Path("mine.toml"))
-    assert choose(fixed, Overrides(), MACHINE).policy.tiles == (2, 2)
-    assert choose(fixed, Overrides(tiles="auto"), MACHINE).policy.tiles is None
+    assert choose(fixed, Options(), MACHINE).policy.tiles == (2, 2)
+    assert choose(fixed, Options(tiles="auto"), MACHINE).policy.tiles is None

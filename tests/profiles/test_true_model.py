@@ -21,20 +21,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.fake_dit import I2V_14B, fake_inputs, fake_transformer
 from penstock.engine.families.wan import forward
+from penstock.engine.families.wan.manifest import WanManifest
 from penstock.engine.families.wan.structure import is_cross_kv
+from penstock.engine.family.protocol import builtin
 from penstock.errors import OverBudget
 from penstock.profiles import profile as profiles
-from penstock.profiles.builtin import builtin
 from penstock.profiles.cards import described
-from penstock.profiles.manifest import ModelManifest, VideoShape
+from penstock.profiles.manifest import VideoShape
+from penstock.profiles.options import Options
 from penstock.profiles.phases import HOLES, LIBRARIES
 from penstock.profiles.plan import PhasePlan, Plan
 from penstock.profiles.planner import Workload, plan
 from penstock.profiles.tiling import TileGrid
 from penstock.units import GIB, align_up
+from tests.engine.families.wan.cost.fake_encoders import measured_image_bytes, measured_text_bytes
 from tests.engine.families.wan.fake_vae import FakeVae
 from tests.meter import StorageMeter
-from tests.profiles.cost.fake_encoders import measured_image_bytes, measured_text_bytes
 
 MODEL = "wan2.1-i2v-14b"
 SIZES = {"720x1280x81": (1280, 720, 81), "528x960x77": (960, 528, 77), "480x832x81": (832, 480, 81)}
@@ -43,7 +45,7 @@ SYSTEMS = (16, 64)
 CARD = "RTX 5090 32GB"  # whose memory no profile passes
 
 
-def manifest_of(weight_format: str) -> ModelManifest:
+def manifest_of(weight_format: str) -> WanManifest:
     return builtin(MODEL, weight_format)
 
 
@@ -52,7 +54,7 @@ def made(size: str, name: str, system_gib: int) -> Plan:
     """The plan of the first format of the profile that fits."""
     machine = described(CARD, f"{system_gib}GiB", None)
     assert machine.fused_norms
-    chosen = profiles.choose(profiles.load(name), profiles.Overrides(), machine)
+    chosen = profiles.choose(profiles.load(name), Options(), machine)
     workload = Workload(VideoShape(*SIZES[size]), steps=40, guided=True, kept=True)
     refused = []
     for weight_format in chosen.formats:

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import torch
 
 from penstock.engine.attach.endless import EndlessStream
-from penstock.engine.model.files import Component, ModelFiles
+from penstock.engine.model.component import Component
+from penstock.engine.model.files import ModelFiles
 from penstock.engine.run.stage import residency
 from penstock.errors import UsageError
 from penstock.offload.layout import BlockLayout
@@ -18,8 +19,8 @@ from penstock.offload.ledger import ByteLedger
 from penstock.offload.streamer import BlockStream, load_block
 from penstock.offload.tiers import release_cached
 from penstock.profiles.hardware import Hardware
-from penstock.profiles.manifest import SCRATCH, ModelManifest, VideoShape
-from penstock.profiles.phases import Mux, Workload
+from penstock.profiles.manifest import SCRATCH, VideoShape
+from penstock.profiles.phases import Manifest, Mux, Workload
 from penstock.profiles.plan import PhasePlan, Plan, StreamPlan
 from penstock.profiles.planner import refusal, steps
 from penstock.profiles.policy import Limits, Policy
@@ -56,7 +57,7 @@ class Desk:
         self.model = model.installed(Computing(Scratch(0, self.device)))
         self.vram = ByteLedger("VRAM", hardware.vram_bytes)
         self.ram = ByteLedger("RAM", hardware.ram_bytes)
-        self.whole_blocks = _whole_blocks(model.transformer)
+        self.whole_blocks = _whole_blocks(model.streamed)
         self.read_bytes = self.copied_bytes = 0
         self._plans: dict[VideoShape, Plan] = {}
         self._key: object = None
@@ -76,10 +77,11 @@ class Desk:
             # K/V are made block by block and never kept; no branch waits for the other.
             policy = Policy(branches=1, cross_kv="ram")
             workload = Workload(shape, 2 * STEPS, guided=False)
-            manifest = _with_blocks(self.model.manifest, self.whole_blocks, 0)
+            blocks = tuple(layout.nbytes for layout in self.whole_blocks)
+            manifest = self.model.manifest.with_whole_blocks(blocks, 0)
             roomy = replace(self._hardware, vram_bytes=UNLIMITED)
             context = _plan(manifest, workload, roomy, policy)["context"]
-            manifest = _with_blocks(manifest, self.whole_blocks, _beside_scratch(context))
+            manifest = manifest.with_whole_blocks(blocks, _beside_scratch(context))
             self._plans[shape] = _plan(manifest, workload, self._hardware, policy)
         return self._plans[shape]
 
@@ -198,7 +200,7 @@ class Desk:
                 self.copied_bytes += opened.copied_bytes
 
 
-def _plan(manifest: ModelManifest, workload: Workload, hardware: Hardware, policy: Policy) -> Plan:
+def _plan(manifest: Manifest, workload: Workload, hardware: Hardware, policy: Policy) -> Plan:
     """As `penstock.profiles.planner.plan`, but for the file, which a pipeline does not write."""
     limits, phases = Limits(hardware.vram_bytes, hardware.ram_bytes), list[PhasePlan]()
     for step in steps(manifest, workload, hardware, policy):
@@ -218,20 +220,7 @@ def _whole_blocks(component: Component) -> tuple[BlockLayout, ...]:
     entries = component.source.entries()
     layouts = []
     for index in range(len(component.blocks)):
-        start = f"blocks.{index}."
+        start = f"{component.prefix}{index}."
         inside = {key[len(start) :]: e for key, e in entries.items() if key.startswith(start)}
         layouts.append(component.packs.checked(BlockLayout.from_entries(inside)))
     return tuple(layouts)
-
-
-def _with_blocks(
-    manifest: ModelManifest, blocks: Sequence[BlockLayout], context_bytes: int
-) -> ModelManifest:
-    """As the transformer runs here: over whole blocks, the context beside the steps."""
-    spec = manifest.transformer
-    weights = replace(
-        spec.weights,
-        rest_bytes=spec.weights.rest_bytes + context_bytes,
-        block_bytes=tuple(layout.nbytes for layout in blocks),
-    )
-    return replace(manifest, transformer=replace(spec, weights=weights))

@@ -16,7 +16,7 @@ from penstock.engine.attach.away import AwayWeight
 from penstock.engine.attach.blocks import Slot
 from penstock.engine.attach.livepack import LivePack, plan_live
 from penstock.engine.attach.surgery import Emptied, specs_of
-from penstock.engine.files.keys import COMPONENTS
+from penstock.engine.family.protocol import ComponentKind
 from penstock.engine.packs.names import FILE_NAMES
 from penstock.engine.packs.plan import runs_of
 from penstock.engine.store.durable import FileOps, storing, write_atomically
@@ -25,8 +25,11 @@ _PREFIXES = {"image_encoder": "vision_model."}
 """What files put before the names that the class has."""
 
 
-def write_models(pipe: Any, folder: Path, stack: ExitStack) -> int:
-    """Write the models of ``pipe`` to ``folder`` and let their weights go; ``stack`` undoes it.
+def write_models(
+    pipe: Any, kinds: Mapping[str, ComponentKind], folder: Path, stack: ExitStack
+) -> int:
+    """Write the models of ``pipe`` that are of ``kinds`` to ``folder`` and let their weights go;
+    ``stack`` undoes it.
 
     Gives the bytes of the packs.
 
@@ -34,9 +37,9 @@ def write_models(pipe: Any, folder: Path, stack: ExitStack) -> int:
         UsageError: weights that cannot be written as they are; names one.
         StorageError: the disk is full or fails.
     """
-    models = {name: model for name in COMPONENTS
+    models = {name: model for name in kinds
               if isinstance(model := getattr(pipe, name, None), nn.Module)}  # fmt: skip
-    runs = {name: _runs(name, model) for name, model in models.items()}
+    runs = {name: _runs(kinds[name], model) for name, model in models.items()}
     layouts = {name: plan_live(specs_of(runs[name])) for name in models}
     packs = {}
     for name, layout in layouts.items():
@@ -46,7 +49,7 @@ def write_models(pipe: Any, folder: Path, stack: ExitStack) -> int:
         def values(run: str, own: Mapping[str, Mapping[str, Tensor]] = own) -> Iterator[Tensor]:
             yield from own[run].values()
 
-        packs[name] = LivePack(folder / name / FILE_NAMES[name], layout, values)
+        packs[name] = LivePack(folder / name / FILE_NAMES[kinds[name].made_by[0]], layout, values)
         stack.callback(packs[name].close)
     _write_sides(pipe, models, folder)
     for name, model in models.items():
@@ -58,11 +61,11 @@ def write_models(pipe: Any, folder: Path, stack: ExitStack) -> int:
     return sum(layout.file_bytes for layout in layouts.values())
 
 
-def _runs(name: str, model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+def _runs(kind: ComponentKind, model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     """The parameters as a pack of that component groups them, under the names that files have."""
-    prefix = _PREFIXES.get(name, "")
+    prefix = _PREFIXES.get(kind.name, "")
     parameters = {key.removeprefix(prefix): p for key, p in model.named_parameters()}
-    names = runs_of(name, {key: tuple(p.shape) for key, p in parameters.items()})
+    names = runs_of(kind, {key: tuple(p.shape) for key, p in parameters.items()})
     return {run: {prefix + key: parameters[key] for key in keys} for run, keys in names.items()}
 
 

@@ -7,34 +7,58 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 
-from penstock.engine.attach.checks import check_pipeline
 from penstock.engine.attach.desk import Desk
 from penstock.engine.attach.livemodel import write_models
 from penstock.engine.attach.livepack import live_folder
-from penstock.engine.attach.parts import ImagePart, Part, TextPart, TransformerPart
+from penstock.engine.attach.part import Part
 from penstock.engine.attach.stream import budgets, close_at_exit
-from penstock.engine.attach.vae_part import VaePart
-from penstock.engine.families.wan.clip import make_image_processor
+from penstock.engine.family.protocol import ComponentKind, families
 from penstock.engine.files.locate import Files
 from penstock.engine.model.files import ModelFiles
 from penstock.engine.model.storage import block_format
 from penstock.engine.packs.cache import cache_folder
 from penstock.engine.packs.firstuse import FirstUse
 from penstock.engine.packs.plan import LEAST_RAM_BYTES
-from penstock.errors import CheckpointError, UsageError
+from penstock.errors import UsageError
 from penstock.offload.tiers import release_cached
 from penstock.quant.format import get_format
 
-_PARTS: Mapping[str, type[Part]] = {
-    "transformer": TransformerPart,
-    "text_encoder": TextPart,
-    "vae": VaePart,
-    "image_encoder": ImagePart,
-}
+
+class AttachFamily(Protocol):
+    """What a family's module ``family`` offers to this room, beside `Family`."""
+
+    KINDS: Mapping[str, ComponentKind]
+
+    def attachable(self, pipe: Any) -> None:
+        """Refuse a pipeline that penstock does not run as diffusers does.
+
+        Raises:
+            UsageError: names the reason.
+        """
+
+    def attach_parts(self) -> Mapping[str, type[Part]]:
+        """What stands in the place of each network of a pipeline, by its name there."""
+
+    def pipeline_of(self, model: ModelFiles, desk: Desk) -> Any:
+        """diffusers' pipeline of a model, its networks replaced by parts."""
+
+
+def _family_of(pipe: Any) -> AttachFamily:
+    """The family that runs ``pipe``; refused as the first of them refuses it."""
+    refused: UsageError | None = None
+    for family in cast("tuple[AttachFamily, ...]", families()):
+        try:
+            family.attachable(pipe)
+        except UsageError as error:
+            refused = refused or error
+        else:
+            return family
+    assert refused is not None
+    raise refused
 
 
 @dataclass(frozen=True)
@@ -162,12 +186,12 @@ def attach(
         >>> video = pipe(image=picture, prompt="a cat").frames[0]
         >>> penstock.detach(pipe)
     """
-    check_pipeline(pipe)
+    family = _family_of(pipe)
     hardware = budgets(device, vram, ram)
     wanted = None if format is None else get_format(format).name
     with ExitStack() as stack:
         place = stack.enter_context(live_folder(None if folder is None else Path(folder)))
-        disk_bytes = write_models(pipe, place / "model", stack)
+        disk_bytes = write_models(pipe, family.KINDS, place / "model", stack)
         model = ModelFiles.open(place / "model")
         if wanted is not None:
             model = _stored_as(model, wanted, place)
@@ -175,7 +199,7 @@ def attach(
         desk = Desk(model, budgets(device, vram, ram))  # without what the weights took
         stack.callback(desk.close)
         attached = Attached(pipe, desk, disk_bytes, ExitStack())
-        for name, made in _PARTS.items():
+        for name, made in family.attach_parts().items():
             own = getattr(pipe, name, None)
             if own is not None:
                 part = made(name, desk, own.config, own.device)
@@ -243,9 +267,10 @@ def load_pipeline(
     with ExitStack() as stack:
         desk = Desk(model, hardware)
         stack.callback(desk.close)
-        pipe = _pipeline(model, desk)
+        family = cast("AttachFamily", model.source.family)
+        pipe = family.pipeline_of(model, desk)
         attached = Attached(pipe, desk, 0, stack.pop_all())
-    for name in _PARTS:
+    for name in family.attach_parts():
         if getattr(pipe, name, None) is not None:
             object.__setattr__(getattr(pipe, name), "attached", attached)
     return pipe
@@ -253,57 +278,11 @@ def load_pipeline(
 
 def _stored_as(model: ModelFiles, wanted: str, folder: Path) -> ModelFiles:
     """The model with its transformer in a format: from a pack in ``folder``, made if need be."""
-    source = model.transformer.source
+    source = model.streamed.source
     if block_format(source) == wanted:
         return model
     use = FirstUse.of(source, wanted, folder)
     if not use.is_made:
         use.make(LEAST_RAM_BYTES, lambda nbytes: None)
-    model.transformer.checkpoint.close()
-    return model.with_transformer(use.transformer())
-
-
-def _pipeline(model: ModelFiles, desk: Desk) -> Any:
-    from diffusers import WanImageToVideoPipeline, WanPipeline
-
-    device = torch.device("cpu")
-    parts: dict[str, Any] = {
-        name: made(name, desk, _config(name, model), device)
-        for name, made in _PARTS.items()
-        if name != "image_encoder" or model.image is not None
-    }
-    parts |= {"tokenizer": model.tokenizer(), "scheduler": _scheduler(model)}
-    if not model.image_to_video:
-        return WanPipeline(**parts)
-    parts["image_processor"] = make_image_processor(model.source.image_processor)
-    return WanImageToVideoPipeline(**parts)
-
-
-def _config(name: str, model: ModelFiles) -> Any:
-    """The config of a part, as the library that it is from would give it."""
-    from diffusers.configuration_utils import FrozenDict
-    from transformers import CLIPVisionConfig, UMT5Config
-
-    source = next(part for part in model.source.components() if part.component == name)
-    if name == "text_encoder":
-        return UMT5Config(**dict(source.config))
-    if name == "image_encoder":
-        return CLIPVisionConfig(**dict(source.config))
-    skeleton = model.transformer.module if name == "transformer" else model.vae_decoder.module
-    return FrozenDict({**skeleton.config, **source.config})
-
-
-def _scheduler(model: ModelFiles) -> Any:
-    import diffusers
-
-    name = str(model.source.scheduler.get("_class_name"))
-    found = getattr(diffusers, name, None) if name.isidentifier() else None
-    if not (isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)):
-        raise CheckpointError(
-            "the model's scheduler cannot be used",
-            expected="a scheduler of diffusers",
-            found=name,
-            remedy="Correct scheduler/scheduler_config.json.",
-        )
-    made: Any = found
-    return made.from_config(dict(model.source.scheduler))
+    model.streamed.checkpoint.close()
+    return model.with_streamed(use.streamed())

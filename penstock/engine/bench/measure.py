@@ -36,18 +36,16 @@ from penstock.engine.run.events import (
     PhaseStarted,
     Progress,
 )
-from penstock.engine.run.keeper import Conditions
-from penstock.engine.run.pipeline import condition, decode, denoise
+from penstock.engine.run.pipeline import work_of
 from penstock.engine.run.report import PhaseReport
-from penstock.engine.run.sampling import Sampling
 from penstock.engine.run.stage import Run, Stage
 from penstock.errors import UsageError
 from penstock.offload.allocator import allocator_capped
 from penstock.offload.layout import BlockLayout
 from penstock.offload.streamer import BlockStream, StreamStats
 from penstock.offload.tiers import release_cached
-from penstock.profiles.phases import TEXT_TOKENS
 from penstock.profiles.plan import Plan, StreamPlan
+from penstock.profiles.policy import AUTO
 
 _SAMPLING_S = 0.01
 
@@ -60,16 +58,12 @@ class Asked:
         request: its steps are all of them, those before the counted ones included.
         warmup: steps that do not count; the first one carries the cold start.
         name: of the model, for the recipe.
-        vram, ram, profile: as asked for, for the recipe.
         whole: every phase, not denoising alone.
     """
 
     request: GenerationRequest
     warmup: int
     name: str
-    vram: str = ""
-    ram: str = ""
-    profile: str = "auto"
     whole: bool = False
     overlapped: bool = True
 
@@ -114,7 +108,7 @@ def measure(
     for message in run.notices:
         stage.monitor.notice(message)
     stage.prepare()
-    files = stage.model.transformer.source.raw.stamps
+    files = stage.model.streamed.source.raw.stamps
     if reached is None:
         reached = links(device, max(files, key=lambda path: path.stat().st_size), sample_bytes)
     for path in files:
@@ -140,40 +134,20 @@ def measure(
 
 
 def _run(stage: Stage, *, whole: bool) -> Tensor:
-    conditions = condition(stage) if whole else random_conditions(stage)
-    latents = denoise(stage, conditions, Sampling(stage))
-    if whole:
-        decode(stage, latents)
+    work = work_of(stage)
+    found = {} if whole else work.drawn(stage)
+    for phase in stage.plan.phases:
+        if phase.name in work.phases and (whole or phase.name == "denoise"):
+            work.phases[phase.name](stage, found)
+    latents: Tensor = found["latents"]
     return latents
 
 
-def random_conditions(stage: Stage) -> Conditions:
-    """What the encoders would have given, drawn instead: the transformer's work is the same."""
-    spec, request = stage.model.manifest, stage.job.request
-    draw = torch.Generator().manual_seed(0)
-    shape = request.video_shape.latent(spec.vae)
-    dtype = stage.model.transformer.dtype
-
-    def states(tokens: int, width: int) -> Tensor:
-        return torch.randn(1, tokens, width, generator=draw).to(dtype)
-
-    texts = [
-        states(TEXT_TOKENS, spec.transformer.text_dim)
-        for _ in range(2 if request.uses_guidance else 1)
-    ]
-    channels = spec.transformer.in_channels - spec.transformer.out_channels
-    return Conditions(
-        tuple(texts),
-        None if spec.image is None else states(spec.image.tokens, spec.image.hidden_size),
-        torch.randn(1, channels, *shape, generator=draw) if channels else None,
-    )
-
-
 def _recipe(stage: Stage, asked: Asked, plan: Plan) -> Recipe:
-    request, spec = asked.request, stage.model.manifest.transformer
-    stored = stage.model.transformer.source
+    request, blocks = asked.request, len(stage.model.streamed.blocks)
+    stored, options = stage.model.streamed.source, plan.options
     return Recipe(
-        model=f"{asked.name}, {spec.num_layers} blocks, {stored.nbytes:,} bytes",
+        model=f"{asked.name}, {blocks} blocks, {stored.nbytes:,} bytes",
         weight_format=stored.label(),
         width=request.width,
         height=request.height,
@@ -183,13 +157,18 @@ def _recipe(stage: Stage, asked: Asked, plan: Plan) -> Recipe:
         branches=2 if request.uses_guidance else 1,
         device=stage.device.type,
         compute=_computing(plan),
-        profile=asked.profile,
-        vram=asked.vram,
-        ram=asked.ram,
+        profile=options.profile or AUTO,
+        vram=str(options.vram or ""),
+        ram=str(options.ram or ""),
         chunk_tokens=plan["denoise"].chunk_tokens,
         whole=asked.whole,
         overlapped=asked.overlapped,
+        rules={name: str(word) for name, word in options.given.items() if name not in _TOLD},
     )
+
+
+_TOLD = ("vram", "ram", "profile", "device", "format", "compute", "attention")
+"""Options that a recipe's own fields tell."""
 
 
 def _computing(plan: Plan) -> str:

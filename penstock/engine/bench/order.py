@@ -7,31 +7,34 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from PIL import Image
 
 from penstock.engine.bench.measure import Asked, measure
 from penstock.engine.bench.result import BenchResult
+from penstock.engine.bench.synthetic import synthetic
 from penstock.engine.bench.weights import (
     FREE_BYTES,
-    synthetic,
-    transformer_bytes,
+    streamed_bytes,
     write_synthetic,
 )
 from penstock.engine.engine import Engine
-from penstock.engine.request.generation import GenerationRequest
+from penstock.engine.family.protocol import builtin_names
+from penstock.engine.prepared import Prepared
+from penstock.engine.request.generation import GenerationRequest, workload_of
 from penstock.engine.run.events import Listener
 from penstock.errors import OverBudget, UsageError
-from penstock.profiles.builtin import BUILTIN, builtin
-from penstock.profiles.phases import Workload
-from penstock.profiles.planner import plan as make_plan
+from penstock.profiles.options import Options
 from penstock.units import format_bytes
 
 Tell = Callable[[str], None]
 
 SYNTHETIC_FORMAT = "int8"
+
+ROOMY = 1 << 50
+"""Bytes that hold any model."""
 
 
 @dataclass(frozen=True)
@@ -41,34 +44,27 @@ class Order:
     Attributes:
         model: a model as `Engine.open` takes it; or
         synthetic: the name of one that is made on the spot, with ``blocks`` blocks stored as
-            ``weight_format``, in a temporary folder inside ``folder``.
+            ``options.format``, in a temporary folder inside ``folder``.
         steps, warmup: that count, and before them that do not.
         minutes: that a measurement on a synthetic model may take, by the plan; fewer blocks are
             made where all of them would take longer.
         whole: every phase of a job, not denoising alone.
-        compute: "exact" or "fast".
-        attention: "sdpa" or "int8".
+        options: to measure under.
     """
 
     model: str | None = None
     synthetic: str | None = None
     blocks: int | None = None
-    weight_format: str | None = None
     width: int = 832
     height: int = 480
     frames: int = 81
     steps: int = 3
     warmup: int = 1
     guidance: float = 5.0
-    vram: str | None = None
-    ram: str | None = None
-    profile: str = "auto"
-    device: str = "auto"
     folder: Path | None = None
     minutes: float = 10.0
     whole: bool = False
-    compute: str | None = None
-    attention: str | None = None
+    options: Options = field(default_factory=Options)
 
     def __post_init__(self) -> None:
         if (self.model is None) == (self.synthetic is None):
@@ -85,7 +81,7 @@ class Order:
     @property
     def stored_format(self) -> str | None:
         """Of the blocks: what is asked for; a synthetic model is int8 unless it is."""
-        return self.weight_format or (None if self.synthetic is None else SYNTHETIC_FORMAT)
+        return self.options.format or (None if self.synthetic is None else SYNTHETIC_FORMAT)
 
     @property
     def request(self) -> GenerationRequest:
@@ -139,7 +135,7 @@ def sweep(order: Order, profiles: Sequence[str], listener: Listener, tell: Tell)
         for profile in profiles:
             tell(f"profile {profile}")
             try:
-                found = _measure(replace(order, profile=profile), model, listener)
+                found = _measure(_under(order, profile), model, listener)
             except OverBudget as error:
                 points.append(Point(profile, None, str(error)))
                 continue
@@ -147,18 +143,13 @@ def sweep(order: Order, profiles: Sequence[str], listener: Listener, tell: Tell)
     return points
 
 
+def _under(order: Order, profile: str) -> Order:
+    return replace(order, options=replace(order.options, profile=profile))
+
+
 def _measure(order: Order, model: Path | str, listener: Listener) -> BenchResult:
     with (
-        Engine.open(
-            model,
-            format=order.stored_format,
-            compute=order.compute,
-            attention=order.attention,
-            vram=order.vram,
-            ram=order.ram,
-            device=order.device,
-            profile=order.profile,
-        ) as engine,
+        Engine.open(model, options=replace(order.options, format=order.stored_format)) as engine,
         tempfile.TemporaryDirectory(prefix="penstock-bench-") as scratch,
     ):
         request = order.request
@@ -167,10 +158,7 @@ def _measure(order: Order, model: Path | str, listener: Listener) -> BenchResult
         asked = Asked(
             request,
             order.warmup,
-            name=order.synthetic or engine.model.transformer.source.family,
-            vram=order.vram or "",
-            ram=order.ram or "",
-            profile=order.profile,
+            name=order.synthetic or engine.model.streamed.source.title,
             whole=order.whole,
         )
         return measure(engine, asked, listener)
@@ -194,10 +182,10 @@ def _model(order: Order, tell: Tell) -> Iterator[Path | str]:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        weight_format = order.weight_format or SYNTHETIC_FORMAT
+        weight_format = order.options.format or SYNTHETIC_FORMAT
         blocks = order.blocks or fitting_blocks(order, weight_format, Path(scratch))
-        config = synthetic(order.synthetic).config(blocks)
-        size = format_bytes(transformer_bytes(config, weight_format))
+        model = synthetic(order.synthetic)
+        size = format_bytes(streamed_bytes(model.kind, model.config(blocks), weight_format))
         tell(f"making {blocks} blocks of {order.synthetic} in {weight_format}: {size}")
         yield write_synthetic(
             Path(scratch), order.synthetic, blocks=blocks, weight_format=weight_format
@@ -212,12 +200,12 @@ def fitting_blocks(order: Order, weight_format: str, folder: Path) -> int:
     """
     assert order.synthetic is not None
     model = synthetic(order.synthetic)
-    whole = int(model.transformer["num_layers"])
-    one, two = (transformer_bytes(model.config(n), weight_format) for n in (1, 2))
+    whole = int(model.streamed["num_layers"])
+    one, two = (streamed_bytes(model.kind, model.config(n), weight_format) for n in (1, 2))
     room = shutil.disk_usage(folder).free - FREE_BYTES - (2 * one - two)
     by_disk = max(0, room) // (two - one)
     by_time = whole
-    if order.synthetic in BUILTIN:
+    if order.synthetic in builtin_names():
         allowed_s = 60 * order.minutes
         by_time = int(whole * allowed_s / max(_predicted_s(order, weight_format), 1e-9))
     return max(1, min(whole, by_disk, by_time))
@@ -225,10 +213,6 @@ def fitting_blocks(order: Order, weight_format: str, folder: Path) -> int:
 
 def _predicted_s(order: Order, weight_format: str) -> float:
     """Seconds of all denoising steps with all blocks, whatever the budgets."""
-    from penstock.engine.planning import Target
-
-    assert order.synthetic is not None
-    request, found = order.request, Target(order.device).hardware
-    roomy = replace(found, vram_bytes=1 << 50, ram_bytes=1 << 50)
-    work = Workload(request.video_shape, request.steps, request.uses_guidance)
-    return make_plan(builtin(order.synthetic, weight_format), work, roomy)["denoise"].seconds
+    options = replace(order.options, vram=ROOMY, ram=ROOMY, format=weight_format)
+    prepared = Prepared.open(synthetic=order.synthetic, options=options)
+    return prepared.plan(workload_of(order.request))["denoise"].seconds

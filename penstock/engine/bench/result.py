@@ -10,12 +10,16 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from penstock.errors import UsageError
 
 SCHEMA = "penstock bench 1"
 LARGEST_BYTES = 16 << 20
+
+LATER: Mapping[str, bool] = MappingProxyType({"later": True})
+"""Metadata of a field that results of this schema had not from the first."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class Recipe:
         vram, ram, profile: as asked; "" where nothing was said.
         chunk_tokens: of the plan: another cut computes otherwise.
         whole: every phase of a job, not denoising alone.
+        rules: what else was asked of the plan, by the names of `penstock.profiles.options.Options`;
+            results that were saved before there was any have none.
     """
 
     model: str
@@ -50,11 +56,13 @@ class Recipe:
     chunk_tokens: int
     whole: bool
     overlapped: bool = True
+    rules: dict[str, str] = field(default_factory=dict, metadata=LATER)
 
     @property
     def hash(self) -> str:
         """Sixteen hex digits that stand for all of it."""
-        text = json.dumps(asdict(self), sort_keys=True)
+        told = {name: value for name, value in asdict(self).items() if name != "rules" or value}
+        text = json.dumps(told, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
@@ -288,6 +296,8 @@ def _checked_object(kind: Any, value: Any, where: str) -> Any:
         raise _Wrong(f"{where or 'it'} is no object")
     hints, made = get_type_hints(kind), {}
     for each in fields(kind):
+        if each.name not in value and each.metadata.get("later"):
+            continue
         if each.name not in value:
             raise _Wrong(f"{where}.{each.name} is missing".lstrip("."))
         made[each.name] = _checked(hints[each.name], value[each.name], f"{where}.{each.name}")

@@ -15,17 +15,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import IO, Any
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
-from penstock.engine.families.wan.structure import is_cross_kv, transformer_shapes
-from penstock.engine.families.wan.tiny import write_tiny_model
+from penstock.engine.bench.synthetic import synthetic
+from penstock.engine.family.protocol import ComponentKind
 from penstock.engine.files.keys import stored_name
 from penstock.engine.files.storage import PADDING
+from penstock.engine.packs.plan import runs_of
 from penstock.errors import UsageError
 from penstock.offload.files import DIRECT_ALIGNMENT
 from penstock.offload.header import ITEM_BYTES
@@ -49,89 +49,6 @@ _POOL = (1 << 22) + 15
 """Random numbers that are really drawn. A prime, so that no two rows of a matrix begin at the same
 place of them, whatever its columns."""
 
-_WAN_14B: Mapping[str, Any] = MappingProxyType(
-    {
-        "patch_size": (1, 2, 2),
-        "num_attention_heads": 40,
-        "attention_head_dim": 128,
-        "in_channels": 36,
-        "out_channels": 16,
-        "text_dim": 4096,
-        "freq_dim": 256,
-        "ffn_dim": 13824,
-        "num_layers": 40,
-        "cross_attn_norm": True,
-        "qk_norm": "rms_norm_across_heads",
-        "eps": 1e-6,
-        "image_dim": 1280,
-        "added_kv_proj_dim": 5120,
-        "rope_max_seq_len": 1024,
-        "pos_embed_seq_len": None,
-    }
-)
-_TINY: Mapping[str, Any] = MappingProxyType(
-    dict(_WAN_14B)
-    | {
-        "num_attention_heads": 2,
-        "attention_head_dim": 64,
-        "text_dim": 64,
-        "freq_dim": 64,
-        "ffn_dim": 256,
-        "num_layers": 6,
-        "image_dim": 64,
-        "added_kv_proj_dim": 128,
-    }
-)
-
-
-@dataclass(frozen=True)
-class Synthetic:
-    """A model that can be made on the spot.
-
-    Attributes:
-        transformer: its config, `WanTransformer3DModel`'s.
-        vae: config entries of a VAE of true shapes.
-        image: of the image encoder, cut to two layers.
-    """
-
-    transformer: Mapping[str, Any]
-    vae: Mapping[str, Any]
-    image: Mapping[str, Any]
-
-    def config(self, blocks: int | None) -> dict[str, Any]:
-        """The transformer's config, with another number of blocks if one is given."""
-        whole = int(self.transformer["num_layers"])
-        if blocks is not None and not 1 <= blocks <= whole:
-            raise UsageError(
-                "illegal number of blocks", expected=f"1 to {whole}", found=str(blocks)
-            )
-        return dict(self.transformer) | {"num_layers": whole if blocks is None else blocks}
-
-
-SYNTHETIC: Mapping[str, Synthetic] = MappingProxyType(
-    {
-        "wan2.1-i2v-14b": Synthetic(
-            _WAN_14B,
-            {"base_dim": 96, "num_res_blocks": 2},
-            {"hidden_size": 1280, "num_attention_heads": 16, "image_size": 224, "patch_size": 14},
-        ),
-        "tiny": Synthetic(_TINY, {"base_dim": 8}, {"hidden_size": 64}),
-    }
-)
-
-
-def synthetic(name: str) -> Synthetic:
-    """The model called ``name``.
-
-    Raises:
-        UsageError: there is none.
-    """
-    if name not in SYNTHETIC:
-        raise UsageError(
-            "no such synthetic model", expected="one of " + ", ".join(SYNTHETIC), found=repr(name)
-        )
-    return SYNTHETIC[name]
-
 
 def write_synthetic(
     folder: Path,
@@ -154,44 +71,38 @@ def write_synthetic(
         UsageError: no such model, number of blocks or format, or the disk has no room.
     """
     model = synthetic(name)
-    config = model.config(blocks)
-    text = {"d_model": config["text_dim"], "d_kv": 16, "num_heads": 4, "num_layers": 2}
-    small: dict[str, Any] = {"num_hidden_layers": 2, "intermediate_size": 64}
-    write_tiny_model(
-        folder,
-        seed=seed,
-        dtype=torch.bfloat16,
-        vae=dict(model.vae),
-        text=text,
-        image=small | dict(model.image),
+    model.write_rest(folder, seed)
+    name = model.kind.name
+    shutil.rmtree(folder / name)
+    write_streamed(
+        folder / name, model.kind, model.config(blocks), weight_format, seed=seed, progress=progress
     )
-    shutil.rmtree(folder / "transformer")
-    write_transformer(folder / "transformer", config, weight_format, seed=seed, progress=progress)
     return folder
 
 
-def transformer_bytes(config: Mapping[str, Any], weight_format: str) -> int:
-    """Size of the file that `write_transformer` makes."""
-    return _File.of(config, weight_format).nbytes
+def streamed_bytes(kind: ComponentKind, config: Mapping[str, Any], weight_format: str) -> int:
+    """Size of the file that `write_streamed` makes."""
+    return _File.of(kind, config, weight_format).nbytes
 
 
-def write_transformer(
+def write_streamed(
     folder: Path,
+    kind: ComponentKind,
     config: Mapping[str, Any],
     weight_format: str,
     *,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Write a random transformer (weights and config.json) and return the file of its weights.
+    """Write a random network (weights and config.json) and return the file of its weights.
 
     Raises:
         UsageError: a format that is not made here, or the disk has no room.
     """
-    plan = _File.of(config, weight_format)
+    plan = _File.of(kind, config, weight_format)
     folder.mkdir(parents=True, exist_ok=True)
     _check_room(folder, plan.nbytes)
-    about = dict(config) | {"_class_name": "WanTransformer3DModel"}
+    about = dict(config) | {"_class_name": kind.made_by[1]}
     (folder / "config.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
     path = folder / _FILE
     samples = _Samples(get_format(weight_format), seed)
@@ -255,29 +166,16 @@ class _File:
         return len(self.header) + self.tensors[-1].end
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], weight_format: str) -> _File:
+    def of(cls, kind: ComponentKind, config: Mapping[str, Any], weight_format: str) -> _File:
         if weight_format not in FORMATS:
             raise UsageError(
                 "no synthetic weights in this format",
                 expected="one of " + ", ".join(FORMATS),
                 found=repr(weight_format),
             )
-        fmt, shapes = get_format(weight_format), transformer_shapes(config)
-        tensors = tuple(_placed(_runs(shapes), shapes, fmt))
+        fmt, shapes = get_format(weight_format), kind.shapes(config)
+        tensors = tuple(_placed(list(runs_of(kind, shapes).values()), shapes, fmt))
         return cls(tensors, _header(tensors))
-
-
-def _runs(shapes: Mapping[str, tuple[int, ...]]) -> list[list[str]]:
-    """Parameters by what is read at once: each block, its cross-attention K/V, all the rest."""
-    runs: dict[tuple[str, bool], list[str]] = {}
-    for name in shapes:
-        if name.startswith("blocks."):
-            _, number, local = name.split(".", 2)
-            key = (number, is_cross_kv(local))
-        else:
-            key = ("rest", False)
-        runs.setdefault(key, []).append(name)
-    return list(runs.values())
 
 
 def _placed(

@@ -7,15 +7,14 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
-from penstock.engine.families.wan.config import FAMILIES, ShapesOf, check_transformer, derive
-from penstock.engine.families.wan.keys import FUSED_QKV, Naming, find_naming
-from penstock.engine.families.wan.structure import tensor_shapes
+from penstock.engine.family.naming import FUSED_QKV, PREFIXES, Naming, ShapesOf
+from penstock.engine.family.protocol import ComponentKind, Family, families
 from penstock.engine.files.source import RawFile, read_bytes
 from penstock.engine.files.storage import COMFY_MARK, PACK_METADATA, StoredWeight, gather
 from penstock.errors import CheckpointError, TensorMismatch
@@ -23,16 +22,16 @@ from penstock.offload.checkpoint import TensorEntry
 from penstock.offload.gguf import BLOCK_SIZES, block_size
 from penstock.offload.gguf import PREFIX as GGUF
 
-COMPONENTS = ("transformer", "text_encoder", "vae", "image_encoder")
 _EMBED_TOKENS = "encoder.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
 class ComponentSource:
-    """One network of a Wan2.1 model as a file holds it, under diffusers' names.
+    """One network of a model as a file holds it, under diffusers' names.
 
     Attributes:
-        component: transformer, text_encoder, vae or image_encoder.
+        family: of the model.
+        kind: which network of that family.
         naming: whose names the file uses.
         config: of the component, given or derived from shapes.
         weights: how and where each parameter is stored, in the model's order.
@@ -40,7 +39,8 @@ class ComponentSource:
         missing, unknown, misshaped: what keeps the file from being used; all empty if it can be.
     """
 
-    component: str
+    family: Family
+    kind: ComponentKind
     naming: str
     raw: RawFile
     config: Mapping[str, Any]
@@ -53,12 +53,17 @@ class ComponentSource:
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shape of every tensor that the config demands."""
-        return MappingProxyType(tensor_shapes(self.component, self.config))
+        return MappingProxyType(self.kind.shapes(self.config))
 
     @property
-    def family(self) -> str:
+    def component(self) -> str:
+        """Its name: "transformer", "vae", ..."""
+        return self.kind.name
+
+    @property
+    def title(self) -> str:
         """The model's name for people: "Wan2.1 I2V 14B", or its component's."""
-        return _family(self.component, self.config)
+        return self.kind.title(self.config)
 
     @property
     def parameters(self) -> int:
@@ -98,8 +103,8 @@ class ComponentSource:
         for what, names in (("unknown", self.unknown), ("missing", self.missing)):
             if names:
                 raise TensorMismatch(
-                    f"{self.raw.path} is not a whole {self.component.replace('_', ' ')}",
-                    expected=f"the {len(self.shapes)} tensors of {self.family}",
+                    f"{self.raw.path} is not a whole {self.kind.label}",
+                    expected=f"the {len(self.shapes)} tensors of {self.title}",
                     found=f"{len(names)} {what}, the first is {names[0]}",
                     remedy="The file is incomplete or belongs to another model; "
                     "`penstock inspect` lists what it holds.",
@@ -132,6 +137,37 @@ def as_bytes(entry: TensorEntry) -> TensorEntry:
     return replace(entry, dtype="U8", shape=(*rows, columns // block * nbytes))
 
 
+@dataclass(frozen=True)
+class Recognised:
+    """Which network the keys of a file are those of.
+
+    Attributes:
+        prefix: what stands before every name.
+    """
+
+    family: Family
+    kind: ComponentKind
+    naming: Naming
+    prefix: str
+
+
+def find_naming(keys: Iterable[str]) -> Recognised | None:
+    """The naming whose marks ``keys`` bear; None if there is none."""
+    names = tuple(keys)
+    known = [
+        (family, kind, naming)
+        for family in families()
+        for kind in family.KINDS.values()
+        for naming in kind.namings
+    ]
+    for prefix in PREFIXES:
+        local = [name[len(prefix) :] for name in names if name.startswith(prefix)]
+        for family, kind, naming in known:
+            if all(any(name.startswith(mark) for name in local) for mark in naming.marks):
+                return Recognised(family, kind, naming, prefix)
+    return None
+
+
 def recognise(raw: RawFile, config: Mapping[str, Any] | None = None) -> ComponentSource:
     """Say what ``raw`` is.
 
@@ -145,15 +181,13 @@ def recognise(raw: RawFile, config: Mapping[str, Any] | None = None) -> Componen
     found = find_naming(raw.entries)
     if found is None:
         raise _foreign(raw)
-    naming, prefix = found
-    named = _rename(raw, naming, prefix)
-    weights = gather(named.entries, raw.metadata, read_bytes, prefix)
+    named = _rename(raw, found)
+    weights = gather(named.entries, raw.metadata, read_bytes, found.prefix)
     shapes = {name: stored.shape for name, stored in weights.items() if stored.shape is not None}
     if config is None:
-        config = derive(naming.component, ShapesOf(str(raw.path), shapes))
-    elif naming.component == "transformer":
-        check_transformer(str(raw.path), config)
-    return _compare(raw, naming, config, weights, named)
+        config = found.kind.derive(ShapesOf(str(raw.path), shapes))
+    found.kind.check(str(raw.path), config)
+    return _compare(raw, found, config, weights, named)
 
 
 @dataclass(frozen=True)
@@ -163,7 +197,8 @@ class _Named:
     unknown: list[str]
 
 
-def _rename(raw: RawFile, naming: Naming, prefix: str) -> _Named:
+def _rename(raw: RawFile, found: Recognised) -> _Named:
+    naming, prefix = found.naming, found.prefix
     named = _Named({}, {}, [])
     for key, entry in raw.entries.items():
         local = key.removeprefix(prefix)
@@ -173,7 +208,7 @@ def _rename(raw: RawFile, naming: Naming, prefix: str) -> _Named:
             named.extras[local] = entry
         elif not key.startswith("__"):  # padding and checksums of packs
             _place(named, key, naming.rename(local), entry)
-    if naming.component == "text_encoder":
+    if found.kind.name == "text_encoder":
         _untie(named.entries)
     for name, kind in packed_facts(raw).get("gguf", {}).items():
         if name in named.entries:
@@ -266,24 +301,25 @@ def _untie(entries: dict[str, TensorEntry]) -> None:
 
 def _compare(
     raw: RawFile,
-    naming: Naming,
+    found: Recognised,
     config: Mapping[str, Any],
     weights: Mapping[str, StoredWeight],
     named: _Named,
 ) -> ComponentSource:
     try:
-        expected = tensor_shapes(naming.component, config)
+        expected = found.kind.shapes(config)
     except (KeyError, TypeError) as error:
         raise CheckpointError(
             f"the config.json of {raw.path} cannot be used",
-            expected=f"the entries of a {naming.component} config",
+            expected=f"the entries of a {found.kind.name} config",
             found=f"{type(error).__name__} {error}",
         ) from error
     known = {name: weights[name] for name in expected if name in weights}
     strangers = [w.tensors for name, w in weights.items() if name not in expected]
     return ComponentSource(
-        component=naming.component,
-        naming=naming.author,
+        family=found.family,
+        kind=found.kind,
+        naming=found.naming.author,
         raw=raw,
         config=config,
         weights=known,
@@ -318,18 +354,3 @@ def _foreign(raw: RawFile) -> CheckpointError:
         if lora
         else "Check that this is the right file.",
     )
-
-
-def _family(component: str, config: Mapping[str, Any]) -> str:
-    if component == "text_encoder":
-        xxl = (config["d_model"], config["num_layers"]) == (4096, 24)
-        return "UMT5-XXL encoder" if xxl else f"UMT5 encoder ({config['d_model']} wide)"
-    if component == "image_encoder":
-        huge = (config["hidden_size"], config["num_hidden_layers"]) == (1280, 32)
-        return "CLIP ViT-H/14" if huge else f"CLIP ViT ({config['hidden_size']} wide)"
-    if component == "vae":
-        return "Wan2.1 VAE" if config["base_dim"] == 96 else f"Wan VAE ({config['base_dim']} wide)"
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    layers = config["num_layers"]
-    size = FAMILIES.get((width, layers, config["ffn_dim"]), f"({width} wide, {layers} layers)")
-    return f"Wan2.1 {'I2V' if config.get('image_dim') else 'T2V'} {size}"

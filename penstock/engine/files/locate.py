@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from penstock.engine.families.wan.config import IMAGE_PROCESSOR, UNIPC
+from penstock.engine.family.protocol import Family, families
 from penstock.engine.files.hub import Fetch, hub_snapshot
-from penstock.engine.files.keys import COMPONENTS, ComponentSource, recognise
+from penstock.engine.files.keys import ComponentSource, recognise
 from penstock.engine.files.source import open_raw, read_bytes, refusal_of
 from penstock.errors import CheckpointError, PenstockError, UsageError
 from penstock.offload.checkpoint import PICKLES, TensorEntry
@@ -25,7 +25,6 @@ _COMFY_FOLDERS = {
     "vae": ("vae",),
     "image_encoder": ("clip_vision",),
 }
-_FLAGS = {name: "--" + name.replace("_", "-") for name in COMPONENTS}
 _SUFFIXES = (".safetensors", ".gguf")
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "tokenizer_config.json")
 
@@ -47,32 +46,44 @@ class Files:
     tokenizer: Path | None = None
 
 
+COMPONENTS = ("transformer", "text_encoder", "vae", "image_encoder")
+"""Networks that a flag names, the one that streams first."""
+
+_FLAGS = {name: "--" + name.replace("_", "-") for name in COMPONENTS}
+
+
 @dataclass(frozen=True)
 class ModelSource:
-    """A whole Wan2.1 model, wherever its parts lie.
+    """A whole model, wherever its parts lie.
 
     Attributes:
         origin: what it was found by, for people.
-        image_encoder: None for a text-to-video model.
+        parts: its networks by name, the one that streams first.
         tokenizer: a folder, a SentencePiece model, or the byte tensor that holds one.
         scheduler, image_processor: configs as diffusers and transformers write them.
         defaults: the model's own defaults for a request (``defaults.json``), often none.
     """
 
     origin: str
-    transformer: ComponentSource
-    text_encoder: ComponentSource
-    vae: ComponentSource
-    image_encoder: ComponentSource | None
+    parts: Mapping[str, ComponentSource]
     tokenizer: Path | TensorEntry
     scheduler: Mapping[str, Any]
     image_processor: Mapping[str, Any]
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def streamed(self) -> ComponentSource:
+        """The network whose blocks stream while latents are denoised."""
+        return next(iter(self.parts.values()))
+
+    @property
+    def family(self) -> Family:
+        """That the model is of."""
+        return self.streamed.family
+
     def components(self) -> tuple[ComponentSource, ...]:
         """All that there are."""
-        parts = (self.transformer, self.text_encoder, self.vae, self.image_encoder)
-        return tuple(part for part in parts if part is not None)
+        return tuple(self.parts.values())
 
 
 def locate(model: str | Path | None, files: Files | None = None, *, fetch: Fetch | None = None
@@ -114,8 +125,8 @@ class _Found:
 
     places: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
     tokenizer: Path | None = None
-    scheduler: Mapping[str, Any] = field(default_factory=lambda: UNIPC)
-    image_processor: Mapping[str, Any] = field(default_factory=lambda: IMAGE_PROCESSOR)
+    scheduler: Mapping[str, Any] | None = None
+    image_processor: Mapping[str, Any] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
     pickles: tuple[Path, ...] = ()
 
@@ -147,32 +158,26 @@ def _diffusers(folder: Path) -> _Found:
     return _Found(
         places={name: (folder / name,) for name in parts},
         tokenizer=folder / "tokenizer" if (folder / "tokenizer").is_dir() else None,
-        scheduler=read_object(scheduler) if scheduler.exists() else UNIPC,
-        image_processor=read_object(processor) if processor.exists() else IMAGE_PROCESSOR,
+        scheduler=read_object(scheduler) if scheduler.exists() else None,
+        image_processor=read_object(processor) if processor.exists() else None,
         defaults=read_object(defaults) if defaults.exists() else {},
     )
 
 
 def check_pipeline(folder: Path, index: Mapping[str, Any]) -> None:
-    """Refuse a ``model_index.json`` of another pipeline.
+    """Refuse a ``model_index.json`` of a pipeline that no family runs.
 
     Raises:
-        CheckpointError: not Wan2.1.
+        CheckpointError: as the family that comes nearest says.
     """
-    known = ("WanImageToVideoPipeline", "WanPipeline")
-    if index.get("_class_name") not in known:
-        raise CheckpointError(
-            f"{folder} holds another kind of model",
-            expected=" or ".join(known),
-            found=str(index.get("_class_name")),
-        )
-    second = index.get("transformer_2") or [None, None]
-    if second[0] is not None or index.get("expand_timesteps"):
-        raise CheckpointError(
-            f"{folder} holds a Wan 2.2 model",
-            expected="Wan 2.1: one transformer, one timestep a step",
-            found="two transformers or expanded timesteps",
-        )
+    refused: CheckpointError | None = None
+    for family in families():
+        try:
+            return family.check_pipeline(folder, index)
+        except CheckpointError as error:
+            refused = refused or error
+    assert refused is not None
+    raise refused
 
 
 def _comfy(folder: Path, root: Path) -> _Found:
@@ -242,19 +247,15 @@ def _original(folder: Path) -> _Found:
 
 
 def _assemble(origin: str, found: _Found, files: Files) -> ModelSource:
-    transformer = _component("transformer", found, files)
-    image = transformer.config.get("image_dim") is not None
-    text = _component("text_encoder", found, files)
-    vae = _component("vae", found, files)
+    first = _component(COMPONENTS[0], found, files)
+    names = first.family.needed(first.config)
+    parts = {COMPONENTS[0]: first} | {name: _component(name, found, files) for name in names}
     return ModelSource(
         origin=origin,
-        transformer=transformer,
-        text_encoder=text,
-        vae=vae,
-        image_encoder=_component("image_encoder", found, files) if image else None,
-        tokenizer=_tokenizer(text, found, files),
-        scheduler=dict(found.scheduler),
-        image_processor=_sized(found.image_processor),
+        parts=parts,
+        tokenizer=_tokenizer(parts["text_encoder"], found, files),
+        scheduler=dict(found.scheduler or first.family.SCHEDULER),
+        image_processor=_sized(found.image_processor or first.family.IMAGE_PROCESSOR),
         defaults=found.defaults,
     )
 
@@ -290,7 +291,7 @@ def _check_kind(name: str, source: ComponentSource) -> None:
         raise CheckpointError(
             f"{source.raw.path} is no {name.replace('_', ' ')}",
             expected=f"the {name.replace('_', ' ')} of a Wan2.1 model",
-            found=f"a {source.component.replace('_', ' ')} ({source.family})",
+            found=f"a {source.kind.label} ({source.title})",
             remedy=f"Give it with {_FLAGS[source.component]}.",
         )
     source.check()
@@ -355,9 +356,10 @@ def _config_beside(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     config = read_object(path)
-    known = ("WanTransformer3DModel", "AutoencoderKLWan")
-    text = config.get("model_type") in ("umt5", "clip_vision_model")
-    if config.get("_class_name") not in known and not text:
+    kinds = [kind for family in families() for kind in family.KINDS.values()]
+    named = config.get("_class_name") in [kind.made_by[1] for kind in kinds]
+    typed = config.get("model_type") in [kind.model_type for kind in kinds if kind.model_type]
+    if not (named or typed):
         return None
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
@@ -404,20 +406,19 @@ def _tokenizer(text: ComponentSource, found: _Found, files: Files) -> Path | Ten
     )
 
 
-def open_tokenizer(tokenizer: Path | TensorEntry) -> Any:
+def open_tokenizer(family: Family, tokenizer: Path | TensorEntry) -> Any:
     """The tokenizer in a folder, a SentencePiece model, or the byte tensor that holds one.
 
     Raises:
         CheckpointError: it cannot be read.
     """
-    from penstock.engine.families.wan.umt5 import load_tokenizer
     from penstock.engine.files.spm import tokenizer_from_spm
 
     if isinstance(tokenizer, TensorEntry):
         return tokenizer_from_spm(read_bytes(tokenizer))
     if tokenizer.is_file():
         return tokenizer_from_spm(tokenizer.read_bytes())
-    return load_tokenizer(tokenizer)
+    return family.load_tokenizer(tokenizer)
 
 
 def _from_hub(model: str, files: Files, fetch: Fetch) -> ModelSource:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from penstock.engine.families.wan.config import FAMILIES
+from penstock.engine.families.wan.config import SIZES
 from penstock.engine.files.keys import ComponentSource
 from penstock.engine.files.locate import read_object
 from penstock.engine.files.source import read_bytes
@@ -163,7 +163,7 @@ class LoraFile:
         if wrong:
             name, wanted, found = wrong[0]
             raise TensorMismatch(
-                f"{self.path} is a LoRA for {self.family}, and this model is {source.family}: "
+                f"{self.path} is a LoRA for {self.family}, and this model is {source.title}: "
                 f"{len(wrong)} tensors do not fit",
                 expected=f"no {name}" if wanted is None else f"{name} of shape {list(wanted)}",
                 found=str(list(found)),
@@ -355,7 +355,7 @@ def read_scalar(path: Path, entry: TensorEntry) -> float:
 def _family(layers: Mapping[str, LoraLayer]) -> str:
     blocks = [int(name.split(".")[1]) for name in layers if name.startswith("blocks.")]
     width = next((w for w in map(_width, layers.values()) if w), None)
-    sizes = {dim: size for (dim, _, _), size in FAMILIES.items()}
+    sizes = {dim: size for (dim, _, _), size in SIZES.items()}
     pictured = any("add_k_proj" in name or "image_embedder" in name for name in layers)
     size = "" if width is None else f" {sizes.get(width, 'of another size')} ({width} wide"
     count = "" if not blocks or width is None else f", {max(blocks) + 1} blocks"

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from penstock.engine.families.wan.keys import NAMINGS, Naming
+from penstock.engine.families.wan.keys import NAMINGS
+from penstock.engine.family.naming import Naming
 
 _PREFIXES = (
     ("base_model.model.", "PEFT"),

@@ -10,24 +10,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
-from penstock.engine.families.wan import forward
-from penstock.engine.families.wan.attention import Attention, attention, int8_attention
-from penstock.engine.families.wan.attention_probe import probe_int8
-from penstock.engine.families.wan.vae_layers import Past, residual
+from penstock.engine.attention.kernels import Attention, attention, int8_attention
+from penstock.engine.attention.probe import probe_int8
+from penstock.engine.family.protocol import families
 from penstock.engine.machine.disk import IN_FLIGHT, read_rate
+from penstock.engine.machine.samples import SampledFamily, Samples
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.tiers import DeviceTier, HostTier, open_link
-from penstock.profiles.cost.transformer import Flops, denoise_flops
-from penstock.profiles.cost.vae import VaeWork, residual_work
-from penstock.profiles.manifest import TransformerSpec, Weights
 from penstock.profiles.rates import SMALL_CHUNK, TINY_CHUNK, Rates
-from penstock.profiles.tiling import Window
 from penstock.quant.compute import Compute, Operands, strategy_for
 from penstock.quant.format import get_format
 from penstock.quant.paths import Computing, Scratch
@@ -78,6 +73,7 @@ def calibrate(
         folder: where a file is written and read back (the temporary directory by default).
     """
     effort = effort or Effort.on(device)
+    samples = cast("SampledFamily", families()[0]).samples()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.inference_mode():
         rates = Rates(
@@ -86,16 +82,16 @@ def calibrate(
             read_bytes_per_s=_read(folder, effort),
             attention_flops=_attention(attention, device, dtype, effort),
             int8_attention_flops=_int8_attention(device, dtype, effort),
-            **_vae(device, dtype, effort),
+            **_vae(samples, device, dtype, effort),
             eight_bit_flops=_eight_bit("int8", device, dtype, effort),
             fp8_flops=_eight_bit("fp8", device, dtype, effort),
             memory_bytes_per_s=_decode(device, dtype, effort),
         )
-        overhead_s, element_s = _forward(device, dtype, effort, rates)
+        overhead_s, element_s = _forward(samples, device, dtype, effort, rates)
         return replace(
             rates,
             overhead_s=overhead_s,
-            **_tiny(device, dtype, effort, rates.attention_flops or rates.flops),
+            **_tiny(samples, device, dtype, effort, rates.attention_flops or rates.flops),
             element_s=element_s,
         )
 
@@ -149,7 +145,9 @@ def _int8_attention(device: torch.device, dtype: torch.dtype, effort: Effort) ->
     return _attention(int8_attention(), device, dtype, effort)
 
 
-def _vae(device: torch.device, dtype: torch.dtype, effort: Effort) -> dict[str, float]:
+def _vae(
+    samples: Samples, device: torch.device, dtype: torch.dtype, effort: Effort
+) -> dict[str, float]:
     """What the VAE's convolutions take, for an operation, an element, a pixel and a call.
 
     Residual blocks of several widths on frames of the same bytes, and on small frames: one is bound
@@ -159,7 +157,9 @@ def _vae(device: torch.device, dtype: torch.dtype, effort: Effort) -> dict[str, 
     """
     side = 4 * math.isqrt(effort.tokens)
     blocks = [
-        _residual(width, max(1, round(side / part * math.sqrt(_NARROW / width))), device, dtype)
+        samples.residual(
+            width, max(1, round(side / part * math.sqrt(_NARROW / width))), device, dtype
+        )
         for width, part in _RESIDUALS
     ]
     seconds = _in_turns([step for _, step in blocks], device, effort)
@@ -171,19 +171,6 @@ def _vae(device: torch.device, dtype: torch.dtype, effort: Effort) -> dict[str, 
         "conv_pixel_s": max(1e-15, pixel_s),
         "conv_call_s": max(1e-9, call_s),
     }
-
-
-def _residual(
-    width: int, side: int, device: torch.device, dtype: torch.dtype
-) -> tuple[VaeWork, Callable[[], object]]:
-    """A residual block on the next frame: what it computes, and how to let it."""
-    from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualBlock
-
-    block = WanResidualBlock(width, width).to(device, dtype)
-    frame = torch.randn(1, width, 1, side, side, device=device, dtype=dtype)
-    past: Past = {}
-    windows = (Window.whole(side, side),) * 3
-    return residual_work(width, side), lambda: residual(block, past, windows, frame)
 
 
 def _in_turns(
@@ -263,70 +250,16 @@ def _decode(device: torch.device, dtype: torch.dtype, effort: Effort) -> float:
     return (math.prod(operands.shape) + out.nbytes) / _seconds(decode, device, effort)
 
 
-@dataclass(frozen=True)
-class _Forward:
-    """One block of the lean forward on random weights, as a plan counts it."""
-
-    model: Any
-    latents: Tensor
-    cross: list[list[forward.CrossKV]]
-    step: forward.StepModulation
-    rope: forward.Rope
-
-    @classmethod
-    def make(cls, device: torch.device, dtype: torch.dtype, tokens: int) -> _Forward:
-        from diffusers import WanTransformer3DModel
-
-        side = 2 * math.isqrt(tokens)
-        model = WanTransformer3DModel(
-            num_attention_heads=_HEADS, attention_head_dim=_WIDTH // 2, in_channels=16,
-            out_channels=16, text_dim=64, freq_dim=64, ffn_dim=_FFN, num_layers=1,
-        )  # fmt: skip
-        rope = forward.rope_tables(model, (1, side, side), device)  # fp32, as a model's own
-        model = model.to(device, dtype)
-        text = torch.randn(1, forward.TEXT_TOKENS, 64, device=device, dtype=dtype)
-        context = forward.prepare_context(model, text, None)
-        return cls(
-            model,
-            torch.randn(1, 16, 1, side, side, device=device, dtype=dtype),
-            [[forward.cross_kv(model.blocks[0].attn2, context)]],
-            forward.step_modulation(model, torch.zeros(1, device=device), dtype)[0],
-            rope,
-        )
-
-    def __call__(self, chunk_tokens: int) -> object:
-        blocks = enumerate(self.model.blocks)
-        return forward.denoise_forward(
-            self.model, blocks, self.latents, self.cross, self.step, self.rope, chunk_tokens
-        )
-
-    def flops(self) -> Flops:
-        """As the planner counts it."""
-        config = self.model.config
-        spec = TransformerSpec(
-            weights=Weights(0, (0,), 4), cross_block_bytes=(0,), num_layers=1,
-            num_attention_heads=_HEADS, attention_head_dim=_WIDTH // 2, ffn_dim=config.ffn_dim,
-            in_channels=16, out_channels=16, text_dim=64, freq_dim=64, patch_size=(1, 2, 2),
-        )  # fmt: skip
-        return denoise_flops(spec, self.tokens, 0)
-
-    @property
-    def width(self) -> int:
-        """Of the hidden states."""
-        return _WIDTH // 2 * _HEADS
-
-    @property
-    def tokens(self) -> int:
-        """Of the grid."""
-        return (self.latents.shape[-1] // 2) ** 2
-
-
 def _forward(
-    device: torch.device, dtype: torch.dtype, effort: Effort, rates: Rates
+    samples: Samples,
+    device: torch.device,
+    dtype: torch.dtype,
+    effort: Effort,
+    rates: Rates,
 ) -> tuple[float, float]:
     """Seconds of a chunk, and of an element besides the products: a forward in few large chunks and
     in many small ones, less what the products take."""
-    work = _Forward.make(device, dtype, effort.tokens)
+    work = samples.forward(device, dtype, effort.tokens)
     whole = _seconds(lambda: work(work.tokens), device, effort)
     chunks = work.tokens // SMALL_CHUNK
     cut = _seconds(lambda: work(-(-work.tokens // chunks)), device, effort)
@@ -339,11 +272,15 @@ def _forward(
 
 
 def _tiny(
-    device: torch.device, dtype: torch.dtype, effort: Effort, attention_flops: float
+    samples: Samples,
+    device: torch.device,
+    dtype: torch.dtype,
+    effort: Effort,
+    attention_flops: float,
 ) -> dict[str, float]:
     """What a chunk of few tokens takes, in a forward of many of them, and what it takes for each
     element that it attends to, besides the operations."""
-    work = _Forward.make(device, dtype, min(effort.tokens, _TINY_TOKENS))
+    work = samples.forward(device, dtype, min(effort.tokens, _TINY_TOKENS))
     shapes = [(1, count, _HEADS, _WIDTH // 2) for count in (TINY_CHUNK, effort.tokens, TINY_CHUNK)]
     q, keys, few = (torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
     works: list[Callable[[], object]] = [
@@ -356,7 +293,7 @@ def _tiny(
     operations_s = 4 * TINY_CHUNK / attention_flops
     read = keys.numel() - few.numel()
     key_s = max(1e-15, (many_s - few_s) / read - operations_s)
-    attended = (work.tokens + forward.TEXT_TOKENS) * work.width
+    attended = work.attended * work.width
     chunk_s = (cut_s - whole_s) / (work.tokens // TINY_CHUNK - 1)
     return {"tiny_overhead_s": max(1e-6, chunk_s - attended * key_s), "tiny_key_s": key_s}
 

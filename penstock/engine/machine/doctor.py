@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from penstock.engine.families.wan.attention import attention
-from penstock.engine.families.wan.attention_probe import probe_int8
+from penstock.engine.attention.kernels import attention
+from penstock.engine.attention.probe import probe_int8
 from penstock.engine.machine.calibrate import Effort, calibrate
 from penstock.engine.run.report import versions
 from penstock.profiles.hardware import Hardware, available_ram_bytes, probe

@@ -16,6 +16,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from penstock.errors import TensorMismatch
+from penstock.offload.checkpoint import torch_dtype
+from penstock.quant.delta import Delta
+from penstock.quant.format import QuantFormat
+from penstock.quant.linear import replace_linears
+from penstock.quant.lora import add_deltas
+from penstock.quant.paths import Computing
 
 _UNFILLED = (torch.empty, torch.rand, torch.randn)
 """What classes of diffusers and transformers make parameters with that wait for a checkpoint."""
@@ -150,3 +156,24 @@ def _check(
 
 def _on_meta(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
+def equip(
+    module: Any,
+    formats: Mapping[str, QuantFormat],
+    deltas: Mapping[str, tuple[Delta, ...]],
+    computing: Computing,
+    tag: str,
+) -> None:
+    """Put quantised linears and LoRAs into ``module``.
+
+    Args:
+        module: a block, or a network.
+        formats: of its quantised linears, by local name.
+        deltas: what LoRAs add, by local name.
+        computing: how they compute.
+        tag: safetensors tag of the dtype they compute in.
+    """
+    dtype = torch_dtype(tag)
+    replace_linears(module, formats, computing, dtype)
+    add_deltas(module, deltas, computing, dtype)

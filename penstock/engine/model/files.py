@@ -1,194 +1,87 @@
-"""Opening a model: configs, headers, the layout of every network. No weights are read.
+"""A model opened by its headers alone: its networks, its manifest, and how it was asked for.
 
-A network is a skeleton on the meta device (the class and the parameter names of diffusers or
-transformers, with a single block; built when a job needs it), plus the places of its tensors: one
-layout for all that is not in a block, and one per block. Where the model lies and how its files
-name and store the weights is found by `penstock.engine.files.locate`; from here on all models look
-alike.
+Where a model lies and how its files name and store the weights is found by
+`penstock.engine.files.locate`; which networks it has, and what the planner knows of them, its
+family says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar, cast
 
-from penstock.engine.families.wan.config import IMAGE, TEXT, TRANSFORMER, VAE
-from penstock.engine.families.wan.manifest import manifest_of
-from penstock.engine.families.wan.structure import is_cross_kv, layers_needed
-from penstock.engine.files.formats import compute_tag, linear_formats
 from penstock.engine.files.keys import ComponentSource
 from penstock.engine.files.locate import Files, ModelSource, locate, open_tokenizer
 from penstock.engine.lora.file import Lora
-from penstock.engine.lora.place import LoraPart, PlacedLoras
-from penstock.engine.model.adapters import Adapter, adapters_of, read_table_rows
+from penstock.engine.lora.place import PlacedLoras
+from penstock.engine.model.component import Component
+from penstock.engine.model.grid import Grid
 from penstock.engine.model.opening import Opening
-from penstock.engine.model.skeleton import Formats, Skeleton
-from penstock.engine.model.storage import Matrices, block_format, storage_of
-from penstock.engine.packs.checked import Packs
-from penstock.engine.request.generation import Grid
-from penstock.errors import CheckpointError
-from penstock.offload.checkpoint import Checkpoint, TensorEntry, torch_dtype
-from penstock.offload.header import ITEM_BYTES
-from penstock.offload.layout import BlockLayout
-from penstock.profiles.manifest import ModelManifest, Storage, Weights
+from penstock.profiles.manifest import VideoShape
+from penstock.profiles.phases import Manifest
 from penstock.quant.paths import Computing, Scratch
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-
-@dataclass(frozen=True)
-class Component:
-    """One network: its skeleton and the places of its weights.
-
-    Attributes:
-        name: what it is called in plans and reports.
-        config: the network's, gaps filled with the defaults of its class.
-        skeleton: the network on the meta device, with one block; ours to bind tensors to.
-        prefix: of the names of the blocks' tensors, up to the number.
-        rest: everything outside the blocks.
-        blocks: one layout a block.
-        cross: the cross-attention K/V projections of each block, which leave the stream (DiT).
-        tag: safetensors tag of the dtype it computes in.
-        formats: of the quantised linears of each block.
-        adapters: what makes odd tensors fit: first outside the blocks, then block by block.
-        source: where it comes from.
-        packs: those that hold it; every block of theirs is verified as it is read.
-        loras: what LoRAs add, outside the blocks and then block by block; empty without LoRAs.
-    """
-
-    name: str
-    config: Mapping[str, Any]
-    skeleton: Skeleton
-    prefix: str
-    checkpoint: Checkpoint
-    rest: BlockLayout
-    blocks: tuple[BlockLayout, ...]
-    cross: tuple[BlockLayout, ...]
-    tag: str
-    formats: tuple[Formats, ...]
-    adapters: tuple[Adapter, ...]
-    source: ComponentSource
-    packs: Packs
-    loras: tuple[LoraPart, ...] = ()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type it computes in."""
-        return torch_dtype(self.tag)
-
-    @property
-    def module(self) -> Any:
-        """The network on the meta device; built now, if this is its first use."""
-        return self.skeleton.module
-
-    @property
-    def templates(self) -> tuple[Any, ...]:
-        """The block module of each block; blocks stored alike share one (empty: no blocks)."""
-        return self.skeleton.templates
-
-    def weights(self, device: str) -> Weights:
-        """The bytes of it, for the planner: as stored, and what adapting the rest takes besides on
-        a device of the type ``device`` ("cpu", "cuda")."""
-        return Weights(
-            rest_bytes=self.rest.nbytes + self.made_bytes(device),
-            block_bytes=tuple(layout.nbytes for layout in self.blocks),
-            itemsize=ITEM_BYTES[self.tag],
-        )
-
-    def made_bytes(self, device: str, place: int = 0) -> int:
-        """What binding makes besides the stored tensors: outside the blocks, or in the block
-        ``place - 1``."""
-        added = self.loras[place].nbytes if self.loras else 0
-        return self.adapters[place].peak_bytes(device) + added
-
-    def storage(
-        self, computing: Computing, part: Callable[[str], bool] = lambda name: True
-    ) -> Storage:
-        """What the quantised linears of the blocks take besides their bytes, and the block tensors
-        that are cast; of those linears whose local name ``part`` holds of."""
-        device, places = computing.scratch.device_type, range(1, len(self.adapters))
-        cast = max((self.made_bytes(device, place) for place in places), default=0)
-        blocks = (self._matrices(index, part) for index in range(len(self.blocks)))
-        return storage_of(block_format(self.source), blocks, computing, self.tag, cast)
-
-    def _matrices(self, index: int, part: Callable[[str], bool]) -> Matrices:
-        shapes, start = self.source.shapes, f"{self.prefix}{index}."
-        linears = {
-            f"{start}{name}.weight": fmt
-            for name, fmt in self.formats[index].items()
-            if part(f"{name}.")
-        }
-        return [(fmt, (shapes[name][0], shapes[name][1])) for name, fmt in linears.items()]
-
-    def install(self, computing: Computing) -> None:
-        """Let the quantised linears and the LoRAs of the block modules compute so."""
-        self.skeleton.install(computing)
-
-    @contextmanager
-    def bound(self, tensors: Mapping[str, Tensor], index: int | None = None) -> Iterator[Any]:
-        """The block ``index`` (None: the network) with its streamed ``tensors`` bound inside."""
-        from penstock.engine.model.binding import bound
-
-        place = 0 if index is None else index + 1
-        module = self.module if index is None else self.templates[index]
-        tensors = self.adapters[place](tensors)
-        with bound(module, self.loras[place](tensors) if self.loras else tensors):
-            yield module
-
-    def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
-        """Rows of a table, in `dtype`, on the CPU; nothing else is kept. A table in a pack is read
-        as a whole once, for its checksum.
-
-        Raises:
-            CheckpointError: the table is damaged, or no format reads it.
-        """
-        for entry in self.source.weights[name].tensors.values():
-            self.packs.verify(entry)
-        return read_table_rows(self.source, self.checkpoint, name, rows, self.dtype)
+Own = TypeVar("Own", bound="ModelFiles")
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A Wan2.1 model, wherever its parts lie, opened by its headers alone.
+    """A model, wherever its parts lie. A family has a class of its own beneath this one.
 
     Attributes:
         opening: how it was asked for.
         source: where its parts were found.
+        parts: its networks by their names in plans, the one that streams first.
         manifest: what the planner knows of it; `installed` says it for a device.
         scratch: that its quantised linears decode into.
-        loras: applied beside the transformer's weights.
+        loras: applied beside the weights of the network that streams.
     """
 
     opening: Opening
     source: ModelSource
-    transformer: Component
-    text: Component
-    vae_encoder: Component
-    vae_decoder: Component
-    image: Component | None
-    manifest: ModelManifest
+    parts: Mapping[str, Component]
+    manifest: Any
     scratch: Scratch
     loras: PlacedLoras
 
     @property
-    def image_to_video(self) -> bool:
-        """Whether a conditioning picture is needed (and the model has 36 input channels)."""
-        return self.manifest.transformer.in_channels > self.manifest.vae.z_dim
+    def streamed(self) -> Component:
+        """The network whose blocks stream while latents are denoised."""
+        return next(iter(self.parts.values()))
 
     @property
     def grid(self) -> Grid:
         """The sizes that the model can represent."""
-        spec, config = self.manifest, self.transformer.config
-        return Grid(
-            side=spec.vae.spatial_factor * max(spec.transformer.patch_size[1:]),
-            temporal=spec.vae.temporal_factor,
-            positions=config["rope_max_seq_len"],
-        )
+        raise NotImplementedError
+
+    @property
+    def image_to_video(self) -> bool:
+        """Whether a conditioning picture is needed."""
+        return bool(self.manifest.image_to_video)
+
+    def flow_shift(self, width: int, height: int, asked: float | None) -> float:
+        """``asked``, or the noise schedule's official shift for a video of that size."""
+        raise NotImplementedError
+
+    def latent_shape(self, shape: VideoShape) -> tuple[int, ...]:
+        """Shape of the latents of a video: (1, channels, frames, height, width)."""
+        raise NotImplementedError
+
+    def kept_bytes(self, shape: VideoShape) -> int:
+        """Disk space that a kept job takes at most for what its phases leave."""
+        raise NotImplementedError
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """Of requests, as the model's folder states them."""
+        return self.source.defaults
+
+    @property
+    def origin(self) -> str:
+        """Where the model is, for messages."""
+        return self.source.origin
 
     @property
     def files(self) -> dict[str, Path]:
@@ -212,7 +105,7 @@ class ModelFiles:
         Raises:
             CheckpointError: it cannot be read.
         """
-        return open_tokenizer(self.source.tokenizer)
+        return open_tokenizer(self.source.family, self.source.tokenizer)
 
     @classmethod
     def open(
@@ -225,52 +118,47 @@ class ModelFiles:
 
         Args:
             model, files: as `penstock.engine.files.locate.locate` takes them.
-            loras: to apply beside the transformer's weights.
+            loras: to apply beside the weights of the network that streams.
 
         Raises:
-            CheckpointError: no Wan2.1 model, or one that penstock does not run.
+            CheckpointError: no model of a family, or one that penstock does not run.
             HeaderError, PickleRefused, TensorMismatch: a component's files cannot be used.
         """
         source = locate(model, files)
-        placed = PlacedLoras.open(source.transformer, loras)
-        transformer = _open_transformer(placed)
-        text = _open_text(source.text_encoder)
-        encoder, decoder = _open_vae(source.vae)
-        image = None if source.image_encoder is None else _open_image(source.image_encoder)
+        placed = PlacedLoras.open(source.streamed, loras)
+        family = cast("ModelFamily", source.family)
+        parts = family.components(source, placed)
         computing = Computing(Scratch(0, "cpu"))
-        return cls(
+        return family.MODEL(
             opening=Opening(None if model is None else str(model), files or Files(), placed.given),
             source=source,
-            transformer=transformer,
-            text=text,
-            vae_encoder=encoder,
-            vae_decoder=decoder,
-            image=image,
-            manifest=manifest_of(transformer, text, encoder, decoder, image, computing),
+            parts=parts,
+            manifest=family.manifest(parts, computing),
             scratch=computing.scratch,
             loras=placed,
         )
 
-    def installed(self, computing: Computing) -> ModelFiles:
+    def installed(self: Own, computing: Computing) -> Own:
         """This model with its quantised linears computing as ``computing`` says, and the manifest
         that states what they take so. Once a model: the linears stay as they are made."""
         for part in self.components():
             part.install(computing)
-        manifest = manifest_of(
-            self.transformer, self.text, self.vae_encoder, self.vae_decoder, self.image, computing
-        )
+        manifest = cast("ModelFamily", self.source.family).manifest(self.parts, computing)
         return replace(self, manifest=manifest, scratch=computing.scratch)
 
-    def with_transformer(self, source: ComponentSource) -> ModelFiles:
-        """This model with another transformer; to be `installed` before it computes."""
+    def with_streamed(self: Own, source: ComponentSource) -> Own:
+        """This model with another network that streams; to be `installed` before it computes."""
         placed = replace(self.loras, source=source)
-        whole = replace(self.source, transformer=source)
-        return replace(self, source=whole, transformer=_open_transformer(placed), loras=placed)
+        name = next(iter(self.source.parts))
+        whole = replace(self.source, parts={**self.source.parts, name: source})
+        family = cast("ModelFamily", whole.family)
+        first = next(iter(self.parts))
+        parts = {**self.parts, first: family.streamed(source, placed)}
+        return replace(self, source=whole, parts=parts, loras=placed)
 
     def components(self) -> tuple[Component, ...]:
         """All networks of the model."""
-        parts = (self.transformer, self.text, self.vae_encoder, self.vae_decoder, self.image)
-        return tuple(part for part in parts if part is not None)
+        return tuple(self.parts.values())
 
     def close(self) -> None:
         """Close the files."""
@@ -278,109 +166,17 @@ class ModelFiles:
             component.checkpoint.close()
 
 
-def _open_transformer(loras: PlacedLoras) -> Component:
-    source = loras.source
-    if source.config.get("pos_embed_seq_len") is not None:
-        raise CheckpointError(
-            "first-and-last-frame models are not supported",
-            expected="pos_embed_seq_len absent",
-            found=str(source.config["pos_embed_seq_len"]),
-        )
-    config = {**TRANSFORMER, **source.config}
+class ModelFamily(Protocol):
+    """What a family's module ``family`` offers to this room, beside `Family`."""
 
-    count = config["num_layers"]
-    return _component(source, config, "blocks.", count, is_cross_kv, loras=loras)
+    MODEL: type[ModelFiles]
+    """Its models."""
 
+    def streamed(self, source: ComponentSource, loras: PlacedLoras) -> Component:
+        """The network that streams, with LoRAs beside its weights."""
 
-def _open_text(source: ComponentSource) -> Component:
-    config = {**TEXT, **source.config}
+    def components(self, source: ModelSource, loras: PlacedLoras) -> dict[str, Component]:
+        """All networks by their names in plans, the one that streams first."""
 
-    return _component(source, config, "encoder.block.", config["num_layers"])
-
-
-def _open_image(source: ComponentSource) -> Component:
-    config = {**IMAGE, **source.config}
-
-    count = layers_needed(config["num_hidden_layers"])
-    return _component(source, config, "encoder.layers.", count)
-
-
-def _open_vae(source: ComponentSource) -> tuple[Component, Component]:
-    halves = []
-    for half, parts in (
-        ("encoder", ("encoder.", "quant_conv.")),
-        ("decoder", ("decoder.", "post_quant_conv.")),
-    ):
-        component = _component(source, {**VAE, **source.config}, only=parts)
-        halves.append(replace(component, name=f"vae {half}"))
-    return halves[0], halves[1]
-
-
-def _component(
-    source: ComponentSource,
-    config: Mapping[str, Any],
-    prefix: str = "",
-    count: int = 0,
-    leaves_stream: Callable[[str], bool] = lambda name: False,
-    only: tuple[str, ...] = ("",),
-    loras: PlacedLoras | None = None,
-) -> Component:
-    loras = loras or PlacedLoras(source, (), ())
-    entries = source.entries() | loras.entries()
-    groups = [
-        {key: entry for key, entry in entries.items() if _in_rest(key, prefix, only)},
-        *(_local(entries, f"{prefix}{index}.") for index in range(count)),
-    ]
-    formats = _local_formats(linear_formats(source), prefix, count)
-    blocks = [_split(group, leaves_stream) for group in groups[1:]]
-    packs = Packs.of(source.raw)
-    tag = compute_tag(source)
-    parts = loras.parts(prefix, count, tag)
-    return Component(
-        name=source.component,
-        config=config,
-        skeleton=Skeleton(
-            source.component, source.config, formats, [part.deltas for part in parts], tag
-        ),
-        prefix=prefix,
-        checkpoint=Checkpoint(source.raw.path, entries, {**source.raw.stamps, **loras.stamps}, {}),
-        rest=packs.checked(BlockLayout.from_entries(groups[0])),
-        blocks=tuple(packs.checked(BlockLayout.from_entries(part)) for part, _ in blocks),
-        cross=tuple(packs.checked(BlockLayout.from_entries(part)) for _, part in blocks if part),
-        tag=tag,
-        formats=formats,
-        adapters=adapters_of(source, prefix, count, only, tag),
-        source=source,
-        packs=packs,
-        loras=parts,
-    )
-
-
-def _in_rest(key: str, prefix: str, only: tuple[str, ...]) -> bool:
-    """Whether a tensor is loaded with the network itself (the embedding is gathered by rows)."""
-    in_block = bool(prefix) and key.startswith(prefix)
-    return not in_block and not key.startswith("shared.") and key.startswith(only)
-
-
-def _local(entries: Mapping[str, TensorEntry], prefix: str) -> dict[str, TensorEntry]:
-    return {key[len(prefix) :]: e for key, e in entries.items() if key.startswith(prefix)}
-
-
-def _split(
-    group: Mapping[str, TensorEntry], leaves: Callable[[str], bool]
-) -> tuple[dict[str, TensorEntry], dict[str, TensorEntry]]:
-    streamed = {key: entry for key, entry in group.items() if not leaves(key)}
-    return streamed, {key: entry for key, entry in group.items() if leaves(key)}
-
-
-def _local_formats(formats: Formats, prefix: str, count: int) -> tuple[Formats, ...]:
-    """The formats of each block's quantised linears under their local names.
-
-    Outside the blocks nothing stays quantised: those layers are few, and errors there reach every
-    token; their adapter decodes them when they are loaded.
-    """
-    starts = [f"{prefix}{index}." for index in range(count)]
-    return tuple(
-        {name[len(start) :]: fmt for name, fmt in formats.items() if name.startswith(start)}
-        for start in starts
-    )
+    def manifest(self, parts: Mapping[str, Component], computing: Computing) -> Manifest:
+        """What the planner knows of these networks, computing as ``computing`` says."""

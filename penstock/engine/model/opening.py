@@ -10,23 +10,26 @@ from typing import Any
 from penstock.engine.files.locate import Files
 from penstock.engine.lora.file import Lora
 from penstock.errors import JournalError, UsageError
+from penstock.profiles.options import Options
 
 _PARTS = tuple(each.name for each in fields(Files))
 
 
 @dataclass(frozen=True)
 class Opening:
-    """Where a model is, as `penstock.engine.files.locate.locate` was told.
+    """Where a model is, as `penstock.engine.files.locate.locate` was told, and how it runs.
 
     Attributes:
         model: a folder, a file or a hub id; None: all parts are in ``files``.
         files: parts given by themselves.
         loras: applied beside the transformer's weights.
+        options: as they were asked for; a job's record has them in its plan.
     """
 
     model: str | None
     files: Files = field(default_factory=Files)
     loras: tuple[Lora, ...] = ()
+    options: Options = field(default_factory=Options)
 
     def values(self) -> dict[str, Any]:
         """Plain values, for a job's record; places are absolute."""

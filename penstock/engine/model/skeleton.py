@@ -4,7 +4,7 @@ take seconds to load, and a plan or a refusal needs none of them."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,8 @@ class Skeleton:
     """A network of one component. One job at a time uses it, and the first builds it.
 
     Args:
-        component: transformer, vae, text_encoder or image_encoder.
+        make: gives a network on the meta device and its one block.
+        component: which network.
         config: the network's own.
         formats: of the quantised linears of each block.
         deltas: what LoRAs add, outside the blocks and then block by block; empty without LoRAs.
@@ -27,13 +28,14 @@ class Skeleton:
 
     def __init__(
         self,
+        make: Callable[[str, Mapping[str, Any]], tuple[Any, Any]],
         component: str,
         config: Mapping[str, Any],
         formats: tuple[Formats, ...],
         deltas: Sequence[Any],
         tag: str,
     ) -> None:
-        self._component, self._config = component, config
+        self._make, self._component, self._config = make, component, config
         self._formats, self._tag = formats, tag
         self._deltas = deltas
         self._computing: Computing | None = None
@@ -64,7 +66,7 @@ class Skeleton:
         return module, templates
 
     def _put(self, place: int, part: Any, computing: Computing) -> None:
-        from penstock.engine.families.wan.networks import equip
+        from penstock.engine.model.binding import equip
 
         formats = self._formats[place - 1] if place else {}
         deltas = self._deltas[place] if self._deltas else {}
@@ -72,9 +74,7 @@ class Skeleton:
 
     @cached_property
     def _parts(self) -> tuple[Any, tuple[Any, ...]]:
-        from penstock.engine.families.wan.networks import build
-
-        module, block = build(self._component, self._config)
+        module, block = self._make(self._component, self._config)
         added = self._deltas[1:] or [{}] * len(self._formats)
         return module, _templates(block, list(zip(self._formats, added, strict=True)))
 

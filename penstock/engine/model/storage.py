@@ -20,7 +20,7 @@ Matrices = Sequence[tuple[QuantFormat, Shape]]
 def block_format(source: ComponentSource) -> str:
     """The format in which most parameters of a transformer's block matrices are stored; for other
     networks, most of all parameters."""
-    names = default_policy(source.shapes) if source.component == "transformer" else ()
+    names = default_policy(source.shapes) if source.kind.is_packed else ()
     counts: Counter[str] = Counter()
     for name in names:
         if name in source.weights:

@@ -28,7 +28,6 @@ ABOUT = "pack.json"
 """The last file of a pack to be written, and the first to be removed."""
 
 _LOCK = "lock"
-_PART = "transformer"
 _PAUSE_S = 0.2
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*-[0-9a-f]{16}")
 
@@ -191,14 +190,14 @@ def _empty(ops: FileOps, folder: Path) -> list[str]:
     """Remove a pack's files; gives the names of others."""
     foreign = []
     for place in folder.iterdir():
-        if place.name == _PART and place.is_dir() and not place.is_symlink():
+        if place.is_dir() and not place.is_symlink():
             left = [path for path in place.iterdir() if not _of_a_pack(path)]
             for path in place.iterdir():
                 if path not in left:
                     ops.unlink(path)
             if not left:
                 ops.rmdir(place)
-            foreign += [f"{_PART}/{path.name}" for path in left]
+            foreign += [f"{place.name}/{path.name}" for path in left]
         elif place.name not in (_LOCK, ABOUT + NEW_SUFFIX):
             foreign.append(place.name)
         elif place.name != _LOCK:

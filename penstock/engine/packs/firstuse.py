@@ -55,8 +55,8 @@ class FirstUse:
         """
         plan = plan_component(source, wanted)
         digest = hashlib.sha256(plan.layout.header).hexdigest()[:16]
-        family = re.sub(r"[^a-z0-9.]+", "-", source.family.lower()).strip("-")
-        return cls(wanted, plan, cache / f"{family}-{wanted}-{digest}")
+        title = re.sub(r"[^a-z0-9.]+", "-", source.title.lower()).strip("-")
+        return cls(wanted, plan, cache / f"{title}-{wanted}-{digest}")
 
     @property
     def is_made(self) -> bool:
@@ -90,7 +90,7 @@ class FirstUse:
         """Size of the pack."""
         return self.plan.layout.file_bytes
 
-    def transformer(self) -> ComponentSource:
+    def streamed(self) -> ComponentSource:
         """The pack's transformer; of one that is not made yet, good for plans only.
 
         Raises:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 FILE_NAMES = {
-    "transformer": "diffusion_pytorch_model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-    "text_encoder": "model.safetensors",
-    "image_encoder": "model.safetensors",
+    "diffusers": "diffusion_pytorch_model.safetensors",
+    "transformers": "model.safetensors",
 }
+"""By the library that would read the file."""
 
 PROGRESS_SUFFIX = ".progress"
 """Of the runs that are finished, beside a pack in the making."""

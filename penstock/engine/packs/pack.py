@@ -88,9 +88,9 @@ def pack(
             "too little memory to pack", expected=f"{LEAST_RAM_BYTES:,} bytes", found=str(ram_bytes)
         )
     ops = ops or FileOps()
-    merged = PlacedLoras.open(source.transformer, loras)
+    merged = PlacedLoras.open(source.streamed, loras)
     plans = [
-        plan_component(part, wanted, merged if part is source.transformer else None)
+        plan_component(part, wanted, merged if part is source.streamed else None)
         for part in source.components()
     ]
     check_space(ops, folder, plans)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from penstock.engine.families.wan.structure import BLOCKS, is_cross_kv
+from penstock.engine.family.protocol import ComponentKind
 from penstock.engine.files.formats import compute_tag, is_linear
 from penstock.engine.files.keys import ComponentSource, as_bytes, recognise, stored_name
 from penstock.engine.files.source import RawFile
@@ -63,7 +63,7 @@ class ComponentPlan:
     @property
     def file(self) -> str:
         """The pack's path inside the model's folder."""
-        return f"{self.source.component}/{FILE_NAMES[self.source.component]}"
+        return f"{self.source.component}/{FILE_NAMES[self.source.kind.made_by[0]]}"
 
     def origins(self) -> dict[str, Path]:
         """Every file that the pack is made from, by a name of its own."""
@@ -108,13 +108,13 @@ def plan_component(
     loras = loras or PlacedLoras(source, (), ())
     changed = {change.parameter for change in loras.changes()}
     target, tag, shapes = get_format(wanted), compute_tag(source), source.shapes
-    chosen = set(default_policy(shapes)) if source.component == "transformer" else set()
+    chosen = set(default_policy(shapes)) if source.kind.is_packed else set()
     steps = {
         run: tuple(
             _step(source, n, shapes[n], target if n in chosen else None, tag, n in changed)
             for n in names
         )
-        for run, names in runs_of(source.component, shapes).items()
+        for run, names in runs_of(source.kind, shapes).items()
     }
     specs = {
         run: {stored_name(step.name, suffix): spec for step in made
@@ -132,7 +132,7 @@ def plan_component(
     return ComponentPlan(source, lay_out(specs, about), tuple(steps.values()), loras)
 
 
-def runs_of(component: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
+def runs_of(kind: ComponentKind, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
     """Parameters by the run they are packed in: what is read at once lies together.
 
     A transformer's cross-attention K/V projections leave the stream, so they are runs of their own;
@@ -140,21 +140,15 @@ def runs_of(component: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, 
     """
     runs: dict[str, list[str]] = {}
     for name in shapes:
-        runs.setdefault(_run_of(component, name), []).append(name)
+        runs.setdefault(_run_of(kind, name), []).append(name)
     return dict(sorted(runs.items(), key=lambda item: _run_order(item[0])))
 
 
-def _run_of(component: str, name: str) -> str:
-    if component == "vae":
-        return "encoder" if name.startswith(("encoder.", "quant_conv.")) else "decoder"
-    if name == "shared.weight":
-        return "embedding"
-    prefix = BLOCKS[component][0]
-    if not name.startswith(prefix):
-        return "rest"
-    number, _, local = name[len(prefix) :].partition(".")
-    cross = component == "transformer" and is_cross_kv(local)
-    return f"{'cross' if cross else 'block'} {number}"
+def _run_of(kind: ComponentKind, name: str) -> str:
+    if not (kind.blocks and name.startswith(kind.blocks)):
+        return kind.run_outside(name)
+    number, _, local = name[len(kind.blocks) :].partition(".")
+    return f"{'cross' if kind.leaves_stream(local) else 'block'} {number}"
 
 
 def _run_order(run: str) -> tuple[int, int]:

@@ -18,13 +18,6 @@ from penstock.errors import CheckpointError
 from penstock.offload.checkpoint import TensorEntry
 
 INDEX = "model_index.json"
-_CLASSES = {
-    "transformer": ("diffusers", "WanTransformer3DModel"),
-    "vae": ("diffusers", "AutoencoderKLWan"),
-    "text_encoder": ("transformers", "UMT5EncoderModel"),
-    "image_encoder": ("transformers", "CLIPVisionModel"),
-}
-_MODEL_TYPES = {"text_encoder": "umt5", "image_encoder": "clip_vision_model"}
 _LARGEST_BYTES = 64 << 20
 
 
@@ -65,7 +58,7 @@ def side_files(source: ModelSource, about: Mapping[str, Any]) -> Iterator[tuple[
     for component in source.components():
         yield f"{component.component}/config.json", as_json(_config(component))
     yield "scheduler/scheduler_config.json", as_json(source.scheduler)
-    if source.image_encoder is not None:
+    if "image_encoder" in source.parts:
         yield "image_processor/preprocessor_config.json", as_json(source.image_processor)
     if source.defaults:
         yield "defaults.json", as_json(source.defaults)
@@ -80,15 +73,15 @@ def as_json(value: Mapping[str, Any]) -> bytes:
 
 
 def _config(component: ComponentSource) -> dict[str, Any]:
-    config = dict(component.config)
-    if component.component in _MODEL_TYPES:
-        return config | {"model_type": _MODEL_TYPES[component.component]}
-    return config | {"_class_name": _CLASSES[component.component][1]}
+    config, kind = dict(component.config), component.kind
+    if kind.model_type is not None:
+        return config | {"model_type": kind.model_type}
+    return config | {"_class_name": kind.made_by[1]}
 
 
 def _index(source: ModelSource, about: Mapping[str, Any]) -> dict[str, Any]:
-    pipeline = "WanPipeline" if source.image_encoder is None else "WanImageToVideoPipeline"
-    parts = {part.component: list(_CLASSES[part.component]) for part in source.components()}
+    pipeline = source.family.pipeline(tuple(source.parts))
+    parts = {name: list(part.kind.made_by) for name, part in source.parts.items()}
     return {"_class_name": pipeline, "_penstock": {"version": __version__, **about}, **parts}
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from penstock.engine.families.wan import negative
+from penstock.engine.model.grid import Grid
 from penstock.errors import RequestError
 from penstock.profiles.manifest import VideoShape
 from penstock.profiles.phases import Workload
@@ -33,43 +33,6 @@ MAX_FPS = 240
 COHERENT_FRAMES = 121
 
 _SIZE = re.compile(r"\s*(\d+)\s*[xX*×]\s*(\d+)\s*")
-
-
-@dataclass(frozen=True)
-class Grid:
-    """What a model can represent. The defaults are Wan2.1's.
-
-    Attributes:
-        side: pixels that both sides must be multiples of (VAE factor 8 x patch 2).
-        temporal: video frames a latent frame: frames must be ``temporal * n + 1``.
-        positions: rotary positions on each axis (``rope_max_seq_len``), in patches.
-    """
-
-    side: int = 16
-    temporal: int = 4
-    positions: int = 1024
-
-    @property
-    def max_side(self) -> int:
-        """The longest side in pixels."""
-        return self.side * self.positions
-
-    @property
-    def max_frames(self) -> int:
-        """The largest number of frames."""
-        return self.temporal * (self.positions - 1) + 1
-
-    def nearest_side(self, pixels: int) -> int:
-        """The legal side nearest to ``pixels``; the smaller of two equally near ones."""
-        return _nearest(pixels, self.side, self.side, self.max_side)
-
-    def nearest_frames(self, frames: int) -> int:
-        """The legal frame count nearest to ``frames``; the smaller of two equally near ones."""
-        return 1 + _nearest(frames - 1, self.temporal, 0, self.max_frames - 1)
-
-
-def _nearest(value: int, step: int, low: int, high: int) -> int:
-    return min(max(-((step // 2 - value) // step) * step, low), high)
 
 
 @dataclass(frozen=True)
@@ -194,20 +157,6 @@ class GenerationRequest:
     def uses_guidance(self) -> bool:
         """Whether each step takes a second, unconditional pass."""
         return self.guidance_scale > 1
-
-    @property
-    def effective_shift(self) -> float:
-        """``shift``, or the official one: 3.0 up to the area of 480p, 5.0 above it."""
-        if self.shift is not None:
-            return float(self.shift)
-        return 3.0 if self.width * self.height <= AREAS["480p"] else 5.0
-
-    @property
-    def effective_negative_prompt(self) -> str:
-        """``negative_prompt``, or the official one of the task."""
-        if self.negative_prompt is not None:
-            return self.negative_prompt
-        return negative.TEXT_TO_VIDEO if self.image is None else negative.IMAGE_TO_VIDEO
 
     def with_seed(self) -> GenerationRequest:
         """This request with a seed: its own, or one drawn now.

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from penstock.engine.model.files import ModelFiles
+from penstock.engine.model.grid import Grid
 from penstock.engine.request.generation import (
     DISTILLED,
     GenerationRequest,
-    Grid,
     parse_area,
     parse_size,
     size_for,
@@ -45,7 +44,27 @@ class Settings:
     distilled: bool = False
 
 
-def resolve(settings: Settings, model: ModelFiles) -> GenerationRequest:
+class Suited(Protocol):
+    """What a model says of the requests that suit it."""
+
+    @property
+    def grid(self) -> Grid:
+        """The sizes that it can represent."""
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """Of its folder, not checked yet."""
+
+    @property
+    def origin(self) -> str:
+        """Where it is, for messages."""
+
+    @property
+    def image_to_video(self) -> bool:
+        """Whether a conditioning picture is needed."""
+
+
+def resolve(settings: Settings, model: Suited) -> GenerationRequest:
     """Fill the gaps of ``settings`` from the model's defaults, and the size from the picture.
 
     Raises:
@@ -56,7 +75,7 @@ def resolve(settings: Settings, model: ModelFiles) -> GenerationRequest:
         raise UsageError(
             "two answers to one question", expected="--size or --max-area", found="both"
         )
-    defaults = _defaults(model.source.defaults, model.source.origin)
+    defaults = _defaults(model.defaults, model.origin)
     given = {
         field.name: getattr(settings, field.name)
         for field in fields(settings)

@@ -6,10 +6,11 @@ import errno
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from penstock.engine.lora.file import Lora, as_loras
 from penstock.engine.model.opening import Opening
 from penstock.engine.store.durable import FileOps, new_name
 from penstock.engine.store.journal import JobRecord, read_record
@@ -27,7 +28,9 @@ from penstock.engine.store.names import (
 from penstock.engine.store.owned import Contents, check_vacant, sort_out
 from penstock.engine.store.places import data_directory
 from penstock.engine.store.sealed import read_metadata
-from penstock.errors import JournalError, StorageError
+from penstock.errors import JournalError, StorageError, UsageError
+from penstock.profiles.options import Options
+from penstock.profiles.plan import NUMERICS
 
 _HEADER_BYTES = 1 << 20
 
@@ -216,48 +219,48 @@ def find_unfinished(
 def _is_asked_by(record: JobRecord | None, request: Mapping[str, Any]) -> bool:
     if record is None:
         return False
-    before = {"attention": "sdpa"}  # of jobs whose records do not name it
+    before = {name: word for name, word in NUMERICS.items() if word is not None}
     theirs = before | dict(record.request)
     if request.get("seed") is None and "seed" in theirs:
         theirs["seed"] = None
     return theirs == before | dict(request)
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How the engine of a job is opened again: the model, and arguments of `Engine.open`."""
+def opening_of(
+    folder: Path, options: Options | None = None, loras: Sequence[Lora | str] = ()
+) -> Opening:
+    """The model of a job and its options: device, budgets, format and numerics as they were
+    decided, the rest as it was asked for.
 
-    model: str | None
-    options: dict[str, Any]
-
-
-def launch_settings(
-    folder: Path,
-    *,
-    vram: str | None = None,
-    ram: str | None = None,
-    device: str = "auto",
-    loras: Sequence[str] = (),
-) -> Launch:
-    """The model, device, budgets and LoRAs of a job; what is given replaces the job's own.
+    Args:
+        folder: of the job.
+        options: those that are given replace the job's own; a profile brings its budgets with it.
+        loras: likewise.
 
     Raises:
-        JournalError: the folder holds no job, or one that names no model.
+        JournalError: the folder holds no job, or one that names no model or no options.
     """
     record = read_record(folder)
-    opening, facts = Opening.from_values(record.request), record.facts
+    opening, own = Opening.from_values(record.request), _options_of(record)
+    given = options or Options()
+    if given.profile is not None:
+        own = replace(own, vram=None, ram=None)
+    return replace(opening, loras=as_loras(loras) or opening.loras, options=given.over(own))
+
+
+def _options_of(record: JobRecord) -> Options:
+    """Of a job; those before `Options` tell their budgets, device and numerics only."""
     plan = record.plan
-    options = {
-        "files": opening.files,
+    decided = {
+        "vram": plan.get("vram_limit_bytes"),
+        "ram": plan.get("ram_limit_bytes"),
         "format": plan.get("weight_format"),
-        "compute": plan.get("compute"),
-        "attention": plan.get("attention"),
-        "vram": vram or facts.get("vram_bytes"),
-        "ram": ram or facts.get("ram_bytes"),
-        "device": facts.get("device", device) if device == "auto" else device,
-        "loras": loras or opening.loras,
-    }
-    return Launch(opening.model, options)
+    } | {name: plan.get(name) for name in NUMERICS if name != "weight_format"}
+    try:
+        asked = {"device": record.facts.get("device")} | plan.get("options", {})
+        return Options(**decided).over(Options.from_json(asked))
+    except (TypeError, UsageError) as error:
+        raise JournalError("the job's record holds no options", found=str(error)) from error
 
 
 def remove_job(folder: Path) -> None:

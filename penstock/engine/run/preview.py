@@ -5,16 +5,13 @@ No network runs: three weighted sums over the channels of one latent frame.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-
-from penstock.engine.families.wan.latent_rgb import BIAS, FACTORS, is_published_vae
 
 FIT_SIDE = 16
 """Latents a side of what is decoded for a fit: a video's own size where that is smaller."""
@@ -65,13 +62,6 @@ class RgbMap:
         z, height, width = latents.shape
         factors, bias = self.factors.to(latents.device), self.bias.to(latents.device)
         return torch.addmm(bias, latents.reshape(z, -1).T, factors).view(height, width, 3)
-
-
-def published_map(config: Mapping[str, Any]) -> RgbMap | None:
-    """The published map of the Wan2.1 VAE, if ``config`` is that VAE's."""
-    if not is_published_vae(config):
-        return None
-    return RgbMap(torch.tensor(FACTORS), torch.tensor(BIAS), "the published Wan2.1 factors")
 
 
 def fit_map(

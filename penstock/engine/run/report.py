@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from penstock._version import __version__
 from penstock.offload.stats import Flow
+from penstock.profiles.options import Options
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class RunReport:
         steered: ``on_step`` replaced the latents in some step: the request and the seed alone do
             not lead to this video.
         versions: of the packages that the result depends on.
+        options: as they were asked for.
     """
 
     output: str | None
@@ -97,6 +99,7 @@ class RunReport:
     notices: tuple[str, ...]
     versions: dict[str, str]
     steered: bool = False
+    options: Options = field(default_factory=Options)
 
     @property
     def peak_vram_bytes(self) -> int:

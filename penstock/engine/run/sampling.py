@@ -30,9 +30,9 @@ class Sampling:
             self._point = self._first() if kept is None else _moved(kept, stage.device)
 
     def _first(self) -> Point:
-        request, vae = self._stage.job.request, self._stage.model.manifest.vae
+        request = self._stage.job.request
         assert request.seed is not None
-        shape = (1, vae.z_dim, *request.video_shape.latent(vae))
+        shape = self._stage.model.latent_shape(request.video_shape)
         noise = initial_noise(shape, request.seed).to(self._stage.device)
         point = Point(noise, self._sampler().state())
         self._stage.keeper.keep_point(point)
@@ -46,7 +46,7 @@ class Sampling:
             dict(self._stage.model.source.scheduler),
             sampler=request.sampler,
             steps=request.steps,
-            shift=request.effective_shift,
+            shift=self._stage.model.flow_shift(request.width, request.height, request.shift),
             device=self._stage.device,
             distilled=request.distilled,
             seed=request.seed,

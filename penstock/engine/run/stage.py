@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from penstock.engine.model.files import Component, ModelFiles
+from penstock.engine.model.component import Component
+from penstock.engine.model.files import ModelFiles
 from penstock.engine.request.generation import GenerationRequest, workload_of
 from penstock.engine.run.events import Listener, Monitor, PhaseMonitor, Replanned
 from penstock.engine.run.keeper import Keeper
@@ -121,11 +122,12 @@ class Stage:
 
     def _read_ahead(self) -> None:
         """Let the transformer's first blocks come, as far as its buffers in RAM go."""
-        denoise, blocks = self.plan["denoise"], self.model.transformer.blocks
-        if self._ahead.is_reading or not self.job.overlapped or denoise.stream is None:
+        what = self.model.manifest.prefetch
+        phase, blocks = self.plan[what.stream], self.model.parts[what.blocks_of].blocks
+        if self._ahead.is_reading or not self.job.overlapped or phase.stream is None:
             return
-        passes = denoise.passes(workload_of(self.job.request).branches)
-        stream = self._open(blocks, denoise.stream, self.steps_left * len(passes))
+        passes = phase.passes(workload_of(self.job.request).branches)
+        stream = self._open(blocks, phase.stream, self.steps_left * len(passes))
         self._ahead.begin(blocks, stream)
 
     def read_decoder_ahead(self) -> None:
@@ -134,9 +136,10 @@ class Stage:
         Raises:
             LedgerOverflow: the buffer does not fit the budget.
         """
-        planned = self.plan["denoise"].decoder_ahead_bytes
+        what = self.model.manifest.prefetch
+        planned = self.plan[what.stream].decoder_ahead_bytes
         if planned and self.job.overlapped and not self._ahead.is_reading:
-            layouts = (self.model.vae_decoder.rest,)
+            layouts = (self.model.parts[what.weights_of].rest,)
             self._ahead.begin(layouts, self._open(layouts, ONE_RESIDENT, 1))
 
     def close(self) -> None:

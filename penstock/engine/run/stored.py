@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 import torch
 
 from penstock.engine.model.files import ModelFiles
+from penstock.engine.model.grid import Grid
 from penstock.engine.model.opening import Opening
 from penstock.engine.packs.firstuse import PACKING
-from penstock.engine.request.generation import GenerationRequest, Grid
+from penstock.engine.request.generation import GenerationRequest
 from penstock.engine.run.fingerprint import (
     SUM,
     Fingerprint,
@@ -24,13 +26,13 @@ from penstock.engine.store.digest import reading, stamp
 from penstock.engine.store.journal import HEADER_BYTES, Journal
 from penstock.engine.store.names import PICTURE_FILE
 from penstock.engine.store.sums import Sums, how_told
-from penstock.errors import JournalError, RequestError, StorageError
-from penstock.profiles.plan import Plan
+from penstock.errors import JournalError, RequestError, StorageError, UsageError
+from penstock.profiles.plan import NUMERICS, Plan
 
 STATE_TENSORS = 5
 """Latents and the solver's history at most: UniPC keeps three of the latents' size (order 2)."""
 
-_NOT_OF_THE_REQUEST = ("model", "files", "loras", "weight_format", "compute", "attention")
+_NOT_OF_THE_REQUEST = ("model", "files", "loras", *NUMERICS)
 
 GENERATIONS = 3
 """Of the sampler's state: two are kept while a third is written."""
@@ -67,8 +69,7 @@ def request_values(request: GenerationRequest, opening: Opening, plan: Plan) -> 
         StorageError: the picture cannot be read.
     """
     picture = None if request.image is None else stamp(request.image)
-    numerics = {name: getattr(plan, name) for name in ("weight_format", "compute", "attention")}
-    return asdict(request) | {"image": picture} | opening.values() | numerics
+    return asdict(request) | {"image": picture} | opening.values() | plan.numerics
 
 
 def begin(
@@ -78,7 +79,6 @@ def begin(
     plan: Plan,
     now: Fingerprint,
     order: Order,
-    budgets: Mapping[str, Any],
 ) -> tuple[Journal, GenerationRequest]:
     """Make a job's directory; returns the journal, and the request on the copy of its picture.
 
@@ -98,7 +98,7 @@ def begin(
         request_values(request, model.opening, plan),
         plan.to_json(),
         now,
-        facts=order.facts() | dict(budgets),
+        facts=order.facts(),
         picture=picture,
         reserve_bytes=reserve_bytes(model, request),
     )
@@ -175,7 +175,7 @@ def restored_plan(journal: Journal) -> Plan:
     """
     try:
         return Plan.from_json(journal.record.plan)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, UsageError) as error:
         raise JournalError(f"{journal.folder} holds no plan", found=str(error)) from error
 
 
@@ -254,17 +254,12 @@ def check_picture(journal: Journal) -> None:
 
 def reserve_bytes(model: ModelFiles, request: GenerationRequest) -> int:
     """Disk space that the files of a job take at most."""
-    manifest = model.manifest
-    frames, height, width = request.video_shape.latent(manifest.vae)
-    area = frames * height * width
-    latents = 4 * manifest.vae.z_dim * area
-    condition = 4 * manifest.transformer.in_channels * area
-    texts = 2 * 512 * manifest.text.d_model * manifest.text.weights.itemsize
-    image = 0 if manifest.image is None else 4 * manifest.image.tokens * manifest.image.hidden_size
-    video = 3 * request.frames * request.height * request.width
+    shape = request.video_shape
+    video = 3 * shape.frames * shape.height * shape.width
     picture = 0 if request.image is None else request.image.stat().st_size
+    latents = 4 * math.prod(model.latent_shape(shape))
     states = GENERATIONS * (STATE_TENSORS * latents + HEADER_BYTES)
-    return states + latents + condition + texts + image + video + picture + 64 * HEADER_BYTES
+    return states + latents + model.kept_bytes(shape) + video + picture + 64 * HEADER_BYTES
 
 
 def _rounding(plan: Plan) -> dict[str, Any]:

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 import penstock
 from penstock.engine.attach import pipe as attach_pipe
 from penstock.engine.attach.desk import WHOLE_FRAMES
+from penstock.engine.families.wan.cost import vae as vae_cost
+from penstock.engine.families.wan.spec import VaeSpec
 from penstock.engine.families.wan.tiny import write_tiny_model
 from penstock.engine.store.durable import FileOps
 from penstock.errors import OverBudget, PenstockError, StorageError, UsageError
-from penstock.profiles.cost import vae as vae_cost
 from penstock.profiles.hardware import Hardware
-from penstock.profiles.manifest import VaeSpec, Weights
+from penstock.profiles.manifest import Weights
 from penstock.profiles.tiling import TileGrid
 from tests.meter import StorageMeter
 

@@ -38,24 +38,25 @@ from penstock.engine.bench.result import (
 )
 from penstock.engine.bench.weights import (
     FORMATS,
-    SYNTHETIC,
-    transformer_bytes,
+    streamed_bytes,
+    write_streamed,
     write_synthetic,
-    write_transformer,
 )
 from penstock.engine.engine import Engine
 from penstock.engine.families.wan.structure import transformer_shapes
+from penstock.engine.families.wan.synthetic import SYNTHETIC
 from penstock.engine.machine.disk import read_rate
 from penstock.engine.model.files import ModelFiles
 from penstock.engine.request.generation import GenerationRequest
 from penstock.errors import UsageError
 from penstock.offload.files import DIRECT_ALIGNMENT
+from penstock.profiles.options import Options
 from penstock.profiles.plan import StreamPlan
-from penstock.profiles.profile import Overrides
 from penstock.quant.format import get_format
 from penstock.quant.policy import default_policy
 
 MIB = 1 << 20
+KIND = SYNTHETIC["tiny"].kind
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +88,8 @@ def test_a_synthetic_transformer_is_a_model_like_any_other(
     weight_format: str, tiny: Path, tmp_path: Path
 ) -> None:
     config = SYNTHETIC["tiny"].config(3)
-    path = write_transformer(tmp_path / "transformer", config, weight_format)
-    assert path.stat().st_size == transformer_bytes(config, weight_format)
+    path = write_streamed(tmp_path / "transformer", KIND, config, weight_format)
+    assert path.stat().st_size == streamed_bytes(KIND, config, weight_format)
     for part in tiny.iterdir():
         if part.name != "transformer":
             (tmp_path / part.name).symlink_to(part)
@@ -102,7 +103,7 @@ def test_a_synthetic_transformer_is_a_model_like_any_other(
 
 
 def test_no_two_blocks_of_a_synthetic_transformer_are_alike(tmp_path: Path) -> None:
-    path = write_transformer(tmp_path, SYNTHETIC["tiny"].config(4), "int8")
+    path = write_streamed(tmp_path, KIND, SYNTHETIC["tiny"].config(4), "int8")
     with safe_open(str(path), "pt") as file:
         for name in ("attn1.to_q.weight", "attn1.to_q.weight_scale", "ffn.net.0.proj.bias"):
             found = [file.get_tensor(f"blocks.{block}.{name}") for block in range(4)]
@@ -123,7 +124,7 @@ def _parameters(path: Path) -> dict[str, torch.Tensor]:
 
 def test_synthetic_weights_have_the_spread_of_true_ones(tmp_path: Path) -> None:
     config = SYNTHETIC["tiny"].config(6)
-    found = _parameters(write_transformer(tmp_path, config, "bf16"))
+    found = _parameters(write_streamed(tmp_path, KIND, config, "bf16"))
     large = {name: tensor.float() for name, tensor in found.items() if tensor.numel() > 10_000}
     assert len(large) > 20
     for name, tensor in large.items():
@@ -157,8 +158,8 @@ def test_a_sample_that_repeats_its_numbers_repeats_no_row(shape: tuple[int, int]
 
 def test_the_14b_model_has_its_true_size() -> None:
     config = SYNTHETIC["wan2.1-i2v-14b"].config(None)
-    assert 16.3e9 < transformer_bytes(config, "int8") < 17e9
-    assert 32.7e9 < transformer_bytes(config, "bf16") < 33e9
+    assert 16.3e9 < streamed_bytes(KIND, config, "int8") < 17e9
+    assert 32.7e9 < streamed_bytes(KIND, config, "bf16") < 33e9
 
 
 def test_weights_without_room_on_the_disk_are_refused(
@@ -168,7 +169,7 @@ def test_weights_without_room_on_the_disk_are_refused(
         bench_weights.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1 << 30})
     )
     with pytest.raises(UsageError, match="no room.*fewer --blocks"):
-        write_transformer(tmp_path, SYNTHETIC["tiny"].config(None), "int8")
+        write_streamed(tmp_path, KIND, SYNTHETIC["tiny"].config(None), "int8")
     assert list(tmp_path.glob("*.safetensors")) == []
 
 
@@ -204,8 +205,8 @@ def test_a_benchmark_computes_what_a_job_computes(tiny: Path, tmp_path: Path) ->
 
 
 def _measured(tiny: Path, request: GenerationRequest, warmup: int, places: StreamPlan) -> Any:
-    overrides = Overrides(chunk_tokens="4", branches="1")
-    with Engine.open(tiny, vram="8MiB", ram="64MiB", device="cpu", overrides=overrides) as engine:
+    rules = Options(chunk_tokens="4", branches="1")
+    with Engine.open(tiny, vram="8MiB", ram="64MiB", device="cpu", options=rules) as engine:
         plan = engine.plan(request)
         plan = plan.with_phases((replace(plan["denoise"], stream=places),))
         return measure(engine, Asked(request, warmup, "tiny"), plan=plan)
@@ -287,8 +288,8 @@ def test_the_machine_is_described() -> None:
 def test_an_order_makes_its_model_and_removes_it(tmp_path: Path) -> None:
     told: list[str] = []
     order = Order(
-        synthetic="tiny", blocks=2, weight_format="fp8", width=32, height=32, frames=5, steps=2,
-        guidance=1.0, device="cpu", folder=tmp_path,
+        synthetic="tiny", blocks=2, width=32, height=32, frames=5, steps=2, guidance=1.0,
+        folder=tmp_path, options=Options(format="fp8", device="cpu"),
     )  # fmt: skip
     result = run(order, lambda event: None, told.append)
     assert list(tmp_path.iterdir()) == []
@@ -300,7 +301,8 @@ def test_an_order_makes_its_model_and_removes_it(tmp_path: Path) -> None:
 
 def test_a_sweep_tells_what_does_not_fit(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "small.toml").write_text('vram = "1KiB"\nram = "1MiB"\n')
-    order = Order(model=str(tiny), width=32, height=32, frames=5, steps=1, warmup=0, device="cpu")
+    size = {"width": 32, "height": 32, "frames": 5, "steps": 1, "warmup": 0}
+    order = Order(model=str(tiny), options=Options(device="cpu"), **size)
     small = str(tmp_path / "small.toml")
     points = sweep(order, ["4gb", small], lambda event: None, lambda line: None)
     assert points[0].result is not None and points[0].profile == "4gb"
@@ -324,9 +326,9 @@ def test_an_order_that_makes_no_sense_is_refused(given: dict[str, Any], message:
 def test_blocks_are_as_many_as_disk_and_time_allow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    order = Order(synthetic="wan2.1-i2v-14b", device="cpu", minutes=1e9)
+    order = Order(synthetic="wan2.1-i2v-14b", options=Options(device="cpu"), minutes=1e9)
     config = SYNTHETIC["wan2.1-i2v-14b"].config
-    room = transformer_bytes(config(7), "int8") + bench_weights.FREE_BYTES
+    room = streamed_bytes(KIND, config(7), "int8") + bench_weights.FREE_BYTES
 
     def usage(_: object) -> Any:
         return type("Usage", (), {"free": room})

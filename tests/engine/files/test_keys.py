@@ -133,7 +133,7 @@ def test_original_vae(tmp_path, parts, prefix):
     made = golden.make(tensors, golden.original_names("vae", list(tensors)), "fp32", prefix)
     source, values = values_of(made.save(tmp_path / "x.safetensors"), "vae")
     assert_equal(values, tensors)
-    assert source.family == "Wan VAE (8 wide)"
+    assert source.title == "Wan VAE (8 wide)"
 
 
 @pytest.mark.parametrize("names", ["original", "transformers"])

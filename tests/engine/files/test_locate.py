@@ -73,14 +73,14 @@ def test_diffusers_folder(model):
 
 def test_text_to_video_needs_no_image_encoder(tmp_path):
     found = locate(golden.write_model(tmp_path / "t2v", image_to_video=False))
-    assert found.image_encoder is None
-    assert found.transformer.family.startswith("Wan2.1 T2V")
+    assert found.parts["image_encoder"] is None
+    assert found.streamed.title.startswith("Wan2.1 T2V")
 
 
 def test_single_files(model, single):
     found = locate(None, Files(**single))
     assert tensors_of(found) == tensors_of(locate(model))
-    assert found.tokenizer == found.text_encoder.extras["spiece_model"]
+    assert found.tokenizer == found.parts["text_encoder"].extras["spiece_model"]
     assert found.scheduler["flow_shift"] == 5.0
     assert found.image_processor["crop_size"] == {"height": 224, "width": 224}
     others = {name: path for name, path in single.items() if name != "transformer"}
@@ -124,7 +124,7 @@ def test_two_candidates_are_a_question(tmp_path, single):
         locate(root)
     assert "second.safetensors" in str(caught.value)
     found = locate(root, Files(transformer=Path("second.safetensors")))
-    assert found.transformer.raw.path == place / "second.safetensors"
+    assert found.parts["transformer"].raw.path == place / "second.safetensors"
 
 
 def original_folder(folder: Path, model, single, *, pickles: bool) -> Path:
@@ -168,8 +168,8 @@ def test_pickles_are_refused_with_the_remedy(tmp_path, model, single):
 
 def test_given_files_win(model, single):
     found = locate(model, Files(vae=single["vae"]))
-    assert found.vae.raw.path == single["vae"]
-    assert found.text_encoder.raw.path == model / "text_encoder"
+    assert found.parts["vae"].raw.path == single["vae"]
+    assert found.parts["text_encoder"].raw.path == model / "text_encoder"
 
 
 def test_a_part_in_the_wrong_place_is_named(single):

@@ -14,7 +14,7 @@ from penstock.engine.files.locate import locate
 from penstock.engine.lora.file import Lora
 from penstock.engine.packs.pack import pack
 from penstock.engine.request.generation import DISTILLED, GenerationRequest
-from penstock.engine.run.jobs import launch_settings
+from penstock.engine.run.jobs import opening_of
 from penstock.engine.store.journal import read_record
 from penstock.errors import FingerprintMismatch, JobCancelled, JournalError
 from tests.engine import lora_files as made
@@ -53,9 +53,9 @@ def test_a_distilled_job_with_a_lora_is_continued_bit_for_bit(
     with _open(t2v_folder, [Lora(lora, 0.5)]) as engine:
         whole = engine.submit(_request()).result().latents
     _stopped(t2v_folder, lora, tmp_path / "job")
-    launch = launch_settings(tmp_path / "job")
-    assert launch.options["loras"] == (Lora(lora, 0.5),)
-    with Engine.open(launch.model, **launch.options) as engine:
+    opening = opening_of(tmp_path / "job")
+    assert opening.loras == (Lora(lora, 0.5),)
+    with Engine.reopen(opening) as engine:
         found = engine.resume(tmp_path / "job").result().latents
     assert whole is not None and found is not None
     assert torch.equal(found, whole)
@@ -92,7 +92,7 @@ def test_a_damaged_record_of_loras_is_said_to_be(
     record.request["loras"] = [["a", "strong"]]
     monkeypatch.setattr(jobs, "read_record", lambda folder: record)
     with pytest.raises(JournalError, match="names no LoRAs"):
-        launch_settings(tmp_path / "job")
+        opening_of(tmp_path / "job")
 
 
 def test_a_lora_lies_beside_a_pack_that_is_made_on_first_use(

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from penstock.engine.engine import Engine
+from penstock.engine.families.wan.defaults import flow_shift
 from penstock.engine.files.locate import locate
 from penstock.engine.files.reader import WeightReader
 from penstock.engine.lora.file import Lora
@@ -172,7 +173,7 @@ def _their_latents(folder: Path, request: GenerationRequest, loras: list[Lora]) 
     pipe = _pipe(folder, True)
     _add(pipe, loras)
     pipe.scheduler = type(pipe.scheduler).from_config(
-        pipe.scheduler.config, flow_shift=request.effective_shift
+        pipe.scheduler.config, flow_shift=flow_shift(request.width, request.height, request.shift)
     )
     frames: Tensor = pipe(
         image=Image.open(request.image).convert("RGB"),

@@ -8,9 +8,11 @@ from functools import partial
 import pytest
 import torch
 
+from penstock.engine.families.wan.cost.vae import VaeWork
+from penstock.engine.families.wan.samples import SAMPLES
 from penstock.engine.machine import calibrate, doctor
 from penstock.engine.machine.calibrate import Effort
-from penstock.profiles.cost.vae import VaeWork
+from penstock.engine.machine.samples import Samples
 from penstock.profiles.rates import Rates
 from penstock.quant.compute import Operands
 from penstock.quant.scaled import Scaled8
@@ -36,19 +38,19 @@ class Clock:
         return Effort(tokens=1024, copy_bytes=1, read_bytes=1, seconds=0.0, clock=self)
 
 
-def test_the_vaes_rates_are_those_of_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_vaes_rates_are_those_of_its_blocks() -> None:
     true = Rates(
         1.0, 1.0, 1.0,
         conv_flops=1e11, conv_element_s=8e-9, conv_pixel_s=2e-7, conv_call_s=3e-4,
     )  # fmt: skip
-    clock, real = Clock(), calibrate._residual
+    clock, real = Clock(), SAMPLES.residual
 
     def block(width: int, side: int, *where: object) -> tuple[VaeWork, object]:
         work, _ = real(width, side, *where)
         return work, partial(clock.spend, work.seconds(true))
 
-    monkeypatch.setattr(calibrate, "_residual", block)
-    found = calibrate._vae(CPU, torch.float32, clock.effort)
+    samples = Samples(SAMPLES.forward, block)
+    found = calibrate._vae(samples, CPU, torch.float32, clock.effort)
     assert found == {name: pytest.approx(getattr(true, name), rel=1e-3) for name in found}
     assert len(found) == 4
 
@@ -88,21 +90,21 @@ def test_few_tokens_pay_for_what_they_attend_to(monkeypatch: pytest.MonkeyPatch)
         clock.spend(1e-4 + k.numel() * (2e-9 + 4 * q.shape[1] / 1e11))
 
     class Forward:
-        width, tokens = 512, 256
+        width, tokens, attended = 512, 256, 256 + 512
 
         def __call__(self, chunk: int) -> None:
             chunks = -(-self.tokens // chunk)
             clock.spend(self.tokens * 1e-4 + (chunks - 1) * (1e-3 + 2e-9 * 512 * (256 + 512)))
 
     monkeypatch.setattr(calibrate, "attention", attend)
-    monkeypatch.setattr(calibrate._Forward, "make", lambda *_: Forward())
-    found = calibrate._tiny(CPU, torch.float32, clock.effort, attention_flops=1e11)
+    samples = Samples(lambda *_: Forward(), SAMPLES.residual)
+    found = calibrate._tiny(samples, CPU, torch.float32, clock.effort, attention_flops=1e11)
     assert found["tiny_key_s"] == pytest.approx(2e-9)
     assert found["tiny_overhead_s"] == pytest.approx(1e-3)
 
 
 def test_angles_are_fp32_as_in_a_model_that_is_run() -> None:
-    work = calibrate._Forward.make(CPU, torch.bfloat16, tokens=64)
+    work = SAMPLES.forward(CPU, torch.bfloat16, 64)
     assert work.rope.cos.dtype == work.rope.sin.dtype == torch.float32
 
 
@@ -149,7 +151,7 @@ def test_attention_in_8_bits_is_timed_where_it_works(monkeypatch: pytest.MonkeyP
         clock.spend(4 * tokens * k.shape[2] * heads * width / 7e9)
         return fake_kitchen.quantising(q, k, v)
 
-    effort = replace(clock.effort, tokens=64)
+    effort = replace(clock.effort, 64)
     fake_kitchen.install(monkeypatch, kernel)
     assert calibrate._int8_attention(CPU, torch.float32, effort) == pytest.approx(7e9)
     fake_kitchen.install(monkeypatch, kernel, available=False)

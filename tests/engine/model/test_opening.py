@@ -16,7 +16,7 @@ from penstock.engine.files.locate import Files
 from penstock.engine.model.opening import Opening
 from penstock.engine.request.generation import GenerationRequest
 from penstock.engine.run.events import Progress
-from penstock.engine.run.jobs import launch_settings
+from penstock.engine.run.jobs import opening_of
 from penstock.errors import JournalError
 from tests.engine import golden
 from tests.engine.running import stop_after_a_step
@@ -44,8 +44,8 @@ def stopped_then_resumed(folder: Path, model: str | Path | None, files: Files | 
     """The latents of a job that was stopped after a step and continued from its record alone."""
     with Engine.open(model, files=files, **BUDGETS) as engine:
         stop_after_a_step(engine, REQUEST, folder)
-    launch = launch_settings(folder)
-    with Engine.open(launch.model, **launch.options) as engine:
+    opening = opening_of(folder)
+    with Engine.reopen(opening) as engine:
         return engine.resume(folder).result().latents
 
 
@@ -68,8 +68,8 @@ def test_a_job_of_a_model_with_another_transformer_is_resumed(
             if isinstance(event, Progress) and event.phase == "denoise":
                 job.cancel()
     monkeypatch.chdir("/")
-    launch = launch_settings(tmp_path / "job")
-    with Engine.open(launch.model, **launch.options) as engine:
+    opening = opening_of(tmp_path / "job")
+    with Engine.reopen(opening) as engine:
         found = engine.resume(tmp_path / "job").result().latents
     assert torch.equal(found, other)
     assert not torch.equal(found, expected)

@@ -19,7 +19,7 @@ from penstock.engine.packs.cache import cached_packs
 from penstock.engine.packs.pack import pack
 from penstock.engine.request.generation import GenerationRequest
 from penstock.engine.run.events import Notice, PhaseStarted, Progress
-from penstock.engine.run.jobs import describe, launch_settings
+from penstock.engine.run.jobs import describe, opening_of
 from penstock.engine.run.report import JobResult
 from penstock.engine.store import durable
 from penstock.errors import (
@@ -177,8 +177,8 @@ def test_packing_that_was_cancelled_goes_on_where_it_stopped(
             job.result()
     (stopped,) = cached_packs(cache)
     assert not stopped.complete and stopped.nbytes > 0
-    launch = launch_settings(tmp_path / "job")
-    with Engine.open(launch.model, cache=cache, **launch.options) as engine:
+    opening = opening_of(tmp_path / "job")
+    with Engine.reopen(opening, cache=cache) as engine:
         found = engine.resume(tmp_path / "job").result()
     assert torch.equal(found.latents, expected)
     assert cached_packs(cache)[0].complete
@@ -213,9 +213,9 @@ def test_a_job_is_resumed_where_its_pack_was_removed(
         with pytest.raises(JobCancelled):
             job.result()
     shutil.rmtree(cache)
-    launch = launch_settings(tmp_path / "job")
-    assert launch.options["format"] == "int8"
-    with Engine.open(launch.model, cache=cache, **launch.options) as engine:
+    opening = opening_of(tmp_path / "job")
+    assert opening.options.format == "int8"
+    with Engine.reopen(opening, cache=cache) as engine:
         found = engine.resume(tmp_path / "job").result()
     assert torch.equal(found.latents, expected)
 

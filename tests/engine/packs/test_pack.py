@@ -94,7 +94,7 @@ def test_a_run_is_one_read_from_a_page(packed):
     path = transformer_of(packed)
     about = PackFile.open(path)
     source = recognise(open_raw(path))
-    runs = runs_of("transformer", source.shapes)
+    runs = runs_of(source.kind, source.shapes)
     assert list(runs) == ["rest", "cross 0", "cross 1", "block 0", "block 1"] == list(about.runs)
     entries = source.entries()
     for run, names in runs.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from penstock.engine.families.wan.structure import tensor_shapes
+from penstock.engine.families.wan.kinds import KINDS
 from tests.engine.families.wan.test_structure import I2V_14B
 from tests.engine.test_inspect import write_sparse
 
@@ -48,7 +48,7 @@ def test_a_model_in_a_sixth_of_its_size(tmp_path, wanted):
     path, small = (
         write_sparse(
             tmp_path / f"{name}.safetensors",
-            {n: ("F16", s) for n, s in tensor_shapes("transformer", CONFIG | changed).items()},
+            {n: ("F16", s) for n, s in KINDS["transformer"].shapes(CONFIG | changed).items()},
         )
         for name, changed in (("x", {}), ("small", {"num_attention_heads": 1, "ffn_dim": 256}))
     )

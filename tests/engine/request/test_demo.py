@@ -13,10 +13,11 @@ from PIL import Image
 
 import penstock
 from penstock.engine.engine import Engine
+from penstock.engine.families.wan.defaults import flow_shift, negative_prompt
 from penstock.engine.request.demo import DEMO_PROMPT, MINI, demo_picture
 from penstock.engine.request.generation import GenerationRequest
 from penstock.engine.request.settings import Settings, resolve
-from penstock.profiles.profile import Overrides
+from penstock.profiles.options import Options
 from tests.faults.child import Task
 
 SMALLEST = "9MiB"
@@ -45,7 +46,7 @@ def test_diffusers_opens_it_and_makes_the_same_video() -> None:
     theirs = pipe(
         image=Image.open(demo_picture()).convert("RGB"),
         prompt=request.prompt,
-        negative_prompt=request.effective_negative_prompt,
+        negative_prompt=negative_prompt(request),
         width=request.width,
         height=request.height,
         num_frames=request.frames,
@@ -54,7 +55,9 @@ def test_diffusers_opens_it_and_makes_the_same_video() -> None:
         generator=torch.Generator().manual_seed(3),
         output_type="np",
     ).frames[0]
-    assert pipe.scheduler.config.flow_shift == request.effective_shift
+    assert pipe.scheduler.config.flow_shift == flow_shift(
+        request.width, request.height, request.shift
+    )
     assert np.abs(ours - np.round(theirs * 255)).max() <= 1
 
 
@@ -62,11 +65,11 @@ def test_diffusers_opens_it_and_makes_the_same_video() -> None:
 def test_streamed_tiled_killed_and_resumed_it_makes_the_same_frames(tmp_path: Path) -> None:
     with Engine.open(MINI, device="cpu") as engine:
         untiled = engine.submit(_request(engine)).result().video
-    rules = Overrides(tiles="2x2", chunk_tokens="80")  # the same roundings
-    with Engine.open(MINI, device="cpu", overrides=rules) as engine:
+    rules = Options(tiles="2x2", chunk_tokens="80")  # the same roundings
+    with Engine.open(MINI, device="cpu", options=rules) as engine:
         resident = engine.submit(_request(engine)).result().video
     assert (resident.int() - untiled.int()).abs().max() <= 1
-    with Engine.open(MINI, device="cpu", vram=SMALLEST, overrides=rules) as engine:
+    with Engine.open(MINI, device="cpu", vram=SMALLEST, options=rules) as engine:
         request = _request(engine)
         plan = engine.plan(request)
         assert plan["decode"].tiles == (2, 2)

@@ -11,9 +11,9 @@ import torch
 
 from penstock.engine.engine import Engine
 from penstock.engine.model.files import ModelFiles
-from penstock.engine.planning import Asked
-from penstock.engine.request.generation import DISTILLED, GenerationRequest
-from penstock.engine.request.settings import Settings, resolve
+from penstock.engine.prepared import Prepared
+from penstock.engine.request.generation import DISTILLED, GenerationRequest, workload_of
+from penstock.engine.request.settings import Settings, Suited, resolve
 from penstock.engine.run.sampler import Sampler, SamplerState, initial_noise, step_generator
 from penstock.errors import RequestError, UsageError
 from tests.engine.run.test_budget import _run
@@ -94,7 +94,7 @@ def model(t2v_folder: Path) -> ModelFiles:
     return ModelFiles.open(t2v_folder)
 
 
-def _resolved(model: ModelFiles, **given: Any) -> GenerationRequest:
+def _resolved(model: Suited, **given: Any) -> GenerationRequest:
     return resolve(Settings(prompt="a cat", size="64x48", frames=5, **given), model)
 
 
@@ -114,9 +114,12 @@ def test_what_is_said_wins(model: ModelFiles) -> None:
 
 
 def test_one_branch_and_four_passes_are_planned(model: ModelFiles) -> None:
-    assert (Asked(distilled=True).workload.steps, Asked(distilled=True).workload.branches) == (4, 1)
-    assert (Asked(distilled=True, steps=6, cfg=5.0).workload.steps) == 6
-    assert (Asked(distilled=True, cfg=5.0).workload.branches) == 2
+    described = Prepared.open(synthetic="wan2.1-i2v-14b", device="cpu").about
+    for about in (model, described):
+        found = workload_of(_resolved(about, distilled=True))
+        assert (found.steps, found.branches) == (4, 1)
+        assert workload_of(_resolved(about, distilled=True, steps=6)).steps == 6
+        assert workload_of(_resolved(about, distilled=True, guidance_scale=5.0)).branches == 2
 
 
 def test_a_distilled_job_is_the_same_each_time(t2v_folder: Path) -> None:

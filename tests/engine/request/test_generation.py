@@ -8,12 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.engine.families.wan import negative
+from penstock.engine.families.wan import defaults as negative
+from penstock.engine.families.wan.defaults import flow_shift, negative_prompt
+from penstock.engine.model.grid import Grid
 from penstock.engine.request.generation import (
     AREAS,
     MAX_SEED,
     GenerationRequest,
-    Grid,
     check_task,
     parse_area,
     parse_size,
@@ -41,24 +42,26 @@ def test_official_defaults():
     assert made.video_shape.frames == 81
 
 
+def shift_of(made):
+    return flow_shift(made.width, made.height, made.shift)
+
+
 def test_shift_follows_the_resolution_unless_given():
-    assert request().effective_shift == 5.0
-    assert request(width=832, height=480).effective_shift == 3.0
-    assert request(width=480, height=832).effective_shift == 3.0
-    assert request(width=960, height=528).effective_shift == 5.0
-    assert request(width=832, height=480, shift=7).effective_shift == 7.0
+    assert shift_of(request()) == 5.0
+    assert shift_of(request(width=832, height=480)) == 3.0
+    assert shift_of(request(width=480, height=832)) == 3.0
+    assert shift_of(request(width=960, height=528)) == 5.0
+    assert shift_of(request(width=832, height=480, shift=7)) == 7.0
 
 
 def test_negative_prompt_follows_the_task_unless_given():
     shake = "镜头晃动"
-    assert request().effective_negative_prompt == negative.TEXT_TO_VIDEO
+    assert negative_prompt(request()) == negative.TEXT_TO_VIDEO
     assert not negative.TEXT_TO_VIDEO.startswith(shake)
-    with_image = request(image=Path("cat.png")).effective_negative_prompt
+    with_image = negative_prompt(request(image=Path("cat.png")))
     assert with_image == f"{shake}，{negative.TEXT_TO_VIDEO}"
-    assert request(negative_prompt="").effective_negative_prompt == ""
-    assert request(negative_prompt=negative.ENGLISH_SHORT).effective_negative_prompt.startswith(
-        "bl"
-    )
+    assert negative_prompt(request(negative_prompt="")) == ""
+    assert negative_prompt(request(negative_prompt=negative.ENGLISH_SHORT)).startswith("bl")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 
 import penstock.engine.engine as engine_module
 from penstock.engine.engine import Engine
-from penstock.engine.model.files import Component
+from penstock.engine.model.component import Component
 from penstock.engine.request.generation import GenerationRequest
 from penstock.engine.run.events import Event, Listener, Notice, PhaseStarted, Progress
 from penstock.engine.run.job import Job

@@ -19,14 +19,16 @@ from penstock.engine.run.stage import Stage
 from penstock.engine.store.journal import read_record
 from penstock.errors import DeviceLost, LedgerOverflow, OutOfMemory
 from penstock.offload.ledger import ByteLedger
-from penstock.profiles.ahead import without_reading_ahead
-from penstock.profiles.manifest import VideoShape
+from penstock.profiles.manifest import Prefetch, VideoShape
 from penstock.profiles.plan import Plan, changes
 from penstock.profiles.planner import Workload, plan, smaller
+from penstock.profiles.prefetch import without_prefetch
 from tests.engine.run.test_resume import a_request, an_engine
 from tests.faults.memory import DeviceAllocations, Reservations
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+WHAT = Prefetch("denoise", "transformer", "decode", "vae decoder")
 
 
 @pytest.fixture
@@ -127,7 +129,7 @@ def test_smaller_plans_shrink_strictly_and_end(engine: Engine, phase: str, resou
     for one in plans:
         assert one.peak_vram_bytes <= engine.hardware.vram_bytes
         untouched = {p.name for p in one.phases} - set(names)
-        first = plans[0] if one is plans[0] else without_reading_ahead(plans[0])
+        first = plans[0] if one is plans[0] else without_prefetch(plans[0], WHAT)
         assert all(one[name] == first[name] for name in untouched)
 
 

@@ -15,24 +15,18 @@ import pytest
 import torch
 
 from penstock.engine.engine import Engine
+from penstock.engine.families.wan.plan import KEPT_TILE_COPIES
+from penstock.engine.families.wan.terms import restored_bytes, saved_state_bytes, tile_bytes
 from penstock.engine.families.wan.tiny import write_tiny_model
+from penstock.engine.family.protocol import builtin
 from penstock.engine.request.generation import GenerationRequest
 from penstock.engine.run import keeper as keeper_module
 from penstock.engine.run.keeper import JournalKeeper, Point
 from penstock.engine.run.sampler import SamplerState
 from penstock.engine.store.journal import Journal
-from penstock.profiles.builtin import builtin
 from penstock.profiles.hardware import Hardware
 from penstock.profiles.manifest import VideoShape
-from penstock.profiles.phases import (
-    KEPT_TILE_COPIES,
-    RESTORED,
-    Case,
-    Workload,
-    restored_bytes,
-    saved_state_bytes,
-    tile_bytes,
-)
+from penstock.profiles.phases import RESTORED, Case, Workload
 from penstock.profiles.policy import Policy
 from penstock.profiles.rates import Rates
 from penstock.profiles.tiling import TileGrid

@@ -19,10 +19,13 @@ from penstock.engine.run.prefetch import Ahead
 from penstock.engine.run.report import JobResult
 from penstock.engine.run.stage import Run, Stage
 from penstock.errors import JobCancelled, LedgerOverflow
-from penstock.profiles.ahead import without_reading_ahead
+from penstock.profiles.manifest import Prefetch
 from penstock.profiles.plan import Plan
+from penstock.profiles.prefetch import without_prefetch
 
 BEFORE = ("text", "image", "encode", "context")
+
+WHAT = Prefetch("denoise", "transformer", "decode", "vae decoder")
 
 
 class Watch:
@@ -88,7 +91,7 @@ def test_first_blocks_come_while_text_and_image_are_encoded(engine: Engine, pict
     assert all(plan[name].ahead_bytes > 0 for name in BEFORE)
     watch, alone = Watch(), Watch()
     result = do(engine, plan, picture, watch, overlapped=True)
-    expected = do(engine, without_reading_ahead(plan), picture, alone, overlapped=False)
+    expected = do(engine, without_prefetch(plan, WHAT), picture, alone, overlapped=False)
     assert torch.equal(result.latents, expected.latents)
     assert watch.reading[:4] == list(BEFORE) and alone.reading == [] and streams() == []
     for report in result.report.phases:
@@ -124,7 +127,7 @@ def test_the_decoder_comes_during_the_last_step(
     result = do(engine, plan, picture, watch, overlapped=True)
     assert not any(layout is decoder for layout in loaded)
     assert (decoder, 1) in begun, "one of two steps was done"
-    alone = without_reading_ahead(plan)
+    alone = without_prefetch(plan, WHAT)
     expected = do(engine, alone, picture, Watch(), overlapped=True)
     assert any(layout is decoder for layout in loaded)
     assert torch.equal(result.video, expected.video)
@@ -160,7 +163,7 @@ def test_where_memory_runs_out_nothing_is_read_ahead_any_more(
         raise LedgerOverflow("blocks read ahead do not fit", memory="RAM")
 
     monkeypatch.setattr(Ahead, "begin", begin)
-    shrink = lambda plan, phase, resource: without_reading_ahead(plan)  # noqa: E731
+    shrink = lambda plan, phase, resource: without_prefetch(plan, WHAT)  # noqa: E731
     watch = Watch()
     result = do(engine, engine.plan(request(picture)), picture, watch, True, shrink=shrink)
     assert any("no blocks read ahead" in notice for notice in result.report.notices)

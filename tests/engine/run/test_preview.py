@@ -13,9 +13,10 @@ from torch import Tensor
 
 from penstock.engine.engine import Engine
 from penstock.engine.families.wan.latent_rgb import BIAS, FACTORS
+from penstock.engine.families.wan.preview import published_map
 from penstock.engine.run.events import Notice, Progress
 from penstock.engine.run.job import Job
-from penstock.engine.run.preview import Preview, Previewer, RgbMap, fit_map, published_map
+from penstock.engine.run.preview import Preview, Previewer, RgbMap, fit_map
 from tests.engine.running import a_request, an_engine
 
 

@@ -8,11 +8,12 @@ open_clip's ViT-H/14.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from penstock.errors import CheckpointError, TensorMismatch
+from penstock.engine.family.naming import ShapesOf
+from penstock.errors import CheckpointError
 
 HEAD_DIM = 128
 """Width of an attention head in every Wan2.1 transformer."""
@@ -20,7 +21,7 @@ HEAD_DIM = 128
 CLIP_HEAD_DIM = 80
 """Width of an attention head of ViT-H/14."""
 
-FAMILIES: Mapping[tuple[int, int, int], str] = MappingProxyType(
+SIZES: Mapping[tuple[int, int, int], str] = MappingProxyType(
     {(5120, 40, 13824): "14B", (1536, 30, 8960): "1.3B"}
 )
 """Width, layers and feed-forward width of the official transformers. Source: ``wan/configs``."""
@@ -76,58 +77,7 @@ VAE: Mapping[str, Any] = MappingProxyType({
 config.json leaves out: so much as a plan needs (a test compares them)."""
 
 
-class ShapesOf:
-    """The logical shapes of a component's tensors, with the right error for one that is missing."""
-
-    def __init__(self, where: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self.where, self._shapes = where, shapes
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._shapes
-
-    def of(self, name: str, dims: int) -> tuple[int, ...]:
-        """The shape of ``name``.
-
-        Raises:
-            TensorMismatch: there is no such tensor, or it has not ``dims`` dimensions.
-        """
-        shape = self._shapes.get(name)
-        if shape is None or len(shape) != dims or 0 in shape:
-            raise TensorMismatch(
-                f"{self.where} is incomplete",
-                expected=f"{name} with {dims} dimensions",
-                found="none" if shape is None else f"shape {list(shape)}",
-                remedy="The file is incomplete or belongs to another model: copy it again.",
-            )
-        return shape
-
-    def count(self, prefix: str) -> int:
-        """Blocks named ``prefix`` + number: one more than the largest number."""
-        numbers = {
-            int(number)
-            for name in self._shapes
-            if name.startswith(prefix) and (number := name[len(prefix) :].split(".")[0]).isdigit()
-        }
-        return max(numbers, default=-1) + 1
-
-
-def derive(component: str, shapes: ShapesOf) -> dict[str, Any]:
-    """The config of ``component`` as diffusers or transformers would have written it.
-
-    Raises:
-        TensorMismatch: a tensor that tells a dimension is missing.
-        CheckpointError: a model that penstock does not run.
-    """
-    makers: dict[str, Callable[[ShapesOf], dict[str, Any]]] = {
-        "transformer": _transformer,
-        "vae": _vae,
-        "text_encoder": _text,
-        "image_encoder": _image,
-    }
-    return makers[component](shapes)
-
-
-def _transformer(shapes: ShapesOf) -> dict[str, Any]:
+def derive_transformer(shapes: ShapesOf) -> dict[str, Any]:
     dim, channels, *patch = shapes.of("patch_embedding.weight", 5)
     heads = _heads(shapes, dim, HEAD_DIM)
     rows, _ = shapes.of("proj_out.weight", 2)
@@ -183,7 +133,7 @@ def _heads(shapes: ShapesOf, width: int, head_dim: int) -> int:
     return width // head_dim
 
 
-def _text(shapes: ShapesOf) -> dict[str, Any]:
+def derive_text(shapes: ShapesOf) -> dict[str, Any]:
     vocabulary, width = shapes.of("shared.weight", 2)
     block = "encoder.block.0.layer."
     buckets, heads = shapes.of(f"{block}0.SelfAttention.relative_attention_bias.weight", 2)
@@ -203,7 +153,7 @@ def _text(shapes: ShapesOf) -> dict[str, Any]:
     }
 
 
-def _image(shapes: ShapesOf) -> dict[str, Any]:
+def derive_image(shapes: ShapesOf) -> dict[str, Any]:
     width, channels, patch, _ = shapes.of("embeddings.patch_embedding.weight", 4)
     places, _ = shapes.of("embeddings.position_embedding.weight", 2)
     return {
@@ -221,7 +171,7 @@ def _image(shapes: ShapesOf) -> dict[str, Any]:
     }
 
 
-def _vae(shapes: ShapesOf) -> dict[str, Any]:
+def derive_vae(shapes: ShapesOf) -> dict[str, Any]:
     base = shapes.of("encoder.conv_in.weight", 5)[0]
     latent = shapes.of("post_quant_conv.weight", 5)[0]
     if latent != 16:
@@ -238,3 +188,28 @@ def _vae(shapes: ShapesOf) -> dict[str, Any]:
         "num_res_blocks": 2,
         "temperal_downsample": [False, True, True],
     }
+
+
+def transformer_title(config: Mapping[str, Any]) -> str:
+    """The model's name for people: "Wan2.1 I2V 14B"."""
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    layers = config["num_layers"]
+    size = SIZES.get((width, layers, config["ffn_dim"]), f"({width} wide, {layers} layers)")
+    return f"Wan2.1 {'I2V' if config.get('image_dim') else 'T2V'} {size}"
+
+
+def text_title(config: Mapping[str, Any]) -> str:
+    """The text encoder's name for people."""
+    xxl = (config["d_model"], config["num_layers"]) == (4096, 24)
+    return "UMT5-XXL encoder" if xxl else f"UMT5 encoder ({config['d_model']} wide)"
+
+
+def image_title(config: Mapping[str, Any]) -> str:
+    """The image encoder's name for people."""
+    huge = (config["hidden_size"], config["num_hidden_layers"]) == (1280, 32)
+    return "CLIP ViT-H/14" if huge else f"CLIP ViT ({config['hidden_size']} wide)"
+
+
+def vae_title(config: Mapping[str, Any]) -> str:
+    """The VAE's name for people."""
+    return "Wan2.1 VAE" if config["base_dim"] == 96 else f"Wan VAE ({config['base_dim']} wide)"

@@ -7,8 +7,9 @@ needs its old value. What does not change from step to step is computed once: th
 cross-attention keys and values a prompt, the time embedding a schedule.
 
 Operations and roundings are those of diffusers' forward: with one chunk over all tokens the result
-is the same bit for bit. The memory it takes is stated by `penstock.profiles.cost.transformer`,
-which follows this file line by line: change both together.
+is the same bit for bit. The memory it takes is stated by
+`penstock.engine.families.wan.cost.transformer`, which follows this file line by line: change both
+together.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from penstock.engine.families.wan.attention import Attention, attention
+from penstock.engine.attention.kernels import Attention, attention
 from penstock.errors import CheckpointError, UsageError
 
 TEXT_TOKENS = 512

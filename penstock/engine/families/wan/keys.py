@@ -11,59 +11,10 @@ because those converters take 450 MB and seconds to import, and pass unknown key
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from types import MappingProxyType
 
-PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.", "vision_model.", "visual.")
-"""What some files put before every name."""
-
-FUSED_QKV = "self_attn.to_qkv"
-"""A target that stands for three: q, k and v are its rows, one after another."""
-
-
-@dataclass(frozen=True)
-class Naming:
-    """One project's names of one component.
-
-    Attributes:
-        component: transformer, vae, text_encoder or image_encoder.
-        author: whose names they are, for people.
-        marks: keys (without prefix) begin with each of these: how the naming is recognised.
-        block, target: what begins the names of the blocks' tensors, here and in diffusers.
-        inside, outside: module paths inside a block and elsewhere; None: they are diffusers' own.
-        ignored: key beginnings that belong to the file and are not needed.
-    """
-
-    component: str
-    author: str
-    marks: tuple[str, ...]
-    block: str = ""
-    target: str = ""
-    inside: Mapping[str, str] | None = None
-    outside: Mapping[str, str] = field(default_factory=dict)
-    ignored: tuple[str, ...] = ()
-
-    def rename(self, key: str) -> str | None:
-        """The name that diffusers or transformers gives to ``key``; None if it is unknown."""
-        if self.inside is None:
-            return key
-        match = re.match(rf"{re.escape(self.block)}(\d+)\.", key) if self.block else None
-        if match is None:
-            return _longest(key, self.outside)
-        local = _longest(key[match.end() :], self.inside)
-        return None if local is None else f"{self.target}{match[1]}.{local}"
-
-
-def _longest(key: str, table: Mapping[str, str]) -> str | None:
-    """``key`` with its longest leading module path in ``table`` replaced."""
-    path = key
-    while path:
-        if path in table:
-            return table[path] + key[len(path) :]
-        path = path.rpartition(".")[0]
-    return None
+from penstock.engine.family.naming import FUSED_QKV, Naming
 
 
 def _attention(old: str, new: str, names: Mapping[str, str]) -> dict[str, str]:
@@ -199,14 +150,3 @@ NAMINGS: tuple[Naming, ...] = (
            "transformer.", "encoder.layers.", MappingProxyType(_IMAGE_BLOCK),
            MappingProxyType(_IMAGE), ignored=_CLIP_REST),
 )  # fmt: skip
-
-
-def find_naming(keys: Iterable[str]) -> tuple[Naming, str] | None:
-    """The naming whose marks ``keys`` bear, and the prefix they bear; None if there is none."""
-    names = tuple(keys)
-    for prefix in PREFIXES:
-        local = [name[len(prefix) :] for name in names if name.startswith(prefix)]
-        for naming in NAMINGS:
-            if all(any(name.startswith(mark) for name in local) for mark in naming.marks):
-                return naming, prefix
-    return None

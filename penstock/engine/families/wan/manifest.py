@@ -1,112 +1,84 @@
-"""A model in the planner's terms: its configs and bytes as plain numbers."""
+"""Wan as the planner takes it, and how its files become that: plain numbers and bytes."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from penstock.engine.families.wan.structure import is_cross_kv
-from penstock.engine.lora.place import lora_spec
-from penstock.profiles.manifest import (
-    ImageSpec,
-    ModelManifest,
-    TextSpec,
-    TransformerSpec,
-    VaeSpec,
-)
-from penstock.quant.paths import Computing
+from penstock.engine.families.wan import plan
+from penstock.engine.families.wan.spec import WanSpec
+from penstock.engine.families.wan.terms import WanCase
+from penstock.profiles.manifest import Heads, Prefetch, Storage, VideoShape
+from penstock.profiles.phases import Step
 
 if TYPE_CHECKING:
-    from penstock.engine.model.files import Component
+    pass
 
 
-def manifest_of(
-    transformer: Component,
-    text: Component,
-    encoder: Component,
-    decoder: Component,
-    image: Component | None,
-    computing: Computing,
-) -> ModelManifest:
-    """What the planner knows of the networks of a model, computing as ``computing`` says."""
-    return ModelManifest(
-        transformer=_transformer_spec(transformer, computing),
-        text=_text_spec(text, computing),
-        vae=_vae_spec(encoder, decoder, computing.scratch.device_type),
-        image=None if image is None else _image_spec(image, computing),
-    )
+_FRAMES = (81, 65, 49, 33, 17)
+_AREA_480P = (832, 480)
 
 
-def undecided(manifest: ModelManifest) -> ModelManifest:
-    """``manifest`` for a machine that nobody asked which matrix products it has."""
-    spec = manifest.transformer
-    context = spec.context_storage
-    return replace(
-        manifest,
-        transformer=replace(
-            spec,
-            storage=replace(spec.storage, path=None),
-            context_storage=None if context is None else replace(context, path=None),
-        ),
-    )
+@dataclass(frozen=True)
+class WanManifest(WanSpec):
+    """A model of Wan as the planner takes it (`penstock.profiles.phases.Manifest`)."""
 
+    @property
+    def storage(self) -> Storage:
+        """As `penstock.profiles.phases.Manifest`: of the transformer's blocks."""
+        return self.transformer.storage
 
-def _transformer_spec(component: Component, computing: Computing) -> TransformerSpec:
-    config = component.config
-    return TransformerSpec(
-        weights=component.weights(computing.scratch.device_type),
-        cross_block_bytes=tuple(layout.nbytes for layout in component.cross),
-        num_layers=len(component.blocks),
-        num_attention_heads=config["num_attention_heads"],
-        attention_head_dim=config["attention_head_dim"],
-        ffn_dim=config["ffn_dim"],
-        in_channels=config["in_channels"],
-        out_channels=config["out_channels"],
-        text_dim=config["text_dim"],
-        freq_dim=config["freq_dim"],
-        patch_size=tuple(config["patch_size"]),
-        image_dim=config["image_dim"],
-        storage=component.storage(computing, lambda name: not is_cross_kv(name)),
-        context_storage=component.storage(computing, is_cross_kv),
-        lora=lora_spec(component.loras, component.blocks),
-    )
+    @property
+    def image_to_video(self) -> bool:
+        """As `penstock.profiles.phases.Manifest`: the model has 36 input channels."""
+        return self.transformer.in_channels > self.vae.z_dim
 
+    @property
+    def heads(self) -> Heads:
+        """As `penstock.profiles.phases.Manifest`: of the transformer."""
+        spec = self.transformer
+        return Heads(spec.num_attention_heads, spec.attention_head_dim, spec.weights.itemsize)
 
-def _text_spec(component: Component, computing: Computing) -> TextSpec:
-    config = component.config
-    return TextSpec(
-        weights=component.weights(computing.scratch.device_type),
-        d_model=config["d_model"],
-        d_kv=config["d_kv"],
-        d_ff=config["d_ff"],
-        num_layers=len(component.blocks),
-        num_heads=config["num_heads"],
-        storage=component.storage(computing),
-    )
+    @property
+    def prefetch(self) -> Prefetch:
+        """As `penstock.profiles.phases.Manifest`."""
+        return Prefetch("denoise", "transformer", "decode", "vae decoder")
 
+    def steps(self, case: WanCase) -> Iterator[Step]:
+        """As `penstock.profiles.phases.Manifest`."""
+        return plan.steps(case)
 
-def _image_spec(component: Component, computing: Computing) -> ImageSpec:
-    config = component.config
-    return ImageSpec(
-        weights=component.weights(computing.scratch.device_type),
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
-        num_hidden_layers=len(component.blocks),
-        num_attention_heads=config["num_attention_heads"],
-        image_size=config["image_size"],
-        patch_size=config["patch_size"],
-        storage=component.storage(computing),
-    )
+    def with_whole_blocks(self, block_bytes: tuple[int, ...], beside_bytes: int) -> WanManifest:
+        """As a transformer runs whose cross-attention K/V are made block by block.
 
+        Args:
+            block_bytes: of whole blocks.
+            beside_bytes: of the context, which lies beside the steps.
+        """
+        spec = self.transformer
+        rest_bytes = spec.weights.rest_bytes + beside_bytes
+        weights = replace(spec.weights, rest_bytes=rest_bytes, block_bytes=block_bytes)
+        return replace(self, transformer=replace(spec, weights=weights))
 
-def _vae_spec(encoder: Component, decoder: Component, device: str) -> VaeSpec:
-    config = decoder.config
-    return VaeSpec(
-        encoder=encoder.weights(device),
-        decoder=decoder.weights(device),
-        base_dim=config["base_dim"],
-        z_dim=config["z_dim"],
-        dim_mult=tuple(config["dim_mult"]),
-        num_res_blocks=config["num_res_blocks"],
-        temporal_downsample=tuple(config["temperal_downsample"]),
-    )
+    def smaller_shapes(self, shape: VideoShape) -> Iterator[VideoShape]:
+        """Fewer frames first, then 480p, each with fewer tokens than ``shape``."""
+        low = _AREA_480P if shape.width >= shape.height else _AREA_480P[::-1]
+        for width, height in ((shape.width, shape.height), low):
+            for frames in (shape.frames, *_FRAMES):
+                fewer = frames <= shape.frames and width * height <= shape.width * shape.height
+                if fewer and (width, height, frames) != (shape.width, shape.height, shape.frames):
+                    yield VideoShape(width, height, frames)
+
+    def undecided(self) -> WanManifest:
+        """As `penstock.profiles.phases.Manifest`."""
+        spec = self.transformer
+        context = spec.context_storage
+        return replace(
+            self,
+            transformer=replace(
+                spec,
+                storage=replace(spec.storage, path=None),
+                context_storage=None if context is None else replace(context, path=None),
+            ),
+        )

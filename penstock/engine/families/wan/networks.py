@@ -1,5 +1,5 @@
 """The networks of a model without weights: the classes of diffusers and transformers on the meta
-device, each with one block, and what is put into them where weights are quantised or bear LoRAs."""
+device, each with one block."""
 
 from __future__ import annotations
 
@@ -7,12 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from penstock.engine.model.binding import skeleton
-from penstock.offload.checkpoint import torch_dtype
-from penstock.quant.delta import Delta
-from penstock.quant.format import QuantFormat
-from penstock.quant.linear import replace_linears
-from penstock.quant.lora import add_deltas
-from penstock.quant.paths import Computing
 
 
 def build(component: str, config: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -24,27 +18,6 @@ def build(component: str, config: Mapping[str, Any]) -> tuple[Any, Any]:
         "vae": _vae,
     }
     return makers[component](dict(config))
-
-
-def equip(
-    module: Any,
-    formats: Mapping[str, QuantFormat],
-    deltas: Mapping[str, tuple[Delta, ...]],
-    computing: Computing,
-    tag: str,
-) -> None:
-    """Put quantised linears and LoRAs into ``module``.
-
-    Args:
-        module: a block, or a network.
-        formats: of its quantised linears, by local name.
-        deltas: what LoRAs add, by local name.
-        computing: how they compute.
-        tag: safetensors tag of the dtype they compute in.
-    """
-    dtype = torch_dtype(tag)
-    replace_linears(module, formats, computing, dtype)
-    add_deltas(module, deltas, computing, dtype)
 
 
 def _transformer(config: dict[str, Any]) -> tuple[Any, Any]:

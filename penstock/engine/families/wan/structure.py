@@ -6,21 +6,11 @@ equal to the classes of those libraries. Free of torch: a file is described with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
 Config: TypeAlias = Mapping[str, Any]
-
-BLOCKS: Mapping[str, tuple[str, str]] = MappingProxyType(
-    {
-        "transformer": ("blocks.", "num_layers"),
-        "text_encoder": ("encoder.block.", "num_layers"),
-        "image_encoder": ("encoder.layers.", "num_hidden_layers"),
-    }
-)
-"""Prefix of the blocks' names, and the config entry that counts them; the VAE has none."""
 
 CROSS_KV_NAMES = (
     "attn2.to_k",
@@ -37,21 +27,6 @@ CROSS_KV_NAMES = (
 def is_cross_kv(local_name: str) -> bool:
     """Whether a block's tensor belongs to `CROSS_KV_NAMES`, by its name inside the block."""
     return local_name.startswith(tuple(f"{name}." for name in CROSS_KV_NAMES))
-
-
-def tensor_shapes(component: str, config: Config) -> Shapes:
-    """Shape of every tensor of ``component`` under ``config``, by name.
-
-    Raises:
-        KeyError: no such component, or an entry that the config lacks.
-    """
-    makers: dict[str, Callable[[Config], Shapes]] = {
-        "transformer": transformer_shapes,
-        "vae": vae_shapes,
-        "text_encoder": text_shapes,
-        "image_encoder": image_shapes,
-    }
-    return makers[component](config)
 
 
 def _linear(name: str, rows: int, columns: int, bias: bool = True) -> Shapes:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from penstock.engine.families.wan import attention_probe, forward
-from penstock.engine.families.wan.attention import attention, int8_attention, self_attention_of
-from penstock.engine.families.wan.attention_probe import MIN_COSINE, AttentionReport, probe_int8
+from penstock.engine.attention import probe as attention_probe
+from penstock.engine.attention.kernels import attention, int8_attention, self_attention_of
+from penstock.engine.attention.probe import MIN_COSINE, AttentionReport, probe_int8
+from penstock.engine.families.wan import forward
 from tests import fake_kitchen
 from tests.tiny_transformer import inputs, tiny_transformer
 

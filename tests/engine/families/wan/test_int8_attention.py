@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 
 from penstock.cli.main import app
 from penstock.engine.run import report
-from penstock.engine.run.jobs import find_unfinished, launch_settings
+from penstock.engine.run.jobs import find_unfinished, opening_of
 from penstock.engine.run.report import JobResult
 from penstock.engine.run.stored import request_values
 from penstock.engine.store.journal import read_record
 from penstock.errors import FingerprintMismatch, ProfileError
+from penstock.profiles.options import Options
 from penstock.profiles.plan import Plan
-from penstock.profiles.profile import Overrides
 from tests import fake_kitchen
 from tests.engine.running import REQUEST, an_engine, stop_after_a_step
 
@@ -58,7 +58,7 @@ def test_a_job_runs_on_it_and_says_so(
 
 def test_overrides_ask_for_it_too(t2v_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_kitchen.install(monkeypatch)
-    with an_engine(t2v_folder, overrides=Overrides(attention="int8")) as engine:
+    with an_engine(t2v_folder, options=Options(attention="int8")) as engine:
         assert engine.plan(REQUEST).attention == "int8"
 
 
@@ -150,7 +150,7 @@ def test_a_job_is_resumed_with_its_own(
     with an_engine(t2v_folder, attention="int8") as engine:
         stop_after_a_step(engine, REQUEST, tmp_path / "job")
         values = request_values(REQUEST, engine.model.opening, engine.plan(REQUEST))
-    assert launch_settings(tmp_path / "job").options["attention"] == "int8"
+    assert opening_of(tmp_path / "job").options.attention == "int8"
     assert find_unfinished(values, tmp_path / "job") is not None
     assert find_unfinished(values | {"attention": "sdpa"}, tmp_path / "job") is None
     with an_engine(t2v_folder, attention="int8") as engine:

@@ -12,8 +12,9 @@ from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
 from penstock.engine.engine import Engine
+from penstock.engine.families.wan.defaults import flow_shift, negative_prompt
 from penstock.engine.request.generation import GenerationRequest
-from penstock.profiles.profile import Overrides
+from penstock.profiles.options import Options
 
 STEPS = 6
 SHAPES = [(64, 48, 9), (80, 64, 5), (48, 112, 13)]
@@ -23,13 +24,13 @@ def _theirs(pipeline_class: Any, folder: Path, request: GenerationRequest, laten
     pipe = pipeline_class.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = type(pipe.scheduler).from_config(
-        pipe.scheduler.config, flow_shift=request.effective_shift
+        pipe.scheduler.config, flow_shift=flow_shift(request.width, request.height, request.shift)
     )
     picture = {} if request.image is None else {"image": Image.open(request.image).convert("RGB")}
     return pipe(
         **picture,
         prompt=request.prompt,
-        negative_prompt=request.effective_negative_prompt,
+        negative_prompt=negative_prompt(request),
         width=request.width,
         height=request.height,
         num_frames=request.frames,
@@ -67,8 +68,8 @@ def test_the_job_is_that_of_diffusers(
     pipeline_class = WanImageToVideoPipeline if image_to_video else WanPipeline
     request = _request(shape, picture if image_to_video else None)
     # Four rows do not divide 6 latents, nor three columns 8 or 14: unequal tiles; many chunks.
-    rules = Overrides(tiles="4x3", chunk_tokens="50", branches="2")
-    with Engine.open(folder, device="cpu", vram="200MiB", ram="200MiB", overrides=rules) as engine:
+    rules = Options(tiles="4x3", chunk_tokens="50", branches="2")
+    with Engine.open(folder, device="cpu", vram="200MiB", ram="200MiB", options=rules) as engine:
         assert engine.plan(request)["decode"].tiles == (4, 3)
         result = engine.submit(request).result()
     latents = _theirs(pipeline_class, folder, request, latents=True)

@@ -11,9 +11,10 @@ from diffusers.loaders.single_file_utils import (
 )
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
-from penstock.engine.families.wan import config as configs
-from penstock.engine.families.wan.keys import NAMINGS, Naming, find_naming
-from penstock.engine.families.wan.structure import tensor_shapes
+from penstock.engine.families.wan.keys import NAMINGS
+from penstock.engine.families.wan.kinds import KINDS
+from penstock.engine.family.naming import Naming, ShapesOf
+from penstock.engine.files.keys import find_naming
 from penstock.errors import CheckpointError, TensorMismatch
 
 I2V_14B = {
@@ -90,7 +91,7 @@ def theirs(component, config):
 
 @pytest.mark.parametrize("component, config", OFFICIAL)
 def test_names_and_shapes_are_the_librarys(component, config):
-    assert tensor_shapes(component, config) == theirs(component, config)
+    assert KINDS[component].shapes(config) == theirs(component, config)
 
 
 @pytest.mark.parametrize(
@@ -102,21 +103,21 @@ def test_names_and_shapes_are_the_librarys(component, config):
     ],
 )
 def test_other_vaes_too(config):
-    assert tensor_shapes("vae", config) == theirs("vae", config)
+    assert KINDS["vae"].shapes(config) == theirs("vae", config)
 
 
 def test_sizes_are_the_published_ones():
     def parameters(component, config):
         total = 0
-        for shape in tensor_shapes(component, config).values():
+        for shape in KINDS[component].shapes(config).values():
             count = 1
             for size in shape:
                 count *= size
             total += count
         return total
 
-    assert len(tensor_shapes("transformer", I2V_14B)) == 1303
-    assert len(tensor_shapes("vae", VAE)) == 194
+    assert len(KINDS["transformer"].shapes(I2V_14B)) == 1303
+    assert len(KINDS["vae"].shapes(VAE)) == 194
     assert round(parameters("transformer", I2V_14B) / 1e9, 3) == 16.395
     assert round(parameters("text_encoder", XXL) / 1e9, 2) == 5.68
     assert round(parameters("image_encoder", VIT_H) / 1e6) == 631
@@ -125,7 +126,7 @@ def test_sizes_are_the_published_ones():
 
 @pytest.mark.parametrize("component, config", OFFICIAL)
 def test_shapes_tell_the_config(component, config):
-    found = configs.derive(component, configs.ShapesOf("x", tensor_shapes(component, config)))
+    found = KINDS[component].derive(ShapesOf("x", KINDS[component].shapes(config)))
     assert {key: found[key] for key in config} == config
 
 
@@ -161,7 +162,7 @@ def backwards(naming, names):
 )
 def test_tables_agree_with_diffusers_own_converters(component, config, converter):
     table = naming(component, "Wan")
-    keys = backwards(table, tensor_shapes(component, config))
+    keys = backwards(table, KINDS[component].shapes(config))
     handles = {key: SimpleNamespace(key=key) for key in keys}
     converted = {handle.key: name for name, handle in converter(handles).items()}
     assert converted == keys
@@ -193,7 +194,7 @@ def test_unknown_keys_stay_unknown(author, key):
 
 def test_no_two_namings_share_their_marks():
     for component, config in OFFICIAL:
-        names = list(tensor_shapes(component, config))
+        names = list(KINDS[component].shapes(config))
         found = find_naming(names)
         assert found is not None
         assert found[0].component == component
@@ -205,10 +206,10 @@ def test_no_two_namings_share_their_marks():
 
 
 def test_a_missing_dimension_is_named():
-    shapes = tensor_shapes("transformer", T2V)
+    shapes = KINDS["transformer"].shapes(T2V)
     del shapes["proj_out.weight"]
     with pytest.raises(TensorMismatch, match="proj_out.weight"):
-        configs.derive("transformer", configs.ShapesOf("x", shapes))
+        KINDS["transformer"].derive(ShapesOf("x", shapes))
 
 
 @pytest.mark.parametrize(
@@ -223,4 +224,4 @@ def test_a_missing_dimension_is_named():
 )
 def test_what_is_built_alike_and_is_not_run_is_refused(component, config, word):
     with pytest.raises(CheckpointError, match=word):
-        configs.derive(component, configs.ShapesOf("x", tensor_shapes(component, config)))
+        KINDS[component].derive(ShapesOf("x", KINDS[component].shapes(config)))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from penstock.profiles.cost.vae import decode_bytes, encode_bytes
-from penstock.profiles.manifest import VaeSpec, Weights
+from penstock.engine.families.wan.cost.vae import decode_bytes, encode_bytes
+from penstock.engine.families.wan.spec import VaeSpec
+from penstock.profiles.manifest import Weights
 from penstock.profiles.tiling import TileGrid
 from penstock.units import GIB
 from tests.engine.families.wan.fake_vae import FakeVae

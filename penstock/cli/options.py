@@ -1,0 +1,94 @@
+"""The options of a run as flags: one table, from which every command takes its own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from types import MappingProxyType
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+from penstock.cli.files import reported
+from penstock.profiles.options import Options
+
+Command = Callable[..., None]
+
+NOTHING = Options()
+"""The default of a command's parameter ``options``, which `with_options` always gives."""
+
+
+class Flag(NamedTuple):
+    """A flag: what its help says, and its name where that is not the option's."""
+
+    help: str
+    name: str | None = None
+
+
+FLAGS: Mapping[str, Flag] = MappingProxyType(
+    {
+        "vram": Flag('Ceiling on VRAM, such as "12GiB".'),
+        "ram": Flag("Ceiling on host memory for weights and frames."),
+        "device": Flag("cuda, cpu or auto (auto)."),
+        "profile": Flag("A profile's name, or the path of a .toml file (auto)."),
+        "format": Flag("Of the transformer's matrices, such as int8 (as stored)."),
+        "compute": Flag("exact, or fast (8-bit products where they work)."),
+        "attention": Flag("sdpa, or int8 (self-attention in 8 bits where it works)."),
+        "branches": Flag("CFG branches that share a visit of a block: 1, 2 or auto."),
+        "chunk_tokens": Flag("Tokens a chunk of the transformer's forward pass, or auto."),
+        "tiles": Flag('The VAE\'s, as ROWSxCOLUMNS such as "2x2", or auto.'),
+        "cross_kv": Flag("Where cross-attention K/V are kept: vram, ram or auto."),
+        "disk": Flag(
+            "Blocks from disk at every pass: auto, spare (memory first) or never.", "--disk-use"
+        ),
+    }
+)
+"""Every option; all are words, as profiles spell them."""
+
+
+_OWN = "option_"
+"""Before the names of the parameters, which a command may use for something else."""
+
+
+def with_options(only: Sequence[str] = tuple(FLAGS), **helps: str) -> Callable[[Command], Command]:
+    """Give a command the flags of run options, in the place of its parameter ``options``.
+
+    An illegal value ends the command as its own errors do.
+
+    Args:
+        only: the options that it takes.
+        helps: what it says of an option otherwise, by the option's name.
+    """
+
+    def decorate(command: Command) -> Command:
+        @wraps(command)
+        def called(**given: Any) -> None:
+            with reported(given.get("debug", False)):
+                options = Options(**{name: given.pop(_OWN + name) for name in only})
+            command(**given, options=options)
+
+        signature = inspect.signature(command, eval_str=True)
+        before, after = _around(list(signature.parameters.values()))
+        flags = [_parameter(name, helps.get(name, FLAGS[name].help)) for name in only]
+        vars(called)["__signature__"] = signature.replace(parameters=[*before, *flags, *after])
+        called.__annotations__ = {each.name: each.annotation for each in (*before, *flags, *after)}
+        return called
+
+    return decorate
+
+
+def _around(
+    parameters: list[inspect.Parameter],
+) -> tuple[list[inspect.Parameter], list[inspect.Parameter]]:
+    """The parameters before and after "options", all of them by keyword only."""
+    place = [each.name for each in parameters].index("options")
+    keyword = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
+    return keyword[:place], keyword[place + 1 :]
+
+
+def _parameter(name: str, told: str) -> inspect.Parameter:
+    flag = FLAGS[name].name or f"--{name.replace('_', '-')}"
+    kind = Annotated[str | None, typer.Option(flag, help=told)]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(_OWN + name, keyword, default=None, annotation=kind)

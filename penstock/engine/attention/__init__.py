@@ -1,0 +1,1 @@
+"""What self-attention runs on."""

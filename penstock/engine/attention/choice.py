@@ -1,0 +1,48 @@
+"""What self-attention runs on: as asked, or torch's own where 8 bits do not work here.
+
+Free of torch until 8 bits are asked for.
+"""
+
+from __future__ import annotations
+
+from penstock.profiles.manifest import Heads
+from penstock.profiles.profile import Chosen, without_int8_attention
+
+TAGS = {2: "BF16", 4: "F32"}
+"""The dtype that a model without files computes in, by its bytes an element."""
+
+
+def attending_on(
+    chosen: Chosen, heads: Heads, tag: str | None = None
+) -> tuple[Chosen, tuple[str, ...]]:
+    """``chosen`` with the attention that works on its device, and what is to be said of it.
+
+    Args:
+        chosen: whose device is here; what a described machine can is not asked.
+        heads: of the network that shall attend.
+        tag: safetensors tag of the dtype it computes in; None: by its bytes an element.
+    """
+    if chosen.policy.attention == "sdpa":
+        return chosen, ()
+    from penstock.engine.attention.probe import probe_int8
+    from penstock.offload.checkpoint import torch_dtype
+
+    report = probe_int8(
+        chosen.hardware.place,
+        torch_dtype(tag or TAGS[heads.itemsize]),
+        heads.count,
+        heads.width,
+    )
+    if report.works:
+        return chosen, (f"int8 attention: it works here (cosine {report.cosine:.4f} to fp32)",)
+    told = f"int8 attention: not here, torch's own attends ({report.reason})"
+    return without_int8_attention(chosen, report.reason), (told,)
+
+
+def attention_numerics(attention: str) -> str:
+    """What a fingerprint says of the attention: results depend on the library's version."""
+    if attention == "sdpa":
+        return attention
+    from penstock.engine.run.report import package_version
+
+    return f"{attention}, comfy-kitchen {package_version('comfy-kitchen')}"

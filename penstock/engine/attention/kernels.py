@@ -1,0 +1,58 @@
+"""Attention over (batch, tokens, heads, head width) tensors: the one seam for other backends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From queries (1, m, heads, head width), keys and values (1, n, heads, head width) to the result
+(1, m, heads * head width), contiguous."""
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Unmasked softmax attention by torch's own `scaled_dot_product_attention`.
+
+    The heads are moved by a view, as diffusers' native backend does: the flash kernels of CPU and
+    CUDA take that layout as it is and return it, so nothing is copied.
+
+    Args:
+        q: (1, m, heads, head width).
+        k, v: (1, n, heads, head width).
+
+    Returns:
+        (1, m, heads * head width), contiguous.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (1, tokens, heads, w) -> (1, heads, ...)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2, 3)
+
+
+def int8_attention() -> Attention:
+    """Unmasked softmax attention by comfy-kitchen, which quantises queries, keys and values to int8
+    in every call.
+
+    What it holds meanwhile is stated by
+    `penstock.engine.families.wan.cost.transformer.int8_attention_bytes`.
+
+    Raises:
+        ImportError: comfy-kitchen is not installed.
+    """
+    from comfy_kitchen import int8_attention as kernel
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # views, as above
+        found: Tensor = kernel(q, k, v)
+        return found.transpose(1, 2).flatten(2, 3)  # head by head -> token by token: a copy
+
+    return attend
+
+
+def self_attention_of(name: str) -> Attention:
+    """The backend that a plan names: "sdpa" or "int8".
+
+    Raises:
+        ImportError: as `int8_attention`.
+    """
+    return int8_attention() if name == "int8" else attention

@@ -1,0 +1,1 @@
+"""diffusers' Wan pipelines, their networks replaced by parts that stream."""

@@ -1,0 +1,94 @@
+"""What a diffusers pipeline must be for penstock to run it; every refusal names its reason."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from penstock.engine.attach.part import Part
+from penstock.errors import UsageError
+
+_CLASSES = {
+    "transformer": "WanTransformer3DModel",
+    "text_encoder": "UMT5EncoderModel",
+    "vae": "AutoencoderKLWan",
+    "image_encoder": "CLIPVisionModel",
+}
+
+
+def check_pipeline(pipe: Any) -> None:
+    """Refuse what penstock does not run as diffusers does.
+
+    Raises:
+        UsageError: another pipeline, Wan 2.2, missing or changed models, somebody else's
+            offloading, or one that is attached already.
+    """
+    from diffusers import WanImageToVideoPipeline, WanPipeline
+
+    if not isinstance(pipe, WanPipeline | WanImageToVideoPipeline):
+        raise UsageError(
+            f"a {type(pipe).__name__} cannot be attached",
+            expected="a WanPipeline or a WanImageToVideoPipeline",
+            remedy="penstock.stream takes any module with a list of blocks.",
+        )
+    second = getattr(pipe, "transformer_2", None) is not None
+    if second or pipe.config.boundary_ratio is not None or pipe.config.expand_timesteps:
+        raise UsageError(
+            "Wan 2.2 pipelines are not supported",
+            expected="Wan 2.1: one transformer, one timestep a step",
+            found="two transformers" if second else "boundary_ratio or expand_timesteps",
+        )
+    image = pipe.transformer is not None and pipe.transformer.config.image_dim is not None
+    for name in ("transformer", "text_encoder", "vae", *(["image_encoder"] if image else [])):
+        _check_model(name, getattr(pipe, name))
+    _check_transformer(pipe.transformer)
+
+
+def _check_model(name: str, model: Any) -> None:
+    if isinstance(model, Part):
+        raise UsageError(
+            "the pipeline is attached already", remedy="Call penstock.detach(pipe) first."
+        )
+    if type(model).__name__ != _CLASSES[name]:
+        raise UsageError(
+            f"the pipeline's {name} cannot be run",
+            expected=_CLASSES[name],
+            found=type(model).__name__ if model is not None else "none",
+            remedy="Load the pipeline with its own models, uncompiled.",
+        )
+    for path, module in model.named_modules():
+        # A registry is there after every call; its hooks are what changes one.
+        registry = getattr(module, "_diffusers_hook", None)
+        if hasattr(module, "_hf_hook") or (registry is not None and registry.hooks):
+            raise UsageError(
+                f"{name}{path and f'.{path}'} is hooked",
+                expected="models that run by themselves",
+                found="CPU offloading, group offloading, a cache or another hook",
+                remedy="Load the pipeline without enable_*_offload and caches: the budget does it.",
+            )
+        if hasattr(module, "base_layer"):
+            raise UsageError(
+                f"{name}{path and f'.{path}'} carries an adapter",
+                expected="plain layers",
+                found=type(module).__name__,
+                remedy="Call pipe.fuse_lora() and pipe.unload_lora_weights() first.",
+            )
+
+
+def _check_transformer(transformer: nn.Module) -> None:
+    for path, module in transformer.named_modules():
+        processor = getattr(module, "processor", None)
+        if processor is not None and type(processor).__name__ != "WanAttnProcessor":
+            raise UsageError(
+                f"transformer.{path} has an attention processor of its own",
+                expected="WanAttnProcessor",
+                found=type(processor).__name__,
+                remedy="Restore it with transformer.set_attn_processor(WanAttnProcessor()).",
+            )
+        if getattr(module, "fused_projections", False):
+            raise UsageError(
+                f"transformer.{path} has fused projections",
+                expected="plain ones",
+                remedy="Call unfuse_projections first.",
+            )

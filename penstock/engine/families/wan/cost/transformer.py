@@ -1,0 +1,389 @@
+"""Memory and arithmetic of the diffusion transformer, in closed form and without torch.
+
+Bytes are those of activations: everything that is alive beside the weights. They follow
+`penstock.engine.families.wan.forward` operation by operation, so that a plan's figure is never
+below what a run takes; the comments name the moment that is the peak. What a quantised linear
+layer needs to
+unpack its weight is not an activation and not counted here, nor is a kernel's own workspace.
+
+Every function takes the compute dtype's itemsize from ``spec.weights.itemsize``: 4 or 2 bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from penstock.engine.families.wan.spec import TransformerSpec
+
+TEXT_TOKENS = 512
+FP32_BYTES = 4
+HALF_BYTES = 2
+UNIPC_HISTORY = 3
+"""Latents that diffusers' UniPC of order 2 keeps: two model outputs and the last sample."""
+SAMPLER_TEMPORARIES = 9
+"""Latents alive at once inside a sampler's step, guidance included (measured, tested)."""
+
+
+@dataclass(frozen=True)
+class PeakBytes:
+    """What is alive at the peak of a phase.
+
+    Attributes:
+        stage: the part of the phase in which the peak lies.
+        items: bytes by name.
+    """
+
+    stage: str
+    items: tuple[tuple[str, int], ...]
+
+    @property
+    def total_bytes(self) -> int:
+        """The peak."""
+        return sum(count for _, count in self.items)
+
+    def __getitem__(self, name: str) -> int:
+        return dict(self.items)[name]
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of one forward pass, a multiply-add being two."""
+
+    linear: int
+    self_attention: int
+    cross_attention: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.linear + self.self_attention + self.cross_attention
+
+
+@dataclass(frozen=True)
+class DenoiseCase:
+    """What the bytes of the denoising phase depend on, beside the model.
+
+    Attributes:
+        latent: latent frames, height and width.
+        chunk_tokens: tokens that go through a block together.
+        branches: forward passes a step: 2 with guidance, else 1.
+        visit_branches: how many of them go through a block in one visit.
+        steps: of the schedule.
+        image_tokens: of the image encoder; 0 for a text-to-video model.
+        text_tokens: length of the text context.
+        history_latents: latents that the scheduler keeps between steps.
+        cross_kv_on_device: all cross-attention K/V stay on the device; else they are fetched from
+            elsewhere for one block and branch at a time.
+        fused_norms: an RMS norm is one kernel, which makes its result and no more.
+        attention: "sdpa", or "int8" for self-attention in 8 bits.
+    """
+
+    latent: tuple[int, int, int]
+    chunk_tokens: int
+    branches: int
+    visit_branches: int
+    steps: int
+    image_tokens: int
+    text_tokens: int = TEXT_TOKENS
+    history_latents: int = UNIPC_HISTORY
+    cross_kv_on_device: bool = True
+    fused_norms: bool = False
+    attention: str = "sdpa"
+
+
+def grid_tokens(spec: TransformerSpec, latent: tuple[int, int, int]) -> int:
+    """Tokens of a latent grid."""
+    count = 1
+    for size, patch in zip(latent, spec.patch_size, strict=True):
+        count *= size // patch
+    return count
+
+
+def denoise_bytes(spec: TransformerSpec, case: DenoiseCase) -> PeakBytes:
+    """Peak of the denoising phase: what stays through it and its largest stage."""
+    held = {
+        "latents": sampler_state_bytes(spec, case),
+        "model_input": spec.in_channels * _volume(case.latent) * spec.weights.itemsize,
+        "rope": _rope_bytes(spec, case),
+        "modulation": modulation_bytes(spec, case.steps),
+        "cross_kv": _cross_kv_held_bytes(spec, case),
+        "lora": _lora_bytes(spec, case),
+    }
+    stages = {
+        "input": {"cat": spec.in_channels * _volume(case.latent) * FP32_BYTES},
+        "embed": _embed_stage(spec, case),
+        "blocks": _block_stage(spec, case),
+        "head": _head_stage(spec, case),
+        "sampler": _sampler_stage(spec, case),
+    }
+    stage = max(stages, key=lambda name: sum(stages[name].values()))
+    return PeakBytes(stage, tuple({**held, **stages[stage]}.items()))
+
+
+def context_bytes(spec: TransformerSpec, case: DenoiseCase) -> PeakBytes:
+    """Peak of the phase that computes time embedding, contexts and cross-attention K/V."""
+    d, e = spec.inner_dim, spec.weights.itemsize
+    text, image = case.text_tokens, case.image_tokens
+    states = case.branches * text * spec.text_dim + image * (spec.image_dim or 0)
+    held = {
+        "encoder_states": states * e,
+        "contexts": case.branches * (text + image) * d * e,
+        "modulation": modulation_bytes(spec, case.steps),
+    }
+    # While the last block's keys are being normalised, what follows is not there yet: their own
+    # values, and after the only branch's text also the image's keys and values.
+    after_text = text + image if case.branches == 1 else text
+    kept = cross_kv_bytes(spec, case)
+    if not case.cross_kv_on_device:
+        kept //= spec.num_layers  # each block's leave before the next
+    normalising = max(
+        0,
+        _rms_norm_bytes(spec, text, case.fused_norms) - 2 * after_text * d * e,
+        _rms_norm_bytes(spec, image, case.fused_norms) - 2 * image * d * e,
+    )
+    stages = {
+        "embedders": {"embedders": _embedder_bytes(spec, case)},
+        "cross_kv": {"cross_kv": kept, "normalising": normalising},
+        "steps": {"cross_kv": kept, "embedders": _embedder_rows_bytes(spec)},
+    }
+    held["lora"] = max(text, image) * spec.lora.rank * e
+    stage = max(stages, key=lambda name: sum(stages[name].values()))
+    return PeakBytes(stage, tuple({**held, **stages[stage]}.items()))
+
+
+def cross_kv_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
+    """Cross-attention keys and values of all blocks; the image's serve all branches."""
+    tokens = case.branches * case.text_tokens + case.image_tokens
+    return 2 * spec.num_layers * tokens * spec.inner_dim * spec.weights.itemsize
+
+
+def _cross_kv_held_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
+    """All of them, or those of one block and branch."""
+    if case.cross_kv_on_device:
+        return cross_kv_bytes(spec, case)
+    tokens = case.text_tokens + case.image_tokens
+    return 2 * tokens * spec.inner_dim * spec.weights.itemsize
+
+
+def modulation_bytes(spec: TransformerSpec, steps: int) -> int:
+    """The time embedding of all steps: one row for the head and six for the blocks."""
+    return steps * 7 * spec.inner_dim * spec.weights.itemsize
+
+
+def sampler_state_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
+    """The sample, the scheduler's history and the image conditioning, in fp32."""
+    condition = spec.in_channels - spec.out_channels
+    channels = (1 + case.history_latents) * spec.out_channels + condition
+    return channels * _volume(case.latent) * FP32_BYTES
+
+
+def denoise_flops(
+    spec: TransformerSpec, tokens: int, image_tokens: int, text_tokens: int = TEXT_TOKENS
+) -> Flops:
+    """Arithmetic of one forward pass of one branch, as `denoise_forward` does it.
+
+    The two scores-and-values products of attention count 4 n m d each block; norms, rotations and
+    activations are left out.
+    """
+    d, layers = spec.inner_dim, spec.num_layers
+    patch = 1
+    for size in spec.patch_size:
+        patch *= size
+    block = 6 * d * d + 2 * d * spec.ffn_dim  # q, k, v, o; cross q, o; up, down
+    ends = patch * d * (spec.in_channels + spec.out_channels)
+    return Flops(
+        linear=2 * tokens * (layers * block + spec.lora.elements + ends),
+        self_attention=4 * layers * tokens * tokens * d,
+        cross_attention=4 * layers * tokens * (text_tokens + image_tokens) * d,
+    )
+
+
+def context_flops(spec: TransformerSpec, case: DenoiseCase) -> int:
+    """Arithmetic before denoising: embedders, time embedding and cross-attention K/V."""
+    d, image_dim = spec.inner_dim, spec.image_dim or 0
+    texts = case.branches * case.text_tokens
+    blocks = spec.num_layers * (texts + case.image_tokens) * 2 * d * d
+    text = texts * (spec.text_dim + d) * d
+    image = case.branches * case.image_tokens * (image_dim + d) * image_dim
+    time = case.steps * (spec.freq_dim + 7 * d) * d
+    return 2 * (blocks + text + image + time)
+
+
+def _volume(latent: tuple[int, int, int]) -> int:
+    t, h, w = latent
+    return t * h * w
+
+
+def _upcast(itemsize: int) -> int:
+    """Bytes an element of the fp32 copy that a norm makes of its input."""
+    return 0 if itemsize == FP32_BYTES else FP32_BYTES
+
+
+def _rope_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
+    """Cosine and sine of half a head's width for each token, in fp32."""
+    return grid_tokens(spec, case.latent) * spec.attention_head_dim * FP32_BYTES
+
+
+def _hidden_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
+    return grid_tokens(spec, case.latent) * spec.inner_dim * spec.weights.itemsize
+
+
+def _output_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
+    return spec.out_channels * _volume(case.latent) * spec.weights.itemsize
+
+
+def _earlier_outputs_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
+    """Predictions of the branches that went before, while the last ones are under way."""
+    last_visit = (case.branches - 1) % case.visit_branches + 1
+    return (case.branches - last_visit) * _output_bytes(spec, case)
+
+
+def _embed_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int]:
+    """The convolution's output beside its transposed copy, or all branches' copies."""
+    return {
+        "hidden": max(2, case.visit_branches) * _hidden_bytes(spec, case),
+        "outputs": _earlier_outputs_bytes(spec, case),
+    }
+
+
+def _block_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int]:
+    hidden = _hidden_bytes(spec, case)
+    chunk = min(case.chunk_tokens, grid_tokens(spec, case.latent))
+    largest = max(
+        _layer_norm_bytes(spec, chunk),
+        _rms_norm_bytes(spec, chunk, case.fused_norms),
+        _rotation_bytes(spec, chunk),
+        _attention_bytes(spec, chunk, case.image_tokens),
+        _feed_forward_bytes(spec, chunk),
+    )
+    moments = [{"chunk": largest}]
+    if case.attention == "int8":
+        moments.append(_int8_attending(spec, chunk, grid_tokens(spec, case.latent)))
+    return {
+        "hidden": case.visit_branches * hidden,
+        "self_kv": 2 * hidden,
+        "outputs": _earlier_outputs_bytes(spec, case),
+        "block_modulation": _block_modulation_bytes(spec),
+        **max(moments, key=lambda moment: sum(moment.values())),
+    }
+
+
+def _block_modulation_bytes(spec: TransformerSpec) -> int:
+    """Six fp32 rows and two scales; their fp32 operand, then a norm's fp32 weight and bias."""
+    return (6 + 2 + 6) * spec.inner_dim * FP32_BYTES
+
+
+def _layer_norm_bytes(spec: TransformerSpec, tokens: int) -> int:
+    """The fp32 input and output, and two fp32 statistics a token."""
+    width = (_upcast(spec.weights.itemsize) + FP32_BYTES) * spec.inner_dim
+    return tokens * (width + 2 * FP32_BYTES)
+
+
+def _rms_norm_bytes(spec: TransformerSpec, tokens: int, fused: bool) -> int:
+    """The input, its fp32 copy, and two fp32 products at once, as torch composes it on the CPU;
+    ``fused``, input and result. A statistic or two a token."""
+    e = spec.weights.itemsize
+    width = (2 * e if fused else e + _upcast(e) + 2 * FP32_BYTES) * spec.inner_dim
+    return tokens * (width + 2 * FP32_BYTES)
+
+
+def _rotation_bytes(spec: TransformerSpec, tokens: int) -> int:
+    """Queries before and after, and the fp32 products of half their elements, twice."""
+    return tokens * spec.inner_dim * (2 * spec.weights.itemsize + FP32_BYTES)
+
+
+def _attention_bytes(spec: TransformerSpec, tokens: int, image_tokens: int) -> int:
+    """Queries, the result over the text (or all tokens), the one over the image, and one fp32 sum
+    a head; later the result, its projection and the gated fp32 product."""
+    e = spec.weights.itemsize
+    results = 3 if image_tokens else 2
+    attending = results * e * spec.inner_dim + FP32_BYTES * spec.num_attention_heads
+    return tokens * max(attending, (e + FP32_BYTES) * spec.inner_dim)
+
+
+def int8_attention_bytes(heads: int, width: int, queries: int, keys: int, itemsize: int) -> int:
+    """What comfy-kitchen's int8 attention holds beside queries, keys, values and its result.
+
+    As `_int8_attention_cuda` of comfy-kitchen 0.2.40 (`comfy_kitchen/sage_attention.py`) allocates:
+    a head is as wide as 64, 128 or 256, and copied where it is narrower than that; queries and keys
+    at a byte an element, values too, their tokens filled up to tiles; fp32 scales, of queries for
+    each 128 tokens 32 (64 in the widest heads), of keys 4 a tile, of values one a channel; one
+    int32 a head.
+
+    Args:
+        width: of a head, up to 256.
+        queries, keys: tokens.
+        itemsize: of the compute dtype.
+    """
+    wide = _kernel_width(width)
+    tile = 128 if wide >= 128 and keys > 1024 else 64
+    tiles = -(-keys // tile)
+    codes = wide * (queries + keys + tiles * tile)
+    scales = -(-queries // 128) * (64 if wide == 256 else 32) + 4 * tiles + wide
+    copies = 0 if wide == width else wide * (queries + 2 * keys) * itemsize
+    return heads * (codes + FP32_BYTES * (scales + 1) + copies)
+
+
+def _int8_attending(spec: TransformerSpec, chunk: int, tokens: int) -> dict[str, int]:
+    """Inside int8 attention: queries, and a result as wide as the kernel's heads; in fp32 it comes
+    from one of 16 bits beside it. Its copy token by token, when the rest is gone, takes less."""
+    e, heads, width = spec.weights.itemsize, spec.num_attention_heads, spec.attention_head_dim
+    result = chunk * heads * _kernel_width(width) * (e + (HALF_BYTES if e == FP32_BYTES else 0))
+    backend = int8_attention_bytes(heads, width, chunk, tokens, e)
+    return {"chunk": chunk * spec.inner_dim * e + result, "int8_attention": backend}
+
+
+def _kernel_width(width: int) -> int:
+    """Of a head in comfy-kitchen's int8 attention."""
+    return next(size for size in (64, 128, 256) if width <= size or size == 256)
+
+
+def _feed_forward_bytes(spec: TransformerSpec, tokens: int) -> int:
+    """The wide activations beside the block's width, before and after."""
+    return tokens * (spec.inner_dim + spec.ffn_dim) * spec.weights.itemsize
+
+
+def _lora_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
+    """A chunk's activations between the two matrices of a low-rank pair, one pair at a time."""
+    chunk = min(case.chunk_tokens, grid_tokens(spec, case.latent))
+    return chunk * spec.lora.rank * spec.weights.itemsize
+
+
+def _head_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int]:
+    """Hidden states go and outputs come one branch at a time; each is projected, then unpatched."""
+    hidden, output = _hidden_bytes(spec, case), _output_bytes(spec, case)
+    chunk = min(case.chunk_tokens, grid_tokens(spec, case.latent))
+    patch_row = output // grid_tokens(spec, case.latent)
+    projecting = chunk * (spec.inner_dim * spec.weights.itemsize + patch_row)
+    work = output + max(output, _layer_norm_bytes(spec, chunk), projecting)
+    rows = 6 * spec.inner_dim * FP32_BYTES
+    visit = case.visit_branches
+    moments = (((visit - done) * hidden, done * output) for done in (0, visit - 1))
+    states, results = max(moments, key=sum)
+    outputs = results + _earlier_outputs_bytes(spec, case)
+    return {"hidden": states, "outputs": outputs, "head": work + rows}
+
+
+def _sampler_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int]:
+    latent = spec.out_channels * _volume(case.latent) * FP32_BYTES
+    return {
+        "outputs": case.branches * _output_bytes(spec, case),
+        "sampler": SAMPLER_TEMPORARIES * latent,
+    }
+
+
+def _embedder_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
+    """The text's two activations at once, or the image's: three of its own width and, at the last
+    norm, its context in fp32 twice."""
+    d, e = spec.inner_dim, spec.weights.itemsize
+    text = 2 * case.text_tokens * d * e
+    own = 3 * (spec.image_dim or 0) * max(e, FP32_BYTES)
+    image = case.image_tokens * (own + (e + 2 * FP32_BYTES) * d + 2 * FP32_BYTES)
+    return max(text, image) + _embedder_rows_bytes(spec)
+
+
+def _embedder_rows_bytes(spec: TransformerSpec) -> int:
+    """Fp32 copies of norm weights, and the rows of one step's time embedding."""
+    wide = max(spec.inner_dim, spec.image_dim or 0)
+    return (2 * wide + 4 * spec.inner_dim + 6 * spec.freq_dim) * FP32_BYTES

@@ -1,0 +1,420 @@
+"""Bytes and arithmetic of the tiled VAE, by walking its layers as the engine does.
+
+The walk mirrors `penstock.engine.families.wan.vae_layers`, `vae_decode` and `vae_encode` statement
+by statement: which frames are alive when the next is made. It assumes the worst moment, with every
+causal past full, and the attention kernel that stores its scores. What convolutions take for
+themselves is in it on a CPU (`penstock.engine.families.wan.cost.convolution`); on a GPU it is the
+largest convolution's, told apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from penstock.engine.families.wan.cost.convolution import call_bytes
+from penstock.engine.families.wan.spec import VaeSpec
+from penstock.profiles.rates import Rates
+from penstock.profiles.tiling import (
+    QUERY_CHUNK,
+    DecodeTile,
+    EncodeTile,
+    TileGrid,
+    VaeLevels,
+    Window,
+    decode_tiles,
+    encode_tiles,
+)
+
+_PIXELS = 3
+_CACHED = 2
+_WIDE_ITEMSIZE = 4
+
+
+@dataclass(frozen=True)
+class VaeBytes:
+    """Peak bytes of one pass above the weights, by what holds them at that moment.
+
+    Attributes:
+        device: ``(label, bytes)`` in device memory.
+        ram: ``(label, bytes)`` in host memory.
+        convolution_bytes: input and result of the largest convolution.
+    """
+
+    device: tuple[tuple[str, int], ...]
+    ram: tuple[tuple[str, int], ...]
+    convolution_bytes: int
+
+    @property
+    def device_bytes(self) -> int:
+        """Sum of the device items."""
+        return sum(count for _, count in self.device)
+
+    @property
+    def ram_bytes(self) -> int:
+        """Sum of the host items."""
+        return sum(count for _, count in self.ram)
+
+
+def levels_of(spec: VaeSpec) -> VaeLevels:
+    """The geometry of a VAE."""
+    return VaeLevels(len(spec.dim_mult), spec.num_res_blocks)
+
+
+def decode_bytes(
+    spec: VaeSpec,
+    latent: tuple[int, int, int],
+    grid: TileGrid,
+    itemsize: int,
+    *,
+    on_cpu: bool = False,
+) -> VaeBytes:
+    """Peak of `penstock.engine.families.wan.vae_decode.decode_frames` above the decoder's weights.
+
+    Args:
+        spec: the VAE.
+        latent: latent frames, height and width.
+        grid: rows and columns of tiles.
+        itemsize: bytes of one activation element.
+        on_cpu: whether what convolutions allocate on a CPU counts.
+
+    Raises:
+        UsageError: more tiles than latents along an axis.
+    """
+    frames, height, width = latent
+    plane = height * width * itemsize
+    features = spec.base_dim * spec.dim_mult[-1] * plane
+    whole = _decode_whole(spec, latent, itemsize, on_cpu)
+    tiles = decode_tiles(levels_of(spec), grid, height, width)
+    walks = [_decode_tile(spec, frames, tile, itemsize, on_cpu) for tile in tiles]
+    largest = max(walks, key=lambda walk: walk.peak_bytes)
+    if whole.peak_bytes - features > largest.peak_bytes:
+        items = whole.items(features=(frames - 1) * features)
+    else:
+        items = largest.items(features=frames * features)
+    out_frames = 1 + (frames - 1) * spec.temporal_factor
+    area = height * width * spec.spatial_factor**2
+    staging = max(_area(tile.output) for tile in tiles) * _PIXELS
+    return VaeBytes(
+        (*items, ("latents", spec.z_dim * frames * plane)),
+        (("video frames", out_frames * area * _PIXELS), ("staging", staging)),
+        max(walk.convolution for walk in (whole, *walks)),
+    )
+
+
+def encode_bytes(
+    spec: VaeSpec,
+    latent: tuple[int, int, int],
+    grid: TileGrid,
+    itemsize: int,
+    *,
+    on_cpu: bool = False,
+) -> VaeBytes:
+    """Peak of `penstock.engine.families.wan.vae_encode.encode_tiled` above the encoder's weights.
+
+    Arguments and errors are those of `decode_bytes`; the picture is counted, the clip never exists.
+    """
+    frames, height, width = latent
+    plane = height * width * itemsize
+    features = spec.base_dim * spec.dim_mult[-2] * plane
+    tiles = encode_tiles(levels_of(spec), grid, height, width)
+    walks = [_encode_tile(spec, frames, tile, itemsize, on_cpu) for tile in tiles]
+    largest = max(walks, key=lambda walk: walk.peak_bytes)
+    candidates = [largest.items(features=frames * features)]
+    convolutions = [walk.convolution for walk in walks]
+    for done in {*range(min(frames, _CACHED + 1)), frames - 1}:
+        whole = _encode_whole(spec, done, latent, itemsize, on_cpu)
+        modes = done + 1 + (frames if done == frames - 1 else 0)
+        items = whole.items(features=(frames - 1 - done) * features)
+        candidates.append((*items, ("latents", spec.z_dim * modes * plane)))
+        convolutions.append(whole.convolution)
+    items = max(candidates, key=lambda found: sum(count for _, count in found))
+    picture = _PIXELS * plane * spec.spatial_factor**2
+    return VaeBytes((*items, ("picture", picture)), (), max(convolutions))
+
+
+@dataclass(frozen=True)
+class VaeWork:
+    """What one pass computes, halos included.
+
+    Attributes:
+        flops: floating-point operations, two for each multiply-add.
+        elements: read by convolutions: each was normed, activated, enlarged or joined to others.
+        pixels: made by convolutions, those that tiles do not keep included.
+        calls: convolutions.
+    """
+
+    flops: int
+    elements: int
+    pixels: int
+    calls: int
+
+    @classmethod
+    def of(cls, walks: Iterable[_Walk]) -> VaeWork:
+        """Of several walks, one after the other."""
+        walks = list(walks)
+        return cls(
+            sum(walk.flops for walk in walks),
+            sum(walk.elements for walk in walks),
+            sum(walk.pixels for walk in walks),
+            sum(walk.calls for walk in walks),
+        )
+
+    def seconds(self, rates: Rates) -> float:
+        """On a machine of these rates."""
+        return (
+            self.flops / (rates.conv_flops or rates.flops)
+            + self.elements * (rates.conv_element_s or 0.0)
+            + self.pixels * (rates.conv_pixel_s or 0.0)
+            + self.calls * (rates.conv_call_s or 0.0)
+        )
+
+
+def residual_work(width: int, side: int) -> VaeWork:
+    """Of a residual block that keeps ``width`` channels, on one square frame."""
+    walk = _Walk(1, 1, _CACHED, on_cpu=False)
+    walk.residual(width, width, (Window.whole(side, side),) * 3)
+    return VaeWork.of([walk])
+
+
+def decode_work(spec: VaeSpec, latent: tuple[int, int, int], grid: TileGrid) -> VaeWork:
+    """Of a decoding. Arguments are those of `decode_bytes`."""
+    tiles = decode_tiles(levels_of(spec), grid, *latent[1:])
+    walks = [_decode_tile(spec, latent[0], tile, 1) for tile in tiles]
+    return VaeWork.of((_decode_whole(spec, latent, 1), *walks))
+
+
+def encode_work(spec: VaeSpec, latent: tuple[int, int, int], grid: TileGrid) -> VaeWork:
+    """Of an encoding. Arguments are those of `encode_bytes`."""
+    tiles = encode_tiles(levels_of(spec), grid, *latent[1:])
+    walks = [_encode_tile(spec, latent[0], tile, 1) for tile in tiles]
+    return VaeWork.of((_encode_whole(spec, latent[0] - 1, latent, 1), *walks))
+
+
+def _area(window: Window) -> int:
+    return window.shape[0] * window.shape[1]
+
+
+def _made(before: Window, after: Window) -> int:
+    """Pixels a 3x3 convolution makes, those it does not keep included."""
+    return len(before.rows.convolved(after.rows).made) * len(before.cols.convolved(after.cols).made)
+
+
+class _Walk:
+    """One pass through layers, frame by frame: what is alive at the worst moment.
+
+    ``past`` is what causal layers remember, ``waiting`` what other frames on their way hold, and
+    ``working`` the most that one layer needs besides. ``frame`` is the storage of the one in hand,
+    ``convolution`` the most that the input and the result of a convolution take.
+    """
+
+    def __init__(self, itemsize: int, frames: int, cached: int, on_cpu: bool) -> None:
+        self.itemsize, self.frames, self.cached, self.on_cpu = itemsize, frames, cached, on_cpu
+        self.past = self.waiting = self.working = self.frame = 0
+        self.flops = self.elements = self.pixels = self.calls = self.convolution = 0
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.past + self.working
+
+    def items(self, features: int) -> tuple[tuple[str, int], ...]:
+        return (
+            ("features", features),
+            ("causal past", self.past),
+            ("working set", self.working),
+        )
+
+    def need(self, *live: int) -> None:
+        self.working = max(self.working, self.waiting + sum(live))
+
+    def bytes(self, channels: int, area: int) -> int:
+        return channels * area * self.itemsize
+
+    def normalise(self, channels: int, area: int, *live: int) -> None:
+        wide = channels * area * _WIDE_ITEMSIZE if self.itemsize < _WIDE_ITEMSIZE else 0
+        length = area * max(self.itemsize, _WIDE_ITEMSIZE)
+        self.need(*live, wide, length, self.bytes(channels, area))
+
+    def remember(self, channels: int, area: int) -> None:
+        self.past += self.cached * self.bytes(channels, area)
+
+    def convolve(self, widths: tuple[int, int], area: int, made: int, taps: int, *live: int) -> int:
+        """A causal convolution of three frames; ``taps`` weights a channel pair. Bytes made."""
+        new = self.bytes(widths[0], area)
+        self.need(*live, new, 3 * new, self.itemsize)  # one zero stands for absent frames
+        merged = 3 * widths[0], widths[1]
+        return self.multiply(merged, area, made, taps // 3, *live, 3 * new)
+
+    def multiply(self, widths: tuple[int, int], area: int, made: int, taps: int, *live: int) -> int:
+        """A convolution of one picture; ``taps`` weights a channel pair. Bytes made."""
+        out = self.bytes(widths[1], made)
+        called = call_bytes(widths, area, made, taps, self.itemsize) if self.on_cpu else out
+        self.need(*live, called)
+        self.convolution = max(self.convolution, self.bytes(widths[0], area) + out)
+        self.flops += 2 * widths[0] * widths[1] * taps * made * self.frames
+        self.elements += widths[0] * area * self.frames
+        self.pixels += made * self.frames
+        self.calls += self.frames
+        return out
+
+    def rescale(self, channels: int, area: int, frames: int) -> None:
+        """Latents into the VAE's own range or out of it: one convolution of single pixels, whose
+        bytes are counted elsewhere."""
+        self.flops += 2 * channels**2 * area * frames
+        self.pixels += area * frames
+        self.calls += frames
+
+    def residual(self, width_in: int, width_out: int, windows: Sequence[Window]) -> None:
+        x, area_in = self.frame, _area(windows[0])
+        self.normalise(width_in, area_in, x)
+        self.remember(width_in, area_in)
+        made = _made(windows[0], windows[1])
+        h = self.convolve((width_in, width_out), area_in, made, 27, x)
+        between, kept = _area(windows[1]), _area(windows[2])
+        self.normalise(width_out, between, x, h)
+        self.remember(width_out, between)
+        made = _made(windows[1], windows[2])
+        h = self.convolve((width_out, width_out), between, made, 27, x)
+        if width_in != width_out:
+            cropped = self.bytes(width_in, kept)
+            self.multiply((width_in, width_out), kept, kept, 1, x, h, cropped)
+        self.frame = h
+
+    def middle(self, width: int, window: Window) -> None:
+        self.residual(width, width, (window,) * 3)
+        self.attend(width, _area(window))
+        self.residual(width, width, (window,) * 3)
+
+    def attend(self, width: int, area: int) -> None:
+        x, one = self.frame, self.bytes(width, area)
+        self.normalise(width, area, x)
+        self.multiply((width, 3 * width), area, area, 1, x, one)
+        self.need(x, 3 * one, 3 * one)
+        wide = max(self.itemsize, _WIDE_ITEMSIZE)
+        cast = 2 * width * area * wide if self.itemsize < _WIDE_ITEMSIZE else 0
+        chunk = min(QUERY_CHUNK, area)
+        queries, keys, scores = (
+            count * wide for count in (chunk * width, area * width, chunk * area)
+        )
+        # The last of it, where half precision was cast: weights, result, and both cast back.
+        result = scores // 2 + queries + queries // 2 if cast else 0
+        self.need(x, 3 * one, one, cast, 2 * queries, scores, max(keys, scores, result))
+        self.need(x, one, one, one)
+        self.multiply((width, width), area, area, 1, x, one)
+        self.flops += 4 * width * area**2 * self.frames
+        self.frame = one
+
+    def head(self, width: int, width_out: int, before: Window, after: Window) -> None:
+        area, x = _area(before), self.frame
+        self.normalise(width, area, x)
+        self.remember(width, area)
+        self.frame = self.convolve((width, width_out), area, _made(before, after), 27, x)
+
+
+def _cached(frames: int) -> int:
+    return min(_CACHED, frames)
+
+
+def _decode_whole(
+    spec: VaeSpec, latent: tuple[int, int, int], itemsize: int, on_cpu: bool = False
+) -> _Walk:
+    frames, window = latent[0], Window.whole(*latent[1:])
+    walk = _Walk(itemsize, frames, _cached(frames), on_cpu)
+    width, area = spec.base_dim * spec.dim_mult[-1], _area(window)
+    walk.rescale(spec.z_dim, area, frames)
+    walk.remember(spec.z_dim, area)
+    walk.frame = walk.convolve((spec.z_dim, width), area, area, 27)
+    walk.middle(width, window)
+    for _ in range(spec.num_res_blocks + 1):
+        walk.residual(width, width, (window,) * 3)
+    return walk
+
+
+def _decode_tile(
+    spec: VaeSpec, frames: int, tile: DecodeTile, itemsize: int, on_cpu: bool = False
+) -> _Walk:
+    widths = [spec.base_dim * factor for factor in spec.dim_mult[::-1]]
+    walk = _Walk(itemsize, frames, _cached(frames), on_cpu)
+    # The piece before this one may still be in its reader's hands.
+    walk.waiting = _PIXELS * _made(*tile.levels[-1][-2:]) * itemsize
+    low = tile.tail
+    for level, windows in enumerate(tile.levels):
+        _enlarge(walk, spec, level, widths[level], low, windows[0])
+        width = widths[level] // 2
+        for index in range(spec.num_res_blocks + 1):
+            walk.residual(width, widths[level + 1], windows[2 * index : 2 * index + 3])
+            width = widths[level + 1]
+        low = windows[2 * (spec.num_res_blocks + 1)]
+    walk.head(widths[-1], _PIXELS, *tile.levels[-1][-2:])
+    pixels = _PIXELS * _area(tile.output)
+    walk.need(walk.frame, pixels * (itemsize + _WIDE_ITEMSIZE + 2))
+    return walk
+
+
+def _enlarge(
+    walk: _Walk, spec: VaeSpec, level: int, width: int, low: Window, after: Window
+) -> None:
+    area, frame = _area(low), walk.frame
+    if spec.temporal_downsample[::-1][level]:
+        # The past is the frames themselves; at the first level they are views of the features.
+        walk.past += walk.cached * frame
+        walk.frames -= 1
+        pair = walk.convolve(
+            (width, 2 * width), area, area, 3, max(0, frame - walk.bytes(width, area))
+        )
+        walk.frames = 1 + 2 * walk.frames
+        walk.waiting += pair
+        frame = 0
+    large, made = walk.bytes(width, 4 * area), _made(low.scaled(2), after)
+    walk.frame = walk.multiply((width, width // 2), 4 * area, made, 9, frame, large)
+
+
+def _encode_whole(
+    spec: VaeSpec, done: int, latent: tuple[int, int, int], itemsize: int, on_cpu: bool = False
+) -> _Walk:
+    """The suffix when ``done`` latent frames are behind."""
+    window = Window.whole(*latent[1:])
+    walk = _Walk(itemsize, latent[0], _cached(done + 1), on_cpu)
+    width, area = spec.base_dim * spec.dim_mult[-2], _area(window)
+    walk.frame = walk.bytes(width, area)
+    for _ in range(spec.num_res_blocks):
+        walk.residual(width, spec.base_dim * spec.dim_mult[-1], (window,) * 3)
+        width = spec.base_dim * spec.dim_mult[-1]
+    walk.middle(width, window)
+    walk.head(width, 2 * spec.z_dim, window, window)
+    walk.need(walk.frame, walk.frame, walk.frame)
+    walk.rescale(2 * spec.z_dim, area, latent[0])
+    return walk
+
+
+def _encode_tile(
+    spec: VaeSpec, frames: int, tile: EncodeTile, itemsize: int, on_cpu: bool = False
+) -> _Walk:
+    frames = 1 + (frames - 1) * spec.temporal_factor
+    walk = _Walk(itemsize, frames, _cached(frames), on_cpu)
+    width, first = spec.base_dim, tile.levels[0]
+    walk.waiting = 4 * itemsize  # frames of zeros are one element each
+    walk.remember(_PIXELS, _area(first[0]))
+    made = _made(first[0], first[1])
+    walk.frame = walk.convolve((_PIXELS, width), _area(first[0]), made, 27)
+    for level, windows in enumerate(tile.levels):
+        width_out, at = spec.base_dim * spec.dim_mult[level], 1 if level == 0 else 0
+        for _ in range(spec.num_res_blocks):
+            walk.residual(width, width_out, windows[at : at + 3])
+            width, at = width_out, at + 2
+        _reduce(walk, spec.temporal_downsample[level], width, windows[-1])
+    return walk
+
+
+def _reduce(walk: _Walk, in_time: bool, width: int, made: Window) -> None:
+    padded = (2 * len(made.rows) + 1) * (2 * len(made.cols) + 1)
+    enlarged = walk.bytes(width, padded)
+    out = walk.multiply((width, width), padded, _area(made), 9, walk.frame, enlarged)
+    walk.frame = out
+    if in_time:
+        # The last frame and the one that waits for its pair.
+        walk.past += 2 * out
+        walk.frames = 1 + (walk.frames - 1) // 2
+        walk.frames -= 1
+        walk.multiply((3 * width, width), _area(made), _area(made), 1, out, 3 * out)
+        walk.frames += 1

@@ -1,0 +1,33 @@
+"""What Wan2.1 was released with where a request leaves something open: flow shifts, and negative
+prompts, which are data in the model authors' own words.
+
+Source of the prompts: ``sample_neg_prompt`` of the official configs (github.com/Wan-Video/Wan2.1,
+``wan/configs/shared_config.py``; ``wan_i2v_14B.py`` puts the camera-shake term in front). diffusers
+has no default of its own.
+"""
+
+from __future__ import annotations
+
+from penstock.engine.request.generation import AREAS, GenerationRequest
+
+TEXT_TO_VIDEO = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"
+    "形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+IMAGE_TO_VIDEO = "镜头晃动，" + TEXT_TO_VIDEO
+ENGLISH_SHORT = "blurry, low quality, deformed anatomy, stuttering, flickering, sudden cuts"
+
+
+def flow_shift(width: int, height: int, asked: float | None) -> float:
+    """``asked``, or the official one: 3.0 up to the area of 480p, 5.0 above it."""
+    if asked is not None:
+        return float(asked)
+    return 3.0 if width * height <= AREAS["480p"] else 5.0
+
+
+def negative_prompt(request: GenerationRequest) -> str:
+    """The request's own, or the official one of the task."""
+    if request.negative_prompt is not None:
+        return request.negative_prompt
+    return TEXT_TO_VIDEO if request.image is None else IMAGE_TO_VIDEO

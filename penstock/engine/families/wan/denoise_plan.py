@@ -1,0 +1,327 @@
+"""The transformer's two phases: the context, once a prompt, and the steps over streamed blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from penstock.engine.families.wan.cost import transformer
+from penstock.engine.families.wan.spec import TransformerSpec
+from penstock.engine.families.wan.terms import (
+    WanCase,
+    condition_bytes,
+    encoder_state_bytes,
+    latent_of,
+    latents_bytes,
+    restored_bytes,
+    saved_state_bytes,
+)
+from penstock.profiles.manifest import Storage
+from penstock.profiles.phases import (
+    EIGHT_BIT,
+    OBJECTS,
+    RESTORED,
+    Group,
+    OnePass,
+    compute_path,
+    group_fits,
+    group_key,
+    loading_s,
+)
+from penstock.profiles.plan import Items, PhasePlan
+from penstock.profiles.policy import Limits
+from penstock.profiles.rates import Rates
+from penstock.profiles.streams import (
+    LINK_CARE,
+    UNTIMED,
+    Network,
+    Pace,
+    Placement,
+    Stream,
+    best_stream,
+)
+from penstock.units import MIB
+
+CHUNKS = (1 << 16, 1 << 15, 1 << 14, 1 << 13, 4096, 2048, 1024, 512, 256, 128, 64, 32, 16, 8, 4, 2)
+"""Tokens a chunk of the DiT forward that are tried, besides "all in one chunk"."""
+
+EIGHT_BIT_WORKSPACE_BYTES = 128 * MIB
+"""Temporaries of an 8-bit matrix product (`penstock.quant.compute.DEFAULT_CHUNK_BYTES`)."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the forward is cut: branches a visit, tokens a chunk, the place of cross-attention K/V.
+
+    Attributes:
+        work: bytes in VRAM besides weights.
+        compute_s: of one pass over all blocks.
+        passes: in the whole phase.
+    """
+
+    cost: transformer.DenoiseCase
+    work: Items
+    compute_s: float
+    passes: int
+
+    @property
+    def work_bytes(self) -> int:
+        """Sum of ``work``."""
+        return sum(count for _, count in self.work)
+
+    @property
+    def least_seconds(self) -> float:
+        """No stream is faster."""
+        return self.compute_s * self.passes
+
+
+@dataclass(frozen=True)
+class Denoise:
+    """The group of context and denoise, which share the non-block weights and the context."""
+
+    case: WanCase
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """As `penstock.profiles.phases.Step`."""
+        return ("context", "denoise")
+
+    @property
+    def spec(self) -> TransformerSpec:
+        """The transformer."""
+        return self.case.manifest.transformer
+
+    def best(self, limits: Limits) -> Group | None:
+        """As `penstock.profiles.phases.Step`: shapes by what they compute, until none can win."""
+        contexts = {away: self._context(away, limits) for away in (True, False)}
+        best: Group | None = None
+        best_objective = float("inf")
+        for shape in self._shapes:
+            if shape.least_seconds > best_objective:
+                break
+            context = contexts[not shape.cost.cross_kv_on_device]
+            if context is None:
+                continue
+            stream = self._stream(shape, limits, best_objective - context.seconds)
+            if stream is None:
+                continue
+            found = (context, self._phase(shape, stream, limits))
+            objective = context.seconds + stream.timing.objective
+            if best is None or (objective, group_key(found)) < (best_objective, group_key(best)):
+                best, best_objective = found, objective
+        return best
+
+    def _stream(self, shape: Shape, limits: Limits, better_than: float) -> Stream | None:
+        rest = self.spec.weights.rest_bytes
+        held_vram = shape.work_bytes + rest
+        held_ram = sum(count for _, count in self._host_work(shape))
+        room = Limits(
+            limits.vram_bytes - held_vram,
+            limits.ram_bytes - held_ram,
+            limits.pinned_bytes if self.case.pins else None,
+            None if limits.both_bytes is None else limits.both_bytes - held_vram - held_ram,
+        )
+        return best_stream(
+            self._network,
+            self._pace(shape),
+            self.case.rates,
+            room,
+            from_disk=self.case.policy.disk != "never",
+            better_than=better_than,
+        )
+
+    def _pace(self, shape: Shape) -> Pace:
+        care = LINK_CARE if self.case.policy.disk == "spare" else 0.0
+        return Pace(shape.compute_s, shape.passes, care)
+
+    @cached_property
+    def _network(self) -> Network:
+        return Network.of(self.spec.weights.block_bytes)
+
+    def _context(self, away: bool, limits: Limits) -> PhasePlan | None:
+        if self.case.policy.cross_kv == ("vram" if away else "ram"):
+            return None
+        fitting = [p for p in self._contexts(away, limits) if group_fits((p,), limits)]
+        return min(fitting, key=lambda phase: group_key((phase,)), default=None)
+
+    def _contexts(self, away: bool, limits: Limits) -> Iterator[PhasePlan]:
+        spec, case = self.spec, replace(self._cost_case(), cross_kv_on_device=not away)
+        found = OnePass(
+            "context",
+            self.case,
+            Network.of(spec.cross_block_bytes, resident=False),
+            spec.weights.rest_bytes,
+            (
+                *transformer.context_bytes(spec, case).items,
+                *self._decoding(spec.context_storage or spec.storage),
+                *self.case.libraries(),
+            ),
+            (*self._host_kept(case), *self._saved(RESTORED, restored_bytes)),
+            transformer.context_flops(spec, case),
+            visits=case.branches * spec.num_layers,
+            rest_stays=True,
+        )
+        for phase in found.shapes(limits):
+            yield replace(phase, cross_kv_on_device=not away)
+
+    def all_small(self, limits: Limits) -> Iterator[Group]:
+        """As `Step`: the smallest chunk, rings of one, and residents in at most one memory. Bytes
+        alone are asked of these: their streams are not timed."""
+        for shape in self._shapes:
+            if shape.cost.chunk_tokens != min(self._chunks):
+                continue
+            context = min(
+                self._contexts(not shape.cost.cross_kv_on_device, limits),
+                key=lambda phase: phase.vram_bytes + phase.ram_bytes,
+            )
+            for place in self._network.smallest:
+                if not place.read_bytes or self.case.policy.disk != "never":
+                    yield context, self._phase(shape, self._small_stream(place), limits)
+
+    def _small_stream(self, place: Placement) -> Stream:
+        return Stream(place, self._network.n_blocks, *min(self._network.rings(place)), UNTIMED)
+
+    @property
+    def _chunks(self) -> tuple[int, ...]:
+        tokens = transformer.grid_tokens(self.spec, latent_of(self.case))
+        fixed = self.case.policy.chunk_tokens
+        if fixed is not None:
+            return (min(fixed, tokens),)
+        return (tokens, *(chunk for chunk in CHUNKS if chunk < tokens))
+
+    def _cost_case(self) -> transformer.DenoiseCase:
+        manifest, workload = self.case.manifest, self.case.workload
+        return transformer.DenoiseCase(
+            latent=latent_of(self.case),
+            chunk_tokens=1,
+            branches=workload.branches,
+            visit_branches=workload.branches,
+            steps=workload.steps,
+            image_tokens=0 if manifest.image is None else manifest.image.tokens,
+            fused_norms=self.case.fused_norms,
+            attention=self.case.policy.attention,
+        )
+
+    @cached_property
+    def _shapes(self) -> tuple[Shape, ...]:
+        """All ways to cut the forward, the fastest first."""
+        policy, branches = self.case.policy, self.case.workload.branches
+        visits = [branches] if policy.branches is None else [min(policy.branches, branches)]
+        if policy.branches is None and branches > 1:
+            visits.append(1)
+        places = {"auto": (True, False), "vram": (True,), "ram": (False,)}[policy.cross_kv]
+        base = self._cost_case()
+        shapes = [
+            self._shape(
+                replace(base, chunk_tokens=chunk, visit_branches=visit, cross_kv_on_device=place)
+            )
+            for visit in visits
+            for chunk in self._chunks
+            for place in places
+        ]
+        return tuple(sorted(shapes, key=lambda shape: (shape.least_seconds, shape.work_bytes)))
+
+    def _shape(self, cost: transformer.DenoiseCase) -> Shape:
+        work = (
+            *transformer.denoise_bytes(self.spec, cost).items,
+            *self._decoding(self.spec.storage),
+            *self.case.libraries(),
+        )
+        passes = self.case.workload.steps * -(-cost.branches // cost.visit_branches)
+        return Shape(cost, work, self._compute_s(cost), passes)
+
+    @property
+    def _is_fast(self) -> bool:
+        case = self.case
+        return compute_path(self.spec.storage, case.policy, case.rates) in EIGHT_BIT
+
+    def _decoding(self, stored: Storage) -> Items:
+        """What quantised matrices take in VRAM besides their bytes."""
+        if stored.path is None and self._is_fast:
+            return (("8-bit workspace", EIGHT_BIT_WORKSPACE_BYTES),)
+        return stored.items
+
+    def _compute_s(self, cost: transformer.DenoiseCase) -> float:
+        """Seconds of one pass over all blocks, fetching cross-attention K/V included."""
+        spec, rates = self.spec, self.case.rates
+        tokens = transformer.grid_tokens(spec, cost.latent)
+        chunks = -(-tokens // cost.chunk_tokens) * spec.num_layers
+        flops = transformer.denoise_flops(spec, tokens, cost.image_tokens)
+        path = compute_path(spec.storage, self.case.policy, rates)
+        attended = (tokens + cost.text_tokens + cost.image_tokens) * spec.inner_dim
+        overhead_s = rates.chunk_overhead_s(cost.chunk_tokens, attended)
+        branch = (
+            flops.linear / (rates.product_flops(path) or rates.flops)
+            + flops.self_attention / rates.self_attention_flops(cost.attention)
+            + flops.cross_attention / (rates.attention_flops or rates.flops)
+            + chunks * (overhead_s + self._decode_s(rates) + self._requantise_s(rates, tokens))
+            + tokens * spec.inner_dim * spec.num_layers * rates.element_s
+        )
+        if not cost.cross_kv_on_device:
+            kept = transformer.cross_kv_bytes(spec, replace(cost, branches=1))
+            branch += kept / rates.copy_bytes_per_s
+        return branch * cost.visit_branches
+
+    def _decode_s(self, rates: Rates) -> float:
+        """Seconds to decode a block's matrices once: every chunk does."""
+        stored = self.spec.storage
+        if self._is_fast or not stored.decoded_bytes or rates.memory_bytes_per_s is None:
+            return 0.0
+        moved = max(self.spec.weights.block_bytes) + stored.decoded_bytes
+        return moved / rates.memory_bytes_per_s
+
+    def _requantise_s(self, rates: Rates, tokens: int) -> float:
+        """Seconds to quantise a block's keys and values once, for attention in 8 bits: every chunk
+        does. Values are read twice, since each channel of all tokens has one scale."""
+        if self.case.policy.attention != "int8" or rates.memory_bytes_per_s is None:
+            return 0.0
+        moved = tokens * self.spec.inner_dim * (3 * self.spec.weights.itemsize + 2)
+        return moved / rates.memory_bytes_per_s
+
+    def _host_kept(self, cost: transformer.DenoiseCase) -> Items:
+        return (
+            ("encoder states", encoder_state_bytes(self.case)),
+            ("condition", condition_bytes(self.case)),
+            *(
+                ()
+                if cost.cross_kv_on_device
+                else (("cross-attention K/V", transformer.cross_kv_bytes(self.spec, cost)),)
+            ),
+            OBJECTS,
+        )
+
+    def _host_work(self, shape: Shape) -> Items:
+        return (
+            *self._host_kept(shape.cost),
+            ("latents", latents_bytes(self.case)),
+            *self._saved("saved state", saved_state_bytes),
+        )
+
+    def _saved(self, label: str, bytes_of: Callable[[WanCase], int]) -> Items:
+        return ((label, bytes_of(self.case)),) if self.case.workload.kept else ()
+
+    def _phase(self, shape: Shape, stream: Stream, limits: Limits) -> PhasePlan:
+        spec, cost, place = self.spec, shape.cost, stream.placement
+        held = self._host_work(shape)
+        room = limits.ram_bytes - sum(count for _, count in held)
+        fetched = 0
+        if not cost.cross_kv_on_device:
+            one = transformer.cross_kv_bytes(spec, replace(cost, branches=1))
+            fetched = one * cost.visit_branches
+        return PhasePlan(
+            "denoise",
+            weights=(("non-block weights", spec.weights.rest_bytes), *stream.device_items),
+            work=shape.work,
+            ram_weights=stream.host_items(room),
+            ram_work=held,
+            stream=stream.plan,
+            chunk_tokens=cost.chunk_tokens,
+            branches=cost.visit_branches,
+            cross_kv_on_device=cost.cross_kv_on_device,
+            pinned_bytes=stream.pinned_bytes if self.case.pins else 0,
+            read_bytes=place.device_bytes + place.host_bytes + shape.passes * place.read_bytes,
+            copied_bytes=place.device_bytes + shape.passes * (place.copied_bytes + fetched),
+            seconds=stream.timing.seconds + loading_s(spec.weights.rest_bytes, self.case.rates),
+            bound=stream.timing.bound,
+        )

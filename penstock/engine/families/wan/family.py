@@ -1,0 +1,127 @@
+"""Wan as a family: what the engine is told of it (`penstock.engine.family.protocol`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from penstock.engine.families.wan import config as configs
+from penstock.engine.families.wan.builtin import BUILTIN
+from penstock.engine.families.wan.kinds import KINDS
+from penstock.engine.families.wan.model import WanModel, components, manifest_of, streamed
+from penstock.engine.family.protocol import Config
+from penstock.errors import CheckpointError
+from penstock.profiles.phases import Manifest
+
+NAME = "wan"
+MODEL = WanModel
+manifest = manifest_of
+SCHEDULER: Config = configs.UNIPC
+IMAGE_PROCESSOR: Config = configs.IMAGE_PROCESSOR
+
+__all__ = [
+    "IMAGE_PROCESSOR", "KINDS", "MODEL", "NAME", "SCHEDULER", "build", "builtins", "check_pipeline",
+    "components", "load_tokenizer", "manifest", "needed", "pipeline", "streamed", "work",
+]  # fmt: skip
+
+_PIPELINES = ("WanImageToVideoPipeline", "WanPipeline")
+
+
+def check_pipeline(folder: Path, index: Config) -> None:
+    """Refuse a ``model_index.json`` of another pipeline.
+
+    Raises:
+        CheckpointError: not Wan2.1.
+    """
+    if index.get("_class_name") not in _PIPELINES:
+        raise CheckpointError(
+            f"{folder} holds another kind of model",
+            expected=" or ".join(_PIPELINES),
+            found=str(index.get("_class_name")),
+        )
+    second = index.get("transformer_2") or [None, None]
+    if second[0] is not None or index.get("expand_timesteps"):
+        raise CheckpointError(
+            f"{folder} holds a Wan 2.2 model",
+            expected="Wan 2.1: one transformer, one timestep a step",
+            found="two transformers or expanded timesteps",
+        )
+
+
+def needed(config: Config) -> Iterator[str]:
+    """The text encoder, the VAE, and for a picture's model the image encoder."""
+    yield "text_encoder"
+    yield "vae"
+    if config.get("image_dim") is not None:
+        yield "image_encoder"
+
+
+def pipeline(names: tuple[str, ...]) -> str:
+    """diffusers' class for a model with these networks."""
+    return "WanImageToVideoPipeline" if "image_encoder" in names else "WanPipeline"
+
+
+def build(component: str, config: Config) -> tuple[Any, Any]:
+    """The network on the meta device with one block, and that block (None: it has none)."""
+    from penstock.engine.families.wan.networks import build as make
+
+    return make(component, config)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """UMT5's tokenizer in ``folder``."""
+    from penstock.engine.families.wan.umt5 import load_tokenizer as load
+
+    return load(folder)
+
+
+def work() -> Any:
+    """How the phases of a job run."""
+    from penstock.engine.families.wan.work import WORK
+
+    return WORK
+
+
+def attachable(pipe: Any) -> None:
+    """Refuse a pipeline that penstock does not run as diffusers does.
+
+    Raises:
+        UsageError: names the reason.
+    """
+    from penstock.engine.families.wan.attach.checks import check_pipeline as check
+
+    check(pipe)
+
+
+def attach_parts() -> Any:
+    """What stands in the place of each network of a diffusers pipeline."""
+    from penstock.engine.families.wan.attach.pipeline import PARTS
+
+    return PARTS
+
+
+def pipeline_of(model: WanModel, desk: Any) -> Any:
+    """diffusers' pipeline of a model, its networks replaced by parts."""
+    from penstock.engine.families.wan.attach.pipeline import pipeline_of as make
+
+    return make(model, desk)
+
+
+def samples() -> Any:
+    """What `penstock doctor` measures of the engine's own operations."""
+    from penstock.engine.families.wan.samples import SAMPLES
+
+    return SAMPLES
+
+
+def synthetics() -> Any:
+    """Models of true shapes that `penstock bench` makes on the spot, by name."""
+    from penstock.engine.families.wan.synthetic import SYNTHETIC
+
+    return SYNTHETIC
+
+
+def builtins() -> Mapping[str, Callable[[str], Manifest]]:
+    """Descriptions of true models without their files."""
+    return BUILTIN

@@ -1,0 +1,162 @@
+"""The phases of a job with Wan, in order, and what each takes; the transformer's two are in
+`penstock.engine.families.wan.denoise_plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from penstock.engine.families.wan.cost import encoders, vae
+from penstock.engine.families.wan.cost.transformer import TEXT_TOKENS
+from penstock.engine.families.wan.denoise_plan import Denoise
+from penstock.engine.families.wan.spec import ImageSpec
+from penstock.engine.families.wan.terms import (
+    WanCase,
+    condition_bytes,
+    encoder_state_bytes,
+    latent_of,
+    latents_bytes,
+    picture_bytes,
+    tile_bytes,
+)
+from penstock.profiles.phases import OBJECTS, Group, Mux, OnePass, Step, group_fits, loading_s
+from penstock.profiles.plan import Items, PhasePlan
+from penstock.profiles.policy import Limits
+from penstock.profiles.streams import Network, staging_bytes
+from penstock.profiles.tiling import TileGrid
+
+TILE_GRIDS = (
+    (1, 1), (2, 1), (2, 2), (3, 2), (3, 3), (4, 3), (4, 4), (5, 4), (5, 5), (6, 6), (7, 7), (8, 8),
+)  # fmt: skip
+"""Rows and columns of VAE tiles that are tried; each costs more arithmetic than the one before."""
+
+KEPT_TILE_COPIES = 2
+"""Of a decoded tile's pixels: the file's bytes and their tensor when it is read again; saving takes
+one."""
+
+HOLE_SHARES: Mapping[str, float] = MappingProxyType({"decode": 0.25, "encode": 0.4})
+"""Of those tensors' bytes: 0.23 and 0.30 to 0.39 were measured likewise."""
+
+
+def steps(case: WanCase) -> Iterator[Step]:
+    """The groups of phases of a job, in the order in which they run: the one place that says it."""
+    manifest = case.manifest
+    yield text_step(case)
+    if manifest.image is not None:
+        yield image_step(case, manifest.image)
+    if manifest.transformer.in_channels > manifest.vae.z_dim:
+        yield Tiled("encode", case)
+    yield Denoise(case)
+    yield Tiled("decode", case)
+    shape = case.workload.shape
+    yield Mux(case, shape, (("latents", latents_bytes(case)),))
+
+
+def text_step(case: WanCase) -> OnePass:
+    """The text encoder."""
+    spec, branches = case.manifest.text, case.workload.branches
+    work = encoders.text_bytes(spec, prompts=branches)
+    return OnePass(
+        "text",
+        case,
+        Network.of(spec.weights.block_bytes, resident=False),
+        spec.weights.rest_bytes,
+        (("activations", work), *spec.storage.items, *case.libraries()),
+        (("encoder states", encoder_state_bytes(case)), OBJECTS),
+        encoders.text_flops(spec, prompts=branches),
+        visits=branches * spec.num_layers,
+        elements=branches * spec.num_layers * TEXT_TOKENS * spec.d_model,
+    )
+
+
+def image_step(case: WanCase, spec: ImageSpec) -> OnePass:
+    """The image encoder."""
+    layers = len(spec.weights.block_bytes)
+    return OnePass(
+        "image",
+        case,
+        Network.of(spec.weights.block_bytes, resident=False),
+        spec.weights.rest_bytes,
+        (("activations", encoders.image_bytes(spec)), *spec.storage.items, *case.libraries()),
+        (
+            ("encoder states", encoder_state_bytes(case)),
+            ("picture", picture_bytes(case)),
+            OBJECTS,
+        ),
+        encoders.image_flops(spec),
+        visits=layers,
+        elements=layers * spec.tokens * spec.hidden_size,
+    )
+
+
+@dataclass(frozen=True)
+class Tiled:
+    """One half of the VAE, over a grid of tiles.
+
+    Attributes:
+        name: "encode" or "decode".
+    """
+
+    name: str
+    case: WanCase
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """As `Step`."""
+        return (self.name,)
+
+    def best(self, limits: Limits) -> Group | None:
+        """As `Step`: grids come from the fastest on, so the first that fits is the best."""
+        return next((group for group in self.all_small(limits) if group_fits(group, limits)), None)
+
+    def all_small(self, limits: Limits) -> Iterator[Group]:
+        """As `Step`: all grids."""
+        for grid in self._grids():
+            yield (self._phase(grid, limits),)
+
+    def _grids(self) -> Iterator[TileGrid]:
+        _, height, width = latent_of(self.case)
+        fixed = self.case.policy.tiles
+        wanted = TILE_GRIDS if fixed is None else (fixed,)
+        seen: set[TileGrid] = set()
+        for rows, columns in wanted:
+            grid = TileGrid(min(rows, height), min(columns, width))
+            if grid not in seen:
+                seen.add(grid)
+                yield grid
+
+    def _phase(self, grid: TileGrid, limits: Limits) -> PhasePlan:
+        rates, spec, latent = self.case.rates, self.case.manifest.vae, latent_of(self.case)
+        decoding = self.name == "decode"
+        weights = spec.decoder if decoding else spec.encoder
+        bytes_of, work_of = (
+            (vae.decode_bytes, vae.decode_work) if decoding else (vae.encode_bytes, vae.encode_work)
+        )
+        found = bytes_of(spec, latent, grid, weights.itemsize, on_cpu=self.case.device == "cpu")
+        work = work_of(spec, latent, grid)
+        held = (*found.ram, ("latents", latents_bytes(self.case)), OBJECTS) if decoding else (
+            ("encoder states", encoder_state_bytes(self.case)),
+            ("picture", picture_bytes(self.case)),
+            ("condition", condition_bytes(self.case)),
+            OBJECTS,
+        )  # fmt: skip
+        if decoding and self.case.workload.kept:
+            held = (*held, ("kept tile", KEPT_TILE_COPIES * tile_bytes(self.case, grid)))
+        room = limits.ram_bytes - sum(count for _, count in held)
+        return PhasePlan(
+            self.name,
+            weights=((f"VAE {self.name}r", weights.rest_bytes),),
+            work=(*found.device, *self._gpu_items(found, weights.rest_bytes)),
+            ram_weights=(("weights staging", staging_bytes(weights.rest_bytes, room)),),
+            ram_work=held,
+            tiles=(grid.rows, grid.cols),
+            read_bytes=weights.rest_bytes,
+            copied_bytes=weights.rest_bytes,
+            seconds=work.seconds(rates) + loading_s(weights.rest_bytes, rates),
+        )
+
+    def _gpu_items(self, found: vae.VaeBytes, weight_bytes: int) -> Items:
+        libraries = self.case.libraries(found.convolution_bytes)
+        tensors = weight_bytes + found.device_bytes + found.convolution_bytes
+        return (*libraries, *self.case.holes(HOLE_SHARES[self.name], tensors))

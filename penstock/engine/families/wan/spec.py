@@ -1,0 +1,103 @@
+"""Wan in the planner's terms: the numbers in its configs and the bytes in its headers.
+
+Names follow the configs of diffusers and transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from penstock.profiles.manifest import LoraSpec, Storage, Weights
+
+
+@dataclass(frozen=True)
+class TransformerSpec:
+    """The DiT (`WanTransformer3DModel` config). ``cross_block_bytes`` are the cross-attention K/V
+    projections, which are applied once a prompt and are not part of ``weights.block_bytes``;
+    ``context_storage`` is how they are stored (None: as the blocks)."""
+
+    weights: Weights
+    cross_block_bytes: tuple[int, ...]
+    num_layers: int
+    num_attention_heads: int
+    attention_head_dim: int
+    ffn_dim: int
+    in_channels: int
+    out_channels: int
+    text_dim: int
+    freq_dim: int
+    patch_size: tuple[int, int, int]
+    image_dim: int | None = None
+    storage: Storage = Storage()
+    context_storage: Storage | None = None
+    lora: LoraSpec = LoraSpec()
+
+    @property
+    def inner_dim(self) -> int:
+        """Width of the hidden states."""
+        return self.num_attention_heads * self.attention_head_dim
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """The text encoder (`UMT5EncoderModel` config); the embedding table is not in ``weights``."""
+
+    weights: Weights
+    d_model: int
+    d_kv: int
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    storage: Storage = Storage()
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """The image encoder (`CLIPVisionModel` config)."""
+
+    weights: Weights
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: int
+    patch_size: int
+    storage: Storage = Storage()
+
+    @property
+    def tokens(self) -> int:
+        """Patches and the class token."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+
+@dataclass(frozen=True)
+class VaeSpec:
+    """The causal 3D VAE (`AutoencoderKLWan` config); encoder and decoder are loaded apart."""
+
+    encoder: Weights
+    decoder: Weights
+    base_dim: int
+    z_dim: int
+    dim_mult: tuple[int, ...]
+    num_res_blocks: int
+    temporal_downsample: tuple[bool, ...]
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels a latent, each way."""
+        return 1 << (len(self.dim_mult) - 1)
+
+    @property
+    def temporal_factor(self) -> int:
+        """Frames a latent frame (after the first)."""
+        return 1 << sum(self.temporal_downsample)
+
+
+@dataclass(frozen=True)
+class WanSpec:
+    """A whole model; ``image`` is None for a text-to-video model."""
+
+    transformer: TransformerSpec
+    text: TextSpec
+    vae: VaeSpec
+    image: ImageSpec | None = None

@@ -1,0 +1,335 @@
+"""The phases of a job with Wan as they run: a prompt and a picture become a video.
+
+Each phase loads what it needs, computes, and gives everything back; only small results (prompt
+states, image states, condition, latents) pass from one to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from penstock.engine.attention.kernels import Attention, attention, self_attention_of
+from penstock.engine.families.wan import clip as pictures
+from penstock.engine.families.wan import forward as dit
+from penstock.engine.families.wan import umt5 as prompts
+from penstock.engine.families.wan.cost.transformer import TEXT_TOKENS
+from penstock.engine.families.wan.cross import CrossStore
+from penstock.engine.families.wan.defaults import negative_prompt
+from penstock.engine.families.wan.film import Film
+from penstock.engine.families.wan.model import model_of
+from penstock.engine.families.wan.preview import prepare_previews, preview_of
+from penstock.engine.families.wan.vae_decode import raw_latents
+from penstock.engine.families.wan.vae_encode import encode_tiled, first_frame_then_zeros
+from penstock.engine.media.picture import open_image
+from penstock.engine.model.component import Component
+from penstock.engine.request.generation import GenerationRequest
+from penstock.engine.run.events import PhaseMonitor
+from penstock.engine.run.keeper import Conditions
+from penstock.engine.run.pipeline import Products, SavePoint, Work
+from penstock.engine.run.sampler import guide
+from penstock.engine.run.sampling import Sampling
+from penstock.engine.run.stage import Stage, visits
+from penstock.offload.streamer import BlockStream
+from penstock.profiles.tiling import TileGrid
+
+
+def _text(stage: Stage, found: Products) -> None:
+    found["texts"] = stage.attempt("text", lambda: encode_prompts(stage))
+
+
+def _image(stage: Stage, found: Products) -> None:
+    picture = _picture(stage, found)
+    found["image"] = stage.attempt("image", lambda: encode_picture(stage, picture))
+
+
+def _encode(stage: Stage, found: Products) -> None:
+    picture = _picture(stage, found)
+    found["condition"] = stage.attempt("encode", lambda: encode_condition(stage, picture))
+
+
+def _picture(stage: Stage, found: Products) -> Image:
+    if "picture" not in found:
+        path = stage.job.request.image
+        assert path is not None
+        found["picture"] = open_image(path)
+    picture: Image = found["picture"]
+    return picture
+
+
+def _denoise(stage: Stage, found: Products) -> None:
+    found.pop("picture", None)
+    conditions = _conditions(found)
+    if stage.job.hooks.preview_every and not stage.job.previewer.is_ready:
+        stage.attempt("decode", lambda: prepare_previews(stage))
+    sampling = stage.attempt("denoise", lambda: Sampling(stage))
+    found["latents"] = stage.attempt("denoise", lambda: denoise(stage, conditions, sampling))
+
+
+def _decode(stage: Stage, found: Products) -> None:
+    found["video"] = stage.attempt("decode", lambda: decode(stage, found["latents"]))
+
+
+def _conditions(found: Products) -> Conditions:
+    return Conditions(tuple(found["texts"]), found.get("image"), found.get("condition"))
+
+
+def _saved_conditions(stage: Stage) -> Products | None:
+    """The encoded prompt and picture of a job that goes on; None: they are still to be made."""
+
+    def restore() -> Conditions | None:
+        with stage.restoring():
+            return stage.keeper.conditions()
+
+    kept = stage.attempt("context", restore)
+    if kept is None:
+        return None
+    return {"texts": kept.texts, "image": kept.image, "condition": kept.condition}
+
+
+def _saved_latents(stage: Stage) -> Products | None:
+    latents = stage.keeper.latents()
+    return None if latents is None else {"latents": latents}
+
+
+def encode_prompts(stage: Stage) -> list[Tensor]:
+    """Text states (1, 512, d) of the prompt and, with guidance, of the negative prompt, on CPU."""
+    component, request = model_of(stage).text, stage.job.request
+    tokenizer = model_of(stage).tokenizer()
+    texts = [request.prompt]
+    if request.uses_guidance:
+        texts.append(negative_prompt(request))
+    tokenised = [prompts.tokenise(tokenizer, text) for text in texts]
+    for which, prompt in zip(("prompt", "negative prompt"), tokenised, strict=False):
+        if prompt.cut:
+            stage.monitor.notice(f"the {which} is too long; this is cut: {prompt.cut!r}")
+    lengths = [prompt.length for prompt in tokenised]
+    with stage.phase("text", len(component.blocks), "layer") as (plan, phase):
+        hidden = prompts.embed(
+            tokenised,
+            lambda rows: component.read_rows("shared.weight", rows),
+            dtype=component.dtype,
+            device=stage.device,
+        )
+        with stage.stream(component.blocks, plan.stream, phase, 1) as stream:
+            layers = _counted(visits(stream, component, phase), phase)
+            hidden = prompts.encode_layers(layers, hidden, lengths)
+        with stage.rest(component) as module:
+            norm = module.encoder.final_layer_norm
+            return [
+                prompts.finish(norm, states, length).cpu()
+                for states, length in zip(hidden, lengths, strict=True)
+            ]
+
+
+def _counted(blocks: Iterator[tuple[int, Any]], phase: PhaseMonitor) -> Iterator[tuple[int, Any]]:
+    for index, block in blocks:
+        yield index, block
+        phase.advance()
+
+
+def encode_picture(stage: Stage, picture: Image) -> Tensor:
+    """Image states (1, tokens, image_dim) of the picture, on the CPU."""
+    component = model_of(stage).image
+    assert component is not None
+    processor = pictures.make_image_processor(model_of(stage).source.image_processor)
+    pixels = pictures.pixel_values(processor, picture)
+    with stage.phase("image", len(component.blocks), "layer") as (plan, phase):
+        with stage.rest(component) as module:
+            hidden = pictures.embed_pixels(
+                module.embeddings, module.pre_layrnorm, pixels.to(stage.device)
+            )
+        with stage.stream(component.blocks, plan.stream, phase, 1) as stream:
+            layers = _counted(visits(stream, component, phase), phase)
+            return pictures.encode_layers(layers, hidden).cpu()
+
+
+def encode_condition(stage: Stage, picture: Image) -> Tensor:
+    """The picture as the transformer sees it: mask and latents, (1, 20, t, h, w), on the CPU."""
+    component, request = model_of(stage).vae_encoder, stage.job.request
+    size = (request.frames, request.height, request.width)
+    pixels = pictures.preprocess(picture, request.width, request.height)
+    tiles = TileGrid(*stage.plan["encode"].tiles)
+    latent_frames = request.video_shape.latent(model_of(stage).manifest.vae)[0]
+    units = latent_frames * (tiles.rows * tiles.cols + 1)
+    with stage.phase("encode", units, "frame") as (_, phase), stage.rest(component) as vae:
+        source = first_frame_then_zeros(pixels[0].to(stage.device, component.dtype))
+        encoded = encode_tiled(vae, source, size, tiles, should_stop=phase.advance)
+        return pictures.conditioning(
+            encoded.float(), vae.config.latents_mean, vae.config.latents_std
+        ).cpu()
+
+
+def denoise(stage: Stage, conditions: Conditions, sampling: Sampling) -> Tensor:
+    """From the point that ``sampling`` has reached to latents (1, z, t, h, w), fp32, on the CPU."""
+    component, request = model_of(stage).transformer, stage.job.request
+    if sampling.steps_done == request.steps:
+        return sampling.latents.cpu()
+    with closing(sampling.resume()) as sampler, stage.rest(component) as model:
+        start, steps, latents = sampler.next_step, request.steps, sampling.latents
+        stage.steps_left = steps - start
+        cross, modulation = prepare(stage, model, conditions, sampler.timesteps)
+        with stage.phase("denoise", steps, "step", done=start) as (plan, phase):
+            passes = plan.passes(len(conditions.texts))
+            cycles = stage.steps_left * len(passes)
+            with stage.stream(component.blocks, plan.stream, phase, cycles) as stream:
+                attend = self_attention_of(stage.plan.attention)
+                forward = Forward(model, component, stream, cross, plan.chunk_tokens, phase, attend)
+                rope = dit.rope_tables(model, latents.shape[2:], stage.device)
+                picture = _on_device(conditions.condition, stage.device)
+                for step in range(start, steps):
+                    if step == steps - 1:
+                        stage.read_decoder_ahead()
+                    model_input = _model_input(latents, picture, component.dtype)
+                    predictions = [
+                        prediction
+                        for branches in passes
+                        for prediction in forward(model_input, branches, modulation[step], rope)
+                    ]
+                    del model_input
+                    component.checkpoint.check_unchanged()
+                    prediction = _guided(predictions, request)
+                    preview = preview_of(stage, sampler, prediction, latents)
+                    latents = sampling.step(sampler, prediction, latents)
+                    phase.advance(preview)
+            stage.keeper.settle()
+            return latents.cpu()
+
+
+def prepare(
+    stage: Stage,
+    model: Any,
+    conditions: Conditions,
+    timesteps: Tensor,
+) -> tuple[CrossStore, list[dit.StepModulation]]:
+    """What does not change from step to step: cross-attention K/V, and the time embeddings."""
+    component = model_of(stage).transformer
+    with stage.phase("context", len(component.cross), "block") as (plan, phase):
+        texts = [text.to(stage.device, component.dtype) for text in conditions.texts]
+        image = _on_device(conditions.image, stage.device, component.dtype)
+        contexts = [dit.prepare_context(model, text, image) for text in texts]
+        cross = CrossStore(stage.device, on_device=plan.cross_kv_on_device)
+        with stage.stream(component.cross, plan.stream, phase, 1) as stream:
+            for _, block in _counted(visits(stream, component, phase), phase):
+                branches: list[dit.CrossKV] = []
+                for context in contexts:
+                    branches.append(dit.cross_kv(block.attn2, context, *branches[:1]))
+                cross.add(branches)
+        return cross, dit.step_modulation(model, timesteps, component.dtype)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The streamed transformer: each call is one pass over all blocks, for some branches."""
+
+    model: Any
+    component: Component
+    stream: BlockStream
+    cross: CrossStore
+    chunk_tokens: int
+    phase: PhaseMonitor
+    attend: Attention = attention
+
+    def __call__(
+        self, model_input: Tensor, branches: range, modulation: dit.StepModulation, rope: dit.Rope
+    ) -> list[Tensor]:
+        """The predictions (1, out_channels, t, h, w), one a branch."""
+        return dit.denoise_forward(
+            self.model,
+            visits(self.stream, self.component, self.phase),
+            model_input,
+            [self.cross.branch(branch) for branch in branches],
+            modulation,
+            rope,
+            self.chunk_tokens,
+            self.attend,
+        )
+
+
+def _on_device(
+    tensor: Tensor | None, device: torch.device, dtype: torch.dtype | None = None
+) -> Tensor | None:
+    return None if tensor is None else tensor.to(device, dtype)
+
+
+def _model_input(latents: Tensor, condition: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if condition is None:
+        return latents.to(dtype)
+    return torch.cat([latents, condition], dim=1).to(dtype)
+
+
+def _guided(predictions: list[Tensor], request: GenerationRequest) -> Tensor:
+    if len(predictions) == 1:
+        return predictions[0]
+    conditional, unconditional = predictions
+    return guide(conditional, unconditional, request.guidance_scale)
+
+
+def decode(stage: Stage, latents: Tensor) -> Tensor:
+    """Latents to the video, uint8 (frames, h, w, 3) in RAM."""
+    component, request = model_of(stage).vae_decoder, stage.job.request
+    shape = (request.frames, request.height, request.width, 3)
+    grid = TileGrid(*stage.plan["decode"].tiles)
+    units = latents.shape[2] + request.frames * grid.rows * grid.cols
+    with (
+        stage.phase("decode", units, "frame") as (_, phase),
+        stage.rest(component) as vae,
+    ):
+        raw = raw_latents(latents.to(stage.device, component.dtype), vae.config)
+        film = Film(vae, raw, grid, shape, stage.keeper)
+        film.decode(should_stop=phase.advance)
+        stage.keeper.settle()
+        component.checkpoint.check_unchanged()
+    return film.video
+
+
+def drawn(stage: Stage) -> Products:
+    """What the encoders would have given, drawn instead: the transformer's work is the same."""
+    spec, request = model_of(stage).manifest, stage.job.request
+    draw = torch.Generator().manual_seed(0)
+    shape = request.video_shape.latent(spec.vae)
+    dtype = model_of(stage).transformer.dtype
+
+    def states(tokens: int, width: int) -> Tensor:
+        return torch.randn(1, tokens, width, generator=draw).to(dtype)
+
+    texts = [
+        states(TEXT_TOKENS, spec.transformer.text_dim)
+        for _ in range(2 if request.uses_guidance else 1)
+    ]
+    channels = spec.transformer.in_channels - spec.transformer.out_channels
+    return {
+        "texts": texts,
+        "image": None if spec.image is None else states(spec.image.tokens, spec.image.hidden_size),
+        "condition": torch.randn(1, channels, *shape, generator=draw) if channels else None,
+    }
+
+
+WORK = Work(
+    phases={
+        "text": _text,
+        "image": _image,
+        "encode": _encode,
+        "denoise": _denoise,
+        "decode": _decode,
+    },
+    saves=(
+        SavePoint(
+            "denoise",
+            _saved_conditions,
+            lambda stage, found: stage.keeper.keep_conditions(_conditions(found)),
+        ),
+        SavePoint(
+            "decode",
+            _saved_latents,
+            lambda stage, found: stage.keeper.keep_latents(found["latents"]),
+        ),
+    ),
+    drawn=drawn,
+)

@@ -1,0 +1,1 @@
+"""What a family of models is, and the families there are."""

@@ -1,0 +1,120 @@
+"""What a run can be told besides what to make: one value that travels whole, from the command line
+or `Engine.open` through the plan, the stored job and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from penstock.errors import UsageError
+from penstock.profiles.policy import AUTO, Policy, policy_of
+from penstock.units import parse_bytes
+
+DEVICES = (AUTO, "cuda", "cpu")
+
+_NAMES = ("device", "profile", "format")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Every option of a run, as flags spell them; None: nothing is said, and the profile, the
+    machine or the model's files decide. What is also a field of `Policy` narrows the planner's
+    search.
+
+    Attributes:
+        vram, ram: ceilings, such as "12GiB" or bytes.
+        device: "cuda", "cpu" or "auto" (CUDA where there is one).
+        profile: a profile's name or the path of its file.
+        format: of the transformer's matrices (`penstock.quant.format.FORMATS`). Where the files
+            hold another, the first job packs the transformer, and it is read from there.
+        compute: "exact" decodes quantised weights, "fast" multiplies in 8 bits where the format
+            allows it and the device has just shown that it can.
+        attention: "sdpa", or "int8" for self-attention in 8 bits where comfy-kitchen is installed
+            and the device has just shown that it can.
+        branches: CFG branches a visit: 1, 2 or "auto".
+        chunk_tokens: tokens a chunk of the transformer's forward pass, or "auto".
+        tiles: of the VAE, "ROWSxCOLUMNS" or "auto".
+        cross_kv: where cross-attention K/V are kept: "auto", "vram" or "ram".
+        disk: whether blocks may stream from disk at every pass: "auto", "spare" or "never".
+
+    Raises:
+        UsageError, ProfileError: an illegal value; says what was expected.
+    """
+
+    vram: str | int | None = None
+    ram: str | int | None = None
+    device: str | None = None
+    profile: str | None = None
+    format: str | None = None
+    compute: str | None = None
+    attention: str | None = None
+    branches: str | int | None = None
+    chunk_tokens: str | int | None = None
+    tiles: str | None = None
+    cross_kv: str | None = None
+    disk: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vram", "ram"):
+            if name in self.given:
+                parse_bytes(self.given[name])
+        for name in _NAMES:
+            if not isinstance(self.given.get(name, ""), str):
+                raise UsageError(f"illegal {name}", expected="a name", found=repr(self.given[name]))
+        if self.device not in (None, *DEVICES):
+            raise UsageError(
+                "unknown device", expected="auto, cuda or cpu", found=repr(self.device)
+            )
+        policy_of(self.policy, Policy())
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that say something, by their names."""
+        return {name: word for name, word in vars(self).items() if word is not None}
+
+    @property
+    def policy(self) -> dict[str, Any]:
+        """What is said of a `Policy`, by its names."""
+        known = {each.name for each in fields(Policy)}
+        return {name: word for name, word in self.given.items() if name in known}
+
+    def over(self, other: Options) -> Options:
+        """``other``, replaced by what is given here."""
+        return replace(other, **self.given)
+
+    def named(self, named: Mapping[str, Any]) -> Options:
+        """These options and others by their names, as keywords give them.
+
+        Args:
+            named: values by the names of options; None says nothing.
+
+        Raises:
+            UsageError: a name that is none, one that is given here too, or an illegal value.
+        """
+        known = tuple(each.name for each in fields(self))
+        unknown = ", ".join(sorted(named.keys() - set(known)))
+        if unknown:
+            raise UsageError("no such option", expected=", ".join(known), found=unknown)
+        said = {name: word for name, word in named.items() if word is not None}
+        twice = sorted(said.keys() & self.given.keys())
+        if twice:
+            raise UsageError(
+                f"two answers to one question: {', '.join(twice)}",
+                expected="each option in Options(...) or by its own name",
+                found="both",
+            )
+        return replace(self, **said)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, ready for json.dumps; `from_json` reads them again."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Options:
+        """The options that `to_json` gave ``value`` for; what is absent was not known then.
+
+        Raises:
+            TypeError, UsageError: ``value`` holds something else.
+        """
+        return cls(**value)

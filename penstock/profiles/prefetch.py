@@ -1,0 +1,90 @@
+"""Weights that come before their phase, where RAM has room: the transformer's first blocks while
+text and image are encoded, the VAE decoder during the last step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from penstock.profiles.manifest import Prefetch
+from penstock.profiles.plan import AHEAD, DECODER_AHEAD, PhasePlan, Plan
+from penstock.profiles.policy import Limits
+from penstock.profiles.streams import staging_bytes
+
+
+def with_prefetch(plan: Plan, what: Prefetch, limits: Limits) -> Plan:
+    """``plan`` with buffers in host memory open before their own phase, where all phases that they
+    are open in have room for them beside their own bytes.
+
+    The transformer's are all opened or none, from the first phase on from which every one has room.
+    """
+    return _with_weights(_with_blocks(plan, what, limits), what, limits)
+
+
+def without_prefetch(plan: Plan, what: Prefetch) -> Plan:
+    """``plan`` as it was before `with_prefetch`."""
+    stream, weights = plan[what.stream], plan[what.weights]
+    pinned = stream.pinned_bytes - stream.decoder_ahead_bytes
+    changed = [_narrower(phase, pinned) for phase in plan.phases if phase.ahead_bytes]
+    if nbytes := stream.decoder_ahead_bytes:
+        changed.append(_without_weights(stream, nbytes))
+        staging = (("weights staging", staging_bytes(nbytes, 2 * nbytes)),)
+        changed.append(replace(_without_weights(weights, nbytes), ram_weights=staging))
+    return plan.with_phases(tuple(changed))
+
+
+def _with_blocks(plan: Plan, what: Prefetch, limits: Limits) -> Plan:
+    before, stream = _before(plan, what.stream), plan[what.stream]
+    nbytes = sum(count for label, count in stream.ram_weights if label != "staging")
+    changed: list[PhasePlan] = []
+    for phase in reversed(before):
+        wider = _wider(phase, nbytes, stream.pinned_bytes)
+        if not nbytes or not _fits(wider, limits):
+            break
+        changed.append(wider)
+    return plan.with_phases(tuple(changed))
+
+
+def _with_weights(plan: Plan, what: Prefetch, limits: Limits) -> Plan:
+    """With the later phase's weights in a buffer of their size, in place of the staging buffer."""
+    stream, weights = plan[what.stream], plan[what.weights]
+    nbytes = sum(count for _, count in weights.weights)
+    held = ((DECODER_AHEAD, nbytes),)
+    changed = (
+        replace(
+            stream,
+            ram_weights=stream.ram_weights + held,
+            pinned_bytes=stream.pinned_bytes + nbytes,
+        ),
+        replace(weights, ram_weights=held, pinned_bytes=nbytes),
+    )
+    fits = nbytes and all(_fits(phase, limits) for phase in changed)
+    return plan.with_phases(changed) if fits else plan
+
+
+def _without_weights(phase: PhasePlan, nbytes: int) -> PhasePlan:
+    held = tuple(item for item in phase.ram_weights if item[0] != DECODER_AHEAD)
+    return replace(phase, ram_weights=held, pinned_bytes=phase.pinned_bytes - nbytes)
+
+
+def _before(plan: Plan, name: str) -> list[PhasePlan]:
+    names = [phase.name for phase in plan.phases]
+    return list(plan.phases[: names.index(name)])
+
+
+def _wider(phase: PhasePlan, nbytes: int, pinned: int) -> PhasePlan:
+    held = (*phase.ram_weights, (AHEAD, nbytes))
+    return replace(phase, ram_weights=held, pinned_bytes=phase.pinned_bytes + pinned)
+
+
+def _narrower(phase: PhasePlan, pinned: int) -> PhasePlan:
+    held = tuple(item for item in phase.ram_weights if item[0] != AHEAD)
+    return replace(phase, ram_weights=held, pinned_bytes=phase.pinned_bytes - pinned)
+
+
+def _fits(phase: PhasePlan, limits: Limits) -> bool:
+    pinned, both = limits.pinned_bytes, limits.both_bytes
+    return (
+        phase.ram_bytes <= limits.ram_bytes
+        and (pinned is None or phase.pinned_bytes <= pinned)
+        and (both is None or phase.vram_bytes + phase.ram_bytes <= both)
+    )

@@ -30,6 +30,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+_SHOWN_CHARS = 80
+_SHOWN_BITS = 256
+
+
+def brief(value: object) -> str:
+    """A value of any kind, as it is shown in an error: not more than a line of it.
+
+    A whole number may have more digits than Python is willing to print.
+    """
+    if type(value) is int and value.bit_length() > _SHOWN_BITS:
+        return f"a whole number of {value.bit_length():,} bits"
+    shown = repr(value)
+    return shown if len(shown) <= _SHOWN_CHARS else f"{shown[:_SHOWN_CHARS]}..."
+
 
 class PenstockError(Exception):
     """Base of all errors here.

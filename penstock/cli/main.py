@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Callable, MutableMapping
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,7 +26,9 @@ from penstock.cli.files import (
     reported,
     verify,
 )
+from penstock.cli.memory import MemoryHelp, memory_told
 from penstock.cli.options import NOTHING, with_options
+from penstock.cli.stopping import Stopping
 from penstock.cli.terminal import Screen, asks_a_person, keep_going, printable, say, warn
 from penstock.profiles.options import Options
 
@@ -87,7 +87,7 @@ def main_options(
     """Runs video models far larger than the card, inside a byte budget you choose."""
 
 
-@app.command()
+@app.command(cls=MemoryHelp)
 @with_options()
 def generate(
     prompt: Annotated[str, typer.Option(help="What should happen.")],
@@ -151,14 +151,14 @@ def generate(
         fps=fps,
         distilled=distilled,
     )
-    with reported(debug):
+    with reported(debug), Stopping() as stop:
         _generate(
-            model, opening, settings, output, force, not no_metadata, as_json,
+            model, opening, settings, output, force, not no_metadata, as_json, stop,
             lambda engine, request, plan: _job_folder(engine, request, plan, job, resume_same),
         )  # fmt: skip
 
 
-@app.command()
+@app.command(cls=MemoryHelp)
 @with_options(
     ("vram", "ram", "device", "profile"),
     profile="In the place of the job's own; its budgets count again.",
@@ -183,13 +183,13 @@ def resume(
     from penstock.engine.engine import Engine
     from penstock.engine.run.jobs import find_job, opening_of
 
-    with reported(debug):
+    with reported(debug), Stopping() as stop:
         folder = find_job(job)
         with Engine.reopen(opening_of(folder, options, lora or [])) as engine:
             running = engine.resume(
                 folder, output, force=force, allow_nonidentical=allow_nonidentical
             )
-            _watch(running, running.plan, as_json)
+            _watch(running, running.plan, as_json, stop)
 
 
 @jobs_app.callback(invoke_without_command=True)
@@ -227,7 +227,7 @@ def remove(
     say(f"removed {folder.name}")
 
 
-@app.command()
+@app.command(cls=MemoryHelp)
 @with_options()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="The mp4 to write.")] = Path(
@@ -249,12 +249,13 @@ def demo(
         sheet = sheet_beside(output, overwrite=force)
         check_no_input(sheet, [] if image is None else [image])
         settings, opening = demo_settings(prompt, image), {"options": options}
-        report = _generate(MINI, opening, settings, output, force, True, as_json)
+        with Stopping() as stop:
+            report = _generate(MINI, opening, settings, output, force, True, as_json, stop)
         write_contact_sheet(Path(report.output), sheet, scale=2)
         Screen(stderr=True).print(f"its frames: {sheet}", soft_wrap=True)
 
 
-@app.command()
+@app.command(cls=MemoryHelp)
 @with_options(ram="Ceiling on RAM; with --card, that machine's memory.")
 def plan(
     model: Model = None,
@@ -285,7 +286,7 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Say what a video will take, in bytes and seconds, without loading anything."""
-    from penstock.cli.plan_view import plan_view
+    from penstock.cli.plan_view import ASSUMED, plan_view
     from penstock.engine.files.locate import Files
     from penstock.engine.prepared import Prepared, machine_of
     from penstock.engine.request.generation import workload_of
@@ -309,7 +310,8 @@ def plan(
     if as_json:
         say(json.dumps(found.to_json()))
     else:
-        Screen().print(plan_view(found), soft_wrap=True)
+        besides = memory_told(found) if card is None else ASSUMED
+        Screen().print(plan_view(found, besides), soft_wrap=True)
 
 
 profiles_app = typer.Typer(help="Byte budgets and policies by name.", invoke_without_command=True)
@@ -354,7 +356,8 @@ def doctor(
         return
     rows = [(each.topic, each.found, each.remedy) for each in found.findings]
     Screen().print(findings_view(found.machine, rows))
-    say(f"rates are kept in {found.stored_in}")
+    if found.stored_in is not None:
+        say(f"rates are kept in {found.stored_in}")
 
 
 JobFolder = Callable[[Any, Any, Any], tuple[Path, bool]]
@@ -369,6 +372,7 @@ def _generate(
     force: bool,
     metadata: bool,
     as_json: bool,
+    stop: Stopping,
     job_folder: JobFolder | None = None,
 ) -> Any:
     """Make a video with an engine that is opened with ``opening``; what cannot fit is refused
@@ -388,19 +392,22 @@ def _generate(
             job = engine.resume(folder, output, force=force)
         else:
             job = engine.submit(request, output, force=force, metadata=metadata, job_dir=folder)
-        return _watch(job, plan, as_json)
+        return _watch(job, plan, as_json, stop)
 
 
-def _watch(job: Any, plan: Any, as_json: bool) -> Any:
+def _watch(job: Any, plan: Any, as_json: bool, stop: Stopping) -> Any:
     """Show a job until it ends, and its report, which is returned."""
     from penstock.cli.progress import Display, plan_summary, report_summary
+    from penstock.engine.machine.memory import keep_overhead
 
+    stop.at(job.cancel)
     console = Screen(stderr=True)
     console.print(plan_summary(plan), soft_wrap=True)
-    with _stopping(job.cancel), Display(console, plan) as display:
+    with Display(console, plan) as display:
         for event in job.events():
             display.show(event)
     report = job.result().report
+    keep_overhead("cpu" if report.on_cpu else "cuda", report.beside_bytes)
     console.print(report_summary(report), soft_wrap=True)
     if as_json:
         say(json.dumps({"plan": plan.to_json(), "report": report.to_json()}))
@@ -432,18 +439,6 @@ def _confirmed(question: str) -> bool:
         return False
 
 
-@contextmanager
-def _stopping(cancel: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask the job to stop instead of tearing it down."""
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda *_: cancel()) for number in signals]
-    try:
-        yield
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
-
-
 def prefer_pages(environ: MutableMapping[str, str]) -> None:
     """Ask torch's CUDA allocator for segments that grow and shrink by pages, where the platform has
     them and the user has not said otherwise: a budget is then not spent on holes between tensors.
@@ -462,7 +457,12 @@ def main() -> None:
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     prefer_pages(os.environ)
     keep_going()
-    app()
+    try:
+        app()
+    except OSError as error:  # of stdout: the disk that an answer goes to is full, for one
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        warn(f"error: {error}")
+        raise SystemExit(1) from error
 
 
 if __name__ == "__main__":

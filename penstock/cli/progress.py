@@ -16,6 +16,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from penstock.cli.memory import memory_told
 from penstock.engine.packs.cache import CachedPack
 from penstock.engine.run.events import Event, Notice, PhaseEnded, PhaseStarted, Replanned
 from penstock.engine.run.events import Progress as Advance
@@ -118,7 +119,8 @@ def plan_summary(plan: Plan) -> str:
     return (
         f"plan: peak VRAM {format_bytes(plan.peak_vram_bytes)} "
         f"of {format_bytes(plan.vram_limit_bytes)}, "
-        f"RAM {format_bytes(plan.peak_ram_bytes)} of {format_bytes(plan.ram_limit_bytes)}\n"
+        f"RAM {format_bytes(plan.peak_ram_bytes)} of {format_bytes(plan.ram_limit_bytes)} "
+        f"in buffers; {memory_told(plan)}\n"
         f"plan: {stream.n_blocks} blocks: {stream.device_resident} stay in VRAM, "
         f"{stream.host_resident} in RAM, {stream.disk_blocks} stream from disk; "
         f"{denoise.chunk_tokens} tokens a chunk, {denoise.branches} branch(es) a visit, "
@@ -136,8 +138,14 @@ def report_summary(report: RunReport) -> str:
         f"self-attention {ATTENTION[report.attention]}), "
         f"{report.seconds:.1f} s, "
         f"peak VRAM {format_bytes(report.peak_vram_bytes)}, "
-        f"RAM {format_bytes(report.peak_ram_bytes)}"
+        f"RAM {format_bytes(report.peak_ram_bytes)} in buffers; the process took "
+        f"{format_bytes(report.process_peak_bytes)} of RAM at most, "
+        f"{format_bytes(report.beside_bytes)} of it besides them{_group(report.group_peak_bytes)}"
     )
+
+
+def _group(nbytes: int | None) -> str:
+    return "" if nbytes is None else f" (its control group {format_bytes(nbytes)}, caches counted)"
 
 
 def jobs_table(jobs: Sequence[JobInfo]) -> str:

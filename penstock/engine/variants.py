@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from penstock.engine.attention.choice import attention_numerics
+from penstock.engine.machine.memory import resident_bytes
 from penstock.engine.model.files import ModelFiles
 from penstock.engine.model.storage import block_format
 from penstock.engine.packs.cache import cache_folder
@@ -170,9 +171,11 @@ class Variants:
         phase_plan = use.phase(self._chosen.hardware)
         with stage.phase(phase_plan.name, use.nbytes >> 20, "MiB", plan=phase_plan) as (_, phase):
             told: list[str] = []
+            before, phase.took_bytes = resident_bytes(), 0
 
             def report(nbytes: int) -> None:
                 phase.check()
+                phase.took_bytes = max(phase.took_bytes or 0, resident_bytes() - before)
                 while phase.done < min(nbytes >> 20, phase.total):
                     phase.advance()
 

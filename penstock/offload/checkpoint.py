@@ -16,7 +16,7 @@ from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from penstock.errors import CheckpointError, PickleRefused, TensorMismatch
-from penstock.offload.files import FileStamp, WeightFile, check_stamp, unreadable
+from penstock.offload.files import FileStamp, WeightFile, check_stamp, looked_at, unreadable
 from penstock.offload.header import (
     MAX_HEADER_BYTES,
     Header,
@@ -130,8 +130,9 @@ class Checkpoint(Mapping[str, TensorEntry]):
             PickleRefused: there are only pickles.
             CheckpointError: nothing is there, or more than one candidate.
         """
-        if path.is_dir():
-            path = find_checkpoint(path)
+        with looked_at(path):
+            if path.is_dir():
+                path = find_checkpoint(path)
         if path.name.endswith(".json"):
             return _open_sharded(path)
         return _open_files(path, [path])

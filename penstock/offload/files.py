@@ -8,11 +8,14 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from penstock.errors import CheckpointChanged, CheckpointError
+from penstock.regular import open_unbuffered
 
 DIRECT_ALIGNMENT = 4096
 """Direct reads want offsets, addresses and lengths in multiples of this (the page size covers the
@@ -81,7 +84,7 @@ class WeightFile:
     def __init__(self, path: Path, stamp: FileStamp | None = None, *, direct: bool = False) -> None:
         self.path = path
         try:
-            self._file = path.open("rb", buffering=0)
+            self._file = open_unbuffered(path)
         except OSError as error:
             raise unreadable(path, error) from error
         self._direct_fd: int | None = None
@@ -187,6 +190,16 @@ class WeightFile:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+@contextmanager
+def looked_at(path: Path) -> Iterator[None]:
+    """Turn an OSError of the body into a CheckpointError that names the file, or ``path``."""
+    try:
+        yield
+    except OSError as error:
+        named = error.filename
+        raise unreadable(path if named is None else Path(os.fsdecode(named)), error) from error
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:

@@ -16,6 +16,8 @@ from penstock.engine.files.keys import ComponentSource, recognise
 from penstock.engine.files.source import open_raw, read_bytes, refusal_of
 from penstock.errors import CheckpointError, PenstockError, UsageError
 from penstock.offload.checkpoint import PICKLES, TensorEntry
+from penstock.offload.files import looked_at
+from penstock.regular import check_regular, read_regular
 
 TOKENIZER_TENSOR = "spiece_model"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
@@ -100,6 +102,11 @@ def locate(model: str | Path | None, files: Files | None = None, *, fetch: Fetch
         CheckpointError: a part is missing, ambiguous, foreign or damaged.
     """
     files = files or Files()
+    with looked_at(Path(model or files.transformer or ".")):
+        return _locate(model, files, fetch or hub_snapshot)
+
+
+def _locate(model: str | Path | None, files: Files, fetch: Fetch) -> ModelSource:
     if model is None:
         if files.transformer is None:
             raise UsageError("no model", expected="--model, or --transformer with the other parts")
@@ -110,7 +117,7 @@ def locate(model: str | Path | None, files: Files | None = None, *, fetch: Fetch
     if path.exists():
         return _assemble(str(path), _Found(), _with_transformer(path, files))
     if isinstance(model, str) and _HUB_ID.fullmatch(model):
-        return _from_hub(model, files, fetch or hub_snapshot)
+        return _from_hub(model, files, fetch)
     raise CheckpointError(
         f"{model} does not exist",
         expected="a folder, a .safetensors or .gguf file, or a hub id such as "
@@ -206,7 +213,7 @@ def _extra_paths(path: Path) -> Iterator[tuple[str, Path]]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        content = yaml.safe_load(read_regular(path).decode("utf-8")) or {}
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise CheckpointError(f"{path} cannot be read", found=str(error)) from error
     sections = content.values() if isinstance(content, dict) else ()
@@ -346,8 +353,9 @@ def open_component(path: Path) -> ComponentSource:
         CheckpointError: as `recognise` and `open_raw` do.
     """
     raw = open_raw(path)
-    folder = path if path.is_dir() else path.parent
-    return recognise(raw, _config_beside(folder))
+    with looked_at(path):
+        folder = path if path.is_dir() else path.parent
+        return recognise(raw, _config_beside(folder))
 
 
 def _config_beside(folder: Path) -> dict[str, Any] | None:
@@ -371,7 +379,7 @@ def read_object(path: Path) -> dict[str, Any]:
         CheckpointError: it cannot be read, or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_regular(path).decode("utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} cannot be read", expected="a JSON object", found=str(error)
@@ -387,6 +395,8 @@ def _tokenizer(text: ComponentSource, found: _Found, files: Files) -> Path | Ten
     if files.tokenizer is not None:
         if not files.tokenizer.exists():
             raise CheckpointError(f"{files.tokenizer} does not exist", expected="a tokenizer")
+        if not files.tokenizer.is_dir():
+            check_regular(files.tokenizer)
         return files.tokenizer
     if found.tokenizer is not None:
         return found.tokenizer
@@ -417,7 +427,7 @@ def open_tokenizer(family: Family, tokenizer: Path | TensorEntry) -> Any:
     if isinstance(tokenizer, TensorEntry):
         return tokenizer_from_spm(read_bytes(tokenizer))
     if tokenizer.is_file():
-        return tokenizer_from_spm(tokenizer.read_bytes())
+        return tokenizer_from_spm(read_regular(tokenizer))
     return family.load_tokenizer(tokenizer)
 
 

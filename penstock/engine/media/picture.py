@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from penstock.errors import ImageError
+from penstock.regular import open_regular
 
 MAX_PIXELS = 64_000_000
 # Decoders that only decode: Pillow's EPS reader, for one, starts another program.
@@ -49,12 +50,12 @@ def open_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def _open_file(path: Path) -> BinaryIO:
-    if not path.exists():
-        raise ImageError("no such picture", expected="an image file", found=str(path))
-    if not path.is_file():
-        raise ImageError("not a file", expected="an image file", found=str(path))
     try:
-        return path.open("rb")
+        if not path.exists():
+            raise ImageError("no such picture", expected="an image file", found=str(path))
+        if not path.is_file():
+            raise ImageError("not a file", expected="an image file", found=str(path))
+        return open_regular(path)
     except OSError as error:
         raise ImageError(
             "the picture cannot be read",

@@ -59,6 +59,13 @@ def check_output(path: Path, overwrite: bool = False) -> None:
         OutputError: wrong extension, no such folder, folder not writable, a folder or device in the
             file's place, or an existing file without ``overwrite``.
     """
+    if not _is_text(path):
+        raise OutputError(
+            "the output's name is no text",
+            expected="a path in UTF-8, which the encoder takes",
+            found=repr(str(path)),
+            remedy="Choose another name, or rename the folder",
+        )
     if path.suffix.lower() != SUFFIX:
         raise OutputError(
             "unsupported video format",
@@ -66,16 +73,31 @@ def check_output(path: Path, overwrite: bool = False) -> None:
             found=str(path),
             remedy=f"Call it {path.with_suffix(SUFFIX).name}" if path.name else None,
         )
-    if not path.parent.is_dir():
+    try:
+        if not path.parent.is_dir():
+            raise OutputError(
+                "no such folder",
+                expected="an existing folder",
+                found=str(path.parent),
+                remedy="Make the folder first",
+            )
+        _check_vacant(path, overwrite)
+    except OSError as error:
         raise OutputError(
-            "no such folder",
-            expected="an existing folder",
-            found=str(path.parent),
-            remedy="Make the folder first",
-        )
-    _check_vacant(path, overwrite)
+            "the output cannot be written",
+            found=f"{path}: {error.strerror}",
+            remedy="Choose another name or folder",
+        ) from error
     with _temporary_beside(path):
         pass
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_no_input(path: Path, inputs: Iterable[Path]) -> None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from penstock.engine.files.storage import PACK_METADATA, PADDING
 from penstock.errors import CheckpointError, HeaderError
-from penstock.offload.files import DIRECT_ALIGNMENT, WeightFile
+from penstock.offload.files import DIRECT_ALIGNMENT, WeightFile, looked_at
 from penstock.offload.header import ITEM_BYTES, MAX_HEADER_BYTES, Header, read_header
 from penstock.units import align_up
 
@@ -289,12 +289,13 @@ def verify(path: Path, progress: Callable[[int, int], None] | None = None) -> Ve
     Raises:
         CheckpointError: there is no pack.
     """
-    paths = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+    with looked_at(path):
+        paths = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+        total = sum(file.stat().st_size for file in paths)
     if not paths:
         raise CheckpointError(
             f"{path} holds no pack", expected="a file or folder made by penstock pack"
         )
-    total = sum(file.stat().st_size for file in paths)
     done = runs = 0
     damage: list[tuple[Path, str]] = []
     for file in paths:

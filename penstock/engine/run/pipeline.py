@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from penstock._version import __version__
+from penstock.engine.machine.memory import ProcessMemory
 from penstock.engine.media.video import write_video
 from penstock.engine.run.ending import Ending
 from penstock.engine.run.events import Listener, Monitor, PhaseMonitor
@@ -171,7 +172,7 @@ def _metadata(job: Run) -> dict[str, Any]:
 
 
 def _report(job: Run, monitor: Monitor, output: Path | None, seconds: float) -> RunReport:
-    request = job.request
+    request, memory = job.request, ProcessMemory.peak()
     assert request.seed is not None
     return RunReport(
         output=None if output is None else str(output),
@@ -192,6 +193,9 @@ def _report(job: Run, monitor: Monitor, output: Path | None, seconds: float) -> 
         notices=tuple(monitor.notices),
         versions=versions(),
         steered=job.keeper.steered,
+        on_cpu=job.device.type == "cpu",
+        process_peak_bytes=memory.resident_bytes,
+        group_peak_bytes=memory.group_bytes,
         options=job.plan.options,
     )
 

@@ -17,7 +17,7 @@ from penstock.engine.files.source import open_raw, read_bytes, refusal_of
 from penstock.errors import CheckpointError, PenstockError, UsageError
 from penstock.offload.checkpoint import PICKLES, TensorEntry
 from penstock.offload.files import looked_at
-from penstock.regular import check_regular, read_regular
+from penstock.regular import open_regular, read_regular
 
 TOKENIZER_TENSOR = "spiece_model"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
@@ -396,7 +396,7 @@ def _tokenizer(text: ComponentSource, found: _Found, files: Files) -> Path | Ten
         if not files.tokenizer.exists():
             raise CheckpointError(f"{files.tokenizer} does not exist", expected="a tokenizer")
         if not files.tokenizer.is_dir():
-            check_regular(files.tokenizer)
+            open_regular(files.tokenizer).close()
         return files.tokenizer
     if found.tokenizer is not None:
         return found.tokenizer

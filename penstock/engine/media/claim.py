@@ -26,7 +26,7 @@ class OutputClaim:
 
     def __init__(self, output: Path) -> None:
         folder = data_directory() / "outputs"
-        name = hashlib.sha256(os.fsencode(output.resolve())).hexdigest()[:32]
+        name = hashlib.sha256(os.fsencode(os.path.realpath(output))).hexdigest()[:32]
         self._lock: JobLock | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)

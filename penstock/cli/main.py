@@ -460,7 +460,6 @@ def main() -> None:
     try:
         app()
     except OSError as error:  # of stdout: the disk that an answer goes to is full, for one
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         warn(f"error: {error}")
         raise SystemExit(1) from error
 

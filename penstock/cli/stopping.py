@@ -16,7 +16,7 @@ _STILL = b"note: still stopping: what is done is being saved\n"
 class Stopping:
     """Signals ask the job to stop instead of tearing it down, however many of them come.
 
-    Before there is a job they end the command at once. A signal that whoever started the process
+    Before there is a job they end the command at once. A hang-up that whoever started the process
     has told it to ignore (``nohup``) stays ignored.
     """
 
@@ -41,8 +41,9 @@ class Stopping:
     def __enter__(self) -> Stopping:
         self._before = [(number, signal.getsignal(number)) for number in self._signals]
         for number, handler in self._before:
-            if handler is not signal.SIG_IGN:
-                signal.signal(number, self._handle)
+            if handler is signal.SIG_IGN and number == getattr(signal, "SIGHUP", None):
+                continue
+            signal.signal(number, self._handle)
         return self
 
     def __exit__(

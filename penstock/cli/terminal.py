@@ -70,11 +70,12 @@ class _Steady(io.RawIOBase):
 
     Args:
         descriptor: of stdout or stderr.
-        drops: the errors after which output is dropped; None: all of them.
+        drops: the errors after which output is dropped; None: all of them. Another one is raised
+            once, and what comes after it is dropped.
     """
 
     def __init__(self, descriptor: int, drops: tuple[int, ...] | None) -> None:
-        self._descriptor, self._drops = descriptor, drops
+        self._descriptor, self._drops, self._failed = descriptor, drops, False
 
     def writable(self) -> bool:
         """Yes."""
@@ -93,7 +94,9 @@ class _Steady(io.RawIOBase):
         try:
             return os.write(self._descriptor, data)
         except OSError as error:
-            if self._drops is not None and error.errno not in self._drops:
+            told = self._failed or self._drops is None or error.errno in self._drops
+            self._failed = True
+            if not told:
                 raise
             return len(memoryview(data).cast("B"))
 

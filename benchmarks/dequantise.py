@@ -23,6 +23,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,8 +32,9 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize as gguf_dequantize
 from torch import Tensor
 
-from penstock.quant.format import QuantFormat, get_format
-from penstock.quant.gguf import GGUF_FORMATS, Gguf
+from penstock.formats.formats import QuantFormat, get_format
+from penstock.formats.gguf import GGUF_FORMATS, Gguf
+from penstock.quant.arithmetic import dequantise, quantise
 
 
 @dataclass(frozen=True)
@@ -80,14 +83,14 @@ def _pair(case: Case, turn: int) -> tuple[float, float]:
 def ours(fmt: QuantFormat, stored: dict[str, Tensor], out: Tensor) -> Callable[[], object]:
     """Decoding into ``out``."""
     shape = (out.shape[0], out.shape[1])
-    return lambda: fmt.dequantise(stored, shape, out.dtype, out)
+    return lambda: dequantise(fmt, stored, shape, out.dtype, out)
 
 
 def torch_cases(weight: Tensor, out: Tensor) -> Iterator[Case]:
     """fp8 and int8 against the plain expression."""
     for name in ("fp8", "int8"):
         fmt = get_format(name)
-        stored = fmt.quantise(weight)
+        stored = quantise(fmt, weight)
         data, scale = stored["weight"], stored["weight_scale"]
 
         def plain(data: Tensor = data, scale: Tensor = scale) -> Tensor:
@@ -97,9 +100,30 @@ def torch_cases(weight: Tensor, out: Tensor) -> Iterator[Case]:
             return data.to(out.dtype) * scale.to(out.dtype)
 
         yield Case(name, "torch", out.dtype, ours(fmt, stored, out), plain)
+        if name == "fp8":
+            data = data.float().to(torch.float8_e5m2)
+            plain = partial(plain, data, scale)
+            e5m2 = ours(get_format("fp8-e5m2"), stored | {"weight": data}, out)
+            yield Case("fp8-e5m2", "torch", out.dtype, e5m2, plain)
         if out.dtype != torch.float32:
             yield Case(name, "torch, rounded", out.dtype, ours(fmt, stored, out), rounded)
     yield Case("control", "itself", out.dtype, plain, plain)
+
+
+def kitchen_cases(weight: Tensor, out: Tensor) -> Iterator[Case]:
+    """ComfyUI's layouts against comfy-kitchen's own functions for the CPU."""
+    from comfy_kitchen import tensor as kitchen
+
+    kinds: list[tuple[str, Any, dict[str, Any]]] = [
+        ("int8-convrot", kitchen.TensorWiseINT8Layout, {"per_channel": True, "convrot": True}),
+        ("nvfp4", kitchen.TensorCoreNVFP4Layout, {}),
+        ("mxfp8", kitchen.TensorCoreMXFP8Layout, {}),
+    ]
+    for name, layout, options in kinds:
+        codes, params = layout.quantize(weight.to(out.dtype), **options)
+        stored = {f"weight{k}": v for k, v in layout.state_dict_tensors(codes, params).items()}
+        theirs = partial(layout.dequantize, codes, params)
+        yield Case(name, "comfy-kitchen", out.dtype, ours(get_format(name), stored, out), theirs)
 
 
 def bitsandbytes_cases(weight: Tensor, out: Tensor) -> Iterator[Case]:
@@ -112,11 +136,11 @@ def bitsandbytes_cases(weight: Tensor, out: Tensor) -> Iterator[Case]:
         "int8",
         "bitsandbytes",
         out.dtype,
-        ours(fmt, fmt.quantise(weight), out),
+        ours(fmt, quantise(fmt, weight), out),
         lambda: functional.int8_vectorwise_dequant(codes, maxima).to(out.dtype),
     )
     fmt = get_format("nf4")
-    stored = fmt.quantise(weight)
+    stored = quantise(fmt, weight)
     packed, state = functional.quantize_4bit(weight.to(out.dtype), blocksize=64, quant_type="nf4")
     yield Case(
         "nf4",
@@ -147,9 +171,17 @@ def quanto_cases(weight: Tensor, out: Tensor) -> Iterator[Case]:
             name,
             "optimum-quanto",
             out.dtype,
-            ours(fmt, fmt.quantise(source), out),
+            ours(fmt, quantise(fmt, source), out),
             theirs.dequantize,
         )
+
+
+SCALES: Mapping[str, tuple[int, ...]] = MappingProxyType({
+    "Q6_K": (208,), "Q5_K": (0, 2), "Q4_K": (0, 2), "Q3_K": (108,), "Q2_K": (80, 82),
+    "Q5_1": (0, 2), "Q4_1": (0, 2), "TQ1_0": (52,), "TQ2_0": (64,), "MXFP4": (), "NVFP4": (),
+    "IQ1_M": (),
+})  # fmt: skip
+"""Where a block's fp16 scales begin; 0 for the other types."""
 
 
 def gguf_blocks(fmt: Gguf, rows: int, columns: int) -> Tensor:
@@ -157,10 +189,13 @@ def gguf_blocks(fmt: Gguf, rows: int, columns: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     size = (rows, columns // fmt.block, fmt.block_bytes)
     blocks = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
-    for start in (208,) if fmt.ggml_type == "Q6_K" else (0, 2):
+    for start in SCALES.get(fmt.ggml_type, (0,)):
         blocks[:, :, start : start + 2] = (
             torch.full(size[:2], 0.01).half()[:, :, None].view(torch.uint8)
         )
+    if fmt.ggml_type == "IQ1_M":  # the scale's four nibbles top the last four 16-bit numbers
+        blocks[:, :, [49, 51, 53, 55]] &= 15
+        blocks[:, :, 55] |= 0x20
     return blocks.view(rows, -1)
 
 
@@ -179,7 +214,7 @@ def gguf_cases(weight: Tensor, out: Tensor) -> Iterator[Case]:
 def cases(weight: Tensor, out: Tensor, formats: Sequence[str]) -> Iterator[Case]:
     """All comparisons that decode to the dtype and shape of ``out``; some formats, if any are
     named."""
-    for made in (torch_cases, bitsandbytes_cases, quanto_cases, gguf_cases):
+    for made in (torch_cases, kitchen_cases, bitsandbytes_cases, quanto_cases, gguf_cases):
         yield from (case for case in made(weight, out) if not formats or case.name in formats)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from penstock.engine.families.wan import forward
+from penstock.engine.families.wan.cost.transformer import TEXT_TOKENS
 from penstock.units import GIB
 from tests.meter import StorageMeter
 
@@ -56,7 +57,7 @@ def fake_inputs(latent: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """Model input, text states and image states; call it under a `FakeTensorMode`."""
     return (
         torch.empty(1, I2V_14B["in_channels"], *latent, dtype=DTYPE),
-        torch.empty(1, forward.TEXT_TOKENS, I2V_14B["text_dim"], dtype=DTYPE),
+        torch.empty(1, TEXT_TOKENS, I2V_14B["text_dim"], dtype=DTYPE),
         torch.empty(1, 257, I2V_14B["image_dim"], dtype=DTYPE),
     )
 

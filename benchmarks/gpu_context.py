@@ -18,6 +18,7 @@ from penstock.engine.bench.result import BenchResult, Links
 from penstock.engine.bench.weights import write_synthetic
 from penstock.engine.engine import Engine
 from penstock.engine.request.generation import GenerationRequest
+from penstock.profiles.options import Options
 from penstock.units import GIB, MIB
 
 LARGE_CONTEXT_BYTES = 800 * MIB
@@ -40,7 +41,7 @@ class Scale:
         large: width, height and frames of the large video; ``sizes`` of the speeds; ``small`` of
             the correctness cases.
         tokens, context: of the products and of attention.
-        delay_cycles: of the injected delays, in clock cycles of the device.
+        delay_cycles: of the injected delays, in clock passes of the device.
         tiles: rows and columns of the VAE's tiled case.
         peer_blocks: of the model, in bf16, that the peers work with.
     """
@@ -93,12 +94,8 @@ class Context:
 
     def engine(self, model: str, *, vram: int | None = None, **named: str) -> Engine:
         """A model opened, under a budget or under what is free."""
-        return Engine.open(
-            self.folder / model,
-            vram=vram,
-            device=self.scale.device,
-            **named,
-        )
+        options = Options(vram=vram, device=self.scale.device, **named)
+        return Engine.open(self.folder / model, options=options)
 
     def request(
         self, size: tuple[int, int, int], steps: int, *, guided: bool = False

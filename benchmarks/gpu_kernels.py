@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from benchmarks.gpu_context import Case, Context, finish
 from penstock.engine.attention.kernels import attention, int8_attention
+from penstock.formats.formats import get_format
+from penstock.quant.arithmetic import quantise
 from penstock.quant.compute import Operands, strategy_for
-from penstock.quant.format import get_format
 from penstock.quant.paths import Computing, Scratch
 from penstock.quant.probe import probe, working
 
@@ -64,7 +65,7 @@ def product(
     """Seconds of a linear over ``weight`` in a format."""
     rows, columns = context.scale.matrix
     device, fmt = context.device, get_format(name)
-    stored = {suffix: each.to(device) for suffix, each in fmt.quantise(weight).items()}
+    stored = {suffix: each.to(device) for suffix, each in quantise(fmt, weight).items()}
     computing = Computing(Scratch(2 * rows * columns, device), mode, works)
     path = strategy_for(computing, fmt, (rows, columns))
     operands = Operands(fmt, (rows, columns), stored, None)

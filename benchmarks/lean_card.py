@@ -24,6 +24,7 @@ from torch import Tensor
 
 from benchmarks.fake_dit import I2V_14B, SHAPES
 from penstock.engine.families.wan import forward
+from penstock.engine.families.wan.cost.transformer import TEXT_TOKENS
 
 TINY: dict[str, Any] = {"num_attention_heads": 2, "ffn_dim": 64, "added_kv_proj_dim": 256}
 CHUNKS = (1024, 2048, 4096, 8192, 16384, 1 << 20)
@@ -40,7 +41,7 @@ class Case:
         for parameter in self.model.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
         self.latents = self._random(config["in_channels"], *self.latent)
-        self.text = self._random(forward.TEXT_TOKENS, config["text_dim"])
+        self.text = self._random(TEXT_TOKENS, config["text_dim"])
         self.image = self._random(257, config["image_dim"])
         self.timestep = torch.tensor([713.0], device=device)
         context = forward.prepare_context(self.model, self.text, self.image)

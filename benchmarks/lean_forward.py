@@ -25,6 +25,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from penstock.engine.families.wan import forward
+from penstock.engine.families.wan.cost.transformer import TEXT_TOKENS
 from tests.meter import StorageMeter
 
 CONFIG: dict[str, Any] = {
@@ -50,7 +51,7 @@ class Case:
             parameter.data = parameter.data.to(dtype)
         self.model, self.chunk_tokens = model, chunk_tokens
         self.latents = torch.randn(1, CONFIG["in_channels"], *LATENT).to(dtype)
-        self.text = torch.randn(1, forward.TEXT_TOKENS, model.config.text_dim).to(dtype)
+        self.text = torch.randn(1, TEXT_TOKENS, model.config.text_dim).to(dtype)
         self.image = torch.randn(1, 257, CONFIG["image_dim"]).to(dtype)
         self.prepare()
 

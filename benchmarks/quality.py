@@ -53,8 +53,8 @@ from penstock.engine.families.wan.tiny import write_tiny_model
 from penstock.engine.files.locate import Files, locate
 from penstock.engine.packs.firstuse import FirstUse
 from penstock.engine.request.settings import Settings, resolve
+from penstock.formats.formats import writable
 from penstock.offload.layout import BlockLayout
-from penstock.quant.format import writable
 from penstock.quant.policy import default_policy
 from penstock.units import GIB
 

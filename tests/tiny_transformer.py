@@ -9,6 +9,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from penstock.engine.families.wan import forward
+from penstock.engine.families.wan.cost.transformer import TEXT_TOKENS
 
 TINY: dict[str, Any] = {
     "num_attention_heads": 2,
@@ -54,7 +55,7 @@ def inputs(
     config = model.config
     draw = torch.Generator().manual_seed(seed)
     latents = torch.randn(1, config.in_channels, *latent, generator=draw).to(dtype)
-    text = torch.randn(1, forward.TEXT_TOKENS, config.text_dim, generator=draw).to(dtype)
+    text = torch.randn(1, TEXT_TOKENS, config.text_dim, generator=draw).to(dtype)
     if config.image_dim is None:
         return latents, text, None
     image = torch.randn(1, image_tokens, config.image_dim, generator=draw).to(dtype)

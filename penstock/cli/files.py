@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ import typer
 
 from penstock.cli.terminal import Screen, say, warn
 from penstock.errors import PenstockError
+from penstock.folders import cache_folder
+
+log = logging.getLogger(__name__)
 
 cache_app = typer.Typer(help="List and remove the packs that were made on first use.")
 
@@ -42,15 +46,22 @@ def reported(debug: bool) -> Iterator[None]:
     try:
         yield
     except PenstockError as error:
+        log.info("the command failed", exc_info=True)
         if debug:
             raise
         warn(f"error: {error}")
         raise typer.Exit(error.exit_code) from error
     except OSError as error:
+        log.info("the system refused", exc_info=True)
         if debug:
             raise
         warn(f"error: {_told(error)}")
         raise typer.Exit(1) from error
+    except (typer.Exit, typer.Abort):
+        raise
+    except BaseException:
+        log.info("the command broke off", exc_info=True)
+        raise
 
 
 def _told(error: OSError) -> str:
@@ -141,7 +152,7 @@ def verify(
 def list_cache(as_json: Json = False, debug: Debug = False) -> None:
     """List the packs in the cache: size, and what they were made from."""
     from penstock.cli.progress import packs_table
-    from penstock.engine.packs.cache import cache_folder, cached_packs
+    from penstock.engine.packs.cache import cached_packs
 
     with reported(debug):
         packs = cached_packs(cache_folder())
@@ -154,7 +165,7 @@ def remove_cached(
     debug: Debug = False,
 ) -> None:
     """Remove a pack; `generate` makes it again when it is needed."""
-    from penstock.engine.packs.cache import cache_folder, remove_pack
+    from penstock.engine.packs.cache import remove_pack
     from penstock.units import format_bytes
 
     with reported(debug):

@@ -45,6 +45,7 @@ FLAGS: Mapping[str, Flag] = MappingProxyType(
         "disk": Flag(
             "Blocks from disk at every pass: auto, spare (memory first) or never.", "--disk-use"
         ),
+        "pinned_share": Flag("Of the RAM budget that may be page-locked, such as 0.5."),
     }
 )
 """Every option; all are words, as profiles spell them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import (
@@ -17,6 +17,7 @@ from rich.progress import (
 )
 
 from penstock.cli.memory import memory_told
+from penstock.closing import Closing
 from penstock.engine.packs.cache import CachedPack
 from penstock.engine.run.events import Event, Notice, PhaseEnded, PhaseStarted, Replanned
 from penstock.engine.run.events import Progress as Advance
@@ -26,7 +27,7 @@ from penstock.profiles.plan import ATTENTION, COMPUTE_PATHS, Plan
 from penstock.units import format_bytes
 
 
-class Display:
+class Display(Closing):
     """Shows the events of one job on ``console`` (stderr).
 
     Args:
@@ -41,12 +42,14 @@ class Display:
         self._task: TaskID | None = None
 
     def __enter__(self) -> Display:
-        self._context: AbstractContextManager[object] = self._bars or nullcontext()
-        self._context.__enter__()
+        if self._bars is not None:
+            self._bars.start()
         return self
 
-    def __exit__(self, *details: object) -> None:
-        self._context.__exit__(None, None, None)
+    def close(self) -> None:
+        """Leave the terminal as it stands."""
+        if self._bars is not None:
+            self._bars.stop()
 
     def show(self, event: Event) -> None:
         """Show one event."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
+from penstock.closing import Closing
 from penstock.engine.files.locate import Files
 from penstock.engine.lora.file import Lora
 from penstock.engine.media.claim import OutputClaim
@@ -44,8 +45,10 @@ from penstock.profiles.phases import Workload
 from penstock.profiles.plan import Plan
 from penstock.profiles.planner import smaller
 
+log = logging.getLogger(__name__)
 
-class Engine:
+
+class Engine(Closing):
     """A Wan2.1 model under a byte budget.
 
     Nothing of the model is loaded before a job needs it, and each part is given back after its
@@ -88,7 +91,7 @@ class Engine:
             options: budgets, device, profile, format and the rest of
                 `penstock.profiles.options.Options`.
             overlapped: stream ahead of the computation; False is the sequential reference.
-            cache: where packs are kept; None: `penstock.engine.packs.cache.cache_folder`.
+            cache: where packs are kept; None: `penstock.folders.cache_folder`.
             named: options by their names: ``vram="12GiB"`` is ``options=Options(vram="12GiB")``.
 
         Raises:
@@ -296,6 +299,7 @@ class Engine:
         vram_bytes, ram_bytes = self.hardware.vram_bytes, self.hardware.ram_bytes
         too_large = plan.peak_vram_bytes > vram_bytes or plan.peak_ram_bytes > ram_bytes
         if too_large or plan.attention != self.chosen.policy.attention:
+            log.info("planned anew: the job's own plan is for %s", plan.attention)
             return self.plan(request, kept=True)
         return replace(
             plan,
@@ -392,14 +396,3 @@ class Engine:
         if not self._jobs.device_lost:
             self.unload()
         self._variants.close()
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -8,6 +8,7 @@ once.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +35,8 @@ from penstock.profiles.policy import AUTO
 from penstock.profiles.profile import Chosen, choose, load
 from penstock.quant.paths import Computing, Scratch
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class BuiltIn:
@@ -58,11 +61,6 @@ class BuiltIn:
     def origin(self) -> str:
         """For messages."""
         return f"the built-in {self.name}"
-
-    @property
-    def image_to_video(self) -> bool:
-        """Whether a conditioning picture is needed."""
-        return self.manifest(self.chosen.formats[0]).image_to_video
 
     def manifest(self, weight_format: str) -> Manifest:
         """The model with its block matrices in that format.
@@ -119,7 +117,7 @@ class Prepared:
             model, files, loras, options, named: as `penstock.engine.engine.Engine.open`.
             synthetic: the name of a built-in description, in the place of a model.
             machine: another one than this, as `machine_of` describes it: nothing of it is tried.
-            cache: where packs are kept; None: `penstock.engine.packs.cache.cache_folder`.
+            cache: where packs are kept; None: `penstock.folders.cache_folder`.
 
         Raises:
             As `penstock.engine.engine.Engine.open`; UsageError: neither a model nor a description,
@@ -165,6 +163,7 @@ class Prepared:
         computing, products = computing_on(chosen.hardware.place, chosen.policy.compute)
         heads, tag = model.manifest.heads, model.streamed.tag
         chosen, attention = attending_on(chosen, heads, tag)
+        log.debug("on this device: %s", (*products, *attention))
         return cls(Variants(model, chosen, computing, cache), chosen, (*products, *attention))
 
     @classmethod
@@ -203,8 +202,8 @@ class Prepared:
         return self.chosen.hardware
 
     def plan(self, asked: GenerationRequest | Workload, *, kept: bool = False) -> Plan:
-        """What a job takes: of a request, which must suit the model, or of a shape, whatever it
-        shows.
+        """What a job takes: of a request, which must suit the model's files, or of a shape,
+        whatever it shows.
 
         Args:
             asked: the request or the shape.
@@ -215,7 +214,8 @@ class Prepared:
             RequestError: the request does not suit the model.
         """
         if isinstance(asked, GenerationRequest):
-            check_task(asked, image_to_video=self.about.image_to_video)
+            if isinstance(self._plans, Variants):
+                check_task(asked, image_to_video=self.model.image_to_video)
             asked = workload_of(asked, kept=kept)
         return self._plans.plan(asked)
 
@@ -247,7 +247,11 @@ def machine_of(
 
 def _chosen(options: Options, machine: Hardware | None) -> Chosen:
     hardware = machine or probe(_device_type(options.device or AUTO))
-    return choose(load(options.profile or AUTO), options, hardware)
+    log.debug("asked for %s on %s", options, hardware)
+    chosen = choose(load(options.profile or AUTO), options, hardware)
+    for origin in chosen.origins:
+        log.debug("%s is %s: %s", origin.name, origin.value, origin.source)
+    return chosen
 
 
 def _device_type(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,11 @@ from penstock.engine.attention.choice import attention_numerics
 from penstock.engine.machine.memory import resident_bytes
 from penstock.engine.model.files import ModelFiles
 from penstock.engine.model.storage import block_format
-from penstock.engine.packs.cache import cache_folder
 from penstock.engine.packs.firstuse import FirstUse
 from penstock.engine.store.sums import how_told
 from penstock.errors import JobLocked
+from penstock.folders import cache_folder
+from penstock.formats.formats import get_format
 from penstock.profiles.advice import plan_chosen
 from penstock.profiles.phases import Manifest, Workload, compute_path
 from penstock.profiles.plan import Plan
@@ -24,10 +26,10 @@ from penstock.units import format_bytes
 
 if TYPE_CHECKING:
     from penstock.engine.run.stage import Stage
+    from penstock.formats.scaled import Gemm
     from penstock.quant.probe import PathReport
-    from penstock.quant.scaled import Gemm
 
-_PLAIN = ("bf16", "fp16", "fp32")
+log = logging.getLogger(__name__)
 
 
 def computing_on(device: str, mode: Mode) -> tuple[Computing, tuple[str, ...]]:
@@ -64,7 +66,7 @@ class Variants:
         model: as its files hold it.
         chosen: budgets, policy and formats.
         computing: how quantised linears compute.
-        cache: where packs are kept; None: `penstock.engine.packs.cache.cache_folder`.
+        cache: where packs are kept; None: `penstock.folders.cache_folder`.
         described: the machine is only described: which 8-bit products it has, its rates say.
     """
 
@@ -100,7 +102,7 @@ class Variants:
     def _offered(self, name: str) -> Manifest:
         origin, stored = self._chosen.formats_from, self._stored_format
         kept = origin == "default" or (
-            origin != "flag" and (stored not in _PLAIN or name in _PLAIN)
+            origin != "flag" and (not get_format(stored).plain or get_format(name).plain)
         )
         manifest: Manifest = (self.stored if kept else self.named(name)).manifest
         return manifest.undecided() if self._described else manifest
@@ -119,6 +121,7 @@ class Variants:
         if name == self._stored_format:
             return None
         if name not in self._packs:
+            log.debug("the files hold %s, wanted is %s", self._stored_format, name)
             self._open(FirstUse.of(self.stored.streamed.source, name, self._cache))
         return self._packs[name][0]
 

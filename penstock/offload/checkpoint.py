@@ -12,10 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from penstock.closing import Closing
 from penstock.errors import CheckpointError, PickleRefused, TensorMismatch
+from penstock.formats.tags import TORCH_NAMES
 from penstock.offload.files import FileStamp, WeightFile, check_stamp, looked_at, unreadable
 from penstock.offload.header import (
     MAX_HEADER_BYTES,
@@ -30,16 +32,6 @@ from penstock.offload.header import (
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-_TORCH_DTYPES = MappingProxyType({
-    "BOOL": "bool", "U8": "uint8", "I8": "int8",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "I16": "int16", "U16": "uint16", "F16": "float16", "BF16": "bfloat16",
-    "I32": "int32", "U32": "uint32", "F32": "float32",
-    "I64": "int64", "U64": "uint64", "F64": "float64", "C64": "complex64",
-})  # fmt: skip
 
 _STEMS = ("model", "diffusion_pytorch_model")
 PICKLES = (".bin", ".ckpt", ".pth", ".pt", ".pkl")
@@ -57,22 +49,22 @@ def torch_dtype(tag: str) -> torch.dtype:
     Raises:
         TensorMismatch: the tag names a packed type, which has no torch type of its own.
     """
-    if tag not in _TORCH_DTYPES:
+    if tag not in TORCH_NAMES:
         raise TensorMismatch(
             "no torch type holds these elements",
-            expected=", ".join(_TORCH_DTYPES),
+            expected=", ".join(TORCH_NAMES),
             found=tag,
             remedy="Packed types are read as bytes and unpacked by their format.",
         )
     import torch
 
-    dtype: torch.dtype = getattr(torch, _TORCH_DTYPES[tag])
+    dtype: torch.dtype = getattr(torch, TORCH_NAMES[tag])
     return dtype
 
 
 def view_as_stored(flat: Tensor, dtype: str, shape: tuple[int, ...]) -> Tensor:
     """Bytes (uint8, 1-D) as the tensor they store, uncopied; packed types stay flat bytes."""
-    return flat.view(torch_dtype(dtype)).view(shape) if dtype in _TORCH_DTYPES else flat
+    return flat.view(torch_dtype(dtype)).view(shape) if dtype in TORCH_NAMES else flat
 
 
 @dataclass(frozen=True)
@@ -93,7 +85,7 @@ class TensorEntry:
     stamp: FileStamp | None = field(default=None, repr=False)
 
 
-class Checkpoint(Mapping[str, TensorEntry]):
+class Checkpoint(Mapping[str, TensorEntry], Closing):
     """The tensors of a checkpoint by name, in the order of files and bytes.
 
     Attributes:
@@ -178,7 +170,7 @@ class Checkpoint(Mapping[str, TensorEntry]):
 
         entry = self._entries[name]
         wanted = [int(row) for row in rows]
-        count = entry.shape[0] if entry.shape and entry.dtype in _TORCH_DTYPES else 0
+        count = entry.shape[0] if entry.shape and entry.dtype in TORCH_NAMES else 0
         outside = next((row for row in wanted if not 0 <= row < count), None)
         if outside is not None:
             raise TensorMismatch(
@@ -212,17 +204,6 @@ class Checkpoint(Mapping[str, TensorEntry]):
         """Close the files; the entries stay, and a later read opens them again."""
         self._open_files.clear()
         self._stack.close()
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def find_checkpoint(folder: Path) -> Path:

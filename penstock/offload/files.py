@@ -12,14 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
+from penstock.blocks import PAGE_BYTES
+from penstock.closing import Closing
 from penstock.errors import CheckpointChanged, CheckpointError
 from penstock.regular import open_unbuffered
-
-DIRECT_ALIGNMENT = 4096
-"""Direct reads want offsets, addresses and lengths in multiples of this (the page size covers the
-logical block size of every disk that open(2) speaks of)."""
 
 _NO_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
 
@@ -65,7 +62,7 @@ def _difference(found: FileStamp, stamp: FileStamp) -> str:
     return "a newer time of change"
 
 
-class WeightFile:
+class WeightFile(Closing):
     """An open file that is read at positions, from any number of threads at once.
 
     Args:
@@ -124,7 +121,7 @@ class WeightFile:
             CheckpointChanged: the file ends too early.
             CheckpointError: the disk reports an error.
         """
-        aligned = on_page and offset % DIRECT_ALIGNMENT == 0
+        aligned = on_page and offset % PAGE_BYTES == 0
         direct = self._read_direct(target, offset) if self.direct and aligned else 0
         done = direct
         while done < len(target):
@@ -140,9 +137,9 @@ class WeightFile:
     def _read_direct(self, target: memoryview, offset: int) -> int:
         """Whole pages of ``target``, as many as come; the caller reads what is left."""
         assert self._direct_fd is not None
-        whole = len(target) - len(target) % DIRECT_ALIGNMENT
+        whole = len(target) - len(target) % PAGE_BYTES
         done = 0
-        while done < whole and done % DIRECT_ALIGNMENT == 0:
+        while done < whole and done % PAGE_BYTES == 0:
             try:
                 count = os.preadv(self._direct_fd, [target[done:whole]], offset + done)
             except OSError as error:
@@ -179,17 +176,6 @@ class WeightFile:
         descriptor, self._direct_fd = self._direct_fd, None
         if descriptor is not None:
             os.close(descriptor)
-
-    def __enter__(self) -> WeightFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 @contextmanager

@@ -18,60 +18,27 @@ from types import MappingProxyType
 from typing import IO, Any
 
 from penstock.errors import HeaderError
+from penstock.formats.gguf import GGML_TYPES
 from penstock.offload.checkpoint import TensorEntry
 from penstock.offload.files import FileStamp
+from penstock.offload.header import MAX_TENSORS
 from penstock.regular import open_regular
 from penstock.units import align_up
 
 MAGIC = b"GGUF"
-PREFIX = "GGUF_"
-"""Begins the dtype tag of an entry whose bytes are blocks of a ggml type: ``"GGUF_Q8_0"``."""
-
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 """Metadata key (followed by a tensor's name) of the shape it had before it was stored flat.
 Source: ComfyUI-GGUF's converter."""
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_INLINE_ITEMS = 4096
+MAX_ITEMS = 1 << 21
+"""Metadata pairs, strings of arrays and items of short arrays, all together: they are visited one
+by one. A tokenizer of 256,000 pieces has a quarter of them."""
+
 _MAX_DIMS = 8
 _MAX_NAME_BYTES = 1024
-
-# ggml type id -> (tag, elements of a block, bytes of a block). Source: ggml's `ggml.h`.
-GGML_TYPES: Mapping[int, tuple[str, int, int]] = MappingProxyType(
-    {
-        0: ("F32", 1, 4),
-        1: ("F16", 1, 2),
-        2: ("GGUF_Q4_0", 32, 18),
-        3: ("GGUF_Q4_1", 32, 20),
-        6: ("GGUF_Q5_0", 32, 22),
-        7: ("GGUF_Q5_1", 32, 24),
-        8: ("GGUF_Q8_0", 32, 34),
-        10: ("GGUF_Q2_K", 256, 84),
-        11: ("GGUF_Q3_K", 256, 110),
-        12: ("GGUF_Q4_K", 256, 144),
-        13: ("GGUF_Q5_K", 256, 176),
-        14: ("GGUF_Q6_K", 256, 210),
-        16: ("GGUF_IQ2_XXS", 256, 66),
-        17: ("GGUF_IQ2_XS", 256, 74),
-        18: ("GGUF_IQ3_XXS", 256, 98),
-        19: ("GGUF_IQ1_S", 256, 50),
-        20: ("GGUF_IQ4_NL", 32, 18),
-        21: ("GGUF_IQ3_S", 256, 110),
-        22: ("GGUF_IQ2_S", 256, 82),
-        23: ("GGUF_IQ4_XS", 256, 136),
-        24: ("I8", 1, 1),
-        25: ("I16", 1, 2),
-        26: ("I32", 1, 4),
-        27: ("I64", 1, 8),
-        28: ("F64", 1, 8),
-        29: ("GGUF_IQ1_M", 256, 56),
-        30: ("BF16", 1, 2),
-    }
-)
-BLOCK_SIZES: Mapping[str, tuple[int, int]] = MappingProxyType(
-    {tag: (block, nbytes) for tag, block, nbytes in GGML_TYPES.values()}
-)
-"""Elements and bytes of a block, by dtype tag."""
+_SHOWN = 200
 
 _SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
@@ -123,15 +90,6 @@ def is_gguf(path: Path) -> bool:
         return file.read(len(MAGIC)) == MAGIC
 
 
-def block_size(dtype: str) -> tuple[int, int]:
-    """Elements and bytes of one block of a ``GGUF_*`` dtype tag.
-
-    Raises:
-        KeyError: not such a tag.
-    """
-    return BLOCK_SIZES[dtype]
-
-
 def read_gguf(path: Path) -> GgufHeader:
     """Read and check the header of the GGUF file ``path``.
 
@@ -143,6 +101,9 @@ def read_gguf(path: Path) -> GgufHeader:
         cursor = _Cursor(file, path)
         version = _version(cursor)
         tensor_count, pair_count = cursor.counts("QQ", (24, 13))
+        if tensor_count > MAX_TENSORS:
+            raise cursor.error(f"{tensor_count:,} tensors", expected=f"at most {MAX_TENSORS:,}")
+        cursor.spend(pair_count, "pairs of metadata")
         metadata = _metadata(cursor, pair_count)
         infos = [_tensor_info(cursor) for _ in range(tensor_count)]
         start = align_up(cursor.position, _alignment(cursor, metadata))
@@ -159,6 +120,13 @@ class _Cursor:
         self.stamp = FileStamp.of(os.fstat(file.fileno()))
         self.path, self.size, self.position = path, self.stamp.size, 0
         self._file, self._end = file, min(self.size, MAX_HEADER_BYTES)
+        self._items = MAX_ITEMS
+
+    def spend(self, count: int, what: str) -> None:
+        """Take ``count`` of the items that a header may have."""
+        if count > self._items:
+            raise self.error(f"{count:,} {what}", expected=f"at most {MAX_ITEMS:,} items in all")
+        self._items -= count
 
     def take(self, nbytes: int, what: str) -> bytes:
         self._room(nbytes, what)
@@ -203,7 +171,7 @@ class _Cursor:
         return HeaderError(
             f"{self.path} has a damaged GGUF header",
             expected=expected,
-            found=found,
+            found=found if len(found) <= _SHOWN else found[:_SHOWN] + "...",
             remedy="The file is incomplete or was changed: download it again.",
         )
 
@@ -253,6 +221,8 @@ def _array(cursor: _Cursor, key: str) -> tuple[Any, ...] | LongArray:
         raise cursor.error(f"an array of type {kind} in {key!r}", expected="scalars or strings")
     item_bytes = 8 if kind == _STRING else struct.calcsize("<" + _SCALARS[kind])
     (count,) = cursor.counts("Q", (item_bytes,))
+    if kind == _STRING or count <= MAX_INLINE_ITEMS:
+        cursor.spend(count, f"items of {key!r:.80}")
     if count <= MAX_INLINE_ITEMS:
         return tuple(_value(cursor, kind, key) for _ in range(count))
     array = LongArray(kind, count, cursor.position)
@@ -313,7 +283,13 @@ def _entries(
 
 def _entry(cursor: _Cursor, info: _Info, start: int, metadata: Mapping[str, Any]) -> TensorEntry:
     if info.kind not in GGML_TYPES:
-        raise cursor.error(f"type {info.kind} of {info.name!r}", expected="a known ggml type")
+        raise HeaderError(
+            f"{cursor.path} holds weights of a type that penstock does not know",
+            expected="a ggml type up to NVFP4 (40)",
+            found=f"type {info.kind} of {info.name!r}",
+            remedy="The file may be newer than penstock: take the Q8_0, Q6_K or Q4_K_M file of the "
+            "same model.",
+        )
     tag, block, block_bytes = GGML_TYPES[info.kind]
     elements = math.prod(info.shape)
     row = info.shape[-1] if info.shape else 1
@@ -339,10 +315,14 @@ def _original_shape(
     shape = metadata.get(ORIGINAL_SHAPE + info.name)
     if shape is None:
         return info.shape
-    whole = isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape)
+    whole = (
+        isinstance(shape, tuple)
+        and len(shape) <= _MAX_DIMS
+        and all(type(n) is int and n >= 0 for n in shape)
+    )
     if not whole or math.prod(shape) != elements:
         raise cursor.error(
-            f"original shape {shape} of {info.name!r}", expected=f"{elements} elements"
+            f"original shape {shape!r:.80} of {info.name!r}", expected=f"{elements} elements"
         )
     return tuple(shape)
 

@@ -1,7 +1,7 @@
 """One block of weights as one contiguous, aligned run of bytes: one buffer, one copy.
 
-The same bytes lie in the host slab and in the device slot, so a block is copied at once, and its
-tensors are views. What pads the tensors is never looked at.
+The same bytes lie in the host's staging buffer and in the device's slot, so a block is copied at
+once, and its tensors are views. What pads the tensors is never looked at.
 """
 
 from __future__ import annotations
@@ -12,15 +12,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
+from penstock.blocks import PAGE_BYTES, TENSOR_ALIGNMENT
 from penstock.offload.checkpoint import TensorEntry, view_as_stored
-from penstock.offload.files import DIRECT_ALIGNMENT, FileStamp
+from penstock.offload.files import FileStamp
 from penstock.units import align_up
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-TENSOR_ALIGNMENT = 64
-"""As torch's own CPU allocator places tensors: kernels take the same path, with the same bits."""
 
 _LONGEST_GAP = 4096
 """Bytes between two tensors of a file that are rather read along than skipped (padding tensors)."""
@@ -94,7 +92,7 @@ class BlockLayout:
             places=MappingProxyType({name: places[name] for name in entries}),
             extents=tuple(packer.extents),
             stamps=MappingProxyType({entry.file: entry.stamp for entry in entries.values()}),
-            nbytes=align_up(packer.end, DIRECT_ALIGNMENT),
+            nbytes=align_up(packer.end, PAGE_BYTES),
         )
 
     @property
@@ -134,8 +132,8 @@ class _Packer:
             length = offset + entry.nbytes - last.buffer_offset
             self.extents[-1] = Extent(last.file, last.file_offset, length, last.buffer_offset)
         else:
-            on_page = entry.offset % DIRECT_ALIGNMENT == 0
-            offset = align_up(self.end, DIRECT_ALIGNMENT if on_page else TENSOR_ALIGNMENT)
+            on_page = entry.offset % PAGE_BYTES == 0
+            offset = align_up(self.end, PAGE_BYTES if on_page else TENSOR_ALIGNMENT)
             self.extents.append(Extent(entry.file, entry.offset, entry.nbytes, offset))
         self.end = offset + entry.nbytes
         return offset

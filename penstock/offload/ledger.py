@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import threading
-from types import TracebackType
 
+from penstock.closing import Closing
 from penstock.errors import LedgerOverflow, UsageError
 from penstock.units import format_bytes
 
 _NAMED_HOLDERS = 4
 
 
-class Reservation:
+class Reservation(Closing):
     """Bytes held in a ledger until released; a context manager.
 
     Attributes:
@@ -23,22 +23,11 @@ class Reservation:
         self._ledger: ByteLedger | None = ledger
         self.label, self.nbytes = label, nbytes
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Give the bytes back; a second call does nothing."""
         ledger, self._ledger = self._ledger, None
         if ledger is not None:
             ledger._give_back(self.label, self.nbytes)
-
-    def __enter__(self) -> Reservation:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.release()
 
 
 class ByteLedger:

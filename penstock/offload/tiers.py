@@ -25,8 +25,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from penstock.blocks import PAGE_BYTES
 from penstock.offload import depth
-from penstock.offload.files import DIRECT_ALIGNMENT, FileStamp, WeightFile
+from penstock.offload.files import FileStamp, WeightFile
 from penstock.offload.layout import BlockLayout, Extent, Inspector
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.schedule import Queue, Ref
@@ -139,7 +140,7 @@ def _pieces(extent: Extent, start: int, stop: int) -> Iterator[Extent]:
 
 def _job(file: WeightFile, piece: Extent, target: memoryview, start: int) -> Callable[[], int]:
     """The read of ``piece`` into ``target``, which is on a page and at ``start`` of the block."""
-    on_page = (piece.buffer_offset - start) % DIRECT_ALIGNMENT == 0
+    on_page = (piece.buffer_offset - start) % PAGE_BYTES == 0
     view = _part(target, piece, start)
     return partial(file.read_into, view, piece.file_offset, on_page=on_page)
 
@@ -224,8 +225,8 @@ class HostTier:
         Raises:
             LedgerOverflow: not even a page is left.
         """
-        room = self._ledger.free - self._ledger.free % DIRECT_ALIGNMENT
-        size = max(min(nbytes, most_bytes, room), DIRECT_ALIGNMENT)
+        room = self._ledger.free - self._ledger.free % PAGE_BYTES
+        size = max(min(nbytes, most_bytes, room), PAGE_BYTES)
         with self.buffers("staging", [size]) as (buffer,):
             yield buffer
 
@@ -361,7 +362,7 @@ class CpuLink:
 
 class CudaLink:
     """A copy stream beside the compute stream, with events both ways; the host waits only where a
-    slab is to be read into again (in the reading thread).
+    staging buffer is to be read into again (in the reading thread).
 
     Args:
         device: a CUDA device; the compute queue is its current stream, whichever that is.

@@ -26,7 +26,7 @@ class Options:
         vram, ram: ceilings, such as "12GiB" or bytes.
         device: "cuda", "cpu" or "auto" (CUDA where there is one).
         profile: a profile's name or the path of its file.
-        format: of the transformer's matrices (`penstock.quant.format.FORMATS`). Where the files
+        format: of the transformer's matrices (`penstock.formats.formats.FORMATS`). Where the files
             hold another, the first job packs the transformer, and it is read from there.
         compute: "exact" decodes quantised weights, "fast" multiplies in 8 bits where the format
             allows it and the device has just shown that it can.
@@ -37,6 +37,7 @@ class Options:
         tiles: of the VAE, "ROWSxCOLUMNS" or "auto".
         cross_kv: where cross-attention K/V are kept: "auto", "vram" or "ram".
         disk: whether blocks may stream from disk at every pass: "auto", "spare" or "never".
+        pinned_share: of the RAM budget that may be page-locked, above 0 and up to 1.
 
     Raises:
         UsageError, ProfileError: an illegal value; says what was expected.
@@ -54,6 +55,7 @@ class Options:
     tiles: str | None = None
     cross_kv: str | None = None
     disk: str | None = None
+    pinned_share: str | float | None = None
 
     def __post_init__(self) -> None:
         for name in ("vram", "ram"):
@@ -69,6 +71,22 @@ class Options:
                 "unknown device", expected="auto, cuda or cpu", found=brief(self.device)
             )
         policy_of(self.policy, Policy())
+        if self.share is not None and not 0 < self.share <= 1:
+            raise self._no_share()
+
+    @property
+    def share(self) -> float | None:
+        """``pinned_share`` as a number."""
+        if self.pinned_share is None:
+            return None
+        try:
+            return float(self.pinned_share)
+        except (TypeError, ValueError) as error:
+            raise self._no_share() from error
+
+    def _no_share(self) -> UsageError:
+        expected = "a share of RAM, above 0 and up to 1"
+        return UsageError("illegal pinned_share", expected=expected, found=repr(self.pinned_share))
 
     @property
     def given(self) -> dict[str, Any]:

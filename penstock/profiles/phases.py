@@ -6,17 +6,20 @@ best of its shapes inside limits, and the smallest.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Generic, Protocol, TypeVar
 
-from penstock.profiles.manifest import ComputePath, Heads, Prefetch, Storage, VideoShape
+from penstock.formats.formats import FORMATS
+from penstock.profiles.manifest import ComputePath, Heads, Picture, Prefetch, Storage, VideoShape
 from penstock.profiles.plan import Items, PhasePlan
 from penstock.profiles.policy import Limits, Policy
 from penstock.profiles.rates import Rates
 from penstock.profiles.streams import Network, Pace, Stream, all_streams, staging_bytes
 from penstock.units import MIB
+
+log = logging.getLogger(__name__)
 
 ENCODER_BYTES_PER_PIXEL = 240
 """Host memory of libx264's look-ahead and references, a pixel of one frame: measured on
@@ -45,8 +48,9 @@ HOLES = "holes between tensors"
 beside their tensors, frames of many sizes that come and go."""
 
 
-EIGHT_BIT: Mapping[str, ComputePath] = MappingProxyType({"fp8": "fp8", "int8": "int8"})
-"""Formats whose matrices may multiply in 8 bits, and how."""
+FIRST_FRAME = (0, 1)
+"""Frames of a conditioning clip that differ from the one before, where it is a picture and then
+empty frames."""
 
 Group = tuple[PhasePlan, ...]
 
@@ -57,12 +61,20 @@ class Workload:
 
     Attributes:
         kept: the job is kept while it runs: host memory holds what is being saved or read again.
+        written: a file is made of the frames at the end.
+        picture: that the video starts from; None: there is none, or none is known yet and it is
+            taken to be as large as the video.
+        changes: frames of the conditioning clip that may differ from the one before, the first
+            among them; None: any may.
     """
 
     shape: VideoShape
     steps: int
     guided: bool
     kept: bool = False
+    written: bool = True
+    picture: Picture | None = None
+    changes: tuple[int, ...] | None = FIRST_FRAME
 
     @property
     def branches(self) -> int:
@@ -228,7 +240,7 @@ class OnePass:
             + self.elements * rates.element_s
         )
         loaded = blocks.copied_bytes + self.rest_bytes
-        for stream in all_streams(self.network, Pace(compute_s, cycles=1), rates):
+        for stream in all_streams(self.network, Pace(compute_s, passes=1), rates):
             room = limits.ram_bytes - sum(count for _, count in self.ram_work)
             yield PhasePlan(
                 self.name,
@@ -301,8 +313,16 @@ class Mux:
 
 def best_of(groups: Iterable[Group], limits: Limits) -> Group | None:
     """The fastest of those that fit; ties go to fewer bytes."""
-    fitting = [group for group in groups if group_fits(group, limits)]
-    return min(fitting, key=group_key, default=None)
+    return min(fitting(groups, limits), key=group_key, default=None)
+
+
+def fitting(groups: Iterable[Group], limits: Limits) -> Iterator[Group]:
+    """Those of ``groups`` that fit, as they come."""
+    for group in groups:
+        if group_fits(group, limits):
+            yield group
+        else:
+            log.debug("refused, does not fit: %s", group[-1])
 
 
 def group_key(group: Group) -> tuple[float, int]:
@@ -315,7 +335,7 @@ def compute_path(stored: Storage, policy: Policy, rates: Rates) -> ComputePath:
     that is only described, as its rates say."""
     if stored.path is not None:
         return stored.path
-    eight_bit = EIGHT_BIT.get(stored.format)
+    eight_bit = FORMATS[stored.format].gemm if stored.format in FORMATS else None
     if policy.compute == "fast" and eight_bit and rates.product_flops(eight_bit):
         return eight_bit
     return "dequant" if stored.scratch_bytes else "plain"

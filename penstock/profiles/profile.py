@@ -11,12 +11,12 @@ from importlib.resources import files
 from pathlib import Path
 
 from penstock.errors import ProfileError, UsageError, brief
-from penstock.profiles.formats import get_format
+from penstock.folders import config_folder
+from penstock.formats.formats import get_format
 from penstock.profiles.hardware import Hardware
 from penstock.profiles.options import Options
 from penstock.profiles.plan import Origin
 from penstock.profiles.policy import AUTO, Policy, policy_of
-from penstock.profiles.rates import config_dir
 from penstock.regular import read_regular
 from penstock.units import format_bytes, parse_bytes
 
@@ -121,12 +121,12 @@ def choose(profile: Profile, options: Options, hardware: Hardware) -> Chosen:
         else:
             budgets[name], source = free_bytes, f"free on {hardware.name}, less a reserve"
         origins.append(Origin(name, format_bytes(budgets[name]), source))
-    pinned_bytes = int(profile.pinned_share * budgets["ram"])
+    share = profile.pinned_share if options.share is None else options.share
+    pinned_bytes = int(share * budgets["ram"])
     formats = profile.formats if options.format is None else (options.format,)
     formats_from = _source(options.format is not None, "formats", profile)
-    origins.append(
-        Origin("pinned", format_bytes(pinned_bytes), _source(False, "pinned_share", profile))
-    )
+    pinned_from = _source(options.share is not None, "pinned_share", profile)
+    origins.append(Origin("pinned", format_bytes(pinned_bytes), pinned_from))
     origins.append(Origin("format", ", ".join(formats), formats_from))
     policy = policy_of(options.policy, profile.policy)
     origins += [
@@ -203,11 +203,19 @@ def _is_there(path: Path) -> bool:
 
 
 def _own_dir(folder: Path | None) -> Path:
-    return config_dir() / "profiles" if folder is None else folder
+    return config_folder() / "profiles" if folder is None else folder
+
+
+_MAX_BYTES = 256 << 10
 
 
 def _text(path: Path) -> str:
     try:
+        size = path.stat().st_size
+        if size > _MAX_BYTES:
+            raise ProfileError(
+                f"{path} is no profile", expected=f"at most {_MAX_BYTES:,} bytes", found=f"{size:,}"
+            )
         return read_regular(path).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ProfileError(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from penstock.errors import ProfileError
+from penstock.folders import config_folder
 from penstock.regular import read_regular
 
 TINY_CHUNK, SMALL_CHUNK = 2, 32
@@ -100,19 +99,6 @@ class Rates:
         return share * self.overhead_s + (1 - share) * tiny_s
 
 
-def config_dir() -> Path:
-    """Where a user's own profiles and measured rates are: ``$PENSTOCK_CONFIG``, or the platform's
-    place for settings."""
-    named = os.environ.get("PENSTOCK_CONFIG")
-    if named:
-        return Path(named)
-    if sys.platform == "win32":
-        return Path(os.environ.get("APPDATA", Path.home() / "AppData/Roaming")) / "penstock"
-    if sys.platform == "darwin":
-        return Path.home() / "Library/Application Support/penstock"
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "penstock"
-
-
 def stored_rates(machine: str, folder: Path | None = None) -> Rates | None:
     """The rates measured on ``machine``, or None.
 
@@ -133,7 +119,7 @@ def store_rates(machine: str, rates: Rates, folder: Path | None = None) -> Path:
 
 
 def _file(folder: Path | None) -> Path:
-    return (config_dir() if folder is None else folder) / "rates.json"
+    return (config_folder() if folder is None else folder) / "rates.json"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -141,7 +127,7 @@ def _read(path: Path) -> dict[str, Any]:
         value = json.loads(read_regular(path).decode("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, str(error)) from error
     if not isinstance(value, dict):
         raise _damaged(path, type(value).__name__)

@@ -19,7 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from penstock.quant.format import QuantFormat
+from penstock.formats.formats import QuantFormat
+from penstock.formats.rows import Shape
+from penstock.formats.scaled import E4M3_MAX, INT8_MAX, Scaled8
+from penstock.quant.arithmetic import dequantise
 from penstock.quant.paths import (
     DEFAULT_CHUNK_BYTES,
     GEMM_MULTIPLE,
@@ -29,9 +32,8 @@ from penstock.quant.paths import (
     gemm_fixed_bytes,
     gemm_token_bytes,
 )
-from penstock.quant.plain import Plain
-from penstock.quant.rows import Shape
-from penstock.quant.scaled import E4M3_MAX, INT8_MAX, Scaled8
+from penstock.quant.values.rotation import unit_rotation
+from penstock.quant.values.scaled import operands
 
 _CUDA_MIN_ROWS = 17
 
@@ -46,7 +48,7 @@ class Operands:
     bias: Tensor | None
 
 
-class Compute(Protocol):
+class LinearPath(Protocol):
     """One way to apply a quantised linear."""
 
     @property
@@ -65,13 +67,13 @@ class Dequant:
     path: Path = field(default="dequant", init=False)
 
     def __call__(self, linear: Operands, x: Tensor) -> Tensor:
-        """As `Compute`; a plain weight already in the dtype of ``x`` is used where it lies."""
+        """As `LinearPath`; a plain weight already in the dtype of ``x`` is used where it lies."""
         bias = None if linear.bias is None else linear.bias.to(x.dtype)
-        if isinstance(linear.format, Plain) and linear.tensors["weight"].dtype == x.dtype:
+        if linear.format.plain and linear.tensors["weight"].dtype == x.dtype:
             return F.linear(x, linear.tensors["weight"], bias)
         out = self.scratch.view(linear.shape, x.dtype)
         return F.linear(
-            x, linear.format.dequantise(linear.tensors, linear.shape, x.dtype, out), bias
+            x, dequantise(linear.format, linear.tensors, linear.shape, x.dtype, out), bias
         )
 
 
@@ -89,7 +91,7 @@ class Fp8Gemm:
     path: Path = field(default="fp8", init=False)
 
     def __call__(self, linear: Operands, x: Tensor) -> Tensor:
-        """As `Compute`."""
+        """As `LinearPath`."""
         rowwise = self.rowwise and x.dtype == torch.bfloat16
         product = _rowwise_fp8(linear) if rowwise else _unit_fp8(linear)
         size = gemm_token_bytes(linear.shape, x.device.type, rowwise=rowwise)
@@ -108,10 +110,15 @@ class Int8Gemm:
     path: Path = field(default="int8", init=False)
 
     def __call__(self, linear: Operands, x: Tensor) -> Tensor:
-        """As `Compute`."""
+        """As `LinearPath`."""
         weight, row_scale = _operands(linear)
 
+        rotation = linear.format.rotation if isinstance(linear.format, Scaled8) else 0
+
         def product(tokens: Tensor, out: Tensor) -> None:
+            if rotation:
+                turned = unit_rotation(tokens.float().contiguous(), rotation)
+                tokens = turned.mul_(rotation**-0.5)
             codes, token_scale = quantise_tokens(tokens, torch.int8)
             rows = len(codes)
             if codes.is_cuda and rows < _CUDA_MIN_ROWS:
@@ -119,7 +126,7 @@ class Int8Gemm:
             part = torch._int_mm(codes, weight.t())[:rows]
             _rescale(part, token_scale, row_scale, linear.bias, out)
 
-        size = gemm_token_bytes(linear.shape, x.device.type)
+        size = gemm_token_bytes(linear.shape, x.device.type, rotated=bool(rotation))
         return _by_tokens(product, linear.shape, x, size, self.chunk_bytes)
 
 
@@ -149,7 +156,7 @@ def _operands(linear: Operands) -> tuple[Tensor, Tensor]:
     """The 8-bit weight and its rows' scales: fp32, contiguous, (1, rows)."""
     if not isinstance(linear.format, Scaled8):
         raise TypeError(f"{linear.format.name} has no 8-bit operands")
-    weight, scale = linear.format.operands(linear.tensors)
+    weight, scale = operands(linear.format, linear.tensors)
     if scale is None:
         scale = torch.ones(1, 1, device=weight.device)
     return weight, scale.float().reshape(1, -1).expand(1, len(weight)).contiguous()
@@ -213,7 +220,7 @@ def _by_tokens(
     return out.view(*x.shape[:-1], shape[0])
 
 
-def strategy_for(computing: Computing, fmt: QuantFormat, shape: Shape) -> Compute:
+def strategy_for(computing: Computing, fmt: QuantFormat, shape: Shape) -> LinearPath:
     """What computes one linear on the path that ``computing`` chooses."""
     path = computing.path_for(fmt, shape)
     if path == "dequant":

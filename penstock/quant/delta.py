@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from penstock.quant.rows import Shape
+from penstock.formats.rows import Shape
 
 
 @dataclass(frozen=True)

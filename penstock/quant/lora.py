@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from penstock.errors import TensorMismatch
+from penstock.formats.formats import FORMATS, QuantFormat
+from penstock.formats.plain import Plain
 from penstock.quant.compute import strategy_for
 from penstock.quant.delta import Delta
-from penstock.quant.format import FORMATS, QuantFormat
 from penstock.quant.linear import QuantLinear, register
 from penstock.quant.paths import Computing
-from penstock.quant.plain import Plain
 from penstock.quant.values.tensors import dtype_tag
 
 

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from penstock.errors import LedgerOverflow
-from penstock.quant.format import QuantFormat
-from penstock.quant.plain import Plain
-from penstock.quant.rows import ITEM_BYTES, Shape
-from penstock.quant.scaled import Scaled8
+from penstock.formats.formats import QuantFormat
+from penstock.formats.plain import Plain
+from penstock.formats.rows import Shape
+from penstock.formats.scaled import Scaled8
+from penstock.formats.tags import ITEM_BYTES
 from penstock.units import MIB
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class Computing:
 
     def path_for(self, fmt: QuantFormat, shape: Shape) -> Path:
         """The path of one linear. 8-bit products need both sides to be multiples of 16."""
-        gemm = fmt.gemm if isinstance(fmt, Scaled8) else None
+        gemm = fmt.gemm
         aligned = shape[0] % GEMM_MULTIPLE == 0 and shape[1] % GEMM_MULTIPLE == 0
         if self.mode == "exact" or gemm is None or gemm not in self.working or not aligned:
             return "dequant"
@@ -126,7 +127,9 @@ class Computing:
         if self.path_for(fmt, shape) == "dequant":
             return fmt.workspace_bytes(shape, self.scratch.device_type)
         device = self.scratch.device_type
-        least = gemm_token_bytes(shape, device) * (1 if device == "cpu" else _MOST_PADDED)
+        rotated = isinstance(fmt, Scaled8) and bool(fmt.rotation)
+        token = gemm_token_bytes(shape, device, rotated=rotated)
+        least = token * (1 if device == "cpu" else _MOST_PADDED)
         return max(self.chunk_bytes, gemm_fixed_bytes(shape) + least)
 
 
@@ -135,16 +138,19 @@ def gemm_fixed_bytes(shape: Shape) -> int:
     return 8 * shape[0] + 4
 
 
-def gemm_token_bytes(shape: Shape, device: str, *, rowwise: bool = False) -> int:
+def gemm_token_bytes(
+    shape: Shape, device: str, *, rowwise: bool = False, rotated: bool = False
+) -> int:
     """Most bytes that a token takes in an 8-bit product on a ``device`` of that type.
 
     First its codes, the quotients in fp32 that they are rounded from, its norm and its scale; then
     the codes, the scale and the 32-bit product, which is scaled in place. A CPU casts what it
-    reads or writes in a copy beside. A ``rowwise`` product lies in the output.
+    reads or writes in a copy beside. A ``rowwise`` product lies in the output. What is ``rotated``
+    is so in fp32, by way of a copy and a half-turned one.
     """
     rows, columns = shape
     fp32 = 8 if device == "cpu" else 4
-    codes = columns + 8
+    codes = columns + 8 + (12 * columns if rotated else 0)
     return codes + fp32 * (columns if rowwise else max(columns, rows))
 
 

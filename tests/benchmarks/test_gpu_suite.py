@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -317,7 +318,17 @@ def test_a_group_that_ends_its_process_loses_only_its_own_cases(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "kept.json"
-    monkeypatch.setattr(gpu_suite, "SHARES", dict.fromkeys(WORKING, 100.0) | {"speeds": 8.0})
+    monkeypatch.setattr(gpu_suite, "SHARES", dict.fromkeys(WORKING, FOREVER) | {"speeds": 8.0})
+    poll = Connection.poll
+
+    def until_it_hangs(pipe: Connection, share: float) -> bool:
+        if share != 8.0:
+            return poll(pipe, None)
+        while "case" not in Kept(path).report["groups"].get("speeds", {}):
+            time.sleep(0.01)
+        return False
+
+    monkeypatch.setattr(Connection, "poll", until_it_hangs)
     options = argparse.Namespace(
         dry_run=True, missing=False, groups=",".join(WORKING), seconds=FOREVER, commit="x",
         file=path, models=tmp_path,

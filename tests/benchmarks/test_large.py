@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import big_forward, peers
 from benchmarks.big_forward import one_by_one, stream, summary, write
@@ -64,7 +65,8 @@ def test_every_peer_on_the_cpu_gives_the_same_bits(options: argparse.Namespace) 
     rows = {}
     for name in peers.wanted(options):
         options.case = name
-        rows[name] = peers.play(options) | {"plain_s": 0.5}
+        with torch.enable_grad():  # a peer turns gradients off for good, in a process of its own
+            rows[name] = peers.play(options) | {"plain_s": 0.5}
     assert set(rows) == set(peers.PEERS) - set(peers.ON_CUDA)
     assert len({row["output_sha256"] for row in rows.values()}) == 1
     ours = rows["penstock_disk"]
@@ -104,7 +106,8 @@ def _process(code: str) -> subprocess.Popen[str]:
 def test_what_a_peer_comes_to(code: str, told: Any) -> None:
     process = _process(f"print('noise'); print('ready', flush=True); {code}")
     peers.await_ready(process)
-    assert peers.outcome(process, 3) == told
+    limit_s = 3 if "longer" in str(told) else 1e6
+    assert peers.outcome(process, limit_s) == told
 
 
 def test_without_a_model_there_is_nothing_to_measure(

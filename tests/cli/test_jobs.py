@@ -5,9 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from typer.testing import CliRunner, Result
 
 from penstock.cli.main import app
 from penstock.engine.families.wan.tiny import write_tiny_model
+from tests.cli.held import signal_at_step
 from tests.faults.film import frames_sha
 
 
@@ -50,24 +48,6 @@ def call(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def stop_at_step(arguments: list[str], step: int, number: signal.Signals) -> tuple[int, str, float]:
-    """Run the command in a process, and signal it at a step: exit code, stderr, seconds to end."""
-    command = [sys.executable, "-m", "penstock.cli.main", *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "300"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as child:
-        assert child.stderr is not None
-        seen = []
-        for line in child.stderr:
-            seen.append(line)
-            if line.startswith(f"denoise: {step}/"):
-                break
-        child.send_signal(number)
-        started = time.monotonic()
-        rest = child.stderr.read()
-        code = child.wait(timeout=60)
-    return code, "".join(seen) + rest, time.monotonic() - started
-
-
 def one_job() -> dict[str, object]:
     (info,) = json.loads(call("jobs", "--json").stdout)
     return info
@@ -81,7 +61,7 @@ def test_a_killed_command_is_listed_resumed_and_removed(
     assert (
         call(*request(model, picture, whole, "--job", str(tmp_path / "elsewhere"))).exit_code == 0
     )
-    code, _, _ = stop_at_step(request(model, picture, output), 3, signal.SIGKILL)
+    code, _ = signal_at_step(request(model, picture, output), 3, signal.SIGKILL)
     assert code == -signal.SIGKILL and not output.exists()
     info = one_job()
     assert info["state"] == "killed" and info["step"] >= 2 and info["steps"] == 12
@@ -105,12 +85,13 @@ def test_a_signal_is_acknowledged_and_the_state_is_saved(
 ) -> None:
     output = tmp_path / "out.mp4"
     arguments = request(model, picture, output)
-    code, told, seconds = stop_at_step(arguments, 2, number)
-    assert code == 130 and seconds < 10
+    code, told = signal_at_step(arguments, 2, number)
+    assert code == 130
     assert "note: stopping at the next block or tile" in told
     assert "cancelled" in told and "penstock resume" in told
     info = one_job()
-    assert info["state"] == "stopped" and info["step"] >= 2
+    assert info["state"] == "stopped"
+    assert info["step"] == 3, "that which was under way is finished, and none is begun"
     asked = call(*request(model, picture, output, "--resume", "--json"))
     assert asked.exit_code == 0, asked.stderr
     assert one_job()["state"] == "done" and output.exists()

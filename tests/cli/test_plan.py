@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -43,18 +42,14 @@ def refused(*words: str) -> str:
     return found.output + found.stderr
 
 
-def test_a_plan_for_a_machine_that_is_not_there_needs_no_torch_and_no_time() -> None:
+def test_a_plan_for_a_machine_that_is_not_there_needs_no_torch() -> None:
     code = (
         "import sys; from penstock.cli.main import main; sys.argv = ['penstock', *sys.argv[1:]]\n"
         "try: main()\nfinally: assert 'torch' not in sys.modules"
     )
-    started = time.process_time()
     words = [sys.executable, "-c", code, *TRUE, *CARD, "--ram", "16GiB", "--disk", "nvme3"]
-    before = time.perf_counter()
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    # Two seconds on an idle machine; the tests' machine may be busy with others.
-    assert time.perf_counter() - before < 10 and time.process_time() - started < 2
     assert "plan for RTX 3060 12GB" in done.stdout
 
 

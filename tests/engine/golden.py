@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter, quants
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quants
 from safetensors.torch import load_file, save_file
 
 from penstock.engine.families.wan.tiny import write_tiny_model
@@ -192,15 +192,16 @@ class Stored:
 
 
 FP8 = torch.float8_e4m3fn
+E5M2 = torch.float8_e5m2
 
 
 def scaled(weight, dtype, per_row):
     """8-bit weight and fp32 scale, ``(rows, 1)`` or a scalar."""
-    largest = 448.0 if dtype == FP8 else 127.0
+    largest = {FP8: 448.0, E5M2: 57344.0, torch.int8: 127.0}[dtype]
     amax = weight.float().abs().amax(dim=1, keepdim=True)
     scale = (amax if per_row else amax.max()) / largest
     small = weight.float() / scale
-    return (small if dtype == FP8 else small.round()).to(dtype), scale
+    return (small.round() if dtype == torch.int8 else small).to(dtype), scale
 
 
 def make(tensors, names, spelling: str, prefix: str = "") -> Stored:
@@ -222,6 +223,8 @@ def make(tensors, names, spelling: str, prefix: str = "") -> Stored:
         layers[layer] = {"format": "float8_e4m3fn"}
     if spelling == "comfy old":
         stored.file[prefix + "scaled_fp8"] = torch.zeros(0, dtype=FP8)
+    if spelling == "comfy old e5m2":
+        stored.file[prefix + "scaled_fp8"] = torch.zeros(0, dtype=E5M2)
     if spelling == "comfy old exact":
         stored.file[prefix + "scaled_fp8"] = torch.zeros(2, dtype=FP8)
     if spelling == "comfy metadata":
@@ -235,12 +238,18 @@ def _json_tensor(value) -> torch.Tensor:
 
 def _store(tensor, spelling, layer):
     one = torch.tensor(1.0)
-    if spelling in ("raw fp8", "everything fp8"):
-        small = tensor.to(FP8)
+    if spelling in ("raw fp8", "everything fp8", "raw e5m2"):
+        small = tensor.to(E5M2 if "e5m2" in spelling else FP8)
         return {f"{layer}.weight": small}, small.float()
+    if spelling in ("comfy nvfp4", "comfy mxfp8"):
+        return _micro(tensor, spelling.removeprefix("comfy "), layer)
+    if spelling.startswith("torchao"):
+        return _torchao(tensor, spelling, layer)
+    if spelling.startswith("bitsandbytes"):
+        return _bitsandbytes(tensor, layer, nested=spelling.endswith("nested"))
     if spelling == "quanto int4":
         return _quanto_int4(tensor, layer)
-    dtype = torch.int8 if "int8" in spelling else FP8
+    dtype = torch.int8 if "int8" in spelling else E5M2 if "e5m2" in spelling else FP8
     per_row = spelling.startswith(("lightx2v", "quanto")) or spelling == "comfy int8 rows"
     small, scale = scaled(tensor, dtype, per_row)
     value = small.float() * scale
@@ -253,13 +262,58 @@ def _store(tensor, spelling, layer):
         extra = {f"{layer}.weight": small, f"{layer}.scale_weight": scale.reshape(())}
         return extra | {f"{layer}.scale_input": one}, value
     extra = {f"{layer}.weight": small, f"{layer}.weight_scale": scale}
-    if spelling == "comfy new":
-        extra |= {f"{layer}.comfy_quant": _json_tensor({"format": "float8_e4m3fn"})}
+    if spelling.startswith("comfy new"):
+        kind = "float8_e5m2" if dtype == E5M2 else "float8_e4m3fn"
+        extra |= {f"{layer}.comfy_quant": _json_tensor({"format": kind})}
         extra |= {f"{layer}.input_scale": one}
+    if spelling.startswith("comfy convrot"):
+        size = int(spelling.rpartition(" ")[2])
+        base = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]).double()
+        turn = base / 2
+        while len(turn) < size:
+            turn = torch.kron(turn, base / 2)
+        turned = (tensor.double().view(len(tensor), -1, size) @ turn).view(tensor.shape)
+        small, scale = scaled(turned, torch.int8, True)
+        back = (small.double().view(len(tensor), -1, size) @ turn).view(tensor.shape)
+        config = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": size}
+        extra = {f"{layer}.weight": small, f"{layer}.weight_scale": scale}
+        extra |= {f"{layer}.comfy_quant": _json_tensor(config)}
+        return extra, back.float() * scale
     if spelling.startswith("comfy int8"):
         extra[f"{layer}.weight_scale"] = scale.reshape(-1, 1) if per_row else scale.reshape(1)
         extra |= {f"{layer}.comfy_quant": _json_tensor({"format": "int8_tensorwise"})}
     return extra, value
+
+
+def _micro(tensor, name, layer):
+    from comfy_kitchen import tensor as kitchen
+
+    layout = {"nvfp4": kitchen.TensorCoreNVFP4Layout, "mxfp8": kitchen.TensorCoreMXFP8Layout}[name]
+    codes, params = layout.quantize(tensor.float())
+    tensors = layout.state_dict_tensors(codes, params)
+    extra = {f"{layer}.weight{suffix}": value for suffix, value in tensors.items()}
+    extra |= {f"{layer}.comfy_quant": _json_tensor({"format": name})}
+    return extra, layout.dequantize(codes, params)
+
+
+def _torchao(tensor, spelling, layer):
+    small, scale = scaled(tensor, torch.int8 if "int8" in spelling else FP8, True)
+    extra = {f"{layer}._weight_qdata": small, f"{layer}._weight_scale": scale}
+    if "int8" in spelling:
+        extra[f"{layer}._weight_zero_point"] = torch.zeros(len(small), 1, dtype=torch.int8)
+    return extra, small.float() * scale
+
+
+def _bitsandbytes(tensor, layer, *, nested):
+    from bitsandbytes import functional
+
+    packed, state = functional.quantize_4bit(
+        tensor, blocksize=64, quant_type="nf4", compress_statistics=nested
+    )
+    said = {f"{layer}.weight.{key}": value for key, value in state.as_dict(packed=True).items()}
+    state.dtype = torch.float32  # what it decodes to
+    value = functional.dequantize_4bit(packed, state)
+    return {f"{layer}.weight": packed} | said, value
 
 
 def _quanto_int4(tensor, layer):
@@ -285,7 +339,7 @@ def write_gguf(
     for name, tensor in tensors.items():
         data, ggml = tensor.float().numpy(), GGMLQuantizationType[kind]
         matrix = is_block_matrix(name, tensor) or name == "shared.weight"
-        if matrix and tensor.shape[1] % 32 == 0 and kind != "F16":
+        if matrix and tensor.shape[1] % GGML_QUANT_SIZES[ggml][0] == 0 and kind != "F16":
             stored = quantise(data, ggml)
             writer.add_tensor(names[name], stored, raw_dtype=ggml)
             values[name] = torch.from_numpy(np.array(quants.dequantize(stored, ggml)))

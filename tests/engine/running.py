@@ -40,7 +40,7 @@ class Gate:
         """Wait at the step."""
         if step == self._step:
             self.reached.set()
-            assert self._open.wait(120)
+            assert self._open.wait()
 
     def open(self) -> None:
         """Let the job go."""

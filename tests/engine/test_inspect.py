@@ -47,16 +47,18 @@ def write_sparse(path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]) ->
 
 
 CHILD = """
-import json, resource, sys, time
+import json, resource, sys
 resource.setrlimit(resource.RLIMIT_DATA, (200 << 20, 200 << 20))  # more is refused by the system
-start = time.perf_counter()
 from pathlib import Path
 from penstock.engine.inspect import inspect
-imported = time.perf_counter()
+
+def read_so_far():
+    return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
+
+before = read_so_far()
 found = inspect(Path(sys.argv[1])).components[0]
 print(json.dumps({
-    "seconds": time.perf_counter() - imported,
-    "with_imports": time.perf_counter() - start,
+    "read_bytes": read_so_far() - before,
     "peak_mb": int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024,
     "torch": "torch" in sys.modules,
     "parameters": found.parameters, "family": found.family, "usable": found.usable,
@@ -69,7 +71,7 @@ print(json.dumps({
 @pytest.mark.parametrize(
     "dtype, label, least", [("F16", "fp16", 32e9), ("F8_E4M3", "fp8 raw", 16e9)]
 )
-def test_the_real_size_in_a_second_and_200_mb(tmp_path, dtype, label, least):
+def test_the_real_size_by_its_header_and_in_200_mb(tmp_path, dtype, label, least):
     tensors = {name: (dtype, shape) for name, shape in original_14b().items()}
     path = write_sparse(tmp_path / "x.safetensors", tensors)
     assert path.stat().st_size > least
@@ -84,7 +86,7 @@ def test_the_real_size_in_a_second_and_200_mb(tmp_path, dtype, label, least):
     assert (found["format"], found["nbytes"] > least) == (label, True)
     assert not found["torch"]
     assert found["peak_mb"] < 200
-    assert found["seconds"] < 1
+    assert found["read_bytes"] < 4e6
 
 
 def test_one_file(tmp_path, model):

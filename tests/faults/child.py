@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,14 +48,15 @@ class Task:
         return self.folder / "jobs" / "job"
 
     def attempt(
-        self, *, kill_at: int = 0, kill_at_step: int = 0, kill_after_s: float | None = None
+        self, *, kill_at: int = 0, kill_at_step: int = 0, kill_after: int | None = None
     ) -> Attempt:
         """Start or resume the job in a child.
 
         Args:
             kill_at: number of the failpoint at which it is killed, from 1; 0: never.
             kill_at_step: the step that is its last, likewise.
-            kill_after_s: when it is killed from outside; None: never.
+            kill_after: how many failpoints it has passed when it is killed from outside, wherever
+                it is by then; None: never.
         """
         reader, writer = os.pipe()
         pid = os.fork()
@@ -64,10 +64,13 @@ class Task:
             os.close(reader)
             _in_child(lambda: self._do(_Failpoints(writer, kill_at, kill_at_step)))
         os.close(writer)
-        if kill_after_s is not None:
-            time.sleep(kill_after_s)
+        told: list[tuple[str, int]] = []
+        if kill_after == 0:
             os.kill(pid, signal.SIGKILL)
-        told = _read_all(reader)
+        for kind, number in _read(reader):
+            told.append((kind, number))
+            if (kind, number) == ("f", kill_after):
+                os.kill(pid, signal.SIGKILL)
         status = os.waitpid(pid, 0)[1]
         killed = os.WIFSIGNALED(status)
         assert killed or os.WEXITSTATUS(status) == FINISHED, "the child failed: see its output"
@@ -87,7 +90,6 @@ class Task:
         else:
             job = self.engine.submit(self.request, self.output, force=True, job_dir=self.job)
         job.result()
-        failpoints.tell("f", failpoints.passed)
 
 
 class _Failpoints:
@@ -98,6 +100,7 @@ class _Failpoints:
     def reach(self) -> None:
         """One more failpoint."""
         self.passed += 1
+        self.tell("f", self.passed)
         if self.passed == self._kill_at:
             _die()
 
@@ -154,9 +157,12 @@ def _in_child(body: Callable[[], None]) -> None:
         os._exit(code)
 
 
-def _read_all(reader: int) -> list[tuple[str, int]]:
+def _read(reader: int) -> Iterator[tuple[str, int]]:
     with os.fdopen(reader) as lines:
-        return [(line.split()[0], int(line.split()[1])) for line in lines if line.endswith("\n")]
+        for line in lines:
+            if line.endswith("\n"):
+                kind, number = line.split()
+                yield kind, int(number)
 
 
 def assert_at_most_one_step_redone(before: Attempt, after: Attempt) -> int:

@@ -23,7 +23,6 @@ from tests.engine.run.test_resume import a_request, an_engine
 
 pytestmark = [
     pytest.mark.faults,
-    pytest.mark.timeout(1800),
     pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS as on Linux"),
 ]
 

@@ -20,8 +20,9 @@ from penstock.errors import (
     PickleRefused,
     TensorMismatch,
 )
+from penstock.formats.tags import ITEM_BYTES
 from penstock.offload.checkpoint import Checkpoint, torch_dtype
-from penstock.offload.header import ITEM_BYTES, MAX_HEADER_BYTES
+from penstock.offload.header import MAX_HEADER_BYTES
 from tests.offload.blocks import raw_file, same
 
 

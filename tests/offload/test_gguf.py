@@ -263,3 +263,11 @@ def test_a_lying_count_takes_no_memory(tmp_path):
         [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False
     )
     assert "header limit" in done.stdout, done.stderr
+
+
+def test_a_type_that_is_not_known_is_not_called_damage(tmp_path):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(raw(tensors=[tensor(kind=99)]))
+    with pytest.raises(HeaderError, match="type 99 of 't'.*newer than penstock") as refused:
+        read_gguf(path)
+    assert "damaged" not in str(refused.value)

@@ -13,8 +13,9 @@ from safetensors import SafetensorError, deserialize
 from safetensors.torch import save
 
 from penstock.errors import CheckpointError, HeaderError
+from penstock.formats.tags import ITEM_BYTES
 from penstock.offload.files import WeightFile
-from penstock.offload.header import ITEM_BYTES, MAX_HEADER_BYTES, parse_object, read_header
+from penstock.offload.header import MAX_HEADER_BYTES, parse_object, read_header
 from tests.offload.blocks import raw_file
 
 

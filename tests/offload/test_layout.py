@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from penstock.blocks import TENSOR_ALIGNMENT
 from penstock.offload.checkpoint import Checkpoint, TensorEntry
-from penstock.offload.layout import TENSOR_ALIGNMENT, BlockLayout
+from penstock.offload.layout import BlockLayout
 from tests.offload.blocks import aligned_file, layouts_of, random_blocks, same
 
 

@@ -20,8 +20,8 @@ def test_reserve_release_and_peak() -> None:
         assert ledger.by_label() == {"slots": 60, "work": 40}
         assert (second.label, second.nbytes) == ("work", 40)
     assert ledger.used == 60
-    first.release()
-    first.release()
+    first.close()
+    first.close()
     assert (ledger.used, ledger.peak, ledger.by_label()) == (0, 100, {})
     with ledger.reserve("work", 7):
         ledger.reset_peak()
@@ -30,11 +30,11 @@ def test_reserve_release_and_peak() -> None:
 
 def test_one_label_may_be_reserved_twice() -> None:
     ledger = ByteLedger("RAM", 100)
-    first, second = ledger.reserve("slab", 10), ledger.reserve("slab", 20)
-    assert ledger.by_label() == {"slab": 30}
-    first.release()
-    assert ledger.by_label() == {"slab": 20}
-    second.release()
+    first, second = ledger.reserve("staging buffer", 10), ledger.reserve("staging buffer", 20)
+    assert ledger.by_label() == {"staging buffer": 30}
+    first.close()
+    assert ledger.by_label() == {"staging buffer": 20}
+    second.close()
 
 
 def test_overflow_names_need_free_and_holders_and_takes_nothing() -> None:
@@ -48,7 +48,7 @@ def test_overflow_names_need_free_and_holders_and_takes_nothing() -> None:
         assert part in text
     with pytest.raises(LedgerOverflow, match="held: nothing"):
         ledger.reserve("all and one", 101)
-    ledger.reserve("all", 100).release()
+    ledger.reserve("all", 100).close()
 
 
 @pytest.mark.parametrize("cap", [0, -1])
@@ -73,7 +73,7 @@ def test_used_is_always_the_sum_of_what_is_held(steps: list[tuple[bool, int]]) -
             with pytest.raises(LedgerOverflow):
                 ledger.reserve("too much", size)
         elif held:
-            held.pop(size % len(held)).release()
+            held.pop(size % len(held)).close()
         peak = max(peak, sum(r.nbytes for r in held))
         assert ledger.used == sum(r.nbytes for r in held) == sum(ledger.by_label().values())
         assert ledger.peak == peak <= 100

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
+import queue
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ from penstock.errors import CheckpointChanged, LedgerOverflow, UsageError
 from penstock.offload import streamer, tiers
 from penstock.offload.layout import BlockLayout
 from penstock.offload.ledger import ByteLedger
-from penstock.offload.schedule import Residency
+from penstock.offload.schedule import Queue, Ref, Residency
 from penstock.offload.streamer import BlockStream, load_block
 from penstock.offload.tiers import CpuLink, DiskTier
 from tests.meter import StorageMeter
@@ -34,6 +34,7 @@ from tests.offload.blocks import (
     write_blocks,
 )
 from tests.offload.test_schedule import residencies
+from tests.offload.waiting import Waiting
 
 CPU = torch.device("cpu")
 BLOCKS = random_blocks(8, width=60)
@@ -54,21 +55,21 @@ class Budgets:
             largest = max((sizes[block] for block in passing), default=0)
             return sum(sizes[block] for block in residents) + ring * largest
 
-        slots, slabs = residency.device_slots, residency.host_slabs
+        slots, staging = residency.device_slots, residency.staging_buffers
         self.device_bytes = total(residency.device_resident, slots, residency.streamed)
-        self.host_bytes = total(residency.host_resident, slabs, residency.through_slabs)
-        if residency.device_resident and not slabs:
+        self.host_bytes = total(residency.host_resident, staging, residency.through_staging)
+        if residency.device_resident and not staging:
             self.host_bytes += 4096  # the smallest staging buffer
         self.device = ByteLedger("VRAM", max(self.device_bytes + spare, 1))
         self.host = ByteLedger("RAM", max(self.host_bytes + spare, 1))
 
     def stream(
-        self, layouts: list[BlockLayout], residency: Residency, cycles: int, **more: Any
+        self, layouts: list[BlockLayout], residency: Residency, passes: int, **more: Any
     ) -> BlockStream:
         return BlockStream(
             layouts,
             residency,
-            cycles=cycles,
+            passes=passes,
             device=CPU,
             device_ledger=self.device,
             host_ledger=self.host,
@@ -83,14 +84,14 @@ def ours() -> list[str]:
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(residencies(), st.integers(1, 3), st.booleans())
 def test_any_residency_gives_the_same_bits_within_its_bytes(
-    layouts: list[BlockLayout], residency: Residency, cycles: int, overlapped: bool
+    layouts: list[BlockLayout], residency: Residency, passes: int, overlapped: bool
 ) -> None:
     here = layouts[: residency.n_blocks]
     budgets = Budgets(here, residency)
-    with budgets.stream(here, residency, cycles, overlapped=overlapped) as stream:
-        for _ in range(cycles):
+    with budgets.stream(here, residency, passes, overlapped=overlapped) as stream:
+        for _ in range(passes):
             seen = []
-            for index, tensors in stream.cycle():
+            for index, tensors in stream.forward_pass():
                 assert same(tensors, BLOCKS[index])
                 seen.append(index)
             assert seen == list(range(residency.n_blocks))
@@ -98,20 +99,20 @@ def test_any_residency_gives_the_same_bits_within_its_bytes(
     assert budgets.device.used == 0 == budgets.host.used
     assert budgets.device.peak == budgets.device_bytes
     assert budgets.host.peak == budgets.host_bytes
-    check_counts(stream, here, residency, cycles)
+    check_counts(stream, here, residency, passes)
 
 
 def check_counts(
-    stream: BlockStream, layouts: list[BlockLayout], residency: Residency, cycles: int
+    stream: BlockStream, layouts: list[BlockLayout], residency: Residency, passes: int
 ) -> None:
     reads, sizes = [x.read_bytes for x in layouts], [x.nbytes for x in layouts]
     once = (*residency.device_resident, *residency.host_resident)
-    assert stream.stats.read_bytes == sum(reads[b] for b in once) + cycles * sum(
+    assert stream.stats.read_bytes == sum(reads[b] for b in once) + passes * sum(
         reads[b] for b in residency.disk_blocks
     )
     assert stream.stats.copied_bytes == sum(
         sizes[b] for b in residency.device_resident
-    ) + cycles * sum(sizes[b] for b in residency.streamed)
+    ) + passes * sum(sizes[b] for b in residency.streamed)
 
 
 def test_a_computation_is_bit_equal_streamed_and_resident(layouts: list[BlockLayout]) -> None:
@@ -120,7 +121,7 @@ def test_a_computation_is_bit_equal_streamed_and_resident(layouts: list[BlockLay
         hidden = torch.ones(3, 60)
         with budgets.stream(layouts, residency, 2, overlapped=overlapped) as stream:
             for _ in range(2):
-                for _, block in stream.cycle():
+                for _, block in stream.forward_pass():
                     weight = block["weight"].float()
                     hidden = hidden + torch.tanh(hidden @ weight.T + block["bias"])[:, :60]
         return hidden
@@ -143,7 +144,7 @@ def test_live_storage_agrees_with_the_ledgers(layouts: list[BlockLayout], overla
         with budgets.stream(layouts, residency, 2, overlapped=overlapped) as stream:
             held = meter.live
             for _ in range(2):
-                for _, _tensors in stream.cycle():
+                for _, _tensors in stream.forward_pass():
                     assert meter.live == held
         del _tensors
         assert meter.live == 0
@@ -170,7 +171,7 @@ def test_packs_are_read_directly(tmp_path: Path) -> None:
     here = layouts_of(tmp_path / "pack", 1)
     residency = Residency(1, (), (), 1, 1)
     with Budgets(here, residency).stream(here, residency, 1) as stream:
-        for _, block in stream.cycle():
+        for _, block in stream.forward_pass():
             assert same(block, random_blocks(1, width=90)[0])
     probe = DiskTier()
     direct = probe._file(tmp_path / "pack", None).direct
@@ -183,7 +184,7 @@ def test_reads_in_pieces(layouts: list[BlockLayout], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("penstock.offload.tiers.PIECE_BYTES", 1000)
     residency = Residency(8, (1,), (2,), 2, 2)
     with Budgets(layouts, residency).stream(layouts, residency, 1) as stream:
-        for index, block in stream.cycle():
+        for index, block in stream.forward_pass():
             assert same(block, BLOCKS[index])
             assert any(name.startswith("penstock-disk") for name in ours())
     assert ours() == []
@@ -198,13 +199,13 @@ def test_leaving_early(layouts: list[BlockLayout], overlapped: bool, leave_at: i
         pytest.raises(KeyError, match="body"),
         budgets.stream(layouts, residency, 5, overlapped=overlapped) as stream,
     ):
-        for index, _ in stream.cycle():
+        for index, _ in stream.forward_pass():
             if index == leave_at:
                 raise KeyError("body")
     assert ours() == [] and open_descriptors() == before
     assert budgets.device.used == 0 == budgets.host.used
     with pytest.raises(UsageError, match="closed"):
-        next(stream.cycle())
+        next(stream.forward_pass())
 
 
 def test_never_asked_for_anything(layouts: list[BlockLayout]) -> None:
@@ -218,36 +219,55 @@ def test_never_asked_for_anything(layouts: list[BlockLayout]) -> None:
 def test_no_more_passes_than_agreed(layouts: list[BlockLayout]) -> None:
     residency = Residency(8, (), (), 1, 1)
     with Budgets(layouts, residency).stream(layouts, residency, 1) as stream:
-        list(stream.cycle())
+        list(stream.forward_pass())
         with pytest.raises(UsageError, match="at most 1 passes.*found one more"):
-            next(stream.cycle())
+            next(stream.forward_pass())
 
 
 def test_a_pass_that_was_left_cannot_be_taken_up(layouts: list[BlockLayout]) -> None:
     residency = Residency(8, (), (), 1, 1)
     with Budgets(layouts, residency).stream(layouts, residency, 2) as stream:
-        for index, _ in stream.cycle():
+        for index, _ in stream.forward_pass():
             if index == 2:
                 break
         with pytest.raises(UsageError, match="left at block 3"):
-            next(stream.cycle())
+            next(stream.forward_pass())
 
 
 def test_as_many_layouts_as_blocks(layouts: list[BlockLayout]) -> None:
     with pytest.raises(UsageError, match="expected 3, found 8"):
         Budgets(layouts, Residency(8, (), (), 1, 1)).stream(layouts, Residency(3, (0, 1, 2)), 1)
-    with pytest.raises(UsageError, match="cycles"):
+    with pytest.raises(UsageError, match="passes"):
         Budgets(layouts, Residency(8, (), (), 1, 1)).stream(layouts, Residency(8, (), (), 1, 1), 0)
 
 
-def test_nothing_is_read_beyond_the_last_cycle_or_the_rings(layouts: list[BlockLayout]) -> None:
+def test_nothing_is_read_beyond_the_last_cycle_or_the_rings(
+    layouts: list[BlockLayout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: queue.SimpleQueue[Ref | str] = queue.SimpleQueue()
+    read, wait = DiskTier.read, streamer._Board.wait
+
+    def seen_read(*args: Any) -> Any:
+        moved = read(*args)
+        happened.put("read")
+        return moved
+
+    def seen_wait(board: Any, ref: Ref) -> float | None:
+        happened.put(ref)
+        return wait(board, ref)
+
+    monkeypatch.setattr(DiskTier, "read", seen_read)
+    monkeypatch.setattr(streamer._Board, "wait", seen_wait)
     residency = Residency(8, (), (), 2, 3)
     with Budgets(layouts, residency).stream(layouts, residency, 2) as stream:
-        passes = stream.cycle()
+        passes = stream.forward_pass()
         next(passes)
-        time.sleep(0.3)
-        ahead = sum(layout.read_bytes for layout in layouts[:5])
-        assert stream.stats.read_bytes == ahead, "two slots and three slabs, and no more"
+        reads = 0
+        while (event := happened.get()) != Ref(Queue.COPY, 2):  # which waits for the first slot
+            reads += event == "read"
+            assert reads <= 5, "two slots and three staging buffers, and no more"
+        assert reads == 5
+        assert stream.stats.read_bytes == sum(layout.read_bytes for layout in layouts[:5])
 
 
 class Flaky:
@@ -283,17 +303,17 @@ def test_what_a_thread_runs_into_surfaces_as_itself(
     monkeypatch.setattr(owner, method, Flaky(getattr(owner, method), calls, error))
     residency = Residency(8, (), (), 2, 2)
     budgets, before = Budgets(layouts, residency), open_descriptors()
-    began, visits = time.perf_counter(), 0
+    visits = 0
     with (
         pytest.raises(OSError) as caught,
         budgets.stream(layouts, residency, 50, overlapped=overlapped) as stream,
     ):
         for _ in range(50):
-            for index, block in stream.cycle():
+            for index, block in stream.forward_pass():
                 assert same(block, BLOCKS[index])
                 visits += 1
     assert caught.value is error
-    assert visits < calls and time.perf_counter() - began < 5
+    assert visits < calls
     assert ours() == [] and open_descriptors() == before
     assert budgets.device.used == 0 == budgets.host.used
 
@@ -301,15 +321,39 @@ def test_what_a_thread_runs_into_surfaces_as_itself(
 def test_a_failure_is_told_even_while_residents_compute(
     layouts: list[BlockLayout], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    error = OSError(5, "the disk is gone")
+    """The second read of the only block that is streamed fails in the middle of a pass."""
+    error, computing, told = OSError(5, "the disk is gone"), threading.Event(), threading.Event()
+    read, note_end = DiskTier.read, streamer._Board.note_end
+
+    def fails(*args: Any) -> Any:
+        if len(calls) == 8:
+            computing.wait()
+            raise error
+        calls.append(args)
+        return read(*args)
+
+    def seen_end(board: Any, thread: Any) -> None:
+        note_end(board, thread)
+        if thread.exception() is error:
+            told.set()
+
+    calls: list[Any] = []
+    monkeypatch.setattr(DiskTier, "read", fails)
+    monkeypatch.setattr(streamer._Board, "note_end", seen_end)
     residency = Residency(8, tuple(range(7)), (), 1, 1)
-    with Budgets(layouts, residency).stream(layouts, residency, 3) as stream:
-        monkeypatch.setattr(DiskTier, "read", Flaky(DiskTier.read, 1, error))
-        with pytest.raises(OSError) as caught:
-            for _ in range(3):
-                for _ in stream.cycle():
-                    time.sleep(0.02)
+    visits: list[tuple[int, int]] = []
+    with (
+        Budgets(layouts, residency).stream(layouts, residency, 3) as stream,
+        pytest.raises(OSError) as caught,
+    ):
+        for forward_pass in range(3):
+            for index, _ in stream.forward_pass():
+                visits.append((forward_pass, index))
+                if (forward_pass, index) == (1, 2):
+                    computing.set()
+                    told.wait()
     assert caught.value is error
+    assert visits[-1] == (1, 2), "the next resident is not computed with any more"
 
 
 @pytest.mark.parametrize("overlapped", [True, False])
@@ -323,7 +367,7 @@ def test_a_file_cut_while_it_streams(tmp_path: Path, overlapped: bool) -> None:
         budgets.stream(here, residency, 3, overlapped=overlapped) as stream,
     ):
         for _ in range(3):
-            for index, block in stream.cycle():
+            for index, block in stream.forward_pass():
                 assert same(block, BLOCKS[index])
                 if index == 4:
                     os.truncate(path, path.stat().st_size // 2)
@@ -337,7 +381,7 @@ def test_a_file_exchanged_before_it_streams(tmp_path: Path) -> None:
     residency = Residency(8, (0,), (), 1, 1)
     budgets = Budgets(here, residency)
     with pytest.raises(CheckpointChanged), budgets.stream(here, residency, 1) as stream:
-        for _ in stream.cycle():
+        for _ in stream.forward_pass():
             pytest.fail("it gave a block")
     assert budgets.device.used == 0 == budgets.host.used
 
@@ -349,31 +393,92 @@ def test_inside_inference_mode(layouts: list[BlockLayout]) -> None:
         Budgets(layouts, residency).stream(layouts, residency, 2) as stream,
     ):
         for _ in range(2):
-            for index, block in stream.cycle():
+            for index, block in stream.forward_pass():
                 assert same(block, BLOCKS[index])
+
+
+@pytest.mark.parametrize("memory", ["device", "host"])
+def test_threads_end_before_their_buffers_are_given_back(
+    layouts: list[BlockLayout], monkeypatch: pytest.MonkeyPatch, memory: str
+) -> None:
+    residency = Residency(8, (0,), (1,), 2, 2)
+    budgets = Budgets(layouts, residency)
+    ledger, alive = getattr(budgets, memory), list[list[str]]()
+    give_back = ledger._give_back
+
+    def seen(label: str, nbytes: int) -> None:
+        alive.append([name for name in ours() if name.startswith("penstock-stream")])
+        give_back(label, nbytes)
+
+    monkeypatch.setattr(ledger, "_give_back", seen)
+    with budgets.stream(layouts, residency, 3) as stream:
+        next(stream.forward_pass())
+    assert alive and not any(alive)
+
+
+def test_who_leaves_at_once_waits_for_one_read_alone(
+    layouts: list[BlockLayout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, stopped, reads = threading.Event(), threading.Event(), []
+    read, stop = DiskTier.read, streamer._Board.stop
+
+    def slow(*args: Any) -> Any:
+        reads.append(args)
+        begun.set()
+        stopped.wait()
+        return read(*args)
+
+    def stops(board: Any) -> None:
+        stop(board)
+        stopped.set()
+
+    monkeypatch.setattr(DiskTier, "read", slow)
+    monkeypatch.setattr(streamer._Board, "stop", stops)
+    residency = Residency(8, (), (), 2, 3)
+    with Budgets(layouts, residency).stream(layouts, residency, 2):
+        begun.wait()
+    assert len(reads) == 1
+
+
+def test_a_stream_that_was_left_is_closed_though_its_host_half_is_open(
+    layouts: list[BlockLayout],
+) -> None:
+    residency = Residency(8, (), (), 2, 2)
+    stream = Budgets(layouts, residency).stream(layouts, residency, 2)
+    with stream.prefetched():
+        with stream:
+            list(stream.forward_pass())
+        with pytest.raises(UsageError, match="the stream is closed"):
+            next(stream.forward_pass())
 
 
 def test_waits_are_counted_where_they_happen(
     layouts: list[BlockLayout], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    residency = Residency(8, (), (), 2, 2)
-    read = DiskTier.read
+    residency, waiting = Residency(8, (), (), 2, 2), Waiting(monkeypatch)
+    read, visits = DiskTier.read, iter(range(8))
 
     def slow(*args: Any) -> Any:
-        time.sleep(0.02)
+        visit = next(visits)
+        waiting.spend(1.0, Ref(Queue.READ, visit), Ref(Queue.COPY, visit))
         return read(*args)
 
-    monkeypatch.setattr(DiskTier, "read", slow)
+    with monkeypatch.context() as patched:
+        patched.setattr(DiskTier, "read", slow)
+        with Budgets(layouts, residency).stream(layouts, residency, 1) as stream:
+            list(stream.forward_pass())
+    stats = stream.stats
+    assert (stats.read_s, stats.disk_wait_s, stats.compute_wait_s) == (8.0, 8.0, 8.0)
+    assert (stats.copy_s, stats.slot_wait_s, stats.staging_wait_s) == (0.0, 0.0, 0.0)
     with Budgets(layouts, residency).stream(layouts, residency, 1) as stream:
-        list(stream.cycle())
-    assert stream.stats.disk_wait_s > 0.1 and stream.stats.compute_wait_s > 0.1
-    assert stream.stats.read_s > 0.16 > stream.stats.copy_s
-    monkeypatch.undo()
-    with Budgets(layouts, residency).stream(layouts, residency, 1) as stream:
-        for _ in stream.cycle():
-            time.sleep(0.02)
-    assert stream.stats.slot_wait_s > 0.06 and stream.stats.slab_wait_s > 0.04
-    assert stream.stats.compute_wait_s < 0.1
+        for visit, _ in stream.forward_pass():
+            # The copy after the next wants this slot, and the read two further on that copy's
+            # staging buffer.
+            wanted = [Ref(Queue.COMPUTE, visit), Ref(Queue.COPY, visit + 2)]
+            waiting.spend(1.0, *wanted[: (visit < 6) + (visit < 4)])
+    stats = stream.stats
+    assert (stats.slot_wait_s, stats.staging_wait_s) == (6.0, 4.0)
+    assert (stats.disk_wait_s, stats.compute_wait_s) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("staging", [1 << 20, 4096])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +20,7 @@ from penstock.profiles.manifest import VideoShape
 from penstock.profiles.options import Options
 from penstock.profiles.phases import Workload
 from penstock.profiles.profile import choose, load
-from penstock.profiles.rates import Rates, config_dir, store_rates, stored_rates
+from penstock.profiles.rates import Rates, store_rates, stored_rates
 from penstock.units import GIB, MIB
 
 WORK = Workload(VideoShape(832, 480, 81), 40, True)
@@ -169,24 +168,6 @@ class TestStoredRates:
     def test_rates_are_positive(self) -> None:
         with pytest.raises(ProfileError, match="read_bytes_per_s"):
             Rates(1.0, 1.0, 0.0)
-
-    @pytest.mark.parametrize(
-        ("platform", "variables", "ending"),
-        [
-            ("linux", {"XDG_CONFIG_HOME": "/x"}, "/x/penstock"),
-            ("linux", {}, ".config/penstock"),
-            ("win32", {"APPDATA": "/roaming"}, "/roaming/penstock"),
-            ("darwin", {}, "Library/Application Support/penstock"),
-            ("linux", {"PENSTOCK_CONFIG": "/here"}, "/here"),
-        ],
-    )
-    def test_where_settings_are(self, monkeypatch, platform, variables, ending) -> None:
-        for name in ("PENSTOCK_CONFIG", "XDG_CONFIG_HOME", "APPDATA"):
-            monkeypatch.delenv(name, raising=False)
-        for name, value in variables.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(sys, "platform", platform)
-        assert config_dir().as_posix().endswith(ending)
 
 
 class TestCards:

@@ -9,8 +9,10 @@ import pytest
 from penstock.engine.families.wan.denoise_plan import Denoise
 from penstock.engine.families.wan.plan import HOLE_SHARES, Tiled, image_step, text_step
 from penstock.engine.family.protocol import builtin
+from penstock.profiles.hardware import Hardware
 from penstock.profiles.manifest import VideoShape
 from penstock.profiles.phases import CUDA_LIBRARY_BYTES, HOLES, LIBRARIES, Case, Step, Workload
+from penstock.profiles.planner import plan
 from penstock.profiles.policy import Limits, Policy
 from penstock.profiles.rates import Rates
 
@@ -31,6 +33,18 @@ def seconds(name: str, rates: Rates) -> float:
     assert image is not None
     network = text_step(case) if name == "text" else image_step(case, image)
     return next(network.shapes(ROOM)).seconds
+
+
+def test_a_file_is_planned_where_one_is_written() -> None:
+    """A pipeline that is not ours takes the frames themselves."""
+    case = a_case(FREE)
+    machine = Hardware("cpu", "a machine", 1 << 50, 1 << 50, FREE)
+    ours, theirs = (
+        plan(case.manifest, replace(case.workload, written=written), machine).phases
+        for written in (True, False)
+    )
+    assert [phase.name for phase in theirs] == [phase.name for phase in ours[:-1]]
+    assert ours[-1].name == "mux"
 
 
 @pytest.mark.parametrize(("name", "visits"), [("text", 2 * 24), ("image", 31), ("context", 2 * 40)])

@@ -19,10 +19,11 @@ from penstock.errors import OverBudget
 from penstock.profiles.cards import described
 from penstock.profiles.hardware import Hardware
 from penstock.profiles.manifest import VideoShape
-from penstock.profiles.phases import CUDA_LIBRARY_BYTES, Case, Workload
+from penstock.profiles.phases import CUDA_LIBRARY_BYTES, Case, Workload, group_fits
 from penstock.profiles.plan import Plan
-from penstock.profiles.planner import fits, minimum_vram_bytes, plan, smaller
+from penstock.profiles.planner import SHRINK, fits, minimum_vram_bytes, plan, smaller, steps
 from penstock.profiles.policy import Limits, Policy
+from penstock.profiles.prefetch import without_prefetch
 from penstock.profiles.rates import Rates
 from penstock.profiles.streams import LINK_CARE
 from penstock.profiles.tiling import TileGrid
@@ -320,6 +321,8 @@ def test_smaller_plans_come_to_an_end(model, work, machine, resource, data) -> N
     for _ in range(200):
         less = smaller(model, work, machine, found, phase, resource)
         if less is None:
+            if resource != "memory":
+                assert not takes_less(model, work, machine, names[-1], resource, measure(found))
             break
         assert measure(less) < measure(found)
         assert less.peak_vram_bytes <= machine.vram_bytes
@@ -327,6 +330,28 @@ def test_smaller_plans_come_to_an_end(model, work, machine, resource, data) -> N
         found = less
     else:
         pytest.fail("no end in sight")
+
+
+def takes_less(model, work, machine, name: str, resource: str, nbytes: int) -> bool:
+    """Whether any shape of the phase takes fewer bytes of a resource."""
+    limits = Limits(machine.vram_bytes, machine.ram_bytes)
+    less = replace(limits, **{f"{resource.lower()}_bytes": nbytes - 1})
+    (step,) = (step for step in steps(model, work, machine, Policy()) if name in step.phases)
+    return any(group_fits(group, less) for group in step.all_small(less))
+
+
+@pytest.mark.parametrize("resource", ["VRAM", "RAM"])
+def test_a_smaller_plan_takes_less_of_what_ran_out(resource: str) -> None:
+    machine, model = described("4090", "64GiB", None), builtin("wan2.1-i2v-14b", "int8")
+    work = Workload(VideoShape(832, 480, 17), 4, True)
+    found = without_prefetch(plan(model, work, machine), model.prefetch)
+    less = smaller(model, work, machine, found, "denoise", resource)
+    assert less is not None
+    before, after = (
+        each["denoise"].vram_bytes if resource == "VRAM" else each["denoise"].ram_bytes
+        for each in (found, less)
+    )
+    assert after <= SHRINK * before
 
 
 def test_a_pinned_share_that_is_too_small_is_named() -> None:

@@ -73,6 +73,13 @@ def test_a_profiles_ceiling_counts_where_that_much_is_free() -> None:
     assert roomy.formats == ("nf4",) and origins(roomy)["format"][1] == "flag"
 
 
+def test_an_option_wins_over_the_profiles_share_of_pinned_memory() -> None:
+    chosen = choose(load("12gb"), Options(pinned_share="0.5"), MACHINE)
+    assert chosen.pinned_bytes == 15 * GIB
+    assert origins(chosen)["pinned"] == ("15.00 GiB", "flag")
+    assert choose(load("12gb"), Options(pinned_share=1), MACHINE).pinned_bytes == 30 * GIB
+
+
 def test_auto_is_what_is_free() -> None:
     chosen = choose(load(AUTO), Options(ram=3 * GIB), MACHINE)
     assert (chosen.hardware.vram_bytes, chosen.hardware.ram_bytes) == (20 * GIB, 3 * GIB)

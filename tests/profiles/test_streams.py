@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.simulated import Block, Machine, simulate
+from penstock.blocks import spread
 from penstock.offload.schedule import Residency
-from penstock.offload.schedule import spread as offload_spread
-from penstock.profiles.plan import StreamPlan, spread
+from penstock.profiles.plan import StreamPlan
 from penstock.profiles.policy import Limits
 from penstock.profiles.rates import Rates
 from penstock.profiles.streams import (
@@ -46,10 +46,12 @@ def paces(draw: st.DrawFn) -> tuple[Pace, Rates]:
 def simulated(stream: Stream, blocks: tuple[int, ...], pace: Pace, rates: Rates):
     plan = stream.plan
     return simulate(
-        Residency(plan.n_blocks, plan.device_blocks, plan.host_blocks, stream.slots, stream.slabs),
+        Residency(
+            plan.n_blocks, plan.device_blocks, plan.host_blocks, stream.slots, stream.staging
+        ),
         tuple(Block(count, pace.compute_s / len(blocks)) for count in blocks),
         Machine(rates.read_bytes_per_s, rates.copy_bytes_per_s, 1 << 62, 1 << 62),
-        pace.cycles,
+        pace.passes,
     )
 
 
@@ -90,12 +92,12 @@ def test_the_best_stream_is_the_best_of_all(blocks, given_pace, vram, ram, spare
 
 
 @given(st.integers(1, 60), st.data())
-def test_residents_lie_as_the_offload_package_spreads_them(n: int, data) -> None:
+def test_residents_lie_spread(n: int, data) -> None:
     on_device = data.draw(st.integers(0, n))
     plan = StreamPlan(n, on_device, data.draw(st.integers(0, n - on_device)))
-    assert spread(n, on_device) == offload_spread(n, on_device) == plan.device_blocks
+    assert spread(n, on_device) == plan.device_blocks
     left = [block for block in range(n) if block not in plan.device_blocks]
-    assert plan.host_blocks == tuple(left[i] for i in offload_spread(len(left), plan.host_resident))
+    assert plan.host_blocks == tuple(left[i] for i in spread(len(left), plan.host_resident))
     assert plan.disk_blocks == n - len(plan.device_blocks) - len(plan.host_blocks)
 
 

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from penstock.errors import LedgerOverflow, TensorMismatch
+from penstock.formats.formats import FORMATS, QuantFormat, get_format, writable
+from penstock.formats.scaled import Scaled8
+from penstock.quant.arithmetic import dequantise, quantise
 from penstock.quant.compute import (
     Dequant,
     Fp8Gemm,
@@ -19,7 +22,6 @@ from penstock.quant.compute import (
     quantise_tokens,
     strategy_for,
 )
-from penstock.quant.format import FORMATS, QuantFormat, get_format
 from penstock.quant.linear import QuantLinear, replace_linears
 from penstock.quant.paths import (
     Computing,
@@ -30,12 +32,11 @@ from penstock.quant.paths import (
     gemm_token_bytes,
     scratch_bytes,
 )
-from penstock.quant.scaled import Scaled8
 from tests.meter import StorageMeter, allocated_peak
 from tests.quant.calls import Calls, as_on_cuda
 from tests.quant.weights import small_weight
 
-WRITABLE = [name for name in FORMATS if not name.startswith("gguf") or name == "gguf-q8_0"]
+WRITABLE = list(writable())
 SHAPE = (48, 256)
 
 
@@ -57,9 +58,9 @@ def linear(
 ) -> tuple[QuantLinear, Tensor]:
     """A layer with a bias, its tensors assigned, and its dequantised weight."""
     layer = QuantLinear(shape, fmt, compute, dtype, bias=True)  # type: ignore[arg-type]
-    stored = fmt.quantise(small_weight(*shape, dtype))
+    stored = quantise(fmt, small_weight(*shape, dtype))
     assign_buffers(layer, stored | {"bias": tokens(shape[0], dtype=dtype)})
-    return layer, fmt.dequantise(stored, shape, dtype)
+    return layer, dequantise(fmt, stored, shape, dtype)
 
 
 @pytest.mark.parametrize("name", WRITABLE)
@@ -271,7 +272,7 @@ def test_tokens_use_the_whole_range_of_codes() -> None:
 
 
 def test_a_format_without_8_bit_operands_is_refused() -> None:
-    stored = get_format("nf4").quantise(small_weight())
+    stored = quantise(get_format("nf4"), small_weight())
     with pytest.raises(TypeError, match="nf4"):
         Int8Gemm()(Operands(get_format("nf4"), SHAPE, stored, None), tokens(3, 256))
 
@@ -356,10 +357,10 @@ def test_linears_of_a_skeleton_are_replaced_and_take_stored_tensors(name: str) -
         f"{layer}.{suffix}" for layer in ("attn1.to_out.0", "proj") for suffix in suffixes
     }
     assert all(buffer.is_meta for buffer in block.buffers())
-    stored = fmt.quantise(small_weight(*SHAPE, torch.bfloat16))
+    stored = quantise(fmt, small_weight(*SHAPE, torch.bfloat16))
     assign_buffers(block, {f"proj.{suffix}": t for suffix, t in stored.items()})
     x = tokens(4, 256, dtype=torch.bfloat16)
-    wanted = F.linear(x, fmt.dequantise(stored, SHAPE, torch.bfloat16))
+    wanted = F.linear(x, dequantise(fmt, stored, SHAPE, torch.bfloat16))
     assert torch.equal(block.proj(x), wanted)
 
 

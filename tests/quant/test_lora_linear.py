@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from penstock.errors import TensorMismatch
+from penstock.formats.formats import FORMATS
+from penstock.quant.arithmetic import dequantise, quantise
 from penstock.quant.delta import Delta
-from penstock.quant.format import FORMATS
 from penstock.quant.linear import QuantLinear, replace_linears
 from penstock.quant.lora import LoraLinear, add_deltas
 from penstock.quant.paths import Computing, Scratch
@@ -54,7 +55,7 @@ def _whole(weight: Tensor, tensors: dict[str, Tensor], deltas: tuple[Delta, ...]
 def test_it_is_the_sum_of_the_stored_weight_and_the_adapters(name: str, bias: bool) -> None:
     fmt, draw = FORMATS[name], torch.Generator().manual_seed(1)
     weight = torch.randn(ROWS, COLUMNS, generator=draw)
-    stored = fmt.quantise(weight)
+    stored = quantise(fmt, weight)
     offset = torch.randn(ROWS, generator=draw)
     net, computing = _Net(bias=bias), Computing(Scratch(4 * ROWS * COLUMNS, "cpu"))
     if name != "fp32":
@@ -64,7 +65,7 @@ def test_it_is_the_sum_of_the_stored_weight_and_the_adapters(name: str, bias: bo
     assert isinstance(layer, LoraLinear)
     added = _tensors(DELTAS, torch.float32)
     _bind(layer, stored | added | ({"bias": offset} if bias else {}))
-    value = fmt.dequantise(stored, (ROWS, COLUMNS), torch.float32)
+    value = dequantise(fmt, stored, (ROWS, COLUMNS), torch.float32)
     for shape in ((5, COLUMNS), (1, 7, COLUMNS), (2, 3, COLUMNS)):
         x = torch.randn(shape, generator=draw)
         expected = F.linear(

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from penstock.formats.scaled import Gemm
 from penstock.quant.compute import Fp8Gemm, Int8Gemm, Operands
 from penstock.quant.probe import MIN_COSINE, PATHS, probe, try_path, working
-from penstock.quant.scaled import Gemm
 
 CPU = torch.device("cpu")
 
@@ -94,7 +94,7 @@ def test_importing_asks_no_device_and_loads_no_quantisation_library() -> None:
         "def refuse(*a): raise AssertionError('a device was queried at import')\n"
         "for name in ('is_available', 'device_count', 'get_device_capability'):\n"
         "    setattr(torch.cuda, name, refuse)\n"
-        "import penstock.quant.linear, penstock.quant.probe, penstock.quant.recognise\n"
+        "import penstock.quant.linear, penstock.quant.probe, penstock.formats.recognise\n"
         "import penstock.quant.policy\n"
         "assert not {'bitsandbytes', 'optimum', 'gguf'} & set(sys.modules)\n"
     )

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from penstock.errors import CheckpointError
-from penstock.quant.format import get_format
-from penstock.quant.recognise import canonical_suffix, recognise
-from penstock.quant.scaled import Scaled8
+from penstock.formats.formats import get_format
+from penstock.formats.recognise import canonical_suffix, recognise
+from penstock.formats.scaled import Scaled8
+from penstock.quant.arithmetic import dequantise, quantise
 from penstock.quant.values.tensors import dtype_tag
 from tests.quant.weights import relative_rms, small_weight
 
@@ -24,7 +25,7 @@ def reads(tensors: dict[str, Tensor], weight: Tensor, **options: object) -> floa
     named = {name: t for s, t in tensors.items() if (name := canonical_suffix(s)) is not None}
     shape = (weight.shape[0], weight.shape[1])
     assert set(fmt.storage(shape, "F32")) <= set(named)
-    return relative_rms(fmt.dequantise(named, shape, torch.float32), weight)
+    return relative_rms(dequantise(fmt, named, shape, torch.float32), weight)
 
 
 FP8 = torch.float8_e4m3fn
@@ -69,7 +70,7 @@ def test_comfy_int8_tensorwise_with_one_scale() -> None:
     "name", ["bf16", "fp16", "fp32", "fp8", "int8", "quanto-int8", "quanto-int4"]
 )
 def test_our_own_storage_is_recognised(name: str) -> None:
-    stored = get_format(name).quantise(small_weight(48, 256, torch.bfloat16))
+    stored = quantise(get_format(name), small_weight(48, 256, torch.bfloat16))
     assert recognise(specs(stored)).name == name
     assert recognise(specs(stored) | {"bias": ("BF16", (48,))}).name == name
 
@@ -85,14 +86,25 @@ def test_a_file_that_forbids_8_bit_products_is_obeyed() -> None:
     assert full.gemm is None and marked.gemm is None and free.gemm == "fp8"
 
 
-def test_convrot_is_refused_with_a_remedy() -> None:
+@pytest.mark.parametrize("size, dims", [(256, (48, 1)), (64, (48,)), (16, ())])
+def test_convrot_is_read(size: int, dims: tuple[int, ...]) -> None:
+    stored = {"weight": ("I8", (48, 256)), "weight_scale": ("F32", dims)}
+    config = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": size}
+    found = recognise(stored, layer="blocks.0.x", comfy=config)
+    assert isinstance(found, Scaled8)
+    assert (found.name, found.rotation, found.gemm) == ("int8-convrot", size, "int8")
+    assert found.storage((48, 256), "BF16") == stored
+
+
+@pytest.mark.parametrize("size", [32, 0, "256", 1024])
+def test_other_rotations_are_refused_with_a_remedy(size: object) -> None:
     stored = {"weight": ("I8", (48, 256)), "weight_scale": ("F32", (48, 1))}
-    config = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 256}
-    with pytest.raises(CheckpointError, match=r"blocks\.0\.x.*rotation.*Use the same model"):
+    config = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": size}
+    with pytest.raises(CheckpointError, match=r"blocks\.0\.x was rotated.*Use the same model"):
         recognise(stored, layer="blocks.0.x", comfy=config)
 
 
-@pytest.mark.parametrize("kind", ["int8_blockwise", "nvfp4", "float8_e5m2"])
+@pytest.mark.parametrize("kind", ["int8_blockwise", "int4_awq", "svdquant_w4a4"])
 def test_other_comfy_formats_are_refused_by_name(kind: str) -> None:
     stored = {"weight": ("I8", (256, 256)), "weight_scale": ("F32", (2, 2))}
     with pytest.raises(CheckpointError, match=kind):
@@ -104,7 +116,7 @@ def test_other_comfy_formats_are_refused_by_name(kind: str) -> None:
     [
         {},
         {"weight": ("I8", (48, 256))},
-        {"weight": ("F8_E5M2", (48, 256))},
+        {"weight": ("F8_E8M0", (48, 256))},
         {"weight": ("U8", (48, 128))},
         {"weight": ("BF16", (48, 256)), "weight_scale": ("F32", ())},
         {"weight._data": ("I8", (48, 256))},
@@ -130,3 +142,9 @@ def test_both_spellings_of_a_scale_at_once_are_refused() -> None:
     }
     with pytest.raises(CheckpointError, match="two names"):
         recognise(stored)
+
+
+def test_bitsandbytes_8_bits_are_named() -> None:
+    stored = {"weight": ("I8", (48, 256)), "SCB": ("F32", (48,))}
+    with pytest.raises(CheckpointError, match="blocks.5.y is stored in bitsandbytes' 8 bits"):
+        recognise(stored, layer="blocks.5.y")

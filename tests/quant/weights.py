@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from penstock.quant.rows import ITEM_BYTES, Spec
+from penstock.formats.rows import Spec
+from penstock.formats.tags import ITEM_BYTES
 
 SIGMA = 0.02
 OUTLIER = 0.74

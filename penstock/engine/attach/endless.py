@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from types import TracebackType
 
 from torch import Tensor
 
+from penstock.closing import Closing
 from penstock.offload.streamer import BlockStream
 
 CYCLES = 256
@@ -14,7 +14,7 @@ CYCLES = 256
 theirs, so that a stream without end in which a queue has nothing to do would keep a core busy."""
 
 
-class EndlessStream:
+class EndlessStream(Closing):
     """A `BlockStream` opened again whenever its passes are used up; a context manager.
 
     Args:
@@ -33,34 +33,26 @@ class EndlessStream:
         self._left = CYCLES
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def close(self) -> None:
         """End the stream."""
         stream, self._stream = self._stream, None
         if stream is not None:
-            stream.__exit__(None, None, None)
+            stream.close()
             self._read += stream.stats.read_bytes
             self._copied += stream.stats.copied_bytes
 
-    def cycle(self) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
+    def forward_pass(self) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
         """One pass, to be gone through to its end: index and tensors of each block.
 
         Raises:
-            CheckpointChanged, ...: as `BlockStream.cycle`.
+            CheckpointChanged, ...: as `BlockStream.forward_pass`.
         """
         if self._left == 0:
             self.close()
             self.__enter__()
         self._left -= 1
         assert self._stream is not None
-        yield from self._stream.cycle()
+        yield from self._stream.forward_pass()
 
     @property
     def read_bytes(self) -> int:

@@ -15,11 +15,11 @@ import torch
 import xxhash
 from torch import Tensor
 
-from penstock.engine.packs.cache import cache_folder
 from penstock.engine.packs.file import PackLayout, Spec, digest, lay_out, sums_text
 from penstock.engine.packs.pack import as_memory
 from penstock.engine.store.durable import FileOps, storing
 from penstock.errors import UsageError
+from penstock.folders import cache_folder
 from penstock.offload.checkpoint import Checkpoint, TensorEntry
 from penstock.quant.values.tensors import DTYPES
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, cast
 
 import torch
 
+from penstock.closing import Closing
 from penstock.engine.attach.desk import Desk
 from penstock.engine.attach.livemodel import write_models
 from penstock.engine.attach.livepack import live_folder
@@ -20,12 +20,12 @@ from penstock.engine.family.protocol import ComponentKind, families
 from penstock.engine.files.locate import Files
 from penstock.engine.model.files import ModelFiles
 from penstock.engine.model.storage import block_format
-from penstock.engine.packs.cache import cache_folder
 from penstock.engine.packs.firstuse import FirstUse
 from penstock.engine.packs.plan import LEAST_RAM_BYTES
 from penstock.errors import UsageError
+from penstock.folders import cache_folder
+from penstock.formats.formats import get_format
 from penstock.offload.tiers import release_cached
-from penstock.quant.format import get_format
 
 
 class AttachFamily(Protocol):
@@ -84,7 +84,7 @@ class AttachReport:
     copied_bytes: int
 
 
-class Attached:
+class Attached(Closing):
     """A pipeline that penstock runs; a context manager that ends with :meth:`close`.
 
     Attributes:
@@ -99,7 +99,7 @@ class Attached:
     @property
     def report(self) -> AttachReport:
         """What it holds, and what has moved so far."""
-        vram, ram = self._desk.vram, self._desk.ram
+        vram, ram = self._desk.device_ledger, self._desk.host_ledger
         return AttachReport(
             vram_limit_bytes=vram.cap_bytes,
             peak_vram_bytes=vram.peak,
@@ -132,17 +132,6 @@ class Attached:
 
     def __del__(self) -> None:
         """Threads would wait for ever for a pipeline that nobody has any more."""
-        self.close()
-
-    def __enter__(self) -> Attached:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
         self.close()
 
 

@@ -16,11 +16,12 @@ from penstock.engine.attach.blocks import Slot
 from penstock.engine.attach.livepack import LivePack, spec_of
 from penstock.engine.packs.file import Spec
 from penstock.errors import CheckpointError, UsageError
+from penstock.formats.formats import QuantFormat
+from penstock.formats.rows import Shape
+from penstock.quant.arithmetic import quantise
 from penstock.quant.compute import strategy_for
-from penstock.quant.format import QuantFormat
 from penstock.quant.linear import QuantLinear
 from penstock.quant.paths import Computing, scratch_bytes
-from penstock.quant.rows import Shape
 from penstock.quant.values.tensors import dtype_tag
 
 
@@ -282,7 +283,7 @@ class Quantised:
         yield from (p for name, p in weights.items() if name not in done)
         for each in self.linears[index]:
             weight = each.module.weight.detach().cpu()
-            yield from self.format.quantise(weight, each.name).values()
+            yield from quantise(self.format, weight, each.name).values()
 
     def install(self, computing: Computing) -> None:
         """Put quantised layers into the blocks."""

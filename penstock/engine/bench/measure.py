@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from penstock.closing import Closing
 from penstock.engine.bench.machine import SAMPLE_BYTES, links, machine
 from penstock.engine.bench.result import (
     BenchResult,
@@ -205,10 +206,10 @@ class MeasuredStage(Stage):
         layouts: Sequence[BlockLayout],
         plan: StreamPlan | None,
         phase: PhaseMonitor,
-        cycles: int,
+        passes: int,
     ) -> Iterator[BlockStream]:
         """As `Stage.stream`."""
-        with super().stream(layouts, plan, phase, cycles) as stream:
+        with super().stream(layouts, plan, phase, passes) as stream:
             self.streams.setdefault(phase.name, []).append(stream.stats)
             yield stream
 
@@ -226,7 +227,7 @@ class Moved:
     copied_bytes: int
     read_s: float
     copy_s: float
-    slab_wait_s: float
+    staging_wait_s: float
     disk_wait_s: float
     slot_wait_s: float
     compute_wait_s: float
@@ -329,7 +330,7 @@ class _Watch:
         )
 
 
-class Memory:
+class Memory(Closing):
     """The process's memory by the operating system, and torch's CUDA allocator: peaks that no
     ledger of ours has a part in. A context manager.
 
@@ -368,6 +369,7 @@ class Memory:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """End the watching."""
         self._stop.set()
         self._thread.join()

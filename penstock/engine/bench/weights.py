@@ -21,18 +21,18 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
+from penstock.blocks import PAGE_BYTES, TENSOR_ALIGNMENT
 from penstock.engine.bench.synthetic import synthetic
 from penstock.engine.family.protocol import ComponentKind
 from penstock.engine.files.keys import stored_name
 from penstock.engine.files.storage import PADDING
 from penstock.engine.packs.plan import runs_of
 from penstock.errors import UsageError
-from penstock.offload.files import DIRECT_ALIGNMENT
-from penstock.offload.header import ITEM_BYTES
-from penstock.offload.layout import TENSOR_ALIGNMENT
-from penstock.quant.format import QuantFormat, get_format
+from penstock.formats.formats import QuantFormat, get_format
+from penstock.formats.rows import Shape
+from penstock.formats.tags import ITEM_BYTES
+from penstock.quant.arithmetic import quantise
 from penstock.quant.policy import default_policy
-from penstock.quant.rows import Shape
 from penstock.units import align_up, format_bytes
 
 FORMATS = ("bf16", "fp16", "fp8", "int8", "nf4")
@@ -184,7 +184,7 @@ def _placed(
     chosen = set(default_policy(shapes))
     end = 0
     for run in runs:
-        end = align_up(end, DIRECT_ALIGNMENT)
+        end = align_up(end, PAGE_BYTES)
         for name in run:
             shape = shapes[name]
             matrix: Shape | None = (shape[0], shape[1]) if name in chosen else None
@@ -212,7 +212,7 @@ def _header(tensors: Sequence[_Tensor]) -> bytes:
         entries[tensor.name] = _entry(tensor.tag, tensor.shape, tensor.start, tensor.end)
         end = tensor.end
     text = json.dumps(entries, separators=(",", ":")).encode()
-    whole = align_up(8 + len(text), DIRECT_ALIGNMENT)
+    whole = align_up(8 + len(text), PAGE_BYTES)
     return (whole - 8).to_bytes(8, "little") + text.ljust(whole - 8)
 
 
@@ -258,7 +258,7 @@ class _Samples:
             values = values.mul_(5).add_(1)
         stored = {"weight": values}
         if tensor.quantised:
-            stored = self.format.quantise(values, tensor.parameter)
+            stored = quantise(self.format, values, tensor.parameter)
         made = {suffix: _as_memory(each) for suffix, each in stored.items()}
         if keep:
             self._made[key] = made

@@ -1,4 +1,4 @@
-"""From the storage of a file to the formats that compute with it, and to plain values."""
+"""What the parameters of a file compute with: the formats of its linears, a dtype, plain values."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 from penstock.engine.files.keys import ComponentSource, packed_facts
 from penstock.engine.files.storage import StoredWeight
 from penstock.errors import CheckpointError
-from penstock.quant.format import FORMATS, QuantFormat
-from penstock.quant.recognise import recognise
+from penstock.formats.formats import QuantFormat
+from penstock.formats.scaled import Scaled8
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+_SINGLE = {"F64": "F32"}
+"""What is computed in where values are stored in more."""
 
 _TABLES = (
     "shared.weight",
@@ -28,39 +31,11 @@ def is_linear(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and name.endswith(".weight") and not name.endswith(_TABLES)
 
 
-def format_of(stored: StoredWeight) -> QuantFormat:
-    """The format that reads ``stored``.
-
-    Raises:
-        CheckpointError: none does.
-    """
-    if stored.label == "nf4" or stored.label in FORMATS:
-        return FORMATS[stored.label]
-    if stored.label.startswith("gguf-"):
-        known = [name for name in FORMATS if name.startswith("gguf-")]
-        raise CheckpointError(
-            f"{stored.name} has a GGUF type that penstock does not read",
-            expected=", ".join(known),
-            found=stored.label,
-            remedy="Take the Q8_0, Q6_K, Q5_K_M or Q4_K_M file of the same model.",
-        )
-    return recognise(
-        {suffix: (entry.dtype, entry.shape) for suffix, entry in stored.tensors.items()},
-        layer=stored.name,
-        comfy=stored.comfy,
-        full_precision=stored.full_precision,
-    )
-
-
 def linear_formats(source: ComponentSource) -> dict[str, QuantFormat]:
-    """Format of each linear layer that is stored quantised, by its module's name.
-
-    Raises:
-        CheckpointError: a storage that no format reads.
-    """
+    """Format of each linear layer that is stored quantised, by its module's name."""
     shapes = source.shapes
     return {
-        name.removesuffix(".weight"): format_of(stored)
+        name.removesuffix(".weight"): stored.format
         for name, stored in source.weights.items()
         if not stored.plain and is_linear(name, shapes[name])
     }
@@ -70,8 +45,8 @@ def compute_tag(source: ComponentSource) -> str:
     """Safetensors tag of the dtype to compute in: that of most plain matrices, else BF16.
 
     GGUF files keep their few plain tensors in F32 and 8-bit files some in F32: that says nothing of
-    the dtype the model was made for, so F32 counts only where nothing is quantised. A pack says
-    what its source computed in.
+    the dtype the model was made for, so F32 counts only where nothing is quantised. F64 is read and
+    computed in as F32. A pack says what its source computed in.
 
     Raises:
         CheckpointError: the pack's metadata are damaged.
@@ -82,7 +57,7 @@ def compute_tag(source: ComponentSource) -> str:
     sizes: dict[str, int] = {}
     for stored in source.weights.values():
         if stored.plain and len(stored.shape or ()) > 1:
-            tag = stored.tensors["weight"].dtype
+            tag = _SINGLE.get(stored.tensors["weight"].dtype, stored.tensors["weight"].dtype)
             sizes[tag] = sizes.get(tag, 0) + stored.nbytes
     if any(not stored.plain for stored in source.weights.values()):
         sizes.pop("F32", None)
@@ -110,7 +85,8 @@ def decode(
     Raises:
         CheckpointError: it has no rows and columns and yet a quantised storage.
     """
-    if stored.plain or (stored.label == "fp8 raw" and len(shape) != 2):
+    raw = isinstance(stored.format, Scaled8) and stored.format.scale == "none"
+    if stored.plain or (raw and len(shape) != 2):
         return tensors["weight"].to(dtype)
     if len(shape) != 2:
         raise CheckpointError(
@@ -119,4 +95,6 @@ def decode(
             found=f"{stored.label} of shape {list(shape)}",
             remedy="Use another file of this model.",
         )
-    return format_of(stored).dequantise(tensors, (shape[0], shape[1]), dtype)
+    from penstock.quant.arithmetic import dequantise
+
+    return dequantise(stored.format, tensors, (shape[0], shape[1]), dtype)

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from types import TracebackType
 
 import torch
 from torch import Tensor
 
+from penstock.closing import Closing
 from penstock.engine.files.formats import compute_tag, decode
-from penstock.engine.files.keys import ComponentSource, as_bytes
+from penstock.engine.files.keys import ComponentSource
+from penstock.engine.files.storage import as_bytes
 from penstock.offload.checkpoint import TensorEntry, torch_dtype, view_as_stored
 from penstock.offload.files import WeightFile
 
 
-class WeightReader:
+class WeightReader(Closing):
     """Reads the parameters of a component, as stored bytes or as plain values.
 
     Args:
@@ -47,7 +48,7 @@ class WeightReader:
 
     def has_rows(self, name: str) -> bool:
         """Whether rows of the parameter can be read alone."""
-        return self._source.weights[name].label != "quanto-int4"
+        return self._source.weights[name].format.by_rows
 
     def read_rows(self, name: str, first: int, last: int, dtype: torch.dtype) -> Tensor:
         """Rows ``first`` to ``last`` (exclusive) of a matrix of which `has_rows` holds."""
@@ -81,17 +82,6 @@ class WeightReader:
     def close(self) -> None:
         """Close the files."""
         self._stack.close()
-
-    def __enter__(self) -> WeightReader:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _rows(entry: TensorEntry, first: int, last: int) -> TensorEntry:

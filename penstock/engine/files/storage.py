@@ -1,40 +1,39 @@
 """How the weights of a file are stored: the tensors of each weight gathered under its name.
 
-Free of torch, so that a file can be described without it; `penstock.engine.files.formats` turns a
-storage into the `QuantFormat` that computes with it. Sources of the spellings: ComfyUI's quantised
-layers (``comfy_quant``, ``_quantization_metadata``, and the older ``scaled_fp8`` mark), LightX2V,
-optimum-quanto as Wan2GP saves it, ComfyUI-GGUF.
+Free of torch, so that a file can be described without it. Beside the tensors of a weight, whose
+spellings `penstock.formats.recognise` knows, ComfyUI's metadata say how it is stored
+(``comfy_quant``, ``_quantization_metadata``, and the older ``scaled_fp8`` mark).
 """
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
+from penstock.engine.files.fields import parse_object
 from penstock.errors import CheckpointError
+from penstock.formats.formats import QuantFormat
+from penstock.formats.gguf import PREFIX as GGUF
+from penstock.formats.gguf import block_size
+from penstock.formats.recognise import (
+    STATES,
+    ZERO_POINT,
+    canonical_suffix,
+    recognise,
+    split_suffix,
+)
+from penstock.formats.rows import Spec
 from penstock.offload.checkpoint import TensorEntry
-from penstock.offload.gguf import PREFIX as GGUF
-from penstock.offload.gguf import block_size
 
 COMFY_MARK = "scaled_fp8"
 COMFY_METADATA = "_quantization_metadata"
 PADDING = "__pad__."
 PACK_METADATA = "penstock"
 
-_SUFFIX = re.compile(
-    r"(.+)\.(weight\._data\._data|weight\._data|weight\._scale|weight\._shift|weight_scale_2"
-    r"|weight_scale|scale_weight|weight_absmax|scale_input|input_scale|output_scale|comfy_quant"
-    r"|weight)"
-)
 _DATA = ("weight", "weight._data", "weight._data._data")
-_UNUSED = ("scale_input", "input_scale", "output_scale", "comfy_quant")
-_ALIASES = MappingProxyType({"scale_weight": "weight_scale"})
-_PLAIN = MappingProxyType({"BF16": "bf16", "F16": "fp16", "F32": "fp32"})
 
 
 @dataclass(frozen=True)
@@ -45,23 +44,31 @@ class StoredWeight:
         name: the parameter's name with diffusers or transformers ("blocks.0.attn1.to_q.weight").
         tensors: the stored tensors that computing needs, by suffix in the spelling of the formats
             ("weight", "weight_scale", ...).
-        label: the storage for people: "bf16", "fp8 scaled", "gguf-q8_0".
-        shape: the logical shape; None where only the model's config tells it (4-bit quanto).
-        comfy: the layer's entry in ComfyUI's quantisation metadata.
-        full_precision: the file forbids 8-bit matrix products.
+        format: what reads them.
+        shape: the logical shape, padded where the format pads; None where only the model's config
+            tells it (4-bit quanto).
     """
 
     name: str
     tensors: Mapping[str, TensorEntry]
-    label: str
+    format: QuantFormat
     shape: tuple[int, ...] | None
-    comfy: Mapping[str, Any] = field(default_factory=dict)
-    full_precision: bool = False
+
+    @property
+    def label(self) -> str:
+        """The storage for people: "bf16", "fp8 per row", "gguf-q8_0"."""
+        return self.format.label
 
     @property
     def plain(self) -> bool:
         """Whether the bytes are the values, in a floating-point type that computes."""
-        return self.label in _PLAIN.values()
+        return self.format.plain
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        """Dtype tag and shape of the stored tensors, as bytes lie."""
+        entries = {suffix: as_bytes(entry) for suffix, entry in self.tensors.items()}
+        return {suffix: (entry.dtype, entry.shape) for suffix, entry in entries.items()}
 
     @property
     def nbytes(self) -> int:
@@ -70,10 +77,19 @@ class StoredWeight:
 
     def holds(self, shape: tuple[int, ...]) -> bool:
         """Whether this can be a weight of ``shape``."""
-        if self.shape is not None:
+        if self.shape == shape or len(shape) != 2:
             return self.shape == shape
-        packed = self.tensors["weight._data._data"]
-        return len(shape) == 2 and packed.nbytes == math.prod(shape) / 2
+        matrix = (shape[0], shape[1])
+        return self.format.fits(matrix) and self.format.storage(matrix, "") == self.specs
+
+
+def as_bytes(entry: TensorEntry) -> TensorEntry:
+    """An entry of GGUF blocks as rows of bytes; others as they are."""
+    if not entry.dtype.startswith(GGUF):
+        return entry
+    block, nbytes = block_size(entry.dtype)
+    *rows, columns = entry.shape
+    return replace(entry, dtype="U8", shape=(*rows, columns // block * nbytes))
 
 
 def gather(
@@ -100,7 +116,7 @@ def gather(
         layer = _layer(tensors)
         known = comfy.get(layer) or comfy.get(layer.removeprefix(prefix))
         config = _comfy_config(tensors, known, read)
-        gathered[name] = _stored(name, tensors, config, full_precision)
+        gathered[name] = _stored(name, tensors, config, full_precision, read)
     return gathered
 
 
@@ -109,8 +125,8 @@ def _by_parameter(entries: Mapping[str, TensorEntry]) -> dict[str, dict[str, Ten
     for key, entry in entries.items():
         if key == COMFY_MARK:
             continue
-        match = _SUFFIX.fullmatch(key)
-        name, suffix = (f"{match[1]}.weight", match[2]) if match else (key, "weight")
+        split = split_suffix(key)
+        name, suffix = (f"{split[0]}.weight", split[1]) if split else (key, "weight")
         grouped.setdefault(name, {})[suffix] = entry
     return grouped
 
@@ -118,15 +134,15 @@ def _by_parameter(entries: Mapping[str, TensorEntry]) -> dict[str, dict[str, Ten
 def _layer(tensors: Mapping[str, TensorEntry]) -> str:
     """The layer's name in the file itself."""
     name = next(iter(tensors.values())).name
-    match = _SUFFIX.fullmatch(name)
-    return match[1] if match else name
+    split = split_suffix(name)
+    return split[0] if split else name
 
 
 def _comfy_layers(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
     text = metadata.get(COMFY_METADATA)
     if text is None:
         return {}
-    return _layers(_json(str(text), COMFY_METADATA))
+    return _layers(parse_object(str(text), COMFY_METADATA))
 
 
 def _layers(value: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -140,101 +156,67 @@ def _layers(value: Mapping[str, Any]) -> Mapping[str, Any]:
     return layers
 
 
-def _json(text: str | bytes, what: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{what} cannot be used", expected="JSON", found=str(error)
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{what} cannot be used", expected="a JSON object", found=repr(value))
-    return value
-
-
 def _comfy_config(
     tensors: Mapping[str, TensorEntry],
     known: Mapping[str, Any] | None,
     read: Callable[[TensorEntry], bytes],
 ) -> Mapping[str, Any]:
     entry = tensors.get("comfy_quant")
-    if entry is None:
-        return known or {}
-    if entry.nbytes > 65536:
+    return known or {} if entry is None else _described(entry, read)
+
+
+def _described(entry: TensorEntry, read: Callable[[TensorEntry], bytes]) -> dict[str, Any]:
+    """The JSON object that a byte tensor holds."""
+    return parse_object(_short(entry, read), entry.name)
+
+
+def _short(entry: TensorEntry, read: Callable[[TensorEntry], bytes]) -> bytes:
+    if entry.nbytes > 1 << 20:
         raise CheckpointError(
             f"{entry.name} cannot be used",
-            expected="a short JSON text",
+            expected="a short tensor",
             found=f"{entry.nbytes} bytes",
         )
-    return _json(read(entry), entry.name)
+    return read(entry)
 
 
 def _stored(
-    name: str, tensors: Mapping[str, TensorEntry], comfy: Mapping[str, Any], full_precision: bool
+    name: str,
+    tensors: Mapping[str, TensorEntry],
+    comfy: Mapping[str, Any],
+    full_precision: bool,
+    read: Callable[[TensorEntry], bytes],
 ) -> StoredWeight:
-    used = {_ALIASES.get(key, key): e for key, e in tensors.items() if key not in _UNUSED}
-    data = next((used[key] for key in _DATA if key in used), None)
+    used = {
+        known: entry
+        for suffix, entry in tensors.items()
+        if (known := canonical_suffix(suffix)) is not None
+    }
+    data = next((used[suffix] for suffix in used if suffix in _DATA), None)
     if data is None:
         first = next(iter(tensors.values()))
         raise CheckpointError(
             f"{name} has a scale and no weight", expected=f"a tensor {name}", found=first.name
         )
-    _refuse_comfy(data.name, comfy)
-    label = _label(data, used)
-    return StoredWeight(
-        name=name,
-        tensors=MappingProxyType(used),
-        label=label,
-        shape=_logical(label, data.shape),
+    if ZERO_POINT in tensors:
+        _check_symmetric(tensors[ZERO_POINT], read)
+    state = next((_described(tensors[each], read) for each in STATES if each in tensors), None)
+    found = recognise(
+        {suffix: (entry.dtype, entry.shape) for suffix, entry in tensors.items()},
+        layer=data.name,
         comfy=comfy,
-        full_precision=full_precision or bool(comfy.get("full_precision_matrix_mult")),
+        full_precision=full_precision,
+        state=state,
     )
+    shape = found.logical(data.shape) if state is None else tuple(state["shape"])
+    return StoredWeight(name, MappingProxyType(used), found, shape)
 
 
-def _logical(label: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-    if label == "quanto-int4":
-        return None
-    return (shape[0], 2 * shape[1]) if label == "nf4" else shape
-
-
-def _refuse_comfy(name: str, comfy: Mapping[str, Any]) -> None:
-    kind = comfy.get("format", "float8_e4m3fn")
-    if kind not in ("float8_e4m3fn", "int8_tensorwise") or comfy.get("convrot"):
+def _check_symmetric(zeros: TensorEntry, read: Callable[[TensorEntry], bytes]) -> None:
+    if any(_short(zeros, read)):
         raise CheckpointError(
-            f"{name} is quantised in a way that penstock does not read",
-            expected="float8_e4m3fn, or int8_tensorwise without convrot",
-            found=f"{kind}{' with convrot' if comfy.get('convrot') else ''}",
+            f"{zeros.name} moves the weights' zero, which penstock does not read",
+            expected="torchao's symmetric int8, or fp8",
+            found="zero points that are not 0",
             remedy="Use the same model's bf16, fp8 or GGUF file.",
         )
-
-
-def _label(data: TensorEntry, used: Mapping[str, TensorEntry]) -> str:
-    if data.dtype.startswith(GGUF):
-        if data.shape[-1] % block_size(data.dtype)[0]:
-            raise _unreadable(data, "rows that are not whole blocks")
-        return "gguf-" + data.dtype.removeprefix(GGUF).lower()
-    if set(used) == {"weight"} and data.dtype in _PLAIN:
-        return _PLAIN[data.dtype]
-    kind = {"F8_E4M3": "fp8", "I8": "int8"}.get(data.dtype)
-    if kind is not None and set(used) == {"weight._data", "weight._scale"}:
-        return f"quanto-{kind}"
-    if kind is not None and set(used) == {"weight", "weight_scale"}:
-        whole = math.prod(used["weight_scale"].shape) == 1
-        rows = "per tensor" if whole else "per row"
-        return f"{kind} {rows}"
-    if kind == "fp8" and len(used) == 1:
-        return "fp8 raw"
-    if set(used) == {"weight._data._data", "weight._scale", "weight._shift"}:
-        return "quanto-int4"
-    if set(used) == {"weight", "weight_absmax"} and data.dtype == "U8" and len(data.shape) == 2:
-        return "nf4"
-    raise _unreadable(data, ", ".join(f"{k} {e.dtype}{list(e.shape)}" for k, e in used.items()))
-
-
-def _unreadable(data: TensorEntry, found: str) -> CheckpointError:
-    return CheckpointError(
-        f"{data.name} is stored in a way that penstock does not read",
-        expected="bf16, fp16, fp32, fp8 e4m3, int8 with scales, quanto, nf4 or GGUF",
-        found=found,
-        remedy="Use the same model's bf16, fp8 e4m3 or GGUF file.",
-    )

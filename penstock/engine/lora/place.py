@@ -19,9 +19,9 @@ from penstock.engine.files.formats import is_linear
 from penstock.engine.files.keys import ComponentSource
 from penstock.engine.lora.file import Lora, LoraFile, LoraLayer, open_lora, parameters_of
 from penstock.engine.store.digest import stamp
+from penstock.formats.tags import ITEM_BYTES
 from penstock.offload.checkpoint import TensorEntry, torch_dtype
 from penstock.offload.files import FileStamp
-from penstock.offload.header import ITEM_BYTES
 from penstock.offload.layout import BlockLayout
 from penstock.profiles.manifest import LoraSpec
 from penstock.profiles.plan import Origin

@@ -20,14 +20,15 @@ from penstock.engine.attention.probe import probe_int8
 from penstock.engine.family.protocol import families
 from penstock.engine.machine.disk import IN_FLIGHT, read_rate
 from penstock.engine.machine.samples import SampledFamily, Samples
+from penstock.formats.formats import get_format
+from penstock.formats.scaled import Gemm
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.tiers import DeviceTier, HostTier, open_link
 from penstock.profiles.rates import SMALL_CHUNK, TINY_CHUNK, Rates
-from penstock.quant.compute import Compute, Operands, strategy_for
-from penstock.quant.format import get_format
+from penstock.quant.arithmetic import dequantise, quantise
+from penstock.quant.compute import LinearPath, Operands, strategy_for
 from penstock.quant.paths import Computing, Scratch
 from penstock.quant.probe import probe, working
-from penstock.quant.scaled import Gemm
 from penstock.units import MIB
 
 _WIDTH, _HEADS, _FFN = 128, 8, 2048
@@ -227,7 +228,7 @@ def _eight_bit(
 
 
 def _product(
-    path: Compute, operands: Operands, device: torch.device, dtype: torch.dtype, effort: Effort
+    path: LinearPath, operands: Operands, device: torch.device, dtype: torch.dtype, effort: Effort
 ) -> float:
     """Operations a second of a linear on a path."""
     x = torch.randn(effort.tokens, operands.shape[1], device=device, dtype=dtype)
@@ -238,7 +239,7 @@ def _product(
 def _stored(name: str, rows: int, device: torch.device) -> Operands:
     """A random weight of so many rows in a format."""
     fmt, shape = get_format(name), (rows, _inner(device))
-    stored = fmt.quantise(torch.randn(shape))
+    stored = quantise(fmt, torch.randn(shape))
     return Operands(fmt, shape, {key: each.to(device) for key, each in stored.items()}, None)
 
 
@@ -246,7 +247,7 @@ def _decode(device: torch.device, dtype: torch.dtype, effort: Effort) -> float:
     """Bytes read and written by decoding an int8 weight."""
     operands = _stored("int8", max(1, effort.copy_bytes // 8 // _inner(device)), device)
     out = torch.empty(operands.shape, device=device, dtype=dtype)
-    decode = partial(operands.format.dequantise, operands.tensors, operands.shape, dtype, out)
+    decode = partial(dequantise, operands.format, operands.tensors, operands.shape, dtype, out)
     return (math.prod(operands.shape) + out.nbytes) / _seconds(decode, device, effort)
 
 

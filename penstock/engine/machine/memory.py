@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from penstock.engine.store.durable import FileOps, read_whole, write_atomically
-from penstock.engine.store.places import data_directory
 from penstock.errors import JournalError, StorageError
+from penstock.folders import data_folder
 from penstock.profiles.hardware import control_group
 from penstock.units import format_bytes
 
@@ -84,7 +84,7 @@ def keep_overhead(device: str, nbytes: int) -> None:
         device: "cpu" or "cuda": the libraries of a GPU take more.
         nbytes: of host memory.
     """
-    place, ops = data_directory() / _NAME, FileOps()
+    place, ops = data_folder() / _NAME, FileOps()
     try:
         ops.mkdir(place.parent)
         known = _known() | {device: nbytes}
@@ -101,7 +101,7 @@ def known_overhead(device: str) -> int | None:
 
 def _known() -> dict[str, int]:
     try:
-        value = json.loads(read_whole(FileOps(), data_directory() / _NAME) or b"{}")
+        value = json.loads(read_whole(FileOps(), data_folder() / _NAME) or b"{}")
     except (JournalError, ValueError, RecursionError):
         return {}
     if not isinstance(value, dict):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def output(*command: str) -> str:
@@ -26,6 +28,8 @@ def nvidia_smi(device: torch.device, fields: Sequence[str]) -> dict[str, str]:
     It counts GPUs in another order than torch, and others too (CUDA_VISIBLE_DEVICES): so the one
     that is meant is named by its UUID, which torch tells since 2.5.
     """
+    import torch
+
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
     which = str(device.index or 0) if uuid is None else f"GPU-{uuid}"
     flags = ("--format=csv,noheader,nounits", f"--query-gpu={','.join(fields)}", f"--id={which}")

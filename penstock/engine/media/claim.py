@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 from penstock.engine.store.lock import JobLock
-from penstock.engine.store.places import data_directory
 from penstock.errors import JobLocked, OutputError, StorageError
+from penstock.folders import data_folder
 
 
 class OutputClaim:
@@ -25,7 +25,7 @@ class OutputClaim:
     """
 
     def __init__(self, output: Path) -> None:
-        folder = data_directory() / "outputs"
+        folder = data_folder() / "outputs"
         name = hashlib.sha256(os.fsencode(os.path.realpath(output))).hexdigest()[:32]
         self._lock: JobLock | None = None
         try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -183,21 +182,21 @@ def write_video(
     with _temporary_beside(path) as temporary:
         count = _encode(temporary, frames, fps, metadata, encoder, crf)
         with _as_video_error(path):
-            _flush(temporary)
-            size_bytes = temporary.stat().st_size
+            ops = FileOps()
+            _flush(ops, temporary)
+            size_bytes = ops.size(temporary)
             finished(temporary)
-            named = _name(temporary, path, overwrite, or_beside)
-            _flush_folder(path.parent)
+            named = _name(ops, temporary, path, overwrite, or_beside)
+            ops.fsync_dir(path.parent)
     return WrittenVideo(named, encoder, count, size_bytes)
 
 
-def _name(temporary: Path, path: Path, overwrite: bool, or_beside: bool) -> Path:
+def _name(ops: FileOps, temporary: Path, path: Path, overwrite: bool, or_beside: bool) -> Path:
     """Give the finished file its name, or the first free one after it.
 
     Raises:
         OutputError: the name is taken.
     """
-    ops = FileOps()
     if overwrite:
         ops.rename(temporary, path)
         return path
@@ -229,7 +228,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
         comment = container.metadata.get("comment", "")
     try:
         stored = json.loads(comment)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return stored if isinstance(stored, dict) else {}
 
@@ -263,7 +262,7 @@ def _temporary_beside(path: Path) -> Iterator[Path]:
     try:
         yield temporary
     finally:
-        temporary.unlink(missing_ok=True)
+        FileOps().unlink(temporary)
 
 
 @contextmanager
@@ -375,27 +374,17 @@ def _as_pixels(frame: Any, stream: Any) -> np.ndarray[Any, Any]:
 
 def _convert(pixels: np.ndarray[Any, Any], index: int) -> Any:
     import av
-    from av.video.reformatter import ColorRange, Colorspace
 
     picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-    frame = picture.reformat(
-        format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
-    )
+    # By name: PyAV 14.0.0 takes no members of its own enums here
+    frame = picture.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
     frame.pts = index
     return frame
 
 
-def _flush(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make the rename last; Windows cannot open folders and does this itself."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
+def _flush(ops: FileOps, path: Path) -> None:
+    descriptor = ops.append(path)
     try:
-        os.fsync(handle)
+        ops.fsync(descriptor)
     finally:
-        os.close(handle)
+        ops.close(descriptor)

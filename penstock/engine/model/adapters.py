@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from penstock.engine.files.formats import decode, format_of, is_linear
-from penstock.engine.files.keys import ComponentSource, as_bytes, stored_name
-from penstock.engine.files.storage import StoredWeight
+from penstock.engine.files.formats import decode, is_linear
+from penstock.engine.files.keys import ComponentSource, stored_name
+from penstock.engine.files.storage import StoredWeight, as_bytes
+from penstock.formats.tags import ITEM_BYTES
 from penstock.offload.checkpoint import Checkpoint, torch_dtype
-from penstock.offload.header import ITEM_BYTES
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,7 @@ class Adapter:
         device of that type."""
         made = sum(math.prod(shape) * ITEM_BYTES[self.tag] for _, shape in self.odd.values())
         decoding = (
-            format_of(stored).workspace_bytes((shape[0], shape[1]), device)
+            stored.format.workspace_bytes((shape[0], shape[1]), device)
             for stored, shape in self.odd.values()
             if not stored.plain and len(shape) == 2
         )

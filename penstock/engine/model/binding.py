@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from penstock.errors import TensorMismatch
+from penstock.formats.formats import QuantFormat
 from penstock.offload.checkpoint import torch_dtype
 from penstock.quant.delta import Delta
-from penstock.quant.format import QuantFormat
 from penstock.quant.linear import replace_linears
 from penstock.quant.lora import add_deltas
 from penstock.quant.paths import Computing

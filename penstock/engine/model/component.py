@@ -19,8 +19,8 @@ from penstock.engine.model.adapters import Adapter, adapters_of, read_table_rows
 from penstock.engine.model.skeleton import Formats, Skeleton
 from penstock.engine.model.storage import Matrices, block_format, storage_of
 from penstock.engine.packs.checked import Packs
+from penstock.formats.tags import ITEM_BYTES
 from penstock.offload.checkpoint import Checkpoint, TensorEntry, torch_dtype
-from penstock.offload.header import ITEM_BYTES
 from penstock.offload.layout import BlockLayout
 from penstock.profiles.manifest import Storage, Weights
 from penstock.quant.paths import Computing

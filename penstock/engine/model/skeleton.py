@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from penstock.quant.format import QuantFormat
+from penstock.formats.formats import QuantFormat
 from penstock.quant.paths import Computing
 
 Formats = Mapping[str, QuantFormat]

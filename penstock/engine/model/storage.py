@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from penstock.engine.files.keys import ComponentSource
+from penstock.formats.formats import QuantFormat
+from penstock.formats.rows import Shape
+from penstock.formats.tags import ITEM_BYTES
 from penstock.profiles.manifest import ComputePath, Storage
-from penstock.quant.format import QuantFormat
 from penstock.quant.paths import Computing, scratch_bytes
 from penstock.quant.policy import default_policy
-from penstock.quant.rows import ITEM_BYTES, Shape
 
 Matrices = Sequence[tuple[QuantFormat, Shape]]
 """The quantised matrices of one block."""

@@ -6,24 +6,21 @@ other weights of the same name, or another version of the layout, are another pa
 
 from __future__ import annotations
 
-import os
 import re
 import stat
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from penstock.engine.files.locate import read_object
+from penstock.engine.files.fields import read_object
 from penstock.engine.packs.names import ORIGIN_SUFFIX, PROGRESS_SUFFIX
 from penstock.engine.store.durable import NEW_SUFFIX, FileOps, storing
 from penstock.engine.store.lock import JobLock
 from penstock.errors import CheckpointError, JobLocked, StorageError, UsageError
 
-VARIABLE = "PENSTOCK_CACHE"
 ABOUT = "pack.json"
 """The last file of a pack to be written, and the first to be removed."""
 
@@ -53,23 +50,6 @@ class CachedPack:
             "name": self.name, "folder": str(self.path), "bytes": self.nbytes,
             "source": self.source, "complete": self.complete,
         }  # fmt: skip
-
-
-def cache_folder(environ: Mapping[str, str] | None = None) -> Path:
-    """Where packs are kept: ``$PENSTOCK_CACHE``, else the platform's cache directory.
-
-    Args:
-        environ: the environment; None takes the process's own.
-    """
-    environ = os.environ if environ is None else environ
-    if environ.get(VARIABLE):
-        return Path(environ[VARIABLE]).expanduser()
-    if sys.platform == "win32":
-        base = environ.get("LOCALAPPDATA") or str(Path.home() / "AppData" / "Local")
-        return Path(base) / "penstock" / "packs"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "penstock" / "packs"
-    return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "penstock" / "packs"
 
 
 def is_complete(folder: Path) -> bool:

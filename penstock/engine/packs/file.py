@@ -20,10 +20,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from penstock.blocks import PAGE_BYTES, TENSOR_ALIGNMENT
+from penstock.engine.files.fields import parse_object
 from penstock.engine.files.storage import PACK_METADATA, PADDING
 from penstock.errors import CheckpointError, HeaderError
-from penstock.offload.files import DIRECT_ALIGNMENT, WeightFile, looked_at
-from penstock.offload.header import ITEM_BYTES, MAX_HEADER_BYTES, Header, read_header
+from penstock.formats.tags import ITEM_BYTES
+from penstock.offload.files import WeightFile, looked_at
+from penstock.offload.header import MAX_HEADER_BYTES, Header, read_header
 from penstock.regular import open_regular
 from penstock.units import align_up
 
@@ -32,7 +35,6 @@ if TYPE_CHECKING:
 
 VERSION = 1
 SUMS = "__sums__"
-TENSOR_ALIGNMENT = 64
 _DIGEST_HEX = 32
 _CHUNK_BYTES = 8 << 20
 
@@ -51,7 +53,7 @@ class PackedTensor:
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """A piece that is read at once, from its first tensor's first byte to its last one's last."""
 
     name: str
@@ -71,7 +73,7 @@ class PackLayout:
     """
 
     header: bytes
-    runs: tuple[Run, ...]
+    runs: tuple[PlannedRun, ...]
     sums_offset: int
     sums_bytes: int
 
@@ -86,27 +88,32 @@ class PackLayout:
         return len(self.header) + self.sums_offset + self.sums_bytes
 
 
-def lay_out(runs: Mapping[str, Mapping[str, Spec]], metadata: Mapping[str, Any]) -> PackLayout:
+def lay_out(
+    runs: Mapping[str, Mapping[str, Spec]],
+    metadata: Mapping[str, Any],
+    texts: Mapping[str, str] = MappingProxyType({}),
+) -> PackLayout:
     """Place ``runs`` (tensors with dtype tag and shape, by run and name) one after the other.
 
     Args:
         metadata: what the pack says of itself, as JSON values.
+        texts: further entries of the header's metadata.
     """
-    placed: list[Run] = []
+    placed: list[PlannedRun] = []
     end = 0
     for name, tensors in runs.items():
-        run = _place_run(name, tensors, align_up(end, DIRECT_ALIGNMENT))
+        run = _place_run(name, tensors, align_up(end, PAGE_BYTES))
         placed.append(run)
         end = run.offset + run.nbytes
-    sums_offset = align_up(end, DIRECT_ALIGNMENT)
+    sums_offset = align_up(end, PAGE_BYTES)
     sums_bytes = len(sums_text(b"", [b""] * len(placed)))
     table = {"version": VERSION, **metadata, "runs": {r.name: [r.offset, r.nbytes] for r in placed}}
     sums = PackedTensor(SUMS, "U8", (sums_bytes,), sums_offset, sums_bytes)
     padded = _padded([*(tensor for run in placed for tensor in run.tensors), sums])
-    return PackLayout(_header(padded, table), tuple(placed), sums_offset, sums_bytes)
+    return PackLayout(_header(padded, table, texts), tuple(placed), sums_offset, sums_bytes)
 
 
-def _place_run(name: str, specs: Mapping[str, Spec], offset: int) -> Run:
+def _place_run(name: str, specs: Mapping[str, Spec], offset: int) -> PlannedRun:
     tensors: list[PackedTensor] = []
     end = offset
     for tensor_name, (dtype, shape) in specs.items():
@@ -114,7 +121,7 @@ def _place_run(name: str, specs: Mapping[str, Spec], offset: int) -> Run:
         start = align_up(end, TENSOR_ALIGNMENT)
         tensors.append(PackedTensor(tensor_name, dtype, tuple(shape), start, nbytes))
         end = start + nbytes
-    return Run(name, offset, end - offset, tuple(tensors))
+    return PlannedRun(name, offset, end - offset, tuple(tensors))
 
 
 def _padded(tensors: Sequence[PackedTensor]) -> Iterator[PackedTensor]:
@@ -129,15 +136,18 @@ def _padded(tensors: Sequence[PackedTensor]) -> Iterator[PackedTensor]:
         end = tensor.offset + tensor.nbytes
 
 
-def _header(tensors: Iterator[PackedTensor], table: Mapping[str, Any]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt", PACK_METADATA: json.dumps(table)}}
+def _header(
+    tensors: Iterator[PackedTensor], table: Mapping[str, Any], texts: Mapping[str, str]
+) -> bytes:
+    about = {"format": "pt", PACK_METADATA: json.dumps(table), **texts}
+    entries: dict[str, Any] = {"__metadata__": about}
     for tensor in tensors:
         place = [tensor.offset, tensor.offset + tensor.nbytes]
         entries[tensor.name] = {
             "dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": place,
         }  # fmt: skip
     text = json.dumps(entries, separators=(",", ":")).encode()
-    whole = align_up(8 + len(text), DIRECT_ALIGNMENT)
+    whole = align_up(8 + len(text), PAGE_BYTES)
     return (whole - 8).to_bytes(8, "little") + text.ljust(whole - 8)
 
 
@@ -221,12 +231,12 @@ def _about(path: Path, header: Header) -> dict[str, Any]:
             f"{path} is no pack", expected="a file made by penstock pack", found="another file"
         )
     try:
-        about: dict[str, Any] = json.loads(header.metadata[PACK_METADATA])
+        about: dict[str, Any] = parse_object(header.metadata[PACK_METADATA], str(path))
         version, runs = about["version"], about["runs"]
         whole = all(
             len(place) == 2 and all(type(n) is int for n in place) for place in runs.values()
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (CheckpointError, KeyError, TypeError, AttributeError) as error:
         raise damaged(path, "header") from error
     if not whole:
         raise damaged(path, "header")
@@ -353,6 +363,6 @@ def _digest_of(file: WeightFile, run: PackRun, report: Callable[[int], None]) ->
 
 def _is_zero(file: WeightFile, start: int, stop: int) -> bool:
     """Whether the padding from ``start`` to ``stop`` is what was written."""
-    if start > stop or stop - start > DIRECT_ALIGNMENT:
+    if start > stop or stop - start > PAGE_BYTES:
         return False
     return not any(_read(file, start, stop - start))

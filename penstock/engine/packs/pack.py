@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,21 +21,32 @@ from typing import IO, TypeAlias
 import torch
 from torch import Tensor
 
+from penstock.closing import Closing
 from penstock.engine.files.keys import stored_name
 from penstock.engine.files.locate import ModelSource
 from penstock.engine.files.reader import WeightReader
 from penstock.engine.lora.file import Lora
 from penstock.engine.lora.merge import MergedReader
 from penstock.engine.lora.place import PlacedLoras
-from penstock.engine.packs.file import PackFile, PackLayout, Run, digest, running_digest, sums_text
+from penstock.engine.packs.file import (
+    PackFile,
+    PackLayout,
+    PlannedRun,
+    digest,
+    running_digest,
+    sums_text,
+)
 from penstock.engine.packs.names import PROGRESS_SUFFIX
 from penstock.engine.packs.origin import Origin, read_origin, write_origin
-from penstock.engine.packs.plan import LEAST_RAM_BYTES, ComponentPlan, Step, plan_component
+from penstock.engine.packs.plan import LEAST_RAM_BYTES, ComponentPlan, PackStep, plan_component
 from penstock.engine.packs.side import write_side_files
 from penstock.engine.store.durable import NEW_SUFFIX, FileOps, read_whole, storing, write_atomically
 from penstock.engine.store.sums import FileSum, Sums
 from penstock.errors import CheckpointError, UsageError
 from penstock.offload.checkpoint import torch_dtype
+from penstock.quant.arithmetic import quantise
+
+log = logging.getLogger(__name__)
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with the component's name, the bytes made so far and their sum over all components."""
@@ -43,9 +55,6 @@ _WRITE_BYTES = 8 << 20
 _SHARE = 16
 """A chunk's fp32 values take at most this part of the memory allowed: reading, decoding, rounding
 and the result hold a few copies of it at once."""
-
-_ONE_PIECE = ("quanto-int4",)
-"""Formats that store distant rows side by side: such a weight is quantised whole."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +193,7 @@ def _write_pack(
     layout, partial = plan.layout, _partial(path)
     sums = _sound_runs(ops, partial, notes, layout, made_from)
     reused = len(sums)
+    log.info("%s: %d of %d runs are there already", path, reused, len(layout.runs))
     with _reader(plan) as reader, _Output(ops, partial, layout, reused) as out:
         for run, steps in list(zip(layout.runs, plan.steps, strict=True))[reused:]:
             sums.append(_write_run(out, run, steps, reader, ram_bytes // _SHARE, report))
@@ -247,7 +257,7 @@ def _noted(content: bytes, layout: PackLayout, made_from: Origin) -> list[bytes]
         notes = json.loads(content)
         same = notes["header"] == digest(layout.header).hex() and notes["source"] == made_from
         return [bytes.fromhex(text) for text in notes["runs"]] if same else []
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, RecursionError, KeyError, TypeError):
         return []  # damaged notes: nothing is known to be sound, and all is made again
 
 
@@ -261,7 +271,7 @@ def _file_digest(file: IO[bytes], offset: int, nbytes: int) -> bytes:
     return state.digest()
 
 
-class _Output:
+class _Output(Closing):
     """The pack being written: only ever appended to. Positions count from the start of the data."""
 
     def __init__(self, ops: FileOps, path: Path, layout: PackLayout, runs: int) -> None:
@@ -307,17 +317,15 @@ class _Output:
             self._ops.unlink(self._path)
             raise
 
-    def __enter__(self) -> _Output:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Close the file."""
         self._ops.close(self._descriptor)
 
 
 def _write_run(
     out: _Output,
-    run: Run,
-    steps: tuple[Step, ...],
+    run: PlannedRun,
+    steps: tuple[PackStep, ...],
     reader: WeightReader,
     chunk_bytes: int,
     report: Callable[[int], None],
@@ -337,7 +345,9 @@ def _write_run(
     return out.checksum()
 
 
-def _pieces(step: Step, reader: WeightReader, chunk_bytes: int) -> Iterator[tuple[str, memoryview]]:
+def _pieces(
+    step: PackStep, reader: WeightReader, chunk_bytes: int
+) -> Iterator[tuple[str, memoryview]]:
     """The bytes of a parameter's packed tensors, tensor by tensor, by suffix."""
     if step.kept:
         for suffix in step.made:
@@ -353,14 +363,14 @@ def _pieces(step: Step, reader: WeightReader, chunk_bytes: int) -> Iterator[tupl
 
 
 def _quantised(
-    step: Step, reader: WeightReader, chunk_bytes: int
+    step: PackStep, reader: WeightReader, chunk_bytes: int
 ) -> Iterator[tuple[str, memoryview]]:
     """The first tensor, the long one, goes out as it is made; the scales wait for its end."""
     assert step.format is not None
     first, *others = step.made
     waiting: dict[str, list[Tensor]] = {suffix: [] for suffix in others}
     for values in _chunks(step, reader, chunk_bytes, reader.dtype):
-        made = step.format.quantise(values, step.name)
+        made = quantise(step.format, values, step.name)
         yield first, as_memory(made[first])
         for suffix in others:
             waiting[suffix].append(made[suffix])
@@ -370,10 +380,10 @@ def _quantised(
 
 
 def _chunks(
-    step: Step, reader: WeightReader, chunk_bytes: int, dtype: torch.dtype
+    step: PackStep, reader: WeightReader, chunk_bytes: int, dtype: torch.dtype
 ) -> Iterator[Tensor]:
     """The parameter's values by runs of rows, or at once where it must or may be."""
-    whole = step.format is not None and step.format.name in _ONE_PIECE
+    whole = step.format is not None and not step.format.by_rows
     if len(step.shape) != 2 or whole or not reader.has_rows(step.name):
         yield reader.read(step.name, dtype)
         return

@@ -9,27 +9,28 @@ from pathlib import Path
 
 from penstock.engine.family.protocol import ComponentKind
 from penstock.engine.files.formats import compute_tag, is_linear
-from penstock.engine.files.keys import ComponentSource, as_bytes, recognise, stored_name
+from penstock.engine.files.keys import ComponentSource, recognise, stored_name
 from penstock.engine.files.source import RawFile
+from penstock.engine.files.storage import COMFY_METADATA
 from penstock.engine.lora.place import PlacedLoras
 from penstock.engine.packs.file import PackLayout, Spec, lay_out
 from penstock.engine.packs.names import FILE_NAMES
 from penstock.engine.store.digest import stamp
 from penstock.errors import UsageError
+from penstock.formats.formats import QuantFormat, get_format, writable
+from penstock.formats.gguf import PREFIX as GGUF
+from penstock.formats.gguf import Gguf
+from penstock.formats.rows import Shape
+from penstock.formats.scaled import Scaled8
 from penstock.offload.checkpoint import TensorEntry
-from penstock.offload.gguf import PREFIX as GGUF
-from penstock.quant.format import QuantFormat, get_format, writable
 from penstock.quant.policy import default_policy
-from penstock.quant.rows import Shape
 
 LEAST_RAM_BYTES = 64 << 20
 """The least memory for weights in work that a pack is made in."""
 
-_SAME = {"fp8": "fp8 per row", "int8": "int8 per row"}
-
 
 @dataclass(frozen=True)
-class Step:
+class PackStep:
     """How one parameter becomes its packed tensors.
 
     Attributes:
@@ -57,7 +58,7 @@ class ComponentPlan:
 
     source: ComponentSource
     layout: PackLayout
-    steps: tuple[tuple[Step, ...], ...]
+    steps: tuple[tuple[PackStep, ...], ...]
     loras: PlacedLoras
 
     @property
@@ -129,7 +130,8 @@ def plan_component(
         "source": {path.name: stamp(path) for path in sorted(source.raw.stamps)},
         **({"loras": loras.merged_names()} if loras.files else {}),
     }
-    return ComponentPlan(source, lay_out(specs, about), tuple(steps.values()), loras)
+    texts = _comfy_text(source, [step for made in steps.values() for step in made])
+    return ComponentPlan(source, lay_out(specs, about, texts), tuple(steps.values()), loras)
 
 
 def runs_of(kind: ComponentKind, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
@@ -165,37 +167,45 @@ def _step(
     target: QuantFormat | None,
     tag: str,
     changed: bool,
-) -> Step:
+) -> PackStep:
     stored = source.weights[name]
-    found = specs_of(stored.tensors)
+    found = stored.specs
     matrix = _matrix(shape)
+    if isinstance(target, Scaled8) and matrix is not None:
+        target = target.suited(matrix)
     if target is not None and matrix is not None and target.fits(matrix):
         made = target.storage(matrix, tag)
-        same = stored.label == _SAME.get(target.name, target.name) and found == made
-        return Step(name, shape, made, same and not changed, target)
+        same = stored.label == target.label and found == made
+        return PackStep(name, shape, made, same and not changed, target)
     if target is None and not stored.plain and is_linear(name, shape) and not changed:
-        return Step(name, shape, found, True, None)
+        return PackStep(name, shape, found, True, None)
     plain: dict[str, Spec] = {"weight": (tag, shape)}
-    return Step(name, shape, plain, stored.plain and found == plain and not changed, None)
+    return PackStep(name, shape, plain, stored.plain and found == plain and not changed, None)
 
 
 def _matrix(shape: tuple[int, ...]) -> Shape | None:
     return (shape[0], shape[1]) if len(shape) == 2 else None
 
 
-def specs_of(tensors: Mapping[str, TensorEntry]) -> dict[str, Spec]:
-    """Dtype tag and shape of stored tensors, as bytes lie."""
-    entries = {suffix: as_bytes(entry) for suffix, entry in tensors.items()}
-    return {suffix: (entry.dtype, entry.shape) for suffix, entry in entries.items()}
+def _comfy_text(source: ComponentSource, steps: list[PackStep]) -> dict[str, str]:
+    """What tensors do not tell of rotated weights, as ComfyUI's files do; nothing if none is."""
+    layers = {}
+    for step in steps:
+        fmt = source.weights[step.name].format if step.kept else step.format
+        if isinstance(fmt, Scaled8) and fmt.rotation:
+            layers[step.name.removesuffix(".weight")] = {
+                "format": "int8_tensorwise", "convrot": True, "convrot_groupsize": fmt.rotation,
+            }  # fmt: skip
+    return {COMFY_METADATA: json.dumps({"layers": layers})} if layers else {}
 
 
-def _gguf_types(source: ComponentSource, steps: list[Step]) -> dict[str, str]:
+def _gguf_types(source: ComponentSource, steps: list[PackStep]) -> dict[str, str]:
     """ggml type of each packed parameter that is stored as blocks: its bytes do not tell it."""
     types = {}
     for step in steps:
         found = source.weights[step.name].tensors.get("weight")
-        if step.format is not None and step.format.name.startswith("gguf-"):
-            types[step.name] = step.format.name.removeprefix("gguf-").upper()
+        if isinstance(step.format, Gguf):
+            types[step.name] = step.format.ggml_type
         elif step.kept and found is not None and found.dtype.startswith(GGUF):
             types[step.name] = found.dtype.removeprefix(GGUF)
     return types

@@ -6,6 +6,7 @@ driver, the numerics that were chosen, and the model's files.
 
 from __future__ import annotations
 
+import logging
 import platform
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ from penstock.engine.machine.programs import nvidia_smi
 from penstock.engine.store.digest import stamp
 from penstock.engine.store.sums import FileSum
 from penstock.errors import FingerprintMismatch
+
+log = logging.getLogger(__name__)
 
 SUM = "xxh3_128"
 """Of every byte of a large file, beside its samples in a fingerprint."""
@@ -84,6 +87,8 @@ def check_fingerprint(
         FingerprintMismatch: something differs and is not allowed to.
     """
     differences = compare_fingerprint(old, new)
+    for name, then, now in differences:
+        log.info("%s was %r and is %r", name, then, now)
     if differences and not allow_nonidentical:
         fields = [field for field, _, _ in differences]
         changed = [

@@ -26,9 +26,9 @@ from penstock.engine.store.names import (
     tag_of,
 )
 from penstock.engine.store.owned import Contents, check_vacant, sort_out
-from penstock.engine.store.places import data_directory
 from penstock.engine.store.sealed import read_metadata
 from penstock.errors import JournalError, StorageError, UsageError
+from penstock.folders import data_folder
 from penstock.profiles.options import Options
 from penstock.profiles.plan import NUMERICS
 
@@ -78,7 +78,7 @@ class JobInfo:
 
 def jobs_directory() -> Path:
     """Where jobs are kept that were given no folder of their own."""
-    return data_directory() / "jobs"
+    return data_folder() / "jobs"
 
 
 def new_job_folder(root: Path | None = None) -> Path:

@@ -6,6 +6,7 @@ everything back; only small results pass from one to the next.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,14 +20,17 @@ from torch import Tensor
 
 from penstock._version import __version__
 from penstock.engine.machine.memory import ProcessMemory
+from penstock.engine.machine.software import versions
 from penstock.engine.media.video import write_video
 from penstock.engine.run.ending import Ending
 from penstock.engine.run.events import Listener, Monitor, PhaseMonitor
-from penstock.engine.run.report import JobResult, RunReport, versions
+from penstock.engine.run.report import JobResult, RunReport
 from penstock.engine.run.stage import Run, Stage
 from penstock.engine.store.sums import PIECE_BYTES, Sums, how_told
 from penstock.offload.allocator import allocator_capped
 from penstock.offload.device import made_current
+
+log = logging.getLogger(__name__)
 
 STEERED = "on_step replaced the latents: the request and the seed alone do not lead to this video"
 
@@ -87,6 +91,7 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
         for message in (*job.notices, *(warning.message for warning in job.request.warnings)):
             stage.monitor.notice(message)
         know_sources(stage)
+        _log_request(job)
         found = run_phases(stage, work_of(stage))
         output, video = job.output, found["video"]
         if output is not None:
@@ -112,6 +117,14 @@ def know_sources(stage: Stage) -> None:
     stage.monitor.notice(f"the model's files are known for a resume: {how_told(sums.values())}")
 
 
+def _log_request(job: Run) -> None:
+    """What is made, at "info"; what it shall show, at "debug" alone."""
+    shown = ("prompt", "negative_prompt", "image")
+    values = asdict(job.request)
+    log.info("makes %s", {name: value for name, value in values.items() if name not in shown})
+    log.debug("shows %s", {name: values[name] for name in shown})
+
+
 def work_of(stage: Stage) -> Work:
     """How the phases of the job's family run."""
     return cast("WorkFamily", stage.model.source.family).work()
@@ -125,6 +138,7 @@ def run_phases(stage: Stage, work: Work) -> Products:
     for save in reversed(work.saves):
         restored = save.restore(stage)
         if restored is not None:
+            log.info("goes on from what was kept before %s", save.before)
             found, at = restored, names.index(save.before)
             break
     streamed = stage.model.manifest.prefetch.stream

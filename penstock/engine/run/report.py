@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import platform
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from torch import Tensor
 
-from penstock._version import __version__
 from penstock.offload.stats import Flow
 from penstock.profiles.options import Options
 
@@ -154,21 +151,3 @@ class JobResult:
     report: RunReport
     latents: Tensor
     video: Tensor
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    packages = ("penstock", "torch", "diffusers", "transformers", "safetensors", "av")
-    return {"python": platform.python_version()} | {
-        name: package_version(name) for name in packages
-    }
-
-
-def package_version(package: str) -> str:
-    """Of an installed package; "absent" where there is none."""
-    if package == "penstock":
-        return __version__
-    try:
-        return version(package)
-    except PackageNotFoundError:  # a benchmark runs without the video encoder, for one
-        return "absent"

@@ -11,16 +11,17 @@ part is discarded when it is damaged; the job and the sampler's state have two g
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 
+from penstock.closing import Closing
 from penstock.engine.store.durable import (
     FileOps,
     Reserve,
@@ -49,6 +50,8 @@ from penstock.engine.store.owned import Contents, check_vacant, reserve_mark, so
 from penstock.engine.store.sealed import Document, open_json, open_tensors, seal_json, seal_tensors
 from penstock.errors import JournalError
 
+log = logging.getLogger(__name__)
+
 FORMAT = 1
 """Of the directory; another one is refused."""
 
@@ -68,7 +71,7 @@ STATES = ("running", "stopped", "failed", "done")
 Tensors = dict[str, torch.Tensor]
 
 
-class SamplerState(NamedTuple):
+class SavedSampler(NamedTuple):
     """The sampler after ``step`` steps: tensors, and plain values that JSON can hold."""
 
     step: int
@@ -124,7 +127,7 @@ def _load_record(folder: Path, files: Generations[JobRecord]) -> JobRecord:
     return record
 
 
-class Journal:
+class Journal(Closing):
     """A job's directory while a process works on it. Made by :meth:`create` and :meth:`open`.
 
     Attributes:
@@ -248,17 +251,6 @@ class Journal:
         """Let others work on the job."""
         self._lock.release()
 
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
     @property
     def problems(self) -> tuple[str, ...]:
         """Damage that was found so far and worked around, for the report."""
@@ -321,7 +313,7 @@ class Journal:
         self._make_room(sum(tensor.nbytes for tensor in tensors.values()))
         self._states.save(make)
 
-    def load_latest(self) -> SamplerState | None:
+    def load_latest(self) -> SavedSampler | None:
         """The newest state that is whole; None where the sampling has not begun.
 
         Raises:
@@ -391,11 +383,12 @@ class Journal:
             tensors, metadata = open_tensors(blob)
             self._check_owner(metadata, file=name)
         except JournalError as error:
+            log.info("%s is computed again: %s", name, error)
             self._problems.append(f"{name} is computed again: {error}")
             return None
         return tensors
 
-    def _parse_state(self, blob: bytes) -> Generation[SamplerState]:
+    def _parse_state(self, blob: bytes) -> Generation[SavedSampler]:
         tensors, metadata = open_tensors(blob)
         self._check_owner(metadata)
         try:
@@ -405,7 +398,7 @@ class Journal:
             raise JournalError("not a sampler's state", found=str(error)) from error
         if step < 0 or sequence < 0 or not isinstance(values, dict):
             raise JournalError("not a sampler's state", found=f"step {step}, values {values!r:.80}")
-        return Generation(sequence, SamplerState(step, tensors, values))
+        return Generation(sequence, SavedSampler(step, tensors, values))
 
     def _metadata(self, **items: str) -> dict[str, str]:
         return {"penstock": str(FORMAT), "job": self.record.job, **items}

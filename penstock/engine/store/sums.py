@@ -22,8 +22,8 @@ from typing import Any
 
 from penstock.engine.store.digest import reading, stamp
 from penstock.engine.store.durable import FileOps, read_whole, write_atomically
-from penstock.engine.store.places import data_directory
 from penstock.errors import CheckpointChanged, JournalError
+from penstock.folders import data_folder
 from penstock.units import format_bytes
 
 SETTLED_NS = 2_000_000_000
@@ -81,7 +81,7 @@ class Sums:
     """
 
     def __init__(self, folder: Path | None = None, ops: FileOps | None = None) -> None:
-        self._folder = folder or data_directory() / "sums"
+        self._folder = folder or data_folder() / "sums"
         self._ops = ops or FileOps()
 
     def known(self, path: Path) -> FileSum | None:

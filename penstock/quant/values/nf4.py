@@ -1,4 +1,4 @@
-"""The arithmetic of `penstock.quant.nf4`, by bitsandbytes."""
+"""The arithmetic of `penstock.formats.nf4`, by bitsandbytes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from penstock.quant.nf4 import NF4
-from penstock.quant.rows import Shape, row_slices
+from penstock.formats.nf4 import NF4
+from penstock.formats.rows import Shape, row_slices
 from penstock.quant.values.tensors import DTYPES, check_contiguous, output, row_amax
 
 Kernel: TypeAlias = Callable[..., None]
@@ -31,7 +31,7 @@ would write anywhere."""
 
 
 def quantise(fmt: NF4, weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
-    """As `NF4.quantise`."""
+    """Stored tensors, the same bytes as bitsandbytes gives, which makes them."""
     if not fmt.fits((weight.shape[0], weight.shape[1])):
         raise ValueError(f"rows of {weight.shape[1]} are not whole blocks of {fmt.block}")
     row_amax(weight, name)
@@ -55,13 +55,18 @@ def dequantise(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """As `NF4.dequantise`.
+    """``code * absmax`` rounded to ``dtype``, by bitsandbytes' kernel of the device.
 
     On a CPU its operator can only return new tensors, whose pages cost more than decoding does; so
     its compiled function is called, which writes where it is told, and the operator by chunks only
     where that is not at hand.
     """
     packed, absmax = tensors["weight"], tensors["weight_absmax"]
+    if fmt.nested_block:
+        absmax = _maxima(fmt, tensors)
+    if fmt.flat:
+        packed = packed.view(shape[0], shape[1] // 2)
+        absmax = absmax.view(shape[0], shape[1] // fmt.block)
     out = output(out, shape, dtype, packed.device)
     ops = _operators()
     if packed.device.type == "cuda":
@@ -81,9 +86,17 @@ def dequantise(
     return out
 
 
+def _maxima(fmt: NF4, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The blocks' maxima from codes of their own: ``map[code] * maximum + offset``."""
+    codes = tensors["weight_absmax"]
+    found = tensors["weight_nested_map"].index_select(0, codes.int())
+    whole = tensors["weight_nested_absmax"].repeat_interleave(fmt.nested_block)
+    return found.mul_(whole[: len(found)]).add_(fmt.nested_offset)
+
+
 def _into(fmt: NF4, kernel: Kernel, packed: Tensor, absmax: Tensor, out: Tensor) -> Tensor:
     rows, columns = out.shape
-    stored = fmt.storage((rows, columns), "")
+    stored = NF4(block=fmt.block).storage((rows, columns), "")
     for tensor, (name, (tag, shape)) in zip((packed, absmax), stored.items(), strict=True):
         check_contiguous(name, tensor, shape, DTYPES[tag])
     pointers = [ctypes.c_void_p(each.data_ptr()) for each in (packed, absmax, out)]

@@ -1,4 +1,4 @@
-"""The arithmetic of `penstock.quant.plain`: casts."""
+"""The arithmetic of `penstock.formats.plain`: casts."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ import torch
 from torch import Tensor
 
 from penstock.errors import CheckpointError
-from penstock.quant.plain import Plain
-from penstock.quant.rows import Shape
+from penstock.formats.plain import Plain
+from penstock.formats.rows import Shape
 from penstock.quant.values.tensors import DTYPES, output, row_amax
 
 
 def quantise(fmt: Plain, weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
-    """As `Plain.quantise`."""
+    """``weight`` cast.
+
+    Raises:
+        CheckpointError: the dtype cannot hold a value.
+    """
     row_amax(weight, name)
     stored = weight.to(DTYPES[fmt.tag])
     if not bool(torch.isfinite(stored).all()):
@@ -34,7 +38,7 @@ def dequantise(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """As `Plain.dequantise`."""
+    """The weight itself if it has ``dtype`` already and no ``out`` is given, else a cast."""
     weight = tensors["weight"]
     if out is None and weight.dtype == dtype:
         return weight

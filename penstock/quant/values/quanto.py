@@ -1,19 +1,23 @@
-"""The arithmetic of `penstock.quant.quanto`: affine 4-bit groups."""
+"""The arithmetic of `penstock.formats.quanto`: affine 4-bit groups."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from penstock.quant.quanto import QuantoInt4, groups_of
-from penstock.quant.rows import Shape, chunk_rows, row_slices
+from penstock.formats.quanto import QuantoInt4, groups_of
+from penstock.formats.rows import Shape, chunk_rows, row_slices
 from penstock.quant.values.tensors import DTYPES, output, row_amax
 
 
 def quantise(fmt: QuantoInt4, weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
-    """As `QuantoInt4.quantise`."""
+    """Stored tensors by quanto's rule: the range of a group is its 16 codes; a constant group gets
+    scale 1. Its operator makes the codes, of fp32 quotients, which its own modules round first
+    to the weight's dtype."""
     row_amax(weight, name)
     count, size = groups_of((weight.shape[0], weight.shape[1]))
     groups = weight.reshape(count, size)
@@ -24,8 +28,8 @@ def quantise(fmt: QuantoInt4, weight: Tensor, name: str = "weight") -> dict[str,
     shift = (-low).to(tag_dtype)
     codes = torch.empty(count, size, dtype=torch.uint8, device=weight.device)
     for rows in row_slices(count, size, weight.device.type):
-        part = groups[rows].float().add(shift[rows].float()).div_(scale[rows].float())
-        codes[rows] = part.round_().clamp_(0, 15).to(torch.uint8)
+        part, shifts, scales = (each[rows].float() for each in (groups, shift, scale))
+        codes[rows] = operators().quantize_affine(part, 4, 0, None, scales, shifts)
     return {"weight._data._data": _pack(codes), "weight._scale": scale, "weight._shift": shift}
 
 
@@ -36,7 +40,7 @@ def dequantise(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """As `QuantoInt4.dequantise`."""
+    """quanto's own values: computed in the scale's dtype, then cast to ``dtype``."""
     packed, scale = tensors["weight._data._data"], tensors["weight._scale"]
     shift = tensors["weight._shift"]
     out = output(out, shape, dtype, packed.device)
@@ -53,6 +57,23 @@ def dequantise(
         if dtype != scale.dtype:
             target.copy_(work)
     return out
+
+
+def operators() -> Any:
+    """optimum-quanto's registered operators; imported by the first weight that is quantised for it,
+    for it takes seconds."""
+    importlib.import_module("optimum.quanto")
+    return torch.ops.quanto
+
+
+def codes_of(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """8-bit codes of fp32 rows by their fp32 scales (rows, 1), or one for all (1, 1), rounded by
+    quanto's operator."""
+    # One row counts as a whole tensor: the operator knows no axis of one.
+    axis, scale = (0, scale) if len(scale) > 1 else (None, scale.reshape(()))
+    codes: Tensor = operators().quantize_symmetric(weight, dtype, axis, scale)
+    # Symmetric, as quanto's are but for rows whose scale underflows in fp16.
+    return codes.clamp_(min=-127) if dtype == torch.int8 else codes
 
 
 def _pack(codes: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The arithmetic of `penstock.quant.scaled`: eight bits a weight and a scale a row."""
+"""The arithmetic of `penstock.formats.scaled`: eight bits a weight and a scale a row."""
 
 from __future__ import annotations
 
@@ -7,26 +7,42 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from penstock.quant.rows import Shape, chunk_rows, row_slices
-from penstock.quant.scaled import E4M3_MAX, INT8_MAX, Scaled8, ScaleLayout, scale_shape
+from penstock.formats.rows import Shape, chunk_rows, row_slices
+from penstock.formats.scaled import E4M3_MAX, INT8_MAX, Scaled8, ScaleLayout, scale_shape
+from penstock.quant.values.quanto import codes_of
+from penstock.quant.values.rotation import unit_rotation
 from penstock.quant.values.tensors import DTYPES, output, row_amax
 
 
 def quantise(fmt: Scaled8, weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
-    """As `Scaled8.quantise`."""
-    scale = _fresh_scale(fmt, row_amax(weight, name), weight.dtype)
+    """``weight / scale``, rounded to nearest even."""
+    amax = row_amax(weight, name)
+    scale = _fresh_scale(fmt, _rotated_amax(fmt, weight) if fmt.rotation else amax, weight.dtype)
     stored = torch.empty_like(weight, dtype=DTYPES[fmt.tag])
     for rows in row_slices(weight.shape[0], weight.shape[1], weight.device.type):
         part = weight[rows].to(torch.float32, copy=True)
-        if scale is not None:
-            part.div_(scale[rows] if len(scale) == len(weight) else scale)
-        stored[rows] = _round(part, fmt.tag)
+        if fmt.rotation:
+            part = unit_rotation(part, fmt.rotation).mul_(fmt.rotation**-0.5)
+        unit = scale[rows] if scale is not None and len(scale) == len(weight) else scale
+        if unit is not None and fmt.is_quanto:
+            stored[rows] = codes_of(part, unit.float(), stored.dtype)
+        else:
+            stored[rows] = _round(part if unit is None else part.div_(unit), fmt.tag)
     if scale is None:
         return {fmt.weight_key: stored}
     return {
         fmt.weight_key: stored,
         fmt.scale_key: scale_as(scale, fmt.scale, len(weight), fmt.scale_tag),
     }
+
+
+def _rotated_amax(fmt: Scaled8, weight: Tensor) -> Tensor:
+    """Largest magnitude of each row once it is rotated: fp32, ``(rows, 1)``."""
+    amax = torch.empty(len(weight), 1, device=weight.device)
+    for rows in row_slices(weight.shape[0], weight.shape[1], weight.device.type):
+        part = unit_rotation(weight[rows].float().contiguous(), fmt.rotation)
+        torch.amax(part.abs_(), dim=1, keepdim=True, out=amax[rows])
+    return amax.mul_(fmt.rotation**-0.5)
 
 
 def _fresh_scale(fmt: Scaled8, amax: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -41,6 +57,12 @@ def _fresh_scale(fmt: Scaled8, amax: Tensor, dtype: torch.dtype) -> Tensor | Non
     return stored.clamp_(min=info.tiny * info.eps)
 
 
+def operands(fmt: Scaled8, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """The 8-bit weight ``(rows, columns)`` and its scale, ``(rows, 1)`` or ``(1, 1)``."""
+    weight = tensors[fmt.weight_key]
+    return weight, None if fmt.scale == "none" else tensors[fmt.scale_key].reshape(-1, 1)
+
+
 def dequantise(
     fmt: Scaled8,
     tensors: Mapping[str, Tensor],
@@ -48,9 +70,11 @@ def dequantise(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """As `Scaled8.dequantise`."""
-    weight, scale = fmt.operands(tensors)
+    """``stored * scale``, computed in fp32 and rounded once to ``dtype``."""
+    weight, scale = operands(fmt, tensors)
     out = output(out, shape, dtype, weight.device)
+    if fmt.rotation:
+        return _unrotated(weight, scale, fmt.rotation, out)
     if weight.device.type == "cpu":
         return _by_chunks(weight, scale, out)
     return _at_once(weight, scale, out)
@@ -92,11 +116,26 @@ def _by_chunks(weight: Tensor, scale: Tensor | None, out: Tensor) -> Tensor:
         if bits is None:
             work.copy_(weight[part])
         else:
-            _decode_e4m3(weight[part], bits[: len(target)], work)
+            decode = decode_e4m3 if weight.dtype == torch.float8_e4m3fn else _decode_e5m2
+            decode(weight[part], bits[: len(target)], work)
         if scale is not None:
             work.mul_(scale[part])
         if chunk is not None:
             target.copy_(work)
+    return out
+
+
+def _unrotated(weight: Tensor, scale: Tensor | None, size: int, out: Tensor) -> Tensor:
+    """Rotates the codes, whose sums are exact, and scales after: rounded in fp32 once, and to the
+    dtype of ``out``."""
+    rows, columns = weight.shape
+    assert scale is not None
+    factor = (scale.float() * size**-0.5).expand(rows, 1)
+    device, wide = weight.device.type, 2 * columns  # half a chunk: turning takes two more
+    chunk = torch.empty(chunk_rows(rows, wide, device), columns, device=out.device)
+    for part in row_slices(rows, wide, device):
+        work = chunk[: part.stop - part.start]
+        out[part] = unit_rotation(work.copy_(weight[part]), size).mul_(factor[part])
     return out
 
 
@@ -107,7 +146,7 @@ def _decodes_into(dtype: torch.dtype, weight: Tensor, scale: Tensor | None) -> b
     return dtype == torch.float32 or (dtype == torch.bfloat16 and whole)
 
 
-def _decode_e4m3(codes: Tensor, bits: Tensor, out: Tensor) -> None:
+def decode_e4m3(codes: Tensor, bits: Tensor, out: Tensor) -> None:
     """``codes`` (e4m3fn) as fp32, with ``bits`` (int16) in between: torch's way, one by one, takes
     several times as long.
 
@@ -120,3 +159,9 @@ def _decode_e4m3(codes: Tensor, bits: Tensor, out: Tensor) -> None:
         return
     bits.copy_(raw).bitwise_left_shift_(7).bitwise_and_(~(1 << 14))  # bit 14: the copied sign
     out.copy_(bits.view(torch.float16)).mul_(256)
+
+
+def _decode_e5m2(codes: Tensor, bits: Tensor, out: Tensor) -> None:
+    """``codes`` (e5m2) as fp32, with ``bits`` in between: they are the upper bytes of fp16."""
+    bits.copy_(codes.view(torch.int8)).bitwise_left_shift_(8)
+    out.copy_(bits.view(torch.float16))

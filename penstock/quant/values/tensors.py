@@ -10,16 +10,10 @@ import torch
 from torch import Tensor
 
 from penstock.errors import CheckpointError
+from penstock.formats.tags import TORCH_NAMES
 
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-        "F8_E4M3": torch.float8_e4m3fn,
-        "I8": torch.int8,
-        "U8": torch.uint8,
-    }
+    {tag: getattr(torch, name) for tag, name in TORCH_NAMES.items()}
 )
 
 

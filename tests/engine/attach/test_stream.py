@@ -20,9 +20,9 @@ from penstock.engine.attach import stream as attach_stream
 from penstock.engine.attach.away import AwayWeight
 from penstock.engine.store.durable import FileOps
 from penstock.errors import CheckpointError, OverBudget, StorageError, UsageError
+from penstock.formats.formats import get_format
 from penstock.profiles.hardware import Hardware
 from penstock.profiles.rates import Rates
-from penstock.quant.format import get_format
 from tests.engine.attach.zoo import NAMES, Walk, make
 from tests.meter import StorageMeter
 
@@ -461,7 +461,7 @@ def test_a_process_that_ends_in_the_middle_of_a_stream_ends(closing: str, cache:
         "stream = penstock.stream(module, 'blocks', vram='1MiB', ram='1MiB')\n"
         f"with torch.no_grad(): module(torch.zeros(1, 16))\n{closing}\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True)
     assert list(cache.iterdir()) == []
 
 

@@ -1,16 +1,21 @@
 """Every project's layout of the same model loads to the same tensors; foreign files are refused."""
 
+import base64
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.dequantise import gguf_blocks
 from penstock.engine.files.formats import compute_tag, linear_formats
 from penstock.engine.files.keys import recognise
+from penstock.engine.files.locate import open_component
 from penstock.engine.files.reader import WeightReader
 from penstock.engine.files.source import open_raw
 from penstock.errors import CheckpointError, HeaderError, PickleRefused, TensorMismatch
+from penstock.formats.gguf import GGUF_FORMATS
 from tests.engine import golden
 
 
@@ -64,12 +69,23 @@ def test_original_transformer(tmp_path, model, parts, prefix, spelling):
 SPELLINGS = {
     "raw fp8": ("fp8 raw", "fp8", "fp8"),
     "everything fp8": ("fp8 raw", "fp8", "fp8"),
+    "raw e5m2": ("fp8-e5m2 raw", "fp8-e5m2", None),
+    "comfy old e5m2": ("fp8-e5m2 per tensor", "fp8-e5m2", None),
+    "comfy new e5m2": ("fp8-e5m2 per tensor", "fp8-e5m2", None),
     "comfy old": ("fp8 per tensor", "fp8", "fp8"),
     "comfy old exact": ("fp8 per tensor", "fp8", None),
     "comfy new": ("fp8 per tensor", "fp8", "fp8"),
     "comfy metadata": ("fp8 per tensor", "fp8", "fp8"),
     "comfy int8": ("int8 per tensor", "int8", "int8"),
     "comfy int8 rows": ("int8 per row", "int8", "int8"),
+    "comfy convrot 64": ("int8-convrot per row", "int8-convrot", "int8"),
+    "comfy convrot 16": ("int8-convrot per row", "int8-convrot", "int8"),
+    "comfy nvfp4": ("nvfp4", "nvfp4", None),
+    "comfy mxfp8": ("mxfp8", "mxfp8", None),
+    "torchao int8": ("int8 per row", "int8", "int8"),
+    "torchao fp8": ("fp8 per row", "fp8", "fp8"),
+    "bitsandbytes nf4": ("nf4", "nf4", None),
+    "bitsandbytes nf4 nested": ("nf4 nested", "nf4", None),
     "lightx2v int8": ("int8 per row", "int8", "int8"),
     "lightx2v fp8": ("fp8 per row", "fp8", "fp8"),
     "quanto int8": ("quanto-int8", "quanto-int8", "int8"),
@@ -109,6 +125,85 @@ def test_gguf(tmp_path, parts, part, kind):
     assert_equal(found, values)
     assert source.label() == ("fp16" if kind == "F16" else f"gguf-{kind.lower()}")
     assert compute_tag(source) == ("F16" if kind == "F16" else "BF16")
+
+
+def test_a_file_in_fp64(tmp_path, parts):
+    tensors = parts["transformer"]
+    names = golden.original_names("transformer", list(tensors))
+    path = tmp_path / "x.safetensors"
+    save_file({names[name]: tensor.double() for name, tensor in tensors.items()}, path)
+    source, values = values_of(path, "transformer")
+    assert_equal(values, tensors)
+    assert source.label() == "fp64" and compute_tag(source) == "F32"
+
+
+def test_mmgp_files_carry_their_config(tmp_path, model, parts):
+    """Keys are optimum-quanto's; 4-bit groups tell no shapes, the config in the header does."""
+    tensors, path = parts["transformer"], tmp_path / "x.safetensors"
+    made = golden.make(tensors, {name: name for name in tensors}, "quanto int4")
+    made.save(path)
+    with pytest.raises(TensorMismatch, match=r"does not tell its shapes.*config\.json"):
+        open_component(path)
+    config = (model / "transformer" / "config.json").read_bytes()
+    text = base64.b64encode(config).decode()
+    made.metadata |= {"quantization_format": "quanto", "config_base64": text}
+    source = open_component(made.save(path))
+    source.check()
+    with WeightReader(source) as reader:
+        assert_equal({n: reader.read(n, torch.float32) for n in source.weights}, made.values)
+    made.metadata["config_base64"] = "{"
+    with pytest.raises(CheckpointError, match="config_base64 in the header"):
+        open_component(made.save(path))
+
+
+def test_zero_points_that_move_the_weights_are_refused(tmp_path, parts):
+    tensors = parts["transformer"]
+    made = golden.make(tensors, golden.original_names("transformer", list(tensors)), "torchao int8")
+    name = next(key for key in made.file if key.endswith("_weight_zero_point"))
+    made.file[name][3] = 1
+    with pytest.raises(CheckpointError, match=r"_weight_zero_point moves .*symmetric"):
+        recognise(open_raw(made.save(tmp_path / "x.safetensors")))
+
+
+@pytest.mark.parametrize("change", [{"quant_type": "fp4"}, {"shape": [3, 5]}, {"blocksize": None}])
+def test_what_bitsandbytes_says_is_checked(tmp_path, parts, change):
+    tensors = parts["transformer"]
+    names = golden.original_names("transformer", list(tensors))
+    made = golden.make(tensors, names, "bitsandbytes nf4")
+    name = next(key for key in made.file if "quant_state" in key)
+    said = json.loads(bytes(made.file[name].tolist())) | change
+    made.file[name] = golden._json_tensor(said)
+    with pytest.raises(CheckpointError, match="quantised by bitsandbytes in a way"):
+        recognise(open_raw(made.save(tmp_path / "x.safetensors")))
+
+
+@pytest.mark.parametrize("fmt", GGUF_FORMATS, ids=lambda fmt: fmt.name)
+def test_every_ggml_type_is_read_from_a_file(tmp_path, parts, fmt):
+    tensors, path = parts["transformer"], tmp_path / "x.gguf"
+    names = golden.original_names("transformer", list(tensors))
+
+    def blocks(data, ggml):
+        return gguf_blocks(fmt, *data.shape).numpy()
+
+    values = golden.write_gguf(path, tensors, names, fmt.ggml_type, "wan", blocks)
+    source, found = values_of(path, "transformer")
+    assert_equal(found, values)
+    assert source.label() == fmt.name
+    assert set(linear_formats(source).values()) == {fmt}
+
+
+def test_a_known_type_that_is_not_read_is_named(tmp_path, parts, monkeypatch):
+    tensors, path = parts["transformer"], tmp_path / "x.gguf"
+    names = golden.original_names("transformer", list(tensors))
+
+    def blocks(data, ggml):
+        return np.zeros((len(data), data.shape[1] // 128 * 18), np.uint8)
+
+    monkeypatch.setattr(golden.quants, "dequantize", lambda stored, ggml: stored)
+    golden.write_gguf(path, tensors, names, "Q1_0", "wan", blocks)
+    with pytest.raises(CheckpointError, match="gguf-q1_0.*Q8_0") as refused:
+        recognise(open_raw(path))
+    assert "damaged" not in str(refused.value)
 
 
 def test_sharded_files_of_the_original_repository(tmp_path, parts):
@@ -248,7 +343,7 @@ def _fp8(file, key="blocks.0.ffn.0"):
 
 
 def _rotated(file):
-    _fp8(file)
+    _fp8(file)  # of 8-bit floats no rotation is known
     config = {"format": "int8_tensorwise", "convrot": True}
     file["blocks.0.ffn.0.comfy_quant"] = golden._json_tensor(config)
     file["blocks.0.ffn.0.weight_scale"] = torch.ones(1)
@@ -263,8 +358,8 @@ def _no_json(file):
     file["blocks.0.ffn.0.comfy_quant"] = torch.tensor([1, 2, 3], dtype=torch.uint8)
 
 
-def _e5m2(file):
-    file["blocks.0.ffn.0.weight"] = file["blocks.0.ffn.0.weight"].to(torch.float8_e5m2)
+def _e8m0(file):
+    file["blocks.0.ffn.0.weight"] = file["blocks.0.ffn.0.weight"].to(torch.float8_e8m0fnu)
 
 
 def _int8_without_scale(file):
@@ -282,7 +377,7 @@ def _scale_alone(file):
         (_rotated, "convrot"),
         (_blockwise, "int8_blockwise"),
         (_no_json, "comfy_quant"),
-        (_e5m2, "F8_E5M2"),
+        (_e8m0, "F8_E8M0"),
         (_int8_without_scale, "I8"),
         (_scale_alone, "no weight"),
     ],

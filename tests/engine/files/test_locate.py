@@ -73,7 +73,7 @@ def test_diffusers_folder(model):
 
 def test_text_to_video_needs_no_image_encoder(tmp_path):
     found = locate(golden.write_model(tmp_path / "t2v", image_to_video=False))
-    assert found.parts["image_encoder"] is None
+    assert "image_encoder" not in found.parts
     assert found.streamed.title.startswith("Wan2.1 T2V")
 
 
@@ -110,7 +110,7 @@ def test_comfyui_with_extra_paths(tmp_path, model, single):
         "  vae: |\n    missing\n    autoencoders\n"
         "  checkpoints: models/checkpoints\nother: null\n"
     )
-    assert locate(root).vae.raw.path == other / "wan_vae.safetensors"
+    assert locate(root).parts["vae"].raw.path == other / "wan_vae.safetensors"
     (root / "extra_model_paths.yaml").write_text("a: [")
     with pytest.raises(CheckpointError, match="extra_model_paths"):
         locate(root)
@@ -241,14 +241,16 @@ class Hub:
 
 def test_hub_ids(tmp_path, model):
     cache = Hub(cached=model)
-    assert locate("org/wan@main", fetch=cache).transformer.raw.path == model / "transformer"
+    assert (
+        locate("org/wan@main", fetch=cache).parts["transformer"].raw.path == model / "transformer"
+    )
     assert cache.calls == [("org/wan@main", True)]
     absent = Hub(remote=model)
     assert locate("org/wan", fetch=absent).origin == "org/wan"
     partial = shutil.copytree(model, tmp_path / "partial")
     shutil.rmtree(partial / "vae")
     resumed = Hub(cached=partial, remote=model)
-    assert locate("org/wan", fetch=resumed).vae.raw.path == model / "vae"
+    assert locate("org/wan", fetch=resumed).parts["vae"].raw.path == model / "vae"
     assert [offline for _, offline in resumed.calls] == [True, False]
     for offline in (Hub(), Hub(cached=partial)):
         with pytest.raises(CheckpointError, match=r"cannot be downloaded.*Go online"):

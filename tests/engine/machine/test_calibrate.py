@@ -13,9 +13,9 @@ from penstock.engine.families.wan.samples import SAMPLES
 from penstock.engine.machine import calibrate, doctor
 from penstock.engine.machine.calibrate import Effort
 from penstock.engine.machine.samples import Samples
+from penstock.formats.scaled import Scaled8
 from penstock.profiles.rates import Rates
 from penstock.quant.compute import Operands
-from penstock.quant.scaled import Scaled8
 from tests import fake_kitchen
 
 CPU = torch.device("cpu")
@@ -151,7 +151,7 @@ def test_attention_in_8_bits_is_timed_where_it_works(monkeypatch: pytest.MonkeyP
         clock.spend(4 * tokens * k.shape[2] * heads * width / 7e9)
         return fake_kitchen.quantising(q, k, v)
 
-    effort = replace(clock.effort, 64)
+    effort = replace(clock.effort, tokens=64)
     fake_kitchen.install(monkeypatch, kernel)
     assert calibrate._int8_attention(CPU, torch.float32, effort) == pytest.approx(7e9)
     fake_kitchen.install(monkeypatch, kernel, available=False)

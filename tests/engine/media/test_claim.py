@@ -58,7 +58,7 @@ def test_two_at_the_last_step_are_both_kept(
 ) -> None:
     """Both have looked at the name before either took it: a disk whose sync takes long."""
     both, flush = threading.Barrier(2), video._flush
-    monkeypatch.setattr(video, "_flush", lambda path: (flush(path), both.wait(60)))
+    monkeypatch.setattr(video, "_flush", lambda *a: (flush(*a), both.wait(60)))
     wrote: dict[int, Path] = {}
 
     def job(value: int) -> None:

@@ -9,7 +9,6 @@ import pytest
 from penstock.engine.packs.cache import (
     ABOUT,
     being_changed,
-    cache_folder,
     cached_packs,
     remove_pack,
 )
@@ -58,8 +57,3 @@ def test_a_pack_in_the_making_stays(cache: Path) -> None:
     with being_changed(cache / STOPPED), pytest.raises(JobLocked, match=STOPPED):
         remove_pack(cache, STOPPED)
     assert remove_pack(cache, STOPPED) > 0
-
-
-def test_the_place_of_the_cache() -> None:
-    assert cache_folder({"PENSTOCK_CACHE": "/data/packs"}) == Path("/data/packs")
-    assert cache_folder({}).name == "packs"

@@ -27,9 +27,10 @@ from penstock.engine.packs.pack import PROGRESS_SUFFIX, pack, pack_component
 from penstock.engine.packs.plan import plan_component, runs_of
 from penstock.engine.store.durable import FileOps
 from penstock.errors import CheckpointChanged, CheckpointError, StorageError, UsageError
+from penstock.formats.formats import FORMATS
 from penstock.offload.checkpoint import Checkpoint
 from penstock.offload.layout import BlockLayout
-from penstock.quant.format import FORMATS
+from penstock.quant.arithmetic import dequantise, quantise
 from tests.engine import golden
 from tests.faults.storage import PACKING, FaultyOps, InterceptedOps
 
@@ -67,13 +68,13 @@ def test_every_format_packs_and_opens_to_the_values_it_stands_for(tmp_path, mode
     again = locate(tmp_path / "p")
     assert [s.component for s in again.components()] == [s.component for s in found.components()]
     plain = golden.load(model, "transformer")
-    with WeightReader(again.transformer) as reader:
+    with WeightReader(again.streamed) as reader:
         for name, tensor in plain.items():
             value = reader.read(name, torch.float32)
             if golden.is_block_matrix(name, tensor):
                 shape = (tensor.shape[0], tensor.shape[1])
-                stored = FORMATS[wanted].quantise(tensor)
-                tensor = FORMATS[wanted].dequantise(stored, shape, torch.float32)
+                stored = quantise(FORMATS[wanted], tensor)
+                tensor = dequantise(FORMATS[wanted], stored, shape, torch.float32)
             assert torch.equal(value, tensor.float()), name
     for part in ("vae", "text_encoder", "image_encoder"):
         with WeightReader(
@@ -81,7 +82,7 @@ def test_every_format_packs_and_opens_to_the_values_it_stands_for(tmp_path, mode
         ) as reader:  # noqa: E501
             for name, tensor in golden.load(model, part).items():
                 assert torch.equal(reader.read(name, torch.float32), tensor.float()), name
-    formats = linear_formats(again.transformer)
+    formats = linear_formats(again.streamed)
     expected = set() if wanted == "bf16" else {wanted}
     assert {fmt.name for fmt in formats.values()} == expected
 

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from penstock.blocks import PAGE_BYTES, TENSOR_ALIGNMENT
 from penstock.engine.engine import Engine
 from penstock.engine.files.locate import Files, locate
 from penstock.engine.packs.pack import pack
 from penstock.engine.request.generation import GenerationRequest, workload_of
-from penstock.offload.files import DIRECT_ALIGNMENT
-from penstock.offload.layout import TENSOR_ALIGNMENT
 from penstock.profiles.manifest import SCRATCH
 from penstock.profiles.plan import Plan
 from penstock.profiles.planner import minimum_vram_bytes
@@ -124,7 +123,7 @@ def test_tensors_that_are_cast_are_reserved(tmp_path: Path, model: Path) -> None
         # Every tensor outside the blocks is there in fp32 and, but for the table that is added in
         # fp32, once more as the network computes; tensors and the whole are aligned.
         stored, padding = 4 * sum(outside.values()), TENSOR_ALIGNMENT * len(outside)
-        assert stored <= component.rest.nbytes <= stored + padding + DIRECT_ALIGNMENT
+        assert stored <= component.rest.nbytes <= stored + padding + PAGE_BYTES
         cast = 2 * (sum(outside.values()) - outside["scale_shift_table"])
         assert rest == component.rest.nbytes + cast
         assert engine.submit(REQUEST).result().latents.isfinite().all()

@@ -46,9 +46,9 @@ def test_every_consumer_sees_every_event(engine: Engine) -> None:
     with ThreadPoolExecutor(3) as threads:
         early = [threads.submit(list, job.events()) for _ in range(2)]
         asynchronous = threads.submit(asyncio.run, _collected(job))
-        assert gate.reached.wait(120)
+        assert gate.reached.wait()
         gate.open()
-        seen = [future.result(120) for future in (*early, asynchronous)]
+        seen = [future.result() for future in (*early, asynchronous)]
     late = list(job.events())
     assert seen == [late, late, late]
     assert asyncio.run(_collected(job)) == late
@@ -115,18 +115,18 @@ def test_a_loop_that_is_left_or_closed_does_not_disturb_the_job(engine: Engine) 
     for _ in job.events():
         break
     gate.open()
-    assert job.result(120).video.shape == (5, 32, 48, 3)
+    assert job.result().video.shape == (5, 32, 48, 3)
 
 
 def test_cancel_is_answered_before_anything_else_happens(engine: Engine) -> None:
     gate = Gate()
     job = engine.submit(a_request(), on_step=gate)
-    assert gate.reached.wait(120)
+    assert gate.reached.wait()
     job.cancel()
     job.cancel()
     gate.open()
     with pytest.raises(JobCancelled):
-        job.result(120)
+        job.result()
     events = list(job.events())
     (answer,) = (at for at, event in enumerate(events) if isinstance(event, Notice))
     assert events[answer] == Notice("stopping at the next block or tile")
@@ -144,27 +144,27 @@ def test_cancelling_a_job_that_is_done_changes_nothing(done: Job) -> None:
 def test_result_gives_up_after_its_time(engine: Engine) -> None:
     gate = Gate()
     job = engine.submit(a_request(), on_step=gate)
-    assert gate.reached.wait(120)
+    assert gate.reached.wait()
     with pytest.raises(TimeoutError, match="still running"):
         job.result(0.01)
     assert not job.wait(0.01)
     gate.open()
-    assert job.wait(120)
+    assert job.wait()
 
 
 def test_a_job_that_waits_for_its_turn_can_be_cancelled(engine: Engine, tmp_path: Path) -> None:
     gate = Gate()
     first = engine.submit(a_request(), on_step=gate)
     second = engine.submit(a_request(), tmp_path / "a.mp4", job_dir=tmp_path / "job")
-    assert gate.reached.wait(120)
+    assert gate.reached.wait()
     second.cancel()
     with pytest.raises(JobCancelled, match="before its turn came.*penstock resume"):
-        second.result(120)
+        second.result()
     assert not first.done
     assert describe(tmp_path / "job").state == "stopped"
     gate.open()
-    first.result(120)
-    resumed = engine.resume(tmp_path / "job").result(120)
+    first.result()
+    resumed = engine.resume(tmp_path / "job").result()
     assert torch.equal(resumed.video, first.result().video)
 
 
@@ -172,20 +172,20 @@ def test_jobs_submitted_from_many_threads_are_all_done_alike(engine: Engine, don
     barrier = threading.Barrier(6)
 
     def submit(_: int) -> Job:
-        barrier.wait(60)
+        barrier.wait()
         return engine.submit(a_request())
 
     with ThreadPoolExecutor(6) as threads:
         jobs = list(threads.map(submit, range(6)))
     for job in jobs:
-        assert torch.equal(job.result(240).video, done.result().video)
+        assert torch.equal(job.result().video, done.result().video)
 
 
 def test_close_ends_every_job_of_every_thread(t2v_folder: Path) -> None:
     engine, gate = an_engine(t2v_folder), Gate()
     threads_before = threading.active_count()
     first = engine.submit(a_request(), on_step=gate)
-    assert gate.reached.wait(120)
+    assert gate.reached.wait()
     with ThreadPoolExecutor(4) as threads:
         jobs = list(threads.map(lambda _: engine.submit(a_request()), range(4)))
         gate.open()
@@ -225,7 +225,7 @@ def test_an_engine_that_closes_between_check_and_start_leaves_no_lock(
     with pytest.raises(UsageError, match="closed"):
         engine.submit(a_request(), job_dir=tmp_path / "job")
     with an_engine(t2v_folder) as another:  # nobody holds the job's lock
-        assert another.resume(tmp_path / "job").result(120).video.shape == (5, 32, 48, 3)
+        assert another.resume(tmp_path / "job").result().video.shape == (5, 32, 48, 3)
 
 
 def test_a_lost_device_refuses_further_jobs(
@@ -238,7 +238,7 @@ def test_a_lost_device_refuses_further_jobs(
         monkeypatch.setattr(module, "release_cached", _lose_the_device)
         job = engine.submit(a_request())
         with pytest.raises(DeviceLost):
-            job.result(120)
+            job.result()
         with pytest.raises(DeviceLost):
             engine.submit(a_request())
 
@@ -272,7 +272,7 @@ def _while_engines_open(folder: Path, work: Callable[[], None]) -> None:
             assert all(threads.map(opened, range(8)))
         finally:
             stop.set()
-        other.result(60)
+        other.result()
 
 
 def test_opening_does_not_reach_into_what_other_threads_build(t2v_folder: Path) -> None:

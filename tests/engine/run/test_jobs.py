@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from penstock.engine.run.jobs import (
-    data_directory,
     find_job,
     find_unfinished,
-    jobs_directory,
     list_jobs,
-    new_job_folder,
     remove_job,
 )
 from penstock.engine.store.durable import FileOps
@@ -133,25 +129,3 @@ def test_marking_keeps_facts_and_replaces_the_plan(tmp_path: Path) -> None:
     assert (record.state, record.plan, record.facts) == (
         "failed", {"chunk": 32}, {"output": "a.mp4"}
     )  # fmt: skip
-
-
-def test_the_data_directory_follows_the_platform(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PENSTOCK_DATA_DIR", str(tmp_path))
-    assert data_directory() == tmp_path and jobs_directory() == tmp_path / "jobs"
-    assert new_job_folder().parent == tmp_path / "jobs"
-    monkeypatch.delenv("PENSTOCK_DATA_DIR")
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "xdg"))
-    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "local"))
-    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
-    for platform, expected in (
-        ("linux", tmp_path / "xdg" / "penstock"),
-        ("win32", tmp_path / "local" / "penstock"),
-        ("darwin", tmp_path / "home" / "Library" / "Application Support" / "penstock"),
-    ):
-        monkeypatch.setattr(sys, "platform", platform)
-        assert data_directory() == expected
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setenv("XDG_DATA_HOME", "relative")
-    assert data_directory() == tmp_path / "home" / ".local" / "share" / "penstock"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import shutil
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -67,15 +66,13 @@ def kill_at_moments(
         How many kills hit a living job, and how many steps were done twice.
     """
     chance = random.Random(seed)
-    begun = time.perf_counter()
-    a_task(engine, picture, tmp_path / "clock").attempt()
-    duration = time.perf_counter() - begun
+    total = a_task(engine, picture, tmp_path / "count").attempt().failpoints
     hit = redone = 0
     for number in range(jobs):
         task = a_task(engine, picture, tmp_path / f"job{number}")
         attempts: list[Attempt] = []
         while len(attempts) < kills and not (attempts and not attempts[-1].was_killed):
-            attempts.append(task.attempt(kill_after_s=chance.uniform(0.0, duration)))
+            attempts.append(task.attempt(kill_after=chance.randrange(total)))
             if _is_done(task):  # killed between the job's end and the process's
                 break
         hit += sum(attempt.was_killed for attempt in attempts)

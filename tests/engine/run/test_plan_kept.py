@@ -6,7 +6,6 @@ storages that torch makes, and by Python's allocator.
 
 from __future__ import annotations
 
-import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from penstock.profiles.policy import Policy
 from penstock.profiles.rates import Rates
 from penstock.profiles.tiling import TileGrid
 from penstock.units import MIB
+from tests.engine.run.lazy_disk import make_lazy
 from tests.meter import StorageMeter
 
 
@@ -78,21 +78,17 @@ def test_only_a_kept_job_counts_what_keeping_takes(model: Path) -> None:
 def test_states_being_saved_take_what_the_plan_says(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One copy at a time, however slow the disk is."""
+    """One copy at a time, though a state is on the disk only when the next thing waits for it."""
     meter = StorageMeter()
-    copy, save = keeper_module._copy, Journal.save_step
+    copy = keeper_module._copy
 
     def counted(tensor: torch.Tensor) -> torch.Tensor:
         meter.exclude(tensor)
         with meter:
             return copy(tensor)
 
-    def slowly(*arguments: Any) -> None:
-        time.sleep(0.2)
-        save(*arguments)
-
+    make_lazy(monkeypatch)
     monkeypatch.setattr(keeper_module, "_copy", counted)
-    monkeypatch.setattr(Journal, "save_step", slowly)
     with Engine.open(model, vram="200MiB", ram="200MiB", device="cpu") as engine:
         request = a_request(engine, width=160, height=96, frames=17, steps=4)
         planned = dict(engine.plan(request, kept=True)["denoise"].ram_work)["saved state"]

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from penstock.engine.engine import Engine
+from penstock.engine.families.wan import work
 from penstock.engine.request.generation import GenerationRequest
-from penstock.engine.run import stage
+from penstock.engine.run import room
 from penstock.engine.run.events import Event, PhaseEnded, PhaseStarted, Progress
 from penstock.engine.run.pipeline import run
-from penstock.engine.run.prefetch import Ahead
+from penstock.engine.run.prefetch import Prefetcher
 from penstock.engine.run.report import JobResult
 from penstock.engine.run.stage import Run, Stage
 from penstock.errors import JobCancelled, LedgerOverflow
@@ -88,7 +89,7 @@ def engine(i2v_folder: Path) -> Iterator[Engine]:
 
 def test_first_blocks_come_while_text_and_image_are_encoded(engine: Engine, picture: Path) -> None:
     plan = engine.plan(request(picture))
-    assert all(plan[name].ahead_bytes > 0 for name in BEFORE)
+    assert all(plan[name].prefetch_bytes > 0 for name in BEFORE)
     watch, alone = Watch(), Watch()
     result = do(engine, plan, picture, watch, overlapped=True)
     expected = do(engine, without_prefetch(plan, WHAT), picture, alone, overlapped=False)
@@ -96,7 +97,7 @@ def test_first_blocks_come_while_text_and_image_are_encoded(engine: Engine, pict
     assert watch.reading[:4] == list(BEFORE) and alone.reading == [] and streams() == []
     for report in result.report.phases:
         planned = plan[report.name]
-        assert planned.ahead_bytes <= report.measured_ram_bytes <= planned.ram_bytes
+        assert planned.prefetch_bytes <= report.measured_ram_bytes <= planned.ram_bytes
     denoise = next(report for report in result.report.phases if report.name == "denoise")
     in_steps = sum(step.flow.disk_to_host.nbytes for step in denoise.steps)
     assert denoise.read_bytes - in_steps > 0, "something came before the first step"
@@ -108,22 +109,22 @@ def test_the_decoder_comes_during_the_last_step(
     decoder = engine.model.vae_decoder.rest
     loaded: list[object] = []
     begun: list[tuple[object, int]] = []
-    load, begin = stage.load_block, Ahead.begin
+    load, begin = room.load_block, Prefetcher.begin
 
     def loading(layout: Any, **more: Any) -> Any:
         loaded.append(layout)
         return load(layout, **more)
 
-    def beginning(ahead: Ahead, layouts: Any, stream: Any) -> None:
+    def beginning(prefetched: Prefetcher, layouts: Any, stream: Any) -> None:
         begun.append((layouts[0], watch.steps))
-        begin(ahead, layouts, stream)
+        begin(prefetched, layouts, stream)
 
     watch = Watch()
-    monkeypatch.setattr(stage, "load_block", loading)
-    monkeypatch.setattr(Ahead, "begin", beginning)
+    monkeypatch.setattr(room, "load_block", loading)
+    monkeypatch.setattr(Prefetcher, "begin", beginning)
     plan = engine.plan(request(picture))
-    nbytes = plan["denoise"].decoder_ahead_bytes
-    assert nbytes == decoder.nbytes == plan["decode"].decoder_ahead_bytes
+    nbytes = plan["denoise"].prefetched_weights_bytes
+    assert nbytes == decoder.nbytes == plan["decode"].prefetched_weights_bytes
     result = do(engine, plan, picture, watch, overlapped=True)
     assert not any(layout is decoder for layout in loaded)
     assert (decoder, 1) in begun, "one of two steps was done"
@@ -158,13 +159,42 @@ def test_where_memory_runs_out_nothing_is_read_ahead_any_more(
     """The buffers turn out not to fit: the phase goes on without them."""
     asked: list[str] = []
 
-    def begin(ahead: Ahead, layouts: object, stream: object) -> None:
+    def begin(prefetched: Prefetcher, layouts: object, stream: object) -> None:
         asked.append("begin")
         raise LedgerOverflow("blocks read ahead do not fit", memory="RAM")
 
-    monkeypatch.setattr(Ahead, "begin", begin)
+    monkeypatch.setattr(Prefetcher, "begin", begin)
     shrink = lambda plan, phase, resource: without_prefetch(plan, WHAT)  # noqa: E731
     watch = Watch()
     result = do(engine, engine.plan(request(picture)), picture, watch, True, shrink=shrink)
     assert any("no blocks read ahead" in notice for notice in result.report.notices)
     assert asked == ["begin"] and watch.reading == [] and streams() == []
+
+
+def test_what_is_read_ahead_is_given_back_before_a_smaller_plan_is_made(
+    engine: Engine, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be what the next attempt has no room for."""
+    made: list[Stage] = []
+    init, encode = Stage.__init__, work.encode_picture
+    at_failure, at_planning = [], []
+
+    def remembered(self: Stage, *arguments: object) -> None:
+        init(self, *arguments)
+        made.append(self)
+
+    def fails_once(running: Stage, *arguments: Any) -> Any:
+        if not at_failure:
+            at_failure.append((len(streams()), running.host_ledger.used > 0))
+            raise LedgerOverflow("a test", memory="RAM")
+        return encode(running, *arguments)
+
+    def shrink(plan: Plan, phase: str, resource: str) -> Plan:
+        at_planning.append((len(streams()), made[0].host_ledger.used > 0))
+        return without_prefetch(plan, WHAT)
+
+    monkeypatch.setattr(Stage, "__init__", remembered)
+    monkeypatch.setattr(work, "encode_picture", fails_once)
+    do(engine, engine.plan(request(picture)), picture, Watch(), True, shrink=shrink)
+    assert at_failure[0][0] > 0 and at_failure[0][1], "something was being read"
+    assert at_planning == [(0, False)]

@@ -38,9 +38,9 @@ def _previews(job: Job) -> dict[int, Preview | None]:
 def test_every_so_many_steps_and_the_result_stays_the_same(
     engine: Engine, every: int, steps: list[int]
 ) -> None:
-    expected = engine.submit(a_request(steps=4)).result(120)
+    expected = engine.submit(a_request(steps=4)).result()
     job = engine.submit(a_request(steps=4), preview_every=every)
-    result = job.result(120)
+    result = job.result()
     previews = _previews(job)
     assert [step for step, preview in previews.items() if preview is not None] == steps
     assert torch.equal(result.latents, expected.latents)
@@ -55,7 +55,7 @@ def test_every_so_many_steps_and_the_result_stays_the_same(
 def test_the_last_preview_is_that_of_the_result(engine: Engine, sampler: str) -> None:
     """Each solver's last step goes to its own estimate of the result: the latents it ends with."""
     job = engine.submit(a_request(sampler=sampler, steps=4), preview_every=1)
-    latents = job.result(120).latents
+    latents = job.result().latents
     last = _previews(job)[4]
     assert last is not None
     rgb_map = engine._previewer._map
@@ -68,12 +68,12 @@ def test_the_last_preview_is_that_of_the_result(engine: Engine, sampler: str) ->
 def test_an_unknown_vae_is_fitted_once_and_says_how_well(t2v_folder: Path) -> None:
     with an_engine(t2v_folder) as engine:
         first = engine.submit(a_request(), preview_every=2)
-        assert first.result(120).report.peak_vram_bytes <= first.plan.peak_vram_bytes
+        assert first.result().report.peak_vram_bytes <= first.plan.peak_vram_bytes
         notes = [e.message for e in first.events() if isinstance(e, Notice)]
         assert len(notes) == 1
         assert notes[0].startswith("previews: colours are fitted to this VAE, explaining ")
         second = engine.submit(a_request(), preview_every=2)
-        second.result(120)
+        second.result()
         assert not [e for e in second.events() if isinstance(e, Notice)]
 
 

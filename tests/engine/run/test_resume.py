@@ -13,6 +13,7 @@ import torch
 from penstock.engine.engine import Engine
 from penstock.engine.request.generation import GenerationRequest
 from penstock.engine.run.events import Event, Notice, PhaseStarted, Progress
+from penstock.engine.run.jobs import describe
 from penstock.engine.run.report import JobResult
 from penstock.engine.store.journal import (
     CONDITIONING_FILE,
@@ -29,6 +30,7 @@ from penstock.errors import (
     JournalError,
     OutputError,
 )
+from tests.engine.run.lazy_disk import make_lazy
 from tests.faults.film import frames_sha
 
 STEPS = 4
@@ -277,3 +279,18 @@ def test_every_sampler_continues_identically(
         job = engine.submit(request, job_dir=tmp_path / "job")
         run_until(job, at_step(3))
         assert torch.equal(engine.resume(tmp_path / "job").result().latents, latents)
+
+
+def test_when_a_step_is_made_the_one_before_it_is_on_the_disk(
+    t2v_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However slow the disk is: who ends the process here loses this one step alone."""
+    make_lazy(monkeypatch)
+    on_disk: list[int] = []
+
+    def look(step: int, latents: torch.Tensor) -> None:
+        on_disk.append(describe(tmp_path / "job").step)
+
+    with an_engine(t2v_folder) as engine:
+        engine.submit(a_request(None), job_dir=tmp_path / "job", on_step=look).result()
+    assert on_disk == [0, 1, 2, 3]

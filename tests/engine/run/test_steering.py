@@ -30,12 +30,12 @@ def engine(t2v_folder: Path) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def plain(engine: Engine) -> JobResult:
-    return engine.submit(a_request()).result(120)
+    return engine.submit(a_request()).result()
 
 
 @pytest.fixture(scope="module")
 def steered(engine: Engine) -> JobResult:
-    return engine.submit(a_request(), on_step=shaded).result(120)
+    return engine.submit(a_request(), on_step=shaded).result()
 
 
 def shaded(step: int, latents: Tensor) -> Tensor | None:
@@ -52,7 +52,7 @@ def test_a_tool_that_looks_on_sees_every_step_and_changes_nothing(
         seen.append((step, latents.clone()))
         latents.zero_()  # a copy: it may do what it likes with it
 
-    result = engine.submit(a_request(), on_step=look).result(120)
+    result = engine.submit(a_request(), on_step=look).result()
     assert [step for step, _ in seen] == [1, 2, 3]
     for _, latents in seen:
         assert (latents.shape, latents.dtype, latents.device.type) == (
@@ -77,7 +77,7 @@ def test_what_is_returned_is_gone_on_with_and_the_report_says_so(
         return last[-1] if step == 3 else None
 
     job = engine.submit(a_request(), tmp_path / "a.mp4", on_step=replace_the_last)
-    result = job.result(120)
+    result = job.result()
     assert torch.equal(result.latents, torch.full(SHAPE, 0.5))
     last[-1].zero_()  # what it keeps of it is its own
     assert torch.equal(result.latents, torch.full(SHAPE, 0.5))
@@ -97,13 +97,13 @@ def test_what_is_returned_is_gone_on_with_and_the_report_says_so(
 def test_what_cannot_be_latents_is_refused(engine: Engine, wrong: Any, message: str) -> None:
     job = engine.submit(a_request(), on_step=lambda *_: wrong)
     with pytest.raises(UsageError, match=f"on_step returned after step 1.*{message}"):
-        job.result(120)
+        job.result()
 
 
 def test_nan_is_refused(engine: Engine) -> None:
     job = engine.submit(a_request(), on_step=lambda step, latents: latents / 0)
     with pytest.raises(NonFinite, match="after step 1 of 3"):
-        job.result(120)
+        job.result()
 
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, True])
@@ -131,13 +131,13 @@ def test_what_it_raises_ends_the_job_as_itself_and_the_step_is_done_again(
 
     job = engine.submit(a_request(), job_dir=tmp_path / "job", on_step=stop)
     with pytest.raises(type(error), match="enough") as caught:
-        job.result(120)
+        job.result()
     assert caught.value is error
     info = describe(tmp_path / "job")
     assert (info.state, info.step) == (
         "stopped" if isinstance(error, JobCancelled) else "failed", 1,
     )  # fmt: skip
-    result = engine.resume(tmp_path / "job").result(120)
+    result = engine.resume(tmp_path / "job").result()
     assert torch.equal(result.video, plain.video)
 
 
@@ -150,7 +150,7 @@ def _stopped(engine: Engine, folder: Path, at: int) -> None:
         return shaded(step, latents)
 
     with pytest.raises(JobCancelled):
-        engine.submit(a_request(), job_dir=folder, on_step=steer_and_stop).result(120)
+        engine.submit(a_request(), job_dir=folder, on_step=steer_and_stop).result()
 
 
 @pytest.mark.parametrize("at", [1, 2])
@@ -158,7 +158,7 @@ def test_a_steered_job_goes_on_bit_for_bit_with_its_tool(
     engine: Engine, steered: JobResult, tmp_path: Path, at: int
 ) -> None:
     _stopped(engine, tmp_path / "job", at)
-    result = engine.resume(tmp_path / "job", on_step=shaded).result(120)
+    result = engine.resume(tmp_path / "job", on_step=shaded).result()
     assert torch.equal(result.latents, steered.latents)
     assert result.report.steered
 
@@ -169,7 +169,7 @@ def test_a_steered_job_does_not_go_on_without_its_tool_unasked(
     _stopped(engine, tmp_path / "job", 1)
     with pytest.raises(FingerprintMismatch, match="steered True, found steered False"):
         engine.resume(tmp_path / "job")
-    result = engine.resume(tmp_path / "job", allow_nonidentical=True).result(120)
+    result = engine.resume(tmp_path / "job", allow_nonidentical=True).result()
     assert not torch.equal(result.latents, steered.latents)
     assert result.report.steered
     assert "the result will not be identical: steered was True and is False" in (
@@ -186,7 +186,7 @@ def test_a_steered_job_whose_steps_are_done_needs_its_tool_no_more(
             job.cancel()
             break
     with pytest.raises(JobCancelled):
-        job.result(120)
-    result = engine.resume(tmp_path / "job").result(120)
+        job.result()
+    result = engine.resume(tmp_path / "job").result()
     assert torch.equal(result.video, steered.video)
     assert result.report.steered

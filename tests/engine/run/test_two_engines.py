@@ -32,9 +32,9 @@ class Case:
     def run(self, start: threading.Barrier | None = None) -> list[JobResult]:
         """Open, run some jobs, close; beginning together with others where there is a ``start``."""
         if start is not None:
-            start.wait(120)
+            start.wait()
         with an_engine(self.folder, vram=self.budget, ram=self.budget) as engine:
-            return [engine.submit(self.request).result(240) for _ in range(ROUNDS)]
+            return [engine.submit(self.request).result() for _ in range(ROUNDS)]
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ def test_no_tensor_outlives_a_job_but_its_result(
 ) -> None:
     with an_engine(t2v_folder) as engine:
         job = engine.submit(a_request(), on_step=lambda step, latents: latents, preview_every=1)
-        result = job.result(120)
+        result = job.result()
         engine.unload()
         ((meter, stage),) = metered
         assert meter.peak > 10 * result.latents.nbytes
@@ -107,27 +107,27 @@ def _frames_of_a_job(engine: Engine) -> tuple[torch.Tensor, int]:
     """Its frames, and the most RSS that was seen between two steps."""
     process, held = psutil.Process(), []
     job = engine.submit(a_request(), on_step=lambda *_: held.append(_resident(process)))
-    return job.result(240).video, max(held)
+    return job.result().video, max(held)
 
 
 def test_an_engine_at_work_does_not_unload(t2v_folder: Path) -> None:
     gate = Gate()
     with an_engine(t2v_folder) as engine:
         job = engine.submit(a_request(), on_step=gate)
-        assert gate.reached.wait(120)
+        assert gate.reached.wait()
         with pytest.raises(UsageError, match="a job is running.*Cancel the job, or wait for it"):
             engine.unload()
         gate.open()
         for _ in job.events():
             pass
         engine.unload()  # the last event is enough to wait for
-        job.result(120)
+        job.result()
 
 
 def test_the_engine_does_not_keep_the_frames_of_a_job(t2v_folder: Path) -> None:
     with an_engine(t2v_folder) as engine:
         job = engine.submit(a_request())
-        result = job.result(120)
+        result = job.result()
         alive = weakref.ref(result)
         assert alive() is result
         del job, result

@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 
+from penstock.blocks import PAGE_BYTES, TENSOR_ALIGNMENT
 from penstock.engine.families.wan.manifest import WanManifest
 from penstock.engine.families.wan.spec import ImageSpec, TextSpec, TransformerSpec, VaeSpec
-from penstock.profiles.formats import WeightFormat, get_format
+from penstock.formats.formats import QuantFormat, get_format, spec_bytes
+from penstock.formats.rows import Shape
+from penstock.formats.tags import ITEM_BYTES
 from penstock.profiles.manifest import Storage, Weights
 from penstock.units import align_up
 
-_ITEM = 2  # bytes of a bf16
-_TENSOR_ALIGNMENT = 64
-_BLOCK_ALIGNMENT = 4096
+_TAG = "BF16"
+_ITEM = ITEM_BYTES[_TAG]
 
 _DIM, _FFN, _TEXT, _IMAGE, _FREQ = 5120, 13824, 4096, 1280, 256
 _CHANNELS, _OUT, _PATCH = 36, 16, 4
@@ -54,7 +56,7 @@ def wan21_i2v_14b(weight_format: str) -> WanManifest:
     )
 
 
-def _transformer(stored: WeightFormat) -> TransformerSpec:
+def _transformer(stored: QuantFormat) -> TransformerSpec:
     return TransformerSpec(
         weights=Weights(
             rest_bytes=_run(_plain(_rest_elements())),
@@ -73,30 +75,27 @@ def _transformer(stored: WeightFormat) -> TransformerSpec:
         freq_dim=_FREQ,
         patch_size=(1, 2, 2),
         image_dim=_IMAGE,
-        storage=storage_of(stored, _STREAMED, _ITEM),
+        storage=_storage(stored),
     )
 
 
-def storage_of(stored: WeightFormat, matrices: tuple[tuple[int, int], ...], item: int) -> Storage:
-    """What decoding the matrices of a block takes, all of them in ``stored``.
-
-    Args:
-        item: bytes of an element in the compute dtype.
-    """
-    if stored.is_plain:
-        return Storage(stored.name)
-    sizes = [rows * columns * item for rows, columns in matrices]
+def _storage(stored: QuantFormat) -> Storage:
+    """What computing with the matrices of a block takes, all of them in ``stored``."""
+    sizes = [rows * columns * _ITEM for rows, columns in _STREAMED]
+    if stored.plain:
+        cast = sum(sizes) + sum(rows * columns * _ITEM for rows, columns in _CROSS)
+        return Storage(stored.name, cast_bytes=0 if stored == get_format("bf16") else cast)
     return Storage(
         format=stored.name,
         scratch_bytes=max(sizes),
-        workspace_bytes=max(map(stored.workspace_bytes, matrices)),
+        workspace_bytes=max(stored.workspace_bytes(shape, "cuda") for shape in _STREAMED),
         decoded_bytes=sum(sizes),
     )
 
 
-def _matrices(stored: WeightFormat, shapes: tuple[tuple[int, int], ...]) -> Iterator[int]:
+def _matrices(stored: QuantFormat, shapes: tuple[Shape, ...]) -> Iterator[int]:
     for shape in shapes:
-        yield from stored.tensor_bytes(shape)
+        yield from map(spec_bytes, stored.storage(shape, _TAG).values())
 
 
 def _plain(elements: tuple[int, ...]) -> Iterator[int]:
@@ -106,7 +105,7 @@ def _plain(elements: tuple[int, ...]) -> Iterator[int]:
 
 def _run(tensors: Iterable[int]) -> int:
     """One aligned run of tensors, as `penstock.offload.layout` lays them out."""
-    return align_up(sum(align_up(count, _TENSOR_ALIGNMENT) for count in tensors), _BLOCK_ALIGNMENT)
+    return align_up(sum(align_up(count, TENSOR_ALIGNMENT) for count in tensors), PAGE_BYTES)
 
 
 def _block_elements() -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,7 +20,6 @@ from penstock.engine.families.wan.terms import (
 )
 from penstock.profiles.manifest import Storage
 from penstock.profiles.phases import (
-    EIGHT_BIT,
     OBJECTS,
     RESTORED,
     Group,
@@ -42,6 +42,8 @@ from penstock.profiles.streams import (
     best_stream,
 )
 from penstock.units import MIB
+
+log = logging.getLogger(__name__)
 
 CHUNKS = (1 << 16, 1 << 15, 1 << 14, 1 << 13, 4096, 2048, 1024, 512, 256, 128, 64, 32, 16, 8, 4, 2)
 """Tokens a chunk of the DiT forward that are tried, besides "all in one chunk"."""
@@ -102,9 +104,11 @@ class Denoise:
                 break
             context = contexts[not shape.cost.cross_kv_on_device]
             if context is None:
+                log.debug("refused, no room for the context: %s", shape.cost)
                 continue
             stream = self._stream(shape, limits, best_objective - context.seconds)
             if stream is None:
+                log.debug("refused, no stream fits or is faster: %s", shape.cost)
                 continue
             found = (context, self._phase(shape, stream, limits))
             objective = context.seconds + stream.timing.objective
@@ -234,7 +238,7 @@ class Denoise:
     @property
     def _is_fast(self) -> bool:
         case = self.case
-        return compute_path(self.spec.storage, case.policy, case.rates) in EIGHT_BIT
+        return compute_path(self.spec.storage, case.policy, case.rates) in ("fp8", "int8")
 
     def _decoding(self, stored: Storage) -> Items:
         """What quantised matrices take in VRAM besides their bytes."""

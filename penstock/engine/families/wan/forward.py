@@ -22,10 +22,8 @@ import torch
 from torch import Tensor
 
 from penstock.engine.attention.kernels import Attention, attention
+from penstock.engine.families.wan.cost.transformer import TEXT_TOKENS
 from penstock.errors import CheckpointError, UsageError
-
-TEXT_TOKENS = 512
-"""Text tokens of Wan's context, a constant in diffusers' attention processor too."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from penstock.engine.families.wan import forward
-from penstock.engine.families.wan.cost.transformer import Flops, denoise_flops
+from penstock.engine.families.wan.cost.transformer import TEXT_TOKENS, Flops, denoise_flops
 from penstock.engine.families.wan.cost.vae import VaeWork, residual_work
 from penstock.engine.families.wan.spec import TransformerSpec
 from penstock.engine.families.wan.vae_layers import Past, residual
@@ -44,7 +44,7 @@ class ForwardSample:
         )  # fmt: skip
         rope = forward.rope_tables(model, (1, side, side), device)  # fp32, as a model's own
         model = model.to(device, dtype)
-        text = torch.randn(1, forward.TEXT_TOKENS, 64, device=device, dtype=dtype)
+        text = torch.randn(1, TEXT_TOKENS, 64, device=device, dtype=dtype)
         context = forward.prepare_context(model, text, None)
         return cls(
             model,
@@ -78,7 +78,7 @@ class ForwardSample:
     @property
     def attended(self) -> int:
         """Of the grid, and of the prompt."""
-        return self.tokens + forward.TEXT_TOKENS
+        return self.tokens + TEXT_TOKENS
 
     @property
     def tokens(self) -> int:
@@ -94,7 +94,7 @@ def residual_sample(
 
     block = WanResidualBlock(width, width).to(device, dtype)
     frame = torch.randn(1, width, 1, side, side, device=device, dtype=dtype)
-    past: Past = {}
+    past = Past()
     windows = (Window.whole(side, side),) * 3
     return residual_work(width, side), lambda: residual(block, past, windows, frame)
 

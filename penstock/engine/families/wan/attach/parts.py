@@ -19,7 +19,9 @@ from penstock.engine.attach.part import Part, desk_visits, refuse_arguments
 from penstock.engine.families.wan import clip as pictures
 from penstock.engine.families.wan import forward as dit
 from penstock.engine.families.wan import umt5 as prompts
+from penstock.engine.families.wan.cost.transformer import TEXT_TOKENS
 from penstock.engine.families.wan.model import model_of
+from penstock.engine.files.tokenizer import TOKENS, TokenisedPrompt
 from penstock.engine.model.component import Component
 from penstock.errors import UsageError
 from penstock.profiles.manifest import VideoShape
@@ -49,7 +51,7 @@ class TextPart(Part):
         lengths = [int(length) for length in mask.sum(1)]
         self._check(input_ids, mask, lengths)
         tokenised = [
-            prompts.TokenisedPrompt(tuple(ids.tolist()), length, "")
+            TokenisedPrompt(tuple(ids.tolist()), length, "")
             for ids, length in zip(input_ids, lengths, strict=True)
         ]
         states = [self._encode(each) for each in tokenised]
@@ -57,14 +59,14 @@ class TextPart(Part):
 
     def _check(self, ids: Tensor, mask: Tensor, lengths: list[int]) -> None:
         first = torch.arange(ids.shape[1], device=mask.device)[None] < mask.sum(1, keepdim=True)
-        if ids.shape[1] > prompts.TOKENS or not torch.equal(mask.bool(), first) or 0 in lengths:
+        if ids.shape[1] > TOKENS or not torch.equal(mask.bool(), first) or 0 in lengths:
             raise UsageError(
                 "the text encoder of an attached pipeline takes padded prompts",
-                expected=f"up to {prompts.TOKENS} tokens, padded at their end",
+                expected=f"up to {TOKENS} tokens, padded at their end",
                 found=f"{ids.shape[1]} tokens, {lengths} of them not padding",
             )
 
-    def _encode(self, prompt: prompts.TokenisedPrompt) -> Tensor:
+    def _encode(self, prompt: TokenisedPrompt) -> Tensor:
         component, desk, phase = self.component, self.desk, self.desk.plan()["text"]
         with desk.phase(phase):
             hidden = prompts.embed(
@@ -221,8 +223,10 @@ class TransformerPart(Part):
 
     def _open(self, stack: ExitStack, shape: VideoShape) -> tuple[Any, EndlessStream]:
         phase, desk = self.desk.plan(shape)["denoise"], self.desk
-        stack.enter_context(desk.vram.reserve("denoise: activations", desk.denoise_bytes(shape)))
-        stack.enter_context(desk.ram.reserve("denoise: host work", phase.ram_work_bytes))
+        stack.enter_context(
+            desk.device_ledger.reserve("denoise: activations", desk.denoise_bytes(shape))
+        )
+        stack.enter_context(desk.host_ledger.reserve("denoise: host work", phase.ram_work_bytes))
         stack.enter_context(desk.scratch(phase))
         model = stack.enter_context(desk.rest(self.component))
         return model, stack.enter_context(desk.stream(desk.whole_blocks, phase.stream))
@@ -268,11 +272,11 @@ def _context(model: Any, text: Tensor, image: Tensor | None) -> dit.Context:
     if image is None:
         return dit.Context(states, None)
     joined = torch.cat([embedder.image_embedder(image), states], dim=1)
-    cut = joined.shape[1] - dit.TEXT_TOKENS
+    cut = joined.shape[1] - TEXT_TOKENS
     if cut <= 0:
         raise UsageError(
             "too few text tokens for a model that is conditioned on a picture",
-            expected=f"max_sequence_length={dit.TEXT_TOKENS}",
+            expected=f"max_sequence_length={TEXT_TOKENS}",
             found=f"{text.shape[1]} text and {image.shape[1]} image tokens",
         )
     return dit.Context(joined[:, cut:], joined[:, :cut])

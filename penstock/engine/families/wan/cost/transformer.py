@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from penstock.engine.families.wan.spec import TransformerSpec
 
 TEXT_TOKENS = 512
+"""Text tokens of Wan's context, a constant in diffusers' attention processor too."""
+
 FP32_BYTES = 4
 HALF_BYTES = 2
 UNIPC_HISTORY = 3

@@ -1,4 +1,4 @@
-"""Eight bits a weight and a scale a row: fp8 e4m3fn and symmetric int8, under every spelling.
+"""Eight bits a weight and a scale a row: fp8 (e4m3fn, e5m2) and symmetric int8, in every spelling.
 
 One storage, several authors: ours, LightX2V's and ComfyUI's (``weight`` + ``weight_scale``) and
 optimum-quanto's (``weight._data`` + ``weight._scale``) differ in names and in the scale's shape.
@@ -6,20 +6,18 @@ optimum-quanto's (``weight._data`` + ``weight._scale``) differ in names and in t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, TypeAlias
 
-from penstock.quant.rows import Shape, Spec, chunk_rows
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+from penstock.formats.rows import Shape, Spec, chunk_rows
 
 ScaleLayout: TypeAlias = Literal["none", "scalar", "one", "one_one", "row", "column"]
 """Shape of the scale: absent, (), (1,), (1, 1), (rows,) or (rows, 1)."""
 
 Gemm: TypeAlias = Literal["fp8", "int8"]
+
+ROTATIONS = (4, 16, 64, 256, 1024)
+"""Sizes that ConvRot's groups may have: powers of 4."""
 
 E4M3_MAX = 448.0
 INT8_MAX = 127.0
@@ -46,27 +44,62 @@ class Scaled8:
     tensor is read but is no default: a few outliers cost int8 eight times the error.
 
     Attributes:
-        tag: "F8_E4M3" or "I8".
+        tag: "F8_E4M3", "F8_E5M2" or "I8".
         gemm: the 8-bit matrix product that can use it; None where the file forbids that.
         scale: layout of the scale; "none" is a raw cast.
         scale_tag: dtype of the scale; None means the compute dtype, as optimum-quanto does.
+        rotation: columns of a group that was rotated before it was quantised (ConvRot: a Hadamard
+            matrix of that size, a power of 4, spreads outliers over it); 0: none was.
     """
 
     name: str
-    tag: Literal["F8_E4M3", "I8"]
+    tag: Literal["F8_E4M3", "F8_E5M2", "I8"]
     gemm: Gemm | None
     scale: ScaleLayout = "column"
     scale_tag: str | None = "F32"
     weight_key: str = "weight"
     scale_key: str = "weight_scale"
+    rotation: int = 0
+
+    plain: ClassVar[bool] = False
+    by_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.tag == "I8" and self.scale == "none":
             raise ValueError("int8 without a scale has no meaning")
 
+    @property
+    def writable(self) -> bool:
+        """Whether weights can be quantised to it; e5m2 is read: e4m3fn takes as much and errs half
+        as far."""
+        return self.tag != "F8_E5M2"
+
+    @property
+    def is_quanto(self) -> bool:
+        """Whether optimum-quanto reads it, and so quantises to it."""
+        return self.weight_key != "weight"
+
+    @property
+    def label(self) -> str:
+        """Its name, and for the spellings of several authors how it is scaled."""
+        if self.is_quanto:
+            return self.name
+        scaled = {"none": "raw", "row": "per row", "column": "per row"}.get(self.scale)
+        return f"{self.name} {scaled or 'per tensor'}"
+
     def fits(self, shape: Shape) -> bool:
-        """Every shape can be stored."""
-        return True
+        """Every shape can be stored; a rotated one if its rows are whole groups."""
+        return not self.rotation or shape[1] % self.rotation == 0
+
+    def suited(self, shape: Shape) -> Scaled8:
+        """Of a rotated format, that with the largest group of 16 up to its own that ``shape`` has
+        whole; others, and where there is none, itself."""
+        sizes = [s for s in ROTATIONS if 16 <= s <= self.rotation and shape[1] % s == 0]
+        return replace(self, rotation=max(sizes)) if sizes else self
+
+    def logical(self, data: tuple[int, ...]) -> tuple[int, ...]:
+        """The same."""
+        return data
 
     def storage(self, shape: Shape, compute_dtype: str) -> dict[str, Spec]:
         """The weight's bytes and, unless raw, its scale."""
@@ -78,37 +111,12 @@ class Scaled8:
 
     def workspace_bytes(self, shape: Shape, device: str) -> int:
         """The scale in fp32, and on a CPU a chunk in fp32, for fp8 its bits besides and the largest
-        of them; other devices decode in place."""
+        of them; other devices decode in place. A rotation takes half a chunk, and two more while
+        it turns, and its matrices."""
+        if self.rotation:
+            rows, columns = shape
+            return 8 * rows + 12 * columns * chunk_rows(rows, 2 * columns, device) + 4096
         if device != "cpu":
             return 4 * shape[0]
         item = 4 if self.tag == "I8" else 4 + 2 + 1
         return 4 * shape[0] + item * shape[1] * chunk_rows(*shape, device) + 1
-
-    def quantise(self, weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
-        """Stored tensors of ``weight`` (2-D, floating point).
-
-        Raises:
-            CheckpointError: NaN or Inf.
-        """
-        from penstock.quant.values import scaled
-
-        return scaled.quantise(self, weight, name)
-
-    def operands(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        """The 8-bit weight ``(rows, columns)`` and its scale, ``(rows, 1)`` or ``(1, 1)``."""
-        weight = tensors[self.weight_key]
-        if self.scale == "none":
-            return weight, None
-        return weight, tensors[self.scale_key].reshape(-1, 1)
-
-    def dequantise(
-        self,
-        tensors: Mapping[str, Tensor],
-        shape: Shape,
-        dtype: torch.dtype,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """``stored * scale``, computed in fp32 and rounded once to ``dtype``."""
-        from penstock.quant.values import scaled
-
-        return scaled.dequantise(self, tensors, shape, dtype, out)

@@ -1,20 +1,15 @@
 """optimum-quanto's 4-bit storage, so that its files open.
 
 Source: optimum-quanto 0.2.7 (`tensor/grouped.py`, `tensor/packed.py`, `tensor/qbits.py`,
-`nn/qmodule.py`). Its 8-bit storages are `penstock.quant.scaled.Scaled8` under other names.
+`nn/qmodule.py`). Its 8-bit storages are `penstock.formats.scaled.Scaled8` under other names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
-from penstock.quant.rows import Shape, Spec, chunk_rows
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+from penstock.formats.rows import Shape, Spec, chunk_rows
 
 
 def group_size(columns: int) -> int | None:
@@ -35,9 +30,23 @@ class QuantoInt4:
     name: str = "quanto-int4"
     scale_tag: str | None = None
 
+    plain: ClassVar[bool] = False
+    writable: ClassVar[bool] = True
+    by_rows: ClassVar[bool] = False
+    gemm: ClassVar[None] = None
+
+    @property
+    def label(self) -> str:
+        """Its name."""
+        return self.name
+
     def fits(self, shape: Shape) -> bool:
         """Every shape can be stored."""
         return True
+
+    def logical(self, data: tuple[int, ...]) -> None:
+        """Groups tell no shape."""
+        return
 
     def storage(self, shape: Shape, compute_dtype: str) -> dict[str, Spec]:
         """Packed codes, scales and shifts of the groups."""
@@ -53,29 +62,6 @@ class QuantoInt4:
         """A chunk of codes and one of values."""
         count, size = groups_of(shape)
         return 5 * size * chunk_rows(-(-count // 2), size, device)
-
-    def quantise(self, weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
-        """Stored tensors by quanto's rule: the range of a group is its 16 codes; a constant group
-        gets scale 1. The quotient is fp32, where quanto rounds it to the weight's dtype first.
-
-        Raises:
-            CheckpointError: NaN or Inf.
-        """
-        from penstock.quant.values import quanto
-
-        return quanto.quantise(self, weight, name)
-
-    def dequantise(
-        self,
-        tensors: Mapping[str, Tensor],
-        shape: Shape,
-        dtype: torch.dtype,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """quanto's own values: computed in the scale's dtype, then cast to ``dtype``."""
-        from penstock.quant.values import quanto
-
-        return quanto.dequantise(self, tensors, shape, dtype, out)
 
 
 def groups_of(shape: Shape) -> tuple[int, int]:

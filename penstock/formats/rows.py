@@ -1,9 +1,8 @@
-"""What every format counts with: shapes, dtype tags, and the rows that are in work at once."""
+"""What every format counts with: shapes, specs, and the rows that are in work at once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import Iterator
 from typing import TypeAlias
 
 Shape: TypeAlias = tuple[int, int]
@@ -11,10 +10,6 @@ Shape: TypeAlias = tuple[int, int]
 
 Spec: TypeAlias = tuple[str, tuple[int, ...]]
 """Dtype tag, as a safetensors header spells it, and shape of one stored tensor."""
-
-ITEM_BYTES: Mapping[str, int] = MappingProxyType(
-    {"F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "I8": 1, "U8": 1}
-)
 
 _CPU_CHUNK = 1 << 18
 _DEVICE_CHUNK = 1 << 22

@@ -1,0 +1,1 @@
+"""WHAT A WEIGHT FORMAT IS: its bytes, its bounds, its name; torch-free."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import takewhile
 from types import MappingProxyType
 from typing import Any
 
@@ -171,6 +172,13 @@ def derive_image(shapes: ShapesOf) -> dict[str, Any]:
     }
 
 
+def _res_blocks(shapes: ShapesOf) -> int:
+    """Of a stage of the encoder; the decoder's have one more. Two, where no more can be told."""
+    names = (f"decoder.up_blocks.0.resnets.{number}.conv1.weight" for number in range(9))
+    count = sum(1 for _ in takewhile(shapes.__contains__, names))
+    return count - 1 if count > 1 else 2
+
+
 def derive_vae(shapes: ShapesOf) -> dict[str, Any]:
     base = shapes.of("encoder.conv_in.weight", 5)[0]
     latent = shapes.of("post_quant_conv.weight", 5)[0]
@@ -185,7 +193,7 @@ def derive_vae(shapes: ShapesOf) -> dict[str, Any]:
         "base_dim": base,
         "z_dim": latent,
         "dim_mult": [1, 2, 4, 4],
-        "num_res_blocks": 2,
+        "num_res_blocks": _res_blocks(shapes),
         "temperal_downsample": [False, True, True],
     }
 

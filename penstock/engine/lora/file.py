@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from penstock.engine.families.wan.config import SIZES
+from penstock.engine.family.protocol import families
 from penstock.engine.files.fields import (
     Field,
     check_fields,
@@ -449,12 +449,7 @@ def read_scalar(path: Path, entry: TensorEntry) -> float:
 
 
 def _family(layers: Mapping[str, LoraLayer]) -> str:
-    width, blocks, pictured = _traits(layers)
-    sizes = {dim: size for (dim, _, _), size in SIZES.items()}
-    size = "" if width is None else f" {sizes.get(width, 'of another size')} ({width} wide"
-    count = "" if not blocks or width is None else f", {blocks} blocks"
-    task = " I2V" if pictured else ""
-    return f"Wan2.1{task}{size}{count}{')' if size else ''}"
+    return families()[0].adapted_title(*_traits(layers))
 
 
 def _traits(layers: Mapping[str, LoraLayer]) -> tuple[int | None, int, bool]:

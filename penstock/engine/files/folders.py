@@ -16,6 +16,7 @@ from typing import Any
 
 from penstock.errors import CheckpointError
 from penstock.offload.shards import heads
+from penstock.regular import read_regular
 
 COMFY_FOLDERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -108,4 +109,4 @@ def _small_text(path: Path) -> str:
     size = path.stat().st_size
     if size > _MAX_YAML_BYTES:
         raise ValueError(f"{size:,} bytes, and {_MAX_YAML_BYTES:,} are the most")
-    return path.read_text(encoding="utf-8")
+    return read_regular(path).decode("utf-8")

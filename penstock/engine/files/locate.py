@@ -21,7 +21,9 @@ from penstock.engine.files.keys import ComponentSource, find_naming, recognise
 from penstock.engine.files.source import RawFile, dangling, open_raw, refusal_of
 from penstock.errors import CheckpointError, UsageError
 from penstock.offload.checkpoint import PICKLES, TensorEntry
+from penstock.offload.files import looked_at
 from penstock.offload.shards import heads, is_shard
+from penstock.regular import open_regular
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +107,11 @@ def locate(model: str | Path | None, files: Files | None = None, *, fetch: Fetch
         CheckpointError: a part is missing, ambiguous, foreign or damaged.
     """
     files = files or Files()
+    with looked_at(Path(model or files.transformer or ".")):
+        return _locate(model, files, fetch or hub_snapshot)
+
+
+def _locate(model: str | Path | None, files: Files, fetch: Fetch) -> ModelSource:
     if model is None:
         if files.transformer is None:
             raise UsageError("no model", expected="--model, or --transformer with the other parts")
@@ -117,7 +124,7 @@ def locate(model: str | Path | None, files: Files | None = None, *, fetch: Fetch
     if path.is_symlink():
         raise dangling(path)
     if isinstance(model, str) and _HUB_ID.fullmatch(model):
-        return _from_hub(model, files, fetch or hub_snapshot)
+        return _from_hub(model, files, fetch)
     raise CheckpointError(
         f"{model} does not exist",
         expected="a folder, a .safetensors or .gguf file, or a hub id such as "
@@ -406,11 +413,12 @@ def recognise_beside(raw: RawFile) -> ComponentSource:
     Raises:
         CheckpointError: as `recognise` does.
     """
-    folder = raw.path if raw.path.is_dir() else raw.path.parent
-    naming, config = find_naming(raw.entries), None
-    if naming is not None:
-        config = _config_beside(folder, naming.kind) or _config_within(raw, naming.kind)
-    found = recognise(raw, config)
+    with looked_at(raw.path):
+        folder = raw.path if raw.path.is_dir() else raw.path.parent
+        naming, config = find_naming(raw.entries), None
+        if naming is not None:
+            config = _config_beside(folder, naming.kind) or _config_within(raw, naming.kind)
+        found = recognise(raw, config)
     if log.isEnabledFor(logging.DEBUG):
         told = (found.component, found.title, found.label())
         log.debug("%s (%s) is the %s of %s, stored as %s", raw.path, raw.kind, *told)
@@ -466,6 +474,8 @@ def _tokenizer(text: ComponentSource, found: _Found, files: Files) -> Path | Ten
         given = files.tokenizer.expanduser()
         if not given.exists():
             raise CheckpointError(f"{given} does not exist", expected="a tokenizer")
+        if not given.is_dir():
+            open_regular(given).close()
         return given
     if found.tokenizer is not None:
         return found.tokenizer

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from penstock.engine.families.wan.config import SIZES
+from penstock.engine.family.protocol import families
 from penstock.engine.files.fields import (
     Field,
     check_fields,
@@ -29,11 +29,12 @@ from penstock.engine.files.keys import ComponentSource
 from penstock.engine.files.source import dangling, read_bytes
 from penstock.engine.lora.keys import Part, foreign_kind, is_lora, parse_key
 from penstock.engine.lora.layer import Incomplete, LoraLayer, WeightChange, changes_of, fit
-from penstock.errors import CheckpointError, TensorMismatch, UsageError
+from penstock.errors import CheckpointError, TensorMismatch, UsageError, brief
 from penstock.formats.patch import MAGNITUDE
 from penstock.offload.checkpoint import Checkpoint, TensorEntry
-from penstock.offload.files import FileStamp
+from penstock.offload.files import FileStamp, looked_at
 
+_LARGEST = 1e300
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _SHOWN = 3
 _MOST_DIMENSIONS = 5
@@ -70,11 +71,13 @@ class Lora:
     strict: bool = False
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.strength):
+        strength: object = self.strength
+        number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
+        if not (number and abs(self.strength) < _LARGEST):
             raise UsageError(
                 f"illegal strength of {self.path}",
                 expected="a finite number",
-                found=str(self.strength),
+                found=brief(strength),
                 remedy="1.0 is as trained",
             )
 
@@ -256,12 +259,13 @@ def open_lora(path: Path) -> LoraFile:
         CheckpointError: no LoRA, or a damaged one: half a pair, ranks that differ, integers.
     """
     path = path.expanduser()
-    if path.is_symlink() and not path.exists():
-        raise dangling(path)
-    if not path.exists():
-        raise CheckpointError(
-            f"{path} does not exist", expected="a LoRA's .safetensors", remedy="Check the path."
-        )
+    with looked_at(path):
+        if path.is_symlink() and not path.exists():
+            raise dangling(path)
+        if not path.exists():
+            raise CheckpointError(
+                f"{path} does not exist", expected="a LoRA's .safetensors", remedy="Check the path."
+            )
     with Checkpoint.open(path) as found:
         entries, metadata, stamps = dict(found), dict(found.metadata), dict(found.files)
     if not is_lora(entries):
@@ -445,12 +449,7 @@ def read_scalar(path: Path, entry: TensorEntry) -> float:
 
 
 def _family(layers: Mapping[str, LoraLayer]) -> str:
-    width, blocks, pictured = _traits(layers)
-    sizes = {dim: size for (dim, _, _), size in SIZES.items()}
-    size = "" if width is None else f" {sizes.get(width, 'of another size')} ({width} wide"
-    count = "" if not blocks or width is None else f", {blocks} blocks"
-    task = " I2V" if pictured else ""
-    return f"Wan2.1{task}{size}{count}{')' if size else ''}"
+    return families()[0].adapted_title(*_traits(layers))
 
 
 def _traits(layers: Mapping[str, LoraLayer]) -> tuple[int | None, int, bool]:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
 
-from penstock.engine.families.wan.keys import NAMINGS
 from penstock.engine.family.naming import Naming
+from penstock.engine.family.protocol import families
 
 _PREFIXES = (
     ("base_model.model.diffusion_model.", "ComfyUI"),
@@ -130,7 +130,7 @@ def _module(path: str, underscored: bool, role: str) -> str | None:
 @lru_cache(maxsize=2)
 def _tables(underscored: bool) -> tuple[Mapping[str, str], Mapping[str, str]]:
     """Diffusers' names of what is in a block, and outside, by everyone's; biases by their own."""
-    wan = _wan()
+    wan = _makers()
     return _names(wan.inside or {}, underscored), _names(wan.outside, underscored)
 
 
@@ -142,5 +142,7 @@ def _names(table: Mapping[str, str], underscored: bool) -> Mapping[str, str]:
     return MappingProxyType(names)
 
 
-def _wan() -> Naming:
-    return next(n for n in NAMINGS if (n.component, n.author) == ("transformer", "Wan"))
+def _makers() -> Naming:
+    """The names that the makers of the model gave, which most LoRAs keep."""
+    streamed = next(iter(families()[0].KINDS.values()))
+    return next(naming for naming in streamed.namings if naming.inside is not None)

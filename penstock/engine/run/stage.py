@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +59,7 @@ class Run:
         notices: told at the start.
         hooks: what its user wants to see and do between steps.
         previewer: makes previews.
+        sources: all files that the result depends on, by their names in the fingerprint.
     """
 
     model: ModelFiles
@@ -75,6 +76,7 @@ class Run:
     notices: tuple[str, ...] = ()
     hooks: Hooks = field(default_factory=Hooks)
     previewer: Previewer = field(default_factory=Previewer)
+    sources: Mapping[str, Path] = field(default_factory=dict)
 
 
 class Stage(Room):

@@ -206,6 +206,15 @@ def transformer_title(config: Mapping[str, Any]) -> str:
     return f"Wan2.1 {'I2V' if config.get('image_dim') else 'T2V'} {size}"
 
 
+def adapted_title(width: int | None, blocks: int, pictured: bool) -> str:
+    """The name of the model that a LoRA was made for: "Wan2.1 I2V 14B (5120 wide, 40 blocks)"."""
+    sizes = {dim: size for (dim, _, _), size in SIZES.items()}
+    size = "" if width is None else f" {sizes.get(width, 'of another size')} ({width} wide"
+    count = "" if not blocks or width is None else f", {blocks} blocks"
+    task = " I2V" if pictured else ""
+    return f"Wan2.1{task}{size}{count}{')' if size else ''}"
+
+
 def text_title(config: Mapping[str, Any]) -> str:
     """The text encoder's name for people."""
     xxl = (config["d_model"], config["num_layers"]) == (4096, 24)

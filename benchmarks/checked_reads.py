@@ -69,12 +69,12 @@ def read_all(layouts: list[BlockLayout]) -> Taken:
     """Read all blocks once, one after the other."""
     cpu, nbytes = torch.device("cpu"), layouts[0].nbytes
     disk, stats = DiskTier(), StreamStats()
-    with HostTier(ByteLedger("RAM", GIB), cpu).buffers("slab", [nbytes]) as (slab,):
-        slab.view[:] = bytes(nbytes)  # pages are there before the clocks run
+    with HostTier(ByteLedger("RAM", GIB), cpu).buffers("staging buffer", [nbytes]) as (buffer,):
+        buffer.view[:] = bytes(nbytes)  # pages are there before the clocks run
         carrier = Carrier(disk, open_link(cpu, 1), stats)
         wall, busy = time.perf_counter(), time.process_time()
         for layout in layouts:
-            carrier.read(layout, slab)
+            carrier.read(layout, buffer)
         wall, busy = time.perf_counter() - wall, time.process_time() - busy
     disk.close()
     return Taken(wall, busy, stats.direct_bytes / stats.read_bytes)

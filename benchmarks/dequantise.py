@@ -23,6 +23,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -99,9 +100,30 @@ def torch_cases(weight: Tensor, out: Tensor) -> Iterator[Case]:
             return data.to(out.dtype) * scale.to(out.dtype)
 
         yield Case(name, "torch", out.dtype, ours(fmt, stored, out), plain)
+        if name == "fp8":
+            data = data.float().to(torch.float8_e5m2)
+            plain = partial(plain, data, scale)
+            e5m2 = ours(get_format("fp8-e5m2"), stored | {"weight": data}, out)
+            yield Case("fp8-e5m2", "torch", out.dtype, e5m2, plain)
         if out.dtype != torch.float32:
             yield Case(name, "torch, rounded", out.dtype, ours(fmt, stored, out), rounded)
     yield Case("control", "itself", out.dtype, plain, plain)
+
+
+def kitchen_cases(weight: Tensor, out: Tensor) -> Iterator[Case]:
+    """ComfyUI's layouts against comfy-kitchen's own functions for the CPU."""
+    from comfy_kitchen import tensor as kitchen
+
+    kinds: list[tuple[str, Any, dict[str, Any]]] = [
+        ("int8-convrot", kitchen.TensorWiseINT8Layout, {"per_channel": True, "convrot": True}),
+        ("nvfp4", kitchen.TensorCoreNVFP4Layout, {}),
+        ("mxfp8", kitchen.TensorCoreMXFP8Layout, {}),
+    ]
+    for name, layout, options in kinds:
+        codes, params = layout.quantize(weight.to(out.dtype), **options)
+        stored = {f"weight{k}": v for k, v in layout.state_dict_tensors(codes, params).items()}
+        theirs = partial(layout.dequantize, codes, params)
+        yield Case(name, "comfy-kitchen", out.dtype, ours(get_format(name), stored, out), theirs)
 
 
 def bitsandbytes_cases(weight: Tensor, out: Tensor) -> Iterator[Case]:
@@ -192,7 +214,7 @@ def gguf_cases(weight: Tensor, out: Tensor) -> Iterator[Case]:
 def cases(weight: Tensor, out: Tensor, formats: Sequence[str]) -> Iterator[Case]:
     """All comparisons that decode to the dtype and shape of ``out``; some formats, if any are
     named."""
-    for made in (torch_cases, bitsandbytes_cases, quanto_cases, gguf_cases):
+    for made in (torch_cases, kitchen_cases, bitsandbytes_cases, quanto_cases, gguf_cases):
         yield from (case for case in made(weight, out) if not formats or case.name in formats)
 
 

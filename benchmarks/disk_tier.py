@@ -139,18 +139,18 @@ def layouts_of(path: Path, blocks: int) -> list[BlockLayout]:
 def read_stream(layouts: list[BlockLayout]) -> tuple[float, int]:
     """Seconds of one pass over all blocks, its cold start included, and bytes read directly."""
     largest = max(layout.nbytes for layout in layouts)
-    residency = Residency(len(layouts), device_slots=2, host_slabs=2)
+    residency = Residency(len(layouts), device_slots=2, staging_buffers=2)
     stream = BlockStream(
         layouts,
         residency,
-        cycles=1,
+        passes=1,
         device=torch.device("cpu"),
         device_ledger=ByteLedger("VRAM", 2 * largest),
         host_ledger=ByteLedger("RAM", 2 * largest),
     )
     began = time.perf_counter()
     with stream:
-        for _ in stream.cycle():
+        for _ in stream.forward_pass():
             pass
         seconds = time.perf_counter() - began
     return seconds, stream.stats.direct_bytes

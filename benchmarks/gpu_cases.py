@@ -83,16 +83,16 @@ class Delays:
         return getattr(self.link, name)
 
 
-def late(cycles: int, device: torch.device) -> Callable[[Queue, Link], None]:
+def late(passes: int, device: torch.device) -> Callable[[Queue, Link], None]:
     """A delay on the device where it has streams, on the host where it has not."""
 
     def delay(queue: Queue, link: Link) -> None:
         if device.type != "cuda" or queue is Queue.READ:
-            time.sleep(cycles / 1e9)
+            time.sleep(passes / 1e9)
             return
         stream = link._stream(queue)  # type: ignore[attr-defined]
         with torch.cuda.stream(stream):
-            torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
+            torch.cuda._sleep(passes)  # type: ignore[no-untyped-call]
 
     return delay
 

@@ -41,7 +41,7 @@ class Scale:
         large: width, height and frames of the large video; ``sizes`` of the speeds; ``small`` of
             the correctness cases.
         tokens, context: of the products and of attention.
-        delay_cycles: of the injected delays, in clock cycles of the device.
+        delay_cycles: of the injected delays, in clock passes of the device.
         tiles: rows and columns of the VAE's tiled case.
         peer_blocks: of the model, in bf16, that the peers work with.
     """

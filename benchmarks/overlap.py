@@ -67,7 +67,7 @@ class Row:
     device_resident: int
     host_resident: int
     slots: int
-    slabs: int
+    staging: int
     passes: int
     efficiency: float
     with_long_rings: float
@@ -91,8 +91,8 @@ def random_case(rng: random.Random) -> Case:
 
 def efficiency(case: Case, residency: Residency) -> tuple[float, Timeline]:
     """The bound over the simulated seconds."""
-    line = simulate(residency, case.numbers, case.machine, case.pace.cycles)
-    least = least_seconds(residency, case.numbers, case.machine, case.pace.cycles)
+    line = simulate(residency, case.numbers, case.machine, case.pace.passes)
+    least = least_seconds(residency, case.numbers, case.machine, case.pace.passes)
     return least / line.seconds, line
 
 
@@ -100,7 +100,7 @@ def residency_of(stream: Stream) -> Residency:
     """Where its blocks live."""
     plan = stream.plan
     return Residency(
-        plan.n_blocks, plan.device_blocks, plan.host_blocks, plan.device_slots, plan.host_slabs
+        plan.n_blocks, plan.device_blocks, plan.host_blocks, plan.device_slots, plan.staging_buffers
     )
 
 
@@ -113,15 +113,17 @@ def row_of(case: Case) -> Row | None:
     found, line = efficiency(case, residency)
     longer = found
     if found < TARGET:
-        slots, slabs = (LONG_RING * bool(n) for n in (stream.slots, stream.slabs))
-        longer, _ = efficiency(case, replace(residency, device_slots=slots, host_slabs=slabs))
+        slots, staging = (LONG_RING * bool(n) for n in (stream.slots, stream.staging))
+        longer, _ = efficiency(
+            case, replace(residency, device_slots=slots, staging_buffers=staging)
+        )
     return Row(
         len(case.blocks),
         stream.placement.device_resident,
         stream.placement.host_resident,
         stream.slots,
-        stream.slabs,
-        case.pace.cycles,
+        stream.staging,
+        case.pace.passes,
         found,
         longer,
         stream.timing.seconds / line.seconds,

@@ -481,12 +481,12 @@ def forwards(
     with torch.no_grad(), stage.rest(component) as model:
         cross, modulation = prepare(stage, model, conditions, given["timestep"])
         with stage.phase("denoise", request.steps, "step") as (phase_plan, phase):
-            cycles = request.steps
-            with stage.stream(component.blocks, phase_plan.stream, phase, cycles) as stream:
+            passes = request.steps
+            with stage.stream(component.blocks, phase_plan.stream, phase, passes) as stream:
                 forward = Streamed(model, component, stream, cross, plan["denoise"].chunk_tokens,
                                    phase)  # fmt: skip
                 rope = dit.rope_tables(model, latents.shape[2:], device)
-                for _ in range(cycles):
+                for _ in range(passes):
                     (output,) = forward(latents, range(1), modulation[0], rope)
                     yield output, figures_of(stage)
 

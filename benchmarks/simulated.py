@@ -21,7 +21,7 @@ class Machine:
         read_bytes_per_s: disk to host memory.
         copy_bytes_per_s: host memory to device.
         device_cap_bytes: room for residents and slots on the device.
-        host_cap_bytes: room for residents and slabs in host memory.
+        host_cap_bytes: room for residents and staging buffers in host memory.
     """
 
     read_bytes_per_s: float
@@ -62,8 +62,8 @@ class Timeline:
 
     Attributes:
         spans: every operation, in the schedule's order.
-        opening_s: loading what stays on the device, where no slab is there for it, before the first
-            operation.
+        opening_s: loading what stays on the device, where no staging buffer is there for it, before
+            the first operation.
         seconds: end of the last operation.
         device_bytes, host_bytes: what the buffers hold.
     """
@@ -84,13 +84,13 @@ class Timeline:
 
 
 def simulate(
-    residency: Residency, blocks: tuple[Block, ...], machine: Machine, cycles: int
+    residency: Residency, blocks: tuple[Block, ...], machine: Machine, passes: int
 ) -> Timeline:
-    """Run ``cycles`` passes: each queue in order, each operation as early as its ``after`` allows.
+    """Run ``passes`` passes: each queue in order, each operation as early as its ``after`` allows.
 
     Raises:
         LedgerOverflow: the buffers pass a cap of the machine.
-        UsageError: not one block per block of the residency, or no cycle.
+        UsageError: not one block per block of the residency, or no pass.
     """
     if len(blocks) != residency.n_blocks:
         raise UsageError(
@@ -103,7 +103,7 @@ def simulate(
     free_at = dict.fromkeys(Queue, opening_s)
     ended: dict[Ref, float] = {}
     spans = []
-    for op in build_schedule(residency, cycles):
+    for op in build_schedule(residency, passes):
         queue = op.ref.queue
         start = max([free_at[queue], *(ended[ref] for ref in op.after)])
         end = start + _seconds(op, blocks[op.block], machine)
@@ -124,7 +124,7 @@ def _reserve(residency: Residency, blocks: tuple[Block, ...], machine: Machine) 
     host = ByteLedger("RAM", machine.host_cap_bytes)
     for ledger, residents, ring, passing in (
         (device, residency.device_resident, residency.device_slots, residency.streamed),
-        (host, residency.host_resident, residency.host_slabs, residency.through_slabs),
+        (host, residency.host_resident, residency.staging_buffers, residency.through_staging),
     ):
         ledger.reserve("resident blocks", sum(blocks[block].nbytes for block in residents))
         largest = max((blocks[block].nbytes for block in passing), default=0)
@@ -133,28 +133,28 @@ def _reserve(residency: Residency, blocks: tuple[Block, ...], machine: Machine) 
 
 
 def _opening_s(residency: Residency, blocks: tuple[Block, ...], machine: Machine) -> float:
-    if residency.host_slabs:
+    if residency.staging_buffers:
         return 0.0
     on_device = sum(blocks[block].nbytes for block in residency.device_resident)
     return on_device / machine.read_bytes_per_s + on_device / machine.copy_bytes_per_s
 
 
 def least_seconds(
-    residency: Residency, blocks: tuple[Block, ...], machine: Machine, cycles: int
+    residency: Residency, blocks: tuple[Block, ...], machine: Machine, passes: int
 ) -> float:
     """No schedule that visits the blocks in order takes less, whatever runs ahead of what.
 
-    It is the bound max(read, copy, compute) with its cold start: the first cycle brings the
+    It is the bound max(read, copy, compute) with its cold start: the first pass brings the
     residents as well, nothing begins before the first block has come, and the last block is copied
     and computed with after it was read. A ring of one buffer has what fills it and what empties it
     take turns, so those two count as one resource.
     """
-    loads = _loads(residency, blocks, machine, cycles)
-    found = [load.first_s + (cycles - 1) * load.later_s + load.tail_s for load in loads]
-    if cycles > 1:
+    loads = _loads(residency, blocks, machine, passes)
+    found = [load.first_s + (passes - 1) * load.later_s + load.tail_s for load in loads]
+    if passes > 1:
         last = _Last(residency, blocks, machine)
         found += [
-            early.first_s + last.stages_s(early.end, late.end) + (cycles - 1) * late.later_s
+            early.first_s + last.stages_s(early.end, late.end) + (passes - 1) * late.later_s
             for early in loads
             for late in loads
             if early.end <= late.begin
@@ -167,8 +167,8 @@ class _Load:
     """What a resource has to do: ``begin`` and ``end`` are its stages (0 read, 1 copy, 2 compute).
 
     Attributes:
-        first_s: the first cycle, and what must come before it begins.
-        later_s: every later cycle.
+        first_s: the first pass, and what must come before it begins.
+        later_s: every later pass.
         tail_s: what must come after its last operation.
     """
 
@@ -180,12 +180,12 @@ class _Load:
 
 
 def _loads(
-    residency: Residency, blocks: tuple[Block, ...], machine: Machine, cycles: int
+    residency: Residency, blocks: tuple[Block, ...], machine: Machine, passes: int
 ) -> list[_Load]:
     read, copy = 1 / machine.read_bytes_per_s, 1 / machine.copy_bytes_per_s
     disk, streamed = _nbytes(residency.disk_blocks, blocks), _nbytes(residency.streamed, blocks)
     kept = _nbytes(residency.host_resident, blocks)
-    arriving = _nbytes(residency.device_resident, blocks) if residency.host_slabs else 0
+    arriving = _nbytes(residency.device_resident, blocks) if residency.staging_buffers else 0
     compute = sum(block.compute_s for block in blocks)
     head = blocks[0].nbytes if _comes(0, residency) else 0
     loads = [
@@ -193,14 +193,14 @@ def _loads(
         _Load(1, 1, (streamed + arriving) * copy + head * read, streamed * copy),
         _Load(2, 2, compute + head * (read + copy), compute),
     ]
-    if residency.host_slabs == 1:
+    if residency.staging_buffers == 1:
         loads.append(_Load(0, 1, (disk + arriving) * (read + copy), disk * (read + copy)))
     if residency.device_slots == 1:
         turns = streamed * copy + sum(blocks[block].compute_s for block in residency.streamed)
         loads.append(_Load(1, 2, turns, turns))
     read_last, copied_last = residency.disk_blocks, residency.streamed
-    if cycles == 1:  # the residents come in this cycle too
-        arrived = residency.device_resident if residency.host_slabs else ()
+    if passes == 1:  # the residents come in this pass too
+        arrived = residency.device_resident if residency.staging_buffers else ()
         copied_last = tuple(sorted((*copied_last, *arrived)))
         read_last = tuple(sorted((*read_last, *residency.host_resident, *arrived)))
     tails = [_tail_s(read_last, blocks, copy), _tail_s(copied_last, blocks, 0)]
@@ -209,8 +209,8 @@ def _loads(
 
 
 def _comes(block: int, residency: Residency) -> bool:
-    """Whether ``block`` is read and copied in the first cycle."""
-    return bool(residency.host_slabs) or block not in residency.device_resident
+    """Whether ``block`` is read and copied in the first pass."""
+    return bool(residency.staging_buffers) or block not in residency.device_resident
 
 
 def _nbytes(which: tuple[int, ...], blocks: tuple[Block, ...]) -> int:
@@ -218,7 +218,7 @@ def _nbytes(which: tuple[int, ...], blocks: tuple[Block, ...]) -> int:
 
 
 def _tail_s(passing: tuple[int, ...], blocks: tuple[Block, ...], copy: float) -> float:
-    """What comes after the last of ``passing`` in a cycle: its next stage, and the computations."""
+    """What comes after the last of ``passing`` in a pass: its next stage, and the computations."""
     if not passing:
         return 0.0
     last = passing[-1]
@@ -227,7 +227,7 @@ def _tail_s(passing: tuple[int, ...], blocks: tuple[Block, ...], copy: float) ->
 
 @dataclass(frozen=True)
 class _Last:
-    """The last block of the first cycle, on its way through the stages."""
+    """The last block of the first pass, on its way through the stages."""
 
     residency: Residency
     blocks: tuple[Block, ...]

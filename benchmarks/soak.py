@@ -118,7 +118,7 @@ def _tight(engine: Engine, request: GenerationRequest) -> Plan:
     plan = make_plan(manifest, workload, replace(engine.hardware, vram_bytes=least))
     denoise = plan["denoise"]
     assert denoise.stream is not None
-    stream = StreamPlan(denoise.stream.n_blocks, 0, 1, device_slots=1, host_slabs=1)
+    stream = StreamPlan(denoise.stream.n_blocks, 0, 1, device_slots=1, staging_buffers=1)
     return without_prefetch(plan, manifest.prefetch).with_phases((replace(denoise, stream=stream),))
 
 

@@ -57,12 +57,12 @@ def bench(
 
     Exit codes: 0 done (PASS), 1 failed or REGRESSION, 2 a wrong call or RECIPE_MISMATCH.
     """
-    from penstock.engine.bench.order import Order
+    from penstock.engine.bench.order import BenchOrder
     from penstock.engine.bench.result import Thresholds
     from penstock.units import parse_bytes
 
     with reported(debug):
-        order = Order(
+        order = BenchOrder(
             model, synthetic, blocks, width, height, frames, steps, warmup, cfg,
             folder, minutes, whole, options,
         )  # fmt: skip
@@ -84,9 +84,9 @@ def _measure(
 ) -> int:  # fmt: skip
     from penstock.cli.bench_view import markdown, sections, tables, verdict_section
     from penstock.engine.bench import result as bench_result
-    from penstock.engine.bench.order import Order, run
+    from penstock.engine.bench.order import BenchOrder, run
 
-    assert isinstance(order, Order) and isinstance(thresholds, bench_result.Thresholds)
+    assert isinstance(order, BenchOrder) and isinstance(thresholds, bench_result.Thresholds)
     old = None if compare is None else bench_result.load(compare)
     result = run(order, lambda event: None, _tell)
     if save is not None:
@@ -107,11 +107,11 @@ def _measure(
 
 def _sweep(order: object, profiles: list[str], picture: Path, as_json: bool, as_md: bool) -> None:
     from penstock.cli.bench_view import markdown, sweep_section, tables
-    from penstock.engine.bench.order import Order, sweep
+    from penstock.engine.bench.order import BenchOrder, sweep
     from penstock.engine.bench.plot import Dot, draw
     from penstock.units import GIB
 
-    assert isinstance(order, Order)
+    assert isinstance(order, BenchOrder)
     points = sweep(order, profiles, lambda event: None, _tell)
     measured = [(point.profile, point.result) for point in points if point.result is not None]
     draw(

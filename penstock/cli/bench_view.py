@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
-from penstock.engine.bench.order import Point
+from penstock.engine.bench.order import SweepPoint
 from penstock.engine.bench.result import BenchResult, PhaseFigures, Verdict
 from penstock.units import format_bytes
 
@@ -17,7 +17,7 @@ _EDGES = {
     "disk_wait_s": "disk -> host: a copy waited for a read",
     "slot_wait_s": "host -> device: a copy waited for a free slot",
     "compute_wait_s": "device -> compute: the computation waited for a block",
-    "slab_wait_s": "a read waited for a free slab (the disk is ahead)",
+    "staging_wait_s": "a read waited for a free staging buffer (the disk is ahead)",
 }
 
 
@@ -56,7 +56,7 @@ def _summary(result: BenchResult) -> Section:
             ("compute", recipe.compute),
             ("blocks", f"{place['device_resident']} in VRAM, {place['host_resident']} in RAM, "
              f"{place['disk_blocks']} from disk at every pass; rings of {place['device_slots']} "
-             f"and {place['host_slabs']}"),
+             f"and {place['staging_buffers']}"),
             ("budgets", f"VRAM {format_bytes(result.vram_limit_bytes)}, "
              f"RAM {format_bytes(result.ram_limit_bytes)} (profile {recipe.profile})"),
             ("machine", str(result.machine.get("gpu") or result.machine.get("cpu"))),
@@ -147,7 +147,7 @@ def _notes(result: BenchResult) -> Section:
     return Section("notes", ("",), tuple((line,) for line in result.notices))
 
 
-def sweep_section(points: Sequence[Point]) -> Section:
+def sweep_section(points: Sequence[SweepPoint]) -> Section:
     """One row a profile."""
     rows = tuple(
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from rich.console import Console
 
 from penstock.errors import PenstockError
 from penstock.folders import cache_folder
+
+log = logging.getLogger(__name__)
 
 cache_app = typer.Typer(help="List and remove the packs that were made on first use.")
 
@@ -42,10 +45,16 @@ def reported(debug: bool) -> Iterator[None]:
     try:
         yield
     except PenstockError as error:
+        log.info("the command failed", exc_info=True)
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(error.exit_code) from error
+    except (typer.Exit, typer.Abort):
+        raise
+    except BaseException:
+        log.info("the command broke off", exc_info=True)
+        raise
 
 
 def inspect(

@@ -29,6 +29,7 @@ from penstock.cli.files import (
     reported,
     verify,
 )
+from penstock.cli.log import Level, logged
 from penstock.cli.options import NOTHING, with_options
 from penstock.profiles.options import Options
 
@@ -77,6 +78,13 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def main_options(
+    context: typer.Context,
+    log_level: Annotated[
+        Level | None, typer.Option(help="Tell what is decided, on stderr: info, or debug.")
+    ] = None,
+    log_file: Annotated[
+        Path | None, typer.Option(help="Into this file instead, for a bug report (debug).")
+    ] = None,
     version: Annotated[
         bool,
         typer.Option(
@@ -85,6 +93,8 @@ def main_options(
     ] = False,
 ) -> None:
     """Runs video models far larger than the card, inside a byte budget you choose."""
+    with reported(debug=False):
+        context.with_resource(logged(log_level, log_file))
 
 
 @app.command()

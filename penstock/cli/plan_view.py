@@ -74,7 +74,7 @@ def strip(stream: StreamPlan) -> str:
 
 def _legend(stream: StreamPlan) -> str:
     return (
-        f"rings of {stream.device_slots} in VRAM and {stream.host_slabs} in RAM; "
+        f"rings of {stream.device_slots} in VRAM and {stream.staging_buffers} in RAM; "
         f"V: {stream.device_resident} stay in VRAM, r: {stream.host_resident} stay in RAM, "
         f".: {stream.disk_blocks} are read from disk at every pass"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +42,8 @@ from penstock.profiles.options import Options
 from penstock.profiles.phases import Workload
 from penstock.profiles.plan import Plan
 from penstock.profiles.planner import smaller
+
+log = logging.getLogger(__name__)
 
 
 class Engine(Closing):
@@ -256,6 +259,7 @@ class Engine(Closing):
         vram_bytes, ram_bytes = self.hardware.vram_bytes, self.hardware.ram_bytes
         too_large = plan.peak_vram_bytes > vram_bytes or plan.peak_ram_bytes > ram_bytes
         if too_large or plan.attention != self.chosen.policy.attention:
+            log.info("planned anew: the job's own plan is for %s", plan.attention)
             return self.plan(request, kept=True)
         return replace(
             plan,

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from penstock.engine.files.fields import read_object
 from penstock.engine.files.keys import ComponentSource
 from penstock.engine.files.locate import (
     COMPONENTS,
     ModelSource,
     locate,
     open_component,
-    read_object,
 )
 from penstock.engine.lora.inspect import LoraInspection, describe_lora, holds_lora
 from penstock.errors import PenstockError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from penstock.engine.run.stage import Stage
     from penstock.formats.scaled import Gemm
     from penstock.quant.probe import PathReport
+
+log = logging.getLogger(__name__)
 
 
 def computing_on(device: str, mode: Mode) -> tuple[Computing, tuple[str, ...]]:
@@ -115,6 +118,7 @@ class Variants:
         if name == self._stored_format:
             return None
         if name not in self._packs:
+            log.debug("the files hold %s, wanted is %s", self._stored_format, name)
             self._open(FirstUse.of(self.stored.streamed.source, name, self._cache))
         return self._packs[name][0]
 

@@ -82,6 +82,7 @@ FORMATS: Mapping[str, QuantFormat] = _by_name(
     Plain("bf16", "BF16"),
     Plain("fp16", "F16"),
     Plain("fp32", "F32"),
+    Plain("fp64", "F64"),
     Scaled8("fp8", "F8_E4M3", "fp8"),
     Scaled8("int8", "I8", "int8"),
     Scaled8("fp8-e5m2", "F8_E5M2", None),

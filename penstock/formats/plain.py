@@ -1,4 +1,4 @@
-"""Weights that are stored as they are: bf16, fp16, fp32."""
+"""Weights that are stored as they are: bf16, fp16, fp32, fp64."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ class Plain:
     tag: str
 
     plain: ClassVar[bool] = True
-    writable: ClassVar[bool] = True
     by_rows: ClassVar[bool] = True
     gemm: ClassVar[None] = None
+
+    @property
+    def writable(self) -> bool:
+        """Whether weights can be cast to it; nothing computes in fp64, so it is read."""
+        return self.tag != "F64"
 
     @property
     def label(self) -> str:

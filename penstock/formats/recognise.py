@@ -278,7 +278,7 @@ def _unknown(named: Mapping[str, Spec], layer: str) -> CheckpointError:
     found = ", ".join(f"{suffix} {tag}{list(dims)}" for suffix, (tag, dims) in named.items())
     return CheckpointError(
         f"{layer} is stored in a way that penstock does not read",
-        expected="bf16, fp16, fp32, fp8, int8 with scales, quanto, nf4, nvfp4, mxfp8 or GGUF",
+        expected="bf16, fp16, fp32, fp64, fp8, int8 with scales, quanto, nf4, nvfp4, mxfp8 or GGUF",
         found=found or "none",
         remedy="Use the same model's bf16, fp8 e4m3 or GGUF file.",
     )

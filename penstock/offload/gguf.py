@@ -21,6 +21,7 @@ from penstock.errors import HeaderError
 from penstock.formats.gguf import GGML_TYPES
 from penstock.offload.checkpoint import TensorEntry
 from penstock.offload.files import FileStamp
+from penstock.offload.header import MAX_TENSORS
 from penstock.units import align_up
 
 MAGIC = b"GGUF"
@@ -30,8 +31,13 @@ Source: ComfyUI-GGUF's converter."""
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_INLINE_ITEMS = 4096
+MAX_ITEMS = 1 << 21
+"""Metadata pairs, strings of arrays and items of short arrays, all together: they are visited one
+by one. A tokenizer of 256,000 pieces has a quarter of them."""
+
 _MAX_DIMS = 8
 _MAX_NAME_BYTES = 1024
+_SHOWN = 200
 
 _SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
@@ -94,6 +100,9 @@ def read_gguf(path: Path) -> GgufHeader:
         cursor = _Cursor(file, path)
         version = _version(cursor)
         tensor_count, pair_count = cursor.counts("QQ", (24, 13))
+        if tensor_count > MAX_TENSORS:
+            raise cursor.error(f"{tensor_count:,} tensors", expected=f"at most {MAX_TENSORS:,}")
+        cursor.spend(pair_count, "pairs of metadata")
         metadata = _metadata(cursor, pair_count)
         infos = [_tensor_info(cursor) for _ in range(tensor_count)]
         start = align_up(cursor.position, _alignment(cursor, metadata))
@@ -110,6 +119,13 @@ class _Cursor:
         self.stamp = FileStamp.of(os.fstat(file.fileno()))
         self.path, self.size, self.position = path, self.stamp.size, 0
         self._file, self._end = file, min(self.size, MAX_HEADER_BYTES)
+        self._items = MAX_ITEMS
+
+    def spend(self, count: int, what: str) -> None:
+        """Take ``count`` of the items that a header may have."""
+        if count > self._items:
+            raise self.error(f"{count:,} {what}", expected=f"at most {MAX_ITEMS:,} items in all")
+        self._items -= count
 
     def take(self, nbytes: int, what: str) -> bytes:
         self._room(nbytes, what)
@@ -154,7 +170,7 @@ class _Cursor:
         return HeaderError(
             f"{self.path} has a damaged GGUF header",
             expected=expected,
-            found=found,
+            found=found if len(found) <= _SHOWN else found[:_SHOWN] + "...",
             remedy="The file is incomplete or was changed: download it again.",
         )
 
@@ -204,6 +220,8 @@ def _array(cursor: _Cursor, key: str) -> tuple[Any, ...] | LongArray:
         raise cursor.error(f"an array of type {kind} in {key!r}", expected="scalars or strings")
     item_bytes = 8 if kind == _STRING else struct.calcsize("<" + _SCALARS[kind])
     (count,) = cursor.counts("Q", (item_bytes,))
+    if kind == _STRING or count <= MAX_INLINE_ITEMS:
+        cursor.spend(count, f"items of {key!r:.80}")
     if count <= MAX_INLINE_ITEMS:
         return tuple(_value(cursor, kind, key) for _ in range(count))
     array = LongArray(kind, count, cursor.position)
@@ -296,10 +314,14 @@ def _original_shape(
     shape = metadata.get(ORIGINAL_SHAPE + info.name)
     if shape is None:
         return info.shape
-    whole = isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape)
+    whole = (
+        isinstance(shape, tuple)
+        and len(shape) <= _MAX_DIMS
+        and all(type(n) is int and n >= 0 for n in shape)
+    )
     if not whole or math.prod(shape) != elements:
         raise cursor.error(
-            f"original shape {shape} of {info.name!r}", expected=f"{elements} elements"
+            f"original shape {shape!r:.80} of {info.name!r}", expected=f"{elements} elements"
         )
     return tuple(shape)
 

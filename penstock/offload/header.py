@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +24,15 @@ from penstock.offload.files import WeightFile
 
 MAX_HEADER_BYTES = 100_000_000
 """The library's own limit."""
+
+MAX_TENSORS = 1 << 16
+"""Of a file: fifty times what the largest model has that penstock runs."""
+
+MAX_NAME_CHARACTERS = 1024
+
+_MAX_TOKENS = 4_000_000
+"""Quotes and separators of a JSON text: what decides how long it takes to read, and how much
+memory. 65,536 tensors have a fifth of them; the rest is for metadata."""
 
 _U64_MAX = (1 << 64) - 1
 _METADATA = "__metadata__"
@@ -79,6 +90,8 @@ def parse_header(text: bytes, file_bytes: int) -> Header:
     """A checked header from its JSON ``text``, in a file of ``file_bytes`` bytes in all."""
     table = parse_object(text)
     metadata = _parse_metadata(table.pop(_METADATA, {}))
+    if len(table) > MAX_TENSORS:
+        raise HeaderFault(f"at most {MAX_TENSORS:,} tensors", f"{len(table):,}")
     tensors = {name: _parse_tensor(name, fields) for name, fields in table.items()}
     ordered = dict(sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)))
     _check_cover(ordered, file_bytes - 8 - len(text))
@@ -91,7 +104,7 @@ def faults_of(path: Path) -> Iterator[None]:
     try:
         yield
     except HeaderFault as fault:
-        shown = fault.found if isinstance(fault.found, str) else repr(fault.found)
+        shown = fault.found if isinstance(fault.found, str) else reprlib.repr(fault.found)
         raise HeaderError(
             f"{path} cannot be used",
             expected=fault.expected,
@@ -111,6 +124,9 @@ def parse_object(text: bytes, *, fractions: bool = False) -> dict[str, Any]:
     """
     if not text.startswith(b"{"):
         raise HeaderFault("a JSON object", text[:16])
+    tokens = sum(text.count(mark) for mark in (b'"', b",", b"[", b"{"))
+    if tokens > _MAX_TOKENS:
+        raise HeaderFault(f"a JSON object of at most {_MAX_TOKENS:,} tokens", f"{tokens:,}")
     try:
         value = json.loads(
             text.decode("utf-8"),
@@ -127,6 +143,8 @@ def parse_object(text: bytes, *, fractions: bool = False) -> dict[str, Any]:
 
 def check_name(name: str) -> None:
     """Raise HeaderFault for names that could lead out of a folder, or that cannot be printed."""
+    if len(name) > MAX_NAME_CHARACTERS:
+        raise HeaderFault(f"names of at most {MAX_NAME_CHARACTERS} characters", len(name))
     if not name or _PATH_LIKE.search(name) or _has_surrogate(name):
         raise HeaderFault("plain names", name)
 
@@ -140,8 +158,8 @@ def _read(file: WeightFile, offset: int, nbytes: int) -> bytes:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise HeaderFault("every key once", next(name for name in names if names.count(name) > 1))
+        counts = Counter(name for name, _ in pairs)
+        raise HeaderFault("every key once", counts.most_common(1)[0][0])
     return table
 
 

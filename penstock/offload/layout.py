@@ -1,7 +1,7 @@
 """One block of weights as one contiguous, aligned run of bytes: one buffer, one copy.
 
-The same bytes lie in the host slab and in the device slot, so a block is copied at once, and its
-tensors are views. What pads the tensors is never looked at.
+The same bytes lie in the host's staging buffer and in the device's slot, so a block is copied at
+once, and its tensors are views. What pads the tensors is never looked at.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class Buffers:
     those of the device come when it is the stream's turn."""
 
     kept: list[HostBuffer]
-    slabs: list[HostBuffer]
+    staging: list[HostBuffer]
     resident: list[Tensor] = field(default_factory=list)
     slots: list[Tensor] = field(default_factory=list)
 
@@ -126,9 +126,9 @@ class Mover:
         self.link.record(op.ref)
 
     def _in_host(self, op: Read | Copy) -> HostBuffer:
-        if op.slab is None:
+        if op.buffer is None:
             return self.buffers.kept[self._kept_at[op.block]]
-        return self.buffers.slabs[op.slab]
+        return self.buffers.staging[op.buffer]
 
     def _on_device(self, op: Copy | Compute) -> Tensor:
         if op.slot is None:

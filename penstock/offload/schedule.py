@@ -1,13 +1,13 @@
 """What is read, copied and computed, in which order, and what waits for what: pure, as data.
 
-A network's blocks are visited 0..n-1, again and again (a cycle each). Visits are numbered through:
-visit ``v`` is block ``v % n`` of cycle ``v // n``. There are three queues (read, copy, compute);
+A network's blocks are visited 0..n-1, again and again (a pass each). Visits are numbered through:
+visit ``v`` is block ``v % n`` of pass ``v // n``. There are three queues (read, copy, compute);
 each works through its operations in the order of visits, and an operation begins when those it
-names in ``after`` are finished. How far a queue runs ahead follows from the rings alone: a slab or
-a slot is filled again as soon as its last reader is done, across the end of a cycle too.
+names in ``after`` are finished. How far a queue runs ahead follows from the rings alone: a staging
+buffer or a slot is filled again as soon as its last reader is done, across the end of a pass too.
 
 LRU would miss every time on such a pattern (the same blocks in the same order), so what stays
-resident is fixed, and spread evenly between what streams. Residents come in the first cycle, each
+resident is fixed, and spread evenly between what streams. Residents come in the first pass, each
 when it is its turn: the first computations need not wait for the last resident.
 """
 
@@ -38,11 +38,11 @@ class Ref(NamedTuple):
 
 @dataclass(frozen=True)
 class Read:
-    """Read ``block`` from disk into ``slab``, or to its place in host memory (None)."""
+    """Read ``block`` from disk into ``buffer``, or to its place in host memory (None)."""
 
     visit: int
     block: int
-    slab: int | None
+    buffer: int | None
     after: tuple[Ref, ...]
 
     @property
@@ -53,12 +53,12 @@ class Read:
 
 @dataclass(frozen=True)
 class Copy:
-    """Copy ``block`` from ``slab``, or from its place in host memory (None), into ``slot``, or to
+    """Copy ``block`` from ``buffer``, or from its place in host memory (None), into ``slot``, or to
     its place on the device (None)."""
 
     visit: int
     block: int
-    slab: int | None
+    buffer: int | None
     slot: int | None
     after: tuple[Ref, ...]
 
@@ -96,8 +96,8 @@ class Residency:
         host_resident: blocks that stay in host memory and are copied at every visit, ascending.
         device_slots: ring of buffers on the device: 1 or more if any block is not device-resident;
             2 let a copy run beside the computation.
-        host_slabs: ring of buffers in host memory: 1 or more if any block is in neither set. With
-            none, what stays on the device must be there before the first cycle.
+        staging_buffers: ring of buffers in host memory: 1 or more if any block is in neither set.
+            With none, what stays on the device must be there before the first pass.
 
     Raises:
         UsageError: the sets overlap or name blocks that are not there, or a ring is missing.
@@ -107,7 +107,7 @@ class Residency:
     device_resident: tuple[int, ...] = ()
     host_resident: tuple[int, ...] = ()
     device_slots: int = 0
-    host_slabs: int = 0
+    staging_buffers: int = 0
 
     def __post_init__(self) -> None:
         _require(self.n_blocks >= 1, "a network has blocks", "1 or more", self.n_blocks)
@@ -116,9 +116,14 @@ class Residency:
             _require(legal, "residents", f"ascending blocks below {self.n_blocks}", blocks)
         both = sorted(set(self.device_resident) & set(self.host_resident))
         _require(not both, "residents", "each block in one memory", both)
-        need_slots, need_slabs = int(bool(self.streamed)), int(bool(self.disk_blocks))
+        need_slots, need_staging = int(bool(self.streamed)), int(bool(self.disk_blocks))
         _require(self.device_slots >= need_slots, "slots", f">= {need_slots}", self.device_slots)
-        _require(self.host_slabs >= need_slabs, "slabs", f">= {need_slabs}", self.host_slabs)
+        _require(
+            self.staging_buffers >= need_staging,
+            "staging buffers",
+            f">= {need_staging}",
+            self.staging_buffers,
+        )
 
     @property
     def streamed(self) -> tuple[int, ...]:
@@ -131,14 +136,14 @@ class Residency:
         return _without(self.streamed, self.host_resident)
 
     @property
-    def through_slabs(self) -> tuple[int, ...]:
-        """Blocks that pass through slabs, in the first cycle at least."""
-        return _without(range(self.n_blocks), self.host_resident) if self.host_slabs else ()
+    def through_staging(self) -> tuple[int, ...]:
+        """Blocks that pass through staging buffers, in the first pass at least."""
+        return _without(range(self.n_blocks), self.host_resident) if self.staging_buffers else ()
 
     @property
     def longest_wait(self) -> int:
         """No operation waits for one that is more visits back than this."""
-        return self.n_blocks * max(self.device_slots, self.host_slabs, 1)
+        return self.n_blocks * max(self.device_slots, self.staging_buffers, 1)
 
 
 def _require(holds: bool, what: str, expected: str, found: object) -> None:
@@ -156,39 +161,39 @@ def _without(blocks: tuple[int, ...] | range, taken: tuple[int, ...]) -> tuple[i
     return tuple(block for block in blocks if block not in gone)
 
 
-def build_schedule(residency: Residency, cycles: int) -> Iterator[Op]:
-    """The operations of ``cycles`` passes over all blocks, lazily.
+def build_schedule(residency: Residency, passes: int) -> Iterator[Op]:
+    """The operations of ``passes`` passes over all blocks, lazily.
 
     The order is a legal order of execution by itself: read, copy, compute, visit by visit. What an
     operation names is all that it waits for in the other queues; in its own, it waits its turn.
 
     Raises:
-        UsageError: no cycle.
+        UsageError: no pass.
     """
-    _require(cycles >= 1, "cycles", "1 or more", cycles)
-    return _operations(residency, cycles)
+    _require(passes >= 1, "passes", "1 or more", passes)
+    return _operations(residency, passes)
 
 
-def _operations(residency: Residency, cycles: int) -> Iterator[Op]:
+def _operations(residency: Residency, passes: int) -> Iterator[Op]:
     on_device, in_host = set(residency.device_resident), set(residency.host_resident)
-    arrived = set[int]() if residency.host_slabs else set(on_device)
-    slabs = _Ring(residency.host_slabs, Queue.COPY)
+    arrived = set[int]() if residency.staging_buffers else set(on_device)
+    staging = _Ring(residency.staging_buffers, Queue.COPY)
     slots = _Ring(residency.device_slots, Queue.COMPUTE)
-    for visit in range(cycles * residency.n_blocks):
+    for visit in range(passes * residency.n_blocks):
         block = visit % residency.n_blocks
-        slab: int | None = None
+        buffer: int | None = None
         slot: int | None = None
         after: tuple[Ref, ...] = ()
         if block not in arrived:
             if block not in in_host:
-                slab, after = slabs.take(visit)
-            yield Read(visit, block, slab, after)
+                buffer, after = staging.take(visit)
+            yield Read(visit, block, buffer, after)
             after = (Ref(Queue.READ, visit),)
         if block not in on_device:
             slot, free = slots.take(visit)
             after += free
         if slot is not None or block not in arrived:
-            yield Copy(visit, block, slab, slot, after)
+            yield Copy(visit, block, buffer, slot, after)
             after = (Ref(Queue.COPY, visit),)
         yield Compute(visit, block, slot, after)
         if block in on_device or block in in_host:

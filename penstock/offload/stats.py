@@ -32,8 +32,8 @@ class Edge(_Summable):
         nbytes: that passed it.
         busy_s: seconds in which it worked: reading, copying, computing.
         starved_s: seconds in which it waited for the edge before it: the stall.
-        blocked_s: seconds in which it waited for room: a free slab, a free slot. What comes after
-            it is slower, which does no harm.
+        blocked_s: seconds in which it waited for room: a free staging buffer, a free slot. What
+            comes after it is slower, which does no harm.
     """
 
     nbytes: int = 0
@@ -55,7 +55,7 @@ class Flow(_Summable):
     computations are timed by the device's own clock, and count once the device has passed them.
 
     Attributes:
-        disk_to_host: reads into slabs and resident places.
+        disk_to_host: reads into staging buffers and resident places.
         host_to_device: copies into slots and resident places.
         device_to_compute: visits; ``starved_s`` is the stall of the computation.
         direct_bytes: read around the page cache.
@@ -82,7 +82,7 @@ class StreamStats:
         read_s: seconds in which the disk was reading.
         copy_s: seconds in which the link was copying.
         compute_s: seconds in which the computation worked, between two waits for blocks.
-        slab_wait_s: reading waited for a free slab.
+        staging_wait_s: reading waited for a free staging buffer.
         disk_wait_s: copying waited for a read (disk -> host is too slow).
         slot_wait_s: copying waited for a free slot; on CUDA, for its last use to be issued.
         compute_wait_s: the computation waited for a block (host -> device is too slow); on CUDA, by
@@ -97,7 +97,7 @@ class StreamStats:
     read_s: float = 0.0
     copy_s: float = 0.0
     compute_s: float = 0.0
-    slab_wait_s: float = 0.0
+    staging_wait_s: float = 0.0
     disk_wait_s: float = 0.0
     slot_wait_s: float = 0.0
     compute_wait_s: float = 0.0
@@ -115,7 +115,7 @@ class StreamStats:
 
     def _flow(self) -> Flow:
         return Flow(
-            Edge(self.read_bytes, self.read_s, 0.0, self.slab_wait_s),
+            Edge(self.read_bytes, self.read_s, 0.0, self.staging_wait_s),
             Edge(self.copied_bytes, self.copy_s, self.disk_wait_s, self.slot_wait_s),
             Edge(self.visited_bytes, self.compute_s, self.compute_wait_s, 0.0),
             self.direct_bytes,

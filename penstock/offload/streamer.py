@@ -6,6 +6,7 @@ operations one after another, and is what the other must equal.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,8 @@ from penstock.offload.stats import Flow, StreamStats
 from penstock.offload.tiers import DeviceTier, DiskTier, HostTier, open_link
 from penstock.units import format_bytes
 
+log = logging.getLogger(__name__)
+
 __all__ = ["STAGING_BYTES", "BlockStream", "Flow", "StreamStats", "load_block"]
 
 Tensors = dict[str, Tensor]
@@ -44,7 +47,7 @@ class BlockStream(Closing):
     Args:
         layouts: one a block.
         residency: where each block lives.
-        cycles: passes over all blocks that will be asked for; nothing is fetched beyond the last.
+        passes: passes over all blocks that will be asked for; nothing is fetched beyond the last.
         device: where tensors are wanted.
         device_ledger, host_ledger: every buffer is reserved there first.
         overlapped: work ahead of the computation; False is the sequential reference.
@@ -55,7 +58,7 @@ class BlockStream(Closing):
         notices: what is otherwise than asked for, and slower for it.
 
     Raises:
-        UsageError: residency, layouts and cycles do not fit together.
+        UsageError: residency, layouts and passes do not fit together.
         LedgerOverflow: (on entry) the buffers do not fit the budgets.
         CheckpointChanged: (on entry, or while streaming) a file is no longer what it was.
     """
@@ -65,7 +68,7 @@ class BlockStream(Closing):
         layouts: Sequence[BlockLayout],
         residency: Residency,
         *,
-        cycles: int,
+        passes: int,
         device: torch.device,
         device_ledger: ByteLedger,
         host_ledger: ByteLedger,
@@ -78,12 +81,12 @@ class BlockStream(Closing):
                 expected=str(residency.n_blocks),
                 found=str(len(layouts)),
             )
-        build_schedule(residency, cycles)  # an illegal number of cycles dies here
+        build_schedule(residency, passes)  # an illegal number of passes dies here
         self.stats = StreamStats()
         self.notices: list[str] = []
         self._layouts, self._residency = tuple(layouts), residency
         self._computes: Iterator[Compute] = iter(())
-        self._cycles, self._overlapped = cycles, overlapped
+        self._passes, self._overlapped = passes, overlapped
         self._should_stop = should_stop
         self._device = DeviceTier(device, device_ledger)
         self._host = HostTier(host_ledger, device)
@@ -93,7 +96,7 @@ class BlockStream(Closing):
         self._stack = ExitStack()
 
     @contextmanager
-    def ahead(self) -> Iterator[None]:
+    def prefetched(self) -> Iterator[None]:
         """Read ahead, as far as there is room in host memory, before the stream is entered (inside
         this context, or never).
 
@@ -102,6 +105,7 @@ class BlockStream(Closing):
         """
         with ExitStack() as stack:
             self._open_host(stack)
+            log.debug("prefetches for %d passes of %s", self._passes, self._residency)
             yield
 
     def __enter__(self) -> BlockStream:
@@ -110,6 +114,7 @@ class BlockStream(Closing):
                 self._open_host(stack)
             self._open_device(stack)
             self._stack = stack.pop_all()
+        log.debug("open for %d passes of %s", self._passes, self._residency)
         return self
 
     def _open_host(self, stack: ExitStack) -> None:
@@ -122,23 +127,23 @@ class BlockStream(Closing):
         carrier = Carrier(disk, link, self.stats)
         self._mover = Mover(self._layouts, places, buffers, carrier)
         loop = _Overlapped if self._overlapped else _Sequential
-        self._loop = loop(self._mover, places, self._cycles)
+        self._loop = loop(self._mover, places, self._passes)
         stack.callback(self._loop.close)
-        self._computes = _queue_of(places, self._cycles, Compute)
+        self._computes = _queue_of(places, self._passes, Compute)
         self._loop.begin(Queue.READ)
 
     def _allocate_host(self, stack: ExitStack) -> Buffers:
-        places, host, asked = self._residency, self._host, self._residency.host_slabs
-        largest = max(self._sizes(places.through_slabs), default=0)
-        slabs = stack.enter_context(host.ring("block slabs", largest, asked))
+        places, host, asked = self._residency, self._host, self._residency.staging_buffers
+        largest = max(self._sizes(places.through_staging), default=0)
+        staging = stack.enter_context(host.ring("staging buffers", largest, asked))
         kept = self._sizes(places.host_resident)
         buffers = Buffers(
-            kept=stack.enter_context(host.buffers("resident blocks", kept)), slabs=slabs
+            kept=stack.enter_context(host.buffers("resident blocks", kept)), staging=staging
         )
-        if len(slabs) < asked:
-            self._residency = replace(places, host_slabs=len(slabs))
+        if len(staging) < asked:
+            self._residency = replace(places, staging_buffers=len(staging))
             self.notices.append(
-                f"the CUDA driver pins only {len(slabs)} of {asked} buffers of "
+                f"the CUDA driver pins only {len(staging)} of {asked} buffers of "
                 f"{format_bytes(largest)} in RAM: blocks are read less far ahead"
             )
         if host.pageable_bytes:
@@ -160,7 +165,7 @@ class BlockStream(Closing):
         # After the allocation: on CUDA the link begins behind whatever used that memory before.
         mover.link.begin()
         stack.callback(mover.link.drain)
-        if resident and not places.host_slabs:
+        if resident and not places.staging_buffers:
             self._load_residents(buffers, max(resident))
         stack.callback(self._loop.close)
         self._loop.begin(Queue.COPY)
@@ -184,7 +189,7 @@ class BlockStream(Closing):
     def _forget(self) -> None:
         self._mover = self._loop = None
 
-    def cycle(self) -> Iterator[tuple[int, Tensors]]:
+    def forward_pass(self) -> Iterator[tuple[int, Tensors]]:
         """One pass over the blocks: each index with its tensors by local name.
 
         The body of the loop is the computation (on CUDA: issues it, on the current stream, which
@@ -203,7 +208,7 @@ class BlockStream(Closing):
             if op is None or op.block != index:
                 raise UsageError(
                     "the stream has no such pass",
-                    expected=f"at most {self._cycles} passes, each to its end",
+                    expected=f"at most {self._passes} passes, each to its end",
                     found="one more" if op is None else f"a pass that was left at block {op.block}",
                 )
             loop.bring(op)
@@ -215,6 +220,7 @@ class BlockStream(Closing):
         """End the threads and give every byte back."""
         self._is_open = False
         self._stack.close()
+        log.debug("closed: %s", self.stats)
 
 
 @contextmanager
@@ -269,9 +275,9 @@ class _Loop(Protocol):
 class _Sequential:
     """Reads, copies and computes one after another, in the schedule's own order."""
 
-    def __init__(self, mover: Mover, residency: Residency, cycles: int) -> None:
+    def __init__(self, mover: Mover, residency: Residency, passes: int) -> None:
         self._mover, self._link = mover, mover.link
-        self._ops = build_schedule(residency, cycles)
+        self._ops = build_schedule(residency, passes)
 
     def begin(self, queue: Queue) -> None:
         """Nothing is done ahead."""
@@ -298,12 +304,12 @@ class _Sequential:
 class _Overlapped:
     """A thread reads ahead and another copies ahead, as far as the rings allow."""
 
-    def __init__(self, mover: Mover, residency: Residency, cycles: int) -> None:
+    def __init__(self, mover: Mover, residency: Residency, passes: int) -> None:
         self._mover, self._link, self._board = mover, mover.link, _Board()
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="penstock-stream")
         self._ops: dict[Queue, Iterator[Read | Copy]] = {
-            Queue.READ: _queue_of(residency, cycles, Read),
-            Queue.COPY: _queue_of(residency, cycles, Copy),
+            Queue.READ: _queue_of(residency, passes, Read),
+            Queue.COPY: _queue_of(residency, passes, Copy),
         }
 
     def begin(self, queue: Queue) -> None:
@@ -346,7 +352,7 @@ class _Overlapped:
 
 
 _WAITS = {
-    (Queue.READ, Queue.COPY): "slab_wait_s",
+    (Queue.READ, Queue.COPY): "staging_wait_s",
     (Queue.COPY, Queue.READ): "disk_wait_s",
     (Queue.COPY, Queue.COMPUTE): "slot_wait_s",
 }
@@ -393,5 +399,5 @@ class _Board:
             self._changed.notify_all()
 
 
-def _queue_of(residency: Residency, cycles: int, kind: type[_Kind]) -> Iterator[_Kind]:
-    return (op for op in build_schedule(residency, cycles) if isinstance(op, kind))
+def _queue_of(residency: Residency, passes: int, kind: type[_Kind]) -> Iterator[_Kind]:
+    return (op for op in build_schedule(residency, passes) if isinstance(op, kind))

@@ -362,7 +362,7 @@ class CpuLink:
 
 class CudaLink:
     """A copy stream beside the compute stream, with events both ways; the host waits only where a
-    slab is to be read into again (in the reading thread).
+    staging buffer is to be read into again (in the reading thread).
 
     Args:
         device: a CUDA device; the compute queue is its current stream, whichever that is.

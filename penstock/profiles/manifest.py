@@ -113,6 +113,20 @@ class VideoShape:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """The picture a video starts from, as the header of its file describes it.
+
+    Attributes:
+        width, height: upright, in pixels.
+        decode_bytes: the most host memory that decoding it takes, the decoded picture included.
+    """
+
+    width: int
+    height: int
+    decode_bytes: int
+
+
+@dataclass(frozen=True)
 class Prefetch:
     """Weights that may come before their own phase, where RAM has room.
 

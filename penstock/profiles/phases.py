@@ -6,17 +6,20 @@ best of its shapes inside limits, and the smallest.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from penstock.formats.formats import FORMATS
-from penstock.profiles.manifest import ComputePath, Heads, Prefetch, Storage, VideoShape
+from penstock.profiles.manifest import ComputePath, Heads, Picture, Prefetch, Storage, VideoShape
 from penstock.profiles.plan import Items, PhasePlan
 from penstock.profiles.policy import Limits, Policy
 from penstock.profiles.rates import Rates
 from penstock.profiles.streams import Network, Pace, Stream, all_streams, staging_bytes
 from penstock.units import MIB
+
+log = logging.getLogger(__name__)
 
 ENCODER_BYTES_PER_PIXEL = 240
 """Host memory of libx264's look-ahead and references, a pixel of one frame: measured on
@@ -59,6 +62,8 @@ class Workload:
     Attributes:
         kept: the job is kept while it runs: host memory holds what is being saved or read again.
         written: a file is made of the frames at the end.
+        picture: that the video starts from; None: there is none, or none is known yet and it is
+            taken to be as large as the video.
         changes: frames of the conditioning clip that may differ from the one before, the first
             among them; None: any may.
     """
@@ -68,6 +73,7 @@ class Workload:
     guided: bool
     kept: bool = False
     written: bool = True
+    picture: Picture | None = None
     changes: tuple[int, ...] | None = FIRST_FRAME
 
     @property
@@ -234,7 +240,7 @@ class OnePass:
             + self.elements * rates.element_s
         )
         loaded = blocks.copied_bytes + self.rest_bytes
-        for stream in all_streams(self.network, Pace(compute_s, cycles=1), rates):
+        for stream in all_streams(self.network, Pace(compute_s, passes=1), rates):
             room = limits.ram_bytes - sum(count for _, count in self.ram_work)
             yield PhasePlan(
                 self.name,
@@ -307,8 +313,16 @@ class Mux:
 
 def best_of(groups: Iterable[Group], limits: Limits) -> Group | None:
     """The fastest of those that fit; ties go to fewer bytes."""
-    fitting = [group for group in groups if group_fits(group, limits)]
-    return min(fitting, key=group_key, default=None)
+    return min(fitting(groups, limits), key=group_key, default=None)
+
+
+def fitting(groups: Iterable[Group], limits: Limits) -> Iterator[Group]:
+    """Those of ``groups`` that fit, as they come."""
+    for group in groups:
+        if group_fits(group, limits):
+            yield group
+        else:
+            log.debug("refused, does not fit: %s", group[-1])
 
 
 def group_key(group: Group) -> tuple[float, int]:

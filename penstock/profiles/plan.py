@@ -12,11 +12,12 @@ from typing import Any
 
 from penstock.blocks import spread
 from penstock.profiles.options import Options
+from penstock.units import format_bytes
 
 Items = tuple[tuple[str, int], ...]
 
-AHEAD = "blocks read ahead"
-DECODER_AHEAD = "VAE decoder read ahead"
+PREFETCHED = "blocks read ahead"
+WEIGHTS_PREFETCHED = "VAE decoder read ahead"
 """The transformer's buffers in host memory, as an item of a phase before its own."""
 
 COMPUTE_PATHS: Mapping[str, str] = MappingProxyType(
@@ -52,14 +53,14 @@ class StreamPlan:
         device_resident: how many stay in VRAM for the whole phase.
         host_resident: how many stay in RAM and are copied at every visit.
         device_slots: ring of block buffers in VRAM.
-        host_slabs: ring of block buffers in RAM that the disk is read into.
+        staging_buffers: ring of block buffers in RAM that the disk is read into.
     """
 
     n_blocks: int
     device_resident: int = 0
     host_resident: int = 0
     device_slots: int = 0
-    host_slabs: int = 0
+    staging_buffers: int = 0
 
     @property
     def disk_blocks(self) -> int:
@@ -115,6 +116,18 @@ class PhasePlan:
     seconds: float = 0.0
     bound: str = "compute"
 
+    def __str__(self) -> str:
+        words = [
+            f"{self.name}: VRAM {format_bytes(self.vram_bytes)}, RAM {format_bytes(self.ram_bytes)}"
+        ]
+        if self.stream is not None:
+            words.append(str(self.stream))
+        if self.chunk_tokens:
+            words.append(f"{self.chunk_tokens} tokens a chunk, {self.branches} branches a visit")
+        if self.tiles != (1, 1):
+            words.append("{}x{} tiles".format(*self.tiles))
+        return ", ".join((*words, f"{self.seconds:.4g} s by {self.bound}"))
+
     def passes(self, total_branches: int) -> list[range]:
         """The branches of a step, divided into the passes over the blocks that serve them."""
         starts = range(0, total_branches, self.branches)
@@ -136,14 +149,14 @@ class PhasePlan:
         return self.ram_weights + self.ram_work
 
     @property
-    def ahead_bytes(self) -> int:
+    def prefetch_bytes(self) -> int:
         """Host memory into which the transformer's first blocks are read meanwhile."""
-        return sum(count for label, count in self.ram_weights if label == AHEAD)
+        return sum(count for label, count in self.ram_weights if label == PREFETCHED)
 
     @property
-    def decoder_ahead_bytes(self) -> int:
+    def prefetched_weights_bytes(self) -> int:
         """Host memory into which the VAE decoder is read before its own phase."""
-        return dict(self.ram_weights).get(DECODER_AHEAD, 0)
+        return dict(self.ram_weights).get(WEIGHTS_PREFETCHED, 0)
 
     @property
     def ram_work_bytes(self) -> int:
@@ -258,7 +271,10 @@ def _phase_from_json(value: Mapping[str, Any]) -> PhasePlan:
         plain[name] = tuple((str(label), int(count)) for label, count in plain[name])
     plain["tiles"] = tuple(plain["tiles"])
     if plain["stream"] is not None:
-        plain["stream"] = StreamPlan(**plain["stream"])
+        stream = dict(plain["stream"])
+        if "host_slabs" in stream:  # as plans of jobs call it that 0.1 has kept
+            stream["staging_buffers"] = stream.pop("host_slabs")
+        plain["stream"] = StreamPlan(**stream)
     return PhasePlan(**plain)
 
 
@@ -288,14 +304,14 @@ def _told(phase: PhasePlan) -> list[str]:
         f"{phase.branches} CFG branches a visit",
         f"{phase.tiles[0]}x{phase.tiles[1]} tiles",
         f"cross-attention K/V in {'VRAM' if phase.cross_kv_on_device else 'RAM'}",
-        f"{'the first' if phase.ahead_bytes else 'no'} blocks read ahead",
-        f"VAE decoder read {'ahead' if phase.decoder_ahead_bytes else 'when it is needed'}",
+        f"{'the first' if phase.prefetch_bytes else 'no'} blocks read ahead",
+        f"VAE decoder read {'ahead' if phase.prefetched_weights_bytes else 'when it is needed'}",
     ]
     if phase.stream is not None:
         told += [
             f"{phase.stream.device_resident} blocks resident in VRAM",
             f"{phase.stream.host_resident} in RAM",
             f"{phase.stream.device_slots} block slots in VRAM",
-            f"{phase.stream.host_slabs} block slabs in RAM",
+            f"{phase.stream.staging_buffers} staging buffers in RAM",
         ]
     return told

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from penstock.profiles.manifest import Prefetch
-from penstock.profiles.plan import AHEAD, DECODER_AHEAD, PhasePlan, Plan
+from penstock.profiles.plan import PREFETCHED, WEIGHTS_PREFETCHED, PhasePlan, Plan
 from penstock.profiles.policy import Limits
 from penstock.profiles.streams import staging_bytes
 
@@ -23,9 +23,9 @@ def with_prefetch(plan: Plan, what: Prefetch, limits: Limits) -> Plan:
 def without_prefetch(plan: Plan, what: Prefetch) -> Plan:
     """``plan`` as it was before `with_prefetch`."""
     stream, weights = plan[what.stream], plan[what.weights]
-    pinned = stream.pinned_bytes - stream.decoder_ahead_bytes
-    changed = [_narrower(phase, pinned) for phase in plan.phases if phase.ahead_bytes]
-    if nbytes := stream.decoder_ahead_bytes:
+    pinned = stream.pinned_bytes - stream.prefetched_weights_bytes
+    changed = [_narrower(phase, pinned) for phase in plan.phases if phase.prefetch_bytes]
+    if nbytes := stream.prefetched_weights_bytes:
         changed.append(_without_weights(stream, nbytes))
         staging = (("weights staging", staging_bytes(nbytes, 2 * nbytes)),)
         changed.append(replace(_without_weights(weights, nbytes), ram_weights=staging))
@@ -48,7 +48,7 @@ def _with_weights(plan: Plan, what: Prefetch, limits: Limits) -> Plan:
     """With the later phase's weights in a buffer of their size, in place of the staging buffer."""
     stream, weights = plan[what.stream], plan[what.weights]
     nbytes = sum(count for _, count in weights.weights)
-    held = ((DECODER_AHEAD, nbytes),)
+    held = ((WEIGHTS_PREFETCHED, nbytes),)
     changed = (
         replace(
             stream,
@@ -62,7 +62,7 @@ def _with_weights(plan: Plan, what: Prefetch, limits: Limits) -> Plan:
 
 
 def _without_weights(phase: PhasePlan, nbytes: int) -> PhasePlan:
-    held = tuple(item for item in phase.ram_weights if item[0] != DECODER_AHEAD)
+    held = tuple(item for item in phase.ram_weights if item[0] != WEIGHTS_PREFETCHED)
     return replace(phase, ram_weights=held, pinned_bytes=phase.pinned_bytes - nbytes)
 
 
@@ -72,12 +72,12 @@ def _before(plan: Plan, name: str) -> list[PhasePlan]:
 
 
 def _wider(phase: PhasePlan, nbytes: int, pinned: int) -> PhasePlan:
-    held = (*phase.ram_weights, (AHEAD, nbytes))
+    held = (*phase.ram_weights, (PREFETCHED, nbytes))
     return replace(phase, ram_weights=held, pinned_bytes=phase.pinned_bytes + pinned)
 
 
 def _narrower(phase: PhasePlan, pinned: int) -> PhasePlan:
-    held = tuple(item for item in phase.ram_weights if item[0] != AHEAD)
+    held = tuple(item for item in phase.ram_weights if item[0] != PREFETCHED)
     return replace(phase, ram_weights=held, pinned_bytes=phase.pinned_bytes - pinned)
 
 

@@ -197,8 +197,16 @@ def _own_dir(folder: Path | None) -> Path:
     return config_folder() / "profiles" if folder is None else folder
 
 
+_MAX_BYTES = 256 << 10
+
+
 def _text(path: Path) -> str:
     try:
+        size = path.stat().st_size
+        if size > _MAX_BYTES:
+            raise ProfileError(
+                f"{path} is no profile", expected=f"at most {_MAX_BYTES:,} bytes", found=f"{size:,}"
+            )
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ProfileError(
@@ -218,7 +226,7 @@ def parse(name: str, text: str, path: Path) -> Profile:
     """
     try:
         return _parse(name, text, path)
-    except (tomllib.TOMLDecodeError, UsageError) as error:
+    except (ValueError, RecursionError, UsageError) as error:
         raise ProfileError(f"{path} is no profile", found=str(error)) from error
 
 

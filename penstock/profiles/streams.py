@@ -35,10 +35,10 @@ class Placement:
 
     Attributes:
         device_bytes, host_bytes: of the residents.
-        slot_bytes, slab_bytes: of the largest block that passes through each ring again and again.
+        slot_bytes, buffer_bytes: of the largest block that passes through each ring at every pass.
         copied_bytes, read_bytes: moved in every pass, after the first.
-        through_bytes: the largest block that passes through a slab only once, or through a staging
-            buffer where there is no slab: it stays on the device.
+        through_bytes: the largest block that passes through host memory only once, through the ring
+            or, where there is none, in pieces: it stays on the device.
     """
 
     device_resident: int
@@ -46,15 +46,15 @@ class Placement:
     device_bytes: int
     host_bytes: int
     slot_bytes: int
-    slab_bytes: int
+    buffer_bytes: int
     copied_bytes: int
     read_bytes: int
     through_bytes: int
 
-    def ring_bytes(self, slabs: int) -> int:
-        """Of ``slabs`` buffers in host memory; with none, of the least staging buffer, if any."""
-        if slabs:
-            return slabs * max(self.slab_bytes, self.through_bytes)
+    def ring_bytes(self, staging: int) -> int:
+        """Of ``staging`` buffers in host memory; with none, of the least staging buffer, if any."""
+        if staging:
+            return staging * max(self.buffer_bytes, self.through_bytes)
         return PAGE_BYTES if self.through_bytes else 0
 
 
@@ -82,8 +82,8 @@ class Network:
     @property
     def smallest(self) -> Iterator[Placement]:
         """Placements among which are the smallest in each memory: nothing resident but one slot and
-        one slab, or nothing that streams from disk; others need a host memory in between only
-        where blocks differ in size."""
+        one staging buffer, or nothing that streams from disk; others need a host memory in between
+        only where blocks differ in size."""
         even = len({place.slot_bytes for place in self.choices if place.slot_bytes}) == 1
         for place in self.choices:
             lone = place.device_resident in (0, self.n_blocks) or not even
@@ -96,40 +96,40 @@ class Network:
         return min(place.device_bytes + place.slot_bytes for place in self.choices)
 
     def rings(self, place: Placement) -> Iterator[tuple[int, int]]:
-        """Slots and slabs that make sense for a placement: none where nothing passes; slabs or a
-        staging buffer where blocks pass only once."""
+        """Slots and staging buffers that make sense for a placement: none where nothing passes; a
+        ring, or pieces of a block (0), where blocks pass only once."""
         streamed = self.n_blocks - place.device_resident
-        through_slabs = self.n_blocks - place.host_resident
-        staged = () if place.read_bytes or not through_slabs else (0,)
+        through_staging = self.n_blocks - place.host_resident
+        staged = () if place.read_bytes or not through_staging else (0,)
         for slots in _ring(streamed):
-            for slabs in (*_ring(through_slabs), *staged):
-                yield slots, slabs
+            for staging in (*_ring(through_staging), *staged):
+                yield slots, staging
 
     @cached_property
     def footprints(self) -> tuple[Footprint, ...]:
         """Of every stream there is; they are looked through again for each other choice."""
         return tuple(
-            _footprint(choice, place, slots, slabs)
+            _footprint(choice, place, slots, staging)
             for choice, place in enumerate(self.choices)
-            for slots, slabs in self.rings(place)
+            for slots, staging in self.rings(place)
         )
 
 
 class Footprint(NamedTuple):
-    """The bytes of one stream: of one of the network's choices with so many slots and slabs."""
+    """The bytes of one stream: of one of the network's choices with so many slots and buffers."""
 
     choice: int
     slots: int
-    slabs: int
+    staging: int
     vram: int
     ram: int
     pinned: int
 
 
-def _footprint(choice: int, place: Placement, slots: int, slabs: int) -> Footprint:
+def _footprint(choice: int, place: Placement, slots: int, staging: int) -> Footprint:
     vram = place.device_bytes + slots * place.slot_bytes
-    ram = place.host_bytes + place.ring_bytes(slabs)
-    return Footprint(choice, slots, slabs, vram, ram, ram if slabs else place.host_bytes)
+    ram = place.host_bytes + place.ring_bytes(staging)
+    return Footprint(choice, slots, staging, vram, ram, ram if staging else place.host_bytes)
 
 
 def _ring(passing: int) -> tuple[int, ...]:
@@ -149,7 +149,7 @@ def _placement(blocks: Sequence[int], counts: StreamPlan) -> Placement:
         device_bytes=sum(device),
         host_bytes=sum(streamed) - sum(from_disk),
         slot_bytes=max(streamed, default=0),
-        slab_bytes=max(from_disk, default=0),
+        buffer_bytes=max(from_disk, default=0),
         copied_bytes=sum(streamed),
         read_bytes=sum(from_disk),
         through_bytes=max(device, default=0),
@@ -166,7 +166,7 @@ def _even_placement(block: int, counts: StreamPlan) -> Placement:
         device_bytes=on_device * block,
         host_bytes=in_host * block,
         slot_bytes=block if streamed else 0,
-        slab_bytes=block if from_disk else 0,
+        buffer_bytes=block if from_disk else 0,
         copied_bytes=streamed * block,
         read_bytes=from_disk * block,
         through_bytes=block if on_device else 0,
@@ -179,12 +179,12 @@ class Pace:
 
     Attributes:
         compute_s: of one pass over all blocks.
-        cycles: passes.
+        passes: passes.
         care: weight of the links' busy seconds in the choice (see `LINK_CARE`).
     """
 
     compute_s: float
-    cycles: int
+    passes: int
     care: float = 0.0
 
 
@@ -207,7 +207,7 @@ class Stream:
     placement: Placement
     n_blocks: int
     slots: int
-    slabs: int
+    staging: int
     timing: Timing
 
     @property
@@ -217,14 +217,14 @@ class Stream:
 
     @property
     def ram_bytes(self) -> int:
-        """Of residents and slabs, or the least staging."""
-        return self.placement.host_bytes + self.placement.ring_bytes(self.slabs)
+        """Of residents and staging buffers, or the least staging."""
+        return self.placement.host_bytes + self.placement.ring_bytes(self.staging)
 
     @property
     def pinned_bytes(self) -> int:
         """Page-locked while the stream is open."""
         place = self.placement
-        return place.host_bytes + (place.ring_bytes(self.slabs) if self.slabs else 0)
+        return place.host_bytes + (place.ring_bytes(self.staging) if self.staging else 0)
 
     @property
     def key(self) -> tuple[float, int]:
@@ -236,7 +236,7 @@ class Stream:
         """As the plan states it."""
         place = self.placement
         return StreamPlan(
-            self.n_blocks, place.device_resident, place.host_resident, self.slots, self.slabs
+            self.n_blocks, place.device_resident, place.host_resident, self.slots, self.staging
         )
 
     @property
@@ -251,8 +251,8 @@ class Stream:
         """``(label, bytes)`` in RAM; staging takes what is left of ``room_bytes``, to a limit."""
         place = self.placement
         kept = ("resident blocks", place.host_bytes)
-        if self.slabs or not place.through_bytes:
-            return kept, ("block slabs", place.ring_bytes(self.slabs))
+        if self.staging or not place.through_bytes:
+            return kept, ("staging buffers", place.ring_bytes(self.staging))
         return kept, ("staging", staging_bytes(place.through_bytes, room_bytes - place.host_bytes))
 
 
@@ -280,40 +280,40 @@ def best_stream(
     if room.vram_bytes < network.least_vram_bytes:
         return None
     found: list[tuple[float, int, int, int, int]] = []
-    for choice, slots, slabs, vram, ram, pinned in network.footprints:
+    for choice, slots, staging, vram, ram, pinned in network.footprints:
         place = network.choices[choice]
         if (from_disk or not place.read_bytes) and _fits(room, vram, ram, pinned):
-            least = _least_objective(place, network.blocks, slots, slabs, pace, rates)
+            least = _least_objective(place, network.blocks, slots, staging, pace, rates)
             if least <= better_than:
-                found.append((least, vram + ram, choice, slots, slabs))
+                found.append((least, vram + ram, choice, slots, staging))
     found.sort()
     best: Stream | None = None
-    for least, nbytes, index, slots, slabs in found:
+    for least, nbytes, index, slots, staging in found:
         if best is not None:
             objective, fewest = best.key
             if least > objective:
                 break
             if nbytes >= fewest and least > objective * (1 - 2 * _ROUNDING):
                 continue  # a tie at best, but for rounding
-        stream = stream_of(network.choices[index], network, slots, slabs, pace, rates)
+        stream = stream_of(network.choices[index], network, slots, staging, pace, rates)
         if best is None or stream.key < best.key:
             best = stream
     return best
 
 
 def stream_of(
-    place: Placement, network: Network, slots: int, slabs: int, pace: Pace, rates: Rates
+    place: Placement, network: Network, slots: int, staging: int, pace: Pace, rates: Rates
 ) -> Stream:
     """One stream with its seconds, whether it fits or not."""
-    timing = _timing(place, network.blocks, slots, slabs, pace, rates)
-    return Stream(place, network.n_blocks, slots, slabs, timing)
+    timing = _timing(place, network.blocks, slots, staging, pace, rates)
+    return Stream(place, network.n_blocks, slots, staging, timing)
 
 
 def all_streams(network: Network, pace: Pace, rates: Rates) -> Iterator[Stream]:
     """Every stream there is, whether it fits or not."""
     for place in network.choices:
-        for slots, slabs in network.rings(place):
-            yield stream_of(place, network, slots, slabs, pace, rates)
+        for slots, staging in network.rings(place):
+            yield stream_of(place, network, slots, staging, pace, rates)
 
 
 def _fits(room: Limits, vram: int, ram: int, pinned: int) -> bool:
@@ -325,81 +325,82 @@ def _fits(room: Limits, vram: int, ram: int, pinned: int) -> bool:
     )
 
 
-def _opening_s(place: Placement, slabs: int, rates: Rates) -> float:
-    """Where there are no slabs, what stays on the device comes before the first pass."""
-    if slabs:
+def _opening_s(place: Placement, staging: int, rates: Rates) -> float:
+    """Where there are no staging buffers, what stays on the device comes before the first pass."""
+    if staging:
         return 0.0
     return place.device_bytes * (1 / rates.read_bytes_per_s + 1 / rates.copy_bytes_per_s)
 
 
 def _care_s(place: Placement, pace: Pace, rates: Rates) -> float:
     copy = place.copied_bytes / rates.copy_bytes_per_s
-    return pace.care * pace.cycles * (copy + place.read_bytes / rates.read_bytes_per_s)
+    return pace.care * pace.passes * (copy + place.read_bytes / rates.read_bytes_per_s)
 
 
 def _least_objective(
-    place: Placement, blocks: Sequence[int], slots: int, slabs: int, pace: Pace, rates: Rates
+    place: Placement, blocks: Sequence[int], slots: int, staging: int, pace: Pace, rates: Rates
 ) -> float:
     """No less than this is possible: what follows one another in each queue, or in the two that a
     ring of one makes take turns; computing waits for the first block."""
     copy_s, read_s = 1 / rates.copy_bytes_per_s, 1 / rates.read_bytes_per_s
-    copied, disk = pace.cycles * place.copied_bytes, pace.cycles * place.read_bytes
-    arriving = place.device_bytes if slabs else 0
-    first = blocks[0] if slabs or not place.device_resident else 0
-    takes_turns = [pace.cycles * pace.compute_s + first * (read_s + copy_s)]
+    copied, disk = pace.passes * place.copied_bytes, pace.passes * place.read_bytes
+    arriving = place.device_bytes if staging else 0
+    first = blocks[0] if staging or not place.device_resident else 0
+    takes_turns = [pace.passes * pace.compute_s + first * (read_s + copy_s)]
     takes_turns.append((copied + arriving) * copy_s)
     takes_turns.append((disk + arriving + place.host_bytes) * read_s)
     if slots == 1:
         streamed = 1 - place.device_resident / len(blocks)
-        takes_turns.append(copied * copy_s + pace.cycles * pace.compute_s * streamed)
-    if slabs == 1:
+        takes_turns.append(copied * copy_s + pace.passes * pace.compute_s * streamed)
+    if staging == 1:
         takes_turns.append((disk + arriving) * (read_s + copy_s))
-    least = (_opening_s(place, slabs, rates) + max(takes_turns)) * (1 - _ROUNDING)
+    least = (_opening_s(place, staging, rates) + max(takes_turns)) * (1 - _ROUNDING)
     return least + _care_s(place, pace, rates)
 
 
 def _timing(
-    place: Placement, blocks: Sequence[int], slots: int, slabs: int, pace: Pace, rates: Rates
+    place: Placement, blocks: Sequence[int], slots: int, staging: int, pace: Pace, rates: Rates
 ) -> Timing:
     """The stream's operations on three clocks: all of the first passes, then more of the last."""
     copy = place.copied_bytes / rates.copy_bytes_per_s
     read = place.read_bytes / rates.read_bytes_per_s
     bound = max((pace.compute_s, "compute"), (copy, "copy"), (read, "read"))[1]
-    ends = _pass_ends(place, blocks, slots, slabs, pace, rates)
-    seconds = _opening_s(place, slabs, rates) + ends[-1]
-    if pace.cycles > len(ends):
-        seconds += (pace.cycles - len(ends)) * (ends[-1] - ends[-2])
+    ends = _pass_ends(place, blocks, slots, staging, pace, rates)
+    seconds = _opening_s(place, staging, rates) + ends[-1]
+    if pace.passes > len(ends):
+        seconds += (pace.passes - len(ends)) * (ends[-1] - ends[-2])
     return Timing(seconds, seconds + _care_s(place, pace, rates), bound)
 
 
 def _pass_ends(
-    place: Placement, blocks: Sequence[int], slots: int, slabs: int, pace: Pace, rates: Rates
+    place: Placement, blocks: Sequence[int], slots: int, staging: int, pace: Pace, rates: Rates
 ) -> list[float]:
-    """When each of the first passes ends, by the rules of `penstock.offload.schedule`: a slab is
-    read into when its last copy is done, a slot is copied into when its last compute is done."""
+    """When each of the first passes ends, by the rules of `penstock.offload.schedule`: a staging
+    buffer is read into when its last copy is done, a slot is copied into when its last compute
+    is."""
     n_blocks, visit = len(blocks), pace.compute_s / len(blocks)
     counts = StreamPlan(n_blocks, place.device_resident, place.host_resident)
     on_device, in_host = set(counts.device_blocks), set(counts.host_blocks)
     copy_s = [count / rates.copy_bytes_per_s for count in blocks]
     read_s = [count / rates.read_bytes_per_s for count in blocks]
-    slot_free, slab_free = [0.0] * slots, [0.0] * slabs
-    arrived = set[int]() if slabs else set(on_device)
+    slot_free, staging_free = [0.0] * slots, [0.0] * staging
+    arrived = set[int]() if staging else set(on_device)
     read = copied = computed = 0.0
     copies = reads = 0
     ends = []
-    for _ in range(min(pace.cycles, _PASSES)):
+    for _ in range(min(pace.passes, _PASSES)):
         for block in range(n_blocks):
             ready, stays, kept = 0.0, block in on_device, block in in_host
             if block not in arrived:
-                slab = None if kept else reads % slabs
-                free = 0.0 if slab is None else slab_free[slab]
+                buffer = None if kept else reads % staging
+                free = 0.0 if buffer is None else staging_free[buffer]
                 read = ready = max(read, free) + read_s[block]
                 reads += not kept
             if not stays or block not in arrived:
                 free = 0.0 if stays else slot_free[copies % slots]
                 copied = ready = max(copied, free, ready) + copy_s[block]
-                if block not in arrived and slab is not None:
-                    slab_free[slab] = copied
+                if block not in arrived and buffer is not None:
+                    staging_free[buffer] = copied
             computed = max(computed, ready) + visit
             if not stays:
                 slot_free[copies % slots] = computed

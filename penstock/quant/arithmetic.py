@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from penstock.formats.formats import QuantFormat
+from penstock.errors import UsageError
+from penstock.formats.formats import QuantFormat, writable
 from penstock.formats.gguf import Gguf
 from penstock.formats.micro import Micro
 from penstock.formats.nf4 import NF4
@@ -25,9 +26,10 @@ from penstock.quant.values import gguf, micro, nf4, plain, quanto, scaled
 
 
 class Arithmetic(NamedTuple):
-    """How one kind of format computes; both take the format first, then as the functions below."""
+    """How one kind of format computes; both take the format first, then as the functions below. A
+    kind that is only read has no way to be written."""
 
-    quantise: Callable[[Any, Tensor, str], dict[str, Tensor]]
+    quantise: Callable[[Any, Tensor, str], dict[str, Tensor]] | None
     dequantise: Callable[..., Tensor]
 
 
@@ -36,7 +38,7 @@ ARITHMETIC: Mapping[type[Any], Arithmetic] = MappingProxyType(
         Plain: Arithmetic(plain.quantise, plain.dequantise),
         Scaled8: Arithmetic(scaled.quantise, scaled.dequantise),
         NF4: Arithmetic(nf4.quantise, nf4.dequantise),
-        Micro: Arithmetic(micro.quantise, micro.dequantise),
+        Micro: Arithmetic(None, micro.dequantise),
         QuantoInt4: Arithmetic(quanto.quantise, quanto.dequantise),
         Gguf: Arithmetic(gguf.quantise, gguf.dequantise),
     }
@@ -51,7 +53,14 @@ def quantise(fmt: QuantFormat, weight: Tensor, name: str = "weight") -> dict[str
         UsageError: the format is only read.
         ValueError: it cannot store that shape.
     """
-    return ARITHMETIC[type(fmt)].quantise(fmt, weight, name)
+    made_by = ARITHMETIC[type(fmt)].quantise
+    if made_by is None or not fmt.writable:
+        raise UsageError(
+            f"{fmt.name} is read, not written",
+            expected="another format to quantise to: " + ", ".join(writable()),
+            found=fmt.name,
+        )
+    return made_by(fmt, weight, name)
 
 
 def dequantise(

@@ -48,7 +48,7 @@ class Operands:
     bias: Tensor | None
 
 
-class Compute(Protocol):
+class LinearPath(Protocol):
     """One way to apply a quantised linear."""
 
     @property
@@ -67,7 +67,7 @@ class Dequant:
     path: Path = field(default="dequant", init=False)
 
     def __call__(self, linear: Operands, x: Tensor) -> Tensor:
-        """As `Compute`; a plain weight already in the dtype of ``x`` is used where it lies."""
+        """As `LinearPath`; a plain weight already in the dtype of ``x`` is used where it lies."""
         bias = None if linear.bias is None else linear.bias.to(x.dtype)
         if linear.format.plain and linear.tensors["weight"].dtype == x.dtype:
             return F.linear(x, linear.tensors["weight"], bias)
@@ -91,7 +91,7 @@ class Fp8Gemm:
     path: Path = field(default="fp8", init=False)
 
     def __call__(self, linear: Operands, x: Tensor) -> Tensor:
-        """As `Compute`."""
+        """As `LinearPath`."""
         rowwise = self.rowwise and x.dtype == torch.bfloat16
         product = _rowwise_fp8(linear) if rowwise else _unit_fp8(linear)
         size = gemm_token_bytes(linear.shape, x.device.type, rowwise=rowwise)
@@ -110,7 +110,7 @@ class Int8Gemm:
     path: Path = field(default="int8", init=False)
 
     def __call__(self, linear: Operands, x: Tensor) -> Tensor:
-        """As `Compute`."""
+        """As `LinearPath`."""
         weight, row_scale = _operands(linear)
 
         rotation = linear.format.rotation if isinstance(linear.format, Scaled8) else 0
@@ -220,7 +220,7 @@ def _by_tokens(
     return out.view(*x.shape[:-1], shape[0])
 
 
-def strategy_for(computing: Computing, fmt: QuantFormat, shape: Shape) -> Compute:
+def strategy_for(computing: Computing, fmt: QuantFormat, shape: Shape) -> LinearPath:
     """What computes one linear on the path that ``computing`` chooses."""
     path = computing.path_for(fmt, shape)
     if path == "dequant":

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from penstock.errors import TensorMismatch
 from penstock.formats.formats import QuantFormat
 from penstock.formats.rows import Shape
-from penstock.quant.compute import Compute, Operands, strategy_for
+from penstock.quant.compute import LinearPath, Operands, strategy_for
 from penstock.quant.paths import Computing
 from penstock.quant.values.tensors import DTYPES, dtype_tag
 
@@ -31,7 +31,7 @@ class QuantLinear(nn.Module):
     """
 
     def __init__(
-        self, shape: Shape, fmt: QuantFormat, compute: Compute, dtype: torch.dtype, *, bias: bool
+        self, shape: Shape, fmt: QuantFormat, compute: LinearPath, dtype: torch.dtype, *, bias: bool
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = shape

@@ -13,13 +13,13 @@ from torch.nn import functional as F
 from penstock.formats.formats import get_format
 from penstock.formats.scaled import Gemm
 from penstock.quant.arithmetic import quantise
-from penstock.quant.compute import Compute, Fp8Gemm, Int8Gemm, Operands
+from penstock.quant.compute import Fp8Gemm, Int8Gemm, LinearPath, Operands
 from penstock.quant.paths import Kernel
 
 MIN_COSINE: Mapping[Gemm, float] = MappingProxyType({"fp8": 0.998, "int8": 0.9995})
 """Cosine to the fp32 product, in the worst output row; a right kernel reaches 0.9989 and 0.9999."""
 
-PATHS: Mapping[Kernel, tuple[Gemm, Compute]] = MappingProxyType(
+PATHS: Mapping[Kernel, tuple[Gemm, LinearPath]] = MappingProxyType(
     {
         "fp8": ("fp8", Fp8Gemm()),
         "fp8-rowwise": ("fp8", Fp8Gemm(rowwise=True)),
@@ -67,7 +67,7 @@ def working(reports: Mapping[Kernel, PathReport]) -> frozenset[Kernel]:
     return frozenset(name for name, report in reports.items() if report.works)
 
 
-def try_path(name: Gemm, path: Compute, device: torch.device, dtype: torch.dtype) -> PathReport:
+def try_path(name: Gemm, path: LinearPath, device: torch.device, dtype: torch.dtype) -> PathReport:
     """Runs ``path`` on Gaussian tokens and a weight of the format ``name`` whose rows are of very
     unlike size, with a bias as large as its products, and compares with the fp32 product of the
     weight before quantising."""

@@ -84,7 +84,7 @@ def test_illegal_values() -> None:
         machine(copy=0)
     with pytest.raises(UsageError, match="expected 2, found 1"):
         simulate(Residency(2, (0, 1)), (Block(1, 1.0),), machine(), 1)
-    with pytest.raises(UsageError, match="cycles"):
+    with pytest.raises(UsageError, match="passes"):
         simulate(Residency(1, (0,)), (Block(1, 1.0),), machine(), 0)
 
 
@@ -98,13 +98,13 @@ def test_illegal_values() -> None:
 )
 def test_it_is_a_possible_history(
     residency: Residency,
-    cycles: int,
+    passes: int,
     numbers: list[tuple[int, float]],
     read: float,
     copy: float,
 ) -> None:
     blocks = tuple(Block(*pair) for pair in numbers[: residency.n_blocks])
-    line = simulate(residency, blocks, machine(read, copy), cycles)
+    line = simulate(residency, blocks, machine(read, copy), passes)
     ends = {span.op.ref: span.end_s for span in line.spans}
     for span in line.spans:
         assert all(ends[ref] <= span.start_s for ref in span.op.after)
@@ -117,15 +117,15 @@ def test_it_is_a_possible_history(
 
 @settings(max_examples=50, deadline=None)
 @given(residencies(), st.integers(1, 3))
-def test_larger_rings_are_never_slower(residency: Residency, cycles: int) -> None:
+def test_larger_rings_are_never_slower(residency: Residency, passes: int) -> None:
     blocks = tuple(Block(10 + i, 1.0 + i % 3) for i in range(residency.n_blocks))
     more = Residency(
         residency.n_blocks,
         residency.device_resident,
         residency.host_resident,
         residency.device_slots + 1,
-        residency.host_slabs + 1,
+        residency.staging_buffers + 1,
     )
-    slow = simulate(residency, blocks, machine(7, 9), cycles)
-    fast = simulate(more, blocks, machine(7, 9), cycles)
+    slow = simulate(residency, blocks, machine(7, 9), passes)
+    fast = simulate(more, blocks, machine(7, 9), passes)
     assert fast.seconds <= slow.seconds + 1e-9

@@ -1,5 +1,6 @@
-"""What only a card can show: the same bits, the ceiling, pinned slabs, and an end of memory that is
-survived. `python -m pytest -m gpu`; `benchmarks.gpu_suite` shows the same at true shapes."""
+"""What only a card can show: the same bits, the ceiling, pinned staging buffers, and an end of
+memory that is survived. `python -m pytest -m gpu`; `benchmarks.gpu_suite` shows the same at true
+shapes."""
 
 from __future__ import annotations
 
@@ -80,10 +81,10 @@ def test_where_the_blocks_live_changes_no_bit(
     engine: Engine, places: StreamPlan, overlapped: bool
 ) -> None:
     digests = []
-    for stream, ahead in ((StreamPlan(BLOCKS, BLOCKS), True), (places, overlapped)):
+    for stream, prefetched in ((StreamPlan(BLOCKS, BLOCKS), True), (places, overlapped)):
         plan = engine.plan(_request())
         plan = plan.with_phases((replace(plan["denoise"], stream=stream),))
-        asked = Asked(_request(), 0, "tiny", overlapped=ahead)
+        asked = Asked(_request(), 0, "tiny", overlapped=prefetched)
         digests.append(measure(engine, asked, plan=plan).latents_sha256)
     assert digests[0] == digests[1]
 
@@ -117,7 +118,7 @@ def test_what_others_hold_comes_on_top_of_the_ceiling() -> None:
 def test_slabs_are_pinned_exactly_and_given_back() -> None:
     ledger = ByteLedger("RAM", 64 * MIB)
     tier = HostTier(ledger, torch.device(DEVICE))
-    with tier.buffers("slabs", [3 * MIB, 5 * MIB]) as buffers:
+    with tier.buffers("staging buffers", [3 * MIB, 5 * MIB]) as buffers:
         assert all(buffer.is_pinned and buffer.tensor.is_pinned() for buffer in buffers)
         assert ledger.used == 8 * MIB
         buffers[0].tensor.fill_(7)

@@ -1,4 +1,4 @@
-"""Finds unordered accesses: PyTorch's CUDA sanitizer, told of host threads, slabs and disk reads.
+"""Finds unordered accesses: PyTorch's CUDA sanitizer, told of host threads, buffers and disk reads.
 
 The sanitizer's event handler takes any ids. Here its "streams" are the device's streams and the
 host's threads alike, and its data are device buffers, host buffers, and the table of events. What

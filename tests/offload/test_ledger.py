@@ -30,10 +30,10 @@ def test_reserve_release_and_peak() -> None:
 
 def test_one_label_may_be_reserved_twice() -> None:
     ledger = ByteLedger("RAM", 100)
-    first, second = ledger.reserve("slab", 10), ledger.reserve("slab", 20)
-    assert ledger.by_label() == {"slab": 30}
+    first, second = ledger.reserve("staging buffer", 10), ledger.reserve("staging buffer", 20)
+    assert ledger.by_label() == {"staging buffer": 30}
     first.close()
-    assert ledger.by_label() == {"slab": 20}
+    assert ledger.by_label() == {"staging buffer": 20}
     second.close()
 
 

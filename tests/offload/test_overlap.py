@@ -27,15 +27,15 @@ ROOM = 1 << 62
 )
 def test_nothing_is_faster_than_the_bound(
     residency: Residency,
-    cycles: int,
+    passes: int,
     numbers: list[tuple[int, float]],
     read: float,
     copy: float,
 ) -> None:
     blocks = tuple(Block(*pair) for pair in numbers[: residency.n_blocks])
     machine = Machine(read, copy, ROOM, ROOM)
-    least = least_seconds(residency, blocks, machine, cycles)
-    line = simulate(residency, blocks, machine, cycles)
+    least = least_seconds(residency, blocks, machine, passes)
+    line = simulate(residency, blocks, machine, passes)
     assert line.seconds >= least * (1 - 1e-9)
     loads = {queue: line.busy_s(queue) for queue in {span.op.ref.queue for span in line.spans}}
     assert least >= max(loads.values()) * (1 - 1e-9)
@@ -60,11 +60,11 @@ def test_random_machines_come_near_the_bound() -> None:
         assert row.predicted == pytest.approx(1, rel=0.02)
         assert (
             row.efficiency >= TARGET
-            or 1 in (row.slots, row.slabs)
+            or 1 in (row.slots, row.staging)
             or 2
             in (
                 row.slots,
-                row.slabs,
+                row.staging,
             )
         )
 

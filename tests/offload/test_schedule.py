@@ -23,8 +23,8 @@ def residencies(draw: st.DrawFn, most_blocks: int = 8) -> Residency:
     on_device = tuple(i for i, place in enumerate(places) if place == "d")
     in_host = tuple(i for i, place in enumerate(places) if place == "h")
     slots = draw(st.integers(int(len(on_device) < n), 4))
-    slabs = draw(st.integers(int("s" in places), 4))
-    return Residency(n, on_device, in_host, slots, slabs)
+    staging = draw(st.integers(int("s" in places), 4))
+    return Residency(n, on_device, in_host, slots, staging)
 
 
 class Memories:
@@ -32,10 +32,10 @@ class Memories:
 
     def __init__(self, residency: Residency) -> None:
         self.residency = residency
-        self.slabs: dict[int, tuple[int, bool]] = {}
+        self.staging: dict[int, tuple[int, bool]] = {}
         self.slots: dict[int, tuple[int, bool]] = {}
         self.kept: set[int] = set()
-        self.resident = set[int]() if residency.host_slabs else set(residency.device_resident)
+        self.resident = set[int]() if residency.staging_buffers else set(residency.device_resident)
         self.computed: list[int] = []
 
     def run(self, op: Op) -> None:
@@ -49,20 +49,20 @@ class Memories:
             self._compute(op)
 
     def _read(self, op: Read) -> None:
-        if op.slab is None:
+        if op.buffer is None:
             assert op.block in self.residency.host_resident and op.block not in self.kept
             self.kept.add(op.block)
             return
-        assert 0 <= op.slab < self.residency.host_slabs
-        assert self.slabs.get(op.slab, (0, False))[1] is False, "slab still needed"
-        self.slabs[op.slab] = (op.visit, True)
+        assert 0 <= op.buffer < self.residency.staging_buffers
+        assert self.staging.get(op.buffer, (0, False))[1] is False, "staging buffer still needed"
+        self.staging[op.buffer] = (op.visit, True)
 
     def _copy(self, op: Copy) -> None:
-        if op.slab is None:
+        if op.buffer is None:
             assert op.block in self.kept
         else:
-            assert self.slabs[op.slab] == (op.visit, True), "not what was read"
-            self.slabs[op.slab] = (op.visit, False)
+            assert self.staging[op.buffer] == (op.visit, True), "not what was read"
+            self.staging[op.buffer] = (op.visit, False)
         if op.slot is None:
             assert op.block in self.residency.device_resident and op.block not in self.resident
             self.resident.add(op.block)
@@ -97,31 +97,31 @@ def shuffled(ops: list[Op], rng: random.Random) -> list[Op]:
 
 @settings(max_examples=150, deadline=None)
 @given(residencies(), st.integers(1, 3))
-def test_its_own_order_is_legal(residency: Residency, cycles: int) -> None:
+def test_its_own_order_is_legal(residency: Residency, passes: int) -> None:
     memories, done = Memories(residency), set()
-    for op in build_schedule(residency, cycles):
+    for op in build_schedule(residency, passes):
         assert set(op.after) <= done
         memories.run(op)
         done.add(op.ref)
-    assert memories.computed == list(range(cycles * residency.n_blocks))
+    assert memories.computed == list(range(passes * residency.n_blocks))
 
 
 @settings(max_examples=200, deadline=None)
 @given(residencies(6), st.integers(1, 3), st.integers(0, 1 << 30))
 def test_any_order_that_respects_the_dependencies_is_legal(
-    residency: Residency, cycles: int, seed: int
+    residency: Residency, passes: int, seed: int
 ) -> None:
-    ops = list(build_schedule(residency, cycles))
+    ops = list(build_schedule(residency, passes))
     assert len({op.ref for op in ops}) == len(ops)
     memories = Memories(residency)
     for op in shuffled(ops, random.Random(seed)):
         memories.run(op)
-    assert memories.computed == list(range(cycles * residency.n_blocks))
+    assert memories.computed == list(range(passes * residency.n_blocks))
 
 
 @pytest.mark.parametrize("kind", [Read, Copy, Compute])
 def test_without_a_dependency_something_breaks(kind: type[Op]) -> None:
-    residency = Residency(4, (), (1,), device_slots=2, host_slabs=2)
+    residency = Residency(4, (), (1,), device_slots=2, staging_buffers=2)
     broken = 0
     for seed in range(50):
         ops: list[Any] = list(build_schedule(residency, 3))
@@ -139,20 +139,20 @@ def test_without_a_dependency_something_breaks(kind: type[Op]) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(residencies(), st.integers(1, 4))
-def test_nothing_waits_further_back_than_said(residency: Residency, cycles: int) -> None:
-    for op in build_schedule(residency, cycles):
+def test_nothing_waits_further_back_than_said(residency: Residency, passes: int) -> None:
+    for op in build_schedule(residency, passes):
         for ref in op.after:
             assert 0 <= op.visit - ref.visit <= residency.longest_wait
 
 
 def test_what_moves_and_what_does_not() -> None:
-    residency = Residency(5, (0, 3), (2,), device_slots=2, host_slabs=1)
+    residency = Residency(5, (0, 3), (2,), device_slots=2, staging_buffers=1)
     assert residency.streamed == (1, 2, 4)
     assert residency.disk_blocks == (1, 4)
-    assert residency.through_slabs == (0, 1, 3, 4)
+    assert residency.through_staging == (0, 1, 3, 4)
     ops = list(build_schedule(residency, 2))
     assert [op.block for op in ops if isinstance(op, Read)] == [0, 1, 2, 3, 4, 1, 4]
-    assert [op.slab for op in ops if isinstance(op, Read)] == [0, 0, None, 0, 0, 0, 0]
+    assert [op.buffer for op in ops if isinstance(op, Read)] == [0, 0, None, 0, 0, 0, 0]
     assert [op.block for op in ops if isinstance(op, Copy)] == [0, 1, 2, 3, 4, 1, 2, 4]
     assert [op.slot for op in ops if isinstance(op, Copy)] == [None, 0, 1, None, 0, 1, 0, 1]
     assert [op.block for op in ops if isinstance(op, Compute)] == [0, 1, 2, 3, 4] * 2
@@ -160,23 +160,25 @@ def test_what_moves_and_what_does_not() -> None:
 
 def test_residents_of_the_device_come_before_the_first_cycle_where_there_is_no_slab() -> None:
     residency = Residency(3, (0, 2), (1,), device_slots=1)
-    assert residency.through_slabs == ()
+    assert residency.through_staging == ()
     ops = list(build_schedule(residency, 2))
     assert [op.block for op in ops if isinstance(op, Read)] == [1]
     assert [op.block for op in ops if isinstance(op, Copy)] == [1, 1]
 
 
 def test_rings_wrap_around_and_end_with_the_last_cycle() -> None:
-    ops = list(build_schedule(Residency(3, device_slots=2, host_slabs=2), 2))
+    ops = list(build_schedule(Residency(3, device_slots=2, staging_buffers=2), 2))
     by_ref = {op.ref: op for op in ops}
     first_of_second = by_ref[Ref(Queue.READ, 3)]
-    assert first_of_second.after == (Ref(Queue.COPY, 1),), "read while the first cycle computes"
+    assert first_of_second.after == (Ref(Queue.COPY, 1),), "read while the first pass computes"
     assert by_ref[Ref(Queue.COPY, 3)].after == (Ref(Queue.READ, 3), Ref(Queue.COMPUTE, 1))
     assert max(op.visit for op in ops) == 5
 
 
 def test_the_schedule_is_lazy() -> None:
-    assert len(list(islice(build_schedule(Residency(40, device_slots=1, host_slabs=1), 10**9), 9)))
+    assert len(
+        list(islice(build_schedule(Residency(40, device_slots=1, staging_buffers=1), 10**9), 9))
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from penstock.offload.stats import Edge, Flow, StreamStats
 
 
 def test_the_flow_between_two_moments() -> None:
-    stats = StreamStats(read_bytes=10, copied_bytes=4, read_s=2.0, slab_wait_s=0.5)
+    stats = StreamStats(read_bytes=10, copied_bytes=4, read_s=2.0, staging_wait_s=0.5)
     before = stats.flow()
     stats.add("read_bytes", 30)
     stats.add("visited_bytes", 7)

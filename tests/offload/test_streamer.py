@@ -55,21 +55,21 @@ class Budgets:
             largest = max((sizes[block] for block in passing), default=0)
             return sum(sizes[block] for block in residents) + ring * largest
 
-        slots, slabs = residency.device_slots, residency.host_slabs
+        slots, staging = residency.device_slots, residency.staging_buffers
         self.device_bytes = total(residency.device_resident, slots, residency.streamed)
-        self.host_bytes = total(residency.host_resident, slabs, residency.through_slabs)
-        if residency.device_resident and not slabs:
+        self.host_bytes = total(residency.host_resident, staging, residency.through_staging)
+        if residency.device_resident and not staging:
             self.host_bytes += 4096  # the smallest staging buffer
         self.device = ByteLedger("VRAM", max(self.device_bytes + spare, 1))
         self.host = ByteLedger("RAM", max(self.host_bytes + spare, 1))
 
     def stream(
-        self, layouts: list[BlockLayout], residency: Residency, cycles: int, **more: Any
+        self, layouts: list[BlockLayout], residency: Residency, passes: int, **more: Any
     ) -> BlockStream:
         return BlockStream(
             layouts,
             residency,
-            cycles=cycles,
+            passes=passes,
             device=CPU,
             device_ledger=self.device,
             host_ledger=self.host,
@@ -84,14 +84,14 @@ def ours() -> list[str]:
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(residencies(), st.integers(1, 3), st.booleans())
 def test_any_residency_gives_the_same_bits_within_its_bytes(
-    layouts: list[BlockLayout], residency: Residency, cycles: int, overlapped: bool
+    layouts: list[BlockLayout], residency: Residency, passes: int, overlapped: bool
 ) -> None:
     here = layouts[: residency.n_blocks]
     budgets = Budgets(here, residency)
-    with budgets.stream(here, residency, cycles, overlapped=overlapped) as stream:
-        for _ in range(cycles):
+    with budgets.stream(here, residency, passes, overlapped=overlapped) as stream:
+        for _ in range(passes):
             seen = []
-            for index, tensors in stream.cycle():
+            for index, tensors in stream.forward_pass():
                 assert same(tensors, BLOCKS[index])
                 seen.append(index)
             assert seen == list(range(residency.n_blocks))
@@ -99,20 +99,20 @@ def test_any_residency_gives_the_same_bits_within_its_bytes(
     assert budgets.device.used == 0 == budgets.host.used
     assert budgets.device.peak == budgets.device_bytes
     assert budgets.host.peak == budgets.host_bytes
-    check_counts(stream, here, residency, cycles)
+    check_counts(stream, here, residency, passes)
 
 
 def check_counts(
-    stream: BlockStream, layouts: list[BlockLayout], residency: Residency, cycles: int
+    stream: BlockStream, layouts: list[BlockLayout], residency: Residency, passes: int
 ) -> None:
     reads, sizes = [x.read_bytes for x in layouts], [x.nbytes for x in layouts]
     once = (*residency.device_resident, *residency.host_resident)
-    assert stream.stats.read_bytes == sum(reads[b] for b in once) + cycles * sum(
+    assert stream.stats.read_bytes == sum(reads[b] for b in once) + passes * sum(
         reads[b] for b in residency.disk_blocks
     )
     assert stream.stats.copied_bytes == sum(
         sizes[b] for b in residency.device_resident
-    ) + cycles * sum(sizes[b] for b in residency.streamed)
+    ) + passes * sum(sizes[b] for b in residency.streamed)
 
 
 def test_a_computation_is_bit_equal_streamed_and_resident(layouts: list[BlockLayout]) -> None:
@@ -121,7 +121,7 @@ def test_a_computation_is_bit_equal_streamed_and_resident(layouts: list[BlockLay
         hidden = torch.ones(3, 60)
         with budgets.stream(layouts, residency, 2, overlapped=overlapped) as stream:
             for _ in range(2):
-                for _, block in stream.cycle():
+                for _, block in stream.forward_pass():
                     weight = block["weight"].float()
                     hidden = hidden + torch.tanh(hidden @ weight.T + block["bias"])[:, :60]
         return hidden
@@ -144,7 +144,7 @@ def test_live_storage_agrees_with_the_ledgers(layouts: list[BlockLayout], overla
         with budgets.stream(layouts, residency, 2, overlapped=overlapped) as stream:
             held = meter.live
             for _ in range(2):
-                for _, _tensors in stream.cycle():
+                for _, _tensors in stream.forward_pass():
                     assert meter.live == held
         del _tensors
         assert meter.live == 0
@@ -171,7 +171,7 @@ def test_packs_are_read_directly(tmp_path: Path) -> None:
     here = layouts_of(tmp_path / "pack", 1)
     residency = Residency(1, (), (), 1, 1)
     with Budgets(here, residency).stream(here, residency, 1) as stream:
-        for _, block in stream.cycle():
+        for _, block in stream.forward_pass():
             assert same(block, random_blocks(1, width=90)[0])
     probe = DiskTier()
     direct = probe._file(tmp_path / "pack", None).direct
@@ -184,7 +184,7 @@ def test_reads_in_pieces(layouts: list[BlockLayout], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("penstock.offload.tiers.PIECE_BYTES", 1000)
     residency = Residency(8, (1,), (2,), 2, 2)
     with Budgets(layouts, residency).stream(layouts, residency, 1) as stream:
-        for index, block in stream.cycle():
+        for index, block in stream.forward_pass():
             assert same(block, BLOCKS[index])
             assert any(name.startswith("penstock-disk") for name in ours())
     assert ours() == []
@@ -199,13 +199,13 @@ def test_leaving_early(layouts: list[BlockLayout], overlapped: bool, leave_at: i
         pytest.raises(KeyError, match="body"),
         budgets.stream(layouts, residency, 5, overlapped=overlapped) as stream,
     ):
-        for index, _ in stream.cycle():
+        for index, _ in stream.forward_pass():
             if index == leave_at:
                 raise KeyError("body")
     assert ours() == [] and open_descriptors() == before
     assert budgets.device.used == 0 == budgets.host.used
     with pytest.raises(UsageError, match="closed"):
-        next(stream.cycle())
+        next(stream.forward_pass())
 
 
 def test_never_asked_for_anything(layouts: list[BlockLayout]) -> None:
@@ -219,25 +219,25 @@ def test_never_asked_for_anything(layouts: list[BlockLayout]) -> None:
 def test_no_more_passes_than_agreed(layouts: list[BlockLayout]) -> None:
     residency = Residency(8, (), (), 1, 1)
     with Budgets(layouts, residency).stream(layouts, residency, 1) as stream:
-        list(stream.cycle())
+        list(stream.forward_pass())
         with pytest.raises(UsageError, match="at most 1 passes.*found one more"):
-            next(stream.cycle())
+            next(stream.forward_pass())
 
 
 def test_a_pass_that_was_left_cannot_be_taken_up(layouts: list[BlockLayout]) -> None:
     residency = Residency(8, (), (), 1, 1)
     with Budgets(layouts, residency).stream(layouts, residency, 2) as stream:
-        for index, _ in stream.cycle():
+        for index, _ in stream.forward_pass():
             if index == 2:
                 break
         with pytest.raises(UsageError, match="left at block 3"):
-            next(stream.cycle())
+            next(stream.forward_pass())
 
 
 def test_as_many_layouts_as_blocks(layouts: list[BlockLayout]) -> None:
     with pytest.raises(UsageError, match="expected 3, found 8"):
         Budgets(layouts, Residency(8, (), (), 1, 1)).stream(layouts, Residency(3, (0, 1, 2)), 1)
-    with pytest.raises(UsageError, match="cycles"):
+    with pytest.raises(UsageError, match="passes"):
         Budgets(layouts, Residency(8, (), (), 1, 1)).stream(layouts, Residency(8, (), (), 1, 1), 0)
 
 
@@ -260,12 +260,12 @@ def test_nothing_is_read_beyond_the_last_cycle_or_the_rings(
     monkeypatch.setattr(streamer._Board, "wait", seen_wait)
     residency = Residency(8, (), (), 2, 3)
     with Budgets(layouts, residency).stream(layouts, residency, 2) as stream:
-        passes = stream.cycle()
+        passes = stream.forward_pass()
         next(passes)
         reads = 0
         while (event := happened.get()) != Ref(Queue.COPY, 2):  # which waits for the first slot
             reads += event == "read"
-            assert reads <= 5, "two slots and three slabs, and no more"
+            assert reads <= 5, "two slots and three staging buffers, and no more"
         assert reads == 5
         assert stream.stats.read_bytes == sum(layout.read_bytes for layout in layouts[:5])
 
@@ -309,7 +309,7 @@ def test_what_a_thread_runs_into_surfaces_as_itself(
         budgets.stream(layouts, residency, 50, overlapped=overlapped) as stream,
     ):
         for _ in range(50):
-            for index, block in stream.cycle():
+            for index, block in stream.forward_pass():
                 assert same(block, BLOCKS[index])
                 visits += 1
     assert caught.value is error
@@ -346,10 +346,10 @@ def test_a_failure_is_told_even_while_residents_compute(
         Budgets(layouts, residency).stream(layouts, residency, 3) as stream,
         pytest.raises(OSError) as caught,
     ):
-        for cycle in range(3):
-            for index, _ in stream.cycle():
-                visits.append((cycle, index))
-                if (cycle, index) == (1, 2):
+        for forward_pass in range(3):
+            for index, _ in stream.forward_pass():
+                visits.append((forward_pass, index))
+                if (forward_pass, index) == (1, 2):
                     computing.set()
                     told.wait()
     assert caught.value is error
@@ -367,7 +367,7 @@ def test_a_file_cut_while_it_streams(tmp_path: Path, overlapped: bool) -> None:
         budgets.stream(here, residency, 3, overlapped=overlapped) as stream,
     ):
         for _ in range(3):
-            for index, block in stream.cycle():
+            for index, block in stream.forward_pass():
                 assert same(block, BLOCKS[index])
                 if index == 4:
                     os.truncate(path, path.stat().st_size // 2)
@@ -381,7 +381,7 @@ def test_a_file_exchanged_before_it_streams(tmp_path: Path) -> None:
     residency = Residency(8, (0,), (), 1, 1)
     budgets = Budgets(here, residency)
     with pytest.raises(CheckpointChanged), budgets.stream(here, residency, 1) as stream:
-        for _ in stream.cycle():
+        for _ in stream.forward_pass():
             pytest.fail("it gave a block")
     assert budgets.device.used == 0 == budgets.host.used
 
@@ -393,7 +393,7 @@ def test_inside_inference_mode(layouts: list[BlockLayout]) -> None:
         Budgets(layouts, residency).stream(layouts, residency, 2) as stream,
     ):
         for _ in range(2):
-            for index, block in stream.cycle():
+            for index, block in stream.forward_pass():
                 assert same(block, BLOCKS[index])
 
 
@@ -411,17 +411,18 @@ def test_waits_are_counted_where_they_happen(
     with monkeypatch.context() as patched:
         patched.setattr(DiskTier, "read", slow)
         with Budgets(layouts, residency).stream(layouts, residency, 1) as stream:
-            list(stream.cycle())
+            list(stream.forward_pass())
     stats = stream.stats
     assert (stats.read_s, stats.disk_wait_s, stats.compute_wait_s) == (8.0, 8.0, 8.0)
-    assert (stats.copy_s, stats.slot_wait_s, stats.slab_wait_s) == (0.0, 0.0, 0.0)
+    assert (stats.copy_s, stats.slot_wait_s, stats.staging_wait_s) == (0.0, 0.0, 0.0)
     with Budgets(layouts, residency).stream(layouts, residency, 1) as stream:
-        for visit, _ in stream.cycle():
-            # The copy after the next wants this slot, and the read two further on that copy's slab.
+        for visit, _ in stream.forward_pass():
+            # The copy after the next wants this slot, and the read two further on that copy's
+            # staging buffer.
             wanted = [Ref(Queue.COMPUTE, visit), Ref(Queue.COPY, visit + 2)]
             waiting.spend(1.0, *wanted[: (visit < 6) + (visit < 4)])
     stats = stream.stats
-    assert (stats.slot_wait_s, stats.slab_wait_s) == (6.0, 4.0)
+    assert (stats.slot_wait_s, stats.staging_wait_s) == (6.0, 4.0)
     assert (stats.disk_wait_s, stats.compute_wait_s) == (0.0, 0.0)
 
 

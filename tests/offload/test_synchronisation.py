@@ -59,17 +59,17 @@ def random_scenario(rng: random.Random) -> Scenario:
     places = [rng.choice("dhsss") for _ in range(n)]
     on_device = tuple(i for i, place in enumerate(places) if place == "d")
     in_host = tuple(i for i, place in enumerate(places) if place == "h")
-    slots, slabs = rng.randint(len(on_device) < n, 3), rng.randint("s" in places, 3)
-    cycles = rng.randint(1, min(3, 6 // n))
+    slots, staging = rng.randint(len(on_device) < n, 3), rng.randint("s" in places, 3)
+    passes = rng.randint(1, min(3, 6 // n))
     early = rng.random() < 0.2
-    reads = n - len(on_device) if not slabs else n
+    reads = n - len(on_device) if not staging else n
     return Scenario(
-        Residency(n, on_device, in_host, slots, slabs),
-        cycles,
+        Residency(n, on_device, in_host, slots, staging),
+        passes,
         overlapped=rng.random() < 0.85,
-        leave_at=rng.randrange(n * cycles) if early else None,
+        leave_at=rng.randrange(n * passes) if early else None,
         fail_at=rng.randint(1, reads) if not early and reads and rng.random() < 0.1 else None,
-        ahead=rng.random() < 0.2,
+        prefetched=rng.random() < 0.2,
         small_pieces=rng.random() < 0.15,
     )
 
@@ -93,19 +93,19 @@ def test_no_false_alarm(files: Files) -> None:
 
 
 SCENARIOS = (
-    Scenario(Residency(3, (), (), 1, 1), cycles=2),
-    Scenario(Residency(3, (), (), 2, 2), cycles=2),
-    Scenario(Residency(4, (1,), (3,), 2, 1), cycles=2),
-    Scenario(Residency(4, (0,), (2,), 1, 2), cycles=2, ahead=True),
-    Scenario(Residency(3, (0,), (1, 2), 1, 0), cycles=2),
-    Scenario(Residency(3, (1,), (), 1, 1), cycles=2, overlapped=False),
+    Scenario(Residency(3, (), (), 1, 1), passes=2),
+    Scenario(Residency(3, (), (), 2, 2), passes=2),
+    Scenario(Residency(4, (1,), (3,), 2, 1), passes=2),
+    Scenario(Residency(4, (0,), (2,), 1, 2), passes=2, prefetched=True),
+    Scenario(Residency(3, (0,), (1, 2), 1, 0), passes=2),
+    Scenario(Residency(3, (1,), (), 1, 1), passes=2, overlapped=False),
 )
 ENDINGS = (
     Scenario(Residency(3, (), (), 2, 2), leave_at=1),
-    Scenario(Residency(3, (), (), 2, 2), leave_at=1, ahead=True),
+    Scenario(Residency(3, (), (), 2, 2), leave_at=1, prefetched=True),
     Scenario(Residency(3, (0,), (), 1, 2), leave_at=2, small_pieces=True),
     Scenario(Residency(3, (), (), 1, 1), fail_at=2, small_pieces=True),
-    Scenario(Residency(3, (0, 1), (2,), 1, 0), cycles=1),
+    Scenario(Residency(3, (0, 1), (2,), 1, 0), passes=1),
 )
 """What is in flight when they end is waited for in another place than otherwise."""
 
@@ -163,8 +163,8 @@ def test_every_wait_at_an_end_is_needed(files: Files) -> None:
 
 
 def test_the_computation_may_go_on_in_another_stream(files: Files) -> None:
-    streamed = Scenario(Residency(3, (1,), (), 1, 1), cycles=3, hops=True)
-    resident = Scenario(Residency(2, (0, 1), (), 0, 1), cycles=3, hops=True)
+    streamed = Scenario(Residency(3, (1,), (), 1, 1), passes=3, hops=True)
+    resident = Scenario(Residency(2, (0, 1), (), 0, 1), passes=3, hops=True)
     for scenario in (streamed, resident):
         for policy in policies():
             assert not files.run(scenario, policy).caught

@@ -26,8 +26,8 @@ BLOCKS = random_blocks(5)
 
 def test_host_buffers_are_exact_and_on_pages() -> None:
     ledger = ByteLedger("RAM", 1 << 20)
-    with HostTier(ledger, CPU).buffers("slabs", [8192, 0, 4096]) as buffers:
-        assert ledger.by_label() == {"slabs": 12288}
+    with HostTier(ledger, CPU).buffers("staging buffers", [8192, 0, 4096]) as buffers:
+        assert ledger.by_label() == {"staging buffers": 12288}
         assert [buffer.tensor.numel() for buffer in buffers] == [8192, 0, 4096]
         assert [len(buffer.view) for buffer in buffers] == [8192, 0, 4096]
         for buffer in (buffers[0], buffers[2]):
@@ -73,7 +73,7 @@ def test_what_the_driver_refuses_to_pin_stays_pageable(monkeypatch: pytest.Monke
     monkeypatch.setattr(tiers, "_cuda", fake)
     monkeypatch.setattr(tiers, "_forget_cuda_error", cleared.append)
     tier = HostTier(ByteLedger("RAM", 1 << 20), CUDA)
-    with tier.buffers("slabs", [4096, 8192, 4096]) as buffers:
+    with tier.buffers("staging buffers", [4096, 8192, 4096]) as buffers:
         assert [buffer.is_pinned for buffer in buffers] == [True, False, True]
         assert sorted(runtime.pinned.values()) == [4096, 4096]
         assert tier.pageable_bytes == 8192 and cleared == [CUDA]
@@ -152,7 +152,7 @@ def test_a_smaller_ring_where_the_driver_pins_only_some(monkeypatch: pytest.Monk
         return memory
 
     monkeypatch.setattr(tiers, "_anonymous", watched)
-    with tier.ring("slabs", 4096, 4) as ring:
+    with tier.ring("staging buffers", 4096, 4) as ring:
         assert [buffer.is_pinned for buffer in ring] == [True, True]
         assert [memory() is not None for memory in made] == [True, True, False]
         assert ledger.used == 8192 and tier.pageable_bytes == 0
@@ -186,14 +186,14 @@ def test_each_step_down_the_ladder_is_told(
     stream = BlockStream(
         layouts,
         Residency(5, (0,), (2,), 2, 3),
-        cycles=2,
+        passes=2,
         device=CPU,
         device_ledger=ByteLedger("VRAM", 1 << 20),
         host_ledger=ByteLedger("RAM", 1 << 20),
     )
     with stream:
         for _ in range(2):
-            for index, block in stream.cycle():
+            for index, block in stream.forward_pass():
                 assert same(block, BLOCKS[index])
     assert len(stream.notices) == len(told)
     for message, part in zip(stream.notices, told, strict=True):

@@ -54,11 +54,11 @@ class Scenario:
     """
 
     residency: Residency
-    cycles: int = 2
+    passes: int = 2
     overlapped: bool = True
     leave_at: int | None = None
     fail_at: int | None = None
-    ahead: bool = False
+    prefetched: bool = False
     small_pieces: bool = False
     hops: bool = False
 
@@ -329,22 +329,22 @@ class Stage:
         stream = BlockStream(
             self._layouts[: residency.n_blocks],
             residency,
-            cycles=scenario.cycles,
+            passes=scenario.passes,
             device=torch.device("cpu"),
             device_ledger=ByteLedger("VRAM", 1 << 30),
             host_ledger=ByteLedger("RAM", 1 << 30),
             overlapped=scenario.overlapped,
         )
         with ExitStack() as stack:
-            if scenario.ahead:
-                stack.enter_context(stream.ahead())
+            if scenario.prefetched:
+                stack.enter_context(stream.prefetched())
                 self.turns.pause()
             stack.enter_context(stream)
             visit = 0
-            for number in range(scenario.cycles):
+            for number in range(scenario.passes):
                 if scenario.hops:
                     self.compute = Stream(self, f"stream compute {number}")
-                for index, block in stream.cycle():
+                for index, block in stream.forward_pass():
                     if visit == scenario.leave_at:
                         raise Left
                     self._compute(visit, index, block)

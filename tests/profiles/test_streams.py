@@ -46,10 +46,12 @@ def paces(draw: st.DrawFn) -> tuple[Pace, Rates]:
 def simulated(stream: Stream, blocks: tuple[int, ...], pace: Pace, rates: Rates):
     plan = stream.plan
     return simulate(
-        Residency(plan.n_blocks, plan.device_blocks, plan.host_blocks, stream.slots, stream.slabs),
+        Residency(
+            plan.n_blocks, plan.device_blocks, plan.host_blocks, stream.slots, stream.staging
+        ),
         tuple(Block(count, pace.compute_s / len(blocks)) for count in blocks),
         Machine(rates.read_bytes_per_s, rates.copy_bytes_per_s, 1 << 62, 1 << 62),
-        pace.cycles,
+        pace.passes,
     )
 
 

@@ -1,4 +1,4 @@
-"""A list of blocks whose weights are lent: there while a block is the current one, away else."""
+"""A list of blocks whose weights are onloaded: there while a block is current, away else."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Slot:
         (place if self.leaf in place else self.owner._buffers)[self.leaf] = self.original
 
 
-class Lender:
+class Onloader:
     """Brings blocks in any order from a stream that brings them in one.
 
     Args:
@@ -68,25 +68,25 @@ class Lender:
         self, blocks: Sequence[nn.Module], slots: Sequence[Sequence[Slot]], stream: EndlessStream
     ) -> None:
         self._blocks, self._slots, self._stream = blocks, slots, stream
-        self._cycle: Iterator[tuple[int, Mapping[str, Tensor]]] | None = None
-        self._lent: int | None = None
+        self._pass: Iterator[tuple[int, Mapping[str, Tensor]]] | None = None
+        self._onloaded: int | None = None
         self._walk: object | None = None
         self._thread = 0
         self.passes = self.skipped = 0
 
-    def lend(self, index: int) -> nn.Module:
-        """The block with its weights in place; the one lent before is taken back.
+    def onload(self, index: int) -> nn.Module:
+        """The block with its weights in place; the one brought in before is taken back.
 
         Raises:
             UsageError: gradients are recorded, or another thread is in the middle of a pass.
             CheckpointChanged, CheckpointError: the weights cannot be read.
         """
         self._check()
-        if index != self._lent:
+        if index != self._onloaded:
             self.take_back()
             for slot, tensor in self._tensors(index):
                 slot.put(tensor)
-            self._lent = index
+            self._onloaded = index
         return self._blocks[index]
 
     def walk(self, indices: Iterable[int]) -> Iterator[nn.Module]:
@@ -96,7 +96,7 @@ class Lender:
         self._thread = threading.get_ident()
         try:
             for index in indices:
-                yield self.lend(index)
+                yield self.onload(index)
         finally:
             if self._walk is mark:  # no other pass has begun since this one was left
                 self._walk = None
@@ -104,24 +104,24 @@ class Lender:
 
     def take_back(self) -> None:
         """No block has weights after this."""
-        index, self._lent = self._lent, None
+        index, self._onloaded = self._onloaded, None
         if index is None:
             return
         for slot in self._slots[index]:
             slot.put(None)
-        if index == len(self._blocks) - 1 and self._cycle is not None:
+        if index == len(self._blocks) - 1 and self._pass is not None:
             # Tells the stream that the pass is over, so that it reads ahead for the next.
-            next(self._cycle, None)
-            self._cycle = None
+            next(self._pass, None)
+            self._pass = None
 
     def _tensors(self, index: int) -> Iterator[tuple[Slot, Tensor]]:
         while True:
-            if self._cycle is None:
-                self._cycle = self._stream.cycle()
+            if self._pass is None:
+                self._pass = self._stream.forward_pass()
                 self.passes += 1
-            found = next(self._cycle, None)
+            found = next(self._pass, None)
             if found is None:
-                self._cycle = None
+                self._pass = None
             elif found[0] == index:
                 return ((slot, found[1][slot.name]) for slot in self._slots[index])
             else:
@@ -156,20 +156,20 @@ class StreamedBlocks(nn.ModuleList):
         part: those of this list.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], lender: Lender, part: range) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], onloader: Onloader, part: range) -> None:
         super().__init__()
-        self._lender, self._part = lender, part
+        self._onloader, self._part = onloader, part
         for index, place in enumerate(part):
             self.add_module(str(index), blocks[place])
 
     def __iter__(self) -> Iterator[nn.Module]:
-        return self._lender.walk(self._part)
+        return self._onloader.walk(self._part)
 
     def __getitem__(self, index: Any) -> Any:
         """A block, or an iterable over some of them."""
         if isinstance(index, slice):
-            return LentSlice(self._lender, self._part[index])
-        return self._lender.lend(self._part[index])
+            return OnloadedSlice(self._onloader, self._part[index])
+        return self._onloader.onload(self._part[index])
 
     def __contains__(self, module: object) -> bool:
         return any(module is block for block in self._modules.values())
@@ -187,20 +187,20 @@ class StreamedBlocks(nn.ModuleList):
     __setitem__ = __delitem__ = __iadd__ = __add__ = _fixed  # type: ignore[assignment]
 
 
-class LentSlice(Sequence[nn.Module]):
+class OnloadedSlice(Sequence[nn.Module]):
     """Some blocks of a streamed list."""
 
-    def __init__(self, lender: Lender, indices: range) -> None:
-        self._lender, self._indices = lender, indices
+    def __init__(self, onloader: Onloader, indices: range) -> None:
+        self._onloader, self._indices = onloader, indices
 
     def __len__(self) -> int:
         return len(self._indices)
 
     def __iter__(self) -> Iterator[nn.Module]:
-        return self._lender.walk(self._indices)
+        return self._onloader.walk(self._indices)
 
     def __getitem__(self, index: Any) -> Any:
         """A block, or an iterable over some of them."""
         if isinstance(index, slice):
-            return LentSlice(self._lender, self._indices[index])
-        return self._lender.lend(self._indices[index])
+            return OnloadedSlice(self._onloader, self._indices[index])
+        return self._onloader.onload(self._indices[index])

@@ -181,11 +181,11 @@ class Desk:
         assert places is not None
         where = residency(places)
 
-        def make(cycles: int) -> BlockStream:
+        def make(passes: int) -> BlockStream:
             return BlockStream(
                 layouts,
                 where,
-                cycles=cycles,
+                passes=passes,
                 device=self.device,
                 device_ledger=self.vram,
                 host_ledger=self.ram,

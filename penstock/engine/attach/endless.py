@@ -41,18 +41,18 @@ class EndlessStream(Closing):
             self._read += stream.stats.read_bytes
             self._copied += stream.stats.copied_bytes
 
-    def cycle(self) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
+    def forward_pass(self) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
         """One pass, to be gone through to its end: index and tensors of each block.
 
         Raises:
-            CheckpointChanged, ...: as `BlockStream.cycle`.
+            CheckpointChanged, ...: as `BlockStream.forward_pass`.
         """
         if self._left == 0:
             self.close()
             self.__enter__()
         self._left -= 1
         assert self._stream is not None
-        yield from self._stream.cycle()
+        yield from self._stream.forward_pass()
 
     @property
     def read_bytes(self) -> int:

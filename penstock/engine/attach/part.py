@@ -89,6 +89,6 @@ def desk_visits(
     desk: Desk, stream: EndlessStream, component: Component
 ) -> Iterator[tuple[int, Any]]:
     """One pass over all blocks: each index with the block module, its weights bound meanwhile."""
-    for index, tensors in stream.cycle():
+    for index, tensors in stream.forward_pass():
         with component.bound(tensors, index) as block:
             yield index, block

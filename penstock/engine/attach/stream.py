@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from penstock.blocks import PAGE_BYTES
 from penstock.closing import Closing
-from penstock.engine.attach.blocks import Lender, Slot, StreamedBlocks
+from penstock.engine.attach.blocks import Onloader, Slot, StreamedBlocks
 from penstock.engine.attach.endless import EndlessStream
 from penstock.engine.attach.livepack import LivePack, live_folder, plan_live
 from penstock.engine.attach.placing import place_blocks
@@ -85,7 +85,7 @@ def stream(
     """Run a module whose blocks do not fit: they are brought to the device one after the other.
 
     The module is used as before, under ``torch.no_grad()``. Its list of blocks is replaced by one
-    that lends each block as it is reached; no class and no forward is changed. While it is
+    that brings in each block as it is reached; no class and no forward is changed. While it is
     streamed, the blocks' weights live in a pack on disk and, as far as the budgets go, in RAM and
     VRAM; the module's own copies are let go, and come back, in the same parameters, with
     :meth:`Streamed.close`. Results are those of the resident module, bit for bit, unless ``format``
@@ -124,9 +124,9 @@ def stream(
         hardware = replace(hardware, vram_bytes=hardware.vram_bytes + _held_bytes(module, hardware))
     opening = _Opening(patient, quantised, hardware, parse_bytes(activations) if activations else 0)
     with ExitStack() as stack:
-        lender, report = opening.open(stack, None if folder is None else Path(folder))
+        onloader, report = opening.open(stack, None if folder is None else Path(folder))
         streamed = Streamed(module, report, stack.pop_all())
-        lender.owner = streamed  # whoever keeps the module keeps what can put it back
+        onloader.owner = streamed  # whoever keeps the module keeps what can put it back
         return streamed
 
 
@@ -223,8 +223,8 @@ class _Opening:
 
     def open(
         self, stack: ExitStack, folder: Path | None
-    ) -> tuple[Lender, Callable[[], StreamReport]]:
-        """Do it all; what comes back lends the blocks, and reports."""
+    ) -> tuple[Onloader, Callable[[], StreamReport]]:
+        """Do it all; what comes back brings in the blocks, and reports."""
         stack.callback(release_cached, self._device)
         place = stack.enter_context(live_folder(folder))
         plain = source = LivePack(place / "plain.safetensors", self._plain, self._values)
@@ -239,14 +239,14 @@ class _Opening:
         slots = self._empty(stack, plain)
         _move(self._patient.staying, self._device, stack)
         blocks = self._stream(stack, source)
-        lender = Lender(self._patient.blocks, slots, blocks)
+        onloader = Onloader(self._patient.blocks, slots, blocks)
         stack.callback(self._patient.replace_lists, None)
-        stack.callback(lender.take_back)
+        stack.callback(onloader.take_back)
         modules = self._patient.blocks
         self._patient.replace_lists(
-            [StreamedBlocks(modules, lender, part) for part in self._patient.lists]
+            [StreamedBlocks(modules, onloader, part) for part in self._patient.lists]
         )
-        return lender, lambda: self._report(lender, blocks, weight_bytes)
+        return onloader, lambda: self._report(onloader, blocks, weight_bytes)
 
     def _values(self, run: str) -> Iterator[Tensor]:
         yield from self._runs[run].values()
@@ -273,11 +273,11 @@ class _Opening:
             for index in range(len(self._patient.blocks))
         ]
 
-        def make(cycles: int) -> BlockStream:
+        def make(passes: int) -> BlockStream:
             return BlockStream(
                 layouts,
                 residency(self._plan),
-                cycles=cycles,
+                passes=passes,
                 device=self._device,
                 device_ledger=self._vram,
                 host_ledger=self._ram,
@@ -285,7 +285,7 @@ class _Opening:
 
         return stack.enter_context(EndlessStream(make))
 
-    def _report(self, lender: Lender, blocks: EndlessStream, weight_bytes: int) -> StreamReport:
+    def _report(self, onloader: Onloader, blocks: EndlessStream, weight_bytes: int) -> StreamReport:
         plan, stored = self._plan, self._stored
         packs = {id(layout): layout.file_bytes for layout in (self._plain, stored)}
         return StreamReport(
@@ -303,8 +303,8 @@ class _Opening:
             disk_bytes=sum(packs.values()),
             read_bytes=blocks.read_bytes,
             copied_bytes=blocks.copied_bytes,
-            passes=lender.passes,
-            skipped=lender.skipped,
+            passes=onloader.passes,
+            skipped=onloader.skipped,
         )
 
 

@@ -206,10 +206,10 @@ class MeasuredStage(Stage):
         layouts: Sequence[BlockLayout],
         plan: StreamPlan | None,
         phase: PhaseMonitor,
-        cycles: int,
+        passes: int,
     ) -> Iterator[BlockStream]:
         """As `Stage.stream`."""
-        with super().stream(layouts, plan, phase, cycles) as stream:
+        with super().stream(layouts, plan, phase, passes) as stream:
             self.streams.setdefault(phase.name, []).append(stream.stats)
             yield stream
 
@@ -227,7 +227,7 @@ class Moved:
     copied_bytes: int
     read_s: float
     copy_s: float
-    slab_wait_s: float
+    staging_wait_s: float
     disk_wait_s: float
     slot_wait_s: float
     compute_wait_s: float

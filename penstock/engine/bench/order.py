@@ -38,7 +38,7 @@ ROOMY = 1 << 50
 
 
 @dataclass(frozen=True)
-class Order:
+class BenchOrder:
     """What a user asks to be measured; None: the default, or what the machine has.
 
     Attributes:
@@ -102,7 +102,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Point:
+class SweepPoint:
     """One profile of a sweep: its result, or why there is none."""
 
     profile: str
@@ -110,7 +110,7 @@ class Point:
     refusal: str = ""
 
 
-def run(order: Order, listener: Listener, tell: Tell) -> BenchResult:
+def run(order: BenchOrder, listener: Listener, tell: Tell) -> BenchResult:
     """Measure what ``order`` says.
 
     Args:
@@ -124,11 +124,13 @@ def run(order: Order, listener: Listener, tell: Tell) -> BenchResult:
         return _measure(order, model, listener)
 
 
-def sweep(order: Order, profiles: Sequence[str], listener: Listener, tell: Tell) -> list[Point]:
+def sweep(
+    order: BenchOrder, profiles: Sequence[str], listener: Listener, tell: Tell
+) -> list[SweepPoint]:
     """Measure ``order`` under each of ``profiles``, on the same files.
 
     Raises:
-        UsageError: as `run`; a profile that no plan fits is told in its `Point`.
+        UsageError: as `run`; a profile that no plan fits is told in its `SweepPoint`.
     """
     points = []
     with _model(order, tell) as model:
@@ -137,17 +139,17 @@ def sweep(order: Order, profiles: Sequence[str], listener: Listener, tell: Tell)
             try:
                 found = _measure(_under(order, profile), model, listener)
             except OverBudget as error:
-                points.append(Point(profile, None, str(error)))
+                points.append(SweepPoint(profile, None, str(error)))
                 continue
-            points.append(Point(profile, found))
+            points.append(SweepPoint(profile, found))
     return points
 
 
-def _under(order: Order, profile: str) -> Order:
+def _under(order: BenchOrder, profile: str) -> BenchOrder:
     return replace(order, options=replace(order.options, profile=profile))
 
 
-def _measure(order: Order, model: Path | str, listener: Listener) -> BenchResult:
+def _measure(order: BenchOrder, model: Path | str, listener: Listener) -> BenchResult:
     with (
         Engine.open(model, options=replace(order.options, format=order.stored_format)) as engine,
         tempfile.TemporaryDirectory(prefix="penstock-bench-") as scratch,
@@ -164,7 +166,7 @@ def _measure(order: Order, model: Path | str, listener: Listener) -> BenchResult
         return measure(engine, asked, listener)
 
 
-def _picture(scratch: Path, order: Order) -> Path:
+def _picture(scratch: Path, order: BenchOrder) -> Path:
     path = scratch / "picture.png"
     image = Image.radial_gradient("L").resize((order.width, order.height))
     image.convert("RGB").save(path)
@@ -172,7 +174,7 @@ def _picture(scratch: Path, order: Order) -> Path:
 
 
 @contextmanager
-def _model(order: Order, tell: Tell) -> Iterator[Path | str]:
+def _model(order: BenchOrder, tell: Tell) -> Iterator[Path | str]:
     """The model given, or one made for as long as the context lasts."""
     if order.synthetic is None:
         assert order.model is not None
@@ -192,8 +194,8 @@ def _model(order: Order, tell: Tell) -> Iterator[Path | str]:
         )
 
 
-def fitting_blocks(order: Order, weight_format: str, folder: Path) -> int:
-    """As many of the model's blocks as the disk holds and `Order.minutes` allow, at least one.
+def fitting_blocks(order: BenchOrder, weight_format: str, folder: Path) -> int:
+    """As many of the model's blocks as the disk holds and `BenchOrder.minutes` allow, at least one.
 
     Raises:
         UsageError: no such model or format.
@@ -211,7 +213,7 @@ def fitting_blocks(order: Order, weight_format: str, folder: Path) -> int:
     return max(1, min(whole, by_disk, by_time))
 
 
-def _predicted_s(order: Order, weight_format: str) -> float:
+def _predicted_s(order: BenchOrder, weight_format: str) -> float:
     """Seconds of all denoising steps with all blocks, whatever the budgets."""
     options = replace(order.options, vram=ROOMY, ram=ROOMY, format=weight_format)
     prepared = Prepared.open(synthetic=order.synthetic, options=options)

@@ -246,7 +246,7 @@ def load(path: Path) -> BenchResult:
     if not isinstance(value, dict) or value.get("schema") != SCHEMA:
         raise _foreign(path, repr(value.get("schema")) if isinstance(value, dict) else "no object")
     try:
-        result: BenchResult = _checked(BenchResult, value, "")
+        result: BenchResult = _checked(BenchResult, _renamed(value), "")
     except _Wrong as error:
         raise _foreign(path, str(error)) from error
     if not result.steps or not result.phases or min(result.seconds) <= 0:
@@ -263,6 +263,16 @@ def _foreign(path: Path, found: str) -> UsageError:
         found=found[:200],
         remedy="Save one with this version of penstock.",
     )
+
+
+def _renamed(value: Any) -> Any:
+    """``value`` with the names of today for what results of 0.1 call slabs."""
+    if isinstance(value, list):
+        return [_renamed(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    names = {"host_slabs": "staging_buffers", "slab_wait_s": "staging_wait_s"}
+    return {names.get(name, name): _renamed(each) for name, each in value.items()}
 
 
 class _Wrong(Exception):

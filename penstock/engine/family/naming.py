@@ -15,6 +15,9 @@ from penstock.errors import TensorMismatch
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.", "vision_model.", "visual.")
 """What some files put before every name."""
 
+_DEEPEST = 8
+"""Parts of the longest module path in any table; longer keys are not searched further."""
+
 FUSED_QKV = "self_attn.to_qkv"
 """A target that stands for three: q, k and v are its rows, one after another."""
 
@@ -54,11 +57,11 @@ class Naming:
 
 def _longest(key: str, table: Mapping[str, str]) -> str | None:
     """``key`` with its longest leading module path in ``table`` replaced."""
-    path = key
-    while path:
+    parts = key.split(".", _DEEPEST)
+    for count in range(min(len(parts), _DEEPEST), 0, -1):
+        path = ".".join(parts[:count])
         if path in table:
             return table[path] + key[len(path) :]
-        path = path.rpartition(".")[0]
     return None
 
 
@@ -88,10 +91,23 @@ class ShapesOf:
         return shape
 
     def count(self, prefix: str) -> int:
-        """Blocks named ``prefix`` + number: one more than the largest number."""
+        """Blocks named ``prefix`` + number: one more than the largest number.
+
+        Raises:
+            TensorMismatch: that is more than there are tensors.
+        """
         numbers = {
             int(number)
             for name in self._shapes
-            if name.startswith(prefix) and (number := name[len(prefix) :].split(".")[0]).isdigit()
+            if name.startswith(prefix)
+            and re.fullmatch("[0-9]{1,6}", number := name[len(prefix) :].partition(".")[0])
         }
-        return max(numbers, default=-1) + 1
+        count = max(numbers, default=-1) + 1
+        if count > len(self._shapes):
+            raise TensorMismatch(
+                f"{self.where} is incomplete",
+                expected=f"the tensors of {prefix}0 to {prefix}{count - 1}",
+                found=f"{len(self._shapes)} tensors in all",
+                remedy="The file is incomplete or belongs to another model: copy it again.",
+            )
+        return count

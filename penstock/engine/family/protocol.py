@@ -102,9 +102,6 @@ class Family(Protocol):
     def build(self, component: str, config: Config) -> tuple[Any, Any]:
         """The network on the meta device with one block, and that block (None: it has none)."""
 
-    def load_tokenizer(self, folder: Path) -> Any:
-        """The tokenizer in ``folder``."""
-
     def builtins(self) -> Mapping[str, Callable[[str], Manifest]]:
         """Descriptions without files: manifests in a weight format, by the model's name."""
 

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+_SINGLE = {"F64": "F32"}
+"""What is computed in where values are stored in more."""
+
 _TABLES = (
     "shared.weight",
     "relative_attention_bias.weight",
@@ -41,8 +44,8 @@ def compute_tag(source: ComponentSource) -> str:
     """Safetensors tag of the dtype to compute in: that of most plain matrices, else BF16.
 
     GGUF files keep their few plain tensors in F32 and 8-bit files some in F32: that says nothing of
-    the dtype the model was made for, so F32 counts only where nothing is quantised. A pack says
-    what its source computed in.
+    the dtype the model was made for, so F32 counts only where nothing is quantised. F64 is read and
+    computed in as F32. A pack says what its source computed in.
 
     Raises:
         CheckpointError: the pack's metadata are damaged.
@@ -53,7 +56,7 @@ def compute_tag(source: ComponentSource) -> str:
     sizes: dict[str, int] = {}
     for stored in source.weights.values():
         if stored.plain and len(stored.shape or ()) > 1:
-            tag = stored.tensors["weight"].dtype
+            tag = _SINGLE.get(stored.tensors["weight"].dtype, stored.tensors["weight"].dtype)
             sizes[tag] = sizes.get(tag, 0) + stored.nbytes
     if any(not stored.plain for stored in source.weights.values()):
         sizes.pop("F32", None)

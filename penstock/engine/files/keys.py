@@ -3,7 +3,7 @@ is missing or unknown. Only headers are read, and ComfyUI's short descriptions o
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 import re
 from collections import Counter
@@ -15,12 +15,15 @@ from typing import Any
 
 from penstock.engine.family.naming import FUSED_QKV, PREFIXES, Naming, ShapesOf
 from penstock.engine.family.protocol import ComponentKind, Family, families
+from penstock.engine.files.fields import parse_object
 from penstock.engine.files.source import RawFile, read_bytes
 from penstock.engine.files.storage import COMFY_MARK, PACK_METADATA, StoredWeight, as_bytes, gather
 from penstock.errors import CheckpointError, TensorMismatch
 from penstock.formats.gguf import BLOCK_SIZES
 from penstock.formats.gguf import PREFIX as GGUF
 from penstock.offload.checkpoint import TensorEntry
+
+log = logging.getLogger(__name__)
 
 _EMBED_TOKENS = "encoder.embed_tokens.weight"
 
@@ -172,13 +175,39 @@ def recognise(raw: RawFile, config: Mapping[str, Any] | None = None) -> Componen
     found = find_naming(raw.entries)
     if found is None:
         raise _foreign(raw)
+    log.debug("%s: keys of %s, after %r", raw.path, found.naming.author, found.prefix)
     named = _rename(raw, found)
     weights = gather(named.entries, raw.metadata, read_bytes, found.prefix)
     shapes = {name: stored.shape for name, stored in weights.items() if stored.shape is not None}
     if config is None:
-        config = found.kind.derive(ShapesOf(str(raw.path), shapes))
+        config = _derived(raw, found, weights, shapes)
     found.kind.check(str(raw.path), config)
     return _compare(raw, found, config, weights, named)
+
+
+def _derived(
+    raw: RawFile,
+    found: Recognised,
+    weights: Mapping[str, StoredWeight],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> Mapping[str, Any]:
+    """The config that shapes tell.
+
+    Raises:
+        TensorMismatch: they do not.
+    """
+    try:
+        return found.kind.derive(ShapesOf(str(raw.path), shapes))
+    except TensorMismatch as error:
+        silent = [name for name, stored in weights.items() if stored.shape is None]
+        if not silent:
+            raise
+        raise TensorMismatch(
+            f"{raw.path} does not tell its shapes",
+            expected="the model's config.json beside it",
+            found=f"{silent[0]} in {weights[silent[0]].label}, whose groups tell none",
+            remedy="Put the file into a folder with the config.json of the same model.",
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -217,9 +246,9 @@ def packed_facts(raw: RawFile) -> dict[str, Any]:
     if PACK_METADATA not in raw.metadata:
         return {}
     try:
-        facts = dict(json.loads(raw.metadata[PACK_METADATA]))
+        facts = parse_object(str(raw.metadata[PACK_METADATA]), str(raw.path))
         return facts | {"gguf": {str(n): str(kind) for n, kind in facts["gguf"].items()}}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, AttributeError) as error:
         raise CheckpointError(
             f"{raw.path} has damaged metadata", expected="those of a pack", found=str(error)
         ) from error

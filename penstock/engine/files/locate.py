@@ -3,7 +3,8 @@ ComfyUI root, a hub id, or single files. Only headers are read."""
 
 from __future__ import annotations
 
-import json
+import base64
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from penstock.engine.family.protocol import Family, families
+from penstock.engine.files import side_fields as fields
+from penstock.engine.files.fields import Field, check_fields, parse_object, read_object
 from penstock.engine.files.hub import Fetch, hub_snapshot
 from penstock.engine.files.keys import ComponentSource, recognise
-from penstock.engine.files.source import open_raw, read_bytes, refusal_of
+from penstock.engine.files.source import RawFile, open_raw, refusal_of
 from penstock.errors import CheckpointError, PenstockError, UsageError
 from penstock.offload.checkpoint import PICKLES, TensorEntry
+
+log = logging.getLogger(__name__)
 
 TOKENIZER_TENSOR = "spiece_model"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
@@ -25,6 +30,7 @@ _COMFY_FOLDERS = {
     "vae": ("vae",),
     "image_encoder": ("clip_vision",),
 }
+_MAX_YAML_BYTES = 256 << 10
 _SUFFIXES = (".safetensors", ".gguf")
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "tokenizer_config.json")
 
@@ -141,15 +147,18 @@ def _with_transformer(path: Path, files: Files) -> Files:
 
 def _in_folder(folder: Path, files: Files) -> _Found:
     if (folder / "model_index.json").exists():
+        log.debug("%s is a folder of diffusers", folder)
         return _diffusers(folder)
     for root in (folder, folder / "models"):
         if any((root / name).is_dir() for name in _COMFY_FOLDERS["transformer"]):
+            log.debug("%s is a folder of ComfyUI", root)
             return _comfy(folder, root)
+    log.debug("%s is a repository of the model's makers, or any folder", folder)
     return _original(folder)
 
 
 def _diffusers(folder: Path) -> _Found:
-    index = read_object(folder / "model_index.json")
+    index = _checked(folder / "model_index.json", fields.MODEL_INDEX) or {}
     check_pipeline(folder, index)
     parts = [name for name in COMPONENTS if (folder / name).is_dir()]
     scheduler = folder / "scheduler" / "scheduler_config.json"
@@ -158,10 +167,19 @@ def _diffusers(folder: Path) -> _Found:
     return _Found(
         places={name: (folder / name,) for name in parts},
         tokenizer=folder / "tokenizer" if (folder / "tokenizer").is_dir() else None,
-        scheduler=read_object(scheduler) if scheduler.exists() else None,
-        image_processor=read_object(processor) if processor.exists() else None,
-        defaults=read_object(defaults) if defaults.exists() else {},
+        scheduler=_checked(scheduler, fields.SCHEDULER),
+        image_processor=_checked(processor, fields.IMAGE_PROCESSOR),
+        defaults=_checked(defaults, fields.DEFAULTS) or {},
     )
+
+
+def _checked(path: Path, table: Mapping[str, Field]) -> Mapping[str, Any] | None:
+    """The config in ``path``, every value in its range; None if there is none."""
+    if not path.exists():
+        return None
+    config = read_object(path)
+    check_fields(config, table, str(path))
+    return config
 
 
 def check_pipeline(folder: Path, index: Mapping[str, Any]) -> None:
@@ -206,19 +224,32 @@ def _extra_paths(path: Path) -> Iterator[tuple[str, Path]]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        content = yaml.safe_load(_small_text(path)) or {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise CheckpointError(f"{path} cannot be read", found=str(error)) from error
     sections = content.values() if isinstance(content, dict) else ()
     for section in sections:
         if not isinstance(section, dict):
             continue
-        base = path.parent / Path(str(section.get("base_path", ""))).expanduser()
+        base = path.parent / Path(_text(section, "base_path")).expanduser()
         for component, names in _COMFY_FOLDERS.items():
             for name in names:
-                for line in str(section.get(name) or "").splitlines():
+                for line in _text(section, name).splitlines():
                     if line.strip():
                         yield component, base / line.strip()
+
+
+def _text(section: Mapping[Any, Any], name: str) -> str:
+    """An entry that is a text; what else it may be (aliases can unfold without end) is no path."""
+    value = section.get(name)
+    return value if isinstance(value, str) else ""
+
+
+def _small_text(path: Path) -> str:
+    size = path.stat().st_size
+    if size > _MAX_YAML_BYTES:
+        raise ValueError(f"{size:,} bytes, and {_MAX_YAML_BYTES:,} are the most")
+    return path.read_text(encoding="utf-8")
 
 
 def _original(folder: Path) -> _Found:
@@ -308,6 +339,7 @@ def _choose(name: str, places: tuple[Path, ...], found: _Found) -> ComponentSour
                 source.check()
                 fitting.append(source)
         except CheckpointError as error:
+            log.debug("%s is not it: %s", path, error)
             refused.append(error)
     if len(fitting) == 1:
         return fitting[0]
@@ -340,14 +372,20 @@ def _likely_pickle(name: str, pickles: tuple[Path, ...]) -> Path:
 
 
 def open_component(path: Path) -> ComponentSource:
-    """Recognise the component in ``path`` (a file, an index, or a folder with a config.json).
+    """Recognise the component in ``path`` (a file, an index, or a folder with a config.json); mmgp
+    writes the config into the file's header.
 
     Raises:
         CheckpointError: as `recognise` and `open_raw` do.
     """
     raw = open_raw(path)
     folder = path if path.is_dir() else path.parent
-    return recognise(raw, _config_beside(folder))
+    config = _config_beside(folder)
+    found = recognise(raw, _config_within(raw) if config is None else config)
+    if log.isEnabledFor(logging.DEBUG):
+        told = (found.component, found.title, found.label())
+        log.debug("%s (%s) is the %s of %s, stored as %s", path, raw.kind, *told)
+    return found
 
 
 def _config_beside(folder: Path) -> dict[str, Any] | None:
@@ -355,7 +393,26 @@ def _config_beside(folder: Path) -> dict[str, Any] | None:
     path = folder / "config.json"
     if not path.exists():
         return None
-    config = read_object(path)
+    return _ours(read_object(path))
+
+
+def _config_within(raw: RawFile) -> dict[str, Any] | None:
+    """The config that the header carries in base64, as mmgp saves it."""
+    text = raw.metadata.get("config_base64")
+    if not isinstance(text, str):
+        return None
+    where = f"config_base64 in the header of {raw.path}"
+    try:
+        content = base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{where} cannot be used", expected="a JSON object", found=str(error)
+        ) from error
+    return _ours(parse_object(content, where))
+
+
+def _ours(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """``config`` without what is not the network's own; None if it is of no class that is run."""
     kinds = [kind for family in families() for kind in family.KINDS.values()]
     named = config.get("_class_name") in [kind.made_by[1] for kind in kinds]
     typed = config.get("model_type") in [kind.model_type for kind in kinds if kind.model_type]
@@ -363,25 +420,6 @@ def _config_beside(folder: Path) -> dict[str, Any] | None:
         return None
     foreign = "quantization_config"  # the tensors tell how they are stored
     return {k: v for k, v in config.items() if not k.startswith("_") and k != foreign}
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``.
-
-    Raises:
-        CheckpointError: it cannot be read, or holds something else.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read", expected="a JSON object", found=str(error)
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(
-            f"{path} cannot be used", expected="a JSON object", found=type(value).__name__
-        )
-    return value
 
 
 def _tokenizer(text: ComponentSource, found: _Found, files: Files) -> Path | TensorEntry:
@@ -405,21 +443,6 @@ def _tokenizer(text: ComponentSource, found: _Found, files: Files) -> Path | Ten
         remedy="Give a folder with --tokenizer: google/umt5-xxl of the hub, or the tokenizer "
         "folder of any Wan2.1 -Diffusers repository; Comfy-Org's umt5_xxl files carry theirs.",
     )
-
-
-def open_tokenizer(family: Family, tokenizer: Path | TensorEntry) -> Any:
-    """The tokenizer in a folder, a SentencePiece model, or the byte tensor that holds one.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    from penstock.engine.files.spm import tokenizer_from_spm
-
-    if isinstance(tokenizer, TensorEntry):
-        return tokenizer_from_spm(read_bytes(tokenizer))
-    if tokenizer.is_file():
-        return tokenizer_from_spm(tokenizer.read_bytes())
-    return family.load_tokenizer(tokenizer)
 
 
 def _from_hub(model: str, files: Files, fetch: Fetch) -> ModelSource:

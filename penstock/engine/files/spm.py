@@ -14,7 +14,7 @@ from typing import Any
 from penstock.errors import CheckpointError
 
 _UNIGRAM = 1
-_NORMAL, _UNKNOWN, _CONTROL = 1, 2, 3
+NORMAL, UNKNOWN, CONTROL = 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def _parse(data: bytes) -> SpmModel:
         if number == 1:
             piece = dict(_fields(value))
             (score,) = struct.unpack("<f", piece.get(2, bytes(4)))
-            pieces.append((piece[1].decode("utf-8"), score, piece.get(3, _NORMAL)))
+            pieces.append((piece[1].decode("utf-8"), score, piece.get(3, NORMAL)))
         elif number == 2:
             trainer = dict(_fields(value))
         elif number == 3:
@@ -110,15 +110,13 @@ def _varint(data: bytes, place: int) -> tuple[int, int]:
     raise ValueError(f"an endless number at byte {place}")
 
 
-def tokenizer_from_spm(data: bytes) -> Any:
-    """A transformers tokenizer that splits as the SentencePiece model ``data`` does, T5's way: an
-    end mark after each text, padding with ``<pad>``.
+def backend_from_spm(data: bytes) -> tuple[Any, str]:
+    """A tokenizer of the library ``tokenizers`` that splits as the SentencePiece model ``data``
+    does, T5's way, with an end mark after each text; and its mark for what is unknown.
 
     Raises:
         CheckpointError: the model cannot be read, or lacks T5's marks.
     """
-    from transformers import PreTrainedTokenizerFast
-
     model = parse_spm(data)
     names = [text for text, _, _ in model.pieces]
     if not {"</s>", "<pad>"} <= set(names):
@@ -128,16 +126,12 @@ def tokenizer_from_spm(data: bytes) -> Any:
             found=", ".join(names[:4]),
             remedy="Give a tokenizer folder with --tokenizer.",
         )
-    unknown = next((text for text, _, kind in model.pieces if kind == _UNKNOWN), "<unk>")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=_backend(model, names),
-        eos_token="</s>",
-        pad_token="<pad>",
-        unk_token=unknown,
-    )
+    unknown = next((text for text, _, kind in model.pieces if kind == UNKNOWN), "<unk>")
+    return build_backend(model), unknown
 
 
-def _backend(model: SpmModel, names: list[str]) -> Any:
+def build_backend(model: SpmModel) -> Any:
+    """A tokenizer of the library ``tokenizers`` for a model that has the piece ``</s>``."""
     from tokenizers import (
         AddedToken,
         Regex,
@@ -149,8 +143,9 @@ def _backend(model: SpmModel, names: list[str]) -> Any:
     )
     from tokenizers.models import Unigram
 
-    unknown = next((i for i, piece in enumerate(model.pieces) if piece[2] == _UNKNOWN), None)
+    unknown = next((i for i, piece in enumerate(model.pieces) if piece[2] == UNKNOWN), None)
     vocabulary = [(text, score) for text, score, _ in model.pieces]
+    end = next(i for i, piece in enumerate(model.pieces) if piece[0] == "</s>")
     tokenizer = Tokenizer(Unigram(vocabulary, unknown, model.byte_fallback))
     steps: list[Any] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
     if model.squeeze:
@@ -161,8 +156,8 @@ def _backend(model: SpmModel, names: list[str]) -> Any:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     tokenizer.decoder = decoders.Metaspace(prepend_scheme=scheme)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", names.index("</s>"))]
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", end)]
     )
-    marks = [text for text, _, kind in model.pieces if kind == _CONTROL]
+    marks = [text for text, _, kind in model.pieces if kind == CONTROL]
     tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in marks])
     return tokenizer

@@ -7,13 +7,13 @@ spellings `penstock.formats.recognise` knows, ComfyUI's metadata say how it is s
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
+from penstock.engine.files.fields import parse_object
 from penstock.errors import CheckpointError
 from penstock.formats.formats import QuantFormat
 from penstock.formats.gguf import PREFIX as GGUF
@@ -142,7 +142,7 @@ def _comfy_layers(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
     text = metadata.get(COMFY_METADATA)
     if text is None:
         return {}
-    return _layers(_json(str(text), COMFY_METADATA))
+    return _layers(parse_object(str(text), COMFY_METADATA))
 
 
 def _layers(value: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -156,18 +156,6 @@ def _layers(value: Mapping[str, Any]) -> Mapping[str, Any]:
     return layers
 
 
-def _json(text: str | bytes, what: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{what} cannot be used", expected="JSON", found=str(error)
-        ) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{what} cannot be used", expected="a JSON object", found=repr(value))
-    return value
-
-
 def _comfy_config(
     tensors: Mapping[str, TensorEntry],
     known: Mapping[str, Any] | None,
@@ -179,7 +167,7 @@ def _comfy_config(
 
 def _described(entry: TensorEntry, read: Callable[[TensorEntry], bytes]) -> dict[str, Any]:
     """The JSON object that a byte tensor holds."""
-    return _json(_short(entry, read), entry.name)
+    return parse_object(_short(entry, read), entry.name)
 
 
 def _short(entry: TensorEntry, read: Callable[[TensorEntry], bytes]) -> bytes:

@@ -6,7 +6,6 @@ Free of torch, so that a file can be described without it. What is added to the 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import struct
@@ -17,8 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from penstock.engine.families.wan.config import SIZES
+from penstock.engine.files.fields import (
+    Field,
+    check_fields,
+    flag,
+    maybe,
+    number,
+    parse_object,
+    read_object,
+)
 from penstock.engine.files.keys import ComponentSource
-from penstock.engine.files.locate import read_object
 from penstock.engine.files.source import read_bytes
 from penstock.engine.lora.keys import Part, foreign_kind, is_lora, parse_key
 from penstock.errors import CheckpointError, TensorMismatch, UsageError
@@ -28,6 +35,15 @@ from penstock.offload.files import FileStamp
 FLOATS = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _SCALARS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h"}
 _METADATA = "lora_adapter_metadata"
+_ALPHA = number(-1e6, 1e6)
+_PEFT = {
+    "lora_alpha": _ALPHA,
+    "alpha_pattern": maybe(Field("an object of finite numbers from -1e+06 to 1e+06", lambda value: (
+        isinstance(value, dict) and all(map(_ALPHA.fits, value.values()))
+    ))),
+    "use_rslora": maybe(flag()),
+    "use_dora": maybe(flag()),
+}  # fmt: skip
 _PLAIN_NAME = re.compile(r"\^?[\w.]+")
 
 
@@ -293,29 +309,26 @@ class _Alphas:
         self._config = _peft_config(path, metadata, style)
         if self._config.get("use_dora"):
             raise _unknown(path, ("use_dora",), 0)
+        # By the end of a module's name that each holds of, with its place: the first one counts
+        self._patterns: dict[str, tuple[int, float]] = {}
+        for place, (name, alpha) in enumerate((self._config.get("alpha_pattern") or {}).items()):
+            self._patterns.setdefault(name.removeprefix("^"), (place, alpha))
 
     def scale(self, module: str, rank: int, alpha: TensorEntry | None) -> float:
         """For a layer of this rank."""
         if alpha is not None:
             return read_scalar(self._path, alpha) / rank
-        found = self._config.get("lora_alpha", rank)
-        for name, value in (self._config.get("alpha_pattern") or {}).items():
-            plain = str(name).removeprefix("^")
-            if module == plain or module.endswith("." + plain):
-                found = value
-                break
-        if isinstance(found, bool) or not isinstance(found, (int, float)):
-            raise _damaged(self._path, "a number lora_alpha in its metadata", repr(found))
-        return found / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+        parts = module.split(".")
+        ends = (".".join(parts[start:]) for start in range(len(parts)))
+        named = min((self._patterns[end] for end in ends if end in self._patterns), default=None)
+        found = self._config.get("lora_alpha", rank) if named is None else named[1]
+        return float(found / (math.sqrt(rank) if self._config.get("use_rslora") else rank))
 
 
 def _peft_config(path: Path, metadata: Mapping[str, str], style: str) -> dict[str, Any]:
     """PEFT's config: in the header as diffusers writes it, or beside the file as PEFT does."""
-    try:
-        table = json.loads(metadata.get(_METADATA, "{}"))
-        config = {str(name).removeprefix("transformer."): v for name, v in dict(table).items()}
-    except (ValueError, TypeError) as error:
-        raise _damaged(path, "PEFT's config as a JSON object", str(error)) from error
+    table = parse_object(metadata.get(_METADATA, "{}"), f"PEFT's config in {path}")
+    config = {name.removeprefix("transformer."): value for name, value in table.items()}
     if style == "PEFT" and not config:
         beside = (path if path.is_dir() else path.parent) / "adapter_config.json"
         if not beside.is_file():
@@ -326,10 +339,9 @@ def _peft_config(path: Path, metadata: Mapping[str, str], style: str) -> dict[st
                 remedy="Copy it from where the LoRA came from.",
             )
         config = read_object(beside)
+    check_fields(config, _PEFT, f"PEFT's config of {path}")
     names = config.get("alpha_pattern") or {}
-    if not isinstance(names, dict):
-        raise _damaged(path, "alpha_pattern as an object", repr(names)[:80])
-    regular = next((name for name in names if not _PLAIN_NAME.fullmatch(str(name))), None)
+    regular = next((name for name in names if not _PLAIN_NAME.fullmatch(name)), None)
     if regular is not None:
         raise _damaged(path, "an alpha_pattern of module names", repr(regular))
     return config
@@ -347,8 +359,8 @@ def read_scalar(path: Path, entry: TensorEntry) -> float:
         value = float(struct.unpack(_SCALARS[entry.dtype], read_bytes(entry))[0])
     else:
         raise _damaged(path, f"{entry.name} as one number", f"{entry.dtype}{list(entry.shape)}")
-    if not math.isfinite(value):
-        raise _damaged(path, f"{entry.name} finite", str(value))
+    if not _ALPHA.fits(value):
+        raise _damaged(path, f"{entry.name} as {_ALPHA.told}", str(value))
     return float(value)
 
 

@@ -26,7 +26,7 @@ from penstock.offload.ledger import ByteLedger
 from penstock.offload.tiers import DeviceTier, HostTier, open_link
 from penstock.profiles.rates import SMALL_CHUNK, TINY_CHUNK, Rates
 from penstock.quant.arithmetic import dequantise, quantise
-from penstock.quant.compute import Compute, Operands, strategy_for
+from penstock.quant.compute import LinearPath, Operands, strategy_for
 from penstock.quant.paths import Computing, Scratch
 from penstock.quant.probe import probe, working
 from penstock.units import MIB
@@ -228,7 +228,7 @@ def _eight_bit(
 
 
 def _product(
-    path: Compute, operands: Operands, device: torch.device, dtype: torch.dtype, effort: Effort
+    path: LinearPath, operands: Operands, device: torch.device, dtype: torch.dtype, effort: Effort
 ) -> float:
     """Operations a second of a linear on a path."""
     x = torch.randn(effort.tokens, operands.shape[1], device=device, dtype=dtype)

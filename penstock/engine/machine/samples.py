@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 
-class Forward(Protocol):
+class ForwardPass(Protocol):
     """A block of a lean forward on random weights: called with the tokens of a chunk."""
 
     @property
@@ -42,7 +42,7 @@ class Samples:
             let it run.
     """
 
-    forward: Callable[[torch.device, torch.dtype, int], Forward]
+    forward: Callable[[torch.device, torch.dtype, int], ForwardPass]
     residual: Callable[[int, int, torch.device, torch.dtype], tuple[Any, Callable[[], object]]]
 
 

@@ -143,7 +143,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
         comment = container.metadata.get("comment", "")
     try:
         stored = json.loads(comment)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return stored if isinstance(stored, dict) else {}
 
@@ -289,12 +289,10 @@ def _as_pixels(frame: Any, stream: Any) -> np.ndarray[Any, Any]:
 
 def _convert(pixels: np.ndarray[Any, Any], index: int) -> Any:
     import av
-    from av.video.reformatter import ColorRange, Colorspace
 
     picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-    frame = picture.reformat(
-        format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
-    )
+    # By name: PyAV 14.0.0 takes no members of its own enums here
+    frame = picture.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
     frame.pts = index
     return frame
 

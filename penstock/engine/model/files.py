@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
 from penstock.engine.files.keys import ComponentSource
-from penstock.engine.files.locate import Files, ModelSource, locate, open_tokenizer
+from penstock.engine.files.locate import Files, ModelSource, locate
+from penstock.engine.files.tokenizer import Tokenizer
 from penstock.engine.lora.file import Lora
 from penstock.engine.lora.place import PlacedLoras
 from penstock.engine.model.component import Component
@@ -99,13 +100,10 @@ class ModelFiles:
             found |= {f"lora/{index}/{part}": path for part, path in enumerate(lora.stamps)}
         return found
 
-    def tokenizer(self) -> Any:
-        """The text encoder's tokenizer.
-
-        Raises:
-            CheckpointError: it cannot be read.
-        """
-        return open_tokenizer(self.source.family, self.source.tokenizer)
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The text encoder's tokenizer; nothing of it is read yet."""
+        return Tokenizer(self.source.tokenizer)
 
     @classmethod
     def open(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from penstock.engine.files.locate import read_object
+from penstock.engine.files.fields import read_object
 from penstock.engine.store.durable import FileOps, storing
 from penstock.engine.store.lock import JobLock
 from penstock.errors import CheckpointError, UsageError

@@ -21,6 +21,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from penstock.blocks import PAGE_BYTES, TENSOR_ALIGNMENT
+from penstock.engine.files.fields import parse_object
 from penstock.engine.files.storage import PACK_METADATA, PADDING
 from penstock.errors import CheckpointError, HeaderError
 from penstock.formats.tags import ITEM_BYTES
@@ -51,7 +52,7 @@ class PackedTensor:
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """A piece that is read at once, from its first tensor's first byte to its last one's last."""
 
     name: str
@@ -71,7 +72,7 @@ class PackLayout:
     """
 
     header: bytes
-    runs: tuple[Run, ...]
+    runs: tuple[PlannedRun, ...]
     sums_offset: int
     sums_bytes: int
 
@@ -97,7 +98,7 @@ def lay_out(
         metadata: what the pack says of itself, as JSON values.
         texts: further entries of the header's metadata.
     """
-    placed: list[Run] = []
+    placed: list[PlannedRun] = []
     end = 0
     for name, tensors in runs.items():
         run = _place_run(name, tensors, align_up(end, PAGE_BYTES))
@@ -111,7 +112,7 @@ def lay_out(
     return PackLayout(_header(padded, table, texts), tuple(placed), sums_offset, sums_bytes)
 
 
-def _place_run(name: str, specs: Mapping[str, Spec], offset: int) -> Run:
+def _place_run(name: str, specs: Mapping[str, Spec], offset: int) -> PlannedRun:
     tensors: list[PackedTensor] = []
     end = offset
     for tensor_name, (dtype, shape) in specs.items():
@@ -119,7 +120,7 @@ def _place_run(name: str, specs: Mapping[str, Spec], offset: int) -> Run:
         start = align_up(end, TENSOR_ALIGNMENT)
         tensors.append(PackedTensor(tensor_name, dtype, tuple(shape), start, nbytes))
         end = start + nbytes
-    return Run(name, offset, end - offset, tuple(tensors))
+    return PlannedRun(name, offset, end - offset, tuple(tensors))
 
 
 def _padded(tensors: Sequence[PackedTensor]) -> Iterator[PackedTensor]:
@@ -229,12 +230,12 @@ def _about(path: Path, header: Header) -> dict[str, Any]:
             f"{path} is no pack", expected="a file made by penstock pack", found="another file"
         )
     try:
-        about: dict[str, Any] = json.loads(header.metadata[PACK_METADATA])
+        about: dict[str, Any] = parse_object(header.metadata[PACK_METADATA], str(path))
         version, runs = about["version"], about["runs"]
         whole = all(
             len(place) == 2 and all(type(n) is int for n in place) for place in runs.values()
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (CheckpointError, KeyError, TypeError, AttributeError) as error:
         raise damaged(path, "header") from error
     if not whole:
         raise damaged(path, "header")

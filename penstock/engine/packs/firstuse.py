@@ -7,6 +7,7 @@ the first job that needs it.
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from penstock.errors import OverBudget
 from penstock.profiles.hardware import Hardware
 from penstock.profiles.plan import PhasePlan
 from penstock.units import GIB, format_bytes
+
+log = logging.getLogger(__name__)
 
 PACKING = "pack"
 """Name of the phase in which a pack is made."""
@@ -53,6 +56,7 @@ class FirstUse:
         """
         plan = plan_component(source, wanted)
         digest = hashlib.sha256(plan.layout.header).hexdigest()[:16]
+        log.debug("%s as %s would be %d bytes", source.raw.path, wanted, plan.layout.file_bytes)
         title = re.sub(r"[^a-z0-9.]+", "-", source.title.lower()).strip("-")
         return cls(wanted, plan, cache / f"{title}-{wanted}-{digest}")
 
@@ -120,6 +124,7 @@ class FirstUse:
         from penstock.engine.packs.pack import check_space, pack_component
 
         ops = FileOps()
+        log.info("packs %s into %s", self.wanted, self.folder)
         check_space(ops, self.folder, [self.plan])
         with being_changed(self.folder):
             pack_component(self.plan, self.folder / self.plan.file, ram_bytes, ops, report)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,13 +27,22 @@ from penstock.engine.files.reader import WeightReader
 from penstock.engine.lora.file import Lora
 from penstock.engine.lora.merge import MergedReader
 from penstock.engine.lora.place import PlacedLoras
-from penstock.engine.packs.file import PackFile, PackLayout, Run, digest, running_digest, sums_text
-from penstock.engine.packs.plan import LEAST_RAM_BYTES, ComponentPlan, Step, plan_component
+from penstock.engine.packs.file import (
+    PackFile,
+    PackLayout,
+    PlannedRun,
+    digest,
+    running_digest,
+    sums_text,
+)
+from penstock.engine.packs.plan import LEAST_RAM_BYTES, ComponentPlan, PackStep, plan_component
 from penstock.engine.packs.side import write_side_files
 from penstock.engine.store.durable import NEW_SUFFIX, FileOps, read_whole, storing, write_atomically
 from penstock.errors import CheckpointError, UsageError
 from penstock.offload.checkpoint import torch_dtype
 from penstock.quant.arithmetic import quantise
+
+log = logging.getLogger(__name__)
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with the component's name, the bytes made so far and their sum over all components."""
@@ -165,6 +175,7 @@ def _write_pack(
     layout, partial = plan.layout, _partial(path)
     sums = _sound_runs(ops, partial, notes, layout)
     reused = len(sums)
+    log.info("%s: %d of %d runs are there already", path, reused, len(layout.runs))
     with _reader(plan) as reader, _Output(ops, partial, layout, reused) as out:
         for run, steps in list(zip(layout.runs, plan.steps, strict=True))[reused:]:
             sums.append(_write_run(out, run, steps, reader, ram_bytes // _SHARE, report))
@@ -223,7 +234,7 @@ def _noted(content: bytes, layout: PackLayout) -> list[bytes]:
         notes = json.loads(content)
         same = notes["header"] == digest(layout.header).hex()
         return [bytes.fromhex(text) for text in notes["runs"]] if same else []
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, RecursionError, KeyError, TypeError):
         return []  # damaged notes: nothing is known to be sound, and all is made again
 
 
@@ -290,8 +301,8 @@ class _Output(Closing):
 
 def _write_run(
     out: _Output,
-    run: Run,
-    steps: tuple[Step, ...],
+    run: PlannedRun,
+    steps: tuple[PackStep, ...],
     reader: WeightReader,
     chunk_bytes: int,
     report: Callable[[int], None],
@@ -311,7 +322,9 @@ def _write_run(
     return out.checksum()
 
 
-def _pieces(step: Step, reader: WeightReader, chunk_bytes: int) -> Iterator[tuple[str, memoryview]]:
+def _pieces(
+    step: PackStep, reader: WeightReader, chunk_bytes: int
+) -> Iterator[tuple[str, memoryview]]:
     """The bytes of a parameter's packed tensors, tensor by tensor, by suffix."""
     if step.kept:
         for suffix in step.made:
@@ -327,7 +340,7 @@ def _pieces(step: Step, reader: WeightReader, chunk_bytes: int) -> Iterator[tupl
 
 
 def _quantised(
-    step: Step, reader: WeightReader, chunk_bytes: int
+    step: PackStep, reader: WeightReader, chunk_bytes: int
 ) -> Iterator[tuple[str, memoryview]]:
     """The first tensor, the long one, goes out as it is made; the scales wait for its end."""
     assert step.format is not None
@@ -344,7 +357,7 @@ def _quantised(
 
 
 def _chunks(
-    step: Step, reader: WeightReader, chunk_bytes: int, dtype: torch.dtype
+    step: PackStep, reader: WeightReader, chunk_bytes: int, dtype: torch.dtype
 ) -> Iterator[Tensor]:
     """The parameter's values by runs of rows, or at once where it must or may be."""
     whole = step.format is not None and not step.format.by_rows

@@ -35,7 +35,7 @@ LEAST_RAM_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class Step:
+class PackStep:
     """How one parameter becomes its packed tensors.
 
     Attributes:
@@ -63,7 +63,7 @@ class ComponentPlan:
 
     source: ComponentSource
     layout: PackLayout
-    steps: tuple[tuple[Step, ...], ...]
+    steps: tuple[tuple[PackStep, ...], ...]
     loras: PlacedLoras
 
     @property
@@ -166,25 +166,25 @@ def _step(
     target: QuantFormat | None,
     tag: str,
     changed: bool,
-) -> Step:
+) -> PackStep:
     stored = source.weights[name]
     found = stored.specs
     matrix = _matrix(shape)
     if target is not None and matrix is not None and target.fits(matrix):
         made = target.storage(matrix, tag)
         same = stored.label == target.label and found == made
-        return Step(name, shape, made, same and not changed, target)
+        return PackStep(name, shape, made, same and not changed, target)
     if target is None and not stored.plain and is_linear(name, shape) and not changed:
-        return Step(name, shape, found, True, None)
+        return PackStep(name, shape, found, True, None)
     plain: dict[str, Spec] = {"weight": (tag, shape)}
-    return Step(name, shape, plain, stored.plain and found == plain and not changed, None)
+    return PackStep(name, shape, plain, stored.plain and found == plain and not changed, None)
 
 
 def _matrix(shape: tuple[int, ...]) -> Shape | None:
     return (shape[0], shape[1]) if len(shape) == 2 else None
 
 
-def _comfy_text(source: ComponentSource, steps: list[Step]) -> dict[str, str]:
+def _comfy_text(source: ComponentSource, steps: list[PackStep]) -> dict[str, str]:
     """What tensors do not tell of rotated weights, as ComfyUI's files do; nothing if none is."""
     layers = {}
     for step in steps:
@@ -196,7 +196,7 @@ def _comfy_text(source: ComponentSource, steps: list[Step]) -> dict[str, str]:
     return {COMFY_METADATA: json.dumps({"layers": layers})} if layers else {}
 
 
-def _gguf_types(source: ComponentSource, steps: list[Step]) -> dict[str, str]:
+def _gguf_types(source: ComponentSource, steps: list[PackStep]) -> dict[str, str]:
     """ggml type of each packed parameter that is stored as blocks: its bytes do not tell it."""
     types = {}
     for step in steps:

@@ -11,8 +11,7 @@ from typing import Any
 from penstock._version import __version__
 from penstock.engine.files.keys import ComponentSource
 from penstock.engine.files.locate import ModelSource
-from penstock.engine.files.source import read_bytes
-from penstock.engine.files.spm import tokenizer_from_spm
+from penstock.engine.files.tokenizer import Tokenizer
 from penstock.engine.store.durable import FileOps, storing, write_atomically
 from penstock.errors import CheckpointError
 from penstock.offload.checkpoint import TensorEntry
@@ -86,20 +85,13 @@ def _index(source: ModelSource, about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tokenizer(tokenizer: Path | TensorEntry) -> Iterator[tuple[str, bytes]]:
-    if isinstance(tokenizer, TensorEntry):
-        yield from _from_spm(read_bytes(tokenizer))
-    elif tokenizer.is_file():
-        yield from _from_spm(_small(tokenizer))
-    else:
+    if isinstance(tokenizer, Path) and tokenizer.is_dir():
         for path in sorted(tokenizer.iterdir()):
             if path.is_file() and path.suffix in (".json", ".model", ".txt"):
                 yield path.name, _small(path)
-
-
-def _from_spm(data: bytes) -> Iterator[tuple[str, bytes]]:
-    tokenizer = tokenizer_from_spm(data)
-    yield "tokenizer.json", tokenizer.backend_tokenizer.to_str().encode()
-    marks = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": tokenizer.unk_token}
+        return
+    content, marks = Tokenizer(tokenizer).written()
+    yield "tokenizer.json", content.encode()
     yield "tokenizer_config.json", as_json({"tokenizer_class": "PreTrainedTokenizerFast", **marks})
 
 

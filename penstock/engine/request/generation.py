@@ -191,8 +191,18 @@ class GenerationRequest:
 
 
 def workload_of(request: GenerationRequest, *, kept: bool = False) -> Workload:
-    """The request as the planner takes it; ``kept``: in a job's directory."""
-    return Workload(request.video_shape, request.steps, request.uses_guidance, kept)
+    """The request as the planner takes it; ``kept``: in a job's directory. The header of its
+    picture is read, if that lies where the request says.
+
+    Raises:
+        ImageError: the picture cannot be used.
+    """
+    work = Workload(request.video_shape, request.steps, request.uses_guidance, kept)
+    if request.image is None or not request.image.exists():
+        return work
+    from penstock.engine.media.picture import measure  # Pillow and numpy, for a picture alone
+
+    return replace(work, picture=measure(request.image))
 
 
 def check_task(request: GenerationRequest, *, image_to_video: bool) -> None:

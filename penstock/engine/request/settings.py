@@ -111,6 +111,7 @@ def _size(settings: Settings, defaults: dict[str, Any], grid: Grid) -> tuple[int
     area = width * height if settings.max_area is None else parse_area(settings.max_area)
     if settings.image is None:
         return size_for((width, height), area, grid)
-    from penstock.engine.media.picture import open_image  # Pillow and numpy, for a picture alone
+    from penstock.engine.media.picture import measure  # Pillow and numpy, for a picture alone
 
-    return size_for(open_image(settings.image).size, area, grid)
+    picture = measure(settings.image)
+    return size_for((picture.width, picture.height), area, grid)

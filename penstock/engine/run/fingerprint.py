@@ -6,6 +6,7 @@ driver, the numerics that were chosen, and the model's files.
 
 from __future__ import annotations
 
+import logging
 import platform
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from penstock._version import __version__
 from penstock.engine.machine.programs import nvidia_smi
 from penstock.engine.store.digest import stamp
 from penstock.errors import FingerprintMismatch
+
+log = logging.getLogger(__name__)
 
 Fingerprint = dict[str, Any]
 Difference = tuple[str, object, object]
@@ -62,6 +65,8 @@ def check_fingerprint(
         FingerprintMismatch: something differs and is not allowed to.
     """
     differences = compare_fingerprint(old, new)
+    for name, then, now in differences:
+        log.info("%s was %r and is %r", name, then, now)
     if differences and not allow_nonidentical:
         raise FingerprintMismatch(differences)
     return differences

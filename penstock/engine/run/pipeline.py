@@ -6,6 +6,7 @@ everything back; only small results pass from one to the next.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,8 @@ from penstock.engine.run.report import JobResult, RunReport
 from penstock.engine.run.stage import Run, Stage
 from penstock.offload.allocator import allocator_capped
 from penstock.offload.device import made_current
+
+log = logging.getLogger(__name__)
 
 STEERED = "on_step replaced the latents: the request and the seed alone do not lead to this video"
 
@@ -85,6 +88,7 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
     with Ending(job.keeper, job.device), made_current(job.device), capped, closing(stage):
         for message in (*job.notices, *(warning.message for warning in job.request.warnings)):
             stage.monitor.notice(message)
+        _log_request(job)
         found = run_phases(stage, work_of(stage))
         output, video = job.output, found["video"]
         if output is not None:
@@ -97,6 +101,14 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
         report = _report(job, stage.monitor, time.perf_counter() - started)
         job.keeper.finished(report)
     return JobResult(report, found["latents"], video)
+
+
+def _log_request(job: Run) -> None:
+    """What is made, at "info"; what it shall show, at "debug" alone."""
+    shown = ("prompt", "negative_prompt", "image")
+    values = asdict(job.request)
+    log.info("makes %s", {name: value for name, value in values.items() if name not in shown})
+    log.debug("shows %s", {name: values[name] for name in shown})
 
 
 def work_of(stage: Stage) -> Work:
@@ -112,6 +124,7 @@ def run_phases(stage: Stage, work: Work) -> Products:
     for save in reversed(work.saves):
         restored = save.restore(stage)
         if restored is not None:
+            log.info("goes on from what was kept before %s", save.before)
             found, at = restored, names.index(save.before)
             break
     streamed = stage.model.manifest.prefetch.stream

@@ -9,7 +9,7 @@ from penstock.offload.layout import BlockLayout
 from penstock.offload.streamer import BlockStream
 
 
-class Ahead:
+class Prefetcher:
     """At most one such stream; whoever ends a job drops it."""
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Ahead:
         Raises:
             LedgerOverflow: its buffers in host memory do not fit the budget.
         """
-        self._stack.enter_context(stream.ahead())
+        self._stack.enter_context(stream.prefetched())
         self._stream, self._layouts = stream, layouts
 
     def take(self, layouts: Sequence[BlockLayout], stack: ExitStack) -> BlockStream | None:

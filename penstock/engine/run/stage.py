@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,7 +18,7 @@ from penstock.engine.model.files import ModelFiles
 from penstock.engine.request.generation import GenerationRequest, workload_of
 from penstock.engine.run.events import Listener, Monitor, PhaseMonitor, Replanned
 from penstock.engine.run.keeper import Keeper
-from penstock.engine.run.prefetch import Ahead
+from penstock.engine.run.prefetch import Prefetcher
 from penstock.engine.run.preview import Previewer
 from penstock.engine.run.recovery import MEMORY_ERRORS, Shortage, shortage
 from penstock.engine.run.steering import Hooks
@@ -31,8 +32,10 @@ from penstock.profiles.manifest import SCRATCH
 from penstock.profiles.phases import RESTORED
 from penstock.profiles.plan import PhasePlan, Plan, StreamPlan, changes
 
+log = logging.getLogger(__name__)
+
 ONE_RESIDENT = StreamPlan(1, 1, 0, 0, 1)
-"""A network of one block, which comes through a slab and stays on the device."""
+"""A network of one block, which comes through a staging buffer and stays on the device."""
 
 Result = TypeVar("Result")
 Shrink = Callable[[Plan, str, str], "Plan | None"]
@@ -87,7 +90,7 @@ class Stage:
         self.job, self.model, self.device = job, job.model, job.device
         self.plan, self.keeper = job.plan, job.keeper
         self._active = ""
-        self._ahead = Ahead()
+        self._prefetched = Prefetcher()
         self.steps_left = job.request.steps
         self.device_ledger = ByteLedger("VRAM", job.plan.vram_limit_bytes)
         self.host_ledger = ByteLedger("RAM", job.plan.ram_limit_bytes)
@@ -114,35 +117,36 @@ class Stage:
             self.host_ledger.reserve(f"{name}: host work", plan.ram_work_bytes),
             self.model.scratch.held(dict(plan.work).get(SCRATCH, 0)),
         ):
-            if plan.ahead_bytes:
-                self._read_ahead()
+            if plan.prefetch_bytes:
+                self._prefetch_blocks()
             yield plan, phase
 
-    def _read_ahead(self) -> None:
+    def _prefetch_blocks(self) -> None:
         """Let the transformer's first blocks come, as far as its buffers in RAM go."""
         what = self.model.manifest.prefetch
         phase, blocks = self.plan[what.stream], self.model.parts[what.blocks_of].blocks
-        if self._ahead.is_reading or not self.job.overlapped or phase.stream is None:
+        if self._prefetched.is_reading or not self.job.overlapped or phase.stream is None:
             return
         passes = phase.passes(workload_of(self.job.request).branches)
+        log.debug("%s prefetches blocks of %s", self._active, what.stream)
         stream = self._open(blocks, phase.stream, self.steps_left * len(passes))
-        self._ahead.begin(blocks, stream)
+        self._prefetched.begin(blocks, stream)
 
-    def read_decoder_ahead(self) -> None:
+    def prefetch_weights(self) -> None:
         """Let the VAE decoder's weights come, where the plan has room for them already now.
 
         Raises:
             LedgerOverflow: the buffer does not fit the budget.
         """
         what = self.model.manifest.prefetch
-        planned = self.plan[what.stream].decoder_ahead_bytes
-        if planned and self.job.overlapped and not self._ahead.is_reading:
+        planned = self.plan[what.stream].prefetched_weights_bytes
+        if planned and self.job.overlapped and not self._prefetched.is_reading:
             layouts = (self.model.parts[what.weights_of].rest,)
-            self._ahead.begin(layouts, self._open(layouts, ONE_RESIDENT, 1))
+            self._prefetched.begin(layouts, self._open(layouts, ONE_RESIDENT, 1))
 
     def close(self) -> None:
         """Give back what was read ahead for a phase that did not come."""
-        self._ahead.drop()
+        self._prefetched.drop()
 
     @contextmanager
     def restoring(self) -> Iterator[None]:
@@ -174,7 +178,8 @@ class Stage:
             self._shrink(short)
 
     def _shrink(self, short: Shortage) -> None:
-        self._ahead.drop()
+        log.info("%s ran out in %s: %s", short.resource, self._active, short.message)
+        self._prefetched.drop()
         gc.collect()
         release_cached(self.device)
         plan = self.job.shrink(self.plan, self._active, short.resource)
@@ -209,8 +214,8 @@ class Stage:
     def _loaded(self, layout: BlockLayout) -> Iterator[Tensors]:
         """Weights on the device: read now, or taken from where they were read ahead."""
         with ExitStack() as stack:
-            ahead = self._ahead.take((layout,), stack)
-            if ahead is None:
+            prefetched = self._prefetched.take((layout,), stack)
+            if prefetched is None:
                 yield stack.enter_context(
                     load_block(
                         layout,
@@ -220,8 +225,8 @@ class Stage:
                     )
                 )
             else:
-                stack.enter_context(ahead)
-                for _, tensors in ahead.cycle():
+                stack.enter_context(prefetched)
+                for _, tensors in prefetched.forward_pass():
                     yield tensors
 
     @contextmanager
@@ -230,24 +235,24 @@ class Stage:
         layouts: Sequence[BlockLayout],
         plan: StreamPlan | None,
         phase: PhaseMonitor,
-        cycles: int,
+        passes: int,
     ) -> Iterator[BlockStream]:
         """A stream over ``layouts`` as planned, its statistics joined to the phase's."""
         assert plan is not None
         with ExitStack() as stack:
-            ahead = self._ahead.take(layouts, stack)
-            stream = ahead or self._open(layouts, plan, cycles)
+            prefetched = self._prefetched.take(layouts, stack)
+            stream = prefetched or self._open(layouts, plan, passes)
             stack.enter_context(stream)
             phase.opened(stream.stats)
             for message in stream.notices:
                 self.monitor.notice(message)
             yield stream
 
-    def _open(self, layouts: Sequence[BlockLayout], plan: StreamPlan, cycles: int) -> BlockStream:
+    def _open(self, layouts: Sequence[BlockLayout], plan: StreamPlan, passes: int) -> BlockStream:
         return BlockStream(
             layouts,
             residency(plan),
-            cycles=cycles,
+            passes=passes,
             device=self.device,
             device_ledger=self.device_ledger,
             host_ledger=self.host_ledger,
@@ -259,14 +264,14 @@ class Stage:
 def residency(plan: StreamPlan) -> Residency:
     """The plan's places, as the stream takes them."""
     on_device, in_ram = plan.device_blocks, plan.host_blocks
-    return Residency(plan.n_blocks, on_device, in_ram, plan.device_slots, plan.host_slabs)
+    return Residency(plan.n_blocks, on_device, in_ram, plan.device_slots, plan.staging_buffers)
 
 
 def visits(
     stream: BlockStream, component: Component, phase: PhaseMonitor
 ) -> Iterator[tuple[int, Any]]:
     """One pass over all blocks: each index with the block module, its weights bound meanwhile."""
-    for index, tensors in stream.cycle():
+    for index, tensors in stream.forward_pass():
         phase.check()
         with component.bound(tensors, index) as block:
             yield index, block

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Generic, TypeVar
 from penstock.engine.store.durable import FileOps, read_whole, write_atomically
 from penstock.engine.store.sealed import Document
 from penstock.errors import JournalError
+
+log = logging.getLogger(__name__)
 
 Content = TypeVar("Content")
 
@@ -53,9 +56,12 @@ class Generations(Generic[Content]):
         found = [self._load_one(path) for path in self._paths]
         bad = [str(one) for one in found if isinstance(one, JournalError)]
         self.problems += bad
+        for problem in bad:
+            log.info("damaged: %s", problem)
         whole = [(g.sequence, i, g) for i, g in enumerate(found) if isinstance(g, Generation)]
         if whole:
             self._sequence, self._newest, newest = max(whole, key=lambda item: item[:2])
+            log.debug("%s is the newest, number %d", self._paths[self._newest], self._sequence)
             return newest.content
         if bad:
             raise self._lost(bad)

@@ -17,6 +17,7 @@ part is discarded when it is damaged; the job and the sampler's state have two g
 from __future__ import annotations
 
 import json
+import logging
 import re
 import secrets
 import time
@@ -40,6 +41,8 @@ from penstock.engine.store.generations import Generation, Generations
 from penstock.engine.store.lock import JobLock
 from penstock.engine.store.sealed import Document, open_json, open_tensors, seal_json, seal_tensors
 from penstock.errors import JournalError
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 """Of the directory; another one is refused."""
@@ -68,7 +71,7 @@ STATES = ("running", "stopped", "failed", "done")
 Tensors = dict[str, torch.Tensor]
 
 
-class SamplerState(NamedTuple):
+class SavedSampler(NamedTuple):
     """The sampler after ``step`` steps: tensors, and plain values that JSON can hold."""
 
     step: int
@@ -285,7 +288,7 @@ class Journal(Closing):
         self._make_room(sum(tensor.nbytes for tensor in tensors.values()))
         self._states.save(make)
 
-    def load_latest(self) -> SamplerState | None:
+    def load_latest(self) -> SavedSampler | None:
         """The newest state that is whole; None where the sampling has not begun.
 
         Raises:
@@ -352,11 +355,12 @@ class Journal(Closing):
             tensors, metadata = open_tensors(blob)
             self._check_owner(metadata, file=name)
         except JournalError as error:
+            log.info("%s is computed again: %s", name, error)
             self._problems.append(f"{name} is computed again: {error}")
             return None
         return tensors
 
-    def _parse_state(self, blob: bytes) -> Generation[SamplerState]:
+    def _parse_state(self, blob: bytes) -> Generation[SavedSampler]:
         tensors, metadata = open_tensors(blob)
         self._check_owner(metadata)
         try:
@@ -366,7 +370,7 @@ class Journal(Closing):
             raise JournalError("not a sampler's state", found=str(error)) from error
         if step < 0 or sequence < 0 or not isinstance(values, dict):
             raise JournalError("not a sampler's state", found=f"step {step}, values {values!r:.80}")
-        return Generation(sequence, SamplerState(step, tensors, values))
+        return Generation(sequence, SavedSampler(step, tensors, values))
 
     def _metadata(self, **items: str) -> dict[str, str]:
         return {"penstock": str(FORMAT), "job": self.record.job, **items}

@@ -13,7 +13,6 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from penstock.errors import UsageError
 from penstock.formats.gguf import Gguf
 from penstock.formats.rows import Shape, chunk_rows, row_slices
 from penstock.quant.values import ggml_grids, ggml_tables
@@ -24,17 +23,7 @@ Decoder: TypeAlias = Callable[[Tensor, Tensor], None]
 
 
 def quantise(fmt: Gguf, weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
-    """Stored bytes, for Q8_0 only: equal to ggml's reference.
-
-    Raises:
-        UsageError: another type; those are read, not written.
-    """
-    if not fmt.writable:
-        raise UsageError(
-            f"{fmt.ggml_type} is read, not written",
-            expected="gguf-q8_0, int8 or nf4 as the format to quantise to",
-            found=fmt.name,
-        )
+    """Stored bytes, for Q8_0 only: equal to ggml's reference."""
     if not fmt.fits((weight.shape[0], weight.shape[1])):
         raise ValueError(f"rows of {weight.shape[1]} are not whole blocks of {fmt.block}")
     row_amax(weight, name)

@@ -7,25 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from penstock.errors import UsageError
 from penstock.formats.micro import Micro
 from penstock.formats.rows import Shape, chunk_rows, row_slices
 from penstock.quant.values.ggml_tables import E2M1, pairs
 from penstock.quant.values.scaled import decode_e4m3
 from penstock.quant.values.tensors import output
-
-
-def quantise(fmt: Micro, weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
-    """Refused.
-
-    Raises:
-        UsageError: always; these formats are read, not written.
-    """
-    raise UsageError(
-        f"{fmt.name} is read, not written",
-        expected="fp8, int8 or nf4 as the format to quantise to",
-        found=fmt.name,
-    )
 
 
 def dequantise(

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from penstock.errors import UsageError
 from penstock.formats.rows import Shape, chunk_rows, row_slices
 from penstock.formats.scaled import E4M3_MAX, INT8_MAX, Scaled8, ScaleLayout, scale_shape
 from penstock.quant.values.quanto import codes_of
@@ -17,12 +16,6 @@ from penstock.quant.values.tensors import DTYPES, output, row_amax
 
 def quantise(fmt: Scaled8, weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
     """``weight / scale``, rounded to nearest even."""
-    if not fmt.writable:
-        raise UsageError(
-            f"{fmt.name} is read, not written",
-            expected="fp8, int8 or nf4 as the format to quantise to",
-            found=fmt.name,
-        )
     amax = row_amax(weight, name)
     scale = _fresh_scale(fmt, _rotated_amax(fmt, weight) if fmt.rotation else amax, weight.dtype)
     stored = torch.empty_like(weight, dtype=DTYPES[fmt.tag])

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tests.versions import TRANSFORMERS_4
+
 
 @dataclass(frozen=True)
 class Case:
@@ -55,7 +57,7 @@ def _clip() -> Case:
     pixels = torch.randn(2, 3, 28, 28)
     return Case(
         module,
-        "encoder.layers",
+        "vision_model.encoder.layers" if TRANSFORMERS_4 else "encoder.layers",
         lambda: module(pixels, output_hidden_states=True).hidden_states[-2],
     )
 

@@ -24,7 +24,7 @@ from penstock.engine.bench import order as bench_order
 from penstock.engine.bench import weights as bench_weights
 from penstock.engine.bench.machine import machine
 from penstock.engine.bench.measure import Asked, Memory, measure
-from penstock.engine.bench.order import Order, fitting_blocks, run, sweep
+from penstock.engine.bench.order import BenchOrder, fitting_blocks, run, sweep
 from penstock.engine.bench.plot import Dot, _round_up, draw
 from penstock.engine.bench.result import (
     BenchResult,
@@ -214,7 +214,7 @@ def _measured(tiny: Path, request: GenerationRequest, warmup: int, places: Strea
 
 def test_the_counted_steps_are_those_after_the_warm_up(tiny: Path, tmp_path: Path) -> None:
     request = _request(tmp_path, steps=5)
-    result = _measured(tiny, request, 2, StreamPlan(4, device_slots=1, host_slabs=1))
+    result = _measured(tiny, request, 2, StreamPlan(4, device_slots=1, staging_buffers=1))
     assert (len(result.warmup), len(result.steps)) == (2, 3)
     assert result.recipe.steps == 3
     denoise = next(phase for phase in result.phases if phase.name == "denoise")
@@ -230,7 +230,7 @@ def test_the_counted_steps_are_those_after_the_warm_up(tiny: Path, tmp_path: Pat
 
 def test_where_the_blocks_live_changes_no_bit(tiny: Path, tmp_path: Path) -> None:
     request = _request(tmp_path)
-    streamed = _measured(tiny, request, 0, StreamPlan(4, device_slots=1, host_slabs=1))
+    streamed = _measured(tiny, request, 0, StreamPlan(4, device_slots=1, staging_buffers=1))
     resident = _measured(tiny, request, 0, StreamPlan(4, device_resident=4))
     assert streamed.latents_sha256 == resident.latents_sha256
     assert streamed.phases[-1].read_bytes == 6 * resident.phases[-1].read_bytes
@@ -286,7 +286,7 @@ def test_the_machine_is_described() -> None:
 
 def test_an_order_makes_its_model_and_removes_it(tmp_path: Path) -> None:
     told: list[str] = []
-    order = Order(
+    order = BenchOrder(
         synthetic="tiny", blocks=2, width=32, height=32, frames=5, steps=2, guidance=1.0,
         folder=tmp_path, options=Options(format="fp8", device="cpu"),
     )  # fmt: skip
@@ -301,7 +301,7 @@ def test_an_order_makes_its_model_and_removes_it(tmp_path: Path) -> None:
 def test_a_sweep_tells_what_does_not_fit(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "small.toml").write_text('vram = "1KiB"\nram = "1MiB"\n')
     size = {"width": 32, "height": 32, "frames": 5, "steps": 1, "warmup": 0}
-    order = Order(model=str(tiny), options=Options(device="cpu"), **size)
+    order = BenchOrder(model=str(tiny), options=Options(device="cpu"), **size)
     small = str(tmp_path / "small.toml")
     points = sweep(order, ["4gb", small], lambda event: None, lambda line: None)
     assert points[0].result is not None and points[0].profile == "4gb"
@@ -319,13 +319,13 @@ def test_a_sweep_tells_what_does_not_fit(tiny: Path, tmp_path: Path) -> None:
 )
 def test_an_order_that_makes_no_sense_is_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        Order(**given)
+        BenchOrder(**given)
 
 
 def test_blocks_are_as_many_as_disk_and_time_allow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    order = Order(synthetic="wan2.1-i2v-14b", options=Options(device="cpu"), minutes=1e9)
+    order = BenchOrder(synthetic="wan2.1-i2v-14b", options=Options(device="cpu"), minutes=1e9)
     config = SYNTHETIC["wan2.1-i2v-14b"].config
     room = streamed_bytes(KIND, config(7), "int8") + bench_weights.FREE_BYTES
 
@@ -364,7 +364,7 @@ def _result(seconds: tuple[float, ...] = (1.0, 1.2, 1.1), **recipe: Any) -> Benc
         warmup=(StepFigures(2.0, 10, 10, 1.0),),
         steps=tuple(StepFigures(each, 10, 10, 0.1) for each in seconds),
         phases=(phase,),
-        placement={"disk_blocks": 4},
+        placement={"disk_blocks": 4, "staging_buffers": 2},
         vram_limit_bytes=1000,
         ram_limit_bytes=1000,
         latents_sha256="0",
@@ -392,6 +392,7 @@ def test_a_saved_result_comes_back_the_same(tmp_path: Path) -> None:
 def test_a_result_from_before_recipes_had_rules_is_read(tmp_path: Path) -> None:
     value = json.loads(json.dumps(_result().to_json()))
     del value["recipe"]["rules"]
+    value["placement"]["host_slabs"] = value["placement"].pop("staging_buffers")
     text = json.dumps(value["recipe"], sort_keys=True)
     assert value["recipe_hash"] == hashlib.sha256(text.encode()).hexdigest()[:16]
     (tmp_path / "old.json").write_text(json.dumps(value))

@@ -1,5 +1,6 @@
 """Every project's layout of the same model loads to the same tensors; foreign files are refused."""
 
+import base64
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 from benchmarks.dequantise import gguf_blocks
 from penstock.engine.files.formats import compute_tag, linear_formats
 from penstock.engine.files.keys import recognise
+from penstock.engine.files.locate import open_component
 from penstock.engine.files.reader import WeightReader
 from penstock.engine.files.source import open_raw
 from penstock.errors import CheckpointError, HeaderError, PickleRefused, TensorMismatch
@@ -123,6 +125,35 @@ def test_gguf(tmp_path, parts, part, kind):
     assert_equal(found, values)
     assert source.label() == ("fp16" if kind == "F16" else f"gguf-{kind.lower()}")
     assert compute_tag(source) == ("F16" if kind == "F16" else "BF16")
+
+
+def test_a_file_in_fp64(tmp_path, parts):
+    tensors = parts["transformer"]
+    names = golden.original_names("transformer", list(tensors))
+    path = tmp_path / "x.safetensors"
+    save_file({names[name]: tensor.double() for name, tensor in tensors.items()}, path)
+    source, values = values_of(path, "transformer")
+    assert_equal(values, tensors)
+    assert source.label() == "fp64" and compute_tag(source) == "F32"
+
+
+def test_mmgp_files_carry_their_config(tmp_path, model, parts):
+    """Keys are optimum-quanto's; 4-bit groups tell no shapes, the config in the header does."""
+    tensors, path = parts["transformer"], tmp_path / "x.safetensors"
+    made = golden.make(tensors, {name: name for name in tensors}, "quanto int4")
+    made.save(path)
+    with pytest.raises(TensorMismatch, match=r"does not tell its shapes.*config\.json"):
+        open_component(path)
+    config = (model / "transformer" / "config.json").read_bytes()
+    text = base64.b64encode(config).decode()
+    made.metadata |= {"quantization_format": "quanto", "config_base64": text}
+    source = open_component(made.save(path))
+    source.check()
+    with WeightReader(source) as reader:
+        assert_equal({n: reader.read(n, torch.float32) for n in source.weights}, made.values)
+    made.metadata["config_base64"] = "{"
+    with pytest.raises(CheckpointError, match="config_base64 in the header"):
+        open_component(made.save(path))
 
 
 def test_zero_points_that_move_the_weights_are_refused(tmp_path, parts):

@@ -8,7 +8,8 @@ import sentencepiece
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from penstock.engine.files.spm import parse_spm, tokenizer_from_spm
+from penstock.engine.files.spm import backend_from_spm, parse_spm
+from penstock.engine.files.tokenizer import Tokenizer
 from penstock.errors import CheckpointError
 
 WORDS = "a cat sits on the warm stone wall while rain falls softly ein Fuchs läuft über 猫 雨 行走"
@@ -35,7 +36,7 @@ def pair(request):
     options = {"bytes": {}, "unknown": {"byte_fallback": False, "vocab_size": 90}}
     data = train(**options[request.param])
     theirs = sentencepiece.SentencePieceProcessor(model_proto=data)
-    return tokenizer_from_spm(data), theirs
+    return backend_from_spm(data)[0], theirs
 
 
 TEXTS = [
@@ -47,7 +48,7 @@ TEXTS = [
 @pytest.mark.parametrize("text", TEXTS)
 def test_ids_are_sentencepieces(pair, text):
     ours, theirs = pair
-    assert ours(text).input_ids == [*theirs.encode(text), 1]
+    assert ours.encode(text).ids == [*theirs.encode(text), 1]
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
@@ -55,27 +56,31 @@ def test_ids_are_sentencepieces(pair, text):
 def test_any_text(pair, text):
     ours, theirs = pair
     if not any(mark in text for mark in ("<pad>", "</s>", "<unk>", "▁")):
-        assert ours(text).input_ids == [*theirs.encode(text), 1]
+        assert ours.encode(text).ids == [*theirs.encode(text), 1]
 
 
-def test_padding_and_marks():
-    ours = tokenizer_from_spm(train())
+def test_padding_and_marks(tmp_path):
+    (tmp_path / "spiece.model").write_bytes(train())
+    tokenizer = Tokenizer(tmp_path)
+    ours = tokenizer.for_transformers()
     padded = ours("cat", padding="max_length", max_length=8, truncation=True)
     assert padded.input_ids[-1] == ours.pad_token_id == 0
     assert sum(padded.attention_mask) == len(ours("cat").input_ids)
     assert ours.eos_token_id == 1
+    (prompt,) = tokenizer.tokenise(["cat"], 8)
+    assert list(prompt.ids) == padded.input_ids
 
 
 @pytest.mark.parametrize("cut", [1, 10, 1000, -3])
 def test_a_damaged_model_is_refused(cut):
     with pytest.raises(CheckpointError, match="--tokenizer"):
-        tokenizer_from_spm(train()[:cut])
+        backend_from_spm(train()[:cut])
     with pytest.raises(CheckpointError):
-        tokenizer_from_spm(b"")
+        backend_from_spm(b"")
 
 
 def test_another_kind_of_model_is_refused():
     with pytest.raises(CheckpointError, match="model type 2"):
         parse_spm(train(model_type="bpe", vocab_size=300))
     with pytest.raises(CheckpointError, match="not UMT5's"):
-        tokenizer_from_spm(train(pad_id=-1))
+        backend_from_spm(train(pad_id=-1))

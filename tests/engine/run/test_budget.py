@@ -214,7 +214,7 @@ def test_streamed_is_resident_is_sequential_bit_for_bit(
         on_device,
         in_ram,
         device_slots=data.draw(st.integers(1, 4), label="slots"),
-        host_slabs=data.draw(st.integers(1, 4), label="slabs"),
+        staging_buffers=data.draw(st.integers(1, 4), label="staging buffers"),
     )
     branches = data.draw(st.sampled_from([1, 2]), label="branches at once")
     plans = _placed(plan, streamed, branches)

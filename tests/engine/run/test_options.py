@@ -83,9 +83,12 @@ def test_a_profile_that_is_gone_can_be_replaced(
 
 
 def test_a_job_from_before_options_is_resumed(stopped: Path, t2v_folder: Path) -> None:
-    """Its record has budgets and device among its facts, and no options in its plan."""
+    """Its record has budgets and device among its facts, no options in its plan, and another name
+    for staging buffers."""
     plan = dict(read_record(stopped).plan)
     del plan["options"]
+    for stream in filter(None, (phase["stream"] for phase in plan["phases"])):
+        stream["host_slabs"] = stream.pop("staging_buffers")
     change(stopped, plan, vram_bytes=200 * MIB, ram_bytes=200 * MIB, device="cpu")
     opening = opening_of(stopped)
     assert opening.options == Options(

@@ -16,7 +16,7 @@ from penstock.engine.request.generation import GenerationRequest
 from penstock.engine.run import stage
 from penstock.engine.run.events import Event, PhaseEnded, PhaseStarted, Progress
 from penstock.engine.run.pipeline import run
-from penstock.engine.run.prefetch import Ahead
+from penstock.engine.run.prefetch import Prefetcher
 from penstock.engine.run.report import JobResult
 from penstock.engine.run.stage import Run, Stage
 from penstock.errors import JobCancelled, LedgerOverflow
@@ -89,7 +89,7 @@ def engine(i2v_folder: Path) -> Iterator[Engine]:
 
 def test_first_blocks_come_while_text_and_image_are_encoded(engine: Engine, picture: Path) -> None:
     plan = engine.plan(request(picture))
-    assert all(plan[name].ahead_bytes > 0 for name in BEFORE)
+    assert all(plan[name].prefetch_bytes > 0 for name in BEFORE)
     watch, alone = Watch(), Watch()
     result = do(engine, plan, picture, watch, overlapped=True)
     expected = do(engine, without_prefetch(plan, WHAT), picture, alone, overlapped=False)
@@ -97,7 +97,7 @@ def test_first_blocks_come_while_text_and_image_are_encoded(engine: Engine, pict
     assert watch.reading[:4] == list(BEFORE) and alone.reading == [] and streams() == []
     for report in result.report.phases:
         planned = plan[report.name]
-        assert planned.ahead_bytes <= report.measured_ram_bytes <= planned.ram_bytes
+        assert planned.prefetch_bytes <= report.measured_ram_bytes <= planned.ram_bytes
     denoise = next(report for report in result.report.phases if report.name == "denoise")
     in_steps = sum(step.flow.disk_to_host.nbytes for step in denoise.steps)
     assert denoise.read_bytes - in_steps > 0, "something came before the first step"
@@ -109,22 +109,22 @@ def test_the_decoder_comes_during_the_last_step(
     decoder = engine.model.vae_decoder.rest
     loaded: list[object] = []
     begun: list[tuple[object, int]] = []
-    load, begin = stage.load_block, Ahead.begin
+    load, begin = stage.load_block, Prefetcher.begin
 
     def loading(layout: Any, **more: Any) -> Any:
         loaded.append(layout)
         return load(layout, **more)
 
-    def beginning(ahead: Ahead, layouts: Any, stream: Any) -> None:
+    def beginning(prefetched: Prefetcher, layouts: Any, stream: Any) -> None:
         begun.append((layouts[0], watch.steps))
-        begin(ahead, layouts, stream)
+        begin(prefetched, layouts, stream)
 
     watch = Watch()
     monkeypatch.setattr(stage, "load_block", loading)
-    monkeypatch.setattr(Ahead, "begin", beginning)
+    monkeypatch.setattr(Prefetcher, "begin", beginning)
     plan = engine.plan(request(picture))
-    nbytes = plan["denoise"].decoder_ahead_bytes
-    assert nbytes == decoder.nbytes == plan["decode"].decoder_ahead_bytes
+    nbytes = plan["denoise"].prefetched_weights_bytes
+    assert nbytes == decoder.nbytes == plan["decode"].prefetched_weights_bytes
     result = do(engine, plan, picture, watch, overlapped=True)
     assert not any(layout is decoder for layout in loaded)
     assert (decoder, 1) in begun, "one of two steps was done"
@@ -159,11 +159,11 @@ def test_where_memory_runs_out_nothing_is_read_ahead_any_more(
     """The buffers turn out not to fit: the phase goes on without them."""
     asked: list[str] = []
 
-    def begin(ahead: Ahead, layouts: object, stream: object) -> None:
+    def begin(prefetched: Prefetcher, layouts: object, stream: object) -> None:
         asked.append("begin")
         raise LedgerOverflow("blocks read ahead do not fit", memory="RAM")
 
-    monkeypatch.setattr(Ahead, "begin", begin)
+    monkeypatch.setattr(Prefetcher, "begin", begin)
     shrink = lambda plan, phase, resource: without_prefetch(plan, WHAT)  # noqa: E731
     watch = Watch()
     result = do(engine, engine.plan(request(picture)), picture, watch, True, shrink=shrink)

@@ -25,11 +25,10 @@ def preprocess(picture: Image.Image, width: int, height: int) -> Tensor:
 
     As diffusers' ``VideoProcessor.preprocess``: Lanczos to exactly this size, whatever the aspect.
     """
-    sized = picture.resize((width, height), resample=Image.Resampling.LANCZOS)
-    scaled = torch.from_numpy(np.array(sized).astype(np.float32) / 255.0)
-    return (
-        (2.0 * scaled - 1.0).permute(2, 0, 1).unsqueeze(0).contiguous()
-    )  # (h, w, 3) -> (1, 3, h, w)
+    sized = np.array(picture.resize((width, height), resample=Image.Resampling.LANCZOS))
+    frame = torch.from_numpy(sized).permute(2, 0, 1).unsqueeze(0)  # (h, w, 3) -> (1, 3, h, w)
+    scaled = frame.to(torch.float32, memory_format=torch.contiguous_format).div_(255.0)
+    return scaled.mul_(2.0).sub_(1.0)
 
 
 def conditioning(
@@ -72,9 +71,47 @@ def make_image_processor(config: Mapping[str, Any]) -> Any:
         raise CheckpointError("no usable image processor config", found=str(error)) from error
 
 
-def pixel_values(processor: Any, picture: Image.Image) -> Tensor:
-    """The picture as CLIP sees it, ``(1, 3, s, s)`` fp32, normalised by the folder's processor."""
-    return processor(images=picture, return_tensors="pt").pixel_values  # type: ignore[no-any-return]
+def pixel_values(config: Mapping[str, Any], picture: Image.Image, side: int) -> Tensor:
+    """The picture as CLIP sees it, ``(1, 3, side, side)`` fp32.
+
+    It is scaled down first, as the processor itself would do it: that makes copies of what it gets.
+
+    Args:
+        config: of the image processor.
+        picture: in RGB.
+        side: of what the encoder takes, in pixels.
+
+    Raises:
+        CheckpointError: the processor is of no use, or makes something else for this encoder.
+    """
+    small = _scaled(config, picture, side)
+    found: Tensor = make_image_processor(config)(images=small, return_tensors="pt").pixel_values
+    if found.shape != (1, 3, side, side):
+        raise _unfit(side, f"{list(found.shape)}")
+    return found
+
+
+def _scaled(config: Mapping[str, Any], picture: Image.Image, side: int) -> Image.Image:
+    size = config.get("size", side)
+    shortest = size if isinstance(size, int) else size.get("shortest_edge")
+    if not config.get("do_resize", True) or shortest is None:
+        return picture
+    if shortest > 2 * side:
+        raise _unfit(side, f"a shortest edge of {shortest}")
+    low, high = sorted(picture.size)
+    long = int(shortest * high / low)
+    wide = picture.width > picture.height
+    resample = Image.Resampling(config.get("resample", Image.Resampling.BICUBIC))
+    return picture.resize((long, shortest) if wide else (shortest, long), resample=resample)
+
+
+def _unfit(side: int, found: str) -> CheckpointError:
+    return CheckpointError(
+        "the image processor does not suit the image encoder",
+        expected=f"pictures of {side} x {side} pixels, scaled to twice that at most",
+        found=found,
+        remedy="Copy preprocessor_config.json and the encoder's config.json from one model.",
+    )
 
 
 def embed_pixels(embeddings: Any, pre_layer_norm: Module, pixels: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ IMAGE_PROCESSOR: Config = configs.IMAGE_PROCESSOR
 
 __all__ = [
     "IMAGE_PROCESSOR", "KINDS", "MODEL", "NAME", "SCHEDULER", "build", "builtins", "check_pipeline",
-    "components", "load_tokenizer", "manifest", "needed", "pipeline", "streamed", "work",
+    "components", "manifest", "needed", "pipeline", "streamed", "work",
 ]  # fmt: skip
 
 _PIPELINES = ("WanImageToVideoPipeline", "WanPipeline")
@@ -67,13 +67,6 @@ def build(component: str, config: Config) -> tuple[Any, Any]:
     from penstock.engine.families.wan.networks import build as make
 
     return make(component, config)
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """UMT5's tokenizer in ``folder``."""
-    from penstock.engine.families.wan.umt5 import load_tokenizer as load
-
-    return load(folder)
 
 
 def work() -> Any:

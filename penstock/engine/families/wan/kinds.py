@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 
 from penstock.engine.families.wan import config as configs
 from penstock.engine.families.wan import structure
+from penstock.engine.families.wan.fields import check_config
 from penstock.engine.families.wan.keys import NAMINGS
 from penstock.engine.family.naming import Naming
 from penstock.engine.family.protocol import ComponentKind
@@ -34,6 +36,7 @@ KINDS: Mapping[str, ComponentKind] = MappingProxyType(
                 name="transformer",
                 made_by=("diffusers", "WanTransformer3DModel"),
                 namings=_namings("transformer"),
+                check=partial(check_config, "transformer"),
                 derive=configs.derive_transformer,
                 shapes=structure.transformer_shapes,
                 title=configs.transformer_title,
@@ -42,13 +45,13 @@ KINDS: Mapping[str, ComponentKind] = MappingProxyType(
                 count=lambda config: int(config["num_layers"]),
                 leaves_stream=structure.is_cross_kv,
                 is_packed=True,
-                check=configs.check_transformer,
             ),
             ComponentKind(
                 name="text_encoder",
                 made_by=("transformers", "UMT5EncoderModel"),
                 model_type="umt5",
                 namings=_namings("text_encoder"),
+                check=partial(check_config, "text_encoder"),
                 derive=configs.derive_text,
                 shapes=structure.text_shapes,
                 title=configs.text_title,
@@ -61,6 +64,7 @@ KINDS: Mapping[str, ComponentKind] = MappingProxyType(
                 name="vae",
                 made_by=("diffusers", "AutoencoderKLWan"),
                 namings=_namings("vae"),
+                check=partial(check_config, "vae"),
                 derive=configs.derive_vae,
                 shapes=structure.vae_shapes,
                 title=configs.vae_title,
@@ -72,6 +76,7 @@ KINDS: Mapping[str, ComponentKind] = MappingProxyType(
                 made_by=("transformers", "CLIPVisionModel"),
                 model_type="clip_vision_model",
                 namings=_namings("image_encoder"),
+                check=partial(check_config, "image_encoder"),
                 derive=configs.derive_image,
                 shapes=structure.image_shapes,
                 title=configs.image_title,

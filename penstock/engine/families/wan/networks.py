@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from penstock.engine.families.wan.fields import known
 from penstock.engine.model.binding import skeleton
 
 
@@ -17,7 +18,7 @@ def build(component: str, config: Mapping[str, Any]) -> tuple[Any, Any]:
         "image_encoder": _image,
         "vae": _vae,
     }
-    return makers[component](dict(config))
+    return makers[component](known(component, config))
 
 
 def _transformer(config: dict[str, Any]) -> tuple[Any, Any]:
@@ -38,6 +39,7 @@ def _image(config: dict[str, Any]) -> tuple[Any, Any]:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     module = skeleton(CLIPVisionModel, CLIPVisionConfig(**(config | {"num_hidden_layers": 1})))
+    module = getattr(module, "vision_model", module)  # transformers 4 wraps what 5 has bare
     return module, module.encoder.layers[0]
 
 

@@ -14,13 +14,14 @@ from penstock.engine.families.wan.spec import ImageSpec
 from penstock.engine.families.wan.terms import (
     WanCase,
     condition_bytes,
+    decoding_bytes,
     encoder_state_bytes,
     latent_of,
     latents_bytes,
     picture_bytes,
     tile_bytes,
 )
-from penstock.profiles.phases import OBJECTS, Group, Mux, OnePass, Step, group_fits, loading_s
+from penstock.profiles.phases import OBJECTS, Group, Mux, OnePass, Step, fitting, loading_s
 from penstock.profiles.plan import Items, PhasePlan
 from penstock.profiles.policy import Limits
 from penstock.profiles.streams import Network, staging_bytes
@@ -81,7 +82,7 @@ def image_step(case: WanCase, spec: ImageSpec) -> OnePass:
         (("activations", encoders.image_bytes(spec)), *spec.storage.items, *case.libraries()),
         (
             ("encoder states", encoder_state_bytes(case)),
-            ("picture", picture_bytes(case)),
+            ("picture", decoding_bytes(case)),
             OBJECTS,
         ),
         encoders.image_flops(spec),
@@ -108,7 +109,7 @@ class Tiled:
 
     def best(self, limits: Limits) -> Group | None:
         """As `Step`: grids come from the fastest on, so the first that fits is the best."""
-        return next((group for group in self.all_small(limits) if group_fits(group, limits)), None)
+        return next(fitting(self.all_small(limits), limits), None)
 
     def all_small(self, limits: Limits) -> Iterator[Group]:
         """As `Step`: all grids."""
@@ -139,7 +140,7 @@ class Tiled:
             work = vae.encode_work(*of, changes=changes)
         held = (*found.ram, ("latents", latents_bytes(self.case)), OBJECTS) if decoding else (
             ("encoder states", encoder_state_bytes(self.case)),
-            ("picture", picture_bytes(self.case)),
+            ("picture", self._picture_bytes()),
             ("condition", condition_bytes(self.case)),
             OBJECTS,
         )  # fmt: skip
@@ -157,6 +158,11 @@ class Tiled:
             copied_bytes=weights.rest_bytes,
             seconds=work.seconds(rates) + loading_s(weights.rest_bytes, rates),
         )
+
+    def _picture_bytes(self) -> int:
+        """The picture is decoded in the first phase that sees it."""
+        decoded = self.case.manifest.image is not None
+        return picture_bytes(self.case) if decoded else decoding_bytes(self.case)
 
     def _gpu_items(self, found: vae.VaeBytes, weight_bytes: int) -> Items:
         libraries = self.case.libraries(found.convolution_bytes)

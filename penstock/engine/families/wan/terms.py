@@ -10,6 +10,13 @@ from penstock.profiles.phases import Case
 from penstock.profiles.tiling import TileGrid
 
 _SINGLE = 4  # bytes of an fp32
+_PILLOW_RGB = 4  # bytes of a pixel in Pillow
+_SMALL_BYTES = 16
+"""Of a pixel of the picture as it is scaled for the image encoder: Pillow's, and the copies that
+transformers' processor makes of it."""
+
+_SEEN_BYTES = 3 * (8 + 4 + 4 + 4)
+"""Of a pixel that the image encoder sees: scaled in fp64, in fp32, normalised, and as a tensor."""
 
 WanCase: TypeAlias = Case[WanSpec]
 
@@ -39,6 +46,29 @@ def encoder_state_bytes(case: WanCase) -> int:
 def picture_bytes(case: WanCase) -> int:
     """The conditioning picture at the video's size: as bytes, and in fp32."""
     return 3 * case.workload.shape.width * case.workload.shape.height * (1 + _SINGLE)
+
+
+def decoding_bytes(case: WanCase) -> int:
+    """What decoding the picture and scaling it down takes at its peak, its results included: what
+    the image encoder sees, and fp32 at the video's size."""
+    picture, shape = case.workload.picture, case.workload.shape
+    if picture is None:
+        return picture_bytes(case)
+    decoded = _PILLOW_RGB * picture.width * picture.height
+    side = 0 if case.manifest.image is None else case.manifest.image.image_size
+    seen = _SEEN_BYTES * side * side
+    # At most twice that side, the longer one in proportion
+    long = 2 * side * max(picture.width, picture.height) // min(picture.width, picture.height) + 1
+    columns = 2 * side if picture.height > picture.width else long
+    # Pillow scales along the rows first, then along the columns
+    to_see = _PILLOW_RGB * columns * picture.height + _SMALL_BYTES * 2 * side * long
+    to_frame = _PILLOW_RGB * shape.width * (picture.height + shape.height)
+    return max(
+        picture.decode_bytes,
+        decoded + to_see + seen,
+        decoded + seen + to_frame,
+        decoded + seen + picture_bytes(case),
+    )
 
 
 def condition_bytes(case: WanCase) -> int:

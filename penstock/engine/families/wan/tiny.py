@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+from penstock.engine.files.spm import CONTROL, NORMAL, UNKNOWN, SpmModel, build_backend
+from penstock.engine.files.tokenizer import TOKENS
+
 _TRANSFORMER: dict[str, Any] = {
     "patch_size": (1, 2, 2),
     "num_attention_heads": 4,
@@ -116,12 +119,20 @@ def _video_parts(
 
 
 def _text_parts(overrides: dict[str, Any]) -> dict[str, Any]:
-    from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
     config = UMT5Config(**(_TEXT | overrides))
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    pieces += [(letter, -3.0) for letter in string.printable[:94]]
-    tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0)
+    pieces = [("<pad>", 0.0, CONTROL), ("</s>", 0.0, CONTROL), ("<unk>", 0.0, UNKNOWN)]
+    pieces += [("▁", -2.0, NORMAL)]
+    pieces += [(letter, -3.0, NORMAL) for letter in string.printable[:94]]
+    model = SpmModel(tuple(pieces), b"", byte_fallback=False, dummy_prefix=True, squeeze=True)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=build_backend(model),
+        model_max_length=TOKENS,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
     return {"text_encoder": UMT5EncoderModel(config).eval(), "tokenizer": tokenizer}
 
 

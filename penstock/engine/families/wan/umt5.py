@@ -1,4 +1,4 @@
-"""The prompt's way to the transformer: cleaned, tokenised, embedded, run through UMT5 by layers.
+"""The prompt's way to the transformer: cleaned, embedded, run through UMT5 by layers.
 
 Free functions over the block modules of transformers' ``UMT5EncoderModel``; what they compute is
 bit-equal to that model under diffusers' Wan pipelines. Each visit to a block serves all prompts,
@@ -10,8 +10,6 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,26 +17,9 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import scaled_dot_product_attention
 
-from penstock.errors import CheckpointError, RequestError
-
-TOKENS = 512
+from penstock.engine.files.tokenizer import TokenisedPrompt
 
 _SPACES = re.compile(r"\s+")
-
-
-@dataclass(frozen=True)
-class TokenisedPrompt:
-    """A prompt as the encoder sees it.
-
-    Attributes:
-        ids: token ids, end mark included, padded to the full length.
-        length: how many of them are not padding.
-        cut: the text that did not fit, ``""`` if all did. Tell the user.
-    """
-
-    ids: tuple[int, ...]
-    length: int
-    cut: str
 
 
 def clean_prompt(text: str) -> str:
@@ -47,47 +28,6 @@ def clean_prompt(text: str) -> str:
 
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return _SPACES.sub(" ", text.strip()).strip()
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in ``folder``, from local files only.
-
-    Raises:
-        CheckpointError: there is none, or it cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            "no usable tokenizer",
-            expected=f"tokenizer files in {folder}",
-            found=str(error).strip().partition("\n")[0],
-            remedy="Download the model's tokenizer folder again",
-        ) from error
-
-
-def tokenise(tokenizer: Any, text: str, max_tokens: int = TOKENS) -> TokenisedPrompt:
-    """Clean and tokenise one prompt, padded or cut to ``max_tokens``.
-
-    Raises:
-        RequestError: the tokenizer makes nothing of the prompt, not even an end mark.
-    """
-    cleaned = clean_prompt(text)
-    whole = tokenizer(cleaned, verbose=False).input_ids
-    fitted = tokenizer(cleaned, padding="max_length", max_length=max_tokens, truncation=True)
-    length = sum(fitted.attention_mask)
-    if length == 0:
-        raise RequestError(
-            "the prompt has no tokens", expected="text that the model knows", found=repr(text)
-        )
-    cut = ""
-    if len(whole) > max_tokens:
-        specials = tokenizer.num_special_tokens_to_add()
-        tail = whole[max_tokens - specials : len(whole) - specials]
-        cut = tokenizer.decode(tail, skip_special_tokens=True)
-    return TokenisedPrompt(tuple(fitted.input_ids), length, cut)
 
 
 def embed(

@@ -6,13 +6,13 @@ states, image states, condition, latents) pass from one to the next.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
 from penstock.engine.attention.kernels import Attention, attention, self_attention_of
@@ -46,26 +46,16 @@ def _text(stage: Stage, found: Products) -> None:
 
 
 def _image(stage: Stage, found: Products) -> None:
-    picture = _picture(stage, found)
-    found["image"] = stage.attempt("image", lambda: encode_picture(stage, picture))
+    found["image"], found["frame"] = stage.attempt("image", lambda: encode_picture(stage))
 
 
 def _encode(stage: Stage, found: Products) -> None:
-    picture = _picture(stage, found)
-    found["condition"] = stage.attempt("encode", lambda: encode_condition(stage, picture))
-
-
-def _picture(stage: Stage, found: Products) -> Image:
-    if "picture" not in found:
-        path = stage.job.request.image
-        assert path is not None
-        found["picture"] = open_image(path)
-    picture: Image = found["picture"]
-    return picture
+    frame = found.get("frame")
+    found["condition"] = stage.attempt("encode", lambda: encode_condition(stage, frame))
 
 
 def _denoise(stage: Stage, found: Products) -> None:
-    found.pop("picture", None)
+    found.pop("frame", None)
     conditions = _conditions(found)
     if stage.job.hooks.preview_every and not stage.job.previewer.is_ready:
         stage.attempt("decode", lambda: prepare_previews(stage))
@@ -102,14 +92,15 @@ def _saved_latents(stage: Stage) -> Products | None:
 def encode_prompts(stage: Stage) -> list[Tensor]:
     """Text states (1, 512, d) of the prompt and, with guidance, of the negative prompt, on CPU."""
     component, request = model_of(stage).text, stage.job.request
-    tokenizer = model_of(stage).tokenizer()
     texts = [request.prompt]
     if request.uses_guidance:
         texts.append(negative_prompt(request))
-    tokenised = [prompts.tokenise(tokenizer, text) for text in texts]
+    cleaned = [prompts.clean_prompt(text) for text in texts]
+    tokenised = model_of(stage).tokenizer.tokenise(cleaned)
     for which, prompt in zip(("prompt", "negative prompt"), tokenised, strict=False):
         if prompt.cut:
-            stage.monitor.notice(f"the {which} is too long; this is cut: {prompt.cut!r}")
+            told = f"the {which} is too long; this is cut: {prompt.cut!r}"
+            stage.monitor.notice(told, logging.DEBUG)
     lengths = [prompt.length for prompt in tokenised]
     with stage.phase("text", len(component.blocks), "layer") as (plan, phase):
         hidden = prompts.embed(
@@ -135,31 +126,49 @@ def _counted(blocks: Iterator[tuple[int, Any]], phase: PhaseMonitor) -> Iterator
         phase.advance()
 
 
-def encode_picture(stage: Stage, picture: Image) -> Tensor:
-    """Image states (1, tokens, image_dim) of the picture, on the CPU."""
+def see_picture(stage: Stage) -> tuple[Tensor | None, Tensor]:
+    """The picture as the image encoder sees it (None without one), and at the video's size. In the
+    phase that plans for it: the decoded picture may be many times as large as both."""
+    request, model = stage.job.request, model_of(stage)
+    assert request.image is not None
+    picture = open_image(request.image)
+    seen = None
+    if model.image is not None:
+        config, side = model.source.image_processor, model.image.config["image_size"]
+        seen = pictures.pixel_values(config, picture, side)
+    return seen, pictures.preprocess(picture, request.width, request.height)
+
+
+def encode_picture(stage: Stage) -> tuple[Tensor, Tensor]:
+    """Image states (1, tokens, image_dim) of the picture, and the picture at the video's size, on
+    the CPU."""
     component = model_of(stage).image
     assert component is not None
-    processor = pictures.make_image_processor(model_of(stage).source.image_processor)
-    pixels = pictures.pixel_values(processor, picture)
     with stage.phase("image", len(component.blocks), "layer") as (plan, phase):
+        pixels, frame = see_picture(stage)
+        assert pixels is not None
         with stage.rest(component) as module:
             hidden = pictures.embed_pixels(
                 module.embeddings, module.pre_layrnorm, pixels.to(stage.device)
             )
         with stage.stream(component.blocks, plan.stream, phase, 1) as stream:
             layers = _counted(visits(stream, component, phase), phase)
-            return pictures.encode_layers(layers, hidden).cpu()
+            return pictures.encode_layers(layers, hidden).cpu(), frame
 
 
-def encode_condition(stage: Stage, picture: Image) -> Tensor:
-    """The picture as the transformer sees it: mask and latents, (1, 20, t, h, w), on the CPU."""
+def encode_condition(stage: Stage, frame: Tensor | None) -> Tensor:
+    """The picture as the transformer sees it: mask and latents, (1, 20, t, h, w), on the CPU.
+
+    Args:
+        frame: the picture at the video's size; None: it is still to be read.
+    """
     component, request = model_of(stage).vae_encoder, stage.job.request
     size = (request.frames, request.height, request.width)
-    pixels = pictures.preprocess(picture, request.width, request.height)
     tiles = TileGrid(*stage.plan["encode"].tiles)
     latent_frames = request.video_shape.latent(model_of(stage).manifest.vae)[0]
     units = latent_frames * (tiles.rows * tiles.cols + 1)
     with stage.phase("encode", units, "frame") as (_, phase), stage.rest(component) as vae:
+        pixels = see_picture(stage)[1] if frame is None else frame
         source = first_frame_then_zeros(pixels[0].to(stage.device, component.dtype))
         encoded = encode_tiled(
             vae, source, size, tiles, changes=FIRST_FRAME, should_stop=phase.advance
@@ -180,15 +189,15 @@ def denoise(stage: Stage, conditions: Conditions, sampling: Sampling) -> Tensor:
         cross, modulation = prepare(stage, model, conditions, sampler.timesteps)
         with stage.phase("denoise", steps, "step", done=start) as (plan, phase):
             passes = plan.passes(len(conditions.texts))
-            cycles = stage.steps_left * len(passes)
-            with stage.stream(component.blocks, plan.stream, phase, cycles) as stream:
+            total = stage.steps_left * len(passes)
+            with stage.stream(component.blocks, plan.stream, phase, total) as stream:
                 attend = self_attention_of(stage.plan.attention)
                 forward = Forward(model, component, stream, cross, plan.chunk_tokens, phase, attend)
                 rope = dit.rope_tables(model, latents.shape[2:], stage.device)
                 picture = _on_device(conditions.condition, stage.device)
                 for step in range(start, steps):
                     if step == steps - 1:
-                        stage.read_decoder_ahead()
+                        stage.prefetch_weights()
                     model_input = _model_input(latents, picture, component.dtype)
                     predictions = [
                         prediction

@@ -25,6 +25,7 @@ from penstock.engine.families.wan.structure import layers_needed
 from penstock.engine.families.wan.tiny import write_tiny_model
 from penstock.engine.media.picture import MAX_PIXELS, open_image, to_rgb
 from penstock.errors import CheckpointError, ImageError
+from tests.versions import bare_clip
 
 
 def noise_picture(size=(60, 40), mode="RGB", seed=0):
@@ -89,10 +90,20 @@ def test_a_transparent_palette_is_laid_over_white(tmp_path):
     assert np.asarray(open_image(path))[0].tolist() == [[255, 255, 255], [40, 50, 60]]
 
 
+def pillow_reads(path):
+    try:
+        Image.open(path).load()
+    except OSError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "CMYK", "YCbCr"])
 def test_modes_become_rgb(tmp_path, mode):
     source = noise_picture().convert(mode)
     path = save(source, tmp_path / ("a.png" if mode in "L1PLA" else "a.tiff"))
+    if mode == "YCbCr" and not pillow_reads(path):
+        pytest.skip("this Pillow does not read the YCbCr TIFF that it wrote")
     ours = open_image(path)
     assert (ours.mode, ours.size) == ("RGB", (60, 40))
     if mode != "LA":
@@ -230,15 +241,16 @@ def test_preprocess_equals_diffusers(size):
 def test_clip_features_equal_the_pipelines_bit_for_bit(pipeline):
     picture = noise_picture((50, 70))
     encoder = pipeline.image_encoder
+    bare = bare_clip(encoder)
     torch.manual_seed(2)
     with torch.no_grad():
         for weight in encoder.parameters():
             weight.add_(0.1 * torch.randn_like(weight))
         theirs = pipeline.encode_image(picture, "cpu")
-        pixels = pixel_values(pipeline.image_processor, picture)
-        hidden = embed_pixels(encoder.embeddings, encoder.pre_layrnorm, pixels)
+        pixels = pixel_values(pipeline.image_processor.to_dict(), picture, 32)
+        hidden = embed_pixels(bare.embeddings, bare.pre_layrnorm, pixels)
         count = layers_needed(encoder.config.num_hidden_layers)
-        ours = encode_layers(enumerate(encoder.encoder.layers[:count]), hidden)
+        ours = encode_layers(enumerate(bare.encoder.layers[:count]), hidden)
     assert count == 3
     assert torch.equal(ours, theirs)
     assert ours.shape == (1, 17, 40)
@@ -253,11 +265,12 @@ def test_clip_equals_transformers_in_each_type(dtype, activation):
         image_size=28, patch_size=7, hidden_act=activation,
     )  # fmt: skip
     encoder = CLIPVisionModel(config).eval().to(dtype)
+    bare = bare_clip(encoder)
     pixels = torch.randn(1, 3, 28, 28)
     with torch.no_grad():
         theirs = encoder(pixels, output_hidden_states=True).hidden_states[-2]
-        hidden = embed_pixels(encoder.embeddings, encoder.pre_layrnorm, pixels)
-        ours = encode_layers(enumerate(encoder.encoder.layers[:2]), hidden)
+        hidden = embed_pixels(bare.embeddings, bare.pre_layrnorm, pixels)
+        ours = encode_layers(enumerate(bare.encoder.layers[:2]), hidden)
     assert ours.dtype == dtype
     assert torch.equal(ours, theirs)
 
@@ -266,7 +279,7 @@ def test_the_folders_processor_is_used(pipeline, tmp_path):
     pipeline.image_processor.save_pretrained(tmp_path / "p")
     picture = noise_picture((64, 40))
     config = json.loads((tmp_path / "p" / "preprocessor_config.json").read_text())
-    ours = pixel_values(make_image_processor(config), picture)
+    ours = pixel_values(config, picture, 32)
     theirs = pipeline.image_processor(images=picture, return_tensors="pt").pixel_values
     assert ours.shape == (1, 3, 32, 32)
     assert torch.equal(ours, theirs)

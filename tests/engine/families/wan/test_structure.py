@@ -16,6 +16,7 @@ from penstock.engine.families.wan.kinds import KINDS
 from penstock.engine.family.naming import Naming, ShapesOf
 from penstock.engine.files.keys import find_naming
 from penstock.errors import CheckpointError, TensorMismatch
+from tests.versions import bare_clip
 
 I2V_14B = {
     "patch_size": [1, 2, 2],
@@ -83,7 +84,7 @@ def theirs(component, config):
         elif component == "text_encoder":
             module = UMT5EncoderModel(UMT5Config(**config))
         else:
-            module = CLIPVisionModel(CLIPVisionConfig(**config))
+            module = bare_clip(CLIPVisionModel(CLIPVisionConfig(**config)))
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     shapes.pop("encoder.embed_tokens.weight", None)
     return shapes

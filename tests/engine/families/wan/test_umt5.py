@@ -7,19 +7,15 @@ from diffusers import WanPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers.processors import TemplateProcessing
 from transformers import UMT5Config, UMT5EncoderModel
 
 from penstock.engine.families.wan.tiny import write_tiny_model
-from penstock.engine.families.wan.umt5 import (
-    TOKENS,
-    clean_prompt,
-    embed,
-    encode_layers,
-    finish,
-    load_tokenizer,
-    tokenise,
-)
+from penstock.engine.families.wan.umt5 import clean_prompt, embed, encode_layers, finish
+from penstock.engine.files.tokenizer import TOKENS, Tokenizer
 from penstock.errors import CheckpointError, RequestError
+from tests.versions import TRANSFORMERS_4, needs_sdpa_in_umt5
 
 PROMPTS = ("a cat &amp; a dog run", "blurry, low quality")
 
@@ -36,7 +32,12 @@ def pipeline(model_folder):
 
 @pytest.fixture(scope="module")
 def tokenizer(model_folder):
-    return load_tokenizer(model_folder / "tokenizer")
+    return Tokenizer(model_folder / "tokenizer")
+
+
+def tokenise(tokenizer, text, max_tokens=TOKENS):
+    (prompt,) = tokenizer.tokenise([clean_prompt(text)], max_tokens)
+    return prompt
 
 
 def run(encoder, prompts, dtype=torch.float32):
@@ -62,6 +63,7 @@ def perturb(encoder):
 
 @pytest.mark.parametrize("texts", [PROMPTS, ("x" * 700, ""), ("ab " * 255, "one")])
 def test_embeddings_equal_the_pipelines_bit_for_bit(pipeline, tokenizer, texts):
+    needs_sdpa_in_umt5()
     perturb(pipeline.text_encoder)
     prompts = [tokenise(tokenizer, text) for text in texts]
     ours = run(pipeline.text_encoder, prompts)
@@ -92,11 +94,16 @@ def test_hidden_states_equal_transformers_in_each_type(dtype, length):
         encode_layers(enumerate(encoder.encoder.block), hidden, [length])
         ours = finish(encoder.encoder.final_layer_norm, hidden[0], length)
     assert ours.dtype == theirs.dtype
-    assert torch.equal(ours[:, :length], theirs[:, :length])
+    if TRANSFORMERS_4:  # it forms the scores by itself: up to 0.1 apart in bf16, 1e-5 in fp32
+        bound = 1e-4 if dtype == torch.float32 else 0.2
+        torch.testing.assert_close(ours[:, :length], theirs[:, :length], rtol=0, atol=bound)
+    else:
+        assert torch.equal(ours[:, :length], theirs[:, :length])
     assert not ours[:, length:].any()
 
 
 def test_fp32_output_projections_among_fp16_weights():
+    needs_sdpa_in_umt5()
     torch.manual_seed(4)
     config = UMT5Config(vocab_size=64, d_model=40, d_kv=8, d_ff=72, num_layers=2, num_heads=6)
     encoder = perturb(UMT5EncoderModel(config)).half()
@@ -135,6 +142,7 @@ def test_a_replaced_linear_without_a_weight_serves():
 
 
 def test_overflow_in_fp16_is_clamped_as_in_transformers():
+    needs_sdpa_in_umt5()
     encoder = encoder_of(torch.float16)
     encoder_of.cache_clear()
     huge = torch.full((1, 6, 40), 6e4, dtype=torch.float16)
@@ -209,13 +217,13 @@ def test_tokens_equal_the_pipelines_and_the_cut_is_told(pipeline, tokenizer):
     assert list(prompt.ids) == theirs.input_ids[0]
     assert prompt.length == 64 == sum(theirs.attention_mask[0])
     assert prompt.cut.endswith("word the end")
-    kept = tokenizer.decode(list(prompt.ids), skip_special_tokens=True)
+    kept = pipeline.tokenizer.decode(list(prompt.ids), skip_special_tokens=True)
     assert (kept + prompt.cut).replace(" ", "") == text.replace(" ", "")
 
 
-def test_a_prompt_that_just_fits_is_not_cut(tokenizer):
+def test_a_prompt_that_just_fits_is_not_cut(pipeline, tokenizer):
     just = tokenise(tokenizer, "abc", 7)  # a space before each of three letters, and the end mark
-    assert len(tokenizer("abc").input_ids) <= 7
+    assert len(pipeline.tokenizer("abc").input_ids) <= 7
     assert (just.cut, just.ids[just.length - 1]) == ("", 1)
     length = just.length
     assert tokenise(tokenizer, "abc", length).cut == ""
@@ -227,13 +235,12 @@ def test_an_empty_negative_prompt_is_an_end_mark(tokenizer):
     assert (empty.ids, empty.length, empty.cut) == ((1,) + (0,) * 7, 1, "")
 
 
-def test_a_tokenizer_that_finds_nothing_is_refused(tokenizer):
-    class Blank:
-        def __call__(self, text, **options):
-            return tokenizer(text, **options, add_special_tokens=False)
-
+def test_a_tokenizer_that_finds_nothing_is_refused(tmp_path, pipeline):
+    blank = Backend.from_str(pipeline.tokenizer.backend_tokenizer.to_str())
+    blank.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    blank.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(RequestError, match="no tokens"):
-        tokenise(Blank(), "", 8)
+        tokenise(Tokenizer(tmp_path), "", 8)
 
 
 @given(st.text(max_size=80))
@@ -251,4 +258,4 @@ def test_cleaning_known_cases(raw):
 
 def test_a_missing_tokenizer_is_told(tmp_path):
     with pytest.raises(CheckpointError, match="no usable tokenizer"):
-        load_tokenizer(tmp_path / "nothing")
+        tokenise(Tokenizer(tmp_path / "nothing"), "text")

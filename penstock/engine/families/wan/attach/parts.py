@@ -21,6 +21,7 @@ from penstock.engine.families.wan import forward as dit
 from penstock.engine.families.wan import umt5 as prompts
 from penstock.engine.families.wan.cost.transformer import TEXT_TOKENS
 from penstock.engine.families.wan.model import model_of
+from penstock.engine.files.tokenizer import TOKENS, TokenisedPrompt
 from penstock.engine.model.component import Component
 from penstock.errors import UsageError
 from penstock.profiles.manifest import VideoShape
@@ -50,7 +51,7 @@ class TextPart(Part):
         lengths = [int(length) for length in mask.sum(1)]
         self._check(input_ids, mask, lengths)
         tokenised = [
-            prompts.TokenisedPrompt(tuple(ids.tolist()), length, "")
+            TokenisedPrompt(tuple(ids.tolist()), length, "")
             for ids, length in zip(input_ids, lengths, strict=True)
         ]
         states = [self._encode(each) for each in tokenised]
@@ -58,14 +59,14 @@ class TextPart(Part):
 
     def _check(self, ids: Tensor, mask: Tensor, lengths: list[int]) -> None:
         first = torch.arange(ids.shape[1], device=mask.device)[None] < mask.sum(1, keepdim=True)
-        if ids.shape[1] > prompts.TOKENS or not torch.equal(mask.bool(), first) or 0 in lengths:
+        if ids.shape[1] > TOKENS or not torch.equal(mask.bool(), first) or 0 in lengths:
             raise UsageError(
                 "the text encoder of an attached pipeline takes padded prompts",
-                expected=f"up to {prompts.TOKENS} tokens, padded at their end",
+                expected=f"up to {TOKENS} tokens, padded at their end",
                 found=f"{ids.shape[1]} tokens, {lengths} of them not padding",
             )
 
-    def _encode(self, prompt: prompts.TokenisedPrompt) -> Tensor:
+    def _encode(self, prompt: TokenisedPrompt) -> Tensor:
         component, desk, phase = self.component, self.desk, self.desk.plan()["text"]
         with desk.phase(phase):
             hidden = prompts.embed(

@@ -13,6 +13,7 @@ from penstock.engine.attach.part import Part
 from penstock.engine.families.wan.attach.parts import ImagePart, TextPart, TransformerPart
 from penstock.engine.families.wan.attach.vae_part import VaePart
 from penstock.engine.families.wan.clip import make_image_processor
+from penstock.engine.families.wan.fields import known
 from penstock.engine.families.wan.model import DECODER, TRANSFORMER
 from penstock.engine.model.files import ModelFiles
 from penstock.errors import CheckpointError
@@ -41,7 +42,7 @@ def pipeline_of(model: ModelFiles, desk: Desk) -> Any:
         for name, made in PARTS.items()
         if name != "image_encoder" or model.image_to_video
     }
-    parts |= {"tokenizer": model.tokenizer(), "scheduler": _scheduler(model)}
+    parts |= {"tokenizer": model.tokenizer.for_transformers(), "scheduler": _scheduler(model)}
     if not model.image_to_video:
         return WanPipeline(**parts)
     parts["image_processor"] = make_image_processor(model.source.image_processor)
@@ -55,9 +56,9 @@ def _config(name: str, model: ModelFiles) -> Any:
 
     source = model.source.parts[name]
     if name == "text_encoder":
-        return UMT5Config(**dict(source.config))
+        return UMT5Config(**known(name, source.config))
     if name == "image_encoder":
-        return CLIPVisionConfig(**dict(source.config))
+        return CLIPVisionConfig(**known(name, source.config))
     skeleton = model.parts[TRANSFORMER if name == TRANSFORMER else DECODER].module
     return FrozenDict({**skeleton.config, **source.config})
 

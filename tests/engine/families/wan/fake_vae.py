@@ -77,7 +77,7 @@ class FakeVae:
     def encode_peak(
         self, latent: tuple[int, int, int], grid: TileGrid, changes: Sequence[int] = FIRST_FRAME
     ) -> int:
-        """Peak of an encoding: the largest tile, then the first whole frames, until steady."""
+        """Peak of an encoding: all of the largest tile, then the first whole frames."""
         frames, height, width = latent
         tiles = encode_tiles(levels_of(self.vae), grid, height, width)
         tile = max(tiles, key=lambda tile: _area(tile.pixels))
@@ -95,7 +95,7 @@ class FakeVae:
             blank = _blank(channels, (len(lengths), height, width), self.dtype, 0)
             features = list(zip(blank, lengths, strict=True))
             del blank
-            for _ in islice(encoded(), STEADY_LATENTS + 1):
+            for _ in encoded():
                 pass
             with suppress(_Steady):
                 vae_encode._whole_frames(self.vae, features, _stop_when_steady())

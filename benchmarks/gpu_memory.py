@@ -24,6 +24,7 @@ from benchmarks.gpu_context import (
 )
 from penstock.engine.bench.measure import Asked, MeasuredStage, measure
 from penstock.engine.bench.result import BenchResult, Links
+from penstock.engine.families.wan.clip import preprocess
 from penstock.engine.families.wan.work import decode, encode_condition
 from penstock.engine.run.sampling import Sampling
 from penstock.offload.allocator import allocator_capped
@@ -203,7 +204,8 @@ def through_vae(
             if half == "decode":
                 videos.append(decode(stage, latents))
             else:
-                encode_condition(stage, Image.new("RGB", (request.width, request.height), "grey"))
+                grey = Image.new("RGB", (request.width, request.height), "grey")
+                encode_condition(stage, preprocess(grey, request.width, request.height))
         seconds = time.perf_counter() - started
     planned, ledger = plan[half].vram_bytes, stage.device_ledger.peak
     cuda = context.device.type == "cuda"

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from penstock.cli.files import Debug, Json, reported
 from penstock.cli.options import NOTHING, with_options
+from penstock.cli.paths import path_option
+from penstock.cli.terminal import Screen, say
 from penstock.profiles.options import Options
 
 
@@ -32,7 +33,8 @@ def bench(
     cfg: Annotated[float, typer.Option(help="Guidance scale; 1 is off: one pass a step.")] = 5.0,
     options: Options = NOTHING,
     folder: Annotated[
-        Path | None, typer.Option(help="Where a synthetic model is made (and removed again).")
+        Path | None,
+        path_option("Where a synthetic model is made (and removed again)."),
     ] = None,
     minutes: Annotated[
         float, typer.Option(help="That the steps of a synthetic model may take, by the plan.")
@@ -40,13 +42,14 @@ def bench(
     whole: Annotated[
         bool, typer.Option("--whole", help="Every phase of a job, not denoising alone.")
     ] = False,
-    save: Annotated[Path | None, typer.Option(help="Keep the result in this file.")] = None,
-    compare: Annotated[Path | None, typer.Option(help="Hold it against a kept one.")] = None,
+    save: Annotated[Path | None, path_option("Keep the result in this file.")] = None,
+    compare: Annotated[Path | None, path_option("Hold it against a kept one.")] = None,
     percent: Annotated[float, typer.Option(help="Worse by more than this counts, if also")] = 5.0,
     seconds: Annotated[float, typer.Option(help="by more than this in a step, or")] = 0.05,
     peak: Annotated[str, typer.Option(help="by more than this in a peak.")] = "32MiB",
     sweep: Annotated[
-        Path | None, typer.Option(help="Measure several profiles; draw s/step over VRAM here.")
+        Path | None,
+        path_option("Measure several profiles; draw s/step over VRAM here."),
     ] = None,
     profiles: Annotated[str, typer.Option(help="Those of a sweep.")] = "24gb,16gb,12gb,8gb,6gb,4gb",
     as_json: Json = False,
@@ -75,7 +78,7 @@ def bench(
 
 
 def _tell(line: str) -> None:
-    Console(stderr=True).print(line, highlight=False)
+    Screen(stderr=True).print(line)
 
 
 def _measure(
@@ -97,11 +100,11 @@ def _measure(
         shown.append(verdict_section(verdict))
     if as_json:
         told = None if verdict is None else {"outcome": verdict.outcome, "lines": verdict.lines}
-        print(json.dumps(result.to_json() | {"verdict": told}))
+        say(json.dumps(result.to_json() | {"verdict": told}))
     elif as_md:
-        print(markdown(shown))
+        say(markdown(shown))
     else:
-        Console().print(tables(shown), highlight=False)
+        Screen().print(tables(shown))
     return 0 if verdict is None else verdict.exit_code
 
 
@@ -127,8 +130,8 @@ def _sweep(order: object, profiles: list[str], picture: Path, as_json: bool, as_
              "result": None if point.result is None else point.result.to_json()}
             for point in points
         ]  # fmt: skip
-        print(json.dumps(rows))
+        say(json.dumps(rows))
     elif as_md:
-        print(markdown([sweep_section(points)]))
+        say(markdown([sweep_section(points)]))
     else:
-        Console().print(tables([sweep_section(points)]), highlight=False)
+        Screen().print(tables([sweep_section(points)]))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
+import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from penstock.cli.paths import path_argument, path_option
+from penstock.cli.terminal import Screen, say, warn
 from penstock.errors import PenstockError
 from penstock.folders import cache_folder
 
@@ -23,33 +25,45 @@ cache_app = typer.Typer(help="List and remove the packs that were made on first 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-Part = Annotated[Path | None, typer.Option(help="This component's file, index or folder.")]
+Part = Annotated[Path | None, path_option("This component's file, index or folder.")]
 Model = Annotated[
     str | None,
     typer.Option(
         help="A folder (diffusers, Wan's own, ComfyUI), a transformer's file, or a hub id."
     ),
 ]
-Tokenizer = Annotated[
-    Path | None, typer.Option(help="A tokenizer's folder or SentencePiece model.")
-]
+Tokenizer = Annotated[Path | None, path_option("A tokenizer's folder or SentencePiece model.")]
 Loras = Annotated[
     list[str] | None,
     typer.Option("--lora", metavar="FILE[:STRENGTH]", help="A LoRA; may be given several times."),
 ]
 
+LoraStrict = Annotated[
+    bool,
+    typer.Option(
+        "--lora-strict", help="Refuse a LoRA of which a tensor has no place in the model."
+    ),
+]
+
 
 @contextmanager
 def reported(debug: bool) -> Iterator[None]:
-    """Errors of penstock's own become one line and an exit code; others stay tracebacks."""
+    """Errors of penstock's own and of the system become one line and an exit code; others stay
+    tracebacks."""
     try:
         yield
     except PenstockError as error:
         log.info("the command failed", exc_info=True)
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        warn(f"error: {error}")
         raise typer.Exit(error.exit_code) from error
+    except OSError as error:
+        log.info("the system refused", exc_info=True)
+        if debug:
+            raise
+        warn(f"error: {_told(error)}")
+        raise typer.Exit(1) from error
     except (typer.Exit, typer.Abort):
         raise
     except BaseException:
@@ -57,8 +71,15 @@ def reported(debug: bool) -> Iterator[None]:
         raise
 
 
+def _told(error: OSError) -> str:
+    """What the system refused, and for which file."""
+    names = [os.fsdecode(each) for each in (error.filename, error.filename2) if each is not None]
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{' and '.join(map(str, names))}: {reason}" if names else reason
+
+
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A file, an index or a folder.")],
+    path: Annotated[Path, path_argument("A file, an index or a folder.")],
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -68,14 +89,14 @@ def inspect(
     with reported(debug):
         found = look(path)
     if as_json:
-        print(json.dumps(asdict(found), default=str))
+        say(json.dumps(asdict(found), default=str))
     else:
-        print("\n".join(found.lines()))
+        say("\n".join(found.lines()))
 
 
 def pack(
     format: Annotated[str, typer.Option(help="Of the transformer's matrices, such as int8.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
+    output: Annotated[Path, path_option("The folder to write.", "--output", "-o")],
     model: Model = None,
     transformer: Part = None,
     text_encoder: Part = None,
@@ -83,6 +104,7 @@ def pack(
     image_encoder: Part = None,
     tokenizer: Tokenizer = None,
     lora: Loras = None,
+    lora_strict: LoraStrict = False,
     ram: Annotated[str, typer.Option(help="The most memory for weights in work.")] = "2GiB",
     as_json: Json = False,
     debug: Debug = False,
@@ -96,24 +118,27 @@ def pack(
 
     with reported(debug):
         files = Files(transformer, text_encoder, vae, image_encoder, tokenizer)
-        with pack_bar(Console(stderr=True)) as progress:
+        with pack_bar(Screen(stderr=True)) as progress:
             report = write(
                 locate(model, files),
                 format,
                 output,
-                loras=as_loras(lora or []),
+                loras=as_loras(lora or [], strict=lora_strict),
                 ram_bytes=parse_bytes(ram),
                 progress=progress,
             )
+    for notice in report.notices:
+        warn(f"note: {notice}")
     if as_json:
-        print(json.dumps(asdict(report), default=str))
+        say(json.dumps(asdict(report), default=str))
     else:
-        print(f"{report.folder}: {report.files} packs, {format_bytes(report.nbytes)}")
-        print(f"use it: penstock generate --model {report.folder}")
+        say(f"{report.folder}: {report.files} packs, {format_bytes(report.nbytes)}")
+        place = shlex.join(["--model", str(report.folder.absolute())])
+        say(f"use it: penstock generate {place}")
 
 
 def verify(
-    path: Annotated[Path, typer.Argument(help="A pack, or a folder of packs.")],
+    path: Annotated[Path, path_argument("A pack, or a folder of packs.")],
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -122,14 +147,14 @@ def verify(
     from penstock.engine.packs.file import verify as check
     from penstock.units import format_bytes
 
-    with reported(debug), pack_bar(Console(stderr=True)) as progress:
+    with reported(debug), pack_bar(Screen(stderr=True)) as progress:
         found = check(path, lambda done, total: progress("checking", done, total))
     if as_json:
-        print(json.dumps(asdict(found), default=str))
+        say(json.dumps(asdict(found), default=str))
     else:
         for file, what in found.damage:
-            print(f"damaged: {file}: {what}")
-        print(f"{found.files} packs, {found.runs} runs, {format_bytes(found.nbytes)} checked")
+            say(f"damaged: {file}: {what}")
+        say(f"{found.files} packs, {found.runs} runs, {format_bytes(found.nbytes)} checked")
     if found.damage:
         raise typer.Exit(1)
 
@@ -142,7 +167,7 @@ def list_cache(as_json: Json = False, debug: Debug = False) -> None:
 
     with reported(debug):
         packs = cached_packs(cache_folder())
-    print(json.dumps([each.to_json() for each in packs]) if as_json else packs_table(packs))
+    say(json.dumps([each.to_json() for each in packs]) if as_json else packs_table(packs))
 
 
 @cache_app.command("rm")
@@ -156,4 +181,4 @@ def remove_cached(
 
     with reported(debug):
         freed = remove_pack(cache_folder(), name)
-    print(f"removed {name} ({format_bytes(freed)})")
+    say(f"removed {name} ({format_bytes(freed)})")

@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Callable, MutableMapping
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from penstock._version import __version__
 from penstock.cli.bench import bench
 from penstock.cli.files import (
     Loras,
+    LoraStrict,
     Model,
     Part,
     Tokenizer,
@@ -30,7 +28,11 @@ from penstock.cli.files import (
     verify,
 )
 from penstock.cli.log import Level, logged
+from penstock.cli.memory import MemoryHelp, memory_told
 from penstock.cli.options import NOTHING, with_options
+from penstock.cli.paths import path_option
+from penstock.cli.stopping import Stopping
+from penstock.cli.terminal import Screen, asks_a_person, keep_going, printable, say, warn
 from penstock.profiles.options import Options
 
 app = typer.Typer(
@@ -58,6 +60,14 @@ class SamplerName(str, Enum):
     LCM = "lcm"
 
 
+class FitName(str, Enum):
+    """What is done with a picture of another aspect than the video's."""
+
+    CROP = "crop"
+    PAD = "pad"
+    STRETCH = "stretch"
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 Distilled = Annotated[
@@ -72,7 +82,7 @@ Force = Annotated[bool, typer.Option(help="Replace an existing output.")]
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(__version__)
+        say(__version__)
         raise typer.Exit
 
 
@@ -97,18 +107,18 @@ def main_options(
         context.with_resource(logged(log_level, log_file))
 
 
-@app.command()
+@app.command(cls=MemoryHelp)
 @with_options()
 def generate(
     prompt: Annotated[str, typer.Option(help="What should happen.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The mp4 to write.")],
+    output: Annotated[Path, path_option("The mp4 to write.", "--output", "-o")],
     model: Model = None,
     transformer: Part = None,
     text_encoder: Part = None,
     vae: Part = None,
     image_encoder: Part = None,
     tokenizer: Tokenizer = None,
-    image: Annotated[Path | None, typer.Option(help="The picture to start from.")] = None,
+    image: Annotated[Path | None, path_option("The picture to start from.")] = None,
     negative: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
     size: Annotated[str | None, typer.Option(help="Pixels, such as 1280x720.")] = None,
     max_area: Annotated[
@@ -118,11 +128,22 @@ def generate(
     steps: Annotated[int | None, typer.Option(help="Denoising steps (40).")] = None,
     cfg: Annotated[float | None, typer.Option(help="Guidance scale (5); 1 is off.")] = None,
     shift: Annotated[float | None, typer.Option(help="Flow shift (5 at 720p, 3 at 480p).")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the noise (drawn if absent).")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the noise (drawn if absent or -1).")
+    ] = None,
     sampler: Annotated[SamplerName | None, typer.Option(help="Sampler (unipc).")] = None,
     distilled: Distilled = False,
-    fps: Annotated[int | None, typer.Option(help="Frames a second of the file (16).")] = None,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames a second of the file, such as 23.976 (16).")
+    ] = None,
+    fit: Annotated[
+        FitName | None,
+        typer.Option(
+            help="A picture of another aspect than --size is cropped, padded or stretched."
+        ),
+    ] = None,
     lora: Loras = None,
+    lora_strict: LoraStrict = False,
     options: Options = NOTHING,
     force: Force = False,
     no_metadata: Annotated[
@@ -130,7 +151,8 @@ def generate(
     ] = False,
     as_json: Json = False,
     job: Annotated[
-        Path | None, typer.Option(help="Folder to keep the job in (the data directory).")
+        Path | None,
+        path_option("Folder to keep the job in (the data directory)."),
     ] = None,
     resume_same: Annotated[
         bool | None,
@@ -142,10 +164,10 @@ def generate(
 ) -> None:
     """Make a video from a prompt, and a picture where the model takes one."""
     from penstock.engine.files.locate import Files
+    from penstock.engine.lora.file import as_loras
     from penstock.engine.request.settings import Settings
 
     files = Files(transformer, text_encoder, vae, image_encoder, tokenizer)
-    opening = {"files": files, "loras": lora or [], "options": options}
     settings = Settings(
         prompt=prompt,
         image=image,
@@ -159,16 +181,19 @@ def generate(
         seed=seed,
         sampler=None if sampler is None else sampler.value,
         fps=fps,
+        fit=None if fit is None else fit.value,
         distilled=distilled,
     )
-    with reported(debug):
+    with reported(debug), Stopping() as stop:
+        loras = as_loras(lora or [], strict=lora_strict)
+        opening = {"files": files, "loras": loras, "options": options}
         _generate(
-            model, opening, settings, output, force, not no_metadata, as_json,
+            model, opening, settings, output, force, not no_metadata, as_json, stop,
             lambda engine, request, plan: _job_folder(engine, request, plan, job, resume_same),
         )  # fmt: skip
 
 
-@app.command()
+@app.command(cls=MemoryHelp)
 @with_options(
     ("vram", "ram", "device", "profile"),
     profile="In the place of the job's own; its budgets count again.",
@@ -178,7 +203,8 @@ def resume(
         str | None, typer.Argument(help="Folder, or name of a job; the only unfinished one.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The mp4 to write instead.")
+        Path | None,
+        path_option("The mp4 to write instead.", "--output", "-o"),
     ] = None,
     lora: Loras = None,
     options: Options = NOTHING,
@@ -193,13 +219,13 @@ def resume(
     from penstock.engine.engine import Engine
     from penstock.engine.run.jobs import find_job, opening_of
 
-    with reported(debug):
+    with reported(debug), Stopping() as stop:
         folder = find_job(job)
         with Engine.reopen(opening_of(folder, options, lora or [])) as engine:
             running = engine.resume(
                 folder, output, force=force, allow_nonidentical=allow_nonidentical
             )
-            _watch(running, running.plan, as_json)
+            _watch(running, running.plan, as_json, stop)
 
 
 @jobs_app.callback(invoke_without_command=True)
@@ -218,9 +244,9 @@ def jobs(
     with reported(False):
         found = list_jobs()
     if as_json:
-        print(json.dumps([info.to_json() for info in found]))
+        say(json.dumps([info.to_json() for info in found]))
     else:
-        print(jobs_table(found))
+        say(jobs_table(found))
 
 
 @jobs_app.command("rm")
@@ -234,17 +260,15 @@ def remove(
     with reported(debug):
         folder = find_job(job)
         remove_job(folder)
-    print(f"removed {folder.name}")
+    say(f"removed {folder.name}")
 
 
-@app.command()
+@app.command(cls=MemoryHelp)
 @with_options()
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The mp4 to write.")] = Path(
-        "demo.mp4"
-    ),
+    output: Annotated[Path, path_option("The mp4 to write.", "--output", "-o")] = Path("demo.mp4"),
     prompt: Annotated[str | None, typer.Option(help="What should happen.")] = None,
-    image: Annotated[Path | None, typer.Option(help="The picture to start from.")] = None,
+    image: Annotated[Path | None, path_option("The picture to start from.")] = None,
     options: Options = NOTHING,
     force: Force = False,
     as_json: Json = False,
@@ -252,17 +276,20 @@ def demo(
 ) -> None:
     """Make a video, and a page with its frames, with the small model in the box."""
     from penstock.engine.media.sheet import sheet_beside, write_contact_sheet
+    from penstock.engine.media.video import check_no_input
     from penstock.engine.request.demo import MINI, demo_settings
 
     with reported(debug):
         sheet = sheet_beside(output, overwrite=force)
+        check_no_input(sheet, [] if image is None else [image])
         settings, opening = demo_settings(prompt, image), {"options": options}
-        _generate(MINI, opening, settings, output, force, True, as_json)
-        write_contact_sheet(output, sheet, scale=2)
-        Console(stderr=True).print(f"its frames: {sheet}", soft_wrap=True)
+        with Stopping() as stop:
+            report = _generate(MINI, opening, settings, output, force, True, as_json, stop)
+        write_contact_sheet(Path(report.output), sheet, scale=2)
+        Screen(stderr=True).print(f"its frames: {sheet}", soft_wrap=True)
 
 
-@app.command()
+@app.command(cls=MemoryHelp)
 @with_options(ram="Ceiling on RAM; with --card, that machine's memory.")
 def plan(
     model: Model = None,
@@ -274,7 +301,7 @@ def plan(
     synthetic: Annotated[
         str | None, typer.Option(help="A built-in description instead: wan2.1-i2v-14b.")
     ] = None,
-    image: Annotated[Path | None, typer.Option(help="The picture, for its aspect.")] = None,
+    image: Annotated[Path | None, path_option("The picture, for its aspect.")] = None,
     size: Annotated[str | None, typer.Option(help="Pixels, such as 1280x720.")] = None,
     max_area: Annotated[str | None, typer.Option(help="720p, 480p or WxH.")] = None,
     frames: Annotated[int | None, typer.Option(help="Frames, 4n+1 (81).")] = None,
@@ -282,6 +309,7 @@ def plan(
     cfg: Annotated[float | None, typer.Option(help="Guidance scale (5); 1 is off.")] = None,
     distilled: Distilled = False,
     lora: Loras = None,
+    lora_strict: LoraStrict = False,
     options: Options = NOTHING,
     card: Annotated[
         str | None, typer.Option(help='Plan for another machine, such as "RTX 3060 12GB".')
@@ -293,8 +321,9 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Say what a video will take, in bytes and seconds, without loading anything."""
-    from penstock.cli.plan_view import plan_view
+    from penstock.cli.plan_view import ASSUMED, plan_view
     from penstock.engine.files.locate import Files
+    from penstock.engine.lora.file import as_loras
     from penstock.engine.prepared import Prepared, machine_of
     from penstock.engine.request.generation import workload_of
     from penstock.engine.request.settings import Settings, resolve
@@ -308,16 +337,17 @@ def plan(
         prepared = Prepared.open(
             model,
             files=Files(transformer, text_encoder, vae, image_encoder, tokenizer),
-            loras=lora or [],
+            loras=as_loras(lora or [], strict=lora_strict),
             options=options,
             synthetic=synthetic,
             machine=machine,
         )
         found = prepared.plan(workload_of(resolve(settings, prepared.about), kept=True))
     if as_json:
-        print(json.dumps(found.to_json()))
+        say(json.dumps(found.to_json()))
     else:
-        Console().print(plan_view(found), highlight=False, soft_wrap=True)
+        besides = memory_told(found) if card is None else ASSUMED
+        Screen().print(plan_view(found, besides), soft_wrap=True)
 
 
 profiles_app = typer.Typer(help="Byte budgets and policies by name.", invoke_without_command=True)
@@ -331,7 +361,7 @@ def profiles(context: typer.Context) -> None:
 
     if context.invoked_subcommand is None:
         with reported(debug=False):
-            Console().print(profiles_view())
+            Screen().print(profiles_view())
 
 
 @profiles_app.command("show")
@@ -341,13 +371,13 @@ def profiles_show(name: Annotated[str, typer.Argument(help="A name, or a file.")
     from penstock.profiles.profile import load
 
     with reported(debug=False):
-        Console().print(profile_view(load(name)))
+        Screen().print(profile_view(load(name)))
 
 
 @app.command()
 def doctor(
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
-    folder: Annotated[Path | None, typer.Option(help="On the disk that the models are on.")] = None,
+    folder: Annotated[Path | None, path_option("On the disk that the models are on.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -358,11 +388,12 @@ def doctor(
     with reported(debug):
         found = examine(device, folder)
     if as_json:
-        print(json.dumps(found.to_json()))
+        say(json.dumps(found.to_json()))
         return
     rows = [(each.topic, each.found, each.remedy) for each in found.findings]
-    Console().print(findings_view(found.machine, rows), highlight=False)
-    print(f"rates are kept in {found.stored_in}")
+    Screen().print(findings_view(found.machine, rows))
+    if found.stored_in is not None:
+        say(f"rates are kept in {found.stored_in}")
 
 
 JobFolder = Callable[[Any, Any, Any], tuple[Path, bool]]
@@ -377,8 +408,9 @@ def _generate(
     force: bool,
     metadata: bool,
     as_json: bool,
+    stop: Stopping,
     job_folder: JobFolder | None = None,
-) -> None:
+) -> Any:
     """Make a video with an engine that is opened with ``opening``; what cannot fit is refused
     before anything heavy is imported."""
     from penstock.engine.prepared import Prepared
@@ -396,22 +428,26 @@ def _generate(
             job = engine.resume(folder, output, force=force)
         else:
             job = engine.submit(request, output, force=force, metadata=metadata, job_dir=folder)
-        _watch(job, plan, as_json)
+        return _watch(job, plan, as_json, stop)
 
 
-def _watch(job: Any, plan: Any, as_json: bool) -> None:
-    """Show a job until it ends, and its report."""
+def _watch(job: Any, plan: Any, as_json: bool, stop: Stopping) -> Any:
+    """Show a job until it ends, and its report, which is returned."""
     from penstock.cli.progress import Display, plan_summary, report_summary
+    from penstock.engine.machine.memory import keep_overhead
 
-    console = Console(stderr=True)
-    console.print(plan_summary(plan), highlight=False, soft_wrap=True)
-    with _stopping(job.cancel), Display(console, plan) as display:
+    stop.at(job.cancel)
+    console = Screen(stderr=True)
+    console.print(plan_summary(plan), soft_wrap=True)
+    with Display(console, plan) as display:
         for event in job.events():
             display.show(event)
     report = job.result().report
-    console.print(report_summary(report), highlight=False, soft_wrap=True)
+    keep_overhead("cpu" if report.on_cpu else "cuda", report.beside_bytes)
+    console.print(report_summary(report), soft_wrap=True)
     if as_json:
-        print(json.dumps({"plan": plan.to_json(), "report": report.to_json()}))
+        say(json.dumps({"plan": plan.to_json(), "report": report.to_json()}))
+    return report
 
 
 def _job_folder(
@@ -425,22 +461,18 @@ def _job_folder(
     found = find_unfinished(values, folder)
     if found is not None and resumes is not False:
         question = f"job {found.name} is the same and unfinished ({found.step}/{found.steps} steps)"
-        if resumes or (sys.stdin.isatty() and typer.confirm(f"{question}: continue it?")):
+        if resumes or _confirmed(f"{printable(question)}: continue it?"):
             return found.folder, True
-        print(f"note: {question}: penstock resume {found.folder}", file=sys.stderr)
+        warn(f"note: {question}: penstock resume {found.folder.absolute()}")
     return folder or new_job_folder(), False
 
 
-@contextmanager
-def _stopping(cancel: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask the job to stop instead of tearing it down."""
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda *_: cancel()) for number in signals]
+def _confirmed(question: str) -> bool:
+    """Whether a person says yes; nobody there, or gone meanwhile, means no."""
     try:
-        yield
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
+        return asks_a_person() and typer.confirm(question)
+    except typer.Abort:
+        return False
 
 
 def prefer_pages(environ: MutableMapping[str, str]) -> None:
@@ -460,7 +492,12 @@ def main() -> None:
     for library in ("DIFFUSERS", "TRANSFORMERS"):  # they set their own level when they are imported
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     prefer_pages(os.environ)
-    app()
+    keep_going()
+    try:
+        app()
+    except OSError as error:  # of stdout: the disk that an answer goes to is full, for one
+        warn(f"error: {error}")
+        raise SystemExit(1) from error
 
 
 if __name__ == "__main__":

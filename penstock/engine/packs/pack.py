@@ -3,7 +3,8 @@
 Each component is made parameter by parameter, so that a 33 GB model needs no more memory than a few
 chunks of its matrices; each run is on the disk, and its checksum in a progress file, before the
 next begins. A packing that was killed continues after the last sound run, and ends with the same
-bytes as one that was not.
+bytes as one that was not. What it was made from stands beside it, by checksums of every byte: a
+pack, finished or not, of files that have changed since is made again.
 """
 
 from __future__ import annotations
@@ -35,9 +36,12 @@ from penstock.engine.packs.file import (
     running_digest,
     sums_text,
 )
+from penstock.engine.packs.names import PROGRESS_SUFFIX
+from penstock.engine.packs.origin import Origin, read_origin, write_origin
 from penstock.engine.packs.plan import LEAST_RAM_BYTES, ComponentPlan, PackStep, plan_component
 from penstock.engine.packs.side import write_side_files
 from penstock.engine.store.durable import NEW_SUFFIX, FileOps, read_whole, storing, write_atomically
+from penstock.engine.store.sums import FileSum, Sums
 from penstock.errors import CheckpointError, UsageError
 from penstock.offload.checkpoint import torch_dtype
 from penstock.quant.arithmetic import quantise
@@ -47,7 +51,6 @@ log = logging.getLogger(__name__)
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with the component's name, the bytes made so far and their sum over all components."""
 
-PROGRESS_SUFFIX = ".progress"
 _WRITE_BYTES = 8 << 20
 _SHARE = 16
 """A chunk's fp32 values take at most this part of the memory allowed: reading, decoding, rounding
@@ -56,12 +59,14 @@ and the result hold a few copies of it at once."""
 
 @dataclass(frozen=True)
 class PackReport:
-    """What was made: the folder, its packs, their bytes, and the runs that were there already."""
+    """What was made: the folder, its packs, their bytes, and the runs that were there already; and
+    what is to be said of the files it was made from."""
 
     folder: Path
     files: int
     nbytes: int
     reused_runs: int
+    notices: tuple[str, ...] = ()
 
 
 def pack(
@@ -94,7 +99,7 @@ def pack(
             "too little memory to pack", expected=f"{LEAST_RAM_BYTES:,} bytes", found=str(ram_bytes)
         )
     ops = ops or FileOps()
-    merged = PlacedLoras.open(source.streamed, loras)
+    merged = PlacedLoras.open(source.streamed, loras, source.lora_folders)
     plans = [
         plan_component(part, wanted, merged if part is source.streamed else None)
         for part in source.components()
@@ -108,7 +113,8 @@ def pack(
         done += plan.layout.file_bytes
     named = {"loras": merged.merged_names()} if merged.files else {}
     write_side_files(source, folder, {"format": wanted, **named}, ops)
-    return PackReport(folder, len(plans), total, reused)
+    notices = (*source.notes, *merged.notices)
+    return PackReport(folder, len(plans), total, reused, notices)
 
 
 def _reporter(progress: Progress | None, name: str, base: int, total: int) -> Callable[[int], None]:
@@ -137,6 +143,19 @@ def check_space(ops: FileOps, folder: Path, plans: Sequence[ComponentPlan]) -> N
         ops.mkdir(folder)
 
 
+def origin_sums(
+    plan: ComponentPlan, check: Callable[[], None], sums: Sums | None = None
+) -> dict[str, FileSum]:
+    """Checksums of all that the pack of ``plan`` is made from; read where none may be believed.
+
+    Raises:
+        StorageError: a file cannot be read.
+        CheckpointChanged: one does not keep still.
+    """
+    sums = sums or Sums()
+    return {name: sums.of(path, check) for name, path in plan.origins().items()}
+
+
 def _partial(path: Path) -> Path:
     return path.with_name(path.name + NEW_SUFFIX)
 
@@ -154,11 +173,12 @@ def pack_component(
         CheckpointError, StorageError: as `pack`.
     """
     notes = path.with_name(path.name + PROGRESS_SUFFIX)
+    made_from = {name: each.value for name, each in origin_sums(plan, lambda: report(0)).items()}
     with storing(ops, path, plan.layout.file_bytes):
         ops.mkdir(path.parent)
         reused = len(plan.layout.runs)
-        if not _is_finished(path, plan.layout):
-            reused = _write_pack(plan, path, notes, ram_bytes, ops, report)
+        if not (_is_finished(path, plan.layout) and read_origin(ops, path) == made_from):
+            reused = _write_pack(plan, path, notes, made_from, ram_bytes, ops, report)
         ops.unlink(notes)
     report(plan.layout.file_bytes)
     return reused
@@ -168,23 +188,25 @@ def _write_pack(
     plan: ComponentPlan,
     path: Path,
     notes: Path,
+    made_from: Origin,
     ram_bytes: int,
     ops: FileOps,
     report: Callable[[int], None],
 ) -> int:
     layout, partial = plan.layout, _partial(path)
-    sums = _sound_runs(ops, partial, notes, layout)
+    sums = _sound_runs(ops, partial, notes, layout, made_from)
     reused = len(sums)
     log.info("%s: %d of %d runs are there already", path, reused, len(layout.runs))
     with _reader(plan) as reader, _Output(ops, partial, layout, reused) as out:
         for run, steps in list(zip(layout.runs, plan.steps, strict=True))[reused:]:
             sums.append(_write_run(out, run, steps, reader, ram_bytes // _SHARE, report))
             out.sync()
-            write_atomically(ops, notes, [_notes(layout, sums)])
+            write_atomically(ops, notes, [_notes(layout, made_from, sums)])
         reader.check_unchanged()
         out.pad_to(layout.sums_offset)
         out.write(sums_text(digest(layout.header), sums))
         out.sync()
+    write_origin(ops, path, partial, made_from)
     ops.rename(partial, path)
     ops.fsync_dir(path.parent)
     return reused
@@ -207,15 +229,19 @@ def _is_finished(path: Path, layout: PackLayout) -> bool:
         return file.read(layout.data_start) == layout.header
 
 
-def _notes(layout: PackLayout, sums: list[bytes]) -> bytes:
+def _notes(layout: PackLayout, made_from: Origin, sums: list[bytes]) -> bytes:
     head = digest(layout.header).hex()
-    return json.dumps({"header": head, "runs": [each.hex() for each in sums]}).encode()
+    runs = [each.hex() for each in sums]
+    return json.dumps({"header": head, "source": dict(made_from), "runs": runs}).encode()
 
 
-def _sound_runs(ops: FileOps, partial: Path, notes: Path, layout: PackLayout) -> list[bytes]:
-    """Checksums of the runs that an earlier attempt has left whole, from the first on."""
+def _sound_runs(
+    ops: FileOps, partial: Path, notes: Path, layout: PackLayout, made_from: Origin
+) -> list[bytes]:
+    """Checksums of the runs that an earlier attempt at the same files has left whole, from the
+    first on."""
     content = read_whole(ops, notes)
-    known = [] if content is None else _noted(content, layout)
+    known = [] if content is None else _noted(content, layout, made_from)
     sound: list[bytes] = []
     if not known or ops.size(partial) < layout.data_start:
         return sound
@@ -229,10 +255,10 @@ def _sound_runs(ops: FileOps, partial: Path, notes: Path, layout: PackLayout) ->
     return sound
 
 
-def _noted(content: bytes, layout: PackLayout) -> list[bytes]:
+def _noted(content: bytes, layout: PackLayout, made_from: Origin) -> list[bytes]:
     try:
         notes = json.loads(content)
-        same = notes["header"] == digest(layout.header).hex()
+        same = notes["header"] == digest(layout.header).hex() and notes["source"] == made_from
         return [bytes.fromhex(text) for text in notes["runs"]] if same else []
     except (ValueError, RecursionError, KeyError, TypeError):
         return []  # damaged notes: nothing is known to be sound, and all is made again
@@ -346,7 +372,7 @@ def _quantised(
     assert step.format is not None
     first, *others = step.made
     waiting: dict[str, list[Tensor]] = {suffix: [] for suffix in others}
-    for values in _chunks(step, reader, chunk_bytes, reader.dtype):
+    for values in _chunks(step, reader, chunk_bytes, reader.value_dtype(step.name)):
         made = quantise(step.format, values, step.name)
         yield first, as_memory(made[first])
         for suffix in others:

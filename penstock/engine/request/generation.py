@@ -10,16 +10,18 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from penstock.engine.model.grid import Grid
-from penstock.errors import RequestError
+from penstock.errors import RequestError, brief
 from penstock.profiles.manifest import VideoShape
 from penstock.profiles.phases import Workload
 
 SAMPLERS = ("unipc", "dpm++", "euler", "lcm")
+FITS = ("crop", "pad", "stretch")
 DISTILLED: Mapping[str, Any] = MappingProxyType(
     {"distilled": True, "steps": 4, "guidance_scale": 1.0, "shift": 5.0, "sampler": "lcm"}
 )
@@ -28,11 +30,17 @@ DISTILLED: Mapping[str, Any] = MappingProxyType(
 as latent consistency models do (arXiv:2310.04378)."""
 AREAS = {"480p": 480 * 832, "720p": 720 * 1280}
 MAX_SEED = (1 << 32) - 1
+_LARGEST = 1e300
 MAX_STEPS = 1000
 MAX_FPS = 240
 COHERENT_FRAMES = 121
 
-_SIZE = re.compile(r"\s*(\d+)\s*[xX*×]\s*(\d+)\s*")
+_NTSC = 1.001
+"""What colour television divided whole frame rates by."""
+_ROUNDED = 5e-3
+"""How far such a rate may be from what its digits say: 23.98 is meant for 23.976 as well."""
+
+_SIZE = re.compile(r"\s*(\d{1,9})\s*[xX*×]\s*(\d{1,9})\s*")
 
 
 @dataclass(frozen=True)
@@ -63,9 +71,13 @@ class GenerationRequest:
         shift: flow shift of the noise schedule; None takes the official one of the resolution.
         seed: 0 to 2**32-1, or None to draw one (`with_seed`).
         sampler: one of `SAMPLERS`.
-        fps: frames a second in the file; the model was trained at 16.
+        fps: frames a second in the file; the model was trained at 16. It may have a fraction, such
+            as 23.976 (see `frame_rate`).
         distilled: take the noise levels that distilled models were trained at: before the shift,
             1000, 750, 500 and 250 of 1000 for four steps; for "lcm" and "euler".
+        fit: what is done with a picture of another aspect than the video's: "crop" around its
+            middle, "pad" with black, or "stretch". One that differs by less than a cell of ``grid``
+            is resized as it is.
         grid: what the model can represent.
 
     Raises:
@@ -83,21 +95,26 @@ class GenerationRequest:
     shift: float | None = None
     seed: int | None = None
     sampler: str = "unipc"
-    fps: int = 16
+    fps: float = 16
     distilled: bool = False
+    fit: str = "crop"
     grid: Grid = field(default_factory=Grid)
 
     def __post_init__(self) -> None:
         self._check_texts()
         self._check_shape()
         _check_int("steps", self.steps, 1, MAX_STEPS)
-        _check_int("fps", self.fps, 1, MAX_FPS)
+        _check_fps(self.fps)
         _check_guidance(self.guidance_scale)
         _check_shift(self.shift)
         _check_seed(self.seed)
         if self.sampler not in SAMPLERS:
             raise RequestError(
-                "unknown sampler", expected=" or ".join(SAMPLERS), found=repr(self.sampler)
+                "unknown sampler", expected=" or ".join(SAMPLERS), found=brief(self.sampler)
+            )
+        if self.fit not in FITS:
+            raise RequestError(
+                "unknown way to fit a picture", expected=" or ".join(FITS), found=repr(self.fit)
             )
         if self.distilled and self.sampler not in ("lcm", "euler"):
             raise RequestError(
@@ -111,11 +128,19 @@ class GenerationRequest:
         for name, text in (("prompt", self.prompt), ("negative prompt", self.negative_prompt)):
             if text is not None and not isinstance(text, str):
                 raise RequestError(f"the {name} is not text", expected="str", found=_type(text))
+            if text is not None and not _is_unicode(text):
+                raise RequestError(
+                    f"the {name} is not text in UTF-8",
+                    expected="Unicode",
+                    found=ascii(text)[:80],
+                    remedy="It comes from a file or a terminal of another encoding: convert it, "
+                    "for example with iconv -f latin1 -t utf-8",
+                )
         if self.prompt is None or not self.prompt.strip():
             raise RequestError(
                 "the prompt is empty",
                 expected="a description of the video",
-                found=repr(self.prompt),
+                found=brief(self.prompt),
                 remedy="Say what should happen, e.g. 'the cat turns its head and yawns'",
             )
         if self.image is not None and not isinstance(self.image, Path):
@@ -135,7 +160,7 @@ class GenerationRequest:
                 raise RequestError(
                     f"illegal {name}",
                     expected=f"a multiple of {grid.side} from {grid.side} to {grid.max_side}",
-                    found=str(value),
+                    found=brief(value),
                     remedy=f"The nearest legal {name} is {nearest}",
                 )
         _check_whole("frames", self.frames)
@@ -144,7 +169,7 @@ class GenerationRequest:
             raise RequestError(
                 "illegal number of frames",
                 expected=f"{grid.temporal}n+1 from 1 to {grid.max_frames}",
-                found=str(self.frames),
+                found=brief(self.frames),
                 remedy=f"The nearest legal number of frames is {nearest}",
             )
 
@@ -268,6 +293,15 @@ def size_for(
     return sides
 
 
+def frame_rate(fps: float) -> Fraction:
+    """Frames a second as the ratio that is meant: 23.976 is 24000/1001, as are its kin (29.97,
+    59.94); other fractions are taken as they are written."""
+    whole = round(fps * _NTSC)
+    if not float(fps).is_integer() and abs(fps * _NTSC - whole) < _ROUNDED:
+        return Fraction(whole * 1000, 1001)
+    return Fraction(repr(fps)).limit_denominator(1001)
+
+
 def parse_size(text: str) -> tuple[int, int]:
     """Width and height from ``"1280x720"`` (also ``1280*720`` as the official code writes it).
 
@@ -276,7 +310,7 @@ def parse_size(text: str) -> tuple[int, int]:
     """
     match = _SIZE.fullmatch(text)
     if match is None:
-        raise RequestError("not a size", expected='like "1280x720"', found=repr(text))
+        raise RequestError("not a size", expected='like "1280x720"', found=brief(text))
     return int(match[1]), int(match[2])
 
 
@@ -291,10 +325,15 @@ def parse_area(text: str) -> int:
         return named
     if _SIZE.fullmatch(text) is None:
         raise RequestError(
-            "not an area", expected=f'{" or ".join(AREAS)} or like "528x960"', found=repr(text)
+            "not an area", expected=f'{" or ".join(AREAS)} or like "528x960"', found=brief(text)
         )
     width, height = parse_size(text)
     return width * height
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether ``text`` is without the lone surrogates that stand for bytes of other encodings."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _type(value: object) -> str:
@@ -303,7 +342,7 @@ def _type(value: object) -> str:
 
 def _check_whole(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise RequestError(f"{name} must be a whole number", expected="int", found=repr(value))
+        raise RequestError(f"{name} must be a whole number", expected="int", found=brief(value))
 
 
 def _check_int(name: str, value: int, low: int, high: int) -> None:
@@ -312,13 +351,27 @@ def _check_int(name: str, value: int, low: int, high: int) -> None:
         raise RequestError(
             f"{name} out of range",
             expected=f"{low} to {high}",
-            found=str(value),
+            found=brief(value),
             remedy=f"The nearest legal value is {min(max(value, low), high)}",
         )
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return abs(value) < _LARGEST  # NaN is not, and a whole number may have any length
+
+
+def _check_fps(value: float) -> None:
+    if not _is_finite(value) or not 1 <= value <= MAX_FPS:
+        raise RequestError(
+            "fps out of range",
+            expected=f"1 to {MAX_FPS}, a fraction such as 23.976 among them",
+            found=repr(value),
+            remedy=f"The nearest legal value is {min(max(value, 1), MAX_FPS):g}"
+            if _is_finite(value)
+            else "The model was trained at 16",
+        )
 
 
 def _check_guidance(value: float) -> None:
@@ -326,7 +379,7 @@ def _check_guidance(value: float) -> None:
         raise RequestError(
             "illegal guidance scale",
             expected="a finite number, 0 or more",
-            found=repr(value),
+            found=brief(value),
             remedy="5.0 is Wan2.1's default; 1.0 switches guidance off",
         )
 
@@ -336,7 +389,7 @@ def _check_shift(value: float | None) -> None:
         raise RequestError(
             "illegal shift",
             expected="a finite number above 0",
-            found=repr(value),
+            found=brief(value),
             remedy="The official values are 5.0 at 720p and 3.0 at 480p",
         )
 
@@ -350,6 +403,6 @@ def _check_seed(value: int | None) -> None:
         raise RequestError(
             "seed out of range",
             expected=f"0 to {MAX_SEED}",
-            found=str(value),
+            found=brief(value),
             remedy=f"{value & MAX_SEED} gives the same noise",
         )

@@ -188,7 +188,9 @@ class Monitor:
             predicted_vram_bytes=plan.vram_bytes,
             measured_vram_bytes=self.device_ledger.peak,
             predicted_ram_bytes=plan.ram_bytes,
-            measured_ram_bytes=self.host_ledger.peak,
+            measured_ram_bytes=(
+                self.host_ledger.peak if monitor.took_bytes is None else monitor.took_bytes
+            ),
             read_bytes=flow.disk_to_host.nbytes,
             copied_bytes=flow.host_to_device.nbytes,
             stall_s=flow.device_to_compute.starved_s,
@@ -208,7 +210,8 @@ class Monitor:
 class PhaseMonitor:
     """Progress within one phase; ``streams`` are the statistics of the streams it has opened.
 
-    ``before`` of the ``done`` units were finished by an earlier process or attempt.
+    ``before`` of the ``done`` units were finished by an earlier process or attempt. ``took_bytes``
+    is host memory as it was measured, where the ledger holds an allowance instead.
     """
 
     monitor: Monitor
@@ -219,6 +222,7 @@ class PhaseMonitor:
     before: int = 0
     streams: list[StreamStats] = field(default_factory=list)
     steps: list[StepReport] = field(default_factory=list)
+    took_bytes: int | None = None
     _started: float = field(default_factory=time.perf_counter)
     _told: StepReport = StepReport(0.0, Flow())
 

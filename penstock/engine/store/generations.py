@@ -32,6 +32,7 @@ class Generations(Generic[Content]):
         ops: the file operations.
         paths: of the two files.
         parse: sequence number and content of a file; raises JournalError where it is damaged.
+        tag: as `write_atomically` takes it.
     """
 
     def __init__(
@@ -39,8 +40,9 @@ class Generations(Generic[Content]):
         ops: FileOps,
         paths: tuple[Path, Path],
         parse: Callable[[bytes], Generation[Content]],
+        tag: str = "",
     ) -> None:
-        self._ops, self._paths, self._parse = ops, paths, parse
+        self._ops, self._paths, self._parse, self._tag = ops, paths, parse, tag
         self._newest: int | None = None
         self._sequence = 0
         self.problems: list[str] = []
@@ -93,6 +95,6 @@ class Generations(Generic[Content]):
             StorageError: it could not be written; the newest generation is intact.
         """
         target = 0 if self._newest is None else 1 - self._newest
-        write_atomically(self._ops, self._paths[target], make(self._sequence + 1))
+        write_atomically(self._ops, self._paths[target], make(self._sequence + 1), self._tag)
         self._newest = target
         self._sequence += 1

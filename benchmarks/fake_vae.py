@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from penstock.engine.families.wan.cost.vae import (
 )
 from penstock.engine.families.wan.spec import VaeSpec
 from penstock.profiles.manifest import Weights
+from penstock.profiles.phases import FIRST_FRAME
 from penstock.profiles.tiling import TileGrid
 from penstock.units import format_bytes
 from tests.engine.families.wan.fake_vae import STEADY_LATENTS, FakeVae
@@ -60,9 +62,11 @@ def row(fake: FakeVae, name: str, shape: tuple[int, int]) -> dict[str, Any]:
         "decode_bytes": fake.decode_peak(latent, grid),
         "decode_predicted_bytes": decode_bytes(WAN, latent, grid, 2).device_bytes,
         "decode_flops_ratio": ratio(decode_work, latent, grid),
-        "encode_bytes": fake.encode_peak(latent, grid),
-        "encode_predicted_bytes": encode_bytes(WAN, latent, grid, 2).device_bytes,
-        "encode_flops_ratio": ratio(encode_work, latent, grid),
+        "encode_bytes": fake.encode_peak(latent, grid, FIRST_FRAME),
+        "encode_predicted_bytes": encode_bytes(
+            WAN, latent, grid, 2, changes=FIRST_FRAME
+        ).device_bytes,
+        "encode_flops_ratio": ratio(partial(encode_work, changes=FIRST_FRAME), latent, grid),
     }
 
 

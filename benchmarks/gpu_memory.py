@@ -24,9 +24,11 @@ from benchmarks.gpu_context import (
 )
 from penstock.engine.bench.measure import Asked, MeasuredStage, measure
 from penstock.engine.bench.result import BenchResult, Links
+from penstock.engine.families.wan.clip import preprocess
 from penstock.engine.families.wan.work import decode, encode_condition
 from penstock.engine.run.sampling import Sampling
 from penstock.offload.allocator import allocator_capped
+from penstock.profiles.phases import FIRST_FRAME
 from penstock.units import MIB
 
 HEADROOMS = (0, 256 * MIB, 768 * MIB)
@@ -202,7 +204,8 @@ def through_vae(
             if half == "decode":
                 videos.append(decode(stage, latents))
             else:
-                encode_condition(stage, Image.new("RGB", (request.width, request.height), "grey"))
+                grey = Image.new("RGB", (request.width, request.height), "grey")
+                encode_condition(stage, preprocess(grey, request.width, request.height))
         seconds = time.perf_counter() - started
     planned, ledger = plan[half].vram_bytes, stage.device_ledger.peak
     cuda = context.device.type == "cuda"
@@ -210,6 +213,7 @@ def through_vae(
     found = {
         "s": seconds,
         "tiles": list(plan[half].tiles),
+        "changes": list(FIRST_FRAME),
         "planned_bytes": planned,
         "ledger_bytes": ledger,
         "allocated_bytes": allocated,

@@ -66,7 +66,10 @@ def _step_bytes(row: Mapping[str, Any], chunk: int, fused: bool) -> int:
 
 def vae_phase(case: str, row: Mapping[str, Any]) -> PhasePlan:
     """The plan of a case of "vae", in the tiles that it had."""
-    half, work = case.partition(",")[0], Workload(SHAPE, 1, guided=False)
+    # Rows that do not tell are of an engine that computed every frame.
+    changes = tuple(row.get("changes", range(SHAPE.frames)))
+    work = Workload(SHAPE, 1, guided=False, changes=changes)
+    half = case.partition(",")[0]
     policy = Policy(tiles=tuple(row["tiles"]))
     found = Tiled(half, Case(MODEL, work, Rates(1e12, 1e10, 1e9), policy, "cuda")).best(_ROOM)
     assert found is not None

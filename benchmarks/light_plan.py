@@ -30,7 +30,7 @@ from PIL import Image
 
 from benchmarks.fake_dit import I2V_14B
 from penstock.engine.families.wan.kinds import KINDS
-from penstock.engine.packs.plan import FILE_NAMES
+from penstock.engine.packs.names import FILE_NAMES
 from penstock.engine.request.demo import MINI
 
 HERE = Path(__file__).parents[1]
@@ -55,7 +55,7 @@ def write_headers(folder: Path) -> Path:
     """A model folder of true shapes in bf16: headers, and files as long as they say, with holes."""
     transformer = I2V_14B | {"cross_attn_norm": True}
     for component, config in {"transformer": transformer, **ENCODERS}.items():
-        path = folder / component / FILE_NAMES[component]
+        path = folder / component / FILE_NAMES[KINDS[component].made_by[0]]
         path.parent.mkdir(parents=True)
         (path.parent / "config.json").write_text(json.dumps(config))
         header: dict[str, Any] = {}

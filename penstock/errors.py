@@ -30,6 +30,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+_SHOWN_CHARS = 80
+_SHOWN_BITS = 256
+
+
+def brief(value: object) -> str:
+    """A value of any kind, as it is shown in an error: not more than a line of it.
+
+    A whole number may have more digits than Python is willing to print.
+    """
+    if type(value) is int and value.bit_length() > _SHOWN_BITS:
+        return f"a whole number of {value.bit_length():,} bits"
+    shown = repr(value)
+    return shown if len(shown) <= _SHOWN_CHARS else f"{shown[:_SHOWN_CHARS]}..."
+
 
 class PenstockError(Exception):
     """Base of all errors here.
@@ -228,14 +242,19 @@ class FingerprintMismatch(JournalError):
 
     Args:
         differences: ``(field, then, now)`` of everything that differs.
+        files: paths of the files among it, for people.
     """
 
     code = "job_fingerprint"
 
-    def __init__(self, differences: Sequence[tuple[str, object, object]]) -> None:
+    def __init__(
+        self, differences: Sequence[tuple[str, object, object]], files: Sequence[str] = ()
+    ) -> None:
         self.differences = tuple(differences)
+        changed = f" (changed: {', '.join(files)})" if files else ""
         super().__init__(
-            "the job began under other conditions, so its continuation would not be identical",
+            "the job began under other conditions, so its continuation would not be identical"
+            + changed,
             expected="; ".join(f"{field} {then!r}" for field, then, _ in self.differences),
             found="; ".join(f"{field} {now!r}" for field, _, now in self.differences),
             remedy="Restore them, or pass --allow-nonidentical to continue all the same.",

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 
-from penstock.errors import UsageError
+from penstock.errors import UsageError, brief
 
 KIB = 1 << 10
 MIB = 1 << 20
 GIB = 1 << 30
+
+MOST_BYTES = (1 << 63) - 1
+"""What a file or a memory can have at most on any system."""
 
 _FACTORS = {
     "": 1, "b": 1,
@@ -28,22 +31,27 @@ def parse_bytes(text: str | int) -> int:
     Raises:
         UsageError: the text is no size, or not positive.
     """
-    if isinstance(text, int):
-        match_value: float = text
-    else:
-        match = _PATTERN.fullmatch(text)
-        factor = _FACTORS.get(match[2].lower()) if match else None
-        if match is None or factor is None:
-            raise UsageError(
-                "not a size in bytes",
-                expected='a number with a unit, such as "11.5GiB" or "512MiB"',
-                found=repr(text),
-            )
-        match_value = float(match[1]) * factor
-    value = round(match_value)
-    if value <= 0:
-        raise UsageError("a size must be positive", expected="1 byte or more", found=str(text))
+    value = text if type(text) is int else _from_words(text)
+    if not 0 < value <= MOST_BYTES:
+        raise UsageError(
+            "a size must be positive, and one that can exist",
+            expected=f"1 byte to {MOST_BYTES:,} bytes",
+            found=brief(text),
+        )
     return value
+
+
+def _from_words(text: object) -> int:
+    match = _PATTERN.fullmatch(text) if isinstance(text, str) else None
+    factor = _FACTORS.get(match[2].lower()) if match else None
+    if match is None or factor is None:
+        raise UsageError(
+            "not a size in bytes",
+            expected='a number with a unit, such as "11.5GiB" or "512MiB"',
+            found=brief(text),
+        )
+    amount = float(match[1]) * factor
+    return round(amount) if amount <= MOST_BYTES else MOST_BYTES + 1
 
 
 def format_bytes(count: int) -> str:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from penstock.cli.files import Debug, Json, reported
 from penstock.cli.options import NOTHING, with_options
+from penstock.cli.terminal import Screen, say
 from penstock.profiles.options import Options
 
 
@@ -75,7 +75,7 @@ def bench(
 
 
 def _tell(line: str) -> None:
-    Console(stderr=True).print(line, highlight=False)
+    Screen(stderr=True).print(line)
 
 
 def _measure(
@@ -97,11 +97,11 @@ def _measure(
         shown.append(verdict_section(verdict))
     if as_json:
         told = None if verdict is None else {"outcome": verdict.outcome, "lines": verdict.lines}
-        print(json.dumps(result.to_json() | {"verdict": told}))
+        say(json.dumps(result.to_json() | {"verdict": told}))
     elif as_md:
-        print(markdown(shown))
+        say(markdown(shown))
     else:
-        Console().print(tables(shown), highlight=False)
+        Screen().print(tables(shown))
     return 0 if verdict is None else verdict.exit_code
 
 
@@ -127,8 +127,8 @@ def _sweep(order: object, profiles: list[str], picture: Path, as_json: bool, as_
              "result": None if point.result is None else point.result.to_json()}
             for point in points
         ]  # fmt: skip
-        print(json.dumps(rows))
+        say(json.dumps(rows))
     elif as_md:
-        print(markdown([sweep_section(points)]))
+        say(markdown([sweep_section(points)]))
     else:
-        Console().print(tables([sweep_section(points)]), highlight=False)
+        Screen().print(tables([sweep_section(points)]))

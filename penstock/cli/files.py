@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from penstock.cli.terminal import Screen, say, warn
 from penstock.errors import PenstockError
 from penstock.folders import cache_folder
 
@@ -41,20 +41,34 @@ Loras = Annotated[
 
 @contextmanager
 def reported(debug: bool) -> Iterator[None]:
-    """Errors of penstock's own become one line and an exit code; others stay tracebacks."""
+    """Errors of penstock's own and of the system become one line and an exit code; others stay
+    tracebacks."""
     try:
         yield
     except PenstockError as error:
         log.info("the command failed", exc_info=True)
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        warn(f"error: {error}")
         raise typer.Exit(error.exit_code) from error
+    except OSError as error:
+        log.info("the system refused", exc_info=True)
+        if debug:
+            raise
+        warn(f"error: {_told(error)}")
+        raise typer.Exit(1) from error
     except (typer.Exit, typer.Abort):
         raise
     except BaseException:
         log.info("the command broke off", exc_info=True)
         raise
+
+
+def _told(error: OSError) -> str:
+    """What the system refused, and for which file."""
+    names = [os.fsdecode(each) for each in (error.filename, error.filename2) if each is not None]
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{' and '.join(map(str, names))}: {reason}" if names else reason
 
 
 def inspect(
@@ -68,9 +82,9 @@ def inspect(
     with reported(debug):
         found = look(path)
     if as_json:
-        print(json.dumps(asdict(found), default=str))
+        say(json.dumps(asdict(found), default=str))
     else:
-        print("\n".join(found.lines()))
+        say("\n".join(found.lines()))
 
 
 def pack(
@@ -96,7 +110,7 @@ def pack(
 
     with reported(debug):
         files = Files(transformer, text_encoder, vae, image_encoder, tokenizer)
-        with pack_bar(Console(stderr=True)) as progress:
+        with pack_bar(Screen(stderr=True)) as progress:
             report = write(
                 locate(model, files),
                 format,
@@ -106,10 +120,10 @@ def pack(
                 progress=progress,
             )
     if as_json:
-        print(json.dumps(asdict(report), default=str))
+        say(json.dumps(asdict(report), default=str))
     else:
-        print(f"{report.folder}: {report.files} packs, {format_bytes(report.nbytes)}")
-        print(f"use it: penstock generate --model {report.folder}")
+        say(f"{report.folder}: {report.files} packs, {format_bytes(report.nbytes)}")
+        say(f"use it: penstock generate --model {report.folder}")
 
 
 def verify(
@@ -122,14 +136,14 @@ def verify(
     from penstock.engine.packs.file import verify as check
     from penstock.units import format_bytes
 
-    with reported(debug), pack_bar(Console(stderr=True)) as progress:
+    with reported(debug), pack_bar(Screen(stderr=True)) as progress:
         found = check(path, lambda done, total: progress("checking", done, total))
     if as_json:
-        print(json.dumps(asdict(found), default=str))
+        say(json.dumps(asdict(found), default=str))
     else:
         for file, what in found.damage:
-            print(f"damaged: {file}: {what}")
-        print(f"{found.files} packs, {found.runs} runs, {format_bytes(found.nbytes)} checked")
+            say(f"damaged: {file}: {what}")
+        say(f"{found.files} packs, {found.runs} runs, {format_bytes(found.nbytes)} checked")
     if found.damage:
         raise typer.Exit(1)
 
@@ -142,7 +156,7 @@ def list_cache(as_json: Json = False, debug: Debug = False) -> None:
 
     with reported(debug):
         packs = cached_packs(cache_folder())
-    print(json.dumps([each.to_json() for each in packs]) if as_json else packs_table(packs))
+    say(json.dumps([each.to_json() for each in packs]) if as_json else packs_table(packs))
 
 
 @cache_app.command("rm")
@@ -156,4 +170,4 @@ def remove_cached(
 
     with reported(debug):
         freed = remove_pack(cache_folder(), name)
-    print(f"removed {name} ({format_bytes(freed)})")
+    say(f"removed {name} ({format_bytes(freed)})")

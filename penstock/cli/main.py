@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Callable, MutableMapping
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from penstock._version import __version__
 from penstock.cli.bench import bench
@@ -30,7 +27,10 @@ from penstock.cli.files import (
     verify,
 )
 from penstock.cli.log import Level, logged
+from penstock.cli.memory import MemoryHelp, memory_told
 from penstock.cli.options import NOTHING, with_options
+from penstock.cli.stopping import Stopping
+from penstock.cli.terminal import Screen, asks_a_person, keep_going, printable, say, warn
 from penstock.profiles.options import Options
 
 app = typer.Typer(
@@ -72,7 +72,7 @@ Force = Annotated[bool, typer.Option(help="Replace an existing output.")]
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(__version__)
+        say(__version__)
         raise typer.Exit
 
 
@@ -97,7 +97,7 @@ def main_options(
         context.with_resource(logged(log_level, log_file))
 
 
-@app.command()
+@app.command(cls=MemoryHelp)
 @with_options()
 def generate(
     prompt: Annotated[str, typer.Option(help="What should happen.")],
@@ -161,14 +161,14 @@ def generate(
         fps=fps,
         distilled=distilled,
     )
-    with reported(debug):
+    with reported(debug), Stopping() as stop:
         _generate(
-            model, opening, settings, output, force, not no_metadata, as_json,
+            model, opening, settings, output, force, not no_metadata, as_json, stop,
             lambda engine, request, plan: _job_folder(engine, request, plan, job, resume_same),
         )  # fmt: skip
 
 
-@app.command()
+@app.command(cls=MemoryHelp)
 @with_options(
     ("vram", "ram", "device", "profile"),
     profile="In the place of the job's own; its budgets count again.",
@@ -193,13 +193,13 @@ def resume(
     from penstock.engine.engine import Engine
     from penstock.engine.run.jobs import find_job, opening_of
 
-    with reported(debug):
+    with reported(debug), Stopping() as stop:
         folder = find_job(job)
         with Engine.reopen(opening_of(folder, options, lora or [])) as engine:
             running = engine.resume(
                 folder, output, force=force, allow_nonidentical=allow_nonidentical
             )
-            _watch(running, running.plan, as_json)
+            _watch(running, running.plan, as_json, stop)
 
 
 @jobs_app.callback(invoke_without_command=True)
@@ -218,9 +218,9 @@ def jobs(
     with reported(False):
         found = list_jobs()
     if as_json:
-        print(json.dumps([info.to_json() for info in found]))
+        say(json.dumps([info.to_json() for info in found]))
     else:
-        print(jobs_table(found))
+        say(jobs_table(found))
 
 
 @jobs_app.command("rm")
@@ -234,10 +234,10 @@ def remove(
     with reported(debug):
         folder = find_job(job)
         remove_job(folder)
-    print(f"removed {folder.name}")
+    say(f"removed {folder.name}")
 
 
-@app.command()
+@app.command(cls=MemoryHelp)
 @with_options()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="The mp4 to write.")] = Path(
@@ -252,17 +252,20 @@ def demo(
 ) -> None:
     """Make a video, and a page with its frames, with the small model in the box."""
     from penstock.engine.media.sheet import sheet_beside, write_contact_sheet
+    from penstock.engine.media.video import check_no_input
     from penstock.engine.request.demo import MINI, demo_settings
 
     with reported(debug):
         sheet = sheet_beside(output, overwrite=force)
+        check_no_input(sheet, [] if image is None else [image])
         settings, opening = demo_settings(prompt, image), {"options": options}
-        _generate(MINI, opening, settings, output, force, True, as_json)
-        write_contact_sheet(output, sheet, scale=2)
-        Console(stderr=True).print(f"its frames: {sheet}", soft_wrap=True)
+        with Stopping() as stop:
+            report = _generate(MINI, opening, settings, output, force, True, as_json, stop)
+        write_contact_sheet(Path(report.output), sheet, scale=2)
+        Screen(stderr=True).print(f"its frames: {sheet}", soft_wrap=True)
 
 
-@app.command()
+@app.command(cls=MemoryHelp)
 @with_options(ram="Ceiling on RAM; with --card, that machine's memory.")
 def plan(
     model: Model = None,
@@ -293,7 +296,7 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Say what a video will take, in bytes and seconds, without loading anything."""
-    from penstock.cli.plan_view import plan_view
+    from penstock.cli.plan_view import ASSUMED, plan_view
     from penstock.engine.files.locate import Files
     from penstock.engine.prepared import Prepared, machine_of
     from penstock.engine.request.generation import workload_of
@@ -315,9 +318,10 @@ def plan(
         )
         found = prepared.plan(workload_of(resolve(settings, prepared.about), kept=True))
     if as_json:
-        print(json.dumps(found.to_json()))
+        say(json.dumps(found.to_json()))
     else:
-        Console().print(plan_view(found), highlight=False, soft_wrap=True)
+        besides = memory_told(found) if card is None else ASSUMED
+        Screen().print(plan_view(found, besides), soft_wrap=True)
 
 
 profiles_app = typer.Typer(help="Byte budgets and policies by name.", invoke_without_command=True)
@@ -331,7 +335,7 @@ def profiles(context: typer.Context) -> None:
 
     if context.invoked_subcommand is None:
         with reported(debug=False):
-            Console().print(profiles_view())
+            Screen().print(profiles_view())
 
 
 @profiles_app.command("show")
@@ -341,7 +345,7 @@ def profiles_show(name: Annotated[str, typer.Argument(help="A name, or a file.")
     from penstock.profiles.profile import load
 
     with reported(debug=False):
-        Console().print(profile_view(load(name)))
+        Screen().print(profile_view(load(name)))
 
 
 @app.command()
@@ -358,11 +362,12 @@ def doctor(
     with reported(debug):
         found = examine(device, folder)
     if as_json:
-        print(json.dumps(found.to_json()))
+        say(json.dumps(found.to_json()))
         return
     rows = [(each.topic, each.found, each.remedy) for each in found.findings]
-    Console().print(findings_view(found.machine, rows), highlight=False)
-    print(f"rates are kept in {found.stored_in}")
+    Screen().print(findings_view(found.machine, rows))
+    if found.stored_in is not None:
+        say(f"rates are kept in {found.stored_in}")
 
 
 JobFolder = Callable[[Any, Any, Any], tuple[Path, bool]]
@@ -377,8 +382,9 @@ def _generate(
     force: bool,
     metadata: bool,
     as_json: bool,
+    stop: Stopping,
     job_folder: JobFolder | None = None,
-) -> None:
+) -> Any:
     """Make a video with an engine that is opened with ``opening``; what cannot fit is refused
     before anything heavy is imported."""
     from penstock.engine.prepared import Prepared
@@ -396,22 +402,26 @@ def _generate(
             job = engine.resume(folder, output, force=force)
         else:
             job = engine.submit(request, output, force=force, metadata=metadata, job_dir=folder)
-        _watch(job, plan, as_json)
+        return _watch(job, plan, as_json, stop)
 
 
-def _watch(job: Any, plan: Any, as_json: bool) -> None:
-    """Show a job until it ends, and its report."""
+def _watch(job: Any, plan: Any, as_json: bool, stop: Stopping) -> Any:
+    """Show a job until it ends, and its report, which is returned."""
     from penstock.cli.progress import Display, plan_summary, report_summary
+    from penstock.engine.machine.memory import keep_overhead
 
-    console = Console(stderr=True)
-    console.print(plan_summary(plan), highlight=False, soft_wrap=True)
-    with _stopping(job.cancel), Display(console, plan) as display:
+    stop.at(job.cancel)
+    console = Screen(stderr=True)
+    console.print(plan_summary(plan), soft_wrap=True)
+    with Display(console, plan) as display:
         for event in job.events():
             display.show(event)
     report = job.result().report
-    console.print(report_summary(report), highlight=False, soft_wrap=True)
+    keep_overhead("cpu" if report.on_cpu else "cuda", report.beside_bytes)
+    console.print(report_summary(report), soft_wrap=True)
     if as_json:
-        print(json.dumps({"plan": plan.to_json(), "report": report.to_json()}))
+        say(json.dumps({"plan": plan.to_json(), "report": report.to_json()}))
+    return report
 
 
 def _job_folder(
@@ -425,22 +435,18 @@ def _job_folder(
     found = find_unfinished(values, folder)
     if found is not None and resumes is not False:
         question = f"job {found.name} is the same and unfinished ({found.step}/{found.steps} steps)"
-        if resumes or (sys.stdin.isatty() and typer.confirm(f"{question}: continue it?")):
+        if resumes or _confirmed(f"{printable(question)}: continue it?"):
             return found.folder, True
-        print(f"note: {question}: penstock resume {found.folder}", file=sys.stderr)
+        warn(f"note: {question}: penstock resume {found.folder}")
     return folder or new_job_folder(), False
 
 
-@contextmanager
-def _stopping(cancel: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask the job to stop instead of tearing it down."""
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda *_: cancel()) for number in signals]
+def _confirmed(question: str) -> bool:
+    """Whether a person says yes; nobody there, or gone meanwhile, means no."""
     try:
-        yield
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
+        return asks_a_person() and typer.confirm(question)
+    except typer.Abort:
+        return False
 
 
 def prefer_pages(environ: MutableMapping[str, str]) -> None:
@@ -460,7 +466,12 @@ def main() -> None:
     for library in ("DIFFUSERS", "TRANSFORMERS"):  # they set their own level when they are imported
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     prefer_pages(os.environ)
-    app()
+    keep_going()
+    try:
+        app()
+    except OSError as error:  # of stdout: the disk that an answer goes to is full, for one
+        warn(f"error: {error}")
+        raise SystemExit(1) from error
 
 
 if __name__ == "__main__":

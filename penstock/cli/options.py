@@ -29,7 +29,10 @@ class Flag(NamedTuple):
 FLAGS: Mapping[str, Flag] = MappingProxyType(
     {
         "vram": Flag('Ceiling on VRAM, such as "12GiB".'),
-        "ram": Flag("Ceiling on host memory for weights and frames."),
+        "ram": Flag(
+            "Ceiling on host memory for buffers: weights, activations, frames. What the "
+            "interpreter and libraries take comes on top."
+        ),
         "device": Flag("cuda, cpu or auto (auto)."),
         "profile": Flag("A profile's name, or the path of a .toml file (auto)."),
         "format": Flag("Of the transformer's matrices, such as int8 (as stored)."),

@@ -13,11 +13,22 @@ from penstock.profiles.plan import ATTENTION, COMPUTE_PATHS, Plan, StreamPlan
 from penstock.profiles.profile import Profile, load, names
 from penstock.units import format_bytes
 
+ASSUMED = (
+    "the interpreter and its libraries take about "
+    f"{format_bytes(INTERPRETER_BYTES)} of RAM besides (assumed)"
+)
+"""Of a machine that is described, and has not run a job."""
+
 _BOUND = {"compute": "computing", "copy": "the link to the card", "read": "the disk"}
 
 
-def plan_view(plan: Plan) -> Group:
-    """The whole plan: phases, where the blocks live, what bounds it, where each value is from."""
+def plan_view(plan: Plan, besides: str = ASSUMED) -> Group:
+    """The whole plan: phases, where the blocks live, what bounds it, where each value is from.
+
+    Args:
+        plan: the plan.
+        besides: what the process takes besides its buffers, in a clause.
+    """
     denoise = plan["denoise"]
     parts: list[RenderableType] = [_phases(plan)]
     if denoise.stream is not None:
@@ -31,8 +42,7 @@ def plan_view(plan: Plan) -> Group:
         f"total    {clock(plan.seconds)}; denoising is bound by {_BOUND[denoise.bound]}",
         f"budgets  VRAM {format_bytes(plan.peak_vram_bytes)} of "
         f"{format_bytes(plan.vram_limit_bytes)}, RAM {format_bytes(plan.peak_ram_bytes)} of "
-        f"{format_bytes(plan.ram_limit_bytes)}; besides these the interpreter and its libraries "
-        f"take about {format_bytes(INTERPRETER_BYTES)} of RAM",
+        f"{format_bytes(plan.ram_limit_bytes)} in buffers; {besides}",
         _origins(plan),
     ]
     return Group(*parts)

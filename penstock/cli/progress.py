@@ -16,6 +16,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from penstock.cli.memory import memory_told
 from penstock.closing import Closing
 from penstock.engine.packs.cache import CachedPack
 from penstock.engine.run.events import Event, Notice, PhaseEnded, PhaseStarted, Replanned
@@ -53,7 +54,7 @@ class Display(Closing):
     def show(self, event: Event) -> None:
         """Show one event."""
         if isinstance(event, Notice | Replanned):
-            self._console.print(f"note: {event.message}", style="yellow", highlight=False)
+            self._console.print(f"note: {event.message}", style="yellow")
         elif self._bars is not None:
             self._show_bar(self._bars, event)
         else:
@@ -78,7 +79,7 @@ class Display(Closing):
             line = f"{event.report.name}: {_summary(event.report)}"
         else:
             return
-        self._console.print(line, highlight=False, soft_wrap=True)
+        self._console.print(line, soft_wrap=True)
 
     def _facts(self, event: Advance) -> str:
         plan = self._plan
@@ -91,11 +92,11 @@ class Display(Closing):
 
 def _bars(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description:>8}"),
+        TextColumn("{task.description:>8}", markup=False),
         BarColumn(bar_width=24),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[facts]}"),
+        TextColumn("{task.fields[facts]}", markup=False),
         console=console,
     )
 
@@ -121,7 +122,8 @@ def plan_summary(plan: Plan) -> str:
     return (
         f"plan: peak VRAM {format_bytes(plan.peak_vram_bytes)} "
         f"of {format_bytes(plan.vram_limit_bytes)}, "
-        f"RAM {format_bytes(plan.peak_ram_bytes)} of {format_bytes(plan.ram_limit_bytes)}\n"
+        f"RAM {format_bytes(plan.peak_ram_bytes)} of {format_bytes(plan.ram_limit_bytes)} "
+        f"in buffers; {memory_told(plan)}\n"
         f"plan: {stream.n_blocks} blocks: {stream.device_resident} stay in VRAM, "
         f"{stream.host_resident} in RAM, {stream.disk_blocks} stream from disk; "
         f"{denoise.chunk_tokens} tokens a chunk, {denoise.branches} branch(es) a visit, "
@@ -139,8 +141,14 @@ def report_summary(report: RunReport) -> str:
         f"self-attention {ATTENTION[report.attention]}), "
         f"{report.seconds:.1f} s, "
         f"peak VRAM {format_bytes(report.peak_vram_bytes)}, "
-        f"RAM {format_bytes(report.peak_ram_bytes)}"
+        f"RAM {format_bytes(report.peak_ram_bytes)} in buffers; the process took "
+        f"{format_bytes(report.process_peak_bytes)} of RAM at most, "
+        f"{format_bytes(report.beside_bytes)} of it besides them{_group(report.group_peak_bytes)}"
     )
+
+
+def _group(nbytes: int | None) -> str:
+    return "" if nbytes is None else f" (its control group {format_bytes(nbytes)}, caches counted)"
 
 
 def jobs_table(jobs: Sequence[JobInfo]) -> str:
@@ -189,7 +197,11 @@ Show = Callable[[Event], None]
 @contextmanager
 def pack_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     """A bar of bytes that appears with the first call of what is given: (what, done, total)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True))
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+    )
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bars:
         tasks: list[TaskID] = []
 

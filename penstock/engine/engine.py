@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from penstock.closing import Closing
 from penstock.engine.files.locate import Files
 from penstock.engine.lora.file import Lora
-from penstock.engine.media.video import check_output
+from penstock.engine.media.claim import OutputClaim
+from penstock.engine.media.video import check_no_input, check_output
 from penstock.engine.model.opening import Opening
 from penstock.engine.prepared import Prepared
 from penstock.engine.request.generation import GenerationRequest, workload_of
@@ -30,6 +32,7 @@ from penstock.engine.run.stored import (
     check_picture,
     check_unfinished,
     conditions_now,
+    read_again,
     restored_order,
     restored_plan,
     restored_request,
@@ -41,6 +44,8 @@ from penstock.profiles.options import Options
 from penstock.profiles.phases import Workload
 from penstock.profiles.plan import Plan
 from penstock.profiles.planner import smaller
+
+log = logging.getLogger(__name__)
 
 
 class Engine(Closing):
@@ -174,14 +179,32 @@ class Engine(Closing):
         self._jobs.check_open()
         request = request.with_seed()
         order = Order(None if output is None else Path(output), force, metadata)
-        if order.output is not None:
-            check_output(order.output, overwrite=force)
         plan = self.plan(request, kept=job_dir is not None)
-        if job_dir is None:
-            return self._start(request, plan, order, Keeper(), hooks)
-        now = conditions_now(self.model, self._device, self._variants.numerics(plan.weight_format))
-        journal, request = begin(Path(job_dir), self.model, request, plan, now, order)
-        return self._start(request, plan, order, JournalKeeper(journal), hooks)
+        claim = self._claimed(order, request)
+        try:
+            if job_dir is None:
+                return self._start(request, plan, order, Keeper(claim), hooks)
+            numerics = self._variants.numerics(plan.weight_format)
+            now = conditions_now(self.model, self._device, numerics)
+            journal, request = begin(Path(job_dir), self.model, request, plan, now, order)
+            return self._start(request, plan, order, JournalKeeper(journal, claim), hooks)
+        except BaseException:
+            if claim is not None:
+                claim.release()
+            raise
+
+    def _claimed(self, order: Order, request: GenerationRequest) -> OutputClaim | None:
+        """The output's name, reserved, once it is clear that a video can be written there.
+
+        Raises:
+            OutputError: it cannot, or another job is to write that file.
+        """
+        if order.output is None:
+            return None
+        check_output(order.output, overwrite=order.overwrite)
+        inputs = [*self.model.files.values(), *([request.image] if request.image else [])]
+        check_no_input(order.output, inputs)
+        return None if order.overwrite else OutputClaim(order.output)
 
     def resume(
         self,
@@ -235,27 +258,48 @@ class Engine(Closing):
         if output is not None:
             order = replace(order, output=Path(output), overwrite=False)
         order = replace(order, overwrite=order.overwrite or force)
-        if order.output is not None:
-            check_output(order.output, overwrite=order.overwrite)
+        claim = self._claimed(order, request)
+        try:
+            return self._continue(journal, request, plan, order, claim, allow_nonidentical, hooks)
+        except BaseException:
+            if claim is not None:
+                claim.release()
+            raise
+
+    def _continue(
+        self,
+        journal: Journal,
+        request: GenerationRequest,
+        plan: Plan,
+        order: Order,
+        claim: OutputClaim | None,
+        allow_nonidentical: bool,
+        hooks: Hooks,
+    ) -> Job:
         plan = self._fitting(plan, request)
         numerics = self._variants.numerics(plan.weight_format)
         plan = replace(plan, compute=numerics["compute"], compute_path=numerics["compute_path"])
-        now = conditions_now(self.model, self._device, numerics)
+        now, how = read_again(
+            journal, self.model, conditions_now(self.model, self._device, numerics)
+        )
         notices = check_conditions(
             journal,
             plan,
             now,
+            self.model.files,
             steers=hooks.on_step is not None,
             allow_nonidentical=allow_nonidentical,
         )
         journal.mark("running", plan=plan.to_json(), error=None, **order.facts())
-        return self._start(request, plan, order, JournalKeeper(journal), hooks, notices)
+        keeper = JournalKeeper(journal, claim)
+        return self._start(request, plan, order, keeper, hooks, (how, *notices))
 
     def _fitting(self, plan: Plan, request: GenerationRequest) -> Plan:
         """The job's own plan where it fits today's budgets and attention, else a new one."""
         vram_bytes, ram_bytes = self.hardware.vram_bytes, self.hardware.ram_bytes
         too_large = plan.peak_vram_bytes > vram_bytes or plan.peak_ram_bytes > ram_bytes
         if too_large or plan.attention != self.chosen.policy.attention:
+            log.info("planned anew: the job's own plan is for %s", plan.attention)
             return self.plan(request, kept=True)
         return replace(
             plan,
@@ -313,6 +357,7 @@ class Engine(Closing):
             overwrite=False,
             metadata=False,
             notices=self._prepared.notices,
+            sources=self.model.files,
         )
 
     @property

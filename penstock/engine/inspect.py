@@ -19,6 +19,7 @@ from penstock.engine.files.locate import (
 )
 from penstock.engine.lora.inspect import LoraInspection, describe_lora, holds_lora
 from penstock.errors import PenstockError
+from penstock.offload.files import looked_at
 from penstock.units import format_bytes
 
 
@@ -121,7 +122,11 @@ def inspect(path: Path) -> ModelInspection | LoraInspection:
     Raises:
         CheckpointError: nothing there is a component of a Wan2.1 model.
     """
-    path = path.expanduser()
+    with looked_at(path):
+        return _inspect(path.expanduser())
+
+
+def _inspect(path: Path) -> ModelInspection | LoraInspection:
     if holds_lora(path):
         return describe_lora(path)
     if path.is_dir() and not _is_component(path):

@@ -8,6 +8,7 @@ once.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,8 @@ from penstock.profiles.plan import Plan
 from penstock.profiles.policy import AUTO
 from penstock.profiles.profile import Chosen, choose, load
 from penstock.quant.paths import Computing, Scratch
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,7 @@ class Prepared:
         computing, products = computing_on(chosen.hardware.place, chosen.policy.compute)
         heads, tag = model.manifest.heads, model.streamed.tag
         chosen, attention = attending_on(chosen, heads, tag)
+        log.debug("on this device: %s", (*products, *attention))
         return cls(Variants(model, chosen, computing, cache), chosen, (*products, *attention))
 
     @classmethod
@@ -243,7 +247,11 @@ def machine_of(
 
 def _chosen(options: Options, machine: Hardware | None) -> Chosen:
     hardware = machine or probe(_device_type(options.device or AUTO))
-    return choose(load(options.profile or AUTO), options, hardware)
+    log.debug("asked for %s on %s", options, hardware)
+    chosen = choose(load(options.profile or AUTO), options, hardware)
+    for origin in chosen.origins:
+        log.debug("%s is %s: %s", origin.name, origin.value, origin.source)
+    return chosen
 
 
 def _device_type(name: str) -> str:

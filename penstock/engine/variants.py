@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from penstock.engine.attention.choice import attention_numerics
+from penstock.engine.machine.memory import resident_bytes
 from penstock.engine.model.files import ModelFiles
 from penstock.engine.model.storage import block_format
 from penstock.engine.packs.firstuse import FirstUse
+from penstock.engine.store.sums import how_told
+from penstock.errors import JobLocked
 from penstock.folders import cache_folder
 from penstock.formats.formats import get_format
 from penstock.profiles.advice import plan_chosen
@@ -24,6 +28,8 @@ if TYPE_CHECKING:
     from penstock.engine.run.stage import Stage
     from penstock.formats.scaled import Gemm
     from penstock.quant.probe import PathReport
+
+log = logging.getLogger(__name__)
 
 
 def computing_on(device: str, mode: Mode) -> tuple[Computing, tuple[str, ...]]:
@@ -115,6 +121,7 @@ class Variants:
         if name == self._stored_format:
             return None
         if name not in self._packs:
+            log.debug("the files hold %s, wanted is %s", self._stored_format, name)
             self._open(FirstUse.of(self.stored.streamed.source, name, self._cache))
         return self._packs[name][0]
 
@@ -132,24 +139,56 @@ class Variants:
         return None if use is None else lambda stage: self._prepared(use, stage)
 
     def _prepared(self, use: FirstUse, stage: Stage) -> ModelFiles:
-        size = format_bytes(use.nbytes)
-        if use.is_made:
-            stage.monitor.notice(f"the transformer is read as {use.wanted} from {use.folder}")
-            return self._open(use)
+        if not self._is_ready(use, stage):
+            self._make(use, stage)
+        return self._open(use)
+
+    def _is_ready(self, use: FirstUse, stage: Stage) -> bool:
+        """Whether the pack is there and was made from the source as it is, and say how that was
+        found out."""
+        if not use.is_made and use.origin is not None:
+            stage.monitor.notice(
+                "the transformer's files have another size, time or place than is known here: "
+                "every byte is read, to see whether their pack is still theirs"
+            )
+        if use.origin is None:
+            return False
+        sums = use.source_sums(stage.monitor.check)
+        if use.origin != {name: each.value for name, each in sums.items()}:
+            stage.monitor.notice(
+                f"the pack in {use.folder} was made from other bytes than the transformer has now: "
+                "it is made again"
+            )
+            return False
         stage.monitor.notice(
-            f"packing the transformer as {use.wanted}, once, into {use.folder} ({size}); "
-            "`penstock cache` lists and frees packs"
+            f"the transformer is read as {use.wanted} from {use.folder}, whose source is unchanged "
+            f"({how_told(sums.values())})"
+        )
+        return True
+
+    def _make(self, use: FirstUse, stage: Stage) -> None:
+        stage.monitor.notice(
+            f"packing the transformer as {use.wanted}, once, into {use.folder} "
+            f"({format_bytes(use.nbytes)}); `penstock cache` lists and frees packs"
         )
         phase_plan = use.phase(self._chosen.hardware)
         with stage.phase(phase_plan.name, use.nbytes >> 20, "MiB", plan=phase_plan) as (_, phase):
+            told: list[str] = []
+            before, phase.took_bytes = resident_bytes(), 0
 
             def report(nbytes: int) -> None:
                 phase.check()
+                phase.took_bytes = max(phase.took_bytes or 0, resident_bytes() - before)
                 while phase.done < min(nbytes >> 20, phase.total):
                     phase.advance()
 
-            use.make(phase_plan.ram_work_bytes, report)
-        return self._open(use)
+            def waiting(held: JobLocked) -> None:
+                phase.check()
+                if not told:
+                    told.append(f"waiting for {held.found}, which packs the same transformer")
+                    stage.monitor.notice(f"{told[0]} into {use.folder}")
+
+            use.make(phase_plan.ram_work_bytes, report, waiting)
 
     def numerics(self, name: str) -> dict[str, str]:
         """How the block matrices in that format are stored and multiply here, and what attends, as

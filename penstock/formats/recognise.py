@@ -33,7 +33,7 @@ from penstock.formats.nf4 import NF4
 from penstock.formats.plain import Plain
 from penstock.formats.quanto import QuantoInt4
 from penstock.formats.rows import Spec
-from penstock.formats.scaled import Scaled8, ScaleLayout
+from penstock.formats.scaled import ROTATIONS, Scaled8, ScaleLayout
 
 ZERO_POINT = "_weight_zero_point"
 """torchao's, which computing ignores: the caller looks that it is zero."""
@@ -59,11 +59,10 @@ UNUSED: frozenset[str] = frozenset(
 _KNOWN = (
     "weight", "weight._data._data", "weight._data", "weight._scale", "weight._shift",
     "weight_scale_2", "weight_scale", "weight_absmax", "weight_nested_absmax", "weight_nested_map",
-    *ALIASES, *UNUSED,
+    "SCB", *ALIASES, *UNUSED,
 )  # fmt: skip
 _SUFFIX = re.compile(rf"(.+)\.({'|'.join(map(re.escape, _KNOWN))})")
 _EIGHT = {"F8_E4M3": "fp8", "I8": "int8", "F8_E5M2": "fp8-e5m2"}
-_ROTATIONS = (4, 16, 64, 256, 1024)
 _COMFY = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise", "nvfp4", "mxfp8")
 _PLAIN: Mapping[str, QuantFormat] = MappingProxyType(
     {each.tag: each for each in FORMATS.values() if isinstance(each, Plain)}
@@ -109,6 +108,13 @@ def recognise(
     if state is not None:
         return _by_bitsandbytes(named, state, layer)
     found = _alone(named, layer) or _packed(named) or _eight_bit(named, layer)
+    if found is None and "SCB" in named:
+        raise CheckpointError(
+            f"{layer} is stored in bitsandbytes' 8 bits, which penstock does not read",
+            expected="its 4-bit nf4, or int8 of another maker",
+            found="int8 with SCB",
+            remedy="Use the same model's bf16, fp8 or GGUF file.",
+        )
     if found is None:
         raise _unknown(named, layer)
     if config.get("convrot"):
@@ -226,11 +232,11 @@ def _rotated(
     found: QuantFormat, config: Mapping[str, object], named: Mapping[str, Spec], layer: str
 ) -> QuantFormat:
     size, columns = config.get("convrot_groupsize", 256), (*named.get("weight", ("", ()))[1], 0)[1]
-    legal = isinstance(size, int) and size in _ROTATIONS and columns % size == 0
+    legal = isinstance(size, int) and size in ROTATIONS and columns % size == 0
     if not (legal and isinstance(found, Scaled8) and found.name == "int8"):
         raise CheckpointError(
             f"{layer} was rotated (convrot) in a way that penstock does not read",
-            expected=f"int8 in groups of {', '.join(map(str, _ROTATIONS))} columns",
+            expected=f"int8 in groups of {', '.join(map(str, ROTATIONS))} columns",
             found=f"{found.name} of {columns} columns in groups of {size}",
             remedy="Use the same model's fp8, bf16 or GGUF file, or quantise the bf16 file with "
             "`penstock pack --format int8-convrot`",

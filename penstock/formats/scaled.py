@@ -6,7 +6,7 @@ optimum-quanto's (``weight._data`` + ``weight._scale``) differ in names and in t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, TypeAlias
 
 from penstock.formats.rows import Shape, Spec, chunk_rows
@@ -15,6 +15,9 @@ ScaleLayout: TypeAlias = Literal["none", "scalar", "one", "one_one", "row", "col
 """Shape of the scale: absent, (), (1,), (1, 1), (rows,) or (rows, 1)."""
 
 Gemm: TypeAlias = Literal["fp8", "int8"]
+
+ROTATIONS = (4, 16, 64, 256, 1024)
+"""Sizes that ConvRot's groups may have: powers of 4."""
 
 E4M3_MAX = 448.0
 INT8_MAX = 127.0
@@ -87,6 +90,12 @@ class Scaled8:
     def fits(self, shape: Shape) -> bool:
         """Every shape can be stored; a rotated one if its rows are whole groups."""
         return not self.rotation or shape[1] % self.rotation == 0
+
+    def suited(self, shape: Shape) -> Scaled8:
+        """Of a rotated format, that with the largest group of 16 up to its own that ``shape`` has
+        whole; others, and where there is none, itself."""
+        sizes = [s for s in ROTATIONS if 16 <= s <= self.rotation and shape[1] % s == 0]
+        return replace(self, rotation=max(sizes)) if sizes else self
 
     def logical(self, data: tuple[int, ...]) -> tuple[int, ...]:
         """The same."""

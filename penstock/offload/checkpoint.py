@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from penstock.closing import Closing
 from penstock.errors import CheckpointError, PickleRefused, TensorMismatch
 from penstock.formats.tags import TORCH_NAMES
-from penstock.offload.files import FileStamp, WeightFile, check_stamp, unreadable
+from penstock.offload.files import FileStamp, WeightFile, check_stamp, looked_at, unreadable
 from penstock.offload.header import (
     MAX_HEADER_BYTES,
     Header,
@@ -122,8 +122,9 @@ class Checkpoint(Mapping[str, TensorEntry], Closing):
             PickleRefused: there are only pickles.
             CheckpointError: nothing is there, or more than one candidate.
         """
-        if path.is_dir():
-            path = find_checkpoint(path)
+        with looked_at(path):
+            if path.is_dir():
+                path = find_checkpoint(path)
         if path.name.endswith(".json"):
             return _open_sharded(path)
         return _open_files(path, [path])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+
+log = logging.getLogger(__name__)
+
 FIRST = 4
 """Reads at a time to begin with: one does not fill an NVMe disk's queue."""
 
@@ -31,6 +35,7 @@ class QueueDepth:
         self._start(first, SAMPLES)
 
     def _start(self, depth: int, samples: int) -> None:
+        log.debug("%d reads at a time for %d blocks", depth, samples)
         self.now, self._left = depth, samples
         self._nbytes, self._seconds = 0, 0.0
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from penstock.blocks import PAGE_BYTES
 from penstock.closing import Closing
 from penstock.errors import CheckpointChanged, CheckpointError
+from penstock.regular import open_unbuffered
 
 _NO_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP)
 
@@ -78,7 +81,7 @@ class WeightFile(Closing):
     def __init__(self, path: Path, stamp: FileStamp | None = None, *, direct: bool = False) -> None:
         self.path = path
         try:
-            self._file = path.open("rb", buffering=0)
+            self._file = open_unbuffered(path)
         except OSError as error:
             raise unreadable(path, error) from error
         self._direct_fd: int | None = None
@@ -173,6 +176,16 @@ class WeightFile(Closing):
         descriptor, self._direct_fd = self._direct_fd, None
         if descriptor is not None:
             os.close(descriptor)
+
+
+@contextmanager
+def looked_at(path: Path) -> Iterator[None]:
+    """Turn an OSError of the body into a CheckpointError that names the file, or ``path``."""
+    try:
+        yield
+    except OSError as error:
+        named = error.filename
+        raise unreadable(path if named is None else Path(os.fsdecode(named)), error) from error
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:

@@ -22,6 +22,7 @@ from penstock.formats.gguf import GGML_TYPES
 from penstock.offload.checkpoint import TensorEntry
 from penstock.offload.files import FileStamp
 from penstock.offload.header import MAX_TENSORS
+from penstock.regular import open_regular
 from penstock.units import align_up
 
 MAGIC = b"GGUF"
@@ -85,7 +86,7 @@ class GgufHeader:
 
 def is_gguf(path: Path) -> bool:
     """Whether the file begins as a GGUF file does."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return file.read(len(MAGIC)) == MAGIC
 
 
@@ -96,7 +97,7 @@ def read_gguf(path: Path) -> GgufHeader:
         HeaderError: no GGUF file, another version or byte order, or a header that is damaged or
             lies about the file.
     """
-    with path.open("rb", buffering=1 << 20) as file:
+    with open_regular(path, 1 << 20) as file:
         cursor = _Cursor(file, path)
         version = _version(cursor)
         tensor_count, pair_count = cursor.counts("QQ", (24, 13))

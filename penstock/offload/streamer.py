@@ -6,6 +6,7 @@ operations one after another, and is what the other must equal.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,8 @@ from penstock.offload.schedule import Compute, Copy, Queue, Read, Ref, Residency
 from penstock.offload.stats import Flow, StreamStats
 from penstock.offload.tiers import DeviceTier, DiskTier, HostTier, open_link
 from penstock.units import format_bytes
+
+log = logging.getLogger(__name__)
 
 __all__ = ["STAGING_BYTES", "BlockStream", "Flow", "StreamStats", "load_block"]
 
@@ -102,6 +105,7 @@ class BlockStream(Closing):
         """
         with ExitStack() as stack:
             self._open_host(stack)
+            log.debug("prefetches for %d passes of %s", self._passes, self._residency)
             yield
 
     def __enter__(self) -> BlockStream:
@@ -110,6 +114,7 @@ class BlockStream(Closing):
                 self._open_host(stack)
             self._open_device(stack)
             self._stack = stack.pop_all()
+        log.debug("open for %d passes of %s", self._passes, self._residency)
         return self
 
     def _open_host(self, stack: ExitStack) -> None:
@@ -215,6 +220,7 @@ class BlockStream(Closing):
         """End the threads and give every byte back."""
         self._is_open = False
         self._stack.close()
+        log.debug("closed: %s", self.stats)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from penstock.errors import ProfileError
+from penstock.errors import ProfileError, brief
 from penstock.profiles.hardware import (
     CUDA_RESERVE_BYTES,
     INTERPRETER_BYTES,
@@ -109,13 +109,17 @@ def find_card(name: str) -> Card:
         raise ProfileError(
             "unknown card" if not found else "several cards are called that",
             expected="one of " + ", ".join(card.name for card in found or known),
-            found=repr(name),
+            found=brief(name),
         )
     return found[0]
 
 
 def _words(name: str) -> frozenset[str]:
     return frozenset(re.findall(r"[0-9]+gb|[0-9]+|ti|[a-z]+", name.lower().replace(" gb", "gb")))
+
+
+_FASTEST = 1e15
+"""Bytes a second that no disk has."""
 
 
 def disk_bytes_per_s(name: str) -> float:
@@ -132,9 +136,14 @@ def disk_bytes_per_s(name: str) -> float:
         raise ProfileError(
             "unknown disk",
             expected=", ".join(known) + ', or a rate such as "3.5GB/s"',
-            found=repr(name),
+            found=brief(name),
         )
-    return float(match[1]) * (1e9 if match[2] == "G" else 1e6)
+    rate = float(match[1]) * (1e9 if match[2] == "G" else 1e6)
+    if not 0 < rate < _FASTEST:
+        raise ProfileError(
+            "illegal disk", expected="a rate above 0 that a disk can have", found=brief(name)
+        )
+    return rate
 
 
 def described(card_name: str, ram: str | None, disk: str | None) -> Hardware:

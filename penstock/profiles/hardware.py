@@ -16,6 +16,9 @@ from penstock.profiles.gpu_sign import shows_gpu
 from penstock.profiles.rates import Rates, stored_rates
 from penstock.units import GIB, MIB
 
+CPU = "CPU"
+"""What a machine without a GPU is called in plans."""
+
 CPU_RESERVE_BYTES = 2 * GIB
 """Host memory left to the system and the interpreter when a budget is chosen automatically."""
 
@@ -114,6 +117,16 @@ def _cgroup_folders(root: Path) -> Iterator[Path]:
             yield folder
 
 
+def control_group(root: Path = Path("/")) -> Path | None:
+    """The folder of this process's own memory group; None where there is none.
+
+    Args:
+        root: as of `available_ram_bytes`.
+    """
+    folders = [folder for folder in _cgroup_folders(root) if folder.is_dir()]
+    return folders[-1] if folders else None
+
+
 def _inactive_cache_bytes(folder: Path) -> int:
     try:
         lines = (folder / "memory.stat").read_text().splitlines()
@@ -138,7 +151,7 @@ def probe(device: str) -> Hardware:
     ram_bytes = max(0, available_ram_bytes() - CPU_RESERVE_BYTES)
     if device == "cpu":
         half = ram_bytes // 2
-        return _rated("cpu", "CPU", half, ram_bytes - half, _ASSUMED_CPU)
+        return _rated("cpu", CPU, half, ram_bytes - half, _ASSUMED_CPU)
     import torch
 
     free_bytes, _ = torch.cuda.mem_get_info()

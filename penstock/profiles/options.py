@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from penstock.errors import UsageError
+from penstock.errors import UsageError, brief
 from penstock.profiles.policy import AUTO, Policy, policy_of
 from penstock.units import parse_bytes
 
@@ -63,10 +63,12 @@ class Options:
                 parse_bytes(self.given[name])
         for name in _NAMES:
             if not isinstance(self.given.get(name, ""), str):
-                raise UsageError(f"illegal {name}", expected="a name", found=repr(self.given[name]))
+                raise UsageError(
+                    f"illegal {name}", expected="a name", found=brief(self.given[name])
+                )
         if self.device not in (None, *DEVICES):
             raise UsageError(
-                "unknown device", expected="auto, cuda or cpu", found=repr(self.device)
+                "unknown device", expected="auto, cuda or cpu", found=brief(self.device)
             )
         policy_of(self.policy, Policy())
         if self.share is not None and not 0 < self.share <= 1:

@@ -6,6 +6,7 @@ best of its shapes inside limits, and the smallest.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -17,6 +18,8 @@ from penstock.profiles.policy import Limits, Policy
 from penstock.profiles.rates import Rates
 from penstock.profiles.streams import Network, Pace, Stream, all_streams, staging_bytes
 from penstock.units import MIB
+
+log = logging.getLogger(__name__)
 
 ENCODER_BYTES_PER_PIXEL = 240
 """Host memory of libx264's look-ahead and references, a pixel of one frame: measured on
@@ -45,6 +48,10 @@ HOLES = "holes between tensors"
 beside their tensors, frames of many sizes that come and go."""
 
 
+FIRST_FRAME = (0, 1)
+"""Frames of a conditioning clip that differ from the one before, where it is a picture and then
+empty frames."""
+
 Group = tuple[PhasePlan, ...]
 
 
@@ -57,6 +64,8 @@ class Workload:
         written: a file is made of the frames at the end.
         picture: that the video starts from; None: there is none, or none is known yet and it is
             taken to be as large as the video.
+        changes: frames of the conditioning clip that may differ from the one before, the first
+            among them; None: any may.
     """
 
     shape: VideoShape
@@ -65,6 +74,7 @@ class Workload:
     kept: bool = False
     written: bool = True
     picture: Picture | None = None
+    changes: tuple[int, ...] | None = FIRST_FRAME
 
     @property
     def branches(self) -> int:
@@ -303,8 +313,16 @@ class Mux:
 
 def best_of(groups: Iterable[Group], limits: Limits) -> Group | None:
     """The fastest of those that fit; ties go to fewer bytes."""
-    fitting = [group for group in groups if group_fits(group, limits)]
-    return min(fitting, key=group_key, default=None)
+    return min(fitting(groups, limits), key=group_key, default=None)
+
+
+def fitting(groups: Iterable[Group], limits: Limits) -> Iterator[Group]:
+    """Those of ``groups`` that fit, as they come."""
+    for group in groups:
+        if group_fits(group, limits):
+            yield group
+        else:
+            log.debug("refused, does not fit: %s", group[-1])
 
 
 def group_key(group: Group) -> tuple[float, int]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from penstock.blocks import spread
 from penstock.profiles.options import Options
+from penstock.units import format_bytes
 
 Items = tuple[tuple[str, int], ...]
 
@@ -114,6 +115,18 @@ class PhasePlan:
     copied_bytes: int = 0
     seconds: float = 0.0
     bound: str = "compute"
+
+    def __str__(self) -> str:
+        words = [
+            f"{self.name}: VRAM {format_bytes(self.vram_bytes)}, RAM {format_bytes(self.ram_bytes)}"
+        ]
+        if self.stream is not None:
+            words.append(str(self.stream))
+        if self.chunk_tokens:
+            words.append(f"{self.chunk_tokens} tokens a chunk, {self.branches} branches a visit")
+        if self.tiles != (1, 1):
+            words.append("{}x{} tiles".format(*self.tiles))
+        return ", ".join((*words, f"{self.seconds:.4g} s by {self.bound}"))
 
     def passes(self, total_branches: int) -> list[range]:
         """The branches of a step, divided into the passes over the blocks that serve them."""

@@ -6,6 +6,7 @@ shapes; here they are put together under the budgets, or refused with the arithm
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -27,6 +28,8 @@ from penstock.profiles.plan import Items, PhasePlan, Plan
 from penstock.profiles.policy import Limits, Policy
 from penstock.profiles.prefetch import with_prefetch, without_prefetch
 from penstock.units import format_bytes
+
+log = logging.getLogger(__name__)
 
 __all__ = ["Workload", "fits", "minimum_vram_bytes", "plan", "smaller"]
 
@@ -56,7 +59,10 @@ def plan(
     for step in steps(manifest, workload, hardware, policy):
         found = step.best(limits)
         if found is None:
+            log.debug("nothing fits %s: %s", limits, step.phases)
             raise refusal(step, limits)
+        for phase in found:
+            log.debug("chosen: %s", phase)
         phases.extend(found)
     found_plan = Plan(
         tuple(phases),
@@ -68,7 +74,11 @@ def plan(
         attention=policy.attention,
         machine=hardware.name,
     )
-    return with_prefetch(found_plan, manifest.prefetch, limits)
+    found_plan = with_prefetch(found_plan, manifest.prefetch, limits)
+    for phase in found_plan.phases:
+        if phase.prefetch_bytes or phase.prefetched_weights_bytes:
+            log.debug("prefetches in %s", phase)
+    return found_plan
 
 
 def steps(
@@ -159,6 +169,7 @@ def smaller(
             limits = _tightened(hardware, resource, limit_bytes)
             every = steps(manifest, workload, hardware, rules)
             found = next(step for step in every if step.phases == names).best(limits)
+            log.debug("%s ran out in %s: %s within %d bytes", resource, phase, found, limit_bytes)
             if found and measure(found) < now:
                 return without_prefetch(current, manifest.prefetch).with_phases(found)
     return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
-from penstock.errors import ProfileError
+from penstock.errors import ProfileError, brief
 
 Disk = Literal["auto", "spare", "never"]
 Compute = Literal["exact", "fast"]
@@ -18,7 +18,9 @@ Place = Literal["auto", "vram", "ram"]
 AUTO = "auto"
 """The word that leaves a choice open."""
 
-_TILES = re.compile(r"(\d+)x(\d+)")
+_TILES = re.compile(r"(\d{1,6})x(\d{1,6})", re.ASCII)
+_WHOLE = re.compile(r"\d{1,18}", re.ASCII)
+_MOST = 10**18
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Policy:
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             raise ProfileError(
-                f"illegal {name}", expected=expected, found=repr(getattr(self, name))
+                f"illegal {name}", expected=expected, found=brief(getattr(self, name))
             )
 
     def words(self) -> dict[str, str]:
@@ -104,18 +106,20 @@ def _spelled(value: object) -> str:
 def _count(name: str, word: object) -> int | None:
     if word == AUTO:
         return None
-    if isinstance(word, bool) or not str(word).isdigit():
-        raise ProfileError(f"illegal {name}", expected="a whole number or auto", found=repr(word))
-    return int(str(word))
+    if type(word) is int and word < _MOST:
+        word = str(word)
+    if not isinstance(word, str) or not _WHOLE.fullmatch(word):
+        raise ProfileError(f"illegal {name}", expected="a whole number or auto", found=brief(word))
+    return int(word)
 
 
 def _grid(name: str, word: object) -> tuple[int, int] | None:
     if word == AUTO:
         return None
-    match = _TILES.fullmatch(str(word))
+    match = _TILES.fullmatch(word) if isinstance(word, str) else None
     if match is None:
         raise ProfileError(
-            f"illegal {name}", expected='ROWSxCOLUMNS, such as "3x3", or auto', found=repr(word)
+            f"illegal {name}", expected='ROWSxCOLUMNS, such as "3x3", or auto', found=brief(word)
         )
     return int(match[1]), int(match[2])
 

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
 
-from penstock.errors import ProfileError, UsageError
+from penstock.errors import ProfileError, UsageError, brief
 from penstock.folders import config_folder
 from penstock.formats.formats import get_format
 from penstock.profiles.hardware import Hardware
 from penstock.profiles.options import Options
 from penstock.profiles.plan import Origin
 from penstock.profiles.policy import AUTO, Policy, policy_of
+from penstock.regular import read_regular
 from penstock.units import format_bytes, parse_bytes
 
 if sys.version_info >= (3, 11):
@@ -56,7 +57,7 @@ class Profile:
             raise ProfileError(
                 f"illegal pinned_share in profile {self.name}",
                 expected="a share of RAM, above 0 and up to 1",
-                found=str(self.pinned_share),
+                found=brief(self.pinned_share),
             )
         for name in self.formats:
             get_format(name)
@@ -181,16 +182,24 @@ def load(name: str, folder: Path | None = None) -> Profile:
     if name.endswith(".toml"):
         return parse(Path(name).stem, _text(Path(name)), Path(name))
     own = _own_dir(folder) / f"{name}.toml"
-    if own.is_file():
+    if _is_there(own):
         return parse(name, _text(own), own)
     if name not in SHIPPED:
         raise ProfileError(
             "no such profile",
             expected="one of " + ", ".join(names(folder)) + ", or the path of a .toml file",
-            found=repr(name),
+            found=brief(name),
         )
     shipped = files("penstock.profiles") / f"{name}.toml"
     return parse(name, shipped.read_text(encoding="utf-8"), Path(str(shipped)))
+
+
+def _is_there(path: Path) -> bool:
+    """Whether the user has this file; no such name can be one, nor a folder that is not theirs."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def _own_dir(folder: Path | None) -> Path:
@@ -207,7 +216,7 @@ def _text(path: Path) -> str:
             raise ProfileError(
                 f"{path} is no profile", expected=f"at most {_MAX_BYTES:,} bytes", found=f"{size:,}"
             )
-        return path.read_text(encoding="utf-8")
+        return read_regular(path).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ProfileError(
             f"{path} cannot be read", expected="a profile in TOML", found=str(error)
@@ -237,7 +246,8 @@ def _parse(name: str, text: str, path: Path) -> Profile:
         raise ProfileError("unknown keys", expected=", ".join(_KEYS), found=", ".join(unknown))
     share = found.get("pinned_share", 1.0)
     formats = found.get("formats", Profile.formats)
-    if not isinstance(share, int | float) or not isinstance(formats, list | tuple):
+    is_number = isinstance(share, int | float) and not isinstance(share, bool)
+    if not is_number or not isinstance(formats, list | tuple):
         raise ProfileError(
             "illegal pinned_share or formats", expected="a number; a list", found=text
         )
@@ -255,4 +265,6 @@ def _parse(name: str, text: str, path: Path) -> Profile:
 
 
 def _size(word: object) -> int | None:
-    return None if word == AUTO else parse_bytes(str(word))
+    if word == AUTO:
+        return None
+    return parse_bytes(word if isinstance(word, str) or type(word) is int else repr(word))

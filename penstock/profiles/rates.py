@@ -11,6 +11,7 @@ from typing import Any
 
 from penstock.errors import ProfileError
 from penstock.folders import config_folder
+from penstock.regular import read_regular
 
 TINY_CHUNK, SMALL_CHUNK = 2, 32
 """Tokens of the chunks whose overheads are measured."""
@@ -122,11 +123,11 @@ def _file(folder: Path | None) -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        value = json.loads(read_regular(path).decode("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, str(error)) from error
     if not isinstance(value, dict):
         raise _damaged(path, type(value).__name__)

@@ -17,6 +17,9 @@ from penstock.errors import UsageError
 RADIUS = 1
 """Pixels a 3x3 convolution sees each way: all spatial convolutions of the Wan VAE are 3x3."""
 
+CAUSAL_REACH = 2
+"""Frames that a causal convolution sees before the one in hand."""
+
 QUERY_CHUNK = 512
 """Queries attended at once in the mid block. Its one head of 384 is too wide for flash attention;
 the kernel that stores its scores then stores ``QUERY_CHUNK`` x latents, not latents squared.

@@ -75,12 +75,12 @@ def test_a_disk_without_a_card_describes_no_machine() -> None:
 
 def test_a_benchmark_predicts_by_the_same_door() -> None:
     def seconds(**named: str) -> float:
-        order = bench.Order(
+        order = bench.BenchOrder(
             synthetic=TRUE, frames=5, steps=2, warmup=1, options=Options(device="cpu", **named)
         )
         return bench._predicted_s(order, "int8")
 
-    request = bench.Order(synthetic=TRUE, frames=5, steps=2, warmup=1).request
+    request = bench.BenchOrder(synthetic=TRUE, frames=5, steps=2, warmup=1).request
     prepared = Prepared.open(synthetic=TRUE, device="cpu", vram=1 << 50, ram=1 << 50, format="int8")
     assert seconds() == prepared.plan(workload_of(request))["denoise"].seconds > 0
     assert seconds(chunk_tokens="16") > seconds(), "by the options of the order"

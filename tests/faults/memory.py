@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from penstock.engine import engine
-from penstock.engine.run import pipeline
+from penstock.engine.families.wan import work
 from penstock.errors import LedgerOverflow
 from penstock.offload.ledger import ByteLedger, Reservation
 
@@ -98,7 +98,7 @@ class DeviceAllocations:
             self._watch.extend(map(weakref.ref, leaves))
 
     def __enter__(self) -> DeviceAllocations:
-        self._owner: Any = pipeline.dit if self._inside == "denoise_forward" else engine
+        self._owner: Any = work.dit if self._inside == "denoise_forward" else engine
         self._original = getattr(self._owner, self._inside)
         original = self._original
 

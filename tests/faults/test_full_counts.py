@@ -15,6 +15,7 @@ from penstock.engine.families.wan.tiny import write_tiny_model
 from tests.engine.conftest import SMALL_VAE
 from tests.engine.run.test_killed import kill_at_failpoints, kill_at_moments
 from tests.engine.run.test_resume import a_request, an_engine
+from tests.faults.changes import change_bytes
 from tests.faults.film import frames_sha
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
@@ -60,3 +61,15 @@ def test_sigkill_at_random_moments(engine: Engine, picture: Path, sha: str, tmp_
     print(
         f"\nsigkill at random moments: {hit} kills in {jobs} jobs, all identical, {redone} redone"
     )
+
+
+def test_changed_bytes_of_large_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = {"num_attention_heads": 16, "attention_head_dim": 64, "ffn_dim": 4096, "num_layers": 3}
+    model = write_tiny_model(
+        tmp_path / "model", image_to_video=False, vae=SMALL_VAE, transformer=large
+    )
+    size = sum(path.stat().st_size for path in (model / "transformer").glob("*.safetensors"))
+    assert size >= 200_000_000
+    found = change_bytes(model, tmp_path, monkeypatch, count=1000, seed=2)
+    print(f"\nsingle bytes changed in {size:,} bytes of weights: {found}")
+    assert found.packs == found.resumes == found.changes == found.believed == 1000

@@ -397,6 +397,61 @@ def test_inside_inference_mode(layouts: list[BlockLayout]) -> None:
                 assert same(block, BLOCKS[index])
 
 
+@pytest.mark.parametrize("memory", ["device", "host"])
+def test_threads_end_before_their_buffers_are_given_back(
+    layouts: list[BlockLayout], monkeypatch: pytest.MonkeyPatch, memory: str
+) -> None:
+    residency = Residency(8, (0,), (1,), 2, 2)
+    budgets = Budgets(layouts, residency)
+    ledger, alive = getattr(budgets, memory), list[list[str]]()
+    give_back = ledger._give_back
+
+    def seen(label: str, nbytes: int) -> None:
+        alive.append([name for name in ours() if name.startswith("penstock-stream")])
+        give_back(label, nbytes)
+
+    monkeypatch.setattr(ledger, "_give_back", seen)
+    with budgets.stream(layouts, residency, 3) as stream:
+        next(stream.forward_pass())
+    assert alive and not any(alive)
+
+
+def test_who_leaves_at_once_waits_for_one_read_alone(
+    layouts: list[BlockLayout], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, stopped, reads = threading.Event(), threading.Event(), []
+    read, stop = DiskTier.read, streamer._Board.stop
+
+    def slow(*args: Any) -> Any:
+        reads.append(args)
+        begun.set()
+        stopped.wait()
+        return read(*args)
+
+    def stops(board: Any) -> None:
+        stop(board)
+        stopped.set()
+
+    monkeypatch.setattr(DiskTier, "read", slow)
+    monkeypatch.setattr(streamer._Board, "stop", stops)
+    residency = Residency(8, (), (), 2, 3)
+    with Budgets(layouts, residency).stream(layouts, residency, 2):
+        begun.wait()
+    assert len(reads) == 1
+
+
+def test_a_stream_that_was_left_is_closed_though_its_host_half_is_open(
+    layouts: list[BlockLayout],
+) -> None:
+    residency = Residency(8, (), (), 2, 2)
+    stream = Budgets(layouts, residency).stream(layouts, residency, 2)
+    with stream.prefetched():
+        with stream:
+            list(stream.forward_pass())
+        with pytest.raises(UsageError, match="the stream is closed"):
+            next(stream.forward_pass())
+
+
 def test_waits_are_counted_where_they_happen(
     layouts: list[BlockLayout], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -142,3 +142,9 @@ def test_both_spellings_of_a_scale_at_once_are_refused() -> None:
     }
     with pytest.raises(CheckpointError, match="two names"):
         recognise(stored)
+
+
+def test_bitsandbytes_8_bits_are_named() -> None:
+    stored = {"weight": ("I8", (48, 256)), "SCB": ("F32", (48,))}
+    with pytest.raises(CheckpointError, match="blocks.5.y is stored in bitsandbytes' 8 bits"):
+        recognise(stored, layer="blocks.5.y")

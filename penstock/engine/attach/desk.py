@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -12,11 +13,9 @@ import torch
 from penstock.engine.attach.endless import EndlessStream
 from penstock.engine.model.component import Component
 from penstock.engine.model.files import ModelFiles
-from penstock.engine.run.stage import residency
+from penstock.engine.run.room import Room
 from penstock.errors import UsageError
 from penstock.offload.layout import BlockLayout
-from penstock.offload.ledger import ByteLedger
-from penstock.offload.streamer import BlockStream, load_block
 from penstock.offload.tiers import release_cached
 from penstock.profiles.hardware import Hardware
 from penstock.profiles.manifest import SCRATCH, VideoShape
@@ -38,7 +37,7 @@ UNLIMITED = 1 << 62
 Held = TypeVar("Held")
 
 
-class Desk:
+class Desk(Room):
     """Opens what a part needs, and closes what another one has left open.
 
     Args:
@@ -46,17 +45,15 @@ class Desk:
         hardware: its budgets.
 
     Attributes:
-        device: where the parts compute.
-        vram, ram: everything is reserved there first.
         whole_blocks: one layout a block of the transformer, cross-attention K/V projections
             included: a pipeline may change its prompts at every step.
     """
 
     def __init__(self, model: ModelFiles, hardware: Hardware) -> None:
-        self.device, self._hardware = torch.device(hardware.place), hardware
-        self.model = model.installed(Computing(Scratch(0, self.device)))
-        self.vram = ByteLedger("VRAM", hardware.vram_bytes)
-        self.ram = ByteLedger("RAM", hardware.ram_bytes)
+        device = torch.device(hardware.place)
+        installed = model.installed(Computing(Scratch(0, device)))
+        super().__init__(installed, device, hardware.vram_bytes, hardware.ram_bytes)
+        self._hardware = hardware
         self.whole_blocks = _whole_blocks(model.streamed)
         self.read_bytes = self.copied_bytes = 0
         self._plans: dict[VideoShape, Plan] = {}
@@ -76,7 +73,7 @@ class Desk:
         if shape not in self._plans:
             # K/V are made block by block and never kept; no branch waits for the other.
             policy = Policy(branches=1, cross_kv="ram")
-            workload = Workload(shape, 2 * STEPS, guided=False, written=False)
+            workload = Workload(shape, 2 * STEPS, guided=False, written=False, changes=None)
             blocks = tuple(layout.nbytes for layout in self.whole_blocks)
             manifest = self.model.manifest.with_whole_blocks(blocks, 0)
             roomy = replace(self._hardware, vram_bytes=UNLIMITED)
@@ -92,7 +89,7 @@ class Desk:
         clip = 3 * shape.frames * shape.height * shape.width * itemsize
         work = (("whole frames", WHOLE_FRAMES * phase.work_bytes), ("clips", 2 * clip))
         found = replace(phase, work=work)
-        fits = phase.tiles == (1, 1) and found.vram_bytes <= self.vram.cap_bytes
+        fits = phase.tiles == (1, 1) and found.vram_bytes <= self.device_ledger.cap_bytes
         return found if fits else None
 
     def denoise_bytes(self, shape: VideoShape) -> int:
@@ -109,16 +106,8 @@ class Desk:
         """
         self.release()
         self._check()
-        with (
-            self.vram.reserve(f"{phase.name}: activations", phase.work_bytes),
-            self.ram.reserve(f"{phase.name}: host work", phase.ram_work_bytes),
-            self.scratch(phase),
-        ):
+        with self.reserved(phase):
             yield
-
-    def scratch(self, phase: PhasePlan) -> AbstractContextManager[None]:
-        """The buffer that quantised weights are decoded into, while a part is at work."""
-        return self.model.scratch.held(dict(phase.work).get(SCRATCH, 0))
 
     def hold(self, key: object, make: Callable[[ExitStack], Held]) -> Held:
         """What ``make`` opens, kept open while nothing but ``key`` is asked for."""
@@ -156,19 +145,8 @@ class Desk:
 
     @contextmanager
     def rest(self, component: Component) -> Iterator[Any]:
-        """The network of ``component`` with all that is not in a block loaded."""
-        with (
-            load_block(
-                component.rest,
-                device=self.device,
-                device_ledger=self.vram,
-                host_ledger=self.ram,
-            ) as tensors,
-            self.vram.reserve(
-                "adapted weights", component.adapters[0].peak_bytes(self.device.type)
-            ),
-            component.bound(tensors) as module,
-        ):
+        """As `Room.rest`, counted."""
+        with super().rest(component) as module:
             self.read_bytes += component.rest.read_bytes
             self.copied_bytes += component.rest.nbytes
             yield module
@@ -179,19 +157,7 @@ class Desk:
     ) -> Iterator[EndlessStream]:
         """Passes over ``layouts``, as many as are asked for."""
         assert places is not None
-        where = residency(places)
-
-        def make(passes: int) -> BlockStream:
-            return BlockStream(
-                layouts,
-                where,
-                passes=passes,
-                device=self.device,
-                device_ledger=self.vram,
-                host_ledger=self.ram,
-            )
-
-        with EndlessStream(make) as opened:
+        with EndlessStream(partial(self.blocks, layouts, places)) as opened:
             try:
                 yield opened
             finally:

@@ -17,7 +17,8 @@ from penstock.engine.attach.blocks import Slot
 from penstock.engine.attach.livepack import LivePack, plan_live
 from penstock.engine.attach.surgery import Emptied, specs_of
 from penstock.engine.family.protocol import ComponentKind
-from penstock.engine.packs.plan import FILE_NAMES, runs_of
+from penstock.engine.packs.names import FILE_NAMES
+from penstock.engine.packs.plan import runs_of
 from penstock.engine.store.durable import FileOps, storing, write_atomically
 
 _PREFIXES = {"image_encoder": "vision_model."}

@@ -99,7 +99,7 @@ class Attached(Closing):
     @property
     def report(self) -> AttachReport:
         """What it holds, and what has moved so far."""
-        vram, ram = self._desk.vram, self._desk.ram
+        vram, ram = self._desk.device_ledger, self._desk.host_ledger
         return AttachReport(
             vram_limit_bytes=vram.cap_bytes,
             peak_vram_bytes=vram.peak,

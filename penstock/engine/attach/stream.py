@@ -21,7 +21,7 @@ from penstock.engine.attach.livepack import LivePack, live_folder, plan_live
 from penstock.engine.attach.placing import place_blocks
 from penstock.engine.attach.surgery import Emptied, Patient, Quantised, run_name, specs_of
 from penstock.engine.packs.file import PackLayout
-from penstock.engine.run.stage import residency
+from penstock.engine.run.room import residency
 from penstock.errors import UsageError
 from penstock.formats.formats import get_format
 from penstock.offload.layout import BlockLayout

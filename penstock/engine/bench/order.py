@@ -25,7 +25,7 @@ from penstock.engine.family.protocol import builtin_names
 from penstock.engine.prepared import Prepared
 from penstock.engine.request.generation import GenerationRequest, workload_of
 from penstock.engine.run.events import Listener
-from penstock.errors import OverBudget, UsageError
+from penstock.errors import OverBudget, UsageError, brief
 from penstock.profiles.options import Options
 from penstock.units import format_bytes
 
@@ -35,6 +35,9 @@ SYNTHETIC_FORMAT = "int8"
 
 ROOMY = 1 << 50
 """Bytes that hold any model."""
+
+
+_MOST_MINUTES = 1e9
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,10 @@ class BenchOrder:
             )
         if self.model is not None and self.blocks is not None:
             raise UsageError("a model has the blocks it has", expected="--blocks with --synthetic")
-        if self.minutes <= 0:
-            raise UsageError("illegal --minutes", expected="above 0", found=str(self.minutes))
+        if not 0 < self.minutes < _MOST_MINUTES:
+            raise UsageError(
+                "illegal --minutes", expected="above 0, and finite", found=brief(self.minutes)
+            )
 
     @property
     def stored_format(self) -> str | None:

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from penstock.errors import UsageError
+from penstock.regular import read_regular
 
 SCHEMA = "penstock bench 1"
 LARGEST_BYTES = 16 << 20
@@ -240,7 +241,7 @@ def load(path: Path) -> BenchResult:
     try:
         if path.stat().st_size > LARGEST_BYTES:
             raise _foreign(path, f"{path.stat().st_size:,} bytes")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_regular(path).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise _foreign(path, str(error) or type(error).__name__) from error
     if not isinstance(value, dict) or value.get("schema") != SCHEMA:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from penstock.errors import CheckpointError
+from penstock.regular import read_regular
 
 MAX_CONFIG_BYTES = 4 << 20
 """Of a config: the largest that libraries write have some tens of kilobytes."""
@@ -154,7 +155,7 @@ def read_object(path: Path) -> dict[str, Any]:
                 expected=f"a config of at most {MAX_CONFIG_BYTES:,} bytes",
                 found=f"{size:,}",
             )
-        content = path.read_bytes()
+        content = read_regular(path)
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be read", expected="a JSON object", found=str(error)

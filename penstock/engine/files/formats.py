@@ -9,6 +9,7 @@ from penstock.engine.files.keys import ComponentSource, packed_facts
 from penstock.engine.files.storage import StoredWeight
 from penstock.errors import CheckpointError
 from penstock.formats.formats import QuantFormat
+from penstock.formats.scaled import Scaled8
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +85,8 @@ def decode(
     Raises:
         CheckpointError: it has no rows and columns and yet a quantised storage.
     """
-    if stored.plain or (stored.label.endswith(" raw") and len(shape) != 2):
+    raw = isinstance(stored.format, Scaled8) and stored.format.scale == "none"
+    if stored.plain or (raw and len(shape) != 2):
         return tensors["weight"].to(dtype)
     if len(shape) != 2:
         raise CheckpointError(

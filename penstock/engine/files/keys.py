@@ -3,6 +3,7 @@ is missing or unknown. Only headers are read, and ComfyUI's short descriptions o
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections import Counter
@@ -21,6 +22,8 @@ from penstock.errors import CheckpointError, TensorMismatch
 from penstock.formats.gguf import BLOCK_SIZES
 from penstock.formats.gguf import PREFIX as GGUF
 from penstock.offload.checkpoint import TensorEntry
+
+log = logging.getLogger(__name__)
 
 _EMBED_TOKENS = "encoder.embed_tokens.weight"
 
@@ -172,6 +175,7 @@ def recognise(raw: RawFile, config: Mapping[str, Any] | None = None) -> Componen
     found = find_naming(raw.entries)
     if found is None:
         raise _foreign(raw)
+    log.debug("%s: keys of %s, after %r", raw.path, found.naming.author, found.prefix)
     named = _rename(raw, found)
     weights = gather(named.entries, raw.metadata, read_bytes, found.prefix)
     shapes = {name: stored.shape for name, stored in weights.items() if stored.shape is not None}

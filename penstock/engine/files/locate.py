@@ -4,6 +4,7 @@ ComfyUI root, a hub id, or single files. Only headers are read."""
 from __future__ import annotations
 
 import base64
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,10 @@ from penstock.engine.files.keys import ComponentSource, recognise
 from penstock.engine.files.source import RawFile, open_raw, refusal_of
 from penstock.errors import CheckpointError, PenstockError, UsageError
 from penstock.offload.checkpoint import PICKLES, TensorEntry
+from penstock.offload.files import looked_at
+from penstock.regular import open_regular, read_regular
+
+log = logging.getLogger(__name__)
 
 TOKENIZER_TENSOR = "spiece_model"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
@@ -104,6 +109,11 @@ def locate(model: str | Path | None, files: Files | None = None, *, fetch: Fetch
         CheckpointError: a part is missing, ambiguous, foreign or damaged.
     """
     files = files or Files()
+    with looked_at(Path(model or files.transformer or ".")):
+        return _locate(model, files, fetch or hub_snapshot)
+
+
+def _locate(model: str | Path | None, files: Files, fetch: Fetch) -> ModelSource:
     if model is None:
         if files.transformer is None:
             raise UsageError("no model", expected="--model, or --transformer with the other parts")
@@ -114,7 +124,7 @@ def locate(model: str | Path | None, files: Files | None = None, *, fetch: Fetch
     if path.exists():
         return _assemble(str(path), _Found(), _with_transformer(path, files))
     if isinstance(model, str) and _HUB_ID.fullmatch(model):
-        return _from_hub(model, files, fetch or hub_snapshot)
+        return _from_hub(model, files, fetch)
     raise CheckpointError(
         f"{model} does not exist",
         expected="a folder, a .safetensors or .gguf file, or a hub id such as "
@@ -145,10 +155,13 @@ def _with_transformer(path: Path, files: Files) -> Files:
 
 def _in_folder(folder: Path, files: Files) -> _Found:
     if (folder / "model_index.json").exists():
+        log.debug("%s is a folder of diffusers", folder)
         return _diffusers(folder)
     for root in (folder, folder / "models"):
         if any((root / name).is_dir() for name in _COMFY_FOLDERS["transformer"]):
+            log.debug("%s is a folder of ComfyUI", root)
             return _comfy(folder, root)
+    log.debug("%s is a repository of the model's makers, or any folder", folder)
     return _original(folder)
 
 
@@ -248,7 +261,7 @@ def _small_text(path: Path) -> str:
     size = path.stat().st_size
     if size > _MAX_YAML_BYTES:
         raise ValueError(f"{size:,} bytes, and {_MAX_YAML_BYTES:,} are the most")
-    return path.read_text(encoding="utf-8")
+    return read_regular(path).decode("utf-8")
 
 
 def _original(folder: Path) -> _Found:
@@ -338,6 +351,7 @@ def _choose(name: str, places: tuple[Path, ...], found: _Found) -> ComponentSour
                 source.check()
                 fitting.append(source)
         except CheckpointError as error:
+            log.debug("%s is not it: %s", path, error)
             refused.append(error)
     if len(fitting) == 1:
         return fitting[0]
@@ -377,9 +391,14 @@ def open_component(path: Path) -> ComponentSource:
         CheckpointError: as `recognise` and `open_raw` do.
     """
     raw = open_raw(path)
-    folder = path if path.is_dir() else path.parent
-    config = _config_beside(folder)
-    return recognise(raw, _config_within(raw) if config is None else config)
+    with looked_at(path):
+        folder = path if path.is_dir() else path.parent
+        config = _config_beside(folder)
+        found = recognise(raw, _config_within(raw) if config is None else config)
+    if log.isEnabledFor(logging.DEBUG):
+        told = (found.component, found.title, found.label())
+        log.debug("%s (%s) is the %s of %s, stored as %s", path, raw.kind, *told)
+    return found
 
 
 def _config_beside(folder: Path) -> dict[str, Any] | None:
@@ -420,6 +439,8 @@ def _tokenizer(text: ComponentSource, found: _Found, files: Files) -> Path | Ten
     if files.tokenizer is not None:
         if not files.tokenizer.exists():
             raise CheckpointError(f"{files.tokenizer} does not exist", expected="a tokenizer")
+        if not files.tokenizer.is_dir():
+            open_regular(files.tokenizer).close()
         return files.tokenizer
     if found.tokenizer is not None:
         return found.tokenizer

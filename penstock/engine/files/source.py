@@ -9,8 +9,9 @@ from typing import Any
 
 from penstock.errors import CheckpointError, PickleRefused
 from penstock.offload.checkpoint import PICKLES, Checkpoint, TensorEntry, pickle_refused
-from penstock.offload.files import FileStamp
+from penstock.offload.files import FileStamp, looked_at
 from penstock.offload.gguf import is_gguf, read_gguf
+from penstock.regular import check_regular, open_regular
 
 
 @dataclass(frozen=True)
@@ -40,17 +41,20 @@ def open_raw(path: Path) -> RawFile:
         HeaderError: a damaged or foreign header.
         CheckpointError: there is no such file.
     """
-    if not path.exists():
-        raise CheckpointError(
-            f"{path} does not exist",
-            expected="a .safetensors or .gguf file, or a folder with one",
-            remedy="Check the path.",
-        )
-    if path.is_file() and path.suffix.lower() in PICKLES:
-        raise refusal_of(path)
-    if path.is_file() and is_gguf(path):
-        header = read_gguf(path)
-        return RawFile(path, "gguf", header.entries, header.metadata, {path: header.stamp})
+    with looked_at(path):
+        if not path.exists():
+            raise CheckpointError(
+                f"{path} does not exist",
+                expected="a .safetensors or .gguf file, or a folder with one",
+                remedy="Check the path.",
+            )
+        if not path.is_dir():
+            check_regular(path)
+        if path.is_file() and path.suffix.lower() in PICKLES:
+            raise refusal_of(path)
+        if path.is_file() and is_gguf(path):
+            header = read_gguf(path)
+            return RawFile(path, "gguf", header.entries, header.metadata, {path: header.stamp})
     with Checkpoint.open(path) as found:
         return RawFile(path, "safetensors", dict(found), found.metadata, found.files)
 
@@ -70,7 +74,7 @@ def read_bytes(entry: TensorEntry) -> bytes:
     Raises:
         CheckpointError: the file ends before them.
     """
-    with entry.file.open("rb") as file:
+    with looked_at(entry.file), open_regular(entry.file) as file:
         file.seek(entry.offset)
         data = file.read(entry.nbytes)
     if len(data) != entry.nbytes:

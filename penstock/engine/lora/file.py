@@ -28,10 +28,11 @@ from penstock.engine.files.fields import (
 from penstock.engine.files.keys import ComponentSource
 from penstock.engine.files.source import read_bytes
 from penstock.engine.lora.keys import Part, foreign_kind, is_lora, parse_key
-from penstock.errors import CheckpointError, TensorMismatch, UsageError
+from penstock.errors import CheckpointError, TensorMismatch, UsageError, brief
 from penstock.offload.checkpoint import Checkpoint, TensorEntry
-from penstock.offload.files import FileStamp
+from penstock.offload.files import FileStamp, looked_at
 
+_LARGEST = 1e300
 FLOATS = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _SCALARS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h"}
 _METADATA = "lora_adapter_metadata"
@@ -63,11 +64,13 @@ class Lora:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.strength):
+        strength: object = self.strength
+        number = isinstance(strength, (int, float)) and not isinstance(strength, bool)
+        if not (number and abs(self.strength) < _LARGEST):
             raise UsageError(
                 f"illegal strength of {self.path}",
                 expected="a finite number",
-                found=str(self.strength),
+                found=brief(strength),
                 remedy="1.0 is as trained",
             )
 
@@ -231,10 +234,11 @@ def open_lora(path: Path) -> LoraFile:
         CheckpointError: no LoRA, or a damaged one: half a pair, ranks that differ, integers.
     """
     path = path.expanduser()
-    if not path.exists():
-        raise CheckpointError(
-            f"{path} does not exist", expected="a LoRA's .safetensors", remedy="Check the path."
-        )
+    with looked_at(path):
+        if not path.exists():
+            raise CheckpointError(
+                f"{path} does not exist", expected="a LoRA's .safetensors", remedy="Check the path."
+            )
     with Checkpoint.open(path) as found:
         entries, metadata, stamps = dict(found), dict(found.metadata), dict(found.files)
     if not is_lora(entries):

@@ -16,6 +16,7 @@ from penstock.engine.attention.kernels import attention
 from penstock.engine.attention.probe import probe_int8
 from penstock.engine.machine.calibrate import Effort, calibrate
 from penstock.engine.machine.software import versions
+from penstock.errors import ProfileError
 from penstock.profiles.hardware import Hardware, available_ram_bytes, probe
 from penstock.profiles.rates import Rates, store_rates
 from penstock.units import GIB, format_bytes
@@ -43,16 +44,17 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All findings, the measured rates, and the file they are kept in."""
+    """All findings, the measured rates, and the file they are kept in (None: nowhere; a finding
+    says why)."""
 
     machine: str
     findings: tuple[Finding, ...]
     rates: Rates
-    stored_in: Path
+    stored_in: Path | None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, ready for json.dumps."""
-        return asdict(self) | {"stored_in": str(self.stored_in)}
+        return asdict(self) | {"stored_in": self.stored_in and str(self.stored_in)}
 
 
 def examine(
@@ -77,8 +79,20 @@ def examine(
         *_spill(chosen, platform.release(), sys.platform),
         *_speed(rates, chosen),
     ]
-    stored = store_rates(hardware.name, rates)
+    stored = _stored(hardware.name, rates, findings)
     return Diagnosis(hardware.name, tuple(findings), rates, stored)
+
+
+def _stored(machine: str, rates: Rates, findings: list[Finding]) -> Path | None:
+    """Keep the rates; where that cannot be, what was measured is told all the same."""
+    try:
+        return store_rates(machine, rates)
+    except (OSError, ProfileError) as error:
+        findings.append(Finding("rates", f"not kept: {error}", _UNKEPT))
+        return None
+
+
+_UNKEPT = "Plans use assumed rates: set PENSTOCK_CONFIG to a folder that can be written."
 
 
 def _resolved(device: str) -> str:

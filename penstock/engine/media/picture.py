@@ -20,6 +20,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from penstock.errors import ImageError
 from penstock.profiles.manifest import Picture
+from penstock.regular import open_regular
 
 MAX_PIXELS = 64_000_000
 MAX_ASPECT = 100
@@ -103,12 +104,12 @@ def _opened(path: Path, max_pixels: int) -> Iterator[tuple[Image.Image, int]]:
 
 
 def _open_file(path: Path) -> BinaryIO:
-    if not path.exists():
-        raise ImageError("no such picture", expected="an image file", found=str(path))
-    if not path.is_file():
-        raise ImageError("not a file", expected="an image file", found=str(path))
     try:
-        return path.open("rb")
+        if not path.exists():
+            raise ImageError("no such picture", expected="an image file", found=str(path))
+        if not path.is_file():
+            raise ImageError("not a file", expected="an image file", found=str(path))
+        return open_regular(path)
     except OSError as error:
         raise ImageError(
             "the picture cannot be read",

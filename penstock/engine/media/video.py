@@ -6,9 +6,10 @@ loaded with the first file: what writes none, a benchmark for one, runs without 
 
 from __future__ import annotations
 
+import itertools
 import json
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ DEFAULT_CRF = 17
 # x264's output depends on its thread count: a fixed one makes files the same everywhere
 _X264_THREADS = 4
 _BITS_A_PIXEL = 0.25  # for encoders without CRF
+_STEM_CHARS = 40  # what is added to a name must not make it too long for the file system
 _BT709 = 1  # ITU-T H.273: primaries, transfer and matrix alike
 
 
@@ -56,6 +58,13 @@ def check_output(path: Path, overwrite: bool = False) -> None:
         OutputError: wrong extension, no such folder, folder not writable, a folder or device in the
             file's place, or an existing file without ``overwrite``.
     """
+    if not _is_text(path):
+        raise OutputError(
+            "the output's name is no text",
+            expected="a path in UTF-8, which the encoder takes",
+            found=repr(str(path)),
+            remedy="Choose another name, or rename the folder",
+        )
     if path.suffix.lower() != SUFFIX:
         raise OutputError(
             "unsupported video format",
@@ -63,30 +72,76 @@ def check_output(path: Path, overwrite: bool = False) -> None:
             found=str(path),
             remedy=f"Call it {path.with_suffix(SUFFIX).name}" if path.name else None,
         )
-    if not path.parent.is_dir():
+    try:
+        if not path.parent.is_dir():
+            raise OutputError(
+                "no such folder",
+                expected="an existing folder",
+                found=str(path.parent),
+                remedy="Make the folder first",
+            )
+        _check_vacant(path, overwrite)
+    except OSError as error:
         raise OutputError(
-            "no such folder",
-            expected="an existing folder",
-            found=str(path.parent),
-            remedy="Make the folder first",
-        )
-    _check_vacant(path, overwrite)
+            "the output cannot be written",
+            found=f"{path}: {error.strerror}",
+            remedy="Choose another name or folder",
+        ) from error
     with _temporary_beside(path):
         pass
 
 
+def _is_text(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_no_input(path: Path, inputs: Iterable[Path]) -> None:
+    """Refuse an output that is one of the files that the job reads, whatever its name.
+
+    Raises:
+        OutputError: it is one.
+    """
+    for each in inputs:
+        if _same_file(path, each):
+            raise OutputError(
+                "the output is one of the job's own inputs",
+                expected="a file that nothing is read from",
+                found=f"{path}, which is {each}",
+                remedy="Choose another name; --force does not change this",
+            )
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False  # one of them is not there
+
+
 def _check_vacant(path: Path, overwrite: bool) -> None:
+    if path.is_symlink() and not path.exists():
+        raise OutputError(
+            "the output is a link that leads nowhere", expected="a file name", found=str(path)
+        )
     if path.exists() and not path.is_file():
         raise OutputError(
             "the output is not a file", expected="a file name", found=f"{path}, which is none"
         )
     if path.exists() and not overwrite:
-        raise OutputError(
-            "the output exists",
-            expected="a new file name",
-            found=str(path),
-            remedy="Choose another name, or overwrite with --force (overwrite=True)",
-        )
+        raise _taken(path)
+
+
+def _taken(path: Path) -> OutputError:
+    return OutputError(
+        "the output exists",
+        expected="a new file name",
+        found=str(path),
+        remedy="Choose another name, or overwrite with --force (overwrite=True)",
+    )
 
 
 def write_video(
@@ -97,12 +152,14 @@ def write_video(
     *,
     overwrite: bool = False,
     crf: int = DEFAULT_CRF,
+    or_beside: bool = False,
+    finished: Callable[[Path], None] = lambda file: None,
 ) -> WrittenVideo:
     """Encode frames into an mp4 that appears when it is complete.
 
-    Written to a temporary file in the same folder, flushed to disk and renamed. Whatever goes
-    wrong, Ctrl-C and errors of ``frames`` included, nothing is left behind and an existing file is
-    untouched.
+    Written to a temporary file in the same folder, flushed to disk and given its name in one step
+    that does not replace a file unless ``overwrite`` says so. Whatever goes wrong, Ctrl-C and
+    errors of ``frames`` included, nothing is left behind and an existing file is untouched.
 
     Args:
         path: the mp4.
@@ -111,24 +168,52 @@ def write_video(
         metadata: JSON-ready; stored as the file's comment, read again by `read_metadata`.
         overwrite: replace an existing file.
         crf: x264's constant rate factor, 0 (lossless) to 51.
+        or_beside: where another file has the name by then, take a free one like it.
+        finished: called with the finished file before it gets its name.
 
     Raises:
         OutputError: see `check_output`.
         VideoError: no encoder, no frames, a frame of the wrong kind, or a failure of the encoder or
             the disk.
     """
-    check_output(path, overwrite)
+    if not or_beside:
+        check_output(path, overwrite)
     encoder = _find_encoder()
     with _temporary_beside(path) as temporary:
         count = _encode(temporary, frames, fps, metadata, encoder, crf)
-        _check_vacant(path, overwrite)
         with _as_video_error(path):
             ops = FileOps()
             _flush(ops, temporary)
             size_bytes = ops.size(temporary)
-            ops.rename(temporary, path)
+            finished(temporary)
+            named = _name(ops, temporary, path, overwrite, or_beside)
             ops.fsync_dir(path.parent)
-    return WrittenVideo(path, encoder, count, size_bytes)
+    return WrittenVideo(named, encoder, count, size_bytes)
+
+
+def _name(ops: FileOps, temporary: Path, path: Path, overwrite: bool, or_beside: bool) -> Path:
+    """Give the finished file its name, or the first free one after it.
+
+    Raises:
+        OutputError: the name is taken.
+    """
+    if overwrite:
+        ops.rename(temporary, path)
+        return path
+    for number in itertools.count(1):
+        target = path if number == 1 else _numbered(path, number)
+        try:
+            ops.rename_new(temporary, target)
+        except FileExistsError:
+            if not or_beside:
+                raise _taken(path) from None
+        else:
+            break
+    return target
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem[:_STEM_CHARS]}-{number}{path.suffix}")
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -164,7 +249,7 @@ def read_frames(path: Path) -> Iterator[np.ndarray[Any, Any]]:
 @contextmanager
 def _temporary_beside(path: Path) -> Iterator[Path]:
     """A new file in ``path``'s folder, gone afterwards unless it was renamed."""
-    temporary = path.with_name(f".{path.stem[:40]}.{secrets.token_hex(4)}.part{SUFFIX}")
+    temporary = path.with_name(f".{path.stem[:_STEM_CHARS]}.{secrets.token_hex(4)}.part{SUFFIX}")
     try:
         temporary.open("xb").close()
     except OSError as error:

@@ -25,8 +25,9 @@ from penstock.engine.files.fields import parse_object
 from penstock.engine.files.storage import PACK_METADATA, PADDING
 from penstock.errors import CheckpointError, HeaderError
 from penstock.formats.tags import ITEM_BYTES
-from penstock.offload.files import WeightFile
+from penstock.offload.files import WeightFile, looked_at
 from penstock.offload.header import MAX_HEADER_BYTES, Header, read_header
+from penstock.regular import open_regular
 from penstock.units import align_up
 
 if TYPE_CHECKING:
@@ -299,12 +300,15 @@ def verify(path: Path, progress: Callable[[int, int], None] | None = None) -> Ve
     Raises:
         CheckpointError: there is no pack.
     """
-    paths = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+    with looked_at(path):
+        paths = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+        for file in paths:
+            open_regular(file).close()  # what cannot be read is not damaged
+        total = sum(file.stat().st_size for file in paths)
     if not paths:
         raise CheckpointError(
             f"{path} holds no pack", expected="a file or folder made by penstock pack"
         )
-    total = sum(file.stat().st_size for file in paths)
     done = runs = 0
     damage: list[tuple[Path, str]] = []
     for file in paths:

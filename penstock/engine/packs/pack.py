@@ -3,13 +3,15 @@
 Each component is made parameter by parameter, so that a 33 GB model needs no more memory than a few
 chunks of its matrices; each run is on the disk, and its checksum in a progress file, before the
 next begins. A packing that was killed continues after the last sound run, and ends with the same
-bytes as one that was not.
+bytes as one that was not. What it was made from stands beside it, by checksums of every byte: a
+pack, finished or not, of files that have changed since is made again.
 """
 
 from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,17 +36,21 @@ from penstock.engine.packs.file import (
     running_digest,
     sums_text,
 )
+from penstock.engine.packs.names import PROGRESS_SUFFIX
+from penstock.engine.packs.origin import Origin, read_origin, write_origin
 from penstock.engine.packs.plan import LEAST_RAM_BYTES, ComponentPlan, PackStep, plan_component
 from penstock.engine.packs.side import write_side_files
 from penstock.engine.store.durable import NEW_SUFFIX, FileOps, read_whole, storing, write_atomically
+from penstock.engine.store.sums import FileSum, Sums
 from penstock.errors import CheckpointError, UsageError
 from penstock.offload.checkpoint import torch_dtype
 from penstock.quant.arithmetic import quantise
 
+log = logging.getLogger(__name__)
+
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with the component's name, the bytes made so far and their sum over all components."""
 
-PROGRESS_SUFFIX = ".progress"
 _WRITE_BYTES = 8 << 20
 _SHARE = 16
 """A chunk's fp32 values take at most this part of the memory allowed: reading, decoding, rounding
@@ -134,6 +140,19 @@ def check_space(ops: FileOps, folder: Path, plans: Sequence[ComponentPlan]) -> N
         ops.mkdir(folder)
 
 
+def origin_sums(
+    plan: ComponentPlan, check: Callable[[], None], sums: Sums | None = None
+) -> dict[str, FileSum]:
+    """Checksums of all that the pack of ``plan`` is made from; read where none may be believed.
+
+    Raises:
+        StorageError: a file cannot be read.
+        CheckpointChanged: one does not keep still.
+    """
+    sums = sums or Sums()
+    return {name: sums.of(path, check) for name, path in plan.origins().items()}
+
+
 def _partial(path: Path) -> Path:
     return path.with_name(path.name + NEW_SUFFIX)
 
@@ -151,11 +170,12 @@ def pack_component(
         CheckpointError, StorageError: as `pack`.
     """
     notes = path.with_name(path.name + PROGRESS_SUFFIX)
+    made_from = {name: each.value for name, each in origin_sums(plan, lambda: report(0)).items()}
     with storing(ops, path, plan.layout.file_bytes):
         ops.mkdir(path.parent)
         reused = len(plan.layout.runs)
-        if not _is_finished(path, plan.layout):
-            reused = _write_pack(plan, path, notes, ram_bytes, ops, report)
+        if not (_is_finished(path, plan.layout) and read_origin(ops, path) == made_from):
+            reused = _write_pack(plan, path, notes, made_from, ram_bytes, ops, report)
         ops.unlink(notes)
     report(plan.layout.file_bytes)
     return reused
@@ -165,22 +185,25 @@ def _write_pack(
     plan: ComponentPlan,
     path: Path,
     notes: Path,
+    made_from: Origin,
     ram_bytes: int,
     ops: FileOps,
     report: Callable[[int], None],
 ) -> int:
     layout, partial = plan.layout, _partial(path)
-    sums = _sound_runs(ops, partial, notes, layout)
+    sums = _sound_runs(ops, partial, notes, layout, made_from)
     reused = len(sums)
+    log.info("%s: %d of %d runs are there already", path, reused, len(layout.runs))
     with _reader(plan) as reader, _Output(ops, partial, layout, reused) as out:
         for run, steps in list(zip(layout.runs, plan.steps, strict=True))[reused:]:
             sums.append(_write_run(out, run, steps, reader, ram_bytes // _SHARE, report))
             out.sync()
-            write_atomically(ops, notes, [_notes(layout, sums)])
+            write_atomically(ops, notes, [_notes(layout, made_from, sums)])
         reader.check_unchanged()
         out.pad_to(layout.sums_offset)
         out.write(sums_text(digest(layout.header), sums))
         out.sync()
+    write_origin(ops, path, partial, made_from)
     ops.rename(partial, path)
     ops.fsync_dir(path.parent)
     return reused
@@ -203,15 +226,19 @@ def _is_finished(path: Path, layout: PackLayout) -> bool:
         return file.read(layout.data_start) == layout.header
 
 
-def _notes(layout: PackLayout, sums: list[bytes]) -> bytes:
+def _notes(layout: PackLayout, made_from: Origin, sums: list[bytes]) -> bytes:
     head = digest(layout.header).hex()
-    return json.dumps({"header": head, "runs": [each.hex() for each in sums]}).encode()
+    runs = [each.hex() for each in sums]
+    return json.dumps({"header": head, "source": dict(made_from), "runs": runs}).encode()
 
 
-def _sound_runs(ops: FileOps, partial: Path, notes: Path, layout: PackLayout) -> list[bytes]:
-    """Checksums of the runs that an earlier attempt has left whole, from the first on."""
+def _sound_runs(
+    ops: FileOps, partial: Path, notes: Path, layout: PackLayout, made_from: Origin
+) -> list[bytes]:
+    """Checksums of the runs that an earlier attempt at the same files has left whole, from the
+    first on."""
     content = read_whole(ops, notes)
-    known = [] if content is None else _noted(content, layout)
+    known = [] if content is None else _noted(content, layout, made_from)
     sound: list[bytes] = []
     if not known or ops.size(partial) < layout.data_start:
         return sound
@@ -225,10 +252,10 @@ def _sound_runs(ops: FileOps, partial: Path, notes: Path, layout: PackLayout) ->
     return sound
 
 
-def _noted(content: bytes, layout: PackLayout) -> list[bytes]:
+def _noted(content: bytes, layout: PackLayout, made_from: Origin) -> list[bytes]:
     try:
         notes = json.loads(content)
-        same = notes["header"] == digest(layout.header).hex()
+        same = notes["header"] == digest(layout.header).hex() and notes["source"] == made_from
         return [bytes.fromhex(text) for text in notes["runs"]] if same else []
     except (ValueError, RecursionError, KeyError, TypeError):
         return []  # damaged notes: nothing is known to be sound, and all is made again

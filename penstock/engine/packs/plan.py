@@ -14,6 +14,7 @@ from penstock.engine.files.source import RawFile
 from penstock.engine.files.storage import COMFY_METADATA
 from penstock.engine.lora.place import PlacedLoras
 from penstock.engine.packs.file import PackLayout, Spec, lay_out
+from penstock.engine.packs.names import FILE_NAMES
 from penstock.engine.store.digest import stamp
 from penstock.errors import UsageError
 from penstock.formats.formats import QuantFormat, get_format, writable
@@ -23,12 +24,6 @@ from penstock.formats.rows import Shape
 from penstock.formats.scaled import Scaled8
 from penstock.offload.checkpoint import TensorEntry
 from penstock.quant.policy import default_policy
-
-FILE_NAMES = {
-    "diffusers": "diffusion_pytorch_model.safetensors",
-    "transformers": "model.safetensors",
-}
-"""By the library that would read the file."""
 
 LEAST_RAM_BYTES = 64 << 20
 """The least memory for weights in work that a pack is made in."""
@@ -70,6 +65,12 @@ class ComponentPlan:
     def file(self) -> str:
         """The pack's path inside the model's folder."""
         return f"{self.source.component}/{FILE_NAMES[self.source.kind.made_by[0]]}"
+
+    def origins(self) -> dict[str, Path]:
+        """Every file that the pack is made from, by a name of its own."""
+        files = [*sorted(self.source.raw.stamps)]
+        files += [path for lora in self.loras.files for path in sorted(lora.stamps)]
+        return {f"{index} {path.name}": path for index, path in enumerate(files)}
 
     def foresee(self, path: Path) -> ComponentSource:
         """The component as the pack at ``path`` will hold it, before any of it is made: good for
@@ -170,6 +171,8 @@ def _step(
     stored = source.weights[name]
     found = stored.specs
     matrix = _matrix(shape)
+    if isinstance(target, Scaled8) and matrix is not None:
+        target = target.suited(matrix)
     if target is not None and matrix is not None and target.fits(matrix):
         made = target.storage(matrix, tag)
         same = stored.label == target.label and found == made

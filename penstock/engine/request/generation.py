@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from penstock.engine.model.grid import Grid
-from penstock.errors import RequestError
+from penstock.errors import RequestError, brief
 from penstock.profiles.manifest import VideoShape
 from penstock.profiles.phases import Workload
 
@@ -28,11 +28,12 @@ DISTILLED: Mapping[str, Any] = MappingProxyType(
 as latent consistency models do (arXiv:2310.04378)."""
 AREAS = {"480p": 480 * 832, "720p": 720 * 1280}
 MAX_SEED = (1 << 32) - 1
+_LARGEST = 1e300
 MAX_STEPS = 1000
 MAX_FPS = 240
 COHERENT_FRAMES = 121
 
-_SIZE = re.compile(r"\s*(\d+)\s*[xX*×]\s*(\d+)\s*")
+_SIZE = re.compile(r"\s*(\d{1,9})\s*[xX*×]\s*(\d{1,9})\s*")
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class GenerationRequest:
         _check_seed(self.seed)
         if self.sampler not in SAMPLERS:
             raise RequestError(
-                "unknown sampler", expected=" or ".join(SAMPLERS), found=repr(self.sampler)
+                "unknown sampler", expected=" or ".join(SAMPLERS), found=brief(self.sampler)
             )
         if self.distilled and self.sampler not in ("lcm", "euler"):
             raise RequestError(
@@ -111,11 +112,19 @@ class GenerationRequest:
         for name, text in (("prompt", self.prompt), ("negative prompt", self.negative_prompt)):
             if text is not None and not isinstance(text, str):
                 raise RequestError(f"the {name} is not text", expected="str", found=_type(text))
+            if text is not None and not _is_unicode(text):
+                raise RequestError(
+                    f"the {name} is not text in UTF-8",
+                    expected="characters that the terminal's encoding has given whole",
+                    found=ascii(text)[:80],
+                    remedy="Write it in UTF-8, which Python reads with the environment's LC_ALL or "
+                    "PYTHONUTF8=1",
+                )
         if self.prompt is None or not self.prompt.strip():
             raise RequestError(
                 "the prompt is empty",
                 expected="a description of the video",
-                found=repr(self.prompt),
+                found=brief(self.prompt),
                 remedy="Say what should happen, e.g. 'the cat turns its head and yawns'",
             )
         if self.image is not None and not isinstance(self.image, Path):
@@ -135,7 +144,7 @@ class GenerationRequest:
                 raise RequestError(
                     f"illegal {name}",
                     expected=f"a multiple of {grid.side} from {grid.side} to {grid.max_side}",
-                    found=str(value),
+                    found=brief(value),
                     remedy=f"The nearest legal {name} is {nearest}",
                 )
         _check_whole("frames", self.frames)
@@ -144,7 +153,7 @@ class GenerationRequest:
             raise RequestError(
                 "illegal number of frames",
                 expected=f"{grid.temporal}n+1 from 1 to {grid.max_frames}",
-                found=str(self.frames),
+                found=brief(self.frames),
                 remedy=f"The nearest legal number of frames is {nearest}",
             )
 
@@ -276,7 +285,7 @@ def parse_size(text: str) -> tuple[int, int]:
     """
     match = _SIZE.fullmatch(text)
     if match is None:
-        raise RequestError("not a size", expected='like "1280x720"', found=repr(text))
+        raise RequestError("not a size", expected='like "1280x720"', found=brief(text))
     return int(match[1]), int(match[2])
 
 
@@ -291,10 +300,18 @@ def parse_area(text: str) -> int:
         return named
     if _SIZE.fullmatch(text) is None:
         raise RequestError(
-            "not an area", expected=f'{" or ".join(AREAS)} or like "528x960"', found=repr(text)
+            "not an area", expected=f'{" or ".join(AREAS)} or like "528x960"', found=brief(text)
         )
     width, height = parse_size(text)
     return width * height
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _type(value: object) -> str:
@@ -303,7 +320,7 @@ def _type(value: object) -> str:
 
 def _check_whole(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
-        raise RequestError(f"{name} must be a whole number", expected="int", found=repr(value))
+        raise RequestError(f"{name} must be a whole number", expected="int", found=brief(value))
 
 
 def _check_int(name: str, value: int, low: int, high: int) -> None:
@@ -312,13 +329,15 @@ def _check_int(name: str, value: int, low: int, high: int) -> None:
         raise RequestError(
             f"{name} out of range",
             expected=f"{low} to {high}",
-            found=str(value),
+            found=brief(value),
             remedy=f"The nearest legal value is {min(max(value, low), high)}",
         )
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return abs(value) < _LARGEST  # NaN is not, and a whole number may have any length
 
 
 def _check_guidance(value: float) -> None:
@@ -326,7 +345,7 @@ def _check_guidance(value: float) -> None:
         raise RequestError(
             "illegal guidance scale",
             expected="a finite number, 0 or more",
-            found=repr(value),
+            found=brief(value),
             remedy="5.0 is Wan2.1's default; 1.0 switches guidance off",
         )
 
@@ -336,7 +355,7 @@ def _check_shift(value: float | None) -> None:
         raise RequestError(
             "illegal shift",
             expected="a finite number above 0",
-            found=repr(value),
+            found=brief(value),
             remedy="The official values are 5.0 at 720p and 3.0 at 480p",
         )
 
@@ -350,6 +369,6 @@ def _check_seed(value: int | None) -> None:
         raise RequestError(
             "seed out of range",
             expected=f"0 to {MAX_SEED}",
-            found=str(value),
+            found=brief(value),
             remedy=f"{value & MAX_SEED} gives the same noise",
         )

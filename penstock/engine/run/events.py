@@ -6,6 +6,7 @@ cancel takes effect.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ from penstock.errors import JobCancelled
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.stats import Flow, StreamStats
 from penstock.profiles.plan import PhasePlan
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -149,13 +152,15 @@ class Monitor:
         if self._cancelled.is_set():
             raise JobCancelled("the job was cancelled", remedy="Nothing was written.")
 
-    def notice(self, message: str) -> None:
-        """Tell the user something, and keep it for the report."""
+    def notice(self, message: str, level: int = logging.INFO) -> None:
+        """Tell the user something, and keep it for the report; in a log it is of ``level``."""
+        log.log(level, "note: %s", message)
         self.notices.append(message)
         self._listener(Notice(message))
 
     def replanned(self, event: Replanned) -> None:
         """Tell of a smaller plan, and keep it for the report."""
+        log.info("%s, identical: %s", event.message, event.identical)
         self.notices.append(event.message)
         self._listener(event)
 
@@ -168,6 +173,7 @@ class Monitor:
         ``done`` units were finished by an earlier process or attempt.
         """
         self.check()
+        log.info("begins at %d of %d %ss, planned as %s", done, total, unit, plan)
         self._listener(PhaseStarted(plan.name, total, unit))
         self.device_ledger.reset_peak()
         self.host_ledger.reset_peak()
@@ -182,13 +188,16 @@ class Monitor:
             predicted_vram_bytes=plan.vram_bytes,
             measured_vram_bytes=self.device_ledger.peak,
             predicted_ram_bytes=plan.ram_bytes,
-            measured_ram_bytes=self.host_ledger.peak,
+            measured_ram_bytes=(
+                self.host_ledger.peak if monitor.took_bytes is None else monitor.took_bytes
+            ),
             read_bytes=flow.disk_to_host.nbytes,
             copied_bytes=flow.host_to_device.nbytes,
             stall_s=flow.device_to_compute.starved_s,
             flow=flow,
             steps=tuple(monitor.steps),
         )
+        log.info("ended: %s", report)
         self.phases.append(report)
         self._listener(PhaseEnded(report))
 
@@ -201,7 +210,8 @@ class Monitor:
 class PhaseMonitor:
     """Progress within one phase; ``streams`` are the statistics of the streams it has opened.
 
-    ``before`` of the ``done`` units were finished by an earlier process or attempt.
+    ``before`` of the ``done`` units were finished by an earlier process or attempt. ``took_bytes``
+    is host memory as it was measured, where the ledger holds an allowance instead.
     """
 
     monitor: Monitor
@@ -212,6 +222,7 @@ class PhaseMonitor:
     before: int = 0
     streams: list[StreamStats] = field(default_factory=list)
     steps: list[StepReport] = field(default_factory=list)
+    took_bytes: int | None = None
     _started: float = field(default_factory=time.perf_counter)
     _told: StepReport = StepReport(0.0, Flow())
 

@@ -6,6 +6,7 @@ driver, the numerics that were chosen, and the model's files.
 
 from __future__ import annotations
 
+import logging
 import platform
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -16,7 +17,13 @@ import torch
 from penstock._version import __version__
 from penstock.engine.machine.programs import nvidia_smi
 from penstock.engine.store.digest import stamp
+from penstock.engine.store.sums import FileSum
 from penstock.errors import FingerprintMismatch
+
+log = logging.getLogger(__name__)
+
+SUM = "xxh3_128"
+"""Of every byte of a large file, beside its samples in a fingerprint."""
 
 Fingerprint = dict[str, Any]
 Difference = tuple[str, object, object]
@@ -43,6 +50,15 @@ def fingerprint(
     }
 
 
+def with_sums(now: Mapping[str, Any], sums: Mapping[str, FileSum]) -> Fingerprint:
+    """``now`` with checksums of whole files, by their names."""
+    files = {
+        name: entry | ({SUM: sums[name].value} if name in sums else {})
+        for name, entry in now["files"].items()
+    }
+    return {**now, "files": files}
+
+
 def compare_fingerprint(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
     """The fields that differ, as ``(dotted name, old, new)``, sorted by name."""
     then, now = dict(_flat(old)), dict(_flat(new))
@@ -54,16 +70,33 @@ def compare_fingerprint(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[
 
 
 def check_fingerprint(
-    old: Mapping[str, Any], new: Mapping[str, Any], *, allow_nonidentical: bool
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    paths: Mapping[str, Path] | None = None,
+    *,
+    allow_nonidentical: bool,
 ) -> list[Difference]:
     """What differs, where that is allowed.
+
+    Args:
+        old, new: fingerprints.
+        paths: the files in ``new``, by name, to tell which of them have changed.
+        allow_nonidentical: differences are no error.
 
     Raises:
         FingerprintMismatch: something differs and is not allowed to.
     """
     differences = compare_fingerprint(old, new)
+    for name, then, now in differences:
+        log.info("%s was %r and is %r", name, then, now)
     if differences and not allow_nonidentical:
-        raise FingerprintMismatch(differences)
+        fields = [field for field, _, _ in differences]
+        changed = [
+            str(path)
+            for name, path in (paths or {}).items()
+            if any(field.startswith(f"files.{name}.") for field in fields)
+        ]
+        raise FingerprintMismatch(differences, changed)
     return differences
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -11,19 +12,22 @@ from typing import Any
 
 from penstock.engine.lora.file import Lora, as_loras
 from penstock.engine.model.opening import Opening
-from penstock.engine.store.durable import FileOps
-from penstock.engine.store.journal import (
+from penstock.engine.store.durable import FileOps, new_name
+from penstock.engine.store.journal import JobRecord, read_record
+from penstock.engine.store.lock import JobLock, is_locked
+from penstock.engine.store.names import (
     JOB_FILES,
     LATENTS_FILE,
     LOCK_FILE,
+    PICTURE_FILE,
     STATE_FILES,
-    JobRecord,
     is_job_file,
-    read_record,
+    is_unfinished,
+    tag_of,
 )
-from penstock.engine.store.lock import JobLock
+from penstock.engine.store.owned import Contents, check_vacant, sort_out
 from penstock.engine.store.sealed import read_metadata
-from penstock.errors import JobLocked, JournalError, StorageError, UsageError
+from penstock.errors import JournalError, StorageError, UsageError
 from penstock.folders import data_folder
 from penstock.profiles.options import Options
 from penstock.profiles.plan import NUMERICS
@@ -38,13 +42,14 @@ class JobInfo:
     Attributes:
         name: of its folder.
         state: "running", "stopped", "failed" or "done" as it was marked; "killed" where it was
-            running and nobody works on it any more; "damaged" where no record can be read.
+            running and nobody works on it any more; "damaged" where no record can be read;
+            "unreadable" where the system does not let us look.
         step: sampler steps that are saved (read from a header, not verified).
         steps: of the request, 0 where unknown.
         created: seconds since 1970, 0 where unknown.
         size_bytes: of all its files.
         record: what the job is, None where it is damaged.
-        problem: what is damaged.
+        problem: what is damaged, or missing to go on.
     """
 
     name: str
@@ -68,7 +73,7 @@ class JobInfo:
     @property
     def unfinished(self) -> bool:
         """Whether `penstock resume` has something to do here."""
-        return self.state in ("stopped", "failed", "killed")
+        return self.state in ("stopped", "failed", "killed") and self.problem is None
 
 
 def jobs_directory() -> Path:
@@ -83,22 +88,52 @@ def new_job_folder(root: Path | None = None) -> Path:
 
 
 def list_jobs(root: Path | None = None) -> list[JobInfo]:
-    """The jobs in ``root`` (default: the data directory), newest first, damaged ones included."""
+    """The jobs in ``root`` (default: the data directory), newest first, damaged ones included.
+
+    Nothing that happens to them meanwhile disturbs it, nor does it disturb them: a folder that goes
+    away is left out, one that cannot be read is told so.
+
+    Raises:
+        StorageError: ``root`` cannot be read.
+    """
     root = root or jobs_directory()
-    if not root.is_dir():
+    try:
+        folders = sorted(root.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    folders = [path for path in root.iterdir() if path.is_dir() and _holds_job(path)]
-    return sorted(map(describe, folders), key=lambda info: (-info.created, info.name))
+    except OSError as error:
+        raise StorageError(f"{root} cannot be read", found=error.strerror) from error
+    found = [info for info in map(_glimpse, folders) if info is not None]
+    return sorted(found, key=lambda info: (-info.created, info.name))
+
+
+def _glimpse(folder: Path) -> JobInfo | None:
+    """As `describe`; None where the folder holds no job, or is gone by now."""
+    try:
+        return describe(folder) if folder.is_dir() and _holds_job(folder) else None
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return _unknown(folder, "unreadable", 0, error.strerror or str(error))
+
+
+def _unknown(folder: Path, state: str, size_bytes: int, problem: str) -> JobInfo:
+    return JobInfo(folder.name, folder, state, 0, 0, 0.0, size_bytes, problem=problem)
 
 
 def describe(folder: Path) -> JobInfo:
-    """One job as it is listed."""
-    size_bytes = sum(p.stat().st_size for p in folder.iterdir() if is_job_file(p.name))
+    """One job as it is listed.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    size_bytes = sum(_size(path) for path in folder.iterdir() if is_job_file(path.name))
     try:
         record = read_record(folder)
     except JournalError as error:
-        return JobInfo(folder.name, folder, "damaged", 0, 0, 0.0, size_bytes, problem=str(error))
+        return _unknown(folder, "damaged", size_bytes, str(error))
     steps = record.request.get("steps", 0)
+    steps = steps if type(steps) is int else 0
     done = (folder / LATENTS_FILE).exists()
     return JobInfo(
         name=folder.name,
@@ -109,7 +144,24 @@ def describe(folder: Path) -> JobInfo:
         created=record.created,
         size_bytes=size_bytes,
         record=record,
+        problem=_lacks(record, folder),
     )
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0  # a job that runs renames and removes files
+
+
+def _lacks(record: JobRecord, folder: Path) -> str | None:
+    """What a job needs to go on and has not."""
+    path = folder / PICTURE_FILE
+    there = path.exists() or new_name(path, tag_of(record.job)).exists()
+    if record.request.get("image") is None or record.state == "done" or there:
+        return None
+    return "its picture is missing"
 
 
 def find_job(name: str | None, root: Path | None = None) -> Path:
@@ -123,8 +175,11 @@ def find_job(name: str | None, root: Path | None = None) -> Path:
     Raises:
         JournalError: there is none, or more than one.
     """
-    if name is not None and _holds_job(Path(name)):
-        return Path(name)
+    try:
+        if name is not None and _holds_job(Path(name)):
+            return Path(name)
+    except OSError as error:
+        raise StorageError(f"{name} cannot be read", found=error.strerror) from error
     known = list_jobs(root)
     if name is None:
         matches = [info for info in known if info.unfinished]
@@ -155,7 +210,8 @@ def find_unfinished(
     if folder is None:
         jobs = list_jobs(root)
     else:
-        jobs = [describe(folder)] if _holds_job(folder) else []
+        known = _glimpse(folder)
+        jobs = [] if known is None else [known]
     same = (info for info in jobs if info.unfinished and _is_asked_by(info.record, request))
     return next(same, None)
 
@@ -211,51 +267,84 @@ def remove_job(folder: Path) -> None:
     """Remove a job's files, and its folder if nothing else is in it.
 
     Raises:
-        JournalError: the folder holds no job, or files that are not a job's (which stay).
+        JournalError: the folder holds no job, or files that penstock did not make (which stay).
         JobLocked: a process is working on it.
         StorageError: a file cannot be removed.
     """
-    if not _holds_job(folder):
-        raise JournalError(f"{folder} holds no job", expected=" or ".join(JOB_FILES))
+    ops = FileOps()
+    if not _holds_job(folder) or not _own(ops, folder).ours:
+        raise JournalError(
+            f"{folder} holds no job",
+            expected=f"{' or '.join(JOB_FILES)}, made by penstock",
+            remedy="Nothing was removed.",
+        )
     lock = JobLock(folder / LOCK_FILE)
     try:
-        ops = FileOps()
+        contents = _own(ops, folder)
         # The records go last: a removal that is cut short leaves a job that can be removed again.
-        names = sorted(ops.names(folder), key=lambda name: name in JOB_FILES)
-        for name in filter(is_job_file, names):
+        for name in contents.ours:
             if name != LOCK_FILE:
                 ops.unlink(folder / name)
+        lock.remove()
+        if not contents.foreign:
+            _remove_folder(ops, folder)
     except OSError as error:
         raise StorageError(f"{folder} cannot be removed", found=error.strerror) from error
     finally:
         lock.release()
-    _remove_folder(folder)
-
-
-def _remove_folder(folder: Path) -> None:
-    foreign = [name for name in FileOps().names(folder) if not is_job_file(name)]
-    (folder / LOCK_FILE).unlink(missing_ok=True)
-    if foreign:
+    if contents.foreign:
         raise JournalError(
-            f"{folder} stays: it holds files that are no job's",
-            found=", ".join(sorted(foreign)[:5]),
-            remedy="The job itself has been removed.",
+            f"{folder} stays: it holds files that penstock did not make, or that are damaged",
+            found=contents.shown,
+            remedy="The rest of the job has been removed.",
         )
-    folder.rmdir()
+
+
+def _own(ops: FileOps, folder: Path) -> Contents:
+    """What of the folder is the job's; of a beginning that was cut short, all of it may be."""
+    try:
+        record = read_record(folder, ops)
+    except JournalError:
+        found = sort_out(ops, folder)
+        return found if found.ours else _beginning(ops, folder)
+    return sort_out(ops, folder, record.job, record.request.get("image"))
+
+
+def _beginning(ops: FileOps, folder: Path) -> Contents:
+    try:
+        return Contents((*check_vacant(ops, folder), LOCK_FILE), ())
+    except JournalError:
+        return Contents((), tuple(ops.names(folder)))
+
+
+def _remove_folder(ops: FileOps, folder: Path) -> None:
+    try:
+        ops.rmdir(folder)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        # A job has begun there since the lock was let go: the folder is that one's now.
 
 
 def _holds_job(folder: Path) -> bool:
-    return any((folder / name).exists() for name in JOB_FILES)
+    """Whether there are a job's records, or was begun to write them.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return any(name in JOB_FILES or is_unfinished(name) for name in names)
 
 
 def _state(record: JobRecord, folder: Path) -> str:
     if record.state != "running":
         return record.state
-    try:
-        JobLock(folder / LOCK_FILE).release()
-    except JobLocked:
-        return "running"
-    return "killed"
+    return "running" if is_locked(folder / LOCK_FILE) else "killed"
 
 
 def _saved_step(path: Path) -> int:

@@ -7,14 +7,19 @@ the next step is counted as done: at most one finished step is ever lost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from penstock.engine.media.claim import OutputClaim
+from penstock.engine.run.fingerprint import SUM
 from penstock.engine.run.report import RunReport
 from penstock.engine.run.sampler import SamplerState
+from penstock.engine.store.digest import stamp
 from penstock.engine.store.journal import Journal
 from penstock.errors import JobCancelled, JournalError, PenstockError
 from penstock.profiles.plan import Plan
@@ -54,7 +59,11 @@ class Point:
 
 
 class Keeper:
-    """Keeps nothing and finds nothing."""
+    """Keeps nothing and finds nothing.
+
+    Args:
+        claim: of the output's name, held until :meth:`close`.
+    """
 
     keeps = False
     """Whether anything is kept: the plan then counts what is being saved or read."""
@@ -62,8 +71,8 @@ class Keeper:
     problems: tuple[str, ...] = ()
     """Damage that was found and worked around."""
 
-    def __init__(self) -> None:
-        self._steered = False
+    def __init__(self, claim: OutputClaim | None = None) -> None:
+        self._steered, self._claim = False, claim
 
     @property
     def steered(self) -> bool:
@@ -108,8 +117,15 @@ class Keeper:
     def keep_plan(self, plan: Plan) -> None:
         """The job goes on under another plan."""
 
-    def writing_output(self) -> None:
-        """The file is about to appear under its name."""
+    def lacks_sums(self) -> bool:
+        """Whether it is not known yet, to the byte, which files the job reads."""
+        return False
+
+    def keep_sums(self, sums: Mapping[str, str]) -> None:
+        """Keep checksums of files that the job reads, by their names in its fingerprint."""
+
+    def writing_output(self, file: Path) -> None:
+        """The finished ``file`` is about to get its name."""
 
     def finished(self, report: RunReport) -> None:
         """The job is done."""
@@ -119,7 +135,9 @@ class Keeper:
         return None
 
     def close(self) -> None:
-        """Nothing more will be kept."""
+        """Nothing more will be kept; the output's name is free for others."""
+        if self._claim is not None:
+            self._claim.release()
 
 
 class JournalKeeper(Keeper):
@@ -127,12 +145,13 @@ class JournalKeeper(Keeper):
 
     Args:
         journal: open; closed by :meth:`close`.
+        claim: of the output's name, likewise.
     """
 
     keeps = True
 
-    def __init__(self, journal: Journal) -> None:
-        super().__init__()
+    def __init__(self, journal: Journal, claim: OutputClaim | None = None) -> None:
+        super().__init__(claim)
         self._journal = journal
         self._writer = ThreadPoolExecutor(1, "penstock-journal")
         self._pending: Future[None] | None = None
@@ -244,15 +263,33 @@ class JournalKeeper(Keeper):
         self.settle()
         self._journal.mark("running", plan=plan.to_json())
 
-    def writing_output(self) -> None:
-        """From now on a file under the output's name may be this job's own."""
+    def lacks_sums(self) -> bool:
+        """Whether a large file is known by samples only: none of the job is computed yet then."""
+        files = self._journal.record.fingerprint.get("files", {})
+        return any(_is_sampled(entry) and SUM not in entry for entry in files.values())
+
+    def keep_sums(self, sums: Mapping[str, str]) -> None:
+        """Keep checksums of files that the job reads, by their names in its fingerprint."""
         self.settle()
-        self._journal.mark("running", output_begun=True)
+        fingerprint = self._journal.record.fingerprint
+        files = {
+            name: entry | ({SUM: sums[name]} if _is_sampled(entry) and name in sums else {})
+            for name, entry in fingerprint.get("files", {}).items()
+        }
+        self._journal.mark("running", fingerprint={**fingerprint, "files": files})
+
+    def writing_output(self, file: Path) -> None:
+        """From now on a file with these bytes under the output's name is this job's own."""
+        self.settle()
+        self._journal.mark("running", output_begun=stamp(file))
 
     def finished(self, report: RunReport) -> None:
         """The job is done; what it no longer needs is removed."""
         self.settle()
-        self._journal.mark("done", report=report.to_json(), error=None)
+        facts: dict[str, Any] = {"report": report.to_json(), "error": None}
+        if report.output is not None:
+            facts["output"] = str(Path(report.output).absolute())
+        self._journal.mark("done", **facts)
         self._journal.discard_work()
 
     def ended(self, error: BaseException) -> str | None:
@@ -271,6 +308,11 @@ class JournalKeeper(Keeper):
         """Finish writing and let others work on the job."""
         self._writer.shutdown()
         self._journal.close()
+        super().close()
+
+
+def _is_sampled(entry: Mapping[str, Any]) -> bool:
+    return "samples_sha256" in entry
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ everything back; only small results pass from one to the next.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,14 +19,18 @@ import torch
 from torch import Tensor
 
 from penstock._version import __version__
+from penstock.engine.machine.memory import ProcessMemory
 from penstock.engine.machine.software import versions
 from penstock.engine.media.video import write_video
 from penstock.engine.run.ending import Ending
 from penstock.engine.run.events import Listener, Monitor, PhaseMonitor
 from penstock.engine.run.report import JobResult, RunReport
 from penstock.engine.run.stage import Run, Stage
+from penstock.engine.store.sums import PIECE_BYTES, Sums, how_told
 from penstock.offload.allocator import allocator_capped
 from penstock.offload.device import made_current
+
+log = logging.getLogger(__name__)
 
 STEERED = "on_step replaced the latents: the request and the seed alone do not lead to this video"
 
@@ -85,18 +90,39 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
     with Ending(job.keeper, job.device), made_current(job.device), capped, closing(stage):
         for message in (*job.notices, *(warning.message for warning in job.request.warnings)):
             stage.monitor.notice(message)
+        know_sources(stage)
+        _log_request(job)
         found = run_phases(stage, work_of(stage))
         output, video = job.output, found["video"]
         if output is not None:
-            job.keeper.writing_output()
-            stage.attempt("mux", lambda: mux(stage, video, output))
+            asked = output
+            output = stage.attempt("mux", lambda: mux(stage, video, asked))
         if job.keeper.steered:
             stage.monitor.notice(STEERED)
         for problem in job.keeper.problems:
             stage.monitor.notice(problem)
-        report = _report(job, stage.monitor, time.perf_counter() - started)
+        report = _report(job, stage.monitor, output, time.perf_counter() - started)
         job.keeper.finished(report)
     return JobResult(report, found["latents"], video)
+
+
+def know_sources(stage: Stage) -> None:
+    """Keep checksums of every byte that a kept job's result depends on, before any of it is made:
+    a resume then notices whatever has changed."""
+    if not stage.keeper.lacks_sums():
+        return
+    with stage.host_ledger.reserve("files being read for their checksums", PIECE_BYTES):
+        sums = {n: Sums().of(p, stage.monitor.check) for n, p in stage.job.sources.items()}
+    stage.keeper.keep_sums({name: each.value for name, each in sums.items()})
+    stage.monitor.notice(f"the model's files are known for a resume: {how_told(sums.values())}")
+
+
+def _log_request(job: Run) -> None:
+    """What is made, at "info"; what it shall show, at "debug" alone."""
+    shown = ("prompt", "negative_prompt", "image")
+    values = asdict(job.request)
+    log.info("makes %s", {name: value for name, value in values.items() if name not in shown})
+    log.debug("shows %s", {name: values[name] for name in shown})
 
 
 def work_of(stage: Stage) -> Work:
@@ -112,6 +138,7 @@ def run_phases(stage: Stage, work: Work) -> Products:
     for save in reversed(work.saves):
         restored = save.restore(stage)
         if restored is not None:
+            log.info("goes on from what was kept before %s", save.before)
             found, at = restored, names.index(save.before)
             break
     streamed = stage.model.manifest.prefetch.stream
@@ -125,17 +152,22 @@ def run_phases(stage: Stage, work: Work) -> Products:
     return found
 
 
-def mux(stage: Stage, video: Tensor, output: Path) -> None:
-    """Write the frames to ``output``."""
+def mux(stage: Stage, video: Tensor, output: Path) -> Path:
+    """Write the frames to ``output``, or where that is taken by now to a free name like it."""
     job = stage.job
     with stage.phase("mux", len(video), "frame") as (_, phase):
-        write_video(
+        written = write_video(
             output,
             _counted_frames(video, phase),
             job.request.fps,
             metadata=_metadata(job) if job.metadata else None,
             overwrite=job.overwrite,
+            or_beside=True,
+            finished=stage.keeper.writing_output,
         )
+    if written.path != output:
+        stage.monitor.notice(f"{output} is another file by now: the video is in {written.path}")
+    return written.path
 
 
 def _counted_frames(video: Tensor, phase: PhaseMonitor) -> Iterator[Any]:
@@ -153,11 +185,11 @@ def _metadata(job: Run) -> dict[str, Any]:
     return {name: settings[name] for name in settings if name not in ("image", "grid")} | steered
 
 
-def _report(job: Run, monitor: Monitor, seconds: float) -> RunReport:
-    request = job.request
+def _report(job: Run, monitor: Monitor, output: Path | None, seconds: float) -> RunReport:
+    request, memory = job.request, ProcessMemory.peak()
     assert request.seed is not None
     return RunReport(
-        output=None if job.output is None else str(job.output),
+        output=None if output is None else str(output),
         frames=request.frames,
         width=request.width,
         height=request.height,
@@ -175,6 +207,9 @@ def _report(job: Run, monitor: Monitor, seconds: float) -> RunReport:
         notices=tuple(monitor.notices),
         versions=versions(),
         steered=job.keeper.steered,
+        on_cpu=job.device.type == "cpu",
+        process_peak_bytes=memory.resident_bytes,
+        group_peak_bytes=memory.group_bytes,
         options=job.plan.options,
     )
 

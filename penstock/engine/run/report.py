@@ -76,6 +76,10 @@ class RunReport:
             not lead to this video.
         versions: of the packages that the result depends on.
         options: as they were asked for.
+        on_cpu: the device is the CPU: what counts as VRAM lies in host memory too.
+        process_peak_bytes: the most host memory that the process has had resident in all its life:
+            buffers, interpreter, libraries, and what else it does.
+        group_peak_bytes: likewise of its control group; None where there is none.
     """
 
     output: str | None
@@ -97,6 +101,19 @@ class RunReport:
     versions: dict[str, str]
     steered: bool = False
     options: Options = field(default_factory=Options)
+    on_cpu: bool = True
+    process_peak_bytes: int = 0
+    group_peak_bytes: int | None = None
+
+    @property
+    def beside_bytes(self) -> int:
+        """What the process took besides what the ledgers held at most in a phase: the interpreter
+        and libraries, where it has done nothing else."""
+        held = max(
+            phase.measured_ram_bytes + (phase.measured_vram_bytes if self.on_cpu else 0)
+            for phase in self.phases
+        )
+        return max(0, self.process_peak_bytes - held)
 
     @property
     def peak_vram_bytes(self) -> int:
@@ -117,6 +134,7 @@ class RunReport:
         return asdict(self) | {
             "peak_vram_bytes": self.peak_vram_bytes,
             "peak_ram_bytes": self.peak_ram_bytes,
+            "beside_bytes": self.beside_bytes,
         }
 
 

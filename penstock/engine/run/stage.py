@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,16 +21,16 @@ from penstock.engine.run.keeper import Keeper
 from penstock.engine.run.prefetch import Prefetcher
 from penstock.engine.run.preview import Previewer
 from penstock.engine.run.recovery import MEMORY_ERRORS, Shortage, shortage
+from penstock.engine.run.room import Room
 from penstock.engine.run.steering import Hooks
 from penstock.errors import OutOfMemory
 from penstock.offload.layout import BlockLayout
-from penstock.offload.ledger import ByteLedger
-from penstock.offload.schedule import Residency
-from penstock.offload.streamer import BlockStream, Tensors, load_block
+from penstock.offload.streamer import BlockStream, Tensors
 from penstock.offload.tiers import release_cached
-from penstock.profiles.manifest import SCRATCH
 from penstock.profiles.phases import RESTORED
 from penstock.profiles.plan import PhasePlan, Plan, StreamPlan, changes
+
+log = logging.getLogger(__name__)
 
 ONE_RESIDENT = StreamPlan(1, 1, 0, 0, 1)
 """A network of one block, which comes through a staging buffer and stays on the device."""
@@ -58,6 +59,7 @@ class Run:
         notices: told at the start.
         hooks: what its user wants to see and do between steps.
         previewer: makes previews.
+        sources: all files that the result depends on, by their names in the fingerprint.
     """
 
     model: ModelFiles
@@ -74,23 +76,23 @@ class Run:
     notices: tuple[str, ...] = ()
     hooks: Hooks = field(default_factory=Hooks)
     previewer: Previewer = field(default_factory=Previewer)
+    sources: Mapping[str, Path] = field(default_factory=dict)
 
 
-class Stage:
-    """A running job: the run, its plan as it stands, its ledgers and its monitor.
+class Stage(Room):
+    """A running job: the run, its plan as it stands, its room and its monitor.
 
     Attributes:
         steps_left: of the denoising, when its stream is opened.
     """
 
     def __init__(self, job: Run, listener: Listener, cancelled: threading.Event) -> None:
-        self.job, self.model, self.device = job, job.model, job.device
-        self.plan, self.keeper = job.plan, job.keeper
+        limits = job.plan.vram_limit_bytes, job.plan.ram_limit_bytes
+        super().__init__(job.model, job.device, *limits)
+        self.job, self.plan, self.keeper = job, job.plan, job.keeper
         self._active = ""
         self._prefetched = Prefetcher()
         self.steps_left = job.request.steps
-        self.device_ledger = ByteLedger("VRAM", job.plan.vram_limit_bytes)
-        self.host_ledger = ByteLedger("RAM", job.plan.ram_limit_bytes)
         self.monitor = Monitor(listener, self.device_ledger, self.host_ledger, cancelled)
 
     def prepare(self) -> None:
@@ -110,9 +112,7 @@ class Stage:
             release_cached(self.device)
         with (
             self.monitor.phase(plan, total, unit, done) as phase,
-            self.device_ledger.reserve(f"{name}: activations", plan.work_bytes),
-            self.host_ledger.reserve(f"{name}: host work", plan.ram_work_bytes),
-            self.model.scratch.held(dict(plan.work).get(SCRATCH, 0)),
+            self.reserved(plan),
         ):
             if plan.prefetch_bytes:
                 self._prefetch_blocks()
@@ -125,6 +125,7 @@ class Stage:
         if self._prefetched.is_reading or not self.job.overlapped or phase.stream is None:
             return
         passes = phase.passes(workload_of(self.job.request).branches)
+        log.debug("%s prefetches blocks of %s", self._active, what.stream)
         stream = self._open(blocks, phase.stream, self.steps_left * len(passes))
         self._prefetched.begin(blocks, stream)
 
@@ -174,6 +175,7 @@ class Stage:
             self._shrink(short)
 
     def _shrink(self, short: Shortage) -> None:
+        log.info("%s ran out in %s: %s", short.resource, self._active, short.message)
         self._prefetched.drop()
         gc.collect()
         release_cached(self.device)
@@ -190,35 +192,12 @@ class Stage:
         self.monitor.replanned(Replanned(self._active, short.message, what, identical))
 
     @contextmanager
-    def rest(self, component: Component) -> Iterator[Any]:
-        """The network of ``component`` with all that is not in a block loaded.
-
-        Raises:
-            CheckpointChanged: its files changed since the model was opened.
-        """
-        component.checkpoint.check_unchanged()
-        adapted = component.made_bytes(self.device.type)
-        with (
-            self._loaded(component.rest) as tensors,
-            self.device_ledger.reserve("adapted weights", adapted),
-            component.bound(tensors) as module,
-        ):
-            yield module
-
-    @contextmanager
-    def _loaded(self, layout: BlockLayout) -> Iterator[Tensors]:
+    def loaded(self, layout: BlockLayout) -> Iterator[Tensors]:
         """Weights on the device: read now, or taken from where they were read ahead."""
         with ExitStack() as stack:
             prefetched = self._prefetched.take((layout,), stack)
             if prefetched is None:
-                yield stack.enter_context(
-                    load_block(
-                        layout,
-                        device=self.device,
-                        device_ledger=self.device_ledger,
-                        host_ledger=self.host_ledger,
-                    )
-                )
+                yield stack.enter_context(super().loaded(layout))
             else:
                 stack.enter_context(prefetched)
                 for _, tensors in prefetched.forward_pass():
@@ -244,22 +223,8 @@ class Stage:
             yield stream
 
     def _open(self, layouts: Sequence[BlockLayout], plan: StreamPlan, passes: int) -> BlockStream:
-        return BlockStream(
-            layouts,
-            residency(plan),
-            passes=passes,
-            device=self.device,
-            device_ledger=self.device_ledger,
-            host_ledger=self.host_ledger,
-            overlapped=self.job.overlapped,
-            should_stop=self.monitor.check,
-        )
-
-
-def residency(plan: StreamPlan) -> Residency:
-    """The plan's places, as the stream takes them."""
-    on_device, in_ram = plan.device_blocks, plan.host_blocks
-    return Residency(plan.n_blocks, on_device, in_ram, plan.device_slots, plan.staging_buffers)
+        overlapped, check = self.job.overlapped, self.monitor.check
+        return self.blocks(layouts, plan, passes, overlapped=overlapped, should_stop=check)
 
 
 def visits(

@@ -9,7 +9,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from penstock.engine.run.sampler import check_finite
-from penstock.errors import UsageError
+from penstock.errors import UsageError, brief
 
 OnStep: TypeAlias = Callable[[int, Tensor], Tensor | None]
 """Called with the number of steps done (from 1) and a copy of the latents, fp32 (1, z, t, h, w) on
@@ -37,7 +37,7 @@ class Hooks:
             raise UsageError(
                 "preview_every counts steps",
                 expected="1 or more, or None for no previews",
-                found=repr(every),
+                found=brief(every),
             )
         if self.on_step is not None and not callable(self.on_step):
             raise UsageError(

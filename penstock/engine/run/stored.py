@@ -15,10 +15,18 @@ from penstock.engine.model.grid import Grid
 from penstock.engine.model.opening import Opening
 from penstock.engine.packs.firstuse import PACKING
 from penstock.engine.request.generation import GenerationRequest
-from penstock.engine.run.fingerprint import Fingerprint, check_fingerprint, fingerprint
+from penstock.engine.run.fingerprint import (
+    SUM,
+    Fingerprint,
+    check_fingerprint,
+    fingerprint,
+    with_sums,
+)
 from penstock.engine.store.digest import reading, stamp
-from penstock.engine.store.journal import HEADER_BYTES, PICTURE_FILE, Journal
-from penstock.errors import JournalError, RequestError, UsageError
+from penstock.engine.store.journal import HEADER_BYTES, Journal
+from penstock.engine.store.names import PICTURE_FILE
+from penstock.engine.store.sums import Sums, how_told
+from penstock.errors import JournalError, RequestError, StorageError, UsageError
 from penstock.profiles.plan import NUMERICS, Plan
 
 STATE_TENSORS = 5
@@ -114,6 +122,22 @@ def conditions_now(model: ModelFiles, device: torch.device, how: Mapping[str, st
     return fingerprint(device, numerics, sorted(model.files.items()))
 
 
+def read_again(journal: Journal, model: ModelFiles, now: Fingerprint) -> tuple[Fingerprint, str]:
+    """The fingerprint of today with checksums of the large files, where the job's has them: those
+    that are still believed, or of every byte, read now. And how it was done, in a sentence.
+
+    Raises:
+        StorageError: a file cannot be read.
+        CheckpointChanged: one does not keep still.
+    """
+    then, paths, sums = journal.record.fingerprint.get("files", {}), model.files, Sums()
+    known = {name: entry for name, entry in then.items() if SUM in entry and name in paths}
+    same = [n for n, entry in known.items() if entry == now["files"][n] | {SUM: entry[SUM]}]
+    found = {name: sums.of(paths[name]) for name in same}  # others differ by their samples
+    how = f"the model's large files are those of the job's beginning ({how_told(found.values())})"
+    return with_sums(now, found), how
+
+
 def check_unfinished(journal: Journal) -> None:
     """Refuse a job that has nothing left to do.
 
@@ -156,17 +180,32 @@ def restored_plan(journal: Journal) -> Plan:
 
 
 def restored_order(journal: Journal) -> Order:
-    """Where a job's video goes; a file that it had begun to write itself may be replaced."""
+    """Where a job's video goes; a file there that it had finished itself may be replaced."""
     facts = journal.record.facts
+    output = Path(facts["output"]) if isinstance(facts.get("output"), str) else None
     return Order(
-        output=Path(facts["output"]) if isinstance(facts.get("output"), str) else None,
-        overwrite=bool(facts.get("overwrite") or facts.get("output_begun")),
+        output=output,
+        overwrite=bool(facts.get("overwrite")) or _is_own(output, facts.get("output_begun")),
         metadata=bool(facts.get("metadata", True)),
     )
 
 
+def _is_own(output: Path | None, begun: object) -> bool:
+    """Whether the file at ``output`` is the one that the job was about to name so."""
+    try:
+        return output is not None and output.is_file() and stamp(output) == begun
+    except (OSError, StorageError):
+        return False
+
+
 def check_conditions(
-    journal: Journal, plan: Plan, now: Fingerprint, *, steers: bool, allow_nonidentical: bool
+    journal: Journal,
+    plan: Plan,
+    now: Fingerprint,
+    paths: Mapping[str, Path],
+    *,
+    steers: bool,
+    allow_nonidentical: bool,
 ) -> tuple[str, ...]:
     """Differences between the conditions a job began under and those of today, as sentences.
 
@@ -174,6 +213,7 @@ def check_conditions(
         journal: of the job.
         plan: under which it will go on.
         now: the fingerprint of today.
+        paths: the files in it, by name.
         steers: there is an ``on_step``. A job that had one and replaced latents needs it again for
             the steps that remain.
         allow_nonidentical: differences are no error.
@@ -186,7 +226,10 @@ def check_conditions(
     then = {"plan": _rounding(restored_plan(journal)), "steered": steered}
     today = {"plan": _rounding(plan), "steered": still}
     differences = check_fingerprint(
-        journal.record.fingerprint | then, now | today, allow_nonidentical=allow_nonidentical
+        journal.record.fingerprint | then,
+        now | today,
+        paths,
+        allow_nonidentical=allow_nonidentical,
     )
     return tuple(
         f"the result will not be identical: {field} was {old!r} and is {new!r}"

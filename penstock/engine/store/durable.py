@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from penstock.errors import JournalError, StorageError
 from penstock.units import format_bytes
@@ -26,6 +27,7 @@ NEW_SUFFIX = ".new"
 _WRITE_BYTES = 8 << 20
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+_CANNOT_LINK = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
 
 class FileOps:
@@ -71,6 +73,28 @@ class FileOps:
         """Give ``source`` the name ``target``, replacing what had it."""
         source.replace(target)
 
+    def rename_new(self, source: Path, target: Path) -> None:
+        """Give ``source`` the name ``target``, which must be free, in one step.
+
+        A second name by a hard link is what POSIX has for it; where a file system has no links, an
+        empty file claims the name first.
+
+        Raises:
+            FileExistsError: something has the name; both are as they were.
+        """
+        if sys.platform == "win32":
+            source.rename(target)  # refuses a name that is taken
+            return
+        try:
+            os.link(source, target)
+        except OSError as error:
+            if error.errno not in _CANNOT_LINK:
+                raise
+            os.close(self.create(target))
+            source.replace(target)
+        else:
+            source.unlink()
+
     def fsync_dir(self, folder: Path) -> None:
         """Return when the folder's entries are on the disk (Windows has no such call)."""
         if sys.platform == "win32":
@@ -88,6 +112,10 @@ class FileOps:
     def unlink(self, path: Path) -> None:
         """Remove a file; one that is not there is fine."""
         path.unlink(missing_ok=True)
+
+    def rmdir(self, folder: Path) -> None:
+        """Remove an empty folder."""
+        folder.rmdir()
 
     def mkdir(self, folder: Path) -> None:
         """Make a folder and its parents; one that is there is fine."""
@@ -112,34 +140,70 @@ class FileOps:
         """The content of a regular file, or its first ``limit_bytes``.
 
         Raises:
+            OSError: as :meth:`open`.
+        """
+        with self.open(path) as file:
+            return file.read() if limit_bytes is None else file.read(limit_bytes)
+
+    def open(self, path: Path) -> BinaryIO:
+        """A regular file, open for reading.
+
+        Raises:
             FileNotFoundError: there is none.
             OSError: it cannot be read, or is a link, a pipe or a device.
         """
         extra = getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
         descriptor = os.open(path, os.O_RDONLY | extra | getattr(os, "O_NONBLOCK", 0))
-        with os.fdopen(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise OSError(errno.EINVAL, "not a regular file", str(path))
-            return file.read() if limit_bytes is None else file.read(limit_bytes)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return os.fdopen(descriptor, "rb")
 
 
-def write_atomically(ops: FileOps, path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+def write_atomically(
+    ops: FileOps, path: Path, chunks: Iterable[bytes | memoryview], tag: str = ""
+) -> None:
     """Replace ``path`` by the joined ``chunks``: after a crash it is the old or the new file.
 
     When this returns, the new file is on the disk. When it raises, the old one still is (or, where
     only the last sync of the directory failed, one of the two).
 
+    Args:
+        ops: the file operations.
+        path: the file.
+        chunks: its content.
+        tag: part of the name under which it is written, so that nobody else has that name.
+
     Raises:
         StorageError: names the path, and what was needed and free where the disk is full.
     """
+    new = write_new(ops, path, chunks, tag)
+    with storing(ops, path):
+        ops.rename(new, path)
+        ops.fsync_dir(path.parent)
+
+
+def write_new(
+    ops: FileOps, path: Path, chunks: Iterable[bytes | memoryview], tag: str = ""
+) -> Path:
+    """The first half of `write_atomically`: the content is on the disk, under another name, which
+    is returned.
+
+    Raises:
+        StorageError: as `write_atomically`.
+    """
     parts = [memoryview(chunk).cast("B") for chunk in chunks]
     need_bytes = sum(part.nbytes for part in parts)
-    new = path.with_name(path.name + NEW_SUFFIX)
+    new = new_name(path, tag)
     with storing(ops, path, need_bytes):
         ops.unlink(new)
         _write_file(ops, new, parts, need_bytes)
-        ops.rename(new, path)
-        ops.fsync_dir(path.parent)
+    return new
+
+
+def new_name(path: Path, tag: str) -> Path:
+    """What `write_atomically` calls ``path`` until it is whole."""
+    return path.with_name(f"{path.name}{tag and '.'}{tag}{NEW_SUFFIX}")
 
 
 def _write_file(ops: FileOps, path: Path, parts: list[memoryview], nbytes: int) -> None:
@@ -230,10 +294,13 @@ class Reserve:
     Args:
         ops: the file operations.
         path: of the file that holds the space.
+        mark: its first bytes, by which it is known again.
+        tag: as `write_atomically` takes it.
     """
 
-    def __init__(self, ops: FileOps, path: Path) -> None:
-        self._ops, self._path = ops, path
+    def __init__(self, ops: FileOps, path: Path, mark: bytes, tag: str) -> None:
+        self._ops, self._path, self._mark = ops, path, mark
+        self._new = new_name(path, tag)
 
     def claim(self, nbytes: int) -> None:
         """Take ``nbytes`` of the disk.
@@ -244,26 +311,29 @@ class Reserve:
         with storing(self._ops, self._path, nbytes):
             if self._ops.free_bytes(self._path.parent) < nbytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
-            self._ops.unlink(self._path)
             self._allocate(nbytes)
 
     def _allocate(self, nbytes: int) -> None:
-        descriptor = self._ops.create(self._path)
+        descriptor = self._ops.create(self._new)
         try:
             try:
+                _write_all(self._ops, descriptor, memoryview(self._mark))
                 self._ops.allocate(descriptor, nbytes)
+                self._ops.fsync(descriptor)
             finally:
                 self._ops.close(descriptor)
+            self._ops.rename(self._new, self._path)
         except OSError:
-            _abandon(self._ops, self._path)
+            _abandon(self._ops, self._new)
             raise
 
     def shrink(self, nbytes: int) -> None:
-        """Keep no more than ``nbytes``.
+        """Keep no more than ``nbytes``, and the mark.
 
         Raises:
             StorageError: the file system refuses.
         """
         with storing(self._ops, self._path):
+            nbytes = max(nbytes, len(self._mark))
             if self._ops.size(self._path) > nbytes:
                 self._ops.truncate(self._path, nbytes)

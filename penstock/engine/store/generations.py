@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Generic, TypeVar
 from penstock.engine.store.durable import FileOps, read_whole, write_atomically
 from penstock.engine.store.sealed import Document
 from penstock.errors import JournalError
+
+log = logging.getLogger(__name__)
 
 Content = TypeVar("Content")
 
@@ -29,6 +32,7 @@ class Generations(Generic[Content]):
         ops: the file operations.
         paths: of the two files.
         parse: sequence number and content of a file; raises JournalError where it is damaged.
+        tag: as `write_atomically` takes it.
     """
 
     def __init__(
@@ -36,8 +40,9 @@ class Generations(Generic[Content]):
         ops: FileOps,
         paths: tuple[Path, Path],
         parse: Callable[[bytes], Generation[Content]],
+        tag: str = "",
     ) -> None:
-        self._ops, self._paths, self._parse = ops, paths, parse
+        self._ops, self._paths, self._parse, self._tag = ops, paths, parse, tag
         self._newest: int | None = None
         self._sequence = 0
         self.problems: list[str] = []
@@ -53,9 +58,12 @@ class Generations(Generic[Content]):
         found = [self._load_one(path) for path in self._paths]
         bad = [str(one) for one in found if isinstance(one, JournalError)]
         self.problems += bad
+        for problem in bad:
+            log.info("damaged: %s", problem)
         whole = [(g.sequence, i, g) for i, g in enumerate(found) if isinstance(g, Generation)]
         if whole:
             self._sequence, self._newest, newest = max(whole, key=lambda item: item[:2])
+            log.debug("%s is the newest, number %d", self._paths[self._newest], self._sequence)
             return newest.content
         if bad:
             raise self._lost(bad)
@@ -87,6 +95,6 @@ class Generations(Generic[Content]):
             StorageError: it could not be written; the newest generation is intact.
         """
         target = 0 if self._newest is None else 1 - self._newest
-        write_atomically(self._ops, self._paths[target], make(self._sequence + 1))
+        write_atomically(self._ops, self._paths[target], make(self._sequence + 1), self._tag)
         self._newest = target
         self._sequence += 1

@@ -1,13 +1,7 @@
 """A job's directory: what a job needs to continue after its process has ended, however it did.
 
-    job-0.json, job-1.json              request, plan, fingerprint, state; the newer file counts
-    conditioning.safetensors            encoded prompt and picture
-    state-0.safetensors, state-1...     the sampler's state after a step; likewise
-    picture                             a copy of the request's picture
-    latents.safetensors                 the final latents
-    tile-ROWSxCOLUMNS-N.safetensors     decoded pixels of one VAE tile
-    reserve                             disk space kept for those still to come
-    lock                                held while a process works on the job
+What its files are called says `penstock.engine.store.names`, and which files there are its own
+`penstock.engine.store.owned`: nothing else is ever removed.
 
 Everything is plain JSON or safetensors, sealed with a digest (`penstock.engine.store.sealed`) and
 written atomically (`penstock.engine.store.durable`). What can be computed again from an earlier
@@ -17,7 +11,7 @@ part is discarded when it is damaged; the job and the sampler's state have two g
 from __future__ import annotations
 
 import json
-import re
+import logging
 import secrets
 import time
 from collections.abc import Iterable, Mapping
@@ -29,28 +23,38 @@ import torch
 
 from penstock.closing import Closing
 from penstock.engine.store.durable import (
-    NEW_SUFFIX,
     FileOps,
     Reserve,
+    new_name,
     read_whole,
     storing,
     write_atomically,
+    write_new,
 )
 from penstock.engine.store.generations import Generation, Generations
 from penstock.engine.store.lock import JobLock
+from penstock.engine.store.names import (
+    CONDITIONING_FILE,
+    JOB_FILES,
+    LATENTS_FILE,
+    LOCK_FILE,
+    PICTURE_FILE,
+    RESERVE_FILE,
+    STATE_FILES,
+    is_unfinished,
+    tag_of,
+    tile_name,
+    tile_of,
+)
+from penstock.engine.store.owned import Contents, check_vacant, reserve_mark, sort_out
 from penstock.engine.store.sealed import Document, open_json, open_tensors, seal_json, seal_tensors
 from penstock.errors import JournalError
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 """Of the directory; another one is refused."""
 
-JOB_FILES = ("job-0.json", "job-1.json")
-STATE_FILES = ("state-0.safetensors", "state-1.safetensors")
-CONDITIONING_FILE = "conditioning.safetensors"
-LATENTS_FILE = "latents.safetensors"
-PICTURE_FILE = "picture"
-RESERVE_FILE = "reserve"
-LOCK_FILE = "lock"
 HEADER_BYTES = 4096
 """Disk space of a file beside its tensors."""
 
@@ -60,7 +64,6 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "job": (str,), "created": (int, float), "state": (str,), "request": (dict,), "plan": (dict,),
     "fingerprint": (dict,), "reserve_bytes": (int,), "facts": (dict,),
 }  # fmt: skip
-_TILE_NAME = re.compile(r"tile-(\d+)x(\d+)-(\d+)\.safetensors")
 
 STATES = ("running", "stopped", "failed", "done")
 """What a job may be marked as. "running" while nobody holds the lock means that it was killed."""
@@ -99,21 +102,6 @@ class JobRecord:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def is_job_file(name: str) -> bool:
-    """Whether a job's directory may hold a file of this name."""
-    name = name.removesuffix(NEW_SUFFIX)
-    fixed = (
-        *JOB_FILES,
-        *STATE_FILES,
-        CONDITIONING_FILE,
-        PICTURE_FILE,
-        LATENTS_FILE,
-        RESERVE_FILE,
-        LOCK_FILE,
-    )
-    return name in fixed or _TILE_NAME.fullmatch(name) is not None
-
-
 def read_record(folder: Path, ops: FileOps | None = None) -> JobRecord:
     """The job in ``folder``, without taking its lock.
 
@@ -123,8 +111,8 @@ def read_record(folder: Path, ops: FileOps | None = None) -> JobRecord:
     return _load_record(folder, _record_files(ops or FileOps(), folder))
 
 
-def _record_files(ops: FileOps, folder: Path) -> Generations[JobRecord]:
-    return Generations(ops, (folder / JOB_FILES[0], folder / JOB_FILES[1]), _parse_record)
+def _record_files(ops: FileOps, folder: Path, tag: str = "") -> Generations[JobRecord]:
+    return Generations(ops, (folder / JOB_FILES[0], folder / JOB_FILES[1]), _parse_record, tag)
 
 
 def _load_record(folder: Path, files: Generations[JobRecord]) -> JobRecord:
@@ -147,15 +135,15 @@ class Journal(Closing):
         record: the job as it was last marked.
     """
 
-    def __init__(self, folder: Path, ops: FileOps, lock: JobLock) -> None:
+    def __init__(self, folder: Path, ops: FileOps, lock: JobLock, job: str) -> None:
         self.folder = folder
         self.record: JobRecord
-        self._ops, self._lock = ops, lock
-        self._records = _record_files(ops, folder)
+        self._ops, self._lock, self._tag = ops, lock, tag_of(job)
+        self._records = _record_files(ops, folder, self._tag)
         self._states = Generations(
-            ops, (folder / STATE_FILES[0], folder / STATE_FILES[1]), self._parse_state
+            ops, (folder / STATE_FILES[0], folder / STATE_FILES[1]), self._parse_state, self._tag
         )
-        self._reserve = Reserve(ops, folder / RESERVE_FILE)
+        self._reserve = Reserve(ops, folder / RESERVE_FILE, reserve_mark(job), self._tag)
         self._problems: list[str] = []
 
     @classmethod
@@ -171,10 +159,11 @@ class Journal(Closing):
         reserve_bytes: int = 0,
         ops: FileOps | None = None,
     ) -> Journal:
-        """Begin a job. It exists once its record is written, which is the last thing done.
+        """Begin a job. Its record comes first: no space is taken before it says so. Only the
+        picture is on the disk by then, under a name that it leaves when the job is next opened.
 
         Args:
-            folder: made if absent; must hold no job.
+            folder: made if absent; must be empty.
             request, plan, fingerprint: plain values that JSON can hold.
             facts: plain values that go with the state.
             picture: the request's picture, to keep a copy of.
@@ -184,33 +173,58 @@ class Journal(Closing):
         Raises:
             StorageError: no space, or the folder cannot be written.
             JobLocked: another process is at work there.
-            JournalError: the folder holds a job already.
+            JournalError: the folder holds a job already, or files that are no job's.
         """
         ops = ops or FileOps()
         _make_folder(ops, folder)
-        journal = cls(folder, ops, JobLock(folder / LOCK_FILE))
+        check_vacant(ops, folder)  # before the lock: no file of that name is touched
+        record = JobRecord(
+            job=secrets.token_hex(16),
+            created=time.time(),
+            state="running",
+            request=dict(request),
+            plan=dict(plan),
+            fingerprint=dict(fingerprint),
+            reserve_bytes=reserve_bytes,
+            facts=dict(facts or {}),
+        )
+        journal = cls(folder, ops, JobLock(folder / LOCK_FILE), record.job)
         try:
-            journal._check_vacant()
-            journal._remove(n for n in journal._names() if is_job_file(n) and n != LOCK_FILE)
-            if reserve_bytes:
-                journal._reserve.claim(reserve_bytes)
-            if picture is not None:
-                write_atomically(ops, folder / PICTURE_FILE, [picture])
-            record = JobRecord(
-                job=secrets.token_hex(16),
-                created=time.time(),
-                state="running",
-                request=dict(request),
-                plan=dict(plan),
-                fingerprint=dict(fingerprint),
-                reserve_bytes=reserve_bytes,
-                facts=dict(facts or {}),
-            )
-            journal._save_record(record)
+            journal._begin(record, picture)
         except BaseException:
             journal.close()
             raise
         return journal
+
+    def _begin(self, record: JobRecord, picture: bytes | None) -> None:
+        self._remove(check_vacant(self._ops, self.folder))
+        try:
+            if picture is not None:
+                write_new(self._ops, self.folder / PICTURE_FILE, [picture], self._tag)
+            self._save_record(record)
+            self._name_picture()
+            if record.reserve_bytes:
+                self._reserve.claim(record.reserve_bytes)
+        except JournalError:
+            self._give_up(record.job)
+            raise
+
+    def _name_picture(self) -> None:
+        path = self.folder / PICTURE_FILE
+        new = new_name(path, self._tag)
+        with storing(self._ops, path):
+            if new.name in self._ops.names(self.folder):
+                self._ops.rename(new, path)
+                self._ops.fsync_dir(self.folder)
+
+    def _give_up(self, job: str) -> None:
+        """Take back a beginning that failed; what cannot be removed is listed, and can be later."""
+        try:
+            self._remove(sort_out(self._ops, self.folder, job).ours)
+            self._lock.remove()
+            self._ops.rmdir(self.folder)
+        except (JournalError, OSError):
+            return  # the first error is the one to report
 
     @classmethod
     def open(cls, folder: Path, *, ops: FileOps | None = None) -> Journal:
@@ -221,10 +235,12 @@ class Journal(Closing):
             JobLocked: another process is at work there.
         """
         ops = ops or FileOps()
-        read_record(folder, ops)  # before the lock: no lock file is left in a folder without a job
-        journal = cls(folder, ops, JobLock(folder / LOCK_FILE))
+        # The record before the lock: no lock file is left in a folder without a job.
+        job = read_record(folder, ops).job
+        journal = cls(folder, ops, JobLock(folder / LOCK_FILE), job)
         try:
             journal.record = _load_record(folder, journal._records)
+            journal._name_picture()
             journal._remove_leftovers()
         except BaseException:
             journal.close()
@@ -240,12 +256,20 @@ class Journal(Closing):
         """Damage that was found so far and worked around, for the report."""
         return (*self._records.problems, *self._states.problems, *self._problems)
 
-    def mark(self, state: str, *, plan: Mapping[str, Any] | None = None, **facts: Any) -> None:
+    def mark(
+        self,
+        state: str,
+        *,
+        plan: Mapping[str, Any] | None = None,
+        fingerprint: Mapping[str, Any] | None = None,
+        **facts: Any,
+    ) -> None:
         """Write down what has become of the job.
 
         Args:
             state: one of `STATES`.
             plan: replaces the plan.
+            fingerprint: replaces the fingerprint.
             facts: plain values, added to those known; None takes one away.
 
         Raises:
@@ -254,7 +278,11 @@ class Journal(Closing):
         assert state in STATES, state
         merged = {k: v for k, v in (self.record.facts | facts).items() if v is not None}
         record = replace(self.record, state=state, facts=merged)
-        self._save_record(record if plan is None else replace(record, plan=dict(plan)))
+        if plan is not None:
+            record = replace(record, plan=dict(plan))
+        if fingerprint is not None:
+            record = replace(record, fingerprint=dict(fingerprint))
+        self._save_record(record)
 
     def save_conditioning(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Keep the encoded prompt and picture.
@@ -311,17 +339,16 @@ class Journal(Closing):
         Raises:
             StorageError: they could not be written.
         """
-        self._save_single(_tile_name(grid, index), {"frames": frames})
+        self._save_single(tile_name(grid, index), {"frames": frames})
 
     def load_tile(self, grid: tuple[int, int], index: int) -> torch.Tensor | None:
         """The decoded pixels of a tile; None where they are missing or damaged."""
-        return (self._load_single(_tile_name(grid, index)) or {}).get("frames")
+        return (self._load_single(tile_name(grid, index)) or {}).get("frames")
 
     def finished_tiles(self, grid: tuple[int, int]) -> tuple[int, ...]:
         """Tiles of this grid that have been kept (not yet checked)."""
-        matches = map(_TILE_NAME.fullmatch, self._names())
-        found = [tuple(int(part) for part in match.groups()) for match in matches if match]
-        return tuple(sorted(index for *size, index in found if tuple(size) == grid))
+        found = filter(None, map(tile_of, self._names()))
+        return tuple(sorted(index for size, index in found if size == grid))
 
     def discard_work(self) -> None:
         """Remove what a finished job no longer needs: all but the record and the final latents.
@@ -330,7 +357,11 @@ class Journal(Closing):
             StorageError: a file cannot be removed.
         """
         keep = (*JOB_FILES, LATENTS_FILE, LOCK_FILE)
-        self._remove(name for name in self._names() if is_job_file(name) and name not in keep)
+        self._remove(name for name in self._contents().ours if name not in keep)
+
+    def _contents(self) -> Contents:
+        record = self.record
+        return sort_out(self._ops, self.folder, record.job, record.request.get("image"))
 
     def _save_record(self, record: JobRecord) -> None:
         def make(sequence: int) -> Document:
@@ -342,7 +373,7 @@ class Journal(Closing):
     def _save_single(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         self._make_room(sum(tensor.nbytes for tensor in tensors.values()))
         document = seal_tensors(tensors, self._metadata(file=name))
-        write_atomically(self._ops, self.folder / name, document)
+        write_atomically(self._ops, self.folder / name, document, self._tag)
 
     def _load_single(self, name: str) -> Tensors | None:
         try:
@@ -352,6 +383,7 @@ class Journal(Closing):
             tensors, metadata = open_tensors(blob)
             self._check_owner(metadata, file=name)
         except JournalError as error:
+            log.info("%s is computed again: %s", name, error)
             self._problems.append(f"{name} is computed again: {error}")
             return None
         return tensors
@@ -391,18 +423,8 @@ class Journal(Closing):
         with storing(self._ops, path):
             return self._ops.size(path)
 
-    def _check_vacant(self) -> None:
-        if any(name in JOB_FILES for name in self._names()):
-            raise JournalError(
-                f"{self.folder} holds a job already",
-                expected="an empty folder",
-                found=", ".join(name for name in self._names() if name in JOB_FILES),
-                remedy="Continue it with `penstock resume`, or remove it with `penstock jobs rm`.",
-            )
-
     def _remove_leftovers(self) -> None:
-        names = self._names()
-        self._remove(n for n in names if n.endswith(NEW_SUFFIX) and is_job_file(n))
+        self._remove(name for name in self._names() if is_unfinished(name, self.record.job))
 
     def _remove(self, names: Iterable[str]) -> None:
         for name in names:
@@ -412,10 +434,6 @@ class Journal(Closing):
     def _names(self) -> list[str]:
         with storing(self._ops, self.folder):
             return self._ops.names(self.folder)
-
-
-def _tile_name(grid: tuple[int, int], index: int) -> str:
-    return f"tile-{grid[0]}x{grid[1]}-{index}.safetensors"
 
 
 def _parse_record(blob: bytes) -> Generation[JobRecord]:

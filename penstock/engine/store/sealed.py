@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -23,6 +23,8 @@ _BLANK = b"0" * _DIGEST_CHARS
 _JSON_HEAD = b'{"digest": "'
 _TENSOR_HEAD = b'{"__metadata__":{"digest":"'
 _LENGTH_BYTES = 8
+_MAX_HEADER_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 20
 _ALIGNMENT = 8
 
 _TAGS = {
@@ -35,9 +37,17 @@ _TAGS = {
 
 def seal_json(value: Mapping[str, Any]) -> bytes:
     """A JSON object with the members of ``value`` and a digest before them."""
-    body = json.dumps(dict(value), ensure_ascii=False, indent=1, allow_nan=False).encode()
+    body = _text(dict(value))
     tail = b'",\n' + body[1:].lstrip() if value else b'"}'
     return _JSON_HEAD + _digest([_JSON_HEAD, _BLANK, tail]) + tail
+
+
+def _text(value: dict[str, Any]) -> bytes:
+    """JSON that people can read; names that are no text (bytes of another encoding) are escaped."""
+    try:
+        return json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=1, allow_nan=False).encode()
 
 
 def open_json(blob: bytes) -> dict[str, Any]:
@@ -90,6 +100,30 @@ def open_tensors(blob: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise JournalError("the tensors cannot be read", found=str(error)) from error
     return tensors, read_metadata(blob)
+
+
+def verified_metadata(file: BinaryIO) -> dict[str, str]:
+    """Metadata of a document of :func:`seal_tensors` in ``file``, every byte of which is checked,
+    piece by piece.
+
+    Raises:
+        JournalError: it is damaged, or another document.
+        OSError: it cannot be read.
+    """
+    start = file.read(_LENGTH_BYTES + len(_TENSOR_HEAD))
+    length = int.from_bytes(start[:_LENGTH_BYTES], "little")
+    told = file.read(_DIGEST_CHARS)
+    if start[_LENGTH_BYTES:] != _TENSOR_HEAD or length > _MAX_HEADER_BYTES:
+        raise JournalError("the file is damaged", expected="a sealed document", found="another")
+    tail = file.read(length - len(_TENSOR_HEAD) - _DIGEST_CHARS)
+    sha = hashlib.sha256()
+    for part in (start, _BLANK, tail):
+        sha.update(part)
+    while piece := file.read(_PIECE_BYTES):
+        sha.update(piece)
+    if sha.hexdigest().encode() != told:
+        raise JournalError("the file is damaged", expected="its own SHA-256", found="another one")
+    return read_metadata(start + told + tail)
 
 
 def read_metadata(blob: bytes) -> dict[str, str]:

@@ -224,7 +224,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, call):
 
     open_container = av.open
     if call == "replace":
-        monkeypatch.setattr(Path, "replace", full)
+        monkeypatch.setattr(os, "link", full)
     elif call == "fsync":
         monkeypatch.setattr(os, "fsync", full)
     else:

@@ -68,7 +68,7 @@ def test_every_format_packs_and_opens_to_the_values_it_stands_for(tmp_path, mode
     again = locate(tmp_path / "p")
     assert [s.component for s in again.components()] == [s.component for s in found.components()]
     plain = golden.load(model, "transformer")
-    with WeightReader(again.transformer) as reader:
+    with WeightReader(again.streamed) as reader:
         for name, tensor in plain.items():
             value = reader.read(name, torch.float32)
             if golden.is_block_matrix(name, tensor):
@@ -82,7 +82,7 @@ def test_every_format_packs_and_opens_to_the_values_it_stands_for(tmp_path, mode
         ) as reader:  # noqa: E501
             for name, tensor in golden.load(model, part).items():
                 assert torch.equal(reader.read(name, torch.float32), tensor.float()), name
-    formats = linear_formats(again.transformer)
+    formats = linear_formats(again.streamed)
     expected = set() if wanted == "bf16" else {wanted}
     assert {fmt.name for fmt in formats.values()} == expected
 

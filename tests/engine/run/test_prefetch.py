@@ -13,7 +13,7 @@ import torch
 from penstock.engine.engine import Engine
 from penstock.engine.families.wan import work
 from penstock.engine.request.generation import GenerationRequest
-from penstock.engine.run import stage
+from penstock.engine.run import room
 from penstock.engine.run.events import Event, PhaseEnded, PhaseStarted, Progress
 from penstock.engine.run.pipeline import run
 from penstock.engine.run.prefetch import Prefetcher
@@ -109,7 +109,7 @@ def test_the_decoder_comes_during_the_last_step(
     decoder = engine.model.vae_decoder.rest
     loaded: list[object] = []
     begun: list[tuple[object, int]] = []
-    load, begin = stage.load_block, Prefetcher.begin
+    load, begin = room.load_block, Prefetcher.begin
 
     def loading(layout: Any, **more: Any) -> Any:
         loaded.append(layout)
@@ -120,7 +120,7 @@ def test_the_decoder_comes_during_the_last_step(
         begin(prefetched, layouts, stream)
 
     watch = Watch()
-    monkeypatch.setattr(stage, "load_block", loading)
+    monkeypatch.setattr(room, "load_block", loading)
     monkeypatch.setattr(Prefetcher, "begin", beginning)
     plan = engine.plan(request(picture))
     nbytes = plan["denoise"].prefetched_weights_bytes
@@ -183,11 +183,11 @@ def test_what_is_read_ahead_is_given_back_before_a_smaller_plan_is_made(
         init(self, *arguments)
         made.append(self)
 
-    def fails_once(running: Stage, image: Any) -> Any:
+    def fails_once(running: Stage, *arguments: Any) -> Any:
         if not at_failure:
             at_failure.append((len(streams()), running.host_ledger.used > 0))
             raise LedgerOverflow("a test", memory="RAM")
-        return encode(running, image)
+        return encode(running, *arguments)
 
     def shrink(plan: Plan, phase: str, resource: str) -> Plan:
         at_planning.append((len(streams()), made[0].host_ledger.used > 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -41,6 +42,8 @@ from penstock.profiles.streams import (
     best_stream,
 )
 from penstock.units import MIB
+
+log = logging.getLogger(__name__)
 
 CHUNKS = (1 << 16, 1 << 15, 1 << 14, 1 << 13, 4096, 2048, 1024, 512, 256, 128, 64, 32, 16, 8, 4, 2)
 """Tokens a chunk of the DiT forward that are tried, besides "all in one chunk"."""
@@ -101,9 +104,11 @@ class Denoise:
                 break
             context = contexts[not shape.cost.cross_kv_on_device]
             if context is None:
+                log.debug("refused, no room for the context: %s", shape.cost)
                 continue
             stream = self._stream(shape, limits, best_objective - context.seconds)
             if stream is None:
+                log.debug("refused, no stream fits or is faster: %s", shape.cost)
                 continue
             found = (context, self._phase(shape, stream, limits))
             objective = context.seconds + stream.timing.objective

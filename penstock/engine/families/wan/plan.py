@@ -21,7 +21,7 @@ from penstock.engine.families.wan.terms import (
     picture_bytes,
     tile_bytes,
 )
-from penstock.profiles.phases import OBJECTS, Group, Mux, OnePass, Step, group_fits, loading_s
+from penstock.profiles.phases import OBJECTS, Group, Mux, OnePass, Step, fitting, loading_s
 from penstock.profiles.plan import Items, PhasePlan
 from penstock.profiles.policy import Limits
 from penstock.profiles.streams import Network, staging_bytes
@@ -109,7 +109,7 @@ class Tiled:
 
     def best(self, limits: Limits) -> Group | None:
         """As `Step`: grids come from the fastest on, so the first that fits is the best."""
-        return next((group for group in self.all_small(limits) if group_fits(group, limits)), None)
+        return next(fitting(self.all_small(limits), limits), None)
 
     def all_small(self, limits: Limits) -> Iterator[Group]:
         """As `Step`: all grids."""
@@ -129,13 +129,15 @@ class Tiled:
 
     def _phase(self, grid: TileGrid, limits: Limits) -> PhasePlan:
         rates, spec, latent = self.case.rates, self.case.manifest.vae, latent_of(self.case)
-        decoding = self.name == "decode"
+        decoding, on_cpu = self.name == "decode", self.case.device == "cpu"
         weights = spec.decoder if decoding else spec.encoder
-        bytes_of, work_of = (
-            (vae.decode_bytes, vae.decode_work) if decoding else (vae.encode_bytes, vae.encode_work)
-        )
-        found = bytes_of(spec, latent, grid, weights.itemsize, on_cpu=self.case.device == "cpu")
-        work = work_of(spec, latent, grid)
+        of, size = (spec, latent, grid), weights.itemsize
+        if decoding:
+            found, work = vae.decode_bytes(*of, size, on_cpu=on_cpu), vae.decode_work(*of)
+        else:
+            changes = self.case.workload.changes
+            found = vae.encode_bytes(*of, size, changes=changes, on_cpu=on_cpu)
+            work = vae.encode_work(*of, changes=changes)
         held = (*found.ram, ("latents", latents_bytes(self.case)), OBJECTS) if decoding else (
             ("encoder states", encoder_state_bytes(self.case)),
             ("picture", self._picture_bytes()),

@@ -94,7 +94,7 @@ def residual_sample(
 
     block = WanResidualBlock(width, width).to(device, dtype)
     frame = torch.randn(1, width, 1, side, side, device=device, dtype=dtype)
-    past: Past = {}
+    past = Past()
     windows = (Window.whole(side, side),) * 3
     return residual_work(width, side), lambda: residual(block, past, windows, frame)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -17,14 +18,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from penstock.engine.families.wan.vae_layers import (
+    RESIDUAL_REACH,
     Past,
-    causal_conv,
+    Run,
+    each_time,
+    entered,
     head,
     levels_of,
     middle,
+    once,
     pointwise,
     residual,
     residuals,
+    through,
 )
 from penstock.profiles.tiling import DecodeTile, TileGrid, Window, decode_tiles
 
@@ -132,56 +138,66 @@ def _temporal_factor(decoder: Any) -> int:
 
 def _whole_frames(vae: Any, latents: Tensor) -> Iterator[Tensor]:
     """Features (1, c, 1, h, w) of each latent frame after the first up block's residual blocks."""
-    past: Past = {}
+    past = Past()
     window, decoder = Window.whole(*latents.shape[-2:]), vae.decoder
-    single: Iterator[Tensor] = (latents[:, :, at : at + 1] for at in range(latents.shape[2]))
-    frames: Iterator[Tensor] = map(partial(pointwise, vae.post_quant_conv), single)
-    frames = map(partial(causal_conv, decoder.conv_in, past), frames)
-    frames = middle(decoder.mid_block, past, window, frames)
-    return residuals(decoder.up_blocks[0].resnets, past, window, frames)
+    runs: Iterator[Run] = (once(latents[:, :, at : at + 1]) for at in range(latents.shape[2]))
+    runs = through(each_time(partial(pointwise, vae.post_quant_conv)), runs)
+    runs = entered(decoder.conv_in, past, None, runs)
+    runs = middle(decoder.mid_block, past, window, runs)
+    return _frames(residuals(decoder.up_blocks[0].resnets, past, window, runs))
 
 
 def _tile_frames(decoder: Any, features: Sequence[Tensor], tile: DecodeTile) -> Iterator[Tensor]:
     """All frames of one tile, (1, 3, 1, h, w) each."""
-    past: Past = {}
+    past = Past()
     whole = Window.whole(*features[0].shape[-2:])
     rows, cols = tile.tail.inside(whole)
-    frames: Iterator[Tensor] = (feature[..., rows, cols] for feature in features)
+    runs: Iterator[Run] = (once(feature[..., rows, cols]) for feature in features)
     low = tile.tail
     for lower, upper, windows in zip(
         decoder.up_blocks, decoder.up_blocks[1:], tile.levels, strict=False
     ):
         upsampler = lower.upsamplers[0]
-        frames = _doubled_rate(upsampler, past, frames)
-        frames = map(partial(_doubled_size, upsampler, low, windows[0]), frames)
+        runs = _doubled_rate(upsampler, past, runs)
+        enlarge = partial(_doubled_size, upsampler, past, low, windows[0])
+        runs = through(each_time(enlarge), runs)
         for index, block in enumerate(upper.resnets):
             span = windows[2 * index : 2 * index + 3]
-            frames = map(partial(residual, block, past, span), frames)
+            runs = through(partial(residual, block, past, span), runs, RESIDUAL_REACH)
         low = windows[2 * len(upper.resnets)]
-    frames = map(partial(head, decoder, past, tile.levels[-1][-2:]), frames)
+    frames = _frames(head(decoder, past, tile.levels[-1][-2:], runs))
     return map(partial(torch.clamp_, min=-1.0, max=1.0), frames)
 
 
-def _doubled_rate(upsampler: Any, past: Past, frames: Iterator[Tensor]) -> Iterator[Tensor]:
+def _frames(runs: Iterator[Run]) -> Iterator[Tensor]:
+    """The frames of ``runs``, of which none comes again: latents all differ."""
+    return map(itemgetter(0), runs)
+
+
+def _doubled_rate(upsampler: Any, past: Past, runs: Iterator[Run]) -> Iterator[Run]:
     """Two frames for each one after the first, where the upsampler works in time too.
 
     diffusers' marker "Rep" says the same: the first frame passes by, and the second meets zeros.
     """
     if upsampler.mode != "upsample3d":
-        yield from frames
+        yield from runs
         return
-    yield next(frames)
-    for frame in frames:
-        pair = list(causal_conv(upsampler.time_conv, past, frame).chunk(2, dim=1))
-        del frame
-        while pair:
-            yield pair.pop(0)
+    yield next(runs)
+    for pair in entered(upsampler.time_conv, past, None, runs):
+        halves = list(pair[0].chunk(2, dim=1))
+        del pair
+        while halves:
+            yield once(halves.pop(0))
 
 
-def _doubled_size(upsampler: Any, low: Window, after: Window, frame: Tensor) -> Tensor:
+def _doubled_size(upsampler: Any, past: Past, low: Window, after: Window, frame: Tensor) -> Tensor:
     """Nearest-neighbour enlargement (a copy, so exact in any dtype) and its convolution."""
     conv = upsampler.resample[1]
-    large = F.interpolate(frame[:, :, 0], scale_factor=2, mode="nearest-exact")
+    height, width = 2 * frame.shape[-2], 2 * frame.shape[-1]
+    large = past.room(frame, (1, frame.shape[1], height, width))
+    torch.ops.aten._upsample_nearest_exact2d.out(
+        frame[:, :, 0], (height, width), 2.0, 2.0, out=large
+    )
     before = low.scaled(2)
     rows, cols = before.rows.convolved(after.rows), before.cols.convolved(after.cols)
     made = F.conv2d(large, conv.weight, conv.bias, padding=(rows.padding, cols.padding))

@@ -4,11 +4,14 @@ The way down to the last downsampler runs tile by tile, and within a tile frame 
 features, of latent size, are assembled. What attends across the frame (the mid block), and the
 residual blocks before it, then run on whole latent frames. The pixels are asked for crop by crop:
 the clip never exists as a whole.
+
+Where frames are known to be equal in a row, as in the clip that carries a first frame, each layer
+stops computing as soon as all that it sees is the same (`penstock.engine.families.wan.vae_layers`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,16 +19,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from penstock.engine.families.wan.cost.runs import clip_runs
 from penstock.engine.families.wan.vae_layers import (
+    RESIDUAL_REACH,
     Past,
-    causal_conv,
+    Run,
+    each_time,
+    entered,
     head,
     levels_of,
     middle,
+    once,
     one_frame,
     pointwise,
     residual,
     residuals,
+    through,
 )
 from penstock.errors import RequestError
 from penstock.profiles.tiling import EncodeTile, TileGrid, Window, encode_tiles
@@ -57,6 +66,7 @@ def encode_tiled(
     size: tuple[int, int, int],
     grid: TileGrid,
     *,
+    changes: Sequence[int] | None = None,
     should_stop: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """The posterior's mode, (1, z, t, h, w): diffusers' ``vae.encode(clip).latent_dist.mode()``.
@@ -66,7 +76,10 @@ def encode_tiled(
         pixels: the clip.
         size: its frames, height and width in pixels.
         grid: rows and columns of tiles.
-        should_stop: called between units of work; ends the encoding by raising.
+        changes: frames that may differ from the one before, as `clip_runs` takes them. The result
+            is the same to the bit as without.
+        should_stop: called for each latent frame of each tile, and of the whole; ends the encoding
+            by raising.
 
     Raises:
         CheckpointError: the VAE is not a Wan 2.1 VAE.
@@ -76,18 +89,21 @@ def encode_tiled(
     arch = levels_of(vae)
     temporal = 1 << sum(vae.encoder.temperal_downsample)
     _check_size(size, temporal, arch.factor)
-    frames, height, width = size[0], size[1] // arch.factor, size[2] // arch.factor
-    tiles = encode_tiles(arch, grid, height, width)
-    features: list[Tensor] = []
-    for tile in tiles:
-        clip = (pixels(frame, tile.pixels) for frame in range(frames))
-        for index, feature in enumerate(_tile_frames(vae.encoder, clip, tile)):
+    runs = clip_runs(size[0], changes)
+    height, width = size[1] // arch.factor, size[2] // arch.factor
+    features: list[Run] = []
+    for tile in encode_tiles(arch, grid, height, width):
+        clip = ((pixels(first, tile.pixels), times) for first, times in runs)
+        rows, cols = tile.output.inside(Window.whole(height, width))
+        index = 0  # `enumerate` would hold on to a feature while the next is made
+        for feature, times in _tile_frames(vae.encoder, clip, tile):
             if index == len(features):
-                features.append(feature.new_empty((*feature.shape[:3], height, width)))
-            rows, cols = tile.output.inside(Window.whole(height, width))
-            features[index][..., rows, cols] = feature
+                features.append((feature.new_empty((*feature.shape[:3], height, width)), times))
+            features[index][0][..., rows, cols] = feature
+            index += 1  # noqa: SIM113
             del feature
-            should_stop()
+            for _ in range(times):
+                should_stop()
     return _whole_frames(vae, features, should_stop)
 
 
@@ -102,79 +118,97 @@ def _check_size(size: tuple[int, int, int], temporal: int, spatial: int) -> None
         )
 
 
-def _tile_frames(encoder: Any, frames: Iterator[Tensor], tile: EncodeTile) -> Iterator[Tensor]:
+def _tile_frames(encoder: Any, runs: Iterator[Run], tile: EncodeTile) -> Iterator[Run]:
     """Features of one tile after the last downsampler, (1, c, 1, h, w) for each latent frame."""
-    past: Past = {}
+    past = Past()
     layers = iter(encoder.down_blocks)
     for level, windows in enumerate(tile.levels):
         at = 0
         if level == 0:
-            entering = partial(causal_conv, encoder.conv_in, past, windows=windows[:2])
-            frames = map(entering, frames)
+            runs = entered(encoder.conv_in, past, windows[:2], runs)
             at = 1
         for _ in range(encoder.num_res_blocks):
-            frames = map(partial(residual, next(layers), past, windows[at : at + 3]), frames)
+            block = partial(residual, next(layers), past, windows[at : at + 3])
+            runs = through(block, runs, RESIDUAL_REACH)
             at += 2
         downsampler = next(layers)
-        frames = map(partial(_halved_size, downsampler, windows[-2], windows[-1]), frames)
-        frames = _halved_rate(downsampler, frames)
-    return frames
+        halve = partial(_halved_size, downsampler, past, windows[-2], windows[-1])
+        runs = through(each_time(halve), runs)
+        if downsampler.mode == "downsample3d":
+            runs = _HalvedRate(downsampler.time_conv, past, runs)
+    return runs
 
 
-def _halved_size(downsampler: Any, before: Window, after: Window, frame: Tensor) -> Tensor:
+def _halved_size(
+    downsampler: Any, past: Past, before: Window, after: Window, frame: Tensor
+) -> Tensor:
     """The stride-2 convolution; beyond the right and lower border of the picture it meets zeros."""
     conv = downsampler.resample[1]
     read = after.scaled(2)
-    missing = [
-        pad
-        for have, need in ((before.cols, read.cols), (before.rows, read.rows))
-        for pad in (have.lo - need.lo, need.hi + 1 - have.hi)
-    ]
-    x = frame[:, :, 0]
-    if any(missing):
-        x = F.pad(x, missing)
-    return F.conv2d(x, conv.weight, conv.bias, stride=2)[:, :, None]
+    size = len(read.rows) + 1, len(read.cols) + 1
+    x = frame
+    if before.shape != size:
+        rows, cols = before.inside(read)
+        x = past.room(frame, (*frame.shape[:3], *size)).zero_()
+        x[..., rows, cols] = frame
+    return F.conv2d(x[:, :, 0], conv.weight, conv.bias, stride=2)[:, :, None]
 
 
-def _halved_rate(downsampler: Any, frames: Iterator[Tensor]) -> Iterator[Tensor]:
-    """One frame for each two after the first, where the downsampler works in time too."""
-    if downsampler.mode != "downsample3d":
-        yield from frames
-        return
-    conv = downsampler.time_conv
-    last = next(frames)
-    yield last
-    for frame in frames:
-        following = next(frames)
-        triple = [last, frame, following]
-        last = following
-        del frame, following
-        yield _joined(conv, triple)
+class _HalvedRate(Iterator[Run]):
+    """One frame for each two after the first: of these and of the one before them."""
+
+    def __init__(self, conv: Any, past: Past, runs: Iterator[Run]) -> None:
+        self._conv, self._past, self._runs = conv, past, runs
+        self._last: Tensor | None = None
+        self._frame: Tensor
+        self._left = 0
+
+    def __next__(self) -> Run:
+        if self._last is None:
+            self._last = self._taken()
+            return once(self._last)
+        seen = [self._last, self._taken(), self._taken()]
+        times = 1
+        if all(frame is self._frame for frame in seen):
+            times += self._left // 2
+            self._left %= 2
+        self._last = self._frame
+        return self._joined(seen), times
+
+    def _taken(self) -> Tensor:
+        """The next frame; those of a run are one object."""
+        if not self._left:
+            self._frame, self._left = next(self._runs)
+        self._left -= 1
+        return self._frame
+
+    def _joined(self, seen: list[Tensor]) -> Tensor:
+        """One frame of three; the list is emptied."""
+        _, channels, _, height, width = self._frame.shape
+        room = self._past.room(self._frame, (1, channels, len(seen), height, width))
+        torch.cat(seen, dim=2, out=room)
+        seen.clear()
+        return one_frame(self._conv, room)
 
 
-def _joined(conv: Any, triple: list[Tensor]) -> Tensor:
-    """One frame of three; the list is emptied."""
-    stacked = torch.cat(triple, dim=2)
-    triple.clear()
-    return one_frame(conv, stacked)
-
-
-def _whole_frames(vae: Any, features: list[Tensor], should_stop: Callable[[], None]) -> Tensor:
+def _whole_frames(vae: Any, features: list[Run], should_stop: Callable[[], None]) -> Tensor:
     """The rest of the encoder on whole latent frames; ``features`` is emptied on the way."""
-    past: Past = {}
-    window = Window.whole(*features[0].shape[-2:])
+    past = Past()
+    window = Window.whole(*features[0][0].shape[-2:])
     encoder, last = vae.encoder, vae.encoder.down_blocks[-vae.encoder.num_res_blocks :]
-    frames = residuals(last, past, window, _emptied(features))
-    frames = middle(encoder.mid_block, past, window, frames)
-    frames = map(partial(head, encoder, past, (window, window)), frames)
+    runs = residuals(last, past, window, _emptied(features))
+    runs = middle(encoder.mid_block, past, window, runs)
+    runs = head(encoder, past, (window, window), runs)
+    runs = through(each_time(partial(pointwise, vae.quant_conv)), runs)
     modes = []
-    for frame in map(partial(pointwise, vae.quant_conv), frames):
-        modes.append(frame.chunk(2, dim=1)[0].clone())
+    for frame, times in runs:
+        modes += times * [frame.chunk(2, dim=1)[0].clone()]
         del frame
-        should_stop()
+        for _ in range(times):
+            should_stop()
     return torch.cat(modes, dim=2)
 
 
-def _emptied(features: list[Tensor]) -> Iterator[Tensor]:
+def _emptied(features: list[Run]) -> Iterator[Run]:
     while features:
         yield features.pop(0)

@@ -4,12 +4,17 @@ Every convolution of this VAE is causal in time: a frame needs itself and the tw
 instead of chunks of four frames (diffusers), frames flow one by one; the result is the same and the
 working set a third. `Past` is what diffusers calls the feature cache.
 
-Layers are chained with `map`, which holds on to no frame that has passed through it.
+Equal frames in a row flow as one `Run`. A layer that reaches back over n frames computes the first
+n + 1 results of a run; what it would see for the others are the same bits again, so the last result
+stands for them. Nothing is compared: that follows from the architecture.
+
+Layers are chained with `through`, which holds on to no frame that a layer is done with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,10 +23,117 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from penstock.errors import CheckpointError
-from penstock.profiles.tiling import QUERY_CHUNK, VaeLevels, Window
+from penstock.profiles.tiling import CAUSAL_REACH, QUERY_CHUNK, VaeLevels, Window
 
-Past = dict[nn.Module, tuple[Tensor, ...]]
-"""The last one or two input frames of each causal convolution."""
+Run = tuple[Tensor, int]
+"""A frame, and how many times it comes in a row."""
+
+Step = Callable[[Tensor, int], Tensor]
+"""A layer on a frame, which has come so many times before in its run."""
+
+
+class Past:
+    """What the causal convolutions of one pass remember, in memory that is taken once.
+
+    A new frame takes the place of the oldest. They are joined in one room for all of them, as large
+    as the largest needs; other layers may use it meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._memories: dict[nn.Module, _Memory] = {}
+        self._room: Tensor | None = None
+
+    def joined(self, conv: nn.Module, frame: Tensor | None, norm: Any) -> Tensor:
+        """What ``conv`` sees next, (1, c, 3, h, w), zeros before the first frame; it lies in the
+        room. Arguments are those of `causal_conv`."""
+        memory = self._memories.setdefault(conv, _Memory())
+        like = memory.newest if frame is None else frame
+        room = self.room(like, (1, like.shape[1], CAUSAL_REACH + 1, *like.shape[-2:]))
+        memory.join(room, frame, norm)
+        return room
+
+    def room(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Unfilled memory of ``shape`` and of ``like``'s kind, until the next call."""
+        count = math.prod(shape)
+        if self._room is None or self._room.numel() < count:
+            self._room = None  # before there is a larger one
+            self._room = like.new_empty(count)
+        return self._room[:count].view(shape)
+
+    def leave_room(self) -> None:
+        """Give the room back until it is needed again."""
+        self._room = None
+
+
+class _Memory:
+    """The last two frames that a convolution has seen, and in which of two places each lies."""
+
+    def __init__(self) -> None:
+        self._places: list[Tensor] = []
+        self._order: list[int] = []  # the oldest first; one that came twice is there twice
+
+    @property
+    def newest(self) -> Tensor:
+        """(1, c, 1, h, w)."""
+        return self._places[self._order[-1]]
+
+    def join(self, room: Tensor, frame: Tensor | None, norm: Any) -> None:
+        """Fill ``room`` with what is remembered and the next frame, and remember that one."""
+        absent = CAUSAL_REACH - len(self._order)
+        if absent:
+            room[:, :, :absent].zero_()
+        for at, index in enumerate(self._order, start=absent):
+            room[:, :, at : at + 1].copy_(self._places[index])
+        newest = self._order[-1] if frame is None else self._write(frame, norm)
+        room[:, :, -1:].copy_(self._places[newest])
+        self._order = [*self._order, newest][-CAUSAL_REACH:]
+
+    def _write(self, frame: Tensor, norm: Any) -> int:
+        """Put ``frame`` where the one before it is not."""
+        place = 1 - self._order[-1] if self._order else 0
+        if place == len(self._places):
+            self._places.append(torch.empty_like(frame, memory_format=torch.contiguous_format))
+        if norm is None:
+            self._places[place].copy_(frame)
+        else:
+            activated(norm, frame, self._places[place])
+        return place
+
+
+class through(Iterator[Run]):  # noqa: N801 (a `map` of runs)
+    """A layer on runs of frames.
+
+    Args:
+        step: the layer.
+        runs: what enters it.
+        reach: frames before the one in hand that the layer sees.
+    """
+
+    def __init__(self, step: Step, runs: Iterator[Run], reach: int = 0) -> None:
+        self._step, self._runs, self._reach = step, runs, reach
+        self._frame: Tensor | None = None
+        self._left = self._at = 0
+
+    def __next__(self) -> Run:
+        if self._frame is None:
+            self._frame, self._left = next(self._runs)
+            self._at = 0
+        at, frame = self._at, self._frame
+        times = self._left if at == self._reach else 1
+        self._at, self._left = at + 1, self._left - times
+        if not self._left:
+            self._frame = None
+        return self._step(frame, at), times
+
+
+def once(frame: Tensor) -> Run:
+    """A frame that does not come again."""
+    return frame, 1
+
+
+def each_time(layer: Callable[[Tensor], Tensor]) -> Step:
+    """A layer that sees the frame in hand alone."""
+    return lambda frame, _: layer(frame)
 
 
 def levels_of(vae: Any) -> VaeLevels:
@@ -49,26 +161,29 @@ def levels_of(vae: Any) -> VaeLevels:
 
 
 def causal_conv(
-    conv: Any, past: Past, frame: Tensor, windows: Sequence[Window] | None = None
+    conv: Any,
+    past: Past,
+    frame: Tensor | None,
+    windows: Sequence[Window] | None = None,
+    norm: Any = None,
 ) -> Tensor:
     """A `WanCausalConv3d` on the next frame, (1, c, 1, h, w), which it remembers.
 
     Args:
-        conv: the module.
+        conv: the module, three frames deep.
         past: of this pass.
-        frame: the next frame.
+        frame: the next frame; None: the one before comes again.
         windows: of ``frame`` and of the result; None convolves all with the layer's own padding.
+        norm: what goes before, with SiLU.
     """
-    seen = (*past.pop(conv, ()), frame)
-    stacked = _stacked(seen, conv.kernel_size[0])
-    past[conv] = seen[1 - conv.kernel_size[0] :]
-    del seen, frame  # the oldest frame is no longer needed
+    joined = past.joined(conv, frame, norm)
+    del frame
     spatial = conv._padding[2], conv._padding[0]
     if windows is None:
-        return one_frame(conv, stacked, spatial)
+        return one_frame(conv, joined, spatial)
     before, after = windows
     rows, cols = before.rows.convolved(after.rows), before.cols.convolved(after.cols)
-    made = one_frame(conv, stacked, (rows.padding, cols.padding))
+    made = one_frame(conv, joined, (rows.padding, cols.padding))
     return made[..., rows.kept, cols.kept]
 
 
@@ -88,35 +203,36 @@ def one_frame(conv: Any, stacked: Tensor, padding: tuple[int, int] = (0, 0)) -> 
     return F.conv2d(merged, conv.weight.flatten(1, 2), conv.bias, padding=padding)[:, :, None]
 
 
-def _stacked(seen: Sequence[Tensor], depth: int) -> Tensor:
-    """The last ``depth`` frames, zeros before the first, as one tensor."""
-    missing = depth - len(seen)
-    if missing > 0:
-        seen = (*[seen[0].new_zeros(1).expand(seen[0].shape)] * missing, *seen)
-    return torch.cat(list(seen[-depth:]), dim=2)
-
-
 def pointwise(conv: Any, frame: Tensor) -> Tensor:
     """A `WanCausalConv3d` of size 1, which needs neither past nor padding."""
     return one_frame(conv, frame)
 
 
-def normalised(norm: Any, x: Tensor) -> Tensor:
-    """`WanRMS_norm`: ``x`` over its length along the channels, rounded where diffusers rounds."""
-    low = x.dtype in (torch.float16, torch.bfloat16)
-    wide = x.float() if low else x
-    length = wide.norm(2, dim=1, keepdim=True).clamp_min_(1e-12)
-    out = wide.div_(length).to(x.dtype) if low else wide / length
-    del wide, length
+def normalised(norm: Any, x: Tensor, out: Tensor | None = None) -> Tensor:
+    """`WanRMS_norm`: ``x`` over its length along the channels, rounded where diffusers rounds.
+
+    Args:
+        norm: the module.
+        x: channels in dimension 1.
+        out: where the result goes; None makes a new tensor.
+    """
+    wide = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide).clamp_min_(1e-12)
+    if out is None:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    torch.div(x, length, out=out)  # computed in fp32, rounded as it is stored
     return out.mul_(norm.scale).mul_(norm.gamma)
 
 
-def activated(norm: Any, x: Tensor) -> Tensor:
-    """Norm and SiLU; the result is a new frame."""
-    return F.silu(normalised(norm, x), inplace=True)
+def activated(norm: Any, x: Tensor, out: Tensor) -> Tensor:
+    """Norm and SiLU of ``x``, in ``out``."""
+    return F.silu(normalised(norm, x, out), inplace=True)
 
 
-def residual(block: Any, past: Past, windows: Sequence[Window], x: Tensor) -> Tensor:
+RESIDUAL_REACH = 2 * CAUSAL_REACH
+
+
+def residual(block: Any, past: Past, windows: Sequence[Window], x: Tensor, at: int = 0) -> Tensor:
     """A `WanResidualBlock` on the next frame.
 
     Args:
@@ -124,10 +240,11 @@ def residual(block: Any, past: Past, windows: Sequence[Window], x: Tensor) -> Te
         past: of this pass.
         windows: of ``x``, between the two convolutions, and of the result.
         x: (1, c, 1, h, w).
+        at: how many times ``x`` has come before in a row, at most `RESIDUAL_REACH`.
     """
-    h = causal_conv(block.conv1, past, activated(block.norm1, x), windows[:2])
-    h = activated(block.norm2, h)
-    h = causal_conv(block.conv2, past, h, windows[1:])
+    h = causal_conv(
+        block.conv2, past, _between(block, past, windows[:2], x, at), windows[1:], block.norm2
+    )
     rows, cols = windows[2].inside(windows[0])
     x = x[..., rows, cols]
     if isinstance(block.conv_shortcut, nn.Identity):
@@ -135,29 +252,37 @@ def residual(block: Any, past: Past, windows: Sequence[Window], x: Tensor) -> Te
     return h.add_(pointwise(block.conv_shortcut, x))
 
 
+def _between(
+    block: Any, past: Past, windows: Sequence[Window], x: Tensor, at: int
+) -> Tensor | None:
+    """The result of the first convolution; None where it is the one before again."""
+    if at > CAUSAL_REACH:
+        return None
+    return causal_conv(block.conv1, past, x if at == 0 else None, windows, block.norm1)
+
+
 def residuals(
-    blocks: Iterable[Any], past: Past, window: Window, frames: Iterator[Tensor]
-) -> Iterator[Tensor]:
+    blocks: Iterable[Any], past: Past, window: Window, runs: Iterator[Run]
+) -> Iterator[Run]:
     """`WanResidualBlock`s on whole frames."""
     for block in blocks:
-        frames = map(partial(residual, block, past, (window,) * 3), frames)
-    return frames
+        runs = through(partial(residual, block, past, (window,) * 3), runs, RESIDUAL_REACH)
+    return runs
 
 
-def middle(
-    mid_block: Any, past: Past, window: Window, frames: Iterator[Tensor]
-) -> Iterator[Tensor]:
+def middle(mid_block: Any, past: Past, window: Window, runs: Iterator[Run]) -> Iterator[Run]:
     """A `WanMidBlock` on whole frames."""
     first, *rest = mid_block.resnets
-    frames = residuals([first], past, window, frames)
+    runs = residuals([first], past, window, runs)
     for attention, block in zip(mid_block.attentions, rest, strict=True):
-        frames = map(partial(_attended, attention), frames)
-        frames = residuals([block], past, window, frames)
-    return frames
+        runs = through(each_time(partial(_attended, attention, past)), runs)
+        runs = residuals([block], past, window, runs)
+    return runs
 
 
-def _attended(block: Any, x: Tensor) -> Tensor:
+def _attended(block: Any, past: Past, x: Tensor) -> Tensor:
     """A `WanAttentionBlock`: single-head attention within the frame, in chunks of queries."""
+    past.leave_room()
     _, channels, _, height, width = x.shape
     qkv = F.conv2d(normalised(block.norm, x[:, :, 0]), block.to_qkv.weight, block.to_qkv.bias)
     qkv = qkv.reshape(1, 1, 3 * channels, -1).transpose(2, 3).contiguous()
@@ -173,6 +298,21 @@ def _attended(block: Any, x: Tensor) -> Tensor:
     return out[:, :, None].add_(x)
 
 
-def head(model: Any, past: Past, windows: Sequence[Window], x: Tensor) -> Tensor:
-    """The last norm, SiLU and convolution of an encoder or decoder on the next frame."""
-    return causal_conv(model.conv_out, past, activated(model.norm_out, x), windows)
+def head(model: Any, past: Past, windows: Sequence[Window], runs: Iterator[Run]) -> Iterator[Run]:
+    """The last norm, SiLU and convolution of an encoder or decoder."""
+    return entered(model.conv_out, past, windows, runs, model.norm_out)
+
+
+def entered(
+    conv: Any,
+    past: Past,
+    windows: Sequence[Window] | None,
+    runs: Iterator[Run],
+    norm: Any = None,
+) -> Iterator[Run]:
+    """A `causal_conv` on runs."""
+
+    def step(frame: Tensor, at: int) -> Tensor:
+        return causal_conv(conv, past, None if at else frame, windows, norm)
+
+    return through(step, runs, CAUSAL_REACH)

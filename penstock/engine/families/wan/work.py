@@ -6,6 +6,7 @@ states, image states, condition, latents) pass from one to the next.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from penstock.engine.run.sampler import guide
 from penstock.engine.run.sampling import Sampling
 from penstock.engine.run.stage import Stage, visits
 from penstock.offload.streamer import BlockStream
+from penstock.profiles.phases import FIRST_FRAME
 from penstock.profiles.tiling import TileGrid
 
 
@@ -97,7 +99,8 @@ def encode_prompts(stage: Stage) -> list[Tensor]:
     tokenised = model_of(stage).tokenizer.tokenise(cleaned)
     for which, prompt in zip(("prompt", "negative prompt"), tokenised, strict=False):
         if prompt.cut:
-            stage.monitor.notice(f"the {which} is too long; this is cut: {prompt.cut!r}")
+            told = f"the {which} is too long; this is cut: {prompt.cut!r}"
+            stage.monitor.notice(told, logging.DEBUG)
     lengths = [prompt.length for prompt in tokenised]
     with stage.phase("text", len(component.blocks), "layer") as (plan, phase):
         hidden = prompts.embed(
@@ -167,7 +170,9 @@ def encode_condition(stage: Stage, frame: Tensor | None) -> Tensor:
     with stage.phase("encode", units, "frame") as (_, phase), stage.rest(component) as vae:
         pixels = see_picture(stage)[1] if frame is None else frame
         source = first_frame_then_zeros(pixels[0].to(stage.device, component.dtype))
-        encoded = encode_tiled(vae, source, size, tiles, should_stop=phase.advance)
+        encoded = encode_tiled(
+            vae, source, size, tiles, changes=FIRST_FRAME, should_stop=phase.advance
+        )
         return pictures.conditioning(
             encoded.float(), vae.config.latents_mean, vae.config.latents_std
         ).cpu()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from penstock.engine.families.wan import vae_decode, vae_encode
+from penstock.engine.families.wan.cost.runs import clip_runs
 from penstock.engine.families.wan.vae_layers import levels_of
 from penstock.profiles.tiling import TileGrid, decode_tiles, encode_tiles
 from tests.meter import StorageMeter
@@ -71,21 +73,29 @@ class FakeVae:
                 vae_decode.to_uint8(pixels[0, :, 0])
             return meter.peak
 
-    def encode_peak(self, latent: tuple[int, int, int], grid: TileGrid) -> int:
+    def encode_peak(
+        self, latent: tuple[int, int, int], grid: TileGrid, changes: Sequence[int] | None
+    ) -> int:
         """Peak of an encoding: the largest tile, then the first whole frames, until steady."""
         frames, height, width = latent
+        tiles = encode_tiles(levels_of(self.vae), grid, height, width)
+        tile = max(tiles, key=lambda tile: _area(tile.pixels))
+        runs = clip_runs(1 + 4 * (frames - 1), changes)
         with self.measured() as meter:
             picture = torch.empty(3, 8 * height, 8 * width, dtype=self.dtype)
-            channels = self.vae.encoder.dim * self.vae.encoder.dim_mult[-2]
-            features = _blank(channels, latent, self.dtype, 0)
-            tiles = encode_tiles(levels_of(self.vae), grid, height, width)
-            tile = max(tiles, key=lambda tile: _area(tile.pixels))
             source = vae_encode.first_frame_then_zeros(picture)
-            clip = (source(frame, tile.pixels) for frame in range(1 + 4 * (frames - 1)))
-            for feature in islice(
-                vae_encode._tile_frames(self.vae.encoder, clip, tile), STEADY_LATENTS + 1
-            ):
-                del feature
+
+            def encoded():
+                clip = ((source(first, tile.pixels), times) for first, times in runs)
+                yield from map(itemgetter(1), vae_encode._tile_frames(self.vae.encoder, clip, tile))
+
+            lengths = list(encoded()) if changes else [1] * frames
+            channels = self.vae.encoder.dim * self.vae.encoder.dim_mult[-2]
+            blank = _blank(channels, (len(lengths), height, width), self.dtype, 0)
+            features = list(zip(blank, lengths, strict=True))
+            del blank
+            for _ in islice(encoded(), None if changes else STEADY_LATENTS + 1):
+                pass
             with suppress(_Steady):
                 vae_encode._whole_frames(self.vae, features, _stop_when_steady())
             return meter.peak

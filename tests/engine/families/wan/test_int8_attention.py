@@ -15,7 +15,7 @@ from torch.nn.functional import cosine_similarity
 from typer.testing import CliRunner
 
 from penstock.cli.main import app
-from penstock.engine.run import report
+from penstock.engine.machine import software
 from penstock.engine.run.jobs import find_unfinished, opening_of
 from penstock.engine.run.report import JobResult
 from penstock.engine.run.stored import request_values
@@ -162,11 +162,12 @@ def test_the_library_s_version_determines_a_result(
     tmp_path: Path, t2v_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_kitchen.install(monkeypatch)
+    monkeypatch.setattr(software, "package_version", lambda package: "absent")
     with an_engine(t2v_folder, attention="int8") as engine:
         stop_after_a_step(engine, REQUEST, tmp_path / "job")
         numerics = read_record(tmp_path / "job").fingerprint["numerics"]
         assert numerics["attention"] == "int8, comfy-kitchen absent"
-        monkeypatch.setattr(report, "package_version", lambda package: f"{package} 9")
+        monkeypatch.setattr(software, "package_version", lambda package: f"{package} 9")
         with pytest.raises(FingerprintMismatch, match=r"numerics\.attention"):
             engine.resume(tmp_path / "job")
 

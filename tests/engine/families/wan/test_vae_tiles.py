@@ -3,6 +3,7 @@ they must be."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -10,6 +11,9 @@ import pytest
 import torch
 from diffusers.video_processor import VideoProcessor
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
 
 from penstock.engine.families.wan import vae_decode, vae_encode, vae_layers
 from penstock.engine.families.wan.vae_decode import decode_frames, decode_tiled, to_uint8
@@ -125,6 +129,110 @@ def test_conditioning_clip_is_the_first_frame_then_zeros() -> None:
     assert (tiled - whole_encode(vae, clip)).abs().max() < EXACT
 
 
+# What is equal in a row is computed once, and the result is the same to the bit.
+
+LONG = 97
+"""Frames after which even the last layer's results are steady, with one residual block a level."""
+
+
+def still_clip(changes, frames: int, dtype: torch.dtype) -> Tensor:
+    clip = clip_of(frames, 32, 24, dtype)
+    for frame in range(1, frames):
+        if frame not in changes:
+            clip[:, :, frame] = clip[:, :, frame - 1]
+    return clip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("grid", [(1, 1), (2, 2)])
+@pytest.mark.parametrize(
+    "changes", [(0, 1), (0, 1, LONG - 1), (0,), (0, 1, 2, 30, 31, 33, 60), (0, 4, 96)]
+)
+def test_equal_frames_are_encoded_once_to_the_same_bits(changes, grid, dtype) -> None:
+    vae, clip = tiny_vae(dtype, num_res_blocks=1), still_clip(changes, LONG, dtype)
+    args = vae, crop(clip), clip.shape[2:], TileGrid(*grid)
+    every, once = Calls(), Calls()
+    with every:
+        expected = encode_tiled(*args)
+    with once:
+        found = encode_tiled(*args, changes=changes)
+    assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+    assert once.convolutions < 0.75 * every.convolutions
+
+
+def test_the_first_frame_and_zeros_take_a_quarter_of_the_work() -> None:
+    vae, image = tiny_vae(torch.float32), clip_of(1, 16, 16, torch.float32)[0, :, 0]
+    args = vae, first_frame_then_zeros(image), (81, 16, 16), TileGrid(1, 1)
+    with FlopCounterMode(display=False) as every:
+        expected = encode_tiled(*args)
+    with FlopCounterMode(display=False) as once:
+        found = encode_tiled(*args, changes=(0, 1))
+    assert torch.equal(found, expected)
+    assert once.get_total_flops() < 0.28 * every.get_total_flops()
+
+
+class Calls(TorchDispatchMode):
+    """Counts convolutions."""
+
+    convolutions = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.convolutions += func.overloadpacket == torch.ops.aten.convolution
+        return func(*args, **(kwargs or {}))
+
+
+REACHING = 8
+"""Layers of an encoder with one residual block a level that see frames before."""
+
+
+@pytest.mark.parametrize("layer", range(REACHING))
+def test_a_reach_one_short_shows(monkeypatch, layer) -> None:
+    vae, clip = tiny_vae(num_res_blocks=1), still_clip((0, 1), LONG, torch.float64)
+    args = vae, crop(clip), clip.shape[2:], TileGrid(1, 1)
+    expected, made = encode_tiled(*args), 0
+
+    class Short(vae_layers.through):
+        def __init__(self, step, runs, reach=0):
+            nonlocal made
+            super().__init__(step, runs, reach - (reach > 0 and made == layer))
+            made += reach > 0
+
+    for module in (vae_layers, vae_encode):
+        monkeypatch.setattr(module, "through", Short)
+    found = encode_tiled(*args, changes=(0, 1))
+    assert made == REACHING and not torch.equal(found, expected)
+
+
+class Fresh(TorchDispatchMode):
+    """Keeps track of the storages that operations make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.living: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.new_empty) or not any(
+            each.alias_info for each in func._schema.returns
+        ):
+            self.living.update(
+                leaf.untyped_storage() for leaf in tree_iter(made) if isinstance(leaf, Tensor)
+            )
+        return made
+
+
+def test_nothing_new_outlives_a_frame_when_the_past_is_full() -> None:
+    vae, window = tiny_vae(torch.float32, num_res_blocks=1), Window.whole(9, 7)
+    block, past = vae.decoder.up_blocks[1].resnets[0], vae_layers.Past()
+    frames = torch.randn(1, block.in_dim, 6, 9, 7).split(1, dim=2)
+    living = []
+    for frame in frames:
+        with torch.no_grad(), Fresh() as fresh:
+            vae_layers.residual(block, past, (window,) * 3, frame)
+        living.append(len(fresh.living))
+    assert living == [3, 2, 0, 0, 0, 0]  # a place for each convolution, twice, and the room
+
+
 # One pixel less of halo at one level, on one side, must show.
 
 
@@ -212,8 +320,8 @@ def _cropping(run):
             level[-1]: after[0] for level, after in zip(tile.levels, tile.levels[1:], strict=False)
         }
 
-        def cropped(downsampler, before, after, frame):
-            out = halved(downsampler, before, after, frame)
+        def cropped(downsampler, past, before, after, frame):
+            out = halved(downsampler, past, before, after, frame)
             rows, cols = entries.get(after, after).inside(after)
             return out[..., rows, cols]
 
@@ -245,7 +353,7 @@ def test_layers_on_whole_frames_are_bit_equal_in_fp32() -> None:
     vae = tiny_vae(torch.float32, num_res_blocks=1)
     block, window = vae.decoder.up_blocks[1].resnets[0], Window.whole(9, 7)
     frames = torch.randn(1, block.in_dim, 3, 9, 7)
-    past: vae_layers.Past = {}
+    past = vae_layers.Past()
     cache: list[Tensor | None] = [None] * 3
     with torch.no_grad():
         for frame in frames.split(1, dim=2):

@@ -223,8 +223,10 @@ class TransformerPart(Part):
 
     def _open(self, stack: ExitStack, shape: VideoShape) -> tuple[Any, EndlessStream]:
         phase, desk = self.desk.plan(shape)["denoise"], self.desk
-        stack.enter_context(desk.vram.reserve("denoise: activations", desk.denoise_bytes(shape)))
-        stack.enter_context(desk.ram.reserve("denoise: host work", phase.ram_work_bytes))
+        stack.enter_context(
+            desk.device_ledger.reserve("denoise: activations", desk.denoise_bytes(shape))
+        )
+        stack.enter_context(desk.host_ledger.reserve("denoise: host work", phase.ram_work_bytes))
         stack.enter_context(desk.scratch(phase))
         model = stack.enter_context(desk.rest(self.component))
         return model, stack.enter_context(desk.stream(desk.whole_blocks, phase.stream))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import torch
@@ -78,13 +79,14 @@ class VaePart(Part):
             return clip[None, :, frame : frame + 1, rows, cols].to(desk.device, component.dtype)
 
         whole = desk.whole(phase, shape)
+        changes = None if whole else _changes(clip.contiguous())
         with desk.phase(whole or phase), desk.rest(component) as vae:
             if whole is not None:
                 given = clip[None].to(desk.device, component.dtype)
                 mode: Tensor = vae.encode(given).latent_dist.mode()
             else:
                 size = (frames, height, width)
-                mode = encode_tiled(vae, pixels, size, TileGrid(*phase.tiles))
+                mode = encode_tiled(vae, pixels, size, TileGrid(*phase.tiles), changes=changes)
             return mode.to(self.device)
 
     @torch.no_grad()
@@ -122,3 +124,10 @@ class VaePart(Part):
             for piece in decode_tiled(vae, given, TileGrid(*phase.tiles)):
                 rows, cols = piece.window.inside(window)
                 clip[:, piece.frame, rows, cols] = piece.pixels.to(clip)
+
+
+def _changes(clip: Tensor) -> list[int]:
+    """Frames of ``clip``, contiguous (3, t, h, w), that differ from the one before in any bit."""
+    frames = clip.view(torch.uint8).unbind(1)
+    differ = (not torch.equal(*pair) for pair in pairwise(frames))
+    return [0, *(at for at, differs in enumerate(differ, start=1) if differs)]

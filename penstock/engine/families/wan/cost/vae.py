@@ -1,10 +1,11 @@
 """Bytes and arithmetic of the tiled VAE, by walking its layers as the engine does.
 
 The walk mirrors `penstock.engine.families.wan.vae_layers`, `vae_decode` and `vae_encode` statement
-by statement: which frames are alive when the next is made. It assumes the worst moment, with every
-causal past full, and the attention kernel that stores its scores. What convolutions take for
-themselves is in it on a CPU (`penstock.engine.families.wan.cost.convolution`); on a GPU it is the
-largest convolution's, told apart.
+by statement: which frames are alive when the next is made, and which of them are made at all. It
+assumes the worst moment, with every causal past full, and the attention kernel that stores its
+scores. What convolutions take for themselves is in it on a CPU
+(`penstock.engine.families.wan.cost.convolution`); on a GPU it is the largest convolution's, told
+apart.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from penstock.engine.families.wan.cost.convolution import call_bytes
+from penstock.engine.families.wan.cost.runs import after_halving, after_layer, clip_runs
 from penstock.engine.families.wan.spec import VaeSpec
 from penstock.profiles.rates import Rates
 from penstock.profiles.tiling import (
+    CAUSAL_REACH,
     QUERY_CHUNK,
     DecodeTile,
     EncodeTile,
@@ -27,7 +30,6 @@ from penstock.profiles.tiling import (
 )
 
 _PIXELS = 3
-_CACHED = 2
 _WIDE_ITEMSIZE = 4
 
 
@@ -84,9 +86,9 @@ def decode_bytes(
     frames, height, width = latent
     plane = height * width * itemsize
     features = spec.base_dim * spec.dim_mult[-1] * plane
-    whole = _decode_whole(spec, latent, itemsize, on_cpu)
+    whole = _decode_whole(spec, latent, _Walk(itemsize, [1] * frames, on_cpu))
     tiles = decode_tiles(levels_of(spec), grid, height, width)
-    walks = [_decode_tile(spec, frames, tile, itemsize, on_cpu) for tile in tiles]
+    walks = [_decode_tile(spec, tile, _Walk(itemsize, [1] * frames, on_cpu)) for tile in tiles]
     largest = max(walks, key=lambda walk: walk.peak_bytes)
     if whole.peak_bytes - features > largest.peak_bytes:
         items = whole.items(features=(frames - 1) * features)
@@ -108,29 +110,46 @@ def encode_bytes(
     grid: TileGrid,
     itemsize: int,
     *,
+    changes: Sequence[int] | None = None,
     on_cpu: bool = False,
 ) -> VaeBytes:
     """Peak of `penstock.engine.families.wan.vae_encode.encode_tiled` above the encoder's weights.
 
     Arguments and errors are those of `decode_bytes`; the picture is counted, the clip never exists.
+
+    Args:
+        changes: as `penstock.engine.families.wan.cost.runs.clip_runs` takes them. None: not known
+            yet, so that the peak is that of any.
     """
     frames, height, width = latent
     plane = height * width * itemsize
     features = spec.base_dim * spec.dim_mult[-2] * plane
+    runs = _clip(spec, frames, changes)
     tiles = encode_tiles(levels_of(spec), grid, height, width)
-    walks = [_encode_tile(spec, frames, tile, itemsize, on_cpu) for tile in tiles]
+    walks = [
+        _encode_tile(spec, tile, _Walk(itemsize, runs, on_cpu, holds=changes is None))
+        for tile in tiles
+    ]
     largest = max(walks, key=lambda walk: walk.peak_bytes)
-    candidates = [largest.items(features=frames * features)]
+    left = largest.runs
+    candidates = [largest.items(features=len(left) * features)]
     convolutions = [walk.convolution for walk in walks]
-    for done in {*range(min(frames, _CACHED + 1)), frames - 1}:
-        whole = _encode_whole(spec, done, latent, itemsize, on_cpu)
-        modes = done + 1 + (frames if done == frames - 1 else 0)
-        items = whole.items(features=(frames - 1 - done) * features)
+    again = next((at for at, length in enumerate(left) if length > 1), 0)
+    for done in {0, min(1, len(left) - 1), min(2, len(left) - 1), again, len(left) - 1}:
+        walk = _Walk(itemsize, left[: done + 1], on_cpu, holds=changes is None)
+        whole = _encode_whole(spec, latent, walk)
+        modes = len(whole.runs) + (frames if done == len(left) - 1 else 0)
+        items = whole.items(features=(len(left) - 1 - done) * features)
         candidates.append((*items, ("latents", spec.z_dim * modes * plane)))
         convolutions.append(whole.convolution)
     items = max(candidates, key=lambda found: sum(count for _, count in found))
     picture = _PIXELS * plane * spec.spatial_factor**2
     return VaeBytes((*items, ("picture", picture)), (), max(convolutions))
+
+
+def _clip(spec: VaeSpec, frames: int, changes: Sequence[int] | None) -> list[int]:
+    """Lengths of the runs of a clip of so many latent frames."""
+    return [length for _, length in clip_runs(1 + (frames - 1) * spec.temporal_factor, changes)]
 
 
 @dataclass(frozen=True)
@@ -172,23 +191,30 @@ class VaeWork:
 
 def residual_work(width: int, side: int) -> VaeWork:
     """Of a residual block that keeps ``width`` channels, on one square frame."""
-    walk = _Walk(1, 1, _CACHED, on_cpu=False)
+    walk = _Walk(1, [1], on_cpu=False)
     walk.residual(width, width, (Window.whole(side, side),) * 3)
     return VaeWork.of([walk])
 
 
 def decode_work(spec: VaeSpec, latent: tuple[int, int, int], grid: TileGrid) -> VaeWork:
     """Of a decoding. Arguments are those of `decode_bytes`."""
-    tiles = decode_tiles(levels_of(spec), grid, *latent[1:])
-    walks = [_decode_tile(spec, latent[0], tile, 1) for tile in tiles]
-    return VaeWork.of((_decode_whole(spec, latent, 1), *walks))
+    tiles, runs = decode_tiles(levels_of(spec), grid, *latent[1:]), [1] * latent[0]
+    walks = [_decode_tile(spec, tile, _Walk(1, runs, on_cpu=False)) for tile in tiles]
+    return VaeWork.of((_decode_whole(spec, latent, _Walk(1, runs, on_cpu=False)), *walks))
 
 
-def encode_work(spec: VaeSpec, latent: tuple[int, int, int], grid: TileGrid) -> VaeWork:
+def encode_work(
+    spec: VaeSpec,
+    latent: tuple[int, int, int],
+    grid: TileGrid,
+    *,
+    changes: Sequence[int] | None = None,
+) -> VaeWork:
     """Of an encoding. Arguments are those of `encode_bytes`."""
-    tiles = encode_tiles(levels_of(spec), grid, *latent[1:])
-    walks = [_encode_tile(spec, latent[0], tile, 1) for tile in tiles]
-    return VaeWork.of((_encode_whole(spec, latent[0] - 1, latent, 1), *walks))
+    tiles, runs = encode_tiles(levels_of(spec), grid, *latent[1:]), _clip(spec, latent[0], changes)
+    walks = [_encode_tile(spec, tile, _Walk(1, runs, on_cpu=False)) for tile in tiles]
+    whole = _encode_whole(spec, latent, _Walk(1, walks[0].runs, on_cpu=False))
+    return VaeWork.of((whole, *walks))
 
 
 def _area(window: Window) -> int:
@@ -203,15 +229,31 @@ def _made(before: Window, after: Window) -> int:
 class _Walk:
     """One pass through layers, frame by frame: what is alive at the worst moment.
 
-    ``past`` is what causal layers remember, ``waiting`` what other frames on their way hold, and
-    ``working`` the most that one layer needs besides. ``frame`` is the storage of the one in hand,
-    ``convolution`` the most that the input and the result of a convolution take.
+    Attributes:
+        runs: lengths of the runs of equal frames that enter the next layer.
+        past: what causal layers remember.
+        room: where they join it; given back while the mid block attends.
+        waiting: what other frames on their way hold.
+        holds: frames are held, whatever the runs.
+        held: a frame that a residual block adds again and again while what is made of it changes.
+            One at most: a block takes the next frame when it is done with one, and gets a run when
+            those before it are done.
+        frame: the storage of the one in hand.
+        convolution: the most that the input and the result of a convolution take.
     """
 
-    def __init__(self, itemsize: int, frames: int, cached: int, on_cpu: bool) -> None:
-        self.itemsize, self.frames, self.cached, self.on_cpu = itemsize, frames, cached, on_cpu
-        self.past = self.waiting = self.working = self.frame = 0
+    def __init__(
+        self, itemsize: int, runs: Sequence[int], on_cpu: bool, holds: bool = False
+    ) -> None:
+        self.itemsize, self.runs, self.on_cpu, self.holds = itemsize, [*runs], on_cpu, holds
+        self.past = self.room = self.waiting = self.held = self.frame = 0
         self.flops = self.elements = self.pixels = self.calls = self.convolution = 0
+        self._working = self._attending = 0
+
+    @property
+    def working(self) -> int:
+        """The most that one layer needs besides what is remembered."""
+        return max(self.room + self._working, self._attending)
 
     @property
     def peak_bytes(self) -> int:
@@ -225,60 +267,79 @@ class _Walk:
         )
 
     def need(self, *live: int) -> None:
-        self.working = max(self.working, self.waiting + sum(live))
+        self._working = max(self._working, self.waiting + self.held + sum(live))
+
+    def need_attending(self, *live: int) -> None:
+        self._attending = max(self._attending, self.waiting + self.held + sum(live))
 
     def bytes(self, channels: int, area: int) -> int:
         return channels * area * self.itemsize
 
-    def normalise(self, channels: int, area: int, *live: int) -> None:
-        wide = channels * area * _WIDE_ITEMSIZE if self.itemsize < _WIDE_ITEMSIZE else 0
-        length = area * max(self.itemsize, _WIDE_ITEMSIZE)
-        self.need(*live, wide, length, self.bytes(channels, area))
+    def normalised(self, channels: int, area: int) -> int:
+        """Bytes besides ``channels`` and the result: lengths, and on a CPU both in fp32."""
+        wide = channels * area * _WIDE_ITEMSIZE
+        copies = 2 * wide if self.on_cpu and self.itemsize < _WIDE_ITEMSIZE else 0
+        return area * max(self.itemsize, _WIDE_ITEMSIZE) + copies
 
-    def remember(self, channels: int, area: int) -> None:
-        self.past += self.cached * self.bytes(channels, area)
+    def join(self, channels: int, area: int) -> None:
+        """The next frame comes to the two before it, if it is not the first or second."""
+        nbytes = self.bytes(channels, area)
+        self.past += min(CAUSAL_REACH, len(self.runs)) * nbytes
+        self.take(CAUSAL_REACH * nbytes + nbytes)
+
+    def take(self, nbytes: int) -> None:
+        self.room = max(self.room, nbytes)
 
     def convolve(self, widths: tuple[int, int], area: int, made: int, taps: int, *live: int) -> int:
-        """A causal convolution of three frames; ``taps`` weights a channel pair. Bytes made."""
-        new = self.bytes(widths[0], area)
-        self.need(*live, new, 3 * new, self.itemsize)  # one zero stands for absent frames
-        merged = 3 * widths[0], widths[1]
-        return self.multiply(merged, area, made, taps // 3, *live, 3 * new)
+        """A causal convolution; ``taps`` weights a channel pair. Bytes made."""
+        self.join(widths[0], area)
+        self.runs = after_layer(self.runs, CAUSAL_REACH)
+        merged = (CAUSAL_REACH + 1) * widths[0], widths[1]
+        return self.multiply(merged, area, made, taps // (CAUSAL_REACH + 1), *live)
 
     def multiply(self, widths: tuple[int, int], area: int, made: int, taps: int, *live: int) -> int:
         """A convolution of one picture; ``taps`` weights a channel pair. Bytes made."""
         out = self.bytes(widths[1], made)
-        called = call_bytes(widths, area, made, taps, self.itemsize) if self.on_cpu else out
-        self.need(*live, called)
-        self.convolution = max(self.convolution, self.bytes(widths[0], area) + out)
-        self.flops += 2 * widths[0] * widths[1] * taps * made * self.frames
-        self.elements += widths[0] * area * self.frames
-        self.pixels += made * self.frames
-        self.calls += self.frames
+        self.need(*live, self.called(widths, area, made, taps))
+        self.count(widths, area, made, taps)
         return out
 
-    def rescale(self, channels: int, area: int, frames: int) -> None:
+    def called(self, widths: tuple[int, int], area: int, made: int, taps: int) -> int:
+        """Bytes that a convolution takes with its result."""
+        out = self.bytes(widths[1], made)
+        self.convolution = max(self.convolution, self.bytes(widths[0], area) + out)
+        return call_bytes(widths, area, made, taps, self.itemsize) if self.on_cpu else out
+
+    def count(self, widths: tuple[int, int], area: int, made: int, taps: int) -> None:
+        """Its arithmetic, for each run."""
+        frames = len(self.runs)
+        self.flops += 2 * widths[0] * widths[1] * taps * made * frames
+        self.elements += widths[0] * area * frames
+        self.pixels += made * frames
+        self.calls += frames
+
+    def rescale(self, channels: int, area: int) -> None:
         """Latents into the VAE's own range or out of it: one convolution of single pixels, whose
         bytes are counted elsewhere."""
-        self.flops += 2 * channels**2 * area * frames
-        self.pixels += area * frames
-        self.calls += frames
+        self.flops += 2 * channels**2 * area * len(self.runs)
+        self.pixels += area * len(self.runs)
+        self.calls += len(self.runs)
 
     def residual(self, width_in: int, width_out: int, windows: Sequence[Window]) -> None:
         x, area_in = self.frame, _area(windows[0])
-        self.normalise(width_in, area_in, x)
-        self.remember(width_in, area_in)
+        holds = self.holds or max(self.runs) > 1
+        self.need(x, self.normalised(width_in, area_in))
         made = _made(windows[0], windows[1])
         h = self.convolve((width_in, width_out), area_in, made, 27, x)
         between, kept = _area(windows[1]), _area(windows[2])
-        self.normalise(width_out, between, x, h)
-        self.remember(width_out, between)
+        self.need(x, h, self.normalised(width_out, between))
         made = _made(windows[1], windows[2])
         h = self.convolve((width_out, width_out), between, made, 27, x)
         if width_in != width_out:
             cropped = self.bytes(width_in, kept)
             self.multiply((width_in, width_out), kept, kept, 1, x, h, cropped)
         self.frame = h
+        self.held = max(self.held, x if holds else 0)
 
     def middle(self, width: int, window: Window) -> None:
         self.residual(width, width, (window,) * 3)
@@ -286,10 +347,12 @@ class _Walk:
         self.residual(width, width, (window,) * 3)
 
     def attend(self, width: int, area: int) -> None:
-        x, one = self.frame, self.bytes(width, area)
-        self.normalise(width, area, x)
-        self.multiply((width, 3 * width), area, area, 1, x, one)
-        self.need(x, 3 * one, 3 * one)
+        x, one, need = self.frame, self.bytes(width, area), self.need_attending
+        need(x, one, self.normalised(width, area))
+        projected = (width, 3 * width), area, area, 1
+        need(x, one, self.called(*projected))
+        self.count(*projected)
+        need(x, 3 * one, 3 * one)
         wide = max(self.itemsize, _WIDE_ITEMSIZE)
         cast = 2 * width * area * wide if self.itemsize < _WIDE_ITEMSIZE else 0
         chunk = min(QUERY_CHUNK, area)
@@ -298,45 +361,37 @@ class _Walk:
         )
         # The last of it, where half precision was cast: weights, result, and both cast back.
         result = scores // 2 + queries + queries // 2 if cast else 0
-        self.need(x, 3 * one, one, cast, 2 * queries, scores, max(keys, scores, result))
-        self.need(x, one, one, one)
-        self.multiply((width, width), area, area, 1, x, one)
-        self.flops += 4 * width * area**2 * self.frames
+        need(x, 3 * one, one, cast, 2 * queries, scores, max(keys, scores, result))
+        need(x, one, one, one)
+        projected = (width, width), area, area, 1
+        need(x, one, self.called(*projected))
+        self.count(*projected)
+        self.flops += 4 * width * area**2 * len(self.runs)
         self.frame = one
 
     def head(self, width: int, width_out: int, before: Window, after: Window) -> None:
         area, x = _area(before), self.frame
-        self.normalise(width, area, x)
-        self.remember(width, area)
+        holds = self.holds or max(self.runs) > 1
+        self.need(x, self.normalised(width, area))
         self.frame = self.convolve((width, width_out), area, _made(before, after), 27, x)
+        self.held = max(self.held, x if holds else 0)
 
 
-def _cached(frames: int) -> int:
-    return min(_CACHED, frames)
-
-
-def _decode_whole(
-    spec: VaeSpec, latent: tuple[int, int, int], itemsize: int, on_cpu: bool = False
-) -> _Walk:
-    frames, window = latent[0], Window.whole(*latent[1:])
-    walk = _Walk(itemsize, frames, _cached(frames), on_cpu)
+def _decode_whole(spec: VaeSpec, latent: tuple[int, int, int], walk: _Walk) -> _Walk:
+    window = Window.whole(*latent[1:])
     width, area = spec.base_dim * spec.dim_mult[-1], _area(window)
-    walk.rescale(spec.z_dim, area, frames)
-    walk.remember(spec.z_dim, area)
-    walk.frame = walk.convolve((spec.z_dim, width), area, area, 27)
+    walk.rescale(spec.z_dim, area)
+    walk.frame = walk.convolve((spec.z_dim, width), area, area, 27, walk.bytes(spec.z_dim, area))
     walk.middle(width, window)
     for _ in range(spec.num_res_blocks + 1):
         walk.residual(width, width, (window,) * 3)
     return walk
 
 
-def _decode_tile(
-    spec: VaeSpec, frames: int, tile: DecodeTile, itemsize: int, on_cpu: bool = False
-) -> _Walk:
+def _decode_tile(spec: VaeSpec, tile: DecodeTile, walk: _Walk) -> _Walk:
     widths = [spec.base_dim * factor for factor in spec.dim_mult[::-1]]
-    walk = _Walk(itemsize, frames, _cached(frames), on_cpu)
     # The piece before this one may still be in its reader's hands.
-    walk.waiting = _PIXELS * _made(*tile.levels[-1][-2:]) * itemsize
+    walk.waiting = walk.bytes(_PIXELS, _made(*tile.levels[-1][-2:]))
     low = tile.tail
     for level, windows in enumerate(tile.levels):
         _enlarge(walk, spec, level, widths[level], low, windows[0])
@@ -347,7 +402,7 @@ def _decode_tile(
         low = windows[2 * (spec.num_res_blocks + 1)]
     walk.head(widths[-1], _PIXELS, *tile.levels[-1][-2:])
     pixels = _PIXELS * _area(tile.output)
-    walk.need(walk.frame, pixels * (itemsize + _WIDE_ITEMSIZE + 2))
+    walk.need(walk.frame, pixels * (walk.itemsize + _WIDE_ITEMSIZE + 2))
     return walk
 
 
@@ -355,26 +410,18 @@ def _enlarge(
     walk: _Walk, spec: VaeSpec, level: int, width: int, low: Window, after: Window
 ) -> None:
     area, frame = _area(low), walk.frame
-    if spec.temporal_downsample[::-1][level]:
-        # The past is the frames themselves; at the first level they are views of the features.
-        walk.past += walk.cached * frame
-        walk.frames -= 1
-        pair = walk.convolve(
-            (width, 2 * width), area, area, 3, max(0, frame - walk.bytes(width, area))
-        )
-        walk.frames = 1 + 2 * walk.frames
-        walk.waiting += pair
+    if spec.temporal_downsample[::-1][level] and len(walk.runs) > 1:
+        walk.runs = walk.runs[1:]  # the first passes by
+        walk.waiting += walk.convolve((width, 2 * width), area, area, 3, frame)
+        walk.runs = [1] * (1 + 2 * len(walk.runs))
         frame = 0
-    large, made = walk.bytes(width, 4 * area), _made(low.scaled(2), after)
-    walk.frame = walk.multiply((width, width // 2), 4 * area, made, 9, frame, large)
+    walk.take(walk.bytes(width, 4 * area))
+    made = _made(low.scaled(2), after)
+    walk.frame = walk.multiply((width, width // 2), 4 * area, made, 9, frame)
 
 
-def _encode_whole(
-    spec: VaeSpec, done: int, latent: tuple[int, int, int], itemsize: int, on_cpu: bool = False
-) -> _Walk:
-    """The suffix when ``done`` latent frames are behind."""
+def _encode_whole(spec: VaeSpec, latent: tuple[int, int, int], walk: _Walk) -> _Walk:
     window = Window.whole(*latent[1:])
-    walk = _Walk(itemsize, latent[0], _cached(done + 1), on_cpu)
     width, area = spec.base_dim * spec.dim_mult[-2], _area(window)
     walk.frame = walk.bytes(width, area)
     for _ in range(spec.num_res_blocks):
@@ -383,38 +430,41 @@ def _encode_whole(
     walk.middle(width, window)
     walk.head(width, 2 * spec.z_dim, window, window)
     walk.need(walk.frame, walk.frame, walk.frame)
-    walk.rescale(2 * spec.z_dim, area, latent[0])
+    walk.rescale(2 * spec.z_dim, area)
     return walk
 
 
-def _encode_tile(
-    spec: VaeSpec, frames: int, tile: EncodeTile, itemsize: int, on_cpu: bool = False
-) -> _Walk:
-    frames = 1 + (frames - 1) * spec.temporal_factor
-    walk = _Walk(itemsize, frames, _cached(frames), on_cpu)
+def _encode_tile(spec: VaeSpec, tile: EncodeTile, walk: _Walk) -> _Walk:
     width, first = spec.base_dim, tile.levels[0]
-    walk.waiting = 4 * itemsize  # frames of zeros are one element each
-    walk.remember(_PIXELS, _area(first[0]))
-    made = _made(first[0], first[1])
-    walk.frame = walk.convolve((_PIXELS, width), _area(first[0]), made, 27)
+    pixels = walk.bytes(_PIXELS, _area(first[0]))
+    walk.frame = walk.convolve(
+        (_PIXELS, width), _area(first[0]), _made(first[0], first[1]), 27, pixels
+    )
+    walk.held = pixels if walk.holds else walk.itemsize  # a frame of zeros is one element
     for level, windows in enumerate(tile.levels):
         width_out, at = spec.base_dim * spec.dim_mult[level], 1 if level == 0 else 0
         for _ in range(spec.num_res_blocks):
             walk.residual(width, width_out, windows[at : at + 3])
             width, at = width_out, at + 2
-        _reduce(walk, spec.temporal_downsample[level], width, windows[-1])
+        _reduce(walk, spec.temporal_downsample[level], width, windows[-2], windows[-1])
     return walk
 
 
-def _reduce(walk: _Walk, in_time: bool, width: int, made: Window) -> None:
-    padded = (2 * len(made.rows) + 1) * (2 * len(made.cols) + 1)
-    enlarged = walk.bytes(width, padded)
-    out = walk.multiply((width, width), padded, _area(made), 9, walk.frame, enlarged)
+def _reduce(walk: _Walk, in_time: bool, width: int, before: Window, made: Window) -> None:
+    rows, cols = 2 * len(made.rows) + 1, 2 * len(made.cols) + 1
+    read, copied = walk.bytes(width, rows * cols), 0
+    if before.shape != (rows, cols):
+        walk.take(read)
+    else:
+        copied = read  # of a crop, before it is convolved
+    out = walk.multiply((width, width), rows * cols, _area(made), 9, walk.frame, copied)
     walk.frame = out
     if in_time:
         # The last frame and the one that waits for its pair.
         walk.past += 2 * out
-        walk.frames = 1 + (walk.frames - 1) // 2
-        walk.frames -= 1
-        walk.multiply((3 * width, width), _area(made), _area(made), 1, out, 3 * out)
-        walk.frames += 1
+        walk.take(3 * out)
+        left = after_halving(walk.runs)
+        walk.runs = left[1:]
+        if walk.runs:
+            walk.multiply((3 * width, width), _area(made), _area(made), 1, out)
+        walk.runs = left

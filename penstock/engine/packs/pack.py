@@ -40,6 +40,7 @@ from penstock.engine.packs.names import PROGRESS_SUFFIX
 from penstock.engine.packs.origin import Origin, read_origin, write_origin
 from penstock.engine.packs.plan import LEAST_RAM_BYTES, ComponentPlan, PackStep, plan_component
 from penstock.engine.packs.side import write_side_files
+from penstock.engine.packs.target import check_target
 from penstock.engine.store.durable import NEW_SUFFIX, FileOps, read_whole, storing, write_atomically
 from penstock.engine.store.sums import FileSum, Sums
 from penstock.errors import CheckpointError, UsageError
@@ -89,7 +90,7 @@ def pack(
         progress: told of every piece.
 
     Raises:
-        UsageError: no such format, or too little memory.
+        UsageError: no such format, too little memory, or a folder of somebody's files.
         CheckpointError: the source is not whole, changed meanwhile, or holds NaN or Inf; a LoRA
             cannot be used, or was made for another model.
         StorageError: the disk is full (seen before anything is written) or fails.
@@ -104,6 +105,7 @@ def pack(
         plan_component(part, wanted, merged if part is source.streamed else None)
         for part in source.components()
     ]
+    check_target(folder, plans)
     check_space(ops, folder, plans)
     total = sum(plan.layout.file_bytes for plan in plans)
     done = reused = 0
@@ -136,8 +138,8 @@ def check_space(ops: FileOps, folder: Path, plans: Sequence[ComponentPlan]) -> N
         path = folder / plan.file
         there = max(ops.size(path), ops.size(_partial(path)))
         need += max(0, plan.layout.file_bytes - there)
-    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     with storing(ops, folder / "packs", need):
+        place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         if ops.free_bytes(place) < need:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         ops.mkdir(folder)

@@ -104,7 +104,8 @@ def faults_of(path: Path) -> Iterator[None]:
     try:
         yield
     except HeaderFault as fault:
-        shown = fault.found if isinstance(fault.found, str) else reprlib.repr(fault.found)
+        plain = isinstance(fault.found, str) and fault.found.isprintable()
+        shown = str(fault.found) if plain else reprlib.repr(fault.found)
         raise HeaderError(
             f"{path} cannot be used",
             expected=fault.expected,

@@ -180,7 +180,8 @@ def load(name: str, folder: Path | None = None) -> Profile:
         policy = Policy(disk="spare")
         return Profile(AUTO, "what is free on this machine, less a reserve", policy=policy)
     if name.endswith(".toml"):
-        return parse(Path(name).stem, _text(Path(name)), Path(name))
+        path = Path(name).expanduser()
+        return parse(path.stem, _text(path), path)
     own = _own_dir(folder) / f"{name}.toml"
     if _is_there(own):
         return parse(name, _text(own), own)
@@ -235,7 +236,7 @@ def parse(name: str, text: str, path: Path) -> Profile:
     """
     try:
         return _parse(name, text, path)
-    except (ValueError, RecursionError, UsageError) as error:
+    except (ValueError, OverflowError, RecursionError, UsageError) as error:
         raise ProfileError(f"{path} is no profile", found=str(error)) from error
 
 

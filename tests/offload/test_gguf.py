@@ -271,3 +271,34 @@ def test_a_type_that_is_not_known_is_not_called_damage(tmp_path):
     with pytest.raises(HeaderError, match="type 99 of 't'.*newer than penstock") as refused:
         read_gguf(path)
     assert "damaged" not in str(refused.value)
+
+
+def lying(tensors, pairs, body=b""):
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, pairs) + body
+
+
+def test_counts_beyond_any_file_are_refused_before_they_are_followed(tmp_path):
+    path = tmp_path / "x.gguf"
+    key = struct.pack("<Q", 1) + b"k"
+    strings = struct.pack("<IIQ", 9, 8, reader.MAX_ITEMS) + bytes(8 * reader.MAX_ITEMS)
+    cases = {
+        "at most 65,536": lying(65_537, 0, bytes(24 * 65_537)),
+        "items in all": lying(0, reader.MAX_ITEMS + 1, bytes(13 * (reader.MAX_ITEMS + 1))),
+        "items of 'k'": lying(0, 1, key + strings),
+    }
+    for told, content in cases.items():
+        path.write_bytes(content)
+        with pytest.raises(HeaderError, match=told):
+            read_gguf(path)
+
+
+def test_an_original_shape_of_many_numbers_is_not_multiplied_out(tmp_path):
+    key = b"comfy.gguf.orig_shape.t"
+    pair = struct.pack("<Q", len(key)) + key + struct.pack("<IIQ", 9, 10, 4096)
+    pair += struct.pack("<Q", (1 << 64) - 1) * 4096
+    tensor = struct.pack("<Q", 1) + b"t" + struct.pack("<IQIQ", 1, 32, 0, 0)
+    path = tmp_path / "x.gguf"
+    path.write_bytes(lying(1, 1, pair + tensor) + bytes(4096))
+    with pytest.raises(HeaderError, match="32 elements") as caught:
+        read_gguf(path)
+    assert len(str(caught.value)) < 700

@@ -15,7 +15,14 @@ from safetensors.torch import save
 from penstock.errors import CheckpointError, HeaderError
 from penstock.formats.tags import ITEM_BYTES
 from penstock.offload.files import WeightFile
-from penstock.offload.header import MAX_HEADER_BYTES, parse_object, read_header
+from penstock.offload.header import (
+    MAX_HEADER_BYTES,
+    MAX_TENSORS,
+    HeaderFault,
+    parse_header,
+    parse_object,
+    read_header,
+)
 from tests.offload.blocks import raw_file
 
 
@@ -257,3 +264,42 @@ def test_errors_are_of_the_right_class(tmp_path: Path) -> None:
     assert caught.value.expected == "b to start at byte 4 of the data"
     assert caught.value.found == "5"
     assert caught.value.remedy is not None
+
+
+def test_many_keys_twice_are_found_in_one_pass(tmp_path):
+    """Counting every name anew took minutes here; the test's own time limit tells."""
+    entry = '{"dtype":"U8","shape":[0],"data_offsets":[0,0]}'
+    pairs = [f'"a{number}":{entry}' for number in range(60_000)]
+    text = "{" + ",".join([*pairs, pairs[7]]) + "}"
+    with pytest.raises(HeaderFault) as caught:
+        parse_object(text.encode())
+    assert caught.value.found == "a7"
+
+
+def test_more_tensors_than_anything_has_are_refused():
+    entry = '{"dtype":"U8","shape":[],"data_offsets":[%d,%d]}'
+    for count in (MAX_TENSORS, MAX_TENSORS + 1):
+        pairs = [f'"{number}":{entry % (number, number + 1)}' for number in range(count)]
+        text = ("{" + ",".join(pairs) + "}").encode()
+        if count == MAX_TENSORS:
+            assert len(parse_header(text, 8 + len(text) + count).tensors) == count
+            continue
+        with pytest.raises(HeaderFault, match="at most 65,536 tensors"):
+            parse_header(text, 8 + len(text) + count)
+
+
+@pytest.mark.parametrize("part", ["[],", "1,", '"",', "[[],"])
+def test_a_text_of_countless_values_is_not_read(part, monkeypatch):
+    monkeypatch.setattr(json, "loads", lambda *_, **__: pytest.fail("read"))
+    with pytest.raises(HeaderFault, match="tokens"):
+        parse_object(b'{"a": [' + part.encode() * 4_000_001 + b"1]}")
+
+
+def test_long_names_and_odd_ones_are_shown_as_text(tmp_path):
+    for name, found in (("a" * 1025, "1025"), ("\x1b[31m", "'\\x1b[31m'")):
+        path = tmp_path / "x.safetensors"
+        text = json.dumps({name: {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text)
+        with pytest.raises(HeaderError) as caught, WeightFile(path) as file:
+            read_header(file)
+        assert found in str(caught.value)

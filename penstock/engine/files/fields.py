@@ -120,7 +120,7 @@ def check_fields(config: Mapping[str, Any], fields: Mapping[str, Field], where: 
         if not field.fits(value):
             raise CheckpointError(
                 f"{where} cannot be used",
-                expected=f"{shown(name)} as {field.told}",
+                expected=f"{name[:80]!r} as {field.told}",
                 found=shown(value),
                 remedy="The config is damaged, or of another model: copy it again",
             )

@@ -60,12 +60,14 @@ and the result hold a few copies of it at once."""
 
 @dataclass(frozen=True)
 class PackReport:
-    """What was made: the folder, its packs, their bytes, and the runs that were there already."""
+    """What was made: the folder, its packs, their bytes, and the runs that were there already; and
+    what is to be said of the files it was made from."""
 
     folder: Path
     files: int
     nbytes: int
     reused_runs: int
+    notices: tuple[str, ...] = ()
 
 
 def pack(
@@ -98,7 +100,7 @@ def pack(
             "too little memory to pack", expected=f"{LEAST_RAM_BYTES:,} bytes", found=str(ram_bytes)
         )
     ops = ops or FileOps()
-    merged = PlacedLoras.open(source.streamed, loras)
+    merged = PlacedLoras.open(source.streamed, loras, source.lora_folders)
     plans = [
         plan_component(part, wanted, merged if part is source.streamed else None)
         for part in source.components()
@@ -113,7 +115,8 @@ def pack(
         done += plan.layout.file_bytes
     named = {"loras": merged.merged_names()} if merged.files else {}
     write_side_files(source, folder, {"format": wanted, **named}, ops)
-    return PackReport(folder, len(plans), total, reused)
+    notices = (*source.notes, *merged.notices)
+    return PackReport(folder, len(plans), total, reused, notices)
 
 
 def _reporter(progress: Progress | None, name: str, base: int, total: int) -> Callable[[int], None]:
@@ -371,7 +374,7 @@ def _quantised(
     assert step.format is not None
     first, *others = step.made
     waiting: dict[str, list[Tensor]] = {suffix: [] for suffix in others}
-    for values in _chunks(step, reader, chunk_bytes, reader.dtype):
+    for values in _chunks(step, reader, chunk_bytes, reader.value_dtype(step.name)):
         made = quantise(step.format, values, step.name)
         yield first, as_memory(made[first])
         for suffix in others:

@@ -179,7 +179,7 @@ def _refusals() -> Iterator[None]:
     """What diffusers' solvers refuse of a config, each entry of which may be sound by itself."""
     try:
         yield
-    except (ValueError, TypeError, NotImplementedError, torch.linalg.LinAlgError) as error:
+    except (ValueError, TypeError, NotImplementedError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         raise CheckpointError(
             "the model's scheduler config cannot be used",
             expected="entries that one solver can follow together",

@@ -231,6 +231,15 @@ def test_reservations_that_are_always_refused_end_in_a_resumable_job(
     assert shrunk >= 1
 
 
+def test_the_smaller_plan_is_what_the_job_keeps(engine: Engine, tmp_path: Path) -> None:
+    with Reservations(fail_at=12):
+        job = engine.submit(a_request(None), job_dir=tmp_path / "job")
+        job.result()
+    (replanned,) = (event for event in job.events() if isinstance(event, Replanned))
+    kept = Plan.from_json(read_record(tmp_path / "job").plan)
+    assert changes(job.plan, kept) == (replanned.changes, replanned.identical)
+
+
 def test_a_shortage_in_a_step_costs_that_step_only(engine: Engine, latents: torch.Tensor) -> None:
     with DeviceAllocations(inside="denoise_forward") as counted:
         engine.submit(a_request(None)).result()

@@ -85,7 +85,7 @@ class Prepared:
     Args:
         plans: the model in the formats it may run in, or a description of one.
         chosen: budgets, policy, formats and options.
-        notices: what is to be said of the device's 8-bit products and attention.
+        notices: what is to be said of the device's 8-bit products and attention, and of the files.
 
     Attributes:
         chosen, notices: as given.
@@ -163,8 +163,9 @@ class Prepared:
         computing, products = computing_on(chosen.hardware.place, chosen.policy.compute)
         heads, tag = model.manifest.heads, model.streamed.tag
         chosen, attention = attending_on(chosen, heads, tag)
-        log.debug("on this device: %s", (*products, *attention))
-        return cls(Variants(model, chosen, computing, cache), chosen, (*products, *attention))
+        notices = (*products, *attention, *model.notices)
+        log.debug("on this device: %s", notices)
+        return cls(Variants(model, chosen, computing, cache), chosen, notices)
 
     @classmethod
     def _of_description(cls, name: str, chosen: Chosen, *, here: bool) -> Prepared:

@@ -148,8 +148,8 @@ def test_a_cgroup_of_what_was_promised(
 ) -> None:
     """The command as a person runs it, in a group of its own from its first instruction."""
     own = {"PENSTOCK_DATA_DIR": str(tmp_path / "data"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "penstock.cli.main", "generate", "--model",
-               str(subject.folder), *words(subject.request), "--device", "cpu", "--json"]  # fmt: skip
+    given = ["--model", str(subject.folder), *words(subject.request), "--device", "cpu", "--json"]
+    command = [sys.executable, "-m", "penstock.cli.main", "generate", *given]
 
     def run(vram: str, ram: str, limit: Callable[[], None] | None) -> dict[str, Any]:
         output = ["--vram", vram, "--ram", ram, "-o", str(tmp_path / "x.mp4"), "--force"]

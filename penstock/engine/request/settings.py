@@ -7,7 +7,7 @@ fps, negative_prompt) where the official Wan2.1 defaults do not suit it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,9 @@ from penstock.engine.request.generation import (
 from penstock.errors import CheckpointError, UsageError
 
 _NUMBERS = ("width", "height", "frames", "steps", "guidance_scale", "shift", "fps")
+
+
+ANY_SEED = -1
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,9 @@ class Settings:
     shift: float | None = None
     seed: int | None = None
     sampler: str | None = None
-    fps: int | None = None
+    fps: float | None = None
     distilled: bool = False
+    fit: str | None = None
 
 
 class Suited(Protocol):
@@ -61,7 +65,8 @@ class Suited(Protocol):
 
 
 def resolve(settings: Settings, model: Suited) -> GenerationRequest:
-    """Fill the gaps of ``settings`` from the model's defaults, and the size from the picture.
+    """Fill the gaps of ``settings`` from the model's defaults, and the size from the picture; a
+    seed of -1 is an open one, as elsewhere.
 
     Raises:
         UsageError: both a size and an area; RequestError, ImageError: as the request itself.
@@ -69,8 +74,10 @@ def resolve(settings: Settings, model: Suited) -> GenerationRequest:
     """
     if settings.size is not None and settings.max_area is not None:
         raise UsageError(
-            "two answers to one question", expected="--size or --max-area", found="both"
+            "the video's size is given twice", expected="--size or --max-area", found="both"
         )
+    if settings.seed == ANY_SEED:
+        settings = replace(settings, seed=None)
     defaults = _defaults(model.defaults, model.origin)
     given = {
         field.name: getattr(settings, field.name)

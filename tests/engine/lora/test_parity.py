@@ -114,7 +114,7 @@ def test_the_transformer_is_that_of_diffusers(
     style: str, image: bool, i2v_folder: Path, t2v_folder: Path, tmp_path: Path
 ) -> None:
     folder = i2v_folder if image else t2v_folder
-    path = STYLES[style](locate(folder).transformer, tmp_path / "lora.safetensors")
+    path = STYLES[style](locate(folder).streamed, tmp_path / "lora.safetensors")
     loras = [Lora(path, 0.7)]
     files = ModelFiles.open(folder, loras=loras)
     given = made.inputs(files.transformer.module.config)
@@ -128,7 +128,7 @@ def test_the_transformer_is_that_of_diffusers(
 
 
 def test_several_at_once_add_up(i2v_folder: Path, tmp_path: Path) -> None:
-    source = locate(i2v_folder).transformer
+    source = locate(i2v_folder).streamed
     loras = [
         Lora(_kohya(source, tmp_path / "a.safetensors"), 0.5),
         Lora(_comfy(source, tmp_path / "b.safetensors"), -0.25),
@@ -146,7 +146,7 @@ def test_several_at_once_add_up(i2v_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("stored", ["int8", "gguf-q8_0"])
 def test_beside_quantised_weights(stored: str, t2v_folder: Path, tmp_path: Path) -> None:
     """diffusers on the decoded weights, with the LoRA as it loads it."""
-    path = _lightx2v(locate(t2v_folder).transformer, tmp_path / "lora.safetensors")
+    path = _lightx2v(locate(t2v_folder).streamed, tmp_path / "lora.safetensors")
     pack(locate(t2v_folder), stored, tmp_path / "packed")
     files = ModelFiles.open(tmp_path / "packed", loras=[Lora(path, 0.7)])
     assert {fmt.name for fmt in files.transformer.formats[0].values()} == {stored}
@@ -195,7 +195,7 @@ def test_the_latents_of_a_job_are_those_of_diffusers(
     style: str, i2v_folder: Path, picture: Path, tmp_path: Path
 ) -> None:
     """Unmerged and merged, streamed from disk and resident."""
-    path = STYLES[style](locate(i2v_folder).transformer, tmp_path / "lora.safetensors")
+    path = STYLES[style](locate(i2v_folder).streamed, tmp_path / "lora.safetensors")
     loras, request = [Lora(path, 0.6)], _request(picture)
     expected = _their_latents(i2v_folder, request, loras)
     pack(locate(i2v_folder), "fp32", tmp_path / "merged", loras=loras)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from penstock.errors import CheckpointError, NonFinite, UsageError
 
+_SINGULAR: Any = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 _FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 # What each solver carries from step to step (the attributes of diffusers' schedulers)
 _HISTORY = {
@@ -179,7 +180,7 @@ def _refusals() -> Iterator[None]:
     """What diffusers' solvers refuse of a config, each entry of which may be sound by itself."""
     try:
         yield
-    except (ValueError, TypeError, NotImplementedError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+    except (ValueError, TypeError, NotImplementedError, _SINGULAR) as error:
         raise CheckpointError(
             "the model's scheduler config cannot be used",
             expected="entries that one solver can follow together",

@@ -58,6 +58,15 @@ class SamplerName(str, Enum):
     LCM = "lcm"
 
 
+Steps = Annotated[
+    int | None, typer.Option(help="Denoising steps (40 from a picture, 50 from text).")
+]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale (5; 1.3B: 6); 1 is off.")]
+Shift = Annotated[
+    float | None,
+    typer.Option(help="Flow shift (5; from a picture at 480p: 3; 1.3B: 8)."),
+]
+Sampler = Annotated[SamplerName | None, typer.Option(help="Sampler (unipc).")]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 Distilled = Annotated[
@@ -115,11 +124,11 @@ def generate(
         str | None, typer.Option(help="720p, 480p or WxH: the picture's aspect within this area.")
     ] = None,
     frames: Annotated[int | None, typer.Option(help="Frames, 4n+1 (81).")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps (40).")] = None,
-    cfg: Annotated[float | None, typer.Option(help="Guidance scale (5); 1 is off.")] = None,
-    shift: Annotated[float | None, typer.Option(help="Flow shift (5 at 720p, 3 at 480p).")] = None,
+    steps: Steps = None,
+    cfg: Guidance = None,
+    shift: Shift = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the noise (drawn if absent).")] = None,
-    sampler: Annotated[SamplerName | None, typer.Option(help="Sampler (unipc).")] = None,
+    sampler: Sampler = None,
     distilled: Distilled = False,
     fps: Annotated[int | None, typer.Option(help="Frames a second of the file (16).")] = None,
     lora: Loras = None,
@@ -281,8 +290,10 @@ def plan(
     size: Annotated[str | None, typer.Option(help="Pixels, such as 1280x720.")] = None,
     max_area: Annotated[str | None, typer.Option(help="720p, 480p or WxH.")] = None,
     frames: Annotated[int | None, typer.Option(help="Frames, 4n+1 (81).")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps (40).")] = None,
-    cfg: Annotated[float | None, typer.Option(help="Guidance scale (5); 1 is off.")] = None,
+    steps: Steps = None,
+    cfg: Guidance = None,
+    shift: Shift = None,
+    sampler: Sampler = None,
     distilled: Distilled = False,
     lora: Loras = None,
     options: Options = NOTHING,
@@ -304,7 +315,8 @@ def plan(
 
     settings = Settings(
         prompt="a plan", image=image, size=size, max_area=max_area, frames=frames, steps=steps,
-        guidance_scale=cfg, distilled=distilled,
+        guidance_scale=cfg, shift=shift, sampler=None if sampler is None else sampler.value,
+        distilled=distilled,
     )  # fmt: skip
     with reported(debug):
         options, machine = machine_of(options, card, disk)
@@ -316,7 +328,8 @@ def plan(
             synthetic=synthetic,
             machine=machine,
         )
-        found = prepared.plan(workload_of(resolve(settings, prepared.about), kept=True))
+        request = resolve(settings, prepared.about)
+        found = prepared.plan(workload_of(request, kept=True))
     if as_json:
         say(json.dumps(found.to_json()))
     else:

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from penstock.engine.attention.choice import attending_on
 from penstock.engine.family.protocol import builtin
@@ -22,7 +22,7 @@ from penstock.engine.model.files import ModelFiles
 from penstock.engine.model.grid import Grid
 from penstock.engine.model.opening import Opening
 from penstock.engine.request.generation import GenerationRequest, check_task, workload_of
-from penstock.engine.request.settings import Suited
+from penstock.engine.request.settings import Official, Suited
 from penstock.engine.variants import Variants, computing_on
 from penstock.errors import UsageError
 from penstock.profiles.advice import plan_chosen
@@ -56,6 +56,11 @@ class BuiltIn:
     def defaults(self) -> Mapping[str, Any]:
         """Of requests: none, so that the official ones count."""
         return {}
+
+    @property
+    def official(self) -> Official:
+        """Of requests, as the model was released with."""
+        return cast("Official", self.manifest(self.chosen.formats[0]))
 
     @property
     def origin(self) -> str:

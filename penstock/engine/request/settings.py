@@ -44,8 +44,23 @@ class Settings:
     distilled: bool = False
 
 
+class Official(Protocol):
+    """What a model was released with, where neither a request nor the model's folder says more."""
+
+    @property
+    def request_defaults(self) -> Mapping[str, Any]:
+        """Width, height, steps and guidance_scale."""
+
+    def flow_shift(self, width: int, height: int, asked: float | None) -> float:
+        """``asked``, or the official flow shift of a video of that size."""
+
+
 class Suited(Protocol):
     """What a model says of the requests that suit it."""
+
+    @property
+    def official(self) -> Official:
+        """As it was released."""
 
     @property
     def grid(self) -> Grid:
@@ -61,7 +76,8 @@ class Suited(Protocol):
 
 
 def resolve(settings: Settings, model: Suited) -> GenerationRequest:
-    """Fill the gaps of ``settings`` from the model's defaults, and the size from the picture.
+    """Fill the gaps of ``settings`` from the model's defaults, and the size from the picture; the
+    flow shift, where none is said, follows that size.
 
     Raises:
         UsageError: both a size and an area; RequestError, ImageError: as the request itself.
@@ -71,7 +87,8 @@ def resolve(settings: Settings, model: Suited) -> GenerationRequest:
         raise UsageError(
             "two answers to one question", expected="--size or --max-area", found="both"
         )
-    defaults = _defaults(model.defaults, model.origin)
+    defaults = dict(model.official.request_defaults)
+    defaults |= _defaults(model.defaults, model.origin)
     given = {
         field.name: getattr(settings, field.name)
         for field in fields(settings)
@@ -80,9 +97,10 @@ def resolve(settings: Settings, model: Suited) -> GenerationRequest:
     if settings.distilled:
         defaults |= DISTILLED
     width, height = _size(settings, defaults, model.grid)
-    return GenerationRequest(
-        **(defaults | given | {"width": width, "height": height, "grid": model.grid})
-    )
+    values = defaults | given
+    shift = model.official.flow_shift(width, height, values.get("shift"))
+    found = {"width": width, "height": height, "shift": shift, "grid": model.grid}
+    return GenerationRequest(**(values | found))
 
 
 def _defaults(found: Mapping[str, Any], origin: str) -> dict[str, Any]:
@@ -105,7 +123,7 @@ def _defaults(found: Mapping[str, Any], origin: str) -> dict[str, Any]:
 def _size(settings: Settings, defaults: dict[str, Any], grid: Grid) -> tuple[int, int]:
     if settings.size is not None:
         return parse_size(settings.size)
-    width, height = defaults.get("width", 1280), defaults.get("height", 720)
+    width, height = defaults["width"], defaults["height"]
     if settings.max_area is None and settings.image is None:
         return width, height
     area = width * height if settings.max_area is None else parse_area(settings.max_area)

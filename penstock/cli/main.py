@@ -311,6 +311,7 @@ def plan(
     from penstock.engine.files.locate import Files
     from penstock.engine.prepared import Prepared, machine_of
     from penstock.engine.request.generation import workload_of
+    from penstock.engine.request.levels import timesteps_of
     from penstock.engine.request.settings import Settings, resolve
 
     settings = Settings(
@@ -330,8 +331,9 @@ def plan(
         )
         request = resolve(settings, prepared.about)
         found = prepared.plan(workload_of(request, kept=True))
+        told = timesteps_of(request, prepared.about.official)
     if as_json:
-        say(json.dumps(found.to_json()))
+        say(json.dumps(found.to_json() | {"timesteps": told}))
     else:
         besides = memory_told(found) if card is None else ASSUMED
         Screen().print(plan_view(found, besides), soft_wrap=True)

@@ -24,6 +24,7 @@ from penstock.engine.request.generation import GenerationRequest
 from penstock.profiles.plan import StreamPlan
 from tests.engine import lora_files as made
 from tests.engine.run.test_budget import _placed, _run
+from tests.makers import makers_unipc
 
 CLOSE = 1e-5
 
@@ -128,7 +129,7 @@ def test_the_transformer_is_that_of_diffusers(
 
 
 def test_several_at_once_add_up(i2v_folder: Path, tmp_path: Path) -> None:
-    source = locate(i2v_folder).transformer
+    source = locate(i2v_folder).streamed
     loras = [
         Lora(_kohya(source, tmp_path / "a.safetensors"), 0.5),
         Lora(_comfy(source, tmp_path / "b.safetensors"), -0.25),
@@ -172,8 +173,8 @@ def _request(picture: Path) -> GenerationRequest:
 def _their_latents(folder: Path, request: GenerationRequest, loras: list[Lora]) -> Tensor:
     pipe = _pipe(folder, True)
     _add(pipe, loras)
-    pipe.scheduler = type(pipe.scheduler).from_config(
-        pipe.scheduler.config, flow_shift=flow_shift(request.width, request.height, request.shift)
+    pipe.scheduler = makers_unipc(
+        pipe.scheduler.config, flow_shift(request.width, request.height, request.shift)
     )
     frames: Tensor = pipe(
         image=Image.open(request.image).convert("RGB"),
@@ -195,7 +196,7 @@ def test_the_latents_of_a_job_are_those_of_diffusers(
     style: str, i2v_folder: Path, picture: Path, tmp_path: Path
 ) -> None:
     """Unmerged and merged, streamed from disk and resident."""
-    path = STYLES[style](locate(i2v_folder).transformer, tmp_path / "lora.safetensors")
+    path = STYLES[style](locate(i2v_folder).streamed, tmp_path / "lora.safetensors")
     loras, request = [Lora(path, 0.6)], _request(picture)
     expected = _their_latents(i2v_folder, request, loras)
     pack(locate(i2v_folder), "fp32", tmp_path / "merged", loras=loras)

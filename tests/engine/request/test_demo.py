@@ -19,6 +19,7 @@ from penstock.engine.request.generation import GenerationRequest
 from penstock.engine.request.settings import Settings, resolve
 from penstock.profiles.options import Options
 from tests.faults.child import Task
+from tests.makers import makers_unipc
 
 SMALLEST = "9MiB"
 
@@ -42,6 +43,7 @@ def test_diffusers_opens_it_and_makes_the_same_video() -> None:
         ours = engine.submit(request).result().video.numpy().astype(int)
     pipe = WanImageToVideoPipeline.from_pretrained(MINI)
     pipe.to(torch.float32)
+    pipe.scheduler = makers_unipc(pipe.scheduler.config, pipe.scheduler.config.flow_shift)
     pipe.set_progress_bar_config(disable=True)
     theirs = pipe(
         image=Image.open(demo_picture()).convert("RGB"),

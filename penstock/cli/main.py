@@ -58,6 +58,13 @@ class SamplerName(str, Enum):
     LCM = "lcm"
 
 
+class ClipCrop(str, Enum):
+    """What the image encoder sees of the picture."""
+
+    SQUASH = "squash"
+    CENTER = "center"
+
+
 Steps = Annotated[
     int | None, typer.Option(help="Denoising steps (40 from a picture, 50 from text).")
 ]
@@ -130,6 +137,12 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Seed of the noise (drawn if absent).")] = None,
     sampler: Sampler = None,
     distilled: Distilled = False,
+    clip_crop: Annotated[
+        ClipCrop | None,
+        typer.Option(
+            help="CLIP sees all of the picture, squeezed to a square, or its centre (squash)."
+        ),
+    ] = None,
     fps: Annotated[int | None, typer.Option(help="Frames a second of the file (16).")] = None,
     lora: Loras = None,
     options: Options = NOTHING,
@@ -169,6 +182,7 @@ def generate(
         sampler=None if sampler is None else sampler.value,
         fps=fps,
         distilled=distilled,
+        clip_crop=None if clip_crop is None else clip_crop.value,
     )
     with reported(debug), Stopping() as stop:
         _generate(
@@ -435,7 +449,8 @@ def _watch(job: Any, plan: Any, as_json: bool, stop: Stopping) -> Any:
     keep_overhead("cpu" if report.on_cpu else "cuda", report.beside_bytes)
     console.print(report_summary(report), soft_wrap=True)
     if as_json:
-        say(json.dumps({"plan": plan.to_json(), "report": report.to_json()}))
+        planned = plan.to_json() | {"timesteps": report.timesteps}
+        say(json.dumps({"plan": planned, "report": report.to_json()}))
     return report
 
 

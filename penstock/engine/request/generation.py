@@ -20,6 +20,7 @@ from penstock.profiles.manifest import VideoShape
 from penstock.profiles.phases import Workload
 
 SAMPLERS = ("unipc", "dpm++", "euler", "lcm")
+CLIP_CROPS = ("squash", "center")
 DISTILLED: Mapping[str, Any] = MappingProxyType(
     {"distilled": True, "steps": 4, "guidance_scale": 1.0, "shift": 5.0, "sampler": "lcm"}
 )
@@ -67,6 +68,8 @@ class GenerationRequest:
         fps: frames a second in the file; the model was trained at 16.
         distilled: take the noise levels that distilled models were trained at: before the shift,
             1000, 750, 500 and 250 of 1000 for four steps; for "lcm" and "euler".
+        clip_crop: what the image encoder sees of the picture: "squash", all of it squeezed into a
+            square, as Wan's makers do; or "center", the square in its middle, as diffusers does.
         grid: what the model can represent.
 
     Raises:
@@ -86,6 +89,7 @@ class GenerationRequest:
     sampler: str = "unipc"
     fps: int = 16
     distilled: bool = False
+    clip_crop: str = "squash"
     grid: Grid = field(default_factory=Grid)
 
     def __post_init__(self) -> None:
@@ -99,6 +103,10 @@ class GenerationRequest:
         if self.sampler not in SAMPLERS:
             raise RequestError(
                 "unknown sampler", expected=" or ".join(SAMPLERS), found=brief(self.sampler)
+            )
+        if self.clip_crop not in CLIP_CROPS:
+            raise RequestError(
+                "unknown clip_crop", expected=" or ".join(CLIP_CROPS), found=repr(self.clip_crop)
             )
         if self.distilled and self.sampler not in ("lcm", "euler"):
             raise RequestError(

@@ -42,6 +42,7 @@ class Settings:
     sampler: str | None = None
     fps: int | None = None
     distilled: bool = False
+    clip_crop: str | None = None
 
 
 class Official(Protocol):

@@ -53,6 +53,7 @@ def _request(shape: tuple[int, int, int], image: Path | None) -> GenerationReque
         frames=frames,
         steps=STEPS,
         seed=7,
+        clip_crop="center",  # diffusers' own
     )
 
 

@@ -62,7 +62,7 @@ def row(fake: FakeVae, name: str, shape: tuple[int, int]) -> dict[str, Any]:
         "decode_bytes": fake.decode_peak(latent, grid),
         "decode_predicted_bytes": decode_bytes(WAN, latent, grid, 2).device_bytes,
         "decode_flops_ratio": ratio(decode_work, latent, grid),
-        "encode_bytes": fake.encode_peak(latent, grid, FIRST_FRAME),
+        "encode_bytes": fake.encode_peak(latent, grid),
         "encode_predicted_bytes": encode_bytes(
             WAN, latent, grid, 2, changes=FIRST_FRAME
         ).device_bytes,

@@ -10,6 +10,7 @@ import typer
 
 from penstock.cli.files import Debug, Json, reported
 from penstock.cli.options import NOTHING, with_options
+from penstock.cli.paths import path_option
 from penstock.cli.terminal import Screen, say
 from penstock.profiles.options import Options
 
@@ -32,7 +33,8 @@ def bench(
     cfg: Annotated[float, typer.Option(help="Guidance scale; 1 is off: one pass a step.")] = 5.0,
     options: Options = NOTHING,
     folder: Annotated[
-        Path | None, typer.Option(help="Where a synthetic model is made (and removed again).")
+        Path | None,
+        path_option("Where a synthetic model is made (and removed again)."),
     ] = None,
     minutes: Annotated[
         float, typer.Option(help="That the steps of a synthetic model may take, by the plan.")
@@ -40,13 +42,14 @@ def bench(
     whole: Annotated[
         bool, typer.Option("--whole", help="Every phase of a job, not denoising alone.")
     ] = False,
-    save: Annotated[Path | None, typer.Option(help="Keep the result in this file.")] = None,
-    compare: Annotated[Path | None, typer.Option(help="Hold it against a kept one.")] = None,
+    save: Annotated[Path | None, path_option("Keep the result in this file.")] = None,
+    compare: Annotated[Path | None, path_option("Hold it against a kept one.")] = None,
     percent: Annotated[float, typer.Option(help="Worse by more than this counts, if also")] = 5.0,
     seconds: Annotated[float, typer.Option(help="by more than this in a step, or")] = 0.05,
     peak: Annotated[str, typer.Option(help="by more than this in a peak.")] = "32MiB",
     sweep: Annotated[
-        Path | None, typer.Option(help="Measure several profiles; draw s/step over VRAM here.")
+        Path | None,
+        path_option("Measure several profiles; draw s/step over VRAM here."),
     ] = None,
     profiles: Annotated[str, typer.Option(help="Those of a sweep.")] = "24gb,16gb,12gb,8gb,6gb,4gb",
     as_json: Json = False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from penstock.cli.paths import path_argument, path_option
 from penstock.cli.terminal import Screen, say, warn
 from penstock.errors import PenstockError
 from penstock.folders import cache_folder
@@ -23,19 +25,24 @@ cache_app = typer.Typer(help="List and remove the packs that were made on first 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-Part = Annotated[Path | None, typer.Option(help="This component's file, index or folder.")]
+Part = Annotated[Path | None, path_option("This component's file, index or folder.")]
 Model = Annotated[
     str | None,
     typer.Option(
         help="A folder (diffusers, Wan's own, ComfyUI), a transformer's file, or a hub id."
     ),
 ]
-Tokenizer = Annotated[
-    Path | None, typer.Option(help="A tokenizer's folder or SentencePiece model.")
-]
+Tokenizer = Annotated[Path | None, path_option("A tokenizer's folder or SentencePiece model.")]
 Loras = Annotated[
     list[str] | None,
     typer.Option("--lora", metavar="FILE[:STRENGTH]", help="A LoRA; may be given several times."),
+]
+
+LoraStrict = Annotated[
+    bool,
+    typer.Option(
+        "--lora-strict", help="Refuse a LoRA of which a tensor has no place in the model."
+    ),
 ]
 
 
@@ -72,7 +79,7 @@ def _told(error: OSError) -> str:
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A file, an index or a folder.")],
+    path: Annotated[Path, path_argument("A file, an index or a folder.")],
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -89,7 +96,7 @@ def inspect(
 
 def pack(
     format: Annotated[str, typer.Option(help="Of the transformer's matrices, such as int8.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
+    output: Annotated[Path, path_option("The folder to write.", "--output", "-o")],
     model: Model = None,
     transformer: Part = None,
     text_encoder: Part = None,
@@ -97,6 +104,7 @@ def pack(
     image_encoder: Part = None,
     tokenizer: Tokenizer = None,
     lora: Loras = None,
+    lora_strict: LoraStrict = False,
     ram: Annotated[str, typer.Option(help="The most memory for weights in work.")] = "2GiB",
     as_json: Json = False,
     debug: Debug = False,
@@ -115,19 +123,22 @@ def pack(
                 locate(model, files),
                 format,
                 output,
-                loras=as_loras(lora or []),
+                loras=as_loras(lora or [], strict=lora_strict),
                 ram_bytes=parse_bytes(ram),
                 progress=progress,
             )
+    for notice in report.notices:
+        warn(f"note: {notice}")
     if as_json:
         say(json.dumps(asdict(report), default=str))
     else:
         say(f"{report.folder}: {report.files} packs, {format_bytes(report.nbytes)}")
-        say(f"use it: penstock generate --model {report.folder}")
+        place = shlex.join(["--model", str(report.folder.absolute())])
+        say(f"use it: penstock generate {place}")
 
 
 def verify(
-    path: Annotated[Path, typer.Argument(help="A pack, or a folder of packs.")],
+    path: Annotated[Path, path_argument("A pack, or a folder of packs.")],
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

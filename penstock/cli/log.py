@@ -17,7 +17,7 @@ from enum import Enum
 from pathlib import Path
 
 from penstock.engine.machine.programs import output
-from penstock.engine.machine.software import versions
+from penstock.engine.software import versions
 from penstock.errors import OutputError
 from penstock.folders import cache_folder, config_folder, data_folder
 from penstock.units import format_bytes

@@ -17,6 +17,7 @@ from penstock._version import __version__
 from penstock.cli.bench import bench
 from penstock.cli.files import (
     Loras,
+    LoraStrict,
     Model,
     Part,
     Tokenizer,
@@ -29,6 +30,7 @@ from penstock.cli.files import (
 from penstock.cli.log import Level, logged
 from penstock.cli.memory import MemoryHelp, memory_told
 from penstock.cli.options import NOTHING, with_options
+from penstock.cli.paths import path_option
 from penstock.cli.stopping import Stopping
 from penstock.cli.terminal import Screen, asks_a_person, keep_going, printable, say, warn
 from penstock.profiles.options import Options
@@ -63,6 +65,14 @@ class ClipCrop(str, Enum):
 
     SQUASH = "squash"
     CENTER = "center"
+
+
+class FitName(str, Enum):
+    """What is done with a picture of another aspect than the video's."""
+
+    CROP = "crop"
+    PAD = "pad"
+    STRETCH = "stretch"
 
 
 Steps = Annotated[
@@ -117,14 +127,14 @@ def main_options(
 @with_options()
 def generate(
     prompt: Annotated[str, typer.Option(help="What should happen.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The mp4 to write.")],
+    output: Annotated[Path, path_option("The mp4 to write.", "--output", "-o")],
     model: Model = None,
     transformer: Part = None,
     text_encoder: Part = None,
     vae: Part = None,
     image_encoder: Part = None,
     tokenizer: Tokenizer = None,
-    image: Annotated[Path | None, typer.Option(help="The picture to start from.")] = None,
+    image: Annotated[Path | None, path_option("The picture to start from.")] = None,
     negative: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
     size: Annotated[str | None, typer.Option(help="Pixels, such as 1280x720.")] = None,
     max_area: Annotated[
@@ -134,17 +144,28 @@ def generate(
     steps: Steps = None,
     cfg: Guidance = None,
     shift: Shift = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the noise (drawn if absent).")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the noise (drawn if absent or -1).")
+    ] = None,
     sampler: Sampler = None,
     distilled: Distilled = False,
+    fps: Annotated[
+        float | None, typer.Option(help="Frames a second of the file, such as 23.976 (16).")
+    ] = None,
+    fit: Annotated[
+        FitName | None,
+        typer.Option(
+            help="A picture of another aspect than --size is cropped, padded or stretched."
+        ),
+    ] = None,
     clip_crop: Annotated[
         ClipCrop | None,
         typer.Option(
             help="CLIP sees all of the picture, squeezed to a square, or its centre (squash)."
         ),
     ] = None,
-    fps: Annotated[int | None, typer.Option(help="Frames a second of the file (16).")] = None,
     lora: Loras = None,
+    lora_strict: LoraStrict = False,
     options: Options = NOTHING,
     force: Force = False,
     no_metadata: Annotated[
@@ -152,7 +173,8 @@ def generate(
     ] = False,
     as_json: Json = False,
     job: Annotated[
-        Path | None, typer.Option(help="Folder to keep the job in (the data directory).")
+        Path | None,
+        path_option("Folder to keep the job in (the data directory)."),
     ] = None,
     resume_same: Annotated[
         bool | None,
@@ -164,10 +186,10 @@ def generate(
 ) -> None:
     """Make a video from a prompt, and a picture where the model takes one."""
     from penstock.engine.files.locate import Files
+    from penstock.engine.lora.file import as_loras
     from penstock.engine.request.settings import Settings
 
     files = Files(transformer, text_encoder, vae, image_encoder, tokenizer)
-    opening = {"files": files, "loras": lora or [], "options": options}
     settings = Settings(
         prompt=prompt,
         image=image,
@@ -181,10 +203,13 @@ def generate(
         seed=seed,
         sampler=None if sampler is None else sampler.value,
         fps=fps,
+        fit=None if fit is None else fit.value,
         distilled=distilled,
         clip_crop=None if clip_crop is None else clip_crop.value,
     )
     with reported(debug), Stopping() as stop:
+        loras = as_loras(lora or [], strict=lora_strict)
+        opening = {"files": files, "loras": loras, "options": options}
         _generate(
             model, opening, settings, output, force, not no_metadata, as_json, stop,
             lambda engine, request, plan: _job_folder(engine, request, plan, job, resume_same),
@@ -201,7 +226,8 @@ def resume(
         str | None, typer.Argument(help="Folder, or name of a job; the only unfinished one.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The mp4 to write instead.")
+        Path | None,
+        path_option("The mp4 to write instead.", "--output", "-o"),
     ] = None,
     lora: Loras = None,
     options: Options = NOTHING,
@@ -263,11 +289,9 @@ def remove(
 @app.command(cls=MemoryHelp)
 @with_options()
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The mp4 to write.")] = Path(
-        "demo.mp4"
-    ),
+    output: Annotated[Path, path_option("The mp4 to write.", "--output", "-o")] = Path("demo.mp4"),
     prompt: Annotated[str | None, typer.Option(help="What should happen.")] = None,
-    image: Annotated[Path | None, typer.Option(help="The picture to start from.")] = None,
+    image: Annotated[Path | None, path_option("The picture to start from.")] = None,
     options: Options = NOTHING,
     force: Force = False,
     as_json: Json = False,
@@ -300,7 +324,7 @@ def plan(
     synthetic: Annotated[
         str | None, typer.Option(help="A built-in description instead: wan2.1-i2v-14b.")
     ] = None,
-    image: Annotated[Path | None, typer.Option(help="The picture, for its aspect.")] = None,
+    image: Annotated[Path | None, path_option("The picture, for its aspect.")] = None,
     size: Annotated[str | None, typer.Option(help="Pixels, such as 1280x720.")] = None,
     max_area: Annotated[str | None, typer.Option(help="720p, 480p or WxH.")] = None,
     frames: Annotated[int | None, typer.Option(help="Frames, 4n+1 (81).")] = None,
@@ -310,6 +334,7 @@ def plan(
     sampler: Sampler = None,
     distilled: Distilled = False,
     lora: Loras = None,
+    lora_strict: LoraStrict = False,
     options: Options = NOTHING,
     card: Annotated[
         str | None, typer.Option(help='Plan for another machine, such as "RTX 3060 12GB".')
@@ -323,6 +348,7 @@ def plan(
     """Say what a video will take, in bytes and seconds, without loading anything."""
     from penstock.cli.plan_view import ASSUMED, plan_view
     from penstock.engine.files.locate import Files
+    from penstock.engine.lora.file import as_loras
     from penstock.engine.prepared import Prepared, machine_of
     from penstock.engine.request.generation import workload_of
     from penstock.engine.request.levels import timesteps_of
@@ -338,7 +364,7 @@ def plan(
         prepared = Prepared.open(
             model,
             files=Files(transformer, text_encoder, vae, image_encoder, tokenizer),
-            loras=lora or [],
+            loras=as_loras(lora or [], strict=lora_strict),
             options=options,
             synthetic=synthetic,
             machine=machine,
@@ -380,7 +406,7 @@ def profiles_show(name: Annotated[str, typer.Argument(help="A name, or a file.")
 @app.command()
 def doctor(
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
-    folder: Annotated[Path | None, typer.Option(help="On the disk that the models are on.")] = None,
+    folder: Annotated[Path | None, path_option("On the disk that the models are on.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -467,7 +493,7 @@ def _job_folder(
         question = f"job {found.name} is the same and unfinished ({found.step}/{found.steps} steps)"
         if resumes or _confirmed(f"{printable(question)}: continue it?"):
             return found.folder, True
-        warn(f"note: {question}: penstock resume {found.folder}")
+        warn(f"note: {question}: penstock resume {found.folder.absolute()}")
     return folder or new_job_folder(), False
 
 

@@ -5,6 +5,7 @@ Only headers are read, and torch is not imported: a file of 32 GB takes a fracti
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,15 @@ from pathlib import Path
 from penstock.engine.files.fields import read_object
 from penstock.engine.files.keys import ComponentSource
 from penstock.engine.files.locate import (
-    COMPONENTS,
     ModelSource,
+    config_owner,
     locate,
     open_component,
+    survey,
 )
 from penstock.engine.lora.inspect import LoraInspection, describe_lora, holds_lora
-from penstock.errors import PenstockError
+from penstock.errors import CheckpointError, PenstockError, PickleRefused
+from penstock.offload.checkpoint import find_checkpoint
 from penstock.offload.files import looked_at
 from penstock.units import format_bytes
 
@@ -88,7 +91,7 @@ class Inspection:
         if self.extras:
             lines.append(f"  beside the model: {', '.join(self.extras)}")
         if self.arguments:
-            lines.append(f"  use it: penstock generate {' '.join(self.arguments)}")
+            lines.append(f"  use it: penstock generate {shlex.join(self.arguments)}")
         return lines
 
 
@@ -99,20 +102,27 @@ class ModelInspection:
     Attributes:
         problem: why a folder's parts make no model; empty if they do or a single file was given.
         arguments: what to add to ``penstock generate`` to use the whole; may be empty.
+        completed: the same for a folder that lacks parts, with FILE for each of them.
+        notes: of each part that is lacking, why; and files that were passed over.
     """
 
     path: Path
     components: tuple[Inspection, ...]
     problem: str
     arguments: tuple[str, ...]
+    completed: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """The description for a terminal."""
         lines = [line for part in self.components for line in part.lines()]
+        lines += self.notes
+        if self.completed:
+            lines.append(f"with what it lacks: penstock generate {shlex.join(self.completed)}")
         if self.problem:
             lines.append(f"not a whole model: {self.problem}")
-        elif len(self.components) > 1:
-            lines.append(f"use it: penstock generate {' '.join(self.arguments)}")
+        elif len(self.components) > 1 and not self.problem:
+            lines.append(f"use it: penstock generate {shlex.join(self.arguments)}")
         return lines
 
 
@@ -123,7 +133,7 @@ def inspect(path: Path) -> ModelInspection | LoraInspection:
         CheckpointError: nothing there is a component of a Wan2.1 model.
     """
     with looked_at(path):
-        return _inspect(path.expanduser())
+        return _inspect(path.expanduser().absolute())  # hints hold wherever they are read
 
 
 def _inspect(path: Path) -> ModelInspection | LoraInspection:
@@ -140,32 +150,47 @@ def _is_component(folder: Path) -> bool:
     config = folder / "config.json"
     if (folder / "model_index.json").exists() or not config.exists():
         return False
-    content = read_object(config)
-    return "_diffusers_version" in content or "model_type" in content
+    if config_owner(read_object(config)) is None:
+        return False
+    try:
+        find_checkpoint(folder)
+    except CheckpointError:
+        return bool(list(folder.glob("*.gguf")))
+    return True
 
 
 def _inspect_model(folder: Path) -> ModelInspection:
+    arguments = ("--model", str(folder))
     try:
         source: ModelSource = locate(folder)
     except PenstockError as error:
-        parts = tuple(_parts(folder))
-        if not parts:
-            raise
-        return ModelInspection(folder, parts, str(error), ())
-    arguments = ("--model", str(folder))
+        return _incomplete(folder, error, arguments)
     parts = tuple(describe(part, arguments) for part in source.components())
-    return ModelInspection(folder, parts, "", arguments)
+    return ModelInspection(folder, parts, "", arguments, (), source.notes)
 
 
-def _parts(folder: Path) -> list[Inspection]:
-    """What can be described of a folder that is no whole model."""
-    found = []
-    for place in (folder, *(folder / name for name in COMPONENTS)):
-        try:
-            found.append(describe(open_component(place)))
-        except PenstockError:
-            continue  # the folder's own error tells what is wrong with it
-    return found
+def _incomplete(folder: Path, error: PenstockError, arguments: tuple[str, ...]) -> ModelInspection:
+    """What can be described of a folder that is no whole model, and what would make it one.
+
+    Raises:
+        PenstockError: ``error``, where nothing can be.
+    """
+    try:
+        found = survey(folder)
+    except CheckpointError:
+        raise error from None
+    parts = tuple(describe(part) for part in found.values() if isinstance(part, ComponentSource))
+    lacking = {name: part for name, part in found.items() if isinstance(part, CheckpointError)}
+    if not parts:
+        raise error
+    notes = tuple(f"{name.replace('_', ' ')}: {_why(part)}" for name, part in lacking.items())
+    flags = [word for name in lacking for word in ("--" + name.replace("_", "-"), "FILE")]
+    return ModelInspection(folder, parts, str(error), (), (*arguments, *flags), notes)
+
+
+def _why(error: CheckpointError) -> str:
+    """A pickle's refusal in short: what stands in the way."""
+    return error.what if isinstance(error, PickleRefused) else str(error)
 
 
 def describe(source: ComponentSource, arguments: tuple[str, ...] = ()) -> Inspection:

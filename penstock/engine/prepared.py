@@ -20,9 +20,10 @@ from penstock.engine.files.locate import Files
 from penstock.engine.lora.file import Lora, as_loras
 from penstock.engine.model.files import ModelFiles
 from penstock.engine.model.grid import Grid
+from penstock.engine.model.official import Official
 from penstock.engine.model.opening import Opening
 from penstock.engine.request.generation import GenerationRequest, check_task, workload_of
-from penstock.engine.request.settings import Official, Suited
+from penstock.engine.request.settings import Suited
 from penstock.engine.variants import Variants, computing_on
 from penstock.errors import UsageError
 from penstock.profiles.advice import plan_chosen
@@ -90,7 +91,7 @@ class Prepared:
     Args:
         plans: the model in the formats it may run in, or a description of one.
         chosen: budgets, policy, formats and options.
-        notices: what is to be said of the device's 8-bit products and attention.
+        notices: what is to be said of the device's 8-bit products and attention, and of the files.
 
     Attributes:
         chosen, notices: as given.
@@ -168,8 +169,9 @@ class Prepared:
         computing, products = computing_on(chosen.hardware.place, chosen.policy.compute)
         heads, tag = model.manifest.heads, model.streamed.tag
         chosen, attention = attending_on(chosen, heads, tag)
-        log.debug("on this device: %s", (*products, *attention))
-        return cls(Variants(model, chosen, computing, cache), chosen, (*products, *attention))
+        notices = (*products, *attention, *model.notices)
+        log.debug("on this device: %s", notices)
+        return cls(Variants(model, chosen, computing, cache), chosen, notices)
 
     @classmethod
     def _of_description(cls, name: str, chosen: Chosen, *, here: bool) -> Prepared:

@@ -93,7 +93,7 @@ class Variants:
             UsageError: no such format.
         """
         found = plan_chosen(self._offered, workload, self._chosen)
-        found = replace(found, origins=found.origins + self.stored.loras.origins())
+        found = replace(found, origins=found.origins + self.stored.origins())
         use = self._first_use(found.weight_format)
         if use is None or use.is_made:
             return found

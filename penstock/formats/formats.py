@@ -102,6 +102,11 @@ def writable() -> tuple[str, ...]:
     return tuple(name for name, each in FORMATS.items() if each.writable)
 
 
+def plain_format(tag: str) -> QuantFormat:
+    """The format of weights that are stored in the dtype ``tag``, as they are."""
+    return next(each for each in FORMATS.values() if isinstance(each, Plain) and each.tag == tag)
+
+
 def get_format(name: str) -> QuantFormat:
     """The format called ``name``.
 

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from penstock.closing import Closing
-from penstock.errors import CheckpointError, PickleRefused, TensorMismatch
+from penstock.errors import CheckpointError, HeaderError, PickleRefused, TensorMismatch
 from penstock.formats.tags import TORCH_NAMES
 from penstock.offload.files import FileStamp, WeightFile, check_stamp, looked_at, unreadable
 from penstock.offload.header import (
@@ -28,6 +28,8 @@ from penstock.offload.header import (
     parse_object,
     read_header,
 )
+from penstock.offload.shards import check_complete, one_set, shard_set
+from penstock.offload.strangers import START_BYTES, stranger
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +117,8 @@ class Checkpoint(Mapping[str, TensorEntry], Closing):
         Args:
             path: one ``.safetensors``, a sharded ``*.index.json``, or a folder that holds one of
                 them (``model.*`` or ``diffusion_pytorch_model.*``, also with one variant such as
-                ``.fp16``; a single file wins over an index; else the only ``.safetensors``).
+                ``.fp16``; a single file wins over an index; else the only ``.safetensors``, or the
+                only set of shards). A shard stands for its set.
 
         Raises:
             HeaderError: a header or an index is damaged, lies or belongs to something else.
@@ -127,7 +130,10 @@ class Checkpoint(Mapping[str, TensorEntry], Closing):
                 path = find_checkpoint(path)
         if path.name.endswith(".json"):
             return _open_sharded(path)
-        return _open_files(path, [path])
+        files = shard_set(path)
+        if len(files) > 1:
+            check_complete(path.parent, files)
+        return _open_files(path, files)
 
     def __getitem__(self, name: str) -> TensorEntry:
         return self._entries[name]
@@ -221,6 +227,8 @@ def find_checkpoint(folder: Path) -> Path:
         if found:
             return folder / _only(folder, found)
     loose = [name for name in names if name.endswith(".safetensors")]
+    if one_set(loose):
+        return folder / loose[0]
     if loose:
         return folder / _only(folder, loose)
     pickles = [name for name in names if name.endswith(PICKLES)]
@@ -278,7 +286,17 @@ def _open_header(path: Path) -> tuple[Header, FileStamp]:
         # A header length may begin with the same bytes as a pickle; a header begins with "{".
         if _PICKLE_MAGIC.match(start) and start[8:9] != b"{":
             raise pickle_refused(path)
-        return read_header(file), file.stamp
+        try:
+            return read_header(file), file.stamp
+        except HeaderError as error:
+            raise _stranger(file) or error from None
+
+
+def _stranger(file: WeightFile) -> HeaderError | None:
+    """The error for a file that never was one of weights."""
+    start = bytearray(min(START_BYTES, file.stamp.size))
+    file.read_into(memoryview(start), 0)
+    return stranger(file.path, bytes(start), file.stamp.size)
 
 
 def _entries(path: Path, stamp: FileStamp, header: Header) -> dict[str, TensorEntry]:
@@ -300,6 +318,7 @@ def _open_sharded(path: Path) -> Checkpoint:
     with faults_of(path):
         weight_map = _read_index(path)
     shards = sorted(set(weight_map.values()))
+    check_complete(path.parent, [path.parent / s for s in shards if not s.endswith(PICKLES)])
     checkpoint = _open_files(path, [path.parent / shard for shard in shards])
     lost = [name for name in weight_map if name not in checkpoint]
     unknown = [name for name in checkpoint if name not in weight_map]

@@ -120,7 +120,7 @@ class Options:
         twice = sorted(said.keys() & self.given.keys())
         if twice:
             raise UsageError(
-                f"two answers to one question: {', '.join(twice)}",
+                f"given twice: {', '.join(twice)}",
                 expected="each option in Options(...) or by its own name",
                 found="both",
             )

@@ -180,7 +180,8 @@ def load(name: str, folder: Path | None = None) -> Profile:
         policy = Policy(disk="spare")
         return Profile(AUTO, "what is free on this machine, less a reserve", policy=policy)
     if name.endswith(".toml"):
-        return parse(Path(name).stem, _text(Path(name)), Path(name))
+        path = Path(name).expanduser()
+        return parse(path.stem, _text(path), path)
     own = _own_dir(folder) / f"{name}.toml"
     if _is_there(own):
         return parse(name, _text(own), own)

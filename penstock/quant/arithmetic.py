@@ -18,11 +18,13 @@ from penstock.formats.formats import QuantFormat, writable
 from penstock.formats.gguf import Gguf
 from penstock.formats.micro import Micro
 from penstock.formats.nf4 import NF4
+from penstock.formats.patched import Patched
 from penstock.formats.plain import Plain
 from penstock.formats.quanto import QuantoInt4
 from penstock.formats.rows import Shape
 from penstock.formats.scaled import Scaled8
-from penstock.quant.values import gguf, micro, nf4, plain, quanto, scaled
+from penstock.quant.values import gguf, micro, nf4, patch, plain, quanto, scaled
+from penstock.quant.values.tensors import output
 
 
 class Arithmetic(NamedTuple):
@@ -33,6 +35,21 @@ class Arithmetic(NamedTuple):
     dequantise: Callable[..., Tensor]
 
 
+def _patched(
+    fmt: Patched,
+    tensors: Mapping[str, Tensor],
+    shape: Shape,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The base's values, changed in fp32 and rounded to ``dtype`` once a LoRA."""
+    device = next(iter(tensors.values())).device
+    weight = dequantise(fmt.base, tensors, shape, dtype, output(out, shape, dtype, device))
+    for each in fmt.patches:
+        patch.apply(each, weight, {role: tensors[each.name(role)] for role in each.roles})
+    return weight
+
+
 ARITHMETIC: Mapping[type[Any], Arithmetic] = MappingProxyType(
     {
         Plain: Arithmetic(plain.quantise, plain.dequantise),
@@ -41,6 +58,7 @@ ARITHMETIC: Mapping[type[Any], Arithmetic] = MappingProxyType(
         Micro: Arithmetic(None, micro.dequantise),
         QuantoInt4: Arithmetic(quanto.quantise, quanto.dequantise),
         Gguf: Arithmetic(gguf.quantise, gguf.dequantise),
+        Patched: Arithmetic(None, _patched),
     }
 )
 

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from penstock.errors import TensorMismatch
-from penstock.formats.formats import FORMATS, QuantFormat
-from penstock.formats.plain import Plain
+from penstock.formats.formats import plain_format
 from penstock.quant.compute import strategy_for
 from penstock.quant.delta import Delta
 from penstock.quant.linear import QuantLinear, register
@@ -42,7 +41,7 @@ class LoraLinear(QuantLinear):
         if isinstance(base, QuantLinear):
             fmt, compute = base.format, base.compute
         else:
-            fmt = _plain(dtype)
+            fmt = plain_format(dtype_tag(dtype))
             compute = strategy_for(computing, fmt, shape)
         has_bias = isinstance(base.bias, Tensor)
         super().__init__(shape, fmt, compute, dtype, bias=has_bias)
@@ -72,11 +71,6 @@ class LoraLinear(QuantLinear):
         """Shape, format, path and ranks."""
         ranks = ", ".join(str(delta.rank or "diff") for delta in self.deltas)
         return f"{super().extra_repr()}, lora {ranks}"
-
-
-def _plain(dtype: torch.dtype) -> QuantFormat:
-    tag = dtype_tag(dtype)
-    return next(fmt for fmt in FORMATS.values() if isinstance(fmt, Plain) and fmt.tag == tag)
 
 
 def add_deltas(

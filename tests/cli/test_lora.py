@@ -25,7 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def lora(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    source = locate(model).transformer
+    source = locate(model).streamed
     pairs = made.pairs(source, made.linears(source, outside=False))
     return made.write_comfy(tmp_path_factory.mktemp("loras") / "style.safetensors", pairs)
 

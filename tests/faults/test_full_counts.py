@@ -12,11 +12,15 @@ import pytest
 
 from penstock.engine.engine import Engine
 from penstock.engine.families.wan.tiny import write_tiny_model
+from penstock.engine.files.locate import locate
+from penstock.engine.packs.plan import plan_component
+from tests.engine import golden
 from tests.engine.conftest import SMALL_VAE
 from tests.engine.run.test_killed import kill_at_failpoints, kill_at_moments
 from tests.engine.run.test_resume import a_request, an_engine
 from tests.faults.changes import change_bytes
 from tests.faults.film import frames_sha
+from tests.faults.races import one_cache, one_folder, one_name, removed_and_begun
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 
@@ -73,3 +77,17 @@ def test_changed_bytes_of_large_weights(tmp_path: Path, monkeypatch: pytest.Monk
     found = change_bytes(model, tmp_path, monkeypatch, count=1000, seed=2)
     print(f"\nsingle bytes changed in {size:,} bytes of weights: {found}")
     assert found.packs == found.resumes == found.changes == found.believed == 1000
+
+
+def test_races(tmp_path: Path) -> None:
+    plan = plan_component(
+        locate(golden.write_model(tmp_path / "model", image_to_video=False)).streamed, "int8"
+    )
+    found = {
+        "one output": one_name(tmp_path / "name", races=1000),
+        "one job": one_folder(tmp_path / "job", races=1000),
+        "a job removed and begun": removed_and_begun(tmp_path / "removed", races=1000),
+        "one cache": one_cache(plan, tmp_path / "cache", races=1000),
+    }
+    print(f"\nraces of processes, and what was lost: {found}")
+    assert all(lost == 0 for _, lost in found.values())

@@ -222,7 +222,7 @@ def test_a_format_packed_by_its_first_job_streams_to_the_bits_of_residents(
 
 
 def test_a_lora_streams_to_the_bits_of_residents(wide: Path, tmp_path: Path) -> None:
-    source = locate(wide).transformer
+    source = locate(wide).streamed
     layers = lora_files.pairs(source, lora_files.linears(source, outside=False))
     lora = lora_files.write_kohya(tmp_path / "lora.safetensors", layers)
     digests = []

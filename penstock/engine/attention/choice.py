@@ -43,6 +43,6 @@ def attention_numerics(attention: str) -> str:
     """What a fingerprint says of the attention: results depend on the library's version."""
     if attention == "sdpa":
         return attention
-    from penstock.engine.machine.software import package_version
+    from penstock.engine.software import package_version
 
     return f"{attention}, comfy-kitchen {package_version('comfy-kitchen')}"

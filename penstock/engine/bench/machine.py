@@ -13,7 +13,7 @@ from penstock.engine.bench.result import Links
 from penstock.engine.machine.calibrate import Effort, copy_rate
 from penstock.engine.machine.disk import IN_FLIGHT, read_rate
 from penstock.engine.machine.programs import nvidia_smi, output
-from penstock.engine.machine.software import versions
+from penstock.engine.software import versions
 from penstock.units import MIB
 
 SAMPLE_BYTES = 1024 * MIB

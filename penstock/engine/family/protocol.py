@@ -99,6 +99,15 @@ class Family(Protocol):
     def pipeline(self, names: tuple[str, ...]) -> str:
         """The class that ``model_index.json`` names for a model with these networks."""
 
+    def adapted_title(self, width: int | None, blocks: int, pictured: bool) -> str:
+        """The name of the model that a LoRA was made for, as far as its tensors tell.
+
+        Args:
+            width: of the hidden states.
+            blocks: one more than the last that it changes; 0: it changes none.
+            pictured: it changes what only a picture's model has.
+        """
+
     def build(self, component: str, config: Config) -> tuple[Any, Any]:
         """The network on the meta device with one block, and that block (None: it has none)."""
 

@@ -230,6 +230,8 @@ def _rename(raw: RawFile, found: Recognised) -> _Named:
             _place(named, key, naming.rename(local), entry)
     if found.kind.name == "text_encoder":
         _untie(named.entries)
+    if found.kind.name == "transformer":
+        _unfold(named.entries)
     for name, kind in packed_facts(raw).get("gguf", {}).items():
         if name in named.entries:
             named.entries[name] = _as_blocks(named.entries[name], kind)
@@ -309,6 +311,19 @@ def row_part(entry: TensorEntry, index: int, count: int) -> TensorEntry:
         shape=(entry.shape[0] // count, *entry.shape[1:]),
         nbytes=nbytes,
     )
+
+
+def _unfold(entries: dict[str, TensorEntry]) -> None:
+    """The patch embedding in five dimensions: tools whose tensors have four (ggml's) leave out the
+    one of time, or lay outputs and inputs into one. The bytes are the same."""
+    entry, bias = (entries.get(f"patch_embedding.{end}") for end in ("weight", "bias"))
+    if entry is None or bias is None or len(entry.shape) != 4 or len(bias.shape) != 1:
+        return
+    rows, (height, width) = bias.shape[0], entry.shape[2:]
+    inputs, left = divmod(math.prod(entry.shape), max(1, rows * height * width))
+    if not left:
+        shape = (rows, inputs, 1, height, width)
+        entries["patch_embedding.weight"] = replace(entry, shape=shape)
 
 
 def _untie(entries: dict[str, TensorEntry]) -> None:

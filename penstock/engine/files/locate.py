@@ -6,35 +6,29 @@ from __future__ import annotations
 import base64
 import logging
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from penstock.engine.family.protocol import Family, families
-from penstock.engine.files import side_fields as fields
+from penstock.engine.family.protocol import ComponentKind, Family, families
+from penstock.engine.files import side_fields
 from penstock.engine.files.fields import Field, check_fields, parse_object, read_object
+from penstock.engine.files.folders import SUFFIXES, comfy_folders, comfy_root, weight_files
 from penstock.engine.files.hub import Fetch, hub_snapshot
-from penstock.engine.files.keys import ComponentSource, recognise
-from penstock.engine.files.source import RawFile, open_raw, refusal_of
-from penstock.errors import CheckpointError, PenstockError, UsageError
+from penstock.engine.files.incomplete import check_whole
+from penstock.engine.files.keys import ComponentSource, find_naming, recognise
+from penstock.engine.files.source import RawFile, dangling, open_raw, refusal_of
+from penstock.errors import CheckpointError, UsageError
 from penstock.offload.checkpoint import PICKLES, TensorEntry
 from penstock.offload.files import looked_at
-from penstock.regular import open_regular, read_regular
+from penstock.offload.shards import heads, is_shard
+from penstock.regular import open_regular
 
 log = logging.getLogger(__name__)
 
 TOKENIZER_TENSOR = "spiece_model"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")
-_COMFY_FOLDERS = {
-    "transformer": ("diffusion_models", "unet"),
-    "text_encoder": ("text_encoders", "clip"),
-    "vae": ("vae",),
-    "image_encoder": ("clip_vision",),
-}
-_SHOWN = 200
-_MAX_YAML_BYTES = 256 << 10
-_SUFFIXES = (".safetensors", ".gguf")
 _TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer.model", "tokenizer_config.json")
 
 
@@ -71,6 +65,8 @@ class ModelSource:
         tokenizer: a folder, a SentencePiece model, or the byte tensor that holds one.
         scheduler, image_processor: configs as diffusers and transformers write them.
         defaults: the model's own defaults for a request (``defaults.json``), often none.
+        lora_folders: where a LoRA that is given by its name is looked for.
+        notes: what was passed over in finding it, for people.
     """
 
     origin: str
@@ -79,6 +75,8 @@ class ModelSource:
     scheduler: Mapping[str, Any]
     image_processor: Mapping[str, Any]
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    lora_folders: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def streamed(self) -> ComponentSource:
@@ -123,6 +121,8 @@ def _locate(model: str | Path | None, files: Files, fetch: Fetch) -> ModelSource
         return _assemble(str(path), _in_folder(path, files), files)
     if path.exists():
         return _assemble(str(path), _Found(), _with_transformer(path, files))
+    if path.is_symlink():
+        raise dangling(path)
     if isinstance(model, str) and _HUB_ID.fullmatch(model):
         return _from_hub(model, files, fetch)
     raise CheckpointError(
@@ -133,11 +133,34 @@ def _locate(model: str | Path | None, files: Files, fetch: Fetch) -> ModelSource
     )
 
 
+def survey(folder: Path) -> dict[str, ComponentSource | CheckpointError]:
+    """Each part that the model in ``folder`` needs, or why it is not to be had there.
+
+    Raises:
+        CheckpointError: the folder holds no model at all.
+    """
+    found = _in_folder(folder, None)
+    parts: dict[str, ComponentSource | CheckpointError] = {}
+    for name in COMPONENTS:
+        try:
+            parts[name] = _component(name, found, Files(), [])
+        except CheckpointError as error:
+            parts[name] = error
+    first = parts[COMPONENTS[0]]
+    if isinstance(first, ComponentSource):
+        wanted = (COMPONENTS[0], *first.family.needed(first.config))
+        parts = {name: part for name, part in parts.items() if name in wanted}
+    return parts
+
+
 @dataclass(frozen=True)
 class _Found:
-    """Where the parts of a model may be: one place a component, or several to choose from."""
+    """Where the parts of a model may be: one place a component, or several to choose from; and the
+    folders under which names count."""
 
     places: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
+    roots: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
+    lora_folders: tuple[Path, ...] = ()
     tokenizer: Path | None = None
     scheduler: Mapping[str, Any] | None = None
     image_processor: Mapping[str, Any] | None = None
@@ -153,21 +176,26 @@ def _with_transformer(path: Path, files: Files) -> Files:
     return Files(path, files.text_encoder, files.vae, files.image_encoder, files.tokenizer)
 
 
-def _in_folder(folder: Path, files: Files) -> _Found:
+def _in_folder(folder: Path, files: Files | None) -> _Found:
+    """The places of a model's parts; the folder of a pipeline must be whole, but for ``files``.
+    None: it may lack parts."""
     if (folder / "model_index.json").exists():
         log.debug("%s is a folder of diffusers", folder)
-        return _diffusers(folder)
-    for root in (folder, folder / "models"):
-        if any((root / name).is_dir() for name in _COMFY_FOLDERS["transformer"]):
-            log.debug("%s is a folder of ComfyUI", root)
-            return _comfy(folder, root)
+        return _diffusers(folder, files)
+    root = comfy_root(folder)
+    if root is not None:
+        log.debug("%s is a folder of ComfyUI", root)
+        return _comfy(folder, root)
     log.debug("%s is a repository of the model's makers, or any folder", folder)
     return _original(folder)
 
 
-def _diffusers(folder: Path) -> _Found:
-    index = _checked(folder / "model_index.json", fields.MODEL_INDEX) or {}
+def _diffusers(folder: Path, files: Files | None) -> _Found:
+    index = _checked(folder / "model_index.json", side_fields.MODEL_INDEX) or {}
     check_pipeline(folder, index)
+    if files is not None:
+        given = {each.name for each in fields(files) if getattr(files, each.name) is not None}
+        check_whole(folder, index, [p for p in (*COMPONENTS, "tokenizer") if p not in given])
     parts = [name for name in COMPONENTS if (folder / name).is_dir()]
     scheduler = folder / "scheduler" / "scheduler_config.json"
     processor = folder / "image_processor" / "preprocessor_config.json"
@@ -175,9 +203,9 @@ def _diffusers(folder: Path) -> _Found:
     return _Found(
         places={name: (folder / name,) for name in parts},
         tokenizer=folder / "tokenizer" if (folder / "tokenizer").is_dir() else None,
-        scheduler=_checked(scheduler, fields.SCHEDULER),
-        image_processor=_checked(processor, fields.IMAGE_PROCESSOR),
-        defaults=_checked(defaults, fields.DEFAULTS) or {},
+        scheduler=_checked(scheduler, side_fields.SCHEDULER),
+        image_processor=_checked(processor, side_fields.IMAGE_PROCESSOR),
+        defaults=_checked(defaults, side_fields.DEFAULTS) or {},
     )
 
 
@@ -207,71 +235,23 @@ def check_pipeline(folder: Path, index: Mapping[str, Any]) -> None:
 
 
 def _comfy(folder: Path, root: Path) -> _Found:
-    roots = {name: [root / sub for sub in subs] for name, subs in _COMFY_FOLDERS.items()}
-    for base in (folder, root.parent):
-        extra = base / "extra_model_paths.yaml"
-        if extra.exists():
-            for name, place in _extra_paths(extra):
-                roots[name].append(place)
-            break
+    roots = comfy_folders(folder, root)
     places = {
-        name: tuple(path for place in dict.fromkeys(subs) for path in _weight_files(place))
-        for name, subs in roots.items()
+        name: tuple(path for place in roots[name] for path in weight_files(place))
+        for name in COMPONENTS
     }
-    return _Found(places=places)
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
-
-
-def _extra_paths(path: Path) -> Iterator[tuple[str, Path]]:
-    """Component and folder of each entry of ComfyUI's ``extra_model_paths.yaml``."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(_small_text(path)) or {}
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read",
-            expected="ComfyUI's extra paths in YAML",
-            found=" ".join(str(error).split())[:_SHOWN],
-        ) from error
-    sections = content.values() if isinstance(content, dict) else ()
-    for section in sections:
-        if not isinstance(section, dict):
-            continue
-        base = path.parent / Path(_text(section, "base_path")).expanduser()
-        for component, names in _COMFY_FOLDERS.items():
-            for name in names:
-                for line in _text(section, name).splitlines():
-                    if line.strip():
-                        yield component, base / line.strip()
-
-
-def _text(section: Mapping[Any, Any], name: str) -> str:
-    """An entry that is a text; what else it may be (aliases can unfold without end) is no path."""
-    value = section.get(name)
-    return value if isinstance(value, str) else ""
-
-
-def _small_text(path: Path) -> str:
-    size = path.stat().st_size
-    if size > _MAX_YAML_BYTES:
-        raise ValueError(f"{size:,} bytes, and {_MAX_YAML_BYTES:,} are the most")
-    return read_regular(path).decode("utf-8")
+    return _Found(places=places, roots=roots, lora_folders=roots["loras"])
 
 
 def _original(folder: Path) -> _Found:
     """Wan's own repository: a sharded transformer at the top, the rest beside it."""
     places: dict[str, tuple[Path, ...]] = {}
     index = sorted(folder.glob("*.safetensors.index.json"))
-    loose = [p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix in _SUFFIXES]
+    loose = [p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix in SUFFIXES]
     if index:
-        loose = [path for path in loose if not re.search(r"-\d{5}-of-\d{5}\.", path.name)]
+        loose = [path for path in loose if not is_shard(path)]
         places["transformer"] = (index[0],)
+    loose = heads(loose)
     for name in COMPONENTS:
         places[name] = (*places.get(name, ()), *loose)
     pickles = tuple(p for p in sorted(folder.iterdir()) if p.suffix in PICKLES)
@@ -290,9 +270,11 @@ def _original(folder: Path) -> _Found:
 
 
 def _assemble(origin: str, found: _Found, files: Files) -> ModelSource:
-    first = _component(COMPONENTS[0], found, files)
+    notes: list[str] = []
+    first = _component(COMPONENTS[0], found, files, notes)
     names = first.family.needed(first.config)
-    parts = {COMPONENTS[0]: first} | {name: _component(name, found, files) for name in names}
+    others = {name: _component(name, found, files, notes) for name in names}
+    parts = {COMPONENTS[0]: first} | others
     return ModelSource(
         origin=origin,
         parts=parts,
@@ -300,6 +282,8 @@ def _assemble(origin: str, found: _Found, files: Files) -> ModelSource:
         scheduler=dict(found.scheduler or first.family.SCHEDULER),
         image_processor=_sized(found.image_processor or first.family.IMAGE_PROCESSOR),
         defaults=found.defaults,
+        lora_folders=found.lora_folders,
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 
@@ -307,7 +291,7 @@ def _sized(processor: Mapping[str, Any]) -> dict[str, Any]:
     return {key: dict(v) if isinstance(v, Mapping) else v for key, v in processor.items()}
 
 
-def _component(name: str, found: _Found, files: Files) -> ComponentSource:
+def _component(name: str, found: _Found, files: Files, notes: list[str]) -> ComponentSource:
     given = getattr(files, name)
     if given is not None:
         return _given(name, given, found)
@@ -316,17 +300,37 @@ def _component(name: str, found: _Found, files: Files) -> ComponentSource:
         source = open_component(places[0])
         _check_kind(name, source)
         return source
-    return _choose(name, places, found)
+    return _choose(name, places, found, notes)
 
 
 def _given(name: str, given: Path, found: _Found) -> ComponentSource:
     given = given.expanduser()
-    if not given.exists():
-        named = [path for path in found.places.get(name, ()) if path.name == str(given)]
-        given = named[0] if named else given
-    source = open_component(given)
+    source = open_component(given if given.exists() else _named(name, given, found))
     _check_kind(name, source)
     return source
+
+
+def _named(name: str, given: Path, found: _Found) -> Path:
+    """The file of that name under a ComfyUI root, with or without its subfolder; else ``given``.
+
+    Raises:
+        CheckpointError: several subfolders hold one.
+    """
+    whole = (root / given for root in found.roots.get(name, ()))
+    direct = next((path for path in whole if path.is_file()), None)
+    if direct is not None or given.is_absolute():
+        return direct or given
+    same = [
+        path for path in found.places.get(name, ())
+        if path.parts[-len(given.parts) :] == given.parts
+    ]  # fmt: skip
+    if len({path.resolve() for path in same}) > 1:
+        raise CheckpointError(
+            f"more than one file is called {given}",
+            expected="one, or its subfolder with it",
+            found=", ".join(map(str, same)),
+        )
+    return same[0] if same else given
 
 
 def _check_kind(name: str, source: ComponentSource) -> None:
@@ -340,13 +344,22 @@ def _check_kind(name: str, source: ComponentSource) -> None:
     source.check()
 
 
-def _choose(name: str, places: tuple[Path, ...], found: _Found) -> ComponentSource:
-    """The one file among ``places`` that is this component; others may be anything."""
+def _choose(
+    name: str, places: tuple[Path, ...], found: _Found, notes: list[str]
+) -> ComponentSource:
+    """The one file among ``places`` that is this component; others may be anything, and those that
+    cannot be read at all are added to ``notes``."""
     fitting: list[ComponentSource] = []
-    refused: list[PenstockError] = []
+    broken: list[CheckpointError] = []
+    refused: list[CheckpointError] = []
     for path in places:
         try:
-            source = open_component(path)
+            raw = open_raw(path)
+        except CheckpointError as error:
+            broken.append(error)
+            continue
+        try:
+            source = recognise_beside(raw)
             if source.component == name:
                 source.check()
                 fitting.append(source)
@@ -354,6 +367,7 @@ def _choose(name: str, places: tuple[Path, ...], found: _Found) -> ComponentSour
             log.debug("%s is not it: %s", path, error)
             refused.append(error)
     if len(fitting) == 1:
+        notes += [f"passed over: {error}" for error in broken]
         return fitting[0]
     if fitting:
         raise CheckpointError(
@@ -361,10 +375,10 @@ def _choose(name: str, places: tuple[Path, ...], found: _Found) -> ComponentSour
             expected=f"one; name it with {_FLAGS[name]}",
             found=", ".join(source.raw.path.name for source in fitting),
         )
-    raise _nothing(name, found, refused)
+    raise _nothing(name, found, [*broken, *refused])
 
 
-def _nothing(name: str, found: _Found, refused: list[PenstockError]) -> PenstockError:
+def _nothing(name: str, found: _Found, refused: list[CheckpointError]) -> CheckpointError:
     if found.pickles:
         return refusal_of(_likely_pickle(name, found.pickles))
     if len(refused) == 1:
@@ -390,26 +404,36 @@ def open_component(path: Path) -> ComponentSource:
     Raises:
         CheckpointError: as `recognise` and `open_raw` do.
     """
-    raw = open_raw(path)
-    with looked_at(path):
-        folder = path if path.is_dir() else path.parent
-        config = _config_beside(folder)
-        found = recognise(raw, _config_within(raw) if config is None else config)
+    return recognise_beside(open_raw(path))
+
+
+def recognise_beside(raw: RawFile) -> ComponentSource:
+    """Recognise the component in ``raw``, with the config.json beside it where that is its own.
+
+    Raises:
+        CheckpointError: as `recognise` does.
+    """
+    with looked_at(raw.path):
+        folder = raw.path if raw.path.is_dir() else raw.path.parent
+        naming, config = find_naming(raw.entries), None
+        if naming is not None:
+            config = _config_beside(folder, naming.kind) or _config_within(raw, naming.kind)
+        found = recognise(raw, config)
     if log.isEnabledFor(logging.DEBUG):
         told = (found.component, found.title, found.label())
-        log.debug("%s (%s) is the %s of %s, stored as %s", path, raw.kind, *told)
+        log.debug("%s (%s) is the %s of %s, stored as %s", raw.path, raw.kind, *told)
     return found
 
 
-def _config_beside(folder: Path) -> dict[str, Any] | None:
-    """The config.json of diffusers or transformers; Wan's own one tells less than the shapes."""
+def _config_beside(folder: Path, kind: ComponentKind) -> dict[str, Any] | None:
+    """The config.json in ``folder``, where it is that of a network of this kind."""
     path = folder / "config.json"
     if not path.exists():
         return None
-    return _ours(read_object(path))
+    return _ours(read_object(path), kind)
 
 
-def _config_within(raw: RawFile) -> dict[str, Any] | None:
+def _config_within(raw: RawFile, kind: ComponentKind) -> dict[str, Any] | None:
     """The config that the header carries in base64, as mmgp saves it."""
     text = raw.metadata.get("config_base64")
     if not isinstance(text, str):
@@ -421,27 +445,38 @@ def _config_within(raw: RawFile) -> dict[str, Any] | None:
         raise CheckpointError(
             f"{where} cannot be used", expected="a JSON object", found=str(error)
         ) from error
-    return _ours(parse_object(content, where))
+    return _ours(parse_object(content, where), kind)
 
 
-def _ours(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """``config`` without what is not the network's own; None if it is of no class that is run."""
-    kinds = [kind for family in families() for kind in family.KINDS.values()]
-    named = config.get("_class_name") in [kind.made_by[1] for kind in kinds]
-    typed = config.get("model_type") in [kind.model_type for kind in kinds if kind.model_type]
-    if not (named or typed):
+def _ours(config: Mapping[str, Any], kind: ComponentKind) -> dict[str, Any] | None:
+    """``config`` without what is not the network's own; None if it is not of this kind."""
+    if config_owner(config) is not kind:
         return None
     foreign = "quantization_config"  # the tensors tell how they are stored
     return {k: v for k, v in config.items() if not k.startswith("_") and k != foreign}
 
 
+def config_owner(config: Mapping[str, Any]) -> ComponentKind | None:
+    """The network that a config.json of diffusers or transformers describes; None: a foreign one's,
+    or one in a model's own style, which tells less than the shapes."""
+    name, typed = config.get("_class_name"), config.get("model_type")
+    kinds = [kind for family in families() for kind in family.KINDS.values()]
+    for kind in kinds:
+        if name == kind.made_by[1] or (
+            name is None and typed is not None and typed == kind.model_type
+        ):
+            return kind
+    return None
+
+
 def _tokenizer(text: ComponentSource, found: _Found, files: Files) -> Path | TensorEntry:
     if files.tokenizer is not None:
-        if not files.tokenizer.exists():
-            raise CheckpointError(f"{files.tokenizer} does not exist", expected="a tokenizer")
-        if not files.tokenizer.is_dir():
-            open_regular(files.tokenizer).close()
-        return files.tokenizer
+        given = files.tokenizer.expanduser()
+        if not given.exists():
+            raise CheckpointError(f"{given} does not exist", expected="a tokenizer")
+        if not given.is_dir():
+            open_regular(given).close()
+        return given
     if found.tokenizer is not None:
         return found.tokenizer
     embedded = text.extras.get(TOKENIZER_TENSOR)
@@ -462,18 +497,23 @@ def _tokenizer(text: ComponentSource, found: _Found, files: Files) -> Path | Ten
 
 def _from_hub(model: str, files: Files, fetch: Fetch) -> ModelSource:
     """From the local cache where it is whole, else downloaded (huggingface_hub resumes)."""
+    there: CheckpointError | None = None
     try:
         folder = fetch(model, True)
         return _assemble(model, _in_folder(folder, files), files)
-    except (FileNotFoundError, CheckpointError):
-        pass  # not there, or a download that did not finish: get what is missing
+    except FileNotFoundError:
+        pass  # not there
+    except CheckpointError as error:
+        there = error  # a download that did not finish: get what is missing
     try:
         folder = fetch(model, False)
     except (ConnectionError, FileNotFoundError) as error:
+        where = "not" if there is None else "not whole"
+        reason = "" if there is None else f"{there.what}: {there.found}. "
         raise CheckpointError(
-            f"{model} is not in the local cache and cannot be downloaded",
+            f"{model} is {where} in the local cache and cannot be downloaded",
             expected="a whole snapshot, or a way to the hub",
-            found=str(error).strip().partition("\n")[0] or type(error).__name__,
+            found=reason + str(error).strip().partition("\n")[0] or type(error).__name__,
             remedy="Go online, or give a folder or files that you have.",
         ) from error
     return _assemble(model, _in_folder(folder, files), files)

@@ -46,6 +46,10 @@ class WeightReader(Closing):
         tensors = {s: self._tensor(as_bytes(entry)) for s, entry in stored.tensors.items()}
         return decode(stored, tensors, self._shapes[name], dtype)
 
+    def value_dtype(self, name: str) -> torch.dtype:
+        """What the values of the parameter are best read in before they are quantised."""
+        return self.dtype
+
     def has_rows(self, name: str) -> bool:
         """Whether rows of the parameter can be read alone."""
         return self._source.weights[name].format.by_rows

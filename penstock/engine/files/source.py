@@ -42,6 +42,8 @@ def open_raw(path: Path) -> RawFile:
         CheckpointError: there is no such file.
     """
     with looked_at(path):
+        if path.is_symlink() and not path.exists():
+            raise dangling(path)
         if not path.exists():
             raise CheckpointError(
                 f"{path} does not exist",
@@ -57,6 +59,15 @@ def open_raw(path: Path) -> RawFile:
             return RawFile(path, "gguf", header.entries, header.metadata, {path: header.stamp})
     with Checkpoint.open(path) as found:
         return RawFile(path, "safetensors", dict(found), found.metadata, found.files)
+
+
+def dangling(path: Path) -> CheckpointError:
+    """The error for a link to nothing."""
+    return CheckpointError(
+        f"{path} is a link to a file that is not there",
+        expected=str(path.readlink()),
+        remedy="Connect the disk that it is on, or finish the download, or make the link anew.",
+    )
 
 
 def refusal_of(pickle: Path) -> PickleRefused:

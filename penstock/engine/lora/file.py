@@ -10,12 +10,12 @@ import math
 import re
 import struct
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from penstock.engine.families.wan.config import SIZES
+from penstock.engine.family.protocol import families
 from penstock.engine.files.fields import (
     Field,
     check_fields,
@@ -26,14 +26,18 @@ from penstock.engine.files.fields import (
     read_object,
 )
 from penstock.engine.files.keys import ComponentSource
-from penstock.engine.files.source import read_bytes
+from penstock.engine.files.source import dangling, read_bytes
 from penstock.engine.lora.keys import Part, foreign_kind, is_lora, parse_key
+from penstock.engine.lora.layer import Incomplete, LoraLayer, WeightChange, changes_of, fit
 from penstock.errors import CheckpointError, TensorMismatch, UsageError, brief
+from penstock.formats.patch import MAGNITUDE
 from penstock.offload.checkpoint import Checkpoint, TensorEntry
 from penstock.offload.files import FileStamp, looked_at
 
 _LARGEST = 1e300
-FLOATS = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_SHOWN = 3
+_MOST_DIMENSIONS = 5
 _SCALARS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i", "I16": "<h"}
 _METADATA = "lora_adapter_metadata"
 _ALPHA = number(-1e6, 1e6)
@@ -55,6 +59,8 @@ class Lora:
     Attributes:
         path: a .safetensors file, or a folder with one.
         strength: what its change of the weights is multiplied by; 1.0 is as trained.
+        strict: refuse it if one of its tensors has no place in the model, instead of leaving that
+            one out.
 
     Raises:
         UsageError: the strength is not a finite number.
@@ -62,6 +68,7 @@ class Lora:
 
     path: Path
     strength: float = 1.0
+    strict: bool = False
 
     def __post_init__(self) -> None:
         strength: object = self.strength
@@ -88,9 +95,13 @@ class Lora:
             return cls(Path(text))
 
 
-def as_loras(given: Sequence[Lora | str | Path]) -> tuple[Lora, ...]:
-    """What was given as `Lora`s: a text is read as `Lora.parse` does, a path has strength 1."""
-    return tuple(
+def as_loras(given: Sequence[Lora | str | Path], *, strict: bool = False) -> tuple[Lora, ...]:
+    """What was given as `Lora`s: a text is read as `Lora.parse` does, a path has strength 1.
+
+    Args:
+        strict: none of them may have tensors without a place.
+    """
+    found = (
         Lora.parse(each)
         if isinstance(each, str)
         else Lora(each)
@@ -98,37 +109,15 @@ def as_loras(given: Sequence[Lora | str | Path]) -> tuple[Lora, ...]:
         else each
         for each in given
     )
+    return tuple(replace(lora, strict=True) if strict else lora for lora in found)
 
 
 @dataclass(frozen=True)
-class LoraLayer:
-    """What a LoRA adds to one module.
+class LeftOut:
+    """Tensors of a LoRA that are not applied, and why."""
 
-    Attributes:
-        module: diffusers' name of it; of a bare parameter (a modulation table), its own.
-        down, up: (rank, in features) and (out features, rank): ``scale * up @ down`` is added.
-        scale: alpha / rank.
-        diff: added to the weight as it is.
-        bias: added to the bias, times ``bias_scale``.
-    """
-
-    module: str
-    down: TensorEntry | None = None
-    up: TensorEntry | None = None
-    scale: float = 1.0
-    diff: TensorEntry | None = None
-    bias: TensorEntry | None = None
-    bias_scale: float = 1.0
-
-    @property
-    def rank(self) -> int:
-        """0 where there is no low-rank part."""
-        return 0 if self.down is None else self.down.shape[0]
-
-    def entries(self) -> tuple[TensorEntry, ...]:
-        """Its tensors."""
-        parts = (self.down, self.up, self.diff, self.bias)
-        return tuple(entry for entry in parts if entry is not None)
+    names: tuple[str, ...]
+    why: str
 
 
 @dataclass(frozen=True)
@@ -140,6 +129,8 @@ class LoraFile:
         styles: whose key names, the most frequent first.
         layers: by module.
         unknown: keys of which nothing is known.
+        strays: tensors that are known, and that nothing can be done with.
+        tensors: how many there are in the file.
         stamps: the file as it was when its header was read.
     """
 
@@ -147,6 +138,8 @@ class LoraFile:
     styles: tuple[str, ...]
     layers: Mapping[str, LoraLayer]
     unknown: tuple[str, ...]
+    strays: tuple[LeftOut, ...]
+    tensors: int
     stamps: Mapping[Path, FileStamp] = field(repr=False)
 
     @property
@@ -160,32 +153,47 @@ class LoraFile:
         return Counter(layer.rank for layer in self.layers.values() if layer.rank)
 
     @property
+    def kinds(self) -> Counter[str]:
+        """Number of changed weights by kind: lora, loha, lokr, ..., or "dora"."""
+        changes = (change for layer in self.layers.values() for change in layer.weights)
+        return Counter("dora" if MAGNITUDE in change.entries else change.kind for change in changes)
+
+    @property
     def family(self) -> str:
         """The model it was made for, as far as its tensors tell."""
         return _family(self.layers)
 
+    def fitted(self, source: ComponentSource, *, strict: bool) -> FittedLora:
+        """What of it is applied to the transformer ``source``.
+
+        Raises:
+            CheckpointError, TensorMismatch: nothing is; ``strict``: not all is.
+        """
+        if strict:
+            self.check(source)
+        layers, wrong = fit(self.layers.values(), source.shapes)
+        if not layers:
+            self.check(source)
+        left = [LeftOut((name,), foreign_kind([name]) or "unknown") for name in self.unknown]
+        left += [LeftOut(miss.names, miss.why) for miss in wrong]
+        return FittedLora(self, {layer.module: layer for layer in layers}, (*left, *self.strays))
+
     def check(self, source: ComponentSource) -> None:
-        """Refuse what cannot be applied to the transformer ``source``.
+        """Refuse what cannot be applied as a whole to the transformer ``source``.
 
         Raises:
             CheckpointError: unknown keys, named, with their count.
-            TensorMismatch: it was made for another model.
+            TensorMismatch: tensors that do not fit; says whether it was made for another model.
         """
         self.check_keys()
-        shapes = source.shapes
-        wrong = [
-            (entry.name, expected, entry.shape)
-            for layer in self.layers.values()
-            for entry, expected in _expected(layer, shapes)
-            if entry.shape != expected
-        ]
+        _, wrong = fit(self.layers.values(), source.shapes)
         if wrong:
-            name, wanted, found = wrong[0]
+            first = wrong[0]
             raise TensorMismatch(
-                f"{self.path} is a LoRA for {self.family}, and this model is {source.title}: "
-                f"{len(wrong)} tensors do not fit",
-                expected=f"no {name}" if wanted is None else f"{name} of shape {list(wanted)}",
-                found=str(list(found)),
+                _whose(self, source)
+                + f": {sum(len(miss.names) for miss in wrong)} tensors do not fit",
+                expected=first.expected,
+                found=first.found,
                 remedy="Use a LoRA that was made for this model.",
             )
 
@@ -195,35 +203,52 @@ class LoraFile:
         Raises:
             CheckpointError: names the first unknown key and their count.
         """
-        if self.unknown or not self.layers:
-            raise _unknown(self.path, self.unknown, len(self.layers))
+        names = (*self.unknown, *(name for stray in self.strays for name in stray.names))
+        if names or not self.layers:
+            raise _unknown(self.path, names, len(self.layers))
 
 
-def parameters_of(layer: LoraLayer, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, str]:
-    """Names of the weight and of the bias that ``layer`` changes; the weight of a bare parameter is
-    the parameter."""
-    weight = f"{layer.module}.weight"
-    bare = weight not in shapes and layer.module in shapes
-    return layer.module if bare else weight, f"{layer.module}.bias"
+@dataclass(frozen=True)
+class FittedLora:
+    """A LoRA file beside the model it is applied to.
+
+    Attributes:
+        layers: what is applied, by module.
+        left_out: what is not.
+    """
+
+    file: LoraFile
+    layers: Mapping[str, LoraLayer]
+    left_out: tuple[LeftOut, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that are applied."""
+        return sum(e.nbytes for layer in self.layers.values() for e in layer.entries())
+
+    @property
+    def notice(self) -> str | None:
+        """What is to be said of what is left out; None if nothing is."""
+        if not self.left_out:
+            return None
+        names = [(name, miss.why) for miss in self.left_out for name in miss.names]
+        shown = ", ".join(f"{name} ({why})" for name, why in names[:_SHOWN])
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        verb = "is" if len(names) == 1 else "are"
+        return (
+            f"{self.file.path.name}: {len(names)} of {self.file.tensors} tensors {verb} left out: "
+            f"{shown}{more}; the others are applied (--lora-strict refuses such a file)"
+        )
 
 
-def _expected(
-    layer: LoraLayer, shapes: Mapping[str, tuple[int, ...]]
-) -> list[tuple[TensorEntry, tuple[int, ...] | None]]:
-    """The shape that each tensor must have beside the model's own; None: nothing belongs there."""
-    weight_name, bias_name = parameters_of(layer, shapes)
-    weight, bias = shapes.get(weight_name), shapes.get(bias_name)
-    found: list[tuple[TensorEntry, tuple[int, ...] | None]] = []
-    if layer.down is not None and layer.up is not None:
-        outer = None if weight is None or len(weight) < 2 else weight
-        ones = () if outer is None else (1,) * (len(outer) - 2)
-        found.append((layer.down, None if outer is None else (layer.rank, *outer[1:])))
-        found.append((layer.up, None if outer is None else (outer[0], layer.rank, *ones)))
-    if layer.diff is not None:
-        found.append((layer.diff, weight))
-    if layer.bias is not None:
-        found.append((layer.bias, bias))
-    return found
+def _whose(file: LoraFile, source: ComponentSource) -> str:
+    """What the file is for, where that is another model; else that some of it does not fit."""
+    width, blocks, pictured = _traits(file.layers)
+    inner = source.config["num_attention_heads"] * source.config["attention_head_dim"]
+    other = width not in (None, inner) or blocks > source.config["num_layers"]
+    if other or (pictured and source.config.get("image_dim") is None):
+        return f"{file.path} is a LoRA for {file.family}, and this model is {source.title}"
+    return f"{file.path} is not wholly for this model, {source.title}"
 
 
 def open_lora(path: Path) -> LoraFile:
@@ -235,6 +260,8 @@ def open_lora(path: Path) -> LoraFile:
     """
     path = path.expanduser()
     with looked_at(path):
+        if path.is_symlink() and not path.exists():
+            raise dangling(path)
         if not path.exists():
             raise CheckpointError(
                 f"{path} does not exist", expected="a LoRA's .safetensors", remedy="Check the path."
@@ -249,10 +276,17 @@ def open_lora(path: Path) -> LoraFile:
             remedy="A model's own file goes to --model or --transformer.",
         )
     grouped, styles, unknown = _group(path, entries)
-    alphas = _Alphas(path, metadata, styles.most_common(1)[0][0] if styles else "")
-    layers = {name: _layer(path, name, parts, alphas) for name, parts in grouped.items()}
+    alphas = _Alphas(path, metadata, styles, grouped.values())
+    layers: dict[str, LoraLayer] = {}
+    strays: list[LeftOut] = []
+    for module, parts in grouped.items():
+        layer, left = _layer(path, module, parts, alphas)
+        strays += left
+        if layer.weights or layer.bias is not None:
+            layers[module] = layer
+    alphas.check_magnitudes(layers.values())
     order = tuple(style for style, _ in styles.most_common())
-    return LoraFile(path, order, layers, tuple(unknown), stamps)
+    return LoraFile(path, order, layers, tuple(unknown), tuple(strays), len(entries), stamps)
 
 
 _Parts = dict[str, TensorEntry]
@@ -278,55 +312,101 @@ def _group(
     return grouped, styles, unknown
 
 
-def _layer(path: Path, module: str, parts: _Parts, alphas: _Alphas) -> LoraLayer:
+def _layer(
+    path: Path, module: str, parts: _Parts, alphas: _Alphas
+) -> tuple[LoraLayer, list[LeftOut]]:
+    """What the file does to ``module``, and those of its tensors that do nothing."""
     for role, entry in parts.items():
-        if role != "alpha" and entry.dtype not in FLOATS:
+        if role not in ("alpha", "reshape") and entry.dtype not in FLOATS:
             raise _damaged(path, f"{entry.name} in {', '.join(FLOATS)}", entry.dtype)
-    down, up = parts.get("down"), parts.get("up")
-    if (down is None) != (up is None) or (down is None and {"alpha", "up_bias"} & parts.keys()):
-        whole = next(iter(parts.values())).name
-        raise _damaged(path, f"both matrices of {module}", f"{whole} alone")
-    scale = 1.0
-    if down is not None and up is not None:
-        if len(down.shape) < 2 or down.shape[:1] != up.shape[1:2] or not down.shape[0]:
-            found = f"{list(down.shape)} and {list(up.shape)}"
-            raise _damaged(path, f"matrices of {module} that share a rank of 1 or more", found)
-        scale = alphas.scale(module, down.shape[0], parts.get("alpha"))
     if {"diff_b", "up_bias"} <= parts.keys():
         raise _damaged(path, f"one change of the bias of {module}", "two")
-    return LoraLayer(
+    if "tucker" in parts:
+        names = tuple(entry.name for entry in parts.values())
+        return LoraLayer(module), [LeftOut(names, "a convolution's Tucker form")]
+    found = changes_of(module, parts)
+    if isinstance(found, Incomplete):
+        raise _damaged(path, found.expected, found.found)
+    reshape = _reshape(path, parts.get("reshape"))
+    weights = tuple(
+        replace(change, scale=alphas.scale(module, change, parts.get("alpha")),
+                reshape=reshape if change.kind == "lora" else None)
+        for change in found
+    )  # fmt: skip
+    low_rank = any(change.kind not in ("diff", "set") for change in weights)
+    layer = LoraLayer(
         module=module,
-        down=down,
-        up=up,
-        scale=scale,
-        diff=parts.get("diff"),
-        bias=parts.get("diff_b", parts.get("up_bias")),
-        bias_scale=scale if "up_bias" in parts else 1.0,
+        weights=weights,
+        bias=parts.get("diff_b", parts.get("up_bias") if low_rank else None),
+        bias_scale=1.0 if "diff_b" in parts else next((c.scale for c in weights), 1.0),
     )
+    used = {entry.name for entry in layer.entries()}
+    idle = {"alpha": not low_rank, "reshape": reshape is None or not low_rank}
+    left = [
+        LeftOut((entry.name,), f"nothing that it belongs to in {module}")
+        for role, entry in parts.items()
+        if entry.name not in used and idle.get(role, True)
+    ]
+    return layer, left
+
+
+def _reshape(path: Path, entry: TensorEntry | None) -> tuple[int, ...] | None:
+    """The dimensions that a ``reshape_weight`` names."""
+    if entry is None:
+        return None
+    form = {"I64": "q", "I32": "i"}.get(entry.dtype)
+    if form is None or len(entry.shape) != 1 or not 2 <= entry.shape[0] <= _MOST_DIMENSIONS:
+        found = f"{entry.dtype}{list(entry.shape)}"
+        raise _damaged(path, f"{entry.name} as a weight's dimensions", found)
+    return struct.unpack(f"<{entry.shape[0]}{form}", read_bytes(entry))
 
 
 class _Alphas:
     """alpha / rank of each layer: from the file's tensors, else from what PEFT says of it."""
 
-    def __init__(self, path: Path, metadata: Mapping[str, str], style: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        metadata: Mapping[str, str],
+        styles: Counter[str],
+        modules: Collection[_Parts],
+    ) -> None:
         self._path = path
+        pairs = [parts for parts in modules if "down" in parts]
+        silent = not any("alpha" in parts for parts in pairs)
+        style = styles.most_common(1)[0][0] if styles and silent else ""
         self._config = _peft_config(path, metadata, style)
-        if self._config.get("use_dora"):
-            raise _unknown(path, ("use_dora",), 0)
         # By the end of a module's name that each holds of, with its place: the first one counts
         self._patterns: dict[str, tuple[int, float]] = {}
         for place, (name, alpha) in enumerate((self._config.get("alpha_pattern") or {}).items()):
             self._patterns.setdefault(name.removeprefix("^"), (place, alpha))
 
-    def scale(self, module: str, rank: int, alpha: TensorEntry | None) -> float:
-        """For a layer of this rank."""
+    def check_magnitudes(self, layers: Collection[LoraLayer]) -> None:
+        """Refuse a DoRA whose magnitudes are not there.
+
+        Raises:
+            CheckpointError: PEFT's config says that it is one, and no layer has any.
+        """
+        changes = (change for layer in layers for change in layer.weights)
+        if self._config.get("use_dora") and not any(MAGNITUDE in c.entries for c in changes):
+            raise _unknown(self._path, ("use_dora",), 0)
+
+    def scale(self, module: str, change: WeightChange, alpha: TensorEntry | None) -> float:
+        """For what is done to one weight."""
+        if change.kind in ("oft", "boft"):
+            return 0.0 if alpha is None else read_scalar(self._path, alpha)
+        if not change.rank:
+            return 1.0
         if alpha is not None:
-            return read_scalar(self._path, alpha) / rank
+            return read_scalar(self._path, alpha) / change.rank
+        if change.kind != "lora":
+            return 1.0
         parts = module.split(".")
         ends = (".".join(parts[start:]) for start in range(len(parts)))
         named = min((self._patterns[end] for end in ends if end in self._patterns), default=None)
-        found = self._config.get("lora_alpha", rank) if named is None else named[1]
-        return float(found / (math.sqrt(rank) if self._config.get("use_rslora") else rank))
+        found = self._config.get("lora_alpha", change.rank) if named is None else named[1]
+        rank = math.sqrt(change.rank) if self._config.get("use_rslora") else change.rank
+        return float(found / rank)
 
 
 def _peft_config(path: Path, metadata: Mapping[str, str], style: str) -> dict[str, Any]:
@@ -369,21 +449,26 @@ def read_scalar(path: Path, entry: TensorEntry) -> float:
 
 
 def _family(layers: Mapping[str, LoraLayer]) -> str:
+    return families()[0].adapted_title(*_traits(layers))
+
+
+def _traits(layers: Mapping[str, LoraLayer]) -> tuple[int | None, int, bool]:
+    """Width and blocks of the model that a file was made for, and whether it takes pictures; as far
+    as the file tells."""
     blocks = [int(name.split(".")[1]) for name in layers if name.startswith("blocks.")]
     width = next((w for w in map(_width, layers.values()) if w), None)
-    sizes = {dim: size for (dim, _, _), size in SIZES.items()}
     pictured = any("add_k_proj" in name or "image_embedder" in name for name in layers)
-    size = "" if width is None else f" {sizes.get(width, 'of another size')} ({width} wide"
-    count = "" if not blocks or width is None else f", {max(blocks) + 1} blocks"
-    task = " I2V" if pictured else ""
-    return f"Wan2.1{task}{size}{count}{')' if size else ''}"
+    return width, max(blocks, default=-1) + 1, pictured
 
 
 def _width(layer: LoraLayer) -> int | None:
     """The hidden states' width, from a self-attention's layer."""
-    entry = layer.down or layer.diff
-    square = ".attn1.to_" in layer.module and entry is not None and len(entry.shape) == 2
-    return entry.shape[1] if square and entry is not None else None
+    entries = (
+        c.entries.get(role) for c in layer.weights for role in ("down", "diff", "w1_b", "a2")
+    )
+    entry = next((e for e in entries if e is not None and len(e.shape) == 2), None)
+    told = ".attn1.to_" in layer.module and not any(c.kind == "lokr" for c in layer.weights)
+    return entry.shape[1] if told and entry is not None else None
 
 
 def _damaged(path: Path, expected: str, found: str) -> CheckpointError:
@@ -400,8 +485,8 @@ def _unknown(path: Path, names: Sequence[str], known: int) -> CheckpointError:
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return CheckpointError(
         f"{path} cannot be applied to a Wan2.1 transformer",
-        expected="low-rank pairs and differences of its layers, in the names of diffusers, PEFT, "
-        "Kohya, ComfyUI or LightX2V",
+        expected="LoRA, LoHa, LoKr, DoRA, GLoRA, OFT or differences of its layers, in the names "
+        "of diffusers, PEFT, Kohya, LyCORIS, ComfyUI, DiffSynth or LightX2V",
         found=f"{len(names)} unknown keys beside {known} known layers: {shown}"
         + (f" ({kind})" if kind else ""),
         remedy="Use a LoRA that was made for Wan2.1.",

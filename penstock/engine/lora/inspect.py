@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from penstock.engine.lora.file import LoraFile, open_lora
 from penstock.engine.lora.keys import foreign_kind, is_lora
 from penstock.offload.checkpoint import Checkpoint
 from penstock.units import format_bytes
+
+_SPELLED = MappingProxyType(
+    {
+        "lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr", "glora": "GLoRA",
+        "oft": "OFT", "boft": "BOFT", "diff": "differences", "set": "whole weights",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -19,11 +28,12 @@ class LoraInspection:
     Attributes:
         family: the model it was made for, as far as its tensors tell.
         styles: whose key names: diffusers, PEFT, ComfyUI, Kohya or bare.
+        kinds: number of changed weights by what changes them (lora, dora, lokr, ...).
         ranks: number of low-rank layers by rank.
         scales: alpha / rank, each value once; 1.0 where the file says nothing.
         differences: weights and biases that are changed by whole differences.
         dtypes: of its tensors.
-        unknown: keys of which nothing is known; empty for a file that can be used.
+        unknown: keys of which nothing is known, or with which nothing can be done: left out.
         kind: what else the file seems to be, or None.
         arguments: what to add to ``penstock generate`` to use it; empty if it cannot be used.
     """
@@ -31,6 +41,7 @@ class LoraInspection:
     path: Path
     family: str
     styles: tuple[str, ...]
+    kinds: Mapping[str, int]
     ranks: Mapping[int, int]
     scales: tuple[float, ...]
     differences: int
@@ -44,10 +55,11 @@ class LoraInspection:
         """The description for a terminal."""
         ranks = ", ".join(f"rank {rank} ({count} layers)" for rank, count in self.ranks.items())
         scales = ", ".join(f"{scale:g}" for scale in self.scales[:4])
+        kinds = ", ".join(f"{count} {_SPELLED[kind]}" for kind, count in self.kinds.items())
         lines = [
             f"{self.path}",
             f"  LoRA for {self.family}, names as in {' and '.join(self.styles) or 'nothing known'}",
-            f"  {ranks or 'no low-rank layers'}, alpha / rank {scales or '-'}"
+            f"  {kinds or 'nothing'}: {ranks or 'no low-rank layers'}, alpha / rank {scales or '-'}"
             + (", ..." if len(self.scales) > 4 else ""),
             f"  {self.differences} whole differences of weights and biases, "
             f"{format_bytes(self.nbytes)} in {', '.join(self.dtypes) or 'nothing'}",
@@ -55,9 +67,9 @@ class LoraInspection:
         if self.unknown:
             shown = ", ".join(self.unknown[:3]) + (", ..." if len(self.unknown) > 3 else "")
             kind = f" ({self.kind})" if self.kind else ""
-            lines.append(f"  {len(self.unknown)} unknown keys: {shown}{kind}")
+            lines.append(f"  {len(self.unknown)} unknown keys: {shown}{kind}, left out")
         if self.arguments:
-            lines.append(f"  use it: penstock generate ... {' '.join(self.arguments)}")
+            lines.append(f"  use it: penstock generate ... {shlex.join(self.arguments)}")
         return lines
 
 
@@ -80,18 +92,19 @@ def describe_lora(path: Path) -> LoraInspection:
     file: LoraFile = open_lora(path)
     entries = [entry for layer in file.layers.values() for entry in layer.entries()]
     low_rank = [layer for layer in file.layers.values() if layer.rank]
-    whole = sum((la.diff is not None) + (la.bias is not None) for la in file.layers.values())
-    usable = bool(file.layers) and not file.unknown
+    whole = file.kinds["diff"] + sum(la.bias is not None for la in file.layers.values())
+    unknown = (*file.unknown, *(name for stray in file.strays for name in stray.names))
     return LoraInspection(
         path=path,
         family=file.family,
         styles=file.styles,
+        kinds=dict(file.kinds.most_common()),
         ranks=dict(file.ranks.most_common()),
         scales=tuple(sorted({layer.scale for layer in low_rank})),
         differences=whole,
         dtypes=tuple(sorted({entry.dtype for entry in entries})),
         nbytes=file.nbytes,
-        unknown=file.unknown,
-        kind=foreign_kind(file.unknown),
-        arguments=("--lora", str(path)) if usable else (),
+        unknown=unknown,
+        kind=foreign_kind(unknown),
+        arguments=("--lora", str(path)) if file.layers else (),
     )

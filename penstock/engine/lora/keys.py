@@ -1,8 +1,9 @@
 """What each tensor of a LoRA file is, by its key: whose names, which module, which part.
 
 Key styles and their sources: diffusers (``save_lora_weights``) and PEFT (``adapter_model``);
-musubi-tuner and other trainers in Kohya's style, whose dots are underscores; ComfyUI and LightX2V,
-which keep Wan2.1's own names and add whole differences (``diff``, ``diff_b``, ``diff_m``).
+musubi-tuner, VideoX-Fun and other trainers in Kohya's style, whose dots are underscores; LyCORIS;
+ComfyUI and LightX2V, which keep Wan2.1's own names and add whole differences (``diff``, ``diff_b``,
+``diff_m``); DiffSynth (``pipe.dit.``).
 """
 
 from __future__ import annotations
@@ -10,33 +11,51 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 
-from penstock.engine.families.wan.keys import NAMINGS
 from penstock.engine.family.naming import Naming
+from penstock.engine.family.protocol import families
 
 _PREFIXES = (
+    ("base_model.model.diffusion_model.", "ComfyUI"),
     ("base_model.model.", "PEFT"),
     ("transformer.", "diffusers"),
     ("model.diffusion_model.", "ComfyUI"),
     ("diffusion_model.", "ComfyUI"),
+    ("pipe.dit.", "DiffSynth"),
     ("lora_unet_", "Kohya"),
+    ("lora_transformer_", "Kohya"),
+    ("lycoris_", "LyCORIS"),
     ("", "bare"),
 )
-_DOWN = ("lora_A.weight", "lora_A.default.weight", "lora_down.weight", "lora.down.weight")
-_UP = ("lora_B.weight", "lora_B.default.weight", "lora_up.weight", "lora.up.weight")
-_ROLES: Mapping[str, str] = MappingProxyType(
-    dict.fromkeys(_DOWN, "down")
-    | dict.fromkeys(_UP, "up")
-    | {"lora_B.bias": "up_bias", "lora_up.bias": "up_bias", "alpha": "alpha"}
-    | {"diff": "diff", "diff_b": "diff_b", "diff_m": "diff_m"}
+_UNDERSCORED = ("Kohya", "LyCORIS")
+_ADAPTER = r"(?:\.(?!bias$)\w+)?(?:\.weight)?"
+"""What PEFT puts after a tensor's name: an adapter's name, and that it is a weight."""
+
+_ENDS = (
+    (r"[._]lora\.down\.weight|\.lora_(?:linear_layer\.)?down\.weight|\.lora_A" + _ADAPTER, "down"),
+    (r"[._]lora\.up\.weight|\.lora_(?:linear_layer\.)?up\.weight|\.lora_B" + _ADAPTER, "up"),
+    (r"\.lora_B\.bias|\.lora_up\.bias", "up_bias"),
+    (r"\.lora_mid\.weight|\.hada_t[12]|\.lokr_t2|\.bm\.weight", "tucker"),
+    (r"\.dora_scale|\.lora_magnitude_vector" + _ADAPTER, "magnitude"),
+    (r"\.hada_(w[12]_[ab])", "loha "),
+    (r"\.lokr_(w[12](?:_[ab])?)", "lokr "),
+    (r"\.([ab][12])\.weight", "glora "),
+    (r"\.oft_(blocks)", "oft "),
+    (r"\.(rescale)", "oft "),
+    (r"\.(alpha|diff_m|diff_b|diff)", ""),
+    (r"\.w_norm", "diff"),
+    (r"\.b_norm", "diff_b"),
+    (r"\.set_weight", "set"),
+    (r"\.reshape_weight", "reshape"),
 )
-_MARKS = re.compile(r"[._]lora[._]|\.(?:diff|diff_b|diff_m|lokr_\w+|hada_\w+)$|^lora_")
+_ROLES = tuple((re.compile(f"(?:{end})$"), role) for end, role in _ENDS)
+_MARKS = re.compile(
+    r"[._]lora[._]|^lora_|^lycoris_|\.(?:diff|diff_b|diff_m|set_weight|reshape_weight|dora_scale"
+    r"|lokr_\w+|hada_\w+|oft_blocks|rescale|[ab][12]\.weight|[wb]_norm)$"
+)
 _FOREIGN = (
-    (re.compile(r"dora_scale|lora_magnitude_vector"), "DoRA"),
-    (re.compile(r"\.lokr_"), "LoKr"),
-    (re.compile(r"\.hada_"), "LoHa"),
-    (re.compile(r"\.lora_mid\."), "a convolution's Tucker form"),
     (re.compile(r"(?:^|[._])(?:text_encoder|lora_te\d?|text_model)[._]"), "a text encoder's LoRA"),
     (re.compile(r"vace_blocks"), "a LoRA of a VACE model"),
     (re.compile(r"double_blocks|single_(?:transformer_)?blocks"), "a Flux or Hunyuan LoRA"),
@@ -50,9 +69,10 @@ class Part:
     """What one tensor is.
 
     Attributes:
-        style: whose names: diffusers, PEFT, ComfyUI, Kohya or bare.
-        module: its module under diffusers' names (``blocks.0.attn1.to_q``).
-        role: down, up, up_bias, alpha, diff, diff_b or diff_m.
+        style: whose names: diffusers, PEFT, ComfyUI, DiffSynth, Kohya, LyCORIS or bare.
+        module: its module under diffusers' names (``blocks.0.attn1.to_q``), or its parameter.
+        role: down, up, up_bias, alpha, magnitude, tucker, diff, diff_b, diff_m, set, reshape, or
+            a kind and its part ("loha w1_a", "lokr w2", "glora a1", "oft blocks").
     """
 
     style: str
@@ -68,13 +88,23 @@ def is_lora(keys: Iterable[str]) -> bool:
 
 def parse_key(key: str) -> Part | None:
     """What the tensor ``key`` is; None if that is not known."""
-    suffix = next((end for end in _ROLES if key.endswith("." + end)), None)
-    if suffix is None:
+    found = next((hit for pattern, role in _ROLES if (hit := _role(pattern, role, key))), None)
+    if found is None:
         return None
-    path = key[: -len(suffix) - 1]
+    path, role = found
     prefix, style = next(pair for pair in _PREFIXES if path.startswith(pair[0]))
-    module = _module(path[len(prefix) :], underscored=style == "Kohya", role=_ROLES[suffix])
-    return None if module is None else Part(style, module, _ROLES[suffix])
+    local, underscored = path[len(prefix) :], style in _UNDERSCORED
+    module = _module(local.lstrip("_") if underscored else local, underscored, role)
+    return None if module is None else Part(style, module, role)
+
+
+def _role(pattern: re.Pattern[str], role: str, key: str) -> tuple[str, str] | None:
+    """Of a key that ends so: what comes before, and its role."""
+    match = pattern.search(key)
+    if match is None:
+        return None
+    part = next((group for group in match.groups() if group is not None), "")
+    return key[: match.start()], role + part
 
 
 def foreign_kind(keys: Iterable[str]) -> str | None:
@@ -86,20 +116,33 @@ def foreign_kind(keys: Iterable[str]) -> str | None:
     return None
 
 
-def _module(path: str, *, underscored: bool, role: str) -> str | None:
-    wan = _wan()
-    inside, outside = dict(wan.inside or {}), dict(wan.outside)
-    if role == "diff_m":
-        path += "_modulation" if underscored else ".modulation"
+def _module(path: str, underscored: bool, role: str) -> str | None:
     mark = "_" if underscored else "."
+    if role == "diff_m":
+        path += f"{mark}modulation"
+    path = path.replace(f"{mark}processor{mark}", mark)
     match = re.fullmatch(rf"blocks{re.escape(mark)}(\d+){re.escape(mark)}(.+)", path)
-    local, table = (match[2], inside) if match else (path, outside)
-    names = table | {name: name for name in table.values() if name not in table}
-    if underscored:
-        names = {name.replace(".", "_"): target for name, target in names.items()}
-    target = names.get(local)
+    inside, outside = _tables(underscored)
+    target = (inside if match else outside).get(match[2] if match else path)
     return target if target is None or match is None else f"blocks.{int(match[1])}.{target}"
 
 
-def _wan() -> Naming:
-    return next(n for n in NAMINGS if (n.component, n.author) == ("transformer", "Wan"))
+@lru_cache(maxsize=2)
+def _tables(underscored: bool) -> tuple[Mapping[str, str], Mapping[str, str]]:
+    """Diffusers' names of what is in a block, and outside, by everyone's; biases by their own."""
+    wan = _makers()
+    return _names(wan.inside or {}, underscored), _names(wan.outside, underscored)
+
+
+def _names(table: Mapping[str, str], underscored: bool) -> Mapping[str, str]:
+    names = dict(table) | {name: name for name in table.values() if name not in table}
+    names |= {f"{name}.bias": f"{target}.bias" for name, target in names.items()}
+    if underscored:
+        names = {name.replace(".", "_"): target for name, target in names.items()}
+    return MappingProxyType(names)
+
+
+def _makers() -> Naming:
+    """The names that the makers of the model gave, which most LoRAs keep."""
+    streamed = next(iter(families()[0].KINDS.values()))
+    return next(naming for naming in streamed.namings if naming.inside is not None)

@@ -3,8 +3,10 @@ the layers.
 
 A LoRA's tensors are named after the module they change (``blocks.0.attn1.to_q.lora.0.down``), so
 that they lie in the same run of bytes as its weights, are read, copied and counted with them, and
-come and go with a visit. Matrices are multiplied beside the weight (`penstock.quant.lora`);
-everything else (biases, norms, tables, convolutions) is added when it is bound.
+come and go with a visit. Sums of matrices are multiplied beside the weight (`penstock.quant.lora`);
+what needs the weight's values changes them where they are decoded (`penstock.formats.patched`);
+everything else (biases, norms, tables, convolutions, and what needs the values of a matrix outside
+the blocks) is done when it is bound.
 """
 
 from __future__ import annotations
@@ -17,8 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from penstock.engine.files.formats import is_linear
 from penstock.engine.files.keys import ComponentSource
-from penstock.engine.lora.file import Lora, LoraFile, LoraLayer, open_lora, parameters_of
+from penstock.engine.lora.file import FittedLora, Lora, open_lora
+from penstock.engine.lora.find import found_in
+from penstock.engine.lora.layer import LoraLayer, parameters_of
 from penstock.engine.store.digest import stamp
+from penstock.formats.patch import Patch
+from penstock.formats.rows import Shape
 from penstock.formats.tags import ITEM_BYTES
 from penstock.offload.checkpoint import TensorEntry, torch_dtype
 from penstock.offload.files import FileStamp
@@ -36,51 +42,80 @@ _SINGLE = 4  # bytes of an fp32
 
 @dataclass(frozen=True)
 class Change:
-    """What one LoRA adds to one parameter: ``scale * up @ down``, or ``scale * diff``.
+    """What one LoRA does to one parameter.
 
     Attributes:
         parameter: its name; local to a block or to what is outside them, or of the whole network.
-        tensors: names of ``up`` and ``down``, or of the difference alone.
-        index: which LoRA.
-        rank: 0 for a difference.
+        module: its tensors' names begin with this, local or whole as ``parameter``.
+        patch: what is done.
     """
 
     parameter: str
-    tensors: tuple[str, ...]
-    index: int
-    rank: int
-    scale: float
+    module: str
+    patch: Patch
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """Names of its tensors, by the order of the patch's roles."""
+        return tuple(f"{self.module}.{self.patch.name(role)}" for role in self.patch.roles)
 
     def local(self, cut: int) -> Change:
         """Its names without their first ``cut`` characters."""
-        tensors = tuple(name[cut:] for name in self.tensors)
-        return replace(self, parameter=self.parameter[cut:], tensors=tensors)
+        return replace(self, parameter=self.parameter[cut:], module=self.module[cut:])
+
+    def apply(self, weight: Tensor, tensors: Mapping[str, Tensor], first: int = 0) -> None:
+        """Change ``weight`` in place, as `penstock.quant.values.patch.apply`.
+
+        Args:
+            weight: of any shape; dimensions beyond the second count as columns.
+            tensors: by the names here.
+        """
+        from penstock.quant.values.patch import apply
+
+        given = {
+            role: tensors[name] for role, name in zip(self.patch.roles, self.tensors, strict=True)
+        }
+        rows = weight if weight.dim() > 1 else weight[None]
+        apply(self.patch, rows.view(len(rows), -1), given, first)
 
 
 @dataclass(frozen=True)
 class LoraPart:
-    """What LoRAs add in one block, or outside the blocks. Names are local to it.
+    """What LoRAs do in one block, or outside the blocks. Names are local to it.
 
     Attributes:
         tag: safetensors tag of the network's dtype.
-        deltas: by linear layer.
-        folds: by parameter: what is added when it is bound.
-        sizes: elements of each parameter that is.
+        deltas: by linear layer: what is added beside it.
+        patches: by linear layer: what changes its weight, whenever that is decoded.
+        folds: by parameter: what is done to it when it is bound.
+        sizes: shape of each parameter of ``folds``.
         cast: elements of each matrix that is stored in another type than the network's.
     """
 
     tag: str
     deltas: Mapping[str, tuple[Delta, ...]] = field(default_factory=dict)
+    patches: Mapping[str, tuple[Patch, ...]] = field(default_factory=dict)
     folds: Mapping[str, tuple[Change, ...]] = field(default_factory=dict)
-    sizes: Mapping[str, int] = field(default_factory=dict)
+    sizes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     cast: Mapping[str, int] = field(default_factory=dict)
 
-    @property
-    def nbytes(self) -> int:
-        """Most bytes that binding makes: casts, sums, and one sum's fp32 operands."""
-        sums = self.sizes.values()
+    def nbytes(self, device: str) -> int:
+        """Most bytes that binding makes on a device of that type: casts, changed parameters, and
+        what one change takes."""
         casts = sum(self.cast.values()) * ITEM_BYTES[self.tag]
-        return casts + _SINGLE * (sum(sums) + 3 * max(sums, default=0))
+        made = sum(self._made(name) for name in self.folds)
+        working = [
+            change.patch.workspace_bytes(_matrix(self.sizes[name]), device)
+            + self._made(name) * (not is_linear(name, self.sizes[name]))
+            for name, changes in self.folds.items()
+            for change in changes
+        ]
+        return casts + made + max(working, default=0)
+
+    def _made(self, name: str) -> int:
+        shape = self.sizes[name]
+        item = ITEM_BYTES[self.tag] if is_linear(name, shape) else _SINGLE
+        return item * math.prod(shape)
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """``tensors`` as the layers take them; those of other runs may be absent."""
@@ -89,26 +124,24 @@ class LoraPart:
         made = dict(tensors)
         for name in self.cast.keys() & made.keys():
             made[name] = made[name].to(torch_dtype(self.tag))
-        for name, folds in self.folds.items():
+        for name, changes in self.folds.items():
             if name in made:
-                made[name] = _summed(made, made[name], folds)
+                made[name] = self._changed(made, name, changes)
         return made
 
+    def _changed(self, made: dict[str, Tensor], name: str, changes: Sequence[Change]) -> Tensor:
+        """A matrix is changed as it is, rounded once a LoRA; the rest, which is small, in fp32."""
+        base = made[name]
+        matrix = is_linear(name, self.sizes[name])
+        total = base.clone() if matrix else base.to(torch_dtype("F32"), copy=True)
+        for change in changes:
+            change.apply(total, {tensor: made.pop(tensor) for tensor in change.tensors})
+        return total.to(base.dtype)
 
-def _summed(made: dict[str, Tensor], base: Tensor, folds: Sequence[Change]) -> Tensor:
-    total = base.to(torch_dtype("F32"), copy=True)
-    for fold in folds:
-        parts = [made.pop(name) for name in fold.tensors]
-        total.add_(delta_of(parts, total.shape), alpha=fold.scale)
-    return total.to(base.dtype)
 
-
-def delta_of(parts: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-    """``diff``, or ``up @ down``, in fp32 and of ``shape``; further dimensions count as columns."""
-    if len(parts) == 1:
-        return parts[0].float().view(shape)
-    up, down = (part.float().flatten(1) for part in parts)
-    return (up @ down).view(shape)
+def _matrix(shape: Sequence[int]) -> Shape:
+    """A parameter of ``shape`` as `Change.apply` sees it."""
+    return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, shape[0])
 
 
 @dataclass(frozen=True)
@@ -117,29 +150,38 @@ class PlacedLoras:
 
     Attributes:
         given: what was asked for.
-        files: the opened file of each.
+        files: the opened file of each, and what of it is applied.
     """
 
     source: ComponentSource
     given: tuple[Lora, ...]
-    files: tuple[LoraFile, ...]
+    files: tuple[FittedLora, ...]
 
     @classmethod
-    def open(cls, source: ComponentSource, loras: Sequence[Lora]) -> PlacedLoras:
+    def open(
+        cls, source: ComponentSource, loras: Sequence[Lora], folders: Sequence[Path] = ()
+    ) -> PlacedLoras:
         """Open ``loras``; reads headers and alphas.
+
+        Args:
+            folders: where a file that is given by its name is looked for.
 
         Raises:
             CheckpointError: a file cannot be used, or was made for another model.
         """
-        files = tuple(open_lora(lora.path) for lora in loras)
-        for file in files:
-            file.check(source)
-        return cls(source, tuple(loras), files)
+        given = tuple(found_in(lora, folders) for lora in loras)
+        files = tuple(open_lora(lora.path).fitted(source, strict=lora.strict) for lora in given)
+        return cls(source, given, files)
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What is to be said of tensors that are left out."""
+        return tuple(each.notice for each in self.files if each.notice is not None)
 
     @property
     def stamps(self) -> dict[Path, FileStamp]:
         """All files, as they were when their headers were read."""
-        return {path: stamp for file in self.files for path, stamp in file.stamps.items()}
+        return {path: stamp for file in self.files for path, stamp in file.file.stamps.items()}
 
     def origins(self) -> tuple[Origin, ...]:
         """One line a LoRA, for plans."""
@@ -147,7 +189,7 @@ class PlacedLoras:
             Origin(
                 "LoRA",
                 f"{lora.path.name} at strength {lora.strength:g}, "
-                f"{format_bytes(file.nbytes)} beside the weights",
+                f"{format_bytes(file.nbytes)} beside the weights" + _left(file),
                 "flag",
             )
             for lora, file in zip(self.given, self.files, strict=True)
@@ -169,7 +211,7 @@ class PlacedLoras:
         return [
             {"file": path.name, "strength": lora.strength, **stamp(path)}
             for lora, file in zip(self.given, self.files, strict=True)
-            for path in file.stamps
+            for path in file.file.stamps
         ]
 
     def layers(self) -> Iterator[tuple[int, float, LoraLayer]]:
@@ -187,18 +229,16 @@ class PlacedLoras:
         }
 
     def changes(self) -> Iterator[Change]:
-        """What is added to each parameter of the network."""
+        """What is done to each parameter of the network."""
         shapes = self.source.shapes
         for index, strength, layer in self.layers():
             weight, bias = parameters_of(layer, shapes)
-            named = {name.rpartition(".")[2]: name for name in _named(index, layer)}
-            if layer.rank:
-                pair, scale = (named["up"], named["down"]), strength * layer.scale
-                yield Change(weight, pair, index, layer.rank, scale)
-            if "diff" in named:
-                yield Change(weight, (named["diff"],), index, 0, strength)
-            if "bias" in named:
-                yield Change(bias, (named["bias"],), index, 0, strength * layer.bias_scale)
+            for change in layer.weights:
+                yield Change(weight, layer.module, change.patch(index, strength, shapes[weight][0]))
+            if layer.bias is not None:
+                spec = (("bias", (layer.bias.dtype, layer.bias.shape)),)
+                patch = Patch(index, "diff", strength * layer.bias_scale, 1.0, spec)
+                yield Change(bias, layer.module, patch)
 
     def parts(self, prefix: str, count: int, tag: str) -> tuple[LoraPart, ...]:
         """What they add outside the blocks, then block by block; nothing if there are none."""
@@ -217,6 +257,11 @@ class PlacedLoras:
         )
 
 
+def _left(file: FittedLora) -> str:
+    count = sum(len(miss.names) for miss in file.left_out)
+    return f", {count} of its {file.file.tensors} tensors left out" if count else ""
+
+
 def _part(
     changes: Sequence[Change],
     cut: int,
@@ -224,53 +269,73 @@ def _part(
     entries: Mapping[str, TensorEntry],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> LoraPart:
-    part = _PartMaker({}, {}, {}, {})
+    deltas: dict[str, tuple[Delta, ...]] = {}
+    patches: dict[str, tuple[Patch, ...]] = {}
+    folds: dict[str, tuple[Change, ...]] = {}
+    sizes: dict[str, tuple[int, ...]] = {}
+    cast: dict[str, int] = {}
+    for parameter, found in _by_parameter(changes).items():
+        shape, name = shapes[parameter], parameter[cut:]
+        local = tuple(change.local(cut) for change in found)
+        linear = is_linear(parameter, shape)
+        sums = [_delta(change.patch, shape) for change in local] if linear else [None]
+        if all(sums):
+            deltas[name.removesuffix(".weight")] = tuple(delta for delta in sums if delta)
+            cast |= _casts(local, found, tag, entries)
+        elif linear and cut:
+            patches[name.removesuffix(".weight")] = tuple(change.patch for change in local)
+        else:
+            folds[name], sizes[name] = local, shape
+    return LoraPart(tag, deltas, patches, folds, sizes, cast)
+
+
+def _by_parameter(changes: Sequence[Change]) -> dict[str, list[Change]]:
+    found: dict[str, list[Change]] = {}
     for change in changes:
-        local, shape = change.local(cut), shapes[change.parameter]
-        if not is_linear(change.parameter, shape):
-            part.fold(local, math.prod(shape))
-            continue
-        part.multiply(local)
-        for name, place in zip(local.tensors, change.tensors, strict=True):
-            if entries[place].dtype != tag:
-                part.cast[name] = math.prod(entries[place].shape)
-    return LoraPart(tag, part.deltas, part.folds, part.sizes, part.cast)
+        found.setdefault(change.parameter, []).append(change)
+    return found
 
 
-@dataclass(frozen=True)
-class _PartMaker:
-    deltas: dict[str, tuple[Delta, ...]]
-    folds: dict[str, tuple[Change, ...]]
-    sizes: dict[str, int]
-    cast: dict[str, int]
+def _delta(patch: Patch, shape: tuple[int, ...]) -> Delta | None:
+    """``patch`` as a product beside a linear layer of ``shape``; None if it needs the weight."""
+    dims = {role: dims for role, (_, dims) in patch.tensors}
+    delta = Delta(patch.index, dims.get("down", (0,))[0], patch.strength * patch.scale)
+    rows, columns = shape
+    wanted = delta.tensors((rows, columns))
+    same = wanted == {patch.name(role): found for role, found in dims.items()}
+    return delta if patch.is_sum and same else None
 
-    def multiply(self, change: Change) -> None:
-        """Beside the weight of a linear layer."""
-        layer = change.parameter.removesuffix(".weight")
-        delta = Delta(change.index, change.rank, change.scale)
-        self.deltas[layer] = (*self.deltas.get(layer, ()), delta)
 
-    def fold(self, change: Change, numel: int) -> None:
-        """Into any other parameter."""
-        name = change.parameter
-        self.folds[name] = (*self.folds.get(name, ()), change)
-        self.sizes[name] = numel
+def _casts(
+    local: Sequence[Change], found: Sequence[Change], tag: str, entries: Mapping[str, TensorEntry]
+) -> dict[str, int]:
+    """Elements of each tensor that is not stored in the network's type."""
+    return {
+        name: math.prod(entries[place].shape)
+        for here, there in zip(local, found, strict=True)
+        for name, place in zip(here.tensors, there.tensors, strict=True)
+        if entries[place].dtype != tag
+    }
 
 
 def _named(index: int, layer: LoraLayer) -> dict[str, TensorEntry]:
     """The tensors of ``layer`` by the names they have in layouts."""
-    parts = {"down": layer.down, "up": layer.up, "diff": layer.diff, "bias": layer.bias}
     start = f"{layer.module}.lora.{index}."
-    return {start + role: entry for role, entry in parts.items() if entry is not None}
+    parts = {role: e for change in layer.weights for role, e in change.entries.items()}
+    if layer.bias is not None:
+        parts["bias"] = layer.bias
+    return {start + role: entry for role, entry in parts.items()}
 
 
 def lora_spec(parts: Sequence[LoraPart], blocks: Sequence[BlockLayout]) -> LoraSpec:
     """What the planner must know: the rank that activations have, and the work of a pass."""
     ranks = [d.rank for part in parts for deltas in part.deltas.values() for d in deltas]
     elements = sum(
-        math.prod(place.shape)
-        for layout in blocks
-        for name, place in layout.places.items()
-        if ".lora." in name and len(place.shape) == 2
+        math.prod(layout.places[name].shape)
+        for part, layout in zip(parts[1:], blocks, strict=False)
+        for layer, deltas in part.deltas.items()
+        for delta in deltas
+        for role in ("down", "up", "diff")
+        if (name := f"{layer}.{delta.name(role)}") in layout.places
     )
     return LoraSpec(max(ranks, default=0), elements)

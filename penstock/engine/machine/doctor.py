@@ -15,7 +15,7 @@ import torch
 from penstock.engine.attention.kernels import attention
 from penstock.engine.attention.probe import probe_int8
 from penstock.engine.machine.calibrate import Effort, calibrate
-from penstock.engine.machine.software import versions
+from penstock.engine.software import versions
 from penstock.errors import ProfileError
 from penstock.profiles.hardware import Hardware, available_ram_bytes, probe
 from penstock.profiles.rates import Rates, store_rates

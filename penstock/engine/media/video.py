@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +56,16 @@ def check_output(path: Path, overwrite: bool = False) -> None:
     Really makes (and removes) a file in the folder, which is the only sure test.
 
     Raises:
-        OutputError: wrong extension, no such folder, folder not writable, a folder or device in the
-            file's place, or an existing file without ``overwrite``.
+        OutputError: a name in another encoding, wrong extension, no such folder, folder not
+            writable, a folder or device in the file's place, or an existing file without
+            ``overwrite``.
     """
-    if not _is_text(path):
+    if any("\ud800" <= character <= "\udfff" for character in str(path)):
         raise OutputError(
-            "the output's name is no text",
-            expected="a path in UTF-8, which the encoder takes",
-            found=repr(str(path)),
-            remedy="Choose another name, or rename the folder",
+            "the output's name is not text in UTF-8",
+            expected="Unicode",
+            found=ascii(str(path)),
+            remedy="Choose another name",
         )
     if path.suffix.lower() != SUFFIX:
         raise OutputError(
@@ -89,14 +91,6 @@ def check_output(path: Path, overwrite: bool = False) -> None:
         ) from error
     with _temporary_beside(path):
         pass
-
-
-def _is_text(path: Path) -> bool:
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def check_no_input(path: Path, inputs: Iterable[Path]) -> None:
@@ -147,7 +141,7 @@ def _taken(path: Path) -> OutputError:
 def write_video(
     path: Path,
     frames: Iterable[Any],
-    fps: int,
+    fps: Fraction | int,
     metadata: dict[str, Any] | None = None,
     *,
     overwrite: bool = False,
@@ -164,7 +158,7 @@ def write_video(
     Args:
         path: the mp4.
         frames: uint8 arrays or CPU tensors ``(h, w, 3)``, RGB, all of one even size.
-        fps: frames a second.
+        fps: frames a second; the file holds this very ratio.
         metadata: JSON-ready; stored as the file's comment, read again by `read_metadata`.
         overwrite: replace an existing file.
         crf: x264's constant rate factor, 0 (lossless) to 51.
@@ -296,7 +290,7 @@ def _find_encoder() -> str:
 def _encode(
     temporary: Path,
     frames: Iterable[Any],
-    fps: int,
+    fps: Fraction | int,
     metadata: dict[str, Any] | None,
     encoder: str,
     crf: int,
@@ -338,7 +332,9 @@ def _abandon(container: Any) -> None:
         return
 
 
-def _add_stream(container: Any, shape: tuple[int, ...], fps: int, encoder: str, crf: int) -> Any:
+def _add_stream(
+    container: Any, shape: tuple[int, ...], fps: Fraction | int, encoder: str, crf: int
+) -> Any:
     from av.video.reformatter import ColorRange
 
     stream = container.add_stream(encoder, rate=fps)

@@ -19,6 +19,8 @@ from penstock.engine.model.adapters import Adapter, adapters_of, read_table_rows
 from penstock.engine.model.skeleton import Formats, Skeleton
 from penstock.engine.model.storage import Matrices, block_format, storage_of
 from penstock.engine.packs.checked import Packs
+from penstock.formats.formats import plain_format
+from penstock.formats.patched import Patched
 from penstock.formats.tags import ITEM_BYTES
 from penstock.offload.checkpoint import Checkpoint, TensorEntry, torch_dtype
 from penstock.offload.layout import BlockLayout
@@ -92,7 +94,7 @@ class Component:
     def made_bytes(self, device: str, place: int = 0) -> int:
         """What binding makes besides the stored tensors: outside the blocks, or in the block
         ``place - 1``."""
-        added = self.loras[place].nbytes if self.loras else 0
+        added = self.loras[place].nbytes(device) if self.loras else 0
         return self.adapters[place].peak_bytes(device) + added
 
     def storage(
@@ -166,11 +168,11 @@ def component_of(
         {key: entry for key, entry in entries.items() if _in_rest(key, prefix, only)},
         *(_local(entries, f"{prefix}{index}.") for index in range(count)),
     ]
-    formats = _local_formats(linear_formats(source), prefix, count)
     blocks = [_split(group, kind.leaves_stream) for group in groups[1:]]
     packs = Packs.of(source.raw)
     tag = compute_tag(source)
     parts = loras.parts(prefix, count, tag)
+    formats = _patched(_local_formats(linear_formats(source), prefix, count), parts[1:], tag)
     return Component(
         name=name or source.component,
         config=config,
@@ -211,6 +213,25 @@ def _split(
 ) -> tuple[dict[str, TensorEntry], dict[str, TensorEntry]]:
     streamed = {key: entry for key, entry in group.items() if not leaves(key)}
     return streamed, {key: entry for key, entry in group.items() if leaves(key)}
+
+
+def _patched(
+    formats: tuple[Formats, ...], parts: Sequence[LoraPart], tag: str
+) -> tuple[Formats, ...]:
+    """``formats`` of the blocks, with the LoRAs that change a weight as it is decoded."""
+    if not parts:
+        return formats
+    plain = plain_format(tag)
+    return tuple(
+        {
+            **known,
+            **{
+                name: Patched(known.get(name, plain), patches)
+                for name, patches in part.patches.items()
+            },
+        }
+        for known, part in zip(formats, parts, strict=True)
+    )
 
 
 def _local_formats(formats: Formats, prefix: str, count: int) -> tuple[Formats, ...]:

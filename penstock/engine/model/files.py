@@ -19,10 +19,11 @@ from penstock.engine.lora.file import Lora
 from penstock.engine.lora.place import PlacedLoras
 from penstock.engine.model.component import Component
 from penstock.engine.model.grid import Grid
+from penstock.engine.model.official import Official
 from penstock.engine.model.opening import Opening
-from penstock.engine.request.settings import Official
 from penstock.profiles.manifest import VideoShape
 from penstock.profiles.phases import Manifest
+from penstock.profiles.plan import Origin
 from penstock.quant.paths import Computing, Scratch
 
 Own = TypeVar("Own", bound="ModelFiles")
@@ -103,8 +104,18 @@ class ModelFiles:
             inside = tokenizer.iterdir() if tokenizer.is_dir() else [tokenizer]
             found |= {f"tokenizer/{path.name}": path for path in inside if path.is_file()}
         for index, lora in enumerate(self.loras.files):
-            found |= {f"lora/{index}/{part}": path for part, path in enumerate(lora.stamps)}
+            found |= {f"lora/{index}/{part}": path for part, path in enumerate(lora.file.stamps)}
         return found
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What was passed over or left out in opening it."""
+        return (*self.source.notes, *self.loras.notices)
+
+    def origins(self) -> tuple[Origin, ...]:
+        """Its LoRAs and what is to be said of its files, for plans."""
+        notes = tuple(Origin("note", text, "files") for text in self.notices)
+        return (*self.loras.origins(), *notes)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -129,7 +140,7 @@ class ModelFiles:
             HeaderError, PickleRefused, TensorMismatch: a component's files cannot be used.
         """
         source = locate(model, files)
-        placed = PlacedLoras.open(source.streamed, loras)
+        placed = PlacedLoras.open(source.streamed, loras, source.lora_folders)
         family = cast("ModelFamily", source.family)
         parts = family.components(source, placed)
         computing = Computing(Scratch(0, "cpu"))

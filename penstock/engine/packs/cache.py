@@ -6,6 +6,7 @@ other weights of the same name, or another version of the layout, are another pa
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 import time
@@ -111,7 +112,7 @@ def _look(folder: Path) -> CachedPack | None:
     return CachedPack(
         name=folder.name,
         path=folder,
-        nbytes=sum(map(_size, folder.rglob("*"))),
+        nbytes=sum(_size(Path(at, name)) for at, _, names in os.walk(folder) for name in names),
         source=_source(folder),
         complete=is_complete(folder),
     )

@@ -40,6 +40,7 @@ from penstock.engine.packs.names import PROGRESS_SUFFIX
 from penstock.engine.packs.origin import Origin, read_origin, write_origin
 from penstock.engine.packs.plan import LEAST_RAM_BYTES, ComponentPlan, PackStep, plan_component
 from penstock.engine.packs.side import write_side_files
+from penstock.engine.packs.target import check_target
 from penstock.engine.store.durable import NEW_SUFFIX, FileOps, read_whole, storing, write_atomically
 from penstock.engine.store.sums import FileSum, Sums
 from penstock.errors import CheckpointError, UsageError
@@ -59,12 +60,14 @@ and the result hold a few copies of it at once."""
 
 @dataclass(frozen=True)
 class PackReport:
-    """What was made: the folder, its packs, their bytes, and the runs that were there already."""
+    """What was made: the folder, its packs, their bytes, and the runs that were there already; and
+    what is to be said of the files it was made from."""
 
     folder: Path
     files: int
     nbytes: int
     reused_runs: int
+    notices: tuple[str, ...] = ()
 
 
 def pack(
@@ -87,7 +90,7 @@ def pack(
         progress: told of every piece.
 
     Raises:
-        UsageError: no such format, or too little memory.
+        UsageError: no such format, too little memory, or a folder of somebody's files.
         CheckpointError: the source is not whole, changed meanwhile, or holds NaN or Inf; a LoRA
             cannot be used, or was made for another model.
         StorageError: the disk is full (seen before anything is written) or fails.
@@ -97,11 +100,12 @@ def pack(
             "too little memory to pack", expected=f"{LEAST_RAM_BYTES:,} bytes", found=str(ram_bytes)
         )
     ops = ops or FileOps()
-    merged = PlacedLoras.open(source.streamed, loras)
+    merged = PlacedLoras.open(source.streamed, loras, source.lora_folders)
     plans = [
         plan_component(part, wanted, merged if part is source.streamed else None)
         for part in source.components()
     ]
+    check_target(folder, plans)
     check_space(ops, folder, plans)
     total = sum(plan.layout.file_bytes for plan in plans)
     done = reused = 0
@@ -111,7 +115,8 @@ def pack(
         done += plan.layout.file_bytes
     named = {"loras": merged.merged_names()} if merged.files else {}
     write_side_files(source, folder, {"format": wanted, **named}, ops)
-    return PackReport(folder, len(plans), total, reused)
+    notices = (*source.notes, *merged.notices)
+    return PackReport(folder, len(plans), total, reused, notices)
 
 
 def _reporter(progress: Progress | None, name: str, base: int, total: int) -> Callable[[int], None]:
@@ -133,8 +138,8 @@ def check_space(ops: FileOps, folder: Path, plans: Sequence[ComponentPlan]) -> N
         path = folder / plan.file
         there = max(ops.size(path), ops.size(_partial(path)))
         need += max(0, plan.layout.file_bytes - there)
-    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     with storing(ops, folder / "packs", need):
+        place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         if ops.free_bytes(place) < need:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         ops.mkdir(folder)
@@ -369,7 +374,7 @@ def _quantised(
     assert step.format is not None
     first, *others = step.made
     waiting: dict[str, list[Tensor]] = {suffix: [] for suffix in others}
-    for values in _chunks(step, reader, chunk_bytes, reader.dtype):
+    for values in _chunks(step, reader, chunk_bytes, reader.value_dtype(step.name)):
         made = quantise(step.format, values, step.name)
         yield first, as_memory(made[first])
         for suffix in others:

@@ -69,7 +69,7 @@ class ComponentPlan:
     def origins(self) -> dict[str, Path]:
         """Every file that the pack is made from, by a name of its own."""
         files = [*sorted(self.source.raw.stamps)]
-        files += [path for lora in self.loras.files for path in sorted(lora.stamps)]
+        files += [path for lora in self.loras.files for path in sorted(lora.file.stamps)]
         return {f"{index} {path.name}": path for index, path in enumerate(files)}
 
     def foresee(self, path: Path) -> ComponentSource:

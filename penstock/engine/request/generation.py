@@ -10,6 +10,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +22,7 @@ from penstock.profiles.phases import Workload
 
 SAMPLERS = ("unipc", "dpm++", "euler", "lcm")
 CLIP_CROPS = ("squash", "center")
+FITS = ("crop", "pad", "stretch")
 DISTILLED: Mapping[str, Any] = MappingProxyType(
     {"distilled": True, "steps": 4, "guidance_scale": 1.0, "shift": 5.0, "sampler": "lcm"}
 )
@@ -33,6 +35,11 @@ _LARGEST = 1e300
 MAX_STEPS = 1000
 MAX_FPS = 240
 COHERENT_FRAMES = 121
+
+_NTSC = 1.001
+"""What colour television divided whole frame rates by."""
+_ROUNDED = 5e-3
+"""How far such a rate may be from what its digits say: 23.98 is meant for 23.976 as well."""
 
 _SIZE = re.compile(r"\s*(\d{1,9})\s*[xX*×]\s*(\d{1,9})\s*")
 
@@ -65,11 +72,15 @@ class GenerationRequest:
         shift: flow shift of the noise schedule; None takes the official one of the resolution.
         seed: 0 to 2**32-1, or None to draw one (`with_seed`).
         sampler: one of `SAMPLERS`.
-        fps: frames a second in the file; the model was trained at 16.
+        fps: frames a second in the file; the model was trained at 16. It may have a fraction, such
+            as 23.976 (see `frame_rate`).
         distilled: take the noise levels that distilled models were trained at: before the shift,
             1000, 750, 500 and 250 of 1000 for four steps; for "lcm" and "euler".
         clip_crop: what the image encoder sees of the picture: "squash", all of it squeezed into a
             square, as Wan's makers do; or "center", the square in its middle, as diffusers does.
+        fit: what is done with a picture of another aspect than the video's: "crop" around its
+            middle, "pad" with black, or "stretch". One that differs by less than a cell of ``grid``
+            is resized as it is.
         grid: what the model can represent.
 
     Raises:
@@ -87,16 +98,17 @@ class GenerationRequest:
     shift: float | None = None
     seed: int | None = None
     sampler: str = "unipc"
-    fps: int = 16
+    fps: float = 16
     distilled: bool = False
     clip_crop: str = "squash"
+    fit: str = "crop"
     grid: Grid = field(default_factory=Grid)
 
     def __post_init__(self) -> None:
         self._check_texts()
         self._check_shape()
         _check_int("steps", self.steps, 1, MAX_STEPS)
-        _check_int("fps", self.fps, 1, MAX_FPS)
+        _check_fps(self.fps)
         _check_guidance(self.guidance_scale)
         _check_shift(self.shift)
         _check_seed(self.seed)
@@ -107,6 +119,10 @@ class GenerationRequest:
         if self.clip_crop not in CLIP_CROPS:
             raise RequestError(
                 "unknown clip_crop", expected=" or ".join(CLIP_CROPS), found=repr(self.clip_crop)
+            )
+        if self.fit not in FITS:
+            raise RequestError(
+                "unknown way to fit a picture", expected=" or ".join(FITS), found=repr(self.fit)
             )
         if self.distilled and self.sampler not in ("lcm", "euler"):
             raise RequestError(
@@ -123,10 +139,10 @@ class GenerationRequest:
             if text is not None and not _is_unicode(text):
                 raise RequestError(
                     f"the {name} is not text in UTF-8",
-                    expected="characters that the terminal's encoding has given whole",
+                    expected="Unicode",
                     found=ascii(text)[:80],
-                    remedy="Write it in UTF-8, which Python reads with the environment's LC_ALL or "
-                    "PYTHONUTF8=1",
+                    remedy="It comes from a file or a terminal of another encoding: convert it, "
+                    "for example with iconv -f latin1 -t utf-8",
                 )
         if self.prompt is None or not self.prompt.strip():
             raise RequestError(
@@ -285,6 +301,15 @@ def size_for(
     return sides
 
 
+def frame_rate(fps: float) -> Fraction:
+    """Frames a second as the ratio that is meant: 23.976 is 24000/1001, as are its kin (29.97,
+    59.94); other fractions are taken as they are written."""
+    whole = round(fps * _NTSC)
+    if not float(fps).is_integer() and abs(fps * _NTSC - whole) < _ROUNDED:
+        return Fraction(whole * 1000, 1001)
+    return Fraction(repr(fps)).limit_denominator(1001)
+
+
 def parse_size(text: str) -> tuple[int, int]:
     """Width and height from ``"1280x720"`` (also ``1280*720`` as the official code writes it).
 
@@ -315,11 +340,8 @@ def parse_area(text: str) -> int:
 
 
 def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    """Whether ``text`` is without the lone surrogates that stand for bytes of other encodings."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _type(value: object) -> str:
@@ -346,6 +368,18 @@ def _is_finite(value: object) -> bool:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False
     return abs(value) < _LARGEST  # NaN is not, and a whole number may have any length
+
+
+def _check_fps(value: float) -> None:
+    if not _is_finite(value) or not 1 <= value <= MAX_FPS:
+        raise RequestError(
+            "fps out of range",
+            expected=f"1 to {MAX_FPS}, a fraction such as 23.976 among them",
+            found=repr(value),
+            remedy=f"The nearest legal value is {min(max(value, 1), MAX_FPS):g}"
+            if _is_finite(value)
+            else "The model was trained at 16",
+        )
 
 
 def _check_guidance(value: float) -> None:

@@ -13,8 +13,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from penstock.engine.model.official import Official
     from penstock.engine.request.generation import GenerationRequest
-    from penstock.engine.request.settings import Official
 
 TRAINED = 1000
 """Timesteps that Wan was trained at (``num_train_timesteps``)."""

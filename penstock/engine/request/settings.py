@@ -7,11 +7,12 @@ fps, negative_prompt) where the official Wan2.1 defaults do not suit it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from penstock.engine.model.grid import Grid
+from penstock.engine.model.official import Official
 from penstock.engine.request.generation import (
     DISTILLED,
     GenerationRequest,
@@ -22,6 +23,9 @@ from penstock.engine.request.generation import (
 from penstock.errors import CheckpointError, UsageError
 
 _NUMBERS = ("width", "height", "frames", "steps", "guidance_scale", "shift", "fps")
+
+
+ANY_SEED = -1
 
 
 @dataclass(frozen=True)
@@ -40,20 +44,10 @@ class Settings:
     shift: float | None = None
     seed: int | None = None
     sampler: str | None = None
-    fps: int | None = None
+    fps: float | None = None
     distilled: bool = False
     clip_crop: str | None = None
-
-
-class Official(Protocol):
-    """What a model was released with, where neither a request nor the model's folder says more."""
-
-    @property
-    def request_defaults(self) -> Mapping[str, Any]:
-        """Width, height, steps and guidance_scale."""
-
-    def flow_shift(self, width: int, height: int, asked: float | None) -> float:
-        """``asked``, or the official flow shift of a video of that size."""
+    fit: str | None = None
 
 
 class Suited(Protocol):
@@ -78,7 +72,7 @@ class Suited(Protocol):
 
 def resolve(settings: Settings, model: Suited) -> GenerationRequest:
     """Fill the gaps of ``settings`` from the model's defaults, and the size from the picture; the
-    flow shift, where none is said, follows that size.
+    flow shift, where none is said, follows that size. A seed of -1 is an open one, as elsewhere.
 
     Raises:
         UsageError: both a size and an area; RequestError, ImageError: as the request itself.
@@ -86,10 +80,12 @@ def resolve(settings: Settings, model: Suited) -> GenerationRequest:
     """
     if settings.size is not None and settings.max_area is not None:
         raise UsageError(
-            "two answers to one question", expected="--size or --max-area", found="both"
+            "the video's size is given twice", expected="--size or --max-area", found="both"
         )
     defaults = dict(model.official.request_defaults)
     defaults |= _defaults(model.defaults, model.origin)
+    if settings.seed == ANY_SEED:
+        settings = replace(settings, seed=None)
     given = {
         field.name: getattr(settings, field.name)
         for field in fields(settings)

@@ -176,8 +176,8 @@ def find_job(name: str | None, root: Path | None = None) -> Path:
         JournalError: there is none, or more than one.
     """
     try:
-        if name is not None and _holds_job(Path(name)):
-            return Path(name)
+        if name is not None and _holds_job(Path(name).expanduser()):
+            return Path(name).expanduser()
     except OSError as error:
         raise StorageError(f"{name} cannot be read", found=error.strerror) from error
     known = list_jobs(root)
@@ -221,6 +221,8 @@ def _is_asked_by(record: JobRecord | None, request: Mapping[str, Any]) -> bool:
         return False
     before = {name: word for name, word in NUMERICS.items() if word is not None}
     theirs = before | dict(record.request)
+    if "fit" not in theirs and request.get("image") is None:
+        theirs["fit"] = request.get("fit")  # from before there was one, and there is no picture
     if request.get("seed") is None and "seed" in theirs:
         theirs["seed"] = None
     return theirs == before | dict(request)

@@ -302,7 +302,9 @@ class JournalKeeper(Keeper):
         except JournalError as second:
             # The first error is the one to report; an unmarked job counts as killed and resumes.
             return f"Its end could not be noted ({second})."
-        return f"The job is kept: continue it with `penstock resume {self._journal.folder}`"
+        return (
+            f"The job is kept: continue it with `penstock resume {self._journal.folder.absolute()}`"
+        )
 
     def close(self) -> None:
         """Finish writing and let others work on the job."""

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from penstock._version import __version__
 from penstock.engine.machine.memory import ProcessMemory
-from penstock.engine.machine.software import versions
 from penstock.engine.media.video import write_video
+from penstock.engine.request.generation import frame_rate
 from penstock.engine.request.levels import timesteps_of
 from penstock.engine.run.ending import Ending
 from penstock.engine.run.events import Listener, Monitor, PhaseMonitor
 from penstock.engine.run.report import JobResult, RunReport
 from penstock.engine.run.stage import Run, Stage
+from penstock.engine.software import versions
 from penstock.engine.store.sums import PIECE_BYTES, Sums, how_told
 from penstock.offload.allocator import allocator_capped
 from penstock.offload.device import made_current
@@ -160,7 +161,7 @@ def mux(stage: Stage, video: Tensor, output: Path) -> Path:
         written = write_video(
             output,
             _counted_frames(video, phase),
-            job.request.fps,
+            frame_rate(job.request.fps),
             metadata=_metadata(job) if job.metadata else None,
             overwrite=job.overwrite,
             or_beside=True,

@@ -87,7 +87,7 @@ class RunReport:
     frames: int
     width: int
     height: int
-    fps: int
+    fps: float
     seed: int
     seconds: float
     vram_limit_bytes: int

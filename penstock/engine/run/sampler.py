@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,8 +83,9 @@ class Sampler:
         self._settings |= {"distilled": distilled} | ({"seed": seed} if sampler == "lcm" else {})
         self._sampler, self._seed = sampler, seed
         self._history = _HISTORY.get(sampler, ())
-        self._scheduler = _make_scheduler(config, sampler, float(shift))
-        self._scheduler.set_timesteps(steps, device=device)
+        with _refusals():
+            self._scheduler = _make_scheduler(config, sampler, float(shift))
+            self._scheduler.set_timesteps(steps, device=device)
         levels = noise_levels(sampler, steps, float(shift), distilled=distilled)
         _set_levels(self._scheduler, levels, sampler)
         # By count, never by looking a timestep up: rounded ones can repeat
@@ -101,6 +104,7 @@ class Sampler:
         Raises:
             NonFinite: NaN or Inf came out; the sampler is spent.
             UsageError: the step is out of order.
+            CheckpointError: the scheduler's config cannot be followed.
         """
         if i != self.next_step or i >= len(self.timesteps):
             raise UsageError(
@@ -113,9 +117,10 @@ class Sampler:
             noise_pred = noise_pred.to(latents.dtype)  # the scheduler rounds latents to its type
         if self._sampler == "lcm":
             options = {"generator": step_generator(self._seed, i)}
-        (stepped,) = self._scheduler.step(
-            noise_pred, timestep, latents, return_dict=False, **options
-        )
+        with _refusals():
+            (stepped,) = self._scheduler.step(
+                noise_pred, timestep, latents, return_dict=False, **options
+            )
         self.next_step += 1
         check_finite(stepped, i, len(self.timesteps))
         return stepped  # type: ignore[no-any-return]
@@ -172,6 +177,20 @@ class Sampler:
             setattr(self._scheduler, name, restored)
         else:
             setattr(self._scheduler, name, state.tensors.get(f"{name}.0"))
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What diffusers' solvers refuse of a config, each entry of which may be sound by itself."""
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+        raise CheckpointError(
+            "the model's scheduler config cannot be used",
+            expected="entries that one solver can follow together",
+            found=" ".join(str(error).split())[:200],
+            remedy="Correct scheduler/scheduler_config.json, or choose another --sampler",
+        ) from error
 
 
 def read_scheduler_config(folder: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -34,6 +35,9 @@ STATE_TENSORS = 5
 """Latents and the solver's history at most: UniPC keeps three of the latents' size (order 2)."""
 
 _NOT_OF_THE_REQUEST = ("model", "files", "loras", *NUMERICS)
+
+_BEFORE: Mapping[str, Any] = MappingProxyType({"fit": "stretch"})
+"""Of requests whose records do not name it: what was done before it could be chosen."""
 
 GENERATIONS = 3
 """Of the sampler's state: two are kept while a third is written."""
@@ -163,6 +167,7 @@ def restored_request(journal: Journal) -> GenerationRequest:
     picture = journal.folder / PICTURE_FILE if values.get("image") is not None else None
     try:
         grid = Grid(**values.pop("grid"))
+        values = {**_BEFORE, **values}
         return GenerationRequest(**(values | {"grid": grid, "image": picture}))
     except (KeyError, TypeError, RequestError) as error:
         raise JournalError(f"{journal.folder} holds no request", found=str(error)) from error

@@ -335,8 +335,8 @@ class _Wide(nn.Module):
         self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(64, 32))])
 
 
-def _whole_numbers() -> nn.Parameter:
-    return nn.Parameter(torch.zeros(3, dtype=torch.int16), requires_grad=False)
+def _complex_numbers() -> nn.Parameter:
+    return nn.Parameter(torch.zeros(3, dtype=torch.complex128), requires_grad=False)
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ def _whole_numbers() -> nn.Parameter:
         (lambda m: m.blocks[2].to("meta"), "cannot be streamed"),
         (lambda m: m.blocks.append(nn.LSTM(4, 4)), "second list"),
         (lambda m: m.blocks.append(nn.LazyLinear(4)), "UninitializedParameter"),
-        (lambda m: m.blocks[1].register_parameter("odd", _whole_numbers()), "int16"),
+        (lambda m: m.blocks[1].register_parameter("odd", _complex_numbers()), "complex128"),
     ],
 )
 def test_weights_that_cannot_be_streamed(spoil: Any, message: str) -> None:

@@ -24,14 +24,16 @@ from penstock.engine.lora.place import PlacedLoras
 from penstock.engine.model.files import ModelFiles
 from penstock.errors import CheckpointError, PickleRefused, TensorMismatch, UsageError
 from penstock.offload.checkpoint import Checkpoint
+from penstock.quant.values.patch import apply
 from tests.engine import lora_files as made
+from tests.engine.lora import kinds
 
 Q = "diffusion_model.blocks.0.self_attn.q"
 
 
 @pytest.fixture(scope="module")
 def source(i2v_folder: Path) -> ComponentSource:
-    return locate(i2v_folder).transformer
+    return locate(i2v_folder).streamed
 
 
 def _write(path: Path, **tensors: Tensor) -> Path:
@@ -88,6 +90,25 @@ def test_a_strength_is_finite(strength: str) -> None:
         ("model.diffusion_model.img_emb.proj.4.diff_b",
          "condition_embedder.image_embedder.norm2", "diff_b"),
         ("blocks.0.self_attn.q.lora_down.weight", "blocks.0.attn1.to_q", "down"),
+        ("lora_unet__blocks_0_cross_attn_k.lora_up.weight", "blocks.0.attn2.to_k", "up"),
+        ("pipe.dit.blocks.0.ffn.0.lora_A.default.weight", "blocks.0.ffn.net.0.proj", "down"),
+        ("base_model.model.diffusion_model.blocks.0.ffn.0.lora_A.weight",
+         "blocks.0.ffn.net.0.proj", "down"),
+        ("lycoris_blocks_0_attn1_to_q.lokr_w2_a", "blocks.0.attn1.to_q", "lokr w2_a"),
+        ("lycoris_blocks_0_self_attn_q.hada_w1_b", "blocks.0.attn1.to_q", "loha w1_b"),
+        ("diffusion_model.blocks.0.self_attn.q_lora.down.weight", "blocks.0.attn1.to_q", "down"),
+        ("transformer.blocks.0.attn1.processor.to_q_lora.up.weight", "blocks.0.attn1.to_q", "up"),
+        ("diffusion_model.blocks.0.self_attn.q.lora_A", "blocks.0.attn1.to_q", "down"),
+        ("diffusion_model.blocks.0.self_attn.q.lora_B", "blocks.0.attn1.to_q", "up"),
+        (f"{Q}.dora_scale", "blocks.0.attn1.to_q", "magnitude"),
+        ("transformer.blocks.0.attn1.to_q.lora_magnitude_vector", "blocks.0.attn1.to_q",
+         "magnitude"),
+        (f"{Q}.oft_blocks", "blocks.0.attn1.to_q", "oft blocks"),
+        (f"{Q}.a1.weight", "blocks.0.attn1.to_q", "glora a1"),
+        ("lycoris_blocks_0_norm2.b_norm", "blocks.0.norm2", "diff_b"),
+        (f"{Q}.bias.set_weight", "blocks.0.attn1.to_q.bias", "set"),
+        ("diffusion_model.blocks.0.modulation.diff", "blocks.0.scale_shift_table", "diff"),
+        ("diffusion_model.patch_embedding.reshape_weight", "patch_embedding", "reshape"),
     ],
 )  # fmt: skip
 def test_a_key_tells_module_and_part(key: str, module: str, role: str) -> None:
@@ -102,7 +123,7 @@ def test_a_key_tells_module_and_part(key: str, module: str, role: str) -> None:
         "transformer.blocks.0.attn3.to_q.lora_A.weight",
         "diffusion_model.blocks.x.self_attn.q.lora_A.weight",
         "diffusion_model.blocks.0.self_attn.q.lora_C.weight",
-        "diffusion_model.blocks.0.self_attn.q.dora_scale",
+        "diffusion_model.blocks.0.self_attn.q.lora_mid.bias",
         "lora_te_text_model_encoder_layers_0.lora_down.weight",
         "diffusion_model.blocks.0.self_attn.q",
         "",
@@ -172,8 +193,6 @@ def test_pefts_folder_needs_its_config(tmp_path: Path) -> None:
 
 _DAMAGED: dict[str, tuple[dict[str, Tensor], str]] = {
     "half a pair": ({f"{Q}.lora_A.weight": torch.zeros(2, 96)}, "both matrices"),
-    "an alpha of nothing": (
-        {f"{Q}.alpha": torch.tensor(1.0), f"{Q}.diff_b": torch.zeros(96)}, "both matrices"),
     "two ranks": (
         {f"{Q}.lora_A.weight": torch.zeros(2, 96), f"{Q}.lora_B.weight": torch.zeros(96, 3)},
         "share a rank"),
@@ -186,6 +205,14 @@ _DAMAGED: dict[str, tuple[dict[str, Tensor], str]] = {
     "integers": (
         {f"{Q}.lora_A.weight": torch.zeros(2, 96, dtype=torch.int8),
          f"{Q}.lora_B.weight": torch.zeros(96, 2)}, "found I8"),
+    "alpha infinite": (_pair() | {f"{Q}.alpha": torch.tensor(float("inf"))}, "finite"),
+    "three of loha's four": (
+        {f"{Q}.hada_w1_a": torch.zeros(96, 2), f"{Q}.hada_w1_b": torch.zeros(2, 96),
+         f"{Q}.hada_w2_a": torch.zeros(96, 2)}, "all matrices"),
+    "half of glora": ({f"{Q}.a1.weight": torch.zeros(96, 2)}, "all four matrices"),
+    "blocks that are not square": ({f"{Q}.oft_blocks": torch.zeros(4, 24, 12)}, "square blocks"),
+    "a shape of fractions": (
+        _pair() | {f"{Q}.reshape_weight": torch.ones(2)}, "as a weight's dimensions"),
     "alpha NaN": (_pair() | {f"{Q}.alpha": torch.tensor(float("nan"))}, "finite"),
     "alpha a vector": (_pair() | {f"{Q}.alpha": torch.ones(2)}, "as one number"),
     "alpha a truth": (_pair() | {f"{Q}.alpha": torch.tensor(True)}, "as one number"),
@@ -209,8 +236,6 @@ def test_a_damaged_file_is_refused(damage: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "kind"),
     [
-        ("diffusion_model.blocks.0.self_attn.q.dora_scale", "DoRA"),
-        ("lycoris_blocks_0_self_attn_q.lokr_w1", "LoKr"),
         ("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "text encoder"),
         ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", "another transformer"),
         ("diffusion_model.vace_blocks.0.self_attn.q.lora_A.weight", "VACE"),
@@ -236,7 +261,7 @@ def test_a_lora_of_another_size_or_task_says_what_it_is_for(
     pictured = made.pairs(source, ["blocks.0.attn2.add_k_proj", "blocks.0.attn1.to_q"])
     path = made.write_comfy(tmp_path / "i2v.safetensors", pictured)
     open_lora(path).check(source)
-    text_only = locate(t2v_folder).transformer
+    text_only = locate(t2v_folder).streamed
     with pytest.raises(TensorMismatch, match=r"Wan2\.1 I2V .*this model is Wan2\.1 T2V.*k_img"):
         open_lora(path).check(text_only)
     deep = {name.replace("blocks.0.", "blocks.77."): t for name, t in _pair().items()}
@@ -294,11 +319,30 @@ def test_inspect_says_what_it_is(source: ComponentSource, tmp_path: Path) -> Non
     text = "\n".join(found.lines())
     for part in ("LoRA for Wan2.1 I2V", "96 wide", "Kohya", "rank 4", "alpha / rank 0.5", "F32"):
         assert part in text
-    mixed = _write(tmp_path / "b.safetensors", **_pair(), **{f"{Q}.dora_scale": torch.ones(96)})
+    stranger = {"lora_te_text_model_encoder.lora_down.weight": torch.ones(2, 96)}
+    mixed = _write(tmp_path / "b.safetensors", **_pair(), **stranger)
     other = inspect(mixed)
     assert isinstance(other, LoraInspection)
-    assert other.arguments == ()
-    assert "1 unknown keys" in "\n".join(other.lines()) and other.kind == "DoRA"
+    assert other.arguments == ("--lora", str(mixed))
+    assert "1 unknown keys" in "\n".join(other.lines()) and other.kind == "a text encoder's LoRA"
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("dora by outputs", "DoRA"), ("loha", "LoHa"), ("lokr", "LoKr"), ("glora", "GLoRA"),
+        ("oft", "OFT"), ("boft", "BOFT"), ("whole weights", "whole weights"),
+        ("differences", "differences"),
+    ],
+)  # fmt: skip
+def test_inspect_names_the_kind(
+    kind: str, said: str, source: ComponentSource, tmp_path: Path
+) -> None:
+    modules = kinds.some_modules(source.shapes)
+    found = inspect(kinds.make(kind, source.shapes, modules).write(tmp_path / "a.safetensors"))
+    assert isinstance(found, LoraInspection)
+    assert f"{len(modules)} {said}" in "\n".join(found.lines())
+    assert not found.unknown and found.arguments
 
 
 def test_describing_a_lora_does_not_import_torch(tmp_path: Path) -> None:
@@ -316,7 +360,7 @@ def test_bfloat16_models_and_quantised_ones_take_them(tmp_path: Path) -> None:
     folder = write_tiny_model(
         tmp_path / "m", dtype=torch.bfloat16, image_to_video=False, vae={"base_dim": 8}
     )
-    source = locate(folder).transformer
+    source = locate(folder).streamed
     dim = source.shapes["scale_shift_table"][2]
     path = _write(
         tmp_path / "a.safetensors",
@@ -334,3 +378,129 @@ def test_bfloat16_models_and_quantised_ones_take_them(tmp_path: Path) -> None:
     found = made.ours(files, (*halves, given[3]), chunk=7)
     assert found.dtype == torch.bfloat16
     assert (found - plain).abs().max() > 0.01
+
+
+def _left_out(source: ComponentSource, path: Path) -> tuple[str, ...]:
+    (placed,) = PlacedLoras.open(source, [Lora(path)]).files
+    return tuple(name for miss in placed.left_out for name in miss.names)
+
+
+_STRANGERS: dict[str, tuple[dict[str, Tensor], str]] = {
+    "another input layer": (
+        {"diffusion_model.patch_embedding.diff": torch.zeros(96, 16, 1, 2, 2)}, "beside a weight"),
+    "a layer that is not there": (
+        {"diffusion_model.blocks.77.self_attn.q.diff_b": torch.zeros(96)}, "no such layer"),
+    "a text encoder": (
+        {"lora_te_text_model_encoder_layers_0_mlp_fc1.alpha": torch.tensor(1.0)}, "text encoder"),
+    "a stray alpha": ({"diffusion_model.blocks.1.ffn.0.alpha": torch.tensor(1.0)}, "belongs to"),
+    "a stray magnitude": (
+        {"diffusion_model.blocks.1.ffn.0.dora_scale": torch.ones(96)}, "belongs to"),
+    "a Tucker form": (
+        {"diffusion_model.blocks.1.ffn.0.lora_mid.weight": torch.ones(2, 2, 1, 1)}, "Tucker"),
+    "half a grown layer": (
+        {"diffusion_model.patch_embedding.lora_down.weight": torch.zeros(2, 52, 1, 2, 2),
+         "diffusion_model.patch_embedding.lora_up.weight": torch.zeros(96, 2, 1, 1, 1),
+         "diffusion_model.patch_embedding.reshape_weight": torch.tensor([96, 20, 1, 2, 2])},
+        "beside a weight"),
+    "a magnitude of another layer": (
+        {"diffusion_model.blocks.1.self_attn.q.lora_A.weight": torch.zeros(2, 96),
+         "diffusion_model.blocks.1.self_attn.q.lora_B.weight": torch.zeros(96, 2),
+         "diffusion_model.blocks.1.self_attn.q.dora_scale": torch.ones(95, 1)}, "beside a weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stranger", _STRANGERS)
+def test_what_has_no_place_is_left_out_and_named(
+    stranger: str, source: ComponentSource, tmp_path: Path
+) -> None:
+    tensors, why = _STRANGERS[stranger]
+    path = _write(tmp_path / "a.safetensors", **_pair(), **tensors)
+    placed = PlacedLoras.open(source, [Lora(path)])
+    (file,) = placed.files
+    assert file.layers.keys() == {"blocks.0.attn1.to_q"}
+    names = _left_out(source, path)
+    assert {*names} <= {*tensors} and names
+    (notice,) = placed.notices
+    assert f"a.safetensors: {len(names)} of {2 + len(tensors)} tensors" in notice
+    assert names[0] in notice and why in notice and "--lora-strict" in notice
+    assert "left out" in placed.origins()[0].value
+    with pytest.raises(CheckpointError):
+        PlacedLoras.open(source, [Lora(path, strict=True)])
+    whole = _write(tmp_path / "b.safetensors", **_pair())
+    assert not PlacedLoras.open(source, [Lora(whole, strict=True)]).notices
+
+
+def test_a_lora_of_which_nothing_fits_is_refused(source: ComponentSource, tmp_path: Path) -> None:
+    path = _write(tmp_path / "a.safetensors", **_pair(2, 5120))
+    with pytest.raises(TensorMismatch, match="5120 wide"):
+        PlacedLoras.open(source, [Lora(path)])
+    stranger = "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"
+    other = _write(tmp_path / "b.safetensors", **{stranger: torch.zeros(2, 96)})
+    with pytest.raises(CheckpointError, match="1 unknown keys"):
+        PlacedLoras.open(source, [Lora(other)])
+
+
+def test_a_lora_of_this_size_is_not_said_to_be_of_another(
+    source: ComponentSource, tmp_path: Path
+) -> None:
+    wrong = {"diffusion_model.patch_embedding.diff": torch.zeros(96, 16, 1, 2, 2)}
+    path = _write(tmp_path / "a.safetensors", **_pair(), **wrong)
+    with pytest.raises(TensorMismatch) as caught:
+        open_lora(path).check(source)
+    assert "not wholly for this model" in str(caught.value)
+    assert "another size" not in str(caught.value) and "1 tensors do not fit" in str(caught.value)
+
+
+def test_names_without_a_config_are_as_trained(source: ComponentSource, tmp_path: Path) -> None:
+    """PEFT's folder has a config; other writers of its prefix keep alphas, or have none."""
+    start = "base_model.model.diffusion_model.blocks.0.self_attn.q"
+    down, up = _pair().values()
+    pair = {f"{start}.lora_A.weight": down, f"{start}.lora_B.weight": up}
+    path = _write(tmp_path / "a.safetensors", **pair)
+    assert open_lora(path).layers["blocks.0.attn1.to_q"].scale == 1.0
+    start = "base_model.model.blocks.0.attn1.to_q"
+    pair = {f"{start}.lora_A.weight": down, f"{start}.lora_B.weight": up}
+    path = _write(tmp_path / "b.safetensors", **pair, **{f"{start}.alpha": torch.tensor(1.0)})
+    assert open_lora(path).layers["blocks.0.attn1.to_q"].scale == 0.5
+
+
+def test_an_alpha_of_the_config_is_finite(tmp_path: Path) -> None:
+    start = "base_model.model.blocks.0.attn1.to_q"
+    down, up = _pair().values()
+    path = _write(tmp_path / "adapter_model.safetensors",
+                  **{f"{start}.lora_A.weight": down, f"{start}.lora_B.weight": up})  # fmt: skip
+    for value in ("NaN", "Infinity"):
+        (tmp_path / "adapter_config.json").write_text(f'{{"r": 2, "lora_alpha": {value}}}')
+        with pytest.raises(CheckpointError, match="lora_alpha' as a finite number"):
+            open_lora(path)
+
+
+def test_a_dora_of_pefts_is_that_of_peft(tmp_path: Path) -> None:
+    """Its magnitudes by rows, its alpha from its config."""
+    from peft import LoraConfig, get_peft_model
+
+    net = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([
+        torch.nn.ModuleDict({"attn1": torch.nn.ModuleDict({"to_q": torch.nn.Linear(96, 96)})})
+    ])})  # fmt: skip
+    weight = net["blocks"][0]["attn1"]["to_q"].weight.detach().clone()
+    peft = get_peft_model(
+        net, LoraConfig(r=4, lora_alpha=6, use_dora=True, target_modules=["to_q"])
+    )
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name or "magnitude" in name:
+            parameter.data.add_(0.1 * torch.randn_like(parameter).abs())
+    peft.save_pretrained(tmp_path)
+    file = open_lora(tmp_path)
+    (change,) = file.layers["blocks.0.attn1.to_q"].weights
+    stored = {e.name: t for e in change.entries.values() for t in [_stored(tmp_path, e.name)]}
+    merged = weight.clone()
+    tensors = {role: stored[entry.name] for role, entry in change.entries.items()}
+    apply(change.patch(0, 1.0, 96), merged, tensors)
+    expected = peft.merge_and_unload()["blocks"][0]["attn1"]["to_q"].weight
+    assert (expected - weight).abs().max() > 0.01
+    assert (merged - expected).abs().max() <= 1e-5
+
+
+def _stored(folder: Path, name: str) -> Tensor:
+    with Checkpoint.open(folder) as found:
+        return found.read(name)

@@ -23,7 +23,7 @@ from tests.engine.run.test_resume import run_until, steps_done
 
 @pytest.fixture(scope="module")
 def lora(t2v_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    source = locate(t2v_folder).transformer
+    source = locate(t2v_folder).streamed
     modules = made.linears(source, outside=False)
     path = tmp_path_factory.mktemp("loras") / "distilled.safetensors"
     return made.write_kohya(path, made.pairs(source, modules))

@@ -115,7 +115,7 @@ def test_the_transformer_is_that_of_diffusers(
     style: str, image: bool, i2v_folder: Path, t2v_folder: Path, tmp_path: Path
 ) -> None:
     folder = i2v_folder if image else t2v_folder
-    path = STYLES[style](locate(folder).transformer, tmp_path / "lora.safetensors")
+    path = STYLES[style](locate(folder).streamed, tmp_path / "lora.safetensors")
     loras = [Lora(path, 0.7)]
     files = ModelFiles.open(folder, loras=loras)
     given = made.inputs(files.transformer.module.config)
@@ -147,7 +147,7 @@ def test_several_at_once_add_up(i2v_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("stored", ["int8", "gguf-q8_0"])
 def test_beside_quantised_weights(stored: str, t2v_folder: Path, tmp_path: Path) -> None:
     """diffusers on the decoded weights, with the LoRA as it loads it."""
-    path = _lightx2v(locate(t2v_folder).transformer, tmp_path / "lora.safetensors")
+    path = _lightx2v(locate(t2v_folder).streamed, tmp_path / "lora.safetensors")
     pack(locate(t2v_folder), stored, tmp_path / "packed")
     files = ModelFiles.open(tmp_path / "packed", loras=[Lora(path, 0.7)])
     assert {fmt.name for fmt in files.transformer.formats[0].values()} == {stored}

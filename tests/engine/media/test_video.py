@@ -2,6 +2,7 @@ import errno
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -52,6 +53,20 @@ def test_what_is_written_is_read_again(tmp_path):
         assert context.color_range == 1
         assert float(stream.duration * stream.time_base) == pytest.approx(9 / 16)
     assert read_metadata(tmp_path / "out.mp4") == SETTINGS
+
+
+@pytest.mark.parametrize("rate", [Fraction(24000, 1001), Fraction(25, 2)])
+def test_a_rate_with_a_fraction_is_exact_in_the_file(tmp_path, rate):
+    write_video(tmp_path / "out.mp4", moving_frames(), rate)
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        stream = container.streams.video[0]
+        assert stream.average_rate == rate
+        assert stream.duration * stream.time_base == 9 / rate
+
+
+def test_a_name_in_another_encoding_is_refused_before_the_job(tmp_path):
+    with pytest.raises(OutputError, match="not text in UTF-8"):
+        check_output(tmp_path / "caf\udce9.mp4")
 
 
 def test_frames_keep_their_order_and_look(tmp_path):

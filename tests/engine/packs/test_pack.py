@@ -154,7 +154,7 @@ def test_a_file_in_the_wanted_format_is_not_rounded_again(tmp_path, model, spell
         spelling
     ]
     pack(locate(model, Files(transformer=single)), wanted, tmp_path / "p")
-    with WeightReader(locate(tmp_path / "p").transformer) as reader:
+    with WeightReader(locate(tmp_path / "p").parts["transformer"]) as reader:
         for name, value in made.values.items():
             assert torch.equal(reader.read(name, torch.float32), value), name
 
@@ -165,7 +165,7 @@ def test_gguf_blocks_of_the_text_encoder_stay_blocks(tmp_path, model):
     values = golden.write_gguf(tmp_path / "t.gguf", tensors, names, "Q5_1", "t5encoder")
     files = Files(text_encoder=tmp_path / "t.gguf", tokenizer=model / "tokenizer")
     pack(locate(model, files), "bf16", tmp_path / "p")
-    text = locate(tmp_path / "p").text_encoder
+    text = locate(tmp_path / "p").parts["text_encoder"]
     assert text.label() == "gguf-q5_1"
     linears = [name for name in values if "relative" not in name and "shared" not in name]
     with WeightReader(text) as reader:

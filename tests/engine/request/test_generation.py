@@ -1,6 +1,7 @@
 import copy
 import math
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from penstock.engine.request.generation import (
     MAX_SEED,
     GenerationRequest,
     check_task,
+    frame_rate,
     parse_area,
     parse_size,
     size_for,
@@ -84,6 +86,12 @@ def test_negative_prompt_follows_the_task_unless_given():
         ({"steps": 0}, ["steps", "1 to 1000", "nearest legal value is 1"]),
         ({"steps": 2000}, ["nearest legal value is 1000"]),
         ({"fps": 0}, ["fps", "1"]),
+        ({"fps": 240.5}, ["fps", "nearest legal value is 240"]),
+        ({"fps": math.nan}, ["fps", "nan", "trained at 16"]),
+        ({"fps": "16"}, ["fps", "'16'"]),
+        ({"fps": True}, ["fps", "True"]),
+        ({"prompt": "caf\udce9"}, ["prompt is not text in UTF-8", "iconv"]),
+        ({"negative_prompt": "caf\udce9"}, ["negative prompt is not text in UTF-8"]),
         ({"guidance_scale": -0.5}, ["guidance", "-0.5"]),
         ({"guidance_scale": math.nan}, ["guidance", "nan"]),
         ({"guidance_scale": math.inf}, ["guidance", "inf"]),
@@ -216,3 +224,16 @@ def test_parsing():
             parse_size(text)
     with pytest.raises(RequestError, match='480p or 720p or like "528x960"'):
         parse_area("1080p")
+
+
+@pytest.mark.parametrize(
+    ("fps", "ratio"),
+    [
+        (16, (16, 1)), (16.0, (16, 1)), (23.976, (24000, 1001)), (23.98, (24000, 1001)),
+        (29.97, (30000, 1001)), (59.94, (60000, 1001)), (12.5, (25, 2)), (23.5, (47, 2)),
+        (14.985, (15000, 1001)), (16.1, (161, 10)), (1.5, (3, 2)),
+    ],
+)  # fmt: skip
+def test_a_rate_is_the_ratio_that_is_meant(fps, ratio):
+    assert request(fps=fps).fps == fps
+    assert frame_rate(fps) == Fraction(*ratio)

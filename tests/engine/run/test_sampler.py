@@ -248,3 +248,18 @@ def test_reading_the_folders_config(tmp_path):
 def test_an_unknown_sampler_is_refused():
     with pytest.raises(UsageError, match=r"unipc or dpm\+\+ or euler"):
         make("ddim")
+
+
+@pytest.mark.parametrize("sampler", ["unipc", "dpm++", "euler", "lcm"])
+def test_what_a_solver_refuses_of_a_config_is_one_line(sampler):
+    both = {"use_karras_sigmas": True, "use_exponential_sigmas": True}
+    with pytest.raises(CheckpointError, match="scheduler config cannot be used") as caught:
+        Sampler(both, sampler=sampler, steps=2, shift=5.0)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_a_solver_cannot_follow_in_a_step_is_one_line():
+    made = Sampler({"predict_x0": False}, sampler="unipc", steps=2, shift=5.0)
+    noise = torch.randn(1, 4, 1, 2, 2)
+    with pytest.raises(CheckpointError, match="flow_prediction"):
+        made.step(noise, 0, noise)

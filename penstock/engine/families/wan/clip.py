@@ -18,15 +18,26 @@ from torch.nn import Module
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
 from penstock.engine.families.wan.terms import SQUASHED_ROWS
+from penstock.engine.media.fit import Fitting
 from penstock.errors import CheckpointError
 
 
-def preprocess(picture: Image.Image, width: int, height: int) -> Tensor:
+def preprocess(picture: Image.Image, width: int, height: int, fit: Fitting | None = None) -> Tensor:
     """The picture at the video's size, ``(1, 3, height, width)`` fp32 in [-1, 1].
 
     As diffusers' ``VideoProcessor.preprocess``: Lanczos to exactly this size, whatever the aspect.
+
+    Args:
+        fit: what of the picture comes where; None: all of it to this size.
     """
-    return _frame_of(picture.resize((width, height), resample=Image.Resampling.LANCZOS))
+    fit = fit or Fitting(None, (width, height))
+    sized = np.array(picture.resize(fit.inner, Image.Resampling.LANCZOS, box=fit.box))
+    frame = torch.full((1, 3, height, width), -1.0)
+    (left, top), (wide, high) = fit.place, fit.inner
+    part = frame[0, :, top : top + high, left : left + wide]
+    part.copy_(torch.from_numpy(sized).permute(2, 0, 1))  # (h, w, 3) -> (3, h, w)
+    part.div_(255.0).mul_(2.0).sub_(1.0)
+    return frame
 
 
 def _frame_of(picture: Image.Image) -> Tensor:

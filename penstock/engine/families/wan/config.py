@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import takewhile
 from types import MappingProxyType
 from typing import Any
 
@@ -171,6 +172,13 @@ def derive_image(shapes: ShapesOf) -> dict[str, Any]:
     }
 
 
+def _res_blocks(shapes: ShapesOf) -> int:
+    """Of a stage of the encoder; the decoder's have one more. Two, where no more can be told."""
+    names = (f"decoder.up_blocks.0.resnets.{number}.conv1.weight" for number in range(9))
+    count = sum(1 for _ in takewhile(shapes.__contains__, names))
+    return count - 1 if count > 1 else 2
+
+
 def derive_vae(shapes: ShapesOf) -> dict[str, Any]:
     base = shapes.of("encoder.conv_in.weight", 5)[0]
     latent = shapes.of("post_quant_conv.weight", 5)[0]
@@ -185,7 +193,7 @@ def derive_vae(shapes: ShapesOf) -> dict[str, Any]:
         "base_dim": base,
         "z_dim": latent,
         "dim_mult": [1, 2, 4, 4],
-        "num_res_blocks": 2,
+        "num_res_blocks": _res_blocks(shapes),
         "temperal_downsample": [False, True, True],
     }
 
@@ -196,6 +204,15 @@ def transformer_title(config: Mapping[str, Any]) -> str:
     layers = config["num_layers"]
     size = SIZES.get((width, layers, config["ffn_dim"]), f"({width} wide, {layers} layers)")
     return f"Wan2.1 {'I2V' if config.get('image_dim') else 'T2V'} {size}"
+
+
+def adapted_title(width: int | None, blocks: int, pictured: bool) -> str:
+    """The name of the model that a LoRA was made for: "Wan2.1 I2V 14B (5120 wide, 40 blocks)"."""
+    sizes = {dim: size for (dim, _, _), size in SIZES.items()}
+    size = "" if width is None else f" {sizes.get(width, 'of another size')} ({width} wide"
+    count = "" if not blocks or width is None else f", {blocks} blocks"
+    task = " I2V" if pictured else ""
+    return f"Wan2.1{task}{size}{count}{')' if size else ''}"
 
 
 def text_title(config: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ MODEL = WanModel
 manifest = manifest_of
 SCHEDULER: Config = configs.UNIPC
 IMAGE_PROCESSOR: Config = configs.IMAGE_PROCESSOR
+adapted_title = configs.adapted_title
 
 __all__ = [
     "IMAGE_PROCESSOR", "KINDS", "MODEL", "NAME", "SCHEDULER", "build", "builtins", "check_pipeline",

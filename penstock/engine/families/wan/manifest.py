@@ -42,13 +42,13 @@ class WanManifest(WanSpec):
 
     @property
     def request_defaults(self) -> Mapping[str, Any]:
-        """As `penstock.engine.request.settings.Official`."""
+        """As `penstock.engine.model.official.Official`."""
         return defaults.request_defaults(
             image_to_video=self.image_to_video, dim=self.transformer.inner_dim
         )
 
     def flow_shift(self, width: int, height: int, asked: float | None) -> float:
-        """As `penstock.engine.request.settings.Official`."""
+        """As `penstock.engine.model.official.Official`."""
         return defaults.flow_shift(
             width, height, asked, image_to_video=self.image_to_video, dim=self.transformer.inner_dim
         )

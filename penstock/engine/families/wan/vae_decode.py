@@ -27,12 +27,13 @@ from penstock.engine.families.wan.vae_layers import (
     levels_of,
     middle,
     once,
+    one_frame,
     pointwise,
     residual,
     residuals,
     through,
 )
-from penstock.profiles.tiling import DecodeTile, TileGrid, Window, decode_tiles
+from penstock.profiles.tiling import CAUSAL_REACH, DecodeTile, TileGrid, Window, decode_tiles
 
 
 @dataclass(frozen=True)
@@ -183,11 +184,26 @@ def _doubled_rate(upsampler: Any, past: Past, runs: Iterator[Run]) -> Iterator[R
         yield from runs
         return
     yield next(runs)
-    for pair in entered(upsampler.time_conv, past, None, runs):
-        halves = list(pair[0].chunk(2, dim=1))
-        del pair
+    seen: list[Tensor] = []  # themselves: the first level's are views of the features
+    for run in runs:
+        seen.append(run[0])
+        del run
+        halves = list(one_frame(upsampler.time_conv, _joined(past, seen)).chunk(2, dim=1))
         while halves:
             yield once(halves.pop(0))
+
+
+def _joined(past: Past, seen: list[Tensor]) -> Tensor:
+    """The last three frames in the room, zeros before the first; the oldest of three is let go."""
+    _, channels, _, height, width = seen[-1].shape
+    room = past.room(seen[-1], (1, channels, CAUSAL_REACH + 1, height, width))
+    absent = CAUSAL_REACH + 1 - len(seen)
+    if absent:
+        room[:, :, :absent].zero_()
+    for at, frame in enumerate(seen, start=absent):
+        room[:, :, at : at + 1].copy_(frame)
+    del seen[:-CAUSAL_REACH]
+    return room
 
 
 def _doubled_size(upsampler: Any, past: Past, low: Window, after: Window, frame: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from penstock.engine.families.wan.model import model_of
 from penstock.engine.families.wan.preview import prepare_previews, preview_of
 from penstock.engine.families.wan.vae_decode import raw_latents
 from penstock.engine.families.wan.vae_encode import encode_tiled, first_frame_then_zeros
+from penstock.engine.media.fit import fitting
 from penstock.engine.media.picture import open_image
 from penstock.engine.model.component import Component
 from penstock.engine.request.generation import GenerationRequest
@@ -127,8 +128,9 @@ def _counted(blocks: Iterator[tuple[int, Any]], phase: PhaseMonitor) -> Iterator
 
 
 def see_picture(stage: Stage) -> tuple[Tensor | None, Tensor]:
-    """The picture as the image encoder sees it (None without one), and at the video's size. In the
-    phase that plans for it: the decoded picture may be many times as large as both."""
+    """The picture as the image encoder sees it (None without one), whole, and at the video's size,
+    as the request wants it to fit. In the phase that plans for it: the decoded picture may be many
+    times as large as both."""
     request, model = stage.job.request, model_of(stage)
     assert request.image is not None
     picture = open_image(request.image)
@@ -138,7 +140,11 @@ def see_picture(stage: Stage) -> tuple[Tensor | None, Tensor]:
         squash = request.clip_crop == "squash"
         see = pictures.squashed_values if squash else pictures.pixel_values
         seen = see(config, picture, side)
-    return seen, pictures.preprocess(picture, request.width, request.height)
+    size = request.width, request.height
+    fit = fitting(picture.size, size, request.fit, request.grid.side)
+    if fit.told:
+        stage.monitor.notice(fit.told)
+    return seen, pictures.preprocess(picture, *size, fit)
 
 
 def encode_picture(stage: Stage) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from penstock.engine.families.wan import vae_decode, vae_encode
 from penstock.engine.families.wan.cost.runs import clip_runs
 from penstock.engine.families.wan.vae_layers import levels_of
+from penstock.profiles.phases import FIRST_FRAME
 from penstock.profiles.tiling import TileGrid, decode_tiles, encode_tiles
 from tests.meter import StorageMeter
 
@@ -74,9 +75,9 @@ class FakeVae:
             return meter.peak
 
     def encode_peak(
-        self, latent: tuple[int, int, int], grid: TileGrid, changes: Sequence[int] | None
+        self, latent: tuple[int, int, int], grid: TileGrid, changes: Sequence[int] = FIRST_FRAME
     ) -> int:
-        """Peak of an encoding: the largest tile, then the first whole frames, until steady."""
+        """Peak of an encoding: all of the largest tile, then the first whole frames."""
         frames, height, width = latent
         tiles = encode_tiles(levels_of(self.vae), grid, height, width)
         tile = max(tiles, key=lambda tile: _area(tile.pixels))
@@ -89,12 +90,12 @@ class FakeVae:
                 clip = ((source(first, tile.pixels), times) for first, times in runs)
                 yield from map(itemgetter(1), vae_encode._tile_frames(self.vae.encoder, clip, tile))
 
-            lengths = list(encoded()) if changes else [1] * frames
+            lengths = list(encoded())
             channels = self.vae.encoder.dim * self.vae.encoder.dim_mult[-2]
             blank = _blank(channels, (len(lengths), height, width), self.dtype, 0)
             features = list(zip(blank, lengths, strict=True))
             del blank
-            for _ in islice(encoded(), None if changes else STEADY_LATENTS + 1):
+            for _ in encoded():
                 pass
             with suppress(_Steady):
                 vae_encode._whole_frames(self.vae, features, _stop_when_steady())

@@ -15,7 +15,7 @@ from torch.nn.functional import cosine_similarity
 from typer.testing import CliRunner
 
 from penstock.cli.main import app
-from penstock.engine.machine import software
+from penstock.engine import software
 from penstock.engine.run.jobs import find_unfinished, opening_of
 from penstock.engine.run.report import JobResult
 from penstock.engine.run.stored import request_values

@@ -24,7 +24,7 @@ def clip_runs(frames: int, changes: Sequence[int] | None) -> list[tuple[int, int
         UsageError: they are not in order, or do not begin with 0.
     """
     firsts = range(frames) if changes is None else [each for each in changes if each < frames]
-    if list(firsts[:1]) != [0] or any(b <= a for a, b in zip(firsts, firsts[1:], strict=False)):
+    if list(firsts[:1]) != [0] or sorted({*firsts}) != list(firsts):
         raise UsageError(
             "frames that change are not in order",
             expected="indices that grow, the first of them 0",
@@ -38,6 +38,8 @@ def after_layer(runs: Sequence[int], reach: int) -> list[int]:
     """Runs that leave a layer which sees ``reach`` frames before the one in hand.
 
     It computes the first frame of each."""
+    if max(runs) == 1:
+        return [*runs]
     made: list[int] = []
     for length in runs:
         alone = min(length - 1, reach)

@@ -412,7 +412,12 @@ def _enlarge(
     area, frame = _area(low), walk.frame
     if spec.temporal_downsample[::-1][level] and len(walk.runs) > 1:
         walk.runs = walk.runs[1:]  # the first passes by
-        walk.waiting += walk.convolve((width, 2 * width), area, area, 3, frame)
+        # The past is the frames themselves; at the first level they are views of the features.
+        walk.past += min(CAUSAL_REACH, len(walk.runs)) * frame
+        walk.take((CAUSAL_REACH + 1) * walk.bytes(width, area))
+        walk.need(frame)
+        merged = (CAUSAL_REACH + 1) * width, 2 * width
+        walk.waiting += walk.multiply(merged, area, area, 1)
         walk.runs = [1] * (1 + 2 * len(walk.runs))
         frame = 0
     walk.take(walk.bytes(width, 4 * area))

@@ -96,7 +96,12 @@ JOINING = VaeSpec(NONE, NONE, 2, 2, (1, 2), 1, (False,))
 def test_measured_bytes_never_pass_the_prediction(case) -> None:
     spec, latent, grid, dtype, backend = case
     vae, itemsize = vae_of(spec, dtype), torch.empty(0, dtype=dtype).itemsize
-    for run, predict in ((run_decode, decode_bytes), (run_encode, encode_first_bytes)):
+    for run, predict in (
+        (run_decode, decode_bytes),
+        (run_encode, encode_first_bytes),
+        (run_encode, encode_bytes),  # a clip that is not known holds for any
+        (partial(run_encode, changes=None), encode_bytes),
+    ):
         with StorageMeter(vae.parameters()) as meter, sdpa_kernel(backend):
             run(vae, spec, latent, grid, dtype)
         assert meter.peak <= predict(spec, latent, grid, itemsize).device_bytes

@@ -1,0 +1,23 @@
+"""Paths on the command line: ``~`` is the home folder wherever a path is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+
+def user_path(text: str | Path) -> Path:
+    """``text`` with its home folder filled in: a shell leaves the ``~`` of ``--image=~/a.png``."""
+    return Path(text).expanduser()
+
+
+def path_option(help: str, *names: str) -> Any:
+    """An option whose value is a path."""
+    return typer.Option(*names, help=help, parser=user_path, metavar="PATH")
+
+
+def path_argument(help: str) -> Any:
+    """An argument that is a path."""
+    return typer.Argument(help=help, parser=user_path, metavar="PATH")

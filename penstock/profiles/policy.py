@@ -106,7 +106,7 @@ def _spelled(value: object) -> str:
 def _count(name: str, word: object) -> int | None:
     if word == AUTO:
         return None
-    if type(word) is int and word < _MOST:
+    if type(word) is int and abs(word) < _MOST:
         word = str(word)
     if not isinstance(word, str) or not _WHOLE.fullmatch(word):
         raise ProfileError(f"illegal {name}", expected="a whole number or auto", found=brief(word))

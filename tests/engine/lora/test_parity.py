@@ -166,7 +166,7 @@ def test_beside_quantised_weights(stored: str, t2v_folder: Path, tmp_path: Path)
 def _request(picture: Path) -> GenerationRequest:
     return GenerationRequest(
         prompt="a red circle moves", negative_prompt="blurry", image=picture,
-        width=64, height=48, frames=5, steps=3, seed=7, clip_crop="center",
+        width=64, height=48, frames=5, steps=3, seed=7, clip_crop="center", fit="stretch",
     )  # fmt: skip
 
 

@@ -53,7 +53,8 @@ def _request(shape: tuple[int, int, int], image: Path | None) -> GenerationReque
         frames=frames,
         steps=STEPS,
         seed=7,
-        clip_crop="center",  # diffusers' own
+        clip_crop="center",  # as diffusers does
+        fit="stretch",
     )
 
 

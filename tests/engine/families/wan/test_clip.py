@@ -154,7 +154,7 @@ def test_a_pipe_is_not_opened(tmp_path):
 def test_an_unreadable_file(tmp_path, monkeypatch):
     path = save(noise_picture(), tmp_path / "a.png")
 
-    def denied(self, *arguments):
+    def denied(self, *arguments, **options):
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "open", denied)

@@ -1,7 +1,7 @@
 """From what a user said to a full request: what is left open takes the model's defaults.
 
 A model folder may carry a ``defaults.json`` (width, height, frames, steps, guidance_scale, shift,
-fps, negative_prompt) where the official Wan2.1 defaults do not suit it.
+fps, negative_prompt, clip_crop) where the official Wan2.1 defaults do not suit it.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def resolve(settings: Settings, model: Suited) -> GenerationRequest:
 
 
 def _defaults(found: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    texts = {"negative_prompt"}
+    texts = {"negative_prompt", "clip_crop"}
     unknown = sorted(found.keys() - set(_NUMBERS) - texts)
     wrong = [
         name
@@ -111,7 +111,9 @@ def _defaults(found: Mapping[str, Any], origin: str) -> dict[str, Any]:
     if unknown or wrong:
         raise CheckpointError(
             f"defaults.json of {origin} cannot be used",
-            expected="numbers named " + ", ".join(_NUMBERS) + " and a text negative_prompt",
+            expected="numbers named "
+            + ", ".join(_NUMBERS)
+            + " and texts negative_prompt, clip_crop",
             found=", ".join(unknown + wrong),
         )
     return dict(found)

@@ -230,7 +230,7 @@ def check_place(path: Path, begins: bytes | None = None) -> None:
     """
     try:
         if not path.exists():
-            if not path.parent.is_dir():
+            if path.is_symlink() or not path.parent.is_dir():
                 raise UsageError(f"{path} cannot be written", expected="an existing folder")
             return
         if begins is None:

@@ -8,6 +8,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -316,6 +317,19 @@ def test_what_a_thread_runs_into_surfaces_as_itself(
     assert visits < calls
     assert ours() == [] and open_descriptors() == before
     assert budgets.device.used == 0 == budgets.host.used
+
+
+def test_of_two_failures_the_first_is_told() -> None:
+    """The second may be no more than what it led to."""
+    board, errors = streamer._Board(), (OSError(5, "the disk is gone"), RuntimeError("then this"))
+    for error in errors:
+        thread: Future[None] = Future()
+        thread.set_exception(error)
+        board.note_end(thread)
+    assert board.is_stopped
+    with pytest.raises(OSError) as caught:
+        board.raise_failure()
+    assert caught.value is errors[0]
 
 
 def test_a_failure_is_told_even_while_residents_compute(

@@ -137,6 +137,16 @@ def test_the_decoder_comes_during_the_last_step(
     assert nbytes <= measured["decode"] <= plan["decode"].ram_bytes
 
 
+def test_the_sequential_reference_reads_nothing_ahead(engine: Engine, picture: Path) -> None:
+    plan = engine.plan(request(picture))
+    result = do(engine, plan, picture, Watch(), overlapped=False)
+    for report in result.report.phases:
+        planned = plan[report.name]
+        held = planned.prefetch_bytes + planned.prefetched_weights_bytes
+        if report.name in BEFORE:
+            assert held > 0 and report.measured_ram_bytes <= planned.ram_bytes - held
+
+
 def test_a_job_that_ends_before_its_steps_gives_everything_back(
     engine: Engine, picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -375,7 +375,7 @@ def _check_fps(value: float) -> None:
         raise RequestError(
             "fps out of range",
             expected=f"1 to {MAX_FPS}, a fraction such as 23.976 among them",
-            found=repr(value),
+            found=brief(value),
             remedy=f"The nearest legal value is {min(max(value, 1), MAX_FPS):g}"
             if _is_finite(value)
             else "The model was trained at 16",

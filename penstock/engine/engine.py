@@ -37,6 +37,7 @@ from penstock.engine.run.stored import (
     restored_plan,
     restored_request,
 )
+from penstock.engine.software import check_versions
 from penstock.engine.store.journal import Journal
 from penstock.offload.tiers import release_cached
 from penstock.profiles.hardware import Hardware
@@ -63,6 +64,7 @@ class Engine(Closing):
     """
 
     def __init__(self, prepared: Prepared, *, overlapped: bool = True) -> None:
+        check_versions()
         self._prepared, self.chosen = prepared, prepared.chosen
         self._variants, self.model = prepared.variants, prepared.model
         self._overlapped = overlapped

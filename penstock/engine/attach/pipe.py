@@ -22,6 +22,7 @@ from penstock.engine.model.files import ModelFiles
 from penstock.engine.model.storage import block_format
 from penstock.engine.packs.firstuse import FirstUse
 from penstock.engine.packs.plan import LEAST_RAM_BYTES
+from penstock.engine.software import check_versions
 from penstock.errors import UsageError
 from penstock.folders import cache_folder
 from penstock.formats.formats import get_format
@@ -176,6 +177,7 @@ def attach(
         >>> penstock.detach(pipe)
     """
     family = _family_of(pipe)
+    check_versions()
     hardware = budgets(device, vram, ram)
     wanted = None if format is None else get_format(format).name
     with ExitStack() as stack:
@@ -249,6 +251,7 @@ def load_pipeline(
         CheckpointError: no model that penstock runs.
         UsageError: an illegal size, device or format.
     """
+    check_versions()
     hardware = budgets(device, vram, ram)
     model = ModelFiles.open(path, files)
     if format is not None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from penstock.engine.software import LEAST_TO_WRITE, check_versions
 from penstock.engine.store.durable import FileOps
 from penstock.errors import OutputError, VideoError
 
@@ -59,7 +60,9 @@ def check_output(path: Path, overwrite: bool = False) -> None:
         OutputError: a name in another encoding, wrong extension, no such folder, folder not
             writable, a folder or device in the file's place, or an existing file without
             ``overwrite``.
+        UsageError: PyAV is absent or too old.
     """
+    check_versions(LEAST_TO_WRITE)
     if any("\ud800" <= character <= "\udfff" for character in str(path)):
         raise OutputError(
             "the output's name is not text in UTF-8",

@@ -2,7 +2,7 @@
 
 Two processes, one with this checkout's engine and one with that of ``--old``, do the same work in
 turns on the same random VAE of the true structure, each on one thread; CPU seconds are compared,
-and the medians of pairs are told:
+and the medians of pairs are told. It takes some three minutes of them.
 
 - ``encode``: the conditioning clip of 81 frames, whole and in tiles, fp32 and bf16;
 - ``decode``: the first latents of a 720p video, whole and in 3x3 tiles: the ratio of the two beside

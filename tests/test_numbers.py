@@ -58,7 +58,7 @@ PLACES: dict[str, Callable[[Any], object]] = {
 
 LEGAL = {
     "strength": (1.5, -1, 0), "preview": (HUGE, LONGER),
-    "guidance": (1.5, 0), "shift": (1.5,), "seed": (0,),
+    "guidance": (1.5, 0), "shift": (1.5,), "seed": (0,), "fps": (1.5,),
     "prompt": ("x", "1e3", "-1GiB", "nan", "inf", "9" * 400, "9" * 5000, "9" * 400 + "GiB"),
 }  # fmt: skip
 """Of the odd ones, what is meant there."""

@@ -39,8 +39,9 @@ def export(folder: Path, average: Path, output: Path, sampler: Sampler) -> None:
     model = train_dit.build_model()
     model.load_state_dict(load_file(average))
     sizes = {"frames": FRAMES, "height": 64, "width": 64, "fps": FPS}
-    # Training drops the prompt to an empty one: the official negative prompt means nothing here
-    defaults = asdict(sampler) | sizes | {"negative_prompt": ""}
+    # Training drops the prompt to an empty one: the official negative prompt means nothing here,
+    # and its pictures reach CLIP as the processor of CLIP makes them.
+    defaults = asdict(sampler) | sizes | {"negative_prompt": "", "clip_crop": "center"}
     save_folder(output, model, encode.load_vae(folder), defaults)
 
 

@@ -91,9 +91,9 @@ def _measure(
 
     assert isinstance(order, BenchOrder) and isinstance(thresholds, bench_result.Thresholds)
     old = None if compare is None else bench_result.load(compare)
-    result = run(order, lambda event: None, _tell)
     if save is not None:
-        bench_result.save(result, save)
+        bench_result.check_place(save)
+    result = run(order, lambda event: None, _tell)
     shown = sections(result)
     verdict = None if old is None else bench_result.compare(old, result, thresholds)
     if verdict is not None:
@@ -105,16 +105,20 @@ def _measure(
         say(markdown(shown))
     else:
         Screen().print(tables(shown))
+    if save is not None:  # last: what was measured is told also where it cannot be kept
+        bench_result.save(result, save)
     return 0 if verdict is None else verdict.exit_code
 
 
 def _sweep(order: object, profiles: list[str], picture: Path, as_json: bool, as_md: bool) -> None:
     from penstock.cli.bench_view import markdown, sweep_section, tables
     from penstock.engine.bench.order import BenchOrder, sweep
-    from penstock.engine.bench.plot import Dot, draw
+    from penstock.engine.bench.plot import PNG, Dot, draw
+    from penstock.engine.bench.result import check_place
     from penstock.units import GIB
 
     assert isinstance(order, BenchOrder)
+    check_place(picture, PNG)
     points = sweep(order, profiles, lambda event: None, _tell)
     measured = [(point.profile, point.result) for point in points if point.result is not None]
     draw(

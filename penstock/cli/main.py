@@ -60,6 +60,13 @@ class SamplerName(str, Enum):
     LCM = "lcm"
 
 
+class ClipCrop(str, Enum):
+    """What the image encoder sees of the picture."""
+
+    SQUASH = "squash"
+    CENTER = "center"
+
+
 class FitName(str, Enum):
     """What is done with a picture of another aspect than the video's."""
 
@@ -68,6 +75,15 @@ class FitName(str, Enum):
     STRETCH = "stretch"
 
 
+Steps = Annotated[
+    int | None, typer.Option(help="Denoising steps (40 from a picture, 50 from text).")
+]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale (5; 1.3B: 6); 1 is off.")]
+Shift = Annotated[
+    float | None,
+    typer.Option(help="Flow shift (5; from a picture at 480p: 3; 1.3B: 8)."),
+]
+Sampler = Annotated[SamplerName | None, typer.Option(help="Sampler (unipc).")]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 Distilled = Annotated[
@@ -125,13 +141,13 @@ def generate(
         str | None, typer.Option(help="720p, 480p or WxH: the picture's aspect within this area.")
     ] = None,
     frames: Annotated[int | None, typer.Option(help="Frames, 4n+1 (81).")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps (40).")] = None,
-    cfg: Annotated[float | None, typer.Option(help="Guidance scale (5); 1 is off.")] = None,
-    shift: Annotated[float | None, typer.Option(help="Flow shift (5 at 720p, 3 at 480p).")] = None,
+    steps: Steps = None,
+    cfg: Guidance = None,
+    shift: Shift = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of the noise (drawn if absent or -1).")
     ] = None,
-    sampler: Annotated[SamplerName | None, typer.Option(help="Sampler (unipc).")] = None,
+    sampler: Sampler = None,
     distilled: Distilled = False,
     fps: Annotated[
         float | None, typer.Option(help="Frames a second of the file, such as 23.976 (16).")
@@ -140,6 +156,12 @@ def generate(
         FitName | None,
         typer.Option(
             help="A picture of another aspect than --size is cropped, padded or stretched."
+        ),
+    ] = None,
+    clip_crop: Annotated[
+        ClipCrop | None,
+        typer.Option(
+            help="CLIP sees all of the picture, squeezed to a square, or its centre (squash)."
         ),
     ] = None,
     lora: Loras = None,
@@ -183,6 +205,7 @@ def generate(
         fps=fps,
         fit=None if fit is None else fit.value,
         distilled=distilled,
+        clip_crop=None if clip_crop is None else clip_crop.value,
     )
     with reported(debug), Stopping() as stop:
         loras = as_loras(lora or [], strict=lora_strict)
@@ -305,8 +328,10 @@ def plan(
     size: Annotated[str | None, typer.Option(help="Pixels, such as 1280x720.")] = None,
     max_area: Annotated[str | None, typer.Option(help="720p, 480p or WxH.")] = None,
     frames: Annotated[int | None, typer.Option(help="Frames, 4n+1 (81).")] = None,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps (40).")] = None,
-    cfg: Annotated[float | None, typer.Option(help="Guidance scale (5); 1 is off.")] = None,
+    steps: Steps = None,
+    cfg: Guidance = None,
+    shift: Shift = None,
+    sampler: Sampler = None,
     distilled: Distilled = False,
     lora: Loras = None,
     lora_strict: LoraStrict = False,
@@ -326,11 +351,13 @@ def plan(
     from penstock.engine.lora.file import as_loras
     from penstock.engine.prepared import Prepared, machine_of
     from penstock.engine.request.generation import workload_of
+    from penstock.engine.request.levels import timesteps_of
     from penstock.engine.request.settings import Settings, resolve
 
     settings = Settings(
         prompt="a plan", image=image, size=size, max_area=max_area, frames=frames, steps=steps,
-        guidance_scale=cfg, distilled=distilled,
+        guidance_scale=cfg, shift=shift, sampler=None if sampler is None else sampler.value,
+        distilled=distilled,
     )  # fmt: skip
     with reported(debug):
         options, machine = machine_of(options, card, disk)
@@ -342,9 +369,11 @@ def plan(
             synthetic=synthetic,
             machine=machine,
         )
-        found = prepared.plan(workload_of(resolve(settings, prepared.about), kept=True))
+        request = resolve(settings, prepared.about)
+        found = prepared.plan(workload_of(request, kept=True))
+        told = timesteps_of(request, prepared.about.official)
     if as_json:
-        say(json.dumps(found.to_json()))
+        say(json.dumps(found.to_json() | {"timesteps": told}))
     else:
         besides = memory_told(found) if card is None else ASSUMED
         Screen().print(plan_view(found, besides), soft_wrap=True)
@@ -446,7 +475,8 @@ def _watch(job: Any, plan: Any, as_json: bool, stop: Stopping) -> Any:
     keep_overhead("cpu" if report.on_cpu else "cuda", report.beside_bytes)
     console.print(report_summary(report), soft_wrap=True)
     if as_json:
-        say(json.dumps({"plan": plan.to_json(), "report": report.to_json()}))
+        planned = plan.to_json() | {"timesteps": report.timesteps}
+        say(json.dumps({"plan": planned, "report": report.to_json()}))
     return report
 
 

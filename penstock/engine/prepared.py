@@ -12,7 +12,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from penstock.engine.attention.choice import attending_on
 from penstock.engine.family.protocol import builtin
@@ -20,6 +20,7 @@ from penstock.engine.files.locate import Files
 from penstock.engine.lora.file import Lora, as_loras
 from penstock.engine.model.files import ModelFiles
 from penstock.engine.model.grid import Grid
+from penstock.engine.model.official import Official
 from penstock.engine.model.opening import Opening
 from penstock.engine.request.generation import GenerationRequest, check_task, workload_of
 from penstock.engine.request.settings import Suited
@@ -56,6 +57,11 @@ class BuiltIn:
     def defaults(self) -> Mapping[str, Any]:
         """Of requests: none, so that the official ones count."""
         return {}
+
+    @property
+    def official(self) -> Official:
+        """Of requests, as the model was released with."""
+        return cast("Official", self.manifest(self.chosen.formats[0]))
 
     @property
     def origin(self) -> str:

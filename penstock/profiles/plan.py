@@ -252,12 +252,12 @@ class Plan:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Plan:
-        """The plan that `to_json` gave ``value`` for.
+        """The plan that `to_json` gave ``value`` for, also as ``penstock plan --json`` prints it.
 
         Raises:
             TypeError, KeyError, UsageError: ``value`` is no plan.
         """
-        derived = ("peak_vram_bytes", "peak_ram_bytes", "seconds")
+        derived = ("peak_vram_bytes", "peak_ram_bytes", "seconds", "timesteps")
         plain = {name: value[name] for name in value if name not in derived}
         plain["phases"] = tuple(_phase_from_json(phase) for phase in value["phases"])
         plain["origins"] = tuple(Origin(**origin) for origin in value["origins"])

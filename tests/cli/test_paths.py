@@ -46,6 +46,8 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
     "pack --output": ("", ["pack", "--format", "int8", "--model", str(MINI), "-o", AT]),
     "bench --compare": (".json", ["bench", "--model", str(MINI), "--device", "cpu", "--compare",
                                   AT]),
+    "bench --save": (".json", ["bench", "--model", str(MINI), "--device", "cpu", "--save", AT]),
+    "bench --sweep": (".png", ["bench", "--model", str(MINI), "--device", "cpu", "--sweep", AT]),
     "demo --image": (".png", ["demo", "-o", "out.mp4", "--device", "cpu", "--image", AT]),
 }  # fmt: skip
 
@@ -123,3 +125,14 @@ def test_an_unreadable_file_of_another_kind_is_passed_over(
     with unprivileged():
         found = locate(tmp_path)
     assert {part.component for part in found.components()} >= {"transformer", "vae"}
+
+
+@pytest.mark.parametrize("option", ["--save", "--sweep"])
+def test_a_benchmark_replaces_nobodys_file(option: str, tmp_path: Path) -> None:
+    (tmp_path / "mine").write_bytes(b"weights")
+    run = CliRunner().invoke(
+        app, ["bench", "--model", str(MINI), "--device", "cpu", option, str(tmp_path / "mine")]
+    )
+    assert run.exit_code == 2, run.output
+    assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
+    assert (tmp_path / "mine").read_bytes() == b"weights"

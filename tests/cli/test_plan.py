@@ -78,6 +78,23 @@ def test_json_is_the_plan() -> None:
     assert {origin.name: origin.source for origin in plan.origins}["format"] == "flag"
 
 
+@pytest.mark.parametrize(
+    ("words", "count", "first", "last"),
+    [
+        ((), 40, 999, 113),
+        (("--size", "832x480"), 40, 999, 71),
+        (("--steps", "4", "--shift", "1"), 4, 999, 249),
+        (("--sampler", "dpm++", "--steps", "10"), 10, 1000, 357),
+        (("--distilled",), 4, 1000.0, 625.0),
+    ],
+)
+def test_json_lists_the_timesteps(
+    words: tuple[str, ...], count: int, first: float, last: float
+) -> None:
+    told = json.loads(run(*TRUE, *CARD, *words, "--json"))["timesteps"]
+    assert (len(told), told[0], told[-1]) == (count, first, pytest.approx(last))
+
+
 def test_a_refusal_names_what_fits() -> None:
     told = refused(*TRUE, *CARD, "--vram", "3GiB", "--format", "int8")
     assert "no plan fits the VRAM budget" in told

@@ -8,6 +8,7 @@ from penstock.engine.families.wan.builtin import BUILTIN
 from penstock.engine.family.protocol import builtin
 from penstock.errors import ProfileError
 from penstock.formats.formats import FORMATS, get_format, spec_bytes
+from penstock.formats.patched import Patched
 from penstock.quant.arithmetic import ARITHMETIC
 from penstock.quant.paths import scratch_bytes
 from tests.quant.weights import storage_bytes
@@ -37,7 +38,8 @@ def test_the_scratch_of_the_true_model(name: str) -> None:
 
 
 def test_every_format_has_its_arithmetic() -> None:
-    assert {type(each) for each in FORMATS.values()} == set(ARITHMETIC)
+    """As has a weight with a LoRA's change around another format, which no file holds."""
+    assert {type(each) for each in FORMATS.values()} | {Patched} == set(ARITHMETIC)
 
 
 def test_unknown_names() -> None:

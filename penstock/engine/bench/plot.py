@@ -11,6 +11,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from penstock.errors import UsageError
 
+PNG = b"\x89PNG\r\n\x1a\n"
+"""The first bytes of such a file."""
+
 _SIZE = (900, 560)
 _LEFT, _TOP, _RIGHT, _BOTTOM = 90, 60, 860, 490
 _INK, _FAINT, _LINE = (30, 30, 30), (215, 215, 215), (30, 90, 200)

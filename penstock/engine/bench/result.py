@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from penstock.errors import UsageError
-from penstock.regular import read_regular
+from penstock.regular import open_regular, read_regular
 
 SCHEMA = "penstock bench 1"
 LARGEST_BYTES = 16 << 20
@@ -216,6 +216,36 @@ class BenchResult:
             "peak_ram_bytes": self.peak_ram_bytes,
         }
         return derived | asdict(self)
+
+
+def check_place(path: Path, begins: bytes | None = None) -> None:
+    """Find out before measuring that ``path`` can be written, and is not somebody's file.
+
+    Args:
+        path: of a result, or of a picture.
+        begins: the first bytes of what may be replaced there; None: a saved result.
+
+    Raises:
+        UsageError: it cannot, or it is.
+    """
+    try:
+        if not path.exists():
+            if path.is_symlink() or not path.parent.is_dir():
+                raise UsageError(f"{path} cannot be written", expected="an existing folder")
+            return
+        if begins is None:
+            load(path)
+            return
+        with open_regular(path) as file:
+            ours = file.read(len(begins)) == begins
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written", found=error.strerror) from error
+    if not ours:
+        raise UsageError(
+            f"{path} is somebody's file",
+            expected="a new name, or an earlier picture",
+            remedy="Choose another name.",
+        )
 
 
 def save(result: BenchResult, path: Path) -> None:

@@ -35,7 +35,7 @@ _SHOWN = 200
 
 
 @dataclass(frozen=True)
-class Limits:
+class ChildLimits:
     """What the child may take.
 
     Attributes:
@@ -47,7 +47,7 @@ class Limits:
     memory_bytes: int = 2 * GIB
 
 
-def call_apart(function: str, request: dict[str, Any], where: str, limits: Limits) -> Any:
+def call_apart(function: str, request: dict[str, Any], where: str, limits: ChildLimits) -> Any:
     """What ``function`` returns for ``request``, called in a process of its own.
 
     Args:
@@ -123,7 +123,7 @@ def _last_words(code: int, stderr: bytes) -> str:
     return f"{name}: {said}" if said else name
 
 
-def _unusable(where: str, found: str, limits: Limits) -> CheckpointError:
+def _unusable(where: str, found: str, limits: ChildLimits) -> CheckpointError:
     return CheckpointError(
         f"{where} cannot be used",
         expected=f"a file that is read within {limits.seconds:g} s "

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from penstock.engine.files.apart import Limits, call_apart
+from penstock.engine.files.apart import ChildLimits, call_apart
 from penstock.errors import CheckpointError, RequestError
 from penstock.offload.checkpoint import TensorEntry
 
@@ -44,7 +44,7 @@ class Tokenizer:
     """
 
     source: Path | TensorEntry
-    limits: Limits = field(default_factory=Limits)
+    limits: ChildLimits = field(default_factory=ChildLimits)
 
     @property
     def where(self) -> str:

@@ -27,7 +27,7 @@ from penstock.engine.files.fields import (
 )
 from penstock.engine.files.keys import ComponentSource
 from penstock.engine.files.source import dangling, read_bytes
-from penstock.engine.lora.keys import Part, foreign_kind, is_lora, parse_key
+from penstock.engine.lora.keys import KeyPart, foreign_kind, is_lora, parse_key
 from penstock.engine.lora.layer import Incomplete, LoraLayer, WeightChange, changes_of, fit
 from penstock.errors import CheckpointError, TensorMismatch, UsageError, brief
 from penstock.formats.patch import MAGNITUDE
@@ -299,7 +299,7 @@ def _group(
     styles: Counter[str] = Counter()
     unknown: list[str] = []
     for key, entry in entries.items():
-        part: Part | None = parse_key(key)
+        part: KeyPart | None = parse_key(key)
         if part is None:
             unknown.append(key)
             continue

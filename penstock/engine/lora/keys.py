@@ -65,7 +65,7 @@ _FOREIGN = (
 
 
 @dataclass(frozen=True)
-class Part:
+class KeyPart:
     """What one tensor is.
 
     Attributes:
@@ -86,7 +86,7 @@ def is_lora(keys: Iterable[str]) -> bool:
     return 2 * sum(bool(_MARKS.search(name)) for name in names) > len(names)
 
 
-def parse_key(key: str) -> Part | None:
+def parse_key(key: str) -> KeyPart | None:
     """What the tensor ``key`` is; None if that is not known."""
     found = next((hit for pattern, role in _ROLES if (hit := _role(pattern, role, key))), None)
     if found is None:
@@ -95,7 +95,7 @@ def parse_key(key: str) -> Part | None:
     prefix, style = next(pair for pair in _PREFIXES if path.startswith(pair[0]))
     local, underscored = path[len(prefix) :], style in _UNDERSCORED
     module = _module(local.lstrip("_") if underscored else local, underscored, role)
-    return None if module is None else Part(style, module, role)
+    return None if module is None else KeyPart(style, module, role)
 
 
 def _role(pattern: re.Pattern[str], role: str, key: str) -> tuple[str, str] | None:

@@ -19,6 +19,7 @@ from penstock.engine.lora.file import Lora
 from penstock.engine.lora.place import PlacedLoras
 from penstock.engine.model.component import Component
 from penstock.engine.model.grid import Grid
+from penstock.engine.model.official import Official
 from penstock.engine.model.opening import Opening
 from penstock.profiles.manifest import VideoShape
 from penstock.profiles.phases import Manifest
@@ -65,7 +66,7 @@ class ModelFiles:
 
     def flow_shift(self, width: int, height: int, asked: float | None) -> float:
         """``asked``, or the noise schedule's official shift for a video of that size."""
-        raise NotImplementedError
+        return self.official.flow_shift(width, height, asked)
 
     def latent_shape(self, shape: VideoShape) -> tuple[int, ...]:
         """Shape of the latents of a video: (1, channels, frames, height, width)."""
@@ -79,6 +80,11 @@ class ModelFiles:
     def defaults(self) -> Mapping[str, Any]:
         """Of requests, as the model's folder states them."""
         return self.source.defaults
+
+    @property
+    def official(self) -> Official:
+        """Of requests, as the model was released with."""
+        return cast("Official", self.manifest)
 
     @property
     def origin(self) -> str:

@@ -21,6 +21,7 @@ from penstock.profiles.manifest import VideoShape
 from penstock.profiles.phases import Workload
 
 SAMPLERS = ("unipc", "dpm++", "euler", "lcm")
+CLIP_CROPS = ("squash", "center")
 FITS = ("crop", "pad", "stretch")
 DISTILLED: Mapping[str, Any] = MappingProxyType(
     {"distilled": True, "steps": 4, "guidance_scale": 1.0, "shift": 5.0, "sampler": "lcm"}
@@ -75,6 +76,8 @@ class GenerationRequest:
             as 23.976 (see `frame_rate`).
         distilled: take the noise levels that distilled models were trained at: before the shift,
             1000, 750, 500 and 250 of 1000 for four steps; for "lcm" and "euler".
+        clip_crop: what the image encoder sees of the picture: "squash", all of it squeezed into a
+            square, as Wan's makers do; or "center", the square in its middle, as diffusers does.
         fit: what is done with a picture of another aspect than the video's: "crop" around its
             middle, "pad" with black, or "stretch". One that differs by less than a cell of ``grid``
             is resized as it is.
@@ -97,6 +100,7 @@ class GenerationRequest:
     sampler: str = "unipc"
     fps: float = 16
     distilled: bool = False
+    clip_crop: str = "squash"
     fit: str = "crop"
     grid: Grid = field(default_factory=Grid)
 
@@ -111,6 +115,10 @@ class GenerationRequest:
         if self.sampler not in SAMPLERS:
             raise RequestError(
                 "unknown sampler", expected=" or ".join(SAMPLERS), found=brief(self.sampler)
+            )
+        if self.clip_crop not in CLIP_CROPS:
+            raise RequestError(
+                "unknown clip_crop", expected=" or ".join(CLIP_CROPS), found=repr(self.clip_crop)
             )
         if self.fit not in FITS:
             raise RequestError(
@@ -367,7 +375,7 @@ def _check_fps(value: float) -> None:
         raise RequestError(
             "fps out of range",
             expected=f"1 to {MAX_FPS}, a fraction such as 23.976 among them",
-            found=repr(value),
+            found=brief(value),
             remedy=f"The nearest legal value is {min(max(value, 1), MAX_FPS):g}"
             if _is_finite(value)
             else "The model was trained at 16",

@@ -1,7 +1,7 @@
 """From what a user said to a full request: what is left open takes the model's defaults.
 
 A model folder may carry a ``defaults.json`` (width, height, frames, steps, guidance_scale, shift,
-fps, negative_prompt) where the official Wan2.1 defaults do not suit it.
+fps, negative_prompt, clip_crop) where the official Wan2.1 defaults do not suit it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from penstock.engine.model.grid import Grid
+from penstock.engine.model.official import Official
 from penstock.engine.request.generation import (
     DISTILLED,
     GenerationRequest,
@@ -45,11 +46,16 @@ class Settings:
     sampler: str | None = None
     fps: float | None = None
     distilled: bool = False
+    clip_crop: str | None = None
     fit: str | None = None
 
 
 class Suited(Protocol):
     """What a model says of the requests that suit it."""
+
+    @property
+    def official(self) -> Official:
+        """As it was released."""
 
     @property
     def grid(self) -> Grid:
@@ -65,8 +71,8 @@ class Suited(Protocol):
 
 
 def resolve(settings: Settings, model: Suited) -> GenerationRequest:
-    """Fill the gaps of ``settings`` from the model's defaults, and the size from the picture; a
-    seed of -1 is an open one, as elsewhere.
+    """Fill the gaps of ``settings`` from the model's defaults, and the size from the picture; the
+    flow shift, where none is said, follows that size. A seed of -1 is an open one, as elsewhere.
 
     Raises:
         UsageError: both a size and an area; RequestError, ImageError: as the request itself.
@@ -76,9 +82,10 @@ def resolve(settings: Settings, model: Suited) -> GenerationRequest:
         raise UsageError(
             "the video's size is given twice", expected="--size or --max-area", found="both"
         )
+    defaults = dict(model.official.request_defaults)
+    defaults |= _defaults(model.defaults, model.origin)
     if settings.seed == ANY_SEED:
         settings = replace(settings, seed=None)
-    defaults = _defaults(model.defaults, model.origin)
     given = {
         field.name: getattr(settings, field.name)
         for field in fields(settings)
@@ -87,13 +94,14 @@ def resolve(settings: Settings, model: Suited) -> GenerationRequest:
     if settings.distilled:
         defaults |= DISTILLED
     width, height = _size(settings, defaults, model.grid)
-    return GenerationRequest(
-        **(defaults | given | {"width": width, "height": height, "grid": model.grid})
-    )
+    values = defaults | given
+    shift = model.official.flow_shift(width, height, values.get("shift"))
+    found = {"width": width, "height": height, "shift": shift, "grid": model.grid}
+    return GenerationRequest(**(values | found))
 
 
 def _defaults(found: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    texts = {"negative_prompt"}
+    texts = {"negative_prompt", "clip_crop"}
     unknown = sorted(found.keys() - set(_NUMBERS) - texts)
     wrong = [
         name
@@ -103,7 +111,9 @@ def _defaults(found: Mapping[str, Any], origin: str) -> dict[str, Any]:
     if unknown or wrong:
         raise CheckpointError(
             f"defaults.json of {origin} cannot be used",
-            expected="numbers named " + ", ".join(_NUMBERS) + " and a text negative_prompt",
+            expected="numbers named "
+            + ", ".join(_NUMBERS)
+            + " and texts negative_prompt, clip_crop",
             found=", ".join(unknown + wrong),
         )
     return dict(found)
@@ -112,7 +122,7 @@ def _defaults(found: Mapping[str, Any], origin: str) -> dict[str, Any]:
 def _size(settings: Settings, defaults: dict[str, Any], grid: Grid) -> tuple[int, int]:
     if settings.size is not None:
         return parse_size(settings.size)
-    width, height = defaults.get("width", 1280), defaults.get("height", 720)
+    width, height = defaults["width"], defaults["height"]
     if settings.max_area is None and settings.image is None:
         return width, height
     area = width * height if settings.max_area is None else parse_area(settings.max_area)

@@ -22,6 +22,7 @@ from penstock._version import __version__
 from penstock.engine.machine.memory import ProcessMemory
 from penstock.engine.media.video import write_video
 from penstock.engine.request.generation import frame_rate
+from penstock.engine.request.levels import timesteps_of
 from penstock.engine.run.ending import Ending
 from penstock.engine.run.events import Listener, Monitor, PhaseMonitor
 from penstock.engine.run.report import JobResult, RunReport
@@ -212,6 +213,7 @@ def _report(job: Run, monitor: Monitor, output: Path | None, seconds: float) -> 
         process_peak_bytes=memory.resident_bytes,
         group_peak_bytes=memory.group_bytes,
         options=job.plan.options,
+        timesteps=timesteps_of(request, job.model.official),
     )
 
 

@@ -76,6 +76,7 @@ class RunReport:
             not lead to this video.
         versions: of the packages that the result depends on.
         options: as they were asked for.
+        timesteps: what the transformer was told at each step, of 1000.
         on_cpu: the device is the CPU: what counts as VRAM lies in host memory too.
         process_peak_bytes: the most host memory that the process has had resident in all its life:
             buffers, interpreter, libraries, and what else it does.
@@ -101,6 +102,7 @@ class RunReport:
     versions: dict[str, str]
     steered: bool = False
     options: Options = field(default_factory=Options)
+    timesteps: tuple[float, ...] = ()
     on_cpu: bool = True
     process_peak_bytes: int = 0
     group_peak_bytes: int | None = None

@@ -1,7 +1,8 @@
 """Denoising: the scheduler of the model, its noise, guidance, and its state as plain values.
 
 The solvers are diffusers' own; a `Sampler` sets them up as Wan2.1 wants them (flow matching, the
-request's shift) and can hand out its complete history, so that a job continues bit-identically.
+noise levels of `penstock.engine.request.levels`) and can hand out its complete history, so that a
+job continues bit-identically.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from penstock.engine.request.levels import TRAINED, noise_levels
+from penstock.engine.request.levels import timesteps as timesteps_at
 from penstock.errors import CheckpointError, NonFinite, UsageError
 
 _SINGULAR: Any = torch.linalg.LinAlgError  # type: ignore[attr-defined]
@@ -57,6 +60,10 @@ class Sampler:
         distilled: noise levels in equal steps from 1, before the shift (``"euler"``, ``"lcm"``).
         seed: of the noise that ``"lcm"`` adds.
 
+    Raises:
+        CheckpointError: the config counts other timesteps than Wan was trained at.
+        UsageError: no such sampler.
+
     Attributes:
         timesteps: ``(steps,)``, what the transformer is given at each step.
         next_step: number of steps done.
@@ -79,11 +86,9 @@ class Sampler:
         self._history = _HISTORY.get(sampler, ())
         with _refusals():
             self._scheduler = _make_scheduler(config, sampler, float(shift))
-            if distilled:
-                levels = [1 - step / steps for step in range(steps)]
-                self._scheduler.set_timesteps(sigmas=levels, device=device)
-            else:
-                self._scheduler.set_timesteps(steps, device=device)
+            self._scheduler.set_timesteps(steps, device=device)
+        levels = noise_levels(sampler, steps, float(shift), distilled=distilled)
+        _set_levels(self._scheduler, levels, sampler)
         # By count, never by looking a timestep up: rounded ones can repeat
         self._scheduler.set_begin_index(0)
         self.timesteps: Tensor = self._scheduler.timesteps
@@ -263,6 +268,15 @@ def check_finite(latents: Tensor, i: int, steps: int) -> None:
         )
 
 
+def _set_levels(scheduler: Any, levels: tuple[float, ...], sampler: str) -> None:
+    """Put ``levels`` in the place of the scheduler's own, each where it keeps them and as it types
+    them: no version of ``set_timesteps`` takes levels for all solvers."""
+    sigmas, told = scheduler.sigmas, scheduler.timesteps
+    scheduler.sigmas = torch.tensor([*levels, 0.0], dtype=torch.float32, device=sigmas.device)
+    given = timesteps_at(levels, sampler)
+    scheduler.timesteps = torch.tensor(given, dtype=told.dtype, device=told.device)
+
+
 def _make_scheduler(config: dict[str, Any], sampler: str, shift: float) -> Any:
     from diffusers import (
         DPMSolverMultistepScheduler,
@@ -270,6 +284,14 @@ def _make_scheduler(config: dict[str, Any], sampler: str, shift: float) -> Any:
         UniPCMultistepScheduler,
     )
 
+    trained = config.get("num_train_timesteps", TRAINED)
+    if trained != TRAINED:
+        raise CheckpointError(
+            "the scheduler's config is of another model",
+            expected=f"num_train_timesteps {TRAINED}",
+            found=str(trained),
+            remedy="Copy scheduler_config.json from a Wan model",
+        )
     static = {"use_dynamic_shifting": False}
     if sampler == "unipc":
         return UniPCMultistepScheduler.from_config(config, **_FLOW, **static, flow_shift=shift)

@@ -16,6 +16,7 @@ from penstock.engine.model.grid import Grid
 from penstock.engine.model.opening import Opening
 from penstock.engine.packs.firstuse import PACKING
 from penstock.engine.request.generation import GenerationRequest
+from penstock.engine.request.levels import RULE
 from penstock.engine.run.fingerprint import (
     SUM,
     Fingerprint,
@@ -120,7 +121,7 @@ def conditions_now(model: ModelFiles, device: torch.device, how: Mapping[str, st
             (`penstock.engine.variants.Variants.numerics`).
     """
     dtypes = {component.name: str(component.dtype) for component in model.components()}
-    numerics: dict[str, Any] = {"dtypes": dtypes} | dict(how)
+    numerics: dict[str, Any] = {"dtypes": dtypes, "noise_levels": RULE} | dict(how)
     if model.loras.given:
         numerics["loras"] = model.loras.numerics()
     return fingerprint(device, numerics, sorted(model.files.items()))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from penstock.engine.files import tokenizer as tokenizers
-from penstock.engine.files.apart import Limits, call_apart
+from penstock.engine.files.apart import ChildLimits, call_apart
 from penstock.engine.files.tokenizer import Tokenizer
 from penstock.engine.request.demo import MINI
 from penstock.errors import CheckpointError
@@ -20,7 +20,7 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="no such limits or si
 
 def refusal(function, limits=None, **arguments):
     with pytest.raises(CheckpointError) as caught:
-        call_apart(f"{CHILD}:{function}", arguments, "the file x", limits or Limits())
+        call_apart(f"{CHILD}:{function}", arguments, "the file x", limits or ChildLimits())
     text = str(caught.value)
     assert text.startswith("the file x cannot be used")
     assert "\n" not in text
@@ -28,12 +28,12 @@ def refusal(function, limits=None, **arguments):
 
 
 def test_the_answer_comes_back_from_a_process_without_torch():
-    found = call_apart(f"{CHILD}:echo", {"text": "naïve \udcff 猫"}, "x", Limits())
+    found = call_apart(f"{CHILD}:echo", {"text": "naïve \udcff 猫"}, "x", ChildLimits())
     assert found == {"found": "naïve \udcff 猫", "torch": False, "path": "1"}
 
 
 def test_a_child_that_sleeps_is_ended():
-    assert "no answer in 0.5 s" in refusal("sleep", Limits(seconds=0.5))
+    assert "no answer in 0.5 s" in refusal("sleep", ChildLimits(seconds=0.5))
 
 
 def test_a_child_that_leaves_is_told():
@@ -48,7 +48,7 @@ def test_a_child_that_is_killed_is_told(number):
 
 @posix
 def test_a_child_that_takes_too_much_memory_is_refused_it():
-    limits = Limits(memory_bytes=GIB // 2)
+    limits = ChildLimits(memory_bytes=GIB // 2)
     assert "MemoryError" in refusal("take", limits, nbytes=GIB)
     assert call_apart(f"{CHILD}:take", {"nbytes": 64 * MIB}, "x", limits) == 64 * MIB
 
@@ -77,9 +77,9 @@ def test_a_tokenizer_is_read_in_such_a_child(monkeypatch, tmp_path, function):
     """Whatever happens to the process that reads the tokenizer: one line with the file's name."""
     monkeypatch.setattr(tokenizers, "call_apart", stand_in(function))
     with pytest.raises(CheckpointError, match=str(tmp_path)):
-        Tokenizer(tmp_path, Limits(seconds=0.5)).tokenise(["a"])
+        Tokenizer(tmp_path, ChildLimits(seconds=0.5)).tokenise(["a"])
     with pytest.raises(CheckpointError, match=str(tmp_path)):
-        Tokenizer(tmp_path, Limits(seconds=0.5)).for_transformers()
+        Tokenizer(tmp_path, ChildLimits(seconds=0.5)).for_transformers()
 
 
 def stand_in(function):

@@ -24,6 +24,7 @@ from penstock.engine.request.generation import GenerationRequest
 from penstock.profiles.plan import StreamPlan
 from tests.engine import lora_files as made
 from tests.engine.run.test_budget import _placed, _run
+from tests.makers import makers_unipc
 from tests.versions import needs_loras_of_diffusers
 
 CLOSE = 1e-5
@@ -168,15 +169,15 @@ def test_beside_quantised_weights(stored: str, t2v_folder: Path, tmp_path: Path)
 def _request(picture: Path) -> GenerationRequest:
     return GenerationRequest(
         prompt="a red circle moves", negative_prompt="blurry", image=picture,
-        width=64, height=48, frames=5, steps=3, seed=7,
+        width=64, height=48, frames=5, steps=3, seed=7, clip_crop="center", fit="stretch",
     )  # fmt: skip
 
 
 def _their_latents(folder: Path, request: GenerationRequest, loras: list[Lora]) -> Tensor:
     pipe = _pipe(folder, True)
     _add(pipe, loras)
-    pipe.scheduler = type(pipe.scheduler).from_config(
-        pipe.scheduler.config, flow_shift=flow_shift(request.width, request.height, request.shift)
+    pipe.scheduler = makers_unipc(
+        pipe.scheduler.config, flow_shift(request.width, request.height, request.shift)
     )
     frames: Tensor = pipe(
         image=Image.open(request.image).convert("RGB"),

@@ -13,7 +13,6 @@ from penstock.engine.families.wan.samples import SAMPLES
 from penstock.engine.machine import calibrate, doctor
 from penstock.engine.machine.calibrate import Effort
 from penstock.engine.machine.samples import Samples
-from penstock.formats.scaled import Scaled8
 from penstock.profiles.rates import Rates
 from penstock.quant.compute import Operands
 from tests import fake_kitchen
@@ -73,11 +72,11 @@ def test_a_product_in_8_bits_is_timed_as_a_linear_does_it() -> None:
 def test_decoding_is_timed_on_a_weight_as_it_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, moved = Clock(), []
 
-    def dequantise(self: object, tensors: object, shape: tuple[int, int], *where: object) -> None:
+    def dequantise(fmt: object, tensors: object, shape: tuple[int, int], *where: object) -> None:
         moved.append(shape)
         clock.spend(shape[0] * shape[1] * 3 / 1e9)  # a byte read, two written
 
-    monkeypatch.setattr(Scaled8, "dequantise", dequantise)
+    monkeypatch.setattr(calibrate, "dequantise", dequantise)
     effort = replace(clock.effort, copy_bytes=8 * 1024 * 10)
     assert calibrate._decode(CPU, torch.bfloat16, effort) == pytest.approx(1e9)
     assert set(moved) == {(10, 1024)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,8 @@ def streams() -> list[str]:
     return [name for name in names if name.startswith("penstock-stream")]
 
 
-def do(
-    engine: Engine, plan: Plan, picture: Path, watch: Watch, overlapped: bool, **more: Any
-) -> JobResult:
-    job = Run(
+def a_run(engine: Engine, plan: Plan, picture: Path, overlapped: bool, **more: Any) -> Run:
+    return Run(
         model=engine.model,
         request=request(picture),
         plan=plan,
@@ -65,6 +64,12 @@ def do(
         metadata=False,
         **more,
     )
+
+
+def do(
+    engine: Engine, plan: Plan, picture: Path, watch: Watch, overlapped: bool, **more: Any
+) -> JobResult:
+    job = a_run(engine, plan, picture, overlapped, **more)
     return run(job, watch, watch.cancelled)
 
 
@@ -135,6 +140,27 @@ def test_the_decoder_comes_during_the_last_step(
     measured = {report.name: report.measured_ram_bytes for report in result.report.phases}
     assert nbytes <= measured["denoise"] <= plan["denoise"].ram_bytes
     assert nbytes <= measured["decode"] <= plan["decode"].ram_bytes
+
+
+def test_what_was_dropped_is_there_no_more(engine: Engine, picture: Path) -> None:
+    plan = engine.plan(request(picture))
+    stage = Stage(a_run(engine, plan, picture, overlapped=True), Watch(), threading.Event())
+    stage._prefetch_blocks()
+    assert stage._prefetched.is_reading and stage.host_ledger.used > 0
+    stage.close()
+    assert not stage._prefetched.is_reading and stage.host_ledger.used == 0
+    with ExitStack() as stack:
+        assert stage._prefetched.take(engine.model.streamed.blocks, stack) is None
+
+
+def test_the_sequential_reference_reads_nothing_ahead(engine: Engine, picture: Path) -> None:
+    plan = engine.plan(request(picture))
+    result = do(engine, plan, picture, Watch(), overlapped=False)
+    for report in result.report.phases:
+        planned = plan[report.name]
+        held = planned.prefetch_bytes + planned.prefetched_weights_bytes
+        if report.name in BEFORE:
+            assert held > 0 and report.measured_ram_bytes <= planned.ram_bytes - held
 
 
 def test_a_job_that_ends_before_its_steps_gives_everything_back(

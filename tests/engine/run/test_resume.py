@@ -229,6 +229,17 @@ def test_other_conditions_are_named_and_refused_unless_allowed(
     assert any("numerics.threads was 1 and is 2" in n for n in result.report.notices)
 
 
+def test_a_job_of_other_noise_levels_is_named_and_refused(
+    whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as before:
+        before.setattr("penstock.engine.run.stored.RULE", "diffusers")
+        stopped_job(whole, tmp_path, at_step(1))
+    told = r"numerics\.noise_levels 'diffusers'.*noise_levels 'makers 1'"
+    with an_engine(whole.folder) as engine, pytest.raises(FingerprintMismatch, match=told):
+        engine.resume(tmp_path / "job")
+
+
 def test_a_changed_model_is_named_and_refused(whole: Whole, tmp_path: Path) -> None:
     import shutil
 

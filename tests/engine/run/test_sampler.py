@@ -11,6 +11,7 @@ from diffusers import (
 from diffusers.utils.torch_utils import randn_tensor
 
 from penstock.engine.request.generation import SAMPLERS
+from penstock.engine.request.levels import noise_levels, timesteps
 from penstock.engine.run.sampler import (
     Sampler,
     SamplerState,
@@ -20,6 +21,7 @@ from penstock.engine.run.sampler import (
     step_generator,
 )
 from penstock.errors import CheckpointError, NonFinite, UsageError
+from tests.makers import at_makers_levels
 from tests.versions import DIFFUSERS_0_36
 
 SHAPE = (1, 16, 2, 4, 6)
@@ -55,13 +57,26 @@ def diffusers_scheduler(sampler, shift):
     return FlowMatchEulerDiscreteScheduler(shift=shift, stochastic_sampling=sampler == "lcm")
 
 
+def given_levels(theirs, sampler, steps, shift):
+    """diffusers' solver at the makers' levels; where they have none, at its own (to rounding)."""
+    theirs.set_timesteps(steps)
+    if sampler in ("unipc", "dpm++"):
+        return at_makers_levels(theirs, steps, shift)
+    levels = torch.tensor([*noise_levels(sampler, steps, shift), 0.0])
+    assert (levels - theirs.sigmas).abs().max() <= 1e-7
+    theirs.sigmas = levels
+    told = torch.tensor(timesteps(noise_levels(sampler, steps, shift), sampler))
+    assert (told - theirs.timesteps).abs().max() <= 1e-4
+    theirs.timesteps = told
+    return theirs
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize(("steps", "shift"), [(1, 5.0), (2, 3.0), (6, 5.0), (20, 3.0), (40, 5.0)])
 def test_each_solver_equals_diffusers_bit_for_bit(sampler, steps, shift):
     if sampler == "lcm" and DIFFUSERS_0_36:
         pytest.skip("diffusers 0.36 draws noise from torch's own state, whatever it is given")
-    theirs = diffusers_scheduler(sampler, shift)
-    theirs.set_timesteps(steps)
+    theirs = given_levels(diffusers_scheduler(sampler, shift), sampler, steps, shift)
     ours = make(sampler, steps, shift)
     assert torch.equal(ours.timesteps, theirs.timesteps)
     latents = expected = initial_noise(SHAPE, 1)
@@ -93,6 +108,22 @@ def test_dynamic_shifting_in_a_foreign_config_is_switched_off():
     for sampler in SAMPLERS:
         made = Sampler(config, sampler=sampler, steps=4, shift=5.0)
         assert torch.equal(made.timesteps, make(sampler, 4).timesteps)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_solver_stands_at_the_levels_of_the_rule(sampler):
+    """Whatever the config of the folder says of spacing, and whatever diffusers is installed."""
+    levels = noise_levels(sampler, 8, 5.0)
+    odd = {"timestep_spacing": "trailing", "final_sigmas_type": "sigma_min"}
+    for config in (WAN_CONFIG, {}, WAN_CONFIG | odd):
+        made = Sampler(config, sampler=sampler, steps=8, shift=5.0)
+        assert [made.sigma(i) for i in range(9)] == pytest.approx([*levels, 0.0], abs=1e-7)
+        assert made.timesteps.tolist() == pytest.approx(timesteps(levels, sampler), rel=1e-7)
+
+
+def test_a_config_of_other_timesteps_is_refused():
+    with pytest.raises(CheckpointError, match="expected num_train_timesteps 1000, found 500"):
+        Sampler(WAN_CONFIG | {"num_train_timesteps": 500}, sampler="unipc", steps=4, shift=5.0)
 
 
 def test_repeated_timesteps_lose_no_step():

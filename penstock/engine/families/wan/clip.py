@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import interpolate, scaled_dot_product_attention
 
+from penstock.engine.families.wan.terms import SQUASHED_ROWS
 from penstock.engine.media.fit import Fitting
 from penstock.errors import CheckpointError
 
@@ -37,6 +38,13 @@ def preprocess(picture: Image.Image, width: int, height: int, fit: Fitting | Non
     part.copy_(torch.from_numpy(sized).permute(2, 0, 1))  # (h, w, 3) -> (3, h, w)
     part.div_(255.0).mul_(2.0).sub_(1.0)
     return frame
+
+
+def _frame_of(picture: Image.Image) -> Tensor:
+    """(1, 3, h, w) fp32 in [-1, 1]."""
+    frame = torch.from_numpy(np.array(picture)).permute(2, 0, 1).unsqueeze(0)
+    scaled = frame.to(torch.float32, memory_format=torch.contiguous_format).div_(255.0)
+    return scaled.mul_(2.0).sub_(1.0)
 
 
 def conditioning(
@@ -79,8 +87,42 @@ def make_image_processor(config: Mapping[str, Any]) -> Any:
         raise CheckpointError("no usable image processor config", found=str(error)) from error
 
 
+def squashed_values(config: Mapping[str, Any], picture: Image.Image, side: int) -> Tensor:
+    """The whole picture as CLIP sees it, ``(1, 3, side, side)`` fp32, whatever its aspect.
+
+    As Wan's makers prepare it (``wan/modules/clip.py``): bicubic without antialias, neither rounded
+    nor clamped. Some rows at a time along the rows, then once along the columns, so that the
+    picture never lies in memory in fp32; the weights of the other direction are then exactly one.
+
+    Args:
+        config: of the image processor; its mean and deviation count.
+        picture: in RGB.
+        side: of what the encoder takes, in pixels.
+
+    Raises:
+        CheckpointError: the processor is of no use.
+    """
+    processor = make_image_processor(config)
+    narrow = torch.empty(1, 3, picture.height, side)
+    for top in range(0, picture.height, SQUASHED_ROWS):
+        end = min(top + SQUASHED_ROWS, picture.height)
+        band = _frame_of(picture.crop((0, top, picture.width, end)))
+        narrow[:, :, top:end] = _bicubic(band, (end - top, side))
+    seen = _bicubic(narrow, (side, side)).mul_(0.5).add_(0.5)
+    mean, deviation = (
+        torch.tensor(values).view(1, 3, 1, 1)
+        for values in (processor.image_mean, processor.image_std)
+    )
+    return seen.sub_(mean).div_(deviation)
+
+
+def _bicubic(frame: Tensor, size: tuple[int, int]) -> Tensor:
+    return interpolate(frame, size=size, mode="bicubic", align_corners=False)
+
+
 def pixel_values(config: Mapping[str, Any], picture: Image.Image, side: int) -> Tensor:
-    """The picture as CLIP sees it, ``(1, 3, side, side)`` fp32.
+    """The picture's centre as CLIP sees it, ``(1, 3, side, side)`` fp32, as transformers' processor
+    makes it for diffusers.
 
     It is scaled down first, as the processor itself would do it: that makes copies of what it gets.
 
@@ -128,7 +170,7 @@ def embed_pixels(embeddings: Any, pre_layer_norm: Module, pixels: Tensor) -> Ten
     Args:
         embeddings: ``CLIPVisionModel.embeddings``; only its weights are used, not its buffers.
         pre_layer_norm: ``CLIPVisionModel.pre_layrnorm``.
-        pixels: from `pixel_values`.
+        pixels: from `squashed_values` or `pixel_values`.
     """
     weight = embeddings.patch_embedding.weight
     patches = embeddings.patch_embedding(pixels.to(weight)).flatten(2).transpose(1, 2)

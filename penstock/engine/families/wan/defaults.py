@@ -1,5 +1,5 @@
-"""What Wan2.1 was released with where a request leaves something open: flow shifts, and negative
-prompts, which are data in the model authors' own words.
+"""What Wan2.1 was released with where a request leaves something open: sizes, steps, guidance, flow
+shifts, and negative prompts, which are data in the model authors' own words.
 
 Source of the prompts: ``sample_neg_prompt`` of the official configs (github.com/Wan-Video/Wan2.1,
 ``wan/configs/shared_config.py``; ``wan_i2v_14B.py`` puts the camera-shake term in front). diffusers
@@ -7,6 +7,8 @@ has no default of its own.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from penstock.engine.request.generation import AREAS, GenerationRequest
 
@@ -19,11 +21,47 @@ IMAGE_TO_VIDEO = "镜头晃动，" + TEXT_TO_VIDEO
 ENGLISH_SHORT = "blurry, low quality, deformed anatomy, stuttering, flickering, sudden cuts"
 
 
-def flow_shift(width: int, height: int, asked: float | None) -> float:
-    """``asked``, or the official one: 3.0 up to the area of 480p, 5.0 above it."""
+DIM_1_3B = 1536
+"""Of the hidden states of the 1.3B transformer, which has settings of its own."""
+
+
+def request_defaults(*, image_to_video: bool, dim: int) -> dict[str, Any]:
+    """The official size, steps and guidance; the flow shift is `flow_shift`.
+
+    Source: Wan2.1's ``generate.py``, and its README for the 1.3B model.
+
+    Args:
+        image_to_video: whether the model takes a picture.
+        dim: width of the transformer's hidden states.
+    """
+    found: dict[str, Any] = {"width": 1280, "height": 720, "guidance_scale": 5.0}
+    found["steps"] = 40 if image_to_video else 50
+    if _is_small(image_to_video, dim):
+        found |= {"width": 832, "height": 480, "guidance_scale": 6.0}
+    return found
+
+
+def flow_shift(
+    width: int, height: int, asked: float | None, *, image_to_video: bool = True, dim: int = 0
+) -> float:
+    """``asked``, or the official one: from a picture 3.0 up to the area of 480p and 5.0 above it;
+    from text alone 5.0 at every size, or 8.0 for the 1.3B model.
+
+    Args:
+        width, height: of the video.
+        asked: the request's own.
+        image_to_video: whether the model takes a picture.
+        dim: width of the transformer's hidden states.
+    """
     if asked is not None:
         return float(asked)
-    return 3.0 if width * height <= AREAS["480p"] else 5.0
+    if image_to_video:
+        return 3.0 if width * height <= AREAS["480p"] else 5.0
+    return 8.0 if _is_small(image_to_video, dim) else 5.0
+
+
+def _is_small(image_to_video: bool, dim: int) -> bool:
+    return not image_to_video and dim == DIM_1_3B
 
 
 def negative_prompt(request: GenerationRequest) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from penstock.engine.families.wan import plan
+from penstock.engine.families.wan import defaults, plan
 from penstock.engine.families.wan.spec import WanSpec
 from penstock.engine.families.wan.terms import WanCase
 from penstock.profiles.manifest import Heads, Prefetch, Storage, VideoShape
@@ -39,6 +39,19 @@ class WanManifest(WanSpec):
         """As `penstock.profiles.phases.Manifest`: of the transformer."""
         spec = self.transformer
         return Heads(spec.num_attention_heads, spec.attention_head_dim, spec.weights.itemsize)
+
+    @property
+    def request_defaults(self) -> Mapping[str, Any]:
+        """As `penstock.engine.model.official.Official`."""
+        return defaults.request_defaults(
+            image_to_video=self.image_to_video, dim=self.transformer.inner_dim
+        )
+
+    def flow_shift(self, width: int, height: int, asked: float | None) -> float:
+        """As `penstock.engine.model.official.Official`."""
+        return defaults.flow_shift(
+            width, height, asked, image_to_video=self.image_to_video, dim=self.transformer.inner_dim
+        )
 
     @property
     def prefetch(self) -> Prefetch:

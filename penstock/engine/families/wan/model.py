@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from penstock.engine.families.wan.cost.transformer import TEXT_TOKENS
-from penstock.engine.families.wan.defaults import flow_shift
 from penstock.engine.families.wan.manifest import WanManifest
 from penstock.engine.families.wan.spec import ImageSpec, TextSpec, TransformerSpec, VaeSpec
 from penstock.engine.families.wan.structure import is_cross_kv
@@ -64,10 +63,6 @@ class WanModel(ModelFiles):
             temporal=spec.vae.temporal_factor,
             positions=config["rope_max_seq_len"],
         )
-
-    def flow_shift(self, width: int, height: int, asked: float | None) -> float:
-        """As `ModelFiles.flow_shift`."""
-        return flow_shift(width, height, asked)
 
     def latent_shape(self, shape: VideoShape) -> tuple[int, ...]:
         """As `ModelFiles.latent_shape`."""

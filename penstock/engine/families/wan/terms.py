@@ -17,6 +17,12 @@ transformers' processor makes of it."""
 
 _SEEN_BYTES = 3 * (8 + 4 + 4 + 4)
 """Of a pixel that the image encoder sees: scaled in fp64, in fp32, normalised, and as a tensor."""
+SQUASHED_ROWS = 16
+"""Rows of the picture that are scaled for the image encoder at a time, where it sees all of it."""
+
+_BAND_BYTES = _PILLOW_RGB + 3 * (1 + _SINGLE)
+"""Of a pixel of those rows: as Pillow has it, as bytes, in fp32."""
+
 
 WanCase: TypeAlias = Case[WanSpec]
 
@@ -61,11 +67,13 @@ def decoding_bytes(case: WanCase) -> int:
     long = 2 * side * max(picture.width, picture.height) // min(picture.width, picture.height) + 1
     columns = 2 * side if picture.height > picture.width else long
     # Pillow scales along the rows first, then along the columns
-    to_see = _PILLOW_RGB * columns * picture.height + _SMALL_BYTES * 2 * side * long
+    to_crop = _PILLOW_RGB * columns * picture.height + _SMALL_BYTES * 2 * side * long
+    band = SQUASHED_ROWS * (_BAND_BYTES * picture.width + 3 * _SINGLE * side)
+    to_squash = 3 * _SINGLE * side * picture.height + band
     to_frame = _PILLOW_RGB * shape.width * (picture.height + shape.height)
     return max(
         picture.decode_bytes,
-        decoded + to_see + seen,
+        decoded + max(to_crop, to_squash) + seen,
         decoded + seen + to_frame,
         decoded + seen + picture_bytes(case),
     )

@@ -137,7 +137,9 @@ def see_picture(stage: Stage) -> tuple[Tensor | None, Tensor]:
     seen = None
     if model.image is not None:
         config, side = model.source.image_processor, model.image.config["image_size"]
-        seen = pictures.pixel_values(config, picture, side)
+        squash = request.clip_crop == "squash"
+        see = pictures.squashed_values if squash else pictures.pixel_values
+        seen = see(config, picture, side)
     size = request.width, request.height
     fit = fitting(picture.size, size, request.fit, request.grid.side)
     if fit.told:

@@ -20,6 +20,7 @@ from penstock.engine.families.wan.clip import (
     make_image_processor,
     pixel_values,
     preprocess,
+    squashed_values,
 )
 from penstock.engine.families.wan.structure import layers_needed
 from penstock.engine.families.wan.tiny import write_tiny_model
@@ -153,7 +154,7 @@ def test_a_pipe_is_not_opened(tmp_path):
 def test_an_unreadable_file(tmp_path, monkeypatch):
     path = save(noise_picture(), tmp_path / "a.png")
 
-    def denied(self, *arguments):
+    def denied(self, *arguments, **options):
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "open", denied)
@@ -285,6 +286,38 @@ def test_the_folders_processor_is_used(pipeline, tmp_path):
     assert torch.equal(ours, theirs)
     with pytest.raises(CheckpointError, match="no usable image processor config"):
         make_image_processor({"size": 7.5})
+
+
+@pytest.mark.parametrize("size", [(50, 70), (300, 130), (32, 32), (16, 21), (1600, 35), (35, 1600)])
+def test_the_whole_picture_is_squashed_as_the_makers_do(pipeline, size):
+    picture, config = noise_picture(size), pipeline.image_processor.to_dict()
+    whole = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255 * 2 - 1
+    small = torch.nn.functional.interpolate(
+        whole, size=(32, 32), mode="bicubic", align_corners=False, antialias=False
+    )
+    mean, deviation = (
+        torch.tensor(config[name]).view(1, 3, 1, 1) for name in ("image_mean", "image_std")
+    )
+    ours = squashed_values(config, picture, 32)
+    assert ours.shape == (1, 3, 32, 32) and ours.dtype == torch.float32
+    assert (ours - (small * 0.5 + 0.5 - mean) / deviation).abs().max() <= 1e-6
+
+
+def test_both_ends_of_a_wide_picture_are_seen_unless_the_centre_is_asked_for(pipeline):
+    config = pipeline.image_processor.to_dict()
+    plain, ends = Image.new("RGB", (160, 90)), Image.new("RGB", (160, 90))
+    ends.paste((255, 255, 255), (0, 0, 30, 90))
+    squashed, cropped = (
+        [see(config, picture, 32) for picture in (plain, ends)]
+        for see in (squashed_values, pixel_values)
+    )
+    assert (squashed[1] - squashed[0])[..., :5].min() > 3  # a white picture's distance to black
+    assert torch.equal(*cropped)
+
+
+def test_a_useless_processor_is_refused_whatever_is_seen():
+    with pytest.raises(CheckpointError, match="no usable image processor config"):
+        squashed_values({"size": 7.5}, noise_picture(), 32)
 
 
 @pytest.mark.parametrize("frames", [1, 5, 13])

@@ -15,6 +15,7 @@ from penstock.engine.engine import Engine
 from penstock.engine.families.wan.defaults import flow_shift, negative_prompt
 from penstock.engine.request.generation import GenerationRequest
 from penstock.profiles.options import Options
+from tests.makers import makers_levels, makers_unipc
 
 STEPS = 6
 SHAPES = [(64, 48, 9), (80, 64, 5), (48, 112, 13)]
@@ -23,9 +24,9 @@ SHAPES = [(64, 48, 9), (80, 64, 5), (48, 112, 13)]
 def _theirs(pipeline_class: Any, folder: Path, request: GenerationRequest, latents: bool) -> Any:
     pipe = pipeline_class.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = type(pipe.scheduler).from_config(
-        pipe.scheduler.config, flow_shift=flow_shift(request.width, request.height, request.shift)
-    )
+    from_picture = request.image is not None
+    shift = flow_shift(request.width, request.height, request.shift, image_to_video=from_picture)
+    pipe.scheduler = makers_unipc(pipe.scheduler.config, shift)
     picture = {} if request.image is None else {"image": Image.open(request.image).convert("RGB")}
     return pipe(
         **picture,
@@ -52,6 +53,8 @@ def _request(shape: tuple[int, int, int], image: Path | None) -> GenerationReque
         frames=frames,
         steps=STEPS,
         seed=7,
+        clip_crop="center",  # as diffusers does
+        fit="stretch",
     )
 
 
@@ -72,6 +75,9 @@ def test_the_job_is_that_of_diffusers(
     with Engine.open(folder, device="cpu", vram="200MiB", ram="200MiB", options=rules) as engine:
         assert engine.plan(request)["decode"].tiles == (4, 3)
         result = engine.submit(request).result()
+    shift = 3.0 if image_to_video else 5.0
+    told = (1000 * makers_levels(0.999, STEPS, shift)).astype(int).tolist()
+    assert list(result.report.to_json()["timesteps"]) == told
     latents = _theirs(pipeline_class, folder, request, latents=True)
     assert result.latents is not None
     assert (result.latents - latents).abs().max() <= 1e-5 * latents.abs().max()

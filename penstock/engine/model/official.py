@@ -1,0 +1,17 @@
+"""What a model says of requests by itself, as it was released."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+
+class Official(Protocol):
+    """What a model was released with, where neither a request nor the model's folder says more."""
+
+    @property
+    def request_defaults(self) -> Mapping[str, Any]:
+        """Width, height, steps and guidance_scale."""
+
+    def flow_shift(self, width: int, height: int, asked: float | None) -> float:
+        """``asked``, or the official flow shift of a video of that size."""

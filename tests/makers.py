@@ -1,0 +1,43 @@
+"""The makers' noise levels by their formula, put into diffusers' schedulers: what a job is compared
+with, since diffusers' own levels are others and change from version to version."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import UniPCMultistepScheduler
+
+
+def makers_levels(first: float, steps: int, shift: float) -> Any:
+    """``(steps,)`` in float64: evenly down from ``first`` to nothing, then shifted.
+
+    Args:
+        first: 0.999 for UniPC, 1 for DPM++.
+        steps: of the job.
+        shift: of the flow.
+    """
+    even = np.linspace(np.float32(first).item(), 0, steps + 1)[:-1]
+    return shift * even / (1 + (shift - 1) * even)
+
+
+def at_makers_levels(scheduler: Any, steps: int, shift: float) -> Any:
+    """``scheduler``, UniPC's or DPM++'s, standing at the makers' levels."""
+    first = 0.999 if isinstance(scheduler, UniPCMultistepScheduler) else 1.0
+    levels = makers_levels(first, steps, shift)
+    scheduler.sigmas = torch.from_numpy(np.append(levels, 0).astype(np.float32))
+    scheduler.timesteps = torch.from_numpy((levels * 1000).astype(np.int64))
+    return scheduler
+
+
+class _MakersUniPC(UniPCMultistepScheduler):
+    def set_timesteps(self, num_inference_steps: int, device: Any = None, **_: Any) -> None:
+        super().set_timesteps(num_inference_steps, device=device)
+        at_makers_levels(self, num_inference_steps, self.config.flow_shift)
+
+
+def makers_unipc(config: Mapping[str, Any], shift: float) -> Any:
+    """UniPC of a folder's config for a diffusers pipeline, with the makers' levels."""
+    return _MakersUniPC.from_config(config, flow_shift=shift)

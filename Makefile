@@ -9,9 +9,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 LOWEST := .venv-lowest
-# What depends on a library: not the pure arithmetic of profiles, nor benchmarks and training, whose
-# subject are the versions of constraints.txt.
-LOWEST_TESTS := tests/engine tests/cli tests/quant tests/offload tests/test_public.py tests/test_examples.py
+# What calls a library: not the pure arithmetic of plans, layouts and formats, nor what jobs do with
+# the disk, which no version changes, nor benchmarks and training, whose subject are the versions of
+# constraints.txt. All of it would double the time that a change waits.
+LOWEST_TESTS := $(addprefix tests/engine/,families attach media lora files packs request \
+	run/test_sampler.py run/test_job.py test_doors.py test_bad_input.py test_software.py) \
+	tests/quant/test_libraries.py tests/cli/test_main.py tests/test_public.py tests/test_examples.py
 
 .PHONY: demo test quick faults lowest lint coverage clean
 

@@ -27,6 +27,7 @@ COMFY_FOLDERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "loras": ("loras",),
     }
 )
+_SHOWN = 200
 _MAX_YAML_BYTES = 256 << 10
 SUFFIXES = (".safetensors", ".sft", ".gguf")
 
@@ -79,7 +80,11 @@ def _extra_paths(path: Path) -> list[tuple[str, Path, bool]]:
     try:
         content = yaml.safe_load(_small_text(path)) or {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path} cannot be read", found=str(error)) from error
+        raise CheckpointError(
+            f"{path} cannot be read",
+            expected="ComfyUI's extra paths in YAML",
+            found=" ".join(str(error).split())[:_SHOWN],
+        ) from error
     values = content.values() if isinstance(content, dict) else ()
     sections = [section for section in values if isinstance(section, dict)]
     return [entry for section in sections for entry in _section(path.parent, section)]
@@ -102,7 +107,7 @@ def _expanded(text: str) -> Path:
 def _text(section: Mapping[Any, Any], name: str) -> str:
     """An entry that is a text; what else it may be (aliases can unfold without end) is no path."""
     value = section.get(name)
-    return value if isinstance(value, str) else ""
+    return value if isinstance(value, str) and "\0" not in value else ""
 
 
 def _small_text(path: Path) -> str:

@@ -113,18 +113,31 @@ class Sampler:
                 expected=f"step {self.next_step} of {len(self.timesteps)}",
                 found=f"step {i}",
             )
-        timestep, options = self.timesteps[i], {}
         if self._sampler in ("euler", "lcm"):
             noise_pred = noise_pred.to(latents.dtype)  # the scheduler rounds latents to its type
         if self._sampler == "lcm":
-            options = {"generator": step_generator(self._seed, i)}
-        with _refusals():
-            (stepped,) = self._scheduler.step(
-                noise_pred, timestep, latents, return_dict=False, **options
-            )
+            stepped = self._renoised(noise_pred, i, latents)
+        else:
+            with _refusals():
+                (stepped,) = self._scheduler.step(
+                    noise_pred, self.timesteps[i], latents, return_dict=False
+                )
         self.next_step += 1
         check_finite(stepped, i, len(self.timesteps))
-        return stepped  # type: ignore[no-any-return]
+        return stepped
+
+    def _renoised(self, noise_pred: Tensor, i: int, latents: Tensor) -> Tensor:
+        """From the predicted end back to the next noise level, as diffusers' stochastic Euler step.
+
+        Its own draws from torch's state before diffusers 0.37, whatever generator it is given.
+        """
+        sigma, following = self._scheduler.sigmas[i], self._scheduler.sigmas[i + 1]
+        noise = torch.randn(
+            latents.shape, generator=step_generator(self._seed, i), dtype=torch.float32
+        )
+        end = latents.to(torch.float32) - sigma * noise_pred
+        renoised: Tensor = (1.0 - following) * end + following * noise.to(latents.device)
+        return renoised.to(latents.dtype)
 
     def sigma(self, i: int) -> float:
         """The share of noise in the latents before step ``i``, 0 to 1."""

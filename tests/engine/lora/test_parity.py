@@ -25,6 +25,7 @@ from penstock.profiles.plan import StreamPlan
 from tests.engine import lora_files as made
 from tests.engine.run.test_budget import _placed, _run
 from tests.makers import makers_unipc
+from tests.versions import needs_loras_of_diffusers
 
 CLOSE = 1e-5
 
@@ -114,6 +115,7 @@ def _theirs(folder: Path, image: bool, loras: list[Lora], given: Any) -> tuple[T
 def test_the_transformer_is_that_of_diffusers(
     style: str, image: bool, i2v_folder: Path, t2v_folder: Path, tmp_path: Path
 ) -> None:
+    needs_loras_of_diffusers(style)
     folder = i2v_folder if image else t2v_folder
     path = STYLES[style](locate(folder).streamed, tmp_path / "lora.safetensors")
     loras = [Lora(path, 0.7)]
@@ -147,6 +149,7 @@ def test_several_at_once_add_up(i2v_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("stored", ["int8", "gguf-q8_0"])
 def test_beside_quantised_weights(stored: str, t2v_folder: Path, tmp_path: Path) -> None:
     """diffusers on the decoded weights, with the LoRA as it loads it."""
+    needs_loras_of_diffusers("lightx2v")
     path = _lightx2v(locate(t2v_folder).streamed, tmp_path / "lora.safetensors")
     pack(locate(t2v_folder), stored, tmp_path / "packed")
     files = ModelFiles.open(tmp_path / "packed", loras=[Lora(path, 0.7)])
@@ -196,6 +199,7 @@ def test_the_latents_of_a_job_are_those_of_diffusers(
     style: str, i2v_folder: Path, picture: Path, tmp_path: Path
 ) -> None:
     """Unmerged and merged, streamed from disk and resident."""
+    needs_loras_of_diffusers(style)
     path = STYLES[style](locate(i2v_folder).streamed, tmp_path / "lora.safetensors")
     loras, request = [Lora(path, 0.6)], _request(picture)
     expected = _their_latents(i2v_folder, request, loras)

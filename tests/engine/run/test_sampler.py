@@ -22,6 +22,7 @@ from penstock.engine.run.sampler import (
 )
 from penstock.errors import CheckpointError, NonFinite, UsageError
 from tests.makers import at_makers_levels
+from tests.versions import DIFFUSERS_0_36
 
 SHAPE = (1, 16, 2, 4, 6)
 # As it stands in a model's folder
@@ -73,6 +74,8 @@ def given_levels(theirs, sampler, steps, shift):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize(("steps", "shift"), [(1, 5.0), (2, 3.0), (6, 5.0), (20, 3.0), (40, 5.0)])
 def test_each_solver_equals_diffusers_bit_for_bit(sampler, steps, shift):
+    if sampler == "lcm" and DIFFUSERS_0_36:
+        pytest.skip("diffusers 0.36 draws noise from torch's own state, whatever it is given")
     theirs = given_levels(diffusers_scheduler(sampler, shift), sampler, steps, shift)
     ours = make(sampler, steps, shift)
     assert torch.equal(ours.timesteps, theirs.timesteps)

@@ -220,8 +220,8 @@ def _is_asked_by(record: JobRecord | None, request: Mapping[str, Any]) -> bool:
         return False
     before = {name: word for name, word in NUMERICS.items() if word is not None}
     theirs = before | dict(record.request)
-    if "fit" not in theirs and request.get("image") is None:
-        theirs["fit"] = request.get("fit")  # from before there was one, and there is no picture
+    if "fit" in request.keys() - theirs.keys() and request.get("image") is None:
+        theirs["fit"] = request["fit"]  # from before there was one, and there is no picture
     if request.get("seed") is None and "seed" in theirs:
         theirs["seed"] = None
     return theirs == before | dict(request)

@@ -18,7 +18,7 @@ from typing import Any
 
 from penstock.engine.files.fields import read_object
 from penstock.engine.packs.names import ORIGIN_SUFFIX, PROGRESS_SUFFIX
-from penstock.engine.store.durable import NEW_SUFFIX, FileOps, storing
+from penstock.engine.store.durable import NEW_SUFFIX, FileOps, remove_if_empty, storing
 from penstock.engine.store.lock import JobLock
 from penstock.errors import CheckpointError, JobLocked, StorageError, UsageError
 
@@ -155,7 +155,7 @@ def remove_pack(cache: Path, name: str, ops: FileOps | None = None) -> int:
             foreign = _empty(ops, found.path)
             lock.remove()
             if not foreign:
-                ops.rmdir(found.path)
+                remove_if_empty(ops, found.path)
         finally:
             lock.release()
     if foreign:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 from penstock.engine.lora.file import Lora, as_loras
 from penstock.engine.model.opening import Opening
-from penstock.engine.store.durable import FileOps, new_name
+from penstock.engine.store.durable import FileOps, new_name, remove_if_empty
 from penstock.engine.store.journal import JobRecord, read_record
 from penstock.engine.store.lock import JobLock, is_locked
 from penstock.engine.store.names import (
@@ -221,8 +220,8 @@ def _is_asked_by(record: JobRecord | None, request: Mapping[str, Any]) -> bool:
         return False
     before = {name: word for name, word in NUMERICS.items() if word is not None}
     theirs = before | dict(record.request)
-    if "fit" not in theirs and request.get("image") is None:
-        theirs["fit"] = request.get("fit")  # from before there was one, and there is no picture
+    if "fit" in request.keys() - theirs.keys() and request.get("image") is None:
+        theirs["fit"] = request["fit"]  # from before there was one, and there is no picture
     if request.get("seed") is None and "seed" in theirs:
         theirs["seed"] = None
     return theirs == before | dict(request)
@@ -289,7 +288,7 @@ def remove_job(folder: Path) -> None:
                 ops.unlink(folder / name)
         lock.remove()
         if not contents.foreign:
-            _remove_folder(ops, folder)
+            remove_if_empty(ops, folder)
     except OSError as error:
         raise StorageError(f"{folder} cannot be removed", found=error.strerror) from error
     finally:
@@ -317,17 +316,6 @@ def _beginning(ops: FileOps, folder: Path) -> Contents:
         return Contents((*check_vacant(ops, folder), LOCK_FILE), ())
     except JournalError:
         return Contents((), tuple(ops.names(folder)))
-
-
-def _remove_folder(ops: FileOps, folder: Path) -> None:
-    try:
-        ops.rmdir(folder)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        # A job has begun there since the lock was let go: the folder is that one's now.
 
 
 def _holds_job(folder: Path) -> bool:

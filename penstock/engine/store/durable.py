@@ -234,6 +234,21 @@ def _abandon(ops: FileOps, path: Path) -> None:
         return  # the first error is the one to report; the next write removes the leftover
 
 
+def remove_if_empty(ops: FileOps, folder: Path) -> None:
+    """Remove a folder that nothing is in; what another process has begun there meanwhile stays.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    try:
+        ops.rmdir(folder)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+
+
 @contextmanager
 def storing(ops: FileOps, path: Path, need_bytes: int = 0) -> Iterator[None]:
     """Turn an OSError of the body into a StorageError with path, need, free bytes and remedy.

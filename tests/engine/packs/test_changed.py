@@ -211,3 +211,19 @@ def test_removing_a_pack_leaves_what_is_not_its_own(cache: Path) -> None:
     assert [p.name for p in folder.rglob("*") if p.is_file()] == ["mine.txt"]
     (cache / f"link-{'2' * 16}").symlink_to(folder)
     assert [pack.name for pack in cached_packs(cache)] == [folder.name]
+
+
+def test_a_pack_begun_again_while_it_is_removed_stays(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = cache / f"wan-{'1' * 16}"
+    folder.mkdir(parents=True)
+    rmdir = FileOps.rmdir
+
+    def begun(self: FileOps, place: Path) -> None:
+        (place / "lock").write_text("1\n")
+        rmdir(self, place)
+
+    monkeypatch.setattr(FileOps, "rmdir", begun)
+    assert remove_pack(cache, folder.name) == 0
+    assert [path.name for path in folder.iterdir()] == ["lock"]

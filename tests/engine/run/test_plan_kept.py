@@ -15,7 +15,12 @@ import torch
 
 from penstock.engine.engine import Engine
 from penstock.engine.families.wan.plan import KEPT_TILE_COPIES
-from penstock.engine.families.wan.terms import restored_bytes, saved_state_bytes, tile_bytes
+from penstock.engine.families.wan.terms import (
+    latent_of,
+    restored_bytes,
+    saved_state_bytes,
+    tile_bytes,
+)
 from penstock.engine.families.wan.tiny import write_tiny_model
 from penstock.engine.family.protocol import builtin
 from penstock.engine.request.generation import GenerationRequest
@@ -124,7 +129,7 @@ def traced_peak_bytes(work: Any) -> int:
 
 def test_reading_a_state_takes_no_more_than_is_reserved(keeper: JournalKeeper) -> None:
     case = a_case()
-    latents = torch.zeros(1, 16, *case.latent)
+    latents = torch.zeros(1, 16, *latent_of(case))
     history = {f"model_outputs.{index}": latents for index in range(3)}
     for step in (1, 2):
         keeper.keep_point(Point(latents, SamplerState({"next_step": step}, history)))

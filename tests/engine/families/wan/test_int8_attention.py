@@ -162,12 +162,16 @@ def test_the_library_s_version_determines_a_result(
     tmp_path: Path, t2v_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_kitchen.install(monkeypatch)
-    monkeypatch.setattr(software, "package_version", lambda package: "absent")
+    kitchen = {"comfy-kitchen": "absent"}
+    version_of = software.package_version
+    monkeypatch.setattr(
+        software, "package_version", lambda package: kitchen.get(package) or version_of(package)
+    )
     with an_engine(t2v_folder, attention="int8") as engine:
         stop_after_a_step(engine, REQUEST, tmp_path / "job")
         numerics = read_record(tmp_path / "job").fingerprint["numerics"]
         assert numerics["attention"] == "int8, comfy-kitchen absent"
-        monkeypatch.setattr(software, "package_version", lambda package: f"{package} 9")
+        kitchen["comfy-kitchen"] = "9"
         with pytest.raises(FingerprintMismatch, match=r"numerics\.attention"):
             engine.resume(tmp_path / "job")
 

@@ -1,8 +1,8 @@
 """Which of a model's two transformers a file is: the one for much noise, or the one for little.
 
 Both have the same tensors and, in Wan2.2, often the very config of Wan2.1's: only what a file and
-its folder are called, or what its header says of its name, tells them apart. A file of which none of
-this speaks cannot be told from a model of one transformer.
+its folder are called, or what its header says of its name, tells them apart. A file of which none
+of this speaks cannot be told from a model of one transformer.
 """
 
 from __future__ import annotations

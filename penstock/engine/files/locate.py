@@ -315,9 +315,7 @@ def _assemble(origin: str, found: _Found, files: Files) -> ModelSource:
     )
 
 
-def _transformers(
-    found: _Found, files: Files, notes: list[str]
-) -> dict[str, ComponentSource]:
+def _transformers(found: _Found, files: Files, notes: list[str]) -> dict[str, ComponentSource]:
     """The transformer, or the two of a model that has one for much noise and one for little.
 
     Raises:
@@ -357,7 +355,8 @@ def _pair_among(
     places = found.places.get(FIRST, ())
     if files.transformer is not None or files.transformer_2 is not None or len(places) < 2:
         return None
-    by_expert = {expert_of(each.raw): each for each in (fits := _fitting(FIRST, places).found)}
+    fits = _fitting(FIRST, places).found
+    by_expert = {expert_of(each.raw): each for each in fits}
     if len(fits) != 2 or set(by_expert) != {"high", "low"}:
         return None
     return by_expert["high"], by_expert["low"]

@@ -266,7 +266,8 @@ def workload_of(request: GenerationRequest, *, kept: bool = False) -> Workload:
         return work
     from penstock.engine.media.picture import measure  # Pillow and numpy, for a picture alone
 
-    return replace(work, **{name: measure(path) for name, path in there.items()})
+    measured: dict[str, Any] = {name: measure(path) for name, path in there.items()}
+    return replace(work, **measured)
 
 
 def noise_of(request: GenerationRequest) -> Noise:
@@ -374,6 +375,42 @@ def frame_rate(fps: float) -> Fraction:
     if not float(fps).is_integer() and abs(fps * _NTSC - whole) < _ROUNDED:
         return Fraction(whole * 1000, 1001)
     return Fraction(repr(fps)).limit_denominator(1001)
+
+
+def parse_guidance(text: str) -> tuple[float, float | None]:
+    """The guidance scale, and that of the transformer for much noise, from ``"3.5"`` or from
+    ``"3,4"``: little noise first, as the makers write it.
+
+    Raises:
+        RequestError: neither.
+    """
+    try:
+        low, *high = (float(part) for part in text.split(","))
+        if len(high) <= 1:
+            return low, high[0] if high else None
+    except ValueError:
+        pass
+    raise RequestError(
+        "not a guidance scale",
+        expected='a number, or for a model of two transformers two like "3,4": for little noise, '
+        "for much",
+        found=brief(text),
+    )
+
+
+def check_two(request: GenerationRequest, transformers: int) -> None:
+    """Refuse a request that speaks of two transformers where there is one.
+
+    Raises:
+        RequestError: it does.
+    """
+    if transformers == 1 and request.guidance_high is not None:
+        raise RequestError(
+            "this model has one transformer",
+            expected="one guidance scale",
+            found=f"{request.guidance_scale:g},{request.guidance_high:g}",
+            remedy=f"Give --cfg {request.guidance_scale:g}",
+        )
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -107,7 +107,9 @@ def begin(
         last_picture=copies["last_image"],
         reserve_bytes=reserve_bytes(model, request),
     )
-    kept = {name: folder / PICTURES[name] for name, data in copies.items() if data is not None}
+    kept: dict[str, Any] = {
+        name: folder / PICTURES[name] for name, data in copies.items() if data is not None
+    }
     return journal, replace(request, **kept)
 
 
@@ -128,8 +130,10 @@ def conditions_now(model: ModelFiles, device: torch.device, how: Mapping[str, st
     """
     dtypes = {component.name: str(component.dtype) for component in model.components()}
     numerics: dict[str, Any] = {"dtypes": dtypes, "noise_levels": RULE} | dict(how)
-    if model.loras.given:
+    if model.loras.asked:
         numerics["loras"] = model.loras.numerics()
+    if model.source.pipeline:
+        numerics["pipeline"] = dict(model.source.pipeline)
     return fingerprint(device, numerics, sorted(model.files.items()))
 
 

@@ -86,7 +86,7 @@ def _check_alike(origin: str, first: Config, second: Config) -> None:
                 f"the two transformers of {origin} are of two models",
                 expected=f"{entry} {one} in both",
                 found=str(other),
-                remedy="Give the transformer for high noise and the one for low noise of one model.",
+                remedy="Give the ones for high and for low noise of one model.",
             )
 
 

@@ -88,7 +88,9 @@ class WanManifest(WanSpec):
         noise, shape = workload.noise, workload.shape
         shift = self.flow_shift(shape.width, shape.height, noise.shift)
         levels = noise_levels(noise.sampler, workload.steps, shift, distilled=noise.distilled)
-        boundary = defaults.BOUNDARIES[self.image_to_video] if self.boundary is None else self.boundary
+        boundary = (
+            defaults.BOUNDARIES[self.image_to_video] if self.boundary is None else self.boundary
+        )
         high = steps_above(boundary, timesteps(levels, noise.sampler))
         return high, workload.steps - high
 

@@ -251,8 +251,8 @@ def encode_condition(stage: Stage, frames: list[Tensor] | None) -> Tensor:
 def denoise(
     stage: Stage, conditions: Conditions, sampling: Sampling, expert: Expert
 ) -> Tensor | None:
-    """From the point that ``sampling`` has reached to the last step of ``expert``; gives the latents
-    (1, z, t, h, w), fp32, on the CPU, if that is the last of all."""
+    """From the point that ``sampling`` has reached to the last step of ``expert``; if that is the
+    last of all, gives the latents (1, z, t, h, w), fp32, on the CPU."""
     if sampling.steps_done < expert.until:
         _steps(stage, conditions, sampling, expert)
     return sampling.latents.cpu() if expert.until == stage.job.request.steps else None
@@ -391,8 +391,7 @@ def drawn(stage: Stage) -> Products:
         return torch.randn(1, tokens, width, generator=draw).to(dtype)
 
     texts = [
-        states(TEXT_TOKENS, spec.transformer.text_dim)
-        for _ in range(workload_of(request).texts)
+        states(TEXT_TOKENS, spec.transformer.text_dim) for _ in range(workload_of(request).texts)
     ]
     channels = spec.transformer.in_channels - spec.transformer.out_channels
     return {

@@ -249,7 +249,7 @@ class GenerationRequest:
         return tuple(found)
 
 
-def workload_of(request: GenerationRequest, *, kept: bool = False) -> Workload:
+def workload_of(request: GenerationRequest, *, saved: bool = False) -> Workload:
     """The request as the planner takes it; ``kept``: in a job's directory. The header of its
     picture is read, if that lies where the request says.
 
@@ -257,7 +257,7 @@ def workload_of(request: GenerationRequest, *, kept: bool = False) -> Workload:
         ImageError: the picture cannot be used.
     """
     given = request.pictures
-    work = Workload(request.video_shape, request.steps, request.uses_guidance, kept)
+    work = Workload(request.video_shape, request.steps, request.uses_guidance, saved)
     high, _ = (scale > 1 for scale in request.guidance_scales)
     work = replace(work, pictures=len(given) or None, guided_high=high, noise=noise_of(request))
     names = ("picture", "last")

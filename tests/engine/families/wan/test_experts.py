@@ -18,6 +18,7 @@ from penstock.engine.engine import Engine
 from penstock.engine.families.wan.tiny import write_tiny_model
 from penstock.engine.request.generation import GenerationRequest, workload_of
 from penstock.engine.run.events import PhaseStarted, Progress
+from penstock.engine.run.jobs import describe
 from penstock.engine.run.report import JobResult
 from penstock.errors import JobCancelled, RequestError
 from penstock.profiles.options import Options
@@ -164,13 +165,14 @@ def test_a_job_stopped_at_any_step_goes_on(
             job.cancel()
     with pytest.raises(JobCancelled):
         job.result()
+    done = describe(tmp_path / "job").step
     again = engine.resume(tmp_path / "job")
     begun = [event.phase for event in again.events() if isinstance(event, PhaseStarted)]
     result = again.result()
     assert torch.equal(result.latents, whole.latents)
     assert torch.equal(result.video, whole.video)
     high, _ = engine.model.manifest.split(workload_of(asked))
-    assert ("denoise" in begun) == (stop + 1 < high)  # what is done is not loaded again
+    assert ("denoise" in begun) == (done < high)  # what is done is not loaded again
 
 
 def test_each_transformer_is_read_once_and_the_second_one_early(
@@ -182,15 +184,9 @@ def test_each_transformer_is_read_once_and_the_second_one_early(
         assert plan["denoise"].prefetched_next_bytes
         assert plan["context 2"].prefetched_next_bytes
         result = _run(engine, asked, plan, overlapped=True)
-        for name, number in (("denoise", 0), ("denoise 2", 1)):
-            (phase,) = (phase for phase in result.report.phases if phase.name == name)
-            part = engine.model.components()[number]
-            stream = plan[name].stream
-            assert stream is not None
-            passes = -(-2 // plan[name].branches) * (4 if name == "denoise" else 2)
-            assert phase.read_bytes <= plan[name].read_bytes
-            assert phase.read_bytes >= sum(layout.nbytes for layout in part.blocks)
-            assert passes
+    reads = {phase.name: phase.read_bytes for phase in result.report.phases}
+    for name, part in zip(("denoise", "denoise 2"), engine.model.components(), strict=False):
+        assert sum(layout.nbytes for layout in part.blocks) <= reads[name] <= plan[name].read_bytes
 
 
 def test_one_step_needs_one_transformer(engine: Engine, asked: GenerationRequest) -> None:

@@ -254,7 +254,8 @@ def workload_of(request: GenerationRequest, *, kept: bool = False) -> Workload:
         return work
     from penstock.engine.media.picture import measure  # Pillow and numpy, for a picture alone
 
-    return replace(work, **{name: measure(path) for name, path in there.items()})
+    measured: dict[str, Any] = {name: measure(path) for name, path in there.items()}
+    return replace(work, **measured)
 
 
 def check_pictures(request: GenerationRequest, wanted: Pictures) -> None:

@@ -107,7 +107,9 @@ def begin(
         last_picture=copies["last_image"],
         reserve_bytes=reserve_bytes(model, request),
     )
-    kept = {name: folder / PICTURES[name] for name, data in copies.items() if data is not None}
+    kept: dict[str, Any] = {
+        name: folder / PICTURES[name] for name, data in copies.items() if data is not None
+    }
     return journal, replace(request, **kept)
 
 

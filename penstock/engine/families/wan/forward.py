@@ -91,7 +91,7 @@ def prepare_context(model: Any, text: Tensor, image: Tensor | None) -> Context:
 def _image_context(embedder: Any, image: Tensor) -> Tensor:
     """diffusers' embedder takes two pictures as two rows, which it joins itself."""
     if embedder.pos_embed is not None:
-        image = image.unflatten(1, (2, -1))[0]  # (1, 2n, d) -> (2, n, d)
+        image = torch.unflatten(image, 1, (2, -1))[0]  # (1, 2n, d) -> (2, n, d)
     context: Tensor = embedder(image)
     return context
 

@@ -238,7 +238,7 @@ class GenerationRequest:
         return tuple(found)
 
 
-def workload_of(request: GenerationRequest, *, kept: bool = False) -> Workload:
+def workload_of(request: GenerationRequest, *, saved: bool = False) -> Workload:
     """The request as the planner takes it; ``kept``: in a job's directory. The header of its
     picture is read, if that lies where the request says.
 
@@ -246,7 +246,7 @@ def workload_of(request: GenerationRequest, *, kept: bool = False) -> Workload:
         ImageError: the picture cannot be used.
     """
     given = request.pictures
-    work = Workload(request.video_shape, request.steps, request.uses_guidance, kept)
+    work = Workload(request.video_shape, request.steps, request.uses_guidance, saved)
     work = replace(work, pictures=len(given) or None)
     names = ("picture", "last")
     there = {name: path for name, path in zip(names, given, strict=False) if path.exists()}

@@ -20,8 +20,9 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 def tie(module: nn.Module) -> None:
     """Tie what transformers ties: making a module without weights may have parted it."""
-    if hasattr(module, "tie_weights"):
-        module.tie_weights()
+    own: Any = getattr(module, "tie_weights", None)
+    if own is not None:
+        own()
 
 
 def matched(module: nn.Module, checkpoint: Checkpoint) -> dict[int, TensorEntry]:

@@ -41,12 +41,13 @@ def test_the_bits_of_the_loaded_module_and_no_pack(saved: tuple[Walk, Path], cac
     loaded, folder = saved
     module = _empty(Walk)
     before = {name: (id(p), p.shape) for name, p in module.named_parameters()}
-    with penstock.stream(
-        module, "blocks", files=folder, vram=_least(loaded, "blocks"), ram=ROOM
-    ) as s:
+    small = {"vram": _least(loaded, "blocks"), "ram": 1 << 13}
+    with penstock.stream(module, "blocks", files=folder, **small) as streamed:
         for _ in range(3):
             assert torch.equal(_pass(module), _pass(loaded))
-        assert s.report.disk_bytes == 0 and s.report.read_bytes >= 3 * s.report.weight_bytes
+        report = streamed.report
+        assert report.disk_bytes == 0 and report.host_resident < 6
+        assert report.read_bytes >= 2 * report.weight_bytes
         assert [path for path in cache.rglob("*") if path.is_file()] == []
     assert all(p.is_meta for p in module.parameters())
     assert before == {name: (id(p), p.shape) for name, p in module.named_parameters()}

@@ -24,11 +24,13 @@ def with_prefetch(plan: Plan, what: Prefetch, limits: Limits) -> Plan:
 
     The transformer's are all opened or none, from the first phase on from which every one has room.
     """
+    what = _planned(plan, what)
     return _with_weights(_with_next(_with_blocks(plan, what, limits), what, limits), what, limits)
 
 
 def without_prefetch(plan: Plan, what: Prefetch) -> Plan:
     """``plan`` as it was before `with_prefetch`."""
+    what = _planned(plan, what)
     plan = _without_next(plan, what)
     first, stream, weights = plan[what.stream], plan[what.last_stream], plan[what.weights]
     pinned = first.pinned_bytes - first.prefetched_weights_bytes
@@ -38,6 +40,12 @@ def without_prefetch(plan: Plan, what: Prefetch) -> Plan:
         staging = (("weights staging", staging_bytes(nbytes, 2 * nbytes)),)
         changed.append(replace(_without_weights(weights, nbytes), ram_weights=staging))
     return plan.with_phases(tuple(changed))
+
+
+def _planned(plan: Plan, what: Prefetch) -> Prefetch:
+    """``what`` without a phase that ``plan`` has not: one of few steps needs one transformer."""
+    there = what.then in [phase.name for phase in plan.phases]
+    return what if there else replace(what, then="", then_of="")
 
 
 def _with_next(plan: Plan, what: Prefetch, limits: Limits) -> Plan:

@@ -315,7 +315,7 @@ def _cropping(run):
     """Crops between levels; exact tiles never need it, a level makes what the next one reads."""
 
     def tile_frames(encoder, frames, tile):
-        halved = vae_encode._halved_size
+        halved = vae_encode.halved_size
         entries = {
             level[-1]: after[0] for level, after in zip(tile.levels, tile.levels[1:], strict=False)
         }
@@ -326,7 +326,7 @@ def _cropping(run):
             return out[..., rows, cols]
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(vae_encode, "_halved_size", cropped)
+            patch.setattr(vae_encode, "halved_size", cropped)
             return run(encoder, frames, tile)
 
     return tile_frames

@@ -135,11 +135,10 @@ def test_streamed_is_resident_is_sequential(
     engine: Engine, asked: GenerationRequest, whole: JobResult
 ) -> None:
     plan = engine.plan(asked)
-    for stream in (StreamPlan(4, 4), StreamPlan(4, 1, 1, 1, 1), StreamPlan(4, 0, 0, 2, 2)):
-        for overlapped in (True, False):
-            found = _run(engine, asked, _placed(plan, stream), overlapped)
-            assert torch.equal(found.latents, whole.latents)
-            assert torch.equal(found.video, whole.video)
+    for stream, overlapped in ((StreamPlan(4, 4), False), (StreamPlan(4, 1, 1, 1, 1), True)):
+        found = _run(engine, asked, _placed(plan, stream), overlapped)
+        assert torch.equal(found.latents, whole.latents)
+        assert torch.equal(found.video, whole.video)
 
 
 def test_nothing_passes_the_plan(engine: Engine, asked: GenerationRequest) -> None:
@@ -155,10 +154,12 @@ def test_nothing_passes_the_plan(engine: Engine, asked: GenerationRequest) -> No
         assert phase.measured_ram_bytes <= promised.ram_bytes
 
 
-@pytest.mark.parametrize("stop", range(1, STEPS))
-def test_a_job_stopped_at_any_step_goes_on(
-    stop: int, engine: Engine, asked: GenerationRequest, whole: JobResult, tmp_path: Path
+@pytest.mark.parametrize("around", [-1, 0, 1])
+def test_a_job_stopped_around_the_swap_goes_on(
+    around: int, engine: Engine, asked: GenerationRequest, whole: JobResult, tmp_path: Path
 ) -> None:
+    high, _ = engine.model.manifest.split(workload_of(asked))
+    stop = high + around
     job = engine.submit(asked, job_dir=tmp_path / "job")
     for event in job.events():
         if isinstance(event, Progress) and event.phase.startswith("denoise") and event.step == stop:
@@ -171,7 +172,6 @@ def test_a_job_stopped_at_any_step_goes_on(
     result = again.result()
     assert torch.equal(result.latents, whole.latents)
     assert torch.equal(result.video, whole.video)
-    high, _ = engine.model.manifest.split(workload_of(asked))
     assert ("denoise" in begun) == (done < high)  # what is done is not loaded again
 
 

@@ -87,6 +87,25 @@ def _vae_table(stages: int = 4, res_blocks: int = 2) -> dict[str, str]:
     return table
 
 
+def _residual_vae_table(stages: int = 4, res_blocks: int = 2) -> dict[str, str]:
+    """Wan2.2's VAE: what lies in blocks; the rest has the names of Wan2.1's."""
+    table: dict[str, str] = {}
+    for stage in range(stages):
+        old, new = f"encoder.downsamples.{stage}", f"encoder.down_blocks.{stage}"
+        for index in range(res_blocks):
+            table |= _attention(f"{old}.downsamples.{index}", f"{new}.resnets.{index}", _RESIDUAL)
+        table |= _attention(
+            f"{old}.downsamples.{res_blocks}", f"{new}.downsampler", _same("resample", "time_conv")
+        )
+        old, new = f"decoder.upsamples.{stage}", f"decoder.up_blocks.{stage}"
+        for index in range(res_blocks + 1):
+            table |= _attention(f"{old}.upsamples.{index}", f"{new}.resnets.{index}", _RESIDUAL)
+        table |= _attention(
+            f"{old}.upsamples.{res_blocks + 1}", f"{new}.upsampler", _same("resample", "time_conv")
+        )
+    return table
+
+
 def _same(*names: str) -> dict[str, str]:
     return {name: name for name in names}
 
@@ -128,13 +147,15 @@ _IMAGE = {
 _CLIP_REST = ("visual_projection.", "embeddings.position_ids", "head", "logit_scale", "log_scale",
               "textual.", "text_model.", "text_projection.")  # fmt: skip
 
+_VAE = MappingProxyType(_vae_table() | _residual_vae_table())
+
 NAMINGS: tuple[Naming, ...] = (
     Naming("transformer", "diffusers", ("blocks.0.attn1.", "condition_embedder.")),
     Naming("transformer", "Wan", ("blocks.0.self_attn.", "text_embedding."), "blocks.", "blocks.",
            MappingProxyType(_TRANSFORMER_BLOCK), MappingProxyType(_TRANSFORMER)),
     Naming("vae", "diffusers", ("decoder.conv_in.", "post_quant_conv.")),
     Naming("vae", "Wan", ("decoder.conv1.", "decoder.upsamples.", "conv2."),
-           inside=MappingProxyType({}), outside=MappingProxyType(_vae_table())),
+           inside=MappingProxyType({}), outside=_VAE),
     Naming("text_encoder", "transformers", ("encoder.block.0.layer.0.SelfAttention.",),
            ignored=("spiece_model", "logit_scale")),
     Naming("text_encoder", "Wan", ("blocks.0.attn.", "token_embedding."),

@@ -112,6 +112,14 @@ def encode_tiled(
     return _whole_frames(vae, features, should_stop)
 
 
+def normalised_latents(encoded: Tensor, config: Any) -> Tensor:
+    """(1, z, t, h, w) as the transformer sees them, rounded as diffusers' pipelines do."""
+    view = (1, config.z_dim, 1, 1, 1)
+    mean = torch.tensor(config.latents_mean).view(view).to(encoded)
+    inverse_std = 1.0 / torch.tensor(config.latents_std).view(view).to(encoded)
+    return (encoded - mean) * inverse_std
+
+
 def _check_size(size: tuple[int, int, int], temporal: int, spatial: int, *, one: bool) -> None:
     frames, height, width = size
     if one and frames != 1:

@@ -11,6 +11,7 @@ that its pipeline encodes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -51,13 +52,13 @@ def whole_frames(decoder: Any, past: Past, frames: Iterator[Tensor], window: Win
 ]:  # fmt: skip
     """What the first up block is given and what its residual blocks make of it, (1, 2c, 1, h, w)
     for each latent frame."""
-    block = decoder.up_blocks[0]
     for frame in frames:
         made = frame
-        for each in block.resnets:
+        for each in decoder.up_blocks[0].resnets:
             made = residual(each, past, (window,) * 3, made)
-        yield torch.cat([frame, made], dim=1)
+        parts = [torch.cat([frame, made], dim=1)]
         del frame, made
+        yield parts.pop()  # what a name still held would wait for the next frame
 
 
 def tile_frames(decoder: Any, features: Sequence[Tensor], tile: DecodeTile) -> Iterator[Tensor]:
@@ -74,10 +75,14 @@ def tile_frames(decoder: Any, features: Sequence[Tensor], tile: DecodeTile) -> I
         frames = _enlarged(lower, past, low, windows[0], pairs)
         pairs = _resolved(upper, past, windows, frames)
         low = windows[2 * len(upper.resnets)]
-    last = (once(made) for _, made in pairs)
-    for frame, _ in head(decoder, past, tile.levels[-1][-2:], last):
-        yield frame
-        del frame
+    return map(itemgetter(0), head(decoder, past, tile.levels[-1][-2:], _results(pairs)))
+
+
+def _results(pairs: Iterator[Pair]) -> Iterator[Run]:
+    for given, made in pairs:
+        run = [once(made)]
+        del given, made
+        yield run.pop()
 
 
 def _resolved(
@@ -90,8 +95,9 @@ def _resolved(
         made = frame
         for index, each in enumerate(block.resnets):
             made = residual(each, past, windows[2 * index : 2 * index + 3], made)
-        yield frame[..., rows, cols], made
+        pair = [(frame[..., rows, cols], made)]
         del frame, made
+        yield pair.pop()
 
 
 def _enlarged(
@@ -101,11 +107,12 @@ def _enlarged(
     first frame passes by, and is the second of the two that its shortcut makes."""
     upsampler, shortcut = block.upsampler, block.avg_shortcut
     seen: list[Tensor] = []
-    for index, (given, made) in enumerate(pairs):
+    is_first = True  # `enumerate` would hold on to a pair while the next is made
+    for given, made in pairs:
         skipped = 0
         if upsampler.mode != "upsample3d":
             halves = [made]
-        elif index == 0:
+        elif is_first:
             halves, skipped = [made], shortcut.factor_t - 1
         else:
             seen.append(made)
@@ -117,6 +124,7 @@ def _enlarged(
             yield _with_shortcut(large, shortcut, at, given, low, after)
             del large
         del given
+        is_first = False
 
 
 def _with_shortcut(

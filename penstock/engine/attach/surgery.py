@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from penstock.engine.attach.away import AwayWeight
 from penstock.engine.attach.blocks import Slot
 from penstock.engine.attach.livepack import LivePack, spec_of
-from penstock.engine.packs.file import Spec
+from penstock.engine.packs.layout import Spec
 from penstock.errors import CheckpointError, UsageError
 from penstock.formats.formats import QuantFormat
 from penstock.formats.rows import Shape

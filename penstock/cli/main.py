@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, MutableMapping
 from enum import Enum
 from pathlib import Path
@@ -449,9 +450,10 @@ def _generate(
     request = resolve(settings, prepared.model)
     plan = prepared.plan(request, kept=job_folder is not None)
 
+    importing = time.perf_counter()
     from penstock.engine.engine import Engine
 
-    with Engine(prepared) as engine:
+    with Engine(prepared, imports_s=time.perf_counter() - importing) as engine:
         folder, resumes = (None, False) if job_folder is None else job_folder(engine, request, plan)
         if resumes and folder is not None:
             job = engine.resume(folder, output, force=force)

@@ -109,7 +109,7 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, obj
             yield f"{prefix}{key}", list(item) if isinstance(item, tuple) else item
 
 
-def _versions() -> dict[str, str | None]:
+def _versions() -> dict[str, str | int | None]:
     return {
         "penstock": __version__,
         "python": platform.python_version(),

@@ -29,7 +29,18 @@ _PLAIN: Mapping[str, Any] = MappingProxyType({
 none of its business: they are given."""
 
 
-class UniPC:
+class _Stepped:
+    """Counts steps as diffusers' schedulers do."""
+
+    _step_index = 0
+
+    @property
+    def step_index(self) -> int:
+        """The step that comes next, from 0."""
+        return self._step_index
+
+
+class UniPC(_Stepped):
     """UniPC in its B2(h) form, predicting the clean latents of a flow.
 
     Source: Zhao et al., "UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of
@@ -49,7 +60,6 @@ class UniPC:
         self.last_sample: Tensor | None = None
         self.lower_order_nums = 0
         self.this_order = 0
-        self._step_index = 0
         self._order = order
 
     def step(
@@ -88,12 +98,15 @@ class UniPC:
         ratios, slopes = [], []
         for back in range(1, order):
             earlier = self.model_outputs[-1 - back]
+            assert earlier is not None
             ratio = (self._level(at - back, x.device)[2] - log_snr_here) / h
             ratios.append(ratio)
             slopes.append((earlier - newest) / ratio)
         growth = torch.expm1(-h)
         moved = sigma / sigma_here * x - alpha * growth * newest
-        weights = _weights(torch.stack([*ratios, torch.ones((), device=x.device)]), h, there is None)
+        weights = _weights(
+            torch.stack([*ratios, torch.ones((), device=x.device)]), h, there is None
+        )
         weights = weights.to(x.dtype)
         change: Tensor | int = 0
         if slopes:
@@ -138,7 +151,7 @@ def _weights(ratios: Tensor, h: Tensor, predicts: bool) -> Tensor:
     return solved
 
 
-class Euler:
+class Euler(_Stepped):
     """Euler's method along the flow.
 
     Args:
@@ -149,7 +162,6 @@ class Euler:
     def __init__(self, steps: int, device: torch.device | str) -> None:
         self.sigmas = torch.empty(steps + 1, device=device)
         self.timesteps = torch.empty(steps, device=device)
-        self._step_index = 0
 
     def step(
         self, noise_pred: Tensor, timestep: Tensor, latents: Tensor, return_dict: bool = False

@@ -20,6 +20,8 @@ from torch.nn.functional import interpolate, scaled_dot_product_attention
 
 from penstock.engine.families.wan.config import IMAGE_PROCESSOR
 from penstock.engine.families.wan.terms import SQUASHED_ROWS
+from penstock.engine.files import side_fields
+from penstock.engine.files.fields import check_fields
 from penstock.engine.media.fit import Fitting
 from penstock.errors import CheckpointError
 
@@ -115,7 +117,15 @@ def squashed_values(config: Mapping[str, Any], picture: Image.Image, side: int) 
 
 
 def _statistics(config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (1, 3, 1, 1) of what the image encoder was trained with."""
+    """Mean and deviation (1, 3, 1, 1) of what the image encoder was trained with.
+
+    Raises:
+        CheckpointError: the processor is of no use.
+    """
+    try:
+        check_fields(config, side_fields.IMAGE_PROCESSOR, "preprocessor_config.json")
+    except CheckpointError as error:
+        raise CheckpointError("no usable image processor config", found=str(error)) from error
     mean, deviation = (
         torch.tensor(config.get(name, IMAGE_PROCESSOR[name])).view(1, 3, 1, 1)
         for name in ("image_mean", "image_std")
@@ -183,7 +193,8 @@ def _plainly_processed(config: Mapping[str, Any], small: Image.Image) -> Tensor 
 def _named_size(
     named: int | Mapping[str, int], picture: tuple[int, int] | None
 ) -> tuple[int, int] | None:
-    """Width and height that a config names; for ``picture``, by its shorter side. None: otherwise."""
+    """Width and height that a config names; for ``picture``, by its shorter side. None: in another
+    way."""
     entries = {"shortest_edge": named} if isinstance(named, int) else dict(named)
     if set(entries) == {"height", "width"}:
         return entries["width"], entries["height"]

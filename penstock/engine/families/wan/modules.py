@@ -284,7 +284,7 @@ class UMT5LayerNorm(nn.Module):
         hidden = hidden * torch.rsqrt(variance + self.variance_epsilon)
         if self.weight.dtype in (torch.float16, torch.bfloat16):
             hidden = hidden.to(self.weight.dtype)
-        return self.weight * hidden
+        return torch.mul(self.weight, hidden)
 
 
 class UMT5Attention(nn.Module):
@@ -306,8 +306,8 @@ class UMT5Attention(nn.Module):
         distances = (
             torch.arange(keys, device=device)[None] - torch.arange(queries, device=device)[:, None]
         )
-        values = self.relative_attention_bias(self._bucket(distances))  # (queries, keys, heads)
-        return values.permute(2, 0, 1).unsqueeze(0)  # type: ignore[no-any-return]
+        values: Tensor = self.relative_attention_bias(self._bucket(distances))
+        return values.permute(2, 0, 1).unsqueeze(0)  # (queries, keys, heads) -> (1, h, q, k)
 
     def _bucket(self, distances: Tensor) -> Tensor:
         """Of each signed distance: near ones have one each, far ones share by their logarithm.
@@ -475,10 +475,11 @@ class WanResidualBlock(nn.Module):
     def __init__(self, into: int, out: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = WanRMS_norm(into), WanRMS_norm(out)
-        self.conv1, self.conv2 = WanCausalConv3d(into, out, *_CUBE), WanCausalConv3d(out, out, *_CUBE)
-        self.conv_shortcut = (
-            nn.Identity() if into == out else WanCausalConv3d(into, out, (1, 1, 1))
+        self.conv1, self.conv2 = (
+            WanCausalConv3d(into, out, *_CUBE),
+            WanCausalConv3d(out, out, *_CUBE),
         )
+        self.conv_shortcut = nn.Identity() if into == out else WanCausalConv3d(into, out, (1, 1, 1))
 
 
 class WanAttentionBlock(nn.Module):
@@ -500,7 +501,7 @@ class WanMidBlock(nn.Module):
 
 
 class WanResample(nn.Module):
-    """Half or double the size, and by ``mode`` ("...3d") the rate too; ``resample[1]`` convolves."""
+    """Half or double the size, and by ``mode`` ("...3d") the rate; ``resample[1]`` convolves."""
 
     def __init__(self, width: int, mode: str) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ from penstock.engine.families.wan.networks import build
 from penstock.engine.families.wan.vae_decode import decode_frames
 from penstock.engine.families.wan.vae_encode import encode_tiled
 from penstock.engine.model.binding import bind, unbound
-from penstock.profiles.tiling import TileGrid
+from penstock.profiles.tiling import TileGrid, Window
 from tests.engine.families.wan.tiny_vae import tiny_vae
 from tests.tiny_transformer import TINY, inputs, lean, tiny_transformer
 from tests.versions import bare_clip
@@ -43,6 +43,7 @@ def twin(made: Any, original: nn.Module) -> Any:
 def test_the_transformer(dtype: torch.dtype, image_dim: int | None) -> None:
     theirs = tiny_transformer(image_dim=image_dim, dtype=dtype, freq_dim=9)
     ours = twin(modules.WanTransformer3DModel(**dict(theirs.config)), theirs)
+    ours.rope.to(dtype)  # as `tiny_transformer` does
     latents, text, image = inputs(theirs, (3, 4, 6), dtype)
     timestep = torch.tensor([731])
     for found, wanted in zip(
@@ -121,11 +122,13 @@ def test_the_vae(more: dict[str, Any]) -> None:
     factor = 1 << len(theirs.config.dim_mult) - 1
     temporal = 1 << sum(theirs.config.temperal_downsample)
     clip_of = torch.randn(1, 3, 1 + temporal, 2 * factor, 4 * factor).clamp(-1, 1)
-    rest: Any = lambda frame, window: clip_of[  # noqa: E731
-        :, :, frame : frame + 1, *window.inside(type(window).whole(*clip_of.shape[-2:]))
-    ]
+
+    def pixels(frame: int, window: Window) -> torch.Tensor:
+        rows, cols = window.inside(Window.whole(*clip_of.shape[-2:]))
+        return clip_of[:, :, frame : frame + 1, rows, cols]
+
     size = tuple(clip_of.shape[2:])
-    found, wanted = (encode_tiled(vae, rest, size, TileGrid(1, 2)) for vae in (ours, theirs))
+    found, wanted = (encode_tiled(vae, pixels, size, TileGrid(1, 2)) for vae in (ours, theirs))
     assert torch.equal(found, wanted)
     found, wanted = (decode_frames(vae, wanted, TileGrid(1, 2)) for vae in (ours, theirs))
     assert torch.equal(found, wanted)

@@ -348,6 +348,7 @@ def plan(
 ) -> None:
     """Say what a video will take, in bytes and seconds, without loading anything."""
     from penstock.cli.plan_view import ASSUMED, plan_view
+    from penstock.engine.alternatives import alternatives
     from penstock.engine.files.locate import Files
     from penstock.engine.lora.file import as_loras
     from penstock.engine.prepared import Prepared, machine_of
@@ -373,11 +374,13 @@ def plan(
         request = resolve(settings, prepared.about)
         found = prepared.plan(workload_of(request, kept=True))
         told = timesteps_of(request, prepared.about.official)
+        faster = alternatives(prepared, settings, found)
     if as_json:
-        say(json.dumps(found.to_json() | {"timesteps": told}))
+        others = [each.to_json() for each in faster]
+        say(json.dumps(found.to_json() | {"timesteps": told, "alternatives": others}))
     else:
         besides = memory_told(found) if card is None else ASSUMED
-        Screen().print(plan_view(found, besides), soft_wrap=True)
+        Screen().print(plan_view(found, besides, faster), soft_wrap=True)
 
 
 profiles_app = typer.Typer(help="Byte budgets and policies by name.", invoke_without_command=True)
@@ -449,6 +452,7 @@ def _generate(
     prepared = Prepared.open(model, **opening)
     request = resolve(settings, prepared.model)
     plan = prepared.plan(request, kept=job_folder is not None)
+    _name_faster(prepared, settings, plan)
 
     importing = time.perf_counter()
     from penstock.engine.engine import Engine
@@ -460,6 +464,16 @@ def _generate(
         else:
             job = engine.submit(request, output, force=force, metadata=metadata, job_dir=folder)
         return _watch(job, plan, as_json, stop)
+
+
+def _name_faster(prepared: Any, settings: Any, plan: Any) -> None:
+    """Before a long job: what would be the fastest."""
+    from penstock.cli.plan_view import faster_told
+    from penstock.engine.alternatives import LONG_S, alternatives
+
+    if plan.seconds > LONG_S:
+        for best in alternatives(prepared, settings, plan)[:1]:
+            Screen(stderr=True).print(f"note: {faster_told(best)}", soft_wrap=True)
 
 
 def _watch(job: Any, plan: Any, as_json: bool, stop: Stopping) -> Any:

@@ -53,7 +53,11 @@ VAE: Mapping[str, Any] = MappingProxyType({
 
 
 class NetworkConfig(dict[str, Any]):
-    """A network's config, whose entries are attributes as well."""
+    """A network's config, whose entries are attributes as well; sequences are lists, as in JSON."""
+
+    def __init__(self, defaults: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        for name, value in {**defaults, **config}.items():
+            self[name] = list(value) if isinstance(value, tuple) else value
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -259,7 +263,7 @@ class WanTransformer3DModel(nn.Module):
 
     def __init__(self, **config: Any) -> None:
         super().__init__()
-        self.config = own = NetworkConfig({**TRANSFORMER, **config})
+        self.config = own = NetworkConfig(TRANSFORMER, config)
         dim, patch = own.num_attention_heads * own.attention_head_dim, tuple(own.patch_size)
         self.rope = WanRotaryPosEmbed(own.attention_head_dim, own.rope_max_seq_len)
         self.patch_embedding = Conv3d(own.in_channels, dim, patch, stride=patch)
@@ -317,9 +321,11 @@ class UMT5Attention(nn.Module):
         half = self._buckets // 2
         near = half // 2
         away = distances.abs()
-        log = torch.log(away.float() / near) / math.log(self._reach / near) * (half - near)
-        far = (near + log.to(torch.long)).clamp(max=half - 1)
-        return (distances > 0).to(torch.long) * half + torch.where(away < near, away, far)
+        ratio = math.log(self._reach / near)
+        log = torch.log(away.float() / near) / ratio * (half - near)
+        far: Tensor = (near + log.to(torch.long)).clamp(max=half - 1)
+        ahead = (distances > 0).to(torch.long) * half
+        return ahead + torch.where(away < near, away, far)
 
 
 class UMT5LayerSelfAttention(nn.Module):
@@ -374,7 +380,7 @@ class UMT5EncoderModel(nn.Module):
 
     def __init__(self, **config: Any) -> None:
         super().__init__()
-        self.config = own = NetworkConfig({**TEXT, **config})
+        self.config = own = NetworkConfig(TEXT, config)
         self.shared = Embedding(own.vocab_size, own.d_model)
         self.encoder = UMT5Stack(own)
 
@@ -439,7 +445,7 @@ class CLIPVisionModel(nn.Module):
 
     def __init__(self, **config: Any) -> None:
         super().__init__()
-        self.config = own = NetworkConfig({**IMAGE, **config})
+        self.config = own = NetworkConfig(IMAGE, config)
         self.embeddings = CLIPVisionEmbeddings(own)
         self.pre_layrnorm = LayerNorm(own.hidden_size, eps=own.layer_norm_eps)
         self.encoder = CLIPEncoder(own)
@@ -576,7 +582,7 @@ class AutoencoderKLWan(nn.Module):
 
     def __init__(self, **config: Any) -> None:
         super().__init__()
-        self.config = own = NetworkConfig({**VAE, **config})
+        self.config = own = NetworkConfig(VAE, config)
         self.encoder = WanEncoder3d(own)
         self.quant_conv = WanCausalConv3d(2 * own.z_dim, 2 * own.z_dim, (1, 1, 1))
         self.post_quant_conv = WanCausalConv3d(own.z_dim, own.z_dim, (1, 1, 1))

@@ -14,6 +14,7 @@ from penstock.engine.families.wan.kinds import KINDS
 from penstock.engine.families.wan.networks import build
 from penstock.engine.families.wan.vae_decode import decode_frames
 from penstock.engine.families.wan.vae_encode import encode_tiled
+from penstock.engine.families.wan.vae_layers import levels_of
 from penstock.engine.model.binding import bind, unbound
 from penstock.profiles.tiling import TileGrid, Window
 from tests.engine.families.wan.tiny_vae import tiny_vae
@@ -164,3 +165,9 @@ def test_a_skeleton_has_the_tensors_that_the_closed_forms_state(
     assert found == KINDS[component].shapes(config)
     assert all(tensor.is_meta for tensor in module.state_dict().values())
     assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_a_vae_whose_config_says_nothing_is_wan21s() -> None:
+    module, _ = build("vae", {})
+    levels = levels_of(module)
+    assert (levels.factor, module.config.latents_std) == (8, list(modules.VAE["latents_std"]))

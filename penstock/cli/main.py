@@ -136,6 +136,9 @@ def generate(
     image_encoder: Part = None,
     tokenizer: Tokenizer = None,
     image: Annotated[Path | None, path_option("The picture to start from.")] = None,
+    last_image: Annotated[
+        Path | None, path_option("The picture to end with, where the model takes one.")
+    ] = None,
     negative: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
     size: Annotated[str | None, typer.Option(help="Pixels, such as 1280x720.")] = None,
     max_area: Annotated[
@@ -194,6 +197,7 @@ def generate(
     settings = Settings(
         prompt=prompt,
         image=image,
+        last_image=last_image,
         negative_prompt=negative,
         size=size,
         max_area=max_area,
@@ -323,7 +327,10 @@ def plan(
     image_encoder: Part = None,
     tokenizer: Tokenizer = None,
     synthetic: Annotated[
-        str | None, typer.Option(help="A built-in description instead: wan2.1-i2v-14b.")
+        str | None,
+        typer.Option(
+            help="A built-in description instead: wan2.1-i2v-14b, wan2.1-t2v-14b and others."
+        ),
     ] = None,
     image: Annotated[Path | None, path_option("The picture, for its aspect.")] = None,
     size: Annotated[str | None, typer.Option(help="Pixels, such as 1280x720.")] = None,
@@ -372,7 +379,7 @@ def plan(
             machine=machine,
         )
         request = resolve(settings, prepared.about)
-        found = prepared.plan(workload_of(request, kept=True))
+        found = prepared.plan(workload_of(request, saved=True))
         told = timesteps_of(request, prepared.about.official)
         faster = alternatives(prepared, settings, found)
     if as_json:
@@ -451,7 +458,7 @@ def _generate(
 
     prepared = Prepared.open(model, **opening)
     request = resolve(settings, prepared.model)
-    plan = prepared.plan(request, kept=job_folder is not None)
+    plan = prepared.plan(request, saved=job_folder is not None)
     _name_faster(prepared, settings, plan)
 
     importing = time.perf_counter()

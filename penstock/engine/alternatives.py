@@ -73,7 +73,7 @@ class _Change:
 
 
 def alternatives(
-    prepared: Prepared, settings: Settings, plan: Plan, *, kept: bool = True
+    prepared: Prepared, settings: Settings, plan: Plan, *, saved: bool = True
 ) -> tuple[Alternative, ...]:
     """Up to `MOST` ways that fit the machine and take less time than ``plan``, the shortest first.
 
@@ -81,23 +81,23 @@ def alternatives(
         prepared: the model and its options, as ``plan`` was made under them.
         settings: the request with its gaps.
         plan: of that request.
-        kept: the job is kept in a folder while it runs.
+        saved: the job is saved in a folder while it runs.
     """
     request = resolve(settings, prepared.about)
     found = []
     for change in _changes(prepared, settings, request, plan):
-        seconds = _predicted(prepared, change, kept)
+        seconds = _predicted(prepared, change, saved)
         if seconds is not None and seconds <= WORTH_A_WORD * plan.seconds:
             found.append(Alternative(change.flags, seconds, plan.seconds, change.quality))
     return tuple(sorted(found, key=lambda each: each.seconds)[:MOST])
 
 
-def _predicted(prepared: Prepared, change: _Change, kept: bool) -> float | None:
+def _predicted(prepared: Prepared, change: _Change, saved: bool) -> float | None:
     """Seconds under ``change``; None: it does not fit, or not this model."""
     other = prepared.again(change.options)
     try:
         request = resolve(change.settings, other.about)
-        return other.plan(workload_of(request, kept=kept)).seconds
+        return other.plan(workload_of(request, saved=saved)).seconds
     except PenstockError as error:
         log.debug("no alternative: %s: %s", change.flags, error)
         return None
@@ -113,7 +113,7 @@ def _changes(
         few = replace(
             settings, distilled=True, steps=None, guidance_scale=None, shift=None, sampler=None
         )
-        told = f"{DISTILLED['steps']} steps without guidance; its own weights come on top"
+        told = f"{DISTILLED['steps']} steps without guidance, the LoRA's own weights not counted"
         yield _Change(
             "--distilled --lora 4STEP.safetensors", options, few, f"{told}; {_UNMEASURED}"
         )

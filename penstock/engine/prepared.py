@@ -22,7 +22,7 @@ from penstock.engine.model.files import ModelFiles
 from penstock.engine.model.grid import Grid
 from penstock.engine.model.official import Official
 from penstock.engine.model.opening import Opening
-from penstock.engine.request.generation import GenerationRequest, check_task, workload_of
+from penstock.engine.request.generation import GenerationRequest, check_pictures, workload_of
 from penstock.engine.request.settings import Suited
 from penstock.engine.variants import Variants, computing_on
 from penstock.errors import UsageError
@@ -247,13 +247,13 @@ class Prepared:
         """What is planned for: the device, its budgets and its rates."""
         return self.chosen.hardware
 
-    def plan(self, asked: GenerationRequest | Workload, *, kept: bool = False) -> Plan:
+    def plan(self, asked: GenerationRequest | Workload, *, saved: bool = False) -> Plan:
         """What a job takes: of a request, which must suit the model's files, or of a shape,
         whatever it shows.
 
         Args:
             asked: the request or the shape.
-            kept: for a request: the job is kept in a folder while it runs (a `Workload` says so).
+            saved: for a request: the job is saved in a folder while it runs (a `Workload` says so).
 
         Raises:
             OverBudget: no plan fits the budgets; names a profile or a request that does.
@@ -261,8 +261,8 @@ class Prepared:
         """
         if isinstance(asked, GenerationRequest):
             if isinstance(self._plans, Variants):
-                check_task(asked, image_to_video=self.model.image_to_video)
-            asked = workload_of(asked, kept=kept)
+                check_pictures(asked, self.model.manifest.pictures)
+            asked = workload_of(asked, saved=saved)
         return self._plans.plan(asked)
 
 

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from penstock.formats.formats import FORMATS
-from penstock.profiles.manifest import ComputePath, Heads, Picture, Prefetch, Storage, VideoShape
+from penstock.profiles.manifest import (
+    ComputePath,
+    Heads,
+    Picture,
+    Pictures,
+    Prefetch,
+    Storage,
+    VideoShape,
+)
 from penstock.profiles.plan import Items, PhasePlan
 from penstock.profiles.policy import Limits, Policy
 from penstock.profiles.rates import Rates
@@ -32,7 +40,7 @@ RESTORED = "restored state"
 
 OBJECTS = ("small objects", MIB)
 """Item of the host memory of every phase that computes: what is in no tensor of its own account,
-such as scalars, indices and Python's objects (up to 0.7 MB was seen by `benchmarks.kept`)."""
+such as scalars, indices and Python's objects (up to 0.7 MB was seen by `benchmarks.saved`)."""
 
 LIBRARIES = "library workspaces"
 """Item of the device memory of every phase on a GPU: what cuBLAS and cuDNN ask torch's allocator
@@ -60,10 +68,12 @@ class Workload:
     """What is asked of the model: the video's shape, the steps, and whether CFG is on.
 
     Attributes:
-        kept: the job is kept while it runs: host memory holds what is being saved or read again.
+        saved: the job is saved while it runs: host memory holds what is being saved or read again.
         written: a file is made of the frames at the end.
         picture: that the video starts from; None: there is none, or none is known yet and it is
             taken to be as large as the video.
+        last: that the video ends with, likewise.
+        pictures: that are given, 0 to 2; None: those that the model must have.
         changes: frames of the conditioning clip that may differ from the one before, the first
             among them; None: any may.
     """
@@ -71,10 +81,12 @@ class Workload:
     shape: VideoShape
     steps: int
     guided: bool
-    kept: bool = False
+    saved: bool = False
     written: bool = True
     picture: Picture | None = None
     changes: tuple[int, ...] | None = FIRST_FRAME
+    last: Picture | None = None
+    pictures: int | None = None
 
     @property
     def branches(self) -> int:
@@ -143,6 +155,10 @@ class Manifest(Protocol):
     @property
     def image_to_video(self) -> bool:
         """Whether a conditioning picture is needed."""
+
+    @property
+    def pictures(self) -> Pictures:
+        """The pictures that are taken."""
 
     @property
     def heads(self) -> Heads:

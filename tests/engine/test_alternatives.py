@@ -25,11 +25,11 @@ def prepared(card: str = "RTX 3060 12GB", disk: str | None = None, **named: str)
 
 
 def seconds(opened: Prepared, settings: Settings = SETTINGS) -> float:
-    return opened.plan(workload_of(resolve(settings, opened.about), kept=True)).seconds
+    return opened.plan(workload_of(resolve(settings, opened.about), saved=True)).seconds
 
 
 def found(opened: Prepared, settings: Settings = SETTINGS) -> dict[str, module.Alternative]:
-    plan = opened.plan(workload_of(resolve(settings, opened.about), kept=True))
+    plan = opened.plan(workload_of(resolve(settings, opened.about), saved=True))
     return {each.flags: each for each in alternatives(opened, settings, plan)}
 
 

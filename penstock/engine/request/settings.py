@@ -48,6 +48,7 @@ class Settings:
     distilled: bool = False
     clip_crop: str | None = None
     fit: str | None = None
+    last_image: Path | None = None
 
 
 class Suited(Protocol):

@@ -119,13 +119,13 @@ def know_sources(stage: Stage) -> None:
         return
     with stage.host_ledger.reserve("files being read for their checksums", PIECE_BYTES):
         sums = {n: Sums().of(p, stage.monitor.check) for n, p in stage.job.sources.items()}
-    stage.keeper.keep_sums({name: each.value for name, each in sums.items()})
+    stage.keeper.save_sums({name: each.value for name, each in sums.items()})
     stage.monitor.notice(f"the model's files are known for a resume: {how_told(sums.values())}")
 
 
 def _log_request(job: Run) -> None:
     """What is made, at "info"; what it shall show, at "debug" alone."""
-    shown = ("prompt", "negative_prompt", "image")
+    shown = ("prompt", "negative_prompt", "image", "last_image")
     values = asdict(job.request)
     log.info("makes %s", {name: value for name, value in values.items() if name not in shown})
     log.debug("shows %s", {name: values[name] for name in shown})
@@ -188,7 +188,8 @@ def _metadata(job: Run) -> dict[str, Any]:
     shift = job.model.flow_shift(request.width, request.height, request.shift)
     settings = asdict(request) | {"shift": shift, "penstock": __version__}
     steered = {"steered": True} if job.keeper.steered else {}
-    return {name: settings[name] for name in settings if name not in ("image", "grid")} | steered
+    hidden = ("image", "last_image", "grid")
+    return {name: settings[name] for name in settings if name not in hidden} | steered
 
 
 def _report(

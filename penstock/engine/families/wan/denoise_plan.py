@@ -202,7 +202,7 @@ class Denoise:
             branches=workload.branches,
             visit_branches=workload.branches,
             steps=workload.steps,
-            image_tokens=0 if manifest.image is None else manifest.image.tokens,
+            image_tokens=manifest.image_tokens,
             fused_norms=self.case.fused_norms,
             attention=self.case.policy.attention,
         )
@@ -303,7 +303,7 @@ class Denoise:
         )
 
     def _saved(self, label: str, bytes_of: Callable[[WanCase], int]) -> Items:
-        return ((label, bytes_of(self.case)),) if self.case.workload.kept else ()
+        return ((label, bytes_of(self.case)),) if self.case.workload.saved else ()
 
     def _phase(self, shape: Shape, stream: Stream, limits: Limits) -> PhasePlan:
         spec, cost, place = self.spec, shape.cost, stream.placement

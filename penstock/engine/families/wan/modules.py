@@ -26,7 +26,7 @@ _META = torch.device("meta")
 
 TRANSFORMER: Mapping[str, Any] = MappingProxyType({
     **configs.TRANSFORMER, "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads",
-    "eps": 1e-6, "added_kv_proj_dim": None, "pos_embed_seq_len": None,
+    "eps": 1e-6, "added_kv_proj_dim": None,
 })  # fmt: skip
 TEXT: Mapping[str, Any] = MappingProxyType({
     **configs.TEXT, "vocab_size": 250112, "relative_attention_num_buckets": 32,
@@ -184,7 +184,9 @@ class WanImageEmbedding(nn.Module):
         self.pos_embed = None if positions is None else _parameter(1, positions, into)
 
     def forward(self, states: Tensor) -> Tensor:
-        """(1, n, into) to (1, n, out)."""
+        """(1, n, into) to (1, n, out); with places for two pictures (2, n, into) to (1, 2n, out)."""
+        if self.pos_embed is not None:
+            states = states.view(-1, self.pos_embed.shape[1], states.shape[-1]) + self.pos_embed
         return self.norm2(self.ff(self.norm1(states)))  # type: ignore[no-any-return]
 
 

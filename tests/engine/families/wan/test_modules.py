@@ -39,13 +39,16 @@ def twin(made: Any, original: nn.Module) -> Any:
     return made.eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("image_dim", [None, 6])
+@pytest.mark.parametrize("pictures", [0, 1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_transformer(dtype: torch.dtype, image_dim: int | None) -> None:
-    theirs = tiny_transformer(image_dim=image_dim, dtype=dtype, freq_dim=9)
+def test_the_transformer(dtype: torch.dtype, pictures: int) -> None:
+    places = {"pos_embed_seq_len": 10} if pictures == 2 else {}
+    theirs = tiny_transformer(image_dim=6 if pictures else None, dtype=dtype, freq_dim=9, **places)
+    if pictures == 2:
+        theirs.condition_embedder.image_embedder.pos_embed.data.normal_()
     ours = twin(modules.WanTransformer3DModel(**dict(theirs.config)), theirs)
     ours.rope.to(dtype)  # as `tiny_transformer` does
-    latents, text, image = inputs(theirs, (3, 4, 6), dtype)
+    latents, text, image = inputs(theirs, (3, 4, 6), dtype, image_tokens=10 if places else 5)
     timestep = torch.tensor([731])
     for found, wanted in zip(
         lean(ours, latents, [text, text * 2], image, timestep, 7),

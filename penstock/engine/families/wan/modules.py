@@ -184,7 +184,8 @@ class WanImageEmbedding(nn.Module):
         self.pos_embed = None if positions is None else _parameter(1, positions, into)
 
     def forward(self, states: Tensor) -> Tensor:
-        """(1, n, into) to (1, n, out); with places for two pictures (2, n, into) to (1, 2n, out)."""
+        """(1, n, into) to (1, n, out); with places for two pictures, (2, n, into) to
+        (1, 2n, out)."""
         if self.pos_embed is not None:
             states = states.view(-1, self.pos_embed.shape[1], states.shape[-1]) + self.pos_embed
         return self.norm2(self.ff(self.norm1(states)))  # type: ignore[no-any-return]
@@ -327,7 +328,7 @@ class UMT5Attention(nn.Module):
         log = torch.log(away.float() / near) / ratio * (half - near)
         far: Tensor = (near + log.to(torch.long)).clamp(max=half - 1)
         ahead = (distances > 0).to(torch.long) * half
-        return ahead + torch.where(away < near, away, far)
+        return torch.where(away < near, away, far).add_(ahead)
 
 
 class UMT5LayerSelfAttention(nn.Module):

@@ -37,7 +37,7 @@ def check_runnable(module: nn.Module, name: str) -> None:
         raise UsageError(
             "mmgp was imported in this process",
             expected="one offloader",
-            found="mmgp, which moves weights and changes torch's modules by itself",
+            found="mmgp, which moves weights by itself and replaces how safetensors are read",
             remedy="Run penstock in a process that does not import mmgp.",
         )
     for path, inner in module.named_modules():

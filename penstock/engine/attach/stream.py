@@ -20,7 +20,17 @@ from penstock.engine.attach.guard import check_runnable, guard
 from penstock.engine.attach.livepack import LivePack, live_folder, plan_live
 from penstock.engine.attach.placing import place_blocks
 from penstock.engine.attach.supply import Supply, Tiers
-from penstock.engine.attach.surgery import Emptied, Patient, Quantised, run_name, specs_of
+from penstock.engine.attach.surgery import (
+    Emptied,
+    Patient,
+    Quantised,
+    move,
+    restore,
+    run_bytes,
+    run_name,
+    specs_of,
+    storage_bytes,
+)
 from penstock.engine.packs.file import PackLayout
 from penstock.errors import UsageError
 from penstock.formats.formats import get_format
@@ -126,7 +136,7 @@ def stream(
     if vram is None:  # what the module holds there is the budget's to place
         hardware = replace(hardware, vram_bytes=hardware.vram_bytes + _held_bytes(module, hardware))
     work_bytes = parse_bytes(activations) if activations else 0
-    opening = _Opening(patient, quantised, hardware, work_bytes, len(paths))
+    opening = _Opening(patient, quantised, hardware, work_bytes)
     with ExitStack() as stack:
         onloader, report = opening.open(stack, None if folder is None else Path(folder))
         streamed = Streamed(module, report, stack.pop_all())
@@ -210,9 +220,7 @@ class _Opening:
         quantised: Quantised | None,
         hardware: Hardware,
         work_bytes: int,
-        lists: int,
     ) -> None:
-        self._lists = lists
         self._patient, self._quantised, self._hardware = patient, quantised, hardware
         self._device = torch.device(hardware.place)
         self._runs = patient.runs()
@@ -222,12 +230,12 @@ class _Opening:
         self._scratch_bytes = 0 if quantised is None else quantised.scratch_bytes
         workspace = 0 if quantised is None else quantised.workspace_bytes(hardware.device)
         self._fixed: Items = (
-            ("weights outside the blocks, and buffers", _storage_bytes(patient.staying)),
+            ("weights outside the blocks, and buffers", storage_bytes(patient.staying)),
             ("dequantisation scratch", self._scratch_bytes),
             ("dequantisation", workspace),
             ("activations", work_bytes),
         )
-        self._plan = self._placed(_run_bytes(self._stored))
+        self._plan = self._placed(run_bytes(self._stored))
         self._vram = ByteLedger("VRAM", hardware.vram_bytes)
         self._ram = ByteLedger("RAM", hardware.ram_bytes)
 
@@ -247,7 +255,7 @@ class _Opening:
             stack.enter_context(self._vram.reserve(label, nbytes))
         weight_bytes = self._patient.weight_bytes
         slots = self._empty(stack, plain)
-        _move(self._patient.staying, self._device, stack)
+        move(self._patient.staying, self._device, stack)
         supply = stack.enter_context(self._supply(source))
         supply.open()
         onloader = Onloader(slots, supply)
@@ -271,7 +279,7 @@ class _Opening:
         if quantised is not None:
             slots = [own + quantised.slots(n, self._device) for n, own in enumerate(slots)]
         stack.callback(Emptied(plain, self._runs).fill)
-        stack.callback(_restore, slots)
+        stack.callback(restore, slots)
         for own in slots:
             for slot in own:
                 slot.put(None)
@@ -284,7 +292,7 @@ class _Opening:
         ]
         tiers = Tiers(self._device, self._vram, self._ram)
         # Who names one list has named the order.
-        return Supply(layouts, tiers, self._placed, known=self._lists == 1)
+        return Supply(layouts, tiers, self._placed, known=self._patient.lists == 1)
 
     def _placed(self, sizes: Sequence[int]) -> StreamPlan:
         self._plan = place_blocks(sizes, self._fixed, self._hardware)
@@ -300,7 +308,7 @@ class _Opening:
             from_disk=plan.disk_blocks,
             format=None if self._quantised is None else self._quantised.format.name,
             weight_bytes=weight_bytes,
-            streamed_bytes=sum(_run_bytes(stored)),
+            streamed_bytes=sum(run_bytes(stored)),
             vram_limit_bytes=self._vram.cap_bytes,
             peak_vram_bytes=self._vram.peak,
             ram_limit_bytes=self._ram.cap_bytes,
@@ -313,36 +321,8 @@ class _Opening:
         )
 
 
-def _restore(slots: Sequence[Sequence[Slot]]) -> None:
-    for own in slots:
-        for slot in own:
-            slot.restore()
-
-
-def _run_bytes(layout: PackLayout) -> list[int]:
-    """What each run takes in a buffer."""
-    return [align_up(run.nbytes, PAGE_BYTES) for run in layout.runs]
-
-
-def _storage_bytes(tensors: Sequence[Tensor]) -> int:
-    return sum({t.untyped_storage().data_ptr(): t.nbytes for t in tensors}.values())
-
-
 def _held_bytes(module: nn.Module, hardware: Hardware) -> int:
     """What the module takes of a GPU now, and so is not free there."""
     device = torch.device(hardware.place)
     tensors = [*module.parameters(), *module.buffers()] if device.type == "cuda" else []
     return sum(tensor.nbytes for tensor in tensors if tensor.device == device)
-
-
-def _move(tensors: Sequence[Tensor], device: torch.device, stack: ExitStack) -> None:
-    """To the device, and back with the stack; what is written to them meanwhile is kept."""
-    for tensor in tensors:
-        home = tensor.device
-        if home != device:
-            tensor.data = tensor.data.to(device)
-            stack.callback(_set_device, tensor, home)
-
-
-def _set_device(tensor: Tensor, device: torch.device) -> None:
-    tensor.data = tensor.data.to(device)

@@ -15,7 +15,8 @@ from penstock.engine.attach.away import AwayWeight
 from penstock.engine.attach.blocks import Slot, StreamedBlocks
 from penstock.engine.attach.livepack import LivePack, spec_of
 from penstock.engine.attach.units import find_units
-from penstock.engine.packs.file import Spec
+from penstock.engine.packs.file import PackLayout, Spec
+from penstock.blocks import PAGE_BYTES
 from penstock.errors import CheckpointError, UsageError
 from penstock.formats.formats import QuantFormat
 from penstock.formats.rows import Shape
@@ -24,6 +25,7 @@ from penstock.quant.compute import strategy_for
 from penstock.quant.linear import QuantLinear
 from penstock.quant.paths import Computing, scratch_bytes
 from penstock.quant.values.tensors import dtype_tag
+from penstock.units import align_up
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Patient:
 
     Attributes:
         blocks: the modules of all lists.
+        lists: how many these are.
         weights: of each block, the parameters that can leave, by local name, each once.
         outside: all other parameters.
         buffers: all of them; they stay.
@@ -69,9 +72,12 @@ class Patient:
         self._places = [_places(module, each) for each in lists]
         self._originals = lists
         if paths is None:
-            self.blocks = [unit.module for unit in find_units(module)]
+            units = find_units(module)
+            self.blocks = [unit.module for unit in units]
+            self.lists = len({unit.list_name for unit in units})
         else:
             self.blocks = [block for each in lists for block in each]
+            self.lists = len(lists)
         outside = {id(p) for p in _outside(module, self.blocks)}
         self.weights = [
             {name: p for name, p in block.named_parameters() if id(p) not in outside}
@@ -377,3 +383,33 @@ def _placed(tensor: Tensor, device: torch.device, stride: tuple[int, ...]) -> Te
         return tensor.to(device)
     made = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=device)
     return made.copy_(tensor)
+
+
+def restore(slots: Sequence[Sequence[Slot]]) -> None:
+    """Put what was there before into every slot."""
+    for own in slots:
+        for slot in own:
+            slot.restore()
+
+
+def run_bytes(layout: PackLayout) -> list[int]:
+    """What each run takes in a buffer."""
+    return [align_up(run.nbytes, PAGE_BYTES) for run in layout.runs]
+
+
+def storage_bytes(tensors: Sequence[Tensor]) -> int:
+    """Of the memory that they lie in, each counted once."""
+    return sum({t.untyped_storage().data_ptr(): t.nbytes for t in tensors}.values())
+
+
+def move(tensors: Sequence[Tensor], device: torch.device, stack: ExitStack) -> None:
+    """To the device, and back with the stack; what is written to them meanwhile is kept."""
+    for tensor in tensors:
+        home = tensor.device
+        if home != device:
+            tensor.data = tensor.data.to(device)
+            stack.callback(_set_device, tensor, home)
+
+
+def _set_device(tensor: Tensor, device: torch.device) -> None:
+    tensor.data = tensor.data.to(device)

@@ -20,17 +20,15 @@ from penstock.engine.attach.guard import guard
 from penstock.engine.attach.livepack import LivePack, plan_live
 from penstock.engine.attach.placing import place_blocks
 from penstock.engine.attach.shared import SharedBudget
+from penstock.engine.attach.sources import move, run_bytes, storage_bytes
 from penstock.engine.attach.supply import Supply
 from penstock.engine.attach.surgery import (
     Emptied,
     Patient,
     Quantised,
-    move,
     restore,
-    run_bytes,
     run_name,
     specs_of,
-    storage_bytes,
 )
 from penstock.engine.packs.file import PackLayout
 from penstock.formats.formats import QuantFormat
@@ -75,7 +73,7 @@ class ForeignModule:
         self._patient = Patient(module, None)
         self._quantised = None
         if fmt is not None and self._patient.blocks:
-            self._quantised = Quantised(self._patient, fmt, ())
+            self._quantised = Quantised(self._patient, fmt, (), lambda weight: weight)
         self._outside = {
             f"{OUTSIDE}.{key}": p
             for key, p in module.named_parameters()

@@ -91,7 +91,8 @@ def guard(module: nn.Module, undo: str, stack: ExitStack) -> None:
         return module
 
     _override(module, "_apply", apply, stack)
-    refused = module.register_state_dict_pre_hook(lambda *_: _refuse(module, "state_dict", remedy))
+    hooked: Any = module  # torch gives no types for it
+    refused = hooked.register_state_dict_pre_hook(lambda *_: _refuse(module, "state_dict", remedy))
     stack.callback(refused.remove)
     for name in _CHANGING:
         if callable(getattr(type(module), name, None)):

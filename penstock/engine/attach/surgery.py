@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -15,8 +15,7 @@ from penstock.engine.attach.away import AwayWeight
 from penstock.engine.attach.blocks import Slot, StreamedBlocks
 from penstock.engine.attach.livepack import LivePack, spec_of
 from penstock.engine.attach.units import find_units
-from penstock.engine.packs.file import PackLayout, Spec
-from penstock.blocks import PAGE_BYTES
+from penstock.engine.packs.file import Spec
 from penstock.errors import CheckpointError, UsageError
 from penstock.formats.formats import QuantFormat
 from penstock.formats.rows import Shape
@@ -25,7 +24,6 @@ from penstock.quant.compute import strategy_for
 from penstock.quant.linear import QuantLinear
 from penstock.quant.paths import Computing, scratch_bytes
 from penstock.quant.values.tensors import dtype_tag
-from penstock.units import align_up
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,11 @@ class Patient:
             {name: p for name, p in block.named_parameters() if id(p) not in outside}
             for block in self.blocks
         ]
-        if paths is not None and not any(self.weights):
+        if paths is None:
+            whole = [n for n, own in enumerate(self.weights) if own]
+            self.blocks = [self.blocks[n] for n in whole]
+            self.weights = [self.weights[n] for n in whole]
+        elif not any(self.weights):
             raise UsageError(
                 f"{', '.join(paths)}: no weights of its own to stream",
                 expected="blocks with parameters that are not used elsewhere",
@@ -255,10 +257,17 @@ class Quantised:
         patient: taken apart.
         fmt: how they are stored.
         keep: ends of names of layers that stay as they are.
+        value: gives a weight with its values.
     """
 
-    def __init__(self, patient: Patient, fmt: QuantFormat, keep: Collection[str]) -> None:
-        self._patient, self.format = patient, fmt
+    def __init__(
+        self,
+        patient: Patient,
+        fmt: QuantFormat,
+        keep: Collection[str],
+        value: Callable[[Tensor], Tensor],
+    ) -> None:
+        self._patient, self.format, self._value = patient, fmt, value
         self.linears = patient.linears(fmt, keep)
         if not any(self.linears):
             raise UsageError(
@@ -302,9 +311,9 @@ class Quantised:
         index = _index(run)
         weights = self._patient.weights[index]
         done = {f"{each.name}.weight" for each in self.linears[index]}
-        yield from (p for name, p in weights.items() if name not in done)
+        yield from (self._value(p) for name, p in weights.items() if name not in done)
         for each in self.linears[index]:
-            weight = each.module.weight.detach().cpu()
+            weight = self._value(each.module.weight).detach().cpu()
             yield from quantise(self.format, weight, each.name).values()
 
     def install(self, computing: Computing, device: torch.device) -> None:
@@ -390,26 +399,3 @@ def restore(slots: Sequence[Sequence[Slot]]) -> None:
     for own in slots:
         for slot in own:
             slot.restore()
-
-
-def run_bytes(layout: PackLayout) -> list[int]:
-    """What each run takes in a buffer."""
-    return [align_up(run.nbytes, PAGE_BYTES) for run in layout.runs]
-
-
-def storage_bytes(tensors: Sequence[Tensor]) -> int:
-    """Of the memory that they lie in, each counted once."""
-    return sum({t.untyped_storage().data_ptr(): t.nbytes for t in tensors}.values())
-
-
-def move(tensors: Sequence[Tensor], device: torch.device, stack: ExitStack) -> None:
-    """To the device, and back with the stack; what is written to them meanwhile is kept."""
-    for tensor in tensors:
-        home = tensor.device
-        if home != device:
-            tensor.data = tensor.data.to(device)
-            stack.callback(_set_device, tensor, home)
-
-
-def _set_device(tensor: Tensor, device: torch.device) -> None:
-    tensor.data = tensor.data.to(device)

@@ -49,8 +49,8 @@ class AwayWeight(Tensor):
         name = next((each._name for each in args if isinstance(each, cls)), "a weight")
         if torch.is_grad_enabled():
             raise UsageError(
-                "streamed blocks cannot be trained: their weights are there for a moment only "
-                f"({name} was used by {func})",
+                f"{name} is not on the device now ({func} was asked for), and streamed blocks "
+                "cannot be trained: their weights are there for a moment only",
                 expected="a forward pass under torch.no_grad() or torch.inference_mode()",
                 found="one that records gradients",
             )

@@ -205,10 +205,11 @@ def attach(
     A Wan 2.1 pipeline is run by penstock's own code instead: its models are replaced by parts that
     stream: transformer, text and image encoder block by block, the VAE by exact tiles; its tensors
     stay on the device they were on. In fp32, latents are those of the plain pipeline, bit for bit,
-    where the budget lets all tokens go through a block at once; else they differ by rounding, and so may frames, whose convolutions
-    another kernel computes (3e-6 of a range of 2, measured). That is said of weights in memory that
-    torch gave, as after a cast or a move to a GPU. Those that `from_pretrained` maps from a file
-    lie anywhere, and some CPUs' matrix products round by that (2e-6 of a range of 1, measured).
+    where the budget lets all tokens go through a block at once; else they differ by rounding, and
+    so may frames, whose convolutions another kernel computes (3e-6 of a range of 2, measured). That
+    is said of weights in memory that torch gave, as after a cast or a move to a GPU. Those that
+    `from_pretrained` maps from a file lie anywhere, and some CPUs' matrix products round by that
+    (2e-6 of a range of 1, measured).
 
     Args:
         pipe: a `DiffusionPipeline` or a `ModularPipeline` whose components are loaded.

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from penstock.engine.attach.guard import check_runnable
 from penstock.engine.attach.part import Part
 from penstock.errors import UsageError
 
@@ -38,6 +39,7 @@ def check_pipeline(pipe: Any) -> None:
     image = pipe.transformer is not None and pipe.transformer.config.image_dim is not None
     for name in ("transformer", "text_encoder", "vae", *(["image_encoder"] if image else [])):
         _check_model(name, getattr(pipe, name))
+        check_runnable(getattr(pipe, name), name)
     _check_transformer(pipe.transformer)
     _check_cache(pipe.transformer)
 

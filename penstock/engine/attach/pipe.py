@@ -117,11 +117,11 @@ class Attached(Closing):
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
-        self.weights_return = True
+        self._weights_return = True
         self._desk: _Holder | None = None
         self._disk_bytes, self._stack = 0, ExitStack()
 
-    def begin(self, desk: _Holder, disk_bytes: int, stack: ExitStack) -> Attached:
+    def _begin(self, desk: _Holder, disk_bytes: int, stack: ExitStack) -> Attached:
         """It is attached.
 
         Args:
@@ -176,7 +176,7 @@ class Attached(Closing):
         """Threads would wait for ever for a pipeline that nobody has any more. Nobody has its
         modules either: their weights are let go. Files may be closed already, in whatever order
         the garbage is collected."""
-        self.weights_return = False
+        self._weights_return = False
         try:
             self.close()
         except (PenstockError, OSError) as error:
@@ -253,13 +253,13 @@ def attach(
         desk: _Holder
         if family is None:
             desk, disk_bytes = open_modules(
-                pipe, hardware, fmt, work_bytes, place, stack, lambda: attached.weights_return
+                pipe, hardware, fmt, work_bytes, place, stack, lambda: attached._weights_return
             )
         else:
             desk, disk_bytes = _open_parts(
                 pipe, family, attached, fmt, (device, vram, ram), stack, place
             )
-        attached.begin(desk, disk_bytes, stack.pop_all())
+        attached._begin(desk, disk_bytes, stack.pop_all())
     return attached
 
 
@@ -275,7 +275,7 @@ def _open_parts(
     """A family's own parts in the places of a pipeline's modules; ``stack`` undoes it."""
     hardware = budgets(*asked)
     disk_bytes = write_models(
-        pipe, family.KINDS, place / "model", stack, lambda: attached.weights_return
+        pipe, family.KINDS, place / "model", stack, lambda: attached._weights_return
     )
     model = ModelFiles.open(place / "model")
     if fmt is not None:
@@ -352,7 +352,7 @@ def load_pipeline(
         stack.callback(desk.close)
         family = cast("AttachFamily", model.source.family)
         pipe = family.pipeline_of(model, desk)
-        attached = Attached(pipe).begin(desk, 0, stack.pop_all())
+        attached = Attached(pipe)._begin(desk, 0, stack.pop_all())
     for name in family.attach_parts():
         if getattr(pipe, name, None) is not None:
             object.__setattr__(getattr(pipe, name), "attached", attached)

@@ -131,6 +131,13 @@ def work() -> Any:
     return WORK
 
 
+def claims(pipe: Any) -> bool:
+    """Whether a diffusers pipeline is one of Wan 2.1."""
+    from penstock.engine.families.wan.attach.checks import is_wan21
+
+    return is_wan21(pipe)
+
+
 def attachable(pipe: Any) -> None:
     """Refuse a pipeline that penstock does not run as diffusers does.
 

@@ -152,7 +152,7 @@ def levels_of(vae: Any) -> VaeLevels:
     ]
     if foreign:
         raise CheckpointError(
-            "this VAE is neither Wan 2.1's nor Wan 2.2's",
+            "this VAE is not a Wan 2.1 VAE, nor Wan 2.2's",
             expected="a plain causal 3D VAE, or one with is_residual",
             found=", ".join(foreign),
             remedy="Use the VAE that came with the model.",

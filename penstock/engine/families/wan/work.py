@@ -77,7 +77,7 @@ def _go_on(stage: Stage, found: Products, expert: Expert) -> None:
     conditions, sampling = _conditions(found), found["sampling"]
     name = expert.phase("denoise")
     latents = stage.attempt(name, lambda: denoise(stage, conditions, sampling, expert))
-    if expert.until == stage.job.request.steps:
+    if latents is not None:
         del found["sampling"]
         first = conditions.condition if model_of(stage).manifest.tokenwise else None
         found["latents"] = latents if first is None else with_first(latents.clone(), first)

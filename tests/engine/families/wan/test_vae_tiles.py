@@ -406,7 +406,6 @@ def test_should_stop_ends_the_work(calls) -> None:
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        ({"is_residual": True}, "is_residual=True"),
         ({"patch_size": 2, "in_channels": 12, "out_channels": 12}, "patch_size=2"),
         ({"decoder_base_dim": 8}, "decoder_base_dim=8"),
         ({"attn_scales": [1.0]}, "attn_scales=[1.0]"),

@@ -32,13 +32,13 @@ def sha(engine: Engine, picture: Path, tmp_path_factory: pytest.TempPathFactory)
     return frames_sha(output)
 
 
-def a_task(engine: Engine, picture: Path, folder: Path) -> Task:
+def a_task(engine: Engine, picture: Path | None, folder: Path) -> Task:
     folder.mkdir()
     return Task(engine, a_request(picture), folder)
 
 
 def kill_at_failpoints(
-    engine: Engine, picture: Path, sha: str, tmp_path: Path, count: int | None = None
+    engine: Engine, picture: Path | None, sha: str, tmp_path: Path, count: int | None = None
 ) -> tuple[int, int]:
     """Kill a job at ``count`` failpoints spread over its life, or at all, and finish it each time.
 

@@ -20,6 +20,9 @@ nearly all there are, and each changes too much to be foretold."""
 WARM = 2
 """Steps at the start that a budget always computes: a line needs two."""
 
+SURE = 2
+"""Forwards that are sure to come while the steps are still to be chosen: the next and the last."""
+
 MOST_SKIPPED = 6
 """Steps in a row that are skipped at most: a line is no good for more."""
 
@@ -76,6 +79,11 @@ class Caching:
         if self.kind == PLAN:
             return min(self.planned, steps), min(self.planned, steps)
         return WARM + -(-(steps - WARM) // (MOST_SKIPPED + 1)), steps
+
+    def sure(self, steps: int) -> int:
+        """Forwards that are sure to come of a job at its start."""
+        fewest, most = self.forwards(steps)
+        return most if fewest == most else min(SURE, steps)
 
     def told(self, steps: int) -> str | None:
         """What is to be said of it where it does nothing."""

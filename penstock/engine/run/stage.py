@@ -27,6 +27,7 @@ from penstock.errors import OutOfMemory
 from penstock.offload.layout import BlockLayout
 from penstock.offload.streamer import BlockStream, Tensors
 from penstock.offload.tiers import release_cached
+from penstock.profiles.caching import Caching
 from penstock.profiles.phases import RESTORED
 from penstock.profiles.plan import PhasePlan, Plan, StreamPlan, changes
 
@@ -83,7 +84,9 @@ class Stage(Room):
     """A running job: the run, its plan as it stands, its room and its monitor.
 
     Attributes:
-        steps_left: of the denoising, when its stream is opened.
+        computed_steps: of the denoising, once it is done: the others were skipped.
+        forwards_left: of the denoising, when its stream is opened: that are sure to come, and the
+            most.
     """
 
     def __init__(self, job: Run, listener: Listener, cancelled: threading.Event) -> None:
@@ -92,7 +95,11 @@ class Stage(Room):
         self.job, self.plan, self.keeper = job, job.plan, job.keeper
         self._active = ""
         self._prefetched = Prefetcher()
-        self.steps_left = job.request.steps
+        self.computed_steps: tuple[int, ...] = ()
+        self.forwards_left = (
+            Caching.of(job.plan.step_cache).sure(job.request.steps),
+            job.request.steps,
+        )
         self.monitor = Monitor(listener, self.device_ledger, self.host_ledger, cancelled)
 
     def prepare(self) -> None:
@@ -126,8 +133,17 @@ class Stage(Room):
             return
         passes = phase.passes(workload_of(self.job.request).branches)
         log.debug("%s prefetches blocks of %s", self._active, what.stream)
-        stream = self._open(blocks, phase.stream, self.steps_left * len(passes))
+        stream = self._open(blocks, phase.stream, *self.passes_left(len(passes)))
         self._prefetched.begin(blocks, stream)
+
+    def passes_left(self, per_forward: int) -> tuple[int, int]:
+        """Of the denoising: the most over its blocks, and those that are sure to come.
+
+        Args:
+            per_forward: passes that serve all branches of a step.
+        """
+        sure, most = self.forwards_left
+        return most * per_forward, sure * per_forward
 
     def prefetch_weights(self) -> None:
         """Let the VAE decoder's weights come, where the plan has room for them already now.
@@ -210,21 +226,30 @@ class Stage(Room):
         plan: StreamPlan | None,
         phase: PhaseMonitor,
         passes: int,
+        sure: int | None = None,
     ) -> Iterator[BlockStream]:
         """A stream over ``layouts`` as planned, its statistics joined to the phase's."""
         assert plan is not None
         with ExitStack() as stack:
             prefetched = self._prefetched.take(layouts, stack)
-            stream = prefetched or self._open(layouts, plan, passes)
+            stream = prefetched or self._open(layouts, plan, passes, sure)
             stack.enter_context(stream)
             phase.opened(stream.stats)
             for message in stream.notices:
                 self.monitor.notice(message)
             yield stream
 
-    def _open(self, layouts: Sequence[BlockLayout], plan: StreamPlan, passes: int) -> BlockStream:
+    def _open(
+        self,
+        layouts: Sequence[BlockLayout],
+        plan: StreamPlan,
+        passes: int,
+        sure: int | None = None,
+    ) -> BlockStream:
         overlapped, check = self.job.overlapped, self.monitor.check
-        return self.blocks(layouts, plan, passes, overlapped=overlapped, should_stop=check)
+        return self.blocks(
+            layouts, plan, passes, overlapped=overlapped, sure=sure, should_stop=check
+        )
 
 
 def visits(

@@ -1,10 +1,10 @@
 """Steps whose forward pass is left out: what takes its place, and which steps they are.
 
-At a skipped step the guided velocity is taken from a line through the last two that were computed,
-at the numbers of their steps. The last step is always computed: most of the error of published
-caches lies there. `Budget` decides as it goes, from how wrong the line was so far; `Planned` follows
-a schedule of exactly so many forwards. All that a cache knows is its `values` and its tensors, so
-that a job which is resumed skips the same steps, to the bit.
+At a skipped step the guided velocity is taken from a line through the last two that were computed.
+The last step is always computed: most of the error of published caches lies there. `Budget` decides
+as it goes, from how wrong the line was so far; `Planned` follows a schedule of exactly so many
+forwards. All that a cache knows is in its `state`, so that a job which is resumed skips the same
+steps, to the bit.
 """
 
 from __future__ import annotations
@@ -16,12 +16,20 @@ import torch
 from torch import Tensor
 
 from penstock.engine.run.sampler import Sampler, SamplerState
-from penstock.engine.run.stepplan import FORGIVEN, Schedule, line
-from penstock.profiles.caching import MOST_SKIPPED, WARM
+from penstock.engine.run.stepplan import FORGIVEN, Schedule, line, sample
+from penstock.profiles.caching import MOST_SKIPPED, SURE, WARM
+
+FIRST_SPAN = 0.03
+"""The difference in noise over which a velocity is taken to change by its slope, before a line has
+shown how it bends."""
 
 FAR_DAMPING = 0.75
 """What a budget takes of the slope at the second skipped step in a row and later: a line that is
 drawn on and on overshoots."""
+
+
+_NAME = "cache"
+"""Of what a cache knows, among the values and the tensors of a solver's state."""
 
 
 class Rule(Protocol):
@@ -44,6 +52,9 @@ class Rule(Protocol):
     def reset(self) -> None:
         """What is computed next is the first of another model."""
 
+    def sure(self, step: int) -> int:
+        """Forwards that are sure to come from ``step`` on."""
+
     @property
     def values(self) -> dict[str, Any]:
         """All that it knows, plain and JSON-ready."""
@@ -59,20 +70,28 @@ class StepCache:
 
     Args:
         rule: which steps are computed; None: all are, and nothing is kept.
+        recording: keep a sample of each velocity, for `Recorded`.
 
     Attributes:
         steps: those that were computed so far.
+        samples: of each of them, where they are recorded.
     """
 
-    def __init__(self, rule: Rule | None = None) -> None:
-        self._rule = rule
+    def __init__(self, rule: Rule | None = None, *, recording: bool = False) -> None:
+        self._rule, self._recording = rule, recording
         self._kept: list[Tensor] = []
         self._at: list[int] = []
         self.steps: list[int] = []
+        self.samples: list[Tensor] = []
 
     def wants(self, step: int) -> bool:
-        """Whether ``step`` is to be computed."""
-        return self._rule is None or self._rule.wants(step)
+        """Whether ``step`` is to be computed; asked once a step, in order."""
+        return self._rule is None or not self._kept or self._rule.wants(step)
+
+    def left(self, step: int, steps: int) -> tuple[int, int]:
+        """Forwards from ``step`` on, of ``steps``: that are sure to come, and the most."""
+        most = steps - step
+        return most if self._rule is None else min(self._rule.sure(step), most), most
 
     def computed(self, step: int, velocity: Tensor, latents: Tensor) -> None:
         """Learn from a step.
@@ -82,6 +101,8 @@ class StepCache:
             latents: as the transformer got them.
         """
         self.steps.append(step)
+        if self._recording:
+            self.samples.append(sample(velocity))
         if self._rule is None:
             return
         # A copy: in fp32 a solver may keep and change what it is given
@@ -116,16 +137,21 @@ class StepCache:
         if self._rule is None:
             return SamplerState({}, {})
         values = {"steps": list(self.steps), "at": list(self._at), "rule": self._rule.values}
-        tensors = {f"cache.{index}": tensor for index, tensor in enumerate(self._kept)}
-        return SamplerState({"cache": values}, tensors)
+        tensors = {f"{_NAME}.{index}": tensor for index, tensor in enumerate(self._kept)}
+        return SamplerState({_NAME: values}, tensors)
+
+    @staticmethod
+    def is_in(state: SamplerState) -> bool:
+        """Whether ``state`` holds what a cache knows."""
+        return _NAME in state.values
 
     def load_state(self, state: SamplerState) -> None:
-        """Go on where ``state`` was taken."""
-        if self._rule is None or "cache" not in state.values:
+        """Go on where ``state`` was taken, if a cache was at work then."""
+        if self._rule is None or not self.is_in(state):
             return
-        values = state.values["cache"]
+        values = state.values[_NAME]
         self.steps, self._at = list(values["steps"]), list(values["at"])
-        self._kept = [state.tensors[f"cache.{index}"] for index in range(len(self._at))]
+        self._kept = [state.tensors[f"{_NAME}.{index}"] for index in range(len(self._at))]
         self._rule.load(values["rule"])
 
 
@@ -150,6 +176,10 @@ class Planned:
 
     def reset(self) -> None:
         """As `Rule`: the schedule stands."""
+
+    def sure(self, step: int) -> int:
+        """As `Rule`."""
+        return sum(step <= at for at in self._schedule.computed)
 
     @property
     def values(self) -> dict[str, Any]:
@@ -212,11 +242,16 @@ class Budget:
             self._bend = error / self._far(step)
         self._at, self._size, self._spent = [*self._at[-1:], step], size, 0.0
 
+    def sure(self, step: int) -> int:
+        """As `Rule`: the last one, and one before it while there is no line yet."""
+        steps = len(self._levels) - step
+        return min(steps, 1 if len(self._at) == WARM else SURE)
+
     def _far(self, step: int) -> float:
         """The product of the distances in noise from the points of the line to ``step``."""
         levels = self._levels
         *before, last = (levels[at] - levels[step] for at in self._at)
-        return last * (before[0] if before else 1.0)
+        return last * (before[0] if before else FIRST_SPAN)
 
     @property
     def values(self) -> dict[str, Any]:
@@ -230,8 +265,13 @@ class Budget:
 
 
 def shares_of(sampler: Sampler) -> tuple[float, ...]:
-    """How much each step's velocity counts in the result of ``sampler``, a fresh one on the CPU that
-    is spent by it: solvers are linear in them. One that adds noise counts as Euler's method."""
+    """How much each step's velocity counts in the result, in which solvers are linear.
+
+    One that adds noise counts as Euler's method.
+
+    Args:
+        sampler: a fresh one on the CPU, which is spent by it.
+    """
     steps = len(sampler.timesteps)
     levels = [*(sampler.sigma(step) for step in range(steps)), 0.0]
     if sampler.name == "lcm":

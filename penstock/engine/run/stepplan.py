@@ -8,12 +8,10 @@ step. Of each velocity a sample of its values is enough.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +21,7 @@ from penstock.engine.store.durable import FileOps, write_atomically
 from penstock.errors import CheckpointError
 from penstock.profiles.caching import MOST_SKIPPED
 
-SAMPLE = 4096
+SAMPLE = 1024
 """Values of each velocity that are looked at."""
 
 MOST_STEPS = 1000
@@ -142,8 +140,7 @@ def best_schedule(recorded: Recorded, shares: Sequence[float], forwards: int) ->
     """
     steps, products = len(recorded.levels), recorded.products.tolist()
     counts = [
-        share * (1 - FORGIVEN * level)
-        for share, level in zip(shares, recorded.levels, strict=True)
+        share * (1 - FORGIVEN * level) for share, level in zip(shares, recorded.levels, strict=True)
     ]
     farthest = max(MOST_SKIPPED + 1, -(-(steps - 1) // (forwards - 1)))
 
@@ -171,10 +168,9 @@ def best_schedule(recorded: Recorded, shares: Sequence[float], forwards: int) ->
         return error - 2 * damping * both + damping * damping * slope, damping
 
     paths: dict[Node, tuple[float, tuple[int, ...], tuple[float, ...]]] = {(-1, 0): (0.0, (0,), ())}
-    for left in range(forwards - 2, -1, -1):
+    for left in range(forwards - 2, -1, -1):  # computed steps that follow the next one
         longer: dict[Node, tuple[float, tuple[int, ...], tuple[float, ...]]] = {}
         for (b, a), (cost, computed, damping) in paths.items():
-            # So many computed steps are still to come after the next one
             last = min(a + farthest, steps - 1 - left)
             for n in range(max(a + 1, steps - 1 - left * farthest), last + 1):
                 more, damped = gap(b, a, n)

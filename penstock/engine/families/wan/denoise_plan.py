@@ -11,6 +11,7 @@ from penstock.engine.families.wan.cost import transformer
 from penstock.engine.families.wan.spec import TransformerSpec
 from penstock.engine.families.wan.terms import (
     WanCase,
+    cached_tensors,
     condition_bytes,
     encoder_state_bytes,
     latent_of,
@@ -205,6 +206,7 @@ class Denoise:
             image_tokens=0 if manifest.image is None else manifest.image.tokens,
             fused_norms=self.case.fused_norms,
             attention=self.case.policy.attention,
+            cached_latents=cached_tensors(self.case),
         )
 
     @cached_property
@@ -232,8 +234,12 @@ class Denoise:
             *self._decoding(self.spec.storage),
             *self.case.libraries(),
         )
-        passes = self.case.workload.steps * -(-cost.branches // cost.visit_branches)
+        passes = self._forwards[1] * -(-cost.branches // cost.visit_branches)
         return Shape(cost, work, self._compute_s(cost), passes)
+
+    @property
+    def _forwards(self) -> tuple[int, int]:
+        return self.case.policy.caching.forwards(self.case.workload.steps)
 
     @property
     def _is_fast(self) -> bool:
@@ -323,6 +329,7 @@ class Denoise:
             chunk_tokens=cost.chunk_tokens,
             branches=cost.visit_branches,
             cross_kv_on_device=cost.cross_kv_on_device,
+            forwards=self._forwards,
             pinned_bytes=stream.pinned_bytes if self.case.pins else 0,
             read_bytes=place.device_bytes + place.host_bytes + shape.passes * place.read_bytes,
             copied_bytes=place.device_bytes + shape.passes * (place.copied_bytes + fetched),

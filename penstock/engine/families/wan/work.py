@@ -37,6 +37,7 @@ from penstock.engine.run.pipeline import Products, SavePoint, Work
 from penstock.engine.run.sampler import guide
 from penstock.engine.run.sampling import Sampling
 from penstock.engine.run.stage import Stage, visits
+from penstock.engine.run.steprecord import keep_record
 from penstock.offload.streamer import BlockStream
 from penstock.profiles.phases import FIRST_FRAME
 from penstock.profiles.tiling import TileGrid
@@ -191,33 +192,44 @@ def denoise(stage: Stage, conditions: Conditions, sampling: Sampling) -> Tensor:
     component, request = model_of(stage).transformer, stage.job.request
     if sampling.steps_done == request.steps:
         return sampling.latents.cpu()
-    with closing(sampling.resume()) as sampler, stage.rest(component) as model:
+    sampler, cache = sampling.resume()
+    with closing(sampler), stage.rest(component) as model:
         start, steps, latents = sampler.next_step, request.steps, sampling.latents
-        stage.steps_left = steps - start
+        stage.forwards_left = cache.left(start, steps)
         cross, modulation = prepare(stage, model, conditions, sampler.timesteps)
         with stage.phase("denoise", steps, "step", done=start) as (plan, phase):
             passes = plan.passes(len(conditions.texts))
-            total = stage.steps_left * len(passes)
-            with stage.stream(component.blocks, plan.stream, phase, total) as stream:
+            most, sure = stage.passes_left(len(passes))
+            with stage.stream(component.blocks, plan.stream, phase, most, sure) as stream:
                 attend = self_attention_of(stage.plan.attention)
                 forward = Forward(model, component, stream, cross, plan.chunk_tokens, phase, attend)
                 rope = dit.rope_tables(model, latents.shape[2:], stage.device)
                 picture = _on_device(conditions.condition, stage.device)
+                forwards = 0
                 for step in range(start, steps):
                     if step == steps - 1:
                         stage.prefetch_weights()
-                    model_input = _model_input(latents, picture, component.dtype)
-                    predictions = [
-                        prediction
-                        for branches in passes
-                        for prediction in forward(model_input, branches, modulation[step], rope)
-                    ]
-                    del model_input
-                    component.checkpoint.check_unchanged()
-                    prediction = _guided(predictions, request)
+                    if cache.wants(step):
+                        forwards += 1
+                        stream.expect((forwards + cache.left(step + 1, steps)[0]) * len(passes))
+                        model_input = _model_input(latents, picture, component.dtype)
+                        predictions = [
+                            prediction
+                            for branches in passes
+                            for prediction in forward(model_input, branches, modulation[step], rope)
+                        ]
+                        del model_input
+                        component.checkpoint.check_unchanged()
+                        prediction = _guided(predictions, request)
+                        del predictions
+                        cache.computed(step, prediction, latents)
+                    else:
+                        prediction = cache.predicted(step)
                     preview = preview_of(stage, sampler, prediction, latents)
-                    latents = sampling.step(sampler, prediction, latents)
+                    latents = sampling.step(sampler, cache, prediction, latents)
                     phase.advance(preview)
+            stage.computed_steps = tuple(cache.steps)
+            keep_record(stage, cache, tuple(map(sampler.sigma, range(steps))))
             stage.keeper.settle()
             return latents.cpu()
 

@@ -79,6 +79,7 @@ class DenoiseCase:
             elsewhere for one block and branch at a time.
         fused_norms: an RMS norm is one kernel, which makes its result and no more.
         attention: "sdpa", or "int8" for self-attention in 8 bits.
+        cached_latents: of the latents' size, which a step cache keeps between steps.
     """
 
     latent: tuple[int, int, int]
@@ -92,6 +93,7 @@ class DenoiseCase:
     cross_kv_on_device: bool = True
     fused_norms: bool = False
     attention: str = "sdpa"
+    cached_latents: int = 0
 
 
 def grid_tokens(spec: TransformerSpec, latent: tuple[int, int, int]) -> int:
@@ -174,9 +176,10 @@ def modulation_bytes(spec: TransformerSpec, steps: int) -> int:
 
 
 def sampler_state_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
-    """The sample, the scheduler's history and the image conditioning, in fp32."""
+    """The sample, the scheduler's history, what a step cache keeps and the image conditioning, in
+    fp32."""
     condition = spec.in_channels - spec.out_channels
-    channels = (1 + case.history_latents) * spec.out_channels + condition
+    channels = (1 + case.history_latents + case.cached_latents) * spec.out_channels + condition
     return channels * _volume(case.latent) * FP32_BYTES
 
 
@@ -372,6 +375,8 @@ def _sampler_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int
     return {
         "outputs": case.branches * _output_bytes(spec, case),
         "sampler": SAMPLER_TEMPORARIES * latent,
+        # What is foretold, beside what is still there of the step before
+        "foretold": latent if case.cached_latents else 0,
     }
 
 

@@ -236,7 +236,7 @@ def skipping(clips: Clips, steps: int, rule: Callable[[], Rule]) -> Tensor:
     made = []
     for batch in clips.batches(AT_ONCE):
         sampler, latents = new_sampler(steps), clips.noise[batch].clone()
-        caches = [StepCache(rule()) for _ in batch]
+        caches = [StepCache(range(steps), rule()) for _ in batch]
         for step, moment in enumerate(sampler.timesteps):
             wanted = [index for index, cache in enumerate(caches) if cache.wants(step)]
             found = list[Tensor](latents)

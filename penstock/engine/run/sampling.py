@@ -14,6 +14,7 @@ from penstock.engine.run.stage import Stage
 from penstock.engine.run.steering import steer
 from penstock.engine.run.stepcache import StepCache
 from penstock.engine.run.steprecord import cache_for
+from penstock.profiles.caching import Caching
 
 
 class Sampling:
@@ -65,11 +66,17 @@ class Sampling:
         """Steps that are finished."""
         return self._point.step
 
-    def resume(self) -> tuple[Sampler, StepCache]:
-        """A fresh sampler, and the cache of forward passes, that stand at the point."""
+    def resume(self, steps: range, caching: Caching) -> tuple[Sampler, StepCache]:
+        """A fresh sampler, and the cache of forward passes, that stand at the point.
+
+        Args:
+            steps: that one transformer computes.
+            caching: of its forward passes.
+        """
         sampler = self._sampler()
         sampler.load_state(self._point.solver)
-        return sampler, cache_for(self._stage, partial(self._sampler, "cpu"), self._point.solver)
+        fresh = partial(self._sampler, "cpu")
+        return sampler, cache_for(self._stage, steps, caching, fresh, self._point.solver)
 
     def step(
         self, sampler: Sampler, cache: StepCache, prediction: Tensor, latents: Tensor

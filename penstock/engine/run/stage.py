@@ -27,7 +27,7 @@ from penstock.errors import OutOfMemory
 from penstock.offload.layout import BlockLayout
 from penstock.offload.streamer import BlockStream, Tensors
 from penstock.offload.tiers import release_cached
-from penstock.profiles.caching import Caching
+from penstock.profiles.caching import SURE
 from penstock.profiles.phases import RESTORED
 from penstock.profiles.plan import PhasePlan, Plan, StreamPlan, changes
 
@@ -86,7 +86,7 @@ class Stage(Room):
     Attributes:
         computed_steps: of the denoising, once it is done: the others were skipped.
         forwards_left: of the denoising, when its stream is opened: that are sure to come, and the
-            most.
+            most; None: it begins as planned.
     """
 
     def __init__(self, job: Run, listener: Listener, cancelled: threading.Event) -> None:
@@ -96,10 +96,7 @@ class Stage(Room):
         self._active = ""
         self._prefetched = Prefetcher()
         self.computed_steps: tuple[int, ...] = ()
-        self.forwards_left = (
-            Caching.of(job.plan.step_cache).sure(job.request.steps),
-            job.request.steps,
-        )
+        self.forwards_left: tuple[int, int] | None = None
         self.monitor = Monitor(listener, self.device_ledger, self.host_ledger, cancelled)
 
     def prepare(self) -> None:
@@ -128,31 +125,44 @@ class Stage(Room):
     def _prefetch_blocks(self) -> None:
         """Let the transformer's first blocks come, as far as its buffers in RAM go."""
         what = self.model.manifest.prefetch
-        phase, blocks = self.plan[what.stream], self.model.parts[what.blocks_of].blocks
+        branches = workload_of(self.job.request).branches_of(first=True)
+        forwards = self.forwards_left or self.forwards_of(what.stream)
+        self._prefetch_stream(what.stream, what.blocks_of, forwards, branches)
+
+    def forwards_of(self, name: str) -> tuple[int, int]:
+        """Forwards of a whole phase of denoising, before it has begun: that are sure to come, and
+        the most."""
+        fewest, most = self.plan[name].forwards
+        most = most or self.job.request.steps  # a plan of a job from before they were counted
+        return (most if fewest in (0, most) else min(SURE, most)), most
+
+    def _prefetch_stream(
+        self, name: str, blocks_of: str, forwards: tuple[int, int], branches: int
+    ) -> None:
+        phase, blocks = self.plan[name], self.model.parts[blocks_of].blocks
         if self._prefetched.is_reading or not self.job.overlapped or phase.stream is None:
             return
-        passes = phase.passes(workload_of(self.job.request).branches)
-        log.debug("%s prefetches blocks of %s", self._active, what.stream)
-        stream = self._open(blocks, phase.stream, *self.passes_left(len(passes)))
-        self._prefetched.begin(blocks, stream)
+        passes = len(phase.passes(branches))
+        log.debug("%s prefetches blocks of %s", self._active, name)
+        most, sure = forwards[1] * passes, forwards[0] * passes
+        self._prefetched.begin(blocks, self._open(blocks, phase.stream, most, sure))
 
-    def passes_left(self, per_forward: int) -> tuple[int, int]:
-        """Of the denoising: the most over its blocks, and those that are sure to come.
-
-        Args:
-            per_forward: passes that serve all branches of a step.
-        """
-        sure, most = self.forwards_left
-        return most * per_forward, sure * per_forward
-
-    def prefetch_weights(self) -> None:
-        """Let the VAE decoder's weights come, where the plan has room for them already now.
+    def prefetch_after(self, name: str) -> None:
+        """In the last step of the phase ``name``, let come what is computed with after it: the
+        blocks of the transformer that goes on, or the VAE decoder's weights; where the plan has
+        room for them already now.
 
         Raises:
-            LedgerOverflow: the buffer does not fit the budget.
+            LedgerOverflow: the buffers do not fit the budget.
         """
         what = self.model.manifest.prefetch
-        planned = self.plan[what.stream].prefetched_weights_bytes
+        if name != what.last_stream and what.then in [phase.name for phase in self.plan.phases]:
+            if self.plan[name].prefetched_next_bytes:
+                work = workload_of(self.job.request)
+                forwards = self.forwards_of(what.then)
+                self._prefetch_stream(what.then, what.then_of, forwards, work.branches)
+            return
+        planned = self.plan[name].prefetched_weights_bytes
         if planned and self.job.overlapped and not self._prefetched.is_reading:
             layouts = (self.model.parts[what.weights_of].rest,)
             self._prefetched.begin(layouts, self._open(layouts, ONE_RESIDENT, 1))

@@ -52,8 +52,8 @@ class Rule(Protocol):
     def reset(self) -> None:
         """What is computed next is the first of another model."""
 
-    def sure(self, step: int) -> int:
-        """Forwards that are sure to come from ``step`` on."""
+    def left(self, step: int) -> tuple[int, int]:
+        """Forwards from ``step`` on: that are sure to come, and the most."""
 
     @property
     def values(self) -> dict[str, Any]:
@@ -69,29 +69,30 @@ class StepCache:
     Every step in order: `wants`, then `computed` with what the transformer gave, or `predicted`.
 
     Args:
-        rule: which steps are computed; None: all are, and nothing is kept.
+        steps: that one transformer computes.
+        rule: which of them are computed; None: all are, and nothing is kept.
         recording: keep a sample of each velocity, for `Recorded`.
 
     Attributes:
-        steps: those that were computed so far.
+        computed_steps: of the whole job, so far.
         samples: of each of them, where they are recorded.
     """
 
-    def __init__(self, rule: Rule | None = None, *, recording: bool = False) -> None:
-        self._rule, self._recording = rule, recording
+    def __init__(self, steps: range, rule: Rule | None = None, *, recording: bool = False) -> None:
+        self._steps, self._rule, self._recording = steps, rule, recording
         self._kept: list[Tensor] = []
         self._at: list[int] = []
-        self.steps: list[int] = []
+        self.computed_steps = list(range(steps.start))
         self.samples: list[Tensor] = []
 
     def wants(self, step: int) -> bool:
         """Whether ``step`` is to be computed; asked once a step, in order."""
         return self._rule is None or not self._kept or self._rule.wants(step)
 
-    def left(self, step: int, steps: int) -> tuple[int, int]:
-        """Forwards from ``step`` on, of ``steps``: that are sure to come, and the most."""
-        most = steps - step
-        return most if self._rule is None else min(self._rule.sure(step), most), most
+    def left(self, step: int) -> tuple[int, int]:
+        """Forwards from ``step`` on: that are sure to come, and the most."""
+        most = self._steps.stop - step
+        return (most, most) if self._rule is None else self._rule.left(step)
 
     def computed(self, step: int, velocity: Tensor, latents: Tensor) -> None:
         """Learn from a step.
@@ -100,7 +101,7 @@ class StepCache:
             velocity: guided, as the sampler gets it.
             latents: as the transformer got them.
         """
-        self.steps.append(step)
+        self.computed_steps.append(step)
         if self._recording:
             self.samples.append(sample(velocity))
         if self._rule is None:
@@ -134,25 +135,33 @@ class StepCache:
 
     def state(self) -> SamplerState:
         """All that is known, beside a solver's history. The tensors are its own."""
-        if self._rule is None:
+        if self._rule is None and self.computed_steps == list(range(len(self.computed_steps))):
             return SamplerState({}, {})
-        values = {"steps": list(self.steps), "at": list(self._at), "rule": self._rule.values}
+        values = {
+            "of": [self._steps.start, self._steps.stop],
+            "steps": list(self.computed_steps),
+            "at": list(self._at),
+            "rule": None if self._rule is None else self._rule.values,
+        }
         tensors = {f"{_NAME}.{index}": tensor for index, tensor in enumerate(self._kept)}
         return SamplerState({_NAME: values}, tensors)
 
-    @staticmethod
-    def is_in(state: SamplerState) -> bool:
-        """Whether ``state`` holds what a cache knows."""
-        return _NAME in state.values
-
     def load_state(self, state: SamplerState) -> None:
-        """Go on where ``state`` was taken, if a cache was at work then."""
-        if self._rule is None or not self.is_in(state):
+        """Go on where ``state`` was taken: of a cache of these steps, from all that it knew; of one
+        before, from nothing, as another transformer comes."""
+        values = state.values.get(_NAME, {})
+        self.computed_steps = list(values.get("steps", range(state.values["next_step"])))
+        if self._rule is None or not is_of(state, self._steps):
             return
-        values = state.values[_NAME]
-        self.steps, self._at = list(values["steps"]), list(values["at"])
+        self._at = list(values["at"])
         self._kept = [state.tensors[f"{_NAME}.{index}"] for index in range(len(self._at))]
         self._rule.load(values["rule"])
+
+
+def is_of(state: SamplerState, steps: range) -> bool:
+    """Whether ``state`` holds what a cache of these ``steps`` knows."""
+    values = state.values.get(_NAME)
+    return values is not None and values["of"] == [steps.start, steps.stop]
 
 
 class Planned:
@@ -177,9 +186,10 @@ class Planned:
     def reset(self) -> None:
         """As `Rule`: the schedule stands."""
 
-    def sure(self, step: int) -> int:
+    def left(self, step: int) -> tuple[int, int]:
         """As `Rule`."""
-        return sum(step <= at for at in self._schedule.computed)
+        left = sum(step <= at for at in self._schedule.computed)
+        return left, left
 
     @property
     def values(self) -> dict[str, Any]:
@@ -207,12 +217,20 @@ class Budget:
 
     Args:
         budget: what skipped steps in a row may add up to.
-        levels: noise before each step.
+        levels: noise before each step of the job.
         shares: of each step's velocity in the result.
+        last: the last step of the transformer; None: of the job.
     """
 
-    def __init__(self, budget: float, levels: Sequence[float], shares: Sequence[float]) -> None:
+    def __init__(
+        self,
+        budget: float,
+        levels: Sequence[float],
+        shares: Sequence[float],
+        last: int | None = None,
+    ) -> None:
         self._budget, self._levels = budget, tuple(levels)
+        self._last = len(levels) - 1 if last is None else last
         self._counts = [
             abs(share) * (1 - FORGIVEN * level) for share, level in zip(shares, levels, strict=True)
         ]
@@ -225,7 +243,7 @@ class Budget:
 
     def wants(self, step: int) -> bool:
         """As `Rule`."""
-        if len(self._at) < WARM or step == len(self._levels) - 1:
+        if len(self._at) < WARM or step == self._last:
             return True
         if step - self._at[-1] > MOST_SKIPPED or not self._size:
             return True
@@ -242,10 +260,10 @@ class Budget:
             self._bend = error / self._far(step)
         self._at, self._size, self._spent = [*self._at[-1:], step], size, 0.0
 
-    def sure(self, step: int) -> int:
-        """As `Rule`: the last one, and one before it while there is no line yet."""
-        steps = len(self._levels) - step
-        return min(steps, 1 if len(self._at) == WARM else SURE)
+    def left(self, step: int) -> tuple[int, int]:
+        """As `Rule`: the last one is sure, and one before it while there is no line yet."""
+        most = self._last + 1 - step
+        return min(most, 1 if len(self._at) == WARM else SURE), most
 
     def _far(self, step: int) -> float:
         """The product of the distances in noise from the points of the line to ``step``."""

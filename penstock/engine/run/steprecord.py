@@ -15,7 +15,7 @@ from pathlib import Path
 
 from penstock.engine.run.sampler import Sampler, SamplerState
 from penstock.engine.run.stage import Stage
-from penstock.engine.run.stepcache import Budget, Planned, Rule, StepCache, shares_of
+from penstock.engine.run.stepcache import Budget, Planned, Rule, StepCache, is_of, shares_of
 from penstock.engine.run.stepplan import Recorded, Schedule, best_schedule
 from penstock.engine.store.digest import stamp
 from penstock.errors import CheckpointError, StorageError
@@ -26,36 +26,56 @@ MOST_RECORDED = 100
 """Steps of a job that leaves a record: a sample of each waits in host memory until the end."""
 
 
-def cache_for(stage: Stage, fresh: Callable[[], Sampler], state: SamplerState) -> StepCache:
-    """The cache of a job that stands at ``state``.
+def cache_for(
+    stage: Stage,
+    steps: range,
+    caching: Caching,
+    fresh: Callable[[], Sampler],
+    state: SamplerState,
+) -> StepCache:
+    """The cache of a transformer's forward passes in a job that stands at ``state``.
 
     Args:
+        steps: that the transformer computes.
+        caching: of its forward passes.
         fresh: makes samplers like the job's, on the CPU.
     """
-    caching, steps = Caching.of(stage.plan.step_cache), stage.job.request.steps
-    if caching.skips(steps):
-        cache = StepCache(_rule(stage, caching, fresh, state))
-        cache.load_state(state)
-        return cache
-    told = caching.told(steps)
+    skips = caching.skips(len(steps))
+    rule = _rule(stage, steps, caching, fresh, state) if skips else None
+    told = caching.told(len(steps))
     if told is not None:
         stage.monitor.notice(told)
-    whole = state.values["next_step"] == 0 and FEWEST_STEPS <= steps <= MOST_RECORDED
-    return StepCache(recording=whole and not record_path(stage).exists())
+    cache = StepCache(steps, rule, recording=rule is None and _is_due(stage, steps, state))
+    cache.load_state(state)
+    return cache
+
+
+def _is_due(stage: Stage, steps: range, state: SamplerState) -> bool:
+    """Whether these steps are a whole job that shall leave a record."""
+    whole = len(steps) == stage.job.request.steps and state.values["next_step"] == 0
+    fitting = FEWEST_STEPS <= len(steps) <= MOST_RECORDED
+    return whole and fitting and not record_path(stage).exists()
 
 
 def _rule(
-    stage: Stage, caching: Caching, fresh: Callable[[], Sampler], state: SamplerState
+    stage: Stage,
+    steps: range,
+    caching: Caching,
+    fresh: Callable[[], Sampler],
+    state: SamplerState,
 ) -> Rule:
+    levels, shares = _levels(fresh()), shares_of(fresh())
     if caching.kind == BUDGET:
-        return Budget(caching.budget, _levels(fresh()), shares_of(fresh()))
-    if StepCache.is_in(state):
+        return Budget(caching.budget, levels, shares, steps.stop - 1)
+    if is_of(state, steps):
         return Planned(Schedule((), ()))
     recorded, told = _record(stage)
-    schedule = best_schedule(recorded.at(_levels(fresh())), shares_of(fresh()), caching.planned)
-    skipped = stage.job.request.steps - len(schedule.computed)
-    stage.monitor.notice(f"{skipped} steps are skipped, chosen from {told}")
-    return Planned(schedule)
+    own = slice(steps.start, steps.stop)
+    schedule = best_schedule(recorded.at(levels[own]), shares[own], caching.planned)
+    computed = tuple(steps.start + step for step in schedule.computed)
+    skipped = len(steps) - len(computed)
+    stage.monitor.notice(f"{skipped} of {len(steps)} steps are skipped, chosen from {told}")
+    return Planned(Schedule(computed, schedule.damping))
 
 
 def _levels(sampler: Sampler) -> tuple[float, ...]:

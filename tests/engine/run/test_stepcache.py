@@ -59,7 +59,7 @@ def test_shares_are_what_each_velocity_adds(sampler: str) -> None:
 
 
 def test_a_skipped_step_lies_on_the_line_through_the_last_two() -> None:
-    cache = StepCache(Planned(Schedule((0, 2, 5), (0.0, 0.5, 0.0))))
+    cache = StepCache(range(6), Planned(Schedule((0, 2, 5), (0.0, 0.5, 0.0))))
     one, other = torch.randn(2, 1, 4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     assert cache.wants(0)
     cache.computed(0, one, one)
@@ -72,11 +72,11 @@ def test_a_skipped_step_lies_on_the_line_through_the_last_two() -> None:
     expected = other + 0.5 * (4 - 2) / (2 - 0) * (other - one)
     torch.testing.assert_close(cache.predicted(4), expected)
     assert [cache.wants(step) for step in (3, 4, 5)] == [False, False, True]
-    assert cache.steps == [0, 2]
+    assert cache.computed_steps == [0, 2]
 
 
 def test_nothing_is_foretold_after_a_reset() -> None:
-    cache = StepCache(Planned(Schedule((0, 3), (0.0, 0.0))))
+    cache = StepCache(range(4), Planned(Schedule((0, 3), (0.0, 0.0))))
     cache.computed(0, torch.ones(1), torch.ones(1))
     assert not cache.wants(1)
     cache.reset()
@@ -85,13 +85,13 @@ def test_nothing_is_foretold_after_a_reset() -> None:
 
 def followed(velocities: torch.Tensor, budget: float) -> list[int]:
     steps = len(velocities)
-    cache = StepCache(Budget(budget, levels(steps), [1 / steps] * steps))
+    cache = StepCache(range(steps), Budget(budget, levels(steps), [1 / steps] * steps))
     for step in range(steps):
         if cache.wants(step):
             cache.computed(step, velocities[step], torch.ones(4))
         else:
             cache.predicted(step)
-    return cache.steps
+    return cache.computed_steps
 
 
 def test_a_budget_is_spent_where_the_velocity_bends() -> None:
@@ -114,13 +114,13 @@ def test_a_smaller_budget_computes_more() -> None:
 
 def test_a_cache_goes_on_from_its_state_alone() -> None:
     wave = torch.linspace(0, 6, 16).sin()[:, None] * torch.ones(4)
-    whole = StepCache(Budget(3e-3, levels(16), [1 / 16] * 16))
-    parts = StepCache(Budget(3e-3, levels(16), [1 / 16] * 16))
+    whole = StepCache(range(16), Budget(3e-3, levels(16), [1 / 16] * 16))
+    parts = StepCache(range(16), Budget(3e-3, levels(16), [1 / 16] * 16))
     skipped = 0
     for step in range(16):
         state = parts.state()
-        parts = StepCache(Budget(3e-3, levels(16), [1 / 16] * 16))
-        parts.load_state(SamplerState(dict(state.values), dict(state.tensors)))
+        parts = StepCache(range(16), Budget(3e-3, levels(16), [1 / 16] * 16))
+        parts.load_state(SamplerState(state.values | {"next_step": step}, dict(state.tensors)))
         wanted = whole.wants(step)
         assert parts.wants(step) == wanted
         for cache in (whole, parts):
@@ -130,7 +130,7 @@ def test_a_cache_goes_on_from_its_state_alone() -> None:
             skipped += 1
             assert torch.equal(whole.predicted(step), parts.predicted(step))
     assert skipped
-    assert whole.steps == parts.steps
+    assert whole.computed_steps == parts.computed_steps
 
 
 def recorded(steps: int) -> Recorded:

@@ -300,3 +300,35 @@ def test_the_plan_counts_forwards_and_state(t2v_folder: Path) -> None:
 def test_what_is_no_cache_is_refused(word: object) -> None:
     with pytest.raises(ProfileError, match="cache"):
         Caching.of(word)
+
+
+@pytest.mark.parametrize(
+    ("planned", "split", "expected"),
+    [
+        (20, (16, 24), (8, 12)), (10, (6, 14), (6, 4)), (5, (6, 14), (6, 2)), (9, (20, 0), (9, 2)),
+    ],
+)  # fmt: skip
+def test_two_transformers_share_a_plans_forwards(
+    planned: int, split: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    parts = Caching.of(f"plan:{planned}").parts(split)
+    assert tuple(part.planned for part in parts) == expected
+    assert all(Caching.of(part.word) == part for part in parts)
+
+
+def test_a_budget_is_each_transformers_own() -> None:
+    budget = Caching.of("budget:0.01")
+    assert budget.parts((16, 24)) == (budget, budget)
+    assert Caching.of(budget.word) == budget
+
+
+def test_the_next_transformer_begins_from_nothing() -> None:
+    first = StepCache(range(8), Budget(1.0, levels(16), [0.1] * 16, 7))
+    first.computed(0, torch.ones(2), torch.ones(2))
+    state = first.state()
+    state = SamplerState(state.values | {"next_step": 8}, state.tensors)
+    second = StepCache(range(8, 16), Budget(1.0, levels(16), [0.1] * 16, 15))
+    second.load_state(state)
+    assert second.computed_steps == [0]
+    assert second.wants(8)
+    assert second.left(8) == (2, 8)

@@ -53,8 +53,8 @@ def cache_for(
 def _is_due(stage: Stage, steps: range, state: SamplerState) -> bool:
     """Whether these steps are a whole job that shall leave a record."""
     whole = len(steps) == stage.job.request.steps and state.values["next_step"] == 0
-    fitting = FEWEST_STEPS <= len(steps) <= MOST_RECORDED
-    return whole and fitting and not record_path(stage).exists()
+    fitting = FEWEST_STEPS <= len(steps) <= MOST_RECORDED and stage.job.sources
+    return bool(whole and fitting) and not record_path(stage).exists()
 
 
 def _rule(

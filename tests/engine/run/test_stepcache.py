@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,18 @@ import pytest
 import torch
 
 from penstock.engine.engine import Engine
+from penstock.engine.request.generation import GenerationRequest
 from penstock.engine.run.events import Progress
+from penstock.engine.run.pipeline import work_of
 from penstock.engine.run.report import JobResult
 from penstock.engine.run.sampler import Sampler, SamplerState
+from penstock.engine.run.stage import Stage
 from penstock.engine.run.stepcache import Budget, Planned, StepCache, shares_of
 from penstock.engine.run.stepplan import Recorded, Schedule, best_schedule
 from penstock.errors import CheckpointError, FingerprintMismatch, JobCancelled, ProfileError
 from penstock.profiles.caching import MOST_SKIPPED, Caching
+from penstock.profiles.plan import Plan
+from tests.engine.run.test_budget import _host_buffers_apart, _meter
 from tests.engine.running import a_request, an_engine
 
 STEPS = 10
@@ -291,6 +298,30 @@ def test_the_plan_counts_forwards_and_state(t2v_folder: Path) -> None:
     assert five.seconds < 0.6 * off.seconds
     more = dict(five.work)["latents"] - dict(off.work)["latents"]
     assert more == 2 * dict(off.ram_work)["latents"]
+
+
+def peak_of(engine: Engine, request: GenerationRequest, plan: Plan) -> int:
+    """Bytes of live tensors in the denoising alone."""
+    stage = Stage(engine.run_of(request, plan), lambda event: None, threading.Event())
+    work = work_of(stage)
+    found = work.drawn(stage)
+    with _meter(engine) as meter, _host_buffers_apart(meter), torch.no_grad():
+        work.phases["denoise"](stage, found)
+    return meter.peak
+
+
+@pytest.mark.parametrize("guidance", [3.0, 1.0])
+def test_what_a_cache_keeps_is_planned(t2v_folder: Path, guidance: float) -> None:
+    request = replace(REQUEST, width=256, height=256, guidance_scale=guidance)
+    with an_engine(t2v_folder) as engine:
+        off = engine.plan(request)
+        chunk = off["denoise"].chunk_tokens
+        with an_engine(t2v_folder, step_cache="plan:5", chunk_tokens=chunk) as other:
+            cached = other.plan(request)
+        more = peak_of(engine, request, cached) - peak_of(engine, request, off)
+    promised = cached["denoise"].work_bytes - off["denoise"].work_bytes
+    latents = dict(off["denoise"].ram_work)["latents"]
+    assert 2 * latents <= more <= promised <= 3 * latents
 
 
 @pytest.mark.parametrize(

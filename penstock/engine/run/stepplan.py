@@ -122,7 +122,7 @@ def _bad(path: Path, found: str) -> CheckpointError:
 def sample(velocity: Tensor) -> Tensor:
     """Some of its values, always from the same places, fp32 on the CPU."""
     flat = velocity.detach().flatten()
-    return flat[:: max(1, len(flat) // SAMPLE)].to("cpu", torch.float32)
+    return flat[:: max(1, len(flat) // SAMPLE)].to("cpu", torch.float32, copy=True)
 
 
 def line(a: int, b: int, step: int, damping: float) -> float:

@@ -167,6 +167,8 @@ class Denoise:
 
     def _contexts(self, away: bool, limits: Limits) -> Iterator[PhasePlan]:
         spec, case = self.spec, replace(self._cost_case(), cross_kv_on_device=not away)
+        if case.contrasted:  # both texts' are made as those of two branches are
+            case = replace(case, branches=2 * case.branches, contrasted=False)
         found = OnePass(
             self.phases[0],
             self.case,
@@ -229,6 +231,7 @@ class Denoise:
             fused_norms=self.case.fused_norms,
             attention=self.case.policy.attention,
             cached_latents=cached_tensors(self.case),
+            contrasted=workload.contrasted,
         )
 
     @cached_property
@@ -279,9 +282,10 @@ class Denoise:
         spec, rates = self.spec, self.case.rates
         tokens = transformer.grid_tokens(spec, cost.latent)
         chunks = -(-tokens // cost.chunk_tokens) * spec.num_layers
-        flops = transformer.denoise_flops(spec, tokens, cost.image_tokens)
+        texts = cost.branch_text_tokens
+        flops = transformer.denoise_flops(spec, tokens, cost.image_tokens, texts)
         path = compute_path(spec.storage, self.case.policy, rates)
-        attended = (tokens + cost.text_tokens + cost.image_tokens) * spec.inner_dim
+        attended = (tokens + texts + cost.image_tokens) * spec.inner_dim
         overhead_s = rates.chunk_overhead_s(cost.chunk_tokens, attended)
         branch = (
             flops.linear / (rates.product_flops(path) or rates.flops)

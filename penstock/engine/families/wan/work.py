@@ -323,7 +323,8 @@ def prepare(
     """What does not change from step to step: cross-attention K/V, and the time embeddings."""
     component = expert.component
     with stage.phase(expert.phase("context"), len(component.cross), "block") as (plan, phase):
-        given = conditions.texts[: expert.branches]
+        nag = stage.job.request.nag_scale
+        given = conditions.texts[: expert.branches if nag is None else 2]
         texts = [text.to(stage.device, component.dtype) for text in given]
         image = _on_device(conditions.image, stage.device, component.dtype)
         contexts = [dit.prepare_context(model, text, image) for text in texts]
@@ -333,6 +334,9 @@ def prepare(
                 branches: list[dit.CrossKV] = []
                 for context in contexts:
                     branches.append(dit.cross_kv(block.attn2, context, *branches[:1]))
+                if nag is not None:
+                    prompt, negative = branches
+                    branches = [prompt.contrasted(negative, nag)]
                 cross.add(branches)
         return cross, dit.step_modulation(model, timesteps, component.dtype)
 

@@ -80,6 +80,7 @@ class DenoiseCase:
         fused_norms: an RMS norm is one kernel, which makes its result and no more.
         attention: "sdpa", or "int8" for self-attention in 8 bits.
         cached_latents: of the latents' size, which a step cache keeps between steps.
+        contrasted: each branch attends to a negative prompt as well.
     """
 
     latent: tuple[int, int, int]
@@ -94,6 +95,12 @@ class DenoiseCase:
     fused_norms: bool = False
     attention: str = "sdpa"
     cached_latents: int = 0
+    contrasted: bool = False
+
+    @property
+    def branch_text_tokens(self) -> int:
+        """Text tokens that one branch attends to."""
+        return self.text_tokens * (2 if self.contrasted else 1)
 
 
 def grid_tokens(spec: TransformerSpec, latent: tuple[int, int, int]) -> int:
@@ -158,7 +165,7 @@ def context_bytes(spec: TransformerSpec, case: DenoiseCase) -> PeakBytes:
 
 def cross_kv_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
     """Cross-attention keys and values of all blocks; the image's serve all branches."""
-    tokens = case.branches * case.text_tokens + case.image_tokens
+    tokens = case.branches * case.branch_text_tokens + case.image_tokens
     return 2 * spec.num_layers * tokens * spec.inner_dim * spec.weights.itemsize
 
 
@@ -166,7 +173,7 @@ def _cross_kv_held_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
     """All of them, or those of one block and branch."""
     if case.cross_kv_on_device:
         return cross_kv_bytes(spec, case)
-    tokens = case.text_tokens + case.image_tokens
+    tokens = case.branch_text_tokens + case.image_tokens
     return 2 * tokens * spec.inner_dim * spec.weights.itemsize
 
 
@@ -259,7 +266,7 @@ def _block_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int]:
         _layer_norm_bytes(spec, chunk),
         _rms_norm_bytes(spec, chunk, case.fused_norms),
         _rotation_bytes(spec, chunk),
-        _attention_bytes(spec, chunk, case.image_tokens),
+        _attention_bytes(spec, chunk, case),
         _feed_forward_bytes(spec, chunk),
     )
     moments = [{"chunk": largest}]
@@ -298,12 +305,15 @@ def _rotation_bytes(spec: TransformerSpec, tokens: int) -> int:
     return tokens * spec.inner_dim * (2 * spec.weights.itemsize + FP32_BYTES)
 
 
-def _attention_bytes(spec: TransformerSpec, tokens: int, image_tokens: int) -> int:
+def _attention_bytes(spec: TransformerSpec, tokens: int, case: DenoiseCase) -> int:
     """Queries, the result over the text (or all tokens), the one over the image, and one fp32 sum
-    a head; later the result, its projection and the gated fp32 product."""
+    a head; later the result, its projection and the gated fp32 product. Contrasted: queries, both
+    results over texts, and an fp32 copy of one of them for its norm, with the norms of both."""
     e = spec.weights.itemsize
-    results = 3 if image_tokens else 2
+    results = 3 if case.image_tokens else 2
     attending = results * e * spec.inner_dim + FP32_BYTES * spec.num_attention_heads
+    if case.contrasted:
+        attending = max(attending, (3 * e + FP32_BYTES) * spec.inner_dim + 4 * FP32_BYTES)
     return tokens * max(attending, (e + FP32_BYTES) * spec.inner_dim)
 
 

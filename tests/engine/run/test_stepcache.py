@@ -302,7 +302,9 @@ def test_the_plan_counts_forwards_and_state(t2v_folder: Path) -> None:
 
 def peak_of(engine: Engine, request: GenerationRequest, plan: Plan) -> int:
     """Bytes of live tensors in the denoising alone, which leaves no record."""
-    stage = Stage(replace(engine.run_of(request, plan), sources={}), lambda event: None, threading.Event())
+    stage = Stage(
+        replace(engine.run_of(request, plan), sources={}), lambda event: None, threading.Event()
+    )
     work = work_of(stage)
     found = work.drawn(stage)
     with _meter(engine) as meter, _host_buffers_apart(meter), torch.no_grad():

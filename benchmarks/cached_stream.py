@@ -48,7 +48,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=asked.folder, prefix="penstock-cached-") as folder:
         model = write_synthetic(Path(folder), MODEL, blocks=asked.blocks, weight_format="int8")
         picture = Path(folder) / "picture.png"
-        Image.radial_gradient("L").resize((128, 128)).convert("RGB").save(picture)
+        Image.radial_gradient("L").resize((64, 64)).convert("RGB").save(picture)
         runs: dict[str, list[BenchResult]] = {way: [] for way in ways}
         for _ in range(asked.rounds):
             for way in ways:
@@ -72,7 +72,7 @@ def main() -> None:
 def one(model: Path, picture: Path, steps: int, way: str) -> BenchResult:
     """One run of the denoising under ``way``."""
     request = GenerationRequest(
-        prompt="a benchmark", image=picture, width=128, height=128, frames=5, steps=steps, seed=0
+        prompt="a benchmark", image=picture, width=64, height=64, frames=5, steps=steps, seed=0
     )
     with Engine.open(
         model, device="cpu", vram=3 * GIB, ram=4 * GIB, format="int8", step_cache=way, branches="1"

@@ -16,6 +16,7 @@ from penstock.engine.families.wan.terms import (
     encoder_state_bytes,
     latent_of,
     latents_bytes,
+    pictures_of,
     restored_bytes,
     saved_state_bytes,
 )
@@ -232,6 +233,7 @@ class Denoise:
             attention=self.case.policy.attention,
             cached_latents=cached_tensors(self.case),
             contrasted=workload.contrasted,
+            still=manifest.tokenwise and pictures_of(self.case) > 0,
         )
 
     @cached_property

@@ -130,7 +130,7 @@ class Clips:
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """Indices of all clips, so many at a time."""
-        return iter(torch.arange(len(self.noise)).split(size))
+        return iter(torch.split(torch.arange(len(self.noise)), size))
 
     @torch.no_grad()
     def velocity(self, latents: Tensor, moment: Tensor, clips: Tensor, **context: Any) -> Tensor:
@@ -155,7 +155,7 @@ class Clips:
             torch.tensor(values).view(1, -1, 1, 1, 1)
             for values in (config.latents_mean, config.latents_std)
         )
-        parts = (latents * std + mean).split(8)
+        parts = torch.split(latents * std + mean, 8)
         decoded = torch.cat([decode_clip(self.generator.vae, part) for part in parts])
         return decoded.clamp(-1, 1) / 2 + 0.5
 
@@ -200,6 +200,10 @@ def hooked(clips: Clips, config: Any) -> Iterator[None]:
         clips.transformer.disable_cache()
 
 
+def _fewer(fewer: int, clips: Clips, steps: int) -> Tensor:
+    return plain(clips, fewer)
+
+
 def under(config: Callable[[int], Any], size: int = AT_ONCE, told: bool = False) -> Method:
     """A hook that is made for a number of steps."""
 
@@ -216,8 +220,8 @@ Method = Callable[[Clips, int], Tensor]
 def ratios(steps: int) -> list[float]:
     """MagCache's, from a full run of eight validation clips, as its calibration takes them."""
     clips = Clips.of("validation", 8)
-    blocks, found, before = clips.transformer.blocks, [], {}
-    inputs: list[Tensor] = []
+    blocks, inputs = clips.transformer.blocks, list[Tensor]()
+    found, before = list[float](), dict[int, Tensor]()
     blocks[0].register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
 
     def leave(module: Any, given: Any, result: Tensor) -> None:
@@ -279,13 +283,13 @@ def own(steps: int) -> Iterator[tuple[str, str, Method]]:
     """Penstock's own cache."""
     levels, shares = levels_of(steps), shares_of(new_sampler(steps))
     for budget in {40: (5e-4, 2e-3, 5e-3, 15e-3), 20: (2e-3, 6e-3, 12e-3)}[steps]:
-        yield "budget", f"{budget}", _with(lambda t=budget: Budget(t, levels, shares))
+        yield "budget", f"{budget}", _with(partial(Budget, budget, levels, shares))
     eight, one = recorded(steps, 8), recorded(steps, 1)
     for share in (0.7, 0.5, 0.35, 0.25):
         for name, run in (("8 runs", eight), ("1 run", one)):
             schedule = best_schedule(run, shares, round(share * steps))
             told = f"{len(schedule.computed)} from {name}"
-            yield "plan", told, _with(lambda s=schedule: Planned(s))
+            yield "plan", told, _with(partial(Planned, schedule))
 
 
 def _with(rule: Callable[[], Rule]) -> Method:
@@ -303,7 +307,7 @@ def methods(steps: int) -> Iterator[tuple[str, str, Method]]:
 
     half = {40: (28, 20, 14, 10), 20: (14, 10, 7)}[steps]
     for fewer in half:
-        yield "fewer UniPC steps", str(fewer), lambda clips, _, fewer=fewer: plain(clips, fewer)
+        yield "fewer UniPC steps", str(fewer), partial(_fewer, fewer)
     for threshold in {40: (0.02, 0.04, 0.08, 0.15), 20: (0.04, 0.08, 0.16)}[steps]:
         config = partial(_ignoring, FirstBlockCacheConfig, threshold=threshold)
         yield "FirstBlockCache", f"{threshold}", under(config, 1)
@@ -344,10 +348,11 @@ def _latents_of(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> l
 def psnr(found: Tensor, wanted: Tensor, span: float) -> tuple[float, float]:
     """In dB, of all clips together and of the worst."""
     errors = (found.double() - wanted.double()).square().flatten(1).mean(1)
-    return tuple(
+    together, worst = (
         10 * math.log10(span**2 / max(float(error), span**2 * 1e-14))
         for error in (errors.mean(), errors.max())
     )
+    return together, worst
 
 
 @dataclass

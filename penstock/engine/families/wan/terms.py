@@ -120,6 +120,9 @@ def _one_decoding_bytes(case: WanCase, picture: Picture | None) -> int:
 def condition_bytes(case: WanCase) -> int:
     """Mask and latents of the picture, in fp32."""
     spec = case.manifest.transformer
+    if case.manifest.tokenwise:
+        _, height, width = latent_of(case)
+        return pictures_of(case) * spec.out_channels * height * width * _SINGLE
     return (spec.in_channels - spec.out_channels) * latent_volume(case) * _SINGLE
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,11 @@ from penstock.engine.families.wan.model import model_of
 from penstock.engine.families.wan.preview import prepare_previews, preview_of
 from penstock.engine.families.wan.terms import clip_changes
 from penstock.engine.families.wan.vae_decode import raw_latents
-from penstock.engine.families.wan.vae_encode import encode_tiled, first_frame_then_zeros
+from penstock.engine.families.wan.vae_encode import (
+    encode_tiled,
+    first_frame_then_zeros,
+    normalised_latents,
+)
 from penstock.engine.media.fit import fitting
 from penstock.engine.media.picture import open_image
 from penstock.engine.model.component import Component
@@ -73,9 +77,10 @@ def _go_on(stage: Stage, found: Products, expert: Expert) -> None:
     conditions, sampling = _conditions(found), found["sampling"]
     name = expert.phase("denoise")
     latents = stage.attempt(name, lambda: denoise(stage, conditions, sampling, expert))
-    if expert.until == stage.job.request.steps:
+    if latents is not None:
         del found["sampling"]
-        found["latents"] = latents
+        first = conditions.condition if model_of(stage).manifest.tokenwise else None
+        found["latents"] = latents if first is None else with_first(latents.clone(), first)
 
 
 def _decode(stage: Stage, found: Products) -> None:
@@ -233,9 +238,11 @@ def encode_condition(stage: Stage, frames: list[Tensor] | None) -> Tensor:
         frames: the pictures at the video's size; None: they are still to be read.
     """
     component, request = model_of(stage).vae_encoder, stage.job.request
-    size = (request.frames, request.height, request.width)
+    frames_encoded = 1 if model_of(stage).manifest.tokenwise else request.frames
+    size = (frames_encoded, request.height, request.width)
     tiles = TileGrid(*stage.plan["encode"].tiles)
-    latent_frames = request.video_shape.latent(model_of(stage).manifest.vae)[0]
+    shape = replace(request.video_shape, frames=frames_encoded)
+    latent_frames = shape.latent(model_of(stage).manifest.vae)[0]
     units = latent_frames * (tiles.rows * tiles.cols + 1)
     with stage.phase("encode", units, "frame") as (_, phase), stage.rest(component) as vae:
         given = see_pictures(stage)[1] if frames is None else frames
@@ -243,6 +250,8 @@ def encode_condition(stage: Stage, frames: list[Tensor] | None) -> Tensor:
         source = first_frame_then_zeros(first, (request.frames - 1, last[0]) if last else None)
         changes = clip_changes(request.frames, len(given))
         encoded = encode_tiled(vae, source, size, tiles, changes=changes, should_stop=phase.advance)
+        if model_of(stage).manifest.tokenwise:
+            return normalised_latents(encoded.float(), vae.config).cpu()
         return pictures.conditioning(
             encoded.float(), vae.config.latents_mean, vae.config.latents_std, ends=bool(last)
         ).cpu()
@@ -273,10 +282,11 @@ def _steps(stage: Stage, conditions: Conditions, sampling: Sampling, expert: Exp
                 forward = Forward(model, component, stream, cross, plan.chunk_tokens, phase, attend)
                 rope = dit.rope_tables(model, latents.shape[2:], stage.device)
                 picture = _on_device(conditions.condition, stage.device)
+                still = model_of(stage).manifest.tokenwise
                 for step in range(start, steps):
                     if step == steps - 1:
                         stage.prefetch_after(name)
-                    model_input = _model_input(latents, picture, component.dtype)
+                    model_input = _model_input(latents, picture, component.dtype, still)
                     predictions = [
                         prediction
                         for branches in passes
@@ -312,7 +322,23 @@ def prepare(
                 for context in contexts:
                     branches.append(dit.cross_kv(block.attn2, context, *branches[:1]))
                 cross.add(branches)
-        return cross, dit.step_modulation(model, timesteps, component.dtype)
+        return cross, _modulation(stage, model, conditions, timesteps, component.dtype)
+
+
+def _modulation(
+    stage: Stage, model: Any, conditions: Conditions, timesteps: Tensor, dtype: torch.dtype
+) -> list[dit.StepModulation]:
+    """The time embeddings; of a model whose first latent frame is given, that frame's is that of
+    no noise at every step."""
+    made = dit.step_modulation(model, timesteps, dtype)
+    if conditions.condition is None or not model_of(stage).manifest.tokenwise:
+        return made
+    (still,) = dit.step_modulation(model, torch.zeros_like(timesteps[:1]), dtype)
+    spec = model_of(stage).manifest
+    _, height, width = stage.job.request.video_shape.latent(spec.vae)
+    _, rows, columns = spec.transformer.patch_size
+    tokens = (height // rows) * (width // columns)
+    return [replace(step, still=still, still_tokens=tokens) for step in made]
 
 
 @dataclass(frozen=True)
@@ -349,10 +375,21 @@ def _on_device(
     return None if tensor is None else tensor.to(device, dtype)
 
 
-def _model_input(latents: Tensor, condition: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _model_input(
+    latents: Tensor, condition: Tensor | None, dtype: torch.dtype, still: bool
+) -> Tensor:
+    """``still``: the condition is the first latent frame; else it comes in beside the latents."""
     if condition is None:
         return latents.to(dtype)
+    if still:
+        return with_first(latents.to(dtype, copy=True), condition)
     return torch.cat([latents, condition], dim=1).to(dtype)
+
+
+def with_first(latents: Tensor, first: Tensor) -> Tensor:
+    """``latents`` with the first frame replaced, in place."""
+    latents[:, :, :1] = first
+    return latents
 
 
 def _guided(predictions: list[Tensor], scale: float) -> Tensor:
@@ -394,6 +431,8 @@ def drawn(stage: Stage) -> Products:
         states(TEXT_TOKENS, spec.transformer.text_dim) for _ in range(workload_of(request).texts)
     ]
     channels = spec.transformer.in_channels - spec.transformer.out_channels
+    if spec.tokenwise and request.pictures:
+        channels, shape = spec.vae.z_dim, (1, *shape[1:])
     return {
         "texts": texts,
         "image": None if spec.image is None else states(spec.image_tokens, spec.image.hidden_size),

@@ -79,6 +79,7 @@ class DenoiseCase:
             elsewhere for one block and branch at a time.
         fused_norms: an RMS norm is one kernel, which makes its result and no more.
         attention: "sdpa", or "int8" for self-attention in 8 bits.
+        still: the first latent frame is given: its tokens are at another timestep than the others.
     """
 
     latent: tuple[int, int, int]
@@ -92,6 +93,12 @@ class DenoiseCase:
     cross_kv_on_device: bool = True
     fused_norms: bool = False
     attention: str = "sdpa"
+    still: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Timesteps of a step."""
+        return 2 if self.still else 1
 
 
 def grid_tokens(spec: TransformerSpec, latent: tuple[int, int, int]) -> int:
@@ -108,7 +115,7 @@ def denoise_bytes(spec: TransformerSpec, case: DenoiseCase) -> PeakBytes:
         "latents": sampler_state_bytes(spec, case),
         "model_input": spec.in_channels * _volume(case.latent) * spec.weights.itemsize,
         "rope": _rope_bytes(spec, case),
-        "modulation": modulation_bytes(spec, case.steps),
+        "modulation": modulation_bytes(spec, case.steps + case.rows - 1),
         "cross_kv": _cross_kv_held_bytes(spec, case),
         "lora": _lora_bytes(spec, case),
     }
@@ -131,7 +138,7 @@ def context_bytes(spec: TransformerSpec, case: DenoiseCase) -> PeakBytes:
     held = {
         "encoder_states": states * e,
         "contexts": case.branches * (text + image) * d * e,
-        "modulation": modulation_bytes(spec, case.steps),
+        "modulation": modulation_bytes(spec, case.steps + case.rows - 1),
     }
     # While the last block's keys are being normalised, what follows is not there yet: their own
     # values, and after the only branch's text also the image's keys and values.
@@ -177,7 +184,8 @@ def sampler_state_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
     """The sample, the scheduler's history and the image conditioning, in fp32."""
     condition = spec.in_channels - spec.out_channels
     channels = (1 + case.history_latents) * spec.out_channels + condition
-    return channels * _volume(case.latent) * FP32_BYTES
+    given = spec.out_channels * _volume((1, *case.latent[1:])) if case.still else 0
+    return (channels * _volume(case.latent) + given) * FP32_BYTES
 
 
 def denoise_flops(
@@ -266,7 +274,7 @@ def _block_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int]:
         "hidden": case.visit_branches * hidden,
         "self_kv": 2 * hidden,
         "outputs": _earlier_outputs_bytes(spec, case),
-        "block_modulation": _block_modulation_bytes(spec),
+        "block_modulation": case.rows * _block_modulation_bytes(spec),
         **max(moments, key=lambda moment: sum(moment.values())),
     }
 

@@ -17,6 +17,7 @@ from penstock.engine.families.wan.terms import (
     condition_bytes,
     decoding_bytes,
     encoder_state_bytes,
+    landing_bytes,
     latent_of,
     latents_bytes,
     picture_bytes,
@@ -172,6 +173,9 @@ class Tiled:
         )  # fmt: skip
         if decoding and self.case.workload.saved:
             held = (*held, ("saved tile", SAVED_TILE_COPIES * tile_bytes(self.case, grid)))
+        if decoding and not on_cpu:
+            piece = tile_bytes(self.case, grid) // self.case.workload.shape.frames
+            held = (*held, ("frames being copied", landing_bytes(piece)))
         room = limits.ram_bytes - sum(count for _, count in held)
         return PhasePlan(
             self.name,

@@ -17,6 +17,7 @@ from penstock.engine.families.wan.terms import (
     condition_bytes,
     decoding_bytes,
     encoder_state_bytes,
+    landing_bytes,
     latent_of,
     latents_bytes,
     picture_bytes,
@@ -65,10 +66,13 @@ def experts(case: WanCase) -> Iterator[Denoise]:
     work = case.workload
     guided = work.guided if work.guided_high is None else work.guided_high, work.guided
     both = work.texts == 2
-    for number, (steps, on) in enumerate(zip(case.manifest.split(work), guided, strict=True)):
+    split = case.manifest.split(work)
+    cached = case.policy.caching.parts(split)
+    for number, (steps, on, part) in enumerate(zip(split, guided, cached, strict=True)):
         if steps:
             own = replace(work, steps=steps, guided=on, guided_high=both)
-            yield Denoise(replace(case, workload=own), second=number == 1)
+            policy = replace(case.policy, step_cache=part.word)
+            yield Denoise(replace(case, workload=own, policy=policy), second=number == 1)
 
 
 def text_step(case: WanCase) -> OnePass:
@@ -169,6 +173,9 @@ class Tiled:
         )  # fmt: skip
         if decoding and self.case.workload.saved:
             held = (*held, ("saved tile", SAVED_TILE_COPIES * tile_bytes(self.case, grid)))
+        if decoding and not on_cpu:
+            piece = tile_bytes(self.case, grid) // self.case.workload.shape.frames
+            held = (*held, ("frames being copied", landing_bytes(piece)))
         room = limits.ram_bytes - sum(count for _, count in held)
         return PhasePlan(
             self.name,

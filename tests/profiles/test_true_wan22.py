@@ -1,5 +1,5 @@
 """Wan2.2 at its true shapes, without weights: each profile's plan at 720p against fake-tensor runs,
-as `tests.profiles.test_true_model` does it for Wan2.1."""
+as `tests.profiles.test_true_model` does it for Wan2.1. The whole sweep is in `make faults`."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def test_one_plan_of_each_model_holds() -> None:
         _hold_denoise(name, found["denoise"], found)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize(("name", "part", "found"), unique("denoise", "denoise 2"))
 def test_context_and_denoise(name: str, part: PhasePlan, found: Plan) -> None:
     _hold_denoise(name, part, found)
@@ -222,7 +222,7 @@ def fake_vae() -> FakeVae:
     return FakeVae.make(torch.bfloat16, **VAE_48)
 
 
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("name", "part", "found"), [p for p in unique("encode", "decode") if "5b" in p.values[0]]
 )

@@ -20,6 +20,9 @@ from penstock.formats.gguf import Gguf
 from tests.engine import golden, lora_files
 from tests.engine.running import a_request, an_engine
 
+COMPUTED_IN = {"fp16": torch.float16, "f16": torch.float16, "fp32": torch.float32}
+"""What plain files make of it; others are computed in bf16."""
+
 
 @dataclass(frozen=True)
 class Found:
@@ -86,10 +89,11 @@ def examine(model: Path, spelling: str, folder: Path) -> Found:
     described = inspect(path).components[0]  # type: ignore[union-attr]
     found = latents(model, path, vram="24MiB")
     plain = folder / "plain.safetensors"
+    computed = COMPUTED_IN.get(spelling.removeprefix("gguf ").lower(), torch.bfloat16)
     # ComfyUI-GGUF's files hold the modulation in fp32, and nothing rounds it.
     kept = "scale_shift_table" if path.suffix == ".gguf" else "none"
     save_file(
-        {n: v.float() if n.endswith(kept) else v.bfloat16() for n, v in values.items()}, plain
+        {n: v.float() if n.endswith(kept) else v.to(computed) for n, v in values.items()}, plain
     )
     pack(locate(model, Files(transformer=path)), "int8", folder / "packed")
     similar = torch.nn.functional.cosine_similarity(

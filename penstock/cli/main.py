@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, MutableMapping
 from enum import Enum
 from pathlib import Path
@@ -20,6 +21,7 @@ from penstock.cli.files import (
     LoraStrict,
     Model,
     Part,
+    Second,
     Tokenizer,
     cache_app,
     inspect,
@@ -78,7 +80,13 @@ class FitName(str, Enum):
 Steps = Annotated[
     int | None, typer.Option(help="Denoising steps (40 from a picture, 50 from text).")
 ]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale (5; 1.3B: 6); 1 is off.")]
+Guidance = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SCALE[,HIGH]",
+        help="Guidance scale (5; 1.3B: 6); 1 is off. Of two transformers: little noise, much.",
+    ),
+]
 Shift = Annotated[
     float | None,
     typer.Option(help="Flow shift (5; from a picture at 480p: 3; 1.3B: 8)."),
@@ -130,11 +138,15 @@ def generate(
     output: Annotated[Path, path_option("The mp4 to write.", "--output", "-o")],
     model: Model = None,
     transformer: Part = None,
+    transformer_2: Second = None,
     text_encoder: Part = None,
     vae: Part = None,
     image_encoder: Part = None,
     tokenizer: Tokenizer = None,
     image: Annotated[Path | None, path_option("The picture to start from.")] = None,
+    last_image: Annotated[
+        Path | None, path_option("The picture to end with, where the model takes one.")
+    ] = None,
     negative: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
     size: Annotated[str | None, typer.Option(help="Pixels, such as 1280x720.")] = None,
     max_area: Annotated[
@@ -189,10 +201,11 @@ def generate(
     from penstock.engine.lora.file import as_loras
     from penstock.engine.request.settings import Settings
 
-    files = Files(transformer, text_encoder, vae, image_encoder, tokenizer)
+    files = Files(transformer, text_encoder, vae, image_encoder, tokenizer, transformer_2)
     settings = Settings(
         prompt=prompt,
         image=image,
+        last_image=last_image,
         negative_prompt=negative,
         size=size,
         max_area=max_area,
@@ -317,12 +330,16 @@ def demo(
 def plan(
     model: Model = None,
     transformer: Part = None,
+    transformer_2: Second = None,
     text_encoder: Part = None,
     vae: Part = None,
     image_encoder: Part = None,
     tokenizer: Tokenizer = None,
     synthetic: Annotated[
-        str | None, typer.Option(help="A built-in description instead: wan2.1-i2v-14b.")
+        str | None,
+        typer.Option(
+            help="A built-in description instead: wan2.1-i2v-14b, wan2.1-t2v-14b and others."
+        ),
     ] = None,
     image: Annotated[Path | None, path_option("The picture, for its aspect.")] = None,
     size: Annotated[str | None, typer.Option(help="Pixels, such as 1280x720.")] = None,
@@ -347,6 +364,7 @@ def plan(
 ) -> None:
     """Say what a video will take, in bytes and seconds, without loading anything."""
     from penstock.cli.plan_view import ASSUMED, plan_view
+    from penstock.engine.alternatives import alternatives
     from penstock.engine.files.locate import Files
     from penstock.engine.lora.file import as_loras
     from penstock.engine.prepared import Prepared, machine_of
@@ -363,20 +381,22 @@ def plan(
         options, machine = machine_of(options, card, disk)
         prepared = Prepared.open(
             model,
-            files=Files(transformer, text_encoder, vae, image_encoder, tokenizer),
+            files=Files(transformer, text_encoder, vae, image_encoder, tokenizer, transformer_2),
             loras=as_loras(lora or [], strict=lora_strict),
             options=options,
             synthetic=synthetic,
             machine=machine,
         )
         request = resolve(settings, prepared.about)
-        found = prepared.plan(workload_of(request, kept=True))
+        found = prepared.plan(workload_of(request, saved=True))
         told = timesteps_of(request, prepared.about.official)
+        faster = alternatives(prepared, settings, found)
     if as_json:
-        say(json.dumps(found.to_json() | {"timesteps": told}))
+        others = [each.to_json() for each in faster]
+        say(json.dumps(found.to_json() | {"timesteps": told, "alternatives": others}))
     else:
         besides = memory_told(found) if card is None else ASSUMED
-        Screen().print(plan_view(found, besides), soft_wrap=True)
+        Screen().print(plan_view(found, besides, faster), soft_wrap=True)
 
 
 profiles_app = typer.Typer(help="Byte budgets and policies by name.", invoke_without_command=True)
@@ -447,17 +467,29 @@ def _generate(
 
     prepared = Prepared.open(model, **opening)
     request = resolve(settings, prepared.model)
-    plan = prepared.plan(request, kept=job_folder is not None)
+    plan = prepared.plan(request, saved=job_folder is not None)
+    _name_faster(prepared, settings, plan)
 
+    importing = time.perf_counter()
     from penstock.engine.engine import Engine
 
-    with Engine(prepared) as engine:
+    with Engine(prepared, imports_s=time.perf_counter() - importing) as engine:
         folder, resumes = (None, False) if job_folder is None else job_folder(engine, request, plan)
         if resumes and folder is not None:
             job = engine.resume(folder, output, force=force)
         else:
             job = engine.submit(request, output, force=force, metadata=metadata, job_dir=folder)
         return _watch(job, plan, as_json, stop)
+
+
+def _name_faster(prepared: Any, settings: Any, plan: Any) -> None:
+    """Before a long job: what would be the fastest."""
+    from penstock.cli.plan_view import faster_told
+    from penstock.engine.alternatives import LONG_S, alternatives
+
+    if plan.seconds > LONG_S:
+        for best in alternatives(prepared, settings, plan)[:1]:
+            Screen(stderr=True).print(f"note: {faster_told(best)}", soft_wrap=True)
 
 
 def _watch(job: Any, plan: Any, as_json: bool, stop: Stopping) -> Any:

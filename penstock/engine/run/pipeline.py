@@ -94,7 +94,10 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
             stage.monitor.notice(message)
         know_sources(stage)
         _log_request(job)
-        found = run_phases(stage, work_of(stage))
+        importing = time.perf_counter()
+        work = work_of(stage)
+        imports_s = job.imports_s + time.perf_counter() - importing
+        found = run_phases(stage, work)
         output, video = job.output, found["video"]
         if output is not None:
             asked = output
@@ -103,7 +106,8 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
             stage.monitor.notice(STEERED)
         for problem in job.keeper.problems:
             stage.monitor.notice(problem)
-        report = _report(job, stage.monitor, output, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        report = _report(job, stage.monitor, output, seconds, imports_s)
         job.keeper.finished(report)
     return JobResult(report, found["latents"], video)
 
@@ -115,13 +119,13 @@ def know_sources(stage: Stage) -> None:
         return
     with stage.host_ledger.reserve("files being read for their checksums", PIECE_BYTES):
         sums = {n: Sums().of(p, stage.monitor.check) for n, p in stage.job.sources.items()}
-    stage.keeper.keep_sums({name: each.value for name, each in sums.items()})
+    stage.keeper.save_sums({name: each.value for name, each in sums.items()})
     stage.monitor.notice(f"the model's files are known for a resume: {how_told(sums.values())}")
 
 
 def _log_request(job: Run) -> None:
     """What is made, at "info"; what it shall show, at "debug" alone."""
-    shown = ("prompt", "negative_prompt", "image")
+    shown = ("prompt", "negative_prompt", "image", "last_image")
     values = asdict(job.request)
     log.info("makes %s", {name: value for name, value in values.items() if name not in shown})
     log.debug("shows %s", {name: values[name] for name in shown})
@@ -184,10 +188,13 @@ def _metadata(job: Run) -> dict[str, Any]:
     shift = job.model.flow_shift(request.width, request.height, request.shift)
     settings = asdict(request) | {"shift": shift, "penstock": __version__}
     steered = {"steered": True} if job.keeper.steered else {}
-    return {name: settings[name] for name in settings if name not in ("image", "grid")} | steered
+    hidden = ("image", "last_image", "grid")
+    return {name: settings[name] for name in settings if name not in hidden} | steered
 
 
-def _report(job: Run, monitor: Monitor, output: Path | None, seconds: float) -> RunReport:
+def _report(
+    job: Run, monitor: Monitor, output: Path | None, seconds: float, imports_s: float
+) -> RunReport:
     request, memory = job.request, ProcessMemory.peak()
     assert request.seed is not None
     return RunReport(
@@ -198,6 +205,7 @@ def _report(job: Run, monitor: Monitor, output: Path | None, seconds: float) -> 
         fps=request.fps,
         seed=request.seed,
         seconds=seconds,
+        imports_s=imports_s,
         vram_limit_bytes=job.plan.vram_limit_bytes,
         ram_limit_bytes=job.plan.ram_limit_bytes,
         allocated_vram_bytes=_allocated_bytes(job.device),

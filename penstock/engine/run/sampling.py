@@ -35,7 +35,7 @@ class Sampling:
         shape = self._stage.model.latent_shape(request.video_shape)
         noise = initial_noise(shape, request.seed).to(self._stage.device)
         point = Point(noise, self._sampler().state())
-        self._stage.keeper.keep_point(point)
+        self._stage.keeper.save_point(point)
         self._stage.keeper.settle()  # the copy's room is the denoising's, which has not begun
         return point
 
@@ -76,7 +76,7 @@ class Sampling:
         self._stage.keeper.settle()
         latents = self._steered(sampler, sampler.step(prediction, sampler.next_step, latents))
         self._point = Point(latents, sampler.state())
-        self._stage.keeper.keep_point(self._point)
+        self._stage.keeper.save_point(self._point)
         return latents
 
     def _steered(self, sampler: Sampler, latents: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class Sampling:
         if wanted is None:
             return latents
         if not stage.keeper.steered:
-            stage.keeper.keep_steered()  # before any state that it has touched
+            stage.keeper.save_steered()  # before any state that it has touched
         return wanted
 
 

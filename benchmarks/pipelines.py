@@ -70,13 +70,13 @@ def weights_of(pipe: Any) -> list[Tensor]:
 def least(pipe: Any, folder: Path, **asked: Any) -> tuple[int, int]:
     """The least VRAM and RAM, as the refusals of less name them."""
     needs = []
-    for budgets in ({"vram": 1, "ram": ROOM}, {"vram": ROOM, "ram": 1}):
+    for vram, ram in ((1, ROOM), (ROOM, 1)):
         try:
-            penstock.attach(pipe, **budgets, device="cpu", folder=folder, **asked)
+            penstock.attach(pipe, vram=vram, ram=ram, device="cpu", folder=folder, **asked)
         except OverBudget as refused:
             needs.append(refused.need_bytes)
         else:
-            raise AssertionError(f"{budgets} was not refused")
+            raise AssertionError(f"{vram} and {ram} bytes were not refused")
     return needs[0], needs[1]
 
 

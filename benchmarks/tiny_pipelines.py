@@ -1,4 +1,4 @@
-"""Tiny random pipelines of diffusers: built from configs in memory, each with a call that runs it."""
+"""Tiny random pipelines of diffusers, built from configs in memory, each with a call."""
 
 from __future__ import annotations
 

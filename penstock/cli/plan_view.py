@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from penstock.engine.alternatives import Alternative
 from penstock.profiles.hardware import INTERPRETER_BYTES
 from penstock.profiles.plan import ATTENTION, COMPUTE_PATHS, Plan, StreamPlan
 from penstock.profiles.profile import Profile, load, names
@@ -22,12 +23,16 @@ ASSUMED = (
 _BOUND = {"compute": "computing", "copy": "the link to the card", "read": "the disk"}
 
 
-def plan_view(plan: Plan, besides: str = ASSUMED) -> Group:
-    """The whole plan: phases, where the blocks live, what bounds it, where each value is from.
+def plan_view(
+    plan: Plan, besides: str = ASSUMED, alternatives: Sequence[Alternative] = ()
+) -> Group:
+    """The whole plan: phases, where the blocks live, what bounds it, where each value is from, and
+    what would be faster.
 
     Args:
         plan: the plan.
         besides: what the process takes besides its buffers, in a clause.
+        alternatives: that fit, the fastest first.
     """
     denoise = plan["denoise"]
     parts: list[RenderableType] = [_phases(plan)]
@@ -39,13 +44,46 @@ def plan_view(plan: Plan, besides: str = ASSUMED) -> Group:
         f"{_tiles(plan)}",
         f"weights  blocks stored as {plan.weight_format}, compute {plan.compute}: "
         f"{COMPUTE_PATHS[plan.compute_path]}; self-attention {ATTENTION[plan.attention]}",
+        *_caching(plan),
         f"total    {clock(plan.seconds)}; denoising is bound by {_BOUND[denoise.bound]}",
         f"budgets  VRAM {format_bytes(plan.peak_vram_bytes)} of "
         f"{format_bytes(plan.vram_limit_bytes)}, RAM {format_bytes(plan.peak_ram_bytes)} of "
         f"{format_bytes(plan.ram_limit_bytes)} in buffers; {besides}",
         _origins(plan),
     ]
+    if alternatives:
+        parts += ["", "faster here", _faster(alternatives)]
     return Group(*parts)
+
+
+def _caching(plan: Plan) -> list[str]:
+    """How many steps are computed, and what that saves at most."""
+    fewest, most = plan["denoise"].forwards
+    if plan.step_cache == "off":
+        return []
+    if fewest == most:
+        return [f"cache    {plan.step_cache}: {most} steps are computed"]
+    saved = plan["denoise"].seconds * (1 - fewest / most)
+    told = f"{fewest} to {most} steps are computed, as each clip allows"
+    return [
+        f"cache    {plan.step_cache}: {told}; the total is of all, and may be {clock(saved)} less"
+    ]
+
+
+def _faster(alternatives: Sequence[Alternative]) -> str:
+    wide = max(len(each.flags) for each in alternatives)
+    return "\n".join(
+        f" {each.flags:<{wide}}  {clock(each.seconds):>8}  ({each.quality})"
+        for each in alternatives
+    )
+
+
+def faster_told(best: Alternative) -> str:
+    """The best alternative of a long job, in a line."""
+    return (
+        f"predicted to take {clock(best.of_seconds)}; {best.flags}: {clock(best.seconds)} "
+        f"({best.quality}); penstock plan names more"
+    )
 
 
 def _phases(plan: Plan) -> Table:

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from gguf import quants
 
 from benchmarks import kquants
 from tests.engine import golden
@@ -63,7 +64,7 @@ def _by_hand(model: Path, name: str, folder: Path) -> None:
         golden.make(tensors, names, SPELLED[name]).save(folder / "transformer.safetensors")
         return
     kind = name.removeprefix("gguf-").upper()
-    quantise: Callable[[Any, Any], Any] = _ours if kind in kquants.KINDS else golden.quants.quantize
+    quantise: Callable[[Any, Any], Any] = _ours if kind in kquants.KINDS else quants.quantize
     golden.write_gguf(folder / "transformer.gguf", tensors, names, kind, "wan", quantise)
 
 

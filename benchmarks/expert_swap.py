@@ -137,7 +137,8 @@ def parts_of(found: Plan, manifest: WanManifest, work: Workload, machine: Hardwa
 def _policy(found: Plan) -> Any:
     from penstock.profiles.policy import Policy
 
-    return Policy(compute=found.compute, attention=found.attention)
+    given: dict[str, Any] = {"compute": found.compute, "attention": found.attention}
+    return Policy(**given)
 
 
 def swapped(found: Plan, parts: list[Part], machine: Hardware) -> dict[str, float]:

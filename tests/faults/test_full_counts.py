@@ -54,14 +54,12 @@ def test_sigkill_at_failpoints(engine: Engine, picture: Path, sha: str, tmp_path
     assert total >= 80
 
 
-def test_sigkill_across_the_swap_of_two_transformers(tmp_path: Path) -> None:
-    folder = write_tiny_model(
-        tmp_path / "a14b", image_to_video=False, experts=True, seed=1, vae=SMALL_VAE
-    )
+def test_sigkill_across_the_swap_of_two_transformers(picture: Path, tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "a14b", experts=True, seed=1, vae=SMALL_VAE)
     with an_engine(folder) as engine:
         output = tmp_path / "out.mp4"
-        engine.submit(a_request(None), output).result()
-        total, redone = kill_at_failpoints(engine, None, frames_sha(output), tmp_path, count=40)
+        engine.submit(a_request(picture), output).result()
+        total, redone = kill_at_failpoints(engine, picture, frames_sha(output), tmp_path, count=40)
     print(f"\nsigkill at 40 of {total} failpoints of two transformers: {redone} steps redone")
     assert total >= 80
 

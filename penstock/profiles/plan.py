@@ -35,6 +35,11 @@ ATTENTION: Mapping[str, str] = MappingProxyType(
 )
 """What a plan's ``attention`` means, for people."""
 
+RESIDUAL: Mapping[str, str] = MappingProxyType(
+    {"bf16": "as it computes", "fp32": "in fp32, as the makers do"}
+)
+"""What a plan's ``residual`` means, for people."""
+
 
 NUMERICS: Mapping[str, str | None] = MappingProxyType(
     {"weight_format": None, "compute": "exact", "attention": "sdpa"}
@@ -91,6 +96,8 @@ class PhasePlan:
         ram_work: ``(label, bytes)`` of everything else in host memory.
         chunk_tokens: tokens a chunk of the DiT forward.
         branches: CFG branches that go through a block during one visit.
+        residual: what the DiT's hidden states are kept in: "bf16", the compute dtype, as all jobs
+            did whose records do not say it; or "fp32".
         cross_kv_on_device: the cross-attention K/V of all blocks stay in VRAM (else in RAM).
         tiles: rows and columns of the VAE's tile grid.
         pinned_bytes: of ``ram_weights``, page-locked where the device is a GPU.
@@ -108,6 +115,7 @@ class PhasePlan:
     stream: StreamPlan | None = None
     chunk_tokens: int = 0
     branches: int = 0
+    residual: str = "bf16"
     cross_kv_on_device: bool = False
     tiles: tuple[int, int] = (1, 1)
     pinned_bytes: int = 0
@@ -124,6 +132,7 @@ class PhasePlan:
             words.append(str(self.stream))
         if self.chunk_tokens:
             words.append(f"{self.chunk_tokens} tokens a chunk, {self.branches} branches a visit")
+            words.append(f"hidden states in {self.residual}")
         if self.tiles != (1, 1):
             words.append("{}x{} tiles".format(*self.tiles))
         return ", ".join((*words, f"{self.seconds:.4g} s by {self.bound}"))
@@ -229,6 +238,12 @@ class Plan:
         return replace(self, phases=tuple(new.get(phase.name, phase) for phase in self.phases))
 
     @property
+    def residual(self) -> str:
+        """What the DiT's hidden states are kept in, in all its phases."""
+        found = [phase.residual for phase in self.phases if phase.chunk_tokens]
+        return "fp32" if found and set(found) == {"fp32"} else "bf16"
+
+    @property
     def numerics(self) -> dict[str, str]:
         """What of the plan determines a result, but for the order of sums."""
         return {name: getattr(self, name) for name in NUMERICS}
@@ -295,13 +310,23 @@ def same_rounding(one: PhasePlan, other: PhasePlan) -> bool:
     Where weights lie and how many branches share a visit changes nothing. Chunks and tiles are
     exact in real arithmetic, but a kernel may sum in another order for another shape.
     """
-    return (one.chunk_tokens, one.tiles) == (other.chunk_tokens, other.tiles)
+    return rounding(one) == rounding(other)
+
+
+def rounding(phase: PhasePlan) -> dict[str, Any]:
+    """What of a phase's plan alters rounding, as plain values."""
+    return {
+        "chunk_tokens": phase.chunk_tokens,
+        "tiles": list(phase.tiles),
+        "residual": phase.residual,
+    }
 
 
 def _told(phase: PhasePlan) -> list[str]:
     told = [
         f"{phase.chunk_tokens} tokens a chunk",
         f"{phase.branches} CFG branches a visit",
+        f"hidden states in {phase.residual}",
         f"{phase.tiles[0]}x{phase.tiles[1]} tiles",
         f"cross-attention K/V in {'VRAM' if phase.cross_kv_on_device else 'RAM'}",
         f"{'the first' if phase.prefetch_bytes else 'no'} blocks read ahead",

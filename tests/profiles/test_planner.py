@@ -12,7 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from penstock.engine.families.wan.cost import encoders, transformer, vae
-from penstock.engine.families.wan.denoise_plan import EIGHT_BIT_WORKSPACE_BYTES, Denoise
+from penstock.engine.families.wan.denoise_plan import (
+    EIGHT_BIT_WORKSPACE_BYTES,
+    RESIDUAL_COST,
+    Denoise,
+)
 from penstock.engine.families.wan.manifest import WanManifest
 from penstock.engine.family.protocol import builtin
 from penstock.errors import OverBudget
@@ -79,7 +83,9 @@ def test_more_budget_is_never_slower(model, work, machine, policy, more) -> None
     if found is None:
         return
     assert better is not None
-    assert better.seconds <= found.seconds * (1 + 1e-9)
+    # Room that is found for hidden states in fp32 is taken, where it costs no more than this.
+    cost = RESIDUAL_COST if found.residual != better.residual else 0
+    assert better.seconds <= found.seconds * (1 + 1e-9 + cost)
     for phase in found.phases:
         if phase.name not in ("context", "denoise"):
             assert better[phase.name].seconds <= phase.seconds * (1 + 1e-9)
@@ -106,7 +112,9 @@ def test_sparing_the_disk_more_budget_is_never_worse_with_busy_links_weighed(
     if found is None:
         return
     assert better is not None
-    assert _weighed(model, work, machine, better) <= _weighed(model, work, machine, found) + 1e-9
+    cost = RESIDUAL_COST if found.residual != better.residual else 0
+    before = _weighed(model, work, machine, found)
+    assert _weighed(model, work, machine, better) <= before * (1 + cost) + 1e-9
 
 
 def _weighed(model, work, machine, found: Plan) -> float:
@@ -240,6 +248,7 @@ def _denoise_fits(model, work, machine, policy) -> bool:
             latent, chunk, work.branches, visit, work.steps,
             model.image.tokens if model.image else 0, cross_kv_on_device=place,
             fused_norms=machine.fused_norms, attention=policy.attention,
+            residual="fp32" if policy.residual == "fp32" else "bf16",
         )  # fmt: skip
         kept = held + (0 if place else transformer.cross_kv_bytes(spec, case))
         context = transformer.context_bytes(spec, case).total_bytes + decoding

@@ -24,7 +24,7 @@ from penstock.engine.media.video import write_video
 from penstock.engine.request.generation import frame_rate
 from penstock.engine.request.levels import timesteps_of
 from penstock.engine.run.ending import Ending
-from penstock.engine.run.events import Listener, Monitor, PhaseMonitor
+from penstock.engine.run.events import Listener, PhaseMonitor
 from penstock.engine.run.report import JobResult, RunReport
 from penstock.engine.run.stage import Run, Stage
 from penstock.engine.software import versions
@@ -103,7 +103,7 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
             stage.monitor.notice(STEERED)
         for problem in job.keeper.problems:
             stage.monitor.notice(problem)
-        report = _report(job, stage.monitor, output, time.perf_counter() - started)
+        report = _report(stage, output, time.perf_counter() - started)
         job.keeper.finished(report)
     return JobResult(report, found["latents"], video)
 
@@ -187,8 +187,9 @@ def _metadata(job: Run) -> dict[str, Any]:
     return {name: settings[name] for name in settings if name not in ("image", "grid")} | steered
 
 
-def _report(job: Run, monitor: Monitor, output: Path | None, seconds: float) -> RunReport:
-    request, memory = job.request, ProcessMemory.peak()
+def _report(stage: Stage, output: Path | None, seconds: float) -> RunReport:
+    job, monitor, memory = stage.job, stage.monitor, ProcessMemory.peak()
+    request = job.request
     assert request.seed is not None
     return RunReport(
         output=None if output is None else str(output),
@@ -209,6 +210,7 @@ def _report(job: Run, monitor: Monitor, output: Path | None, seconds: float) -> 
         notices=tuple(monitor.notices),
         versions=versions(),
         steered=job.keeper.steered,
+        residual=stage.plan.residual,
         on_cpu=job.device.type == "cpu",
         process_peak_bytes=memory.resident_bytes,
         group_peak_bytes=memory.group_bytes,

@@ -71,6 +71,8 @@ class RunReport:
         compute_path: how most of the blocks' matrices multiplied: "plain", "dequant", "fp8" or
             "int8".
         attention: what self-attention ran on: "sdpa" or "int8".
+        residual: what the transformer's hidden states were kept in: "fp32", or "bf16" for the dtype
+            that it computes in.
         notices: all that the user was told on the way.
         steered: ``on_step`` replaced the latents in some step: the request and the seed alone do
             not lead to this video.
@@ -101,6 +103,7 @@ class RunReport:
     notices: tuple[str, ...]
     versions: dict[str, str]
     steered: bool = False
+    residual: str = "bf16"
     options: Options = field(default_factory=Options)
     timesteps: tuple[float, ...] = ()
     on_cpu: bool = True

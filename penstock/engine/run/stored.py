@@ -29,7 +29,7 @@ from penstock.engine.store.journal import HEADER_BYTES, Journal
 from penstock.engine.store.names import PICTURE_FILE
 from penstock.engine.store.sums import Sums, how_told
 from penstock.errors import JournalError, RequestError, StorageError, UsageError
-from penstock.profiles.plan import NUMERICS, Plan
+from penstock.profiles.plan import NUMERICS, Plan, rounding
 
 STATE_TENSORS = 5
 """Latents and the solver's history at most: UniPC keeps three of the latents' size (order 2)."""
@@ -269,9 +269,5 @@ def reserve_bytes(model: ModelFiles, request: GenerationRequest) -> int:
 
 
 def _rounding(plan: Plan) -> dict[str, Any]:
-    """What of a plan alters rounding (`penstock.profiles.plan.same_rounding`)."""
-    return {
-        phase.name: {"chunk_tokens": phase.chunk_tokens, "tiles": list(phase.tiles)}
-        for phase in plan.phases
-        if phase.name != PACKING
-    }
+    """What of a plan alters rounding (`penstock.profiles.plan.rounding`)."""
+    return {phase.name: rounding(phase) for phase in plan.phases if phase.name != PACKING}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -30,7 +30,7 @@ from penstock.profiles.phases import (
     loading_s,
 )
 from penstock.profiles.plan import Items, PhasePlan
-from penstock.profiles.policy import Limits
+from penstock.profiles.policy import RESIDUALS, Limits
 from penstock.profiles.rates import Rates
 from penstock.profiles.streams import (
     LINK_CARE,
@@ -48,13 +48,18 @@ log = logging.getLogger(__name__)
 CHUNKS = (1 << 16, 1 << 15, 1 << 14, 1 << 13, 4096, 2048, 1024, 512, 256, 128, 64, 32, 16, 8, 4, 2)
 """Tokens a chunk of the DiT forward that are tried, besides "all in one chunk"."""
 
+RESIDUAL_COST = 0.005
+"""Of the job's time that hidden states in fp32 may take more, where nothing is said of them. They
+take memory, for residents and for larger chunks."""
+
 EIGHT_BIT_WORKSPACE_BYTES = 128 * MIB
 """Temporaries of an 8-bit matrix product (`penstock.quant.compute.DEFAULT_CHUNK_BYTES`)."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How the forward is cut: branches a visit, tokens a chunk, the place of cross-attention K/V.
+    """How the forward is cut: branches a visit, tokens a chunk, the place of cross-attention K/V;
+    and what its hidden states are in.
 
     Attributes:
         work: bytes in VRAM besides weights.
@@ -95,11 +100,29 @@ class Denoise:
         return self.case.manifest.transformer
 
     def best(self, limits: Limits) -> Group | None:
-        """As `penstock.profiles.phases.Step`: shapes by what they compute, until none can win."""
-        contexts = {away: self._context(away, limits) for away in (True, False)}
+        """As `penstock.profiles.phases.Step`; hidden states in fp32 may cost `RESIDUAL_COST`."""
+        found = [self._best(residual, limits) for residual in self._residuals]
+        narrow, wide = found[0], found[-1]
+        if narrow is None:
+            return None
+        if wide is not None and wide[0] <= narrow[0] * (1 + RESIDUAL_COST):
+            return wide[1]
+        return narrow[1]
+
+    @property
+    def _residuals(self) -> tuple[str, ...]:
+        """What the hidden states may be in, the narrowest first."""
+        if self.spec.weights.itemsize == transformer.FP32_BYTES:
+            return ("fp32",)
+        fixed = self.case.policy.residual
+        return RESIDUALS if fixed == "auto" else (fixed,)
+
+    def _best(self, residual: str, limits: Limits) -> tuple[float, Group] | None:
+        """Shapes by what they compute, until none can win: the best, and its objective before."""
+        contexts = {away: self._context(away, residual, limits) for away in (True, False)}
         best: Group | None = None
         best_objective = float("inf")
-        for shape in self._shapes:
+        for shape in self._shapes[residual]:
             if shape.least_seconds > best_objective:
                 break
             context = contexts[not shape.cost.cross_kv_on_device]
@@ -114,7 +137,7 @@ class Denoise:
             objective = context.seconds + stream.timing.objective
             if best is None or (objective, group_key(found)) < (best_objective, group_key(best)):
                 best, best_objective = found, objective
-        return best
+        return None if best is None else (best_objective, best)
 
     def _stream(self, shape: Shape, limits: Limits, better_than: float) -> Stream | None:
         rest = self.spec.weights.rest_bytes
@@ -143,14 +166,15 @@ class Denoise:
     def _network(self) -> Network:
         return Network.of(self.spec.weights.block_bytes)
 
-    def _context(self, away: bool, limits: Limits) -> PhasePlan | None:
+    def _context(self, away: bool, residual: str, limits: Limits) -> PhasePlan | None:
         if self.case.policy.cross_kv == ("vram" if away else "ram"):
             return None
-        fitting = [p for p in self._contexts(away, limits) if group_fits((p,), limits)]
+        fitting = [p for p in self._contexts(away, residual, limits) if group_fits((p,), limits)]
         return min(fitting, key=lambda phase: group_key((phase,)), default=None)
 
-    def _contexts(self, away: bool, limits: Limits) -> Iterator[PhasePlan]:
-        spec, case = self.spec, replace(self._cost_case(), cross_kv_on_device=not away)
+    def _contexts(self, away: bool, residual: str, limits: Limits) -> Iterator[PhasePlan]:
+        spec, base = self.spec, self._cost_case()
+        case = replace(base, cross_kv_on_device=not away, residual=residual)
         found = OnePass(
             "context",
             self.case,
@@ -172,11 +196,12 @@ class Denoise:
     def all_small(self, limits: Limits) -> Iterator[Group]:
         """As `Step`: the smallest chunk, rings of one, and residents in at most one memory. Bytes
         alone are asked of these: their streams are not timed."""
-        for shape in self._shapes:
+        least = self._residuals[0]
+        for shape in self._shapes[least]:
             if shape.cost.chunk_tokens != min(self._chunks):
                 continue
             context = min(
-                self._contexts(not shape.cost.cross_kv_on_device, limits),
+                self._contexts(not shape.cost.cross_kv_on_device, least, limits),
                 key=lambda phase: phase.vram_bytes + phase.ram_bytes,
             )
             for place in self._network.smallest:
@@ -208,14 +233,17 @@ class Denoise:
         )
 
     @cached_property
-    def _shapes(self) -> tuple[Shape, ...]:
-        """All ways to cut the forward, the fastest first."""
+    def _shapes(self) -> Mapping[str, tuple[Shape, ...]]:
+        """All ways to cut the forward, the fastest first, by what its hidden states are in."""
+        return {residual: self._shapes_in(residual) for residual in self._residuals}
+
+    def _shapes_in(self, residual: str) -> tuple[Shape, ...]:
         policy, branches = self.case.policy, self.case.workload.branches
         visits = [branches] if policy.branches is None else [min(policy.branches, branches)]
         if policy.branches is None and branches > 1:
             visits.append(1)
         places = {"auto": (True, False), "vram": (True,), "ram": (False,)}[policy.cross_kv]
-        base = self._cost_case()
+        base = replace(self._cost_case(), residual=residual)
         shapes = [
             self._shape(
                 replace(base, chunk_tokens=chunk, visit_branches=visit, cross_kv_on_device=place)
@@ -322,6 +350,7 @@ class Denoise:
             stream=stream.plan,
             chunk_tokens=cost.chunk_tokens,
             branches=cost.visit_branches,
+            residual=cost.residual,
             cross_kv_on_device=cost.cross_kv_on_device,
             pinned_bytes=stream.pinned_bytes if self.case.pins else 0,
             read_bytes=place.device_bytes + place.host_bytes + shape.passes * place.read_bytes,

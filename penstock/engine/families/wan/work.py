@@ -39,6 +39,7 @@ from penstock.engine.run.sampling import Sampling
 from penstock.engine.run.stage import Stage, visits
 from penstock.offload.streamer import BlockStream
 from penstock.profiles.phases import FIRST_FRAME
+from penstock.profiles.plan import PhasePlan
 from penstock.profiles.tiling import TileGrid
 
 
@@ -200,7 +201,10 @@ def denoise(stage: Stage, conditions: Conditions, sampling: Sampling) -> Tensor:
             total = stage.steps_left * len(passes)
             with stage.stream(component.blocks, plan.stream, phase, total) as stream:
                 attend = self_attention_of(stage.plan.attention)
-                forward = Forward(model, component, stream, cross, plan.chunk_tokens, phase, attend)
+                residual = residual_of(plan, component.dtype)
+                forward = Forward(
+                    model, component, stream, cross, plan.chunk_tokens, phase, attend, residual
+                )
                 rope = dit.rope_tables(model, latents.shape[2:], stage.device)
                 picture = _on_device(conditions.condition, stage.device)
                 for step in range(start, steps):
@@ -241,7 +245,14 @@ def prepare(
                 for context in contexts:
                     branches.append(dit.cross_kv(block.attn2, context, *branches[:1]))
                 cross.add(branches)
-        return cross, dit.step_modulation(model, timesteps, component.dtype)
+        residual = residual_of(stage.plan["denoise"], component.dtype)
+        return cross, dit.step_modulation(model, timesteps, component.dtype, residual)
+
+
+def residual_of(plan: PhasePlan, dtype: torch.dtype) -> torch.dtype:
+    """What the hidden states are in, as the plan of the denoising says, where ``dtype`` is computed
+    in."""
+    return torch.float32 if plan.residual == "fp32" else dtype
 
 
 @dataclass(frozen=True)
@@ -255,6 +266,7 @@ class Forward:
     chunk_tokens: int
     phase: PhaseMonitor
     attend: Attention = attention
+    residual: torch.dtype | None = None
 
     def __call__(
         self, model_input: Tensor, branches: range, modulation: dit.StepModulation, rope: dit.Rope
@@ -269,6 +281,7 @@ class Forward:
             rope,
             self.chunk_tokens,
             self.attend,
+            self.residual,
         )
 
 

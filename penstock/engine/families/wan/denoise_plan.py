@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -122,7 +122,9 @@ class Denoise:
         contexts = {away: self._context(away, residual, limits) for away in (True, False)}
         best: Group | None = None
         best_objective = float("inf")
-        for shape in self._shapes[residual]:
+        for shape in self._shapes:
+            if shape.cost.residual != residual:
+                continue
             if shape.least_seconds > best_objective:
                 break
             context = contexts[not shape.cost.cross_kv_on_device]
@@ -197,8 +199,8 @@ class Denoise:
         """As `Step`: the smallest chunk, rings of one, and residents in at most one memory. Bytes
         alone are asked of these: their streams are not timed."""
         least = self._residuals[0]
-        for shape in self._shapes[least]:
-            if shape.cost.chunk_tokens != min(self._chunks):
+        for shape in self._shapes:
+            if (shape.cost.residual, shape.cost.chunk_tokens) != (least, min(self._chunks)):
                 continue
             context = min(
                 self._contexts(not shape.cost.cross_kv_on_device, least, limits),
@@ -233,21 +235,25 @@ class Denoise:
         )
 
     @cached_property
-    def _shapes(self) -> Mapping[str, tuple[Shape, ...]]:
-        """All ways to cut the forward, the fastest first, by what its hidden states are in."""
-        return {residual: self._shapes_in(residual) for residual in self._residuals}
-
-    def _shapes_in(self, residual: str) -> tuple[Shape, ...]:
+    def _shapes(self) -> tuple[Shape, ...]:
+        """All ways to cut the forward, the fastest first."""
         policy, branches = self.case.policy, self.case.workload.branches
         visits = [branches] if policy.branches is None else [min(policy.branches, branches)]
         if policy.branches is None and branches > 1:
             visits.append(1)
         places = {"auto": (True, False), "vram": (True,), "ram": (False,)}[policy.cross_kv]
-        base = replace(self._cost_case(), residual=residual)
+        base = self._cost_case()
         shapes = [
             self._shape(
-                replace(base, chunk_tokens=chunk, visit_branches=visit, cross_kv_on_device=place)
+                replace(
+                    base,
+                    chunk_tokens=chunk,
+                    visit_branches=visit,
+                    residual=residual,
+                    cross_kv_on_device=place,
+                )
             )
+            for residual in self._residuals
             for visit in visits
             for chunk in self._chunks
             for place in places

@@ -134,6 +134,8 @@ def test_it_is_in_the_fingerprint(folder: Path, tmp_path: Path) -> None:
         journal.mark("running", plan=plan)
     tight = {"vram": kept.peak_vram_bytes - 1, "ram": "200MiB"}  # so that it is planned anew
     options = Options(**tight, device="cpu", residual="fp32")
-    with Engine.open(folder, options=options) as engine:
-        with pytest.raises(FingerprintMismatch, match="residual"):
-            engine.resume(tmp_path)
+    with (
+        Engine.open(folder, options=options) as engine,
+        pytest.raises(FingerprintMismatch, match="residual"),
+    ):
+        engine.resume(tmp_path)

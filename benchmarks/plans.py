@@ -86,7 +86,9 @@ def measured_pairs(
 ) -> list[tuple[int, int]]:
     """Predicted and measured peaks of every phase that has any VRAM (muxing has none)."""
     step = plan["denoise"]
-    found = true.denoise_peaks(size, step.chunk_tokens, step.branches, step.cross_kv_on_device)
+    found = true.denoise_peaks(
+        size, step.chunk_tokens, step.branches, step.cross_kv_on_device, step.residual
+    )
     pairs = [
         (part.vram_bytes, peak + true.weight_bytes(part) + true.decoding_bytes(plan))
         for part, peak in zip((plan["context"], step), found, strict=True)

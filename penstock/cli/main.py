@@ -93,6 +93,13 @@ Distilled = Annotated[
         help="For a distilled model or LoRA: 4 steps, guidance off, shift 5, its noise levels.",
     ),
 ]
+Window = Annotated[
+    int | None,
+    typer.Option(help="Frames of the windows of a longer video (81); 0: all of it at once."),
+]
+Overlap = Annotated[
+    int | None, typer.Option(help="Frames that two windows have in common, 16 to 30 (16).")
+]
 Force = Annotated[bool, typer.Option(help="Replace an existing output.")]
 
 
@@ -164,6 +171,8 @@ def generate(
             help="CLIP sees all of the picture, squeezed to a square, or its centre (squash)."
         ),
     ] = None,
+    window: Window = None,
+    overlap: Overlap = None,
     lora: Loras = None,
     lora_strict: LoraStrict = False,
     options: Options = NOTHING,
@@ -206,6 +215,8 @@ def generate(
         fit=None if fit is None else fit.value,
         distilled=distilled,
         clip_crop=None if clip_crop is None else clip_crop.value,
+        window=window,
+        overlap=overlap,
     )
     with reported(debug), Stopping() as stop:
         loras = as_loras(lora or [], strict=lora_strict)
@@ -333,6 +344,8 @@ def plan(
     shift: Shift = None,
     sampler: Sampler = None,
     distilled: Distilled = False,
+    window: Window = None,
+    overlap: Overlap = None,
     lora: Loras = None,
     lora_strict: LoraStrict = False,
     options: Options = NOTHING,
@@ -357,7 +370,7 @@ def plan(
     settings = Settings(
         prompt="a plan", image=image, size=size, max_area=max_area, frames=frames, steps=steps,
         guidance_scale=cfg, shift=shift, sampler=None if sampler is None else sampler.value,
-        distilled=distilled,
+        distilled=distilled, window=window, overlap=overlap,
     )  # fmt: skip
     with reported(debug):
         options, machine = machine_of(options, card, disk)

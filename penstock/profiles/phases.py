@@ -17,6 +17,7 @@ from penstock.profiles.plan import Items, PhasePlan
 from penstock.profiles.policy import Limits, Policy
 from penstock.profiles.rates import Rates
 from penstock.profiles.streams import Network, Pace, Stream, all_streams, staging_bytes
+from penstock.profiles.windows import Windows
 from penstock.units import MIB
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class Workload:
         written: a file is made of the frames at the end.
         picture: that the video starts from; None: there is none, or none is known yet and it is
             taken to be as large as the video.
+        windows: of frames, that the video is denoised in; None: all of it at once.
         changes: frames of the conditioning clip that may differ from the one before, the first
             among them; None: any may.
     """
@@ -75,6 +77,7 @@ class Workload:
     written: bool = True
     picture: Picture | None = None
     changes: tuple[int, ...] | None = FIRST_FRAME
+    windows: Windows | None = None
 
     @property
     def branches(self) -> int:

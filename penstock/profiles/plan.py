@@ -95,7 +95,8 @@ class PhasePlan:
         ram_weights: ``(label, bytes)`` of the weights in host memory.
         ram_work: ``(label, bytes)`` of everything else in host memory.
         chunk_tokens: tokens a chunk of the DiT forward.
-        branches: CFG branches that go through a block during one visit.
+        branches: CFG branches, of all windows, that go through a block during one visit.
+        windows: that a step denoises, each with its branches.
         residual: what the DiT's hidden states are kept in: "bf16", the compute dtype, as all jobs
             did whose records do not say it; or "fp32".
         cross_kv_on_device: the cross-attention K/V of all blocks stay in VRAM (else in RAM).
@@ -115,6 +116,7 @@ class PhasePlan:
     stream: StreamPlan | None = None
     chunk_tokens: int = 0
     branches: int = 0
+    windows: int = 1
     residual: str = "bf16"
     cross_kv_on_device: bool = False
     tiles: tuple[int, int] = (1, 1)
@@ -138,9 +140,15 @@ class PhasePlan:
         return ", ".join((*words, f"{self.seconds:.4g} s by {self.bound}"))
 
     def passes(self, total_branches: int) -> list[range]:
-        """The branches of a step, divided into the passes over the blocks that serve them."""
-        starts = range(0, total_branches, self.branches)
-        return [range(start, min(start + self.branches, total_branches)) for start in starts]
+        """The branches of a step, window by window, divided into the passes over the blocks that
+        serve them.
+
+        Args:
+            total_branches: of a window.
+        """
+        total = total_branches * self.windows
+        starts = range(0, total, self.branches)
+        return [range(start, min(start + self.branches, total)) for start in starts]
 
     @property
     def work_bytes(self) -> int:
@@ -326,6 +334,7 @@ def _told(phase: PhasePlan) -> list[str]:
     told = [
         f"{phase.chunk_tokens} tokens a chunk",
         f"{phase.branches} CFG branches a visit",
+        f"{phase.windows} windows a step",
         f"hidden states in {phase.residual}",
         f"{phase.tiles[0]}x{phase.tiles[1]} tiles",
         f"cross-attention K/V in {'VRAM' if phase.cross_kv_on_device else 'RAM'}",

@@ -1,7 +1,7 @@
 """From what a user said to a full request: what is left open takes the model's defaults.
 
 A model folder may carry a ``defaults.json`` (width, height, frames, steps, guidance_scale, shift,
-fps, negative_prompt, clip_crop) where the official Wan2.1 defaults do not suit it.
+fps, window, overlap, negative_prompt, clip_crop) where the official Wan2.1 defaults do not suit it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from penstock.engine.request.generation import (
 )
 from penstock.errors import CheckpointError, UsageError
 
-_NUMBERS = ("width", "height", "frames", "steps", "guidance_scale", "shift", "fps")
+_NUMBERS = (
+    "width", "height", "frames", "steps", "guidance_scale", "shift", "fps", "window", "overlap",
+)  # fmt: skip
 
 
 ANY_SEED = -1
@@ -48,6 +50,8 @@ class Settings:
     distilled: bool = False
     clip_crop: str | None = None
     fit: str | None = None
+    window: int | None = None
+    overlap: int | None = None
 
 
 class Suited(Protocol):

@@ -222,6 +222,8 @@ def _is_asked_by(record: JobRecord | None, request: Mapping[str, Any]) -> bool:
     theirs = before | dict(record.request)
     if "fit" in request.keys() - theirs.keys() and request.get("image") is None:
         theirs["fit"] = request["fit"]  # from before there was one, and there is no picture
+    if "window" not in theirs and request.get("frames", 0) <= request.get("window", 0):
+        theirs |= {name: request[name] for name in ("window", "overlap")}  # from before windows
     if request.get("seed") is None and "seed" in theirs:
         theirs["seed"] = None
     return theirs == before | dict(request)

@@ -36,7 +36,7 @@ STATE_TENSORS = 5
 
 _NOT_OF_THE_REQUEST = ("model", "files", "loras", *NUMERICS)
 
-_BEFORE: Mapping[str, Any] = MappingProxyType({"fit": "stretch"})
+_BEFORE: Mapping[str, Any] = MappingProxyType({"fit": "stretch", "window": 0})
 """Of requests whose records do not name it: what was done before it could be chosen."""
 
 GENERATIONS = 3

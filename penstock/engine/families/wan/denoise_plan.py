@@ -161,7 +161,10 @@ class Denoise:
         )
 
     def _pace(self, shape: Shape) -> Pace:
-        care = LINK_CARE if self.case.policy.disk == "spare" else 0.0
+        # Windows that share a visit cost nothing but memory: fewer visits are better where no time
+        # is won by either.
+        cares = self.case.policy.disk == "spare" or shape.cost.windows > 1
+        care = LINK_CARE if cares else 0.0
         return Pace(shape.compute_s, shape.passes, care)
 
     @cached_property
@@ -215,16 +218,22 @@ class Denoise:
 
     @property
     def _chunks(self) -> tuple[int, ...]:
-        tokens = transformer.grid_tokens(self.spec, latent_of(self.case))
+        tokens = transformer.grid_tokens(self.spec, self._cost_case().latent)
         fixed = self.case.policy.chunk_tokens
         if fixed is not None:
             return (min(fixed, tokens),)
         return (tokens, *(chunk for chunk in CHUNKS if chunk < tokens))
 
     def _cost_case(self) -> transformer.DenoiseCase:
-        manifest, workload = self.case.manifest, self.case.workload
+        manifest, workload, whole = self.case.manifest, self.case.workload, latent_of(self.case)
+        frames, windows = whole[0], 1
+        if workload.windows is not None:
+            cut = workload.windows.latent(manifest.vae.temporal_factor)
+            frames, windows = min(cut.length, whole[0]), len(cut.starts(whole[0]))
         return transformer.DenoiseCase(
-            latent=latent_of(self.case),
+            latent=(frames, *whole[1:]),
+            windows=windows,
+            frames=whole[0],
             chunk_tokens=1,
             branches=workload.branches,
             visit_branches=workload.branches,
@@ -237,10 +246,7 @@ class Denoise:
     @cached_property
     def _shapes(self) -> tuple[Shape, ...]:
         """All ways to cut the forward, the fastest first."""
-        policy, branches = self.case.policy, self.case.workload.branches
-        visits = [branches] if policy.branches is None else [min(policy.branches, branches)]
-        if policy.branches is None and branches > 1:
-            visits.append(1)
+        policy = self.case.policy
         places = {"auto": (True, False), "vram": (True,), "ram": (False,)}[policy.cross_kv]
         base = self._cost_case()
         shapes = [
@@ -254,11 +260,22 @@ class Denoise:
                 )
             )
             for residual in self._residuals
-            for visit in visits
+            for visit in self._visits(base)
             for chunk in self._chunks
             for place in places
         ]
         return tuple(sorted(shapes, key=lambda shape: (shape.least_seconds, shape.work_bytes)))
+
+    def _visits(self, cost: transformer.DenoiseCase) -> tuple[int, ...]:
+        """How many branches may share a visit: those of as many windows as make one pass fewer; or
+        one at a time. What is asked for is of each window."""
+        fixed, branches = self.case.policy.branches, cost.branches
+        if fixed == 1:
+            return (1,)
+        windows = {-(-cost.windows // passes) for passes in range(1, cost.windows + 1)}
+        together = sorted((branches * count for count in windows), reverse=True)
+        alone = (1,) if fixed is None and branches > 1 else ()
+        return (*together, *alone)
 
     def _shape(self, cost: transformer.DenoiseCase) -> Shape:
         work = (
@@ -266,7 +283,7 @@ class Denoise:
             *self._decoding(self.spec.storage),
             *self.case.libraries(),
         )
-        passes = self.case.workload.steps * -(-cost.branches // cost.visit_branches)
+        passes = self.case.workload.steps * cost.passes
         return Shape(cost, work, self._compute_s(cost), passes)
 
     @property
@@ -296,10 +313,15 @@ class Denoise:
             + chunks * (overhead_s + self._decode_s(rates) + self._requantise_s(rates, tokens))
             + tokens * spec.inner_dim * spec.num_layers * rates.element_s
         )
-        if not cost.cross_kv_on_device:
-            kept = transformer.cross_kv_bytes(spec, replace(cost, branches=1))
-            branch += kept / rates.copy_bytes_per_s
-        return branch * cost.visit_branches
+        fetched_s = self._fetched_bytes(cost) / rates.copy_bytes_per_s
+        return branch * cost.windows * cost.branches / cost.passes + fetched_s
+
+    def _fetched_bytes(self, cost: transformer.DenoiseCase) -> int:
+        """Cross-attention K/V that one pass fetches: a branch's serve all windows of a visit."""
+        if cost.cross_kv_on_device:
+            return 0
+        one = transformer.cross_kv_bytes(self.spec, replace(cost, branches=1))
+        return one * min(cost.visit_branches, cost.branches)
 
     def _decode_s(self, rates: Rates) -> float:
         """Seconds to decode a block's matrices once: every chunk does."""
@@ -343,10 +365,6 @@ class Denoise:
         spec, cost, place = self.spec, shape.cost, stream.placement
         held = self._host_work(shape)
         room = limits.ram_bytes - sum(count for _, count in held)
-        fetched = 0
-        if not cost.cross_kv_on_device:
-            one = transformer.cross_kv_bytes(spec, replace(cost, branches=1))
-            fetched = one * cost.visit_branches
         return PhasePlan(
             "denoise",
             weights=(("non-block weights", spec.weights.rest_bytes), *stream.device_items),
@@ -356,11 +374,13 @@ class Denoise:
             stream=stream.plan,
             chunk_tokens=cost.chunk_tokens,
             branches=cost.visit_branches,
+            windows=cost.windows,
             residual=cost.residual,
             cross_kv_on_device=cost.cross_kv_on_device,
             pinned_bytes=stream.pinned_bytes if self.case.pins else 0,
             read_bytes=place.device_bytes + place.host_bytes + shape.passes * place.read_bytes,
-            copied_bytes=place.device_bytes + shape.passes * (place.copied_bytes + fetched),
+            copied_bytes=place.device_bytes
+            + shape.passes * (place.copied_bytes + self._fetched_bytes(cost)),
             seconds=stream.timing.seconds + loading_s(spec.weights.rest_bytes, self.case.rates),
             bound=stream.timing.bound,
         )

@@ -443,20 +443,49 @@ def denoise_forward(
     Returns:
         For each branch (1, out_channels, t, h, w), in the dtype of the hidden states.
     """
-    hidden = _embed_branches(model, latents, len(branches), residual)
-    kv = SelfKV(hidden[0], model.config.num_attention_heads, latents.dtype)
+    hidden = embed_branches(model, latents, len(branches), residual)
+    grid = latents.shape[2:]
+    return list(
+        through_blocks(
+            model, blocks, hidden, grid, branches, modulation, rope, chunk_tokens, attend,
+            latents.dtype,
+        )
+    )  # fmt: skip
+
+
+def through_blocks(
+    model: Any,
+    blocks: Iterable[tuple[int, Any]],
+    hidden: list[Tensor],
+    latent: Sequence[int],
+    branches: Sequence[CrossByBlock],
+    modulation: StepModulation,
+    rope: Rope,
+    chunk_tokens: int,
+    attend: Attention,
+    dtype: torch.dtype,
+) -> Iterator[Tensor]:
+    """The predictions of hidden states that share a visit of each block, one after another as they
+    are asked for: each takes the place of its hidden states.
+
+    Args:
+        hidden: (1, n, d) each, of any windows and branches; used up.
+        latent: latent frames, height and width of each of them.
+        branches: what each of them attends to; looked up once a block where it is one object.
+        dtype: the compute dtype.
+        model, blocks, modulation, rope, chunk_tokens, attend: as for `denoise_forward`.
+    """
+    kv = SelfKV(hidden[0], model.config.num_attention_heads, dtype)
     _run_blocks(blocks, hidden, branches, modulation, rope, kv, chunk_tokens, attend)
     del kv
-    latent = latents.shape[2:]
-    return [
-        head(model, hidden.pop(0), modulation.temb, latent, chunk_tokens)
-        for _ in range(len(hidden))
-    ]
+    while hidden:
+        yield head(model, hidden.pop(0), modulation.temb, latent, chunk_tokens)
 
 
-def _embed_branches(
+def embed_branches(
     model: Any, latents: Tensor, branches: int, residual: torch.dtype | None
 ) -> list[Tensor]:
+    """The hidden states of one model input for each of its branches."""
     first = embed(model, latents, residual)
     return [first, *(first.clone() for _ in range(branches - 1))]
 
@@ -471,6 +500,20 @@ def _run_blocks(
     chunk_tokens: int,
     attend: Attention,
 ) -> None:
+    alike = _alike(hidden, branches)
     for index, block in blocks:
-        for state, cross in zip(hidden, branches, strict=True):
-            block_forward(block, state, modulation, cross[index], rope, kv, chunk_tokens, attend)
+        for cross, states in alike:
+            found = cross[index]
+            for state in states:
+                block_forward(block, state, modulation, found, rope, kv, chunk_tokens, attend)
+            del found  # before the next is fetched
+
+
+def _alike(
+    hidden: Sequence[Tensor], branches: Sequence[CrossByBlock]
+) -> list[tuple[CrossByBlock, list[Tensor]]]:
+    """The hidden states of each branch, which attend to the same."""
+    found: dict[int, tuple[CrossByBlock, list[Tensor]]] = {}
+    for state, branch in zip(hidden, branches, strict=True):
+        found.setdefault(id(branch), (branch, []))[1].append(state)
+    return list(found.values())

@@ -7,9 +7,10 @@ states, image states, condition, latents) pass from one to the next.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from penstock.engine.families.wan.model import model_of
 from penstock.engine.families.wan.preview import prepare_previews, preview_of
 from penstock.engine.families.wan.vae_decode import raw_latents
 from penstock.engine.families.wan.vae_encode import encode_tiled, first_frame_then_zeros
+from penstock.engine.families.wan.windowed import Cut
 from penstock.engine.media.fit import fitting
 from penstock.engine.media.picture import open_image
 from penstock.engine.model.component import Component
@@ -205,20 +207,31 @@ def denoise(stage: Stage, conditions: Conditions, sampling: Sampling) -> Tensor:
                 forward = Forward(
                     model, component, stream, cross, plan.chunk_tokens, phase, attend, residual
                 )
-                rope = dit.rope_tables(model, latents.shape[2:], stage.device)
+                cut, grid = None, latents.shape[2:]
+                if request.windows is not None:
+                    windows = request.windows.latent(request.grid.temporal)
+                    cut = Cut.of(windows, latents, len(conditions.texts))
+                    grid = torch.Size((windows.length, *grid[1:]))
+                rope = dit.rope_tables(model, grid, stage.device)
                 picture = _on_device(conditions.condition, stage.device)
                 for step in range(start, steps):
                     if step == steps - 1:
                         stage.prefetch_weights()
-                    model_input = _model_input(latents, picture, component.dtype)
-                    predictions = [
-                        prediction
-                        for branches in passes
-                        for prediction in forward(model_input, branches, modulation[step], rope)
-                    ]
-                    del model_input
+                    modulated = modulation[step]
+                    if cut is None:
+                        model_input = _model_input(latents, picture, component.dtype)
+                        predictions = [
+                            prediction
+                            for branches in passes
+                            for prediction in forward(model_input, branches, modulated, rope)
+                        ]
+                        del model_input
+                        prediction = _guided(predictions, request)
+                    else:
+                        visit = partial(forward.windows, modulation=modulated, rope=rope)
+                        guided = partial(_guided, request=request)
+                        prediction = cut.predict(latents, picture, passes, visit, guided)
                     component.checkpoint.check_unchanged()
-                    prediction = _guided(predictions, request)
                     preview = preview_of(stage, sampler, prediction, latents)
                     latents = sampling.step(sampler, prediction, latents)
                     phase.advance(preview)
@@ -282,6 +295,35 @@ class Forward:
             self.chunk_tokens,
             self.attend,
             self.residual,
+        )
+
+    def windows(
+        self,
+        inputs: Iterator[tuple[Tensor, Sequence[int]]],
+        modulation: dit.StepModulation,
+        rope: dit.Rope,
+    ) -> Iterator[Tensor]:
+        """The predictions of several model inputs that share the pass, for some branches of each,
+        one after another (`penstock.engine.families.wan.windowed.Visit`)."""
+        hidden, branches, dtype = list[Tensor](), list[int](), self.component.dtype
+        latent: Sequence[int] = ()
+        for whole, wanted in inputs:
+            model_input, latent = whole.to(dtype), whole.shape[2:]
+            hidden += dit.embed_branches(self.model, model_input, len(wanted), self.residual)
+            branches += wanted
+            del whole, model_input
+        crosses = {branch: self.cross.branch(branch) for branch in branches}
+        yield from dit.through_blocks(
+            self.model,
+            visits(self.stream, self.component, self.phase),
+            hidden,
+            latent,
+            [crosses[branch] for branch in branches],
+            modulation,
+            rope,
+            self.chunk_tokens,
+            self.attend,
+            dtype,
         )
 
 

@@ -71,10 +71,10 @@ class DenoiseCase:
     """What the bytes of the denoising phase depend on, beside the model.
 
     Attributes:
-        latent: latent frames, height and width.
+        latent: latent frames, height and width, of a window of the video.
         chunk_tokens: tokens that go through a block together.
-        branches: forward passes a step: 2 with guidance, else 1.
-        visit_branches: how many of them go through a block in one visit.
+        branches: forward passes a window and step: 2 with guidance, else 1.
+        visit_branches: how many of them, of all windows, go through a block in one visit.
         steps: of the schedule.
         image_tokens: of the image encoder; 0 for a text-to-video model.
         text_tokens: length of the text context.
@@ -85,6 +85,8 @@ class DenoiseCase:
         attention: "sdpa", or "int8" for self-attention in 8 bits.
         residual: "fp32" keeps the hidden states, the time embedding and the head in fp32; "bf16" in
             the compute dtype.
+        windows: that a step denoises.
+        frames: latent frames of the whole video, where that is more than a window.
     """
 
     latent: tuple[int, int, int]
@@ -99,6 +101,18 @@ class DenoiseCase:
     fused_norms: bool = False
     attention: str = "sdpa"
     residual: str = "bf16"
+    windows: int = 1
+    frames: int = 0
+
+    @property
+    def whole(self) -> tuple[int, int, int]:
+        """Latent frames, height and width of the video."""
+        return max(self.frames, self.latent[0]), *self.latent[1:]
+
+    @property
+    def passes(self) -> int:
+        """Visits of each block in a step."""
+        return -(-self.windows * self.branches // self.visit_branches)
 
 
 def grid_tokens(spec: TransformerSpec, latent: tuple[int, int, int]) -> int:
@@ -118,6 +132,7 @@ def denoise_bytes(spec: TransformerSpec, case: DenoiseCase) -> PeakBytes:
         "modulation": modulation_bytes(spec, case),
         "cross_kv": _cross_kv_held_bytes(spec, case),
         "lora": _lora_bytes(spec, case),
+        "fused": _fused_bytes(spec, case),
     }
     stages = {
         "input": {"cat": spec.in_channels * _volume(case.latent) * FP32_BYTES},
@@ -187,7 +202,12 @@ def sampler_state_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
     """The sample, the scheduler's history and the image conditioning, in fp32."""
     condition = spec.in_channels - spec.out_channels
     channels = (1 + case.history_latents) * spec.out_channels + condition
-    return channels * _volume(case.latent) * FP32_BYTES
+    return channels * _volume(case.whole) * FP32_BYTES
+
+
+def _fused_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
+    """The windows' predictions together, in fp32; one window's is taken as it is."""
+    return 0 if case.windows == 1 else spec.out_channels * _volume(case.whole) * FP32_BYTES
 
 
 def denoise_flops(
@@ -261,7 +281,11 @@ def _output_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
 
 
 def _earlier_outputs_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
-    """Predictions of the branches that went before, while the last ones are under way."""
+    """Predictions of the branches that went before, while the last ones are under way; of windows,
+    those of one alone, which wait for its last branch."""
+    if case.windows > 1:
+        waiting = case.visit_branches % case.branches and case.branches - 1
+        return waiting * _output_bytes(spec, case)
     last_visit = (case.branches - 1) % case.visit_branches + 1
     return (case.branches - last_visit) * _output_bytes(spec, case)
 
@@ -400,16 +424,17 @@ def _head_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int]:
     # The tables' rows; and, cast, the projection's.
     rows = (6 + wide * (patch_row // FP32_BYTES)) * (spec.inner_dim + wide) * FP32_BYTES
     visit = case.visit_branches
-    moments = (((visit - done) * hidden, done * output) for done in (0, visit - 1))
+    most = visit if case.windows == 1 else case.branches - 1
+    moments = (((visit - done) * hidden, min(done, most) * output) for done in range(visit))
     states, results = max(moments, key=sum)
     outputs = results + _earlier_outputs_bytes(spec, case)
     return {"hidden": states, "outputs": outputs, "head": work + rows}
 
 
 def _sampler_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int]:
-    latent = spec.out_channels * _volume(case.latent) * FP32_BYTES
+    latent = spec.out_channels * _volume(case.whole) * FP32_BYTES
     return {
-        "outputs": case.branches * _output_bytes(spec, case),
+        "outputs": case.branches * _output_bytes(spec, case) if case.windows == 1 else 0,
         "sampler": SAMPLER_TEMPORARIES * latent,
     }
 

@@ -1,0 +1,85 @@
+"""A step of a long video: windows of it go through the blocks, several in one visit.
+
+What each of them predicts is weighed and added up where they overlap; how many share a visit
+changes no bit of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from penstock.profiles.windows import Windows
+
+Visit = Callable[[Iterator[tuple[Tensor, Sequence[int]]]], Iterator[Tensor]]
+"""One pass over all blocks: of model inputs, each with the branches that are wanted of it, to a
+prediction for each of these."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A long video cut into windows.
+
+    Attributes:
+        parts: latent frames of each window.
+        weights: what its prediction counts, (t, 1, 1).
+        branches: CFG branches of a window.
+    """
+
+    parts: tuple[slice, ...]
+    weights: tuple[Tensor, ...]
+    branches: int
+
+    @classmethod
+    def of(cls, windows: Windows, latents: Tensor, branches: int) -> Cut:
+        """The windows (in latent frames) of ``latents`` (1, z, t, h, w)."""
+        frames = latents.shape[2]
+        weights = tuple(
+            torch.tensor(row, dtype=latents.dtype, device=latents.device)[:, None, None]
+            for row in windows.weights(frames)
+        )
+        return cls(windows.parts(frames), weights, branches)
+
+    def predict(
+        self,
+        latents: Tensor,
+        condition: Tensor | None,
+        passes: Sequence[range],
+        visit: Visit,
+        guide: Callable[[list[Tensor]], Tensor],
+    ) -> Tensor:
+        """What the windows predict together, (1, z, t, h, w), fp32.
+
+        Args:
+            latents: (1, z, t, h, w), fp32.
+            condition: mask and latents of the picture (1, 20, t, h, w), or None.
+            passes: the branches of all windows, window by window, divided into visits.
+            visit: of the transformer.
+            guide: the predictions of a window's branches to one; it may use them up.
+        """
+        fused, waiting = torch.zeros_like(latents), list[Tensor]()
+        left = iter(zip(self.parts, self.weights, strict=True))
+        for states in passes:
+            for prediction in visit(self._inputs(latents, condition, states)):
+                waiting.append(prediction)
+                if len(waiting) == self.branches:
+                    part, weight = next(left)
+                    fused[:, :, part].addcmul_(guide(waiting).to(fused.dtype), weight)
+                    waiting.clear()
+                del prediction
+        return fused
+
+    def _inputs(
+        self, latents: Tensor, condition: Tensor | None, states: range
+    ) -> Iterator[tuple[Tensor, list[int]]]:
+        """The model inputs of a visit, one at a time, in fp32, and the branches of each."""
+        for window, group in groupby(states, key=lambda state: state // self.branches):
+            part = self.parts[window]
+            whole = latents[:, :, part]
+            if condition is not None:
+                whole = torch.cat([whole, condition[:, :, part]], dim=1)
+            yield whole, [state % self.branches for state in group]

@@ -43,7 +43,7 @@ def save_seconds(folder: Path, rounds: int) -> tuple[float, int]:
     return sorted(seconds[2:])[rounds // 2], nbytes
 
 
-KEEPING = ("keep_conditions", "keep_point", "settle", "keep_latents", "keep_tile",
+KEEPING = ("save_conditions", "save_point", "settle", "save_latents", "save_tile",
            "writing_output", "finished")  # fmt: skip
 
 

@@ -122,7 +122,7 @@ def row(size: str, card: str, options: Options) -> dict[str, Any]:
     options, machine = machine_of(options, card, None)
     prepared = Prepared.open(synthetic="wan2.1-i2v-14b", options=options, machine=machine)
     try:
-        plan = prepared.plan(workload_of(resolve(settings, prepared.about), kept=True))
+        plan = prepared.plan(workload_of(resolve(settings, prepared.about), saved=True))
     except OverBudget as error:
         return {"needs_gib": round(error.need_bytes / GIB, 2)}
     denoise = plan["denoise"]

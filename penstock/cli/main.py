@@ -383,7 +383,7 @@ def plan(
             machine=machine,
         )
         request = resolve(settings, prepared.about)
-        found = prepared.plan(workload_of(request, kept=True))
+        found = prepared.plan(workload_of(request, saved=True))
         told = timesteps_of(request, prepared.about.official)
     if as_json:
         say(json.dumps(found.to_json() | {"timesteps": told}))
@@ -460,7 +460,7 @@ def _generate(
 
     prepared = Prepared.open(model, **opening)
     request = resolve(settings, prepared.model)
-    plan = prepared.plan(request, kept=job_folder is not None)
+    plan = prepared.plan(request, saved=job_folder is not None)
 
     from penstock.engine.engine import Engine
 

@@ -119,18 +119,18 @@ class Engine(Closing):
         """
         return cls(Prepared.reopen(opening, cache=cache), overlapped=overlapped)
 
-    def plan(self, request: GenerationRequest, *, kept: bool = False) -> Plan:
+    def plan(self, request: GenerationRequest, *, saved: bool = False) -> Plan:
         """What the request will take. Pure arithmetic over headers: nothing is loaded.
 
         Args:
             request: what to make.
-            kept: the job is kept in a folder while it runs, which takes host memory too.
+            saved: the job is saved in a folder while it runs, which takes host memory too.
 
         Raises:
             OverBudget: no plan fits the budgets.
             RequestError: the request does not suit the model.
         """
-        return self._prepared.plan(request, kept=kept)
+        return self._prepared.plan(request, saved=saved)
 
     def plan_workload(self, workload: Workload) -> Plan:
         """What a video of that shape will take, whatever it shows.
@@ -181,7 +181,7 @@ class Engine(Closing):
         self._jobs.check_open()
         request = request.with_seed()
         order = Order(None if output is None else Path(output), force, metadata)
-        plan = self.plan(request, kept=job_dir is not None)
+        plan = self.plan(request, saved=job_dir is not None)
         claim = self._claimed(order, request)
         try:
             if job_dir is None:
@@ -302,7 +302,7 @@ class Engine(Closing):
         too_large = plan.peak_vram_bytes > vram_bytes or plan.peak_ram_bytes > ram_bytes
         if too_large or plan.attention != self.chosen.policy.attention:
             log.info("planned anew: the job's own plan is for %s", plan.attention)
-            return self.plan(request, kept=True)
+            return self.plan(request, saved=True)
         return replace(
             plan,
             vram_limit_bytes=vram_bytes,
@@ -319,7 +319,7 @@ class Engine(Closing):
         hooks: Hooks,
         notices: tuple[str, ...] = (),
     ) -> Job:
-        workload, bare = workload_of(request, kept=keeper.keeps), self.run_of(request, plan)
+        workload, bare = workload_of(request, saved=keeper.keeps), self.run_of(request, plan)
 
         def shrink(plan: Plan, phase: str, resource: str) -> Plan | None:
             policy, manifest = self.chosen.policy, bare.model.manifest

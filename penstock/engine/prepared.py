@@ -208,13 +208,13 @@ class Prepared:
         """What is planned for: the device, its budgets and its rates."""
         return self.chosen.hardware
 
-    def plan(self, asked: GenerationRequest | Workload, *, kept: bool = False) -> Plan:
+    def plan(self, asked: GenerationRequest | Workload, *, saved: bool = False) -> Plan:
         """What a job takes: of a request, which must suit the model's files, or of a shape,
         whatever it shows.
 
         Args:
             asked: the request or the shape.
-            kept: for a request: the job is kept in a folder while it runs (a `Workload` says so).
+            saved: for a request: the job is saved in a folder while it runs (a `Workload` says so).
 
         Raises:
             OverBudget: no plan fits the budgets; names a profile or a request that does.
@@ -223,7 +223,7 @@ class Prepared:
         if isinstance(asked, GenerationRequest):
             if isinstance(self._plans, Variants):
                 check_task(asked, image_to_video=self.model.image_to_video)
-            asked = workload_of(asked, kept=kept)
+            asked = workload_of(asked, saved=saved)
         return self._plans.plan(asked)
 
 

@@ -33,7 +33,7 @@ RESTORED = "restored state"
 
 OBJECTS = ("small objects", MIB)
 """Item of the host memory of every phase that computes: what is in no tensor of its own account,
-such as scalars, indices and Python's objects (up to 0.7 MB was seen by `benchmarks.kept`)."""
+such as scalars, indices and Python's objects (up to 0.7 MB was seen by `benchmarks.saved`)."""
 
 LIBRARIES = "library workspaces"
 """Item of the device memory of every phase on a GPU: what cuBLAS and cuDNN ask torch's allocator
@@ -61,7 +61,7 @@ class Workload:
     """What is asked of the model: the video's shape, the steps, and whether CFG is on.
 
     Attributes:
-        kept: the job is kept while it runs: host memory holds what is being saved or read again.
+        saved: the job is saved while it runs: host memory holds what is being saved or read again.
         written: a file is made of the frames at the end.
         picture: that the video starts from; None: there is none, or none is known yet and it is
             taken to be as large as the video.
@@ -73,7 +73,7 @@ class Workload:
     shape: VideoShape
     steps: int
     guided: bool
-    kept: bool = False
+    saved: bool = False
     written: bool = True
     picture: Picture | None = None
     changes: tuple[int, ...] | None = FIRST_FRAME

@@ -25,7 +25,7 @@ from penstock.profiles.phases import (
     vram_bytes,
 )
 from penstock.profiles.plan import Items, PhasePlan, Plan
-from penstock.profiles.policy import Limits, Policy
+from penstock.profiles.policy import Limits, Policy, policy_of
 from penstock.profiles.prefetch import with_prefetch, without_prefetch
 from penstock.units import format_bytes
 
@@ -164,7 +164,7 @@ def smaller(
     names = next(step.phases for step in every if phase in step.phases)
     held = tuple(current[name] for name in names)
     now = measure(held)
-    same_residual = replace(policy, residual=held[-1].residual)
+    same_residual = policy_of({"residual": held[-1].residual}, policy)
     same_chunk = replace(same_residual, chunk_tokens=held[-1].chunk_tokens or None)
     for rules in (same_chunk, same_residual, policy):
         for limit_bytes in (int(SHRINK * now), now - 1):

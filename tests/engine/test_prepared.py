@@ -22,12 +22,12 @@ TRUE = "wan2.1-i2v-14b"
 def test_a_request_and_its_shape_have_one_plan(t2v_folder: Path, picture: Path) -> None:
     options = Options(vram="200MiB", ram="200MiB", device="cpu", tiles="2x2")
     prepared = Prepared.open(t2v_folder, options=options)
-    found = prepared.plan(REQUEST, kept=True)
-    assert prepared.plan(workload_of(REQUEST, kept=True)) == found
+    found = prepared.plan(REQUEST, saved=True)
+    assert prepared.plan(workload_of(REQUEST, saved=True)) == found
     assert found.options == options and found["decode"].tiles == (2, 2)
     with Engine(prepared) as engine:
-        assert engine.plan(REQUEST, kept=True) == found
-        assert engine.plan_workload(workload_of(REQUEST, kept=True)) == found
+        assert engine.plan(REQUEST, saved=True) == found
+        assert engine.plan_workload(workload_of(REQUEST, saved=True)) == found
     with pytest.raises(RequestError, match="text-to-video"):
         prepared.plan(a_request(image=picture))
 

@@ -77,7 +77,7 @@ def limited(
     if pid == 0:
         code = 99
         try:
-            plan = engine.plan(REQUEST, kept=True)
+            plan = engine.plan(REQUEST, saved=True)
             limit((plan.peak_vram_bytes + plan.peak_ram_bytes) * percent // 100)
             code = _run(engine, latents, folder)
         finally:

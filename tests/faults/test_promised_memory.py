@@ -104,23 +104,23 @@ def child(body: Callable[[], int]) -> int:
     return 90 if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
 
-def plans(subject: Subject, rng: random.Random, kept: bool) -> Iterator[tuple[str, str, Plan]]:
+def plans(subject: Subject, rng: random.Random, saved: bool) -> Iterator[tuple[str, str, Plan]]:
     """Random budgets that can be met, down to the smallest, and their plans."""
     with Engine.open(subject.folder, device="cpu", vram="2GiB", ram="2GiB") as engine:
-        whole = engine.plan(subject.request, kept=kept)
+        whole = engine.plan(subject.request, saved=saved)
     while True:
         shares = (rng.uniform(0.02, 1.1), rng.uniform(0.02, 1.1))
         vram = f"{max(1, int(shares[0] * whole.peak_vram_bytes))}"
         ram = f"{max(1, int(shares[1] * whole.peak_ram_bytes))}"
         try:
             with Engine.open(subject.folder, device="cpu", vram=vram, ram=ram) as engine:
-                yield vram, ram, engine.plan(subject.request, kept=kept)
+                yield vram, ram, engine.plan(subject.request, saved=saved)
         except OverBudget:
             continue
 
 
 def test_address_space_of_what_was_promised(subject: Subject) -> None:
-    found, smaller = plans(subject, random.Random(1), kept=False), 0
+    found, smaller = plans(subject, random.Random(1), saved=False), 0
     for number in range(JOBS):
         vram, ram, plan = next(found)
         promised = subject.promised_bytes(plan)
@@ -163,7 +163,7 @@ def test_a_cgroup_of_what_was_promised(
 
     run("2GiB", "2GiB", None)
     (kept,) = (tmp_path / "data").rglob("memory.json")
-    found, most = plans(subject, random.Random(2), kept=True), 0.0
+    found, most = plans(subject, random.Random(2), saved=True), 0.0
     for _ in range(JOBS // 2):
         vram, ram, plan = next(found)
         beside = json.loads(kept.read_text())["cpu"]

@@ -226,7 +226,7 @@ def _kept_tile(work, latent, grid) -> int:
     """Two copies of the pixels of the largest tile, if the job is kept."""
     rows, columns = math.ceil(latent[1] / grid.rows), math.ceil(latent[2] / grid.cols)
     pixels = work.shape.width // latent[2] * columns * work.shape.height // latent[1] * rows
-    return 2 * 3 * work.shape.frames * pixels if work.kept else 0
+    return 2 * 3 * work.shape.frames * pixels if work.saved else 0
 
 
 def _denoise_fits(model, work, machine, policy) -> bool:
@@ -253,7 +253,7 @@ def _denoise_fits(model, work, machine, policy) -> bool:
         )  # fmt: skip
         kept = held + (0 if place else transformer.cross_kv_bytes(spec, case))
         context = transformer.context_bytes(spec, case).total_bytes + decoding
-        restored = max(12 * 64 * volume, 2 * held) if work.kept else 0
+        restored = max(12 * 64 * volume, 2 * held) if work.saved else 0
         if not _one_pass_fits(
             spec.cross_block_bytes, context, 0, kept + restored, machine, spec.weights.rest_bytes
         ):
@@ -261,7 +261,7 @@ def _denoise_fits(model, work, machine, policy) -> bool:
         step = transformer.denoise_bytes(spec, case).total_bytes + decoding + _libraries(machine)
         room = (
             machine.vram_bytes - step - spec.weights.rest_bytes,
-            machine.ram_bytes - kept - 64 * volume * (5 if work.kept else 1),
+            machine.ram_bytes - kept - 64 * volume * (5 if work.saved else 1),
         )
         if _blocks_fit(spec.weights.block_bytes, *room, policy):
             return True

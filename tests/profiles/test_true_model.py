@@ -55,7 +55,7 @@ def made(size: str, name: str, system_gib: int) -> Plan:
     machine = described(CARD, f"{system_gib}GiB", None)
     assert machine.fused_norms
     chosen = profiles.choose(profiles.load(name), Options(), machine)
-    workload = Workload(VideoShape(*SIZES[size]), steps=40, guided=True, kept=True)
+    workload = Workload(VideoShape(*SIZES[size]), steps=40, guided=True, saved=True)
     refused = []
     for weight_format in chosen.formats:
         try:

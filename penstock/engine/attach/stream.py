@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from penstock.blocks import PAGE_BYTES
 from penstock.closing import Closing
 from penstock.engine.attach.blocks import Onloader, Slot, StreamedBlocks
 from penstock.engine.attach.endless import EndlessStream
+from penstock.engine.attach.filenames import tie
 from penstock.engine.attach.livepack import LivePack, live_folder, plan_live
 from penstock.engine.attach.placing import place_blocks
-from penstock.engine.attach.surgery import Emptied, Patient, Quantised, run_name, specs_of
-from penstock.engine.packs.file import PackLayout
+from penstock.engine.attach.sources import Filed, Held, Source, layouts_of, run_bytes
+from penstock.engine.attach.surgery import Patient, Quantised
 from penstock.engine.run.room import residency
 from penstock.errors import UsageError
 from penstock.formats.formats import get_format
@@ -31,7 +31,7 @@ from penstock.offload.tiers import release_cached
 from penstock.profiles.hardware import Hardware, probe
 from penstock.profiles.plan import Items
 from penstock.quant.paths import Computing, Scratch
-from penstock.units import align_up, parse_bytes
+from penstock.units import parse_bytes
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ def stream(
     activations: str | int = 0,
     device: str = "auto",
     folder: str | Path | None = None,
+    files: str | Path | None = None,
 ) -> Streamed:
     """Run a module whose blocks do not fit: they are brought to the device one after the other.
 
@@ -94,7 +95,7 @@ def stream(
     in a block and elsewhere stay on the device.
 
     Args:
-        module: any module; its weights must be loaded.
+        module: any module; its weights must be loaded, or lie in ``files``.
         blocks: dotted name of the `nn.ModuleList`, such as ``"encoder.layers"``; or of several, in
             the order in which the module goes through them.
         vram: budget on the device, such as ``"4GiB"`` or bytes; None: what is free, and what the
@@ -106,9 +107,15 @@ def stream(
             here; on a GPU with what cuBLAS and cuDNN work in (8 to 32 MiB and more).
         device: "cuda", "cpu" or "auto" (CUDA where there is one).
         folder: where the pack is written; None: penstock's cache folder. It is removed at the end.
+        files: a safetensors file, an index or a folder with either, where the weights of a module
+            lie that is on the meta device (its buffers computed, as under
+            ``accelerate.init_empty_weights(include_buffers=False)``). They go from the files to the
+            stream in the types that they are stored in, and the module is never held whole; no pack
+            is written but a quantised one. `Streamed.close` leaves the module on the meta device.
 
     Raises:
         UsageError: no such list, or weights that cannot be streamed.
+        CheckpointError: ``files`` lack weights, or hold other ones.
         OverBudget: not even one block fits; names the least budget that does.
         StorageError: no disk space for the pack.
 
@@ -117,13 +124,21 @@ def stream(
         ...     with torch.no_grad():
         ...         states = model(ids)
     """
-    patient = Patient(module, [blocks] if isinstance(blocks, str) else blocks)
-    quantised = None if format is None else Quantised(patient, get_format(format), keep)
     hardware = budgets(device, vram, ram)
     if vram is None:  # what the module holds there is the budget's to place
         hardware = replace(hardware, vram_bytes=hardware.vram_bytes + _held_bytes(module, hardware))
-    opening = _Opening(patient, quantised, hardware, parse_bytes(activations) if activations else 0)
+    work_bytes = parse_bytes(activations) if activations else 0
     with ExitStack() as stack:
+        if files is not None:
+            tie(module)
+        patient = Patient(module, [blocks] if isinstance(blocks, str) else blocks)
+        source: Source = (
+            Held(patient) if files is None else Filed(patient, module, Path(files), stack)
+        )
+        quantised = None
+        if format is not None:
+            quantised = Quantised(patient, get_format(format), keep, source.value)
+        opening = _Opening(patient, quantised, hardware, work_bytes, source)
         onloader, report = opening.open(stack, None if folder is None else Path(folder))
         streamed = Streamed(module, report, stack.pop_all())
         onloader.owner = streamed  # whoever keeps the module keeps what can put it back
@@ -198,26 +213,29 @@ def budgets(device: str, vram: str | int | None, ram: str | int | None) -> Hardw
 
 
 class _Opening:
-    """The way from a loaded module to a streamed one; a stack undoes every step."""
+    """The way from a module to a streamed one; a stack undoes every step."""
 
     def __init__(
-        self, patient: Patient, quantised: Quantised | None, hardware: Hardware, work_bytes: int
+        self,
+        patient: Patient,
+        quantised: Quantised | None,
+        hardware: Hardware,
+        work_bytes: int,
+        source: Source,
     ) -> None:
-        self._patient, self._quantised, self._hardware = patient, quantised, hardware
-        self._device = torch.device(hardware.place)
-        self._runs = patient.runs()
-        specs = specs_of(self._runs)
-        self._plain = plan_live(specs)
-        self._stored = self._plain if quantised is None else plan_live(quantised.specs(specs))
+        self._patient, self._source, self._quantised = patient, source, quantised
+        self._hardware, self._device = hardware, torch.device(hardware.place)
+        self._stored = None if quantised is None else plan_live(quantised.specs(source.specs))
+        self._blocks = source.block_bytes if self._stored is None else run_bytes(self._stored)
         self._scratch_bytes = 0 if quantised is None else quantised.scratch_bytes
         workspace = 0 if quantised is None else quantised.workspace_bytes(hardware.device)
         self._fixed: Items = (
-            ("weights outside the blocks, and buffers", _storage_bytes(patient.staying)),
+            ("weights outside the blocks, and buffers", source.staying_bytes),
             ("dequantisation scratch", self._scratch_bytes),
             ("dequantisation", workspace),
             ("activations", work_bytes),
         )
-        self._plan = place_blocks(_run_bytes(self._stored), self._fixed, hardware)
+        self._plan = place_blocks(self._blocks, self._fixed, hardware)
         self._vram = ByteLedger("VRAM", hardware.vram_bytes)
         self._ram = ByteLedger("RAM", hardware.ram_bytes)
 
@@ -227,18 +245,19 @@ class _Opening:
         """Do it all; what comes back brings in the blocks, and reports."""
         stack.callback(release_cached, self._device)
         place = stack.enter_context(live_folder(folder))
-        plain = source = LivePack(place / "plain.safetensors", self._plain, self._values)
-        stack.callback(plain.close)
-        if self._quantised is not None:
+        self._source.open(stack, place)
+        layouts = self._source.layouts()
+        if self._quantised is not None and self._stored is not None:
             made = self._quantised.values
-            source = LivePack(place / "quantised.safetensors", self._stored, made)
-            stack.callback(source.close)
+            pack = LivePack(place / "quantised.safetensors", self._stored, made)
+            stack.callback(pack.close)
+            layouts = layouts_of(pack, len(self._patient.blocks))
         for label, nbytes in self._fixed:
             stack.enter_context(self._vram.reserve(label, nbytes))
         weight_bytes = self._patient.weight_bytes
-        slots = self._empty(stack, plain)
-        _move(self._patient.staying, self._device, stack)
-        blocks = self._stream(stack, source)
+        slots = self._empty(stack)
+        self._source.settle(self._device, stack)
+        blocks = self._stream(stack, layouts)
         onloader = Onloader(self._patient.blocks, slots, blocks)
         stack.callback(self._patient.replace_lists, None)
         stack.callback(onloader.take_back)
@@ -248,10 +267,7 @@ class _Opening:
         )
         return onloader, lambda: self._report(onloader, blocks, weight_bytes)
 
-    def _values(self, run: str) -> Iterator[Tensor]:
-        yield from self._runs[run].values()
-
-    def _empty(self, stack: ExitStack, plain: LivePack) -> list[list[Slot]]:
+    def _empty(self, stack: ExitStack) -> list[list[Slot]]:
         """Let the weights go; what stands for them is in place then."""
         patient, quantised = self._patient, self._quantised
         if quantised is not None:
@@ -260,19 +276,14 @@ class _Opening:
         slots = [patient.slots(index, self._device) for index in range(len(patient.blocks))]
         if quantised is not None:
             slots = [own + quantised.slots(n, self._device) for n, own in enumerate(slots)]
-        stack.callback(Emptied(plain, self._runs).fill)
+        self._source.empty(stack)
         stack.callback(_restore, slots)
         for own in slots:
             for slot in own:
                 slot.put(None)
         return slots
 
-    def _stream(self, stack: ExitStack, source: LivePack) -> EndlessStream:
-        layouts = [
-            BlockLayout.from_entries(source.entries(run_name(index)))
-            for index in range(len(self._patient.blocks))
-        ]
-
+    def _stream(self, stack: ExitStack, layouts: list[BlockLayout]) -> EndlessStream:
         def make(passes: int) -> BlockStream:
             return BlockStream(
                 layouts,
@@ -287,7 +298,6 @@ class _Opening:
 
     def _report(self, onloader: Onloader, blocks: EndlessStream, weight_bytes: int) -> StreamReport:
         plan, stored = self._plan, self._stored
-        packs = {id(layout): layout.file_bytes for layout in (self._plain, stored)}
         return StreamReport(
             blocks=plan.n_blocks,
             device_resident=plan.device_resident,
@@ -295,12 +305,12 @@ class _Opening:
             from_disk=plan.disk_blocks,
             format=None if self._quantised is None else self._quantised.format.name,
             weight_bytes=weight_bytes,
-            streamed_bytes=sum(_run_bytes(stored)),
+            streamed_bytes=sum(self._blocks),
             vram_limit_bytes=self._vram.cap_bytes,
             peak_vram_bytes=self._vram.peak,
             ram_limit_bytes=self._ram.cap_bytes,
             peak_ram_bytes=self._ram.peak,
-            disk_bytes=sum(packs.values()),
+            disk_bytes=self._source.pack_bytes + (stored.file_bytes if stored else 0),
             read_bytes=blocks.read_bytes,
             copied_bytes=blocks.copied_bytes,
             passes=onloader.passes,
@@ -314,30 +324,8 @@ def _restore(slots: Sequence[Sequence[Slot]]) -> None:
             slot.restore()
 
 
-def _run_bytes(layout: PackLayout) -> list[int]:
-    """What each run takes in a buffer."""
-    return [align_up(run.nbytes, PAGE_BYTES) for run in layout.runs]
-
-
-def _storage_bytes(tensors: Sequence[Tensor]) -> int:
-    return sum({t.untyped_storage().data_ptr(): t.nbytes for t in tensors}.values())
-
-
 def _held_bytes(module: nn.Module, hardware: Hardware) -> int:
     """What the module takes of a GPU now, and so is not free there."""
     device = torch.device(hardware.place)
     tensors = [*module.parameters(), *module.buffers()] if device.type == "cuda" else []
     return sum(tensor.nbytes for tensor in tensors if tensor.device == device)
-
-
-def _move(tensors: Sequence[Tensor], device: torch.device, stack: ExitStack) -> None:
-    """To the device, and back with the stack; what is written to them meanwhile is kept."""
-    for tensor in tensors:
-        home = tensor.device
-        if home != device:
-            tensor.data = tensor.data.to(device)
-            stack.callback(_set_device, tensor, home)
-
-
-def _set_device(tensor: Tensor, device: torch.device) -> None:
-    tensor.data = tensor.data.to(device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import accumulate
@@ -233,10 +233,17 @@ class Quantised:
         patient: taken apart.
         fmt: how they are stored.
         keep: ends of names of layers that stay as they are.
+        value: gives a weight with its values.
     """
 
-    def __init__(self, patient: Patient, fmt: QuantFormat, keep: Collection[str]) -> None:
-        self._patient, self.format = patient, fmt
+    def __init__(
+        self,
+        patient: Patient,
+        fmt: QuantFormat,
+        keep: Collection[str],
+        value: Callable[[Tensor], Tensor],
+    ) -> None:
+        self._patient, self.format, self._value = patient, fmt, value
         self.linears = patient.linears(fmt, keep)
         if not any(self.linears):
             raise UsageError(
@@ -280,9 +287,9 @@ class Quantised:
         index = _index(run)
         weights = self._patient.weights[index]
         done = {f"{each.name}.weight" for each in self.linears[index]}
-        yield from (p for name, p in weights.items() if name not in done)
+        yield from (self._value(p) for name, p in weights.items() if name not in done)
         for each in self.linears[index]:
-            weight = each.module.weight.detach().cpu()
+            weight = self._value(each.module.weight).detach().cpu()
             yield from quantise(self.format, weight, each.name).values()
 
     def install(self, computing: Computing) -> None:

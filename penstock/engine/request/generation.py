@@ -256,14 +256,14 @@ class GenerationRequest:
         return tuple(found)
 
 
-def workload_of(request: GenerationRequest, *, kept: bool = False) -> Workload:
+def workload_of(request: GenerationRequest, *, saved: bool = False) -> Workload:
     """The request as the planner takes it; ``kept``: in a job's directory. The header of its
     picture is read, if that lies where the request says.
 
     Raises:
         ImageError: the picture cannot be used.
     """
-    work = Workload(request.video_shape, request.steps, request.uses_guidance, kept)
+    work = Workload(request.video_shape, request.steps, request.uses_guidance, saved)
     work = replace(work, windows=request.windows)
     if request.image is None or not request.image.exists():
         return work

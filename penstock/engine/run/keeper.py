@@ -79,7 +79,7 @@ class Keeper:
         """Whether the latents have been replaced from outside, now or before."""
         return self._steered
 
-    def keep_steered(self) -> None:
+    def save_steered(self) -> None:
         """From now on the latents are not what the request alone leads to."""
         self._steered = True
 
@@ -87,15 +87,15 @@ class Keeper:
         """The encoded prompt and picture."""
         return None
 
-    def keep_conditions(self, conditions: Conditions) -> None:
-        """Keep the encoded prompt and picture."""
+    def save_conditions(self, conditions: Conditions) -> None:
+        """Save the encoded prompt and picture."""
 
     def point(self) -> Point | None:
         """Where the sampling stood."""
         return None
 
-    def keep_point(self, point: Point) -> None:
-        """Keep where the sampling stands. Returns before it is on the disk."""
+    def save_point(self, point: Point) -> None:
+        """Save where the sampling stands. Returns before it is on the disk."""
 
     def settle(self) -> None:
         """Return when all that was given is on the disk."""
@@ -104,25 +104,25 @@ class Keeper:
         """The final latents."""
         return None
 
-    def keep_latents(self, latents: Tensor) -> None:
-        """Keep the final latents."""
+    def save_latents(self, latents: Tensor) -> None:
+        """Save the final latents."""
 
     def tiles(self, grid: tuple[int, int]) -> Iterable[tuple[int, Tensor]]:
         """Decoded tiles of a grid of rows and columns: index and pixels (frames, h, w, 3)."""
         return ()
 
-    def keep_tile(self, grid: tuple[int, int], index: int, frames: Tensor) -> None:
-        """Keep a decoded tile."""
+    def save_tile(self, grid: tuple[int, int], index: int, frames: Tensor) -> None:
+        """Save a decoded tile."""
 
-    def keep_plan(self, plan: Plan) -> None:
+    def save_plan(self, plan: Plan) -> None:
         """The job goes on under another plan."""
 
     def lacks_sums(self) -> bool:
         """Whether it is not known yet, to the byte, which files the job reads."""
         return False
 
-    def keep_sums(self, sums: Mapping[str, str]) -> None:
-        """Keep checksums of files that the job reads, by their names in its fingerprint."""
+    def save_sums(self, sums: Mapping[str, str]) -> None:
+        """Save checksums of files that the job reads, by their names in its fingerprint."""
 
     def writing_output(self, file: Path) -> None:
         """The finished ``file`` is about to get its name."""
@@ -166,7 +166,7 @@ class JournalKeeper(Keeper):
         """Whether the latents have been replaced from outside, now or before."""
         return bool(self._journal.record.facts.get("steered"))
 
-    def keep_steered(self) -> None:
+    def save_steered(self) -> None:
         """Note it at once: no state that was steered may be found without the note.
 
         Raises:
@@ -197,8 +197,8 @@ class JournalKeeper(Keeper):
         texts = [tensors[name] for name in ("text.0", "text.1") if name in tensors]
         return Conditions(tuple(texts), tensors.get("image"), tensors.get("condition"))
 
-    def keep_conditions(self, conditions: Conditions) -> None:
-        """Keep the encoded prompt and picture."""
+    def save_conditions(self, conditions: Conditions) -> None:
+        """Save the encoded prompt and picture."""
         tensors = {f"text.{index}": text for index, text in enumerate(conditions.texts)}
         for name in ("image", "condition"):
             if (tensor := getattr(conditions, name)) is not None:
@@ -223,8 +223,8 @@ class JournalKeeper(Keeper):
             raise JournalError("the saved state is no sampler's", found=str(error)) from error
         return point
 
-    def keep_point(self, point: Point) -> None:
-        """Keep where the sampling stands. Returns before it is on the disk."""
+    def save_point(self, point: Point) -> None:
+        """Save where the sampling stands. Returns before it is on the disk."""
         self.settle()  # first: only one copy of the state is alive at a time
         # Copies: the solver and the next step may work in place while these are written.
         tensors = {name: _copy(tensor) for name, tensor in point.solver.tensors.items()}
@@ -243,8 +243,8 @@ class JournalKeeper(Keeper):
         """The final latents; None where they are missing or damaged."""
         return self._journal.load_latents()
 
-    def keep_latents(self, latents: Tensor) -> None:
-        """Keep the final latents."""
+    def save_latents(self, latents: Tensor) -> None:
+        """Save the final latents."""
         self._write(lambda: self._journal.save_latents(latents))
 
     def tiles(self, grid: tuple[int, int]) -> Iterable[tuple[int, Tensor]]:
@@ -254,11 +254,11 @@ class JournalKeeper(Keeper):
             if frames is not None:
                 yield index, frames
 
-    def keep_tile(self, grid: tuple[int, int], index: int, frames: Tensor) -> None:
-        """Keep a decoded tile."""
+    def save_tile(self, grid: tuple[int, int], index: int, frames: Tensor) -> None:
+        """Save a decoded tile."""
         self._write(lambda: self._journal.save_tile(grid, index, frames))
 
-    def keep_plan(self, plan: Plan) -> None:
+    def save_plan(self, plan: Plan) -> None:
         """The job goes on under another plan."""
         self.settle()
         self._journal.mark("running", plan=plan.to_json())
@@ -268,8 +268,8 @@ class JournalKeeper(Keeper):
         files = self._journal.record.fingerprint.get("files", {})
         return any(_is_sampled(entry) and SUM not in entry for entry in files.values())
 
-    def keep_sums(self, sums: Mapping[str, str]) -> None:
-        """Keep checksums of files that the job reads, by their names in its fingerprint."""
+    def save_sums(self, sums: Mapping[str, str]) -> None:
+        """Save checksums of files that the job reads, by their names in its fingerprint."""
         self.settle()
         fingerprint = self._journal.record.fingerprint
         files = {

@@ -115,7 +115,7 @@ def know_sources(stage: Stage) -> None:
         return
     with stage.host_ledger.reserve("files being read for their checksums", PIECE_BYTES):
         sums = {n: Sums().of(p, stage.monitor.check) for n, p in stage.job.sources.items()}
-    stage.keeper.keep_sums({name: each.value for name, each in sums.items()})
+    stage.keeper.save_sums({name: each.value for name, each in sums.items()})
     stage.monitor.notice(f"the model's files are known for a resume: {how_told(sums.values())}")
 
 

@@ -33,7 +33,7 @@ class Sampling:
         request = self._stage.job.request
         assert request.seed is not None
         point = Point(self._noise(request.seed).to(self._stage.device), self._sampler().state())
-        self._stage.keeper.keep_point(point)
+        self._stage.keeper.save_point(point)
         self._stage.keeper.settle()  # the copy's room is the denoising's, which has not begun
         return point
 
@@ -83,7 +83,7 @@ class Sampling:
         self._stage.keeper.settle()
         latents = self._steered(sampler, sampler.step(prediction, sampler.next_step, latents))
         self._point = Point(latents, sampler.state())
-        self._stage.keeper.keep_point(self._point)
+        self._stage.keeper.save_point(self._point)
         return latents
 
     def _steered(self, sampler: Sampler, latents: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class Sampling:
         if wanted is None:
             return latents
         if not stage.keeper.steered:
-            stage.keeper.keep_steered()  # before any state that it has touched
+            stage.keeper.save_steered()  # before any state that it has touched
         return wanted
 
 

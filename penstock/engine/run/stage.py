@@ -188,7 +188,7 @@ class Stage(Room):
             )
         what, identical = changes(self.plan, plan)
         self.plan = plan
-        self.keeper.keep_plan(plan)
+        self.keeper.save_plan(plan)
         self.monitor.replanned(Replanned(self._active, short.message, what, identical))
 
     @contextmanager

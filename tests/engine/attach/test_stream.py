@@ -320,6 +320,7 @@ def test_what_a_module_holds_of_a_gpu_is_the_budgets(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(attach_stream, "_Opening", opened)
     monkeypatch.setattr(attach_stream, "Patient", lambda *_: None)
+    monkeypatch.setattr(attach_stream, "Held", lambda *_: None)
     monkeypatch.setattr(attach_stream, "probe", lambda device: card)
     for vram in (None, 4096):
         with pytest.raises(InterruptedError):

@@ -13,12 +13,12 @@ from penstock.engine.store.journal import Journal
 
 def make_lazy(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on every save of a step begins when its keeper is asked to settle."""
-    keep_point, settle, save = JournalKeeper.keep_point, JournalKeeper.settle, Journal.save_step
+    save_point, settle, save = JournalKeeper.save_point, JournalKeeper.settle, Journal.save_step
     given: list[int] = []
     wanted = threading.Semaphore(0)
 
     def kept(keeper: JournalKeeper, point: Point) -> None:
-        keep_point(keeper, point)
+        save_point(keeper, point)
         given.append(point.step)
 
     def settled(keeper: JournalKeeper) -> None:
@@ -31,6 +31,6 @@ def make_lazy(monkeypatch: pytest.MonkeyPatch) -> None:
         wanted.acquire()
         save(*arguments)
 
-    monkeypatch.setattr(JournalKeeper, "keep_point", kept)
+    monkeypatch.setattr(JournalKeeper, "save_point", kept)
     monkeypatch.setattr(JournalKeeper, "settle", settled)
     monkeypatch.setattr(Journal, "save_step", slowly)

@@ -217,9 +217,9 @@ def test_an_engine_that_closes_between_check_and_start_leaves_no_lock(
     engine = an_engine(t2v_folder)
     plan = engine.plan
 
-    def plan_and_close(request: GenerationRequest, *, kept: bool) -> Plan:
+    def plan_and_close(request: GenerationRequest, *, saved: bool) -> Plan:
         engine.close()
-        return plan(request, kept=kept)
+        return plan(request, saved=saved)
 
     monkeypatch.setattr(engine, "plan", plan_and_close)
     with pytest.raises(UsageError, match="closed"):

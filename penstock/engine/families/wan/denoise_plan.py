@@ -359,7 +359,7 @@ class Denoise:
         )
 
     def _saved(self, label: str, bytes_of: Callable[[WanCase], int]) -> Items:
-        return ((label, bytes_of(self.case)),) if self.case.workload.kept else ()
+        return ((label, bytes_of(self.case)),) if self.case.workload.saved else ()
 
     def _phase(self, shape: Shape, stream: Stream, limits: Limits) -> PhasePlan:
         spec, cost, place = self.spec, shape.cost, stream.placement

@@ -51,7 +51,7 @@ class Film:
             tile = self._part(piece.window)
             tile[piece.frame] = to_uint8(piece.pixels).cpu()
             if piece.frame == last:
-                self._keeper.keep_tile(self._size, piece.tile, tile)
+                self._keeper.save_tile(self._size, piece.tile, tile)
 
     def _take_kept(self) -> list[int]:
         taken = []

@@ -170,7 +170,7 @@ def _wide_modulation(embedder: Any, timesteps: Tensor, dtype: torch.dtype) -> li
     tembs = _wide(two.linear_2, inner, dtype)
     projections = _wide(embedder.time_proj, [embedder.act_fn(temb) for temb in tembs], dtype)
     pairs = zip(tembs, projections, strict=True)
-    return [StepModulation(temb, projection.unflatten(1, (6, -1))) for temb, projection in pairs]
+    return [StepModulation(temb, torch.unflatten(rows, 1, (6, -1))) for temb, rows in pairs]
 
 
 def _wide(layer: Any, inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -32,7 +32,7 @@ TILE_GRIDS = (
 )  # fmt: skip
 """Rows and columns of VAE tiles that are tried; each costs more arithmetic than the one before."""
 
-KEPT_TILE_COPIES = 2
+SAVED_TILE_COPIES = 2
 """Of a decoded tile's pixels: the file's bytes and their tensor when it is read again; saving takes
 one."""
 
@@ -144,8 +144,8 @@ class Tiled:
             ("condition", condition_bytes(self.case)),
             OBJECTS,
         )  # fmt: skip
-        if decoding and self.case.workload.kept:
-            held = (*held, ("kept tile", KEPT_TILE_COPIES * tile_bytes(self.case, grid)))
+        if decoding and self.case.workload.saved:
+            held = (*held, ("saved tile", SAVED_TILE_COPIES * tile_bytes(self.case, grid)))
         room = limits.ram_bytes - sum(count for _, count in held)
         return PhasePlan(
             self.name,

@@ -398,12 +398,12 @@ WORK = Work(
         SavePoint(
             "denoise",
             _saved_conditions,
-            lambda stage, found: stage.keeper.keep_conditions(_conditions(found)),
+            lambda stage, found: stage.keeper.save_conditions(_conditions(found)),
         ),
         SavePoint(
             "decode",
             _saved_latents,
-            lambda stage, found: stage.keeper.keep_latents(found["latents"]),
+            lambda stage, found: stage.keeper.save_latents(found["latents"]),
         ),
     ),
     drawn=drawn,

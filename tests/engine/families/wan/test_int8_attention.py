@@ -181,7 +181,7 @@ def test_jobs_and_plans_stored_before_have_torchs_own(
 ) -> None:
     with an_engine(t2v_folder) as engine:
         stop_after_a_step(engine, REQUEST, tmp_path / "job")
-        plan = engine.plan(REQUEST, kept=True)
+        plan = engine.plan(REQUEST, saved=True)
         asked = request_values(REQUEST, engine.model.opening, plan)
     assert read_record(tmp_path / "job").fingerprint["numerics"]["attention"] == "sdpa"
     stored = plan.to_json()

@@ -126,7 +126,7 @@ def test_a_job_from_before_goes_on_in_bf16(folder: Path, tmp_path: Path) -> None
 def test_it_is_in_the_fingerprint(folder: Path, tmp_path: Path) -> None:
     with an_engine(folder, residual="fp32") as engine:
         stop_after_a_step(engine, a_request(), tmp_path)
-        kept = engine.plan(a_request(), kept=True)
+        kept = engine.plan(a_request(), saved=True)
     with Journal.open(tmp_path) as journal:
         plan = Plan.from_json(journal.record.plan).to_json()
         for phase in plan["phases"]:

@@ -18,7 +18,7 @@ child of one process that has the libraries loaded:
 glibc's threshold for returning memory at once is fixed (``MALLOC_MMAP_THRESHOLD_``), as its own
 grows with what was freed. Linux only. The last line on stdout is JSON.
 
-    python -m benchmarks.kept [--frames 17] [--steps 1]
+    python -m benchmarks.saved [--frames 17] [--steps 1]
 """
 
 from __future__ import annotations
@@ -238,7 +238,7 @@ def main() -> None:
     options = arguments.parse_args()
     if os.environ.get(MALLOC[0]) != MALLOC[1]:
         os.environ[MALLOC[0]] = MALLOC[1]  # read by glibc when a process begins
-        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.kept", *sys.argv[1:]])
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.saved", *sys.argv[1:]])
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="penstock-kept-") as scratch:
         folder = write_tiny_model(

@@ -1,6 +1,6 @@
 """A real run on the CPU beside its plan: what the ledgers measured is what was predicted.
 
-What a kept job holds besides (states being saved, states read again) is counted by others: by the
+What a saved job holds besides (states being saved, states read again) is counted by others: by the
 storages that torch makes, and by Python's allocator.
 """
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from penstock.engine.engine import Engine
-from penstock.engine.families.wan.plan import KEPT_TILE_COPIES
+from penstock.engine.families.wan.plan import SAVED_TILE_COPIES
 from penstock.engine.families.wan.terms import (
     latent_of,
     restored_bytes,
@@ -51,13 +51,13 @@ def a_request(engine: Engine, **changes: Any) -> GenerationRequest:
     return GenerationRequest(**(values | changes), grid=engine.model.grid)
 
 
-@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("saved", [False, True])
 @pytest.mark.parametrize(("vram", "ram"), [(24 * MIB, 40 * MIB), (200 * MIB, 200 * MIB)])
 def test_peaks_are_those_of_the_plan(
-    model: Path, tmp_path: Path, vram: int, ram: int, kept: bool
+    model: Path, tmp_path: Path, vram: int, ram: int, saved: bool
 ) -> None:
     with Engine.open(model, vram=vram, ram=ram, device="cpu") as engine:
-        job = engine.submit(a_request(engine), job_dir=tmp_path / "job" if kept else None)
+        job = engine.submit(a_request(engine), job_dir=tmp_path / "job" if saved else None)
         phases = job.result().report.phases
     assert [phase.name for phase in phases] == ["text", "context", "denoise", "decode"]
     for phase in phases:
@@ -68,15 +68,15 @@ def test_peaks_are_those_of_the_plan(
             assert 0.95 * predicted <= measured <= predicted, (phase.name, measured, predicted)
 
 
-def test_only_a_kept_job_counts_what_keeping_takes(model: Path) -> None:
+def test_only_a_saved_job_counts_what_saving_takes(model: Path) -> None:
     with Engine.open(model, vram="200MiB", ram="200MiB", device="cpu") as engine:
         request = a_request(engine)
-        kept, other = engine.plan(request, kept=True), engine.plan(request)
-    latents = dict(kept["denoise"].ram_work)["latents"]
-    assert kept["denoise"].ram_work_bytes == other["denoise"].ram_work_bytes + 4 * latents
-    tile = KEPT_TILE_COPIES * 5 * 32 * 32 * 3
-    assert kept["decode"].ram_work_bytes == other["decode"].ram_work_bytes + tile
-    assert dict(kept["context"].ram_work)[RESTORED] >= 12 * latents
+        saved, other = engine.plan(request, saved=True), engine.plan(request)
+    latents = dict(saved["denoise"].ram_work)["latents"]
+    assert saved["denoise"].ram_work_bytes == other["denoise"].ram_work_bytes + 4 * latents
+    tile = SAVED_TILE_COPIES * 5 * 32 * 32 * 3
+    assert saved["decode"].ram_work_bytes == other["decode"].ram_work_bytes + tile
+    assert dict(saved["context"].ram_work)[RESTORED] >= 12 * latents
     assert {label for label, _ in other["context"].ram} & {RESTORED} == set()
 
 
@@ -96,7 +96,7 @@ def test_states_being_saved_take_what_the_plan_says(
     monkeypatch.setattr(keeper_module, "_copy", counted)
     with Engine.open(model, vram="200MiB", ram="200MiB", device="cpu") as engine:
         request = a_request(engine, width=160, height=96, frames=17, steps=4)
-        planned = dict(engine.plan(request, kept=True)["denoise"].ram_work)["saved state"]
+        planned = dict(engine.plan(request, saved=True)["denoise"].ram_work)["saved state"]
         engine.submit(request, job_dir=tmp_path / "job").result()
     assert 0.99 * planned <= meter.peak <= planned + 64  # and solvers' few scalars
     assert meter.live == 0
@@ -108,7 +108,7 @@ SHAPE = VideoShape(640, 384, 33)
 def a_case() -> Case:
     manifest = builtin("wan2.1-i2v-14b", "int8")
     rates = Hardware("cpu", "", 1, 1, Rates(1e9, 1e9, 1e9)).rates
-    return Case(manifest, Workload(SHAPE, 4, False, kept=True), rates, Policy(), "cpu")
+    return Case(manifest, Workload(SHAPE, 4, False, saved=True), rates, Policy(), "cpu")
 
 
 @pytest.fixture
@@ -132,19 +132,19 @@ def test_reading_a_state_takes_no_more_than_is_reserved(keeper: JournalKeeper) -
     latents = torch.zeros(1, 16, *latent_of(case))
     history = {f"model_outputs.{index}": latents for index in range(3)}
     for step in (1, 2):
-        keeper.keep_point(Point(latents, SamplerState({"next_step": step}, history)))
+        keeper.save_point(Point(latents, SamplerState({"next_step": step}, history)))
     keeper.settle()
     assert saved_state_bytes(case) == 4 * latents.nbytes
     peak = traced_peak_bytes(keeper.point)
     assert 0.95 * restored_bytes(case) <= peak <= restored_bytes(case) + MIB
 
 
-def test_a_kept_tile_takes_no_more_than_is_reserved(keeper: JournalKeeper) -> None:
+def test_a_saved_tile_takes_no_more_than_is_reserved(keeper: JournalKeeper) -> None:
     case, grid = a_case(), TileGrid(2, 3)
     film = torch.zeros(SHAPE.frames, SHAPE.height, SHAPE.width, 3, dtype=torch.uint8)
     tile = film[:, :192, :216]
-    reserved = KEPT_TILE_COPIES * tile_bytes(case, grid)
-    assert reserved == KEPT_TILE_COPIES * tile.nbytes
+    reserved = SAVED_TILE_COPIES * tile_bytes(case, grid)
+    assert reserved == SAVED_TILE_COPIES * tile.nbytes
     with StorageMeter([film]) as meter:
         keeper._journal.save_tile((2, 3), 0, tile)
     assert meter.peak == tile.nbytes

@@ -142,6 +142,9 @@ def generate(
     image_encoder: Part = None,
     tokenizer: Tokenizer = None,
     image: Annotated[Path | None, path_option("The picture to start from.")] = None,
+    last_image: Annotated[
+        Path | None, path_option("The picture to end with, where the model takes one.")
+    ] = None,
     negative: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
     size: Annotated[str | None, typer.Option(help="Pixels, such as 1280x720.")] = None,
     max_area: Annotated[
@@ -202,6 +205,7 @@ def generate(
     settings = Settings(
         prompt=prompt,
         image=image,
+        last_image=last_image,
         negative_prompt=negative,
         size=size,
         max_area=max_area,
@@ -333,7 +337,10 @@ def plan(
     image_encoder: Part = None,
     tokenizer: Tokenizer = None,
     synthetic: Annotated[
-        str | None, typer.Option(help="A built-in description instead: wan2.1-i2v-14b.")
+        str | None,
+        typer.Option(
+            help="A built-in description instead: wan2.1-i2v-14b, wan2.1-t2v-14b and others."
+        ),
     ] = None,
     image: Annotated[Path | None, path_option("The picture, for its aspect.")] = None,
     size: Annotated[str | None, typer.Option(help="Pixels, such as 1280x720.")] = None,

@@ -126,6 +126,18 @@ class Picture:
     decode_bytes: int
 
 
+Wanted = Literal["none", "may", "must"]
+"""Whether a model takes a picture: never, if there is one, or always."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures that a video may start from and end with."""
+
+    first: Wanted
+    last: Wanted = "none"
+
+
 @dataclass(frozen=True)
 class Prefetch:
     """Weights that may come before their own phase, where RAM has room.

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from penstock.formats.formats import FORMATS
-from penstock.profiles.manifest import ComputePath, Heads, Picture, Prefetch, Storage, VideoShape
+from penstock.profiles.manifest import (
+    ComputePath,
+    Heads,
+    Picture,
+    Pictures,
+    Prefetch,
+    Storage,
+    VideoShape,
+)
 from penstock.profiles.plan import Items, PhasePlan
 from penstock.profiles.policy import Limits, Policy
 from penstock.profiles.rates import Rates
@@ -65,6 +73,8 @@ class Workload:
         written: a file is made of the frames at the end.
         picture: that the video starts from; None: there is none, or none is known yet and it is
             taken to be as large as the video.
+        last: that the video ends with, likewise.
+        pictures: that are given, 0 to 2; None: those that the model must have.
         windows: of frames, that the video is denoised in; None: all of it at once.
         changes: frames of the conditioning clip that may differ from the one before, the first
             among them; None: any may.
@@ -77,6 +87,8 @@ class Workload:
     written: bool = True
     picture: Picture | None = None
     changes: tuple[int, ...] | None = FIRST_FRAME
+    last: Picture | None = None
+    pictures: int | None = None
     windows: Windows | None = None
 
     @property
@@ -146,6 +158,10 @@ class Manifest(Protocol):
     @property
     def image_to_video(self) -> bool:
         """Whether a conditioning picture is needed."""
+
+    @property
+    def pictures(self) -> Pictures:
+        """The pictures that are taken."""
 
     @property
     def heads(self) -> Heads:

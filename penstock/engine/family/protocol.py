@@ -12,7 +12,7 @@ when it is first called. What needs the types of a higher room is stated there:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -91,6 +91,20 @@ class Family(Protocol):
 
         Raises:
             CheckpointError: not of this family.
+        """
+
+    def stranger(self, names: Iterable[str]) -> str | None:
+        """The model akin to this family whose tensors bear these names, if it is not run."""
+
+    def check_together(self, origin: str, configs: Mapping[str, Config]) -> None:
+        """Refuse networks that do not belong together.
+
+        Args:
+            origin: where the model is, for people.
+            configs: of each network by name, gaps filled.
+
+        Raises:
+            CheckpointError: names the two, and the sizes that differ.
         """
 
     def needed(self, config: Config) -> Iterator[str]:

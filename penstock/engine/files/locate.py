@@ -19,7 +19,7 @@ from penstock.engine.files.hub import Fetch, hub_snapshot
 from penstock.engine.files.incomplete import check_whole
 from penstock.engine.files.keys import ComponentSource, find_naming, recognise
 from penstock.engine.files.source import RawFile, dangling, open_raw, refusal_of
-from penstock.errors import CheckpointError, UsageError
+from penstock.errors import CheckpointError, NotRun, UsageError
 from penstock.offload.checkpoint import PICKLES, TensorEntry
 from penstock.offload.files import looked_at
 from penstock.offload.shards import heads, is_shard
@@ -275,6 +275,8 @@ def _assemble(origin: str, found: _Found, files: Files) -> ModelSource:
     names = first.family.needed(first.config)
     others = {name: _component(name, found, files, notes) for name in names}
     parts = {COMPONENTS[0]: first} | others
+    whole = {name: {**part.kind.defaults, **part.config} for name, part in parts.items()}
+    first.family.check_together(origin, whole)
     return ModelSource(
         origin=origin,
         parts=parts,
@@ -379,6 +381,9 @@ def _choose(
 
 
 def _nothing(name: str, found: _Found, refused: list[CheckpointError]) -> CheckpointError:
+    known = next((error for error in refused if isinstance(error, NotRun)), None)
+    if known is not None:
+        return known
     if found.pickles:
         return refusal_of(_likely_pickle(name, found.pickles))
     if len(refused) == 1:

@@ -17,7 +17,7 @@ from typing import Any
 
 from penstock.engine.model.grid import Grid
 from penstock.errors import RequestError, brief
-from penstock.profiles.manifest import VideoShape
+from penstock.profiles.manifest import Pictures, VideoShape
 from penstock.profiles.phases import Workload
 from penstock.profiles.windows import Windows
 
@@ -69,6 +69,7 @@ class GenerationRequest:
     Attributes:
         prompt: what to show; must not be blank.
         image: the picture to start from, or None for text to video.
+        last_image: the picture to end with, where the model takes one.
         negative_prompt: what to avoid; None takes the official default, ``""`` takes none.
         width, height: pixels, multiples of ``grid.side``.
         frames: video frames, ``4n+1``.
@@ -109,6 +110,7 @@ class GenerationRequest:
     distilled: bool = False
     clip_crop: str = "squash"
     fit: str = "crop"
+    last_image: Path | None = None
     window: int = WINDOW
     overlap: int | None = None
     grid: Grid = field(default_factory=Grid)
@@ -161,12 +163,20 @@ class GenerationRequest:
                 found=brief(self.prompt),
                 remedy="Say what should happen, e.g. 'the cat turns its head and yawns'",
             )
-        if self.image is not None and not isinstance(self.image, Path):
+        for name, image in (("image", self.image), ("last image", self.last_image)):
+            if image is not None and not isinstance(image, Path):
+                raise RequestError(
+                    f"the {name} is not a path",
+                    expected="pathlib.Path",
+                    found=_type(image),
+                    remedy="Wrap it: Path('cat.png')",
+                )
+        if self.last_image is not None and self.image is None:
             raise RequestError(
-                "the image is not a path",
-                expected="pathlib.Path",
-                found=_type(self.image),
-                remedy="Wrap it: Path('cat.png')",
+                "a video that ends with a picture starts from one too",
+                expected="an image",
+                found="a last image alone",
+                remedy="Give one with --image (image=Path(...))",
             )
 
     def _check_shape(self) -> None:
@@ -220,6 +230,11 @@ class GenerationRequest:
         return VideoShape(self.width, self.height, self.frames)
 
     @property
+    def pictures(self) -> tuple[Path, ...]:
+        """That the video starts from and ends with."""
+        return tuple(path for path in (self.image, self.last_image) if path is not None)
+
+    @property
     def uses_guidance(self) -> bool:
         """Whether each step takes a second, unconditional pass."""
         return self.guidance_scale > 1
@@ -263,13 +278,47 @@ def workload_of(request: GenerationRequest, *, saved: bool = False) -> Workload:
     Raises:
         ImageError: the picture cannot be used.
     """
+    given = request.pictures
     work = Workload(request.video_shape, request.steps, request.uses_guidance, saved)
-    work = replace(work, windows=request.windows)
-    if request.image is None or not request.image.exists():
+    work = replace(work, windows=request.windows, pictures=len(given) or None)
+    names = ("picture", "last")
+    there = {name: path for name, path in zip(names, given, strict=False) if path.exists()}
+    if not there:
         return work
     from penstock.engine.media.picture import measure  # Pillow and numpy, for a picture alone
 
-    return replace(work, picture=measure(request.image))
+    measured: dict[str, Any] = {name: measure(path) for name, path in there.items()}
+    return replace(work, **measured)
+
+
+def check_pictures(request: GenerationRequest, wanted: Pictures) -> None:
+    """Refuse a request whose pictures the model cannot take.
+
+    Args:
+        request: the request.
+        wanted: what the model takes.
+
+    Raises:
+        RequestError: a picture is given that it does not take, or one is missing.
+    """
+    if wanted.first != "may":
+        check_task(request, image_to_video=wanted.first == "must")
+    if wanted.last == "must" and request.last_image is None:
+        raise RequestError(
+            "this model makes what lies between two pictures",
+            expected="an image to end with",
+            found="none",
+            remedy="Give one with --last-image (last_image=Path(...)), or use an image-to-video "
+            "model",
+        )
+    if wanted.last == "none" and request.last_image is not None:
+        raise RequestError(
+            "this model does not take the picture that a video ends with",
+            expected="no last image",
+            found=str(request.last_image),
+            remedy="Leave --last-image out, or use a model that takes it (Wan2.1 FLF2V, Wan2.2 "
+            "I2V A14B)",
+        )
 
 
 def check_task(request: GenerationRequest, *, image_to_video: bool) -> None:

@@ -50,6 +50,7 @@ class Settings:
     distilled: bool = False
     clip_crop: str | None = None
     fit: str | None = None
+    last_image: Path | None = None
     window: int | None = None
     overlap: int | None = None
 

@@ -13,7 +13,9 @@ from itertools import takewhile
 from types import MappingProxyType
 from typing import Any
 
+from penstock.engine.families.wan.strangers import by_channels
 from penstock.engine.family.naming import ShapesOf
+from penstock.engine.files.keys import not_run
 from penstock.errors import CheckpointError
 
 HEAD_DIM = 128
@@ -61,7 +63,7 @@ IMAGE_PROCESSOR: Mapping[str, Any] = MappingProxyType(
 TRANSFORMER: Mapping[str, Any] = MappingProxyType({
     "num_layers": 40, "num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824,
     "in_channels": 16, "out_channels": 16, "text_dim": 4096, "freq_dim": 256, "image_dim": None,
-    "patch_size": (1, 2, 2), "rope_max_seq_len": 1024,
+    "patch_size": (1, 2, 2), "rope_max_seq_len": 1024, "pos_embed_seq_len": None,
 })  # fmt: skip
 TEXT: Mapping[str, Any] = MappingProxyType({
     "d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8, "num_heads": 6,
@@ -86,6 +88,7 @@ def derive_transformer(shapes: ShapesOf) -> dict[str, Any]:
     image_norm = embedder + "image_embedder.norm1.weight"
     image_dim = shapes.of(image_norm, 1)[0] if image_norm in shapes else None
     added = "blocks.0.attn2.add_k_proj.weight"
+    places = embedder + "image_embedder.pos_embed"
     config = {
         "patch_size": patch,
         "num_attention_heads": heads,
@@ -102,6 +105,7 @@ def derive_transformer(shapes: ShapesOf) -> dict[str, Any]:
         "image_dim": image_dim,
         "added_kv_proj_dim": shapes.of(added, 2)[1] if added in shapes else None,
         "rope_max_seq_len": 1024,
+        "pos_embed_seq_len": shapes.of(places, 3)[1] if places in shapes else None,
     }
     check_transformer(shapes.where, config)
     return config
@@ -113,6 +117,9 @@ def check_transformer(where: str, config: Mapping[str, Any]) -> None:
     Raises:
         CheckpointError: a Wan2.2 expert, which shares the names but not the way it is sampled.
     """
+    name = by_channels(config["in_channels"], config["out_channels"])
+    if name is not None:
+        raise not_run(where, name)
     conditioned = config["in_channels"] != config["out_channels"]
     if (conditioned and config["image_dim"] is None) or config["in_channels"] not in (16, 36):
         raise CheckpointError(
@@ -203,7 +210,13 @@ def transformer_title(config: Mapping[str, Any]) -> str:
     width = config["num_attention_heads"] * config["attention_head_dim"]
     layers = config["num_layers"]
     size = SIZES.get((width, layers, config["ffn_dim"]), f"({width} wide, {layers} layers)")
-    return f"Wan2.1 {'I2V' if config.get('image_dim') else 'T2V'} {size}"
+    return f"Wan2.1 {_task(config)} {size}"
+
+
+def _task(config: Mapping[str, Any]) -> str:
+    if config.get("pos_embed_seq_len"):
+        return "FLF2V"
+    return "I2V" if config.get("image_dim") else "T2V"
 
 
 def adapted_title(width: int | None, blocks: int, pictured: bool) -> str:

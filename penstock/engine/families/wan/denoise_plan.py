@@ -238,7 +238,7 @@ class Denoise:
             branches=workload.branches,
             visit_branches=workload.branches,
             steps=workload.steps,
-            image_tokens=0 if manifest.image is None else manifest.image.tokens,
+            image_tokens=manifest.image_tokens,
             fused_norms=self.case.fused_norms,
             attention=self.case.policy.attention,
         )

@@ -10,6 +10,7 @@ from penstock.engine.families.wan import config as configs
 from penstock.engine.families.wan.builtin import BUILTIN
 from penstock.engine.families.wan.kinds import KINDS
 from penstock.engine.families.wan.model import WanModel, components, manifest_of, streamed
+from penstock.engine.families.wan.strangers import stranger
 from penstock.engine.family.protocol import Config
 from penstock.errors import CheckpointError
 from penstock.profiles.phases import Manifest
@@ -23,7 +24,8 @@ adapted_title = configs.adapted_title
 
 __all__ = [
     "IMAGE_PROCESSOR", "KINDS", "MODEL", "NAME", "SCHEDULER", "build", "builtins", "check_pipeline",
-    "components", "manifest", "needed", "pipeline", "streamed", "work",
+    "check_together", "components", "manifest", "needed", "pipeline", "streamed", "stranger",
+    "work",
 ]  # fmt: skip
 
 _PIPELINES = ("WanImageToVideoPipeline", "WanPipeline")
@@ -47,6 +49,44 @@ def check_pipeline(folder: Path, index: Config) -> None:
             f"{folder} holds a Wan 2.2 model",
             expected="Wan 2.1: one transformer, one timestep a step",
             found="two transformers or expanded timesteps",
+        )
+
+
+def check_together(origin: str, configs: Mapping[str, Config]) -> None:
+    """Refuse networks of different models: their widths meet, or they do not belong together.
+
+    Raises:
+        CheckpointError: names the two, and the sizes that differ.
+    """
+    streamed = configs["transformer"]
+    pairs = [
+        ("text_encoder", "d_model", configs["text_encoder"]["d_model"], "text_dim"),
+        ("vae", "z_dim", configs["vae"]["z_dim"], "out_channels"),
+    ]
+    if "image_encoder" in configs:
+        width = configs["image_encoder"]["hidden_size"]
+        pairs.append(("image_encoder", "hidden_size", width, "image_dim"))
+        _check_places(origin, streamed, configs["image_encoder"])
+    for name, entry, found, wanted in pairs:
+        if found != streamed[wanted]:
+            raise CheckpointError(
+                f"the {name.replace('_', ' ')} and the transformer of {origin} are of two models",
+                expected=f"{entry} {streamed[wanted]}, the transformer's {wanted}",
+                found=str(found),
+                remedy=f"Give the {name.replace('_', ' ')} that belongs to this transformer.",
+            )
+
+
+def _check_places(origin: str, streamed: Config, encoder: Config) -> None:
+    """Refuse a model of two pictures whose encoder gives another number of tokens for them."""
+    places = streamed["pos_embed_seq_len"]
+    tokens = 2 * ((encoder["image_size"] // encoder["patch_size"]) ** 2 + 1)
+    if places not in (None, tokens):
+        raise CheckpointError(
+            f"the image encoder and the transformer of {origin} are of two models",
+            expected=f"{places} tokens of two pictures, the transformer's pos_embed_seq_len",
+            found=str(tokens),
+            remedy="Give the image encoder that belongs to this transformer.",
         )
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from penstock.engine.families.wan import defaults, plan
 from penstock.engine.families.wan.spec import WanSpec
 from penstock.engine.families.wan.terms import WanCase
-from penstock.profiles.manifest import Heads, Prefetch, Storage, VideoShape
+from penstock.profiles.manifest import Heads, Pictures, Prefetch, Storage, VideoShape
 from penstock.profiles.phases import Step
 
 if TYPE_CHECKING:
@@ -35,6 +35,13 @@ class WanManifest(WanSpec):
         return self.transformer.in_channels > self.vae.z_dim
 
     @property
+    def pictures(self) -> Pictures:
+        """As `penstock.profiles.phases.Manifest`."""
+        if not self.image_to_video:
+            return Pictures("none")
+        return Pictures("must", "must" if self.transformer.pos_embed else "none")
+
+    @property
     def heads(self) -> Heads:
         """As `penstock.profiles.phases.Manifest`: of the transformer."""
         spec = self.transformer
@@ -44,14 +51,24 @@ class WanManifest(WanSpec):
     def request_defaults(self) -> Mapping[str, Any]:
         """As `penstock.engine.model.official.Official`."""
         return defaults.request_defaults(
-            image_to_video=self.image_to_video, dim=self.transformer.inner_dim
+            image_to_video=self.image_to_video, dim=self.transformer.inner_dim, release=self.release
         )
 
     def flow_shift(self, width: int, height: int, asked: float | None) -> float:
         """As `penstock.engine.model.official.Official`."""
         return defaults.flow_shift(
-            width, height, asked, image_to_video=self.image_to_video, dim=self.transformer.inner_dim
+            width,
+            height,
+            asked,
+            image_to_video=self.image_to_video,
+            dim=self.transformer.inner_dim,
+            release=self.release,
         )
+
+    @property
+    def release(self) -> str:
+        """A key of `penstock.engine.families.wan.defaults.RELEASES`; "" for the first models."""
+        return "flf2v" if self.transformer.pos_embed else ""
 
     @property
     def prefetch(self) -> Prefetch:

@@ -16,7 +16,6 @@ from penstock.engine.lora.place import PlacedLoras, lora_spec
 from penstock.engine.model.component import Component, component_of
 from penstock.engine.model.files import ModelFiles
 from penstock.engine.model.grid import Grid
-from penstock.errors import CheckpointError
 from penstock.profiles.manifest import VideoShape
 from penstock.quant.paths import Computing
 
@@ -74,7 +73,7 @@ class WanModel(ModelFiles):
         spec = self.manifest
         condition = 4 * spec.transformer.in_channels * math.prod(shape.latent(spec.vae))
         texts = 2 * TEXT_TOKENS * spec.text.d_model * spec.text.weights.itemsize
-        image = 0 if spec.image is None else 4 * spec.image.tokens * spec.image.hidden_size
+        image = 0 if spec.image is None else 4 * spec.image_tokens * spec.image.hidden_size
         return condition + texts + image
 
 
@@ -109,17 +108,7 @@ def components(source: ModelSource, loras: PlacedLoras) -> dict[str, Component]:
 
 
 def streamed(source: ComponentSource, loras: PlacedLoras) -> Component:
-    """The transformer, with LoRAs beside its weights.
-
-    Raises:
-        CheckpointError: a model for the first and the last frame.
-    """
-    if source.config.get("pos_embed_seq_len") is not None:
-        raise CheckpointError(
-            "first-and-last-frame models are not supported",
-            expected="pos_embed_seq_len absent",
-            found=str(source.config["pos_embed_seq_len"]),
-        )
+    """The transformer, with LoRAs beside its weights."""
     return component_of(source, loras=loras)
 
 
@@ -150,6 +139,7 @@ def _transformer_spec(component: Component, computing: Computing) -> Transformer
         freq_dim=config["freq_dim"],
         patch_size=tuple(config["patch_size"]),
         image_dim=config["image_dim"],
+        pos_embed=config["pos_embed_seq_len"] or 0,
         storage=component.storage(computing, lambda name: not is_cross_kv(name)),
         context_storage=component.storage(computing, is_cross_kv),
         lora=lora_spec(component.loras, component.blocks),

@@ -13,6 +13,7 @@ from penstock.engine.families.wan.denoise_plan import Denoise
 from penstock.engine.families.wan.spec import ImageSpec
 from penstock.engine.families.wan.terms import (
     WanCase,
+    changes_of,
     condition_bytes,
     decoding_bytes,
     encoder_state_bytes,
@@ -73,21 +74,25 @@ def text_step(case: WanCase) -> OnePass:
 
 def image_step(case: WanCase, spec: ImageSpec) -> OnePass:
     """The image encoder."""
-    layers = len(spec.weights.block_bytes)
+    layers, seen = len(spec.weights.block_bytes), case.manifest.seen
     return OnePass(
         "image",
         case,
         Network.of(spec.weights.block_bytes, resident=False),
         spec.weights.rest_bytes,
-        (("activations", encoders.image_bytes(spec)), *spec.storage.items, *case.libraries()),
+        (
+            ("activations", encoders.image_bytes(spec, pictures=seen)),
+            *spec.storage.items,
+            *case.libraries(),
+        ),
         (
             ("encoder states", encoder_state_bytes(case)),
             ("picture", decoding_bytes(case)),
             OBJECTS,
         ),
-        encoders.image_flops(spec),
-        visits=layers,
-        elements=layers * spec.tokens * spec.hidden_size,
+        seen * encoders.image_flops(spec),
+        visits=seen * layers,
+        elements=seen * layers * spec.tokens * spec.hidden_size,
     )
 
 
@@ -135,7 +140,7 @@ class Tiled:
         if decoding:
             found, work = vae.decode_bytes(*of, size, on_cpu=on_cpu), vae.decode_work(*of)
         else:
-            changes = self.case.workload.changes
+            changes = changes_of(self.case)
             found = vae.encode_bytes(*of, size, changes=changes, on_cpu=on_cpu)
             work = vae.encode_work(*of, changes=changes)
         held = (*found.ram, ("latents", latents_bytes(self.case)), OBJECTS) if decoding else (

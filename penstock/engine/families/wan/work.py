@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from penstock.engine.families.wan.defaults import negative_prompt
 from penstock.engine.families.wan.film import Film
 from penstock.engine.families.wan.model import model_of
 from penstock.engine.families.wan.preview import prepare_previews, preview_of
+from penstock.engine.families.wan.terms import clip_changes
 from penstock.engine.families.wan.vae_decode import raw_latents
 from penstock.engine.families.wan.vae_encode import encode_tiled, first_frame_then_zeros
 from penstock.engine.families.wan.windowed import Cut
@@ -40,7 +42,6 @@ from penstock.engine.run.sampler import guide
 from penstock.engine.run.sampling import Sampling
 from penstock.engine.run.stage import Stage, visits
 from penstock.offload.streamer import BlockStream
-from penstock.profiles.phases import FIRST_FRAME
 from penstock.profiles.plan import PhasePlan
 from penstock.profiles.tiling import TileGrid
 
@@ -50,16 +51,16 @@ def _text(stage: Stage, found: Products) -> None:
 
 
 def _image(stage: Stage, found: Products) -> None:
-    found["image"], found["frame"] = stage.attempt("image", lambda: encode_picture(stage))
+    found["image"], found["frames"] = stage.attempt("image", lambda: encode_pictures(stage))
 
 
 def _encode(stage: Stage, found: Products) -> None:
-    frame = found.get("frame")
-    found["condition"] = stage.attempt("encode", lambda: encode_condition(stage, frame))
+    frames = found.get("frames")
+    found["condition"] = stage.attempt("encode", lambda: encode_condition(stage, frames))
 
 
 def _denoise(stage: Stage, found: Products) -> None:
-    found.pop("frame", None)
+    found.pop("frames", None)
     conditions = _conditions(found)
     if stage.job.hooks.preview_every and not stage.job.previewer.is_ready:
         stage.attempt("decode", lambda: prepare_previews(stage))
@@ -130,13 +131,20 @@ def _counted(blocks: Iterator[tuple[int, Any]], phase: PhaseMonitor) -> Iterator
         phase.advance()
 
 
-def see_picture(stage: Stage) -> tuple[Tensor | None, Tensor]:
-    """The picture as the image encoder sees it (None without one), whole, and at the video's size,
+def see_pictures(stage: Stage) -> tuple[list[Tensor], list[Tensor]]:
+    """The pictures that the video starts from and ends with, as `see_picture` gives them: what the
+    image encoder sees, which is nothing without one, and their frames."""
+    request = stage.job.request
+    pairs = [see_picture(stage, path) for path in request.pictures]
+    return [seen for seen, _ in pairs if seen is not None], [frame for _, frame in pairs]
+
+
+def see_picture(stage: Stage, path: Path) -> tuple[Tensor | None, Tensor]:
+    """A picture as the image encoder sees it (None without one), whole, and at the video's size,
     as the request wants it to fit. In the phase that plans for it: the decoded picture may be many
     times as large as both."""
     request, model = stage.job.request, model_of(stage)
-    assert request.image is not None
-    picture = open_image(request.image)
+    picture = open_image(path)
     seen = None
     if model.image is not None:
         config, side = model.source.image_processor, model.image.config["image_size"]
@@ -150,28 +158,31 @@ def see_picture(stage: Stage) -> tuple[Tensor | None, Tensor]:
     return seen, pictures.preprocess(picture, *size, fit)
 
 
-def encode_picture(stage: Stage) -> tuple[Tensor, Tensor]:
-    """Image states (1, tokens, image_dim) of the picture, and the picture at the video's size, on
-    the CPU."""
+def encode_pictures(stage: Stage) -> tuple[Tensor, list[Tensor]]:
+    """Image states (1, tokens, image_dim) of the pictures, one after another, and the pictures at
+    the video's size, on the CPU."""
     component = model_of(stage).image
     assert component is not None
     with stage.phase("image", len(component.blocks), "layer") as (plan, phase):
-        pixels, frame = see_picture(stage)
-        assert pixels is not None
+        seen, frames = see_pictures(stage)
         with stage.rest(component) as module:
-            hidden = pictures.embed_pixels(
-                module.embeddings, module.pre_layrnorm, pixels.to(stage.device)
-            )
+            hidden = [
+                pictures.embed_pixels(
+                    module.embeddings, module.pre_layrnorm, pixels.to(stage.device)
+                )
+                for pixels in seen
+            ]
         with stage.stream(component.blocks, plan.stream, phase, 1) as stream:
             layers = _counted(visits(stream, component, phase), phase)
-            return pictures.encode_layers(layers, hidden).cpu(), frame
+            states = pictures.encode_pictures(layers, hidden)
+            return torch.cat([each.cpu() for each in states], dim=1), frames
 
 
-def encode_condition(stage: Stage, frame: Tensor | None) -> Tensor:
-    """The picture as the transformer sees it: mask and latents, (1, 20, t, h, w), on the CPU.
+def encode_condition(stage: Stage, frames: list[Tensor] | None) -> Tensor:
+    """The pictures as the transformer sees them: mask and latents, (1, 20, t, h, w), on the CPU.
 
     Args:
-        frame: the picture at the video's size; None: it is still to be read.
+        frames: the pictures at the video's size; None: they are still to be read.
     """
     component, request = model_of(stage).vae_encoder, stage.job.request
     size = (request.frames, request.height, request.width)
@@ -179,13 +190,13 @@ def encode_condition(stage: Stage, frame: Tensor | None) -> Tensor:
     latent_frames = request.video_shape.latent(model_of(stage).manifest.vae)[0]
     units = latent_frames * (tiles.rows * tiles.cols + 1)
     with stage.phase("encode", units, "frame") as (_, phase), stage.rest(component) as vae:
-        pixels = see_picture(stage)[1] if frame is None else frame
-        source = first_frame_then_zeros(pixels[0].to(stage.device, component.dtype))
-        encoded = encode_tiled(
-            vae, source, size, tiles, changes=FIRST_FRAME, should_stop=phase.advance
-        )
+        given = see_pictures(stage)[1] if frames is None else frames
+        first, *last = (frame[0].to(stage.device, component.dtype) for frame in given)
+        source = first_frame_then_zeros(first, (request.frames - 1, last[0]) if last else None)
+        changes = clip_changes(request.frames, len(given))
+        encoded = encode_tiled(vae, source, size, tiles, changes=changes, should_stop=phase.advance)
         return pictures.conditioning(
-            encoded.float(), vae.config.latents_mean, vae.config.latents_std
+            encoded.float(), vae.config.latents_mean, vae.config.latents_std, ends=bool(last)
         ).cpu()
 
 
@@ -381,7 +392,7 @@ def drawn(stage: Stage) -> Products:
     channels = spec.transformer.in_channels - spec.transformer.out_channels
     return {
         "texts": texts,
-        "image": None if spec.image is None else states(spec.image.tokens, spec.image.hidden_size),
+        "image": None if spec.image is None else states(spec.image_tokens, spec.image.hidden_size),
         "condition": torch.randn(1, channels, *shape, generator=draw) if channels else None,
     }
 

@@ -7,8 +7,10 @@ import logging
 import os
 import sys
 from collections.abc import Callable, MutableMapping
+from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -133,8 +135,14 @@ def main_options(
 @app.command(cls=MemoryHelp)
 @with_options()
 def generate(
-    prompt: Annotated[str, typer.Option(help="What should happen.")],
     output: Annotated[Path, path_option("The mp4 to write.", "--output", "-o")],
+    prompt: Annotated[
+        str, typer.Option(help="What should happen; what --continue says, if that is given.")
+    ] = "",
+    continues: Annotated[
+        Path | None,
+        path_option("A video to go on from: its last frame, its settings.", "--continue"),
+    ] = None,
     model: Model = None,
     transformer: Part = None,
     text_encoder: Part = None,
@@ -222,12 +230,15 @@ def generate(
         window=window,
         overlap=overlap,
     )
-    with reported(debug), Stopping() as stop:
+    with reported(debug), Stopping() as stop, ExitStack() as stack:
+        if continues is not None:
+            settings = _continued(settings, continues, stack)
         loras = as_loras(lora or [], strict=lora_strict)
         opening = {"files": files, "loras": loras, "options": options}
         _generate(
             model, opening, settings, output, force, not no_metadata, as_json, stop,
             lambda engine, request, plan: _job_folder(engine, request, plan, job, resume_same),
+            after=continues,
         )  # fmt: skip
 
 
@@ -445,6 +456,20 @@ def doctor(
         say(f"rates are kept in {found.stored_in}")
 
 
+def _continued(settings: Any, video: Path, stack: ExitStack) -> Any:
+    """``settings`` to go on from ``video``; its last frame lies in a file until ``stack`` ends."""
+    from PIL import Image
+
+    from penstock.engine.media.seam import Clip
+    from penstock.engine.request.settings import going_on
+
+    clip = Clip.open(video)
+    folder = stack.enter_context(TemporaryDirectory(prefix="penstock-"))
+    frame = Path(folder) / "last.png"
+    Image.fromarray(clip.last).save(frame)
+    return going_on(settings, clip, frame)
+
+
 JobFolder = Callable[[Any, Any, Any], tuple[Path, bool]]
 """Given engine, request and plan: the job's folder, and whether to resume the job in it."""
 
@@ -459,6 +484,7 @@ def _generate(
     as_json: bool,
     stop: Stopping,
     job_folder: JobFolder | None = None,
+    after: Path | None = None,
 ) -> Any:
     """Make a video with an engine that is opened with ``opening``; what cannot fit is refused
     before anything heavy is imported."""
@@ -476,7 +502,9 @@ def _generate(
         if resumes and folder is not None:
             job = engine.resume(folder, output, force=force)
         else:
-            job = engine.submit(request, output, force=force, metadata=metadata, job_dir=folder)
+            job = engine.submit(
+                request, output, force=force, metadata=metadata, job_dir=folder, after=after
+            )
         return _watch(job, plan, as_json, stop)
 
 

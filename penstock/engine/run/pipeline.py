@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from penstock._version import __version__
 from penstock.engine.machine.memory import ProcessMemory
+from penstock.engine.media.seam import DECODER_BYTES_PER_PIXEL, joined
 from penstock.engine.media.video import write_video
 from penstock.engine.request.generation import frame_rate
 from penstock.engine.request.levels import timesteps_of
@@ -157,10 +158,11 @@ def run_phases(stage: Stage, work: Work) -> Products:
 def mux(stage: Stage, video: Tensor, output: Path) -> Path:
     """Write the frames to ``output``, or where that is taken by now to a free name like it."""
     job = stage.job
-    with stage.phase("mux", len(video), "frame") as (_, phase):
+    with stage.phase("mux", len(video), "frame") as (_, phase), _decoding(stage, video):
+        frames = _counted_frames(video, phase)
         written = write_video(
             output,
-            _counted_frames(video, phase),
+            frames if job.after is None else joined(job.after, frames),
             frame_rate(job.request.fps),
             metadata=_metadata(job) if job.metadata else None,
             overwrite=job.overwrite,
@@ -170,6 +172,19 @@ def mux(stage: Stage, video: Tensor, output: Path) -> Path:
     if written.path != output:
         stage.monitor.notice(f"{output} is another file by now: the video is in {written.path}")
     return written.path
+
+
+@contextmanager
+def _decoding(stage: Stage, video: Tensor) -> Iterator[None]:
+    """Room for decoding the video that this one goes on from.
+
+    Raises:
+        LedgerOverflow: there is none.
+    """
+    pixels = video.shape[1] * video.shape[2]
+    nbytes = 0 if stage.job.after is None else DECODER_BYTES_PER_PIXEL * pixels
+    with stage.host_ledger.reserve("video that goes on", nbytes):
+        yield
 
 
 def _counted_frames(video: Tensor, phase: PhaseMonitor) -> Iterator[Any]:

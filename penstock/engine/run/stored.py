@@ -52,11 +52,13 @@ class Order:
         output: where the mp4 goes; None: nowhere.
         overwrite: replace an existing file.
         metadata: prompt and settings go into the file.
+        after: a video whose frames come first in it.
     """
 
     output: Path | None
     overwrite: bool = False
     metadata: bool = True
+    after: Path | None = None
 
     def facts(self) -> dict[str, Any]:
         """Plain values, for the record."""
@@ -64,6 +66,7 @@ class Order:
             "output": None if self.output is None else str(self.output.absolute()),
             "overwrite": self.overwrite,
             "metadata": self.metadata,
+            "after": None if self.after is None else str(self.after.absolute()),
         }
 
 
@@ -203,6 +206,7 @@ def restored_order(journal: Journal) -> Order:
         output=output,
         overwrite=bool(facts.get("overwrite")) or _is_own(output, facts.get("output_begun")),
         metadata=bool(facts.get("metadata", True)),
+        after=Path(facts["after"]) if isinstance(facts.get("after"), str) else None,
     )
 
 

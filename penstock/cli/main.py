@@ -22,6 +22,7 @@ from penstock.cli.files import (
     LoraStrict,
     Model,
     Part,
+    Second,
     Tokenizer,
     cache_app,
     inspect,
@@ -80,7 +81,13 @@ class FitName(str, Enum):
 Steps = Annotated[
     int | None, typer.Option(help="Denoising steps (40 from a picture, 50 from text).")
 ]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale (5; 1.3B: 6); 1 is off.")]
+Guidance = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SCALE[,HIGH]",
+        help="Guidance scale (5; 1.3B: 6); 1 is off. Of two transformers: little noise, much.",
+    ),
+]
 Shift = Annotated[
     float | None,
     typer.Option(help="Flow shift (5; from a picture at 480p: 3; 1.3B: 8)."),
@@ -145,6 +152,7 @@ def generate(
     ] = None,
     model: Model = None,
     transformer: Part = None,
+    transformer_2: Second = None,
     text_encoder: Part = None,
     vae: Part = None,
     image_encoder: Part = None,
@@ -209,7 +217,7 @@ def generate(
     from penstock.engine.lora.file import as_loras
     from penstock.engine.request.settings import Settings
 
-    files = Files(transformer, text_encoder, vae, image_encoder, tokenizer)
+    files = Files(transformer, text_encoder, vae, image_encoder, tokenizer, transformer_2)
     settings = Settings(
         prompt=prompt,
         image=image,
@@ -343,6 +351,7 @@ def demo(
 def plan(
     model: Model = None,
     transformer: Part = None,
+    transformer_2: Second = None,
     text_encoder: Part = None,
     vae: Part = None,
     image_encoder: Part = None,
@@ -394,7 +403,7 @@ def plan(
         options, machine = machine_of(options, card, disk)
         prepared = Prepared.open(
             model,
-            files=Files(transformer, text_encoder, vae, image_encoder, tokenizer),
+            files=Files(transformer, text_encoder, vae, image_encoder, tokenizer, transformer_2),
             loras=as_loras(lora or [], strict=lora_strict),
             options=options,
             synthetic=synthetic,

@@ -145,14 +145,24 @@ class Prefetch:
     Attributes:
         stream: the phase whose first blocks are read during all phases before it.
         blocks_of: the network whose blocks these are.
-        weights: the phase whose weights are read during the last step of ``stream``.
+        weights: the phase whose weights are read during the last step before it.
         weights_of: the network whose weights these are.
+        then: the phase that goes on after ``stream`` with the blocks of another network, which are
+            read from the last step of ``stream`` on; "": there is none.
+        then_of: that network.
     """
 
     stream: str
     blocks_of: str
     weights: str
     weights_of: str
+    then: str = ""
+    then_of: str = ""
+
+    @property
+    def last_stream(self) -> str:
+        """The phase in whose last step ``weights`` are read."""
+        return self.then or self.stream
 
 
 @dataclass(frozen=True)

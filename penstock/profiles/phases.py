@@ -65,6 +65,21 @@ Group = tuple[PhasePlan, ...]
 
 
 @dataclass(frozen=True)
+class Noise:
+    """What determines the noise levels of a job, beside its steps.
+
+    Attributes:
+        sampler: its name.
+        shift: flow shift; None: the model's own for that size.
+        distilled: levels that distilled models were trained at.
+    """
+
+    sampler: str = "unipc"
+    shift: float | None = None
+    distilled: bool = False
+
+
+@dataclass(frozen=True)
 class Workload:
     """What is asked of the model: the video's shape, the steps, and whether CFG is on.
 
@@ -75,6 +90,9 @@ class Workload:
             taken to be as large as the video.
         last: that the video ends with, likewise.
         pictures: that are given, 0 to 2; None: those that the model must have.
+        guided_high: whether CFG is on while there is much noise, for a model that has a transformer
+            of its own for that; None: as ``guided``.
+        noise: of the steps.
         windows: of frames, that the video is denoised in; None: all of it at once.
         changes: frames of the conditioning clip that may differ from the one before, the first
             among them; None: any may.
@@ -89,12 +107,24 @@ class Workload:
     changes: tuple[int, ...] | None = FIRST_FRAME
     last: Picture | None = None
     pictures: int | None = None
+    guided_high: bool | None = None
+    noise: Noise = Noise()
     windows: Windows | None = None
 
     @property
     def branches(self) -> int:
         """Forward passes a step."""
         return 2 if self.guided else 1
+
+    def branches_of(self, *, first: bool) -> int:
+        """Forward passes a step of the first phase that streams, or of another."""
+        on = self.guided if self.guided_high is None or not first else self.guided_high
+        return 2 if on else 1
+
+    @property
+    def texts(self) -> int:
+        """Prompts that are encoded: those of all branches of any step."""
+        return 2 if self.guided or self.guided_high else 1
 
 
 M = TypeVar("M", covariant=True)

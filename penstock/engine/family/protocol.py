@@ -110,8 +110,8 @@ class Family(Protocol):
     def needed(self, config: Config) -> Iterator[str]:
         """Names of the networks that a model needs whose streamed one has this config."""
 
-    def pipeline(self, names: tuple[str, ...]) -> str:
-        """The class that ``model_index.json`` names for a model with these networks."""
+    def pipeline(self, configs: Mapping[str, Config]) -> str:
+        """The class that ``model_index.json`` names for a model of networks with these configs."""
 
     def adapted_title(self, width: int | None, blocks: int, pictured: bool) -> str:
         """The name of the model that a LoRA was made for, as far as its tensors tell.

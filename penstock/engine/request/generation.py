@@ -18,7 +18,7 @@ from typing import Any
 from penstock.engine.model.grid import Grid
 from penstock.errors import RequestError, brief
 from penstock.profiles.manifest import Pictures, VideoShape
-from penstock.profiles.phases import Workload
+from penstock.profiles.phases import Noise, Workload
 from penstock.profiles.windows import Windows
 
 SAMPLERS = ("unipc", "dpm++", "euler", "lcm")
@@ -75,6 +75,8 @@ class GenerationRequest:
         frames: video frames, ``4n+1``.
         steps: denoising steps.
         guidance_scale: classifier-free guidance; 1 and below switch it off (one pass a step).
+        guidance_high: that of the transformer for much noise, where there are two: the other one's
+            is then ``guidance_scale``. None: the same for both.
         shift: flow shift of the noise schedule; None takes the official one of the resolution.
         seed: 0 to 2**32-1, or None to draw one (`with_seed`).
         sampler: one of `SAMPLERS`.
@@ -111,6 +113,7 @@ class GenerationRequest:
     clip_crop: str = "squash"
     fit: str = "crop"
     last_image: Path | None = None
+    guidance_high: float | None = None
     window: int = WINDOW
     overlap: int | None = None
     grid: Grid = field(default_factory=Grid)
@@ -121,6 +124,8 @@ class GenerationRequest:
         _check_int("steps", self.steps, 1, MAX_STEPS)
         _check_fps(self.fps)
         _check_guidance(self.guidance_scale)
+        if self.guidance_high is not None:
+            _check_guidance(self.guidance_high)
         _check_shift(self.shift)
         _check_seed(self.seed)
         self._check_windows()
@@ -230,6 +235,12 @@ class GenerationRequest:
         return VideoShape(self.width, self.height, self.frames)
 
     @property
+    def guidance_scales(self) -> tuple[float, float]:
+        """Of the transformer for much noise, and of the one for little or the only one."""
+        low = self.guidance_scale
+        return low if self.guidance_high is None else self.guidance_high, low
+
+    @property
     def pictures(self) -> tuple[Path, ...]:
         """That the video starts from and ends with."""
         return tuple(path for path in (self.image, self.last_image) if path is not None)
@@ -280,7 +291,9 @@ def workload_of(request: GenerationRequest, *, saved: bool = False) -> Workload:
     """
     given = request.pictures
     work = Workload(request.video_shape, request.steps, request.uses_guidance, saved)
-    work = replace(work, windows=request.windows, pictures=len(given) or None)
+    high, _ = (scale > 1 for scale in request.guidance_scales)
+    work = replace(work, pictures=len(given) or None, guided_high=high, noise=noise_of(request))
+    work = replace(work, windows=request.windows)
     names = ("picture", "last")
     there = {name: path for name, path in zip(names, given, strict=False) if path.exists()}
     if not there:
@@ -289,6 +302,11 @@ def workload_of(request: GenerationRequest, *, saved: bool = False) -> Workload:
 
     measured: dict[str, Any] = {name: measure(path) for name, path in there.items()}
     return replace(work, **measured)
+
+
+def noise_of(request: GenerationRequest) -> Noise:
+    """What determines the noise levels of a request."""
+    return Noise(request.sampler, request.shift, request.distilled)
 
 
 def check_pictures(request: GenerationRequest, wanted: Pictures) -> None:
@@ -391,6 +409,42 @@ def frame_rate(fps: float) -> Fraction:
     if not float(fps).is_integer() and abs(fps * _NTSC - whole) < _ROUNDED:
         return Fraction(whole * 1000, 1001)
     return Fraction(repr(fps)).limit_denominator(1001)
+
+
+def parse_guidance(text: str) -> tuple[float, float | None]:
+    """The guidance scale, and that of the transformer for much noise, from ``"3.5"`` or from
+    ``"3,4"``: little noise first, as the makers write it.
+
+    Raises:
+        RequestError: neither.
+    """
+    try:
+        low, *high = (float(part) for part in text.split(","))
+        if len(high) <= 1:
+            return low, high[0] if high else None
+    except ValueError:
+        pass
+    raise RequestError(
+        "not a guidance scale",
+        expected='a number, or for a model of two transformers two like "3,4": for little noise, '
+        "for much",
+        found=brief(text),
+    )
+
+
+def check_two(request: GenerationRequest, transformers: int) -> None:
+    """Refuse a request that speaks of two transformers where there is one.
+
+    Raises:
+        RequestError: it does.
+    """
+    if transformers == 1 and request.guidance_high is not None:
+        raise RequestError(
+            "this model has one transformer",
+            expected="one guidance scale",
+            found=f"{request.guidance_scale:g},{request.guidance_high:g}",
+            remedy=f"Give --cfg {request.guidance_scale:g}",
+        )
 
 
 def parse_size(text: str) -> tuple[int, int]:

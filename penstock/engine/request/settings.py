@@ -17,6 +17,7 @@ from penstock.engine.request.generation import (
     DISTILLED,
     GenerationRequest,
     parse_area,
+    parse_guidance,
     parse_size,
     size_for,
 )
@@ -36,7 +37,8 @@ ANY_SEED = -1
 @dataclass(frozen=True)
 class Settings:
     """A request with gaps: None means "the model's default"; ``distilled`` fills those that are
-    left open with `penstock.engine.request.generation.DISTILLED`."""
+    left open with `penstock.engine.request.generation.DISTILLED`. A guidance scale may be a text as
+    `penstock.engine.request.generation.parse_guidance` reads it."""
 
     prompt: str
     image: Path | None = None
@@ -45,7 +47,7 @@ class Settings:
     max_area: str | None = None
     frames: int | None = None
     steps: int | None = None
-    guidance_scale: float | None = None
+    guidance_scale: float | str | None = None
     shift: float | None = None
     seed: int | None = None
     sampler: str | None = None
@@ -54,13 +56,14 @@ class Settings:
     clip_crop: str | None = None
     fit: str | None = None
     last_image: Path | None = None
+    guidance_high: float | None = None
     window: int | None = None
     overlap: int | None = None
 
 
 _CONTINUED = (
-    "prompt", "negative_prompt", "steps", "guidance_scale", "shift", "seed", "sampler", "distilled",
-    "clip_crop", "fit", "window", "overlap",
+    "prompt", "negative_prompt", "steps", "guidance_scale", "guidance_high", "shift", "seed",
+    "sampler", "distilled", "clip_crop", "fit", "window", "overlap",
 )  # fmt: skip
 """Of the settings in a video's metadata, those that one which goes on from it takes over."""
 
@@ -135,6 +138,11 @@ def resolve(settings: Settings, model: Suited) -> GenerationRequest:
         for field in fields(settings)
         if field.name not in ("size", "max_area") and getattr(settings, field.name) is not None
     }
+    if isinstance(settings.guidance_scale, str):
+        given["guidance_scale"], high = parse_guidance(settings.guidance_scale)
+        given |= {} if high is None else {"guidance_high": high}
+    if "guidance_scale" in given or "guidance_scale" in model.defaults or settings.distilled:
+        defaults.pop("guidance_high", None)  # what is said of both counts for both
     if settings.distilled:
         defaults |= DISTILLED
     width, height = _size(settings, defaults, model.grid)

@@ -133,8 +133,10 @@ def conditions_now(model: ModelFiles, device: torch.device, how: Mapping[str, st
     """
     dtypes = {component.name: str(component.dtype) for component in model.components()}
     numerics: dict[str, Any] = {"dtypes": dtypes, "noise_levels": RULE} | dict(how)
-    if model.loras.given:
+    if model.loras.asked:
         numerics["loras"] = model.loras.numerics()
+    if model.source.pipeline:
+        numerics["pipeline"] = dict(model.source.pipeline)
     return fingerprint(device, numerics, sorted(model.files.items()))
 
 

@@ -8,7 +8,7 @@ compares the bytes with the classes of diffusers and transformers. Those of the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 
@@ -121,6 +121,8 @@ _T2V_14B = _Dit(5120, 13824, 40, 40, 16)
 _T2V_1_3B = _Dit(1536, 8960, 12, 30, 16)
 _I2V_14B = _Dit(5120, 13824, 40, 40, 36, pictured=True)
 _FLF2V_14B = _Dit(5120, 13824, 40, 40, 36, pictured=True, places=514)
+_I2V_A14B = _Dit(5120, 13824, 40, 40, 36)
+"""Each of the two; of T2V A14B they are as Wan2.1's."""
 _UMT5_XXL = TextSpec(Weights(8192, (385_896_448,) * 24, _ITEM), 4096, 64, 10240, 24, 64)
 _VIT_H = ImageSpec(Weights(2_179_072, (39_358_464,) * 31, _ITEM), 1280, 5120, 31, 16, 224, 14)
 """31 of 32 layers: the model is conditioned on the output of the last but one."""
@@ -164,6 +166,11 @@ def _run(tensors: Iterable[int]) -> int:
     return align_up(sum(align_up(count, TENSOR_ALIGNMENT) for count in tensors), PAGE_BYTES)
 
 
+def _wan22(dit: _Dit, weight_format: str) -> WanManifest:
+    """Of two transformers alike, stored as `_wan21`'s."""
+    return replace(_wan21(dit, weight_format), second=dit.spec(get_format(weight_format)))
+
+
 def wan21_i2v_14b(weight_format: str) -> WanManifest:
     """Wan2.1 image-to-video 14B.
 
@@ -179,5 +186,7 @@ BUILTIN: Mapping[str, Callable[[str], WanManifest]] = MappingProxyType(
         "wan2.1-t2v-14b": partial(_wan21, _T2V_14B),
         "wan2.1-t2v-1.3b": partial(_wan21, _T2V_1_3B),
         "wan2.1-flf2v-14b": partial(_wan21, _FLF2V_14B),
+        "wan2.2-t2v-a14b": partial(_wan22, _T2V_14B),
+        "wan2.2-i2v-a14b": partial(_wan22, _I2V_A14B),
     }
 )

@@ -112,21 +112,20 @@ def derive_transformer(shapes: ShapesOf) -> dict[str, Any]:
 
 
 def check_transformer(where: str, config: Mapping[str, Any]) -> None:
-    """Refuse what is built like Wan2.1 and is not run as such.
+    """Refuse what is built like Wan's models that are run and is none.
 
     Raises:
-        CheckpointError: a Wan2.2 expert, which shares the names but not the way it is sampled.
+        CheckpointError: other channels; NotRun: those of a model that is known by name.
     """
     name = by_channels(config["in_channels"], config["out_channels"])
     if name is not None:
         raise not_run(where, name)
-    conditioned = config["in_channels"] != config["out_channels"]
-    if (conditioned and config["image_dim"] is None) or config["in_channels"] not in (16, 36):
+    if (config["in_channels"], config["out_channels"]) not in ((16, 16), (36, 16)):
         raise CheckpointError(
-            f"{where} is no Wan2.1 transformer",
-            expected="16 input channels (T2V), or 36 with an image embedder (I2V)",
-            found=f"{config['in_channels']} channels, image_dim {config['image_dim']}",
-            remedy="Wan2.2, Fun and VACE models are not supported.",
+            f"{where} is no transformer of Wan that is run",
+            expected="16 input channels (T2V) or 36 (I2V), and 16 that it gives",
+            found=f"{config['in_channels']} and {config['out_channels']}",
+            remedy="Wan2.2's 5B, Fun and VACE models are not supported.",
         )
 
 
@@ -210,7 +209,14 @@ def transformer_title(config: Mapping[str, Any]) -> str:
     width = config["num_attention_heads"] * config["attention_head_dim"]
     layers = config["num_layers"]
     size = SIZES.get((width, layers, config["ffn_dim"]), f"({width} wide, {layers} layers)")
+    if wants_picture(config) and not config.get("image_dim"):
+        return f"Wan2.2 I2V A{size}" if size == "14B" else f"Wan2.2 I2V {size}"
     return f"Wan2.1 {_task(config)} {size}"
+
+
+def wants_picture(config: Mapping[str, Any]) -> bool:
+    """Whether latents of a picture come in beside the noise."""
+    return bool(config["in_channels"] > config["out_channels"])
 
 
 def _task(config: Mapping[str, Any]) -> str:

@@ -38,9 +38,19 @@ class Release:
 
 
 RELEASES: Mapping[str, Release] = MappingProxyType(
-    {"flf2v": Release(MappingProxyType({"steps": 50, "guidance_scale": 5.0}), 16.0)}
+    {
+        "flf2v": Release(MappingProxyType({"steps": 50, "guidance_scale": 5.0}), 16.0),
+        "t2v-a14b": Release(
+            MappingProxyType({"steps": 40, "guidance_scale": 3.0, "guidance_high": 4.0}), 12.0
+        ),
+        "i2v-a14b": Release(MappingProxyType({"steps": 40, "guidance_scale": 3.5}), 5.0),
+    }
 )
-"""Source: Wan2.1's ``generate.py``."""
+"""Sources: Wan2.1's ``generate.py``, Wan2.2's ``wan/configs``."""
+
+BOUNDARIES: Mapping[bool, float] = MappingProxyType({False: 0.875, True: 0.9})
+"""Of all timesteps, from where on Wan2.2's transformer for much noise computes: of a model of text
+alone, and of one that takes a picture. Source: its ``wan/configs``."""
 
 DIM_1_3B = 1536
 """Of the hidden states of the 1.3B transformer, which has settings of its own."""

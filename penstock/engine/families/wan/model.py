@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any, Protocol
 
 from penstock.engine.families.wan.cost.transformer import TEXT_TOKENS
 from penstock.engine.families.wan.manifest import WanManifest
@@ -20,6 +21,7 @@ from penstock.profiles.manifest import VideoShape
 from penstock.quant.paths import Computing
 
 TRANSFORMER, TEXT, IMAGE = "transformer", "text_encoder", "image_encoder"
+SECOND = "transformer_2"
 ENCODER, DECODER = "vae encoder", "vae decoder"
 
 
@@ -32,6 +34,11 @@ class WanModel(ModelFiles):
     def transformer(self) -> Component:
         """The denoiser."""
         return self.parts[TRANSFORMER]
+
+    @property
+    def second(self) -> Component | None:
+        """The denoiser for little noise, where the first one is for much; None: there is none."""
+        return self.parts.get(SECOND)
 
     @property
     def text(self) -> Component:
@@ -102,6 +109,9 @@ def components(source: ModelSource, loras: PlacedLoras) -> dict[str, Component]:
         ENCODER: component_of(vae, only=("encoder.", "quant_conv."), name=ENCODER),
         DECODER: component_of(vae, only=("decoder.", "post_quant_conv."), name=DECODER),
     }
+    if SECOND in source.parts:
+        assert loras.second is not None
+        parts[SECOND] = streamed(source.parts[SECOND], loras.second)
     if IMAGE in source.parts:
         parts[IMAGE] = component_of(source.parts[IMAGE])
     return parts
@@ -112,7 +122,11 @@ def streamed(source: ComponentSource, loras: PlacedLoras) -> Component:
     return component_of(source, loras=loras)
 
 
-def manifest_of(parts: Mapping[str, Component], computing: Computing) -> WanManifest:
+def manifest_of(
+    parts: Mapping[str, Component],
+    computing: Computing,
+    pipeline: Mapping[str, Any] = MappingProxyType({}),
+) -> WanManifest:
     """What the planner knows of the networks of a model, computing as ``computing`` says."""
     transformer, text, image = parts[TRANSFORMER], parts[TEXT], parts.get(IMAGE)
     encoder, decoder = parts[ENCODER], parts[DECODER]
@@ -121,6 +135,8 @@ def manifest_of(parts: Mapping[str, Component], computing: Computing) -> WanMani
         text=_text_spec(text, computing),
         vae=_vae_spec(encoder, decoder, computing.scratch.device_type),
         image=None if image is None else _image_spec(image, computing),
+        second=None if SECOND not in parts else _transformer_spec(parts[SECOND], computing),
+        boundary=pipeline.get("boundary_ratio"),
     )
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from penstock.engine.families.wan.cost import encoders, vae
@@ -49,15 +49,30 @@ def steps(case: WanCase) -> Iterator[Step]:
         yield image_step(case, manifest.image)
     if manifest.transformer.in_channels > manifest.vae.z_dim:
         yield Tiled("encode", case)
-    yield Denoise(case)
+    if manifest.second is None:
+        yield Denoise(case)
+    else:
+        yield from experts(case)
     yield Tiled("decode", case)
     shape = case.workload.shape
     yield Mux(case, shape, (("latents", latents_bytes(case)),))
 
 
+def experts(case: WanCase) -> Iterator[Denoise]:
+    """The transformer for much noise, then the one for little, each with its steps; one that has
+    none is left out."""
+    work = case.workload
+    guided = work.guided if work.guided_high is None else work.guided_high, work.guided
+    both = work.texts == 2
+    for number, (steps, on) in enumerate(zip(case.manifest.split(work), guided, strict=True)):
+        if steps:
+            own = replace(work, steps=steps, guided=on, guided_high=both)
+            yield Denoise(replace(case, workload=own), second=number == 1)
+
+
 def text_step(case: WanCase) -> OnePass:
     """The text encoder."""
-    spec, branches = case.manifest.text, case.workload.branches
+    spec, branches = case.manifest.text, case.workload.texts
     work = encoders.text_bytes(spec, prompts=branches)
     return OnePass(
         "text",

@@ -97,12 +97,16 @@ class VaeSpec:
 
 @dataclass(frozen=True)
 class WanSpec:
-    """A whole model; ``image`` is None for a text-to-video model."""
+    """A whole model; ``image`` is None for one that shows no picture to an encoder. ``second`` is
+    the transformer for little noise, where ``transformer`` is for much: the one computes while
+    timesteps are ``boundary`` of all or more (None: as the makers have it), the other below."""
 
     transformer: TransformerSpec
     text: TextSpec
     vae: VaeSpec
     image: ImageSpec | None = None
+    second: TransformerSpec | None = None
+    boundary: float | None = None
 
     @property
     def seen(self) -> int:

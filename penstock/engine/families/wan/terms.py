@@ -44,7 +44,7 @@ def latent_volume(case: WanCase) -> int:
 def encoder_state_bytes(case: WanCase) -> int:
     """What the encoders leave for the transformer, in host memory."""
     manifest = case.manifest
-    text = case.workload.branches * TEXT_TOKENS * manifest.text.d_model
+    text = case.workload.texts * TEXT_TOKENS * manifest.text.d_model
     bytes_ = text * manifest.text.weights.itemsize
     if manifest.image is not None:
         image = manifest.image

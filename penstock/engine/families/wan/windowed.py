@@ -25,11 +25,13 @@ class Cut:
     """A long video cut into windows.
 
     Attributes:
+        grid: latent frames, height and width of a window.
         parts: latent frames of each window.
         weights: what its prediction counts, (t, 1, 1).
         branches: CFG branches of a window.
     """
 
+    grid: tuple[int, int, int]
     parts: tuple[slice, ...]
     weights: tuple[Tensor, ...]
     branches: int
@@ -42,7 +44,8 @@ class Cut:
             torch.tensor(row, dtype=latents.dtype, device=latents.device)[:, None, None]
             for row in windows.weights(frames)
         )
-        return cls(windows.parts(frames), weights, branches)
+        grid = (windows.length, latents.shape[3], latents.shape[4])
+        return cls(grid, windows.parts(frames), weights, branches)
 
     def predict(
         self,

@@ -24,6 +24,7 @@ from penstock.engine.families.wan import umt5 as prompts
 from penstock.engine.families.wan.cost.transformer import TEXT_TOKENS
 from penstock.engine.families.wan.cross import CrossStore
 from penstock.engine.families.wan.defaults import negative_prompt
+from penstock.engine.families.wan.denoise_plan import named
 from penstock.engine.families.wan.film import Film
 from penstock.engine.families.wan.model import model_of
 from penstock.engine.families.wan.preview import prepare_previews, preview_of
@@ -34,7 +35,7 @@ from penstock.engine.families.wan.windowed import Cut
 from penstock.engine.media.fit import fitting
 from penstock.engine.media.picture import open_image
 from penstock.engine.model.component import Component
-from penstock.engine.request.generation import GenerationRequest
+from penstock.engine.request.generation import workload_of
 from penstock.engine.run.events import PhaseMonitor
 from penstock.engine.run.keeper import Conditions
 from penstock.engine.run.pipeline import Products, SavePoint, Work
@@ -61,15 +62,65 @@ def _encode(stage: Stage, found: Products) -> None:
 
 def _denoise(stage: Stage, found: Products) -> None:
     found.pop("frames", None)
-    conditions = _conditions(found)
     if stage.job.hooks.preview_every and not stage.job.previewer.is_ready:
         stage.attempt("decode", lambda: prepare_previews(stage))
-    sampling = stage.attempt("denoise", lambda: Sampling(stage))
-    found["latents"] = stage.attempt("denoise", lambda: denoise(stage, conditions, sampling))
+    found["sampling"] = stage.attempt("denoise", lambda: Sampling(stage))
+    _go_on(stage, found, expert_of(stage, second=False))
+
+
+def _denoise_second(stage: Stage, found: Products) -> None:
+    _go_on(stage, found, expert_of(stage, second=True))
+
+
+def _go_on(stage: Stage, found: Products, expert: Expert) -> None:
+    conditions, sampling = _conditions(found), found["sampling"]
+    name = expert.phase("denoise")
+    latents = stage.attempt(name, lambda: denoise(stage, conditions, sampling, expert))
+    if expert.until == stage.job.request.steps:
+        del found["sampling"]
+        found["latents"] = latents
 
 
 def _decode(stage: Stage, found: Products) -> None:
     found["video"] = stage.attempt("decode", lambda: decode(stage, found["latents"]))
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A transformer, and the steps that are its own.
+
+    Attributes:
+        component: the network.
+        until: the first step that is no longer its own.
+        guidance: of its steps.
+        second: it is that for little noise, where there are two.
+    """
+
+    component: Component
+    until: int
+    guidance: float
+    second: bool
+
+    def phase(self, name: str) -> str:
+        """The name of its own phase of that kind."""
+        return named(name, self.second)
+
+    @property
+    def branches(self) -> int:
+        """Forward passes a step."""
+        return 2 if self.guidance > 1 else 1
+
+
+def expert_of(stage: Stage, *, second: bool) -> Expert:
+    """The only transformer of the job, or one of two."""
+    model, request = model_of(stage), stage.job.request
+    high, low = request.guidance_scales
+    if model.second is None:
+        return Expert(model.transformer, request.steps, low, second=False)
+    if second:
+        return Expert(model.second, request.steps, low, second=True)
+    first, _ = model.manifest.split(workload_of(request))
+    return Expert(model.transformer, first, high, second=False)
 
 
 def _conditions(found: Products) -> Conditions:
@@ -98,7 +149,7 @@ def encode_prompts(stage: Stage) -> list[Tensor]:
     """Text states (1, 512, d) of the prompt and, with guidance, of the negative prompt, on CPU."""
     component, request = model_of(stage).text, stage.job.request
     texts = [request.prompt]
-    if request.uses_guidance:
+    if workload_of(request).texts == 2:
         texts.append(negative_prompt(request))
     cleaned = [prompts.clean_prompt(text) for text in texts]
     tokenised = model_of(stage).tokenizer.tokenise(cleaned)
@@ -200,17 +251,25 @@ def encode_condition(stage: Stage, frames: list[Tensor] | None) -> Tensor:
         ).cpu()
 
 
-def denoise(stage: Stage, conditions: Conditions, sampling: Sampling) -> Tensor:
-    """From the point that ``sampling`` has reached to latents (1, z, t, h, w), fp32, on the CPU."""
-    component, request = model_of(stage).transformer, stage.job.request
-    if sampling.steps_done == request.steps:
-        return sampling.latents.cpu()
+def denoise(
+    stage: Stage, conditions: Conditions, sampling: Sampling, expert: Expert
+) -> Tensor | None:
+    """From the point that ``sampling`` has reached to the last step of ``expert``; if that is the
+    last of all, gives the latents (1, z, t, h, w), fp32, on the CPU."""
+    if sampling.steps_done < expert.until:
+        _steps(stage, conditions, sampling, expert)
+    return sampling.latents.cpu() if expert.until == stage.job.request.steps else None
+
+
+def _steps(stage: Stage, conditions: Conditions, sampling: Sampling, expert: Expert) -> None:
+    component, steps = expert.component, expert.until
     with closing(sampling.resume()) as sampler, stage.rest(component) as model:
-        start, steps, latents = sampler.next_step, request.steps, sampling.latents
+        start, latents = sampler.next_step, sampling.latents
         stage.steps_left = steps - start
-        cross, modulation = prepare(stage, model, conditions, sampler.timesteps)
-        with stage.phase("denoise", steps, "step", done=start) as (plan, phase):
-            passes = plan.passes(len(conditions.texts))
+        cross, modulation = prepare(stage, model, conditions, sampler.timesteps[:steps], expert)
+        name = expert.phase("denoise")
+        with stage.phase(name, steps, "step", done=start) as (plan, phase):
+            passes = plan.passes(expert.branches)
             total = stage.steps_left * len(passes)
             with stage.stream(component.blocks, plan.stream, phase, total) as stream:
                 attend = self_attention_of(stage.plan.attention)
@@ -218,16 +277,13 @@ def denoise(stage: Stage, conditions: Conditions, sampling: Sampling) -> Tensor:
                 forward = Forward(
                     model, component, stream, cross, plan.chunk_tokens, phase, attend, residual
                 )
-                cut, grid = None, latents.shape[2:]
-                if request.windows is not None:
-                    windows = request.windows.latent(request.grid.temporal)
-                    cut = Cut.of(windows, latents, len(conditions.texts))
-                    grid = torch.Size((windows.length, *grid[1:]))
+                cut = cut_of(stage, latents, expert.branches)
+                grid = latents.shape[2:] if cut is None else cut.grid
                 rope = dit.rope_tables(model, grid, stage.device)
                 picture = _on_device(conditions.condition, stage.device)
                 for step in range(start, steps):
                     if step == steps - 1:
-                        stage.prefetch_weights()
+                        stage.prefetch_after(name)
                     modulated = modulation[step]
                     if cut is None:
                         model_input = _model_input(latents, picture, component.dtype)
@@ -237,17 +293,16 @@ def denoise(stage: Stage, conditions: Conditions, sampling: Sampling) -> Tensor:
                             for prediction in forward(model_input, branches, modulated, rope)
                         ]
                         del model_input
-                        prediction = _guided(predictions, request)
+                        prediction = _guided(predictions, expert.guidance)
                     else:
                         visit = partial(forward.windows, modulation=modulated, rope=rope)
-                        guided = partial(_guided, request=request)
+                        guided = partial(_guided, scale=expert.guidance)
                         prediction = cut.predict(latents, picture, passes, visit, guided)
                     component.checkpoint.check_unchanged()
                     preview = preview_of(stage, sampler, prediction, latents)
                     latents = sampling.step(sampler, prediction, latents)
                     phase.advance(preview)
             stage.keeper.settle()
-            return latents.cpu()
 
 
 def prepare(
@@ -255,11 +310,13 @@ def prepare(
     model: Any,
     conditions: Conditions,
     timesteps: Tensor,
+    expert: Expert,
 ) -> tuple[CrossStore, list[dit.StepModulation]]:
     """What does not change from step to step: cross-attention K/V, and the time embeddings."""
-    component = model_of(stage).transformer
-    with stage.phase("context", len(component.cross), "block") as (plan, phase):
-        texts = [text.to(stage.device, component.dtype) for text in conditions.texts]
+    component = expert.component
+    with stage.phase(expert.phase("context"), len(component.cross), "block") as (plan, phase):
+        given = conditions.texts[: expert.branches]
+        texts = [text.to(stage.device, component.dtype) for text in given]
         image = _on_device(conditions.image, stage.device, component.dtype)
         contexts = [dit.prepare_context(model, text, image) for text in texts]
         cross = CrossStore(stage.device, on_device=plan.cross_kv_on_device)
@@ -269,8 +326,16 @@ def prepare(
                 for context in contexts:
                     branches.append(dit.cross_kv(block.attn2, context, *branches[:1]))
                 cross.add(branches)
-        residual = residual_of(stage.plan["denoise"], component.dtype)
+        residual = residual_of(stage.plan[expert.phase("denoise")], component.dtype)
         return cross, dit.step_modulation(model, timesteps, component.dtype, residual)
+
+
+def cut_of(stage: Stage, latents: Tensor, branches: int) -> Cut | None:
+    """The windows that ``latents`` are denoised in; None: all of them at once."""
+    request = stage.job.request
+    if request.windows is None:
+        return None
+    return Cut.of(request.windows.latent(request.grid.temporal), latents, branches)
 
 
 def residual_of(plan: PhasePlan, dtype: torch.dtype) -> torch.dtype:
@@ -350,11 +415,11 @@ def _model_input(latents: Tensor, condition: Tensor | None, dtype: torch.dtype) 
     return torch.cat([latents, condition], dim=1).to(dtype)
 
 
-def _guided(predictions: list[Tensor], request: GenerationRequest) -> Tensor:
+def _guided(predictions: list[Tensor], scale: float) -> Tensor:
     if len(predictions) == 1:
         return predictions[0]
     conditional, unconditional = predictions
-    return guide(conditional, unconditional, request.guidance_scale)
+    return guide(conditional, unconditional, scale)
 
 
 def decode(stage: Stage, latents: Tensor) -> Tensor:
@@ -386,8 +451,7 @@ def drawn(stage: Stage) -> Products:
         return torch.randn(1, tokens, width, generator=draw).to(dtype)
 
     texts = [
-        states(TEXT_TOKENS, spec.transformer.text_dim)
-        for _ in range(2 if request.uses_guidance else 1)
+        states(TEXT_TOKENS, spec.transformer.text_dim) for _ in range(workload_of(request).texts)
     ]
     channels = spec.transformer.in_channels - spec.transformer.out_channels
     return {
@@ -403,6 +467,7 @@ WORK = Work(
         "image": _image,
         "encode": _encode,
         "denoise": _denoise,
+        "denoise 2": _denoise_second,
         "decode": _decode,
     },
     saves=(

@@ -16,7 +16,6 @@ from penstock.engine.families.wan.cost import transformer as cost
 from penstock.engine.families.wan.windowed import Cut
 from penstock.profiles.windows import Windows
 from tests.engine.families.wan.cost.test_transformer import spec_of
-from tests.engine.running import a_request
 from tests.meter import StorageMeter
 
 WINDOWS = Windows(21, 4)
@@ -71,6 +70,6 @@ def peak_of(model: Any, case: cost.DenoiseCase) -> int:
         passes = [range(at, min(at + case.visit_branches, total)) for at in starts]
         meter.peak = meter.live
         visit = partial(made.windows, modulation=steps[0], rope=rope)
-        guided = partial(work._guided, request=a_request(guidance_scale=5.0))
+        guided = partial(work._guided, scale=5.0)
         cut.predict(state[0], condition, passes, visit, guided)
     return meter.peak

@@ -246,7 +246,6 @@ def generate(
         _generate(
             model, opening, settings, output, force, not no_metadata, as_json, stop,
             lambda engine, request, plan: _job_folder(engine, request, plan, job, resume_same),
-            after=continues,
         )  # fmt: skip
 
 
@@ -493,7 +492,6 @@ def _generate(
     as_json: bool,
     stop: Stopping,
     job_folder: JobFolder | None = None,
-    after: Path | None = None,
 ) -> Any:
     """Make a video with an engine that is opened with ``opening``; what cannot fit is refused
     before anything heavy is imported."""
@@ -511,9 +509,7 @@ def _generate(
         if resumes and folder is not None:
             job = engine.resume(folder, output, force=force)
         else:
-            job = engine.submit(
-                request, output, force=force, metadata=metadata, job_dir=folder, after=after
-            )
+            job = engine.submit(request, output, force=force, metadata=metadata, job_dir=folder)
         return _watch(job, plan, as_json, stop)
 
 

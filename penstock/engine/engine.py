@@ -153,7 +153,6 @@ class Engine(Closing):
         job_dir: str | Path | None = None,
         on_step: OnStep | None = None,
         preview_every: int | None = None,
-        after: str | Path | None = None,
     ) -> Job:
         """Start a job, and return while it runs.
 
@@ -170,9 +169,6 @@ class Engine(Closing):
                 (the report then says ``steered``); what it raises ends the job as it is, and
                 `JobCancelled` ends it as :meth:`Job.cancel` does. A step counts as done, and is
                 kept in ``job_dir``, when ``on_step`` has returned.
-            after: a video that this one goes on from: its frames come first in ``output``, and the
-                colours of what is made are turned into its own. ``request.image`` is its last
-                frame (`penstock.engine.media.seam.Clip`), which is not shown twice.
             preview_every: put a `Preview` into the `Progress` event of every so many steps.
 
         Raises:
@@ -184,8 +180,7 @@ class Engine(Closing):
         hooks = Hooks(on_step, preview_every)
         self._jobs.check_open()
         request = request.with_seed()
-        given = None if after is None else Path(after)
-        order = Order(None if output is None else Path(output), force, metadata, given)
+        order = Order(None if output is None else Path(output), force, metadata)
         plan = self.plan(request, saved=job_dir is not None)
         claim = self._claimed(order, request)
         try:
@@ -210,7 +205,7 @@ class Engine(Closing):
             return None
         check_output(order.output, overwrite=order.overwrite)
         inputs = [*self.model.files.values(), *request.pictures]
-        inputs += [] if order.after is None else [order.after]
+        inputs += [] if request.after is None else [request.after]
         check_no_input(order.output, inputs)
         return None if order.overwrite else OutputClaim(order.output)
 
@@ -336,7 +331,6 @@ class Engine(Closing):
             output=order.output,
             overwrite=order.overwrite,
             metadata=order.metadata,
-            after=order.after,
             shrink=shrink,
             keeper=keeper,
             notices=(*bare.notices, *notices),

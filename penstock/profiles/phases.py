@@ -34,6 +34,10 @@ ENCODER_BYTES_PER_PIXEL = 240
 """Host memory of libx264's look-ahead and references, a pixel of one frame: measured on
 noise, the worst picture, with two threads."""
 
+DECODER_BYTES_PER_PIXEL = 64
+"""Host memory of FFmpeg's H.264 decoder, a pixel of a frame: up to 16 references and as many frames
+in flight at 1.5 bytes (4:2:0), one frame in RGB, and what swscale takes."""
+
 ENCODER_BASE_BYTES = 16 * MIB
 
 RESTORED = "restored state"
@@ -93,6 +97,7 @@ class Workload:
         guided_high: whether CFG is on while there is much noise, for a model that has a transformer
             of its own for that; None: as ``guided``.
         noise: of the steps.
+        continued: it goes on from a video, whose frames come first in the file.
         windows: of frames, that the video is denoised in; None: all of it at once.
         changes: frames of the conditioning clip that may differ from the one before, the first
             among them; None: any may.
@@ -109,6 +114,7 @@ class Workload:
     pictures: int | None = None
     guided_high: bool | None = None
     noise: Noise = Noise()
+    continued: bool = False
     windows: Windows | None = None
 
     @property
@@ -344,6 +350,7 @@ class Mux:
         shape = self.shape
         pixels = shape.width * shape.height
         encoder = ENCODER_BASE_BYTES + ENCODER_BYTES_PER_PIXEL * pixels
+        decoder = DECODER_BYTES_PER_PIXEL * pixels if self.case.workload.continued else 0
         yield (
             PhasePlan(
                 "mux",
@@ -354,6 +361,7 @@ class Mux:
                     ("video frames", 3 * shape.frames * pixels),
                     *self.held,
                     ("video encoder", encoder),
+                    *((("video decoder", decoder),) if decoder else ()),
                 ),
                 seconds=shape.frames * pixels / self.case.rates.video_pixels_per_s,
             ),

@@ -7,7 +7,7 @@ it shows: what turns the colours of one into those of the other holds for all fr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,6 @@ from penstock.engine.media.video import frame_rate_of, read_frames, read_metadat
 from penstock.errors import VideoError
 
 Pixels = NDArray[np.uint8]
-
-DECODER_BYTES_PER_PIXEL = 64
-"""Host memory of FFmpeg's H.264 decoder, a pixel of a frame: up to 16 references and as many frames
-in flight at 1.5 bytes (4:2:0), one in RGB, and what swscale takes."""
 
 MOST_GAIN = 1.25
 """By which the spread of a channel may change: more is no shift of colours but another picture."""
@@ -98,21 +94,18 @@ def _moments(frame: Pixels) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     return channels.mean(0), channels.std(0)
 
 
-def joined(
-    before: Path, made: Iterable[Pixels], tell: Callable[[int], None] = lambda frames: None
-) -> Iterator[Pixels]:
+def joined(before: Path, made: Iterable[Pixels]) -> Iterator[Pixels]:
     """The frames of ``before``, then those of ``made`` in its colours but for the first, which
     shows its last one again.
 
     Args:
         before: a video; decoded as it goes.
         made: frames of the same size, the first of which is the last of ``before``.
-        tell: how many frames there were before.
 
     Raises:
         VideoError: ``before`` cannot be read, or is of another size.
     """
-    frames, last, count = iter(made), None, 0
+    frames, last = iter(made), None
     first = next(frames)
     for last in read_frames(before):
         if last.shape != first.shape:
@@ -121,11 +114,9 @@ def joined(
                 expected=f"{first.shape[1]}x{first.shape[0]}",
                 found=f"{last.shape[1]}x{last.shape[0]}, {before}",
             )
-        count += 1
         yield last
     if last is None:
         raise VideoError("a video to go on from has no frames", found=str(before))
-    tell(count)
     turned = Colours.between(first, last)
     for frame in frames:
         yield turned(frame)

@@ -89,6 +89,8 @@ class GenerationRequest:
         fit: what is done with a picture of another aspect than the video's: "crop" around its
             middle, "pad" with black, or "stretch". One that differs by less than a cell of ``grid``
             is resized as it is.
+        after: a video that this one goes on from: its frames come first in the file, ``image`` is
+            its last one, and the colours of what is made are turned into its own.
         window: frames of the windows that a longer video is denoised in; 0: all of it at once.
         overlap: frames that two windows have in common, at least; None: a fifth of a window.
         grid: what the model can represent.
@@ -114,6 +116,7 @@ class GenerationRequest:
     fit: str = "crop"
     last_image: Path | None = None
     guidance_high: float | None = None
+    after: Path | None = None
     window: int = WINDOW
     overlap: int | None = None
     grid: Grid = field(default_factory=Grid)
@@ -293,7 +296,7 @@ def workload_of(request: GenerationRequest, *, saved: bool = False) -> Workload:
     work = Workload(request.video_shape, request.steps, request.uses_guidance, saved)
     high, _ = (scale > 1 for scale in request.guidance_scales)
     work = replace(work, pictures=len(given) or None, guided_high=high, noise=noise_of(request))
-    work = replace(work, windows=request.windows)
+    work = replace(work, windows=request.windows, continued=request.after is not None)
     names = ("picture", "last")
     there = {name: path for name, path in zip(names, given, strict=False) if path.exists()}
     if not there:

@@ -56,6 +56,7 @@ class Settings:
     clip_crop: str | None = None
     fit: str | None = None
     last_image: Path | None = None
+    after: Path | None = None
     guidance_high: float | None = None
     window: int | None = None
     overlap: int | None = None
@@ -93,8 +94,8 @@ def going_on(settings: Settings, clip: Clip, frame: Path) -> Settings:
         raise UsageError(
             f"{clip.path} does not say what it shows", expected="a prompt", found="no --prompt"
         )
-    found = {"fps": clip.fps} | theirs | ours | {"image": frame, "size": clip.size}
-    return Settings(**found)
+    ends = {"image": frame, "size": clip.size, "after": clip.path}
+    return Settings(**({"fps": clip.fps} | theirs | ours | ends))
 
 
 class Suited(Protocol):

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from penstock._version import __version__
 from penstock.engine.machine.memory import ProcessMemory
-from penstock.engine.media.seam import DECODER_BYTES_PER_PIXEL, joined
-from penstock.engine.media.video import write_video
+from penstock.engine.media.seam import joined
+from penstock.engine.media.video import WrittenVideo, write_video
 from penstock.engine.request.generation import frame_rate
 from penstock.engine.request.levels import timesteps_of
 from penstock.engine.run.ending import Ending
@@ -96,15 +96,14 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
         know_sources(stage)
         _log_request(job)
         found = run_phases(stage, work_of(stage))
-        output, video = job.output, found["video"]
-        if output is not None:
-            asked = output
-            output = stage.attempt("mux", lambda: mux(stage, video, asked))
+        asked, video, written = job.output, found["video"], None
+        if asked is not None:
+            written = stage.attempt("mux", lambda: mux(stage, video, asked))
         if job.keeper.steered:
             stage.monitor.notice(STEERED)
         for problem in job.keeper.problems:
             stage.monitor.notice(problem)
-        report = _report(stage, output, time.perf_counter() - started)
+        report = _report(stage, written, time.perf_counter() - started)
         job.keeper.finished(report)
     return JobResult(report, found["latents"], video)
 
@@ -122,7 +121,7 @@ def know_sources(stage: Stage) -> None:
 
 def _log_request(job: Run) -> None:
     """What is made, at "info"; what it shall show, at "debug" alone."""
-    shown = ("prompt", "negative_prompt", "image", "last_image")
+    shown = ("prompt", "negative_prompt", "image", "last_image", "after")
     values = asdict(job.request)
     log.info("makes %s", {name: value for name, value in values.items() if name not in shown})
     log.debug("shows %s", {name: values[name] for name in shown})
@@ -155,14 +154,15 @@ def run_phases(stage: Stage, work: Work) -> Products:
     return found
 
 
-def mux(stage: Stage, video: Tensor, output: Path) -> Path:
-    """Write the frames to ``output``, or where that is taken by now to a free name like it."""
-    job = stage.job
-    with stage.phase("mux", len(video), "frame") as (_, phase), _decoding(stage, video):
+def mux(stage: Stage, video: Tensor, output: Path) -> WrittenVideo:
+    """Write the frames to ``output``, or where that is taken by now to a free name like it; after
+    those of the video that this one goes on from."""
+    job, after = stage.job, stage.job.request.after
+    with stage.phase("mux", len(video), "frame") as (_, phase):
         frames = _counted_frames(video, phase)
         written = write_video(
             output,
-            frames if job.after is None else joined(job.after, frames),
+            frames if after is None else joined(after, frames),
             frame_rate(job.request.fps),
             metadata=_metadata(job) if job.metadata else None,
             overwrite=job.overwrite,
@@ -171,20 +171,7 @@ def mux(stage: Stage, video: Tensor, output: Path) -> Path:
         )
     if written.path != output:
         stage.monitor.notice(f"{output} is another file by now: the video is in {written.path}")
-    return written.path
-
-
-@contextmanager
-def _decoding(stage: Stage, video: Tensor) -> Iterator[None]:
-    """Room for decoding the video that this one goes on from.
-
-    Raises:
-        LedgerOverflow: there is none.
-    """
-    pixels = video.shape[1] * video.shape[2]
-    nbytes = 0 if stage.job.after is None else DECODER_BYTES_PER_PIXEL * pixels
-    with stage.host_ledger.reserve("video that goes on", nbytes):
-        yield
+    return written
 
 
 def _counted_frames(video: Tensor, phase: PhaseMonitor) -> Iterator[Any]:
@@ -199,17 +186,17 @@ def _metadata(job: Run) -> dict[str, Any]:
     shift = job.model.flow_shift(request.width, request.height, request.shift)
     settings = asdict(request) | {"shift": shift, "penstock": __version__}
     steered = {"steered": True} if job.keeper.steered else {}
-    hidden = ("image", "last_image", "grid")
+    hidden = ("image", "last_image", "after", "grid")
     return {name: settings[name] for name in settings if name not in hidden} | steered
 
 
-def _report(stage: Stage, output: Path | None, seconds: float) -> RunReport:
+def _report(stage: Stage, written: WrittenVideo | None, seconds: float) -> RunReport:
     job, monitor, memory = stage.job, stage.monitor, ProcessMemory.peak()
     request = job.request
     assert request.seed is not None
     return RunReport(
-        output=None if output is None else str(output),
-        frames=request.frames,
+        output=None if written is None else str(written.path),
+        frames=request.frames if written is None else written.frames,
         width=request.width,
         height=request.height,
         fps=request.fps,

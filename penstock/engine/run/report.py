@@ -60,7 +60,7 @@ class RunReport:
 
     Attributes:
         output: path of the video, or None where the frames were kept in memory.
-        frames, width, height, fps: of the video.
+        frames, width, height, fps: of the video; with what it goes on from, if that is in the file.
         seed: the seed that was used, also where the request left it open.
         seconds: from the job's turn to its end.
         vram_limit_bytes, ram_limit_bytes: the budgets.

@@ -52,7 +52,6 @@ class Run:
         overlapped: stream ahead of the computation (else the sequential reference).
         output: where the mp4 goes; None: decode, but write nothing.
         metadata: prompt and settings go into the file.
-        after: a video whose frames come first in the file; None: there is none.
         prepare: gives the model to read weights from, if that is not ``model`` (whose pack may have
             to be made first).
         shrink: a plan that takes less of a resource in a phase, or None where there is none.
@@ -71,7 +70,6 @@ class Run:
     output: Path | None
     overwrite: bool
     metadata: bool
-    after: Path | None = None
     prepare: Callable[[Stage], ModelFiles] | None = None
     shrink: Shrink = nothing_smaller
     keeper: Keeper = field(default_factory=Keeper)

@@ -52,13 +52,11 @@ class Order:
         output: where the mp4 goes; None: nowhere.
         overwrite: replace an existing file.
         metadata: prompt and settings go into the file.
-        after: a video whose frames come first in it.
     """
 
     output: Path | None
     overwrite: bool = False
     metadata: bool = True
-    after: Path | None = None
 
     def facts(self) -> dict[str, Any]:
         """Plain values, for the record."""
@@ -66,7 +64,6 @@ class Order:
             "output": None if self.output is None else str(self.output.absolute()),
             "overwrite": self.overwrite,
             "metadata": self.metadata,
-            "after": None if self.after is None else str(self.after.absolute()),
         }
 
 
@@ -79,7 +76,8 @@ def request_values(request: GenerationRequest, opening: Opening, plan: Plan) -> 
     """
     paths = {name: getattr(request, name) for name in PICTURES}
     pictures = {name: None if path is None else stamp(path) for name, path in paths.items()}
-    return asdict(request) | pictures | opening.values() | plan.numerics
+    after = None if request.after is None else str(request.after.absolute())
+    return asdict(request) | pictures | {"after": after} | opening.values() | plan.numerics
 
 
 def begin(
@@ -183,6 +181,8 @@ def restored_request(journal: Journal) -> GenerationRequest:
     try:
         grid = Grid(**values.pop("grid"))
         values = {**_BEFORE, **values}
+        if values.get("after") is not None:
+            values["after"] = Path(values["after"])
         return GenerationRequest(**(values | {"grid": grid} | pictures))
     except (KeyError, TypeError, RequestError) as error:
         raise JournalError(f"{journal.folder} holds no request", found=str(error)) from error
@@ -208,7 +208,6 @@ def restored_order(journal: Journal) -> Order:
         output=output,
         overwrite=bool(facts.get("overwrite")) or _is_own(output, facts.get("output_begun")),
         metadata=bool(facts.get("metadata", True)),
-        after=Path(facts["after"]) if isinstance(facts.get("after"), str) else None,
     )
 
 

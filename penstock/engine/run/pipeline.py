@@ -95,7 +95,10 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
             stage.monitor.notice(message)
         know_sources(stage)
         _log_request(job)
-        found = run_phases(stage, work_of(stage))
+        importing = time.perf_counter()
+        work = work_of(stage)
+        imports_s = job.imports_s + time.perf_counter() - importing
+        found = run_phases(stage, work)
         asked, video, written = job.output, found["video"], None
         if asked is not None:
             written = stage.attempt("mux", lambda: mux(stage, video, asked))
@@ -103,7 +106,8 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
             stage.monitor.notice(STEERED)
         for problem in job.keeper.problems:
             stage.monitor.notice(problem)
-        report = _report(stage, written, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        report = _report(stage, written, seconds, imports_s)
         job.keeper.finished(report)
     return JobResult(report, found["latents"], video)
 
@@ -190,7 +194,9 @@ def _metadata(job: Run) -> dict[str, Any]:
     return {name: settings[name] for name in settings if name not in hidden} | steered
 
 
-def _report(stage: Stage, written: WrittenVideo | None, seconds: float) -> RunReport:
+def _report(
+    stage: Stage, written: WrittenVideo | None, seconds: float, imports_s: float
+) -> RunReport:
     job, monitor, memory = stage.job, stage.monitor, ProcessMemory.peak()
     request = job.request
     assert request.seed is not None
@@ -202,6 +208,7 @@ def _report(stage: Stage, written: WrittenVideo | None, seconds: float) -> RunRe
         fps=request.fps,
         seed=request.seed,
         seconds=seconds,
+        imports_s=imports_s,
         vram_limit_bytes=job.plan.vram_limit_bytes,
         ram_limit_bytes=job.plan.ram_limit_bytes,
         allocated_vram_bytes=_allocated_bytes(job.device),

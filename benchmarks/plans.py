@@ -71,6 +71,7 @@ def peaks() -> list[dict[str, Any]]:
                 "ram_gib": round(plan.peak_ram_bytes / GIB, 2),
                 "chunk": denoise.chunk_tokens,
                 "branches": denoise.branches,
+                "residual": plan.residual,
                 "in_vram": denoise.stream.device_resident,
                 "in_ram": denoise.stream.host_resident,
                 "from_disk": denoise.stream.disk_blocks,

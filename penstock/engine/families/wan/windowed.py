@@ -2,6 +2,12 @@
 
 What each of them predicts is weighed and added up where they overlap; how many share a visit
 changes no bit of it.
+
+Of an image-to-video model every window sees the picture as its first frame, as it was trained: one
+without a picture is nothing that it knows (of the small model's videos nothing was left after two
+windows, where a window saw what the whole video's condition has in its place). The price is that a
+window may begin in the picture's pose again (so it is told of ComfyUI's windows that keep the
+picture, github.com/Comfy-Org/ComfyUI/pull/14136), where it counts least.
 """
 
 from __future__ import annotations
@@ -84,5 +90,13 @@ class Cut:
             part = self.parts[window]
             whole = latents[:, :, part]
             if condition is not None:
-                whole = torch.cat([whole, condition[:, :, part]], dim=1)
+                whole = torch.cat([whole, seen(condition, part)], dim=1)
             yield whole, [state % self.branches for state in group]
+
+
+def seen(condition: Tensor, part: slice) -> Tensor:
+    """What a window sees of mask and pictures (1, 20, t, h, w): the first latent frame, and what
+    follows its own."""
+    if part.start == 0:
+        return condition[:, :, part]
+    return torch.cat([condition[:, :, :1], condition[:, :, part.start + 1 : part.stop]], dim=2)

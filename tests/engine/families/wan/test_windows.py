@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from penstock.engine.families.wan.windowed import seen
 from penstock.engine.family.protocol import builtin
 from penstock.engine.run.sampler import initial_noise, long_noise
 from penstock.engine.run.stored import restored_request
@@ -67,6 +68,12 @@ def test_noise_is_the_windows_repeated_and_shuffled() -> None:
     assert told[5:10] != told[:5]
     assert torch.equal(noise, long_noise(first, 17, Windows(5, 2), 3))
     assert not torch.equal(noise, long_noise(first, 17, Windows(5, 2), 4))
+
+
+def test_every_window_sees_the_picture_as_its_first_frame() -> None:
+    condition = torch.arange(6.0).view(1, 1, 6, 1, 1).expand(1, 20, 6, 2, 2)
+    told = [seen(condition, part)[0, 0, :, 0, 0].tolist() for part in Windows(3, 1).parts(6)]
+    assert told == [[0, 1, 2], [0, 2, 3], [0, 4, 5]]
 
 
 def made(folder: Path, request: Any, **options: Any) -> Any:

@@ -185,6 +185,7 @@ def _wide(layer: Any, inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tens
         weight, bias = layer.weight[part].float(), layer.bias[part].float()
         for x, result in zip(inputs, results, strict=True):
             result[:, part] = F.linear(x, weight, bias)
+        del weight, bias  # before the next rows are cast
     return results
 
 

@@ -19,7 +19,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,6 @@ from training.score import judge
 MINI = Path(__file__).parents[1] / "penstock" / "assets" / "mini"
 WINDOW = 17
 TURNS = ("clockwise", "counter-clockwise")
-WAYS = ("windows", "at once", "clips", "clips, matched")
 
 
 def cases(count: int) -> list[tuple[Any, Motion, str]]:
@@ -88,6 +87,19 @@ def matched(engine: Engine, request: GenerationRequest) -> np.ndarray:
     return np.stack(frames)
 
 
+def at_once(engine: Engine, request: GenerationRequest) -> np.ndarray:
+    """All frames in one denoising."""
+    return made(engine, replace(request, window=0))
+
+
+MAKE: Mapping[str, Callable[[Engine, GenerationRequest], np.ndarray]] = {
+    "windows": made,
+    "at once": at_once,
+    "clips": clip_after_clip,
+    "clips, matched": matched,
+}
+
+
 def seams(way: str, request: GenerationRequest) -> list[int]:
     """Frames before which a window begins or ends, or a clip begins."""
     frames = request.frames
@@ -104,7 +116,7 @@ def seams(way: str, request: GenerationRequest) -> list[int]:
 
 def measure(frames: np.ndarray, scene: Any, motion: Motion, at: list[int]) -> dict[str, Any]:
     """What is said of one video."""
-    shown = frames.astype(np.float32) / 255
+    shown: Any = frames.astype(np.float32) / 255
     starts = range(0, len(frames) - WINDOW + 1, WINDOW - 1)
     verdicts = [judge(shown[start : start + WINDOW], scene, motion) for start in starts]
     differences = np.abs(np.diff(shown, axis=0)).mean((1, 2, 3))
@@ -134,14 +146,8 @@ def one_way(
                 overlap=overlap,
             )  # fmt: skip
             request = resolve(settings, engine.model)
-            whole = replace(request, window=0)
-            make = {
-                "windows": lambda r=request: made(engine, r),
-                "at once": lambda w=whole: made(engine, w),
-                "clips": lambda r=request: clip_after_clip(engine, r),
-                "clips, matched": lambda r=request: matched(engine, r),
-            }
-            yield measure(make[way](), scene, motion, seams(way, request))
+            video = MAKE[way](engine, request)
+            yield measure(video, scene, motion, seams(way, request))
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -163,7 +169,7 @@ def main() -> None:
     arguments.add_argument("--clips", type=int, default=6)
     arguments.add_argument("--overlap", type=int, default=8)
     arguments.add_argument("--frames", type=int, nargs="+", default=[49, 81])
-    arguments.add_argument("--ways", nargs="+", default=list(WAYS))
+    arguments.add_argument("--ways", nargs="+", default=list(MAKE))
     options = arguments.parse_args()
     rows = []
     with Engine.open(MINI, device="cpu", vram="1GiB", ram="1GiB") as engine:

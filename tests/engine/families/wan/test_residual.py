@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.fake_dit import fake_transformer
 from benchmarks.residual import errors
 from penstock.engine.engine import Engine
 from penstock.engine.families.wan import forward
+from penstock.engine.families.wan.cost import transformer as cost
 from penstock.engine.families.wan.tiny import write_tiny_model
 from penstock.engine.run.stored import restored_plan
 from penstock.engine.store.journal import Journal
@@ -21,7 +24,9 @@ from penstock.profiles.plan import Plan
 from penstock.quant.delta import Delta
 from penstock.quant.lora import LoraLinear
 from penstock.quant.paths import Computing, Scratch
+from tests.engine.families.wan.cost.test_transformer import spec_of
 from tests.engine.running import a_request, an_engine, stop_after_a_step
+from tests.meter import StorageMeter
 from tests.tiny_transformer import inputs, tiny_transformer
 
 STEP = torch.tensor([713])
@@ -139,3 +144,16 @@ def test_it_is_in_the_fingerprint(folder: Path, tmp_path: Path) -> None:
         pytest.raises(FingerprintMismatch, match="residual"),
     ):
         engine.resume(tmp_path)
+
+
+def test_the_time_embedding_is_cast_a_run_of_rows_at_a_time() -> None:
+    case = cost.DenoiseCase((1, 2, 2), 1, 1, 1, 40, image_tokens=257, residual="fp32")
+    with FakeTensorMode(), torch.no_grad():
+        model = fake_transformer(blocks=1)
+        with StorageMeter([*model.parameters(), *model.buffers()]) as meter:
+            steps = forward.step_modulation(model, torch.arange(40), torch.bfloat16, WIDE)
+    spec = spec_of(model.config, 2)
+    beside = meter.peak - cost.modulation_bytes(spec, case)
+    assert len(steps) == 40 and steps[0].projection.dtype == WIDE
+    rows = cost.WIDE_ROWS * spec.inner_dim * 4
+    assert rows <= beside <= cost._wide_rows_bytes(spec, case) <= 1.3 * rows

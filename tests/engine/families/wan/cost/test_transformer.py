@@ -32,7 +32,7 @@ SHAPES = {
 
 
 _NOT_OF_THE_CONFIG = {
-    "weights", "cross_block_bytes", "patch_size", "storage", "context_storage", "lora",
+    "weights", "cross_block_bytes", "patch_size", "storage", "context_storage", "lora", "pos_embed",
 }  # fmt: skip
 
 

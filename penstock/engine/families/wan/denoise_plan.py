@@ -15,6 +15,7 @@ from penstock.engine.families.wan.terms import (
     encoder_state_bytes,
     latent_of,
     latents_bytes,
+    pictures_of,
     restored_bytes,
     saved_state_bytes,
 )
@@ -263,6 +264,7 @@ class Denoise:
             image_tokens=manifest.image_tokens,
             fused_norms=self.case.fused_norms,
             attention=self.case.policy.attention,
+            still=manifest.tokenwise and pictures_of(self.case) > 0,
         )
 
     @cached_property

@@ -53,12 +53,25 @@ class CrossByBlock(Protocol):
     def __getitem__(self, block: int, /) -> CrossKV: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepModulation:
-    """The time embedding of one step: ``temb`` (1, d) for the head, ``projection`` (1, 6, d)."""
+    """The time embedding of one step.
+
+    Attributes:
+        temb: (1, d), for the head.
+        projection: (1, 6, d), for the blocks.
+        still: that of the first tokens, where those are at another timestep than the others.
+        still_tokens: how many these are.
+    """
 
     temb: Tensor
     projection: Tensor
+    still: StepModulation | None = None
+    still_tokens: int = 0
+
+    def of(self, part: slice) -> StepModulation:
+        """That of these tokens, which are all on one side of ``still_tokens``."""
+        return self.still if self.still is not None and part.start < self.still_tokens else self
 
 
 @dataclass(frozen=True)
@@ -272,14 +285,13 @@ def block_forward(
         chunk_tokens: tokens that go through the block together.
         attend: of the self-attention.
     """
-    table = (block.scale_shift_table + modulation.projection.float()).chunk(
-        6, dim=1
-    )  # 6 x (1, 1, d)
-    shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table
-    scale, ffn_scale = 1 + scale, 1 + ffn_scale
-    for part in _chunks(hidden.shape[1], chunk_tokens):
+    every = {each: _rows(block, each) for each in (modulation, modulation.still) if each}
+    parts = list(_chunks(hidden.shape[1], chunk_tokens, modulation.still_tokens))
+    for part in parts:
+        shift, scale, *_ = every[modulation.of(part)]
         _write_kv(block, hidden[:, part], scale, shift, rope, kv, part)
-    for part in _chunks(hidden.shape[1], chunk_tokens):
+    for part in parts:
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = every[modulation.of(part)]
         chunk = hidden[:, part]
         chunk.add_(
             _gated(_self_attention(block, chunk, scale, shift, rope, kv, part, attend), gate)
@@ -288,9 +300,19 @@ def block_forward(
         chunk.add_(_gated(_feed_forward(block, chunk, ffn_scale, ffn_shift, kv.dtype), ffn_gate))
 
 
-def _chunks(tokens: int, chunk_tokens: int) -> Iterator[slice]:
-    for start in range(0, tokens, chunk_tokens):
-        yield slice(start, min(start + chunk_tokens, tokens))
+def _rows(block: Any, modulation: StepModulation) -> tuple[Tensor, ...]:
+    """Shift, scale and gate of the attention, then of the feed-forward, (1, 1, d) each; what is
+    multiplied by is one and the scale."""
+    table = block.scale_shift_table + modulation.projection.float()
+    shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table.chunk(6, dim=1)
+    return shift, 1 + scale, gate, ffn_shift, 1 + ffn_scale, ffn_gate
+
+
+def _chunks(tokens: int, chunk_tokens: int, cut: int = 0) -> Iterator[slice]:
+    """Runs of at most ``chunk_tokens``, none of which lies on both sides of ``cut``."""
+    for first, last in ((0, cut), (cut, tokens)):
+        for start in range(first, last, chunk_tokens):
+            yield slice(start, min(start + chunk_tokens, last))
 
 
 def _modulated(
@@ -372,7 +394,7 @@ def _feed_forward(
 def head(
     model: Any,
     hidden: Tensor,
-    temb: Tensor,
+    temb: Tensor | StepModulation,
     latent: Sequence[int],
     chunk_tokens: int,
 ) -> Tensor:
@@ -381,19 +403,21 @@ def head(
     Args:
         model: the transformer, with ``proj_out`` and its ``scale_shift_table`` bound.
         hidden: (1, n, d).
-        temb: (1, d), of the step.
+        temb: (1, d), of the step; or the whole modulation, where tokens differ in it.
         latent: latent frames, height and width.
         chunk_tokens: tokens that are projected together.
 
     Returns:
         (1, out_channels, t, h, w), in the dtype of ``hidden``.
     """
-    shift, scale = (model.scale_shift_table + temb.unsqueeze(1)).chunk(2, dim=1)
-    scale = 1 + scale
+    step = temb if isinstance(temb, StepModulation) else StepModulation(temb, temb)
     tokens = hidden.shape[1]
     project, dtype = _projection(model.proj_out, hidden.dtype)
     patches = hidden.new_empty(1, tokens, model.proj_out.out_features)
-    for part in _chunks(tokens, chunk_tokens):
+    for part in _chunks(tokens, chunk_tokens, step.still_tokens):
+        row = step.of(part).temb
+        shift, scale = (model.scale_shift_table + row.unsqueeze(1)).chunk(2, dim=1)
+        scale = 1 + scale
         patches[:, part] = project(_modulated(model.norm_out, hidden[:, part], scale, shift, dtype))
     return _unpatchify(patches, latent, model.config.patch_size)
 
@@ -482,7 +506,7 @@ def through_blocks(
     _run_blocks(blocks, hidden, branches, modulation, rope, kv, chunk_tokens, attend)
     del kv
     while hidden:
-        yield head(model, hidden.pop(0), modulation.temb, latent, chunk_tokens)
+        yield head(model, hidden.pop(0), modulation, latent, chunk_tokens)
 
 
 def embed_branches(

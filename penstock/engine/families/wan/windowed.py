@@ -56,7 +56,7 @@ class Cut:
     def predict(
         self,
         latents: Tensor,
-        condition: Tensor | None,
+        see: Callable[[slice], Tensor],
         passes: Sequence[range],
         visit: Visit,
         guide: Callable[[list[Tensor]], Tensor],
@@ -65,7 +65,7 @@ class Cut:
 
         Args:
             latents: (1, z, t, h, w), fp32.
-            condition: mask and latents of the picture (1, 20, t, h, w), or None.
+            see: the model input of the window that covers these latent frames.
             passes: the branches of all windows, window by window, divided into visits.
             visit: of the transformer.
             guide: the predictions of a window's branches to one; it may use them up.
@@ -73,7 +73,7 @@ class Cut:
         fused, waiting = torch.zeros_like(latents), list[Tensor]()
         left = iter(zip(self.parts, self.weights, strict=True))
         for states in passes:
-            for prediction in visit(self._inputs(latents, condition, states)):
+            for prediction in visit(self._inputs(see, states)):
                 waiting.append(prediction)
                 if len(waiting) == self.branches:
                     part, weight = next(left)
@@ -83,15 +83,11 @@ class Cut:
         return fused
 
     def _inputs(
-        self, latents: Tensor, condition: Tensor | None, states: range
+        self, see: Callable[[slice], Tensor], states: range
     ) -> Iterator[tuple[Tensor, list[int]]]:
-        """The model inputs of a visit, one at a time, in fp32, and the branches of each."""
+        """The model inputs of a visit, one at a time, and the branches of each."""
         for window, group in groupby(states, key=lambda state: state // self.branches):
-            part = self.parts[window]
-            whole = latents[:, :, part]
-            if condition is not None:
-                whole = torch.cat([whole, seen(condition, part)], dim=1)
-            yield whole, [state % self.branches for state in group]
+            yield see(self.parts[window]), [state % self.branches for state in group]
 
 
 def seen(condition: Tensor, part: slice) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,12 @@ from penstock.engine.families.wan.model import model_of
 from penstock.engine.families.wan.preview import prepare_previews, preview_of
 from penstock.engine.families.wan.terms import clip_changes
 from penstock.engine.families.wan.vae_decode import raw_latents
-from penstock.engine.families.wan.vae_encode import encode_tiled, first_frame_then_zeros
-from penstock.engine.families.wan.windowed import Cut
+from penstock.engine.families.wan.vae_encode import (
+    encode_tiled,
+    first_frame_then_zeros,
+    normalised_latents,
+)
+from penstock.engine.families.wan.windowed import Cut, seen
 from penstock.engine.media.fit import fitting
 from penstock.engine.media.picture import open_image
 from penstock.engine.model.component import Component
@@ -76,9 +80,10 @@ def _go_on(stage: Stage, found: Products, expert: Expert) -> None:
     conditions, sampling = _conditions(found), found["sampling"]
     name = expert.phase("denoise")
     latents = stage.attempt(name, lambda: denoise(stage, conditions, sampling, expert))
-    if expert.until == stage.job.request.steps:
+    if latents is not None:
         del found["sampling"]
-        found["latents"] = latents
+        first = conditions.condition if model_of(stage).manifest.tokenwise else None
+        found["latents"] = latents if first is None else with_first(latents.clone(), first)
 
 
 def _decode(stage: Stage, found: Products) -> None:
@@ -236,9 +241,11 @@ def encode_condition(stage: Stage, frames: list[Tensor] | None) -> Tensor:
         frames: the pictures at the video's size; None: they are still to be read.
     """
     component, request = model_of(stage).vae_encoder, stage.job.request
-    size = (request.frames, request.height, request.width)
+    frames_encoded = 1 if model_of(stage).manifest.tokenwise else request.frames
+    size = (frames_encoded, request.height, request.width)
     tiles = TileGrid(*stage.plan["encode"].tiles)
-    latent_frames = request.video_shape.latent(model_of(stage).manifest.vae)[0]
+    shape = replace(request.video_shape, frames=frames_encoded)
+    latent_frames = shape.latent(model_of(stage).manifest.vae)[0]
     units = latent_frames * (tiles.rows * tiles.cols + 1)
     with stage.phase("encode", units, "frame") as (_, phase), stage.rest(component) as vae:
         given = see_pictures(stage)[1] if frames is None else frames
@@ -246,6 +253,8 @@ def encode_condition(stage: Stage, frames: list[Tensor] | None) -> Tensor:
         source = first_frame_then_zeros(first, (request.frames - 1, last[0]) if last else None)
         changes = clip_changes(request.frames, len(given))
         encoded = encode_tiled(vae, source, size, tiles, changes=changes, should_stop=phase.advance)
+        if model_of(stage).manifest.tokenwise:
+            return normalised_latents(encoded.float(), vae.config).cpu()
         return pictures.conditioning(
             encoded.float(), vae.config.latents_mean, vae.config.latents_std, ends=bool(last)
         ).cpu()
@@ -281,12 +290,13 @@ def _steps(stage: Stage, conditions: Conditions, sampling: Sampling, expert: Exp
                 grid = latents.shape[2:] if cut is None else cut.grid
                 rope = dit.rope_tables(model, grid, stage.device)
                 picture = _on_device(conditions.condition, stage.device)
+                still = model_of(stage).manifest.tokenwise
                 for step in range(start, steps):
                     if step == steps - 1:
                         stage.prefetch_after(name)
                     modulated = modulation[step]
                     if cut is None:
-                        model_input = _model_input(latents, picture, component.dtype)
+                        model_input = _model_input(latents, picture, component.dtype, still)
                         predictions = [
                             prediction
                             for branches in passes
@@ -295,9 +305,10 @@ def _steps(stage: Stage, conditions: Conditions, sampling: Sampling, expert: Exp
                         del model_input
                         prediction = _guided(predictions, expert.guidance)
                     else:
+                        see = partial(_window_input, latents, picture, component.dtype, still)
                         visit = partial(forward.windows, modulation=modulated, rope=rope)
                         guided = partial(_guided, scale=expert.guidance)
-                        prediction = cut.predict(latents, picture, passes, visit, guided)
+                        prediction = cut.predict(latents, see, passes, visit, guided)
                     component.checkpoint.check_unchanged()
                     preview = preview_of(stage, sampler, prediction, latents)
                     latents = sampling.step(sampler, prediction, latents)
@@ -326,8 +337,29 @@ def prepare(
                 for context in contexts:
                     branches.append(dit.cross_kv(block.attn2, context, *branches[:1]))
                 cross.add(branches)
-        residual = residual_of(stage.plan[expert.phase("denoise")], component.dtype)
-        return cross, dit.step_modulation(model, timesteps, component.dtype, residual)
+        dtypes = component.dtype, residual_of(stage.plan[expert.phase("denoise")], component.dtype)
+        return cross, _modulation(stage, model, conditions, timesteps, *dtypes)
+
+
+def _modulation(
+    stage: Stage,
+    model: Any,
+    conditions: Conditions,
+    timesteps: Tensor,
+    dtype: torch.dtype,
+    residual: torch.dtype,
+) -> list[dit.StepModulation]:
+    """The time embeddings; of a model whose first latent frame is given, that frame's is that of
+    no noise at every step."""
+    made = dit.step_modulation(model, timesteps, dtype, residual)
+    if conditions.condition is None or not model_of(stage).manifest.tokenwise:
+        return made
+    (still,) = dit.step_modulation(model, torch.zeros_like(timesteps[:1]), dtype, residual)
+    spec = model_of(stage).manifest
+    _, height, width = stage.job.request.video_shape.latent(spec.vae)
+    _, rows, columns = spec.transformer.patch_size
+    tokens = (height // rows) * (width // columns)
+    return [replace(step, still=still, still_tokens=tokens) for step in made]
 
 
 def cut_of(stage: Stage, latents: Tensor, branches: int) -> Cut | None:
@@ -383,11 +415,11 @@ class Forward:
         one after another (`penstock.engine.families.wan.windowed.Visit`)."""
         hidden, branches, dtype = list[Tensor](), list[int](), self.component.dtype
         latent: Sequence[int] = ()
-        for whole, wanted in inputs:
-            model_input, latent = whole.to(dtype), whole.shape[2:]
+        for model_input, wanted in inputs:
+            latent = model_input.shape[2:]
             hidden += dit.embed_branches(self.model, model_input, len(wanted), self.residual)
             branches += wanted
-            del whole, model_input
+            del model_input
         crosses = {branch: self.cross.branch(branch) for branch in branches}
         yield from dit.through_blocks(
             self.model,
@@ -409,10 +441,29 @@ def _on_device(
     return None if tensor is None else tensor.to(device, dtype)
 
 
-def _model_input(latents: Tensor, condition: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _model_input(
+    latents: Tensor, condition: Tensor | None, dtype: torch.dtype, still: bool
+) -> Tensor:
+    """``still``: the condition is the first latent frame; else it comes in beside the latents."""
     if condition is None:
         return latents.to(dtype)
+    if still:
+        return with_first(latents.to(dtype, copy=True), condition)
     return torch.cat([latents, condition], dim=1).to(dtype)
+
+
+def _window_input(
+    latents: Tensor, condition: Tensor | None, dtype: torch.dtype, still: bool, part: slice
+) -> Tensor:
+    """`_model_input` of a window: every one sees the picture as its first frame."""
+    known = condition if condition is None or still else seen(condition, part)
+    return _model_input(latents[:, :, part], known, dtype, still)
+
+
+def with_first(latents: Tensor, first: Tensor) -> Tensor:
+    """``latents`` with the first frame replaced, in place."""
+    latents[:, :, :1] = first
+    return latents
 
 
 def _guided(predictions: list[Tensor], scale: float) -> Tensor:
@@ -454,6 +505,8 @@ def drawn(stage: Stage) -> Products:
         states(TEXT_TOKENS, spec.transformer.text_dim) for _ in range(workload_of(request).texts)
     ]
     channels = spec.transformer.in_channels - spec.transformer.out_channels
+    if spec.tokenwise and request.pictures:
+        channels, shape = spec.vae.z_dim, (1, *shape[1:])
     return {
         "texts": texts,
         "image": None if spec.image is None else states(spec.image_tokens, spec.image.hidden_size),

@@ -87,6 +87,7 @@ class DenoiseCase:
             the compute dtype.
         windows: that a step denoises.
         frames: latent frames of the whole video, where that is more than a window.
+        still: the first latent frame is given: its tokens are at another timestep than the others.
     """
 
     latent: tuple[int, int, int]
@@ -103,6 +104,12 @@ class DenoiseCase:
     residual: str = "bf16"
     windows: int = 1
     frames: int = 0
+    still: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Timesteps of a step."""
+        return 2 if self.still else 1
 
     @property
     def whole(self) -> tuple[int, int, int]:
@@ -195,14 +202,16 @@ def _cross_kv_held_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
 
 def modulation_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
     """The time embedding of all steps: one row for the head and six for the blocks."""
-    return case.steps * 7 * spec.inner_dim * _residual_itemsize(spec, case)
+    rows = case.steps + case.rows - 1
+    return rows * 7 * spec.inner_dim * _residual_itemsize(spec, case)
 
 
 def sampler_state_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
     """The sample, the scheduler's history and the image conditioning, in fp32."""
     condition = spec.in_channels - spec.out_channels
     channels = (1 + case.history_latents) * spec.out_channels + condition
-    return channels * _volume(case.whole) * FP32_BYTES
+    given = spec.out_channels * _volume((1, *case.latent[1:])) if case.still else 0
+    return (channels * _volume(case.whole) + given) * FP32_BYTES
 
 
 def _fused_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
@@ -315,7 +324,7 @@ def _block_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int]:
         "hidden": case.visit_branches * _hidden_bytes(spec, case),
         "self_kv": 2 * _tokens_bytes(spec, case),
         "outputs": _earlier_outputs_bytes(spec, case),
-        "block_modulation": _block_modulation_bytes(spec),
+        "block_modulation": case.rows * _block_modulation_bytes(spec),
         **max(moments, key=lambda moment: sum(moment.values())),
     }
 

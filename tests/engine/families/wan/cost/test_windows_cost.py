@@ -71,5 +71,6 @@ def peak_of(model: Any, case: cost.DenoiseCase) -> int:
         meter.peak = meter.live
         visit = partial(made.windows, modulation=steps[0], rope=rope)
         guided = partial(work._guided, scale=5.0)
-        cut.predict(state[0], condition, passes, visit, guided)
+        see = partial(work._window_input, state[0], condition, torch.bfloat16, False)
+        cut.predict(state[0], see, passes, visit, guided)
     return meter.peak

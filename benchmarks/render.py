@@ -521,10 +521,58 @@ def card_cell(row: Mapping[str, Any]) -> str:
     return f"{row['seconds_a_step']:.0f} ({row['total']})"
 
 
+def caches(results: Results) -> str:
+    """Step caches: what is left of the full run, and what a job from disk does not read."""
+    headings = ("steps", "method", "setting", "forwards", "of 40 blocks", "frames", "worst clip")
+    parts = []
+    for value in named(results, "caches"):
+        rows = sorted(value["rows"], key=lambda row: (-row["steps"], -row["share"]))
+        cells: Rows = [
+            (
+                str(row["steps"]),
+                f"**{row['method']}**" if row["method"] in ("budget", "plan") else row["method"],
+                row["setting"],
+                f"{row['share']:.3f}",
+                f"{row['share_40']:.3f}",
+                f"{row['frames_db']:.1f} dB",
+                f"{row['worst_db']:.1f} dB",
+            )
+            for row in rows
+        ]
+        parts.append(
+            f"{value['recipe']['pairs']} held-out clips of the model in the box (`benchmarks/"
+            f"caches.py`), penstock's own in bold:\n\n{table(headings, cells)}"
+        )
+    parts += [cached_stream(value) for value in named(results, "cached_stream")]
+    return "\n".join(parts) if parts else "Nothing has been measured yet.\n"
+
+
+def cached_stream(value: Any) -> str:
+    """A job from disk under each cache."""
+    headings = (
+        "cache", "forwards", "read", "saved, of what skipping should save", "time",
+        "stall a forward; without a cache",
+    )  # fmt: skip
+    rows: Rows = [
+        (
+            row["cache"],
+            f"{row['forwards']} of {value['steps']}",
+            gib(row["read_bytes"]),
+            "" if row["saved_of_expected"] is None else f"{row['saved_of_expected']:.3f}",
+            f"{row['seconds_over_full']:.2f}",
+            f"{row['stall_s_a_forward']:.2f} s; {row['stall_s_a_forward_full']:.2f} s",
+        )
+        for row in value["rows"]
+    ]
+    title = f"Denoising with all blocks from disk ({value['model']}, `benchmarks/cached_stream.py`)"
+    return f"{title}:\n\n{table(headings, rows)}"
+
+
 TABLES: Mapping[str, Callable[[Results], str]] = {
     "streaming": streaming,
     "gpu": gpu,
     "formats": formats,
+    "caches": caches,
     "plan_peaks": plan_peaks,
     "plan_cards": plan_cards,
     "plan_cards_8_bits": partial(plan_cards, way="8 bits"),

@@ -97,6 +97,7 @@ class Workload:
         guided_high: whether CFG is on while there is much noise, for a model that has a transformer
             of its own for that; None: as ``guided``.
         noise: of the steps.
+        contrasted: the one pass of a step attends to a negative prompt as well.
         continued: it goes on from a video, whose frames come first in the file.
         windows: of frames, that the video is denoised in; None: all of it at once.
         changes: frames of the conditioning clip that may differ from the one before, the first
@@ -114,6 +115,7 @@ class Workload:
     pictures: int | None = None
     guided_high: bool | None = None
     noise: Noise = Noise()
+    contrasted: bool = False
     continued: bool = False
     windows: Windows | None = None
 
@@ -130,7 +132,7 @@ class Workload:
     @property
     def texts(self) -> int:
         """Prompts that are encoded: those of all branches of any step."""
-        return 2 if self.guided or self.guided_high else 1
+        return 2 if self.guided or self.guided_high or self.contrasted else 1
 
 
 M = TypeVar("M", covariant=True)

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from penstock.errors import ProfileError, brief
+from penstock.profiles.caching import OFF, Caching
 
 Disk = Literal["auto", "spare", "never"]
 Compute = Literal["exact", "fast"]
@@ -54,6 +55,7 @@ class Policy:
             dtype; "int8", in 8 bits, which a machine must have shown that it can.
         residual: what the transformer's hidden states are kept in between operations: "fp32", as
             the makers do; "bf16", the compute dtype; "auto", fp32 where that costs next to no time.
+        step_cache: of forward passes, as `penstock.profiles.caching.Caching.of` reads it.
         disk: "auto" lets blocks stream from disk at every pass where that costs no time; "spare"
             prefers memory that is free anyway; "never" forbids it.
     """
@@ -66,6 +68,7 @@ class Policy:
     disk: Disk = "auto"
     attention: Attention = "sdpa"
     residual: Residual = "auto"
+    step_cache: str = OFF
 
     def __post_init__(self) -> None:
         self._require("branches", self.branches in (None, 1, 2), "1, 2 or auto")
@@ -78,6 +81,12 @@ class Policy:
         self._require("attention", self.attention in ("sdpa", "int8"), "sdpa or int8")
         self._require("residual", self.residual in ("auto", *RESIDUALS), "auto, bf16 or fp32")
         self._require("disk", self.disk in ("auto", "spare", "never"), "auto, spare or never")
+        Caching.of(self.step_cache)
+
+    @property
+    def caching(self) -> Caching:
+        """``step_cache``, read."""
+        return Caching.of(self.step_cache)
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:

@@ -116,6 +116,31 @@ def check_counts(
     ) + passes * sum(sizes[b] for b in residency.streamed)
 
 
+@pytest.mark.parametrize("overlapped", [True, False])
+@pytest.mark.parametrize("residency", [Residency(3, (), (), 2, 3), Residency(3, (1,), (0,), 1, 2)])
+def test_nothing_is_fetched_beyond_the_passes_that_are_sure(
+    layouts: list[BlockLayout], residency: Residency, overlapped: bool
+) -> None:
+    here = layouts[:3]
+    budgets = Budgets(here, residency)
+    with budgets.stream(here, residency, 9, overlapped=overlapped, sure=1) as stream:
+        for done in range(4):
+            stream.expect(done + 1)
+            for index, tensors in stream.forward_pass():
+                assert same(tensors, BLOCKS[index])
+            check_counts(stream, here, residency, done + 1)
+    assert ours() == []
+
+
+def test_what_is_sure_is_fetched_while_nothing_is_computed(layouts: list[BlockLayout]) -> None:
+    here, residency = layouts[:2], Residency(2, (), (), 1, 2)
+    with Budgets(here, residency).stream(here, residency, 9, sure=1) as stream:
+        list(stream.forward_pass())
+        stream.expect(2)
+        while stream.stats.read_bytes < 2 * sum(layout.read_bytes for layout in here):
+            threading.Event().wait(0.001)
+
+
 def test_a_computation_is_bit_equal_streamed_and_resident(layouts: list[BlockLayout]) -> None:
     def run(residency: Residency, overlapped: bool) -> torch.Tensor:
         budgets = Budgets(layouts, residency)

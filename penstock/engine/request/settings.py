@@ -58,6 +58,7 @@ class Settings:
     last_image: Path | None = None
     after: Path | None = None
     guidance_high: float | None = None
+    nag_scale: float | None = None
     window: int | None = None
     overlap: int | None = None
 

@@ -226,6 +226,7 @@ def _report(
         group_peak_bytes=memory.group_bytes,
         options=job.plan.options,
         timesteps=timesteps_of(request, job.model.official),
+        computed_steps=stage.computed_steps,
     )
 
 

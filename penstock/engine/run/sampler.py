@@ -68,6 +68,7 @@ class Sampler:
         UsageError: no such sampler.
 
     Attributes:
+        name: of the solver.
         timesteps: ``(steps,)``, what the transformer is given at each step.
         next_step: number of steps done.
     """
@@ -85,7 +86,7 @@ class Sampler:
     ) -> None:
         self._settings: dict[str, Any] = {"sampler": sampler, "steps": steps, "shift": float(shift)}
         self._settings |= {"distilled": distilled} | ({"seed": seed} if sampler == "lcm" else {})
-        self._sampler, self._seed = sampler, seed
+        self.name, self._seed = sampler, seed
         self._history = _HISTORY.get(sampler, ())
         with _refusals():
             self._scheduler = _make_scheduler(config, sampler, float(shift), steps, device)
@@ -113,9 +114,9 @@ class Sampler:
                 expected=f"step {self.next_step} of {len(self.timesteps)}",
                 found=f"step {i}",
             )
-        if self._sampler in ("euler", "lcm"):
+        if self.name in ("euler", "lcm"):
             noise_pred = noise_pred.to(latents.dtype)  # the scheduler rounds latents to its type
-        if self._sampler == "lcm":
+        if self.name == "lcm":
             stepped = self._renoised(noise_pred, i, latents)
         else:
             with _refusals():

@@ -197,7 +197,7 @@ def _wide_modulation(embedder: Any, timesteps: Tensor, dtype: torch.dtype) -> li
     """`step_modulation` in fp32, whatever its weights are in."""
     two = embedder.time_embedder
     angles = [embedder.timesteps_proj(timestep).float() for timestep in timesteps[:, None]]
-    inner = [two.act(x) for x in _wide(two.linear_1, angles, dtype)]
+    inner = [embedder.act_fn(x) for x in _wide(two.linear_1, angles, dtype)]
     tembs = _wide(two.linear_2, inner, dtype)
     projections = _wide(embedder.time_proj, [embedder.act_fn(temb) for temb in tembs], dtype)
     pairs = zip(tembs, projections, strict=True)

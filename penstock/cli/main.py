@@ -133,7 +133,7 @@ def main_options(
         Level | None, typer.Option(help="Tell what is decided, on stderr: info, or debug.")
     ] = None,
     log_file: Annotated[
-        Path | None, typer.Option(help="Into this file instead, for a bug report (debug).")
+        Path | None, path_option("Into this file instead, for a bug report (debug).")
     ] = None,
     version: Annotated[
         bool,

@@ -9,11 +9,9 @@ job continues bit-identically.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,7 +51,7 @@ class Sampler:
     """One run of a solver over ``steps`` steps.
 
     Args:
-        config: the folder's scheduler config (`read_scheduler_config`).
+        config: the model folder's scheduler config, decoded.
         sampler: ``"unipc"``, ``"dpm++"``, ``"euler"``, or ``"lcm"``: from the predicted end back to
             the next noise level with fresh noise.
         steps: number of steps.
@@ -206,26 +204,6 @@ def _refusals() -> Iterator[None]:
             found=" ".join(str(error).split())[:200],
             remedy="Correct scheduler/scheduler_config.json, or choose another --sampler",
         ) from error
-
-
-def read_scheduler_config(folder: Path) -> dict[str, Any]:
-    """The scheduler's config in ``folder`` (``scheduler_config.json``).
-
-    Raises:
-        CheckpointError: missing, unreadable, or no JSON object.
-    """
-    path = folder / "scheduler_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            "no usable scheduler config", expected=str(path), found=str(error)
-        ) from error
-    if not isinstance(config, dict):
-        raise CheckpointError(
-            "no usable scheduler config", expected="a JSON object", found=f"{path}: {config!r:.40}"
-        )
-    return config
 
 
 _BEFORE_STEPS = -1

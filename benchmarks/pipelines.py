@@ -275,16 +275,20 @@ def main() -> None:
     parser.add_argument("--table", type=Path)
     asked = parser.parse_args()
     outcomes, verdicts = _earlier(asked.results)
-    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in asked.only:
             outcomes[name] = attached(name, build(name), Path(folder), exact=True)
-            found = _kept(outcomes, verdicts, asked.results)
+            _kept(outcomes, verdicts, asked.results)
             print(outcomes[name], flush=True)
     if asked.classes:
-        seen = {o.pipeline: o.recipe for o in outcomes.values() if o.equal and o.equal_after}
-        verdicts = classes(seen)
-        found = _kept(outcomes, verdicts, asked.results)
+        verdicts = classes({})
+    seen = {o.pipeline: o.recipe for o in outcomes.values() if o.equal and o.equal_after}
+    verdicts = [
+        Verdict(each.pipeline, "runs", f"seen: {seen[each.pipeline]}")
+        if each.pipeline in seen else each
+        for each in verdicts
+    ]  # fmt: skip
+    found = _kept(outcomes, verdicts, asked.results)
     if asked.table is not None:
         rows = [outcomes[name] for name in RECIPES if name in outcomes]
         asked.table.write_text(table(rows, verdicts))

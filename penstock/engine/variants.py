@@ -19,6 +19,7 @@ from penstock.errors import JobLocked
 from penstock.folders import cache_folder
 from penstock.formats.formats import get_format
 from penstock.profiles.advice import plan_chosen
+from penstock.profiles.caching import OFF
 from penstock.profiles.phases import Manifest, Workload, compute_path
 from penstock.profiles.plan import Plan
 from penstock.profiles.profile import Chosen
@@ -232,6 +233,7 @@ class Variants:
             "compute_path": path,
             "attention": attention_numerics(policy.attention),
             **kitchen_numerics(path, self._computing.working),
+            **({} if policy.step_cache == OFF else {"step_cache": policy.step_cache}),
         }
 
     def close(self) -> None:

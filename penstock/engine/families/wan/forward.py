@@ -15,7 +15,7 @@ together.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +24,10 @@ from torch import Tensor
 from penstock.engine.attention.kernels import Attention, attention
 from penstock.engine.families.wan.cost.transformer import TEXT_TOKENS
 from penstock.errors import UsageError
+
+NAG_GROWTH, NAG_SHARE = 2.5, 0.25
+"""Of normalized attention guidance: tau and alpha, as its authors have them for Wan2.1, beside a
+scale of 11."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,24 @@ class Context:
 
 @dataclass(frozen=True)
 class CrossKV:
-    """Keys and values of one block's cross-attention, each (1, tokens, heads, head width)."""
+    """Keys and values of one block's cross-attention, each (1, tokens, heads, head width).
+
+    Attributes:
+        k_away, v_away: of the negative prompt, where attention goes away from it.
+        away_scale: how far (`away_from`).
+    """
 
     k: Tensor
     v: Tensor
     k_img: Tensor | None = None
     v_img: Tensor | None = None
+    k_away: Tensor | None = None
+    v_away: Tensor | None = None
+    away_scale: float = 1.0
+
+    def contrasted(self, other: CrossKV, scale: float) -> CrossKV:
+        """These, going away from what ``other`` holds of its text."""
+        return replace(self, k_away=other.k, v_away=other.v, away_scale=scale)
 
 
 class CrossByBlock(Protocol):
@@ -322,11 +338,36 @@ def _cross_attention(block: Any, chunk: Tensor, cross: CrossKV) -> Tensor:
     q = attn.to_q(block.norm2(chunk.float()).type_as(chunk))
     q = attn.norm_q(q).unflatten(2, (attn.heads, -1))
     out = attention(q, cross.k, cross.v)
+    if cross.k_away is not None and cross.v_away is not None:
+        out = away_from(out, attention(q, cross.k_away, cross.v_away), cross.away_scale)
     if cross.k_img is not None and cross.v_img is not None:
         out.add_(attention(q, cross.k_img, cross.v_img))
     del q
     update: Tensor = attn.to_out[0](out)
     return update
+
+
+def away_from(towards: Tensor, away: Tensor, scale: float) -> Tensor:
+    """Normalized attention guidance: attention to the prompt, led away from the negative prompt's.
+
+    What lies ``scale`` times as far from ``away`` as ``towards`` is, but at most `NAG_GROWTH` times
+    as large as ``towards`` by the sum of magnitudes of each token; `NAG_SHARE` of that, and the
+    rest of ``towards``. Source: "Normalized Attention Guidance", arXiv:2505.21179.
+
+    Args:
+        towards, away: (1, c, d), both used up.
+    """
+    size = _magnitude(towards)
+    led = away.mul_(1 - scale).add_(towards, alpha=scale)
+    growth = _magnitude(led).div_(size.clamp_(min=torch.finfo(size.dtype).tiny))
+    led.mul_(growth.reciprocal_().mul_(NAG_GROWTH).clamp_(max=1.0).mul_(NAG_SHARE))
+    return led.add_(towards, alpha=1 - NAG_SHARE)
+
+
+def _magnitude(states: Tensor) -> Tensor:
+    """Sum of magnitudes of each token, fp32: (1, c, d) -> (1, c, 1)."""
+    total: Tensor = torch.linalg.vector_norm(states, 1, dim=-1, keepdim=True, dtype=torch.float32)
+    return total
 
 
 def _feed_forward(block: Any, chunk: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -66,10 +66,13 @@ def experts(case: WanCase) -> Iterator[Denoise]:
     work = case.workload
     guided = work.guided if work.guided_high is None else work.guided_high, work.guided
     both = work.texts == 2
-    for number, (steps, on) in enumerate(zip(case.manifest.split(work), guided, strict=True)):
+    split = case.manifest.split(work)
+    cached = case.policy.caching.parts(split)
+    for number, (steps, on, part) in enumerate(zip(split, guided, cached, strict=True)):
         if steps:
             own = replace(work, steps=steps, guided=on, guided_high=both)
-            yield Denoise(replace(case, workload=own), second=number == 1)
+            policy = replace(case.policy, step_cache=part.word)
+            yield Denoise(replace(case, workload=own, policy=policy), second=number == 1)
 
 
 def text_step(case: WanCase) -> OnePass:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from penstock.blocks import PAGE_BYTES
 from penstock.engine.families.wan.cost.transformer import TEXT_TOKENS, UNIPC_HISTORY
+from penstock.profiles.caching import OFF, STATE_TENSORS
 from penstock.profiles.manifest import Picture
 from penstock.profiles.phases import FIRST_FRAME, Case
 from penstock.profiles.tiling import TileGrid
@@ -131,10 +132,15 @@ def latents_bytes(case: WanCase) -> int:
     return case.manifest.vae.z_dim * latent_volume(case) * _SINGLE
 
 
+def cached_tensors(case: WanCase) -> int:
+    """Of the latents' size, which a step cache keeps between steps."""
+    return STATE_TENSORS if case.policy.caching.kind != OFF else 0
+
+
 def saved_state_bytes(case: WanCase) -> int:
     """A copy of the sampler's state, which is written while the next step computes: the latents
-    and UniPC's history, the longest of the solvers."""
-    return (1 + UNIPC_HISTORY) * latents_bytes(case)
+    and UniPC's history, the longest of the solvers; and what a step cache keeps."""
+    return (1 + UNIPC_HISTORY + cached_tensors(case)) * latents_bytes(case)
 
 
 def restored_bytes(case: WanCase) -> int:

@@ -44,7 +44,9 @@ from penstock.engine.run.pipeline import Products, SavePoint, Work
 from penstock.engine.run.sampler import guide
 from penstock.engine.run.sampling import Sampling
 from penstock.engine.run.stage import Stage, visits
+from penstock.engine.run.steprecord import keep_record
 from penstock.offload.streamer import BlockStream
+from penstock.profiles.caching import Caching
 from penstock.profiles.tiling import TileGrid
 
 
@@ -93,15 +95,22 @@ class Expert:
 
     Attributes:
         component: the network.
-        until: the first step that is no longer its own.
+        steps: its own, of the job's.
+        caching: of its forward passes.
         guidance: of its steps.
         second: it is that for little noise, where there are two.
     """
 
     component: Component
-    until: int
+    steps: range
+    caching: Caching
     guidance: float
     second: bool
+
+    @property
+    def until(self) -> int:
+        """The first step that is no longer its own."""
+        return self.steps.stop
 
     def phase(self, name: str) -> str:
         """The name of its own phase of that kind."""
@@ -117,12 +126,14 @@ def expert_of(stage: Stage, *, second: bool) -> Expert:
     """The only transformer of the job, or one of two."""
     model, request = model_of(stage), stage.job.request
     high, low = request.guidance_scales
+    caching = Caching.of(stage.plan.step_cache)
     if model.second is None:
-        return Expert(model.transformer, request.steps, low, second=False)
+        return Expert(model.transformer, range(request.steps), caching, low, second=False)
+    first, _ = split = model.manifest.split(workload_of(request))
+    cached = caching.parts(split)
     if second:
-        return Expert(model.second, request.steps, low, second=True)
-    first, _ = model.manifest.split(workload_of(request))
-    return Expert(model.transformer, first, high, second=False)
+        return Expert(model.second, range(first, request.steps), cached[1], low, second=True)
+    return Expert(model.transformer, range(first), cached[0], high, second=False)
 
 
 def _conditions(found: Products) -> Conditions:
@@ -269,35 +280,46 @@ def denoise(
 
 def _steps(stage: Stage, conditions: Conditions, sampling: Sampling, expert: Expert) -> None:
     component, steps = expert.component, expert.until
-    with closing(sampling.resume()) as sampler, stage.rest(component) as model:
+    sampler, cache = sampling.resume(expert.steps, expert.caching)
+    with closing(sampler), stage.rest(component) as model:
         start, latents = sampler.next_step, sampling.latents
-        stage.steps_left = steps - start
+        sure, most = stage.forwards_left = cache.left(start)
         cross, modulation = prepare(stage, model, conditions, sampler.timesteps[:steps], expert)
         name = expert.phase("denoise")
         with stage.phase(name, steps, "step", done=start) as (plan, phase):
             passes = plan.passes(expert.branches)
-            total = stage.steps_left * len(passes)
-            with stage.stream(component.blocks, plan.stream, phase, total) as stream:
+            most, sure = most * len(passes), sure * len(passes)
+            with stage.stream(component.blocks, plan.stream, phase, most, sure) as stream:
                 attend = self_attention_of(stage.plan.attention)
                 forward = Forward(model, component, stream, cross, plan.chunk_tokens, phase, attend)
                 rope = dit.rope_tables(model, latents.shape[2:], stage.device)
                 picture = _on_device(conditions.condition, stage.device)
                 still = model_of(stage).manifest.tokenwise
+                forwards = 0
                 for step in range(start, steps):
                     if step == steps - 1:
                         stage.prefetch_after(name)
-                    model_input = _model_input(latents, picture, component.dtype, still)
-                    predictions = [
-                        prediction
-                        for branches in passes
-                        for prediction in forward(model_input, branches, modulation[step], rope)
-                    ]
-                    del model_input
-                    component.checkpoint.check_unchanged()
-                    prediction = _guided(predictions, expert.guidance)
+                    if cache.wants(step):
+                        forwards += 1
+                        stream.expect((forwards + cache.left(step + 1)[0]) * len(passes))
+                        model_input = _model_input(latents, picture, component.dtype, still)
+                        predictions = [
+                            prediction
+                            for branches in passes
+                            for prediction in forward(model_input, branches, modulation[step], rope)
+                        ]
+                        del model_input
+                        component.checkpoint.check_unchanged()
+                        prediction = _guided(predictions, expert.guidance)
+                        del predictions
+                        cache.computed(step, prediction, latents)
+                    else:
+                        prediction = cache.predicted(step)
                     preview = preview_of(stage, sampler, prediction, latents)
-                    latents = sampling.step(sampler, prediction, latents)
+                    latents = sampling.step(sampler, cache, prediction, latents)
                     phase.advance(preview)
+            stage.computed_steps = tuple(cache.computed_steps)
+            keep_record(stage, cache, tuple(map(sampler.sigma, range(steps))))
             stage.keeper.settle()
 
 
@@ -311,7 +333,8 @@ def prepare(
     """What does not change from step to step: cross-attention K/V, and the time embeddings."""
     component = expert.component
     with stage.phase(expert.phase("context"), len(component.cross), "block") as (plan, phase):
-        given = conditions.texts[: expert.branches]
+        nag = stage.job.request.nag_scale
+        given = conditions.texts[: expert.branches if nag is None else 2]
         texts = [text.to(stage.device, component.dtype) for text in given]
         image = _on_device(conditions.image, stage.device, component.dtype)
         contexts = [dit.prepare_context(model, text, image) for text in texts]
@@ -321,6 +344,9 @@ def prepare(
                 branches: list[dit.CrossKV] = []
                 for context in contexts:
                     branches.append(dit.cross_kv(block.attn2, context, *branches[:1]))
+                if nag is not None:
+                    prompt, negative = branches
+                    branches = [prompt.contrasted(negative, nag)]
                 cross.add(branches)
         return cross, _modulation(stage, model, conditions, timesteps, component.dtype)
 

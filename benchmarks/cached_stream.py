@@ -5,8 +5,8 @@
 A model with the widths of Wan2.1 14B and few blocks is made in int8 in a folder that is removed
 again, and its denoising run in turn without a cache, with ``plan:N`` of half the steps, and with a
 budget that skips what it can; all blocks are read from disk at every pass. Bytes that should be
-read are those of the full run, by the share of the forwards. Times are of all steps but the first,
-which is a cold start, and so is the share of forwards beside them. A stall is a wait of the computation
+read are those of the full run, by the share of the forwards. Times are of all steps but the
+first, which is a cold start, and so is the share of forwards beside them. A stall is a wait of the computation
 for a block; beside it stands that of the same forwards without a cache. The last line on stdout is
 JSON.
 """
@@ -80,8 +80,8 @@ def main() -> None:
 
 
 def one(model: Path, picture: Path, steps: int, way: str) -> tuple[BenchResult, float]:
-    """One run of the denoising under ``way``, and the CPU seconds of the process from the end of the
-    first step, which is a cold start, to that of the last."""
+    """One run of the denoising under ``way``, and the CPU seconds of the process from the end of
+    the first step, which is a cold start, to that of the last."""
     request = GenerationRequest(
         prompt="a benchmark", image=picture, width=64, height=64, frames=5, steps=steps, seed=0
     )

@@ -22,7 +22,7 @@ from penstock.engine.request.generation import (
 from penstock.engine.request.settings import Settings, resolve
 from penstock.errors import PenstockError
 from penstock.formats.formats import get_format
-from penstock.profiles.caching import PLAN, Caching
+from penstock.profiles.caching import FEWEST_STEPS, OFF
 from penstock.profiles.options import Options
 from penstock.profiles.plan import Plan
 
@@ -39,10 +39,6 @@ FRAMES_PSNR: Mapping[tuple[str, str], float] = MappingProxyType(
 )
 """Decibels of frames against the weights as stored, by format and arithmetic: the small trained
 model's 48 held-out clips (``benchmarks/quality.py``; a test holds them to its results)."""
-
-CACHED_STEPS, CACHED_PSNR = 40, 76.0
-"""Decibels of frames against every step computed, where half of so many steps are skipped: the same
-model's held-out clips (``benchmarks/caches.py``; likewise)."""
 
 _SMALL = "480p"
 _UNMEASURED = "quality not measured"
@@ -126,26 +122,16 @@ def _changes(
     if share < WORTH_A_WORD:
         small = replace(settings, size=None, max_area=_SMALL)
         yield _Change(f"--max-area {_SMALL}", options, small, f"{share:.2f} of the pixels")
-    yield from _skipping(options, settings, request)
     if plan.attention == "sdpa" and options.attention is None and prepared.hardware.device != "cpu":
         eight = replace(options, attention="int8")
         yield _Change("--attention int8", eight, settings, _UNMEASURED)
+    if options.step_cache is None and plan.step_cache == OFF and request.steps >= FEWEST_STEPS:
+        half = f"plan:{request.steps // 2}"
+        other = replace(options, step_cache=half)
+        told = f"{request.steps // 2} of {request.steps} forwards; measured on the small model only"
+        yield _Change(f"--cache {half}", other, settings, told)
     yield from _formats(options, settings, plan)
     yield from _budgets(options, settings)
-
-
-def _skipping(
-    options: Options, settings: Settings, request: GenerationRequest
-) -> Iterator[_Change]:
-    half = request.steps // 2
-    if options.step_cache is not None or not Caching(PLAN, planned=half).skips(request.steps):
-        return
-    told = _UNMEASURED
-    if request.steps >= CACHED_STEPS:
-        told = f"frames at {CACHED_PSNR:.0f} dB of every step computed, on the small trained model"
-    yield _Change(
-        f"--cache plan:{half}", replace(options, step_cache=f"plan:{half}"), settings, told
-    )
 
 
 def _formats(options: Options, settings: Settings, plan: Plan) -> Iterator[_Change]:

@@ -407,10 +407,16 @@ class _Overlapped:
 
     def leave_out(self, ops: Sequence[Compute]) -> None:
         """What is not on its way stays where it is; the queues pass these visits as if done: in
-        the stream of each an event stands for one, behind all that was issued there before."""
+        the stream of each an event stands for one, behind all that was issued there before.
+
+        The other queues are waited for, so that none ever looks for an event that is forgotten.
+        What they are at comes before the block that is wanted in any case."""
         self._wanted.since = ops[-1].visit + 1
         for op in ops:
             self.leave(op)
+        copied = [ref for op in ops for ref in op.after]
+        if copied:
+            self._board.wait(copied[-1])
 
     def leave(self, op: Compute) -> None:
         """Mark its end, for the device and for the other threads, where a copy will wait for it."""

@@ -260,6 +260,35 @@ def test_a_pass_that_was_left_cannot_be_taken_up(layouts: list[BlockLayout]) -> 
             next(stream.forward_pass())
 
 
+@pytest.mark.parametrize("overlapped", [True, False])
+def test_visits_that_are_left_out_move_nothing(
+    layouts: list[BlockLayout], overlapped: bool
+) -> None:
+    order = (0, 1, 7, 0, 3, 3, 2, 0, 0, 5)
+    residency = Residency(8, (2,), (5,), 1, 1)
+    with Budgets(layouts, residency).stream(layouts, residency, 20, overlapped=overlapped) as made:
+        for block in order:
+            with made.visit(block) as tensors:
+                assert same(tensors, BLOCKS[block])
+    reads = [layouts[block].read_bytes for block in order if block not in (2, 5)]
+    reads += [layouts[block].read_bytes for block in (2, 5)]  # once, whenever their turn is
+    largest = max(layout.read_bytes for layout in layouts)
+    ahead = 2 * len(order) * largest if overlapped else 0  # a slot and a buffer before each jump
+    assert sum(reads) <= made.stats.read_bytes <= sum(reads) + ahead
+    whole = sum(layout.read_bytes for layout in layouts)
+    assert made.stats.read_bytes < 4 * whole  # of the eight passes that went by
+
+
+def test_no_more_visits_than_agreed(layouts: list[BlockLayout]) -> None:
+    residency = Residency(8, (), (), 1, 1)
+    with Budgets(layouts, residency).stream(layouts, residency, 2) as stream:
+        for block in (3, 3):
+            with stream.visit(block):
+                pass
+        with pytest.raises(UsageError, match="one more of block 3"), stream.visit(3):
+            pass
+
+
 def test_as_many_layouts_as_blocks(layouts: list[BlockLayout]) -> None:
     with pytest.raises(UsageError, match="expected 3, found 8"):
         Budgets(layouts, Residency(8, (), (), 1, 1)).stream(layouts, Residency(3, (0, 1, 2)), 1)

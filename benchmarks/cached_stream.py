@@ -6,9 +6,9 @@ A model with the widths of Wan2.1 14B and few blocks is made in int8 in a folder
 again, and its denoising run in turn without a cache, with ``plan:N`` of half the steps, and with a
 budget that skips what it can; all blocks are read from disk at every pass. Bytes that should be
 read are those of the full run, by the share of the forwards. Times are of all steps but the
-first, which is a cold start, and so is the share of forwards beside them. A stall is a wait of the computation
-for a block; beside it stands that of the same forwards without a cache. The last line on stdout is
-JSON.
+first, which is a cold start, and so is the share of forwards beside them. A stall is a wait of the
+computation for a block; beside it stands that of a forward without a cache. The last line on
+stdout is JSON.
 """
 
 from __future__ import annotations

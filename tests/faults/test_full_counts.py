@@ -55,6 +55,16 @@ def test_sigkill_at_failpoints(engine: Engine, picture: Path, sha: str, tmp_path
     assert total >= 80
 
 
+def test_sigkill_across_the_swap_of_two_transformers(picture: Path, tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "a14b", experts=True, seed=1, vae=SMALL_VAE)
+    with an_engine(folder) as engine:
+        output = tmp_path / "out.mp4"
+        engine.submit(a_request(picture), output).result()
+        total, redone = kill_at_failpoints(engine, picture, frames_sha(output), tmp_path, count=40)
+    print(f"\nsigkill at 40 of {total} failpoints of two transformers: {redone} steps redone")
+    assert total >= 80
+
+
 @pytest.mark.parametrize("cache", ["plan:4", "budget:0.05"])
 def test_sigkill_of_a_job_that_skips_steps(
     cache: str, engine: Engine, picture: Path, tmp_path: Path

@@ -33,7 +33,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penstock.engine.run.sampler import Sampler, read_scheduler_config
+from penstock.engine.files.locate import locate
+from penstock.engine.run.sampler import Sampler
 from penstock.engine.run.stepcache import Budget, Planned, Rule, StepCache, shares_of
 from penstock.engine.run.stepplan import Recorded, best_schedule
 from penstock.engine.store.durable import FileOps, write_atomically
@@ -162,7 +163,7 @@ class Clips:
 
 def new_sampler(steps: int) -> Sampler:
     """UniPC, as a job's."""
-    config = read_scheduler_config(MINI / "scheduler")
+    config = dict(locate(MINI).scheduler)
     return Sampler(config, sampler="unipc", steps=steps, shift=SHIFT)
 
 

@@ -240,3 +240,28 @@ def test_packs_are_made_of_both(
     assert torch.equal(result.latents, again.latents)
     assert not torch.equal(result.latents, whole.latents)
     assert (result.latents - whole.latents).abs().mean() < 0.1 * whole.latents.abs().mean()
+
+
+@pytest.mark.parametrize("cache", ["plan:9", "budget:0.05"])
+def test_each_transformer_has_its_own_step_cache(
+    cache: str, folder: Path, asked: GenerationRequest, tmp_path: Path
+) -> None:
+    request = replace(asked, steps=20)
+    with an_engine(folder, step_cache=cache) as engine:
+        first, second = engine.model.manifest.split(workload_of(request))
+        plan, whole = engine.plan(request), engine.submit(request).result()
+        computed = whole.report.computed_steps
+        for name, own in (("denoise", range(first)), ("denoise 2", range(first, 20))):
+            fewest, most = plan[name].forwards
+            assert fewest <= len([step for step in computed if step in own]) <= most
+            assert {own[0], own[-1]} <= set(computed)
+        assert len(computed) < 20
+        job = engine.submit(request, job_dir=tmp_path / "job")
+        for event in job.events():
+            if isinstance(event, Progress) and event.unit == "step" and event.step == first + 2:
+                job.cancel()
+        with pytest.raises(JobCancelled):
+            job.result()
+        again = engine.resume(tmp_path / "job").result()
+    assert torch.equal(again.latents, whole.latents)
+    assert again.report.computed_steps == computed

@@ -205,7 +205,7 @@ def through_vae(
                 videos.append(decode(stage, latents))
             else:
                 grey = Image.new("RGB", (request.width, request.height), "grey")
-                encode_condition(stage, preprocess(grey, request.width, request.height))
+                encode_condition(stage, [preprocess(grey, request.width, request.height)])
         seconds = time.perf_counter() - started
     planned, ledger = plan[half].vram_bytes, stage.device_ledger.peak
     cuda = context.device.type == "cuda"

@@ -468,7 +468,7 @@ def forwards(
     from penstock.engine.bench.measure import MeasuredStage
     from penstock.engine.families.wan import forward as dit
     from penstock.engine.families.wan.work import Forward as Streamed
-    from penstock.engine.families.wan.work import prepare
+    from penstock.engine.families.wan.work import expert_of, prepare
     from penstock.engine.run.keeper import Conditions
 
     device = torch.device(options.device)
@@ -479,7 +479,8 @@ def forwards(
         (given["encoder_hidden_states"],), given["encoder_hidden_states_image"], None
     )
     with torch.no_grad(), stage.rest(component) as model:
-        cross, modulation = prepare(stage, model, conditions, given["timestep"])
+        expert = expert_of(stage, second=False)
+        cross, modulation = prepare(stage, model, conditions, given["timestep"], expert)
         with stage.phase("denoise", request.steps, "step") as (phase_plan, phase):
             passes = request.steps
             with stage.stream(component.blocks, phase_plan.stream, phase, passes) as stream:

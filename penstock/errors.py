@@ -195,6 +195,12 @@ class CheckpointError(PenstockError):
     code = "checkpoint"
 
 
+class NotRun(CheckpointError):
+    """A whole model that penstock knows by name and does not run."""
+
+    code = "checkpoint_not_run"
+
+
 class HeaderError(CheckpointError):
     """A header is damaged, lies about the file, or belongs to something else."""
 

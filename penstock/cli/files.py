@@ -26,6 +26,10 @@ cache_app = typer.Typer(help="List and remove the packs that were made on first 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 Part = Annotated[Path | None, path_option("This component's file, index or folder.")]
+Second = Annotated[
+    Path | None,
+    path_option("Of two transformers the one for little noise; --transformer is then the other."),
+]
 Model = Annotated[
     str | None,
     typer.Option(
@@ -35,7 +39,9 @@ Model = Annotated[
 Tokenizer = Annotated[Path | None, path_option("A tokenizer's folder or SentencePiece model.")]
 Loras = Annotated[
     list[str] | None,
-    typer.Option("--lora", metavar="FILE[:STRENGTH]", help="A LoRA; may be given several times."),
+    typer.Option(
+        "--lora", metavar="FILE[:STRENGTH][@high|low]", help="A LoRA; may be given several times."
+    ),
 ]
 
 LoraStrict = Annotated[
@@ -99,6 +105,7 @@ def pack(
     output: Annotated[Path, path_option("The folder to write.", "--output", "-o")],
     model: Model = None,
     transformer: Part = None,
+    transformer_2: Second = None,
     text_encoder: Part = None,
     vae: Part = None,
     image_encoder: Part = None,
@@ -117,7 +124,7 @@ def pack(
     from penstock.units import format_bytes, parse_bytes
 
     with reported(debug):
-        files = Files(transformer, text_encoder, vae, image_encoder, tokenizer)
+        files = Files(transformer, text_encoder, vae, image_encoder, tokenizer, transformer_2)
         with pack_bar(Screen(stderr=True)) as progress:
             report = write(
                 locate(model, files),

@@ -20,6 +20,7 @@ from penstock.cli.files import (
     LoraStrict,
     Model,
     Part,
+    Second,
     Tokenizer,
     cache_app,
     inspect,
@@ -78,7 +79,13 @@ class FitName(str, Enum):
 Steps = Annotated[
     int | None, typer.Option(help="Denoising steps (40 from a picture, 50 from text).")
 ]
-Guidance = Annotated[float | None, typer.Option(help="Guidance scale (5; 1.3B: 6); 1 is off.")]
+Guidance = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SCALE[,HIGH]",
+        help="Guidance scale (5; 1.3B: 6); 1 is off. Of two transformers: little noise, much.",
+    ),
+]
 Shift = Annotated[
     float | None,
     typer.Option(help="Flow shift (5; from a picture at 480p: 3; 1.3B: 8)."),
@@ -130,11 +137,15 @@ def generate(
     output: Annotated[Path, path_option("The mp4 to write.", "--output", "-o")],
     model: Model = None,
     transformer: Part = None,
+    transformer_2: Second = None,
     text_encoder: Part = None,
     vae: Part = None,
     image_encoder: Part = None,
     tokenizer: Tokenizer = None,
     image: Annotated[Path | None, path_option("The picture to start from.")] = None,
+    last_image: Annotated[
+        Path | None, path_option("The picture to end with, where the model takes one.")
+    ] = None,
     negative: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
     size: Annotated[str | None, typer.Option(help="Pixels, such as 1280x720.")] = None,
     max_area: Annotated[
@@ -189,10 +200,11 @@ def generate(
     from penstock.engine.lora.file import as_loras
     from penstock.engine.request.settings import Settings
 
-    files = Files(transformer, text_encoder, vae, image_encoder, tokenizer)
+    files = Files(transformer, text_encoder, vae, image_encoder, tokenizer, transformer_2)
     settings = Settings(
         prompt=prompt,
         image=image,
+        last_image=last_image,
         negative_prompt=negative,
         size=size,
         max_area=max_area,
@@ -317,12 +329,16 @@ def demo(
 def plan(
     model: Model = None,
     transformer: Part = None,
+    transformer_2: Second = None,
     text_encoder: Part = None,
     vae: Part = None,
     image_encoder: Part = None,
     tokenizer: Tokenizer = None,
     synthetic: Annotated[
-        str | None, typer.Option(help="A built-in description instead: wan2.1-i2v-14b.")
+        str | None,
+        typer.Option(
+            help="A built-in description instead: wan2.1-i2v-14b, wan2.1-t2v-14b and others."
+        ),
     ] = None,
     image: Annotated[Path | None, path_option("The picture, for its aspect.")] = None,
     size: Annotated[str | None, typer.Option(help="Pixels, such as 1280x720.")] = None,
@@ -363,7 +379,7 @@ def plan(
         options, machine = machine_of(options, card, disk)
         prepared = Prepared.open(
             model,
-            files=Files(transformer, text_encoder, vae, image_encoder, tokenizer),
+            files=Files(transformer, text_encoder, vae, image_encoder, tokenizer, transformer_2),
             loras=as_loras(lora or [], strict=lora_strict),
             options=options,
             synthetic=synthetic,

@@ -204,7 +204,7 @@ class Engine(Closing):
         if order.output is None:
             return None
         check_output(order.output, overwrite=order.overwrite)
-        inputs = [*self.model.files.values(), *([request.image] if request.image else [])]
+        inputs = [*self.model.files.values(), *request.pictures]
         check_no_input(order.output, inputs)
         return None if order.overwrite else OutputClaim(order.output)
 

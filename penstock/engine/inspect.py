@@ -20,7 +20,7 @@ from penstock.engine.files.locate import (
     survey,
 )
 from penstock.engine.lora.inspect import LoraInspection, describe_lora, holds_lora
-from penstock.errors import CheckpointError, PenstockError, PickleRefused
+from penstock.errors import CheckpointError, NotRun, PenstockError, PickleRefused
 from penstock.offload.checkpoint import find_checkpoint
 from penstock.offload.files import looked_at
 from penstock.units import format_bytes
@@ -130,7 +130,7 @@ def inspect(path: Path) -> ModelInspection | LoraInspection:
     """Describe a file, an index, a component's folder, a model's folder or a LoRA.
 
     Raises:
-        CheckpointError: nothing there is a component of a Wan2.1 model.
+        CheckpointError: nothing there is a component of a model that is run.
     """
     with looked_at(path):
         return _inspect(path.expanduser().absolute())  # hints hold wherever they are read
@@ -173,8 +173,10 @@ def _incomplete(folder: Path, error: PenstockError, arguments: tuple[str, ...]) 
     """What can be described of a folder that is no whole model, and what would make it one.
 
     Raises:
-        PenstockError: ``error``, where nothing can be.
+        PenstockError: ``error``, where nothing can be, or the model is known and not run.
     """
+    if isinstance(error, NotRun):
+        raise error
     try:
         found = survey(folder)
     except CheckpointError:

@@ -22,7 +22,12 @@ from penstock.engine.model.files import ModelFiles
 from penstock.engine.model.grid import Grid
 from penstock.engine.model.official import Official
 from penstock.engine.model.opening import Opening
-from penstock.engine.request.generation import GenerationRequest, check_task, workload_of
+from penstock.engine.request.generation import (
+    GenerationRequest,
+    check_pictures,
+    check_two,
+    workload_of,
+)
 from penstock.engine.request.settings import Suited
 from penstock.engine.variants import Variants, computing_on
 from penstock.errors import UsageError
@@ -222,7 +227,8 @@ class Prepared:
         """
         if isinstance(asked, GenerationRequest):
             if isinstance(self._plans, Variants):
-                check_task(asked, image_to_video=self.model.image_to_video)
+                check_pictures(asked, self.model.manifest.pictures)
+                check_two(asked, len(self.model.streaming))
             asked = workload_of(asked, saved=saved)
         return self._plans.plan(asked)
 

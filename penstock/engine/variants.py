@@ -12,7 +12,7 @@ from penstock.engine.attention.choice import attention_numerics
 from penstock.engine.machine.memory import resident_bytes
 from penstock.engine.model.files import ModelFiles
 from penstock.engine.model.storage import block_format
-from penstock.engine.packs.firstuse import FirstUse
+from penstock.engine.packs.firstuse import FirstUse, packing
 from penstock.engine.store.sums import how_told
 from penstock.errors import JobLocked
 from penstock.folders import cache_folder
@@ -30,6 +30,13 @@ if TYPE_CHECKING:
     from penstock.quant.probe import PathReport
 
 log = logging.getLogger(__name__)
+
+
+def _close_streamed(model: ModelFiles) -> None:
+    """Close the files of the networks that stream; the others are those of every variant."""
+    for part in list(model.parts.values()):
+        if part.source.component in model.streaming:
+            part.checkpoint.close()
 
 
 def computing_on(device: str, mode: Mode) -> tuple[Computing, tuple[str, ...]]:
@@ -83,7 +90,7 @@ class Variants:
         self.stored = model.installed(computing)
         self._cache = cache or cache_folder()
         self._stored_format = block_format(model.streamed.source)
-        self._packs: dict[str, tuple[FirstUse, ModelFiles]] = {}
+        self._packs: dict[str, tuple[tuple[FirstUse, ...], ModelFiles]] = {}
 
     def plan(self, workload: Workload) -> Plan:
         """The plan in the first format that fits, with the packing that it needs before.
@@ -94,10 +101,10 @@ class Variants:
         """
         found = plan_chosen(self._offered, workload, self._chosen)
         found = replace(found, origins=found.origins + self.stored.origins())
-        use = self._first_use(found.weight_format)
-        if use is None or use.is_made:
+        lacking = [use for use in self._first_uses(found.weight_format) if not use.is_made]
+        if not lacking:
             return found
-        return replace(found, phases=(use.phase(self._chosen.hardware), *found.phases))
+        return replace(found, phases=(packing(lacking, self._chosen.hardware), *found.phases))
 
     def _offered(self, name: str) -> Manifest:
         origin, stored = self._chosen.formats_from, self._stored_format
@@ -113,35 +120,40 @@ class Variants:
         Raises:
             UsageError: no such format, or one that is only read.
         """
-        use = self._first_use(name)
-        return self.stored if use is None else self._packs[name][1]
+        uses = self._first_uses(name)
+        return self._packs[name][1] if uses else self.stored
 
-    def _first_use(self, name: str) -> FirstUse | None:
-        """The pack of that format, opened; None where the files hold it already."""
+    def _first_uses(self, name: str) -> tuple[FirstUse, ...]:
+        """The packs of that format, opened, one for each network that streams; none where the files
+        hold it already."""
         if name == self._stored_format:
-            return None
+            return ()
         if name not in self._packs:
             log.debug("the files hold %s, wanted is %s", self._stored_format, name)
-            self._open(FirstUse.of(self.stored.streamed.source, name, self._cache))
+            parts = (self.stored.source.parts[each] for each in self.stored.streaming)
+            self._open(tuple(FirstUse.of(part, name, self._cache) for part in parts))
         return self._packs[name][0]
 
-    def _open(self, use: FirstUse) -> ModelFiles:
-        known = self._packs.get(use.wanted)
+    def _open(self, uses: tuple[FirstUse, ...]) -> ModelFiles:
+        wanted = uses[0].wanted
+        known = self._packs.get(wanted)
         if known is not None:
-            known[1].streamed.checkpoint.close()
-        model = self.stored.with_streamed(use.streamed()).installed(self._computing)
-        self._packs[use.wanted] = (use, model)
+            _close_streamed(known[1])
+        model = self.stored.with_streamed(*(use.streamed() for use in uses))
+        model = model.installed(self._computing)
+        self._packs[wanted] = (uses, model)
         return model
 
     def preparation(self, name: str) -> Callable[[Stage], ModelFiles] | None:
         """What gives a job the model in that format to read from; None where the files do."""
-        use = self._first_use(name)
-        return None if use is None else lambda stage: self._prepared(use, stage)
+        uses = self._first_uses(name)
+        return (lambda stage: self._prepared(uses, stage)) if uses else None
 
-    def _prepared(self, use: FirstUse, stage: Stage) -> ModelFiles:
-        if not self._is_ready(use, stage):
-            self._make(use, stage)
-        return self._open(use)
+    def _prepared(self, uses: tuple[FirstUse, ...], stage: Stage) -> ModelFiles:
+        for use in uses:
+            if not self._is_ready(use, stage):
+                self._make(use, stage)
+        return self._open(uses)
 
     def _is_ready(self, use: FirstUse, stage: Stage) -> bool:
         """Whether the pack is there and was made from the source as it is, and say how that was

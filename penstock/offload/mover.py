@@ -114,11 +114,17 @@ class Mover:
         with self.link.timed(Queue.COMPUTE, partial(self.stats.add, "compute_s")):
             yield
 
-    def do(self, op: Read | Copy) -> None:
-        """Read, or issue a copy, after what it must wait for on the device's side."""
+    def do(self, op: Read | Copy, *, moves: bool = True) -> None:
+        """Read, or issue a copy, after what it must wait for on the device's side.
+
+        Args:
+            moves: False: only wait, and mark the place in the queue.
+        """
         for ref in op.after:
             self.link.wait(op.ref.queue, ref)
-        if isinstance(op, Read):
+        if not moves:
+            pass
+        elif isinstance(op, Read):
             self.carrier.read(self._layouts[op.block], self._in_host(op))
         else:
             target = self._on_device(op)[: self._layouts[op.block].nbytes]

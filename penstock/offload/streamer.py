@@ -95,6 +95,11 @@ class BlockStream(Closing):
         self._is_open = False
         self._stack = ExitStack()
 
+    @property
+    def n_blocks(self) -> int:
+        """Blocks of a pass."""
+        return self._residency.n_blocks
+
     @contextmanager
     def prefetched(self) -> Iterator[None]:
         """Read ahead, as far as there is room in host memory, before the stream is entered (inside
@@ -122,7 +127,8 @@ class BlockStream(Closing):
         stack.callback(disk.close)
         buffers = self._allocate_host(stack)
         places = self._residency
-        link = open_link(self._device.device, places.longest_wait)
+        # A jump leaves the other queues up to a pass behind.
+        link = open_link(self._device.device, places.longest_wait + places.n_blocks)
         stack.callback(self._forget)
         carrier = Carrier(disk, link, self.stats)
         self._mover = Mover(self._layouts, places, buffers, carrier)
@@ -201,9 +207,7 @@ class BlockStream(Closing):
             CheckpointChanged, OSError, ...: whatever a thread ran into, as itself.
         """
         for index in range(self._residency.n_blocks):
-            loop, mover = self._loop, self._mover
-            if loop is None or mover is None or not self._is_open:
-                raise UsageError("the stream is closed", remedy="Enter it with a with statement.")
+            loop, mover = self._opened()
             op = next(self._computes, None)
             if op is None or op.block != index:
                 raise UsageError(
@@ -215,6 +219,42 @@ class BlockStream(Closing):
             with mover.computing(op):
                 yield index, mover.tensors(op)
             loop.leave(op)
+
+    @contextmanager
+    def visit(self, block: int) -> Iterator[Tensors]:
+        """The next visit of ``block``: its tensors by local name, until the context ends.
+
+        Visits before it are left out: of these, what has not begun to move does not move, but for
+        blocks that stay somewhere, which come whenever their turn is. `forward_pass` cannot go on
+        from here unless the block was the last of a pass.
+
+        Raises:
+            UsageError: the stream was opened for fewer passes.
+            CheckpointChanged, OSError, ...: whatever a thread ran into, as itself.
+        """
+        loop, mover = self._opened()
+        left: list[Compute] = []
+        for op in self._computes:
+            if op.block == block:
+                break
+            left.append(op)
+        else:
+            raise UsageError(
+                "the stream has no such visit",
+                expected=f"one of at most {self._passes} passes",
+                found=f"one more of block {block}",
+            )
+        if left:
+            loop.leave_out(left)
+        loop.bring(op)
+        with mover.computing(op):
+            yield mover.tensors(op)
+        loop.leave(op)
+
+    def _opened(self) -> tuple[_Loop, Mover]:
+        if self._loop is None or self._mover is None or not self._is_open:
+            raise UsageError("the stream is closed", remedy="Enter it with a with statement.")
+        return self._loop, self._mover
 
     def close(self) -> None:
         """End the threads and give every byte back."""
@@ -265,6 +305,9 @@ class _Loop(Protocol):
     def bring(self, op: Compute) -> None:
         """Return when the computation may be issued."""
 
+    def leave_out(self, ops: Sequence[Compute]) -> None:
+        """These are not computed, and need not be brought."""
+
     def leave(self, op: Compute) -> None:
         """The computation was issued: its slot may be filled again behind it."""
 
@@ -278,6 +321,7 @@ class _Sequential:
     def __init__(self, mover: Mover, residency: Residency, passes: int) -> None:
         self._mover, self._link = mover, mover.link
         self._ops = build_schedule(residency, passes)
+        self._wanted = _Wanted(residency)
 
     def begin(self, queue: Queue) -> None:
         """Nothing is done ahead."""
@@ -286,11 +330,18 @@ class _Sequential:
         """Do everything that comes before ``op``."""
         with self._link.timed(Queue.COMPUTE, partial(self._mover.stats.add, "compute_wait_s")):
             for earlier in self._ops:
-                if isinstance(earlier, Compute):
+                if not isinstance(earlier, Compute):
+                    self._mover.do(earlier, moves=self._wanted.moves(earlier))
+                elif earlier.visit == op.visit:
                     break
-                self._mover.do(earlier)
+                elif earlier.slot is not None:  # left out: a copy may wait for it
+                    self._link.record(earlier.ref)
             for ref in op.after:
                 self._link.wait(Queue.COMPUTE, ref)
+
+    def leave_out(self, ops: Sequence[Compute]) -> None:
+        """Nothing of them was begun."""
+        self._wanted.since = ops[-1].visit + 1
 
     def leave(self, op: Compute) -> None:
         """Mark its end, where a copy will wait for it."""
@@ -306,6 +357,7 @@ class _Overlapped:
 
     def __init__(self, mover: Mover, residency: Residency, passes: int) -> None:
         self._mover, self._link, self._board = mover, mover.link, _Board()
+        self._wanted = _Wanted(residency)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="penstock-stream")
         self._ops: dict[Queue, Iterator[Read | Copy]] = {
             Queue.READ: _queue_of(residency, passes, Read),
@@ -327,7 +379,7 @@ class _Overlapped:
                 stats.add(_WAITS[op.ref.queue, ref.queue], waited)
             if self._board.is_stopped:  # the first operations wait for nothing
                 return
-            self._mover.do(op)
+            self._mover.do(op, moves=self._wanted.moves(op))
             self._board.mark(op.ref)
 
     def bring(self, op: Compute) -> None:
@@ -339,6 +391,13 @@ class _Overlapped:
                 self._board.raise_failure()
                 self._link.wait(Queue.COMPUTE, ref)
 
+    def leave_out(self, ops: Sequence[Compute]) -> None:
+        """What is not on its way stays where it is; the queues pass these visits as if done: in
+        the stream of each an event stands for one, behind all that was issued there before."""
+        self._wanted.since = ops[-1].visit + 1
+        for op in ops:
+            self.leave(op)
+
     def leave(self, op: Compute) -> None:
         """Mark its end, for the device and for the other threads, where a copy will wait for it."""
         if op.slot is not None:
@@ -349,6 +408,23 @@ class _Overlapped:
         """Let the threads end after what they are at, and wait for them."""
         self._board.stop()
         self._threads.shutdown()
+
+
+class _Wanted:
+    """Which visits still need their block moved.
+
+    Attributes:
+        since: visits before this one do not. It only grows: what a read left out, the copy that
+            comes after it leaves out too.
+    """
+
+    def __init__(self, residency: Residency) -> None:
+        self._stays = {*residency.device_resident, *residency.host_resident}
+        self.since = 0
+
+    def moves(self, op: Read | Copy) -> bool:
+        """Whether ``op`` is done. A block that stays comes once, and later visits count on it."""
+        return op.visit >= self.since or op.block in self._stays
 
 
 _WAITS = {

@@ -126,6 +126,18 @@ class Picture:
     decode_bytes: int
 
 
+Wanted = Literal["none", "may", "must"]
+"""Whether a model takes a picture: never, if there is one, or always."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures that a video may start from and end with."""
+
+    first: Wanted
+    last: Wanted = "none"
+
+
 @dataclass(frozen=True)
 class Prefetch:
     """Weights that may come before their own phase, where RAM has room.
@@ -133,14 +145,24 @@ class Prefetch:
     Attributes:
         stream: the phase whose first blocks are read during all phases before it.
         blocks_of: the network whose blocks these are.
-        weights: the phase whose weights are read during the last step of ``stream``.
+        weights: the phase whose weights are read during the last step before it.
         weights_of: the network whose weights these are.
+        then: the phase that goes on after ``stream`` with the blocks of another network, which are
+            read from the last step of ``stream`` on; "": there is none.
+        then_of: that network.
     """
 
     stream: str
     blocks_of: str
     weights: str
     weights_of: str
+    then: str = ""
+    then_of: str = ""
+
+    @property
+    def last_stream(self) -> str:
+        """The phase in whose last step ``weights`` are read."""
+        return self.then or self.stream
 
 
 @dataclass(frozen=True)

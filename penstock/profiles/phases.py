@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from penstock.formats.formats import FORMATS
-from penstock.profiles.manifest import ComputePath, Heads, Picture, Prefetch, Storage, VideoShape
+from penstock.profiles.manifest import (
+    ComputePath,
+    Heads,
+    Picture,
+    Pictures,
+    Prefetch,
+    Storage,
+    VideoShape,
+)
 from penstock.profiles.plan import Items, PhasePlan
 from penstock.profiles.policy import Limits, Policy
 from penstock.profiles.rates import Rates
@@ -56,6 +64,21 @@ Group = tuple[PhasePlan, ...]
 
 
 @dataclass(frozen=True)
+class Noise:
+    """What determines the noise levels of a job, beside its steps.
+
+    Attributes:
+        sampler: its name.
+        shift: flow shift; None: the model's own for that size.
+        distilled: levels that distilled models were trained at.
+    """
+
+    sampler: str = "unipc"
+    shift: float | None = None
+    distilled: bool = False
+
+
+@dataclass(frozen=True)
 class Workload:
     """What is asked of the model: the video's shape, the steps, and whether CFG is on.
 
@@ -64,6 +87,11 @@ class Workload:
         written: a file is made of the frames at the end.
         picture: that the video starts from; None: there is none, or none is known yet and it is
             taken to be as large as the video.
+        last: that the video ends with, likewise.
+        pictures: that are given, 0 to 2; None: those that the model must have.
+        guided_high: whether CFG is on while there is much noise, for a model that has a transformer
+            of its own for that; None: as ``guided``.
+        noise: of the steps.
         changes: frames of the conditioning clip that may differ from the one before, the first
             among them; None: any may.
     """
@@ -75,11 +103,25 @@ class Workload:
     written: bool = True
     picture: Picture | None = None
     changes: tuple[int, ...] | None = FIRST_FRAME
+    last: Picture | None = None
+    pictures: int | None = None
+    guided_high: bool | None = None
+    noise: Noise = Noise()
 
     @property
     def branches(self) -> int:
         """Forward passes a step."""
         return 2 if self.guided else 1
+
+    def branches_of(self, *, first: bool) -> int:
+        """Forward passes a step of the first phase that streams, or of another."""
+        on = self.guided if self.guided_high is None or not first else self.guided_high
+        return 2 if on else 1
+
+    @property
+    def texts(self) -> int:
+        """Prompts that are encoded: those of all branches of any step."""
+        return 2 if self.guided or self.guided_high else 1
 
 
 M = TypeVar("M", covariant=True)
@@ -143,6 +185,10 @@ class Manifest(Protocol):
     @property
     def image_to_video(self) -> bool:
         """Whether a conditioning picture is needed."""
+
+    @property
+    def pictures(self) -> Pictures:
+        """The pictures that are taken."""
 
     @property
     def heads(self) -> Heads:

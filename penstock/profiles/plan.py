@@ -18,6 +18,7 @@ Items = tuple[tuple[str, int], ...]
 
 PREFETCHED = "blocks read ahead"
 WEIGHTS_PREFETCHED = "VAE decoder read ahead"
+NEXT_PREFETCHED = "next transformer's blocks read ahead"
 """The transformer's buffers in host memory, as an item of a phase before its own."""
 
 COMPUTE_PATHS: Mapping[str, str] = MappingProxyType(
@@ -157,6 +158,11 @@ class PhasePlan:
     def prefetched_weights_bytes(self) -> int:
         """Host memory into which the VAE decoder is read before its own phase."""
         return dict(self.ram_weights).get(WEIGHTS_PREFETCHED, 0)
+
+    @property
+    def prefetched_next_bytes(self) -> int:
+        """Host memory into which the next transformer's blocks are read before its own phases."""
+        return dict(self.ram_weights).get(NEXT_PREFETCHED, 0)
 
     @property
     def ram_work_bytes(self) -> int:

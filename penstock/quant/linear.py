@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,10 +47,36 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` (..., in features) -> (..., out features), in the dtype of ``x``."""
-        tensors = {suffix: self.get_buffer(suffix) for suffix in self._suffixes}
+        tensors = {suffix: self._stored(suffix) for suffix in self._suffixes}
         shape = (self.out_features, self.in_features)
         bias = self._buffers["bias"]
         return self.compute(Operands(self.format, shape, tensors, bias), x)
+
+    def _stored(self, suffix: str) -> Tensor:
+        """What bears that name in the file, whatever `answer` says of ``weight``."""
+        *parents, leaf = suffix.split(".")
+        module: nn.Module = self
+        for name in parents:
+            module = module._modules[name]  # type: ignore[assignment]
+        tensor = module._buffers[leaf]
+        assert tensor is not None
+        return tensor
+
+    def answer(self, weight: Tensor) -> None:
+        """Be like a plain layer to code that asks it for its dtype: ``weight`` answers as the
+        layer's own would, and its first parameter (empty) is of that dtype.
+
+        Blocks cast their activations to what they are told: to a storage's dtype, they could not
+        be computed with.
+        """
+        mark = nn.Parameter(torch.empty(0, dtype=weight.dtype), requires_grad=False)
+        self.register_parameter("compute_dtype", mark)
+        vars(self)["_weight"] = weight
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and "_weight" in vars(self):
+            return vars(self)["_weight"]
+        return super().__getattr__(name)
 
     def extra_repr(self) -> str:
         """Shape, format and path."""

@@ -47,12 +47,18 @@ class AwayWeight(Tensor):
             UsageError: always; names the weight.
         """
         name = next((each._name for each in args if isinstance(each, cls)), "a weight")
+        if torch.is_grad_enabled():
+            raise UsageError(
+                f"{name} is not on the device now ({func} was asked for), and streamed blocks "
+                "cannot be trained: their weights are there for a moment only",
+                expected="a forward pass under torch.no_grad() or torch.inference_mode()",
+                found="one that records gradients",
+            )
         raise UsageError(
             f"{name} is not on the device now ({func} was asked for)",
-            expected="a block that is used before the next one is taken from the list",
-            found="one that was kept, or another use of streamed weights",
-            remedy="Take blocks from the list one at a time; close the stream to move, copy or "
-            "save the module.",
+            expected="a weight that is asked of its module when it is used",
+            found="one that was kept while another block was used, or all weights at once",
+            remedy="Close the stream to move, copy or save the module.",
         )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]

@@ -1,9 +1,9 @@
-"""A list of blocks whose weights are onloaded: there while a block is current, away else."""
+"""Weights that are onloaded as they are used: there while their block is current, away else."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from penstock.engine.attach.away import AwayWeight
-from penstock.engine.attach.endless import EndlessStream
+from penstock.engine.attach.supply import Supply
 from penstock.errors import UsageError
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A place in a block that a streamed tensor is put into.
+    """A place in a module that a streamed tensor is put into.
 
     Attributes:
         owner, leaf: the sub-module and its name for the tensor.
@@ -32,15 +32,18 @@ class Slot:
     away: AwayWeight
     original: Tensor
 
-    def put(self, tensor: Tensor | None) -> None:
-        """The tensor, or what stands for it (None)."""
+    def put(self, tensor: Tensor | None) -> Tensor:
+        """The tensor, or what stands for it (None); gives what is there now."""
+        # `.data` counts its own changes; a view's are those of the whole buffer.
+        kept: Any = self.away if tensor is None else tensor.data
         if self.leaf in self.owner._parameters:
-            kept: Any = self.away
             if tensor is not None:
-                kept = nn.Parameter(tensor, requires_grad=False)
+                kept = nn.Parameter(kept, requires_grad=False)
             self.owner._parameters[self.leaf] = kept
         else:
-            self.owner._buffers[self.leaf] = self.away if tensor is None else tensor
+            self.owner._buffers[self.leaf] = kept
+        made: Tensor = kept
+        return made
 
     def restore(self) -> None:
         """What was there before."""
@@ -48,131 +51,217 @@ class Slot:
         (place if self.leaf in place else self.owner._buffers)[self.leaf] = self.original
 
 
-class Onloader:
-    """Brings blocks in any order from a stream that brings them in one.
+class Lending(dict[str, Any]):
+    """The parameters or buffers of a module, of which those that are away come when asked for.
+
+    `nn.Module` looks a weight up here when its forward uses it. What goes through all of them
+    (``named_parameters``, ``state_dict``) sees what stands for those that are away; so does who
+    asks while gradients are recorded, which is no error before something is computed.
 
     Args:
-        blocks: the modules.
-        slots: of each.
-        stream: open.
+        tensors: by name.
+        fetch: brings what is called so.
+    """
+
+    def __init__(self, tensors: Mapping[str, Any], fetch: Mapping[str, Callable[[], None]]) -> None:
+        super().__init__(tensors)
+        self._fetch = dict(fetch)
+
+    def __getitem__(self, name: str) -> Any:
+        found = super().__getitem__(name)
+        if type(found) is not AwayWeight or torch.is_grad_enabled():
+            return found
+        self._fetch[name]()
+        return super().__getitem__(name)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuse.
+
+        Raises:
+            UsageError: always: half of a module would be copied.
+        """
+        raise UsageError(
+            "a module that is being streamed cannot be copied or pickled",
+            remedy="Close the stream first.",
+        )
+
+
+def lend(slots: Iterable[tuple[Slot, Callable[[], None]]]) -> Callable[[], None]:
+    """Make the owners of ``slots`` ask for what is away; gives what undoes it."""
+    owners: dict[int, nn.Module] = {}
+    wanted: dict[int, dict[str, Callable[[], None]]] = {}
+    for slot, fetch in slots:
+        owners[id(slot.owner)] = slot.owner
+        wanted.setdefault(id(slot.owner), {})[slot.leaf] = fetch
+    for key, owner in owners.items():
+        for place in ("_parameters", "_buffers"):
+            tensors = vars(owner)[place]
+            names = {leaf: fetch for leaf, fetch in wanted[key].items() if leaf in tensors}
+            if names:
+                vars(owner)[place] = Lending(tensors, names)
+
+    def undo() -> None:
+        for owner in owners.values():
+            for place in ("_parameters", "_buffers"):
+                vars(owner)[place] = dict(vars(owner)[place])
+
+    return undo
+
+
+class Loan:
+    """What was put into some slots, and whether it is still as it was put there."""
+
+    def __init__(self, slots: Sequence[Slot], tensors: Mapping[str, Tensor]) -> None:
+        self._slots = slots
+        put = [slot.put(tensors[slot.name]) for slot in slots]
+        self._marks = [_mark(tensor) for tensor in put]
+        self._put = put
+
+    def check(self) -> None:
+        """Refuse to lose what was written.
+
+        Raises:
+            UsageError: a weight was changed; names it.
+        """
+        for slot, tensor, mark in zip(self._slots, self._put, self._marks, strict=True):
+            if _mark(tensor) != mark:
+                raise UsageError(
+                    f"{slot.name} was written to while it is streamed, and would be lost",
+                    expected="weights that are only read",
+                    found="an in-place change, as by fusing a LoRA or loading weights",
+                    remedy="Change weights before the module is streamed or attached.",
+                )
+
+    def end(self) -> None:
+        """Everything is away again."""
+        for slot in self._slots:
+            slot.put(None)
+
+
+def _mark(tensor: Tensor) -> tuple[int, int]:
+    """Changes when values are written, or other memory is put in their place."""
+    return (0 if tensor.is_inference() else tensor._version), tensor.data_ptr()
+
+
+class Onloader:
+    """Puts the weights of a block in place when one of them is used, and takes them back when one
+    of another block is.
+
+    Args:
+        slots: of each block.
+        supply: brings their tensors.
 
     Attributes:
-        passes: how often the stream has gone over all blocks, begun ones included.
-        skipped: blocks that went by because another one was wanted.
         owner: kept alive as long as the blocks can be reached.
     """
 
     owner: object = None
 
-    def __init__(
-        self, blocks: Sequence[nn.Module], slots: Sequence[Sequence[Slot]], stream: EndlessStream
-    ) -> None:
-        self._blocks, self._slots, self._stream = blocks, slots, stream
-        self._pass: Iterator[tuple[int, Mapping[str, Tensor]]] | None = None
+    def __init__(self, slots: Sequence[Sequence[Slot]], supply: Supply) -> None:
+        self._slots, self._supply = slots, supply
         self._onloaded: int | None = None
-        self._walk: object | None = None
-        self._thread = 0
-        self.passes = self.skipped = 0
+        self._loan: Loan | None = None
+        self._users = Users()
 
-    def onload(self, index: int) -> nn.Module:
-        """The block with its weights in place; the one brought in before is taken back.
+    def onload(self, index: int) -> None:
+        """Put a block's weights in place.
 
         Raises:
-            UsageError: gradients are recorded, or another thread is in the middle of a pass.
+            UsageError: another thread is in the middle of a call, or the weights of the block
+                before were written to.
             CheckpointChanged, CheckpointError: the weights cannot be read.
         """
-        self._check()
-        if index != self._onloaded:
-            self.take_back()
-            for slot, tensor in self._tensors(index):
-                slot.put(tensor)
-            self._onloaded = index
-        return self._blocks[index]
-
-    def walk(self, indices: Iterable[int]) -> Iterator[nn.Module]:
-        """Lend several, each until the next."""
-        self._check()
-        mark = self._walk = object()
-        self._thread = threading.get_ident()
-        try:
-            for index in indices:
-                yield self.onload(index)
-        finally:
-            if self._walk is mark:  # no other pass has begun since this one was left
-                self._walk = None
-                self.take_back()
+        self._users.check()
+        if self._loan is not None:
+            self._loan.check()
+        self.take_back()
+        tensors = self._supply.bring(index)
+        self._loan = Loan(self._slots[index], tensors)
+        self._onloaded = index
 
     def take_back(self) -> None:
         """No block has weights after this."""
-        index, self._onloaded = self._onloaded, None
-        if index is None:
-            return
-        for slot in self._slots[index]:
-            slot.put(None)
-        if index == len(self._blocks) - 1 and self._pass is not None:
-            # Tells the stream that the pass is over, so that it reads ahead for the next.
-            next(self._pass, None)
-            self._pass = None
+        loan, self._loan, self._onloaded = self._loan, None, None
+        if loan is not None:
+            loan.end()
+        self._supply.leave()
 
-    def _tensors(self, index: int) -> Iterator[tuple[Slot, Tensor]]:
-        while True:
-            if self._pass is None:
-                self._pass = self._stream.forward_pass()
-                self.passes += 1
-            found = next(self._pass, None)
-            if found is None:
-                self._pass = None
-            elif found[0] == index:
-                return ((slot, found[1][slot.name]) for slot in self._slots[index])
-            else:
-                self.skipped += 1
+    def fetches(self) -> Iterable[tuple[Slot, Callable[[], None]]]:
+        """Every slot, with what brings it."""
+        for index, slots in enumerate(self._slots):
+            for slot in slots:
+                yield slot, lambda index=index: self.onload(index)  # type: ignore[misc]
 
-    def _check(self) -> None:
-        if torch.is_grad_enabled():
-            raise UsageError(
-                "streamed blocks cannot be trained: their weights are there for a moment only",
-                expected="a forward pass under torch.no_grad() or torch.inference_mode()",
-                found="one that records gradients",
-            )
-        if self._walk is not None and self._thread != threading.get_ident():
+    def watch(self, module: nn.Module) -> Callable[[], None]:
+        """Know when ``module`` is called and when a call ends; gives what undoes it."""
+        begins = module.register_forward_pre_hook(lambda *_: self._users.begin())
+        ends = module.register_forward_hook(lambda *_: self._end_call(), always_call=True)
+
+        def undo() -> None:
+            begins.remove()
+            ends.remove()
+
+        return undo
+
+    def _end_call(self) -> None:
+        """After the last block of a pass the next pass may be read ahead. Another one stays: a
+        step cache of the user's may want it again."""
+        ended = self._users.end()
+        if ended and self._onloaded is not None and self._supply.is_last(self._onloaded):
+            self.take_back()
+
+
+class Users:
+    """Which thread is in the middle of a call, and how deep."""
+
+    def __init__(self) -> None:
+        self._thread = self._depth = 0
+
+    def begin(self) -> None:
+        """A call begins.
+
+        Raises:
+            UsageError: another thread is in the middle of one.
+        """
+        self.check()
+        self._thread = threading.get_ident()
+        self._depth += 1
+
+    def end(self) -> bool:
+        """A call ends; False for one that was refused: it has never begun."""
+        begun = self._depth > 0 and self._thread == threading.get_ident()
+        self._depth -= begun
+        return begun
+
+    def check(self) -> None:
+        """Raises:
+        UsageError: another thread is in the middle of a call.
+        """
+        if self._depth and self._thread != threading.get_ident():
             raise UsageError(
                 "a streamed module serves one thread at a time",
-                expected="the pass of the other thread to end first",
+                expected="the call of the other thread to end first",
                 found="two at once",
                 remedy="Hold a lock around the module, or stream a second one",
             )
 
 
 class StreamedBlocks(nn.ModuleList):
-    """Stands in the place of a module's list of blocks.
-
-    A block is there from when it is taken from the list (by iteration or by index, in any order)
-    until another one is taken, or the iteration ends. In the order of the list each is read ahead
-    of its use; another order is served by letting the blocks between go by.
+    """Stands in the place of a module's list of blocks: the same blocks, which cannot be changed.
 
     Args:
-        blocks: all that are streamed.
-        lender: of them.
-        part: those of this list.
+        blocks: of the list.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], onloader: Onloader, part: range) -> None:
+    def __init__(self, blocks: nn.ModuleList) -> None:
         super().__init__()
-        self._onloader, self._part = onloader, part
-        for index, place in enumerate(part):
-            self.add_module(str(index), blocks[place])
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        return self._onloader.walk(self._part)
+        for name, block in blocks.named_children():
+            self.add_module(name, block)
 
     def __getitem__(self, index: Any) -> Any:
-        """A block, or an iterable over some of them."""
-        if isinstance(index, slice):
-            return OnloadedSlice(self._onloader, self._part[index])
-        return self._onloader.onload(self._part[index])
-
-    def __contains__(self, module: object) -> bool:
-        return any(module is block for block in self._modules.values())
+        """A block, or a list of some of them."""
+        blocks = list(self._modules.values())
+        return nn.ModuleList(blocks[index]) if isinstance(index, slice) else blocks[index]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self)} blocks)"
@@ -185,22 +274,3 @@ class StreamedBlocks(nn.ModuleList):
 
     append = insert = extend = pop = _fixed  # type: ignore[assignment]
     __setitem__ = __delitem__ = __iadd__ = __add__ = _fixed  # type: ignore[assignment]
-
-
-class OnloadedSlice(Sequence[nn.Module]):
-    """Some blocks of a streamed list."""
-
-    def __init__(self, onloader: Onloader, indices: range) -> None:
-        self._onloader, self._indices = onloader, indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        return self._onloader.walk(self._indices)
-
-    def __getitem__(self, index: Any) -> Any:
-        """A block, or an iterable over some of them."""
-        if isinstance(index, slice):
-            return OnloadedSlice(self._onloader, self._indices[index])
-        return self._onloader.onload(self._indices[index])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -19,24 +20,29 @@ class EndlessStream(Closing):
 
     Args:
         make: a stream of so many passes.
+
+    Attributes:
+        skipped: visits that were left out.
     """
 
     def __init__(self, make: Callable[[int], BlockStream]) -> None:
         self._make = make
         self._stream: BlockStream | None = None
-        self._left = 0
-        self._read = self._copied = 0
+        self._at = 0
+        self._read = self._copied = self._earlier = 0
+        self.skipped = 0
 
     def __enter__(self) -> EndlessStream:
         self._stream = self._make(CYCLES)
         self._stream.__enter__()
-        self._left = CYCLES
         return self
 
     def close(self) -> None:
         """End the stream."""
         stream, self._stream = self._stream, None
         if stream is not None:
+            self._earlier += _passes(self._at, stream.n_blocks)
+            self._at = 0
             stream.close()
             self._read += stream.stats.read_bytes
             self._copied += stream.stats.copied_bytes
@@ -47,12 +53,38 @@ class EndlessStream(Closing):
         Raises:
             CheckpointChanged, ...: as `BlockStream.forward_pass`.
         """
-        if self._left == 0:
+        stream = self._opened(0)
+        self._at += stream.n_blocks
+        yield from stream.forward_pass()
+
+    @contextmanager
+    def visit(self, block: int) -> Iterator[Mapping[str, Tensor]]:
+        """The tensors of a block, whichever it is, until the context ends.
+
+        Raises:
+            CheckpointChanged, ...: as `BlockStream.visit`.
+        """
+        stream = self._opened(block)
+        left = (block - self._at) % stream.n_blocks
+        self._at += left + 1
+        self.skipped += left
+        with stream.visit(block) as tensors:
+            yield tensors
+
+    def _opened(self, block: int) -> BlockStream:
+        """The stream, with a visit of ``block`` before its end."""
+        assert self._stream is not None
+        count = self._stream.n_blocks
+        if self._at + (block - self._at) % count >= CYCLES * count:
             self.close()
             self.__enter__()
-        self._left -= 1
-        assert self._stream is not None
-        yield from self._stream.forward_pass()
+        return self._stream
+
+    @property
+    def passes(self) -> int:
+        """Over all blocks so far, one that was begun included."""
+        now = 0 if self._stream is None else _passes(self._at, self._stream.n_blocks)
+        return self._earlier + now
 
     @property
     def read_bytes(self) -> int:
@@ -63,3 +95,7 @@ class EndlessStream(Closing):
     def copied_bytes(self) -> int:
         """From host memory to the device, so far."""
         return self._copied + (self._stream.stats.copied_bytes if self._stream else 0)
+
+
+def _passes(visits: int, n_blocks: int) -> int:
+    return -(-visits // n_blocks)

@@ -4,7 +4,7 @@ let go meanwhile."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from penstock.engine.attach.away import AwayWeight
 from penstock.engine.attach.blocks import Slot
 from penstock.engine.attach.livepack import LivePack, plan_live
-from penstock.engine.attach.surgery import Emptied, specs_of
+from penstock.engine.attach.surgery import Emptied, restore, specs_of
 from penstock.engine.family.protocol import ComponentKind
 from penstock.engine.packs.names import FILE_NAMES
 from penstock.engine.packs.plan import runs_of
@@ -26,10 +26,14 @@ _PREFIXES = {"image_encoder": "vision_model."}
 
 
 def write_models(
-    pipe: Any, kinds: Mapping[str, ComponentKind], folder: Path, stack: ExitStack
+    pipe: Any,
+    kinds: Mapping[str, ComponentKind],
+    folder: Path,
+    stack: ExitStack,
+    returns: Callable[[], bool],
 ) -> int:
     """Write the models of ``pipe`` that are of ``kinds`` to ``folder`` and let their weights go;
-    ``stack`` undoes it.
+    ``stack`` undoes it, if ``returns`` says that the weights are wanted back.
 
     Gives the bytes of the packs.
 
@@ -54,8 +58,14 @@ def write_models(
     _write_sides(pipe, models, folder)
     for name, model in models.items():
         slots = _slots(name, model)
-        stack.callback(Emptied(packs[name], runs[name]).fill)
-        stack.callback(_restore, slots)
+        emptied = Emptied(packs[name], runs[name])
+
+        def give_back(emptied: Emptied = emptied, slots: list[Slot] = slots) -> None:
+            if returns():
+                restore([slots])
+                emptied.fill()
+
+        stack.callback(give_back)
         for slot in slots:
             slot.put(None)
     return sum(layout.file_bytes for layout in layouts.values())
@@ -76,11 +86,6 @@ def _slots(name: str, model: nn.Module) -> list[Slot]:
         for leaf, p in owner._parameters.items()
         if p is not None
     ]
-
-
-def _restore(slots: list[Slot]) -> None:
-    for slot in slots:
-        slot.restore()
 
 
 def _write_sides(pipe: Any, models: Mapping[str, nn.Module], folder: Path) -> None:

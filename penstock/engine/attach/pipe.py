@@ -1,7 +1,8 @@
-"""diffusers' own Wan pipelines under a budget: `penstock.attach`, `detach` and `load_pipeline`."""
+"""diffusers' own pipelines under a budget: `penstock.attach`, `detach` and `load_pipeline`."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 
 from penstock.closing import Closing
 from penstock.engine.attach.desk import Desk
+from penstock.engine.attach.generic import check_attachable, open_modules
 from penstock.engine.attach.livemodel import write_models
 from penstock.engine.attach.livepack import live_folder
 from penstock.engine.attach.part import Part
@@ -23,16 +25,23 @@ from penstock.engine.model.storage import block_format
 from penstock.engine.packs.firstuse import FirstUse
 from penstock.engine.packs.plan import LEAST_RAM_BYTES
 from penstock.engine.software import check_versions
-from penstock.errors import UsageError
+from penstock.errors import PenstockError, UsageError
 from penstock.folders import cache_folder
-from penstock.formats.formats import get_format
+from penstock.formats.formats import QuantFormat, get_format
+from penstock.offload.ledger import ByteLedger
 from penstock.offload.tiers import release_cached
+from penstock.units import parse_bytes
+
+log = logging.getLogger(__name__)
 
 
 class AttachFamily(Protocol):
     """What a family's module ``family`` offers to this room, beside `Family`."""
 
     KINDS: Mapping[str, ComponentKind]
+
+    def claims(self, pipe: Any) -> bool:
+        """Whether a pipeline is of this family, and so its own parts run it or nothing does."""
 
     def attachable(self, pipe: Any) -> None:
         """Refuse a pipeline that penstock does not run as diffusers does.
@@ -48,18 +57,12 @@ class AttachFamily(Protocol):
         """diffusers' pipeline of a model, its networks replaced by parts."""
 
 
-def _family_of(pipe: Any) -> AttachFamily:
-    """The family that runs ``pipe``; refused as the first of them refuses it."""
-    refused: UsageError | None = None
+def _family_of(pipe: Any) -> AttachFamily | None:
+    """The family whose own parts run ``pipe``; None: its modules run by themselves."""
     for family in cast("tuple[AttachFamily, ...]", families()):
-        try:
-            family.attachable(pipe)
-        except UsageError as error:
-            refused = refused or error
-        else:
+        if family.claims(pipe):
             return family
-    assert refused is not None
-    raise refused
+    return None
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,26 @@ class AttachReport:
     copied_bytes: int
 
 
+_ATTACHED = "_penstock_attached"
+"""Where a pipeline keeps what runs it."""
+
+
+class _Holder(Protocol):
+    """What holds the memory of a pipeline: a `Desk`, or a `SharedBudget`."""
+
+    @property
+    def device_ledger(self) -> ByteLedger: ...
+    @property
+    def host_ledger(self) -> ByteLedger: ...
+    @property
+    def read_bytes(self) -> int: ...
+    @property
+    def copied_bytes(self) -> int: ...
+
+    def release(self) -> None:
+        """Give all memory back."""
+
+
 class Attached(Closing):
     """A pipeline that penstock runs; a context manager that ends with :meth:`close`.
 
@@ -92,14 +115,31 @@ class Attached(Closing):
         pipe: the pipeline, to be used as before.
     """
 
-    def __init__(self, pipe: Any, desk: Desk, disk_bytes: int, stack: ExitStack) -> None:
+    def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
+        self._weights_return = True
+        self._desk: _Holder | None = None
+        self._disk_bytes, self._stack = 0, ExitStack()
+
+    def _begin(self, desk: _Holder, disk_bytes: int, stack: ExitStack) -> Attached:
+        """It is attached.
+
+        Args:
+            desk: holds the memory.
+            disk_bytes: of the packs.
+            stack: undoes it.
+        """
         self._desk, self._disk_bytes, self._stack = desk, disk_bytes, stack
+        # Not through the pipeline's __setattr__, which rewrites its config.
+        vars(self.pipe)[_ATTACHED] = self
+        self._stack.callback(vars(self.pipe).pop, _ATTACHED)
         close_at_exit(self)
+        return self
 
     @property
     def report(self) -> AttachReport:
         """What it holds, and what has moved so far."""
+        assert self._desk is not None
         vram, ram = self._desk.device_ledger, self._desk.host_ledger
         return AttachReport(
             vram_limit_bytes=vram.cap_bytes,
@@ -121,7 +161,8 @@ class Attached(Closing):
         Raises:
             Nothing.
         """
-        self._desk.release()
+        if self._desk is not None:
+            self._desk.release()
 
     def close(self) -> None:
         """Put the pipeline's own models and their weights back. A second call does nothing.
@@ -132,8 +173,14 @@ class Attached(Closing):
         self._stack.close()
 
     def __del__(self) -> None:
-        """Threads would wait for ever for a pipeline that nobody has any more."""
-        self.close()
+        """Threads would wait for ever for a pipeline that nobody has any more. Nobody has its
+        modules either: their weights are let go. Files may be closed already, in whatever order
+        the garbage is collected."""
+        self._weights_return = False
+        try:
+            self.close()
+        except (PenstockError, OSError) as error:
+            log.debug("a dropped pipeline: %s", error)
 
 
 def attach(
@@ -142,33 +189,44 @@ def attach(
     vram: str | int | None = None,
     ram: str | int | None = None,
     format: str | None = None,
+    activations: str | int = 0,
     device: str = "auto",
     folder: str | Path | None = None,
 ) -> Attached:
-    """Run a diffusers Wan 2.1 pipeline, as it is loaded, under a budget.
+    """Run any pipeline of diffusers, as it is loaded, under a budget.
 
-    Arguments, callbacks, generators and outputs of the pipeline stay as they are; its tensors stay
-    on the device they were on. Its models are replaced by parts that stream: transformer, text and
-    image encoder block by block, the VAE by exact tiles. The models' weights go to packs on disk
-    (and from there to RAM and VRAM, as far as the budgets reach) and come back with `detach`. In
-    fp32, latents are those of the plain pipeline, bit for bit, where the budget lets all tokens go
-    through a block at once; else they differ by rounding, and so may frames, whose convolutions
-    another kernel computes (3e-6 of a range of 2, measured). That is said of weights in memory that
-    torch gave, as after a cast or a move to a GPU. Those that `from_pretrained` maps from a file
-    lie anywhere, and some CPUs' matrix products round by that (2e-6 of a range of 1, measured).
+    Arguments, callbacks, generators and outputs of the pipeline stay as they are. The weights of
+    its modules go to packs on disk (and from there to RAM and VRAM, as far as the budgets reach)
+    and come back with `detach`. Modules keep their classes, forwards, adapters, hooks and caches:
+    a block's weights come when one of them is used, the rest of a module's when the module is,
+    and leave when another module needs the room or the pipeline's call ends. The result is that of
+    the plain pipeline, bit for bit, unless ``format`` is given.
+
+    A Wan 2.1 pipeline is run by penstock's own code instead: its models are replaced by parts that
+    stream: transformer, text and image encoder block by block, the VAE by exact tiles; its tensors
+    stay on the device they were on. In fp32, latents are those of the plain pipeline, bit for bit,
+    where the budget lets all tokens go through a block at once; else they differ by rounding, and
+    so may frames, whose convolutions another kernel computes (3e-6 of a range of 2, measured). That
+    is said of weights in memory that torch gave, as after a cast or a move to a GPU. Those that
+    `from_pretrained` maps from a file lie anywhere, and some CPUs' matrix products round by that
+    (2e-6 of a range of 1, measured).
 
     Args:
-        pipe: a `WanPipeline` or a `WanImageToVideoPipeline` of Wan 2.1.
+        pipe: a `DiffusionPipeline` or a `ModularPipeline` whose components are loaded.
         vram: budget on the device for all that penstock holds there, such as ``"12GiB"``; None:
             what is free once the weights have left. What the pipeline itself keeps on that device
             comes on top.
         ram: budget of host memory; None: likewise.
-        format: store the transformer's matrices in it: ``"int8"``, ``"fp8"``, ``"nf4"``, ...
+        format: store the matrices of the denoiser's blocks (of components whose names begin with
+            transformer or unet) in it: ``"int8"``, ``"fp8"``, ``"nf4"``, ...
+        activations: bytes of ``vram`` to leave to what the modules compute, which is not known
+            here; Wan 2.1's own plan needs no such hint.
         device: where to compute: "cuda", "cpu" or "auto" (CUDA where there is one).
         folder: where the packs are written; None: penstock's cache folder.
 
     Raises:
         UsageError: a pipeline that penstock does not run as diffusers does; names the reason.
+        OverBudget: not even one block of each module fits.
         StorageError: no disk space for the packs.
 
     Example:
@@ -176,30 +234,63 @@ def attach(
         >>> video = pipe(image=picture, prompt="a cat").frames[0]
         >>> penstock.detach(pipe)
     """
+    if _ATTACHED in vars(pipe):
+        raise UsageError(
+            "the pipeline is attached already", remedy="Call penstock.detach(pipe) first."
+        )
     family = _family_of(pipe)
+    if family is None:
+        check_attachable(pipe)
+    else:
+        family.attachable(pipe)
     check_versions()
-    hardware = budgets(device, vram, ram)
-    wanted = None if format is None else get_format(format).name
+    fmt = None if format is None else get_format(format)
+    work_bytes = parse_bytes(activations) if activations else 0
+    attached = Attached(pipe)
     with ExitStack() as stack:
         place = stack.enter_context(live_folder(None if folder is None else Path(folder)))
-        disk_bytes = write_models(pipe, family.KINDS, place / "model", stack)
-        model = ModelFiles.open(place / "model")
-        if wanted is not None:
-            model = _stored_as(model, wanted, place)
-        release_cached(torch.device(hardware.place))
-        desk = Desk(model, budgets(device, vram, ram))  # without what the weights took
-        stack.callback(desk.close)
-        attached = Attached(pipe, desk, disk_bytes, ExitStack())
-        for name, made in family.attach_parts().items():
-            own = getattr(pipe, name, None)
-            if own is not None:
-                part = made(name, desk, own.config, own.device)
-                object.__setattr__(part, "attached", attached)
-                # Not through the pipeline's __setattr__, which rewrites its config.
-                stack.callback(vars(pipe).__setitem__, name, own)
-                vars(pipe)[name] = part
-        attached._stack = stack.pop_all()
+        hardware = budgets(device, vram, ram)
+        desk: _Holder
+        if family is None:
+            desk, disk_bytes = open_modules(
+                pipe, hardware, fmt, work_bytes, place, stack, lambda: attached._weights_return
+            )
+        else:
+            desk, disk_bytes = _open_parts(
+                pipe, family, attached, fmt, (device, vram, ram), stack, place
+            )
+        attached._begin(desk, disk_bytes, stack.pop_all())
     return attached
+
+
+def _open_parts(
+    pipe: Any,
+    family: AttachFamily,
+    attached: Attached,
+    fmt: QuantFormat | None,
+    asked: tuple[str, str | int | None, str | int | None],
+    stack: ExitStack,
+    place: Path,
+) -> tuple[Desk, int]:
+    """A family's own parts in the places of a pipeline's modules; ``stack`` undoes it."""
+    hardware = budgets(*asked)
+    disk_bytes = write_models(
+        pipe, family.KINDS, place / "model", stack, lambda: attached._weights_return
+    )
+    model = ModelFiles.open(place / "model")
+    if fmt is not None:
+        model = _stored_as(model, fmt.name, place)
+    release_cached(torch.device(hardware.place))
+    desk = Desk(model, budgets(*asked))  # without what the weights took
+    stack.callback(desk.close)
+    for name, made in family.attach_parts().items():
+        own = getattr(pipe, name, None)
+        if own is not None:
+            part = made(name, desk, own.config, own.device)
+            object.__setattr__(part, "attached", attached)
+            stack.callback(vars(pipe).__setitem__, name, own)
+            vars(pipe)[name] = part
+    return desk, disk_bytes
 
 
 def detach(pipe: Any) -> None:
@@ -213,14 +304,14 @@ def detach(pipe: Any) -> None:
         UsageError: the pipeline is not attached.
         CheckpointError: the disk has damaged the packs; names what is wrong.
     """
-    part = getattr(pipe, "transformer", None)
-    if not isinstance(part, Part):
+    attached = vars(pipe).get(_ATTACHED)
+    if attached is None:
         raise UsageError(
             "the pipeline is not attached",
             expected="one of penstock.attach or penstock.load_pipeline",
-            found=type(part).__name__,
+            found=f"a {type(pipe).__name__}",
         )
-    part.attached.close()
+    attached.close()
 
 
 def load_pipeline(
@@ -261,7 +352,7 @@ def load_pipeline(
         stack.callback(desk.close)
         family = cast("AttachFamily", model.source.family)
         pipe = family.pipeline_of(model, desk)
-        attached = Attached(pipe, desk, 0, stack.pop_all())
+        attached = Attached(pipe)._begin(desk, 0, stack.pop_all())
     for name in family.attach_parts():
         if getattr(pipe, name, None) is not None:
             object.__setattr__(getattr(pipe, name), "attached", attached)

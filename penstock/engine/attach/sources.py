@@ -75,7 +75,7 @@ class Held:
         self._layout = plan_live(self.specs)
         self.block_bytes = run_bytes(self._layout)
         self.pack_bytes = self._layout.file_bytes
-        self.staying_bytes = _storage_bytes(patient.staying)
+        self.staying_bytes = storage_bytes(patient.staying)
 
     def open(self, stack: ExitStack, place: Path) -> None:
         """Write the pack.
@@ -100,7 +100,7 @@ class Held:
 
     def settle(self, device: torch.device, stack: ExitStack) -> None:
         """Move what stays; what is written to it meanwhile is kept."""
-        _move(self._patient.staying, device, stack)
+        move(self._patient.staying, device, stack)
 
     def _values(self, run: str) -> Iterator[Tensor]:
         yield from self._runs[run].values()
@@ -141,7 +141,7 @@ class Filed:
         self._read = {id(t): t for t in patient.staying if id(t) in self._entries}
         self._here = [t for t in patient.staying if id(t) not in self._entries]
         read_bytes = sum(self._entries[key].nbytes for key in self._read)
-        self.staying_bytes = read_bytes + _storage_bytes(self._here)
+        self.staying_bytes = read_bytes + storage_bytes(self._here)
         self.pack_bytes = 0
 
     def open(self, stack: ExitStack, place: Path) -> None:
@@ -167,7 +167,7 @@ class Filed:
 
     def settle(self, device: torch.device, stack: ExitStack) -> None:
         """Read what stays; it is let go in the end."""
-        _move(self._here, device, stack)
+        move(self._here, device, stack)
         for key, weight in self._read.items():
             tensor = self.value(weight).to(device)
             for owner, leaf in self._places[key]:
@@ -221,11 +221,12 @@ def _set_dtype(tensor: Tensor, dtype: torch.dtype) -> None:
     tensor.data = tensor.data.to(dtype)
 
 
-def _storage_bytes(tensors: Sequence[Tensor]) -> int:
+def storage_bytes(tensors: Sequence[Tensor]) -> int:
+    """Of the memory that they lie in, each counted once."""
     return sum({t.untyped_storage().data_ptr(): t.nbytes for t in tensors}.values())
 
 
-def _move(tensors: Sequence[Tensor], device: torch.device, stack: ExitStack) -> None:
+def move(tensors: Sequence[Tensor], device: torch.device, stack: ExitStack) -> None:
     """To the device, and back with the stack; what is written to them meanwhile is kept."""
     for tensor in tensors:
         home = tensor.device

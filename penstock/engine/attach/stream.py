@@ -14,22 +14,20 @@ import torch
 from torch import nn
 
 from penstock.closing import Closing
-from penstock.engine.attach.blocks import Onloader, Slot, StreamedBlocks
-from penstock.engine.attach.endless import EndlessStream
+from penstock.engine.attach.blocks import Onloader, Slot, lend
 from penstock.engine.attach.filenames import tie
+from penstock.engine.attach.guard import check_runnable, guard
 from penstock.engine.attach.livepack import LivePack, live_folder, plan_live
 from penstock.engine.attach.placing import place_blocks
 from penstock.engine.attach.sources import Filed, Held, Source, layouts_of, run_bytes
-from penstock.engine.attach.surgery import Patient, Quantised
-from penstock.engine.run.room import residency
+from penstock.engine.attach.supply import Supply, Tiers
+from penstock.engine.attach.surgery import Patient, Quantised, restore
 from penstock.errors import UsageError
 from penstock.formats.formats import get_format
-from penstock.offload.layout import BlockLayout
 from penstock.offload.ledger import ByteLedger
-from penstock.offload.streamer import BlockStream
 from penstock.offload.tiers import release_cached
 from penstock.profiles.hardware import Hardware, probe
-from penstock.profiles.plan import Items
+from penstock.profiles.plan import Items, StreamPlan
 from penstock.quant.paths import Computing, Scratch
 from penstock.units import parse_bytes
 
@@ -85,8 +83,9 @@ def stream(
 ) -> Streamed:
     """Run a module whose blocks do not fit: they are brought to the device one after the other.
 
-    The module is used as before, under ``torch.no_grad()``. Its list of blocks is replaced by one
-    that brings in each block as it is reached; no class and no forward is changed. While it is
+    The module is used as before, under ``torch.no_grad()``. A block's weights are brought in when
+    one of them is used, and read ahead in the order in which they are; no class and no forward is
+    changed. While it is
     streamed, the blocks' weights live in a pack on disk and, as far as the budgets go, in RAM and
     VRAM; the module's own copies are let go, and come back, in the same parameters, with
     :meth:`Streamed.close`. Results are those of the resident module, bit for bit, unless ``format``
@@ -97,7 +96,8 @@ def stream(
     Args:
         module: any module; its weights must be loaded, or lie in ``files``.
         blocks: dotted name of the `nn.ModuleList`, such as ``"encoder.layers"``; or of several, in
-            the order in which the module goes through them.
+            any order: that of their use, blocks of one list between those of another if need be,
+            is learnt from the first call, which reads nothing ahead.
         vram: budget on the device, such as ``"4GiB"`` or bytes; None: what is free, and what the
             module takes there now.
         ram: budget of host memory for blocks; None: what is free.
@@ -124,6 +124,7 @@ def stream(
         ...     with torch.no_grad():
         ...         states = model(ids)
     """
+    check_runnable(module, type(module).__name__)
     hardware = budgets(device, vram, ram)
     if vram is None:  # what the module holds there is the budget's to place
         hardware = replace(hardware, vram_bytes=hardware.vram_bytes + _held_bytes(module, hardware))
@@ -235,7 +236,7 @@ class _Opening:
             ("dequantisation", workspace),
             ("activations", work_bytes),
         )
-        self._plan = place_blocks(self._blocks, self._fixed, hardware)
+        self._plan = self._placed(self._blocks)
         self._vram = ByteLedger("VRAM", hardware.vram_bytes)
         self._ram = ByteLedger("RAM", hardware.ram_bytes)
 
@@ -257,46 +258,40 @@ class _Opening:
         weight_bytes = self._patient.weight_bytes
         slots = self._empty(stack)
         self._source.settle(self._device, stack)
-        blocks = self._stream(stack, layouts)
-        onloader = Onloader(self._patient.blocks, slots, blocks)
-        stack.callback(self._patient.replace_lists, None)
+        tiers = Tiers(self._device, self._vram, self._ram)
+        # Who names one list has named the order.
+        known = self._patient.lists == 1
+        supply = stack.enter_context(Supply(layouts, tiers, self._placed, known=known))
+        supply.open()
+        onloader = Onloader(slots, supply)
+        stack.callback(lend(onloader.fetches()))
         stack.callback(onloader.take_back)
-        modules = self._patient.blocks
-        self._patient.replace_lists(
-            [StreamedBlocks(modules, onloader, part) for part in self._patient.lists]
-        )
-        return onloader, lambda: self._report(onloader, blocks, weight_bytes)
+        stack.callback(onloader.watch(self._patient.module))
+        self._patient.fix_lists(stack)
+        guard(self._patient.module, "stream", stack)
+        return onloader, lambda: self._report(supply, weight_bytes)
 
     def _empty(self, stack: ExitStack) -> list[list[Slot]]:
         """Let the weights go; what stands for them is in place then."""
         patient, quantised = self._patient, self._quantised
         if quantised is not None:
             stack.callback(quantised.remove)
-            quantised.install(Computing(Scratch(self._scratch_bytes, self._device)))
+            quantised.install(Computing(Scratch(self._scratch_bytes, self._device)), self._device)
         slots = [patient.slots(index, self._device) for index in range(len(patient.blocks))]
         if quantised is not None:
             slots = [own + quantised.slots(n, self._device) for n, own in enumerate(slots)]
         self._source.empty(stack)
-        stack.callback(_restore, slots)
+        stack.callback(restore, slots)
         for own in slots:
             for slot in own:
                 slot.put(None)
         return slots
 
-    def _stream(self, stack: ExitStack, layouts: list[BlockLayout]) -> EndlessStream:
-        def make(passes: int) -> BlockStream:
-            return BlockStream(
-                layouts,
-                residency(self._plan),
-                passes=passes,
-                device=self._device,
-                device_ledger=self._vram,
-                host_ledger=self._ram,
-            )
+    def _placed(self, sizes: Sequence[int]) -> StreamPlan:
+        self._plan = place_blocks(sizes, self._fixed, self._hardware)
+        return self._plan
 
-        return stack.enter_context(EndlessStream(make))
-
-    def _report(self, onloader: Onloader, blocks: EndlessStream, weight_bytes: int) -> StreamReport:
+    def _report(self, supply: Supply, weight_bytes: int) -> StreamReport:
         plan, stored = self._plan, self._stored
         return StreamReport(
             blocks=plan.n_blocks,
@@ -311,17 +306,11 @@ class _Opening:
             ram_limit_bytes=self._ram.cap_bytes,
             peak_ram_bytes=self._ram.peak,
             disk_bytes=self._source.pack_bytes + (stored.file_bytes if stored else 0),
-            read_bytes=blocks.read_bytes,
-            copied_bytes=blocks.copied_bytes,
-            passes=onloader.passes,
-            skipped=onloader.skipped,
+            read_bytes=supply.read_bytes,
+            copied_bytes=supply.copied_bytes,
+            passes=supply.passes,
+            skipped=supply.skipped,
         )
-
-
-def _restore(slots: Sequence[Sequence[Slot]]) -> None:
-    for own in slots:
-        for slot in own:
-            slot.restore()
 
 
 def _held_bytes(module: nn.Module, hardware: Hardware) -> int:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from difflib import get_close_matches
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from penstock.engine.attach.away import AwayWeight
-from penstock.engine.attach.blocks import Slot
+from penstock.engine.attach.blocks import Slot, StreamedBlocks
 from penstock.engine.attach.livepack import LivePack, spec_of
+from penstock.engine.attach.units import find_units
 from penstock.engine.packs.file import Spec
 from penstock.errors import CheckpointError, UsageError
 from penstock.formats.formats import QuantFormat
@@ -41,47 +42,63 @@ class Linear:
 
 
 class Patient:
-    """A module, its lists of blocks, and which of their weights can leave.
+    """A module, its blocks, and which of their weights can leave.
 
-    A weight that is also used outside the lists stays.
+    A weight that is also used outside the blocks stays.
 
     Args:
         module: the whole module.
-        paths: dotted names of the lists, in the order in which the module goes through them.
+        paths: dotted names of the lists of blocks; None: they are found (`find_units`), and there
+            may be none.
 
     Attributes:
-        lists: where each list lies among ``blocks``.
         blocks: the modules of all lists.
+        lists: how many these are.
         weights: of each block, the parameters that can leave, by local name, each once.
-        staying: all other parameters, and all buffers.
+        outside: all other parameters.
+        buffers: all of them; they stay.
 
     Raises:
         UsageError: there is no such list, or it holds nothing that can be streamed; names the
             lists that there are.
     """
 
-    def __init__(self, module: nn.Module, paths: Sequence[str]) -> None:
-        _check_whole(module)
-        found = [_find(module, path) for path in paths]
-        self._places = [_places(module, each) for each in found]
-        ends = list(accumulate(len(each) for each in found))
-        self.lists = [range(end - len(each), end) for end, each in zip(ends, found, strict=True)]
-        self._originals = found
-        self.blocks = [block for each in found for block in each]
-        outside = {id(p) for p in _outside(module, found)}
+    def __init__(self, module: nn.Module, paths: Sequence[str] | None) -> None:
+        check_unstreamed(module)
+        lists = [] if paths is None else [_find(module, path) for path in paths]
+        self.module = module
+        self._places = [_places(module, each) for each in lists]
+        self._originals = lists
+        if paths is None:
+            units = find_units(module)
+            self.blocks = [unit.module for unit in units]
+            self.lists = len({unit.list_name for unit in units})
+        else:
+            self.blocks = [block for each in lists for block in each]
+            self.lists = len(lists)
+        outside = {id(p) for p in _outside(module, self.blocks)}
         self.weights = [
             {name: p for name, p in block.named_parameters() if id(p) not in outside}
             for block in self.blocks
         ]
-        if not any(self.weights):
+        if paths is None:
+            whole = [n for n, own in enumerate(self.weights) if own]
+            self.blocks = [self.blocks[n] for n in whole]
+            self.weights = [self.weights[n] for n in whole]
+        elif not any(self.weights):
             raise UsageError(
                 f"{', '.join(paths)}: no weights of its own to stream",
                 expected="blocks with parameters that are not used elsewhere",
                 found=f"{len(self.blocks)} blocks",
             )
         leaving = {id(p) for own in self.weights for p in own.values()}
-        kept = [p for p in module.parameters() if id(p) not in leaving]
-        self.staying: list[Tensor] = [*kept, *module.buffers()]
+        self.outside = [p for p in module.parameters() if id(p) not in leaving]
+        self.buffers = list(module.buffers())
+
+    @property
+    def staying(self) -> list[Tensor]:
+        """What is not in a block."""
+        return [*self.outside, *self.buffers]
 
     @property
     def weight_bytes(self) -> int:
@@ -121,11 +138,13 @@ class Patient:
             if p is not None and id(p) in names
         ]
 
-    def replace_lists(self, streamed: Sequence[nn.ModuleList] | None) -> None:
-        """Put each of ``streamed`` (None: the list itself) wherever its list is."""
-        for places, put in zip(self._places, streamed or self._originals, strict=True):
+    def fix_lists(self, stack: ExitStack) -> None:
+        """Put lists that cannot be changed in the places of those that were named."""
+        for places, own in zip(self._places, self._originals, strict=True):
+            put = StreamedBlocks(own)
             for parent, name in places:
                 parent._modules[name] = put
+                stack.callback(parent._modules.__setitem__, name, own)
 
 
 def specs_of(runs: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Spec]]:
@@ -199,7 +218,12 @@ def _outside(module: nn.Module, lists: Collection[nn.Module]) -> Iterator[nn.Par
         waiting += [child for child in current._modules.values() if child is not None]
 
 
-def _check_whole(module: nn.Module) -> None:
+def check_unstreamed(module: nn.Module) -> None:
+    """Refuse a module whose weights are away, or that would not notice.
+
+    Raises:
+        UsageError: it is streamed already, or keeps a second list of its weights.
+    """
     if any(isinstance(p, AwayWeight) for p in module.parameters()):
         raise UsageError(
             "the module is being streamed already",
@@ -292,15 +316,16 @@ class Quantised:
             weight = self._value(each.module.weight).detach().cpu()
             yield from quantise(self.format, weight, each.name).values()
 
-    def install(self, computing: Computing) -> None:
-        """Put quantised layers into the blocks."""
+    def install(self, computing: Computing, device: torch.device) -> None:
+        """Put quantised layers into the blocks; they answer as the plain ones on a device."""
         for linears in self.linears:
             for each in linears:
                 path = strategy_for(computing, self.format, each.shape)
                 weight, bias = each.module.weight, each.module.bias is not None
-                each.parent._modules[each.leaf] = QuantLinear(
-                    each.shape, self.format, path, weight.dtype, bias=bias
-                )
+                made = QuantLinear(each.shape, self.format, path, weight.dtype, bias=bias)
+                told = f"{each.name}.weight (stored as {self.format.name}; keep= leaves it plain)"
+                made.answer(AwayWeight(weight, device, told))
+                each.parent._modules[each.leaf] = made
 
     def remove(self) -> None:
         """Put the plain layers back."""
@@ -367,3 +392,10 @@ def _placed(tensor: Tensor, device: torch.device, stride: tuple[int, ...]) -> Te
         return tensor.to(device)
     made = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=device)
     return made.copy_(tensor)
+
+
+def restore(slots: Sequence[Sequence[Slot]]) -> None:
+    """Put what was there before into every slot."""
+    for own in slots:
+        for slot in own:
+            slot.restore()

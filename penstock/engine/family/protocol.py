@@ -12,7 +12,7 @@ when it is first called. What needs the types of a higher room is stated there:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -93,11 +93,25 @@ class Family(Protocol):
             CheckpointError: not of this family.
         """
 
+    def stranger(self, names: Iterable[str]) -> str | None:
+        """The model akin to this family whose tensors bear these names, if it is not run."""
+
+    def check_together(self, origin: str, configs: Mapping[str, Config]) -> None:
+        """Refuse networks that do not belong together.
+
+        Args:
+            origin: where the model is, for people.
+            configs: of each network by name, gaps filled.
+
+        Raises:
+            CheckpointError: names the two, and the sizes that differ.
+        """
+
     def needed(self, config: Config) -> Iterator[str]:
         """Names of the networks that a model needs whose streamed one has this config."""
 
-    def pipeline(self, names: tuple[str, ...]) -> str:
-        """The class that ``model_index.json`` names for a model with these networks."""
+    def pipeline(self, configs: Mapping[str, Config]) -> str:
+        """The class that ``model_index.json`` names for a model of networks with these configs."""
 
     def adapted_title(self, width: int | None, blocks: int, pictured: bool) -> str:
         """The name of the model that a LoRA was made for, as far as its tensors tell.

@@ -18,7 +18,7 @@ from penstock.engine.family.protocol import ComponentKind, Family, families
 from penstock.engine.files.fields import parse_object
 from penstock.engine.files.source import RawFile, read_bytes
 from penstock.engine.files.storage import COMFY_MARK, PACK_METADATA, StoredWeight, as_bytes, gather
-from penstock.errors import CheckpointError, TensorMismatch
+from penstock.errors import CheckpointError, NotRun, TensorMismatch
 from penstock.formats.gguf import BLOCK_SIZES
 from penstock.formats.gguf import PREFIX as GGUF
 from penstock.offload.checkpoint import TensorEntry
@@ -169,9 +169,10 @@ def recognise(raw: RawFile, config: Mapping[str, Any] | None = None) -> Componen
         config: of the component, where a config.json is known; else it is derived from shapes.
 
     Raises:
-        CheckpointError: no component of a Wan2.1 model, or stored in an unknown way.
+        CheckpointError: no component of a model that is run, or stored in an unknown way.
         TensorMismatch: a tensor that tells a dimension is missing.
     """
+    _refuse_strangers(raw)
     found = find_naming(raw.entries)
     if found is None:
         raise _foreign(raw)
@@ -375,6 +376,28 @@ def _sorted(names: list[str]) -> tuple[str, ...]:
                 for part in re.split(r"(\d+)", name)
             ],
         )
+    )
+
+
+def _refuse_strangers(raw: RawFile) -> None:
+    """Call a model by its name that is like those of a family and is not run.
+
+    Raises:
+        NotRun: it is one.
+    """
+    for family in families():
+        name = family.stranger(raw.entries)
+        if name is not None:
+            raise not_run(str(raw.path), name)
+
+
+def not_run(where: str, name: str) -> NotRun:
+    """The refusal of a model that is known by ``name``."""
+    return NotRun(
+        f"{where} is of {name}",
+        expected="a model that penstock runs: `penstock plan --synthetic` names them",
+        found=name,
+        remedy=f"penstock does not run {name}: use a model that it runs.",
     )
 
 

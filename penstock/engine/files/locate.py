@@ -7,19 +7,29 @@ import base64
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from penstock.engine.family.protocol import ComponentKind, Family, families
 from penstock.engine.files import side_fields
+from penstock.engine.files.experts import (
+    FIRST,
+    PARTS,
+    SECOND,
+    alone,
+    check_order,
+    expert_of,
+    partner_of,
+    pipeline_facts,
+)
 from penstock.engine.files.fields import Field, check_fields, parse_object, read_object
 from penstock.engine.files.folders import SUFFIXES, comfy_folders, comfy_root, weight_files
 from penstock.engine.files.hub import Fetch, hub_snapshot
 from penstock.engine.files.incomplete import check_whole
 from penstock.engine.files.keys import ComponentSource, find_naming, recognise
 from penstock.engine.files.source import RawFile, dangling, open_raw, refusal_of
-from penstock.errors import CheckpointError, UsageError
+from penstock.errors import CheckpointError, NotRun, UsageError
 from penstock.offload.checkpoint import PICKLES, TensorEntry
 from penstock.offload.files import looked_at
 from penstock.offload.shards import heads, is_shard
@@ -40,6 +50,7 @@ class Files:
         transformer, text_encoder, vae, image_encoder: a file, an index or a folder each; under a
             ComfyUI root a bare file name is enough.
         tokenizer: a tokenizer folder or a SentencePiece model.
+        transformer_2: of a model of two transformers the one for little noise.
     """
 
     transformer: Path | None = None
@@ -47,12 +58,13 @@ class Files:
     vae: Path | None = None
     image_encoder: Path | None = None
     tokenizer: Path | None = None
+    transformer_2: Path | None = None
 
 
 COMPONENTS = ("transformer", "text_encoder", "vae", "image_encoder")
 """Networks that a flag names, the one that streams first."""
 
-_FLAGS = {name: "--" + name.replace("_", "-") for name in COMPONENTS}
+_FLAGS = {name: "--" + name.replace("_", "-") for name in (*COMPONENTS, SECOND)}
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,7 @@ class ModelSource:
         tokenizer: a folder, a SentencePiece model, or the byte tensor that holds one.
         scheduler, image_processor: configs as diffusers and transformers write them.
         defaults: the model's own defaults for a request (``defaults.json``), often none.
+        pipeline: of its ``model_index.json``, what determines how it is sampled; often nothing.
         lora_folders: where a LoRA that is given by its name is looked for.
         notes: what was passed over in finding it, for people.
     """
@@ -75,6 +88,7 @@ class ModelSource:
     scheduler: Mapping[str, Any]
     image_processor: Mapping[str, Any]
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    pipeline: Mapping[str, Any] = field(default_factory=dict)
     lora_folders: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -141,14 +155,18 @@ def survey(folder: Path) -> dict[str, ComponentSource | CheckpointError]:
     """
     found = _in_folder(folder, None)
     parts: dict[str, ComponentSource | CheckpointError] = {}
-    for name in COMPONENTS:
+    try:
+        parts |= _transformers(found, Files(), [])
+    except CheckpointError as error:
+        parts[FIRST] = error
+    for name in COMPONENTS[1:]:
         try:
             parts[name] = _component(name, found, Files(), [])
         except CheckpointError as error:
             parts[name] = error
-    first = parts[COMPONENTS[0]]
+    first = parts[FIRST]
     if isinstance(first, ComponentSource):
-        wanted = (COMPONENTS[0], *first.family.needed(first.config))
+        wanted = (FIRST, SECOND, *first.family.needed(first.config))
         parts = {name: part for name, part in parts.items() if name in wanted}
     return parts
 
@@ -165,6 +183,7 @@ class _Found:
     scheduler: Mapping[str, Any] | None = None
     image_processor: Mapping[str, Any] | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    pipeline: Mapping[str, Any] = field(default_factory=dict)
     pickles: tuple[Path, ...] = ()
 
 
@@ -173,7 +192,7 @@ def _with_transformer(path: Path, files: Files) -> Files:
         raise UsageError(
             "two transformers", expected="one", found=f"--model {path} and --transformer"
         )
-    return Files(path, files.text_encoder, files.vae, files.image_encoder, files.tokenizer)
+    return replace(files, transformer=path)
 
 
 def _in_folder(folder: Path, files: Files | None) -> _Found:
@@ -195,8 +214,9 @@ def _diffusers(folder: Path, files: Files | None) -> _Found:
     check_pipeline(folder, index)
     if files is not None:
         given = {each.name for each in fields(files) if getattr(files, each.name) is not None}
-        check_whole(folder, index, [p for p in (*COMPONENTS, "tokenizer") if p not in given])
-    parts = [name for name in COMPONENTS if (folder / name).is_dir()]
+        every = (*COMPONENTS, SECOND, "tokenizer")
+        check_whole(folder, index, [part for part in every if part not in given])
+    parts = [name for name in (*COMPONENTS, SECOND) if (folder / name).is_dir()]
     scheduler = folder / "scheduler" / "scheduler_config.json"
     processor = folder / "image_processor" / "preprocessor_config.json"
     defaults = folder / "defaults.json"
@@ -206,6 +226,7 @@ def _diffusers(folder: Path, files: Files | None) -> _Found:
         scheduler=_checked(scheduler, side_fields.SCHEDULER),
         image_processor=_checked(processor, side_fields.IMAGE_PROCESSOR),
         defaults=_checked(defaults, side_fields.DEFAULTS) or {},
+        pipeline=pipeline_facts(index),
     )
 
 
@@ -244,18 +265,21 @@ def _comfy(folder: Path, root: Path) -> _Found:
 
 
 def _original(folder: Path) -> _Found:
-    """Wan's own repository: a sharded transformer at the top, the rest beside it."""
-    places: dict[str, tuple[Path, ...]] = {}
+    """Wan's own repository: a sharded transformer at the top, or two in folders of their own, and
+    the rest beside it."""
+    pair = {part: folder / f"{expert}_noise_model" for part, expert in PARTS.items()}
+    places = {part: (place,) for part, place in pair.items() if place.is_dir()}
     index = sorted(folder.glob("*.safetensors.index.json"))
     loose = [p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix in SUFFIXES]
     if index:
         loose = [path for path in loose if not is_shard(path)]
-        places["transformer"] = (index[0],)
+        places[FIRST] = (index[0],)
     loose = heads(loose)
     for name in COMPONENTS:
-        places[name] = (*places.get(name, ()), *loose)
+        if name not in places or name == FIRST and index:
+            places[name] = (*places.get(name, ()), *loose)
     pickles = tuple(p for p in sorted(folder.iterdir()) if p.suffix in PICKLES)
-    if not (index or loose or pickles):
+    if not (index or loose or pickles or places.get(SECOND)):
         raise CheckpointError(
             f"{folder} is no model folder",
             expected="model_index.json (diffusers), models/diffusion_models (ComfyUI) or "
@@ -271,10 +295,13 @@ def _original(folder: Path) -> _Found:
 
 def _assemble(origin: str, found: _Found, files: Files) -> ModelSource:
     notes: list[str] = []
-    first = _component(COMPONENTS[0], found, files, notes)
-    names = first.family.needed(first.config)
+    streamed = _transformers(found, files, notes)
+    first = streamed[FIRST]
+    names = [name for name in first.family.needed(first.config) if name not in streamed]
     others = {name: _component(name, found, files, notes) for name in names}
-    parts = {COMPONENTS[0]: first} | others
+    parts = {**streamed, **others}
+    whole = {name: {**part.kind.defaults, **part.config} for name, part in parts.items()}
+    first.family.check_together(origin, whole)
     return ModelSource(
         origin=origin,
         parts=parts,
@@ -282,9 +309,61 @@ def _assemble(origin: str, found: _Found, files: Files) -> ModelSource:
         scheduler=dict(found.scheduler or first.family.SCHEDULER),
         image_processor=_sized(found.image_processor or first.family.IMAGE_PROCESSOR),
         defaults=found.defaults,
+        pipeline=found.pipeline,
         lora_folders=found.lora_folders,
         notes=tuple(dict.fromkeys(notes)),
     )
+
+
+def _transformers(found: _Found, files: Files, notes: list[str]) -> dict[str, ComponentSource]:
+    """The transformer, or the two of a model that has one for much noise and one for little.
+
+    Raises:
+        CheckpointError: one of two without the other.
+        UsageError: they are not in their places.
+    """
+    chosen = _pair_among(found, files, notes)
+    first = chosen[0] if chosen else _component(FIRST, found, files, notes)
+    expert = expert_of(first.raw)
+    second = chosen[1] if chosen else _second(first, found, files, notes)
+    if second is not None:
+        check_order(expert, expert_of(second.raw))
+        return {FIRST: first, SECOND: _as_second(second)}
+    has_two = SECOND in first.family.KINDS
+    if has_two and (expert is not None or SECOND in first.family.needed(first.config)):
+        raise alone(first.raw.path, expert or "high")
+    return {FIRST: first}
+
+
+def _second(
+    first: ComponentSource, found: _Found, files: Files, notes: list[str]
+) -> ComponentSource | None:
+    """The transformer beside ``first``: as it was given, in its place, or the file beside it whose
+    name says so; None: there is none."""
+    if files.transformer_2 is not None or found.places.get(SECOND):
+        return _component(SECOND, found, files, notes)
+    partner = partner_of(first.raw.path)
+    if partner is None or not partner.exists() or expert_of(first.raw) != "high":
+        return None
+    return _component(SECOND, found, replace(files, transformer_2=partner), notes)
+
+
+def _pair_among(
+    found: _Found, files: Files, notes: list[str]
+) -> tuple[ComponentSource, ComponentSource] | None:
+    """The only two transformers that there are, where their names say which is which."""
+    places = found.places.get(FIRST, ())
+    if files.transformer is not None or files.transformer_2 is not None or len(places) < 2:
+        return None
+    fits = _fitting(FIRST, places).found
+    by_expert = {expert_of(each.raw): each for each in fits}
+    if len(fits) != 2 or set(by_expert) != {"high", "low"}:
+        return None
+    return by_expert["high"], by_expert["low"]
+
+
+def _as_second(source: ComponentSource) -> ComponentSource:
+    return replace(source, kind=source.family.KINDS[SECOND])
 
 
 def _sized(processor: Mapping[str, Any]) -> dict[str, Any]:
@@ -292,6 +371,7 @@ def _sized(processor: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _component(name: str, found: _Found, files: Files, notes: list[str]) -> ComponentSource:
+    """The part ``name``; a second transformer is a transformer by itself."""
     given = getattr(files, name)
     if given is not None:
         return _given(name, given, found)
@@ -316,6 +396,7 @@ def _named(name: str, given: Path, found: _Found) -> Path:
     Raises:
         CheckpointError: several subfolders hold one.
     """
+    name = FIRST if name == SECOND else name
     whole = (root / given for root in found.roots.get(name, ()))
     direct = next((path for path in whole if path.is_file()), None)
     if direct is not None or given.is_absolute():
@@ -334,7 +415,7 @@ def _named(name: str, given: Path, found: _Found) -> Path:
 
 
 def _check_kind(name: str, source: ComponentSource) -> None:
-    if source.component != name:
+    if source.component != (FIRST if name == SECOND else name):
         raise CheckpointError(
             f"{source.raw.path} is no {name.replace('_', ' ')}",
             expected=f"the {name.replace('_', ' ')} of a Wan2.1 model",
@@ -344,41 +425,57 @@ def _check_kind(name: str, source: ComponentSource) -> None:
     source.check()
 
 
-def _choose(
-    name: str, places: tuple[Path, ...], found: _Found, notes: list[str]
-) -> ComponentSource:
-    """The one file among ``places`` that is this component; others may be anything, and those that
-    cannot be read at all are added to ``notes``."""
-    fitting: list[ComponentSource] = []
-    broken: list[CheckpointError] = []
-    refused: list[CheckpointError] = []
+@dataclass(frozen=True)
+class _Fits:
+    """Of several files those that are one component, and why the others are not: they cannot be
+    read at all, or they are something else."""
+
+    found: list[ComponentSource]
+    broken: list[CheckpointError]
+    refused: list[CheckpointError]
+
+
+def _fitting(name: str, places: tuple[Path, ...]) -> _Fits:
+    fits = _Fits([], [], [])
     for path in places:
         try:
             raw = open_raw(path)
         except CheckpointError as error:
-            broken.append(error)
+            fits.broken.append(error)
             continue
         try:
             source = recognise_beside(raw)
             if source.component == name:
                 source.check()
-                fitting.append(source)
+                fits.found.append(source)
         except CheckpointError as error:
             log.debug("%s is not it: %s", path, error)
-            refused.append(error)
-    if len(fitting) == 1:
-        notes += [f"passed over: {error}" for error in broken]
-        return fitting[0]
-    if fitting:
+            fits.refused.append(error)
+    return fits
+
+
+def _choose(
+    name: str, places: tuple[Path, ...], found: _Found, notes: list[str]
+) -> ComponentSource:
+    """The one file among ``places`` that is this component; others may be anything, and those that
+    cannot be read at all are added to ``notes``."""
+    fits = _fitting(name, places)
+    if len(fits.found) == 1:
+        notes += [f"passed over: {error}" for error in fits.broken]
+        return fits.found[0]
+    if fits.found:
         raise CheckpointError(
             f"more than one {name.replace('_', ' ')}",
             expected=f"one; name it with {_FLAGS[name]}",
-            found=", ".join(source.raw.path.name for source in fitting),
+            found=", ".join(source.raw.path.name for source in fits.found),
         )
-    raise _nothing(name, found, [*broken, *refused])
+    raise _nothing(name, found, [*fits.broken, *fits.refused])
 
 
 def _nothing(name: str, found: _Found, refused: list[CheckpointError]) -> CheckpointError:
+    known = next((error for error in refused if isinstance(error, NotRun)), None)
+    if known is not None:
+        return known
     if found.pickles:
         return refusal_of(_likely_pickle(name, found.pickles))
     if len(refused) == 1:

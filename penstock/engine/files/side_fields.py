@@ -101,5 +101,6 @@ MODEL_INDEX: Mapping[str, Field] = MappingProxyType({
     "_class_name": text(),
     "transformer_2": maybe(several(maybe(text()), 2, 2)),
     "expand_timesteps": maybe(flag()),
+    "boundary_ratio": maybe(_SHARE),
 })  # fmt: skip
 """Of a model_index.json: what tells one pipeline from another."""

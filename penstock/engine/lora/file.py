@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock.engine.family.protocol import families
+from penstock.engine.files.experts import expert_of_folder, expert_of_lora
 from penstock.engine.files.fields import (
     Field,
     check_fields,
@@ -35,6 +36,7 @@ from penstock.offload.checkpoint import Checkpoint, TensorEntry
 from penstock.offload.files import FileStamp, looked_at
 
 _LARGEST = 1e300
+EXPERTS = ("high", "low", "both")
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _SHOWN = 3
 _MOST_DIMENSIONS = 5
@@ -61,14 +63,17 @@ class Lora:
         strength: what its change of the weights is multiplied by; 1.0 is as trained.
         strict: refuse it if one of its tensors has no place in the model, instead of leaving that
             one out.
+        expert: of a model of two transformers the one that it is for, "high" or "low" (noise), or
+            "both"; None: the one that its name says, else both.
 
     Raises:
-        UsageError: the strength is not a finite number.
+        UsageError: the strength is not a finite number, or there is no such expert.
     """
 
     path: Path
     strength: float = 1.0
     strict: bool = False
+    expert: str | None = None
 
     def __post_init__(self) -> None:
         strength: object = self.strength
@@ -80,19 +85,36 @@ class Lora:
                 found=brief(strength),
                 remedy="1.0 is as trained",
             )
+        if self.expert not in (None, *EXPERTS):
+            raise UsageError(
+                f"{self.path} is for no such transformer",
+                expected=" or ".join(EXPERTS),
+                found=brief(self.expert),
+            )
 
     @classmethod
     def parse(cls, text: str) -> Lora:
-        """From ``FILE`` or ``FILE:STRENGTH``; a colon that no number follows is the path's.
+        """From ``FILE``, ``FILE:STRENGTH``, and either with ``@high``, ``@low`` or ``@both`` behind
+        it; a colon that no number follows is the path's, and so is another ``@``.
 
         Raises:
             UsageError: as the class.
         """
+        whole, at, expert = text.rpartition("@")
+        named = bool(at and whole) and expert in EXPERTS
+        text, wanted = (whole, expert) if named else (text, None)
         path, colon, tail = text.rpartition(":")
         try:
-            return cls(Path(path), float(tail)) if colon and path else cls(Path(text))
+            if colon and path:
+                return cls(Path(path), float(tail), expert=wanted)
         except ValueError:
-            return cls(Path(text))
+            pass
+        return cls(Path(text), expert=wanted)
+
+    def is_for(self, expert: str) -> bool:
+        """Whether it changes that one of two transformers."""
+        own = self.expert or expert_of_lora(self.path.name) or expert_of_folder(self.path)
+        return own in (None, "both", expert)
 
 
 def as_loras(given: Sequence[Lora | str | Path], *, strict: bool = False) -> tuple[Lora, ...]:

@@ -23,6 +23,7 @@ from penstock.engine.lora.file import FittedLora, Lora, open_lora
 from penstock.engine.lora.find import found_in
 from penstock.engine.lora.layer import LoraLayer, parameters_of
 from penstock.engine.store.digest import stamp
+from penstock.errors import UsageError
 from penstock.formats.patch import Patch
 from penstock.formats.rows import Shape
 from penstock.formats.tags import ITEM_BYTES
@@ -139,6 +140,26 @@ class LoraPart:
         return total.to(base.dtype)
 
 
+def check_one(loras: Sequence[Lora]) -> None:
+    """Refuse a LoRA that is said to be for one of two transformers, where there is one.
+
+    Raises:
+        UsageError: names it.
+    """
+    for lora in loras:
+        if lora.expert in ("high", "low"):
+            raise UsageError(
+                f"{lora.path} is for the transformer for {lora.expert} noise",
+                expected="a model of two transformers (Wan2.2 A14B)",
+                found="a model of one",
+                remedy=f"Leave @{lora.expert} out.",
+            )
+
+
+def _fitted(source: ComponentSource, loras: Sequence[Lora]) -> tuple[FittedLora, ...]:
+    return tuple(open_lora(lora.path).fitted(source, strict=lora.strict) for lora in loras)
+
+
 def _matrix(shape: Sequence[int]) -> Shape:
     """A parameter of ``shape`` as `Change.apply` sees it."""
     return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, shape[0])
@@ -149,34 +170,55 @@ class PlacedLoras:
     """Open LoRAs, checked against a transformer.
 
     Attributes:
-        given: what was asked for.
+        given: those that are applied to it.
         files: the opened file of each, and what of it is applied.
+        asked: all that were asked for, those of a second transformer too.
+        second: those of the second transformer; None: there is none.
     """
 
     source: ComponentSource
     given: tuple[Lora, ...]
     files: tuple[FittedLora, ...]
+    asked: tuple[Lora, ...] = ()
+    second: PlacedLoras | None = None
 
     @classmethod
     def open(
-        cls, source: ComponentSource, loras: Sequence[Lora], folders: Sequence[Path] = ()
+        cls,
+        source: ComponentSource,
+        loras: Sequence[Lora],
+        folders: Sequence[Path] = (),
+        second: ComponentSource | None = None,
     ) -> PlacedLoras:
         """Open ``loras``; reads headers and alphas.
 
         Args:
             folders: where a file that is given by its name is looked for.
+            second: the second transformer; each LoRA goes to the one that it is for, or to both.
 
         Raises:
             CheckpointError: a file cannot be used, or was made for another model.
+            UsageError: one is for one of two transformers, and there is one.
         """
-        given = tuple(found_in(lora, folders) for lora in loras)
-        files = tuple(open_lora(lora.path).fitted(source, strict=lora.strict) for lora in given)
-        return cls(source, given, files)
+        asked = tuple(found_in(lora, folders) for lora in loras)
+        if second is None:
+            check_one(asked)
+            return cls(source, asked, _fitted(source, asked), asked)
+        high = tuple(lora for lora in asked if lora.is_for("high"))
+        low = tuple(lora for lora in asked if lora.is_for("low"))
+        other = cls(second, low, _fitted(second, low))
+        return cls(source, high, _fitted(source, high), asked, other)
+
+    @property
+    def every(self) -> tuple[PlacedLoras, ...]:
+        """Of each transformer."""
+        return (self,) if self.second is None else (self, self.second)
 
     @property
     def notices(self) -> tuple[str, ...]:
         """What is to be said of tensors that are left out."""
-        return tuple(each.notice for each in self.files if each.notice is not None)
+        files = [file for part in self.every for file in part.files]
+        return tuple(dict.fromkeys(each.notice for each in files if each.notice is not None))
 
     @property
     def stamps(self) -> dict[Path, FileStamp]:
@@ -184,22 +226,26 @@ class PlacedLoras:
         return {path: stamp for file in self.files for path, stamp in file.file.stamps.items()}
 
     def origins(self) -> tuple[Origin, ...]:
-        """One line a LoRA, for plans."""
+        """One line a LoRA and transformer, for plans."""
+        names = ("",) if self.second is None else (" for high noise", " for low noise")
         return tuple(
             Origin(
                 "LoRA",
-                f"{lora.path.name} at strength {lora.strength:g}, "
+                f"{lora.path.name} at strength {lora.strength:g}{name}, "
                 f"{format_bytes(file.nbytes)} beside the weights" + _left(file),
                 "flag",
             )
-            for lora, file in zip(self.given, self.files, strict=True)
+            for name, part in zip(names, self.every, strict=True)
+            for lora, file in zip(part.given, part.files, strict=True)
         )
 
     def numerics(self) -> list[dict[str, object]]:
         """What of them alters a result, besides their files."""
         return [
             {"strength": lora.strength, "scales": sorted({la.scale for la in file.layers.values()})}
-            for lora, file in zip(self.given, self.files, strict=True)
+            | ({} if self.second is None else {"transformer": number})
+            for number, part in enumerate(self.every)
+            for lora, file in zip(part.given, part.files, strict=True)
         ]
 
     def merged_names(self) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
+from penstock.engine.files.experts import SECOND
 from penstock.engine.files.keys import ComponentSource
 from penstock.engine.files.locate import Files, ModelSource, locate
 from penstock.engine.files.tokenizer import Tokenizer
@@ -53,6 +54,12 @@ class ModelFiles:
     def streamed(self) -> Component:
         """The network whose blocks stream while latents are denoised."""
         return next(iter(self.parts.values()))
+
+    @property
+    def streaming(self) -> tuple[str, ...]:
+        """Names of the networks whose blocks stream while latents are denoised, in their order."""
+        first = next(iter(self.source.parts))
+        return (first, SECOND) if SECOND in self.source.parts else (first,)
 
     @property
     def grid(self) -> Grid:
@@ -103,7 +110,8 @@ class ModelFiles:
         if isinstance(tokenizer, Path):
             inside = tokenizer.iterdir() if tokenizer.is_dir() else [tokenizer]
             found |= {f"tokenizer/{path.name}": path for path in inside if path.is_file()}
-        for index, lora in enumerate(self.loras.files):
+        loras = [lora for part in self.loras.every for lora in part.files]
+        for index, lora in enumerate(loras):
             found |= {f"lora/{index}/{part}": path for part, path in enumerate(lora.file.stamps)}
         return found
 
@@ -140,15 +148,16 @@ class ModelFiles:
             HeaderError, PickleRefused, TensorMismatch: a component's files cannot be used.
         """
         source = locate(model, files)
-        placed = PlacedLoras.open(source.streamed, loras, source.lora_folders)
+        second = source.parts.get(SECOND)
+        placed = PlacedLoras.open(source.streamed, loras, source.lora_folders, second)
         family = cast("ModelFamily", source.family)
         parts = family.components(source, placed)
         computing = Computing(Scratch(0, "cpu"))
         return family.MODEL(
-            opening=Opening(None if model is None else str(model), files or Files(), placed.given),
+            opening=Opening(None if model is None else str(model), files or Files(), placed.asked),
             source=source,
             parts=parts,
-            manifest=family.manifest(parts, computing),
+            manifest=family.manifest(parts, computing, source.pipeline),
             scratch=computing.scratch,
             loras=placed,
         )
@@ -158,18 +167,24 @@ class ModelFiles:
         that states what they take so. Once a model: the linears stay as they are made."""
         for part in self.components():
             part.install(computing)
-        manifest = cast("ModelFamily", self.source.family).manifest(self.parts, computing)
+        family, pipeline = cast("ModelFamily", self.source.family), self.source.pipeline
+        manifest = family.manifest(self.parts, computing, pipeline)
         return replace(self, manifest=manifest, scratch=computing.scratch)
 
-    def with_streamed(self: Own, source: ComponentSource) -> Own:
-        """This model with another network that streams; to be `installed` before it computes."""
-        placed = replace(self.loras, source=source)
-        name = next(iter(self.source.parts))
-        whole = replace(self.source, parts={**self.source.parts, name: source})
-        family = cast("ModelFamily", whole.family)
-        first = next(iter(self.parts))
-        parts = {**self.parts, first: family.streamed(source, placed)}
-        return replace(self, source=whole, parts=parts, loras=placed)
+    def with_streamed(self: Own, *sources: ComponentSource) -> Own:
+        """This model with other networks that stream, one for each of `streaming`; to be
+        `installed` before it computes."""
+        family, placed = cast("ModelFamily", self.source.family), []
+        found, parts = dict(self.source.parts), dict(self.parts)
+        inside = (next(iter(parts)), SECOND)
+        for name, own, old, source in zip(
+            self.streaming, inside, self.loras.every, sources, strict=False
+        ):
+            found[name] = replace(source, kind=self.source.parts[name].kind)
+            placed.append(replace(old, source=found[name], second=None))
+            parts[own] = family.streamed(found[name], placed[-1])
+        loras = replace(placed[0], second=placed[1] if len(placed) > 1 else None)
+        return replace(self, source=replace(self.source, parts=found), parts=parts, loras=loras)
 
     def components(self) -> tuple[Component, ...]:
         """All networks of the model."""
@@ -193,5 +208,8 @@ class ModelFamily(Protocol):
     def components(self, source: ModelSource, loras: PlacedLoras) -> dict[str, Component]:
         """All networks by their names in plans, the one that streams first."""
 
-    def manifest(self, parts: Mapping[str, Component], computing: Computing) -> Manifest:
-        """What the planner knows of these networks, computing as ``computing`` says."""
+    def manifest(
+        self, parts: Mapping[str, Component], computing: Computing, pipeline: Mapping[str, Any]
+    ) -> Manifest:
+        """What the planner knows of these networks, computing as ``computing`` says; ``pipeline``
+        is that of their `ModelSource`."""

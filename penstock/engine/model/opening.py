@@ -37,7 +37,7 @@ class Opening:
         return {
             "model": None if self.model is None else _absolute(self.model),
             "files": {name: _absolute(path) for name, path in given.items()},
-            "loras": [[_absolute(lora.path), lora.strength] for lora in self.loras],
+            "loras": [_values(lora) for lora in self.loras],
         }
 
     @classmethod
@@ -63,9 +63,17 @@ class Opening:
 
 def _loras(kept: Any) -> tuple[Lora, ...]:
     try:
-        return tuple(Lora(Path(path), float(strength)) for path, strength in kept)
+        return tuple(
+            Lora(Path(path), float(strength), expert=expert[0] if expert else None)
+            for path, strength, *expert in kept
+        )
     except (TypeError, ValueError, UsageError) as error:
         raise JournalError("the job's record names no LoRAs", found=str(error)) from error
+
+
+def _values(lora: Lora) -> list[Any]:
+    expert = [] if lora.expert is None else [lora.expert]
+    return [_absolute(lora.path), lora.strength, *expert]
 
 
 def _absolute(place: str | Path) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from penstock.engine.files.keys import ComponentSource
@@ -32,6 +32,20 @@ PACKING = "pack"
 """Name of the phase in which a pack is made."""
 
 _MOST_RAM_BYTES = 2 * GIB
+
+
+def packing(uses: Sequence[FirstUse], hardware: Hardware) -> PhasePlan:
+    """Making several packs one after the other, as one phase of a plan.
+
+    Raises:
+        OverBudget: packing does not fit the RAM budget.
+    """
+    phases = [use.phase(hardware) for use in uses]
+    return replace(
+        max(phases, key=lambda phase: phase.ram_bytes),
+        read_bytes=sum(phase.read_bytes for phase in phases),
+        seconds=sum(phase.seconds for phase in phases),
+    )
 
 
 @dataclass(frozen=True)

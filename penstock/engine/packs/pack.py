@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from penstock.closing import Closing
+from penstock.engine.files.experts import SECOND
 from penstock.engine.files.keys import stored_name
 from penstock.engine.files.locate import ModelSource
 from penstock.engine.files.reader import WeightReader
@@ -100,10 +101,11 @@ def pack(
             "too little memory to pack", expected=f"{LEAST_RAM_BYTES:,} bytes", found=str(ram_bytes)
         )
     ops = ops or FileOps()
-    merged = PlacedLoras.open(source.streamed, loras, source.lora_folders)
+    second = source.parts.get(SECOND)
+    merged = PlacedLoras.open(source.streamed, loras, source.lora_folders, second)
+    by_part = {part.source.component: part for part in merged.every}
     plans = [
-        plan_component(part, wanted, merged if part is source.streamed else None)
-        for part in source.components()
+        plan_component(part, wanted, by_part.get(part.component)) for part in source.components()
     ]
     check_target(folder, plans)
     check_space(ops, folder, plans)

@@ -79,9 +79,11 @@ def _config(component: ComponentSource) -> dict[str, Any]:
 
 
 def _index(source: ModelSource, about: Mapping[str, Any]) -> dict[str, Any]:
-    pipeline = source.family.pipeline(tuple(source.parts))
+    configs = {name: part.config for name, part in source.parts.items()}
+    pipeline = source.family.pipeline(configs)
     parts = {name: list(part.kind.made_by) for name, part in source.parts.items()}
-    return {"_class_name": pipeline, "_penstock": {"version": __version__, **about}, **parts}
+    made = {"version": __version__, **about}
+    return {"_class_name": pipeline, "_penstock": made, **source.pipeline, **parts}
 
 
 def _tokenizer(tokenizer: Path | TensorEntry) -> Iterator[tuple[str, bytes]]:

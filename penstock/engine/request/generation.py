@@ -17,8 +17,8 @@ from typing import Any
 
 from penstock.engine.model.grid import Grid
 from penstock.errors import RequestError, brief
-from penstock.profiles.manifest import VideoShape
-from penstock.profiles.phases import Workload
+from penstock.profiles.manifest import Pictures, VideoShape
+from penstock.profiles.phases import Noise, Workload
 
 SAMPLERS = ("unipc", "dpm++", "euler", "lcm")
 CLIP_CROPS = ("squash", "center")
@@ -64,11 +64,14 @@ class GenerationRequest:
     Attributes:
         prompt: what to show; must not be blank.
         image: the picture to start from, or None for text to video.
+        last_image: the picture to end with, where the model takes one.
         negative_prompt: what to avoid; None takes the official default, ``""`` takes none.
         width, height: pixels, multiples of ``grid.side``.
         frames: video frames, ``4n+1``.
         steps: denoising steps.
         guidance_scale: classifier-free guidance; 1 and below switch it off (one pass a step).
+        guidance_high: that of the transformer for much noise, where there are two: the other one's
+            is then ``guidance_scale``. None: the same for both.
         shift: flow shift of the noise schedule; None takes the official one of the resolution.
         seed: 0 to 2**32-1, or None to draw one (`with_seed`).
         sampler: one of `SAMPLERS`.
@@ -102,6 +105,8 @@ class GenerationRequest:
     distilled: bool = False
     clip_crop: str = "squash"
     fit: str = "crop"
+    last_image: Path | None = None
+    guidance_high: float | None = None
     grid: Grid = field(default_factory=Grid)
 
     def __post_init__(self) -> None:
@@ -110,6 +115,8 @@ class GenerationRequest:
         _check_int("steps", self.steps, 1, MAX_STEPS)
         _check_fps(self.fps)
         _check_guidance(self.guidance_scale)
+        if self.guidance_high is not None:
+            _check_guidance(self.guidance_high)
         _check_shift(self.shift)
         _check_seed(self.seed)
         if self.sampler not in SAMPLERS:
@@ -151,12 +158,20 @@ class GenerationRequest:
                 found=brief(self.prompt),
                 remedy="Say what should happen, e.g. 'the cat turns its head and yawns'",
             )
-        if self.image is not None and not isinstance(self.image, Path):
+        for name, image in (("image", self.image), ("last image", self.last_image)):
+            if image is not None and not isinstance(image, Path):
+                raise RequestError(
+                    f"the {name} is not a path",
+                    expected="pathlib.Path",
+                    found=_type(image),
+                    remedy="Wrap it: Path('cat.png')",
+                )
+        if self.last_image is not None and self.image is None:
             raise RequestError(
-                "the image is not a path",
-                expected="pathlib.Path",
-                found=_type(self.image),
-                remedy="Wrap it: Path('cat.png')",
+                "a video that ends with a picture starts from one too",
+                expected="an image",
+                found="a last image alone",
+                remedy="Give one with --image (image=Path(...))",
             )
 
     def _check_shape(self) -> None:
@@ -185,6 +200,17 @@ class GenerationRequest:
     def video_shape(self) -> VideoShape:
         """The size as the planner takes it."""
         return VideoShape(self.width, self.height, self.frames)
+
+    @property
+    def guidance_scales(self) -> tuple[float, float]:
+        """Of the transformer for much noise, and of the one for little or the only one."""
+        low = self.guidance_scale
+        return low if self.guidance_high is None else self.guidance_high, low
+
+    @property
+    def pictures(self) -> tuple[Path, ...]:
+        """That the video starts from and ends with."""
+        return tuple(path for path in (self.image, self.last_image) if path is not None)
 
     @property
     def uses_guidance(self) -> bool:
@@ -230,12 +256,53 @@ def workload_of(request: GenerationRequest, *, saved: bool = False) -> Workload:
     Raises:
         ImageError: the picture cannot be used.
     """
+    given = request.pictures
     work = Workload(request.video_shape, request.steps, request.uses_guidance, saved)
-    if request.image is None or not request.image.exists():
+    high, _ = (scale > 1 for scale in request.guidance_scales)
+    work = replace(work, pictures=len(given) or None, guided_high=high, noise=noise_of(request))
+    names = ("picture", "last")
+    there = {name: path for name, path in zip(names, given, strict=False) if path.exists()}
+    if not there:
         return work
     from penstock.engine.media.picture import measure  # Pillow and numpy, for a picture alone
 
-    return replace(work, picture=measure(request.image))
+    measured: dict[str, Any] = {name: measure(path) for name, path in there.items()}
+    return replace(work, **measured)
+
+
+def noise_of(request: GenerationRequest) -> Noise:
+    """What determines the noise levels of a request."""
+    return Noise(request.sampler, request.shift, request.distilled)
+
+
+def check_pictures(request: GenerationRequest, wanted: Pictures) -> None:
+    """Refuse a request whose pictures the model cannot take.
+
+    Args:
+        request: the request.
+        wanted: what the model takes.
+
+    Raises:
+        RequestError: a picture is given that it does not take, or one is missing.
+    """
+    if wanted.first != "may":
+        check_task(request, image_to_video=wanted.first == "must")
+    if wanted.last == "must" and request.last_image is None:
+        raise RequestError(
+            "this model makes what lies between two pictures",
+            expected="an image to end with",
+            found="none",
+            remedy="Give one with --last-image (last_image=Path(...)), or use an image-to-video "
+            "model",
+        )
+    if wanted.last == "none" and request.last_image is not None:
+        raise RequestError(
+            "this model does not take the picture that a video ends with",
+            expected="no last image",
+            found=str(request.last_image),
+            remedy="Leave --last-image out, or use a model that takes it (Wan2.1 FLF2V, Wan2.2 "
+            "I2V A14B)",
+        )
 
 
 def check_task(request: GenerationRequest, *, image_to_video: bool) -> None:
@@ -308,6 +375,42 @@ def frame_rate(fps: float) -> Fraction:
     if not float(fps).is_integer() and abs(fps * _NTSC - whole) < _ROUNDED:
         return Fraction(whole * 1000, 1001)
     return Fraction(repr(fps)).limit_denominator(1001)
+
+
+def parse_guidance(text: str) -> tuple[float, float | None]:
+    """The guidance scale, and that of the transformer for much noise, from ``"3.5"`` or from
+    ``"3,4"``: little noise first, as the makers write it.
+
+    Raises:
+        RequestError: neither.
+    """
+    try:
+        low, *high = (float(part) for part in text.split(","))
+        if len(high) <= 1:
+            return low, high[0] if high else None
+    except ValueError:
+        pass
+    raise RequestError(
+        "not a guidance scale",
+        expected='a number, or for a model of two transformers two like "3,4": for little noise, '
+        "for much",
+        found=brief(text),
+    )
+
+
+def check_two(request: GenerationRequest, transformers: int) -> None:
+    """Refuse a request that speaks of two transformers where there is one.
+
+    Raises:
+        RequestError: it does.
+    """
+    if transformers == 1 and request.guidance_high is not None:
+        raise RequestError(
+            "this model has one transformer",
+            expected="one guidance scale",
+            found=f"{request.guidance_scale:g},{request.guidance_high:g}",
+            remedy=f"Give --cfg {request.guidance_scale:g}",
+        )
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -65,5 +65,11 @@ def timesteps_of(request: GenerationRequest, official: Official) -> tuple[float,
     return timesteps(levels, request.sampler)
 
 
+def steps_above(boundary: float, told: tuple[float, ...]) -> int:
+    """Steps whose timesteps are ``boundary`` of `TRAINED`, or more: those of the transformer for
+    much noise. Source: Wan2.2's ``wan/text2video.py``."""
+    return sum(timestep >= boundary * TRAINED for timestep in told)
+
+
 def _shifted(level: float, shift: float) -> float:
     return shift * level / (1 + (shift - 1) * level)

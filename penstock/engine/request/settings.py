@@ -17,6 +17,7 @@ from penstock.engine.request.generation import (
     DISTILLED,
     GenerationRequest,
     parse_area,
+    parse_guidance,
     parse_size,
     size_for,
 )
@@ -31,7 +32,8 @@ ANY_SEED = -1
 @dataclass(frozen=True)
 class Settings:
     """A request with gaps: None means "the model's default"; ``distilled`` fills those that are
-    left open with `penstock.engine.request.generation.DISTILLED`."""
+    left open with `penstock.engine.request.generation.DISTILLED`. A guidance scale may be a text as
+    `penstock.engine.request.generation.parse_guidance` reads it."""
 
     prompt: str
     image: Path | None = None
@@ -40,7 +42,7 @@ class Settings:
     max_area: str | None = None
     frames: int | None = None
     steps: int | None = None
-    guidance_scale: float | None = None
+    guidance_scale: float | str | None = None
     shift: float | None = None
     seed: int | None = None
     sampler: str | None = None
@@ -48,6 +50,8 @@ class Settings:
     distilled: bool = False
     clip_crop: str | None = None
     fit: str | None = None
+    last_image: Path | None = None
+    guidance_high: float | None = None
 
 
 class Suited(Protocol):
@@ -91,6 +95,11 @@ def resolve(settings: Settings, model: Suited) -> GenerationRequest:
         for field in fields(settings)
         if field.name not in ("size", "max_area") and getattr(settings, field.name) is not None
     }
+    if isinstance(settings.guidance_scale, str):
+        given["guidance_scale"], high = parse_guidance(settings.guidance_scale)
+        given |= {} if high is None else {"guidance_high": high}
+    if "guidance_scale" in given or "guidance_scale" in model.defaults or settings.distilled:
+        defaults.pop("guidance_high", None)  # what is said of both counts for both
     if settings.distilled:
         defaults |= DISTILLED
     width, height = _size(settings, defaults, model.grid)

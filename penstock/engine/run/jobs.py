@@ -18,13 +18,12 @@ from penstock.engine.store.names import (
     JOB_FILES,
     LATENTS_FILE,
     LOCK_FILE,
-    PICTURE_FILE,
     STATE_FILES,
     is_job_file,
     is_unfinished,
     tag_of,
 )
-from penstock.engine.store.owned import Contents, check_vacant, sort_out
+from penstock.engine.store.owned import Contents, check_vacant, pictures_in, sort_out
 from penstock.engine.store.sealed import read_metadata
 from penstock.errors import JournalError, StorageError, UsageError
 from penstock.folders import data_folder
@@ -156,11 +155,10 @@ def _size(path: Path) -> int:
 
 def _lacks(record: JobRecord, folder: Path) -> str | None:
     """What a job needs to go on and has not."""
-    path = folder / PICTURE_FILE
-    there = path.exists() or new_name(path, tag_of(record.job)).exists()
-    if record.request.get("image") is None or record.state == "done" or there:
-        return None
-    return "its picture is missing"
+    wanted = () if record.state == "done" else pictures_in(record.request)
+    paths = [folder / name for name in wanted]
+    there = [p.exists() or new_name(p, tag_of(record.job)).exists() for p in paths]
+    return None if all(there) else "its picture is missing"
 
 
 def find_job(name: str | None, root: Path | None = None) -> Path:
@@ -222,6 +220,8 @@ def _is_asked_by(record: JobRecord | None, request: Mapping[str, Any]) -> bool:
     theirs = before | dict(record.request)
     if "fit" in request.keys() - theirs.keys() and request.get("image") is None:
         theirs["fit"] = request["fit"]  # from before there was one, and there is no picture
+    # What could not be chosen yet, and is not
+    theirs |= {name: None for name in request.keys() - theirs.keys() if request[name] is None}
     if request.get("seed") is None and "seed" in theirs:
         theirs["seed"] = None
     return theirs == before | dict(request)
@@ -308,7 +308,7 @@ def _own(ops: FileOps, folder: Path) -> Contents:
     except JournalError:
         found = sort_out(ops, folder)
         return found if found.ours else _beginning(ops, folder)
-    return sort_out(ops, folder, record.job, record.request.get("image"))
+    return sort_out(ops, folder, record.job, pictures_in(record.request))
 
 
 def _beginning(ops: FileOps, folder: Path) -> Contents:

@@ -121,7 +121,7 @@ def know_sources(stage: Stage) -> None:
 
 def _log_request(job: Run) -> None:
     """What is made, at "info"; what it shall show, at "debug" alone."""
-    shown = ("prompt", "negative_prompt", "image")
+    shown = ("prompt", "negative_prompt", "image", "last_image")
     values = asdict(job.request)
     log.info("makes %s", {name: value for name, value in values.items() if name not in shown})
     log.debug("shows %s", {name: values[name] for name in shown})
@@ -184,7 +184,8 @@ def _metadata(job: Run) -> dict[str, Any]:
     shift = job.model.flow_shift(request.width, request.height, request.shift)
     settings = asdict(request) | {"shift": shift, "penstock": __version__}
     steered = {"steered": True} if job.keeper.steered else {}
-    return {name: settings[name] for name in settings if name not in ("image", "grid")} | steered
+    hidden = ("image", "last_image", "grid")
+    return {name: settings[name] for name in settings if name not in hidden} | steered
 
 
 def _report(job: Run, monitor: Monitor, output: Path | None, seconds: float) -> RunReport:

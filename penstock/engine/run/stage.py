@@ -121,22 +121,33 @@ class Stage(Room):
     def _prefetch_blocks(self) -> None:
         """Let the transformer's first blocks come, as far as its buffers in RAM go."""
         what = self.model.manifest.prefetch
-        phase, blocks = self.plan[what.stream], self.model.parts[what.blocks_of].blocks
+        branches = workload_of(self.job.request).branches_of(first=True)
+        self._prefetch_stream(what.stream, what.blocks_of, self.steps_left, branches)
+
+    def _prefetch_stream(self, name: str, blocks_of: str, steps: int, branches: int) -> None:
+        phase, blocks = self.plan[name], self.model.parts[blocks_of].blocks
         if self._prefetched.is_reading or not self.job.overlapped or phase.stream is None:
             return
-        passes = phase.passes(workload_of(self.job.request).branches)
-        log.debug("%s prefetches blocks of %s", self._active, what.stream)
-        stream = self._open(blocks, phase.stream, self.steps_left * len(passes))
-        self._prefetched.begin(blocks, stream)
+        passes = phase.passes(branches)
+        log.debug("%s prefetches blocks of %s", self._active, name)
+        self._prefetched.begin(blocks, self._open(blocks, phase.stream, steps * len(passes)))
 
-    def prefetch_weights(self) -> None:
-        """Let the VAE decoder's weights come, where the plan has room for them already now.
+    def prefetch_after(self, name: str) -> None:
+        """In the last step of the phase ``name``, let come what is computed with after it: the
+        blocks of the transformer that goes on, or the VAE decoder's weights; where the plan has
+        room for them already now.
 
         Raises:
-            LedgerOverflow: the buffer does not fit the budget.
+            LedgerOverflow: the buffers do not fit the budget.
         """
         what = self.model.manifest.prefetch
-        planned = self.plan[what.stream].prefetched_weights_bytes
+        if name != what.last_stream and what.then in [phase.name for phase in self.plan.phases]:
+            if self.plan[name].prefetched_next_bytes:
+                work = workload_of(self.job.request)
+                steps = self.model.manifest.split(work)[1]
+                self._prefetch_stream(what.then, what.then_of, steps, work.branches)
+            return
+        planned = self.plan[name].prefetched_weights_bytes
         if planned and self.job.overlapped and not self._prefetched.is_reading:
             layouts = (self.model.parts[what.weights_of].rest,)
             self._prefetched.begin(layouts, self._open(layouts, ONE_RESIDENT, 1))

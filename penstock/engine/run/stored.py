@@ -26,7 +26,8 @@ from penstock.engine.run.fingerprint import (
 )
 from penstock.engine.store.digest import reading, stamp
 from penstock.engine.store.journal import HEADER_BYTES, Journal
-from penstock.engine.store.names import PICTURE_FILE
+from penstock.engine.store.names import PICTURES
+from penstock.engine.store.owned import pictures_in
 from penstock.engine.store.sums import Sums, how_told
 from penstock.errors import JournalError, RequestError, StorageError, UsageError
 from penstock.profiles.plan import NUMERICS, Plan
@@ -73,8 +74,9 @@ def request_values(request: GenerationRequest, opening: Opening, plan: Plan) -> 
     Raises:
         StorageError: the picture cannot be read.
     """
-    picture = None if request.image is None else stamp(request.image)
-    return asdict(request) | {"image": picture} | opening.values() | plan.numerics
+    paths = {name: getattr(request, name) for name in PICTURES}
+    pictures = {name: None if path is None else stamp(path) for name, path in paths.items()}
+    return asdict(request) | pictures | opening.values() | plan.numerics
 
 
 def begin(
@@ -94,22 +96,28 @@ def begin(
         StorageError: no space, or the folder cannot be written.
         JournalError, JobLocked: there is a job already.
     """
-    picture = None
-    if request.image is not None:
-        with reading(request.image):
-            picture = request.image.read_bytes()
+    copies = {name: _bytes_of(getattr(request, name)) for name in PICTURES}
     journal = Journal.create(
         folder,
         request_values(request, model.opening, plan),
         plan.to_json(),
         now,
         facts=order.facts(),
-        picture=picture,
+        picture=copies["image"],
+        last_picture=copies["last_image"],
         reserve_bytes=reserve_bytes(model, request),
     )
-    if picture is not None:
-        request = replace(request, image=folder / PICTURE_FILE)
-    return journal, request
+    kept: dict[str, Any] = {
+        name: folder / PICTURES[name] for name, data in copies.items() if data is not None
+    }
+    return journal, replace(request, **kept)
+
+
+def _bytes_of(path: Path | None) -> bytes | None:
+    if path is None:
+        return None
+    with reading(path):
+        return path.read_bytes()
 
 
 def conditions_now(model: ModelFiles, device: torch.device, how: Mapping[str, str]) -> Fingerprint:
@@ -122,8 +130,10 @@ def conditions_now(model: ModelFiles, device: torch.device, how: Mapping[str, st
     """
     dtypes = {component.name: str(component.dtype) for component in model.components()}
     numerics: dict[str, Any] = {"dtypes": dtypes, "noise_levels": RULE} | dict(how)
-    if model.loras.given:
+    if model.loras.asked:
         numerics["loras"] = model.loras.numerics()
+    if model.source.pipeline:
+        numerics["pipeline"] = dict(model.source.pipeline)
     return fingerprint(device, numerics, sorted(model.files.items()))
 
 
@@ -164,11 +174,13 @@ def restored_request(journal: Journal) -> GenerationRequest:
         JournalError: the record holds none.
     """
     values = {k: v for k, v in journal.record.request.items() if k not in _NOT_OF_THE_REQUEST}
-    picture = journal.folder / PICTURE_FILE if values.get("image") is not None else None
+    there = [name for name in PICTURES if values.get(name) is not None]
+    pictures: dict[str, Any] = {"image": None}
+    pictures |= {name: journal.folder / PICTURES[name] for name in there}
     try:
         grid = Grid(**values.pop("grid"))
         values = {**_BEFORE, **values}
-        return GenerationRequest(**(values | {"grid": grid, "image": picture}))
+        return GenerationRequest(**(values | {"grid": grid} | pictures))
     except (KeyError, TypeError, RequestError) as error:
         raise JournalError(f"{journal.folder} holds no request", found=str(error)) from error
 
@@ -244,25 +256,25 @@ def check_conditions(
 
 
 def check_picture(journal: Journal) -> None:
-    """Refuse a damaged copy of the picture.
+    """Refuse a damaged copy of a picture.
 
     Raises:
         JournalError: it is not what the request was made with.
     """
-    expected = journal.record.request.get("image")
-    if expected is not None and stamp(journal.folder / PICTURE_FILE) != expected:
-        raise JournalError(
-            f"{journal.folder / PICTURE_FILE} is damaged",
-            expected=str(expected),
-            remedy="Put the original picture in its place, or start the job again.",
-        )
+    for name, expected in pictures_in(journal.record.request).items():
+        if stamp(journal.folder / name) != expected:
+            raise JournalError(
+                f"{journal.folder / name} is damaged",
+                expected=str(expected),
+                remedy="Put the original picture in its place, or start the job again.",
+            )
 
 
 def reserve_bytes(model: ModelFiles, request: GenerationRequest) -> int:
     """Disk space that the files of a job take at most."""
     shape = request.video_shape
     video = 3 * shape.frames * shape.height * shape.width
-    picture = 0 if request.image is None else request.image.stat().st_size
+    picture = sum(path.stat().st_size for path in request.pictures)
     latents = 4 * math.prod(model.latent_shape(shape))
     states = GENERATIONS * (STATE_TENSORS * latents + HEADER_BYTES)
     return states + latents + model.kept_bytes(shape) + video + picture + 64 * HEADER_BYTES

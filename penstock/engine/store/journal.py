@@ -36,9 +36,11 @@ from penstock.engine.store.lock import JobLock
 from penstock.engine.store.names import (
     CONDITIONING_FILE,
     JOB_FILES,
+    LAST_PICTURE_FILE,
     LATENTS_FILE,
     LOCK_FILE,
     PICTURE_FILE,
+    PICTURES,
     RESERVE_FILE,
     STATE_FILES,
     is_unfinished,
@@ -46,7 +48,7 @@ from penstock.engine.store.names import (
     tile_name,
     tile_of,
 )
-from penstock.engine.store.owned import Contents, check_vacant, reserve_mark, sort_out
+from penstock.engine.store.owned import Contents, check_vacant, pictures_in, reserve_mark, sort_out
 from penstock.engine.store.sealed import Document, open_json, open_tensors, seal_json, seal_tensors
 from penstock.errors import JournalError
 
@@ -156,6 +158,7 @@ class Journal(Closing):
         *,
         facts: Mapping[str, Any] | None = None,
         picture: bytes | None = None,
+        last_picture: bytes | None = None,
         reserve_bytes: int = 0,
         ops: FileOps | None = None,
     ) -> Journal:
@@ -166,7 +169,7 @@ class Journal(Closing):
             folder: made if absent; must be empty.
             request, plan, fingerprint: plain values that JSON can hold.
             facts: plain values that go with the state.
-            picture: the request's picture, to keep a copy of.
+            picture, last_picture: the request's pictures, to keep copies of.
             reserve_bytes: disk space that the job's files will take at most, claimed now.
             ops: the file operations.
 
@@ -190,32 +193,34 @@ class Journal(Closing):
         )
         journal = cls(folder, ops, JobLock(folder / LOCK_FILE), record.job)
         try:
-            journal._begin(record, picture)
+            copies = {PICTURE_FILE: picture, LAST_PICTURE_FILE: last_picture}
+            journal._begin(record, {n: data for n, data in copies.items() if data is not None})
         except BaseException:
             journal.close()
             raise
         return journal
 
-    def _begin(self, record: JobRecord, picture: bytes | None) -> None:
+    def _begin(self, record: JobRecord, pictures: Mapping[str, bytes]) -> None:
         self._remove(check_vacant(self._ops, self.folder))
         try:
-            if picture is not None:
-                write_new(self._ops, self.folder / PICTURE_FILE, [picture], self._tag)
+            for name, data in pictures.items():
+                write_new(self._ops, self.folder / name, [data], self._tag)
             self._save_record(record)
-            self._name_picture()
+            self._name_pictures()
             if record.reserve_bytes:
                 self._reserve.claim(record.reserve_bytes)
         except JournalError:
             self._give_up(record.job)
             raise
 
-    def _name_picture(self) -> None:
-        path = self.folder / PICTURE_FILE
-        new = new_name(path, self._tag)
-        with storing(self._ops, path):
-            if new.name in self._ops.names(self.folder):
-                self._ops.rename(new, path)
-                self._ops.fsync_dir(self.folder)
+    def _name_pictures(self) -> None:
+        for name in PICTURES.values():
+            path = self.folder / name
+            new = new_name(path, self._tag)
+            with storing(self._ops, path):
+                if new.name in self._ops.names(self.folder):
+                    self._ops.rename(new, path)
+                    self._ops.fsync_dir(self.folder)
 
     def _give_up(self, job: str) -> None:
         """Take back a beginning that failed; what cannot be removed is listed, and can be later."""
@@ -240,7 +245,7 @@ class Journal(Closing):
         journal = cls(folder, ops, JobLock(folder / LOCK_FILE), job)
         try:
             journal.record = _load_record(folder, journal._records)
-            journal._name_picture()
+            journal._name_pictures()
             journal._remove_leftovers()
         except BaseException:
             journal.close()
@@ -361,7 +366,7 @@ class Journal(Closing):
 
     def _contents(self) -> Contents:
         record = self.record
-        return sort_out(self._ops, self.folder, record.job, record.request.get("image"))
+        return sort_out(self._ops, self.folder, record.job, pictures_in(record.request))
 
     def _save_record(self, record: JobRecord) -> None:
         def make(sequence: int) -> Document:

@@ -3,7 +3,7 @@
 job-0.json, job-1.json              request, plan, fingerprint, state; the newer file counts
 conditioning.safetensors            encoded prompt and picture
 state-0.safetensors, state-1...     the sampler's state after a step; likewise
-picture                             a copy of the request's picture
+picture, last-picture               copies of the request's pictures
 latents.safetensors                 the final latents
 tile-ROWSxCOLUMNS-N.safetensors     decoded pixels of one VAE tile
 reserve                             disk space kept for those still to come
@@ -14,6 +14,8 @@ ANY.JOB.new                         one that is being written; JOB begins the jo
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from penstock.engine.store.durable import NEW_SUFFIX
 
@@ -22,6 +24,11 @@ STATE_FILES = ("state-0.safetensors", "state-1.safetensors")
 CONDITIONING_FILE = "conditioning.safetensors"
 LATENTS_FILE = "latents.safetensors"
 PICTURE_FILE = "picture"
+LAST_PICTURE_FILE = "last-picture"
+PICTURES: Mapping[str, str] = MappingProxyType(
+    {"image": PICTURE_FILE, "last_image": LAST_PICTURE_FILE}
+)
+"""By the entry of a job's request that tells its size and checksum."""
 RESERVE_FILE = "reserve"
 LOCK_FILE = "lock"
 
@@ -29,7 +36,7 @@ _FIXED = (
     *JOB_FILES,
     *STATE_FILES,
     CONDITIONING_FILE,
-    PICTURE_FILE,
+    *PICTURES.values(),
     LATENTS_FILE,
     RESERVE_FILE,
     LOCK_FILE,

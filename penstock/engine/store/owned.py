@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from penstock.engine.store.digest import stamp
@@ -19,7 +20,7 @@ from penstock.engine.store.lock import is_lock
 from penstock.engine.store.names import (
     JOB_FILES,
     LOCK_FILE,
-    PICTURE_FILE,
+    PICTURES,
     RESERVE_FILE,
     is_sealed,
     is_unfinished,
@@ -56,7 +57,10 @@ def reserve_mark(job: str) -> bytes:
 
 
 def sort_out(
-    ops: FileOps, folder: Path, job: str | None = None, picture: Mapping[str, Any] | None = None
+    ops: FileOps,
+    folder: Path,
+    job: str | None = None,
+    pictures: Mapping[str, Any] = MappingProxyType({}),
 ) -> Contents:
     """Tell the job's files in ``folder`` from others.
 
@@ -64,7 +68,7 @@ def sort_out(
         ops: the file operations.
         folder: the job's directory.
         job: the job's id; None where no record is left to tell it.
-        picture: what the record has of the picture: its size and checksum.
+        pictures: what the record has of them, as `pictures_in` gives it.
 
     Raises:
         StorageError: the folder cannot be read.
@@ -74,14 +78,19 @@ def sort_out(
     ids = {name: _owner(ops, folder / name) for name in names}
     job = job or next((each for each in ids.values() if each is not None), None)
     ours = {name for name in names if job is not None and ids[name] == job}
-    if PICTURE_FILE in names and picture is not None and _is(folder / PICTURE_FILE, picture):
-        ours.add(PICTURE_FILE)
+    ours |= {name for name, told in pictures.items() if name in names and _is(folder / name, told)}
     if ours:
         # The two records stand or fall with the rest: a damaged one can prove nothing by itself.
         ours |= {name for name in names if name in JOB_FILES or is_unfinished(name, job)}
         ours |= {LOCK_FILE} & set(names) if is_lock(folder / LOCK_FILE) else set()
     ordered = sorted(ours, key=lambda name: (name in JOB_FILES, name))
     return Contents(tuple(ordered), tuple(name for name in names if name not in ours))
+
+
+def pictures_in(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Size and checksum of each picture of a job's request, by the name of its copy."""
+    named = {file: request.get(entry) for entry, file in PICTURES.items()}
+    return {file: told for file, told in named.items() if told is not None}
 
 
 def check_vacant(ops: FileOps, folder: Path) -> tuple[str, ...]:

@@ -377,8 +377,12 @@ def _processed(pipe: Any) -> None:
     pipe.transformer.blocks[1].attn1.processor = object()
 
 
-def _second(pipe: Any) -> None:
-    pipe.transformer_2 = nn.Identity()
+def _cached(pipe: Any) -> None:
+    pipe.transformer._is_cached = True  # what cache_dit.enable_cache leaves
+
+
+def _flexible(pipe: Any) -> None:
+    pipe.transformer.set_attention_backend("flex")
 
 
 def _lost(pipe: Any) -> None:
@@ -395,8 +399,9 @@ def _foreign(pipe: Any) -> None:
         (_hooked, "transformer is hooked"),
         (_adapted, r"blocks\.0\.attn1\.to_q carries an adapter.*fuse_lora"),
         (_processed, r"blocks\.1\.attn1 has an attention processor"),
-        (_second, "Wan 2.2"),
-        (lambda pipe: pipe.register_to_config(expand_timesteps=True), "Wan 2.2"),
+        (_cached, "cache of cache-dit"),
+        (_flexible, r"blocks\.0\.attn1 has an attention backend of its own.*found flex"),
+        (lambda pipe: pipe.transformer.compile(backend="eager"), "transformer was compiled"),
         (_lost, "text_encoder cannot be run.*found none"),
         (_foreign, "vae cannot be run.*found Linear"),
         (lambda pipe: pipe.vae.to("meta"), "cannot be streamed"),

@@ -165,13 +165,21 @@ def test_an_exception_in_the_middle_of_a_pass_changes_nothing() -> None:
     assert _same(module, before)
 
 
-def test_a_block_that_was_kept_is_refused() -> None:
+def test_a_block_that_was_kept_comes_when_it_is_used() -> None:
     module = Walk(order=list)
+    wanted = _walked(module)
+    with penstock.stream(module, "blocks", vram=ROOM, ram=ROOM):
+        assert torch.equal(_walked(module), wanted)
+
+
+def test_a_weight_that_was_kept_is_refused() -> None:
+    module = Walk()
     with (
         penstock.stream(module, "blocks", vram=ROOM, ram=ROOM),
+        torch.no_grad(),
         pytest.raises(UsageError, match=r"0\.0\.weight is not on the device"),
     ):
-        _walked(module)
+        torch.nn.functional.linear(torch.zeros(1, 16), next(module.parameters()))
 
 
 def test_gradients_are_refused() -> None:
@@ -502,3 +510,180 @@ def test_layers_that_are_kept_stay_plain() -> None:
                         keep=["q", "k", "v", "o", "wi", "wo"])  # fmt: skip
     with pytest.raises(UsageError, match="unknown format"):
         penstock.stream(case.module, "encoder.block", vram=ROOM, ram=ROOM, format="int7")
+
+
+class _Asking(nn.Module):
+    """Casts what it computes with to what its layers say of themselves, as diffusers' and
+    transformers' blocks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(64, 96), nn.Linear(96, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        from diffusers.models.modeling_utils import get_parameter_dtype
+
+        inner = self.inner(x.to(get_parameter_dtype(self.inner)) * 1.5)
+        return self.outer((inner + 1.0).to(self.outer.weight.dtype)) + x
+
+
+@pytest.mark.parametrize("format", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_quantised_layer_answers_with_its_compute_dtype(format: str, dtype: torch.dtype) -> None:
+    module = nn.Module()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        module.layers = nn.ModuleList(_Asking() for _ in range(3)).to(dtype)
+    x = torch.linspace(-1, 1, 128, dtype=dtype).reshape(2, 64)
+
+    @torch.no_grad()
+    def walked() -> Tensor:
+        out = x
+        for layer in module.layers:
+            out = layer(out)
+        return out
+
+    wanted = walked()
+    with penstock.stream(module, "layers", vram=ROOM, ram=ROOM, format=format):
+        found = walked()
+        assert found.dtype == dtype
+        assert module.layers[0].inner.weight.shape == (96, 64)
+    assert (found - wanted).abs().max() < 0.1 * wanted.abs().max()
+    assert torch.equal(walked(), wanted)
+
+
+def test_looking_at_a_block_and_hooking_it_is_not_training() -> None:
+    module = Walk()
+    with penstock.stream(module, "blocks", vram=ROOM, ram=ROOM) as streamed:
+        for block in module.blocks:
+            block.register_forward_hook(lambda *_: None)
+            assert block[0].weight.shape[1] == 16
+        assert list(reversed(module.blocks[1:3]))[0] is module.blocks[2]
+        assert streamed.report.passes == 0
+
+
+def test_what_returns_after_the_first_block_reads_no_more() -> None:
+    """A step cache of the user's: its skipped steps compute one block, or none."""
+    stop = [99]
+
+    def order(blocks: Any) -> Any:
+        return (block for index, block in enumerate(blocks) if index < stop[0])
+
+    module = Walk(order)
+    with penstock.stream(module, "blocks", vram=_least(module, "blocks"), ram=8192) as streamed:
+        report = streamed.report
+        assert report.from_disk == report.blocks
+        for stop[0] in (99, 1, 1, 1, 99, 1, 1, 1, 1, 99):
+            _walked(module)
+        report = streamed.report
+        assert report.passes <= 4  # what is read ahead of a fourth may be in it
+        assert report.read_bytes <= 3 * report.streamed_bytes + 2 * 8192
+
+
+def _zipped(module: Any) -> Any:
+    return (b for pair in zip(module.blocks, module.others, strict=True) for b in pair)
+
+
+def _between(module: Any) -> Any:
+    for index, block in enumerate(module.blocks):
+        yield block
+        if index % 2 == 0:
+            yield module.others[index // 2]
+
+
+@pytest.mark.parametrize("way", [_zipped, _between], ids=["zipped", "between"])
+def test_interleaved_lists_are_read_once_a_call(way: Any) -> None:
+    module: Any = Walk(lambda _: way(module))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(6)
+        module.others = nn.ModuleList(nn.Linear(16, 16) for _ in range(6 if way is _zipped else 3))
+    wanted, lists, calls = _walked(module), ["blocks", "others"], 6
+    limit = _least(module, lists)
+    with penstock.stream(module, lists, vram=limit, ram=8192) as streamed:
+        for _ in range(calls):
+            assert torch.equal(_walked(module), wanted)
+        report = streamed.report
+    assert report.from_disk == report.blocks
+    assert report.read_bytes <= calls * report.streamed_bytes + 2 * 8192  # two read ahead
+    assert report.skipped == 0 and report.passes <= calls + 1
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda m: m.to(torch.bfloat16), "cannot be moved or cast"),
+        (lambda m: m.half(), "cannot be moved or cast"),
+        (lambda m: m.to("meta"), "cannot be moved or cast"),
+        (lambda m: m.state_dict(), "state_dict"),
+    ],
+)
+def test_what_is_refused_is_refused_before_anything_moves(use: Any, message: str) -> None:
+    """The layer before the blocks is reached first."""
+
+    class Headed(Walk):
+        def __init__(self) -> None:
+            super().__init__()
+            blocks = self._modules.pop("blocks")
+            self.head = nn.Linear(16, 16)
+            self.blocks = blocks
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.head(x))
+
+    module = Headed()
+    wanted, before = _walked(module), _state(module)
+    with penstock.stream(module, "blocks", vram=ROOM, ram=ROOM):
+        with pytest.raises(UsageError, match=message):
+            use(module)
+        assert module.to(torch.float32) is module and module.cpu() is module
+        assert torch.equal(_walked(module), wanted)
+    assert _same(module, before)
+    assert torch.equal(_walked(module), wanted)
+
+
+def test_sequential_offload_is_refused_before_anything_moves() -> None:
+    from accelerate import cpu_offload
+
+    module = Walk()
+    module.head = nn.Linear(4, 4)
+    before = _state(module)
+    with penstock.stream(module, "blocks", vram=ROOM, ram=ROOM):
+        with pytest.raises(UsageError, match="state_dict"):
+            cpu_offload(module, torch.device("cpu"))
+        assert not any(hasattr(each, "_hf_hook") for each in module.modules())
+    assert _same(module, before)
+
+
+def _hooked(module: nn.Module) -> None:
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    add_hook_to_module(module.blocks[2], ModelHook())
+
+
+def _compiled(module: nn.Module) -> None:
+    module.blocks[1].compile(backend="eager")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"), [(_hooked, "blocks.2 is under a hook of accelerate"),
+                           (_compiled, "blocks.1 was compiled")]
+)  # fmt: skip
+def test_whom_others_move_is_refused(spoil: Any, message: str) -> None:
+    module = Walk()
+    spoil(module)
+    with pytest.raises(UsageError, match=message):
+        penstock.stream(module, "blocks", vram=ROOM, ram=ROOM)
+
+
+def test_beside_mmgp_nothing_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mmgp", sys)
+    with pytest.raises(UsageError, match="mmgp was imported"):
+        penstock.stream(Walk(), "blocks", vram=ROOM, ram=ROOM)
+
+
+def test_what_is_written_to_a_lent_weight_is_not_lost_in_silence() -> None:
+    module = Walk()
+    with penstock.stream(module, "blocks", vram=ROOM, ram=ROOM), torch.no_grad():
+        module.blocks[0][0].weight.mul_(2)
+        with pytest.raises(UsageError, match=r"0\.0\.weight was written to"):
+            _walked(module)

@@ -52,9 +52,9 @@ def test_it_is_decoded_inside_its_reservation(
     held: list[int] = []
     original = work.see_picture
 
-    def seen(stage: Stage) -> object:
+    def seen(stage: Stage, path: Path) -> object:
         held.append(stage.host_ledger.used)
-        return original(stage)
+        return original(stage, path)
 
     monkeypatch.setattr(work, "see_picture", seen)
     with an_engine(i2v_folder) as engine:

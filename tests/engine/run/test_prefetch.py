@@ -202,7 +202,7 @@ def test_what_is_read_ahead_is_given_back_before_a_smaller_plan_is_made(
 ) -> None:
     """It may be what the next attempt has no room for."""
     made: list[Stage] = []
-    init, encode = Stage.__init__, work.encode_picture
+    init, encode = Stage.__init__, work.encode_pictures
     at_failure, at_planning = [], []
 
     def remembered(self: Stage, *arguments: object) -> None:
@@ -220,7 +220,7 @@ def test_what_is_read_ahead_is_given_back_before_a_smaller_plan_is_made(
         return without_prefetch(plan, WHAT)
 
     monkeypatch.setattr(Stage, "__init__", remembered)
-    monkeypatch.setattr(work, "encode_picture", fails_once)
+    monkeypatch.setattr(work, "encode_pictures", fails_once)
     do(engine, engine.plan(request(picture)), picture, Watch(), True, shrink=shrink)
     assert at_failure[0][0] > 0 and at_failure[0][1], "something was being read"
     assert at_planning == [(0, False)]

@@ -1,12 +1,15 @@
 """Built-in descriptions of true models: what their headers would say, without any file.
 
 The numbers are those of the published configs (Wan-AI/Wan2.1-I2V-14B-720P-Diffusers); a test
-compares the bytes with the classes of diffusers and transformers.
+compares the bytes with the classes of diffusers and transformers. Those of the others are Wan2.1's
+``wan/configs``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 
 from penstock.blocks import PAGE_BYTES, TENSOR_ALIGNMENT
@@ -21,75 +24,130 @@ from penstock.units import align_up
 _TAG = "BF16"
 _ITEM = ITEM_BYTES[_TAG]
 
-_DIM, _FFN, _TEXT, _IMAGE, _FREQ = 5120, 13824, 4096, 1280, 256
-_CHANNELS, _OUT, _PATCH = 36, 16, 4
-_LAYERS = 40
-
-_STREAMED = (*((_DIM, _DIM),) * 6, (_FFN, _DIM), (_DIM, _FFN))
-"""Matrices of a block: self-attention q, k, v, o; cross-attention q, o; feed-forward."""
-
-_CROSS = ((_DIM, _DIM),) * 4
-"""Cross-attention K and V of text and image, which leave the stream."""
+_TEXT, _IMAGE, _FREQ, _PATCH = 4096, 1280, 256, 4
 
 
-def wan21_i2v_14b(weight_format: str) -> WanManifest:
-    """Wan2.1 image-to-video 14B, all in bf16 but the blocks' matrices in ``weight_format``.
+@dataclass(frozen=True)
+class _Dit:
+    """A transformer by the numbers of its config."""
+
+    dim: int
+    ffn: int
+    heads: int
+    layers: int
+    channels: int
+    out: int = 16
+    pictured: bool = False
+    places: int = 0
+
+    @property
+    def streamed(self) -> tuple[Shape, ...]:
+        """Matrices of a block: self-attention q, k, v, o; cross-attention q, o; feed-forward."""
+        return (*((self.dim, self.dim),) * 6, (self.ffn, self.dim), (self.dim, self.ffn))
+
+    @property
+    def cross(self) -> tuple[Shape, ...]:
+        """Cross-attention K and V of text and image, which leave the stream."""
+        return ((self.dim, self.dim),) * (4 if self.pictured else 2)
+
+    @property
+    def cross_elements(self) -> tuple[int, ...]:
+        """Biases of these, and norms of the keys."""
+        return (self.dim,) * (6 if self.pictured else 3)
+
+    @property
+    def block_elements(self) -> tuple[int, ...]:
+        """The modulation table; biases of eight linears; q and k norms; norm2."""
+        biases = (*(self.dim,) * 6, self.ffn, self.dim)
+        return (6 * self.dim, *biases, *(self.dim,) * 3, self.dim, self.dim)
+
+    @property
+    def rest_elements(self) -> tuple[int, ...]:
+        """All that is not in a block: embedders with their biases, modulation and head."""
+        dim = self.dim
+        linears = [
+            (dim, self.channels * _PATCH),
+            (dim, _FREQ),
+            (dim, dim),
+            (6 * dim, dim),
+            (dim, _TEXT),
+            (dim, dim),
+            (self.out * _PATCH, dim),
+        ]
+        if self.pictured:
+            linears += [(_IMAGE, _IMAGE), (dim, _IMAGE)]
+        weights = tuple(rows * columns for rows, columns in linears)
+        biases = tuple(rows for rows, _ in linears)
+        norms = (_IMAGE, _IMAGE, dim, dim) if self.pictured else ()
+        places = (self.places * _IMAGE,) if self.places else ()
+        return (2 * dim, *weights, *biases, *norms, *places)
+
+    def spec(self, stored: QuantFormat) -> TransformerSpec:
+        """In bf16 but the blocks' matrices."""
+        block = (*_matrices(stored, self.streamed), *_plain(self.block_elements))
+        cross = (*_matrices(stored, self.cross), *_plain(self.cross_elements))
+        return TransformerSpec(
+            weights=Weights(_run(_plain(self.rest_elements)), (_run(block),) * self.layers, _ITEM),
+            cross_block_bytes=(_run(cross),) * self.layers,
+            num_layers=self.layers,
+            num_attention_heads=self.heads,
+            attention_head_dim=self.dim // self.heads,
+            ffn_dim=self.ffn,
+            in_channels=self.channels,
+            out_channels=self.out,
+            text_dim=_TEXT,
+            freq_dim=_FREQ,
+            patch_size=(1, 2, 2),
+            image_dim=_IMAGE if self.pictured else None,
+            pos_embed=self.places,
+            storage=self._storage(stored),
+        )
+
+    def _storage(self, stored: QuantFormat) -> Storage:
+        """What computing with the matrices of a block takes, all of them in ``stored``."""
+        sizes = [rows * columns * _ITEM for rows, columns in self.streamed]
+        if stored.plain:
+            cast = sum(sizes) + sum(rows * columns * _ITEM for rows, columns in self.cross)
+            return Storage(stored.name, cast_bytes=0 if stored == get_format("bf16") else cast)
+        return Storage(
+            format=stored.name,
+            scratch_bytes=max(sizes),
+            workspace_bytes=max(stored.workspace_bytes(shape, "cuda") for shape in self.streamed),
+            decoded_bytes=sum(sizes),
+        )
+
+
+_T2V_14B = _Dit(5120, 13824, 40, 40, 16)
+_T2V_1_3B = _Dit(1536, 8960, 12, 30, 16)
+_I2V_14B = _Dit(5120, 13824, 40, 40, 36, pictured=True)
+_FLF2V_14B = _Dit(5120, 13824, 40, 40, 36, pictured=True, places=514)
+_I2V_A14B = _Dit(5120, 13824, 40, 40, 36)
+"""Each of the two; of T2V A14B they are as Wan2.1's."""
+_UMT5_XXL = TextSpec(Weights(8192, (385_896_448,) * 24, _ITEM), 4096, 64, 10240, 24, 64)
+_VIT_H = ImageSpec(Weights(2_179_072, (39_358_464,) * 31, _ITEM), 1280, 5120, 31, 16, 224, 14)
+"""31 of 32 layers: the model is conditioned on the output of the last but one."""
+_VAE = VaeSpec(
+    encoder=Weights(107_196_416, (), _ITEM),
+    decoder=Weights(146_591_744, (), _ITEM),
+    base_dim=96,
+    z_dim=16,
+    dim_mult=(1, 2, 4, 4),
+    num_res_blocks=2,
+    temporal_downsample=(False, True, True),
+)
+
+
+def _wan21(dit: _Dit, weight_format: str) -> WanManifest:
+    """All in bf16 but the blocks' matrices in ``weight_format``.
 
     Raises:
         ProfileError: no such format.
     """
-    stored = get_format(weight_format)
     return WanManifest(
-        transformer=_transformer(stored),
-        text=TextSpec(Weights(8192, (385_896_448,) * 24, _ITEM), 4096, 64, 10240, 24, 64),
-        vae=VaeSpec(
-            encoder=Weights(107_196_416, (), _ITEM),
-            decoder=Weights(146_591_744, (), _ITEM),
-            base_dim=96,
-            z_dim=16,
-            dim_mult=(1, 2, 4, 4),
-            num_res_blocks=2,
-            temporal_downsample=(False, True, True),
-        ),
-        # 31 of 32 layers: the model is conditioned on the output of the last but one.
-        image=ImageSpec(Weights(2_179_072, (39_358_464,) * 31, _ITEM), 1280, 5120, 31, 16, 224, 14),
-    )
-
-
-def _transformer(stored: QuantFormat) -> TransformerSpec:
-    return TransformerSpec(
-        weights=Weights(
-            rest_bytes=_run(_plain(_rest_elements())),
-            block_bytes=(_run((*_matrices(stored, _STREAMED), *_plain(_block_elements()))),)
-            * _LAYERS,
-            itemsize=_ITEM,
-        ),
-        cross_block_bytes=(_run((*_matrices(stored, _CROSS), *_plain((_DIM,) * 6))),) * _LAYERS,
-        num_layers=_LAYERS,
-        num_attention_heads=40,
-        attention_head_dim=128,
-        ffn_dim=_FFN,
-        in_channels=_CHANNELS,
-        out_channels=_OUT,
-        text_dim=_TEXT,
-        freq_dim=_FREQ,
-        patch_size=(1, 2, 2),
-        image_dim=_IMAGE,
-        storage=_storage(stored),
-    )
-
-
-def _storage(stored: QuantFormat) -> Storage:
-    """What computing with the matrices of a block takes, all of them in ``stored``."""
-    sizes = [rows * columns * _ITEM for rows, columns in _STREAMED]
-    if stored.plain:
-        cast = sum(sizes) + sum(rows * columns * _ITEM for rows, columns in _CROSS)
-        return Storage(stored.name, cast_bytes=0 if stored == get_format("bf16") else cast)
-    return Storage(
-        format=stored.name,
-        scratch_bytes=max(sizes),
-        workspace_bytes=max(stored.workspace_bytes(shape, "cuda") for shape in _STREAMED),
-        decoded_bytes=sum(sizes),
+        transformer=dit.spec(get_format(weight_format)),
+        text=_UMT5_XXL,
+        vae=_VAE,
+        image=_VIT_H if dit.pictured else None,
     )
 
 
@@ -108,30 +166,27 @@ def _run(tensors: Iterable[int]) -> int:
     return align_up(sum(align_up(count, TENSOR_ALIGNMENT) for count in tensors), PAGE_BYTES)
 
 
-def _block_elements() -> tuple[int, ...]:
-    """The modulation table; biases of eight linears; q and k norms; norm2."""
-    biases = (*(_DIM,) * 6, _FFN, _DIM)
-    return (6 * _DIM, *biases, *(_DIM,) * 3, _DIM, _DIM)
+def _wan22(dit: _Dit, weight_format: str) -> WanManifest:
+    """Of two transformers alike, stored as `_wan21`'s."""
+    return replace(_wan21(dit, weight_format), second=dit.spec(get_format(weight_format)))
 
 
-def _rest_elements() -> tuple[int, ...]:
-    """All that is not in a block: embedders with their biases, modulation and head."""
-    linears = (
-        (_DIM, _CHANNELS * _PATCH),
-        (_DIM, _FREQ),
-        (_DIM, _DIM),
-        (6 * _DIM, _DIM),
-        (_DIM, _TEXT),
-        (_DIM, _DIM),
-        (_IMAGE, _IMAGE),
-        (_DIM, _IMAGE),
-        (_OUT * _PATCH, _DIM),
-    )
-    weights = tuple(rows * columns for rows, columns in linears)
-    biases = tuple(rows for rows, _ in linears)
-    return (2 * _DIM, *weights, *biases, _IMAGE, _IMAGE, _DIM, _DIM)
+def wan21_i2v_14b(weight_format: str) -> WanManifest:
+    """Wan2.1 image-to-video 14B.
+
+    Raises:
+        ProfileError: no such format.
+    """
+    return _wan21(_I2V_14B, weight_format)
 
 
 BUILTIN: Mapping[str, Callable[[str], WanManifest]] = MappingProxyType(
-    {"wan2.1-i2v-14b": wan21_i2v_14b}
+    {
+        "wan2.1-i2v-14b": wan21_i2v_14b,
+        "wan2.1-t2v-14b": partial(_wan21, _T2V_14B),
+        "wan2.1-t2v-1.3b": partial(_wan21, _T2V_1_3B),
+        "wan2.1-flf2v-14b": partial(_wan21, _FLF2V_14B),
+        "wan2.2-t2v-a14b": partial(_wan22, _T2V_14B),
+        "wan2.2-i2v-a14b": partial(_wan22, _I2V_A14B),
+    }
 )

@@ -48,17 +48,24 @@ def _frame_of(picture: Image.Image) -> Tensor:
 
 
 def conditioning(
-    encoded: Tensor, latents_mean: Sequence[float], latents_std: Sequence[float], temporal: int = 4
+    encoded: Tensor,
+    latents_mean: Sequence[float],
+    latents_std: Sequence[float],
+    temporal: int = 4,
+    *,
+    ends: bool = False,
 ) -> Tensor:
     """What is concatenated to the noise: the mask of given frames and the encoded picture.
 
     As ``WanImageToVideoPipeline.prepare_latents``: the mask has ``temporal`` channels, one for each
-    video frame of a latent frame, and is one where the frame is given: the first latent frame.
+    video frame of a latent frame, and is one where the frame is given: the first latent frame, and
+    of the last one the last channel where the clip ends with a picture.
 
     Args:
         encoded: the VAE's mean for the picture, then zeros, ``(1, z, t, h, w)``, not normalised.
         latents_mean, latents_std: the VAE config's, one a channel.
         temporal: video frames a latent frame.
+        ends: the last frame of the clip is given too.
 
     Returns:
         ``(1, temporal + z, t, h, w)``, 20 channels for Wan2.1, in the type of ``encoded``.
@@ -69,6 +76,8 @@ def conditioning(
     inverse_std = 1.0 / torch.tensor(latents_std).view(view).to(encoded)
     joined = encoded.new_zeros(batch, temporal + channels, frames, height, width)
     joined[:, :temporal, 0] = 1
+    if ends:
+        joined[:, temporal - 1, -1] = 1
     joined[:, temporal:] = (encoded - mean) * inverse_std
     return joined
 
@@ -190,8 +199,15 @@ def encode_layers(blocks: Iterable[tuple[int, Module]], hidden: Tensor) -> Tenso
     Returns:
         ``(1, n, d)``: after all but the last layer, ``hidden_states[-2]``.
     """
+    (found,) = encode_pictures(blocks, [hidden])
+    return found
+
+
+def encode_pictures(blocks: Iterable[tuple[int, Module]], hidden: list[Tensor]) -> list[Tensor]:
+    """As `encode_layers`, of several pictures in one visit of each layer, one after the other."""
     for _, block in blocks:
-        hidden = _run_layer(block, hidden)
+        for at in range(len(hidden)):
+            hidden[at] = _run_layer(block, hidden[at])
     return hidden
 
 

@@ -13,7 +13,9 @@ from itertools import takewhile
 from types import MappingProxyType
 from typing import Any
 
+from penstock.engine.families.wan.strangers import by_channels
 from penstock.engine.family.naming import ShapesOf
+from penstock.engine.files.keys import not_run
 from penstock.errors import CheckpointError
 
 HEAD_DIM = 128
@@ -61,7 +63,7 @@ IMAGE_PROCESSOR: Mapping[str, Any] = MappingProxyType(
 TRANSFORMER: Mapping[str, Any] = MappingProxyType({
     "num_layers": 40, "num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824,
     "in_channels": 16, "out_channels": 16, "text_dim": 4096, "freq_dim": 256, "image_dim": None,
-    "patch_size": (1, 2, 2), "rope_max_seq_len": 1024,
+    "patch_size": (1, 2, 2), "rope_max_seq_len": 1024, "pos_embed_seq_len": None,
 })  # fmt: skip
 TEXT: Mapping[str, Any] = MappingProxyType({
     "d_model": 512, "d_kv": 64, "d_ff": 1024, "num_layers": 8, "num_heads": 6,
@@ -86,6 +88,7 @@ def derive_transformer(shapes: ShapesOf) -> dict[str, Any]:
     image_norm = embedder + "image_embedder.norm1.weight"
     image_dim = shapes.of(image_norm, 1)[0] if image_norm in shapes else None
     added = "blocks.0.attn2.add_k_proj.weight"
+    places = embedder + "image_embedder.pos_embed"
     config = {
         "patch_size": patch,
         "num_attention_heads": heads,
@@ -102,24 +105,27 @@ def derive_transformer(shapes: ShapesOf) -> dict[str, Any]:
         "image_dim": image_dim,
         "added_kv_proj_dim": shapes.of(added, 2)[1] if added in shapes else None,
         "rope_max_seq_len": 1024,
+        "pos_embed_seq_len": shapes.of(places, 3)[1] if places in shapes else None,
     }
     check_transformer(shapes.where, config)
     return config
 
 
 def check_transformer(where: str, config: Mapping[str, Any]) -> None:
-    """Refuse what is built like Wan2.1 and is not run as such.
+    """Refuse what is built like Wan's models that are run and is none.
 
     Raises:
-        CheckpointError: a Wan2.2 expert, which shares the names but not the way it is sampled.
+        CheckpointError: other channels; NotRun: those of a model that is known by name.
     """
-    conditioned = config["in_channels"] != config["out_channels"]
-    if (conditioned and config["image_dim"] is None) or config["in_channels"] not in (16, 36):
+    name = by_channels(config["in_channels"], config["out_channels"])
+    if name is not None:
+        raise not_run(where, name)
+    if (config["in_channels"], config["out_channels"]) not in ((16, 16), (36, 16)):
         raise CheckpointError(
-            f"{where} is no Wan2.1 transformer",
-            expected="16 input channels (T2V), or 36 with an image embedder (I2V)",
-            found=f"{config['in_channels']} channels, image_dim {config['image_dim']}",
-            remedy="Wan2.2, Fun and VACE models are not supported.",
+            f"{where} is no transformer of Wan that is run",
+            expected="16 input channels (T2V) or 36 (I2V), and 16 that it gives",
+            found=f"{config['in_channels']} and {config['out_channels']}",
+            remedy="Wan2.2's 5B, Fun and VACE models are not supported.",
         )
 
 
@@ -203,7 +209,20 @@ def transformer_title(config: Mapping[str, Any]) -> str:
     width = config["num_attention_heads"] * config["attention_head_dim"]
     layers = config["num_layers"]
     size = SIZES.get((width, layers, config["ffn_dim"]), f"({width} wide, {layers} layers)")
-    return f"Wan2.1 {'I2V' if config.get('image_dim') else 'T2V'} {size}"
+    if wants_picture(config) and not config.get("image_dim"):
+        return f"Wan2.2 I2V A{size}" if size == "14B" else f"Wan2.2 I2V {size}"
+    return f"Wan2.1 {_task(config)} {size}"
+
+
+def wants_picture(config: Mapping[str, Any]) -> bool:
+    """Whether latents of a picture come in beside the noise."""
+    return bool(config["in_channels"] > config["out_channels"])
+
+
+def _task(config: Mapping[str, Any]) -> str:
+    if config.get("pos_embed_seq_len"):
+        return "FLF2V"
+    return "I2V" if config.get("image_dim") else "T2V"
 
 
 def adapted_title(width: int | None, blocks: int, pictured: bool) -> str:

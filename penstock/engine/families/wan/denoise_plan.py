@@ -78,21 +78,36 @@ class Shape:
         return self.compute_s * self.passes
 
 
+def named(phase: str, second: bool) -> str:
+    """The name of a phase of the one or the other of two transformers."""
+    return f"{phase} 2" if second else phase
+
+
 @dataclass(frozen=True)
 class Denoise:
-    """The group of context and denoise, which share the non-block weights and the context."""
+    """The group of context and denoise, which share the non-block weights and the context.
+
+    Attributes:
+        case: its steps are those of this transformer.
+        second: that for little noise, where there are two.
+    """
 
     case: WanCase
+    second: bool = False
 
     @property
     def phases(self) -> tuple[str, ...]:
         """As `penstock.profiles.phases.Step`."""
-        return ("context", "denoise")
+        return named("context", self.second), named("denoise", self.second)
 
     @property
     def spec(self) -> TransformerSpec:
         """The transformer."""
-        return self.case.manifest.transformer
+        manifest = self.case.manifest
+        if not self.second:
+            return manifest.transformer
+        assert manifest.second is not None
+        return manifest.second
 
     def best(self, limits: Limits) -> Group | None:
         """As `penstock.profiles.phases.Step`: shapes by what they compute, until none can win."""
@@ -152,12 +167,13 @@ class Denoise:
     def _contexts(self, away: bool, limits: Limits) -> Iterator[PhasePlan]:
         spec, case = self.spec, replace(self._cost_case(), cross_kv_on_device=not away)
         found = OnePass(
-            "context",
+            self.phases[0],
             self.case,
             Network.of(spec.cross_block_bytes, resident=False),
             spec.weights.rest_bytes,
             (
                 *transformer.context_bytes(spec, case).items,
+                *self._sampled(case),
                 *self._decoding(spec.context_storage or spec.storage),
                 *self.case.libraries(),
             ),
@@ -168,6 +184,12 @@ class Denoise:
         )
         for phase in found.shapes(limits):
             yield replace(phase, cross_kv_on_device=not away)
+
+    def _sampled(self, case: transformer.DenoiseCase) -> Items:
+        """What the steps before have left: there are some before the second transformer's."""
+        if not self.second:
+            return ()
+        return (("sampler state", transformer.sampler_state_bytes(self.spec, case)),)
 
     def all_small(self, limits: Limits) -> Iterator[Group]:
         """As `Step`: the smallest chunk, rings of one, and residents in at most one memory. Bytes
@@ -202,7 +224,7 @@ class Denoise:
             branches=workload.branches,
             visit_branches=workload.branches,
             steps=workload.steps,
-            image_tokens=0 if manifest.image is None else manifest.image.tokens,
+            image_tokens=manifest.image_tokens,
             fused_norms=self.case.fused_norms,
             attention=self.case.policy.attention,
         )
@@ -314,7 +336,7 @@ class Denoise:
             one = transformer.cross_kv_bytes(spec, replace(cost, branches=1))
             fetched = one * cost.visit_branches
         return PhasePlan(
-            "denoise",
+            self.phases[1],
             weights=(("non-block weights", spec.weights.rest_bytes), *stream.device_items),
             work=shape.work,
             ram_weights=stream.host_items(room),

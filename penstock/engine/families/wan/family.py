@@ -6,24 +6,27 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from penstock.engine.families.wan import config as configs
+from penstock.engine.families.wan import config as configs_of
 from penstock.engine.families.wan.builtin import BUILTIN
 from penstock.engine.families.wan.kinds import KINDS
 from penstock.engine.families.wan.model import WanModel, components, manifest_of, streamed
+from penstock.engine.families.wan.strangers import stranger
 from penstock.engine.family.protocol import Config
+from penstock.engine.files.keys import not_run
 from penstock.errors import CheckpointError
 from penstock.profiles.phases import Manifest
 
 NAME = "wan"
 MODEL = WanModel
 manifest = manifest_of
-SCHEDULER: Config = configs.UNIPC
-IMAGE_PROCESSOR: Config = configs.IMAGE_PROCESSOR
-adapted_title = configs.adapted_title
+SCHEDULER: Config = configs_of.UNIPC
+IMAGE_PROCESSOR: Config = configs_of.IMAGE_PROCESSOR
+adapted_title = configs_of.adapted_title
 
 __all__ = [
     "IMAGE_PROCESSOR", "KINDS", "MODEL", "NAME", "SCHEDULER", "build", "builtins", "check_pipeline",
-    "components", "manifest", "needed", "pipeline", "streamed", "work",
+    "check_together", "components", "manifest", "needed", "pipeline", "streamed", "stranger",
+    "work",
 ]  # fmt: skip
 
 _PIPELINES = ("WanImageToVideoPipeline", "WanPipeline")
@@ -41,26 +44,80 @@ def check_pipeline(folder: Path, index: Config) -> None:
             expected=" or ".join(_PIPELINES),
             found=str(index.get("_class_name")),
         )
-    second = index.get("transformer_2") or [None, None]
-    if second[0] is not None or index.get("expand_timesteps"):
+    if index.get("expand_timesteps"):
+        raise not_run(str(folder), "Wan2.2 TI2V")
+
+
+def check_together(origin: str, configs: Mapping[str, Config]) -> None:
+    """Refuse networks of different models: their widths meet, or they do not belong together.
+
+    Raises:
+        CheckpointError: names the two, and the sizes that differ.
+    """
+    streamed = configs["transformer"]
+    pairs = [
+        ("text_encoder", "d_model", configs["text_encoder"]["d_model"], "text_dim"),
+        ("vae", "z_dim", configs["vae"]["z_dim"], "out_channels"),
+    ]
+    if "transformer_2" in configs:
+        _check_alike(origin, streamed, configs["transformer_2"])
+    if "image_encoder" in configs:
+        width = configs["image_encoder"]["hidden_size"]
+        pairs.append(("image_encoder", "hidden_size", width, "image_dim"))
+        _check_places(origin, streamed, configs["image_encoder"])
+    for name, entry, found, wanted in pairs:
+        if found != streamed[wanted]:
+            raise CheckpointError(
+                f"the {name.replace('_', ' ')} and the transformer of {origin} are of two models",
+                expected=f"{entry} {streamed[wanted]}, the transformer's {wanted}",
+                found=str(found),
+                remedy=f"Give the {name.replace('_', ' ')} that belongs to this transformer.",
+            )
+
+
+def _check_alike(origin: str, first: Config, second: Config) -> None:
+    """Refuse two transformers that cannot go on from one another's latents."""
+    for entry in ("in_channels", "out_channels", "patch_size", "text_dim", "image_dim"):
+        one, other = first[entry], second[entry]
+        if (list(one) if entry == "patch_size" else one) != (
+            list(other) if entry == "patch_size" else other
+        ):
+            raise CheckpointError(
+                f"the two transformers of {origin} are of two models",
+                expected=f"{entry} {one} in both",
+                found=str(other),
+                remedy="Give the ones for high and for low noise of one model.",
+            )
+
+
+def _check_places(origin: str, streamed: Config, encoder: Config) -> None:
+    """Refuse a model of two pictures whose encoder gives another number of tokens for them."""
+    places = streamed["pos_embed_seq_len"]
+    tokens = 2 * ((encoder["image_size"] // encoder["patch_size"]) ** 2 + 1)
+    if places not in (None, tokens):
         raise CheckpointError(
-            f"{folder} holds a Wan 2.2 model",
-            expected="Wan 2.1: one transformer, one timestep a step",
-            found="two transformers or expanded timesteps",
+            f"the image encoder and the transformer of {origin} are of two models",
+            expected=f"{places} tokens of two pictures, the transformer's pos_embed_seq_len",
+            found=str(tokens),
+            remedy="Give the image encoder that belongs to this transformer.",
         )
 
 
 def needed(config: Config) -> Iterator[str]:
-    """The text encoder, the VAE, and for a picture's model the image encoder."""
+    """The text encoder, the VAE, for a picture's model the image encoder; and where it has none the
+    other transformer."""
     yield "text_encoder"
     yield "vae"
     if config.get("image_dim") is not None:
         yield "image_encoder"
+    elif configs_of.wants_picture(config):
+        yield "transformer_2"
 
 
-def pipeline(names: tuple[str, ...]) -> str:
-    """diffusers' class for a model with these networks."""
-    return "WanImageToVideoPipeline" if "image_encoder" in names else "WanPipeline"
+def pipeline(configs: Mapping[str, Config]) -> str:
+    """diffusers' class for a model of networks with these configs."""
+    pictured = configs_of.wants_picture({**configs_of.TRANSFORMER, **configs["transformer"]})
+    return "WanImageToVideoPipeline" if pictured else "WanPipeline"
 
 
 def build(component: str, config: Config) -> tuple[Any, Any]:
@@ -75,6 +132,13 @@ def work() -> Any:
     from penstock.engine.families.wan.work import WORK
 
     return WORK
+
+
+def claims(pipe: Any) -> bool:
+    """Whether a diffusers pipeline is one of Wan 2.1."""
+    from penstock.engine.families.wan.attach.checks import is_wan21
+
+    return is_wan21(pipe)
 
 
 def attachable(pipe: Any) -> None:

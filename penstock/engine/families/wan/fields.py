@@ -106,7 +106,13 @@ _DEFAULTS_OF = {
     "transformer": TRANSFORMER, "text_encoder": TEXT, "image_encoder": IMAGE, "vae": VAE,
 }  # fmt: skip
 COMPONENTS: Mapping[str, Mapping[str, Field]] = MappingProxyType(
-    {"transformer": _TRANSFORMER, "text_encoder": _TEXT, "image_encoder": _IMAGE, "vae": _VAE}
+    {
+        "transformer": _TRANSFORMER,
+        "text_encoder": _TEXT,
+        "image_encoder": _IMAGE,
+        "vae": _VAE,
+        "transformer_2": _TRANSFORMER,
+    }
 )
 """Of the configs of the networks, by component."""
 

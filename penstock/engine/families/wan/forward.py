@@ -23,7 +23,7 @@ from torch import Tensor
 
 from penstock.engine.attention.kernels import Attention, attention
 from penstock.engine.families.wan.cost.transformer import TEXT_TOKENS
-from penstock.errors import CheckpointError, UsageError
+from penstock.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,10 @@ def prepare_context(model: Any, text: Tensor, image: Tensor | None) -> Context:
     Args:
         model: the transformer, with ``condition_embedder``'s text and image embedders bound.
         text: (1, 512, text_dim), in the compute dtype.
-        image: (1, n, image_dim), in the compute dtype; None for a text-to-video model.
+        image: (1, n, image_dim), in the compute dtype, of two pictures one after the other where
+            the model has places for them; None for a text-to-video model.
 
     Raises:
-        CheckpointError: a first-and-last-frame model, whose image embedder has positions.
         UsageError: not 512 text tokens, or an image where the model takes none, or none where it
             takes one.
     """
@@ -84,18 +84,20 @@ def prepare_context(model: Any, text: Tensor, image: Tensor | None) -> Context:
     _check_context(embedder, text, image)
     return Context(
         text=embedder.text_embedder(text),
-        image=None if image is None else embedder.image_embedder(image),
+        image=None if image is None else _image_context(embedder.image_embedder, image),
     )
+
+
+def _image_context(embedder: Any, image: Tensor) -> Tensor:
+    """diffusers' embedder takes two pictures as two rows, which it joins itself."""
+    if embedder.pos_embed is not None:
+        image = torch.unflatten(image, 1, (2, -1))[0]  # (1, 2n, d) -> (2, n, d)
+    context: Tensor = embedder(image)
+    return context
 
 
 def _check_context(embedder: Any, text: Tensor, image: Tensor | None) -> None:
     wants_image = embedder.image_embedder is not None
-    if wants_image and embedder.image_embedder.pos_embed is not None:
-        raise CheckpointError(
-            "first-and-last-frame models are not supported",
-            expected="a transformer config without pos_embed_seq_len",
-            remedy="Use a Wan2.1 image-to-video or text-to-video model",
-        )
     if text.shape[1] != TEXT_TOKENS:
         raise UsageError(
             "the text must be padded or cut to the context's length",

@@ -47,6 +47,7 @@ _TRANSFORMER = {
     "time_embedding.0": _EMBEDDER + "time_embedder.linear_1",
     "time_embedding.2": _EMBEDDER + "time_embedder.linear_2",
     "time_projection.1": _EMBEDDER + "time_proj",
+    "img_emb.emb_pos": _EMBEDDER + "image_embedder.pos_embed",
     "img_emb.proj.0": _EMBEDDER + "image_embedder.norm1",
     "img_emb.proj.1": _EMBEDDER + "image_embedder.ff.net.0.proj",
     "img_emb.proj.3": _EMBEDDER + "image_embedder.ff.net.2",

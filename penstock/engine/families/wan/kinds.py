@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 
@@ -28,24 +29,26 @@ def _text_run(name: str) -> str:
     return "embedding" if name == "shared.weight" else "rest"
 
 
+_TRANSFORMER = ComponentKind(
+    name="transformer",
+    made_by=("diffusers", "WanTransformer3DModel"),
+    namings=_namings("transformer"),
+    check=partial(check_config, "transformer"),
+    derive=configs.derive_transformer,
+    shapes=structure.transformer_shapes,
+    title=configs.transformer_title,
+    defaults=configs.TRANSFORMER,
+    blocks="blocks.",
+    count=lambda config: int(config["num_layers"]),
+    leaves_stream=structure.is_cross_kv,
+    is_packed=True,
+)
+
 KINDS: Mapping[str, ComponentKind] = MappingProxyType(
     {
         kind.name: kind
         for kind in (
-            ComponentKind(
-                name="transformer",
-                made_by=("diffusers", "WanTransformer3DModel"),
-                namings=_namings("transformer"),
-                check=partial(check_config, "transformer"),
-                derive=configs.derive_transformer,
-                shapes=structure.transformer_shapes,
-                title=configs.transformer_title,
-                defaults=configs.TRANSFORMER,
-                blocks="blocks.",
-                count=lambda config: int(config["num_layers"]),
-                leaves_stream=structure.is_cross_kv,
-                is_packed=True,
-            ),
+            _TRANSFORMER,
             ComponentKind(
                 name="text_encoder",
                 made_by=("transformers", "UMT5EncoderModel"),
@@ -84,6 +87,8 @@ KINDS: Mapping[str, ComponentKind] = MappingProxyType(
                 blocks="encoder.layers.",
                 count=lambda config: structure.layers_needed(config["num_hidden_layers"]),
             ),
+            # After the first, so that a file by itself is called a transformer
+            replace(_TRANSFORMER, name="transformer_2"),
         )
     }
 )

@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from penstock.engine.families.wan import defaults, plan
-from penstock.engine.families.wan.spec import WanSpec
+from penstock.engine.families.wan.denoise_plan import named
+from penstock.engine.families.wan.spec import TransformerSpec, WanSpec
 from penstock.engine.families.wan.terms import WanCase
-from penstock.profiles.manifest import Heads, Prefetch, Storage, VideoShape
-from penstock.profiles.phases import Step
+from penstock.engine.request.levels import noise_levels, steps_above, timesteps
+from penstock.profiles.manifest import Heads, Pictures, Prefetch, Storage, VideoShape
+from penstock.profiles.phases import Step, Workload
 
 if TYPE_CHECKING:
     pass
@@ -35,6 +37,16 @@ class WanManifest(WanSpec):
         return self.transformer.in_channels > self.vae.z_dim
 
     @property
+    def pictures(self) -> Pictures:
+        """As `penstock.profiles.phases.Manifest`."""
+        if not self.image_to_video:
+            return Pictures("none")
+        if self.transformer.pos_embed:
+            return Pictures("must", "must")
+        # A model without an image encoder sees both pictures by their latents alone
+        return Pictures("must", "may" if self.image is None else "none")
+
+    @property
     def heads(self) -> Heads:
         """As `penstock.profiles.phases.Manifest`: of the transformer."""
         spec = self.transformer
@@ -44,19 +56,43 @@ class WanManifest(WanSpec):
     def request_defaults(self) -> Mapping[str, Any]:
         """As `penstock.engine.model.official.Official`."""
         return defaults.request_defaults(
-            image_to_video=self.image_to_video, dim=self.transformer.inner_dim
+            image_to_video=self.image_to_video, dim=self.transformer.inner_dim, release=self.release
         )
 
     def flow_shift(self, width: int, height: int, asked: float | None) -> float:
         """As `penstock.engine.model.official.Official`."""
         return defaults.flow_shift(
-            width, height, asked, image_to_video=self.image_to_video, dim=self.transformer.inner_dim
+            width,
+            height,
+            asked,
+            image_to_video=self.image_to_video,
+            dim=self.transformer.inner_dim,
+            release=self.release,
         )
+
+    @property
+    def release(self) -> str:
+        """A key of `penstock.engine.families.wan.defaults.RELEASES`; "" for the first models."""
+        if self.second is not None:
+            return "i2v-a14b" if self.image_to_video else "t2v-a14b"
+        return "flf2v" if self.transformer.pos_embed else ""
 
     @property
     def prefetch(self) -> Prefetch:
         """As `penstock.profiles.phases.Manifest`."""
-        return Prefetch("denoise", "transformer", "decode", "vae decoder")
+        then = () if self.second is None else (named("denoise", second=True), "transformer_2")
+        return Prefetch("denoise", "transformer", "decode", "vae decoder", *then)
+
+    def split(self, workload: Workload) -> tuple[int, int]:
+        """Steps of the transformer for much noise, and of the one for little."""
+        noise, shape = workload.noise, workload.shape
+        shift = self.flow_shift(shape.width, shape.height, noise.shift)
+        levels = noise_levels(noise.sampler, workload.steps, shift, distilled=noise.distilled)
+        boundary = (
+            defaults.BOUNDARIES[self.image_to_video] if self.boundary is None else self.boundary
+        )
+        high = steps_above(boundary, timesteps(levels, noise.sampler))
+        return high, workload.steps - high
 
     def steps(self, case: WanCase) -> Iterator[Step]:
         """As `penstock.profiles.phases.Manifest`."""
@@ -85,13 +121,14 @@ class WanManifest(WanSpec):
 
     def undecided(self) -> WanManifest:
         """As `penstock.profiles.phases.Manifest`."""
-        spec = self.transformer
-        context = spec.context_storage
-        return replace(
-            self,
-            transformer=replace(
-                spec,
-                storage=replace(spec.storage, path=None),
-                context_storage=None if context is None else replace(context, path=None),
-            ),
-        )
+        second = None if self.second is None else _undecided(self.second)
+        return replace(self, transformer=_undecided(self.transformer), second=second)
+
+
+def _undecided(spec: TransformerSpec) -> TransformerSpec:
+    context = spec.context_storage
+    return replace(
+        spec,
+        storage=replace(spec.storage, path=None),
+        context_storage=None if context is None else replace(context, path=None),
+    )

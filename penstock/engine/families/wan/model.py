@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Protocol
+from types import MappingProxyType
+from typing import Any, Protocol
 
 from penstock.engine.families.wan.cost.transformer import TEXT_TOKENS
 from penstock.engine.families.wan.manifest import WanManifest
@@ -16,11 +17,11 @@ from penstock.engine.lora.place import PlacedLoras, lora_spec
 from penstock.engine.model.component import Component, component_of
 from penstock.engine.model.files import ModelFiles
 from penstock.engine.model.grid import Grid
-from penstock.errors import CheckpointError
 from penstock.profiles.manifest import VideoShape
 from penstock.quant.paths import Computing
 
 TRANSFORMER, TEXT, IMAGE = "transformer", "text_encoder", "image_encoder"
+SECOND = "transformer_2"
 ENCODER, DECODER = "vae encoder", "vae decoder"
 
 
@@ -33,6 +34,11 @@ class WanModel(ModelFiles):
     def transformer(self) -> Component:
         """The denoiser."""
         return self.parts[TRANSFORMER]
+
+    @property
+    def second(self) -> Component | None:
+        """The denoiser for little noise, where the first one is for much; None: there is none."""
+        return self.parts.get(SECOND)
 
     @property
     def text(self) -> Component:
@@ -74,7 +80,7 @@ class WanModel(ModelFiles):
         spec = self.manifest
         condition = 4 * spec.transformer.in_channels * math.prod(shape.latent(spec.vae))
         texts = 2 * TEXT_TOKENS * spec.text.d_model * spec.text.weights.itemsize
-        image = 0 if spec.image is None else 4 * spec.image.tokens * spec.image.hidden_size
+        image = 0 if spec.image is None else 4 * spec.image_tokens * spec.image.hidden_size
         return condition + texts + image
 
 
@@ -103,27 +109,24 @@ def components(source: ModelSource, loras: PlacedLoras) -> dict[str, Component]:
         ENCODER: component_of(vae, only=("encoder.", "quant_conv."), name=ENCODER),
         DECODER: component_of(vae, only=("decoder.", "post_quant_conv."), name=DECODER),
     }
+    if SECOND in source.parts:
+        assert loras.second is not None
+        parts[SECOND] = streamed(source.parts[SECOND], loras.second)
     if IMAGE in source.parts:
         parts[IMAGE] = component_of(source.parts[IMAGE])
     return parts
 
 
 def streamed(source: ComponentSource, loras: PlacedLoras) -> Component:
-    """The transformer, with LoRAs beside its weights.
-
-    Raises:
-        CheckpointError: a model for the first and the last frame.
-    """
-    if source.config.get("pos_embed_seq_len") is not None:
-        raise CheckpointError(
-            "first-and-last-frame models are not supported",
-            expected="pos_embed_seq_len absent",
-            found=str(source.config["pos_embed_seq_len"]),
-        )
+    """The transformer, with LoRAs beside its weights."""
     return component_of(source, loras=loras)
 
 
-def manifest_of(parts: Mapping[str, Component], computing: Computing) -> WanManifest:
+def manifest_of(
+    parts: Mapping[str, Component],
+    computing: Computing,
+    pipeline: Mapping[str, Any] = MappingProxyType({}),
+) -> WanManifest:
     """What the planner knows of the networks of a model, computing as ``computing`` says."""
     transformer, text, image = parts[TRANSFORMER], parts[TEXT], parts.get(IMAGE)
     encoder, decoder = parts[ENCODER], parts[DECODER]
@@ -132,6 +135,8 @@ def manifest_of(parts: Mapping[str, Component], computing: Computing) -> WanMani
         text=_text_spec(text, computing),
         vae=_vae_spec(encoder, decoder, computing.scratch.device_type),
         image=None if image is None else _image_spec(image, computing),
+        second=None if SECOND not in parts else _transformer_spec(parts[SECOND], computing),
+        boundary=pipeline.get("boundary_ratio"),
     )
 
 
@@ -150,6 +155,7 @@ def _transformer_spec(component: Component, computing: Computing) -> Transformer
         freq_dim=config["freq_dim"],
         patch_size=tuple(config["patch_size"]),
         image_dim=config["image_dim"],
+        pos_embed=config["pos_embed_seq_len"] or 0,
         storage=component.storage(computing, lambda name: not is_cross_kv(name)),
         context_storage=component.storage(computing, is_cross_kv),
         lora=lora_spec(component.loras, component.blocks),

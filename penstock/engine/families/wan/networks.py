@@ -14,6 +14,7 @@ def build(component: str, config: Mapping[str, Any]) -> tuple[Any, Any]:
     """The network of ``component`` under ``config``, and its one block (None: it has none)."""
     makers: dict[str, Callable[[dict[str, Any]], tuple[Any, Any]]] = {
         "transformer": _transformer,
+        "transformer_2": _transformer,
         "text_encoder": _text,
         "image_encoder": _image,
         "vae": _vae,

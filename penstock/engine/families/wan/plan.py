@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from penstock.engine.families.wan.cost import encoders, vae
@@ -13,6 +13,7 @@ from penstock.engine.families.wan.denoise_plan import Denoise
 from penstock.engine.families.wan.spec import ImageSpec
 from penstock.engine.families.wan.terms import (
     WanCase,
+    changes_of,
     condition_bytes,
     decoding_bytes,
     encoder_state_bytes,
@@ -48,15 +49,30 @@ def steps(case: WanCase) -> Iterator[Step]:
         yield image_step(case, manifest.image)
     if manifest.transformer.in_channels > manifest.vae.z_dim:
         yield Tiled("encode", case)
-    yield Denoise(case)
+    if manifest.second is None:
+        yield Denoise(case)
+    else:
+        yield from experts(case)
     yield Tiled("decode", case)
     shape = case.workload.shape
     yield Mux(case, shape, (("latents", latents_bytes(case)),))
 
 
+def experts(case: WanCase) -> Iterator[Denoise]:
+    """The transformer for much noise, then the one for little, each with its steps; one that has
+    none is left out."""
+    work = case.workload
+    guided = work.guided if work.guided_high is None else work.guided_high, work.guided
+    both = work.texts == 2
+    for number, (steps, on) in enumerate(zip(case.manifest.split(work), guided, strict=True)):
+        if steps:
+            own = replace(work, steps=steps, guided=on, guided_high=both)
+            yield Denoise(replace(case, workload=own), second=number == 1)
+
+
 def text_step(case: WanCase) -> OnePass:
     """The text encoder."""
-    spec, branches = case.manifest.text, case.workload.branches
+    spec, branches = case.manifest.text, case.workload.texts
     work = encoders.text_bytes(spec, prompts=branches)
     return OnePass(
         "text",
@@ -73,21 +89,25 @@ def text_step(case: WanCase) -> OnePass:
 
 def image_step(case: WanCase, spec: ImageSpec) -> OnePass:
     """The image encoder."""
-    layers = len(spec.weights.block_bytes)
+    layers, seen = len(spec.weights.block_bytes), case.manifest.seen
     return OnePass(
         "image",
         case,
         Network.of(spec.weights.block_bytes, resident=False),
         spec.weights.rest_bytes,
-        (("activations", encoders.image_bytes(spec)), *spec.storage.items, *case.libraries()),
+        (
+            ("activations", encoders.image_bytes(spec, pictures=seen)),
+            *spec.storage.items,
+            *case.libraries(),
+        ),
         (
             ("encoder states", encoder_state_bytes(case)),
             ("picture", decoding_bytes(case)),
             OBJECTS,
         ),
-        encoders.image_flops(spec),
-        visits=layers,
-        elements=layers * spec.tokens * spec.hidden_size,
+        seen * encoders.image_flops(spec),
+        visits=seen * layers,
+        elements=seen * layers * spec.tokens * spec.hidden_size,
     )
 
 
@@ -135,7 +155,7 @@ class Tiled:
         if decoding:
             found, work = vae.decode_bytes(*of, size, on_cpu=on_cpu), vae.decode_work(*of)
         else:
-            changes = self.case.workload.changes
+            changes = changes_of(self.case)
             found = vae.encode_bytes(*of, size, changes=changes, on_cpu=on_cpu)
             work = vae.encode_work(*of, changes=changes)
         held = (*found.ram, ("latents", latents_bytes(self.case)), OBJECTS) if decoding else (

@@ -14,7 +14,8 @@ from penstock.profiles.manifest import LoraSpec, Storage, Weights
 class TransformerSpec:
     """The DiT (`WanTransformer3DModel` config). ``cross_block_bytes`` are the cross-attention K/V
     projections, which are applied once a prompt and are not part of ``weights.block_bytes``;
-    ``context_storage`` is how they are stored (None: as the blocks)."""
+    ``context_storage`` is how they are stored (None: as the blocks); ``pos_embed`` is
+    ``pos_embed_seq_len``, the image tokens that a model of two pictures tells apart (0: one)."""
 
     weights: Weights
     cross_block_bytes: tuple[int, ...]
@@ -28,6 +29,7 @@ class TransformerSpec:
     freq_dim: int
     patch_size: tuple[int, int, int]
     image_dim: int | None = None
+    pos_embed: int = 0
     storage: Storage = Storage()
     context_storage: Storage | None = None
     lora: LoraSpec = LoraSpec()
@@ -95,9 +97,25 @@ class VaeSpec:
 
 @dataclass(frozen=True)
 class WanSpec:
-    """A whole model; ``image`` is None for a text-to-video model."""
+    """A whole model; ``image`` is None for one that shows no picture to an encoder. ``second`` is
+    the transformer for little noise, where ``transformer`` is for much: the one computes while
+    timesteps are ``boundary`` of all or more (None: as the makers have it), the other below."""
 
     transformer: TransformerSpec
     text: TextSpec
     vae: VaeSpec
     image: ImageSpec | None = None
+    second: TransformerSpec | None = None
+    boundary: float | None = None
+
+    @property
+    def seen(self) -> int:
+        """Pictures that the image encoder sees."""
+        if self.image is None:
+            return 0
+        return 2 if self.transformer.pos_embed else 1
+
+    @property
+    def image_tokens(self) -> int:
+        """That the image encoder gives, of all pictures."""
+        return 0 if self.image is None else self.seen * self.image.tokens

@@ -66,6 +66,9 @@ def _condition_shapes(config: Config, dim: int) -> Shapes:
     width = config.get("image_dim")
     if width is None:
         return shapes
+    places = config.get("pos_embed_seq_len")
+    if places is not None:
+        shapes |= {"image_embedder.pos_embed": (1, places, width)}
     shapes |= _norm("image_embedder.norm1", width)
     shapes |= _linear("image_embedder.ff.net.0.proj", width, width)
     shapes |= _linear("image_embedder.ff.net.2", dim, width)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from penstock.engine.families.wan.cost.transformer import TEXT_TOKENS, UNIPC_HISTORY
-from penstock.engine.families.wan.spec import WanSpec
-from penstock.profiles.phases import Case
+from penstock.profiles.manifest import Picture
+from penstock.profiles.phases import FIRST_FRAME, Case
 from penstock.profiles.tiling import TileGrid
+
+if TYPE_CHECKING:
+    from penstock.engine.families.wan.manifest import WanManifest
 
 _SINGLE = 4  # bytes of an fp32
 _PILLOW_RGB = 4  # bytes of a pixel in Pillow
@@ -24,7 +27,7 @@ _BAND_BYTES = _PILLOW_RGB + 3 * (1 + _SINGLE)
 """Of a pixel of those rows: as Pillow has it, as bytes, in fp32."""
 
 
-WanCase: TypeAlias = Case[WanSpec]
+WanCase: TypeAlias = "Case[WanManifest]"
 
 
 def latent_of(case: WanCase) -> tuple[int, int, int]:
@@ -41,25 +44,59 @@ def latent_volume(case: WanCase) -> int:
 def encoder_state_bytes(case: WanCase) -> int:
     """What the encoders leave for the transformer, in host memory."""
     manifest = case.manifest
-    text = case.workload.branches * TEXT_TOKENS * manifest.text.d_model
+    text = case.workload.texts * TEXT_TOKENS * manifest.text.d_model
     bytes_ = text * manifest.text.weights.itemsize
     if manifest.image is not None:
         image = manifest.image
-        bytes_ += image.tokens * image.hidden_size * image.weights.itemsize
+        bytes_ += manifest.image_tokens * image.hidden_size * image.weights.itemsize
     return bytes_
 
 
+def pictures_of(case: WanCase) -> int:
+    """Pictures that the video starts from and ends with."""
+    wanted = case.manifest.pictures
+    needed = (wanted.first == "must") + (wanted.last == "must")
+    return max(case.workload.pictures or 0, needed)
+
+
+def changes_of(case: WanCase) -> tuple[int, ...] | None:
+    """As `penstock.profiles.phases.Workload.changes`, the last frame among them where it is
+    given."""
+    changes = case.workload.changes
+    return (
+        changes if changes is None else clip_changes(case.workload.shape.frames, pictures_of(case))
+    )
+
+
+def clip_changes(frames: int, pictures: int) -> tuple[int, ...]:
+    """Frames of a conditioning clip that differ from the one before."""
+    return (*FIRST_FRAME, frames - 1) if pictures == 2 else FIRST_FRAME
+
+
 def picture_bytes(case: WanCase) -> int:
-    """The conditioning picture at the video's size: as bytes, and in fp32."""
+    """The conditioning pictures at the video's size: as bytes, and in fp32."""
+    return max(1, pictures_of(case)) * _frame_bytes(case)
+
+
+def _frame_bytes(case: WanCase) -> int:
     return 3 * case.workload.shape.width * case.workload.shape.height * (1 + _SINGLE)
 
 
 def decoding_bytes(case: WanCase) -> int:
-    """What decoding the picture and scaling it down takes at its peak, its results included: what
-    the image encoder sees, and fp32 at the video's size."""
-    picture, shape = case.workload.picture, case.workload.shape
+    """What decoding the pictures, one after the other, and scaling them down takes at its peak, its
+    results included: what the image encoder sees, and fp32 at the video's size."""
+    work, side = case.workload, 0 if case.manifest.image is None else case.manifest.image.image_size
+    first = _one_decoding_bytes(case, work.picture)
+    if pictures_of(case) < 2:
+        return first
+    kept = _frame_bytes(case) + _SEEN_BYTES * side * side
+    return max(first, kept + _one_decoding_bytes(case, work.last))
+
+
+def _one_decoding_bytes(case: WanCase, picture: Picture | None) -> int:
+    shape = case.workload.shape
     if picture is None:
-        return picture_bytes(case)
+        return _frame_bytes(case)
     decoded = _PILLOW_RGB * picture.width * picture.height
     side = 0 if case.manifest.image is None else case.manifest.image.image_size
     seen = _SEEN_BYTES * side * side
@@ -75,7 +112,7 @@ def decoding_bytes(case: WanCase) -> int:
         picture.decode_bytes,
         decoded + max(to_crop, to_squash) + seen,
         decoded + seen + to_frame,
-        decoded + seen + picture_bytes(case),
+        decoded + seen + _frame_bytes(case),
     )
 
 

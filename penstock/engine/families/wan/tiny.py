@@ -1,4 +1,4 @@
-"""Random-weight Wan2.1 models of the true architecture, a few MB small, for the demo and for tests.
+"""Random-weight Wan models of the true architecture, a few MB small, for the demo and for tests.
 
 The folder is written by diffusers' own ``save_pretrained``: a model like any other.
 """
@@ -57,6 +57,7 @@ def write_tiny_model(
     vae: dict[str, Any] | None = None,
     text: dict[str, Any] | None = None,
     image: dict[str, Any] | None = None,
+    experts: bool = False,
 ) -> Path:
     """Write a random Wan2.1 model in diffusers format and return ``folder``.
 
@@ -66,13 +67,19 @@ def write_tiny_model(
         seed: the weights are a function of it.
         dtype: storage type of all weights.
         transformer, vae, text, image: config entries that replace the tiny defaults.
+        experts: two transformers instead of one, and no image encoder: Wan2.2 A14B.
     """
     from diffusers import WanImageToVideoPipeline, WanPipeline
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts = _text_parts(text or {}) | _video_parts(image_to_video, transformer or {}, vae or {})
-        if image_to_video:
+        if experts:
+            own = {"in_channels": 36} if image_to_video else {}
+            for name in ("transformer", "transformer_2"):
+                parts[name] = _transformer(own | (transformer or {}))
+            parts["boundary_ratio"] = 0.9 if image_to_video else 0.875
+        elif image_to_video:
             parts |= _image_parts(image or {})
             parts["transformer"] = _transformer(
                 _image_conditioning(parts["image_encoder"].config.hidden_size, transformer or {})

@@ -43,17 +43,20 @@ PixelSource = Callable[[int, Window], Tensor]
 """Gives the pixels (1, 3, 1, h, w) in [-1, 1] of a frame's window, on the device, in the dtype."""
 
 
-def first_frame_then_zeros(image: Tensor) -> PixelSource:
-    """The conditioning clip of Wan's image-to-video: the picture, then frames of zeros.
+def first_frame_then_zeros(image: Tensor, last: tuple[int, Tensor] | None = None) -> PixelSource:
+    """The conditioning clip of Wan's image-to-video: the picture, frames of zeros, and where it is
+    given the last picture.
 
     Args:
         image: (3, height, width) in [-1, 1], where the VAE is and of its dtype.
+        last: index of the last frame, and the picture that it is; None: it is zeros too.
     """
+    given = {0: image} if last is None else {0: image, last[0]: last[1]}
 
     def pixels(frame: int, window: Window) -> Tensor:
-        if frame == 0:
+        if frame in given:
             rows, cols = window.inside(Window.whole(*image.shape[-2:]))
-            return image[None, :, None, rows, cols]
+            return given[frame][None, :, None, rows, cols]
         return image.new_zeros(1).expand(1, image.shape[0], 1, *window.shape)
 
     return pixels

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,15 +23,17 @@ from penstock.engine.families.wan import umt5 as prompts
 from penstock.engine.families.wan.cost.transformer import TEXT_TOKENS
 from penstock.engine.families.wan.cross import CrossStore
 from penstock.engine.families.wan.defaults import negative_prompt
+from penstock.engine.families.wan.denoise_plan import named
 from penstock.engine.families.wan.film import Film
 from penstock.engine.families.wan.model import model_of
 from penstock.engine.families.wan.preview import prepare_previews, preview_of
+from penstock.engine.families.wan.terms import clip_changes
 from penstock.engine.families.wan.vae_decode import raw_latents
 from penstock.engine.families.wan.vae_encode import encode_tiled, first_frame_then_zeros
 from penstock.engine.media.fit import fitting
 from penstock.engine.media.picture import open_image
 from penstock.engine.model.component import Component
-from penstock.engine.request.generation import GenerationRequest
+from penstock.engine.request.generation import workload_of
 from penstock.engine.run.events import PhaseMonitor
 from penstock.engine.run.keeper import Conditions
 from penstock.engine.run.pipeline import Products, SavePoint, Work
@@ -38,7 +41,6 @@ from penstock.engine.run.sampler import guide
 from penstock.engine.run.sampling import Sampling
 from penstock.engine.run.stage import Stage, visits
 from penstock.offload.streamer import BlockStream
-from penstock.profiles.phases import FIRST_FRAME
 from penstock.profiles.tiling import TileGrid
 
 
@@ -47,25 +49,75 @@ def _text(stage: Stage, found: Products) -> None:
 
 
 def _image(stage: Stage, found: Products) -> None:
-    found["image"], found["frame"] = stage.attempt("image", lambda: encode_picture(stage))
+    found["image"], found["frames"] = stage.attempt("image", lambda: encode_pictures(stage))
 
 
 def _encode(stage: Stage, found: Products) -> None:
-    frame = found.get("frame")
-    found["condition"] = stage.attempt("encode", lambda: encode_condition(stage, frame))
+    frames = found.get("frames")
+    found["condition"] = stage.attempt("encode", lambda: encode_condition(stage, frames))
 
 
 def _denoise(stage: Stage, found: Products) -> None:
-    found.pop("frame", None)
-    conditions = _conditions(found)
+    found.pop("frames", None)
     if stage.job.hooks.preview_every and not stage.job.previewer.is_ready:
         stage.attempt("decode", lambda: prepare_previews(stage))
-    sampling = stage.attempt("denoise", lambda: Sampling(stage))
-    found["latents"] = stage.attempt("denoise", lambda: denoise(stage, conditions, sampling))
+    found["sampling"] = stage.attempt("denoise", lambda: Sampling(stage))
+    _go_on(stage, found, expert_of(stage, second=False))
+
+
+def _denoise_second(stage: Stage, found: Products) -> None:
+    _go_on(stage, found, expert_of(stage, second=True))
+
+
+def _go_on(stage: Stage, found: Products, expert: Expert) -> None:
+    conditions, sampling = _conditions(found), found["sampling"]
+    name = expert.phase("denoise")
+    latents = stage.attempt(name, lambda: denoise(stage, conditions, sampling, expert))
+    if expert.until == stage.job.request.steps:
+        del found["sampling"]
+        found["latents"] = latents
 
 
 def _decode(stage: Stage, found: Products) -> None:
     found["video"] = stage.attempt("decode", lambda: decode(stage, found["latents"]))
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A transformer, and the steps that are its own.
+
+    Attributes:
+        component: the network.
+        until: the first step that is no longer its own.
+        guidance: of its steps.
+        second: it is that for little noise, where there are two.
+    """
+
+    component: Component
+    until: int
+    guidance: float
+    second: bool
+
+    def phase(self, name: str) -> str:
+        """The name of its own phase of that kind."""
+        return named(name, self.second)
+
+    @property
+    def branches(self) -> int:
+        """Forward passes a step."""
+        return 2 if self.guidance > 1 else 1
+
+
+def expert_of(stage: Stage, *, second: bool) -> Expert:
+    """The only transformer of the job, or one of two."""
+    model, request = model_of(stage), stage.job.request
+    high, low = request.guidance_scales
+    if model.second is None:
+        return Expert(model.transformer, request.steps, low, second=False)
+    if second:
+        return Expert(model.second, request.steps, low, second=True)
+    first, _ = model.manifest.split(workload_of(request))
+    return Expert(model.transformer, first, high, second=False)
 
 
 def _conditions(found: Products) -> Conditions:
@@ -94,7 +146,7 @@ def encode_prompts(stage: Stage) -> list[Tensor]:
     """Text states (1, 512, d) of the prompt and, with guidance, of the negative prompt, on CPU."""
     component, request = model_of(stage).text, stage.job.request
     texts = [request.prompt]
-    if request.uses_guidance:
+    if workload_of(request).texts == 2:
         texts.append(negative_prompt(request))
     cleaned = [prompts.clean_prompt(text) for text in texts]
     tokenised = model_of(stage).tokenizer.tokenise(cleaned)
@@ -127,13 +179,20 @@ def _counted(blocks: Iterator[tuple[int, Any]], phase: PhaseMonitor) -> Iterator
         phase.advance()
 
 
-def see_picture(stage: Stage) -> tuple[Tensor | None, Tensor]:
-    """The picture as the image encoder sees it (None without one), whole, and at the video's size,
+def see_pictures(stage: Stage) -> tuple[list[Tensor], list[Tensor]]:
+    """The pictures that the video starts from and ends with, as `see_picture` gives them: what the
+    image encoder sees, which is nothing without one, and their frames."""
+    request = stage.job.request
+    pairs = [see_picture(stage, path) for path in request.pictures]
+    return [seen for seen, _ in pairs if seen is not None], [frame for _, frame in pairs]
+
+
+def see_picture(stage: Stage, path: Path) -> tuple[Tensor | None, Tensor]:
+    """A picture as the image encoder sees it (None without one), whole, and at the video's size,
     as the request wants it to fit. In the phase that plans for it: the decoded picture may be many
     times as large as both."""
     request, model = stage.job.request, model_of(stage)
-    assert request.image is not None
-    picture = open_image(request.image)
+    picture = open_image(path)
     seen = None
     if model.image is not None:
         config, side = model.source.image_processor, model.image.config["image_size"]
@@ -147,28 +206,31 @@ def see_picture(stage: Stage) -> tuple[Tensor | None, Tensor]:
     return seen, pictures.preprocess(picture, *size, fit)
 
 
-def encode_picture(stage: Stage) -> tuple[Tensor, Tensor]:
-    """Image states (1, tokens, image_dim) of the picture, and the picture at the video's size, on
-    the CPU."""
+def encode_pictures(stage: Stage) -> tuple[Tensor, list[Tensor]]:
+    """Image states (1, tokens, image_dim) of the pictures, one after another, and the pictures at
+    the video's size, on the CPU."""
     component = model_of(stage).image
     assert component is not None
     with stage.phase("image", len(component.blocks), "layer") as (plan, phase):
-        pixels, frame = see_picture(stage)
-        assert pixels is not None
+        seen, frames = see_pictures(stage)
         with stage.rest(component) as module:
-            hidden = pictures.embed_pixels(
-                module.embeddings, module.pre_layrnorm, pixels.to(stage.device)
-            )
+            hidden = [
+                pictures.embed_pixels(
+                    module.embeddings, module.pre_layrnorm, pixels.to(stage.device)
+                )
+                for pixels in seen
+            ]
         with stage.stream(component.blocks, plan.stream, phase, 1) as stream:
             layers = _counted(visits(stream, component, phase), phase)
-            return pictures.encode_layers(layers, hidden).cpu(), frame
+            states = pictures.encode_pictures(layers, hidden)
+            return torch.cat([each.cpu() for each in states], dim=1), frames
 
 
-def encode_condition(stage: Stage, frame: Tensor | None) -> Tensor:
-    """The picture as the transformer sees it: mask and latents, (1, 20, t, h, w), on the CPU.
+def encode_condition(stage: Stage, frames: list[Tensor] | None) -> Tensor:
+    """The pictures as the transformer sees them: mask and latents, (1, 20, t, h, w), on the CPU.
 
     Args:
-        frame: the picture at the video's size; None: it is still to be read.
+        frames: the pictures at the video's size; None: they are still to be read.
     """
     component, request = model_of(stage).vae_encoder, stage.job.request
     size = (request.frames, request.height, request.width)
@@ -176,27 +238,35 @@ def encode_condition(stage: Stage, frame: Tensor | None) -> Tensor:
     latent_frames = request.video_shape.latent(model_of(stage).manifest.vae)[0]
     units = latent_frames * (tiles.rows * tiles.cols + 1)
     with stage.phase("encode", units, "frame") as (_, phase), stage.rest(component) as vae:
-        pixels = see_picture(stage)[1] if frame is None else frame
-        source = first_frame_then_zeros(pixels[0].to(stage.device, component.dtype))
-        encoded = encode_tiled(
-            vae, source, size, tiles, changes=FIRST_FRAME, should_stop=phase.advance
-        )
+        given = see_pictures(stage)[1] if frames is None else frames
+        first, *last = (frame[0].to(stage.device, component.dtype) for frame in given)
+        source = first_frame_then_zeros(first, (request.frames - 1, last[0]) if last else None)
+        changes = clip_changes(request.frames, len(given))
+        encoded = encode_tiled(vae, source, size, tiles, changes=changes, should_stop=phase.advance)
         return pictures.conditioning(
-            encoded.float(), vae.config.latents_mean, vae.config.latents_std
+            encoded.float(), vae.config.latents_mean, vae.config.latents_std, ends=bool(last)
         ).cpu()
 
 
-def denoise(stage: Stage, conditions: Conditions, sampling: Sampling) -> Tensor:
-    """From the point that ``sampling`` has reached to latents (1, z, t, h, w), fp32, on the CPU."""
-    component, request = model_of(stage).transformer, stage.job.request
-    if sampling.steps_done == request.steps:
-        return sampling.latents.cpu()
+def denoise(
+    stage: Stage, conditions: Conditions, sampling: Sampling, expert: Expert
+) -> Tensor | None:
+    """From the point that ``sampling`` has reached to the last step of ``expert``; if that is the
+    last of all, gives the latents (1, z, t, h, w), fp32, on the CPU."""
+    if sampling.steps_done < expert.until:
+        _steps(stage, conditions, sampling, expert)
+    return sampling.latents.cpu() if expert.until == stage.job.request.steps else None
+
+
+def _steps(stage: Stage, conditions: Conditions, sampling: Sampling, expert: Expert) -> None:
+    component, steps = expert.component, expert.until
     with closing(sampling.resume()) as sampler, stage.rest(component) as model:
-        start, steps, latents = sampler.next_step, request.steps, sampling.latents
+        start, latents = sampler.next_step, sampling.latents
         stage.steps_left = steps - start
-        cross, modulation = prepare(stage, model, conditions, sampler.timesteps)
-        with stage.phase("denoise", steps, "step", done=start) as (plan, phase):
-            passes = plan.passes(len(conditions.texts))
+        cross, modulation = prepare(stage, model, conditions, sampler.timesteps[:steps], expert)
+        name = expert.phase("denoise")
+        with stage.phase(name, steps, "step", done=start) as (plan, phase):
+            passes = plan.passes(expert.branches)
             total = stage.steps_left * len(passes)
             with stage.stream(component.blocks, plan.stream, phase, total) as stream:
                 attend = self_attention_of(stage.plan.attention)
@@ -205,7 +275,7 @@ def denoise(stage: Stage, conditions: Conditions, sampling: Sampling) -> Tensor:
                 picture = _on_device(conditions.condition, stage.device)
                 for step in range(start, steps):
                     if step == steps - 1:
-                        stage.prefetch_weights()
+                        stage.prefetch_after(name)
                     model_input = _model_input(latents, picture, component.dtype)
                     predictions = [
                         prediction
@@ -214,12 +284,11 @@ def denoise(stage: Stage, conditions: Conditions, sampling: Sampling) -> Tensor:
                     ]
                     del model_input
                     component.checkpoint.check_unchanged()
-                    prediction = _guided(predictions, request)
+                    prediction = _guided(predictions, expert.guidance)
                     preview = preview_of(stage, sampler, prediction, latents)
                     latents = sampling.step(sampler, prediction, latents)
                     phase.advance(preview)
             stage.keeper.settle()
-            return latents.cpu()
 
 
 def prepare(
@@ -227,11 +296,13 @@ def prepare(
     model: Any,
     conditions: Conditions,
     timesteps: Tensor,
+    expert: Expert,
 ) -> tuple[CrossStore, list[dit.StepModulation]]:
     """What does not change from step to step: cross-attention K/V, and the time embeddings."""
-    component = model_of(stage).transformer
-    with stage.phase("context", len(component.cross), "block") as (plan, phase):
-        texts = [text.to(stage.device, component.dtype) for text in conditions.texts]
+    component = expert.component
+    with stage.phase(expert.phase("context"), len(component.cross), "block") as (plan, phase):
+        given = conditions.texts[: expert.branches]
+        texts = [text.to(stage.device, component.dtype) for text in given]
         image = _on_device(conditions.image, stage.device, component.dtype)
         contexts = [dit.prepare_context(model, text, image) for text in texts]
         cross = CrossStore(stage.device, on_device=plan.cross_kv_on_device)
@@ -284,11 +355,11 @@ def _model_input(latents: Tensor, condition: Tensor | None, dtype: torch.dtype) 
     return torch.cat([latents, condition], dim=1).to(dtype)
 
 
-def _guided(predictions: list[Tensor], request: GenerationRequest) -> Tensor:
+def _guided(predictions: list[Tensor], scale: float) -> Tensor:
     if len(predictions) == 1:
         return predictions[0]
     conditional, unconditional = predictions
-    return guide(conditional, unconditional, request.guidance_scale)
+    return guide(conditional, unconditional, scale)
 
 
 def decode(stage: Stage, latents: Tensor) -> Tensor:
@@ -320,13 +391,12 @@ def drawn(stage: Stage) -> Products:
         return torch.randn(1, tokens, width, generator=draw).to(dtype)
 
     texts = [
-        states(TEXT_TOKENS, spec.transformer.text_dim)
-        for _ in range(2 if request.uses_guidance else 1)
+        states(TEXT_TOKENS, spec.transformer.text_dim) for _ in range(workload_of(request).texts)
     ]
     channels = spec.transformer.in_channels - spec.transformer.out_channels
     return {
         "texts": texts,
-        "image": None if spec.image is None else states(spec.image.tokens, spec.image.hidden_size),
+        "image": None if spec.image is None else states(spec.image_tokens, spec.image.hidden_size),
         "condition": torch.randn(1, channels, *shape, generator=draw) if channels else None,
     }
 
@@ -337,6 +407,7 @@ WORK = Work(
         "image": _image,
         "encode": _encode,
         "denoise": _denoise,
+        "denoise 2": _denoise_second,
         "decode": _decode,
     },
     saves=(

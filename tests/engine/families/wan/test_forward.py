@@ -11,7 +11,7 @@ from torch import Tensor
 from penstock.engine.families.wan import forward
 from penstock.engine.families.wan.structure import is_cross_kv
 from penstock.engine.model.binding import bind, bound, skeleton
-from penstock.errors import CheckpointError, UsageError
+from penstock.errors import UsageError
 from tests.tiny_transformer import TINY, inputs, lean, tiny_transformer
 from tests.versions import DIFFUSERS_0_36
 
@@ -194,11 +194,15 @@ def test_embed_and_head_take_only_their_own_weights() -> None:
     assert result.shape == (1, 4, 2, 4, 6)
 
 
-def test_a_first_and_last_frame_model_is_refused() -> None:
+def test_two_pictures_meet_their_places() -> None:
+    """The two rows that diffusers takes are one after the other here."""
     model = tiny_transformer(image_dim=14, pos_embed_seq_len=10)
-    _, text, image = inputs(model, (1, 2, 2), torch.float32)
-    with pytest.raises(CheckpointError, match="pos_embed_seq_len"):
-        forward.prepare_context(model, text, image)
+    torch.nn.init.normal_(model.condition_embedder.image_embedder.pos_embed)
+    _, text, _ = inputs(model, (1, 2, 2), torch.float32)
+    seen = torch.randn(2, 5, 14)
+    found = forward.prepare_context(model, text, torch.cat([seen[:1], seen[1:]], dim=1)).image
+    assert found is not None and found.shape == (1, 10, 24)
+    assert torch.equal(found, model.condition_embedder.image_embedder(seen))
 
 
 @pytest.mark.parametrize("tokens", [511, 513])

@@ -65,8 +65,10 @@ VAE = {
     "num_res_blocks": 2,
     "temperal_downsample": [False, True, True],
 }
+FLF2V_14B = I2V_14B | {"pos_embed_seq_len": 514}
 OFFICIAL = [
     ("transformer", I2V_14B),
+    ("transformer", FLF2V_14B),
     ("transformer", T2V),
     ("text_encoder", XXL),
     ("image_encoder", VIT_H),
@@ -185,7 +187,6 @@ def test_suffixes_of_quantised_files_come_through(suffix):
         ("Wan", "blocks.0.unheard_of.weight"),
         ("Wan", "blocks.x.self_attn.q.weight"),
         ("Wan", "vace_blocks.0.self_attn.q.weight"),
-        ("Wan", "img_emb.emb_pos"),
         ("Wan", ""),
     ],
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from penstock.engine.attach.guard import check_runnable
 from penstock.engine.attach.part import Part
 from penstock.errors import UsageError
 
@@ -17,32 +18,41 @@ _CLASSES = {
 }
 
 
+def is_wan21(pipe: Any) -> bool:
+    """Whether it is a pipeline of Wan 2.1: one transformer, one timestep a step."""
+    from diffusers import WanImageToVideoPipeline, WanPipeline
+
+    # By name: a subclass may have a step of its own.
+    if type(pipe) not in (WanPipeline, WanImageToVideoPipeline):
+        return False
+    second = getattr(pipe, "transformer_2", None) is not None
+    return not (second or pipe.config.boundary_ratio is not None or pipe.config.expand_timesteps)
+
+
 def check_pipeline(pipe: Any) -> None:
     """Refuse what penstock does not run as diffusers does.
 
     Raises:
-        UsageError: another pipeline, Wan 2.2, missing or changed models, somebody else's
-            offloading, or one that is attached already.
+        UsageError: missing or changed models, somebody else's offloading, cache or attention, or
+            one that is attached already.
     """
-    from diffusers import WanImageToVideoPipeline, WanPipeline
-
-    if not isinstance(pipe, WanPipeline | WanImageToVideoPipeline):
-        raise UsageError(
-            f"a {type(pipe).__name__} cannot be attached",
-            expected="a WanPipeline or a WanImageToVideoPipeline",
-            remedy="penstock.stream takes any module with a list of blocks.",
-        )
-    second = getattr(pipe, "transformer_2", None) is not None
-    if second or pipe.config.boundary_ratio is not None or pipe.config.expand_timesteps:
-        raise UsageError(
-            "Wan 2.2 pipelines are not supported",
-            expected="Wan 2.1: one transformer, one timestep a step",
-            found="two transformers" if second else "boundary_ratio or expand_timesteps",
-        )
     image = pipe.transformer is not None and pipe.transformer.config.image_dim is not None
     for name in ("transformer", "text_encoder", "vae", *(["image_encoder"] if image else [])):
         _check_model(name, getattr(pipe, name))
+        check_runnable(getattr(pipe, name), name)
     _check_transformer(pipe.transformer)
+    _check_cache(pipe.transformer)
+
+
+def _check_cache(transformer: Any) -> None:
+    if getattr(transformer, "_is_cached", False):
+        raise UsageError(
+            "the transformer has a cache of cache-dit",
+            expected="a pipeline whose steps are all computed",
+            found="cache_dit.enable_cache",
+            remedy="Call cache_dit.disable_cache(pipe) first, or stream the transformer alone with "
+            "penstock.stream, which keeps the cache.",
+        )
 
 
 def _check_model(name: str, model: Any) -> None:
@@ -85,6 +95,14 @@ def _check_transformer(transformer: nn.Module) -> None:
                 expected="WanAttnProcessor",
                 found=type(processor).__name__,
                 remedy="Restore it with transformer.set_attn_processor(WanAttnProcessor()).",
+            )
+        backend = getattr(processor, "_attention_backend", None)
+        if backend is not None and getattr(backend, "value", backend) != "native":
+            raise UsageError(
+                f"transformer.{path} has an attention backend of its own",
+                expected="torch's own",
+                found=str(getattr(backend, "value", backend)),
+                remedy='Call pipe.transformer.set_attention_backend("native") first.',
             )
         if getattr(module, "fused_projections", False):
             raise UsageError(

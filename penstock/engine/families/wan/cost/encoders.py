@@ -68,21 +68,27 @@ def text_flops(spec: TextSpec, tokens: int = 512, prompts: int = 2) -> int:
     return 2 * prompts * spec.num_layers * tokens * (linear + attention)
 
 
-def image_bytes(spec: ImageSpec, itemsize: int | None = None) -> int:
-    """Peak bytes of activations while a picture is encoded, its fp32 pixel values included.
+def image_bytes(spec: ImageSpec, itemsize: int | None = None, pictures: int = 1) -> int:
+    """Peak bytes of activations while pictures are encoded, their fp32 pixel values included. In
+    each layer they come one after the other.
 
     Args:
         spec: the encoder.
+        pictures: that are seen.
         itemsize: bytes of an activation element; the weights' compute type by default.
     """
     item = itemsize or spec.weights.itemsize
     values = _CHANNELS * spec.image_size * spec.image_size
     states = spec.tokens * spec.hidden_size * item
     sums = 2 * spec.tokens * _SINGLE * spec.num_attention_heads
-    return values * _SINGLE + max(
-        values * item + 4 * states,
-        8 * states + sums,
-        4 * states + 2 * spec.tokens * spec.intermediate_size * item,
+    return (
+        pictures * values * _SINGLE
+        + (pictures - 1) * states
+        + max(
+            values * item + 4 * states,
+            8 * states + sums,
+            4 * states + 2 * spec.tokens * spec.intermediate_size * item,
+        )
     )
 
 

@@ -376,11 +376,11 @@ def _sampler_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int
 
 
 def _embedder_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
-    """The text's two activations at once, or the image's: three of its own width and, at the last
-    norm, its context in fp32 twice."""
+    """The text's two activations at once, or the image's: three of its own width, the sum with its
+    places and, at the last norm, its context in fp32 twice."""
     d, e = spec.inner_dim, spec.weights.itemsize
     text = 2 * case.text_tokens * d * e
-    own = 3 * (spec.image_dim or 0) * max(e, FP32_BYTES)
+    own = (3 * max(e, FP32_BYTES) + (e if spec.pos_embed else 0)) * (spec.image_dim or 0)
     image = case.image_tokens * (own + (e + 2 * FP32_BYTES) * d + 2 * FP32_BYTES)
     return max(text, image) + _embedder_rows_bytes(spec)
 

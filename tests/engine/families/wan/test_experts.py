@@ -1,0 +1,225 @@
+"""Two transformers, the one for much noise and then the one for little: as diffusers' pipelines
+run them, streamed as resident, inside their plan, and across the swap after any stop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanImageToVideoPipeline, WanPipeline
+from PIL import Image
+
+from penstock.engine.engine import Engine
+from penstock.engine.families.wan.tiny import write_tiny_model
+from penstock.engine.request.generation import GenerationRequest, workload_of
+from penstock.engine.run.events import PhaseStarted, Progress
+from penstock.engine.run.jobs import describe
+from penstock.engine.run.report import JobResult
+from penstock.errors import JobCancelled, RequestError
+from penstock.profiles.options import Options
+from penstock.profiles.plan import Plan, StreamPlan
+from tests.engine.run.test_budget import _host_buffers_apart, _in_ram, _meter, _run
+from tests.engine.running import an_engine
+from tests.makers import makers_unipc
+
+STEPS = 6
+SHIFT = {False: 12.0, True: 5.0}
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["t2v", "i2v"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(
+        tmp_path_factory.mktemp("a14b"), image_to_video=request.param, experts=True,
+        seed=5, vae={"base_dim": 8}, transformer={"num_layers": 4},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Iterator[Engine]:
+    with an_engine(folder) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def asked(engine: Engine, picture: Path) -> GenerationRequest:
+    image = picture if engine.model.image_to_video else None
+    return GenerationRequest(
+        prompt="a red circle", negative_prompt="blurry", image=image, width=48, height=32,
+        frames=9, steps=STEPS, seed=7, guidance_scale=3.0, guidance_high=4.0, fit="stretch",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(engine: Engine, asked: GenerationRequest) -> JobResult:
+    return engine.submit(asked).result()
+
+
+def _theirs(folder: Path, request: GenerationRequest, **given: Any) -> dict[str, Any]:
+    pictured = request.image is not None
+    made = WanImageToVideoPipeline if pictured else WanPipeline
+    pipe = made.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = makers_unipc(pipe.scheduler.config, SHIFT[pictured])
+    pictures = (
+        {name: Image.open(path).convert("RGB") for name, path in given.items()}
+        | ({"image": Image.open(request.image).convert("RGB")} if request.image else {})
+    )  # fmt: skip
+    return {
+        kind: pipe(
+            **pictures,
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            width=request.width,
+            height=request.height,
+            num_frames=request.frames,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance_scales[0],
+            guidance_scale_2=request.guidance_scales[1],
+            generator=torch.Generator().manual_seed(request.seed or 0),
+            output_type=kind,
+        ).frames
+        for kind in ("latent", "np")
+    }
+
+
+def _assert_theirs(result: JobResult, theirs: dict[str, Any]) -> None:
+    latents = theirs["latent"]
+    assert (result.latents - latents).abs().max() <= 1e-5 * latents.abs().max()
+    frames = np.round(theirs["np"][0] * 255)
+    assert np.abs(result.video.numpy().astype(int) - frames).max() <= 1
+
+
+def test_the_job_is_that_of_diffusers(
+    folder: Path, engine: Engine, asked: GenerationRequest, whole: JobResult
+) -> None:
+    high, low = engine.model.manifest.split(workload_of(asked))
+    assert high >= 2 and low >= 2
+    _assert_theirs(whole, _theirs(folder, asked))
+
+
+def test_both_guidances_count(engine: Engine, asked: GenerationRequest, whole: JobResult) -> None:
+    for changes in ({"guidance_high": 3.0}, {"guidance_scale": 4.0}, {"guidance_high": 1.0}):
+        other = engine.submit(replace(asked, **changes)).result()
+        assert not torch.allclose(other.latents, whole.latents, atol=1e-4)
+
+
+def test_a_video_may_end_with_a_picture(
+    folder: Path, engine: Engine, asked: GenerationRequest, tmp_path: Path
+) -> None:
+    last = tmp_path / "last.png"
+    Image.linear_gradient("L").convert("RGB").resize((48, 32)).save(last)
+    if asked.image is None:
+        with pytest.raises(RequestError, match="an image"):
+            replace(asked, last_image=last)
+        return
+    result = engine.submit(replace(asked, last_image=last)).result()
+    _assert_theirs(result, _theirs(folder, asked, last_image=last))
+
+
+def _placed(plan: Plan, stream: StreamPlan) -> Plan:
+    changed = (
+        replace(phase, stream=stream, branches=1, chunk_tokens=10**6)
+        if phase.name in ("denoise", "denoise 2")
+        else phase
+        for phase in plan.phases
+    )
+    return replace(plan, phases=tuple(changed))
+
+
+def test_streamed_is_resident_is_sequential(
+    engine: Engine, asked: GenerationRequest, whole: JobResult
+) -> None:
+    plan = engine.plan(asked)
+    for stream, overlapped in ((StreamPlan(4, 4), False), (StreamPlan(4, 1, 1, 1, 1), True)):
+        found = _run(engine, asked, _placed(plan, stream), overlapped)
+        assert torch.equal(found.latents, whole.latents)
+        assert torch.equal(found.video, whole.video)
+
+
+def test_nothing_passes_the_plan(engine: Engine, asked: GenerationRequest) -> None:
+    plan = engine.plan(asked)
+    with _meter(engine) as meter, _host_buffers_apart(meter):
+        result = _run(engine, asked, plan, overlapped=True)
+    assert meter.peak <= plan.peak_vram_bytes + _in_ram(plan)
+    assert [phase.name for phase in result.report.phases] == [
+        phase.name for phase in plan.phases if phase.name != "mux"
+    ]
+    for phase, promised in zip(result.report.phases, plan.phases, strict=False):
+        assert phase.measured_vram_bytes <= promised.vram_bytes
+        assert phase.measured_ram_bytes <= promised.ram_bytes
+
+
+@pytest.mark.parametrize("around", [-1, 0, 1])
+def test_a_job_stopped_around_the_swap_goes_on(
+    around: int, engine: Engine, asked: GenerationRequest, whole: JobResult, tmp_path: Path
+) -> None:
+    high, _ = engine.model.manifest.split(workload_of(asked))
+    stop = high + around
+    job = engine.submit(asked, job_dir=tmp_path / "job")
+    for event in job.events():
+        if isinstance(event, Progress) and event.phase.startswith("denoise") and event.step == stop:
+            job.cancel()
+    with pytest.raises(JobCancelled):
+        job.result()
+    done = describe(tmp_path / "job").step
+    again = engine.resume(tmp_path / "job")
+    begun = [event.phase for event in again.events() if isinstance(event, PhaseStarted)]
+    result = again.result()
+    assert torch.equal(result.latents, whole.latents)
+    assert torch.equal(result.video, whole.video)
+    assert ("denoise" in begun) == (done < high)  # what is done is not loaded again
+
+
+def test_each_transformer_is_read_once_and_the_second_one_early(
+    folder: Path, asked: GenerationRequest
+) -> None:
+    """Where RAM has room, the second one's blocks are read from the last step of the first on."""
+    with an_engine(folder, ram="60MiB") as engine:
+        plan = engine.plan(asked)
+        assert plan["denoise"].prefetched_next_bytes
+        assert plan["context 2"].prefetched_next_bytes
+        result = _run(engine, asked, plan, overlapped=True)
+    reads = {phase.name: phase.read_bytes for phase in result.report.phases}
+    for name, part in zip(("denoise", "denoise 2"), engine.model.components(), strict=False):
+        assert sum(layout.nbytes for layout in part.blocks) <= reads[name] <= plan[name].read_bytes
+
+
+def test_one_step_needs_one_transformer(engine: Engine, asked: GenerationRequest) -> None:
+    plan = engine.plan(replace(asked, steps=1))
+    assert "denoise 2" not in [phase.name for phase in plan.phases]
+    assert torch.isfinite(engine.submit(replace(asked, steps=1)).result().latents).all()
+
+
+def test_the_makers_settings(engine: Engine, asked: GenerationRequest) -> None:
+    official = engine.model.official
+    pictured = engine.model.image_to_video
+    defaults = dict(official.request_defaults)
+    assert defaults["steps"] == 40
+    assert official.flow_shift(1280, 720, None) == SHIFT[pictured]
+    scales = (defaults["guidance_scale"], defaults.get("guidance_high"))
+    assert scales == ((3.5, None) if pictured else (3.0, 4.0))
+
+
+def test_two_scales_are_of_two_transformers(t2v_folder: Path, asked: GenerationRequest) -> None:
+    with an_engine(t2v_folder) as plain, pytest.raises(RequestError, match="one transformer"):
+        plain.plan(replace(asked, image=None))
+
+
+def test_packs_are_made_of_both(
+    folder: Path, asked: GenerationRequest, whole: JobResult, tmp_path: Path
+) -> None:
+    with Engine.open(
+        folder, options=Options(device="cpu", vram="200MiB", ram="200MiB", format="int8"),
+        cache=tmp_path,
+    ) as engine:  # fmt: skip
+        result = engine.submit(asked).result()
+        again = engine.submit(asked).result()
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 2
+    assert torch.equal(result.latents, again.latents)
+    assert not torch.equal(result.latents, whole.latents)
+    assert (result.latents - whole.latents).abs().mean() < 0.1 * whole.latents.abs().mean()

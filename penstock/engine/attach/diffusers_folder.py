@@ -4,8 +4,8 @@ files until they are used."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -91,12 +91,25 @@ def open_folder(folder: Path, stack: ExitStack) -> Opened:
     }
     for each in files.values():
         each.fill_buffers(stack)
-    pipe = made.from_pretrained(folder, local_files_only=True, **_given(made, modules))
-    if (folder / MODULAR_INDEX).exists():
-        others = [name for name in _components(folder) if name not in modules]
-        pipe.load_components(names=others, local_files_only=True)
-        pipe.update_components(**modules)
+    with _quietly():
+        pipe = made.from_pretrained(folder, local_files_only=True, **_given(made, modules))
+        if issubclass(made, import_module("diffusers").ModularPipeline):
+            others = [name for name in _components(folder) if name not in modules]
+            pipe.load_components(names=others, local_files_only=True)
+            pipe.update_components(**modules)
     return Opened(pipe, files)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without diffusers' warnings of components that it has not loaded itself, printed whole."""
+    logging = import_module("diffusers.utils.logging")
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _given(made: Any, modules: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:

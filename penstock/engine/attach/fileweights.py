@@ -1,4 +1,4 @@
-"""The weights of a module that has none: where they lie in files, and in what type they are used."""
+"""The weights of a module that has none: where they lie in files, and what types they have."""
 
 from __future__ import annotations
 

@@ -104,11 +104,11 @@ def _undecidable(found: str) -> UsageError:
     )
 
 
-class _Stage(TorchDispatchMode):
+class _Stage(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Fake where weights are concerned, true where not; counts living storages."""
 
     def __init__(self, device: str) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._device = device
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         self._weights: dict[int, tuple[str, str]] = {}

@@ -142,6 +142,16 @@ class ForeignModule:
         return weights + self._work_bytes
 
     @property
+    def blocks(self) -> int:
+        """How many stream."""
+        return len(self._sizes)
+
+    @property
+    def outside_bytes(self) -> int:
+        """Of what is in no block."""
+        return self._outside_bytes
+
+    @property
     def least_vram_bytes(self) -> int:
         """VRAM for one block at a time, and its work."""
         return self._outside_bytes + max(self._sizes, default=0) + self._work_bytes

@@ -94,6 +94,31 @@ def open_modules(
         OverBudget: not even one block of each module fits.
         StorageError: the disk is full or fails.
     """
+    budget, guests, fixed = guests_of(pipe, hardware, fmt, work_bytes, files)
+    check_budget(hardware, fixed, guests)
+    budget.reserve(fixed)
+    stack.callback(release_cached, torch.device(hardware.place))
+    for guest in guests:
+        guest.empty(folder, stack, returns)
+    budget.tenants.extend(guests)
+    stack.callback(budget.close)
+    for module in modules_of(pipe).values():
+        _end_with_calls(module, budget, stack)
+    return budget, sum(each.file_bytes for each in guests)
+
+
+def guests_of(
+    pipe: Any,
+    hardware: Hardware,
+    fmt: QuantFormat | None,
+    work_bytes: int | Mapping[str, int],
+    files: Mapping[str, FileWeights],
+) -> tuple[SharedBudget, list[ForeignModule], Items]:
+    """The networks of ``pipe`` as they will share a budget, and what they hold to the end.
+
+    Raises:
+        UsageError: weights that cannot be streamed.
+    """
     budget = SharedBudget(hardware)
     taken: set[int] = set()
     guests = []
@@ -106,19 +131,15 @@ def open_modules(
         taken |= {id(p) for p in module.parameters()}
     always = work_bytes if isinstance(work_bytes, int) else 0
     fixed: Items = (*(item for each in guests for item in each.fixed), ("activations", always))
-    _check_budget(hardware, fixed, guests)
-    budget.reserve(fixed)
-    stack.callback(release_cached, torch.device(hardware.place))
-    for guest in guests:
-        guest.empty(folder, stack, returns)
-    budget.tenants.extend(guests)
-    stack.callback(budget.close)
-    for module in modules_of(pipe).values():
-        _end_with_calls(module, budget, stack)
-    return budget, sum(each.file_bytes for each in guests)
+    return budget, guests, fixed
 
 
-def _check_budget(hardware: Hardware, fixed: Items, guests: list[ForeignModule]) -> None:
+def check_budget(hardware: Hardware, fixed: Items, guests: list[ForeignModule]) -> None:
+    """Refuse budgets in which some network does not run.
+
+    Raises:
+        OverBudget: names the least that is enough.
+    """
     held = sum(nbytes for _, nbytes in fixed)
     largest = max(guests, key=lambda each: each.least_vram_bytes)
     need = held + largest.least_vram_bytes

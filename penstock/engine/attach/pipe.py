@@ -13,7 +13,7 @@ import torch
 
 from penstock.closing import Closing
 from penstock.engine.attach.desk import Desk
-from penstock.engine.attach.diffusers_folder import is_foreign, open_folder
+from penstock.engine.attach.diffusers_folder import Opened, is_foreign, open_folder
 from penstock.engine.attach.generic import check_attachable, open_modules
 from penstock.engine.attach.livemodel import write_models
 from penstock.engine.attach.livepack import live_folder
@@ -137,6 +137,13 @@ class Attached(Closing):
         self._stack.callback(vars(self.pipe).pop, _ATTACHED)
         close_at_exit(self)
         return self
+
+    def _also(self, stack: ExitStack) -> None:
+        """Close ``stack`` last, in the end."""
+        with ExitStack() as both:
+            both.push(stack)
+            both.push(self._stack)
+            self._stack = both.pop_all()
 
     @property
     def report(self) -> AttachReport:
@@ -374,23 +381,38 @@ def load_pipeline(
 
 
 def attach_folder(
-    folder: Path,
-    hardware: Hardware,
-    fmt: QuantFormat | None = None,
-    work_bytes: int | Mapping[str, int] = 0,
+    folder: Path, hardware: Hardware, fmt: QuantFormat | None, work_bytes: int
 ) -> Attached:
     """The pipeline of a folder of diffusers, its networks' weights in their files.
-
-    Args:
-        work_bytes: of VRAM, left to what it computes: all the time, or by network.
 
     Raises:
         CheckpointError, UsageError, OverBudget: as `load_pipeline`.
     """
     with ExitStack() as stack:
         opened = open_folder(folder, stack)
-        check_attachable(opened.pipe)
-        attached = Attached(opened.pipe)
+        attached = attach_opened(opened, hardware, fmt, work_bytes)
+        attached._also(stack.pop_all())
+    return attached
+
+
+def attach_opened(
+    opened: Opened,
+    hardware: Hardware,
+    fmt: QuantFormat | None,
+    work_bytes: int | Mapping[str, int],
+) -> Attached:
+    """Let a pipeline whose networks have no weights bring them as they are used.
+
+    Args:
+        work_bytes: of VRAM, left to what it computes: all the time, or by network.
+
+    Raises:
+        UsageError: a pipeline that is not run; names the reason.
+        OverBudget: not even one block of each network fits.
+    """
+    check_attachable(opened.pipe)
+    attached = Attached(opened.pipe)
+    with ExitStack() as stack:
         place = stack.enter_context(live_folder(None))
         desk, disk_bytes = open_modules(
             opened.pipe, hardware, fmt, work_bytes, place, stack,

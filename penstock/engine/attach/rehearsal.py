@@ -63,6 +63,10 @@ class Rehearsed:
     order: Mapping[str, tuple[str, ...]]
     peak_bytes: int
 
+    def calls_of(self, component: str) -> int:
+        """How often ``component`` was called, about."""
+        return sum(v.calls for v in self.visits if v.component == component)
+
     def peak_of(self, component: str) -> int:
         """The most that lives while ``component`` works; 0: it never does."""
         return max((v.peak_bytes for v in self.visits if v.component == component), default=0)

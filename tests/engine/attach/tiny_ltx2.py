@@ -25,7 +25,8 @@ def ltx2(seed: int = 0) -> Any:
     transformer = diffusers.LTX2VideoTransformer3DModel(
         in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=16,
         cross_attention_dim=32, audio_in_channels=8, audio_out_channels=8,
-        audio_num_attention_heads=2, audio_attention_head_dim=8, audio_cross_attention_dim=16, num_layers=4, caption_channels=16,
+        audio_num_attention_heads=2, audio_attention_head_dim=8, audio_cross_attention_dim=16,
+        num_layers=4, caption_channels=16,
     )  # fmt: skip
     vae = diffusers.AutoencoderKLLTX2Video(
         latent_channels=8, block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8),

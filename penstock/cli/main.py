@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, MutableMapping
 from enum import Enum
 from pathlib import Path
@@ -363,6 +364,7 @@ def plan(
 ) -> None:
     """Say what a video will take, in bytes and seconds, without loading anything."""
     from penstock.cli.plan_view import ASSUMED, plan_view
+    from penstock.engine.alternatives import alternatives
     from penstock.engine.files.locate import Files
     from penstock.engine.lora.file import as_loras
     from penstock.engine.prepared import Prepared, machine_of
@@ -388,11 +390,13 @@ def plan(
         request = resolve(settings, prepared.about)
         found = prepared.plan(workload_of(request, saved=True))
         told = timesteps_of(request, prepared.about.official)
+        faster = alternatives(prepared, settings, found)
     if as_json:
-        say(json.dumps(found.to_json() | {"timesteps": told}))
+        others = [each.to_json() for each in faster]
+        say(json.dumps(found.to_json() | {"timesteps": told, "alternatives": others}))
     else:
         besides = memory_told(found) if card is None else ASSUMED
-        Screen().print(plan_view(found, besides), soft_wrap=True)
+        Screen().print(plan_view(found, besides, faster), soft_wrap=True)
 
 
 profiles_app = typer.Typer(help="Byte budgets and policies by name.", invoke_without_command=True)
@@ -464,16 +468,28 @@ def _generate(
     prepared = Prepared.open(model, **opening)
     request = resolve(settings, prepared.model)
     plan = prepared.plan(request, saved=job_folder is not None)
+    _name_faster(prepared, settings, plan)
 
+    importing = time.perf_counter()
     from penstock.engine.engine import Engine
 
-    with Engine(prepared) as engine:
+    with Engine(prepared, imports_s=time.perf_counter() - importing) as engine:
         folder, resumes = (None, False) if job_folder is None else job_folder(engine, request, plan)
         if resumes and folder is not None:
             job = engine.resume(folder, output, force=force)
         else:
             job = engine.submit(request, output, force=force, metadata=metadata, job_dir=folder)
         return _watch(job, plan, as_json, stop)
+
+
+def _name_faster(prepared: Any, settings: Any, plan: Any) -> None:
+    """Before a long job: what would be the fastest."""
+    from penstock.cli.plan_view import faster_told
+    from penstock.engine.alternatives import LONG_S, alternatives
+
+    if plan.seconds > LONG_S:
+        for best in alternatives(prepared, settings, plan)[:1]:
+            Screen(stderr=True).print(f"note: {faster_told(best)}", soft_wrap=True)
 
 
 def _watch(job: Any, plan: Any, as_json: bool, stop: Stopping) -> Any:

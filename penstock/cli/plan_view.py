@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from penstock.engine.alternatives import Alternative
 from penstock.profiles.hardware import INTERPRETER_BYTES
 from penstock.profiles.plan import ATTENTION, COMPUTE_PATHS, Plan, StreamPlan
 from penstock.profiles.profile import Profile, load, names
@@ -22,12 +23,16 @@ ASSUMED = (
 _BOUND = {"compute": "computing", "copy": "the link to the card", "read": "the disk"}
 
 
-def plan_view(plan: Plan, besides: str = ASSUMED) -> Group:
-    """The whole plan: phases, where the blocks live, what bounds it, where each value is from.
+def plan_view(
+    plan: Plan, besides: str = ASSUMED, alternatives: Sequence[Alternative] = ()
+) -> Group:
+    """The whole plan: phases, where the blocks live, what bounds it, where each value is from, and
+    what would be faster.
 
     Args:
         plan: the plan.
         besides: what the process takes besides its buffers, in a clause.
+        alternatives: that fit, the fastest first.
     """
     denoise = plan["denoise"]
     parts: list[RenderableType] = [_phases(plan)]
@@ -45,7 +50,25 @@ def plan_view(plan: Plan, besides: str = ASSUMED) -> Group:
         f"{format_bytes(plan.ram_limit_bytes)} in buffers; {besides}",
         _origins(plan),
     ]
+    if alternatives:
+        parts += ["", "faster here", _faster(alternatives)]
     return Group(*parts)
+
+
+def _faster(alternatives: Sequence[Alternative]) -> str:
+    wide = max(len(each.flags) for each in alternatives)
+    return "\n".join(
+        f" {each.flags:<{wide}}  {clock(each.seconds):>8}  ({each.quality})"
+        for each in alternatives
+    )
+
+
+def faster_told(best: Alternative) -> str:
+    """The best alternative of a long job, in a line."""
+    return (
+        f"predicted to take {clock(best.of_seconds)}; {best.flags}: {clock(best.seconds)} "
+        f"({best.quality}); penstock plan names more"
+    )
 
 
 def _phases(plan: Plan) -> Table:

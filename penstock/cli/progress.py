@@ -139,7 +139,7 @@ def report_summary(report: RunReport) -> str:
         f"wrote {report.output}: {report.frames} frames, {report.width}x{report.height}, "
         f"seed {report.seed}, {report.weight_format} ({COMPUTE_PATHS[report.compute_path]}, "
         f"self-attention {ATTENTION[report.attention]}), "
-        f"{report.seconds:.1f} s, "
+        f"{report.seconds:.1f} s after {report.imports_s:.1f} s of imports, "
         f"peak VRAM {format_bytes(report.peak_vram_bytes)}, "
         f"RAM {format_bytes(report.peak_ram_bytes)} in buffers; the process took "
         f"{format_bytes(report.process_peak_bytes)} of RAM at most, "

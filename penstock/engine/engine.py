@@ -63,11 +63,13 @@ class Engine(Closing):
         ...     report = job.result().report
     """
 
-    def __init__(self, prepared: Prepared, *, overlapped: bool = True) -> None:
+    def __init__(
+        self, prepared: Prepared, *, overlapped: bool = True, imports_s: float = 0.0
+    ) -> None:
         check_versions()
         self._prepared, self.chosen = prepared, prepared.chosen
         self._variants, self.model = prepared.variants, prepared.model
-        self._overlapped = overlapped
+        self._overlapped, self._imports_s = overlapped, imports_s
         self._jobs = JobQueue()
         self._previewer = Previewer()
 
@@ -360,6 +362,7 @@ class Engine(Closing):
             metadata=False,
             notices=self._prepared.notices,
             sources=self.model.files,
+            imports_s=self._imports_s,
         )
 
     @property

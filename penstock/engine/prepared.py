@@ -9,10 +9,10 @@ once.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 from penstock.engine.attention.choice import attending_on
 from penstock.engine.family.protocol import builtin
@@ -90,6 +90,13 @@ class BuiltIn:
         return plan_chosen(self.manifest, workload, self.chosen)
 
 
+class Remade(TypedDict):
+    """What a `Prepared` keeps to be opened again."""
+
+    asked: Options
+    make: Callable[[Options], Prepared]
+
+
 class Prepared:
     """A model, and the budgets and policy it is planned under. Made by :meth:`open`.
 
@@ -97,16 +104,25 @@ class Prepared:
         plans: the model in the formats it may run in, or a description of one.
         chosen: budgets, policy, formats and options.
         notices: what is to be said of the device's 8-bit products and attention, and of the files.
+        asked: the options that it was opened under.
+        make: opens the same under other options.
 
     Attributes:
-        chosen, notices: as given.
+        chosen, notices, asked: as given.
         about: what `penstock.engine.request.settings.resolve` needs to know of the model.
     """
 
     def __init__(
-        self, plans: Variants | BuiltIn, chosen: Chosen, notices: tuple[str, ...] = ()
+        self,
+        plans: Variants | BuiltIn,
+        chosen: Chosen,
+        notices: tuple[str, ...] = (),
+        *,
+        asked: Options,
+        make: Callable[[Options], Prepared],
     ) -> None:
         self._plans, self.chosen, self.notices = plans, chosen, notices
+        self.asked, self._make = asked, make
         self.about: Suited = plans.stored if isinstance(plans, Variants) else plans
 
     @classmethod
@@ -150,7 +166,7 @@ class Prepared:
             raise UsageError(
                 "a LoRA is checked against a model's files", expected="--model", found="--synthetic"
             )
-        return cls._of_description(synthetic, _chosen(options, machine), here=machine is None)
+        return cls._of_description(synthetic, options, machine)
 
     @classmethod
     def reopen(
@@ -165,26 +181,49 @@ class Prepared:
         Raises:
             As `penstock.engine.engine.Engine.open`.
         """
+        asked: Remade = {
+            "asked": opening.options,
+            "make": lambda options: cls.reopen(
+                replace(opening, options=options), machine=machine, cache=cache
+            ),
+        }
         chosen = _chosen(opening.options, machine)
         model = ModelFiles.open(opening.model, opening.files, opening.loras)
         model = replace(model, opening=replace(opening, options=chosen.options))
         if machine is not None:
             computing = Computing(Scratch(0, chosen.hardware.place))
-            return cls(Variants(model, chosen, computing, cache, described=True), chosen)
+            return cls(Variants(model, chosen, computing, cache, described=True), chosen, **asked)
         computing, products = computing_on(chosen.hardware.place, chosen.policy.compute)
         heads, tag = model.manifest.heads, model.streamed.tag
         chosen, attention = attending_on(chosen, heads, tag)
         notices = (*products, *attention, *model.notices)
         log.debug("on this device: %s", notices)
-        return cls(Variants(model, chosen, computing, cache), chosen, notices)
+        return cls(Variants(model, chosen, computing, cache), chosen, notices, **asked)
 
     @classmethod
-    def _of_description(cls, name: str, chosen: Chosen, *, here: bool) -> Prepared:
+    def _of_description(cls, name: str, options: Options, machine: Hardware | None) -> Prepared:
+        chosen = _chosen(options, machine)
         notices: tuple[str, ...] = ()
-        if here:
+        if machine is None:
             heads = builtin(name, chosen.formats[0]).heads
             chosen, notices = attending_on(chosen, heads)
-        return cls(BuiltIn(name, chosen), chosen, notices)
+        return cls(
+            BuiltIn(name, chosen), chosen, notices, asked=options,
+            make=lambda other: cls._of_description(name, other, machine),
+        )  # fmt: skip
+
+    def again(self, options: Options) -> Prepared:
+        """The same model under other options, on the same machine.
+
+        Raises:
+            As `penstock.engine.engine.Engine.open`.
+        """
+        return self._make(options)
+
+    def close(self) -> None:
+        """Close the files."""
+        if isinstance(self._plans, Variants):
+            self._plans.close()
 
     @property
     def variants(self) -> Variants:

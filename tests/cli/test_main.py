@@ -64,6 +64,8 @@ def test_generate_writes_a_video_and_one_json_object(
     assert len(run.stdout.splitlines()) == 1
     assert result["report"]["seed"] == 5
     assert result["report"]["peak_vram_bytes"] <= result["plan"]["peak_vram_bytes"]
+    assert result["report"]["imports_s"] > 0
+    assert "s of imports" in run.stderr
     for phase in ("text", "image", "encode", "denoise", "decode"):
         assert f"{phase}:" in run.stderr
     with av.open(str(output)) as container:

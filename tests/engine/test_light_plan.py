@@ -167,3 +167,14 @@ def test_building_waits_for_its_first_use(i2v_folder: Path) -> None:
     assert model.text.module is model.text.module
     assert model.vae_decoder.module is not model.vae_encoder.module
     model.close()
+
+
+def test_a_job_imports_no_library_of_models(
+    i2v_folder: Path, picture: Path, tmp_path: Path
+) -> None:
+    """They take more than all else of a small job; what they state of Wan is written down here."""
+    request = ("--prompt", "a cat", "--image", picture, "--steps", "1", *SIZE)
+    output = ("-o", tmp_path / "x.mp4")
+    for more in ((), ("--clip-crop", "center", "--sampler", "euler")):
+        done = child("generate", "--model", i2v_folder, *request, *more, *output, "--force")
+        assert done.stdout.strip().splitlines()[-1] == "(0, ['torch'])", done.stderr

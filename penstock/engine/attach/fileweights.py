@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from penstock.engine.attach.filenames import matched
-from penstock.engine.packs.file import Spec
+from penstock.engine.packs.layout import Spec
 from penstock.errors import UsageError
 from penstock.offload.checkpoint import Checkpoint, TensorEntry, torch_dtype
 from penstock.quant.values.tensors import dtype_tag

@@ -31,7 +31,8 @@ from penstock.engine.attach.surgery import (
     run_name,
     specs_of,
 )
-from penstock.engine.packs.file import PackLayout, Spec
+from penstock.engine.packs.file import PackLayout
+from penstock.engine.packs.layout import Spec
 from penstock.formats.formats import QuantFormat
 from penstock.offload.layout import BlockLayout
 from penstock.offload.streamer import load_block

@@ -15,7 +15,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from penstock.engine.packs.file import PackLayout, Spec, digest, lay_out, sums_text
+from penstock.engine.packs.file import PackLayout, digest, lay_out, sums_text
+from penstock.engine.packs.layout import Spec
 from penstock.engine.packs.pack import as_memory
 from penstock.engine.store.durable import FileOps, storing
 from penstock.errors import UsageError

@@ -21,7 +21,8 @@ from penstock.engine.attach.blocks import Slot
 from penstock.engine.attach.fileweights import FileWeights, check_away
 from penstock.engine.attach.livepack import LivePack, plan_live
 from penstock.engine.attach.surgery import Emptied, Patient, run_name, specs_of
-from penstock.engine.packs.file import PackLayout, Spec
+from penstock.engine.packs.file import PackLayout
+from penstock.engine.packs.layout import Spec
 from penstock.offload.layout import BlockLayout
 from penstock.units import align_up
 

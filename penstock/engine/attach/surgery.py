@@ -15,7 +15,7 @@ from penstock.engine.attach.away import AwayWeight
 from penstock.engine.attach.blocks import Slot, StreamedBlocks
 from penstock.engine.attach.livepack import LivePack, spec_of
 from penstock.engine.attach.units import find_units
-from penstock.engine.packs.file import Spec
+from penstock.engine.packs.layout import Spec
 from penstock.errors import CheckpointError, UsageError
 from penstock.formats.formats import QuantFormat
 from penstock.formats.rows import Shape

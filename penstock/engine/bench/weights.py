@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,19 +21,17 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from penstock.blocks import PAGE_BYTES, TENSOR_ALIGNMENT
 from penstock.engine.bench.synthetic import synthetic
 from penstock.engine.family.protocol import ComponentKind
 from penstock.engine.files.keys import stored_name
-from penstock.engine.files.storage import PADDING
+from penstock.engine.packs.layout import PlacedTensor, Spec, header_of, place_runs
 from penstock.engine.packs.plan import runs_of
 from penstock.errors import UsageError
 from penstock.formats.formats import QuantFormat, get_format
 from penstock.formats.rows import Shape
-from penstock.formats.tags import ITEM_BYTES
 from penstock.quant.arithmetic import quantise
 from penstock.quant.policy import default_policy
-from penstock.units import align_up, format_bytes
+from penstock.units import format_bytes
 
 FORMATS = ("bf16", "fp16", "fp8", "int8", "nf4")
 """What `penstock bench` can make: formats whose tensors are ordered by rows."""
@@ -109,7 +107,7 @@ def write_streamed(
     with path.open("wb", buffering=0) as file:
         _write_all(file, plan.header)
         for tensor in plan.tensors:
-            _pad_to(file, plan.data_start + tensor.start)
+            _pad_to(file, plan.data_start + tensor.place.offset)
             for piece in samples.pieces(tensor):
                 _write_all(file, piece)
             if progress is not None:
@@ -130,24 +128,13 @@ def _check_room(folder: Path, nbytes: int) -> None:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One stored tensor: of which parameter, and where (from the start of the data)."""
+    """One stored tensor, where it lies, and of which parameter (with its shape) it is a part."""
 
-    name: str
-    tag: str
-    shape: tuple[int, ...]
-    start: int
+    place: PlacedTensor
     parameter: str
     of: tuple[int, ...]
     suffix: str
     quantised: bool
-
-    @property
-    def nbytes(self) -> int:
-        return ITEM_BYTES[self.tag] * math.prod(self.shape)
-
-    @property
-    def end(self) -> int:
-        return self.start + self.nbytes
 
 
 @dataclass(frozen=True)
@@ -163,7 +150,8 @@ class _File:
 
     @property
     def nbytes(self) -> int:
-        return len(self.header) + self.tensors[-1].end
+        last = self.tensors[-1].place
+        return len(self.header) + last.offset + last.nbytes
 
     @classmethod
     def of(cls, kind: ComponentKind, config: Mapping[str, Any], weight_format: str) -> _File:
@@ -174,50 +162,31 @@ class _File:
                 found=repr(weight_format),
             )
         fmt, shapes = get_format(weight_format), kind.shapes(config)
-        tensors = tuple(_placed(list(runs_of(kind, shapes).values()), shapes, fmt))
-        return cls(tensors, _header(tensors))
+        chosen = set(default_policy(shapes))
+        parts: dict[str, tuple[str, str, bool]] = {}  # of each stored tensor
+        runs: dict[str, dict[str, Spec]] = {}
+        for run, names in runs_of(kind, shapes).items():
+            runs[run] = {}
+            for name in names:
+                quantised = name in chosen and fmt.fits(_matrix(shapes[name]))
+                stored = (
+                    fmt.storage(_matrix(shapes[name]), COMPUTE_TAG)
+                    if quantised
+                    else {"weight": (COMPUTE_TAG, shapes[name])}
+                )
+                for suffix, spec in stored.items():
+                    full = stored_name(name, suffix)
+                    runs[run][full], parts[full] = spec, (name, suffix, quantised)
+        placed = [tensor for run in place_runs(runs) for tensor in run.tensors]
+        tensors = []
+        for place in placed:
+            name, suffix, quantised = parts[place.name]
+            tensors.append(_Tensor(place, name, shapes[name], suffix, quantised))
+        return cls(tuple(tensors), header_of(placed, {"format": "pt"}))
 
 
-def _placed(
-    runs: Sequence[Sequence[str]], shapes: Mapping[str, tuple[int, ...]], fmt: QuantFormat
-) -> Iterator[_Tensor]:
-    chosen = set(default_policy(shapes))
-    end = 0
-    for run in runs:
-        end = align_up(end, PAGE_BYTES)
-        for name in run:
-            shape = shapes[name]
-            matrix: Shape | None = (shape[0], shape[1]) if name in chosen else None
-            quantised = matrix is not None and fmt.fits(matrix)
-            storage = (
-                fmt.storage(matrix, COMPUTE_TAG)
-                if matrix is not None and quantised
-                else {"weight": (COMPUTE_TAG, shape)}
-            )
-            for suffix, (tag, dims) in storage.items():
-                start = align_up(end, TENSOR_ALIGNMENT)
-                full = stored_name(name, suffix)
-                tensor = _Tensor(full, tag, dims, start, name, shape, suffix, quantised)
-                yield tensor
-                end = tensor.end
-
-
-def _header(tensors: Sequence[_Tensor]) -> bytes:
-    """The safetensors header, whole pages long, with padding tensors where others do not touch."""
-    entries: dict[str, Any] = {}
-    end = 0
-    for tensor in tensors:
-        if tensor.start > end:
-            entries[f"{PADDING}{end}"] = _entry("U8", (tensor.start - end,), end, tensor.start)
-        entries[tensor.name] = _entry(tensor.tag, tensor.shape, tensor.start, tensor.end)
-        end = tensor.end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    whole = align_up(8 + len(text), PAGE_BYTES)
-    return (whole - 8).to_bytes(8, "little") + text.ljust(whole - 8)
-
-
-def _entry(tag: str, shape: Sequence[int], start: int, end: int) -> dict[str, Any]:
-    return {"dtype": tag, "shape": list(shape), "data_offsets": [start, end]}
+def _matrix(shape: tuple[int, ...]) -> Shape:
+    return shape[0], shape[1]
 
 
 def _write_all(file: IO[bytes], data: bytes | memoryview) -> None:

@@ -7,7 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -35,6 +35,7 @@ _WIDTH, _HEADS, _FFN = 128, 8, 2048
 _WRITTEN_AT_ONCE = 8 * MIB
 _TINY_TOKENS = 256
 _NARROW = 32
+_READS = 3
 _RESIDUALS = ((16, 1), (32, 1), (64, 1), (192, 1), (16, 16), (64, 4))
 """Channels of the VAE's residual blocks that are measured, and what part of the side of a frame."""
 
@@ -49,6 +50,8 @@ class Effort:
         seconds: each operation is repeated for at least as long.
         clock: times operations that compute; `time.thread_time` leaves out what others compute on a
             shared machine.
+        spreads: of each operation that was timed, its median seconds over those that were kept, in
+            order: 1 on a machine that does nothing else.
     """
 
     tokens: int
@@ -56,6 +59,7 @@ class Effort:
     read_bytes: int
     seconds: float
     clock: Callable[[], float] = time.perf_counter
+    spreads: list[float] = field(default_factory=list)
 
     @classmethod
     def on(cls, device: torch.device) -> Effort:
@@ -98,18 +102,8 @@ def calibrate(
 
 
 def _seconds(work: Callable[[], object], device: torch.device, effort: Effort) -> float:
-    """The median of repetitions, after two to warm up."""
-    times: list[float] = []
-    for _ in range(2):
-        work()
-    _finish(device)
-    started = time.perf_counter()
-    while len(times) < 3 or time.perf_counter() - started < effort.seconds:
-        before = effort.clock()
-        work()
-        _finish(device)
-        times.append(effort.clock() - before)
-    return sorted(times)[len(times) // 2]
+    """The seconds of ``work``, as `_in_turns` takes them."""
+    return _in_turns([work], device, effort)[0]
 
 
 def _finish(device: torch.device) -> None:
@@ -177,19 +171,45 @@ def _vae(
 def _in_turns(
     works: Sequence[Callable[[], object]], device: torch.device, effort: Effort
 ) -> list[float]:
-    """The median seconds of each of ``works``, one after the other, again and again."""
+    """The seconds of each of ``works``, in turns, again and again, until they are steady.
+
+    What a machine does besides only ever adds seconds. So the best count: the fastest quarter's
+    slowest, once a quarter of the repetitions come that near to the fastest, or time is up.
+    """
     times: list[list[float]] = [[] for _ in works]
     for work in (*works, *works):
         work()
-    started = time.perf_counter()
-    while len(times[0]) < 3 or time.perf_counter() - started < len(works) * effort.seconds:
+    _finish(device)
+    while not _enough(times, effort.seconds):
         for work, found in zip(works, times, strict=True):
-            _finish(device)
             before = effort.clock()
             work()
             _finish(device)
             found.append(effort.clock() - before)
-    return [statistics.median(found) for found in times]
+    kept = [_quarter(found) for found in times]
+    effort.spreads.extend(
+        statistics.median(found) / best for found, best in zip(times, kept, strict=True) if best
+    )
+    return kept
+
+
+_NEAR = 1.1
+_PATIENCE = 8
+"""Times as long as wanted is repeated on a machine that is not steady."""
+
+
+def _enough(times: Sequence[Sequence[float]], seconds: float) -> bool:
+    """Whether operations were repeated enough: three times, for ``seconds`` each, and steadily."""
+    spent = sum(map(sum, times)) / len(times)
+    if len(times[0]) < 3 or spent < seconds:
+        return False
+    steady = all(_quarter(found) <= _NEAR * min(found) for found in times)
+    return steady or spent >= _PATIENCE * seconds
+
+
+def _quarter(times: Sequence[float]) -> float:
+    """What a quarter of them, and two at least, are at or below."""
+    return sorted(times)[max(1, len(times) // 4)]
 
 
 def _fitted(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
@@ -324,4 +344,6 @@ def _read(folder: Path | None, effort: Effort) -> float:
         with path.open("wb") as file:
             for _ in range(effort.read_bytes // _WRITTEN_AT_ONCE):
                 file.write(block)
-        return read_rate(path, effort.read_bytes, IN_FLIGHT)
+        rates = [read_rate(path, effort.read_bytes, IN_FLIGHT) for _ in range(_READS)]
+        effort.spreads.append(max(rates) / statistics.median(rates))
+        return max(rates)

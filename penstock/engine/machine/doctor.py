@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,10 @@ LITTLE_RAM_BYTES = 8 * GIB
 LITTLE_DISK_BYTES = 40 * GIB
 SLOW_COPY_BYTES_PER_S = 5e9
 SLOW_READ_BYTES_PER_S = 1e9
+LOADED = 0.5
+"""Programs a processor from which on what is measured is not the machine's own."""
+UNSTEADY = 1.25
+"""Median seconds over the best, likewise."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ def examine(
     """
     chosen = torch.device(_resolved(device))
     hardware = probe(chosen.type)
+    effort = effort or Effort.on(chosen)
+    load = _load()
     rates = calibrate(chosen, folder, effort)
     findings = [
         *_software(),
@@ -78,9 +84,38 @@ def examine(
         *_disk(folder),
         *_spill(chosen, platform.release(), sys.platform),
         *_speed(rates, chosen),
+        steadiness(load, effort.spreads),
     ]
     stored = _stored(hardware.name, rates, findings)
     return Diagnosis(hardware.name, tuple(findings), rates, stored)
+
+
+def _load() -> float:
+    """Programs that want a processor, for each that there is, in the last minute: with 1, none is
+    left to measure on."""
+    import psutil
+
+    return float(psutil.getloadavg()[0]) / (psutil.cpu_count() or 1)
+
+
+def steadiness(load: float, spreads: Sequence[float]) -> Finding:
+    """Whether the rates are those of a machine that does nothing else.
+
+    Args:
+        load: as `_load` gives it, before anything was measured.
+        spreads: of what was measured, as `Effort.spreads`.
+    """
+    widest = max(spreads, default=1.0)
+    loaded = load > LOADED or widest > UNSTEADY
+    return Finding(
+        "steadiness",
+        f"repetitions take up to {widest:.2f} of the best, which are kept; load {load:.2f} a "
+        "processor before",
+        "The machine is busy, and its rates may be higher: close other programs, and run penstock "
+        "doctor again."
+        if loaded
+        else None,
+    )
 
 
 def _stored(machine: str, rates: Rates, findings: list[Finding]) -> Path | None:

@@ -31,6 +31,7 @@ DEFAULT_CRF = 17
 _X264_THREADS = 4
 _BITS_A_PIXEL = 0.25  # for encoders without CRF
 _STEM_CHARS = 40  # what is added to a name must not make it too long for the file system
+_AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 _BT709 = 1  # ITU-T H.273: primaries, transfer and matrix alike
 
 

@@ -1,10 +1,8 @@
 """The pack: a plain safetensors file whose runs of tensors begin on pages and carry checksums.
 
-Layout: header, padded so that data begins on a page; then the runs, each a contiguous piece that is
-read at once (a block, its cross-attention K/V projections, the rest), tensors in it aligned to 64
-bytes; last the sums, a byte tensor of text with the checksum of the header and of each run. What
-lies between is named padding tensors of zeros, for safetensors allows no holes. The file is written
-front to back, so the sums come last and the header never changes.
+The runs are placed as `packs.layout` says: a block, its cross-attention K/V projections, the rest;
+last the sums, a byte tensor of text with the checksum of the header and of each run. The file is
+written front to back, so the sums come last and the header never changes.
 
 Checksums are XXH3-128 (https://xxhash.com): a modern disk gives 7 GB/s, which cryptographic hashes
 do not follow on one core, and what is guarded against is damage, not forgery.
@@ -13,18 +11,17 @@ do not follow on one core, and what is guarded against is damage, not forgery.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from penstock.blocks import PAGE_BYTES, TENSOR_ALIGNMENT
+from penstock.blocks import PAGE_BYTES
 from penstock.engine.files.fields import parse_object
-from penstock.engine.files.storage import PACK_METADATA, PADDING
+from penstock.engine.files.storage import PACK_METADATA
+from penstock.engine.packs.layout import PlacedTensor, PlannedRun, Spec, header_of, place_runs
 from penstock.errors import CheckpointError, HeaderError
-from penstock.formats.tags import ITEM_BYTES
 from penstock.offload.files import WeightFile, looked_at
 from penstock.offload.header import MAX_HEADER_BYTES, Header, read_header
 from penstock.regular import open_regular
@@ -37,29 +34,6 @@ VERSION = 1
 SUMS = "__sums__"
 _DIGEST_HEX = 32
 _CHUNK_BYTES = 8 << 20
-
-Spec = tuple[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class PackedTensor:
-    """A tensor's place: ``offset`` counts from the start of the data, which is a page."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """A piece that is read at once, from its first tensor's first byte to its last one's last."""
-
-    name: str
-    offset: int
-    nbytes: int
-    tensors: tuple[PackedTensor, ...]
 
 
 @dataclass(frozen=True)
@@ -99,56 +73,17 @@ def lay_out(
         metadata: what the pack says of itself, as JSON values.
         texts: further entries of the header's metadata.
     """
-    placed: list[PlannedRun] = []
-    end = 0
-    for name, tensors in runs.items():
-        run = _place_run(name, tensors, align_up(end, PAGE_BYTES))
-        placed.append(run)
-        end = run.offset + run.nbytes
+    placed = place_runs(runs)
+    end = placed[-1].offset + placed[-1].nbytes if placed else 0
     sums_offset = align_up(end, PAGE_BYTES)
     sums_bytes = len(sums_text(b"", [b""] * len(placed)))
     table = {"version": VERSION, **metadata, "runs": {r.name: [r.offset, r.nbytes] for r in placed}}
-    sums = PackedTensor(SUMS, "U8", (sums_bytes,), sums_offset, sums_bytes)
-    padded = _padded([*(tensor for run in placed for tensor in run.tensors), sums])
-    return PackLayout(_header(padded, table, texts), tuple(placed), sums_offset, sums_bytes)
-
-
-def _place_run(name: str, specs: Mapping[str, Spec], offset: int) -> PlannedRun:
-    tensors: list[PackedTensor] = []
-    end = offset
-    for tensor_name, (dtype, shape) in specs.items():
-        nbytes = ITEM_BYTES[dtype] * math.prod(shape)
-        start = align_up(end, TENSOR_ALIGNMENT)
-        tensors.append(PackedTensor(tensor_name, dtype, tuple(shape), start, nbytes))
-        end = start + nbytes
-    return PlannedRun(name, offset, end - offset, tuple(tensors))
-
-
-def _padded(tensors: Sequence[PackedTensor]) -> Iterator[PackedTensor]:
-    """``tensors`` with padding tensors where they do not touch."""
-    end = count = 0
-    for tensor in tensors:
-        if tensor.offset > end:
-            gap = tensor.offset - end
-            yield PackedTensor(f"{PADDING}{count}", "U8", (gap,), end, gap)
-            count += 1
-        yield tensor
-        end = tensor.offset + tensor.nbytes
-
-
-def _header(
-    tensors: Iterator[PackedTensor], table: Mapping[str, Any], texts: Mapping[str, str]
-) -> bytes:
-    about = {"format": "pt", PACK_METADATA: json.dumps(table), **texts}
-    entries: dict[str, Any] = {"__metadata__": about}
-    for tensor in tensors:
-        place = [tensor.offset, tensor.offset + tensor.nbytes]
-        entries[tensor.name] = {
-            "dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": place,
-        }  # fmt: skip
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    whole = align_up(8 + len(text), PAGE_BYTES)
-    return (whole - 8).to_bytes(8, "little") + text.ljust(whole - 8)
+    sums = PlacedTensor(SUMS, "U8", (sums_bytes,), sums_offset, sums_bytes)
+    header = header_of(
+        (*(tensor for run in placed for tensor in run.tensors), sums),
+        {"format": "pt", PACK_METADATA: json.dumps(table), **texts},
+    )
+    return PackLayout(header, placed, sums_offset, sums_bytes)
 
 
 def sums_text(header: bytes, runs: Sequence[bytes]) -> bytes:

@@ -32,11 +32,11 @@ from penstock.engine.lora.place import PlacedLoras
 from penstock.engine.packs.file import (
     PackFile,
     PackLayout,
-    PlannedRun,
     digest,
     running_digest,
     sums_text,
 )
+from penstock.engine.packs.layout import PlannedRun
 from penstock.engine.packs.names import PROGRESS_SUFFIX
 from penstock.engine.packs.origin import Origin, read_origin, write_origin
 from penstock.engine.packs.plan import LEAST_RAM_BYTES, ComponentPlan, PackStep, plan_component

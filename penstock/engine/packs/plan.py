@@ -13,7 +13,8 @@ from penstock.engine.files.keys import ComponentSource, recognise, stored_name
 from penstock.engine.files.source import RawFile
 from penstock.engine.files.storage import COMFY_METADATA
 from penstock.engine.lora.place import PlacedLoras
-from penstock.engine.packs.file import PackLayout, Spec, lay_out
+from penstock.engine.packs.file import PackLayout, lay_out
+from penstock.engine.packs.layout import Spec
 from penstock.engine.packs.names import FILE_NAMES
 from penstock.engine.store.digest import stamp
 from penstock.errors import UsageError

@@ -16,6 +16,7 @@ import torch
 
 from penstock._version import __version__
 from penstock.engine.machine.programs import nvidia_smi
+from penstock.engine.software import package_version
 from penstock.engine.store.digest import stamp
 from penstock.engine.store.sums import FileSum
 from penstock.errors import FingerprintMismatch
@@ -108,18 +109,15 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, obj
             yield f"{prefix}{key}", list(item) if isinstance(item, tuple) else item
 
 
-def _versions() -> dict[str, str | None]:
-    import diffusers
-    import transformers
-
+def _versions() -> dict[str, str | int | None]:
     return {
         "penstock": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": _cudnn_version(),
-        "diffusers": diffusers.__version__,
-        "transformers": transformers.__version__,
+        "diffusers": package_version("diffusers"),
+        "transformers": package_version("transformers"),
     }
 
 

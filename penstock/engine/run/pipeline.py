@@ -94,7 +94,10 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
             stage.monitor.notice(message)
         know_sources(stage)
         _log_request(job)
-        found = run_phases(stage, work_of(stage))
+        importing = time.perf_counter()
+        work = work_of(stage)
+        imports_s = job.imports_s + time.perf_counter() - importing
+        found = run_phases(stage, work)
         output, video = job.output, found["video"]
         if output is not None:
             asked = output
@@ -103,7 +106,8 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
             stage.monitor.notice(STEERED)
         for problem in job.keeper.problems:
             stage.monitor.notice(problem)
-        report = _report(job, stage.monitor, output, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        report = _report(job, stage.monitor, output, seconds, imports_s)
         job.keeper.finished(report)
     return JobResult(report, found["latents"], video)
 
@@ -188,7 +192,9 @@ def _metadata(job: Run) -> dict[str, Any]:
     return {name: settings[name] for name in settings if name not in hidden} | steered
 
 
-def _report(job: Run, monitor: Monitor, output: Path | None, seconds: float) -> RunReport:
+def _report(
+    job: Run, monitor: Monitor, output: Path | None, seconds: float, imports_s: float
+) -> RunReport:
     request, memory = job.request, ProcessMemory.peak()
     assert request.seed is not None
     return RunReport(
@@ -199,6 +205,7 @@ def _report(job: Run, monitor: Monitor, output: Path | None, seconds: float) -> 
         fps=request.fps,
         seed=request.seed,
         seconds=seconds,
+        imports_s=imports_s,
         vram_limit_bytes=job.plan.vram_limit_bytes,
         ram_limit_bytes=job.plan.ram_limit_bytes,
         allocated_vram_bytes=_allocated_bytes(job.device),

@@ -65,6 +65,8 @@ class RunReport:
         seconds: from the job's turn to its end.
         vram_limit_bytes, ram_limit_bytes: the budgets.
         phases: in the order they ran.
+        imports_s: seconds that the imports for it took, where its command did them: a phase of
+            their own before the others, in which nothing is read or computed.
         allocated_vram_bytes: peak of the device's own allocator (0 where it has none: the CPU).
         weight_format: of the transformer's blocks.
         compute: "exact" or "fast", as asked.
@@ -103,6 +105,7 @@ class RunReport:
     steered: bool = False
     options: Options = field(default_factory=Options)
     timesteps: tuple[float, ...] = ()
+    imports_s: float = 0.0
     on_cpu: bool = True
     process_peak_bytes: int = 0
     group_peak_bytes: int | None = None

@@ -1,6 +1,7 @@
 """Denoising: the scheduler of the model, its noise, guidance, and its state as plain values.
 
-The solvers are diffusers' own; a `Sampler` sets them up as Wan2.1 wants them (flow matching, the
+The solvers are diffusers' own, or the same ones without what else diffusers imports
+(`penstock.engine.run.solvers`); a `Sampler` sets them up as Wan2.1 wants them (flow matching, the
 noise levels of `penstock.engine.request.levels`) and can hand out its complete history, so that a
 job continues bit-identically.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from penstock.engine.request.levels import TRAINED, noise_levels
 from penstock.engine.request.levels import timesteps as timesteps_at
+from penstock.engine.run.solvers import plain_solver
 from penstock.errors import CheckpointError, NonFinite, UsageError
 
 _SINGULAR: Any = torch.linalg.LinAlgError  # type: ignore[attr-defined]
@@ -85,12 +87,9 @@ class Sampler:
         self._sampler, self._seed = sampler, seed
         self._history = _HISTORY.get(sampler, ())
         with _refusals():
-            self._scheduler = _make_scheduler(config, sampler, float(shift))
-            self._scheduler.set_timesteps(steps, device=device)
+            self._scheduler = _make_scheduler(config, sampler, float(shift), steps, device)
         levels = noise_levels(sampler, steps, float(shift), distilled=distilled)
         _set_levels(self._scheduler, levels, sampler)
-        # By count, never by looking a timestep up: rounded ones can repeat
-        self._scheduler.set_begin_index(0)
         self.timesteps: Tensor = self._scheduler.timesteps
         self.next_step = 0
 
@@ -277,13 +276,10 @@ def _set_levels(scheduler: Any, levels: tuple[float, ...], sampler: str) -> None
     scheduler.timesteps = torch.tensor(given, dtype=told.dtype, device=told.device)
 
 
-def _make_scheduler(config: dict[str, Any], sampler: str, shift: float) -> Any:
-    from diffusers import (
-        DPMSolverMultistepScheduler,
-        FlowMatchEulerDiscreteScheduler,
-        UniPCMultistepScheduler,
-    )
-
+def _make_scheduler(
+    config: dict[str, Any], sampler: str, shift: float, steps: int, device: torch.device | str
+) -> Any:
+    """The solver with room for ``steps`` steps; their levels are still to be set."""
     trained = config.get("num_train_timesteps", TRAINED)
     if trained != TRAINED:
         raise CheckpointError(
@@ -292,6 +288,25 @@ def _make_scheduler(config: dict[str, Any], sampler: str, shift: float) -> Any:
             found=str(trained),
             remedy="Copy scheduler_config.json from a Wan model",
         )
+    if sampler not in _HISTORY:
+        raise UsageError("unknown sampler", expected=" or ".join(_HISTORY), found=repr(sampler))
+    plain = plain_solver(config, sampler, steps, device)
+    if plain is not None:
+        return plain
+    scheduler = _of_diffusers(config, sampler, shift)
+    scheduler.set_timesteps(steps, device=device)
+    # By count, never by looking a timestep up: rounded ones can repeat
+    scheduler.set_begin_index(0)
+    return scheduler
+
+
+def _of_diffusers(config: dict[str, Any], sampler: str, shift: float) -> Any:
+    from diffusers import (
+        DPMSolverMultistepScheduler,
+        FlowMatchEulerDiscreteScheduler,
+        UniPCMultistepScheduler,
+    )
+
     static = {"use_dynamic_shifting": False}
     if sampler == "unipc":
         return UniPCMultistepScheduler.from_config(config, **_FLOW, **static, flow_shift=shift)
@@ -299,8 +314,6 @@ def _make_scheduler(config: dict[str, Any], sampler: str, shift: float) -> Any:
         return DPMSolverMultistepScheduler.from_config(
             config, **_FLOW, **static, flow_shift=shift, algorithm_type="dpmsolver++"
         )
-    if sampler in ("euler", "lcm"):
-        return FlowMatchEulerDiscreteScheduler.from_config(
-            config, **static, shift=shift, stochastic_sampling=sampler == "lcm"
-        )
-    raise UsageError("unknown sampler", expected=" or ".join(_HISTORY), found=repr(sampler))
+    return FlowMatchEulerDiscreteScheduler.from_config(
+        config, **static, shift=shift, stochastic_sampling=sampler == "lcm"
+    )

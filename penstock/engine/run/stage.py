@@ -60,6 +60,7 @@ class Run:
         hooks: what its user wants to see and do between steps.
         previewer: makes previews.
         sources: all files that the result depends on, by their names in the fingerprint.
+        imports_s: seconds that imports have taken before it.
     """
 
     model: ModelFiles
@@ -77,6 +78,7 @@ class Run:
     hooks: Hooks = field(default_factory=Hooks)
     previewer: Previewer = field(default_factory=Previewer)
     sources: Mapping[str, Path] = field(default_factory=dict)
+    imports_s: float = 0.0
 
 
 class Stage(Room):

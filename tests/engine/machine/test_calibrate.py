@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -133,6 +134,50 @@ def test_operations_take_turns() -> None:
     works = [partial(work, "a", 1.0), partial(work, "b", 3.0)]
     assert calibrate._in_turns(works, CPU, clock.effort) == [1.0, 3.0]
     assert "".join(order) == "ab" * (len(order) // 2)
+
+
+def spending(clock: Clock, seconds: list[float]) -> Callable[[], None]:
+    """An operation that takes these, and then the last one again and again."""
+    left = iter(seconds)
+    return lambda: clock.spend(next(left, seconds[-1]))
+
+
+def test_the_best_seconds_count_once_they_are_steady() -> None:
+    """Two repetitions warm up; then a busy machine takes ten times as long, but now and then."""
+    clock = Clock()
+    effort = replace(clock.effort, seconds=3.0)
+    busy = [1.0, 1.0, 10.0, 1.0, 10.0, 10.0, 10.0, 1.0, 10.0, 10.0]
+    assert calibrate._in_turns([spending(clock, busy)], CPU, effort) == [10.0]
+    assert effort.spreads == [1.0]  # time was up: 3 s were wanted, 24 were granted
+
+    clock = Clock()
+    effort = replace(clock.effort, seconds=8.0, spreads=[])
+    assert calibrate._in_turns([spending(clock, busy)], CPU, effort) == [1.0]
+    assert effort.spreads == [10.0]
+
+
+def test_a_quiet_machine_is_not_measured_longer_than_wanted() -> None:
+    clock = Clock()
+    effort = replace(clock.effort, seconds=5.0)
+    assert calibrate._in_turns([spending(clock, [1.0])], CPU, effort) == [1.0]
+    assert (clock.now, effort.spreads) == (7.0, [1.0])
+
+
+def test_the_best_of_several_reads_counts(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = iter([1e9, 4e9, 2e9])
+    monkeypatch.setattr(calibrate, "read_rate", lambda *asked: next(rates))
+    effort = Clock().effort
+    assert calibrate._read(tmp_path, replace(effort, read_bytes=8 << 20)) == 4e9
+    assert effort.spreads == [2.0]
+
+
+@pytest.mark.parametrize(
+    ("load", "spreads", "busy"), [(0.1, [1.0, 1.1], False), (0.9, [1.0], True), (0.1, [1, 3], True)]
+)
+def test_the_doctor_warns_of_a_busy_machine(load: float, spreads: list[float], busy: bool) -> None:
+    found = doctor.steadiness(load, spreads)
+    assert (found.remedy is not None) == busy
+    assert f"{max(spreads):.2f}" in found.found
 
 
 def test_every_rate_of_a_cpu_is_measured(tmp_path) -> None:

@@ -20,6 +20,7 @@ from penstock.engine.run.sampler import (
     read_scheduler_config,
     step_generator,
 )
+from penstock.engine.run.solvers import UniPC
 from penstock.errors import CheckpointError, NonFinite, UsageError
 from tests.makers import at_makers_levels
 from tests.versions import DIFFUSERS_0_36
@@ -87,6 +88,34 @@ def test_each_solver_equals_diffusers_bit_for_bit(sampler, steps, shift):
         latents = ours.step(prediction(i, latents), i, latents)
         assert torch.equal(latents, expected)
     assert ours.next_step == steps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_unipc_of_each_order_and_of_rounded_predictions_equals_diffusers(order, dtype):
+    config = WAN_CONFIG | {"solver_order": order, "flow_shift": 5.0}
+    theirs = given_levels(UniPCMultistepScheduler.from_config(config), "unipc", 9, 5.0)
+    ours = Sampler(config, sampler="unipc", steps=9, shift=5.0)
+    assert isinstance(ours._scheduler, UniPC)
+    latents = expected = initial_noise(SHAPE, 1)
+    for i, timestep in enumerate(theirs.timesteps):
+        guess = prediction(i, expected).to(dtype)
+        expected = theirs.step(guess, timestep, expected, return_dict=False)[0]
+        latents = ours.step(prediction(i, latents).to(dtype), i, latents)
+        assert torch.equal(latents, expected)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"thresholding": True}, {"predict_x0": False}, {"solver_type": "bh1"},
+        {"lower_order_final": False}, {"disable_corrector": [0]}, {"use_karras_sigmas": True},
+        {"beta_schedule": "scaled_linear"},
+    ],
+)  # fmt: skip
+def test_what_else_a_config_asks_for_diffusers_does(more):
+    made = Sampler(WAN_CONFIG | more, sampler="unipc", steps=4, shift=5.0)
+    assert isinstance(made._scheduler, UniPCMultistepScheduler)
 
 
 def test_the_requests_shift_replaces_the_folders():

@@ -8,6 +8,7 @@ output and the post-norm are never needed: do not load them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import util
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,10 @@ from torch import Tensor
 from torch.nn import Module
 from torch.nn.functional import interpolate, scaled_dot_product_attention
 
+from penstock.engine.families.wan.config import IMAGE_PROCESSOR
 from penstock.engine.families.wan.terms import SQUASHED_ROWS
+from penstock.engine.files import side_fields
+from penstock.engine.files.fields import check_fields
 from penstock.engine.media.fit import Fitting
 from penstock.errors import CheckpointError
 
@@ -111,18 +115,31 @@ def squashed_values(config: Mapping[str, Any], picture: Image.Image, side: int) 
     Raises:
         CheckpointError: the processor is of no use.
     """
-    processor = make_image_processor(config)
+    mean, deviation = _statistics(config)
     narrow = torch.empty(1, 3, picture.height, side)
     for top in range(0, picture.height, SQUASHED_ROWS):
         end = min(top + SQUASHED_ROWS, picture.height)
         band = _frame_of(picture.crop((0, top, picture.width, end)))
         narrow[:, :, top:end] = _bicubic(band, (end - top, side))
     seen = _bicubic(narrow, (side, side)).mul_(0.5).add_(0.5)
-    mean, deviation = (
-        torch.tensor(values).view(1, 3, 1, 1)
-        for values in (processor.image_mean, processor.image_std)
-    )
     return seen.sub_(mean).div_(deviation)
+
+
+def _statistics(config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (1, 3, 1, 1) of what the image encoder was trained with.
+
+    Raises:
+        CheckpointError: the processor is of no use.
+    """
+    try:
+        check_fields(config, side_fields.IMAGE_PROCESSOR, "preprocessor_config.json")
+    except CheckpointError as error:
+        raise CheckpointError("no usable image processor config", found=str(error)) from error
+    mean, deviation = (
+        torch.tensor(config.get(name, IMAGE_PROCESSOR[name])).view(1, 3, 1, 1)
+        for name in ("image_mean", "image_std")
+    )
+    return mean, deviation
 
 
 def _bicubic(frame: Tensor, size: tuple[int, int]) -> Tensor:
@@ -144,10 +161,60 @@ def pixel_values(config: Mapping[str, Any], picture: Image.Image, side: int) -> 
         CheckpointError: the processor is of no use, or makes something else for this encoder.
     """
     small = _scaled(config, picture, side)
-    found: Tensor = make_image_processor(config)(images=small, return_tensors="pt").pixel_values
+    found = _plainly_processed(config, small)
+    if found is None:
+        found = make_image_processor(config)(images=small, return_tensors="pt").pixel_values
     if found.shape != (1, 3, side, side):
         raise _unfit(side, f"{list(found.shape)}")
     return found
+
+
+def _plainly_processed(config: Mapping[str, Any], small: Image.Image) -> Tensor | None:
+    """``small`` at the size that a processor's config names, as transformers' processor makes it
+    without torchvision; None: that one is to be asked.
+
+    It is where torchvision is installed, whose arithmetic rounds otherwise, and where steps are
+    left out or the crop is larger than the picture. Importing it takes two seconds.
+    """
+    given = {**IMAGE_PROCESSOR, **config}
+    steps = ("do_convert_rgb", "do_rescale", "do_normalize")
+    if util.find_spec("torchvision") is not None or not all(given[name] for name in steps):
+        return None
+    if given["do_resize"]:
+        size = _named_size(given["size"], small.size)
+        if size is None:
+            return None
+        small = small.resize(size, resample=Image.Resampling(given["resample"]))
+    if given["do_center_crop"]:
+        crop = _named_size(given["crop_size"], None)
+        if crop is None or crop[0] > small.width or crop[1] > small.height:
+            return None
+        left, top = (small.width - crop[0]) // 2, (small.height - crop[1]) // 2
+        small = small.crop((left, top, left + crop[0], top + crop[1]))
+    # In fp64, then rounded once; then normed in fp32
+    unit = (np.array(small).astype(np.float64) * given["rescale_factor"]).astype(np.float32)
+    mean, deviation = (
+        np.array(given[name], dtype=np.float32) for name in ("image_mean", "image_std")
+    )
+    return torch.from_numpy((unit - mean) / deviation).permute(2, 0, 1)[None].contiguous()
+
+
+def _named_size(
+    named: int | Mapping[str, int], picture: tuple[int, int] | None
+) -> tuple[int, int] | None:
+    """Width and height that a config names; for ``picture``, by its shorter side. None: in another
+    way."""
+    entries = {"shortest_edge": named} if isinstance(named, int) else dict(named)
+    if set(entries) == {"height", "width"}:
+        return entries["width"], entries["height"]
+    if set(entries) != {"shortest_edge"}:
+        return None
+    short = entries["shortest_edge"]
+    if picture is None:
+        return short, short
+    low, high = sorted(picture)
+    long = int(short * high / low)
+    return (long, short) if picture[0] > picture[1] else (short, long)
 
 
 def _scaled(config: Mapping[str, Any], picture: Image.Image, side: int) -> Image.Image:

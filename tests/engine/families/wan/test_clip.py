@@ -13,6 +13,7 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from penstock.engine.families.wan import clip
 from penstock.engine.families.wan.clip import (
     conditioning,
     embed_pixels,
@@ -286,6 +287,35 @@ def test_the_folders_processor_is_used(pipeline, tmp_path):
     assert torch.equal(ours, theirs)
     with pytest.raises(CheckpointError, match="no usable image processor config"):
         make_image_processor({"size": 7.5})
+
+
+PLAIN = {
+    "size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24},
+    "image_mean": [0.4, 0.5, 0.3], "image_std": [0.2, 0.3, 0.25], "resample": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("picture_size", [(50, 70), (71, 31), (24, 24), (25, 300)])
+@pytest.mark.parametrize(
+    ("more", "plain"),
+    [
+        ({}, True),
+        ({"size": 24, "crop_size": 24}, True),
+        ({"size": {"height": 24, "width": 24}, "do_center_crop": False}, True),
+        ({"size": {"height": 24, "width": 30}}, True),
+        ({"rescale_factor": 0.01}, True),
+        ({"size": {"shortest_edge": 20}}, False),
+        ({"do_normalize": False}, False),
+        ({"do_rescale": False}, False),
+    ],
+)
+def test_a_plain_processor_is_followed_without_transformers(picture_size, more, plain):
+    config, picture = PLAIN | more, noise_picture(picture_size)
+    theirs = make_image_processor(config)(images=picture, return_tensors="pt").pixel_values
+    with pytest.MonkeyPatch.context() as patch:
+        if plain:
+            patch.setattr(clip, "make_image_processor", None)
+        assert torch.equal(pixel_values(config, picture, 24), theirs)
 
 
 @pytest.mark.parametrize("size", [(50, 70), (300, 130), (32, 32), (16, 21), (1600, 35), (35, 1600)])

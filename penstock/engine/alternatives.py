@@ -1,0 +1,147 @@
+"""How the same request is done sooner on this machine: other options and settings, each planned by
+the door that everything is planned by, and what each costs in quality, as far as it was measured.
+
+Free of torch, like a plan.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+from penstock.engine.prepared import Prepared
+from penstock.engine.request.generation import (
+    AREAS,
+    DISTILLED,
+    GenerationRequest,
+    workload_of,
+)
+from penstock.engine.request.settings import Settings, resolve
+from penstock.errors import PenstockError
+from penstock.formats.formats import get_format
+from penstock.profiles.options import Options
+from penstock.profiles.plan import Plan
+
+log = logging.getLogger(__name__)
+
+MOST = 5
+WORTH_A_WORD = 0.95
+"""Of the plan's seconds: what does not take less is no alternative."""
+LONG_S = 3600.0
+"""A job that takes longer is told of its best alternative."""
+
+FRAMES_PSNR: Mapping[tuple[str, str], float] = MappingProxyType(
+    {("int8", "exact"): 55.5, ("int8", "fast"): 47.7, ("fp8", "exact"): 48.6}
+)
+"""Decibels of frames against the weights as stored, by format and arithmetic: the small trained
+model's 48 held-out clips (``benchmarks/quality.py``; a test holds them to its results)."""
+
+_SMALL = "480p"
+_UNMEASURED = "quality not measured"
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another way to the video.
+
+    Attributes:
+        flags: what is said otherwise on the command line.
+        seconds: that it is predicted to take.
+        of_seconds: that the plan it stands beside takes.
+        quality: what it costs, in a clause.
+    """
+
+    flags: str
+    seconds: float
+    of_seconds: float
+    quality: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, ready for json.dumps."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Change:
+    flags: str
+    options: Options
+    settings: Settings
+    quality: str
+
+
+def alternatives(
+    prepared: Prepared, settings: Settings, plan: Plan, *, saved: bool = True
+) -> tuple[Alternative, ...]:
+    """Up to `MOST` ways that fit the machine and take less time than ``plan``, the shortest first.
+
+    Args:
+        prepared: the model and its options, as ``plan`` was made under them.
+        settings: the request with its gaps.
+        plan: of that request.
+        saved: the job is saved in a folder while it runs.
+    """
+    request = resolve(settings, prepared.about)
+    found = []
+    for change in _changes(prepared, settings, request, plan):
+        seconds = _predicted(prepared, change, saved)
+        if seconds is not None and seconds <= WORTH_A_WORD * plan.seconds:
+            found.append(Alternative(change.flags, seconds, plan.seconds, change.quality))
+    return tuple(sorted(found, key=lambda each: each.seconds)[:MOST])
+
+
+def _predicted(prepared: Prepared, change: _Change, saved: bool) -> float | None:
+    """Seconds under ``change``; None: it does not fit, or not this model."""
+    other = prepared.again(change.options)
+    try:
+        request = resolve(change.settings, other.about)
+        return other.plan(workload_of(request, saved=saved)).seconds
+    except PenstockError as error:
+        log.debug("no alternative: %s: %s", change.flags, error)
+        return None
+    finally:
+        other.close()
+
+
+def _changes(
+    prepared: Prepared, settings: Settings, request: GenerationRequest, plan: Plan
+) -> Iterator[_Change]:
+    options = prepared.asked
+    if not request.distilled and request.steps > DISTILLED["steps"]:
+        few = replace(
+            settings, distilled=True, steps=None, guidance_scale=None, shift=None, sampler=None
+        )
+        told = f"{DISTILLED['steps']} steps without guidance, the LoRA's own weights not counted"
+        yield _Change(
+            "--distilled --lora 4STEP.safetensors", options, few, f"{told}; {_UNMEASURED}"
+        )
+    share = AREAS[_SMALL] / (request.width * request.height)
+    if share < WORTH_A_WORD:
+        small = replace(settings, size=None, max_area=_SMALL)
+        yield _Change(f"--max-area {_SMALL}", options, small, f"{share:.2f} of the pixels")
+    if plan.attention == "sdpa" and options.attention is None and prepared.hardware.device != "cpu":
+        eight = replace(options, attention="int8")
+        yield _Change("--attention int8", eight, settings, _UNMEASURED)
+    yield from _formats(options, settings, plan)
+    yield from _budgets(options, settings)
+
+
+def _formats(options: Options, settings: Settings, plan: Plan) -> Iterator[_Change]:
+    """What is quantised already is not quantised again."""
+    if options.format is not None or not get_format(plan.weight_format).plain:
+        return
+    for (name, compute), decibels in FRAMES_PSNR.items():
+        flags = f"--format {name}" + (" --compute fast" if compute == "fast" else "")
+        other = replace(options, format=name, compute=compute)
+        told = f"frames at {decibels:.0f} dB of the unquantised, on the small trained model"
+        yield _Change(flags, other, settings, told)
+
+
+def _budgets(options: Options, settings: Settings) -> Iterator[_Change]:
+    """Without the ceilings that were asked for: up to what the machine has free."""
+    for name in ("ram", "vram"):
+        if options.given.get(name) is not None:
+            other = replace(options, **{name: None})
+            yield _Change(f"without --{name}", other, settings, "none: the same arithmetic")

@@ -72,7 +72,7 @@ def _parts(hint: Any) -> list[Any]:
 def _kinds(hint: Any) -> frozenset[type]:
     if hint is NOT_SAID or hint is None or isinstance(hint, str):
         return frozenset(_SIMPLE)  # it does not say: as the value is written
-    plain = set()
+    plain: set[type] = set()
     for part in _parts(hint):
         origin = typing.get_origin(part) or part
         inside = typing.get_args(part)

@@ -15,15 +15,8 @@ from torch import nn
 
 from penstock.engine.attach.filenames import tie
 from penstock.engine.attach.fileweights import FileWeights, kept_in_fp32
-from penstock.engine.family.protocol import families
-from penstock.engine.files.fields import parse_object
+from penstock.engine.attach.routing import index_of
 from penstock.errors import CheckpointError
-from penstock.offload.files import looked_at
-from penstock.regular import open_regular
-
-INDEX = "model_index.json"
-MODULAR_INDEX = "modular_model_index.json"
-_LARGEST_INDEX = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -34,27 +27,13 @@ class Opened:
     files: Mapping[str, FileWeights]
 
 
-def is_foreign(path: Path) -> bool:
-    """Whether ``path`` is a folder of diffusers that no family of penstock's own runs."""
-    index = _index(path)
-    if index is None:
-        return False
-    for family in families():
-        try:
-            family.check_pipeline(path, index)
-        except CheckpointError:
-            continue
-        return False
-    return True
-
-
 def pipeline_class(folder: Path) -> Any:
     """The class of the pipeline in ``folder``.
 
     Raises:
         CheckpointError: diffusers has none of that name.
     """
-    index = _index(folder) or {}
+    index = index_of(folder) or {}
     name = index.get("_class_name")
     diffusers = import_module("diffusers")
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
@@ -118,18 +97,9 @@ def _given(made: Any, modules: Mapping[str, nn.Module]) -> Mapping[str, nn.Modul
     return {} if issubclass(made, modular) else modules
 
 
-def _index(folder: Path) -> dict[str, Any] | None:
-    for name in (INDEX, MODULAR_INDEX):
-        path = folder / name
-        if path.is_file():
-            with looked_at(path), open_regular(path) as file:
-                return parse_object(file.read(_LARGEST_INDEX), str(path))
-    return None
-
-
 def _components(folder: Path) -> dict[str, tuple[str, str]]:
     """Library and class of each component that there is."""
-    index = _index(folder) or {}
+    index = index_of(folder) or {}
     found: dict[str, tuple[str, str]] = {}
     for name, value in index.items():
         if not name.startswith("_") and isinstance(value, list) and len(value) >= 2:

@@ -88,13 +88,13 @@ class CallJob:
         with ExitStack() as stack:
             self._opened = open_folder(folder, stack)
             self._given = parse(self._opened.pipe, pairs)
-            self.plan: CallPlan = plan_call(
-                self._opened, self._given, hardware, fmt, activations
-            )
+            self.plan: CallPlan = plan_call(self._opened, self._given, hardware, fmt, activations)
             self._stack = stack.pop_all()
 
-    def close(self) -> None:
-        """Close the files."""
+    def __enter__(self) -> CallJob:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def cancel(self) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -227,12 +226,7 @@ def _key(opened: Opened, given: Mapping[str, Any]) -> str:
     import penstock
 
     about: dict[str, Any] = {
-        "versions": [
-            __version__,
-            torch.__version__,
-            diffusers.__version__,
-            transformers.__version__,
-        ],
+        "versions": [each.__version__ for each in (penstock, torch, diffusers, transformers)],
         "pipeline": type(opened.pipe).__name__,
         "config": str(sorted(dict(opened.pipe.config).items(), key=str)),
         "given": {name: _told(value) for name, value in given.items()},

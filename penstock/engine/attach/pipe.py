@@ -13,11 +13,12 @@ import torch
 
 from penstock.closing import Closing
 from penstock.engine.attach.desk import Desk
-from penstock.engine.attach.diffusers_folder import Opened, is_foreign, open_folder
+from penstock.engine.attach.diffusers_folder import Opened, open_folder
 from penstock.engine.attach.generic import check_attachable, open_modules
 from penstock.engine.attach.livemodel import write_models
 from penstock.engine.attach.livepack import live_folder
 from penstock.engine.attach.part import Part
+from penstock.engine.attach.routing import is_foreign
 from penstock.engine.attach.stream import budgets, close_at_exit
 from penstock.engine.family.protocol import ComponentKind, families
 from penstock.engine.files.locate import Files

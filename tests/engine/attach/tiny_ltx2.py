@@ -29,8 +29,9 @@ def ltx2(seed: int = 0) -> Any:
         num_layers=4, caption_channels=16,
     )  # fmt: skip
     vae = diffusers.AutoencoderKLLTX2Video(
-        latent_channels=8, block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8),
-        layers_per_block=(1,) * 5, decoder_layers_per_block=(1,) * 4,
+        latent_channels=8, block_out_channels=(8, 16, 32, 64),
+        decoder_block_out_channels=(8, 16, 32), layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 4,
         spatial_compression_ratio=32, temporal_compression_ratio=8,
     )  # fmt: skip
     sound = diffusers.AutoencoderKLLTX2Audio(

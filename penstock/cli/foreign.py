@@ -205,6 +205,7 @@ def report_text(report: Any) -> str:
     return (
         f"wrote {printable(', '.join(report.outputs))}: {report.frames} frames, "
         f"seed {report.seed}, {report.seconds:.1f} s, "
-        f"peak VRAM {format_bytes(report.peak_vram_bytes)}, RAM {format_bytes(report.peak_ram_bytes)} in buffers, "
+        f"peak VRAM {format_bytes(report.peak_vram_bytes)}, "
+        f"RAM {format_bytes(report.peak_ram_bytes)} in buffers, "
         f"{format_bytes(report.read_bytes)} read"
     )

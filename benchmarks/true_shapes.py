@@ -66,7 +66,8 @@ def ltx2() -> tuple[Any, Any]:
 
     pipe = diffusers.LTX2Pipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), tokenizer=None, text_encoder=None,
-        vae=bare(diffusers.AutoencoderKLLTX2Video), audio_vae=bare(diffusers.AutoencoderKLLTX2Audio),
+        vae=bare(diffusers.AutoencoderKLLTX2Video),
+        audio_vae=bare(diffusers.AutoencoderKLLTX2Audio),
         connectors=bare(LTX2TextConnectors),
         transformer=bare(diffusers.LTX2VideoTransformer3DModel), vocoder=bare(LTX2Vocoder),
     )  # fmt: skip
@@ -93,7 +94,9 @@ def hunyuan() -> tuple[Any, Any]:
 
     pipe = diffusers.HunyuanVideo15Pipeline(
         text_encoder=None, tokenizer=None, text_encoder_2=None, tokenizer_2=None,
-        transformer=bare(diffusers.HunyuanVideo15Transformer3DModel, task_type="t2v", target_size=640),
+        transformer=bare(
+            diffusers.HunyuanVideo15Transformer3DModel, task_type="t2v", target_size=640
+        ),
         vae=bare(diffusers.AutoencoderKLHunyuanVideo15),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
         guider=diffusers.ClassifierFreeGuidance(guidance_scale=6.0),

@@ -96,6 +96,13 @@ Guidance = Annotated[
         help="Guidance scale (5; 1.3B: 6); 1 is off. Of two transformers: little noise, much.",
     ),
 ]
+Nag = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SCALE",
+        help="Away from the negative prompt at --cfg 1, inside attention: such as 11 (off).",
+    ),
+]
 Shift = Annotated[
     float | None,
     typer.Option(help="Flow shift (5; from a picture at 480p: 3; 1.3B: 8)."),
@@ -126,7 +133,7 @@ def main_options(
         Level | None, typer.Option(help="Tell what is decided, on stderr: info, or debug.")
     ] = None,
     log_file: Annotated[
-        Path | None, typer.Option(help="Into this file instead, for a bug report (debug).")
+        Path | None, path_option("Into this file instead, for a bug report (debug).")
     ] = None,
     version: Annotated[
         bool,
@@ -164,6 +171,7 @@ def generate(
     frames: Annotated[int | None, typer.Option(help="Frames, 4n+1 (81).")] = None,
     steps: Steps = None,
     cfg: Guidance = None,
+    nag: Nag = None,
     shift: Shift = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of the noise (drawn if absent or -1).")
@@ -241,6 +249,7 @@ def generate(
         frames=frames,
         steps=steps,
         guidance_scale=cfg,
+        nag_scale=nag,
         shift=shift,
         seed=seed,
         sampler=None if sampler is None else sampler.value,
@@ -376,6 +385,7 @@ def plan(
     frames: Annotated[int | None, typer.Option(help="Frames, 4n+1 (81).")] = None,
     steps: Steps = None,
     cfg: Guidance = None,
+    nag: Nag = None,
     shift: Shift = None,
     sampler: Sampler = None,
     distilled: Distilled = False,
@@ -419,8 +429,8 @@ def plan(
 
     settings = Settings(
         prompt="a plan", image=image, size=size, max_area=max_area, frames=frames, steps=steps,
-        guidance_scale=cfg, shift=shift, sampler=None if sampler is None else sampler.value,
-        distilled=distilled,
+        guidance_scale=cfg, nag_scale=nag, shift=shift, distilled=distilled,
+        sampler=None if sampler is None else sampler.value,
     )  # fmt: skip
     with reported(debug):
         options, machine = machine_of(options, card, disk)

@@ -46,6 +46,10 @@ FLAGS: Mapping[str, Flag] = MappingProxyType(
             "Blocks from disk at every pass: auto, spare (memory first) or never.", "--disk-use"
         ),
         "pinned_share": Flag("Of the RAM budget that may be page-locked, such as 0.5."),
+        "step_cache": Flag(
+            "Skip forward passes: off, budget (or budget:T, an error such as 0.002) or plan:N.",
+            "--cache",
+        ),
     }
 )
 """Every option; all are words, as profiles spell them."""

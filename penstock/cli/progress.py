@@ -138,13 +138,19 @@ def report_summary(report: RunReport) -> str:
     return (
         f"wrote {report.output}: {report.frames} frames, {report.width}x{report.height}, "
         f"seed {report.seed}, {report.weight_format} ({COMPUTE_PATHS[report.compute_path]}, "
-        f"self-attention {ATTENTION[report.attention]}), "
+        f"self-attention {ATTENTION[report.attention]}), {_computed(report)}"
         f"{report.seconds:.1f} s after {report.imports_s:.1f} s of imports, "
         f"peak VRAM {format_bytes(report.peak_vram_bytes)}, "
         f"RAM {format_bytes(report.peak_ram_bytes)} in buffers; the process took "
         f"{format_bytes(report.process_peak_bytes)} of RAM at most, "
         f"{format_bytes(report.beside_bytes)} of it besides them{_group(report.group_peak_bytes)}"
     )
+
+
+def _computed(report: RunReport) -> str:
+    """How many steps were computed, where some were skipped."""
+    computed, steps = len(report.computed_steps), len(report.timesteps)
+    return f"{computed} of {steps} steps computed, " if 0 < computed < steps else ""
 
 
 def _group(nbytes: int | None) -> str:

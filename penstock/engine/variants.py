@@ -18,6 +18,7 @@ from penstock.errors import JobLocked
 from penstock.folders import cache_folder
 from penstock.formats.formats import get_format
 from penstock.profiles.advice import plan_chosen
+from penstock.profiles.caching import OFF
 from penstock.profiles.phases import Manifest, Workload, compute_path
 from penstock.profiles.plan import Plan
 from penstock.profiles.profile import Chosen
@@ -212,7 +213,7 @@ class Variants:
             "compute": policy.compute,
             "compute_path": path,
             "attention": attention_numerics(policy.attention),
-        }
+        } | ({} if policy.step_cache == OFF else {"step_cache": policy.step_cache})
 
     def close(self) -> None:
         """Close the files."""

@@ -38,6 +38,8 @@ class Options:
         cross_kv: where cross-attention K/V are kept: "auto", "vram" or "ram".
         disk: whether blocks may stream from disk at every pass: "auto", "spare" or "never".
         pinned_share: of the RAM budget that may be page-locked, above 0 and up to 1.
+        step_cache: of forward passes: "off", "budget" or "budget:T" (steps are skipped while their
+            expected error stays below T of the latents), or "plan:N" (exactly N are computed).
 
     Raises:
         UsageError, ProfileError: an illegal value; says what was expected.
@@ -56,6 +58,7 @@ class Options:
     cross_kv: str | None = None
     disk: str | None = None
     pinned_share: str | float | None = None
+    step_cache: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("vram", "ram"):

@@ -92,6 +92,7 @@ class Workload:
         guided_high: whether CFG is on while there is much noise, for a model that has a transformer
             of its own for that; None: as ``guided``.
         noise: of the steps.
+        contrasted: the one pass of a step attends to a negative prompt as well.
         changes: frames of the conditioning clip that may differ from the one before, the first
             among them; None: any may.
     """
@@ -107,6 +108,7 @@ class Workload:
     pictures: int | None = None
     guided_high: bool | None = None
     noise: Noise = Noise()
+    contrasted: bool = False
 
     @property
     def branches(self) -> int:
@@ -121,7 +123,7 @@ class Workload:
     @property
     def texts(self) -> int:
         """Prompts that are encoded: those of all branches of any step."""
-        return 2 if self.guided or self.guided_high else 1
+        return 2 if self.guided or self.guided_high or self.contrasted else 1
 
 
 M = TypeVar("M", covariant=True)

@@ -38,7 +38,7 @@ ATTENTION: Mapping[str, str] = MappingProxyType(
 
 
 NUMERICS: Mapping[str, str | None] = MappingProxyType(
-    {"weight_format": None, "compute": "exact", "attention": "sdpa"}
+    {"weight_format": None, "compute": "exact", "attention": "sdpa", "step_cache": "off"}
 )
 """Fields of a plan that determine a result; and what they were in jobs that do not name them."""
 
@@ -95,6 +95,8 @@ class PhasePlan:
         cross_kv_on_device: the cross-attention K/V of all blocks stay in VRAM (else in RAM).
         tiles: rows and columns of the VAE's tile grid.
         pinned_bytes: of ``ram_weights``, page-locked where the device is a GPU.
+        forwards: steps that are computed, the fewest and the most; (0, 0) where there are none. The
+            phase's bytes moved and seconds are those of the most.
         read_bytes: from disk, in the whole phase.
         copied_bytes: from host memory to the device, in the whole phase.
         seconds: predicted duration.
@@ -112,6 +114,7 @@ class PhasePlan:
     cross_kv_on_device: bool = False
     tiles: tuple[int, int] = (1, 1)
     pinned_bytes: int = 0
+    forwards: tuple[int, int] = (0, 0)
     read_bytes: int = 0
     copied_bytes: int = 0
     seconds: float = 0.0
@@ -196,6 +199,7 @@ class Plan:
         compute_path: how most of the blocks' matrices multiply: "plain", "dequant" (decoded first),
             "fp8" or "int8".
         attention: what self-attention runs on: "sdpa", or "int8" where that is asked for and works.
+        step_cache: of forward passes, as asked.
         machine: the hardware's name.
         origins: where budgets, rates and policy come from.
         options: as they were asked for.
@@ -208,6 +212,7 @@ class Plan:
     compute: str = "exact"
     compute_path: str = "plain"
     attention: str = "sdpa"
+    step_cache: str = "off"
     machine: str = ""
     origins: tuple[Origin, ...] = ()
     options: Options = field(default_factory=Options)
@@ -276,6 +281,7 @@ def _phase_from_json(value: Mapping[str, Any]) -> PhasePlan:
     for name in ("weights", "work", "ram_weights", "ram_work"):
         plain[name] = tuple((str(label), int(count)) for label, count in plain[name])
     plain["tiles"] = tuple(plain["tiles"])
+    plain["forwards"] = tuple(plain.get("forwards", (0, 0)))
     if plain["stream"] is not None:
         stream = dict(plain["stream"])
         if "host_slabs" in stream:  # as plans of jobs call it that 0.1 has kept

@@ -72,6 +72,7 @@ def plan(
         compute=policy.compute,
         compute_path=compute_path(manifest.storage, policy, hardware.rates),
         attention=policy.attention,
+        step_cache=policy.step_cache,
         machine=hardware.name,
     )
     found_plan = with_prefetch(found_plan, manifest.prefetch, limits)

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from penstock.errors import ProfileError, brief
+from penstock.profiles.caching import OFF, Caching
 
 Disk = Literal["auto", "spare", "never"]
 Compute = Literal["exact", "fast"]
@@ -50,6 +51,7 @@ class Policy:
         compute: "exact" decodes quantised weights; "fast" multiplies in 8 bits where it can.
         attention: what the transformer's self-attention runs on: "sdpa", torch's own in the compute
             dtype; "int8", in 8 bits, which a machine must have shown that it can.
+        step_cache: of forward passes, as `penstock.profiles.caching.Caching.of` reads it.
         disk: "auto" lets blocks stream from disk at every pass where that costs no time; "spare"
             prefers memory that is free anyway; "never" forbids it.
     """
@@ -61,6 +63,7 @@ class Policy:
     compute: Compute = "exact"
     disk: Disk = "auto"
     attention: Attention = "sdpa"
+    step_cache: str = OFF
 
     def __post_init__(self) -> None:
         self._require("branches", self.branches in (None, 1, 2), "1, 2 or auto")
@@ -72,6 +75,12 @@ class Policy:
         self._require("compute", self.compute in ("exact", "fast"), "exact or fast")
         self._require("attention", self.attention in ("sdpa", "int8"), "sdpa or int8")
         self._require("disk", self.disk in ("auto", "spare", "never"), "auto, spare or never")
+        Caching.of(self.step_cache)
+
+    @property
+    def caching(self) -> Caching:
+        """``step_cache``, read."""
+        return Caching.of(self.step_cache)
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:

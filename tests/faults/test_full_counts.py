@@ -54,6 +54,21 @@ def test_sigkill_at_failpoints(engine: Engine, picture: Path, sha: str, tmp_path
     assert total >= 80
 
 
+@pytest.mark.parametrize("cache", ["plan:4", "budget:0.05"])
+def test_sigkill_of_a_job_that_skips_steps(
+    cache: str, engine: Engine, picture: Path, tmp_path: Path
+) -> None:
+    with an_engine(Path(str(engine.model.opening.model)), step_cache=cache) as skipping:
+        report = (
+            skipping.submit(a_request(picture, steps=8), tmp_path / "whole.mp4").result().report
+        )
+        assert len(report.computed_steps) < 8
+        total, redone = kill_at_failpoints(
+            skipping, picture, frames_sha(tmp_path / "whole.mp4"), tmp_path, count=60, steps=8
+        )
+    print(f"\nsigkill under {cache}: 60 of {total} failpoints, identical, {redone} steps redone")
+
+
 def test_sigkill_at_random_moments(engine: Engine, picture: Path, sha: str, tmp_path: Path) -> None:
     hit = redone = jobs = 0
     while hit < 200:

@@ -116,6 +116,31 @@ def check_counts(
     ) + passes * sum(sizes[b] for b in residency.streamed)
 
 
+@pytest.mark.parametrize("overlapped", [True, False])
+@pytest.mark.parametrize("residency", [Residency(3, (), (), 2, 3), Residency(3, (1,), (0,), 1, 2)])
+def test_nothing_is_fetched_beyond_the_passes_that_are_sure(
+    layouts: list[BlockLayout], residency: Residency, overlapped: bool
+) -> None:
+    here = layouts[:3]
+    budgets = Budgets(here, residency)
+    with budgets.stream(here, residency, 9, overlapped=overlapped, sure=1) as stream:
+        for done in range(4):
+            stream.expect(done + 1)
+            for index, tensors in stream.forward_pass():
+                assert same(tensors, BLOCKS[index])
+            check_counts(stream, here, residency, done + 1)
+    assert ours() == []
+
+
+def test_what_is_sure_is_fetched_while_nothing_is_computed(layouts: list[BlockLayout]) -> None:
+    here, residency = layouts[:2], Residency(2, (), (), 1, 2)
+    with Budgets(here, residency).stream(here, residency, 9, sure=1) as stream:
+        list(stream.forward_pass())
+        stream.expect(2)
+        while stream.stats.read_bytes < 2 * sum(layout.read_bytes for layout in here):
+            threading.Event().wait(0.001)
+
+
 def test_a_computation_is_bit_equal_streamed_and_resident(layouts: list[BlockLayout]) -> None:
     def run(residency: Residency, overlapped: bool) -> torch.Tensor:
         budgets = Budgets(layouts, residency)
@@ -233,6 +258,35 @@ def test_a_pass_that_was_left_cannot_be_taken_up(layouts: list[BlockLayout]) -> 
                 break
         with pytest.raises(UsageError, match="left at block 3"):
             next(stream.forward_pass())
+
+
+@pytest.mark.parametrize("overlapped", [True, False])
+def test_visits_that_are_left_out_move_nothing(
+    layouts: list[BlockLayout], overlapped: bool
+) -> None:
+    order = (0, 1, 7, 0, 3, 3, 2, 0, 0, 5)
+    residency = Residency(8, (2,), (5,), 1, 1)
+    with Budgets(layouts, residency).stream(layouts, residency, 20, overlapped=overlapped) as made:
+        for block in order:
+            with made.visit(block) as tensors:
+                assert same(tensors, BLOCKS[block])
+    reads = [layouts[block].read_bytes for block in order if block not in (2, 5)]
+    reads += [layouts[block].read_bytes for block in (2, 5)]  # once, whenever their turn is
+    largest = max(layout.read_bytes for layout in layouts)
+    ahead = 2 * len(order) * largest if overlapped else 0  # a slot and a buffer before each jump
+    assert sum(reads) <= made.stats.read_bytes <= sum(reads) + ahead
+    whole = sum(layout.read_bytes for layout in layouts)
+    assert made.stats.read_bytes < 4 * whole  # of the eight passes that went by
+
+
+def test_no_more_visits_than_agreed(layouts: list[BlockLayout]) -> None:
+    residency = Residency(8, (), (), 1, 1)
+    with Budgets(layouts, residency).stream(layouts, residency, 2) as stream:
+        for block in (3, 3):
+            with stream.visit(block):
+                pass
+        with pytest.raises(UsageError, match="one more of block 3"), stream.visit(3):
+            pass
 
 
 def test_as_many_layouts_as_blocks(layouts: list[BlockLayout]) -> None:

@@ -13,7 +13,7 @@ import torch
 from penstock.engine.attach.calling import NoBar, arguments_of, bars, output_of
 from penstock.engine.attach.diffusers_folder import Opened
 from penstock.engine.attach.foreign import modules_of
-from penstock.engine.attach.generic import check_budget, guests_of
+from penstock.engine.attach.generic import DENOISERS, check_budget, guests_of
 from penstock.engine.attach.rehearsal import Rehearsed, Visit, rehearse
 from penstock.engine.store.durable import FileOps, read_whole, write_atomically
 from penstock.errors import OverBudget
@@ -144,14 +144,15 @@ def _plan(
     steps = int(given.get(_STEPS, _default(pipe)) or 0)
     scale = max(steps, 1) / min(max(steps, 1), _REHEARSED_STEPS)
     networks = []
-    for guest in guests:
+    order = [] if seen is None else list(dict.fromkeys(v.component for v in seen.visits))
+    for guest in sorted(guests, key=lambda each: (*order, each.name).index(each.name)):
         calls = (
             0 if seen is None else sum(v.calls for v in seen.visits if v.component == guest.name)
         )
         if seen is not None and not calls:
             continue
         work = activations if seen is None else seen.peak_of(guest.name)
-        denoises = calls >= _REHEARSED_STEPS
+        denoises = guest.name.startswith((*DENOISERS, "controlnet"))
         networks.append(
             NetworkPlan(
                 guest.name, guest.weight_bytes, guest.blocks, guest.outside_bytes,
@@ -195,10 +196,11 @@ def _rehearsed(opened: Opened, given: Mapping[str, Any]) -> Rehearsed:
     if stored is not None:
         value = json.loads(stored)
         visits = tuple(Visit(*each) for each in value["visits"])
-        return Rehearsed(visits, {}, value["peak_bytes"])
+        return Rehearsed(visits, value["uses"], value["peak_bytes"])
     found = rehearse(modules_of(opened.pipe), lambda: call_briefly(opened.pipe, given))
     value = {
-        "visits": [[v.component, v.peak_bytes, v.calls] for v in found.visits],
+        "visits": [[v.component, v.peak_bytes] for v in found.visits],
+        "uses": found.uses,
         "peak_bytes": found.peak_bytes,
     }
     ops.mkdir(path.parent)

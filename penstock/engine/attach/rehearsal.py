@@ -10,9 +10,11 @@ refused.
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import median_low
 from typing import Any
 
 import torch
@@ -41,12 +43,10 @@ class Visit:
     Attributes:
         component: its name.
         peak_bytes: of all living tensors meanwhile, weights left out.
-        calls: how often its first weight was used: about one a forward.
     """
 
     component: str
     peak_bytes: int
-    calls: int
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,18 @@ class Rehearsed:
 
     Attributes:
         visits: the networks in the order in which they work.
-        order: of each network the names of its tensors, in the order of their first use.
+        uses: of each network the names of its tensors, in the order of their first use, and how
+            often each was used.
         peak_bytes: of all living tensors at any time.
     """
 
     visits: tuple[Visit, ...]
-    order: Mapping[str, tuple[str, ...]]
+    uses: Mapping[str, Mapping[str, int]]
     peak_bytes: int
 
     def calls_of(self, component: str) -> int:
-        """How often ``component`` was called, about."""
-        return sum(v.calls for v in self.visits if v.component == component)
+        """How often ``component`` was called: as often as most of its weights were used."""
+        return int(median_low([*self.uses.get(component, {}).values()] or [0]))
 
     def peak_of(self, component: str) -> int:
         """The most that lives while ``component`` works; 0: it never does."""
@@ -120,12 +121,12 @@ class _Stage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._excluded: list[Any] = []
         self._live = self._peak = 0
         self._visits: list[Visit] = []
-        self._order: dict[str, dict[str, None]] = {}
+        self._uses: dict[str, Counter[str]] = {}
 
     def rehearsed(self) -> Rehearsed:
         """What was seen."""
-        order = {name: tuple(own) for name, own in self._order.items()}
-        return Rehearsed(tuple(self._visits), order, self._peak)
+        uses = {name: dict(own) for name, own in self._uses.items()}
+        return Rehearsed(tuple(self._visits), uses, self._peak)
 
     @contextmanager
     def dressed(self, networks: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -201,14 +202,9 @@ class _Stage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return sum(leaf.untyped_storage().nbytes() for leaf in made) <= TRUE_BYTES
 
     def _use(self, component: str, name: str) -> None:
-        own = self._order.setdefault(component, {})
-        starts = not own or name == next(iter(own))
-        own.setdefault(name)
+        self._uses.setdefault(component, Counter())[name] += 1
         if not self._visits or self._visits[-1].component != component:
-            self._visits.append(Visit(component, self._live, 1))
-        elif starts:
-            last = self._visits[-1]
-            self._visits[-1] = Visit(component, last.peak_bytes, last.calls + 1)
+            self._visits.append(Visit(component, self._live))
 
     def _exclude(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -226,7 +222,7 @@ class _Stage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._peak = max(self._peak, self._live)
         if self._visits and self._live > self._visits[-1].peak_bytes:
             last = self._visits[-1]
-            self._visits[-1] = Visit(last.component, self._live, last.calls)
+            self._visits[-1] = Visit(last.component, self._live)
 
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)

@@ -84,6 +84,8 @@ class GenerationRequest:
         fit: what is done with a picture of another aspect than the video's: "crop" around its
             middle, "pad" with black, or "stretch". One that differs by less than a cell of ``grid``
             is resized as it is.
+        nag_scale: normalized attention guidance: how far text attention goes away from the negative
+            prompt's, in the one pass that is left where guidance is off. Above 1; None: not.
         grid: what the model can represent.
 
     Raises:
@@ -107,6 +109,7 @@ class GenerationRequest:
     fit: str = "crop"
     last_image: Path | None = None
     guidance_high: float | None = None
+    nag_scale: float | None = None
     grid: Grid = field(default_factory=Grid)
 
     def __post_init__(self) -> None:
@@ -117,6 +120,7 @@ class GenerationRequest:
         _check_guidance(self.guidance_scale)
         if self.guidance_high is not None:
             _check_guidance(self.guidance_high)
+        self._check_nag()
         _check_shift(self.shift)
         _check_seed(self.seed)
         if self.sampler not in SAMPLERS:
@@ -196,6 +200,23 @@ class GenerationRequest:
                 remedy=f"The nearest legal number of frames is {nearest}",
             )
 
+    def _check_nag(self) -> None:
+        if self.nag_scale is None:
+            return
+        if not _is_finite(self.nag_scale) or self.nag_scale <= 1:
+            raise RequestError(
+                "illegal scale of normalized attention guidance",
+                expected="a finite number above 1, such as 11",
+                found=brief(self.nag_scale),
+            )
+        if max(self.guidance_scales) > 1:
+            raise RequestError(
+                "normalized attention guidance is for a job without classifier-free guidance",
+                expected="a guidance scale of 1",
+                found=str(self.guidance_scale),
+                remedy="Give --cfg 1 as well, or leave --nag out",
+            )
+
     @property
     def video_shape(self) -> VideoShape:
         """The size as the planner takes it."""
@@ -260,6 +281,7 @@ def workload_of(request: GenerationRequest, *, saved: bool = False) -> Workload:
     work = Workload(request.video_shape, request.steps, request.uses_guidance, saved)
     high, _ = (scale > 1 for scale in request.guidance_scales)
     work = replace(work, pictures=len(given) or None, guided_high=high, noise=noise_of(request))
+    work = replace(work, contrasted=request.nag_scale is not None)
     names = ("picture", "last")
     there = {name: path for name, path in zip(names, given, strict=False) if path.exists()}
     if not there:

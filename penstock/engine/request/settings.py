@@ -52,6 +52,7 @@ class Settings:
     fit: str | None = None
     last_image: Path | None = None
     guidance_high: float | None = None
+    nag_scale: float | None = None
 
 
 class Suited(Protocol):

@@ -24,7 +24,7 @@ from penstock.engine.media.video import write_video
 from penstock.engine.request.generation import frame_rate
 from penstock.engine.request.levels import timesteps_of
 from penstock.engine.run.ending import Ending
-from penstock.engine.run.events import Listener, Monitor, PhaseMonitor
+from penstock.engine.run.events import Listener, PhaseMonitor
 from penstock.engine.run.report import JobResult, RunReport
 from penstock.engine.run.stage import Run, Stage
 from penstock.engine.software import versions
@@ -107,7 +107,7 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
         for problem in job.keeper.problems:
             stage.monitor.notice(problem)
         seconds = time.perf_counter() - started
-        report = _report(job, stage.monitor, output, seconds, imports_s)
+        report = _report(stage, output, seconds, imports_s)
         job.keeper.finished(report)
     return JobResult(report, found["latents"], video)
 
@@ -192,9 +192,8 @@ def _metadata(job: Run) -> dict[str, Any]:
     return {name: settings[name] for name in settings if name not in hidden} | steered
 
 
-def _report(
-    job: Run, monitor: Monitor, output: Path | None, seconds: float, imports_s: float
-) -> RunReport:
+def _report(stage: Stage, output: Path | None, seconds: float, imports_s: float) -> RunReport:
+    job, monitor = stage.job, stage.monitor
     request, memory = job.request, ProcessMemory.peak()
     assert request.seed is not None
     return RunReport(
@@ -222,6 +221,7 @@ def _report(
         group_peak_bytes=memory.group_bytes,
         options=job.plan.options,
         timesteps=timesteps_of(request, job.model.official),
+        computed_steps=stage.computed_steps,
     )
 
 

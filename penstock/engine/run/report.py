@@ -78,6 +78,8 @@ class RunReport:
             not lead to this video.
         versions: of the packages that the result depends on.
         options: as they were asked for.
+        computed_steps: of the denoising, from 0; a cache skipped the others. Empty where the job
+            went on from finished latents.
         timesteps: what the transformer was told at each step, of 1000.
         on_cpu: the device is the CPU: what counts as VRAM lies in host memory too.
         process_peak_bytes: the most host memory that the process has had resident in all its life:
@@ -105,6 +107,7 @@ class RunReport:
     steered: bool = False
     options: Options = field(default_factory=Options)
     timesteps: tuple[float, ...] = ()
+    computed_steps: tuple[int, ...] = ()
     imports_s: float = 0.0
     on_cpu: bool = True
     process_peak_bytes: int = 0

@@ -9,11 +9,9 @@ job continues bit-identically.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,7 +50,7 @@ class Sampler:
     """One run of a solver over ``steps`` steps.
 
     Args:
-        config: the folder's scheduler config (`read_scheduler_config`).
+        config: the model folder's scheduler config, decoded.
         sampler: ``"unipc"``, ``"dpm++"``, ``"euler"``, or ``"lcm"``: from the predicted end back to
             the next noise level with fresh noise.
         steps: number of steps.
@@ -67,6 +65,7 @@ class Sampler:
         UsageError: no such sampler.
 
     Attributes:
+        name: of the solver.
         timesteps: ``(steps,)``, what the transformer is given at each step.
         next_step: number of steps done.
     """
@@ -84,7 +83,7 @@ class Sampler:
     ) -> None:
         self._settings: dict[str, Any] = {"sampler": sampler, "steps": steps, "shift": float(shift)}
         self._settings |= {"distilled": distilled} | ({"seed": seed} if sampler == "lcm" else {})
-        self._sampler, self._seed = sampler, seed
+        self.name, self._seed = sampler, seed
         self._history = _HISTORY.get(sampler, ())
         with _refusals():
             self._scheduler = _make_scheduler(config, sampler, float(shift), steps, device)
@@ -112,9 +111,9 @@ class Sampler:
                 expected=f"step {self.next_step} of {len(self.timesteps)}",
                 found=f"step {i}",
             )
-        if self._sampler in ("euler", "lcm"):
+        if self.name in ("euler", "lcm"):
             noise_pred = noise_pred.to(latents.dtype)  # the scheduler rounds latents to its type
-        if self._sampler == "lcm":
+        if self.name == "lcm":
             stepped = self._renoised(noise_pred, i, latents)
         else:
             with _refusals():
@@ -204,26 +203,6 @@ def _refusals() -> Iterator[None]:
             found=" ".join(str(error).split())[:200],
             remedy="Correct scheduler/scheduler_config.json, or choose another --sampler",
         ) from error
-
-
-def read_scheduler_config(folder: Path) -> dict[str, Any]:
-    """The scheduler's config in ``folder`` (``scheduler_config.json``).
-
-    Raises:
-        CheckpointError: missing, unreadable, or no JSON object.
-    """
-    path = folder / "scheduler_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            "no usable scheduler config", expected=str(path), found=str(error)
-        ) from error
-    if not isinstance(config, dict):
-        raise CheckpointError(
-            "no usable scheduler config", expected="a JSON object", found=f"{path}: {config!r:.40}"
-        )
-    return config
 
 
 def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:

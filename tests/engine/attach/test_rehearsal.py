@@ -52,8 +52,9 @@ def test_a_whole_pipeline_takes_what_was_said() -> None:
     working = [visit.component for visit in found.visits]
     assert working == ["text_encoder", "connectors", "transformer", "vae", "audio_vae", "vocoder"]
     assert all(0 < found.peak_of(name) <= found.peak_bytes for name in working)
-    blocks = [name.split(".")[1] for name in found.order["transformer"] if "_blocks." in name]
+    blocks = [name.split(".")[1] for name in found.uses["transformer"] if "_blocks." in name]
     assert list(dict.fromkeys(blocks)) == ["0", "1", "2", "3"]
+    assert found.calls_of("transformer") == 6 and found.calls_of("vae") == 1
 
 
 class _Masked(nn.Module):

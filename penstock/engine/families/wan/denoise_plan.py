@@ -11,10 +11,12 @@ from penstock.engine.families.wan.cost import transformer
 from penstock.engine.families.wan.spec import TransformerSpec
 from penstock.engine.families.wan.terms import (
     WanCase,
+    cached_tensors,
     condition_bytes,
     encoder_state_bytes,
     latent_of,
     latents_bytes,
+    pictures_of,
     restored_bytes,
     saved_state_bytes,
 )
@@ -166,6 +168,8 @@ class Denoise:
 
     def _contexts(self, away: bool, limits: Limits) -> Iterator[PhasePlan]:
         spec, case = self.spec, replace(self._cost_case(), cross_kv_on_device=not away)
+        if case.contrasted:  # both texts' are made as those of two branches are
+            case = replace(case, branches=2 * case.branches, contrasted=False)
         found = OnePass(
             self.phases[0],
             self.case,
@@ -227,6 +231,9 @@ class Denoise:
             image_tokens=manifest.image_tokens,
             fused_norms=self.case.fused_norms,
             attention=self.case.policy.attention,
+            cached_latents=cached_tensors(self.case),
+            contrasted=workload.contrasted,
+            still=manifest.tokenwise and pictures_of(self.case) > 0,
         )
 
     @cached_property
@@ -254,8 +261,12 @@ class Denoise:
             *self._decoding(self.spec.storage),
             *self.case.libraries(),
         )
-        passes = self.case.workload.steps * -(-cost.branches // cost.visit_branches)
+        passes = self._forwards[1] * -(-cost.branches // cost.visit_branches)
         return Shape(cost, work, self._compute_s(cost), passes)
+
+    @property
+    def _forwards(self) -> tuple[int, int]:
+        return self.case.policy.caching.forwards(self.case.workload.steps)
 
     @property
     def _is_fast(self) -> bool:
@@ -273,9 +284,10 @@ class Denoise:
         spec, rates = self.spec, self.case.rates
         tokens = transformer.grid_tokens(spec, cost.latent)
         chunks = -(-tokens // cost.chunk_tokens) * spec.num_layers
-        flops = transformer.denoise_flops(spec, tokens, cost.image_tokens)
+        texts = cost.branch_text_tokens
+        flops = transformer.denoise_flops(spec, tokens, cost.image_tokens, texts)
         path = compute_path(spec.storage, self.case.policy, rates)
-        attended = (tokens + cost.text_tokens + cost.image_tokens) * spec.inner_dim
+        attended = (tokens + texts + cost.image_tokens) * spec.inner_dim
         overhead_s = rates.chunk_overhead_s(cost.chunk_tokens, attended)
         branch = (
             flops.linear / (rates.product_flops(path) or rates.flops)
@@ -345,6 +357,7 @@ class Denoise:
             chunk_tokens=cost.chunk_tokens,
             branches=cost.visit_branches,
             cross_kv_on_device=cost.cross_kv_on_device,
+            forwards=self._forwards,
             pinned_bytes=stream.pinned_bytes if self.case.pins else 0,
             read_bytes=place.device_bytes + place.host_bytes + shape.passes * place.read_bytes,
             copied_bytes=place.device_bytes + shape.passes * (place.copied_bytes + fetched),

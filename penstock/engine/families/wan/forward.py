@@ -15,7 +15,7 @@ together.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +24,10 @@ from torch import Tensor
 from penstock.engine.attention.kernels import Attention, attention
 from penstock.engine.families.wan.cost.transformer import TEXT_TOKENS
 from penstock.errors import UsageError
+
+NAG_GROWTH, NAG_SHARE = 2.5, 0.25
+"""Of normalized attention guidance: tau and alpha, as its authors have them for Wan2.1, beside a
+scale of 11."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,24 @@ class Context:
 
 @dataclass(frozen=True)
 class CrossKV:
-    """Keys and values of one block's cross-attention, each (1, tokens, heads, head width)."""
+    """Keys and values of one block's cross-attention, each (1, tokens, heads, head width).
+
+    Attributes:
+        k_away, v_away: of the negative prompt, where attention goes away from it.
+        away_scale: how far (`away_from`).
+    """
 
     k: Tensor
     v: Tensor
     k_img: Tensor | None = None
     v_img: Tensor | None = None
+    k_away: Tensor | None = None
+    v_away: Tensor | None = None
+    away_scale: float = 1.0
+
+    def contrasted(self, other: CrossKV, scale: float) -> CrossKV:
+        """These, going away from what ``other`` holds of its text."""
+        return replace(self, k_away=other.k, v_away=other.v, away_scale=scale)
 
 
 class CrossByBlock(Protocol):
@@ -50,12 +66,25 @@ class CrossByBlock(Protocol):
     def __getitem__(self, block: int, /) -> CrossKV: ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StepModulation:
-    """The time embedding of one step: ``temb`` (1, d) for the head, ``projection`` (1, 6, d)."""
+    """The time embedding of one step.
+
+    Attributes:
+        temb: (1, d), for the head.
+        projection: (1, 6, d), for the blocks.
+        still: that of the first tokens, where those are at another timestep than the others.
+        still_tokens: how many these are.
+    """
 
     temb: Tensor
     projection: Tensor
+    still: StepModulation | None = None
+    still_tokens: int = 0
+
+    def of(self, part: slice) -> StepModulation:
+        """That of these tokens, which are all on one side of ``still_tokens``."""
+        return self.still if self.still is not None and part.start < self.still_tokens else self
 
 
 @dataclass(frozen=True)
@@ -223,14 +252,13 @@ def block_forward(
         chunk_tokens: tokens that go through the block together.
         attend: of the self-attention.
     """
-    table = (block.scale_shift_table + modulation.projection.float()).chunk(
-        6, dim=1
-    )  # 6 x (1, 1, d)
-    shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table
-    scale, ffn_scale = 1 + scale, 1 + ffn_scale
-    for part in _chunks(hidden.shape[1], chunk_tokens):
+    every = {each: _rows(block, each) for each in (modulation, modulation.still) if each}
+    parts = list(_chunks(hidden.shape[1], chunk_tokens, modulation.still_tokens))
+    for part in parts:
+        shift, scale, *_ = every[modulation.of(part)]
         _write_kv(block, hidden[:, part], scale, shift, rope, kv, part)
-    for part in _chunks(hidden.shape[1], chunk_tokens):
+    for part in parts:
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = every[modulation.of(part)]
         chunk = hidden[:, part]
         chunk.add_(
             _gated(_self_attention(block, chunk, scale, shift, rope, kv, part, attend), gate)
@@ -239,9 +267,19 @@ def block_forward(
         chunk.add_(_gated(_feed_forward(block, chunk, ffn_scale, ffn_shift), ffn_gate))
 
 
-def _chunks(tokens: int, chunk_tokens: int) -> Iterator[slice]:
-    for start in range(0, tokens, chunk_tokens):
-        yield slice(start, min(start + chunk_tokens, tokens))
+def _rows(block: Any, modulation: StepModulation) -> tuple[Tensor, ...]:
+    """Shift, scale and gate of the attention, then of the feed-forward, (1, 1, d) each; what is
+    multiplied by is one and the scale."""
+    table = block.scale_shift_table + modulation.projection.float()
+    shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table.chunk(6, dim=1)
+    return shift, 1 + scale, gate, ffn_shift, 1 + ffn_scale, ffn_gate
+
+
+def _chunks(tokens: int, chunk_tokens: int, cut: int = 0) -> Iterator[slice]:
+    """Runs of at most ``chunk_tokens``, none of which lies on both sides of ``cut``."""
+    for first, last in ((0, cut), (cut, tokens)):
+        for start in range(first, last, chunk_tokens):
+            yield slice(start, min(start + chunk_tokens, last))
 
 
 def _modulated(norm: Any, chunk: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -300,11 +338,36 @@ def _cross_attention(block: Any, chunk: Tensor, cross: CrossKV) -> Tensor:
     q = attn.to_q(block.norm2(chunk.float()).type_as(chunk))
     q = attn.norm_q(q).unflatten(2, (attn.heads, -1))
     out = attention(q, cross.k, cross.v)
+    if cross.k_away is not None and cross.v_away is not None:
+        out = away_from(out, attention(q, cross.k_away, cross.v_away), cross.away_scale)
     if cross.k_img is not None and cross.v_img is not None:
         out.add_(attention(q, cross.k_img, cross.v_img))
     del q
     update: Tensor = attn.to_out[0](out)
     return update
+
+
+def away_from(towards: Tensor, away: Tensor, scale: float) -> Tensor:
+    """Normalized attention guidance: attention to the prompt, led away from the negative prompt's.
+
+    What lies ``scale`` times as far from ``away`` as ``towards`` is, but at most `NAG_GROWTH` times
+    as large as ``towards`` by the sum of magnitudes of each token; `NAG_SHARE` of that, and the
+    rest of ``towards``. Source: "Normalized Attention Guidance", arXiv:2505.21179.
+
+    Args:
+        towards, away: (1, c, d), both used up.
+    """
+    size = _magnitude(towards)
+    led = away.mul_(1 - scale).add_(towards, alpha=scale)
+    growth = _magnitude(led).div_(size.clamp_(min=torch.finfo(size.dtype).tiny))
+    led.mul_(growth.reciprocal_().mul_(NAG_GROWTH).clamp_(max=1.0).mul_(NAG_SHARE))
+    return led.add_(towards, alpha=1 - NAG_SHARE)
+
+
+def _magnitude(states: Tensor) -> Tensor:
+    """Sum of magnitudes of each token, fp32: (1, c, d) -> (1, c, 1)."""
+    total: Tensor = torch.linalg.vector_norm(states, 1, dim=-1, keepdim=True, dtype=torch.float32)
+    return total
 
 
 def _feed_forward(block: Any, chunk: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -319,7 +382,7 @@ def _feed_forward(block: Any, chunk: Tensor, scale: Tensor, shift: Tensor) -> Te
 def head(
     model: Any,
     hidden: Tensor,
-    temb: Tensor,
+    temb: Tensor | StepModulation,
     latent: Sequence[int],
     chunk_tokens: int,
 ) -> Tensor:
@@ -328,18 +391,20 @@ def head(
     Args:
         model: the transformer, with ``proj_out`` and its ``scale_shift_table`` bound.
         hidden: (1, n, d).
-        temb: (1, d), of the step.
+        temb: (1, d), of the step; or the whole modulation, where tokens differ in it.
         latent: latent frames, height and width.
         chunk_tokens: tokens that are projected together.
 
     Returns:
         (1, out_channels, t, h, w), in the dtype of ``hidden``.
     """
-    shift, scale = (model.scale_shift_table + temb.unsqueeze(1)).chunk(2, dim=1)
-    scale = 1 + scale
+    step = temb if isinstance(temb, StepModulation) else StepModulation(temb, temb)
     tokens = hidden.shape[1]
     patches = hidden.new_empty(1, tokens, model.proj_out.out_features)
-    for part in _chunks(tokens, chunk_tokens):
+    for part in _chunks(tokens, chunk_tokens, step.still_tokens):
+        row = step.of(part).temb
+        shift, scale = (model.scale_shift_table + row.unsqueeze(1)).chunk(2, dim=1)
+        scale = 1 + scale
         x = _modulated(model.norm_out, hidden[:, part], scale, shift)
         patches[:, part] = model.proj_out(x)
     return _unpatchify(patches, latent, model.config.patch_size)
@@ -384,8 +449,7 @@ def denoise_forward(
     _run_blocks(model, blocks, hidden, branches, modulation, rope, chunk_tokens, attend)
     latent = latents.shape[2:]
     return [
-        head(model, hidden.pop(0), modulation.temb, latent, chunk_tokens)
-        for _ in range(len(hidden))
+        head(model, hidden.pop(0), modulation, latent, chunk_tokens) for _ in range(len(hidden))
     ]
 
 

@@ -79,6 +79,9 @@ class DenoiseCase:
             elsewhere for one block and branch at a time.
         fused_norms: an RMS norm is one kernel, which makes its result and no more.
         attention: "sdpa", or "int8" for self-attention in 8 bits.
+        cached_latents: of the latents' size, which a step cache keeps between steps.
+        contrasted: each branch attends to a negative prompt as well.
+        still: the first latent frame is given: its tokens are at another timestep than the others.
     """
 
     latent: tuple[int, int, int]
@@ -92,6 +95,19 @@ class DenoiseCase:
     cross_kv_on_device: bool = True
     fused_norms: bool = False
     attention: str = "sdpa"
+    cached_latents: int = 0
+    contrasted: bool = False
+    still: bool = False
+
+    @property
+    def branch_text_tokens(self) -> int:
+        """Text tokens that one branch attends to."""
+        return self.text_tokens * (2 if self.contrasted else 1)
+
+    @property
+    def rows(self) -> int:
+        """Timesteps of a step."""
+        return 2 if self.still else 1
 
 
 def grid_tokens(spec: TransformerSpec, latent: tuple[int, int, int]) -> int:
@@ -108,7 +124,7 @@ def denoise_bytes(spec: TransformerSpec, case: DenoiseCase) -> PeakBytes:
         "latents": sampler_state_bytes(spec, case),
         "model_input": spec.in_channels * _volume(case.latent) * spec.weights.itemsize,
         "rope": _rope_bytes(spec, case),
-        "modulation": modulation_bytes(spec, case.steps),
+        "modulation": modulation_bytes(spec, case.steps + case.rows - 1),
         "cross_kv": _cross_kv_held_bytes(spec, case),
         "lora": _lora_bytes(spec, case),
     }
@@ -131,7 +147,7 @@ def context_bytes(spec: TransformerSpec, case: DenoiseCase) -> PeakBytes:
     held = {
         "encoder_states": states * e,
         "contexts": case.branches * (text + image) * d * e,
-        "modulation": modulation_bytes(spec, case.steps),
+        "modulation": modulation_bytes(spec, case.steps + case.rows - 1),
     }
     # While the last block's keys are being normalised, what follows is not there yet: their own
     # values, and after the only branch's text also the image's keys and values.
@@ -156,7 +172,7 @@ def context_bytes(spec: TransformerSpec, case: DenoiseCase) -> PeakBytes:
 
 def cross_kv_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
     """Cross-attention keys and values of all blocks; the image's serve all branches."""
-    tokens = case.branches * case.text_tokens + case.image_tokens
+    tokens = case.branches * case.branch_text_tokens + case.image_tokens
     return 2 * spec.num_layers * tokens * spec.inner_dim * spec.weights.itemsize
 
 
@@ -164,7 +180,7 @@ def _cross_kv_held_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
     """All of them, or those of one block and branch."""
     if case.cross_kv_on_device:
         return cross_kv_bytes(spec, case)
-    tokens = case.text_tokens + case.image_tokens
+    tokens = case.branch_text_tokens + case.image_tokens
     return 2 * tokens * spec.inner_dim * spec.weights.itemsize
 
 
@@ -174,10 +190,12 @@ def modulation_bytes(spec: TransformerSpec, steps: int) -> int:
 
 
 def sampler_state_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
-    """The sample, the scheduler's history and the image conditioning, in fp32."""
+    """The sample, the scheduler's history, what a step cache keeps and the image conditioning, in
+    fp32."""
     condition = spec.in_channels - spec.out_channels
-    channels = (1 + case.history_latents) * spec.out_channels + condition
-    return channels * _volume(case.latent) * FP32_BYTES
+    channels = (1 + case.history_latents + case.cached_latents) * spec.out_channels + condition
+    given = spec.out_channels * _volume((1, *case.latent[1:])) if case.still else 0
+    return (channels * _volume(case.latent) + given) * FP32_BYTES
 
 
 def denoise_flops(
@@ -256,7 +274,7 @@ def _block_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int]:
         _layer_norm_bytes(spec, chunk),
         _rms_norm_bytes(spec, chunk, case.fused_norms),
         _rotation_bytes(spec, chunk),
-        _attention_bytes(spec, chunk, case.image_tokens),
+        _attention_bytes(spec, chunk, case),
         _feed_forward_bytes(spec, chunk),
     )
     moments = [{"chunk": largest}]
@@ -266,7 +284,7 @@ def _block_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int]:
         "hidden": case.visit_branches * hidden,
         "self_kv": 2 * hidden,
         "outputs": _earlier_outputs_bytes(spec, case),
-        "block_modulation": _block_modulation_bytes(spec),
+        "block_modulation": case.rows * _block_modulation_bytes(spec),
         **max(moments, key=lambda moment: sum(moment.values())),
     }
 
@@ -295,12 +313,15 @@ def _rotation_bytes(spec: TransformerSpec, tokens: int) -> int:
     return tokens * spec.inner_dim * (2 * spec.weights.itemsize + FP32_BYTES)
 
 
-def _attention_bytes(spec: TransformerSpec, tokens: int, image_tokens: int) -> int:
+def _attention_bytes(spec: TransformerSpec, tokens: int, case: DenoiseCase) -> int:
     """Queries, the result over the text (or all tokens), the one over the image, and one fp32 sum
-    a head; later the result, its projection and the gated fp32 product."""
+    a head; later the result, its projection and the gated fp32 product. Contrasted: queries, both
+    results over texts, and an fp32 copy of one of them for its norm, with the norms of both."""
     e = spec.weights.itemsize
-    results = 3 if image_tokens else 2
+    results = 3 if case.image_tokens else 2
     attending = results * e * spec.inner_dim + FP32_BYTES * spec.num_attention_heads
+    if case.contrasted:
+        attending = max(attending, (3 * e + FP32_BYTES) * spec.inner_dim + 4 * FP32_BYTES)
     return tokens * max(attending, (e + FP32_BYTES) * spec.inner_dim)
 
 
@@ -372,6 +393,8 @@ def _sampler_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int
     return {
         "outputs": case.branches * _output_bytes(spec, case),
         "sampler": SAMPLER_TEMPORARIES * latent,
+        # What is foretold, beside what is still there of the step before
+        "foretold": latent if case.cached_latents else 0,
     }
 
 

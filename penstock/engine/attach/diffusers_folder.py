@@ -16,15 +16,18 @@ from torch import nn
 from penstock.engine.attach.filenames import tie
 from penstock.engine.attach.fileweights import FileWeights, kept_in_fp32
 from penstock.engine.attach.routing import index_of
+from penstock.engine.attach.unmasked import leave_out_padding
 from penstock.errors import CheckpointError
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A pipeline, and where the weights of its networks lie, by their names there."""
+    """A pipeline, where the weights of its networks lie, by their names there, and what its user
+    is to be told."""
 
     pipe: Any
     files: Mapping[str, FileWeights]
+    notices: tuple[str, ...]
 
 
 def pipeline_class(folder: Path) -> Any:
@@ -48,12 +51,13 @@ def pipeline_class(folder: Path) -> Any:
     return found
 
 
-def open_folder(folder: Path, stack: ExitStack) -> Opened:
+def open_folder(folder: Path, stack: ExitStack, *, exact: bool = False) -> Opened:
     """The pipeline of ``folder``: schedulers, tokenizers and the like loaded, networks without
     weights.
 
     Args:
         stack: closes the files.
+        exact: keep every module's arithmetic to the bit; see `penstock.attach`.
 
     Raises:
         CheckpointError: parts are missing, or are not what this diffusers knows.
@@ -76,7 +80,8 @@ def open_folder(folder: Path, stack: ExitStack) -> Opened:
             others = [name for name in _components(folder) if name not in modules]
             pipe.load_components(names=others, local_files_only=True)
             pipe.update_components(**modules)
-    return Opened(pipe, files)
+    told = [] if exact else [leave_out_padding(each, stack) for each in modules.values()]
+    return Opened(pipe, files, tuple(each for each in told if each is not None))
 
 
 @contextmanager

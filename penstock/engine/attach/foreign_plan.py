@@ -107,7 +107,7 @@ def plan_call(
         OverBudget: it does not fit; names the least that does.
         UsageError: it cannot be rehearsed.
     """
-    notes = [RESTARTS]
+    notes = [*opened.notices, RESTARTS]
     found = _plan(opened, given, hardware, fmt, activations, notes)
     tiled = [] if activations is not None else _tiled(opened.pipe, found, hardware.vram_bytes)
     if tiled:
@@ -146,9 +146,7 @@ def _plan(
     networks = []
     order = [] if seen is None else list(dict.fromkeys(v.component for v in seen.visits))
     for guest in sorted(guests, key=lambda each: (*order, each.name).index(each.name)):
-        calls = (
-            0 if seen is None else sum(v.calls for v in seen.visits if v.component == guest.name)
-        )
+        calls = 0 if seen is None else seen.calls_of(guest.name)
         if seen is not None and not calls:
             continue
         work = activations if seen is None else seen.peak_of(guest.name)

@@ -356,6 +356,7 @@ def load_pipeline(
     device: str = "auto",
     files: Files | None = None,
     activations: str | int = 0,
+    exact: bool = False,
 ) -> Any:
     """Open a model as a diffusers pipeline that never holds the weights of a network whole.
 
@@ -372,7 +373,7 @@ def load_pipeline(
         format: run the transformer stored in it. None: as its files are. A Wan model's pack is made
             once, in penstock's cache; another model's at every opening.
         files: parts given by themselves; they win over what ``path`` holds. Wan only.
-        activations: as for `attach`; Wan needs none.
+        activations, exact: as for `attach`; Wan needs none.
 
     Returns:
         A `WanImageToVideoPipeline`, a `WanPipeline` where a Wan model takes no picture, or the
@@ -388,7 +389,7 @@ def load_pipeline(
     if files is None and is_foreign(Path(path)):
         fmt = None if format is None else get_format(format)
         work_bytes = parse_bytes(activations) if activations else 0
-        return attach_folder(Path(path), hardware, fmt, work_bytes).pipe
+        return attach_folder(Path(path), hardware, fmt, work_bytes, exact=exact).pipe
     model = ModelFiles.open(path, files)
     if format is not None:
         model = _stored_as(model, get_format(format).name, cache_folder())
@@ -405,7 +406,12 @@ def load_pipeline(
 
 
 def attach_folder(
-    folder: Path, hardware: Hardware, fmt: QuantFormat | None, work_bytes: int
+    folder: Path,
+    hardware: Hardware,
+    fmt: QuantFormat | None,
+    work_bytes: int,
+    *,
+    exact: bool,
 ) -> Attached:
     """The pipeline of a folder of diffusers, its networks' weights in their files.
 
@@ -413,7 +419,9 @@ def attach_folder(
         CheckpointError, UsageError, OverBudget: as `load_pipeline`.
     """
     with ExitStack() as stack:
-        opened = open_folder(folder, stack)
+        opened = open_folder(folder, stack, exact=exact)
+        for notice in opened.notices:
+            log.warning(notice)
         attached = attach_opened(opened, hardware, fmt, work_bytes)
         attached._also(stack.pop_all())
     return attached
@@ -436,7 +444,11 @@ def attach_opened(
     """
     check_attachable(opened.pipe)
     attached = Attached(opened.pipe)
+    attached.notices = opened.notices
     with ExitStack() as stack:
+        for module in modules_of(opened.pipe).values():
+            vars(module)[_ATTACHED] = attached
+            stack.callback(vars(module).pop, _ATTACHED)
         place = stack.enter_context(live_folder(None))
         desk, disk_bytes = open_modules(
             opened.pipe, hardware, fmt, work_bytes, place, stack,

@@ -59,6 +59,14 @@ def arguments_of(pipe: Any) -> dict[str, Argument]:
     return {each.name: each for each in found if each.name not in _OURS and _is_sayable(each)}
 
 
+def _hints(call: Any) -> dict[str, Any]:
+    """Annotations of a call, those evaluated that are text; none where one cannot be."""
+    try:
+        return typing.get_type_hints(call)
+    except (NameError, TypeError, AttributeError):  # of what its module does not import
+        return {}
+
+
 def _is_sayable(argument: Argument) -> bool:
     return bool(argument.kinds - {type(None)}) or argument.takes_picture
 

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import median_low
+from statistics import multimode
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ class Rehearsed:
 
     def calls_of(self, component: str) -> int:
         """How often ``component`` was called: as often as most of its weights were used."""
-        return int(median_low([*self.uses.get(component, {}).values()] or [0]))
+        return min(multimode(self.uses.get(component, {}).values()), default=0)
 
     def peak_of(self, component: str) -> int:
         """The most that lives while ``component`` works; 0: it never does."""

@@ -195,7 +195,7 @@ def plan_text(plan: Any) -> str:
         lines.append(
             f"plan: {each.name}: {format_bytes(each.weight_bytes)} of weights, {comes}, "
             f"{format_bytes(each.outside_bytes)} outside; {format_bytes(each.activation_bytes)} "
-            f"of activations; {each.calls} calls"
+            f"of activations; about {each.calls} calls"
         )
     return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
 

@@ -51,10 +51,9 @@ def arguments_of(pipe: Any) -> dict[str, Argument]:
     if blocks is not None:
         told = [(each.name, each.type_hint, each.default) for each in blocks.inputs if each.name]
     else:
-        signature = inspect.signature(type(pipe).__call__)
-        told = [
-            (each.name, each.annotation, each.default) for each in signature.parameters.values()
-        ]
+        parameters = inspect.signature(type(pipe).__call__).parameters.values()
+        hints = _hints(type(pipe).__call__)
+        told = [(p.name, hints.get(p.name, p.annotation), p.default) for p in parameters]
     found = (Argument(name, _kinds(hint), _pictures(hint), default) for name, hint, default in told)
     return {each.name: each for each in found if each.name not in _OURS and _is_sayable(each)}
 

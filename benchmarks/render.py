@@ -466,7 +466,7 @@ def plan_peaks(results: Results) -> str:
     """Profiles and sizes: predicted peaks, and how much they are over the measured ones."""
     headings = (
         "size", "profile", "system RAM", "format", "peak VRAM, GiB", "peak RAM, GiB", "chunk",
-        "branches a visit", "blocks", "decode tiles", "over measured",
+        "branches a visit", "hidden states", "blocks", "decode tiles", "over measured",
     )  # fmt: skip
     rows: Rows = [
         (
@@ -478,6 +478,7 @@ def plan_peaks(results: Results) -> str:
             f"{row['ram_gib']:.2f}",
             f"{row['chunk']:,}",
             str(row["branches"]),
+            row["residual"],
             f"{row['in_vram']} / {row['in_ram']} / {row['from_disk']}",
             row["decode_tiles"],
             f"{row['over'][0]:.2f} to {row['over'][1]:.2f} %",

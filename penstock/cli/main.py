@@ -8,8 +8,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, MutableMapping
+from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -117,6 +119,13 @@ Distilled = Annotated[
         help="For a distilled model or LoRA: 4 steps, guidance off, shift 5, its noise levels.",
     ),
 ]
+Window = Annotated[
+    int | None,
+    typer.Option(help="Frames of the windows of a longer video (81); 0: all of it at once."),
+]
+Overlap = Annotated[
+    int | None, typer.Option(help="Frames that two windows have in common, 16 to 30 (16).")
+]
 Force = Annotated[bool, typer.Option(help="Replace an existing output.")]
 
 
@@ -151,7 +160,13 @@ def main_options(
 @with_options()
 def generate(
     output: Annotated[Path, path_option("The mp4 to write.", "--output", "-o")],
-    prompt: Annotated[str | None, typer.Option(help="What should happen.")] = None,
+    prompt: Annotated[
+        str, typer.Option(help="What should happen; what --continue says, if that is given.")
+    ] = "",
+    continues: Annotated[
+        Path | None,
+        path_option("A video to go on from: its last frame, its settings.", "--continue"),
+    ] = None,
     model: Model = None,
     transformer: Part = None,
     transformer_2: Second = None,
@@ -193,6 +208,8 @@ def generate(
             help="CLIP sees all of the picture, squeezed to a square, or its centre (squash)."
         ),
     ] = None,
+    window: Window = None,
+    overlap: Overlap = None,
     lora: Loras = None,
     lora_strict: LoraStrict = False,
     arguments: Arguments = None,
@@ -218,7 +235,7 @@ def generate(
     """Make a video from a prompt, and a picture where the model takes one."""
     if is_foreign(model):
         given = Given(
-            arguments or [], prompt, image, negative, size, frames, steps, cfg, seed, fps, options,
+            arguments or [], prompt or None, image, negative, size, frames, steps, cfg, seed, fps, options,
             activations,
         )  # fmt: skip
         strange = {
@@ -227,13 +244,12 @@ def generate(
             "--tokenizer": tokenizer, "--last-image": last_image, "--max-area": max_area,
             "--shift": shift, "--sampler": sampler, "--distilled": distilled or None, "--fit": fit,
             "--clip-crop": clip_crop, "--lora": lora or None, "--job": job,
-            "--resume": resume_same,
+            "--resume": resume_same, "--continue": continues, "--window": window,
+            "--overlap": overlap, "--nag": nag,
         }  # fmt: skip
         generate_foreign(Path(str(model)), given, strange, output, force, as_json, debug)
         return
     own_only(arguments, activations, debug)
-    if prompt is None:
-        raise typer.BadParameter("Missing option '--prompt'.")
     from penstock.engine.files.locate import Files
     from penstock.engine.lora.file import as_loras
     from penstock.engine.request.settings import Settings
@@ -257,8 +273,12 @@ def generate(
         fit=None if fit is None else fit.value,
         distilled=distilled,
         clip_crop=None if clip_crop is None else clip_crop.value,
+        window=window,
+        overlap=overlap,
     )
-    with reported(debug), Stopping() as stop:
+    with reported(debug), Stopping() as stop, ExitStack() as stack:
+        if continues is not None:
+            settings = _continued(settings, continues, stack)
         loras = as_loras(lora or [], strict=lora_strict)
         opening = {"files": files, "loras": loras, "options": options}
         _generate(
@@ -389,6 +409,8 @@ def plan(
     shift: Shift = None,
     sampler: Sampler = None,
     distilled: Distilled = False,
+    window: Window = None,
+    overlap: Overlap = None,
     lora: Loras = None,
     lora_strict: LoraStrict = False,
     arguments: Arguments = None,
@@ -414,6 +436,7 @@ def plan(
             "--image-encoder": image_encoder, "--tokenizer": tokenizer, "--max-area": max_area,
             "--shift": shift, "--sampler": sampler, "--distilled": distilled or None,
             "--lora": lora or None, "--card": card, "--disk": disk, "--synthetic": synthetic,
+            "--window": window, "--overlap": overlap, "--nag": nag,
         }  # fmt: skip
         plan_foreign(Path(str(model)), given, strange, as_json, debug)
         return
@@ -430,7 +453,7 @@ def plan(
     settings = Settings(
         prompt="a plan", image=image, size=size, max_area=max_area, frames=frames, steps=steps,
         guidance_scale=cfg, nag_scale=nag, shift=shift, distilled=distilled,
-        sampler=None if sampler is None else sampler.value,
+        sampler=None if sampler is None else sampler.value, window=window, overlap=overlap,
     )  # fmt: skip
     with reported(debug):
         options, machine = machine_of(options, card, disk)
@@ -498,6 +521,20 @@ def doctor(
     Screen().print(findings_view(found.machine, rows))
     if found.stored_in is not None:
         say(f"rates are kept in {found.stored_in}")
+
+
+def _continued(settings: Any, video: Path, stack: ExitStack) -> Any:
+    """``settings`` to go on from ``video``; its last frame lies in a file until ``stack`` ends."""
+    from PIL import Image
+
+    from penstock.engine.media.seam import Clip
+    from penstock.engine.request.settings import going_on
+
+    clip = Clip.open(video)
+    folder = stack.enter_context(TemporaryDirectory(prefix="penstock-"))
+    frame = Path(folder) / "last.png"
+    Image.fromarray(clip.last).save(frame)
+    return going_on(settings, clip, frame)
 
 
 JobFolder = Callable[[Any, Any, Any], tuple[Path, bool]]

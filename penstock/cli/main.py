@@ -235,8 +235,8 @@ def generate(
     """Make a video from a prompt, and a picture where the model takes one."""
     if is_foreign(model):
         given = Given(
-            arguments or [], prompt or None, image, negative, size, frames, steps, cfg, seed, fps, options,
-            activations,
+            arguments or [], prompt or None, image, negative, size, frames, steps, cfg, seed, fps,
+            options, activations,
         )  # fmt: skip
         strange = {
             "--transformer": transformer, "--transformer-2": transformer_2,

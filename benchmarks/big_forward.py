@@ -42,6 +42,7 @@ from penstock.engine.run.sampling import Sampling
 from penstock.engine.run.stage import Stage
 from penstock.offload.layout import BlockLayout
 from penstock.offload.streamer import load_block
+from penstock.profiles.caching import Caching
 from penstock.profiles.manifest import SCRATCH
 from penstock.profiles.options import Options
 
@@ -123,7 +124,7 @@ def stream(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         vram=options.vram,
         ram=options.ram,
         device="cpu",
-        options=Options(chunk_tokens=str(CHUNK_TOKENS), disk="auto"),
+        options=Options(chunk_tokens=str(CHUNK_TOKENS), disk="auto", residual="bf16"),
     ) as engine:
         parameters = engine.model.streamed.source.parameters
         started = time.perf_counter()
@@ -164,7 +165,8 @@ def one_by_one(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         drawn, sampling = work_of(stage).drawn(stage), Sampling(stage)
         started = time.perf_counter()
         with stage.rest(component) as model, stage.model.scratch.held(scratch_bytes):
-            sampler = sampling.resume()
+            every = range(stage.job.request.steps)
+            sampler, cache = sampling.resume(every, Caching())
             text, image, condition = drawn["texts"][0], drawn["image"], drawn["condition"]
             context = dit.prepare_context(model, text, image)
             step = dit.step_modulation(model, sampler.timesteps, component.dtype)[0]
@@ -178,7 +180,7 @@ def one_by_one(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 with loaded(stage, component, component.blocks[index], index) as block:
                     dit.block_forward(block, hidden, step, cross, rope, kv, CHUNK_TOKENS)
             prediction = dit.head(model, hidden, step.temb, whole.shape[2:], CHUNK_TOKENS)
-        latents = sampling.step(sampler, prediction, sampling.latents)
+        latents = sampling.step(sampler, cache, prediction, sampling.latents)
         digest = hashlib.sha256(latents.contiguous().numpy().tobytes()).hexdigest()
     return {"seconds": time.perf_counter() - started, "latents_sha256": digest}
 

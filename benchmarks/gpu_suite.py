@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu_suite [--out benchmarks/results] [--folder DIR] [--groups a,b]
     python -m benchmarks.gpu_suite --missing        # what an earlier run has not come to
+    python -m benchmarks.gpu_suite --minutes 12     # what is worth most of that, in so many minutes
     python -m benchmarks.gpu_suite --dry-run        # every case at tiny shapes, on the CPU
 
 Wan2.1 I2V 14B of true shapes with random int8 weights is written to ``--folder`` (17 GB, 4 GB of a
@@ -37,7 +38,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -45,6 +46,7 @@ from typing import Any
 
 from benchmarks.gpu_cases import GROUPS, Failure
 from benchmarks.gpu_context import Case, Context, scale
+from benchmarks.gpu_worth import PARTS, WRITE_S, Part, chosen
 from benchmarks.render import is_done
 from penstock.engine.bench.machine import commit
 
@@ -78,7 +80,10 @@ def main() -> None:
             made = tempfile.TemporaryDirectory(dir=options.folder, prefix="penstock-gpu-")
             options.models = Path(stack.enter_context(made))
         workers = stack.enter_context(Workers(options))
-        run_all(options, Kept(path), workers.run)
+        if options.minutes is None:
+            run_all(options, Kept(path), workers.run)
+        else:
+            run_parts(options, Kept(path), workers.run)
     print(path)
 
 
@@ -92,6 +97,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--missing", action="store_true", help="go on with the file in --out")
     parser.add_argument("--commit", default=None, help="where git cannot tell it")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything")
+    parser.add_argument("--minutes", type=float, default=None, help="what is worth most of all")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on the CPU")
     return parser.parse_args()
 
@@ -145,11 +151,13 @@ class Kept:
         beside.replace(self._path)
 
 
-def run_group(group: str, cases: Iterable[Case], kept: Kept, until: float) -> None:
-    """All cases of a group, each kept when it is done; those after the deadline are named, those
-    that are kept already are left."""
+def run_group(
+    group: str, cases: Iterable[Case], kept: Kept, until: float, only: Sequence[str] = ()
+) -> None:
+    """All cases of a group, or those named in ``only``, each kept when it is done; those after the
+    deadline are named, those that are kept already are left."""
     for case, work in cases:
-        if group != "write" and kept.has(group, case):
+        if group != "write" and (kept.has(group, case) or (only and case not in only)):
             continue
         if time.monotonic() > until:
             kept.put(group, case, NO_TIME)
@@ -186,6 +194,42 @@ def run_all(
     kept.note(complete=not cut_short(kept.report), runs=runs)
 
 
+def run_parts(
+    options: argparse.Namespace,
+    kept: Kept,
+    run: Callable[[str, float, Sequence[str]], str | None],
+    parts: Sequence[Part] = PARTS,
+) -> None:
+    """What is worth most and not yet measured, in ``options.minutes``; an earlier run's cases stay.
+
+    Args:
+        options: of the command line.
+        kept: the file.
+        run: is given a group, its share of the time and the names of the cases.
+        parts: what there is to do, in the order of its worth.
+    """
+    started, total = time.monotonic(), 60 * options.minutes
+    wanted = chosen(kept.has, total, parts)
+    done = {"commit": options.commit or commit(), "minutes": options.minutes}
+    runs = [*kept.report.get("runs", ()), done]
+    kept.note(dry_run=options.dry_run, complete=False, runs=runs)
+    for part in [Part("write", (), WRITE_S), *wanted]:
+        left = total - (time.monotonic() - started)
+        kept.drop(part.group, "all")  # of an earlier run
+        told = (
+            run(part.group, min(_PATIENCE * part.seconds, left), part.cases) if left > 5 else None
+        )
+        kept.read()
+        if told is not None:
+            kept.put(part.group, "all", {"failed": told})
+    done["seconds"] = round(time.monotonic() - started, 1)
+    kept.note(complete=not cut_short(kept.report), runs=runs)
+
+
+_PATIENCE = 1.5
+"""Of its estimate, what a part may take."""
+
+
 class Workers:
     """Runs groups one after another in one process as long as it lives, and then in the next. A
     context manager.
@@ -202,14 +246,14 @@ class Workers:
         self._now = Worker(options, groups)
         self._spare: Worker | None = Worker(options, groups)
 
-    def run(self, group: str, share: float) -> str | None:
+    def run(self, group: str, share: float, only: Sequence[str] = ()) -> str | None:
         """As `Worker.run`; `ALONE` ends the process before it, whose context is on the card."""
         if group == ALONE:
             self._now.end()
         if not self._now.is_alive():
             self._now = self._spare or Worker(self._options, self._groups)
             self._spare = None
-        return self._now.run(group, share)
+        return self._now.run(group, share, only)
 
     def __enter__(self) -> Workers:
         return self
@@ -239,11 +283,11 @@ class Worker:
         """Whether it can take a group."""
         return self._process.is_alive()
 
-    def run(self, group: str, share: float) -> str | None:
-        """A group within ``share`` seconds; what went wrong, if it has not come to its end. The
-        process is over then."""
+    def run(self, group: str, share: float, only: Sequence[str] = ()) -> str | None:
+        """A group, or its cases named in ``only``, within ``share`` seconds; what went wrong, if it
+        has not come to its end. The process is over then."""
         try:
-            self._pipe.send((group, share))
+            self._pipe.send((group, share, only))
             if not self._pipe.poll(share):
                 self.end()
                 return f"longer than {share:.0f} s"
@@ -265,9 +309,9 @@ def serve(pipe: Connection, options: argparse.Namespace, groups: Groups) -> None
     importlib.import_module(IMPORTED)
     context = context_of(options)
     while True:
-        group, share = pipe.recv()
+        group, share, only = pipe.recv()
         until = time.monotonic() + 0.8 * share
-        run_group(group, groups[group](context), Kept(options.file), until)
+        run_group(group, groups[group](context), Kept(options.file), until, only)
         context.settle()
         pipe.send(group)
 

@@ -1,4 +1,5 @@
-"""Writes ggml's K-quants, which no Python package writes, so that their quality can be measured.
+"""Writes ggml's K-quants and IQ4_NL, which no Python package writes, so that their quality can be
+measured.
 
 Scales are searched by least squares over a few ranges, each weight counted by its square; ggml's
 own search tries more and may end a little nearer. Layouts: `ggml-common.h` of ggml.
@@ -13,23 +14,27 @@ import torch
 from torch import Tensor
 
 BLOCK = 256
+SMALL_BLOCK = 32
+"""Of IQ4_NL."""
+
 _RANGES = tuple(1 + 0.015 * step for step in range(-12, 13))
 """Of the codes, as shares of what would take in every weight of a group."""
 
 
 def quantise(weight: Tensor, kind: str) -> Tensor:
-    """``weight`` (rows, columns) as the bytes of a GGUF tensor (rows, columns / 256 * bytes).
+    """``weight`` (rows, columns) as the bytes of a GGUF tensor (rows, blocks * bytes).
 
     Args:
-        kind: "Q4_K", "Q5_K" or "Q6_K".
+        kind: one of `KINDS`.
 
     Raises:
-        ValueError: columns are not whole blocks of 256.
+        ValueError: columns are not whole blocks of 256; of 32 for IQ4_NL.
     """
     rows, columns = weight.shape
-    if columns % BLOCK:
-        raise ValueError(f"rows of {columns} are not whole blocks of {BLOCK}")
-    return _ENCODERS[kind](weight.float().reshape(-1, BLOCK)).view(rows, -1)
+    block = SMALL_BLOCK if kind == "IQ4_NL" else BLOCK
+    if columns % block:
+        raise ValueError(f"rows of {columns} are not whole blocks of {block}")
+    return _ENCODERS[kind](weight.float().reshape(-1, block)).view(rows, -1)
 
 
 def _signed_scales(groups: Tensor, most: int) -> Tensor:
@@ -144,10 +149,43 @@ def _q6_k(blocks: Tensor) -> Tensor:
     )
 
 
+def _iq4_nl(blocks: Tensor) -> Tensor:
+    """The scale under which a block's points come nearest to it; the farthest point is negative."""
+    index = blocks.abs().argmax(-1, keepdim=True)
+    whole = blocks.gather(-1, index) / POINTS[0]
+    counted = blocks.square()
+    best, scale = torch.full_like(whole, -1.0), torch.zeros_like(whole)
+    for share in _RANGES:
+        points = POINTS[_nearest(blocks, whole / share)]
+        together = (counted * blocks * points).sum(-1, keepdim=True)
+        alone = (counted * points.square()).sum(-1, keepdim=True)
+        gain = torch.where(alone > 0, together.square() / alone, 0.0)
+        better = gain > best
+        best = torch.where(better, gain, best)
+        scale = torch.where(better & (alone > 0), together / alone, scale)
+    scale_bytes, rounded = _half_bytes(scale)
+    codes = _nearest(blocks, rounded).to(torch.uint8)
+    return torch.cat([scale_bytes, _joined(codes.view(-1, 1, 2, 16))], dim=1)
+
+
+def _nearest(values: Tensor, scale: Tensor) -> Tensor:
+    """Indices of the points that come nearest to ``values / scale``."""
+    turned = torch.where(scale == 0, torch.zeros_like(values), values / scale)
+    between = (POINTS[1:] + POINTS[:-1]) / 2
+    return torch.bucketize(turned, between)
+
+
+POINTS = torch.tensor(
+    (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113), dtype=torch.float32
+)
+"""IQ4_NL's."""
+
 _ENCODERS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {
         "Q4_K": lambda blocks: _with_minima(blocks, 4),
         "Q5_K": lambda blocks: _with_minima(blocks, 5),
         "Q6_K": _q6_k,
+        "IQ4_NL": _iq4_nl,
     }
 )
+KINDS = tuple(_ENCODERS)

@@ -22,9 +22,9 @@ For each format the transformer is packed, and the whole model run:
 - score: the share of clips that the judge finds right.
 
 ``--save`` keeps every clip's figures as they come: the same command after a kill goes on where it
-stopped, and more formats or pairs can be asked for later. Q4_0 to Q5_1 are written by the gguf
-package, the K-quants by `benchmarks.kquants`; these need rows of whole blocks of 256, which the
-small trained model has not. The last line on stdout is JSON.
+stopped, and more formats or pairs can be asked for later. What penstock reads and does not write
+is made by `benchmarks.foreign`; types in blocks of 256 (K-quants, TQ) need rows of whole ones,
+which the small trained model has not. The last line on stdout is JSON.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks import kquants
+from benchmarks import foreign
 from benchmarks.quality_blocks import Outputs, outputs, worst
 from benchmarks.quality_kept import Difference, Kept
 from penstock.engine.engine import Engine
@@ -60,9 +60,6 @@ from penstock.units import GIB
 
 FAST = ("int8",)
 """Formats that a CPU also multiplies in 8 bits."""
-
-WRITTEN_BY_GGUF = ("gguf-q5_1", "gguf-q5_0", "gguf-q4_1", "gguf-q4_0")
-K_QUANTS = ("gguf-q6_k", "gguf-q5_k", "gguf-q4_k")
 
 MOST_LOST = 0.02
 """Of the score; a format that loses more is marked."""
@@ -189,31 +186,12 @@ class Runs:
         """The transformer in another format, made once."""
         if name == REFERENCE:
             return Files()
-        if name in (*WRITTEN_BY_GGUF, *K_QUANTS):
-            return Files(transformer=self._gguf(name))
+        if name in foreign.ALL:
+            return Files(transformer=foreign.write(self._model, name, self._kept.work))
         use = FirstUse.of(locate(self._model).streamed, name, self._kept.work)
         if not use.is_made:
             use.make(GIB, lambda nbytes: None)
         return Files(transformer=use.folder / "transformer")
-
-    def _gguf(self, name: str) -> Path:
-        from gguf import quants
-
-        from tests.engine.golden import load, original_names, write_gguf
-
-        path = self._kept.work / name / "transformer.gguf"
-        if not path.exists():
-            tensors = load(self._model, "transformer")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # Beside it, for the file's own shapes do not tell heads of another width than Wan's.
-            shutil.copy(self._model / "transformer" / "config.json", path.parent)
-            kind, new = name.removeprefix("gguf-").upper(), path.with_suffix(".new")
-            write_gguf(
-                new, tensors, original_names("transformer", list(tensors)), kind, "wan",
-                k_quantised if name in K_QUANTS else quants.quantize,
-            )  # fmt: skip
-            new.replace(path)
-        return path
 
     def _facts(self, way: Way, engine: Engine) -> dict[str, Any]:
         found, component = outputs(engine), engine.model.streamed
@@ -275,11 +253,6 @@ class Runs:
         return sum(rights) / len(rights) if rights else None
 
 
-def k_quantised(weight: Any, ggml_type: Any) -> Any:
-    """As `gguf.quants.quantize`, whose K-quants are not there."""
-    return kquants.quantise(torch.from_numpy(weight), ggml_type.name).numpy()
-
-
 def _stored_bytes(layout: BlockLayout) -> int:
     return sum(place.nbytes for place in layout.places.values())
 
@@ -330,7 +303,7 @@ def arguments() -> argparse.Namespace:
     """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path)
-    parser.add_argument("--formats", help="of the small trained model all but the K-quants")
+    parser.add_argument("--formats", help="all, but those in blocks of 256 of a given model")
     parser.add_argument("--pairs", type=int, help="held-out pictures and prompts, judged")
     parser.add_argument("--save", type=Path, help="keep what was found; go on from it")
     parser.add_argument("--prompt", action="append")
@@ -343,8 +316,8 @@ def arguments() -> argparse.Namespace:
     if options.pairs is not None and options.model is None:
         parser.error("--pairs needs the --model that was trained for them")
     if options.formats is None:
-        whole = K_QUANTS if options.model is None else ()
-        options.formats = ",".join((*writable(), *WRITTEN_BY_GGUF, *whole))
+        written = foreign.ALL if options.model is None else foreign.SMALL
+        options.formats = ",".join((*writable(), *written))
     return options
 
 

@@ -1,4 +1,4 @@
-"""The JSON files in benchmarks/results as tables in the README and in docs/plans.md, and as plots.
+"""The JSON files in benchmarks/results as tables in the README and in docs/, and as plots.
 
     python -m benchmarks.render [--check]
 
@@ -25,7 +25,7 @@ from penstock.units import GIB, MIB
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PLOTS = ROOT / "docs"
-DOCUMENTS = (ROOT / "README.md", PLOTS / "plans.md")
+DOCUMENTS = (ROOT / "README.md", PLOTS / "plans.md", PLOTS / "formats.md")
 
 Rows = list[tuple[str, ...]]
 Results = Mapping[str, Any]
@@ -350,6 +350,24 @@ def formats(results: Results) -> str:
     return "\n".join(part for part in parts if part) or "Nothing has been measured yet.\n"
 
 
+def every_format(results: Results) -> str:
+    """What each command makes of each way of storing; what is said of those that are not run."""
+    (value,) = named(results, "every_format")
+    rows: Rows = [
+        (
+            row["stored"],
+            row["label"] + ("" if row["recommended"] else ", not recommended"),
+            "the values' own, bit for bit" if row["same"] else "DIFFERS",
+            f"{row['packed_cosine']:.5f}",
+            "other latents" if row["changed_by_lora"] else "NO CHANGE",
+        )
+        for row in value["rows"]
+    ]
+    headings = ("stored as", "inspect", "plan, generate", "pack to int8: cosine", "a LoRA on top")
+    refused: Rows = [(row["stored"], row["said"]) for row in value["refused"]]
+    return f"{table(headings, rows)}\n{table(('known, not run', 'what is said'), refused)}"
+
+
 def quality(value: Any) -> str:
     """A model in every format."""
     headings = ("format", "layer", "block", "latents", "frames", "bytes a block")
@@ -448,7 +466,7 @@ def plan_peaks(results: Results) -> str:
     """Profiles and sizes: predicted peaks, and how much they are over the measured ones."""
     headings = (
         "size", "profile", "system RAM", "format", "peak VRAM, GiB", "peak RAM, GiB", "chunk",
-        "branches a visit", "blocks", "decode tiles", "over measured",
+        "branches a visit", "hidden states", "blocks", "decode tiles", "over measured",
     )  # fmt: skip
     rows: Rows = [
         (
@@ -460,6 +478,7 @@ def plan_peaks(results: Results) -> str:
             f"{row['ram_gib']:.2f}",
             f"{row['chunk']:,}",
             str(row["branches"]),
+            row["residual"],
             f"{row['in_vram']} / {row['in_ram']} / {row['from_disk']}",
             row["decode_tiles"],
             f"{row['over'][0]:.2f} to {row['over'][1]:.2f} %",
@@ -520,10 +539,61 @@ def card_cell(row: Mapping[str, Any]) -> str:
     return f"{row['seconds_a_step']:.0f} ({row['total']})"
 
 
+def caches(results: Results) -> str:
+    """Step caches: what is left of the full run, and what a job from disk does not read."""
+    headings = ("steps", "method", "setting", "forwards", "of 40 blocks", "frames", "worst clip")
+    parts = []
+    for value in named(results, "caches"):
+        rows = sorted(value["rows"], key=lambda row: (-row["steps"], -row["share"]))
+        cells: Rows = [
+            (
+                str(row["steps"]),
+                f"**{row['method']}**" if row["method"] in ("budget", "plan") else row["method"],
+                row["setting"],
+                f"{row['share']:.3f}",
+                f"{row['share_40']:.3f}",
+                f"{row['frames_db']:.1f} dB",
+                f"{row['worst_db']:.1f} dB",
+            )
+            for row in rows
+        ]
+        parts.append(
+            f"{value['recipe']['pairs']} held-out clips of the model in the box (`benchmarks/"
+            f"caches.py`), penstock's own in bold:\n\n{table(headings, cells)}"
+        )
+    parts += [cached_stream(value) for value in named(results, "cached_stream")]
+    return "\n".join(parts) if parts else "Nothing has been measured yet.\n"
+
+
+def cached_stream(value: Any) -> str:
+    """A job from disk under each cache."""
+    headings = (
+        "cache", "forwards", "read", "saved, of what skipping should save",
+        "after the first step: forwards; wall time; CPU time",
+        "stall a forward; without a cache",
+    )  # fmt: skip
+    rows: Rows = [
+        (
+            row["cache"],
+            f"{row['forwards']} of {value['steps']}",
+            gib(row["read_bytes"]),
+            "" if row["saved_of_expected"] is None else f"{row['saved_of_expected']:.3f}",
+            f"{row['forwards_over_full']:.2f}; {row['seconds_over_full']:.2f}; "
+            f"{row['cpu_s_over_full']:.2f}",
+            f"{row['stall_s_a_forward']:.2f} s; {row['stall_s_a_forward_full']:.2f} s",
+        )
+        for row in value["rows"]
+    ]
+    title = f"Denoising with all blocks from disk ({value['model']}, `benchmarks/cached_stream.py`)"
+    return f"{title}:\n\n{table(headings, rows)}"
+
+
 TABLES: Mapping[str, Callable[[Results], str]] = {
     "streaming": streaming,
     "gpu": gpu,
     "formats": formats,
+    "every_format": every_format,
+    "caches": caches,
     "plan_peaks": plan_peaks,
     "plan_cards": plan_cards,
     "plan_cards_8_bits": partial(plan_cards, way="8 bits"),

@@ -12,7 +12,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from penstock.engine.machine.programs import output
 from penstock.engine.software import versions
 from penstock.errors import OutputError
 from penstock.folders import cache_folder, config_folder, data_folder
+from penstock.regular import check_regular
 from penstock.units import format_bytes
 
 log = logging.getLogger(__name__)
@@ -80,6 +81,8 @@ def logged(level: Level | None, file: Path | None) -> Iterator[None]:
 
 def _opened(file: Path) -> logging.Handler:
     try:
+        with suppress(FileNotFoundError):
+            check_regular(file)
         return logging.FileHandler(file, encoding="utf-8")
     except OSError as error:
         raise OutputError(

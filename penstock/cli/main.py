@@ -8,8 +8,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, MutableMapping
+from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -87,6 +89,13 @@ Guidance = Annotated[
         help="Guidance scale (5; 1.3B: 6); 1 is off. Of two transformers: little noise, much.",
     ),
 ]
+Nag = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SCALE",
+        help="Away from the negative prompt at --cfg 1, inside attention: such as 11 (off).",
+    ),
+]
 Shift = Annotated[
     float | None,
     typer.Option(help="Flow shift (5; from a picture at 480p: 3; 1.3B: 8)."),
@@ -100,6 +109,13 @@ Distilled = Annotated[
         "--distilled",
         help="For a distilled model or LoRA: 4 steps, guidance off, shift 5, its noise levels.",
     ),
+]
+Window = Annotated[
+    int | None,
+    typer.Option(help="Frames of the windows of a longer video (81); 0: all of it at once."),
+]
+Overlap = Annotated[
+    int | None, typer.Option(help="Frames that two windows have in common, 16 to 30 (16).")
 ]
 Force = Annotated[bool, typer.Option(help="Replace an existing output.")]
 
@@ -117,7 +133,7 @@ def main_options(
         Level | None, typer.Option(help="Tell what is decided, on stderr: info, or debug.")
     ] = None,
     log_file: Annotated[
-        Path | None, typer.Option(help="Into this file instead, for a bug report (debug).")
+        Path | None, path_option("Into this file instead, for a bug report (debug).")
     ] = None,
     version: Annotated[
         bool,
@@ -134,8 +150,14 @@ def main_options(
 @app.command(cls=MemoryHelp)
 @with_options()
 def generate(
-    prompt: Annotated[str, typer.Option(help="What should happen.")],
     output: Annotated[Path, path_option("The mp4 to write.", "--output", "-o")],
+    prompt: Annotated[
+        str, typer.Option(help="What should happen; what --continue says, if that is given.")
+    ] = "",
+    continues: Annotated[
+        Path | None,
+        path_option("A video to go on from: its last frame, its settings.", "--continue"),
+    ] = None,
     model: Model = None,
     transformer: Part = None,
     transformer_2: Second = None,
@@ -155,6 +177,7 @@ def generate(
     frames: Annotated[int | None, typer.Option(help="Frames, 4n+1 (81).")] = None,
     steps: Steps = None,
     cfg: Guidance = None,
+    nag: Nag = None,
     shift: Shift = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of the noise (drawn if absent or -1).")
@@ -176,6 +199,8 @@ def generate(
             help="CLIP sees all of the picture, squeezed to a square, or its centre (squash)."
         ),
     ] = None,
+    window: Window = None,
+    overlap: Overlap = None,
     lora: Loras = None,
     lora_strict: LoraStrict = False,
     options: Options = NOTHING,
@@ -212,6 +237,7 @@ def generate(
         frames=frames,
         steps=steps,
         guidance_scale=cfg,
+        nag_scale=nag,
         shift=shift,
         seed=seed,
         sampler=None if sampler is None else sampler.value,
@@ -219,8 +245,12 @@ def generate(
         fit=None if fit is None else fit.value,
         distilled=distilled,
         clip_crop=None if clip_crop is None else clip_crop.value,
+        window=window,
+        overlap=overlap,
     )
-    with reported(debug), Stopping() as stop:
+    with reported(debug), Stopping() as stop, ExitStack() as stack:
+        if continues is not None:
+            settings = _continued(settings, continues, stack)
         loras = as_loras(lora or [], strict=lora_strict)
         opening = {"files": files, "loras": loras, "options": options}
         _generate(
@@ -347,9 +377,12 @@ def plan(
     frames: Annotated[int | None, typer.Option(help="Frames, 4n+1 (81).")] = None,
     steps: Steps = None,
     cfg: Guidance = None,
+    nag: Nag = None,
     shift: Shift = None,
     sampler: Sampler = None,
     distilled: Distilled = False,
+    window: Window = None,
+    overlap: Overlap = None,
     lora: Loras = None,
     lora_strict: LoraStrict = False,
     options: Options = NOTHING,
@@ -374,8 +407,8 @@ def plan(
 
     settings = Settings(
         prompt="a plan", image=image, size=size, max_area=max_area, frames=frames, steps=steps,
-        guidance_scale=cfg, shift=shift, sampler=None if sampler is None else sampler.value,
-        distilled=distilled,
+        guidance_scale=cfg, nag_scale=nag, shift=shift, distilled=distilled,
+        sampler=None if sampler is None else sampler.value, window=window, overlap=overlap,
     )  # fmt: skip
     with reported(debug):
         options, machine = machine_of(options, card, disk)
@@ -443,6 +476,20 @@ def doctor(
     Screen().print(findings_view(found.machine, rows))
     if found.stored_in is not None:
         say(f"rates are kept in {found.stored_in}")
+
+
+def _continued(settings: Any, video: Path, stack: ExitStack) -> Any:
+    """``settings`` to go on from ``video``; its last frame lies in a file until ``stack`` ends."""
+    from PIL import Image
+
+    from penstock.engine.media.seam import Clip
+    from penstock.engine.request.settings import going_on
+
+    clip = Clip.open(video)
+    folder = stack.enter_context(TemporaryDirectory(prefix="penstock-"))
+    frame = Path(folder) / "last.png"
+    Image.fromarray(clip.last).save(frame)
+    return going_on(settings, clip, frame)
 
 
 JobFolder = Callable[[Any, Any, Any], tuple[Path, bool]]

@@ -51,12 +51,15 @@ class BuiltIn:
     Attributes:
         name: as `penstock.engine.family.protocol.builtin` has it.
         chosen: budgets, policy and formats.
-        grid: the sizes that the model can represent.
     """
 
     name: str
     chosen: Chosen
-    grid: Grid = Grid()
+
+    @property
+    def grid(self) -> Grid:
+        """The sizes that the model can represent."""
+        return self.official.grid
 
     @property
     def defaults(self) -> Mapping[str, Any]:

@@ -264,7 +264,8 @@ def _layout(dims: tuple[int, ...], rows: int, layer: str) -> ScaleLayout:
             f"the scale of {layer} has an unknown layout",
             expected=f"shape [], [1], [1, 1], [{rows}] or [{rows}, 1]",
             found=str(list(dims)),
-            remedy="Scales by blocks of columns are not supported; use another file of this model",
+            remedy="Scales by groups or blocks of columns (torchao's 4 bits, block-wise fp8) are "
+            "not read; use another file of this model",
         )
     return layouts[dims]
 

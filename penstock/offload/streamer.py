@@ -51,6 +51,8 @@ class BlockStream(Closing):
         device: where tensors are wanted.
         device_ledger, host_ledger: every buffer is reserved there first.
         overlapped: work ahead of the computation; False is the sequential reference.
+        sure: passes of them that are sure to come: nothing is fetched beyond these until
+            :meth:`expect` names more; None: all.
         should_stop: called before each block that is loaded on entry; ends the loading by raising.
 
     Attributes:
@@ -73,6 +75,7 @@ class BlockStream(Closing):
         device_ledger: ByteLedger,
         host_ledger: ByteLedger,
         overlapped: bool = True,
+        sure: int | None = None,
         should_stop: Callable[[], None] = lambda: None,
     ) -> None:
         if len(layouts) != residency.n_blocks:
@@ -87,6 +90,8 @@ class BlockStream(Closing):
         self._layouts, self._residency = tuple(layouts), residency
         self._computes: Iterator[Compute] = iter(())
         self._passes, self._overlapped = passes, overlapped
+        self._visits = 0
+        self._sure = _Sure(residency.n_blocks, passes if sure is None else sure)
         self._should_stop = should_stop
         self._device = DeviceTier(device, device_ledger)
         self._host = HostTier(host_ledger, device)
@@ -133,7 +138,7 @@ class BlockStream(Closing):
         carrier = Carrier(disk, link, self.stats)
         self._mover = Mover(self._layouts, places, buffers, carrier)
         loop = _Overlapped if self._overlapped else _Sequential
-        self._loop = loop(self._mover, places, self._passes)
+        self._loop = loop(self._mover, places, self._passes, self._sure)
         stack.callback(self._loop.close)
         self._computes = _queue_of(places, self._passes, Compute)
         self._loop.begin(Queue.READ)
@@ -208,6 +213,7 @@ class BlockStream(Closing):
         """
         for index in range(self._residency.n_blocks):
             loop, mover = self._opened()
+            self._visits += 1
             op = next(self._computes, None)
             if op is None or op.block != index:
                 raise UsageError(
@@ -219,6 +225,19 @@ class BlockStream(Closing):
             with mover.computing(op):
                 yield index, mover.tensors(op)
             loop.leave(op)
+
+    def expect(self, passes: int) -> None:
+        """From now on so many passes, counted from the first, are sure to come.
+
+        Fewer than were sure before are as many as before: they may have been fetched.
+        """
+        self._sure.raise_to(passes)
+
+    def announce(self, block: int) -> None:
+        """``block`` is visited next: said before the visit that is open ends, nothing more begins
+        to move of those that will be left out."""
+        loop, _ = self._opened()
+        loop.announce(self._visits + (block - self._visits) % self.n_blocks)
 
     @contextmanager
     def visit(self, block: int) -> Iterator[Tensors]:
@@ -235,6 +254,7 @@ class BlockStream(Closing):
         loop, mover = self._opened()
         left: list[Compute] = []
         for op in self._computes:
+            self._visits += 1
             if op.block == block:
                 break
             left.append(op)
@@ -305,6 +325,9 @@ class _Loop(Protocol):
     def bring(self, op: Compute) -> None:
         """Return when the computation may be issued."""
 
+    def announce(self, visit: int) -> None:
+        """Visits from now to this one need not be brought."""
+
     def leave_out(self, ops: Sequence[Compute]) -> None:
         """These are not computed, and need not be brought."""
 
@@ -318,7 +341,7 @@ class _Loop(Protocol):
 class _Sequential:
     """Reads, copies and computes one after another, in the schedule's own order."""
 
-    def __init__(self, mover: Mover, residency: Residency, passes: int) -> None:
+    def __init__(self, mover: Mover, residency: Residency, passes: int, sure: _Sure) -> None:
         self._mover, self._link = mover, mover.link
         self._ops = build_schedule(residency, passes)
         self._wanted = _Wanted(residency)
@@ -339,9 +362,13 @@ class _Sequential:
             for ref in op.after:
                 self._link.wait(Queue.COMPUTE, ref)
 
+    def announce(self, visit: int) -> None:
+        """Nothing of those before it was begun."""
+        self._wanted.since = visit
+
     def leave_out(self, ops: Sequence[Compute]) -> None:
-        """Nothing of them was begun."""
-        self._wanted.since = ops[-1].visit + 1
+        """As `announce` has it."""
+        self.announce(ops[-1].visit + 1)
 
     def leave(self, op: Compute) -> None:
         """Mark its end, where a copy will wait for it."""
@@ -355,8 +382,9 @@ class _Sequential:
 class _Overlapped:
     """A thread reads ahead and another copies ahead, as far as the rings allow."""
 
-    def __init__(self, mover: Mover, residency: Residency, passes: int) -> None:
+    def __init__(self, mover: Mover, residency: Residency, passes: int, sure: _Sure) -> None:
         self._mover, self._link, self._board = mover, mover.link, _Board()
+        self._sure = sure
         self._wanted = _Wanted(residency)
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="penstock-stream")
         self._ops: dict[Queue, Iterator[Read | Copy]] = {
@@ -372,6 +400,8 @@ class _Overlapped:
     def _work(self, ops: Iterator[Read | Copy]) -> None:
         stats = self._mover.stats
         for op in ops:
+            if not self._sure.wait(op.visit):
+                return
             for ref in op.after:
                 waited = self._board.wait(ref)
                 if waited is None:
@@ -391,12 +421,22 @@ class _Overlapped:
                 self._board.raise_failure()
                 self._link.wait(Queue.COMPUTE, ref)
 
+    def announce(self, visit: int) -> None:
+        """What is on its way before it arrives; nothing more sets out."""
+        self._wanted.since = visit
+
     def leave_out(self, ops: Sequence[Compute]) -> None:
         """What is not on its way stays where it is; the queues pass these visits as if done: in
-        the stream of each an event stands for one, behind all that was issued there before."""
-        self._wanted.since = ops[-1].visit + 1
+        the stream of each an event stands for one, behind all that was issued there before.
+
+        The other queues are waited for, so that none ever looks for an event that is forgotten.
+        What they are at comes before the block that is wanted in any case."""
+        self.announce(ops[-1].visit + 1)
         for op in ops:
             self.leave(op)
+        copied = [ref for op in ops for ref in op.after]
+        if copied:
+            self._board.wait(copied[-1])
 
     def leave(self, op: Compute) -> None:
         """Mark its end, for the device and for the other threads, where a copy will wait for it."""
@@ -407,6 +447,7 @@ class _Overlapped:
     def close(self) -> None:
         """Let the threads end after what they are at, and wait for them."""
         self._board.stop()
+        self._sure.stop()
         self._threads.shutdown()
 
 
@@ -423,8 +464,9 @@ class _Wanted:
         self.since = 0
 
     def moves(self, op: Read | Copy) -> bool:
-        """Whether ``op`` is done. A block that stays comes once, and later visits count on it."""
-        return op.visit >= self.since or op.block in self._stays
+        """Whether ``op`` is done. What comes to stay comes once, and later visits count on it."""
+        comes_to_stay = op.slot is None if isinstance(op, Copy) else op.block in self._stays
+        return op.visit >= self.since or comes_to_stay
 
 
 _WAITS = {
@@ -432,6 +474,35 @@ _WAITS = {
     (Queue.COPY, Queue.READ): "disk_wait_s",
     (Queue.COPY, Queue.COMPUTE): "slot_wait_s",
 }
+
+
+class _Sure:
+    """How many visits are sure to come: a skipped forward pass fetches nothing."""
+
+    def __init__(self, n_blocks: int, passes: int) -> None:
+        self._changed = threading.Condition()
+        self._n_blocks, self._visits = n_blocks, passes * n_blocks
+        self._is_stopped = False
+
+    def raise_to(self, passes: int) -> None:
+        """So many passes are sure."""
+        with self._changed:
+            self._visits = max(self._visits, passes * self._n_blocks)
+            self._changed.notify_all()
+
+    def wait(self, visit: int) -> bool:
+        """Return True when ``visit`` is sure, or False if everything was stopped instead."""
+        if visit < self._visits:
+            return True
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_stopped or visit < self._visits)
+            return not self._is_stopped
+
+    def stop(self) -> None:
+        """Wake everybody up, to end."""
+        with self._changed:
+            self._is_stopped = True
+            self._changed.notify_all()
 
 
 class _Board:

@@ -32,12 +32,16 @@ class Options:
             allows it and the device has just shown that it can.
         attention: "sdpa", or "int8" for self-attention in 8 bits where comfy-kitchen is installed
             and the device has just shown that it can.
+        residual: what the transformer's hidden states are kept in between operations: "fp32" as
+            the makers do, "bf16" (the dtype it computes in) or "auto" (fp32 where there is room).
         branches: CFG branches a visit: 1, 2 or "auto".
         chunk_tokens: tokens a chunk of the transformer's forward pass, or "auto".
         tiles: of the VAE, "ROWSxCOLUMNS" or "auto".
         cross_kv: where cross-attention K/V are kept: "auto", "vram" or "ram".
         disk: whether blocks may stream from disk at every pass: "auto", "spare" or "never".
         pinned_share: of the RAM budget that may be page-locked, above 0 and up to 1.
+        step_cache: of forward passes: "off", "budget" or "budget:T" (steps are skipped while their
+            expected error stays below T of the latents), or "plan:N" (exactly N are computed).
 
     Raises:
         UsageError, ProfileError: an illegal value; says what was expected.
@@ -50,12 +54,14 @@ class Options:
     format: str | None = None
     compute: str | None = None
     attention: str | None = None
+    residual: str | None = None
     branches: str | int | None = None
     chunk_tokens: str | int | None = None
     tiles: str | None = None
     cross_kv: str | None = None
     disk: str | None = None
     pinned_share: str | float | None = None
+    step_cache: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("vram", "ram"):

@@ -36,9 +36,14 @@ ATTENTION: Mapping[str, str] = MappingProxyType(
 )
 """What a plan's ``attention`` means, for people."""
 
+RESIDUAL: Mapping[str, str] = MappingProxyType(
+    {"bf16": "as it computes", "fp32": "in fp32, as the makers do"}
+)
+"""What a plan's ``residual`` means, for people."""
+
 
 NUMERICS: Mapping[str, str | None] = MappingProxyType(
-    {"weight_format": None, "compute": "exact", "attention": "sdpa"}
+    {"weight_format": None, "compute": "exact", "attention": "sdpa", "step_cache": "off"}
 )
 """Fields of a plan that determine a result; and what they were in jobs that do not name them."""
 
@@ -91,10 +96,15 @@ class PhasePlan:
         ram_weights: ``(label, bytes)`` of the weights in host memory.
         ram_work: ``(label, bytes)`` of everything else in host memory.
         chunk_tokens: tokens a chunk of the DiT forward.
-        branches: CFG branches that go through a block during one visit.
+        branches: CFG branches, of all windows, that go through a block during one visit.
+        windows: that a step denoises, each with its branches.
+        residual: what the DiT's hidden states are kept in: "bf16", the compute dtype, as all jobs
+            did whose records do not say it; or "fp32".
         cross_kv_on_device: the cross-attention K/V of all blocks stay in VRAM (else in RAM).
         tiles: rows and columns of the VAE's tile grid.
         pinned_bytes: of ``ram_weights``, page-locked where the device is a GPU.
+        forwards: steps that are computed, the fewest and the most; (0, 0) where there are none. The
+            phase's bytes moved and seconds are those of the most.
         read_bytes: from disk, in the whole phase.
         copied_bytes: from host memory to the device, in the whole phase.
         seconds: predicted duration.
@@ -109,9 +119,12 @@ class PhasePlan:
     stream: StreamPlan | None = None
     chunk_tokens: int = 0
     branches: int = 0
+    windows: int = 1
+    residual: str = "bf16"
     cross_kv_on_device: bool = False
     tiles: tuple[int, int] = (1, 1)
     pinned_bytes: int = 0
+    forwards: tuple[int, int] = (0, 0)
     read_bytes: int = 0
     copied_bytes: int = 0
     seconds: float = 0.0
@@ -125,14 +138,21 @@ class PhasePlan:
             words.append(str(self.stream))
         if self.chunk_tokens:
             words.append(f"{self.chunk_tokens} tokens a chunk, {self.branches} branches a visit")
+            words.append(f"hidden states in {self.residual}")
         if self.tiles != (1, 1):
             words.append("{}x{} tiles".format(*self.tiles))
         return ", ".join((*words, f"{self.seconds:.4g} s by {self.bound}"))
 
     def passes(self, total_branches: int) -> list[range]:
-        """The branches of a step, divided into the passes over the blocks that serve them."""
-        starts = range(0, total_branches, self.branches)
-        return [range(start, min(start + self.branches, total_branches)) for start in starts]
+        """The branches of a step, window by window, divided into the passes over the blocks that
+        serve them.
+
+        Args:
+            total_branches: of a window.
+        """
+        total = total_branches * self.windows
+        starts = range(0, total, self.branches)
+        return [range(start, min(start + self.branches, total)) for start in starts]
 
     @property
     def work_bytes(self) -> int:
@@ -196,6 +216,7 @@ class Plan:
         compute_path: how most of the blocks' matrices multiply: "plain", "dequant" (decoded first),
             "fp8" or "int8".
         attention: what self-attention runs on: "sdpa", or "int8" where that is asked for and works.
+        step_cache: of forward passes, as asked.
         machine: the hardware's name.
         origins: where budgets, rates and policy come from.
         options: as they were asked for.
@@ -208,6 +229,7 @@ class Plan:
     compute: str = "exact"
     compute_path: str = "plain"
     attention: str = "sdpa"
+    step_cache: str = "off"
     machine: str = ""
     origins: tuple[Origin, ...] = ()
     options: Options = field(default_factory=Options)
@@ -233,6 +255,12 @@ class Plan:
         """
         new = {phase.name: phase for phase in changed}
         return replace(self, phases=tuple(new.get(phase.name, phase) for phase in self.phases))
+
+    @property
+    def residual(self) -> str:
+        """What the DiT's hidden states are kept in, in all its phases."""
+        found = [phase.residual for phase in self.phases if phase.chunk_tokens]
+        return "fp32" if found and set(found) == {"fp32"} else "bf16"
 
     @property
     def numerics(self) -> dict[str, str]:
@@ -276,6 +304,7 @@ def _phase_from_json(value: Mapping[str, Any]) -> PhasePlan:
     for name in ("weights", "work", "ram_weights", "ram_work"):
         plain[name] = tuple((str(label), int(count)) for label, count in plain[name])
     plain["tiles"] = tuple(plain["tiles"])
+    plain["forwards"] = tuple(plain.get("forwards", (0, 0)))
     if plain["stream"] is not None:
         stream = dict(plain["stream"])
         if "host_slabs" in stream:  # as plans of jobs call it that 0.1 has kept
@@ -301,13 +330,24 @@ def same_rounding(one: PhasePlan, other: PhasePlan) -> bool:
     Where weights lie and how many branches share a visit changes nothing. Chunks and tiles are
     exact in real arithmetic, but a kernel may sum in another order for another shape.
     """
-    return (one.chunk_tokens, one.tiles) == (other.chunk_tokens, other.tiles)
+    return rounding(one) == rounding(other)
+
+
+def rounding(phase: PhasePlan) -> dict[str, Any]:
+    """What of a phase's plan alters rounding, as plain values."""
+    return {
+        "chunk_tokens": phase.chunk_tokens,
+        "tiles": list(phase.tiles),
+        "residual": phase.residual,
+    }
 
 
 def _told(phase: PhasePlan) -> list[str]:
     told = [
         f"{phase.chunk_tokens} tokens a chunk",
         f"{phase.branches} CFG branches a visit",
+        f"{phase.windows} windows a step",
+        f"hidden states in {phase.residual}",
         f"{phase.tiles[0]}x{phase.tiles[1]} tiles",
         f"cross-attention K/V in {'VRAM' if phase.cross_kv_on_device else 'RAM'}",
         f"{'the first' if phase.prefetch_bytes else 'no'} blocks read ahead",

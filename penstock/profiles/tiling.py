@@ -146,10 +146,13 @@ class VaeLevels:
     Attributes:
         levels: resolutions, each half the next (`len(dim_mult)`).
         num_res_blocks: of the config; the decoder has one more at each level.
+        patch: pixels of the video in one of the picture that is convolved, each way. All windows
+            are of that picture.
     """
 
     levels: int
     num_res_blocks: int
+    patch: int = 1
 
     def __post_init__(self) -> None:
         if self.levels < 2 or self.num_res_blocks < 1:
@@ -160,9 +163,14 @@ class VaeLevels:
             )
 
     @property
-    def factor(self) -> int:
-        """Pixels a latent, each way."""
+    def scale(self) -> int:
+        """Pixels of the picture that is convolved a latent, each way."""
         return 1 << (self.levels - 1)
+
+    @property
+    def factor(self) -> int:
+        """Pixels of the video a latent, each way."""
+        return self.scale * self.patch
 
 
 @dataclass(frozen=True)
@@ -250,7 +258,7 @@ def _through(convs: int, output: Span, size: int) -> list[Span]:
 
 
 def _up_spans(arch: VaeLevels, core: Span, size: int) -> list[list[Span]]:
-    need, convs = core.scaled(arch.factor), 2 * (arch.num_res_blocks + 1)
+    need, convs = core.scaled(arch.scale), 2 * (arch.num_res_blocks + 1)
     found: list[list[Span]] = []
     for level in range(arch.levels - 1, 0, -1):
         full, last = size << level, level == arch.levels - 1
@@ -263,7 +271,7 @@ def _down_spans(arch: VaeLevels, core: Span, size: int) -> list[list[Span]]:
     need, convs = core, 2 * arch.num_res_blocks
     found: list[list[Span]] = []
     for level in range(arch.levels - 2, -1, -1):
-        full = size * arch.factor >> level
+        full = size * arch.scale >> level
         # Output j of the stride-2 convolution reads pixels 2j, 2j+1 and 2j+2.
         read = need.scaled(2).grown(0, 1, full)
         found.insert(0, [*_through(convs + (1 if level == 0 else 0), read, full), need])

@@ -40,6 +40,17 @@ def test_runs_of_several_shapes_are_columns_of_one_table() -> None:
     assert "Nothing has been measured" in render.formats({})
 
 
+def test_what_is_made_of_each_way_of_storing_and_what_is_said() -> None:
+    row = {"stored": "raw fp8", "label": "fp8 raw", "recommended": True, "same": True,
+           "packed_cosine": 0.99996, "changed_by_lora": True}  # fmt: skip
+    bad = row | {"recommended": False, "same": False, "changed_by_lora": False}
+    value = {"rows": [row, bad], "refused": [{"stored": "x", "said": "no"}]}
+    made = render.every_format({"every_format_a": value})
+    assert "| raw fp8 | fp8 raw | the values' own, bit for bit | 0.99996 | other latents |" in made
+    assert "| fp8 raw, not recommended | DIFFERS | 0.99996 | NO CHANGE |" in made
+    assert "| x | no |" in made
+
+
 def test_a_ratio_is_ours_over_theirs_and_each_side_begins_in_turn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -8,7 +8,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,8 @@ from benchmarks.gpu_cases import Delays
 from benchmarks.gpu_context import Case, Context, scale
 from benchmarks.gpu_memory import peak
 from benchmarks.gpu_plans import step_bytes
-from benchmarks.gpu_suite import Kept, Workers, cut_short, run_all, run_group, slug
+from benchmarks.gpu_suite import Kept, Workers, cut_short, run_all, run_group, run_parts, slug
+from benchmarks.gpu_worth import PARTS, WRITE_S, Part, chosen
 from penstock.offload.schedule import Queue, Ref
 from penstock.offload.tiers import CpuLink
 from penstock.units import GIB
@@ -369,6 +371,72 @@ def test_a_group_for_which_no_time_is_left_is_named(tmp_path: Path) -> None:
 def test_the_shares_fit_into_eight_minutes_in_order() -> None:
     assert list(gpu_suite.SHARES) == list(gpu_cases.GROUPS)
     assert gpu_suite.SECONDS < 480
+
+
+WORTH = (
+    Part("a", ("1", "2"), 40.0, 10.0),
+    Part("b", ("1",), 200.0),
+    Part("a", ("3",), 20.0),
+    Part("c", ("1", "2"), 60.0),
+)
+
+
+@pytest.mark.parametrize(
+    ("measured", "seconds", "expected"),
+    [
+        ((), 50, [("a", "12")]),
+        ((), 49.9, [("a", "3")]),  # the first does not fit: a smaller one does
+        ((), 1000, [("a", "12"), ("b", "1"), ("a", "3"), ("c", "12")]),
+        ((("a", "2"),), 30, [("a", "1")]),  # half of the part, and what goes before
+        ((("a", "1"), ("a", "2"), ("c", "2")), 60, [("a", "3"), ("c", "1")]),
+        ((("a", "1"), ("a", "2"), ("a", "3"), ("b", "1")), 59, []),
+    ],
+)
+def test_minutes_go_to_what_is_worth_most_and_not_measured(
+    measured: tuple[tuple[str, str], ...], seconds: float, expected: list[tuple[str, str]]
+) -> None:
+    found = chosen(lambda group, case: (group, case) in measured, WRITE_S + seconds, WORTH)
+    assert [(part.group, "".join(part.cases)) for part in found] == expected
+
+
+def test_every_part_names_cases_that_there_are(tmp_path: Path) -> None:
+    named = {(part.group, case) for part in PARTS for case in part.cases}
+    assert len(named) == sum(len(part.cases) for part in PARTS)
+    true = Context(replace(scale(dry=False), device="cpu"), tmp_path)
+    for group in ("speeds", "vae", "correctness"):
+        yielded = {case for case, _ in gpu_suite.GROUPS[group](true)}
+        assert {case for each, case in named if each == group} == yielded
+    assert {case for group, case in named if group == "peaks"} == set(true.scale.caps)
+    assert {case for group, case in named if group == "peers"} == set(gpu_cases.CUDA_PEERS)
+
+
+def test_minutes_run_cases_by_name_and_keep_what_is_there(
+    context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, asked, done = tmp_path / "kept.json", [], []
+
+    def case(name: str) -> Any:
+        return lambda: done.append(name) or {"name": name}
+
+    monkeypatch.setattr(gpu_suite, "GROUPS", {"some": lambda _: ((n, case(n)) for n in "xyz")})
+    parts = (Part("some", ("z",), 10.0), Part("other", ("1",), 1e9), Part("some", ("x", "y"), 10.0))
+    Kept(path).put("some", "y", {"name": "of an earlier run"})
+    options = argparse.Namespace(dry_run=True, minutes=10.0, commit="second")
+
+    def here(group: str, share: float, only: Sequence[str]) -> str | None:
+        asked.append((group, tuple(only)))
+        if group == "some":
+            cases = gpu_suite.GROUPS[group](context)
+            run_group(group, cases, Kept(path), time.monotonic() + FOREVER, only)
+        return None if group != "some" or "x" in only else "longer than 5 s"
+
+    run_parts(options, Kept(path), here, parts)
+    assert asked == [("write", ()), ("some", ("z",)), ("some", ("x",))]
+    assert done == ["z", "x"]
+    kept = json.loads(path.read_text())
+    assert kept["groups"]["some"]["y"]["name"] == "of an earlier run"
+    assert set(kept["groups"]["some"]) == {"x", "y", "z"}  # what failed was tried no more
+    assert [run["minutes"] for run in kept["runs"]] == [10.0]
 
 
 def test_names_of_files() -> None:

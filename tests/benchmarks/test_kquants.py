@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks import kquants
 
-ERRORS = {"Q6_K": 0.02, "Q5_K": 0.04, "Q4_K": 0.08}
+ERRORS = {"Q6_K": 0.02, "Q5_K": 0.04, "Q4_K": 0.08, "IQ4_NL": 0.09}
 """Relative, root mean square, of Gaussian weights with outliers."""
 
 
@@ -35,7 +35,9 @@ def test_gguf_reads_what_is_near_the_weights(weight: Tensor, kind: str) -> None:
     assert relative(read(kquants.quantise(weight, kind), kind), weight) < ERRORS[kind]
 
 
-@pytest.mark.parametrize(("kind", "older"), [("Q5_K", "Q5_0"), ("Q4_K", "Q4_0")])
+@pytest.mark.parametrize(
+    ("kind", "older"), [("Q5_K", "Q5_0"), ("Q4_K", "Q4_0"), ("IQ4_NL", "Q4_0")]
+)
 def test_nearer_than_an_older_type_of_as_many_bytes(weight: Tensor, kind: str, older: str) -> None:
     stored = kquants.quantise(weight, kind)
     other = torch.from_numpy(quants.quantize(weight.numpy(), GGMLQuantizationType[older]))
@@ -55,3 +57,5 @@ def test_zeros_stay_and_one_sign_is_no_trouble(kind: str) -> None:
 def test_rows_that_are_not_whole_blocks_are_refused() -> None:
     with pytest.raises(ValueError, match="192 are not whole blocks of 256"):
         kquants.quantise(torch.zeros(2, 192), "Q4_K")
+    with pytest.raises(ValueError, match="40 are not whole blocks of 32"):
+        kquants.quantise(torch.zeros(2, 40), "IQ4_NL")

@@ -60,6 +60,8 @@ def test_a_tilde_is_the_home_folder_in_every_path(home: Path) -> None:
     planned = _call("plan", "--model=~/model", "--image=~/a.png", "--max-area", "64x64", *BUDGETS)
     assert planned.exit_code == 0, planned.output
     assert _call("inspect", "~/model").exit_code == 0
+    assert _call("--log-file=~/a.log", "profiles").exit_code == 0
+    assert (home / "a.log").stat().st_size > 0
 
 
 def test_hints_hold_from_everywhere(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

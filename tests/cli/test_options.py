@@ -50,7 +50,8 @@ def test_the_table_has_every_option() -> None:
 
 def test_every_command_that_plans_takes_every_option() -> None:
     commands: Mapping[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    flags = {"--disk-use" if n == "disk" else f"--{n.replace('_', '-')}" for n in FLAGS}
+    named = {"disk": "--disk-use", "step_cache": "--cache"}
+    flags = {named.get(n, f"--{n.replace('_', '-')}") for n in FLAGS}
     for name in ("generate", "plan", "bench", "demo"):
         taken = {flag for each in commands[name].params for flag in each.opts}
         assert flags <= taken, name
@@ -60,7 +61,8 @@ def test_every_command_that_plans_takes_every_option() -> None:
 
 def test_flags_reach_the_plan() -> None:
     flags = ("--branches", 1, "--chunk-tokens", 2048, "--tiles", "2x3", "--cross-kv", "ram",
-             "--disk-use", "never", "--format", "nf4", "--pinned-share", "0.25")  # fmt: skip
+             "--disk-use", "never", "--format", "nf4", "--pinned-share", "0.25",
+             "--cache", "plan:20")  # fmt: skip
     plan = told(*CARD, *flags, "--disk", "hdd", "--ram", "64GiB")
     denoise, decode = (
         next(each for each in plan["phases"] if each["name"] == name)
@@ -68,6 +70,7 @@ def test_flags_reach_the_plan() -> None:
     )
     assert (denoise["branches"], denoise["chunk_tokens"]) == (1, 2048)
     assert not denoise["cross_kv_on_device"]
+    assert denoise["forwards"] == [20, 20]
     assert decode["tiles"] == [2, 3]
     sources = {each["name"]: each["source"] for each in plan["origins"]}
     for name in ("branches", "chunk_tokens", "tiles", "cross_kv", "disk", "format", "pinned"):
@@ -77,6 +80,7 @@ def test_flags_reach_the_plan() -> None:
     assert given == {
         "device": "cuda", "format": "nf4", "branches": "1", "chunk_tokens": "2048",
         "tiles": "2x3", "cross_kv": "ram", "disk": "never", "pinned_share": "0.25",
+        "step_cache": "plan:20",
     }  # fmt: skip
 
 

@@ -49,6 +49,9 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
     "bench --save": (".json", ["bench", "--model", str(MINI), "--device", "cpu", "--save", AT]),
     "bench --sweep": (".png", ["bench", "--model", str(MINI), "--device", "cpu", "--sweep", AT]),
     "demo --image": (".png", ["demo", "-o", "out.mp4", "--device", "cpu", "--image", AT]),
+    "demo --output": (".mp4", ["demo", "--device", "cpu", "-o", AT]),
+    "doctor --folder": ("", ["doctor", "--device", "cpu", "--folder", AT]),
+    "--log-file": (".log", ["--log-file", AT, "profiles"]),
 }  # fmt: skip
 
 MADE = {"generate --job", "pack --output"}

@@ -195,7 +195,9 @@ FP8 = torch.float8_e4m3fn
 E5M2 = torch.float8_e5m2
 
 
-def scaled(weight, dtype, per_row):
+def scaled(
+    weight: torch.Tensor, dtype: torch.dtype, per_row: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """8-bit weight and fp32 scale, ``(rows, 1)`` or a scalar."""
     largest = {FP8: 448.0, E5M2: 57344.0, torch.int8: 127.0}[dtype]
     amax = weight.float().abs().amax(dim=1, keepdim=True)

@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,31 @@ def check_counts(
     assert stream.stats.copied_bytes == sum(
         sizes[b] for b in residency.device_resident
     ) + passes * sum(sizes[b] for b in residency.streamed)
+
+
+@pytest.mark.parametrize("overlapped", [True, False])
+@pytest.mark.parametrize("residency", [Residency(3, (), (), 2, 3), Residency(3, (1,), (0,), 1, 2)])
+def test_nothing_is_fetched_beyond_the_passes_that_are_sure(
+    layouts: list[BlockLayout], residency: Residency, overlapped: bool
+) -> None:
+    here = layouts[:3]
+    budgets = Budgets(here, residency)
+    with budgets.stream(here, residency, 9, overlapped=overlapped, sure=1) as stream:
+        for done in range(4):
+            stream.expect(done + 1)
+            for index, tensors in stream.forward_pass():
+                assert same(tensors, BLOCKS[index])
+            check_counts(stream, here, residency, done + 1)
+    assert ours() == []
+
+
+def test_what_is_sure_is_fetched_while_nothing_is_computed(layouts: list[BlockLayout]) -> None:
+    here, residency = layouts[:2], Residency(2, (), (), 1, 2)
+    with Budgets(here, residency).stream(here, residency, 9, sure=1) as stream:
+        list(stream.forward_pass())
+        stream.expect(2)
+        while stream.stats.read_bytes < 2 * sum(layout.read_bytes for layout in here):
+            threading.Event().wait(0.001)
 
 
 def test_a_computation_is_bit_equal_streamed_and_resident(layouts: list[BlockLayout]) -> None:
@@ -233,6 +259,46 @@ def test_a_pass_that_was_left_cannot_be_taken_up(layouts: list[BlockLayout]) -> 
                 break
         with pytest.raises(UsageError, match="left at block 3"):
             next(stream.forward_pass())
+
+
+@pytest.mark.parametrize("overlapped", [True, False])
+def test_visits_that_are_left_out_move_nothing(
+    layouts: list[BlockLayout], overlapped: bool
+) -> None:
+    order = (0, 1, 7, 0, 3, 3, 2, 0, 0, 5)
+    residency = Residency(8, (2,), (5,), 1, 1)
+    budgets = Budgets(layouts, residency)
+    with (
+        budgets.stream(layouts, residency, 20, overlapped=overlapped) as made,
+        ExitStack() as open_visit,
+    ):
+        for block in order:
+            made.announce(block)
+            open_visit.close()
+            tensors = open_visit.enter_context(made.visit(block))
+            assert same(tensors, BLOCKS[block])
+    sizes = [layouts[block].nbytes for block in order if block not in (2, 5)]
+    sizes += [layouts[5].nbytes] * order.count(5) + [layouts[2].nbytes]
+    whole_slots = made.stats.copied_bytes - sum(sizes)
+    # The last visit is left without a word of what is next: one more may have come for it.
+    assert 0 <= whole_slots <= layouts[6].nbytes + layouts[5].nbytes
+    reads = [layouts[block].read_bytes for block in order if block not in (2, 5)]
+    reads += [layouts[block].read_bytes for block in (2, 5)]  # once, whenever their turn is
+    largest = max(layout.read_bytes for layout in layouts)
+    ahead = (len(order) + 2) * largest if overlapped else 0  # a buffer before each jump
+    assert sum(reads) <= made.stats.read_bytes <= sum(reads) + ahead
+    whole = sum(layout.read_bytes for layout in layouts)
+    assert made.stats.read_bytes < 4 * whole  # of the eight passes that went by
+
+
+def test_no_more_visits_than_agreed(layouts: list[BlockLayout]) -> None:
+    residency = Residency(8, (), (), 1, 1)
+    with Budgets(layouts, residency).stream(layouts, residency, 2) as stream:
+        for block in (3, 3):
+            with stream.visit(block):
+                pass
+        with pytest.raises(UsageError, match="one more of block 3"), stream.visit(3):
+            pass
 
 
 def test_as_many_layouts_as_blocks(layouts: list[BlockLayout]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,6 +91,17 @@ def false_alarms(files: Files, seeds: range) -> int:
 
 def test_no_false_alarm(files: Files) -> None:
     assert false_alarms(files, range(500)) == 500
+
+
+def test_visits_in_any_order_compute_with_their_own_bytes(files: Files) -> None:
+    for seed in range(80):
+        rng = random.Random(seed)
+        scenario = random_scenario(rng)
+        blocks = scenario.residency.n_blocks
+        jumps = tuple(rng.randrange(blocks) for _ in range(rng.randint(1, 6)))
+        scenario = replace(scenario, jumps=jumps, passes=6, leave_at=None, fail_at=None)
+        outcome = files.run(scenario, random_policy(rng))
+        assert not outcome.caught, (seed, scenario, outcome)
 
 
 SCENARIOS = (

@@ -51,6 +51,7 @@ class Scenario:
         ahead: the host's half opens first.
         small_pieces: a block is read in many pieces, several at a time.
         hops: every pass computes in a stream of its own.
+        jumps: the blocks that are visited, in this order; None: all, pass by pass.
     """
 
     residency: Residency
@@ -61,6 +62,7 @@ class Scenario:
     prefetched: bool = False
     small_pieces: bool = False
     hops: bool = False
+    jumps: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -340,8 +342,11 @@ class Stage:
                 stack.enter_context(stream.prefetched())
                 self.turns.pause()
             stack.enter_context(stream)
+            for visit, index in enumerate(scenario.jumps or ()):
+                with stream.visit(index) as block:
+                    self._compute(visit, index, block)
             visit = 0
-            for number in range(scenario.passes):
+            for number in range(scenario.passes if scenario.jumps is None else 0):
                 if scenario.hops:
                     self.compute = Stream(self, f"stream compute {number}")
                 for index, block in stream.forward_pass():

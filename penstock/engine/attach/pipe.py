@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -13,11 +13,13 @@ import torch
 
 from penstock.closing import Closing
 from penstock.engine.attach.desk import Desk
+from penstock.engine.attach.foreign import modules_of
 from penstock.engine.attach.generic import check_attachable, open_modules
 from penstock.engine.attach.livemodel import write_models
 from penstock.engine.attach.livepack import live_folder
 from penstock.engine.attach.part import Part
-from penstock.engine.attach.stream import budgets, close_at_exit
+from penstock.engine.attach.stream import budgets, close_at_exit, held_bytes
+from penstock.engine.attach.unmasked import leave_out_padding
 from penstock.engine.family.protocol import ComponentKind, families
 from penstock.engine.files.locate import Files
 from penstock.engine.model.files import ModelFiles
@@ -113,7 +115,10 @@ class Attached(Closing):
 
     Attributes:
         pipe: the pipeline, to be used as before.
+        notices: what is computed otherwise than by the modules themselves.
     """
+
+    notices: tuple[str, ...] = ()
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
@@ -190,6 +195,7 @@ def attach(
     ram: str | int | None = None,
     format: str | None = None,
     activations: str | int = 0,
+    exact: bool = False,
     device: str = "auto",
     folder: str | Path | None = None,
 ) -> Attached:
@@ -219,6 +225,9 @@ def attach(
         ram: budget of host memory; None: likewise.
         format: store the matrices of the denoiser's blocks (of components whose names begin with
             transformer or unet) in it: ``"int8"``, ``"fp8"``, ``"nf4"``, ...
+        exact: keep every module's arithmetic to the bit. Else HunyuanVideo 1.5 leaves padded text
+            out of attention, where its own forward masks it with 4 bytes a pair of tokens (48 GiB
+            at 1280x720x121): the same mathematics, other last bits. `Attached.notices` says so.
         activations: bytes of ``vram`` to leave to what the modules compute, which is not known
             here; Wan 2.1's own plan needs no such hint.
         device: where to compute: "cuda", "cpu" or "auto" (CUDA where there is one).
@@ -252,6 +261,14 @@ def attach(
         hardware = budgets(device, vram, ram)
         desk: _Holder
         if family is None:
+            if vram is None:  # what the modules hold there is the budget's to place
+                held = sum(held_bytes(each, hardware) for each in modules_of(pipe).values())
+                hardware = replace(hardware, vram_bytes=hardware.vram_bytes + held)
+            if not exact:
+                attached.notices = _lighten(pipe, stack)
+            for module in modules_of(pipe).values():  # who keeps one keeps what brings its weights
+                vars(module)[_ATTACHED] = attached
+                stack.callback(vars(module).pop, _ATTACHED)
             desk, disk_bytes = open_modules(
                 pipe, hardware, fmt, work_bytes, place, stack, lambda: attached._weights_return
             )
@@ -261,6 +278,15 @@ def attach(
             )
         attached._begin(desk, disk_bytes, stack.pop_all())
     return attached
+
+
+def _lighten(pipe: Any, stack: ExitStack) -> tuple[str, ...]:
+    """Let modules compute with less memory, where that is the same mathematics."""
+    told = (leave_out_padding(each, stack) for each in modules_of(pipe).values())
+    notices = tuple(each for each in told if each is not None)
+    for notice in notices:
+        log.warning(notice)
+    return notices
 
 
 def _open_parts(

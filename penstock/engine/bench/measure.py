@@ -207,9 +207,10 @@ class MeasuredStage(Stage):
         plan: StreamPlan | None,
         phase: PhaseMonitor,
         passes: int,
+        sure: int | None = None,
     ) -> Iterator[BlockStream]:
         """As `Stage.stream`."""
-        with super().stream(layouts, plan, phase, passes) as stream:
+        with super().stream(layouts, plan, phase, passes, sure) as stream:
             self.streams.setdefault(phase.name, []).append(stream.stats)
             yield stream
 

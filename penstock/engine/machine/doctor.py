@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from penstock.engine.attention.kernels import attention
 from penstock.engine.attention.probe import probe_int8
 from penstock.engine.machine.calibrate import Effort, calibrate
 from penstock.engine.software import versions
-from penstock.errors import ProfileError
+from penstock.errors import ProfileError, UsageError
 from penstock.profiles.hardware import Hardware, available_ram_bytes, probe
 from penstock.profiles.rates import Rates, store_rates
 from penstock.units import GIB, format_bytes
@@ -69,7 +70,12 @@ def examine(
     Args:
         device: "auto", "cuda" or "cpu".
         folder: on the disk that the models are on (the temporary directory by default).
+
+    Raises:
+        UsageError: no file can be made in ``folder``; nothing has been measured.
     """
+    if folder is not None:
+        _check(folder)
     chosen = torch.device(_resolved(device))
     hardware = probe(chosen.type)
     effort = effort or Effort.on(chosen)
@@ -88,6 +94,18 @@ def examine(
     ]
     stored = _stored(hardware.name, rates, findings)
     return Diagnosis(hardware.name, tuple(findings), rates, stored)
+
+
+def _check(folder: Path) -> None:
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix="penstock-doctor-"):
+            pass
+    except OSError as error:
+        raise UsageError(
+            "this disk cannot be measured",
+            expected="a folder in which a file can be written and read back",
+            found=f"{folder}: {error.strerror}",
+        ) from error
 
 
 def _load() -> float:

@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from penstock.engine.model.grid import Grid
+
 
 class Official(Protocol):
     """What a model was released with, where neither a request nor the model's folder says more."""
+
+    @property
+    def grid(self) -> Grid:
+        """The sizes that it can represent."""
 
     @property
     def request_defaults(self) -> Mapping[str, Any]:

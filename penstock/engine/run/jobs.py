@@ -220,6 +220,8 @@ def _is_asked_by(record: JobRecord | None, request: Mapping[str, Any]) -> bool:
     theirs = before | dict(record.request)
     if "fit" in request.keys() - theirs.keys() and request.get("image") is None:
         theirs["fit"] = request["fit"]  # from before there was one, and there is no picture
+    if "window" not in theirs and request.get("frames", 0) <= request.get("window", 0):
+        theirs["window"] = request["window"]  # from before windows
     # What could not be chosen yet, and is not
     theirs |= {name: None for name in request.keys() - theirs.keys() if request[name] is None}
     if request.get("seed") is None and "seed" in theirs:

@@ -88,12 +88,13 @@ class Room:
         passes: int,
         *,
         overlapped: bool = True,
+        sure: int | None = None,
         should_stop: Callable[[], None] = lambda: None,
     ) -> BlockStream:
         """A stream over ``layouts`` as planned, to be entered.
 
         Args:
-            passes, overlapped, should_stop: as `BlockStream` has them.
+            passes, overlapped, sure, should_stop: as `BlockStream` has them.
         """
         return BlockStream(
             layouts,
@@ -103,6 +104,7 @@ class Room:
             device_ledger=self.device_ledger,
             host_ledger=self.host_ledger,
             overlapped=overlapped,
+            sure=sure,
             should_stop=should_stop,
         )
 

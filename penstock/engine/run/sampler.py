@@ -9,11 +9,9 @@ job continues bit-identically.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from penstock.engine.request.levels import TRAINED, noise_levels
 from penstock.engine.request.levels import timesteps as timesteps_at
 from penstock.engine.run.solvers import plain_solver
 from penstock.errors import CheckpointError, NonFinite, UsageError
+from penstock.profiles.windows import Windows
 
 _SINGULAR: Any = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 _FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
@@ -52,7 +51,7 @@ class Sampler:
     """One run of a solver over ``steps`` steps.
 
     Args:
-        config: the folder's scheduler config (`read_scheduler_config`).
+        config: the model folder's scheduler config, decoded.
         sampler: ``"unipc"``, ``"dpm++"``, ``"euler"``, or ``"lcm"``: from the predicted end back to
             the next noise level with fresh noise.
         steps: number of steps.
@@ -67,6 +66,7 @@ class Sampler:
         UsageError: no such sampler.
 
     Attributes:
+        name: of the solver.
         timesteps: ``(steps,)``, what the transformer is given at each step.
         next_step: number of steps done.
     """
@@ -84,7 +84,7 @@ class Sampler:
     ) -> None:
         self._settings: dict[str, Any] = {"sampler": sampler, "steps": steps, "shift": float(shift)}
         self._settings |= {"distilled": distilled} | ({"seed": seed} if sampler == "lcm" else {})
-        self._sampler, self._seed = sampler, seed
+        self.name, self._seed = sampler, seed
         self._history = _HISTORY.get(sampler, ())
         with _refusals():
             self._scheduler = _make_scheduler(config, sampler, float(shift), steps, device)
@@ -112,9 +112,9 @@ class Sampler:
                 expected=f"step {self.next_step} of {len(self.timesteps)}",
                 found=f"step {i}",
             )
-        if self._sampler in ("euler", "lcm"):
+        if self.name in ("euler", "lcm"):
             noise_pred = noise_pred.to(latents.dtype)  # the scheduler rounds latents to its type
-        if self._sampler == "lcm":
+        if self.name == "lcm":
             stepped = self._renoised(noise_pred, i, latents)
         else:
             with _refusals():
@@ -206,24 +206,8 @@ def _refusals() -> Iterator[None]:
         ) from error
 
 
-def read_scheduler_config(folder: Path) -> dict[str, Any]:
-    """The scheduler's config in ``folder`` (``scheduler_config.json``).
-
-    Raises:
-        CheckpointError: missing, unreadable, or no JSON object.
-    """
-    path = folder / "scheduler_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            "no usable scheduler config", expected=str(path), found=str(error)
-        ) from error
-    if not isinstance(config, dict):
-        raise CheckpointError(
-            "no usable scheduler config", expected="a JSON object", found=f"{path}: {config!r:.40}"
-        )
-    return config
+_BEFORE_STEPS = -1
+"""In the place of a step: what is drawn before the first."""
 
 
 def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -233,6 +217,26 @@ def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float32)
+
+
+def long_noise(first: Tensor, frames: int, windows: Windows, seed: int) -> Tensor:
+    """Noise of a long video from that of a window: repeated, so that all windows begin alike, and
+    shuffled among neighbours, so that they do not all show the same.
+
+    Source: "FreeNoise", arXiv:2310.15169, section 3.2.
+
+    Args:
+        first: (1, z, t, h, w), of a window.
+        frames: latent frames of the video.
+        windows: in latent frames; as many as two of them do not have in common are shuffled.
+        seed: of the job.
+    """
+    draw, stride = step_generator(seed, _BEFORE_STEPS), windows.length - windows.overlap
+    places = list(range(first.shape[2]))
+    while len(places) < frames:
+        group = places[-windows.length :][:stride]
+        places += [group[at] for at in torch.randperm(stride, generator=draw).tolist()]
+    return first[:, :, places[:frames]]
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from penstock.engine.run.keeper import Point
-from penstock.engine.run.sampler import Sampler, SamplerState, initial_noise
+from penstock.engine.run.sampler import Sampler, SamplerState, initial_noise, long_noise
 from penstock.engine.run.stage import Stage
 from penstock.engine.run.steering import steer
+from penstock.engine.run.stepcache import StepCache
+from penstock.engine.run.steprecord import cache_for
+from penstock.profiles.caching import Caching
 
 
 class Sampling:
@@ -32,14 +36,21 @@ class Sampling:
     def _first(self) -> Point:
         request = self._stage.job.request
         assert request.seed is not None
-        shape = self._stage.model.latent_shape(request.video_shape)
-        noise = initial_noise(shape, request.seed).to(self._stage.device)
-        point = Point(noise, self._sampler().state())
+        point = Point(self._noise(request.seed).to(self._stage.device), self._sampler().state())
         self._stage.keeper.save_point(point)
         self._stage.keeper.settle()  # the copy's room is the denoising's, which has not begun
         return point
 
-    def _sampler(self) -> Sampler:
+    def _noise(self, seed: int) -> Tensor:
+        request, model = self._stage.job.request, self._stage.model
+        shape = model.latent_shape(request.video_shape)
+        if request.windows is None:
+            return initial_noise(shape, seed)
+        windows = request.windows.latent(request.grid.temporal)
+        first = initial_noise((*shape[:2], windows.length, *shape[3:]), seed)
+        return long_noise(first, shape[2], windows, seed)
+
+    def _sampler(self, device: str | None = None) -> Sampler:
         request = self._stage.job.request
         assert request.seed is not None
         return Sampler(
@@ -47,7 +58,7 @@ class Sampling:
             sampler=request.sampler,
             steps=request.steps,
             shift=self._stage.model.flow_shift(request.width, request.height, request.shift),
-            device=self._stage.device,
+            device=device or self._stage.device,
             distilled=request.distilled,
             seed=request.seed,
         )
@@ -62,20 +73,28 @@ class Sampling:
         """Steps that are finished."""
         return self._point.step
 
-    def resume(self) -> Sampler:
-        """A fresh sampler that stands at the point."""
+    def resume(self, steps: range, caching: Caching) -> tuple[Sampler, StepCache]:
+        """A fresh sampler, and the cache of forward passes, that stand at the point.
+
+        Args:
+            steps: that one transformer computes.
+            caching: of its forward passes.
+        """
         sampler = self._sampler()
         sampler.load_state(self._point.solver)
-        return sampler
+        fresh = partial(self._sampler, "cpu")
+        return sampler, cache_for(self._stage, steps, caching, fresh, self._point.solver)
 
-    def step(self, sampler: Sampler, prediction: Tensor, latents: Tensor) -> Tensor:
+    def step(
+        self, sampler: Sampler, cache: StepCache, prediction: Tensor, latents: Tensor
+    ) -> Tensor:
         """One step of ``sampler``; returns the new latents, as ``on_step`` has left them.
 
         The step before is on the disk first, so that at most one finished step can be lost.
         """
         self._stage.keeper.settle()
         latents = self._steered(sampler, sampler.step(prediction, sampler.next_step, latents))
-        self._point = Point(latents, sampler.state())
+        self._point = Point(latents, _joined(sampler.state(), cache.state()))
         self._stage.keeper.save_point(self._point)
         return latents
 
@@ -90,6 +109,10 @@ class Sampling:
         if not stage.keeper.steered:
             stage.keeper.save_steered()  # before any state that it has touched
         return wanted
+
+
+def _joined(solver: SamplerState, cache: SamplerState) -> SamplerState:
+    return SamplerState(solver.values | cache.values, solver.tensors | cache.tensors)
 
 
 def _moved(point: Point, device: torch.device) -> Point:

@@ -27,6 +27,7 @@ from penstock.errors import OutOfMemory
 from penstock.offload.layout import BlockLayout
 from penstock.offload.streamer import BlockStream, Tensors
 from penstock.offload.tiers import release_cached
+from penstock.profiles.caching import SURE
 from penstock.profiles.phases import RESTORED
 from penstock.profiles.plan import PhasePlan, Plan, StreamPlan, changes
 
@@ -85,7 +86,9 @@ class Stage(Room):
     """A running job: the run, its plan as it stands, its room and its monitor.
 
     Attributes:
-        steps_left: of the denoising, when its stream is opened.
+        computed_steps: of the denoising, once it is done: the others were skipped.
+        forwards_left: of the denoising, when its stream is opened: that are sure to come, and the
+            most; None: it begins as planned.
     """
 
     def __init__(self, job: Run, listener: Listener, cancelled: threading.Event) -> None:
@@ -94,7 +97,8 @@ class Stage(Room):
         self.job, self.plan, self.keeper = job, job.plan, job.keeper
         self._active = ""
         self._prefetched = Prefetcher()
-        self.steps_left = job.request.steps
+        self.computed_steps: tuple[int, ...] = ()
+        self.forwards_left: tuple[int, int] | None = None
         self.monitor = Monitor(listener, self.device_ledger, self.host_ledger, cancelled)
 
     def prepare(self) -> None:
@@ -124,15 +128,26 @@ class Stage(Room):
         """Let the transformer's first blocks come, as far as its buffers in RAM go."""
         what = self.model.manifest.prefetch
         branches = workload_of(self.job.request).branches_of(first=True)
-        self._prefetch_stream(what.stream, what.blocks_of, self.steps_left, branches)
+        forwards = self.forwards_left or self.forwards_of(what.stream)
+        self._prefetch_stream(what.stream, what.blocks_of, forwards, branches)
 
-    def _prefetch_stream(self, name: str, blocks_of: str, steps: int, branches: int) -> None:
+    def forwards_of(self, name: str) -> tuple[int, int]:
+        """Forwards of a whole phase of denoising, before it has begun: that are sure to come, and
+        the most."""
+        fewest, most = self.plan[name].forwards
+        most = most or self.job.request.steps  # a plan of a job from before they were counted
+        return (most if fewest in (0, most) else min(SURE, most)), most
+
+    def _prefetch_stream(
+        self, name: str, blocks_of: str, forwards: tuple[int, int], branches: int
+    ) -> None:
         phase, blocks = self.plan[name], self.model.parts[blocks_of].blocks
         if self._prefetched.is_reading or not self.job.overlapped or phase.stream is None:
             return
-        passes = phase.passes(branches)
+        passes = len(phase.passes(branches))
         log.debug("%s prefetches blocks of %s", self._active, name)
-        self._prefetched.begin(blocks, self._open(blocks, phase.stream, steps * len(passes)))
+        most, sure = forwards[1] * passes, forwards[0] * passes
+        self._prefetched.begin(blocks, self._open(blocks, phase.stream, most, sure))
 
     def prefetch_after(self, name: str) -> None:
         """In the last step of the phase ``name``, let come what is computed with after it: the
@@ -146,8 +161,8 @@ class Stage(Room):
         if name != what.last_stream and what.then in [phase.name for phase in self.plan.phases]:
             if self.plan[name].prefetched_next_bytes:
                 work = workload_of(self.job.request)
-                steps = self.model.manifest.split(work)[1]
-                self._prefetch_stream(what.then, what.then_of, steps, work.branches)
+                forwards = self.forwards_of(what.then)
+                self._prefetch_stream(what.then, what.then_of, forwards, work.branches)
             return
         planned = self.plan[name].prefetched_weights_bytes
         if planned and self.job.overlapped and not self._prefetched.is_reading:
@@ -223,21 +238,30 @@ class Stage(Room):
         plan: StreamPlan | None,
         phase: PhaseMonitor,
         passes: int,
+        sure: int | None = None,
     ) -> Iterator[BlockStream]:
         """A stream over ``layouts`` as planned, its statistics joined to the phase's."""
         assert plan is not None
         with ExitStack() as stack:
             prefetched = self._prefetched.take(layouts, stack)
-            stream = prefetched or self._open(layouts, plan, passes)
+            stream = prefetched or self._open(layouts, plan, passes, sure)
             stack.enter_context(stream)
             phase.opened(stream.stats)
             for message in stream.notices:
                 self.monitor.notice(message)
             yield stream
 
-    def _open(self, layouts: Sequence[BlockLayout], plan: StreamPlan, passes: int) -> BlockStream:
+    def _open(
+        self,
+        layouts: Sequence[BlockLayout],
+        plan: StreamPlan,
+        passes: int,
+        sure: int | None = None,
+    ) -> BlockStream:
         overlapped, check = self.job.overlapped, self.monitor.check
-        return self.blocks(layouts, plan, passes, overlapped=overlapped, should_stop=check)
+        return self.blocks(
+            layouts, plan, passes, overlapped=overlapped, sure=sure, should_stop=check
+        )
 
 
 def visits(

@@ -2,10 +2,12 @@
 
 import io
 import random
+import unicodedata
 
 import pytest
+import regex
 import sentencepiece
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from penstock.engine.files.spm import backend_from_spm, parse_spm
@@ -51,12 +53,31 @@ def test_ids_are_sentencepieces(pair, text):
     assert ours.encode(text).ids == [*theirs.encode(text), 1]
 
 
+def loses_a_mark(text: str) -> bool:
+    """Whether the tokenizers package leaves something out (0.22 to 0.23 do): it puts what its table
+    has for a grapheme's first character in the place of the whole grapheme, so that a mark on a
+    character that is normalised is lost. The makers' own fast tokenizers do the same."""
+    return any(
+        len(each) > 1 and unicodedata.normalize("NFKC", each[0]) != each[0]
+        for each in regex.findall(r"\X", text)
+    )
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(text=st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=40))
 def test_any_text(pair, text):
+    assume(not loses_a_mark(text))
     ours, theirs = pair
     if not any(mark in text for mark in ("<pad>", "</s>", "<unk>", "▁")):
         assert ours.encode(text).ids == [*theirs.encode(text), 1]
+
+
+def test_a_mark_is_lost_as_in_the_makers_own_tokenizer():
+    data = train()
+    ours, theirs = backend_from_spm(data)[0], sentencepiece.SentencePieceProcessor(model_proto=data)
+    text = "\u0133\u0301"  # one letter for "ij", and an acute
+    assert loses_a_mark(text) and not loses_a_mark("e\u0301")
+    assert ours.encode(text).ids == ours.encode("\u0133").ids != [*theirs.encode(text), 1]
 
 
 def test_padding_and_marks(tmp_path):

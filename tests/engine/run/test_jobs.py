@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from penstock.engine.store.durable import FileOps
 from penstock.engine.store.journal import JOB_FILES, Journal, read_record
 from penstock.errors import JobLocked, JournalError
 from tests.faults.life import FINGERPRINT, PLAN, REQUEST, STEPS, live, start
+from tests.faults.paths import unprivileged
 
 
 def partial(folder: Path, stop_after: str, state: str | None = None) -> Path:
@@ -68,6 +70,19 @@ def test_other_folders_are_no_jobs(tmp_path: Path) -> None:
     with pytest.raises(JournalError, match="holds no job"):
         remove_job(tmp_path / "holiday")
     assert list((tmp_path / "holiday").iterdir()) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
+def test_a_folder_that_cannot_be_read_stands_in_nobodys_way(tmp_path: Path) -> None:
+    partial(tmp_path / "mine", "step 1", "stopped")
+    locked = partial(tmp_path / "theirs", "step 1", "stopped")
+    locked.chmod(0)
+    with unprivileged():
+        found = {info.name: (info.state, info.problem) for info in list_jobs(tmp_path)}
+        offered = find_unfinished(REQUEST, root=tmp_path)
+    locked.chmod(0o700)
+    assert found == {"mine": ("stopped", None), "theirs": ("unreadable", "Permission denied")}
+    assert offered is not None and offered.name == "mine"
 
 
 def test_the_unfinished_identical_job_is_found(tmp_path: Path) -> None:

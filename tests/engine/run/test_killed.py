@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from penstock.engine.engine import Engine
-from tests.engine.run.test_resume import a_request, an_engine
+from tests.engine.run.test_resume import STEPS, a_request, an_engine
 from tests.faults.child import Attempt, Task, assert_at_most_one_step_redone
 from tests.faults.film import frames_sha
 
@@ -32,25 +32,30 @@ def sha(engine: Engine, picture: Path, tmp_path_factory: pytest.TempPathFactory)
     return frames_sha(output)
 
 
-def a_task(engine: Engine, picture: Path, folder: Path) -> Task:
+def a_task(engine: Engine, picture: Path | None, folder: Path, steps: int = STEPS) -> Task:
     folder.mkdir()
-    return Task(engine, a_request(picture), folder)
+    return Task(engine, a_request(picture, steps=steps), folder)
 
 
 def kill_at_failpoints(
-    engine: Engine, picture: Path, sha: str, tmp_path: Path, count: int | None = None
+    engine: Engine,
+    picture: Path | None,
+    sha: str,
+    tmp_path: Path,
+    count: int | None = None,
+    steps: int = STEPS,
 ) -> tuple[int, int]:
     """Kill a job at ``count`` failpoints spread over its life, or at all, and finish it each time.
 
     Returns:
         How many failpoints there are, and how many steps were done twice.
     """
-    total = a_task(engine, picture, tmp_path / "count").attempt().failpoints
+    total = a_task(engine, picture, tmp_path / "count", steps).attempt().failpoints
     count = count or total
     points = sorted({1 + index * (total - 1) // (count - 1) for index in range(count)})
     redone = 0
     for at in points:
-        task = a_task(engine, picture, tmp_path / f"at{at}")
+        task = a_task(engine, picture, tmp_path / f"at{at}", steps)
         killed = task.attempt(kill_at=at)
         assert killed.was_killed or at >= total - 2  # the writer's thread makes the count vary
         redone += finish(task, [killed], sha)

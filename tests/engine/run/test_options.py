@@ -50,7 +50,7 @@ def test_options_by_name_and_in_one_value_open_the_same(t2v_folder: Path) -> Non
 
 def test_a_job_has_its_options_when_it_is_opened_again(stopped: Path) -> None:
     decided = {"vram": 200 * MIB, "ram": 200 * MIB, "device": "cpu", "compute": "exact",
-               "attention": "sdpa"}  # fmt: skip
+               "attention": "sdpa", "step_cache": "off"}  # fmt: skip
     opening = opening_of(stopped)
     kept = read_record(stopped).plan
     assert opening.options == Options(format=kept["weight_format"], **(decided | GIVEN))
@@ -93,7 +93,7 @@ def test_a_job_from_before_options_is_resumed(stopped: Path, t2v_folder: Path) -
     opening = opening_of(stopped)
     assert opening.options == Options(
         vram=200 * MIB, ram=200 * MIB, device="cpu", format=plan["weight_format"],
-        compute="exact", attention="sdpa",
+        compute="exact", attention="sdpa", step_cache="off",
     )  # fmt: skip
     with Engine.reopen(opening) as engine:
         found = engine.resume(stopped).result()

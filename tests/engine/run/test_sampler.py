@@ -17,7 +17,6 @@ from penstock.engine.run.sampler import (
     SamplerState,
     guide,
     initial_noise,
-    read_scheduler_config,
     step_generator,
 )
 from penstock.engine.run.solvers import UniPC
@@ -264,17 +263,6 @@ def test_drawing_noise_leaves_the_global_generator_alone():
     before = torch.random.get_rng_state()
     initial_noise(SHAPE, 1)
     assert torch.equal(before, torch.random.get_rng_state())
-
-
-def test_reading_the_folders_config(tmp_path):
-    (tmp_path / "scheduler_config.json").write_text(json.dumps(WAN_CONFIG))
-    assert read_scheduler_config(tmp_path)["flow_shift"] == 3.0
-    with pytest.raises(CheckpointError, match="no usable scheduler config"):
-        read_scheduler_config(tmp_path / "none")
-    for text in ("{", "[1]"):
-        (tmp_path / "scheduler_config.json").write_text(text)
-        with pytest.raises(CheckpointError, match="no usable scheduler config"):
-            read_scheduler_config(tmp_path)
 
 
 def test_an_unknown_sampler_is_refused():

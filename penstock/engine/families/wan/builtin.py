@@ -123,6 +123,7 @@ _I2V_14B = _Dit(5120, 13824, 40, 40, 36, pictured=True)
 _FLF2V_14B = _Dit(5120, 13824, 40, 40, 36, pictured=True, places=514)
 _I2V_A14B = _Dit(5120, 13824, 40, 40, 36)
 """Each of the two; of T2V A14B they are as Wan2.1's."""
+_TI2V_5B = _Dit(3072, 14336, 24, 30, 48, out=48)
 _UMT5_XXL = TextSpec(Weights(8192, (385_896_448,) * 24, _ITEM), 4096, 64, 10240, 24, 64)
 _VIT_H = ImageSpec(Weights(2_179_072, (39_358_464,) * 31, _ITEM), 1280, 5120, 31, 16, 224, 14)
 """31 of 32 layers: the model is conditioned on the output of the last but one."""
@@ -134,6 +135,20 @@ _VAE = VaeSpec(
     dim_mult=(1, 2, 4, 4),
     num_res_blocks=2,
     temporal_downsample=(False, True, True),
+)
+
+
+_VAE_48 = VaeSpec(
+    encoder=Weights(299_274_240, (), _ITEM),
+    decoder=Weights(1_110_106_112, (), _ITEM),
+    base_dim=160,
+    z_dim=48,
+    dim_mult=(1, 2, 4, 4),
+    num_res_blocks=2,
+    temporal_downsample=(False, True, True),
+    decoder_dim=256,
+    residual=True,
+    patch=2,
 )
 
 
@@ -171,6 +186,11 @@ def _wan22(dit: _Dit, weight_format: str) -> WanManifest:
     return replace(_wan21(dit, weight_format), second=dit.spec(get_format(weight_format)))
 
 
+def _ti2v_5b(weight_format: str) -> WanManifest:
+    """Wan2.2 TI2V 5B, stored as `_wan21`'s."""
+    return replace(_wan21(_TI2V_5B, weight_format), vae=_VAE_48)
+
+
 def wan21_i2v_14b(weight_format: str) -> WanManifest:
     """Wan2.1 image-to-video 14B.
 
@@ -188,5 +208,6 @@ BUILTIN: Mapping[str, Callable[[str], WanManifest]] = MappingProxyType(
         "wan2.1-flf2v-14b": partial(_wan21, _FLF2V_14B),
         "wan2.2-t2v-a14b": partial(_wan22, _T2V_14B),
         "wan2.2-i2v-a14b": partial(_wan22, _I2V_A14B),
+        "wan2.2-ti2v-5b": _ti2v_5b,
     }
 )

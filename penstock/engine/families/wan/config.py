@@ -25,7 +25,7 @@ CLIP_HEAD_DIM = 80
 """Width of an attention head of ViT-H/14."""
 
 SIZES: Mapping[tuple[int, int, int], str] = MappingProxyType(
-    {(5120, 40, 13824): "14B", (1536, 30, 8960): "1.3B"}
+    {(5120, 40, 13824): "14B", (1536, 30, 8960): "1.3B", (3072, 30, 14336): "5B"}
 )
 """Width, layers and feed-forward width of the official transformers. Source: ``wan/configs``."""
 
@@ -74,10 +74,30 @@ IMAGE: Mapping[str, Any] = MappingProxyType({
 })  # fmt: skip
 VAE: Mapping[str, Any] = MappingProxyType({
     "base_dim": 96, "z_dim": 16, "dim_mult": (1, 2, 4, 4), "num_res_blocks": 2,
-    "temperal_downsample": (False, True, True),
+    "temperal_downsample": (False, True, True), "is_residual": False, "decoder_base_dim": None,
+    "patch_size": None, "in_channels": 3, "out_channels": 3,
 })  # fmt: skip
 """Defaults of WanTransformer3DModel, UMT5Config, CLIPVisionConfig and AutoencoderKLWan, for what a
 config.json leaves out: so much as a plan needs (a test compares them)."""
+
+
+MEAN_48 = (
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
+    -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,
+    -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230,
+    -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748,
+    0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+)  # fmt: skip
+STD_48 = (
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013,
+    0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978,
+    0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093,
+    0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
+    0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+)  # fmt: skip
+"""Of the latents of Wan2.2's VAE. Source: Wan2.2's ``wan/modules/vae2_2.py``."""
 
 
 def derive_transformer(shapes: ShapesOf) -> dict[str, Any]:
@@ -120,12 +140,12 @@ def check_transformer(where: str, config: Mapping[str, Any]) -> None:
     name = by_channels(config["in_channels"], config["out_channels"])
     if name is not None:
         raise not_run(where, name)
-    if (config["in_channels"], config["out_channels"]) not in ((16, 16), (36, 16)):
+    if (config["in_channels"], config["out_channels"]) not in ((16, 16), (36, 16), (48, 48)):
         raise CheckpointError(
             f"{where} is no transformer of Wan that is run",
-            expected="16 input channels (T2V) or 36 (I2V), and 16 that it gives",
+            expected="16 input channels (T2V) or 36 (I2V), and 16 that it gives; or 48 and 48 (5B)",
             found=f"{config['in_channels']} and {config['out_channels']}",
-            remedy="Wan2.2's 5B, Fun and VACE models are not supported.",
+            remedy="Fun and VACE models of Wan2.1 and Wan2.2 are not supported.",
         )
 
 
@@ -188,12 +208,14 @@ def _res_blocks(shapes: ShapesOf) -> int:
 def derive_vae(shapes: ShapesOf) -> dict[str, Any]:
     base = shapes.of("encoder.conv_in.weight", 5)[0]
     latent = shapes.of("post_quant_conv.weight", 5)[0]
+    if latent == 48:
+        return _derive_residual_vae(shapes, base)
     if latent != 16:
         raise CheckpointError(
-            f"{shapes.where} is no Wan2.1 VAE",
-            expected="16 latent channels",
+            f"{shapes.where} is no VAE of Wan2.1 or Wan2.2",
+            expected="16 latent channels, or 48",
             found=str(latent),
-            remedy="Give Wan2.1's own VAE (Wan2.2's 48-channel VAE is not supported).",
+            remedy="Give the model's own VAE.",
         )
     return {
         "base_dim": base,
@@ -204,11 +226,32 @@ def derive_vae(shapes: ShapesOf) -> dict[str, Any]:
     }
 
 
+def _derive_residual_vae(shapes: ShapesOf, base: int) -> dict[str, Any]:
+    colours = shapes.of("encoder.conv_in.weight", 5)[1]
+    return {
+        "base_dim": base,
+        "decoder_base_dim": shapes.of("decoder.conv_in.weight", 5)[0] // 4,
+        "z_dim": 48,
+        "dim_mult": [1, 2, 4, 4],
+        "num_res_blocks": _res_blocks(shapes),
+        "temperal_downsample": [False, True, True],
+        "is_residual": True,
+        "in_channels": colours,
+        "out_channels": colours,
+        "patch_size": 2,
+        "scale_factor_spatial": 16,
+        "latents_mean": list(MEAN_48),
+        "latents_std": list(STD_48),
+    }
+
+
 def transformer_title(config: Mapping[str, Any]) -> str:
     """The model's name for people: "Wan2.1 I2V 14B"."""
     width = config["num_attention_heads"] * config["attention_head_dim"]
     layers = config["num_layers"]
     size = SIZES.get((width, layers, config["ffn_dim"]), f"({width} wide, {layers} layers)")
+    if config["in_channels"] == config["out_channels"] == 48:
+        return f"Wan2.2 TI2V {size}"
     if wants_picture(config) and not config.get("image_dim"):
         return f"Wan2.2 I2V A{size}" if size == "14B" else f"Wan2.2 I2V {size}"
     return f"Wan2.1 {_task(config)} {size}"
@@ -248,4 +291,7 @@ def image_title(config: Mapping[str, Any]) -> str:
 
 def vae_title(config: Mapping[str, Any]) -> str:
     """The VAE's name for people."""
+    if config.get("is_residual"):
+        size = "" if config["base_dim"] == 160 else f" ({config['base_dim']} wide)"
+        return f"Wan2.2 VAE{size}"
     return "Wan2.1 VAE" if config["base_dim"] == 96 else f"Wan VAE ({config['base_dim']} wide)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -62,4 +62,12 @@ class CrossBranch:
 def _mapped(cross: CrossKV, change: Callable[[Tensor | None], Tensor | None]) -> CrossKV:
     k, v = change(cross.k), change(cross.v)
     assert k is not None and v is not None
-    return CrossKV(k, v, change(cross.k_img), change(cross.v_img))
+    return replace(
+        cross,
+        k=k,
+        v=v,
+        k_img=change(cross.k_img),
+        v_img=change(cross.v_img),
+        k_away=change(cross.k_away),
+        v_away=change(cross.v_away),
+    )

@@ -44,6 +44,10 @@ RELEASES: Mapping[str, Release] = MappingProxyType(
             MappingProxyType({"steps": 40, "guidance_scale": 3.0, "guidance_high": 4.0}), 12.0
         ),
         "i2v-a14b": Release(MappingProxyType({"steps": 40, "guidance_scale": 3.5}), 5.0),
+        "ti2v-5b": Release(
+            MappingProxyType({"width": 1280, "height": 704, "frames": 121, "fps": 24, "steps": 50}),
+            5.0,
+        ),
     }
 )
 """Sources: Wan2.1's ``generate.py``, Wan2.2's ``wan/configs``."""

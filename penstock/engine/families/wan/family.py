@@ -12,7 +12,6 @@ from penstock.engine.families.wan.kinds import KINDS
 from penstock.engine.families.wan.model import WanModel, components, manifest_of, streamed
 from penstock.engine.families.wan.strangers import stranger
 from penstock.engine.family.protocol import Config
-from penstock.engine.files.keys import not_run
 from penstock.errors import CheckpointError
 from penstock.profiles.phases import Manifest
 
@@ -44,8 +43,6 @@ def check_pipeline(folder: Path, index: Config) -> None:
             expected=" or ".join(_PIPELINES),
             found=str(index.get("_class_name")),
         )
-    if index.get("expand_timesteps"):
-        raise not_run(str(folder), "Wan2.2 TI2V")
 
 
 def check_together(origin: str, configs: Mapping[str, Config]) -> None:

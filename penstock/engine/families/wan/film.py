@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penstock.engine.families.wan.vae_decode import decode_tiled, tile_windows, to_uint8
+from penstock.engine.families.wan.landing import landing
+from penstock.engine.families.wan.vae_decode import decode_tiled, tile_windows
 from penstock.engine.run.keeper import Keeper
 from penstock.profiles.tiling import TileGrid, Window
 
@@ -47,11 +48,17 @@ class Film:
         pieces = decode_tiled(
             self._vae, self._latents, self._grid, skip=kept, should_stop=should_stop
         )
-        for piece in pieces:
-            tile = self._part(piece.window)
-            tile[piece.frame] = to_uint8(piece.pixels).cpu()
-            if piece.frame == last:
-                self._keeper.save_tile(self._size, piece.tile, tile)
+        with landing(self._latents.device, self._piece_bytes) as landed:
+            for piece in landed.pieces(pieces):
+                tile = self._part(piece.window)
+                tile[piece.frame] = piece.pixels
+                if piece.frame == last:
+                    self._keeper.save_tile(self._size, piece.tile, tile)
+
+    @property
+    def _piece_bytes(self) -> int:
+        """Of the largest frame of a tile."""
+        return 3 * max(rows * cols for rows, cols in (window.shape for window in self._windows))
 
     def _take_kept(self) -> list[int]:
         taken = []

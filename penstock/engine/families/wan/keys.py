@@ -64,8 +64,8 @@ _RESIDUAL = {
 }
 
 
-def _vae_table(stages: int = 4, res_blocks: int = 2) -> dict[str, str]:
-    """Wan2.1's VAE: blocks lie in two flat lists, ``res_blocks`` and one resampler a stage."""
+def _vae_ends() -> dict[str, str]:
+    """What both VAEs have: first and last layers, and the middle."""
     table = {"conv1": "quant_conv", "conv2": "post_quant_conv"}
     for half in ("encoder", "decoder"):
         table |= {f"{half}.conv1": f"{half}.conv_in", f"{half}.head.0": f"{half}.norm_out"}
@@ -74,6 +74,12 @@ def _vae_table(stages: int = 4, res_blocks: int = 2) -> dict[str, str]:
         for theirs, ours in ((0, 0), (2, 1)):
             name = f"{half}.mid_block.resnets.{ours}"
             table |= _attention(f"{half}.middle.{theirs}", name, _RESIDUAL)
+    return table
+
+
+def _vae_table(stages: int = 4, res_blocks: int = 2) -> dict[str, str]:
+    """Wan2.1's VAE: blocks lie in two flat lists, ``res_blocks`` and one resampler a stage."""
+    table = _vae_ends()
     for place in range(stages * (res_blocks + 1) - 1):
         old, new = f"encoder.downsamples.{place}", f"encoder.down_blocks.{place}"
         table |= _attention(old, new, _RESIDUAL | _same("resample", "time_conv"))
@@ -84,6 +90,25 @@ def _vae_table(stages: int = 4, res_blocks: int = 2) -> dict[str, str]:
             table |= _attention(old, f"{new}.resnets.{index}", _RESIDUAL)
         else:
             table |= _attention(old, f"{new}.upsamplers.0", _same("resample", "time_conv"))
+    return table
+
+
+def _residual_vae_table(stages: int = 4, res_blocks: int = 2) -> dict[str, str]:
+    """Wan2.2's VAE: a list in each stage's place."""
+    table = _vae_ends()
+    for stage in range(stages):
+        old, new = f"encoder.downsamples.{stage}", f"encoder.down_blocks.{stage}"
+        for index in range(res_blocks):
+            table |= _attention(f"{old}.downsamples.{index}", f"{new}.resnets.{index}", _RESIDUAL)
+        table |= _attention(
+            f"{old}.downsamples.{res_blocks}", f"{new}.downsampler", _same("resample", "time_conv")
+        )
+        old, new = f"decoder.upsamples.{stage}", f"decoder.up_blocks.{stage}"
+        for index in range(res_blocks + 1):
+            table |= _attention(f"{old}.upsamples.{index}", f"{new}.resnets.{index}", _RESIDUAL)
+        table |= _attention(
+            f"{old}.upsamples.{res_blocks + 1}", f"{new}.upsampler", _same("resample", "time_conv")
+        )
     return table
 
 
@@ -133,6 +158,8 @@ NAMINGS: tuple[Naming, ...] = (
     Naming("transformer", "Wan", ("blocks.0.self_attn.", "text_embedding."), "blocks.", "blocks.",
            MappingProxyType(_TRANSFORMER_BLOCK), MappingProxyType(_TRANSFORMER)),
     Naming("vae", "diffusers", ("decoder.conv_in.", "post_quant_conv.")),
+    Naming("vae", "Wan2.2", ("decoder.conv1.", "decoder.upsamples.0.upsamples.", "conv2."),
+           inside=MappingProxyType({}), outside=MappingProxyType(_residual_vae_table())),
     Naming("vae", "Wan", ("decoder.conv1.", "decoder.upsamples.", "conv2."),
            inside=MappingProxyType({}), outside=MappingProxyType(_vae_table())),
     Naming("text_encoder", "transformers", ("encoder.block.0.layer.0.SelfAttention.",),

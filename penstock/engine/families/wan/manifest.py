@@ -10,6 +10,7 @@ from penstock.engine.families.wan import defaults, plan
 from penstock.engine.families.wan.denoise_plan import named
 from penstock.engine.families.wan.spec import TransformerSpec, WanSpec
 from penstock.engine.families.wan.terms import WanCase
+from penstock.engine.model.grid import Grid
 from penstock.engine.request.levels import noise_levels, steps_above, timesteps
 from penstock.profiles.manifest import Heads, Pictures, Prefetch, Storage, VideoShape
 from penstock.profiles.phases import Step, Workload
@@ -37,8 +38,18 @@ class WanManifest(WanSpec):
         return self.transformer.in_channels > self.vae.z_dim
 
     @property
+    def grid(self) -> Grid:
+        """As `penstock.engine.model.official.Official`."""
+        return Grid(
+            side=self.vae.spatial_factor * max(self.transformer.patch_size[1:]),
+            temporal=self.vae.temporal_factor,
+        )
+
+    @property
     def pictures(self) -> Pictures:
         """As `penstock.profiles.phases.Manifest`."""
+        if self.tokenwise:
+            return Pictures("may")
         if not self.image_to_video:
             return Pictures("none")
         if self.transformer.pos_embed:
@@ -75,6 +86,8 @@ class WanManifest(WanSpec):
         """A key of `penstock.engine.families.wan.defaults.RELEASES`; "" for the first models."""
         if self.second is not None:
             return "i2v-a14b" if self.image_to_video else "t2v-a14b"
+        if self.tokenwise:
+            return "ti2v-5b"
         return "flf2v" if self.transformer.pos_embed else ""
 
     @property

@@ -199,4 +199,7 @@ def _vae_spec(encoder: Component, decoder: Component, device: str) -> VaeSpec:
         dim_mult=tuple(config["dim_mult"]),
         num_res_blocks=config["num_res_blocks"],
         temporal_downsample=tuple(config["temperal_downsample"]),
+        decoder_dim=config["decoder_base_dim"] or 0,
+        residual=bool(config["is_residual"]),
+        patch=config["patch_size"] or 1,
     )

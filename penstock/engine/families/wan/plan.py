@@ -17,9 +17,11 @@ from penstock.engine.families.wan.terms import (
     condition_bytes,
     decoding_bytes,
     encoder_state_bytes,
+    landing_bytes,
     latent_of,
     latents_bytes,
     picture_bytes,
+    pictures_of,
     tile_bytes,
 )
 from penstock.profiles.phases import OBJECTS, Group, Mux, OnePass, Step, fitting, loading_s
@@ -47,7 +49,7 @@ def steps(case: WanCase) -> Iterator[Step]:
     yield text_step(case)
     if manifest.image is not None:
         yield image_step(case, manifest.image)
-    if manifest.transformer.in_channels > manifest.vae.z_dim:
+    if manifest.image_to_video or (manifest.tokenwise and pictures_of(case)):
         yield Tiled("encode", case)
     if manifest.second is None:
         yield Denoise(case)
@@ -64,10 +66,13 @@ def experts(case: WanCase) -> Iterator[Denoise]:
     work = case.workload
     guided = work.guided if work.guided_high is None else work.guided_high, work.guided
     both = work.texts == 2
-    for number, (steps, on) in enumerate(zip(case.manifest.split(work), guided, strict=True)):
+    split = case.manifest.split(work)
+    cached = case.policy.caching.parts(split)
+    for number, (steps, on, part) in enumerate(zip(split, guided, cached, strict=True)):
         if steps:
             own = replace(work, steps=steps, guided=on, guided_high=both)
-            yield Denoise(replace(case, workload=own), second=number == 1)
+            policy = replace(case.policy, step_cache=part.word)
+            yield Denoise(replace(case, workload=own, policy=policy), second=number == 1)
 
 
 def text_step(case: WanCase) -> OnePass:
@@ -150,6 +155,8 @@ class Tiled:
     def _phase(self, grid: TileGrid, limits: Limits) -> PhasePlan:
         rates, spec, latent = self.case.rates, self.case.manifest.vae, latent_of(self.case)
         decoding, on_cpu = self.name == "decode", self.case.device == "cpu"
+        if not decoding and self.case.manifest.tokenwise:
+            latent = (1, *latent[1:])  # the picture alone
         weights = spec.decoder if decoding else spec.encoder
         of, size = (spec, latent, grid), weights.itemsize
         if decoding:
@@ -166,6 +173,9 @@ class Tiled:
         )  # fmt: skip
         if decoding and self.case.workload.saved:
             held = (*held, ("saved tile", SAVED_TILE_COPIES * tile_bytes(self.case, grid)))
+        if decoding and not on_cpu:
+            piece = tile_bytes(self.case, grid) // self.case.workload.shape.frames
+            held = (*held, ("frames being copied", landing_bytes(piece)))
         room = limits.ram_bytes - sum(count for _, count in held)
         return PhasePlan(
             self.name,

@@ -74,7 +74,13 @@ class ImageSpec:
 
 @dataclass(frozen=True)
 class VaeSpec:
-    """The causal 3D VAE (`AutoencoderKLWan` config); encoder and decoder are loaded apart."""
+    """The causal 3D VAE (`AutoencoderKLWan` config); encoder and decoder are loaded apart.
+
+    Attributes:
+        decoder_dim: ``decoder_base_dim``; 0: as ``base_dim``.
+        residual: ``is_residual``: Wan2.2's.
+        patch: ``patch_size``: pixels of the video in one of the picture that is convolved.
+    """
 
     encoder: Weights
     decoder: Weights
@@ -83,11 +89,24 @@ class VaeSpec:
     dim_mult: tuple[int, ...]
     num_res_blocks: int
     temporal_downsample: tuple[bool, ...]
+    decoder_dim: int = 0
+    residual: bool = False
+    patch: int = 1
 
     @property
     def spatial_factor(self) -> int:
         """Pixels a latent, each way."""
-        return 1 << (len(self.dim_mult) - 1)
+        return self.patch << (len(self.dim_mult) - 1)
+
+    @property
+    def decoder_widths(self) -> tuple[int, ...]:
+        """Channels of the decoder's up blocks, the lowest first."""
+        return tuple((self.decoder_dim or self.base_dim) * each for each in self.dim_mult[::-1])
+
+    @property
+    def colours(self) -> int:
+        """Channels of the picture that is convolved."""
+        return 3 * self.patch**2
 
     @property
     def temporal_factor(self) -> int:
@@ -107,6 +126,11 @@ class WanSpec:
     image: ImageSpec | None = None
     second: TransformerSpec | None = None
     boundary: float | None = None
+
+    @property
+    def tokenwise(self) -> bool:
+        """Whether a given picture is the first latent frame itself, at a timestep of its own."""
+        return self.vae.residual
 
     @property
     def seen(self) -> int:

@@ -139,7 +139,7 @@ def layers_needed(num_hidden_layers: int) -> int:
 
 
 def vae_shapes(config: Config) -> Shapes:
-    """`diffusers.AutoencoderKLWan` of Wan2.1."""
+    """`diffusers.AutoencoderKLWan` of Wan2.1 and of Wan2.2 TI2V."""
     latent = config["z_dim"]
     shapes = _prefixed("encoder.", _encoder_shapes(config))
     shapes |= _conv("quant_conv", 2 * latent, 2 * latent, 1, 1, 1)
@@ -171,24 +171,28 @@ def _middle(width: int) -> Shapes:
 
 def _encoder_shapes(config: Config) -> Shapes:
     widths = [config["base_dim"] * factor for factor in config["dim_mult"]]
-    into = config["base_dim"]
-    shapes = _conv("conv_in", into, 3, 3, 3, 3)
+    into, residual = config["base_dim"], config.get("is_residual")
+    shapes = _conv("conv_in", into, config.get("in_channels", 3), 3, 3, 3)
     place = 0
     for stage, width in enumerate(widths):
-        for _ in range(config["num_res_blocks"]):
-            shapes |= _resnet(f"down_blocks.{place}", into, width)
+        for index in range(config["num_res_blocks"]):
+            name = f"{stage}.resnets.{index}" if residual else f"{place}"
+            shapes |= _resnet(f"down_blocks.{name}", into, width)
             into, place = width, place + 1
         if stage + 1 < len(widths):
-            shapes |= _conv(f"down_blocks.{place}.resample.1", width, width, 3, 3)
+            name = f"down_blocks.{stage}.downsampler" if residual else f"down_blocks.{place}"
+            shapes |= _conv(f"{name}.resample.1", width, width, 3, 3)
             if config["temperal_downsample"][stage]:
-                shapes |= _conv(f"down_blocks.{place}.time_conv", width, width, 3, 1, 1)
+                shapes |= _conv(f"{name}.time_conv", width, width, 3, 1, 1)
             place += 1
     shapes |= _middle(into) | {"norm_out.gamma": (into, 1, 1, 1)}
     return shapes | _conv("conv_out", 2 * config["z_dim"], into, 3, 3, 3)
 
 
 def _decoder_shapes(config: Config) -> Shapes:
-    widths = [config["base_dim"] * factor for factor in reversed(config["dim_mult"])]
+    residual = config.get("is_residual")
+    base = config.get("decoder_base_dim") or config["base_dim"]
+    widths = [base * factor for factor in reversed(config["dim_mult"])]
     into = widths[0]
     shapes = _conv("conv_in", into, config["z_dim"], 3, 3, 3) | _middle(into)
     upsample = list(reversed(config["temperal_downsample"]))
@@ -197,10 +201,10 @@ def _decoder_shapes(config: Config) -> Shapes:
             shapes |= _resnet(f"up_blocks.{stage}.resnets.{index}", into, width)
             into = width
         if stage + 1 < len(widths):
-            name = f"up_blocks.{stage}.upsamplers.0"
-            shapes |= _conv(f"{name}.resample.1", width // 2, width, 3, 3)
+            name = f"up_blocks.{stage}." + ("upsampler" if residual else "upsamplers.0")
+            into = width if residual else width // 2
+            shapes |= _conv(f"{name}.resample.1", into, width, 3, 3)
             if upsample[stage]:
                 shapes |= _conv(f"{name}.time_conv", 2 * width, width, 3, 1, 1)
-            into = width // 2
     shapes |= {"norm_out.gamma": (into, 1, 1, 1)}
-    return shapes | _conv("conv_out", 3, into, 3, 3, 3)
+    return shapes | _conv("conv_out", config.get("out_channels", 3), into, 3, 3, 3)

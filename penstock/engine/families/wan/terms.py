@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeAlias
 
+from penstock.blocks import PAGE_BYTES
 from penstock.engine.families.wan.cost.transformer import TEXT_TOKENS, UNIPC_HISTORY
+from penstock.profiles.caching import OFF, STATE_TENSORS
 from penstock.profiles.manifest import Picture
 from penstock.profiles.phases import FIRST_FRAME, Case
 from penstock.profiles.tiling import TileGrid
@@ -119,6 +121,9 @@ def _one_decoding_bytes(case: WanCase, picture: Picture | None) -> int:
 def condition_bytes(case: WanCase) -> int:
     """Mask and latents of the picture, in fp32."""
     spec = case.manifest.transformer
+    if case.manifest.tokenwise:
+        _, height, width = latent_of(case)
+        return pictures_of(case) * spec.out_channels * height * width * _SINGLE
     return (spec.in_channels - spec.out_channels) * latent_volume(case) * _SINGLE
 
 
@@ -127,10 +132,15 @@ def latents_bytes(case: WanCase) -> int:
     return case.manifest.vae.z_dim * latent_volume(case) * _SINGLE
 
 
+def cached_tensors(case: WanCase) -> int:
+    """Of the latents' size, which a step cache keeps between steps."""
+    return STATE_TENSORS if case.policy.caching.kind != OFF else 0
+
+
 def saved_state_bytes(case: WanCase) -> int:
     """A copy of the sampler's state, which is written while the next step computes: the latents
-    and UniPC's history, the longest of the solvers."""
-    return (1 + UNIPC_HISTORY) * latents_bytes(case)
+    and UniPC's history, the longest of the solvers; and what a step cache keeps."""
+    return (1 + UNIPC_HISTORY + cached_tensors(case)) * latents_bytes(case)
 
 
 def restored_bytes(case: WanCase) -> int:
@@ -138,6 +148,15 @@ def restored_bytes(case: WanCase) -> int:
     of one; or the encoded prompt and picture, and their file."""
     conditions = encoder_state_bytes(case) + condition_bytes(case)
     return max(3 * saved_state_bytes(case), 2 * conditions)
+
+
+LANDING_BUFFERS = 2
+"""Of pinned memory, for decoded pieces on their way to RAM: one fills while the other is read."""
+
+
+def landing_bytes(piece_bytes: int) -> int:
+    """Those buffers, for pieces of so many bytes at most."""
+    return LANDING_BUFFERS * -(-piece_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
 def tile_bytes(case: WanCase, grid: TileGrid) -> int:

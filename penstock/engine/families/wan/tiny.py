@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from penstock.engine.families.wan.config import MEAN_48, STD_48
 from penstock.engine.files.spm import CONTROL, NORMAL, UNKNOWN, SpmModel, build_backend
 from penstock.engine.files.tokenizer import TOKENS
 
@@ -27,6 +28,11 @@ _TRANSFORMER: dict[str, Any] = {
     "rope_max_seq_len": 128,
 }
 _VAE: dict[str, Any] = {"base_dim": 16, "num_res_blocks": 1}
+_VAE_48: dict[str, Any] = {
+    "decoder_base_dim": 16, "z_dim": 48, "is_residual": True, "in_channels": 12,
+    "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16,
+    "latents_mean": list(MEAN_48), "latents_std": list(STD_48),
+}  # fmt: skip
 _TEXT: dict[str, Any] = {
     "vocab_size": 128,
     "d_model": 48,
@@ -58,6 +64,7 @@ def write_tiny_model(
     text: dict[str, Any] | None = None,
     image: dict[str, Any] | None = None,
     experts: bool = False,
+    tokenwise: bool = False,
 ) -> Path:
     """Write a random Wan2.1 model in diffusers format and return ``folder``.
 
@@ -68,8 +75,13 @@ def write_tiny_model(
         dtype: storage type of all weights.
         transformer, vae, text, image: config entries that replace the tiny defaults.
         experts: two transformers instead of one, and no image encoder: Wan2.2 A14B.
+        tokenwise: Wan2.2's own VAE, and a timestep a token: Wan2.2 TI2V.
     """
     from diffusers import WanImageToVideoPipeline, WanPipeline
+
+    if tokenwise:
+        transformer = {"in_channels": 48, "out_channels": 48} | (transformer or {})
+        vae = _VAE_48 | (vae or {})
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -79,6 +91,9 @@ def write_tiny_model(
             for name in ("transformer", "transformer_2"):
                 parts[name] = _transformer(own | (transformer or {}))
             parts["boundary_ratio"] = 0.9 if image_to_video else 0.875
+        elif tokenwise:
+            parts["transformer"] = _transformer(transformer or {})
+            parts["expand_timesteps"] = True
         elif image_to_video:
             parts |= _image_parts(image or {})
             parts["transformer"] = _transformer(

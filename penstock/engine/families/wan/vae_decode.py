@@ -14,16 +14,18 @@ from operator import itemgetter
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from penstock.engine.families.wan import vae_residual
 from penstock.engine.families.wan.vae_layers import (
     RESIDUAL_REACH,
     Past,
     Run,
+    doubled_size,
     each_time,
     entered,
     head,
+    joined_in_time,
     levels_of,
     middle,
     once,
@@ -33,7 +35,7 @@ from penstock.engine.families.wan.vae_layers import (
     residuals,
     through,
 )
-from penstock.profiles.tiling import CAUSAL_REACH, DecodeTile, TileGrid, Window, decode_tiles
+from penstock.profiles.tiling import DecodeTile, TileGrid, Window, decode_tiles
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def decode_tiled(
         UsageError: more tiles than latents along an axis.
     """
     height, width = latents.shape[-2:]
-    tiles = decode_tiles(levels_of(vae), grid, height, width)
+    arch = levels_of(vae)
+    tiles = decode_tiles(arch, grid, height, width)
     features = []
     for feature in _whole_frames(vae, latents):
         features.append(feature)
@@ -86,8 +89,9 @@ def decode_tiled(
     for index, tile in enumerate(tiles):
         if index in skip:
             continue
-        for frame, pixels in enumerate(_tile_frames(vae.decoder, features, tile)):
-            yield Piece(index, len(tiles), frame, tile.output, pixels[0, :, 0])
+        window = tile.output.scaled(arch.patch)
+        for frame, pixels in enumerate(_tile_frames(vae.decoder, features, tile, arch.patch)):
+            yield Piece(index, len(tiles), frame, window, pixels[0, :, 0])
             del pixels
             should_stop()
 
@@ -107,7 +111,8 @@ def tile_windows(vae: Any, grid: TileGrid, height: int, width: int) -> list[Wind
     Raises:
         UsageError: more tiles than latents along an axis.
     """
-    return [tile.output for tile in decode_tiles(levels_of(vae), grid, height, width)]
+    arch = levels_of(vae)
+    return [tile.output.scaled(arch.patch) for tile in decode_tiles(arch, grid, height, width)]
 
 
 def decode_frames(
@@ -145,11 +150,25 @@ def _whole_frames(vae: Any, latents: Tensor) -> Iterator[Tensor]:
     runs = through(each_time(partial(pointwise, vae.post_quant_conv)), runs)
     runs = entered(decoder.conv_in, past, None, runs)
     runs = middle(decoder.mid_block, past, window, runs)
+    if vae.config["is_residual"]:
+        return vae_residual.whole_frames(decoder, past, _frames(runs), window)
     return _frames(residuals(decoder.up_blocks[0].resnets, past, window, runs))
 
 
-def _tile_frames(decoder: Any, features: Sequence[Tensor], tile: DecodeTile) -> Iterator[Tensor]:
+def _tile_frames(
+    decoder: Any, features: Sequence[Tensor], tile: DecodeTile, patch: int = 1
+) -> Iterator[Tensor]:
     """All frames of one tile, (1, 3, 1, h, w) each."""
+    if hasattr(decoder.up_blocks[0], "avg_shortcut"):
+        frames = vae_residual.tile_frames(decoder, features, tile)
+        if patch > 1:
+            frames = map(partial(vae_residual.unpatched, patch=patch), frames)
+    else:
+        frames = _plain_frames(decoder, features, tile)
+    return map(partial(torch.clamp_, min=-1.0, max=1.0), frames)
+
+
+def _plain_frames(decoder: Any, features: Sequence[Tensor], tile: DecodeTile) -> Iterator[Tensor]:
     past = Past()
     whole = Window.whole(*features[0].shape[-2:])
     rows, cols = tile.tail.inside(whole)
@@ -160,14 +179,13 @@ def _tile_frames(decoder: Any, features: Sequence[Tensor], tile: DecodeTile) -> 
     ):
         upsampler = lower.upsamplers[0]
         runs = _doubled_rate(upsampler, past, runs)
-        enlarge = partial(_doubled_size, upsampler, past, low, windows[0])
+        enlarge = partial(doubled_size, upsampler, past, low, windows[0])
         runs = through(each_time(enlarge), runs)
         for index, block in enumerate(upper.resnets):
             span = windows[2 * index : 2 * index + 3]
             runs = through(partial(residual, block, past, span), runs, RESIDUAL_REACH)
         low = windows[2 * len(upper.resnets)]
-    frames = _frames(head(decoder, past, tile.levels[-1][-2:], runs))
-    return map(partial(torch.clamp_, min=-1.0, max=1.0), frames)
+    return _frames(head(decoder, past, tile.levels[-1][-2:], runs))
 
 
 def _frames(runs: Iterator[Run]) -> Iterator[Tensor]:
@@ -188,33 +206,6 @@ def _doubled_rate(upsampler: Any, past: Past, runs: Iterator[Run]) -> Iterator[R
     for run in runs:
         seen.append(run[0])
         del run
-        halves = list(one_frame(upsampler.time_conv, _joined(past, seen)).chunk(2, dim=1))
+        halves = list(one_frame(upsampler.time_conv, joined_in_time(past, seen)).chunk(2, dim=1))
         while halves:
             yield once(halves.pop(0))
-
-
-def _joined(past: Past, seen: list[Tensor]) -> Tensor:
-    """The last three frames in the room, zeros before the first; the oldest of three is let go."""
-    _, channels, _, height, width = seen[-1].shape
-    room = past.room(seen[-1], (1, channels, CAUSAL_REACH + 1, height, width))
-    absent = CAUSAL_REACH + 1 - len(seen)
-    if absent:
-        room[:, :, :absent].zero_()
-    for at, frame in enumerate(seen, start=absent):
-        room[:, :, at : at + 1].copy_(frame)
-    del seen[:-CAUSAL_REACH]
-    return room
-
-
-def _doubled_size(upsampler: Any, past: Past, low: Window, after: Window, frame: Tensor) -> Tensor:
-    """Nearest-neighbour enlargement (a copy, so exact in any dtype) and its convolution."""
-    conv = upsampler.resample[1]
-    height, width = 2 * frame.shape[-2], 2 * frame.shape[-1]
-    large = past.room(frame, (1, frame.shape[1], height, width))
-    torch.ops.aten._upsample_nearest_exact2d.out(
-        frame[:, :, 0], (height, width), 2.0, 2.0, out=large
-    )
-    before = low.scaled(2)
-    rows, cols = before.rows.convolved(after.rows), before.cols.convolved(after.cols)
-    made = F.conv2d(large, conv.weight, conv.bias, padding=(rows.padding, cols.padding))
-    return made[:, :, None, rows.kept, cols.kept]

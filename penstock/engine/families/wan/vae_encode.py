@@ -16,9 +16,9 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from penstock.engine.families.wan import vae_residual
 from penstock.engine.families.wan.cost.runs import clip_runs
 from penstock.engine.families.wan.vae_layers import (
     RESIDUAL_REACH,
@@ -26,6 +26,7 @@ from penstock.engine.families.wan.vae_layers import (
     Run,
     each_time,
     entered,
+    halved_size,
     head,
     levels_of,
     middle,
@@ -89,17 +90,18 @@ def encode_tiled(
         RequestError: a size that does not divide into latents.
         UsageError: more tiles than latents along an axis.
     """
-    arch = levels_of(vae)
+    arch, by_shortcuts = levels_of(vae), bool(vae.config["is_residual"])
     temporal = 1 << sum(vae.encoder.temperal_downsample)
-    _check_size(size, temporal, arch.factor)
+    _check_size(size, temporal, arch.factor, one=by_shortcuts)
     runs = clip_runs(size[0], changes)
     height, width = size[1] // arch.factor, size[2] // arch.factor
     features: list[Run] = []
     for tile in encode_tiles(arch, grid, height, width):
-        clip = ((pixels(first, tile.pixels), times) for first, times in runs)
+        window = tile.pixels.scaled(arch.patch)
+        clip = ((pixels(first, window), times) for first, times in runs)
         rows, cols = tile.output.inside(Window.whole(height, width))
         index = 0  # `enumerate` would hold on to a feature while the next is made
-        for feature, times in _tile_frames(vae.encoder, clip, tile):
+        for feature, times in _tile_frames(vae.encoder, clip, tile, arch.patch):
             if index == len(features):
                 features.append((feature.new_empty((*feature.shape[:3], height, width)), times))
             features[index][0][..., rows, cols] = feature
@@ -110,8 +112,20 @@ def encode_tiled(
     return _whole_frames(vae, features, should_stop)
 
 
-def _check_size(size: tuple[int, int, int], temporal: int, spatial: int) -> None:
+def normalised_latents(encoded: Tensor, config: Any) -> Tensor:
+    """(1, z, t, h, w) as the transformer sees them, rounded as diffusers' pipelines do."""
+    view = (1, config.z_dim, 1, 1, 1)
+    mean = torch.tensor(config.latents_mean).view(view).to(encoded)
+    inverse_std = 1.0 / torch.tensor(config.latents_std).view(view).to(encoded)
+    return (encoded - mean) * inverse_std
+
+
+def _check_size(size: tuple[int, int, int], temporal: int, spatial: int, *, one: bool) -> None:
     frames, height, width = size
+    if one and frames != 1:
+        raise RequestError(
+            "this VAE encodes a picture", expected="1 frame", found=f"{frames} frames"
+        )
     if frames < 1 or (frames - 1) % temporal or height % spatial or width % spatial:
         raise RequestError(
             "the clip does not divide into latents",
@@ -121,8 +135,12 @@ def _check_size(size: tuple[int, int, int], temporal: int, spatial: int) -> None
         )
 
 
-def _tile_frames(encoder: Any, runs: Iterator[Run], tile: EncodeTile) -> Iterator[Run]:
+def _tile_frames(
+    encoder: Any, runs: Iterator[Run], tile: EncodeTile, patch: int = 1
+) -> Iterator[Run]:
     """Features of one tile after the last downsampler, (1, c, 1, h, w) for each latent frame."""
+    if hasattr(encoder.down_blocks[0], "avg_shortcut"):
+        return vae_residual.encoded_tile(encoder, _only(runs, patch), tile)
     past = Past()
     layers = iter(encoder.down_blocks)
     for level, windows in enumerate(tile.levels):
@@ -135,26 +153,17 @@ def _tile_frames(encoder: Any, runs: Iterator[Run], tile: EncodeTile) -> Iterato
             runs = through(block, runs, RESIDUAL_REACH)
             at += 2
         downsampler = next(layers)
-        halve = partial(_halved_size, downsampler, past, windows[-2], windows[-1])
+        halve = partial(halved_size, downsampler, past, windows[-2], windows[-1])
         runs = through(each_time(halve), runs)
         if downsampler.mode == "downsample3d":
             runs = _HalvedRate(downsampler.time_conv, past, runs)
     return runs
 
 
-def _halved_size(
-    downsampler: Any, past: Past, before: Window, after: Window, frame: Tensor
-) -> Tensor:
-    """The stride-2 convolution; beyond the right and lower border of the picture it meets zeros."""
-    conv = downsampler.resample[1]
-    read = after.scaled(2)
-    size = len(read.rows) + 1, len(read.cols) + 1
-    x = frame
-    if before.shape != size:
-        rows, cols = before.inside(read)
-        x = past.room(frame, (*frame.shape[:3], *size)).zero_()
-        x[..., rows, cols] = frame
-    return F.conv2d(x[:, :, 0], conv.weight, conv.bias, stride=2)[:, :, None]
+def _only(runs: Iterator[Run], patch: int) -> Tensor:
+    """The one frame of a clip, as it is convolved."""
+    ((frame, _),) = runs
+    return frame if patch == 1 else vae_residual.patched(frame, patch)
 
 
 class _HalvedRate(Iterator[Run]):
@@ -198,8 +207,12 @@ def _whole_frames(vae: Any, features: list[Run], should_stop: Callable[[], None]
     """The rest of the encoder on whole latent frames; ``features`` is emptied on the way."""
     past = Past()
     window = Window.whole(*features[0][0].shape[-2:])
-    encoder, last = vae.encoder, vae.encoder.down_blocks[-vae.encoder.num_res_blocks :]
-    runs = residuals(last, past, window, _emptied(features))
+    encoder = vae.encoder
+    if vae.config["is_residual"]:
+        runs = vae_residual.last_block(encoder, past, window, _emptied(features))
+    else:
+        last = encoder.down_blocks[-encoder.num_res_blocks :]
+        runs = residuals(last, past, window, _emptied(features))
     runs = middle(encoder.mid_block, past, window, runs)
     runs = head(encoder, past, (window, window), runs)
     runs = through(each_time(partial(pointwise, vae.quant_conv)), runs)

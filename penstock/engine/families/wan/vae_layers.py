@@ -140,24 +140,25 @@ def levels_of(vae: Any) -> VaeLevels:
     """The geometry of an `AutoencoderKLWan`.
 
     Raises:
-        CheckpointError: a Wan 2.2 VAE, or one with layers that Wan 2.1 has not.
+        CheckpointError: one with layers that neither Wan 2.1's nor Wan 2.2's has.
     """
     config = vae.config
+    plain = (("patch_size", None), ("decoder_base_dim", (None, config["base_dim"])))
+    known = (("attn_scales", []), *(() if config["is_residual"] else plain))
     foreign = [
         f"{name}={config[name]!r}"
-        for name, value in (("is_residual", False), ("patch_size", None), ("attn_scales", []))
-        if config[name] != value
+        for name, value in known
+        if (config[name] not in value if isinstance(value, tuple) else config[name] != value)
     ]
-    if config["decoder_base_dim"] not in (None, config["base_dim"]):
-        foreign.append(f"decoder_base_dim={config['decoder_base_dim']!r}")
     if foreign:
         raise CheckpointError(
-            "this VAE is not a Wan 2.1 VAE",
-            expected="a plain causal 3D VAE (is_residual=False, patch_size=None)",
+            "this VAE is not a Wan 2.1 VAE, nor Wan 2.2's",
+            expected="a plain causal 3D VAE, or one with is_residual",
             found=", ".join(foreign),
-            remedy="Use the VAE that came with the Wan 2.1 model.",
+            remedy="Use the VAE that came with the model.",
         )
-    return VaeLevels(len(config["dim_mult"]), config["num_res_blocks"])
+    patch = (config["patch_size"] or 1) if config["is_residual"] else 1
+    return VaeLevels(len(config["dim_mult"]), config["num_res_blocks"], patch)
 
 
 def causal_conv(
@@ -316,3 +317,45 @@ def entered(
         return causal_conv(conv, past, None if at else frame, windows, norm)
 
     return through(step, runs, CAUSAL_REACH)
+
+
+def halved_size(
+    downsampler: Any, past: Past, before: Window, after: Window, frame: Tensor
+) -> Tensor:
+    """The stride-2 convolution; beyond the right and lower border of the picture it meets zeros."""
+    conv = downsampler.resample[1]
+    read = after.scaled(2)
+    size = len(read.rows) + 1, len(read.cols) + 1
+    x = frame
+    if before.shape != size:
+        rows, cols = before.inside(read)
+        x = past.room(frame, (*frame.shape[:3], *size)).zero_()
+        x[..., rows, cols] = frame
+    return F.conv2d(x[:, :, 0], conv.weight, conv.bias, stride=2)[:, :, None]
+
+
+def joined_in_time(past: Past, seen: list[Tensor]) -> Tensor:
+    """The last three frames in the room, zeros before the first; the oldest of three is let go."""
+    _, channels, _, height, width = seen[-1].shape
+    room = past.room(seen[-1], (1, channels, CAUSAL_REACH + 1, height, width))
+    absent = CAUSAL_REACH + 1 - len(seen)
+    if absent:
+        room[:, :, :absent].zero_()
+    for at, frame in enumerate(seen, start=absent):
+        room[:, :, at : at + 1].copy_(frame)
+    del seen[:-CAUSAL_REACH]
+    return room
+
+
+def doubled_size(upsampler: Any, past: Past, low: Window, after: Window, frame: Tensor) -> Tensor:
+    """Nearest-neighbour enlargement (a copy, so exact in any dtype) and its convolution."""
+    conv = upsampler.resample[1]
+    height, width = 2 * frame.shape[-2], 2 * frame.shape[-1]
+    large = past.room(frame, (1, frame.shape[1], height, width))
+    torch.ops.aten._upsample_nearest_exact2d.out(
+        frame[:, :, 0], (height, width), 2.0, 2.0, out=large
+    )
+    before = low.scaled(2)
+    rows, cols = before.rows.convolved(after.rows), before.cols.convolved(after.cols)
+    made = F.conv2d(large, conv.weight, conv.bias, padding=(rows.padding, cols.padding))
+    return made[:, :, None, rows.kept, cols.kept]

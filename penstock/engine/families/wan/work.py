@@ -7,9 +7,10 @@ states, image states, condition, latents) pass from one to the next.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,12 @@ from penstock.engine.families.wan.model import model_of
 from penstock.engine.families.wan.preview import prepare_previews, preview_of
 from penstock.engine.families.wan.terms import clip_changes
 from penstock.engine.families.wan.vae_decode import raw_latents
-from penstock.engine.families.wan.vae_encode import encode_tiled, first_frame_then_zeros
+from penstock.engine.families.wan.vae_encode import (
+    encode_tiled,
+    first_frame_then_zeros,
+    normalised_latents,
+)
+from penstock.engine.families.wan.windowed import Cut, seen
 from penstock.engine.media.fit import fitting
 from penstock.engine.media.picture import open_image
 from penstock.engine.model.component import Component
@@ -40,7 +46,10 @@ from penstock.engine.run.pipeline import Products, SavePoint, Work
 from penstock.engine.run.sampler import guide
 from penstock.engine.run.sampling import Sampling
 from penstock.engine.run.stage import Stage, visits
+from penstock.engine.run.steprecord import keep_record
 from penstock.offload.streamer import BlockStream
+from penstock.profiles.caching import Caching
+from penstock.profiles.plan import PhasePlan
 from penstock.profiles.tiling import TileGrid
 
 
@@ -73,9 +82,10 @@ def _go_on(stage: Stage, found: Products, expert: Expert) -> None:
     conditions, sampling = _conditions(found), found["sampling"]
     name = expert.phase("denoise")
     latents = stage.attempt(name, lambda: denoise(stage, conditions, sampling, expert))
-    if expert.until == stage.job.request.steps:
+    if latents is not None:
         del found["sampling"]
-        found["latents"] = latents
+        first = conditions.condition if model_of(stage).manifest.tokenwise else None
+        found["latents"] = latents if first is None else with_first(latents.clone(), first)
 
 
 def _decode(stage: Stage, found: Products) -> None:
@@ -88,15 +98,22 @@ class Expert:
 
     Attributes:
         component: the network.
-        until: the first step that is no longer its own.
+        steps: its own, of the job's.
+        caching: of its forward passes.
         guidance: of its steps.
         second: it is that for little noise, where there are two.
     """
 
     component: Component
-    until: int
+    steps: range
+    caching: Caching
     guidance: float
     second: bool
+
+    @property
+    def until(self) -> int:
+        """The first step that is no longer its own."""
+        return self.steps.stop
 
     def phase(self, name: str) -> str:
         """The name of its own phase of that kind."""
@@ -112,12 +129,14 @@ def expert_of(stage: Stage, *, second: bool) -> Expert:
     """The only transformer of the job, or one of two."""
     model, request = model_of(stage), stage.job.request
     high, low = request.guidance_scales
+    caching = Caching.of(stage.plan.step_cache)
     if model.second is None:
-        return Expert(model.transformer, request.steps, low, second=False)
+        return Expert(model.transformer, range(request.steps), caching, low, second=False)
+    first, _ = split = model.manifest.split(workload_of(request))
+    cached = caching.parts(split)
     if second:
-        return Expert(model.second, request.steps, low, second=True)
-    first, _ = model.manifest.split(workload_of(request))
-    return Expert(model.transformer, first, high, second=False)
+        return Expert(model.second, range(first, request.steps), cached[1], low, second=True)
+    return Expert(model.transformer, range(first), cached[0], high, second=False)
 
 
 def _conditions(found: Products) -> Conditions:
@@ -233,9 +252,11 @@ def encode_condition(stage: Stage, frames: list[Tensor] | None) -> Tensor:
         frames: the pictures at the video's size; None: they are still to be read.
     """
     component, request = model_of(stage).vae_encoder, stage.job.request
-    size = (request.frames, request.height, request.width)
+    frames_encoded = 1 if model_of(stage).manifest.tokenwise else request.frames
+    size = (frames_encoded, request.height, request.width)
     tiles = TileGrid(*stage.plan["encode"].tiles)
-    latent_frames = request.video_shape.latent(model_of(stage).manifest.vae)[0]
+    shape = replace(request.video_shape, frames=frames_encoded)
+    latent_frames = shape.latent(model_of(stage).manifest.vae)[0]
     units = latent_frames * (tiles.rows * tiles.cols + 1)
     with stage.phase("encode", units, "frame") as (_, phase), stage.rest(component) as vae:
         given = see_pictures(stage)[1] if frames is None else frames
@@ -243,6 +264,8 @@ def encode_condition(stage: Stage, frames: list[Tensor] | None) -> Tensor:
         source = first_frame_then_zeros(first, (request.frames - 1, last[0]) if last else None)
         changes = clip_changes(request.frames, len(given))
         encoded = encode_tiled(vae, source, size, tiles, changes=changes, should_stop=phase.advance)
+        if model_of(stage).manifest.tokenwise:
+            return normalised_latents(encoded.float(), vae.config).cpu()
         return pictures.conditioning(
             encoded.float(), vae.config.latents_mean, vae.config.latents_std, ends=bool(last)
         ).cpu()
@@ -260,34 +283,44 @@ def denoise(
 
 def _steps(stage: Stage, conditions: Conditions, sampling: Sampling, expert: Expert) -> None:
     component, steps = expert.component, expert.until
-    with closing(sampling.resume()) as sampler, stage.rest(component) as model:
+    sampler, cache = sampling.resume(expert.steps, expert.caching)
+    with closing(sampler), stage.rest(component) as model:
         start, latents = sampler.next_step, sampling.latents
-        stage.steps_left = steps - start
+        sure, most = stage.forwards_left = cache.left(start)
         cross, modulation = prepare(stage, model, conditions, sampler.timesteps[:steps], expert)
         name = expert.phase("denoise")
         with stage.phase(name, steps, "step", done=start) as (plan, phase):
             passes = plan.passes(expert.branches)
-            total = stage.steps_left * len(passes)
-            with stage.stream(component.blocks, plan.stream, phase, total) as stream:
+            most, sure = most * len(passes), sure * len(passes)
+            with stage.stream(component.blocks, plan.stream, phase, most, sure) as stream:
                 attend = self_attention_of(stage.plan.attention)
-                forward = Forward(model, component, stream, cross, plan.chunk_tokens, phase, attend)
-                rope = dit.rope_tables(model, latents.shape[2:], stage.device)
+                residual = residual_of(plan, component.dtype)
+                forward = Forward(
+                    model, component, stream, cross, plan.chunk_tokens, phase, attend, residual
+                )
+                cut = cut_of(stage, latents, expert.branches)
+                grid = latents.shape[2:] if cut is None else cut.grid
+                rope = dit.rope_tables(model, grid, stage.device)
                 picture = _on_device(conditions.condition, stage.device)
+                still = model_of(stage).manifest.tokenwise
+                predict = Predict(forward, cut, picture, still, passes, rope)
+                forwards = 0
                 for step in range(start, steps):
                     if step == steps - 1:
                         stage.prefetch_after(name)
-                    model_input = _model_input(latents, picture, component.dtype)
-                    predictions = [
-                        prediction
-                        for branches in passes
-                        for prediction in forward(model_input, branches, modulation[step], rope)
-                    ]
-                    del model_input
-                    component.checkpoint.check_unchanged()
-                    prediction = _guided(predictions, expert.guidance)
+                    if cache.wants(step):
+                        forwards += 1
+                        stream.expect((forwards + cache.left(step + 1)[0]) * len(passes))
+                        prediction = predict(latents, modulation[step], expert.guidance)
+                        component.checkpoint.check_unchanged()
+                        cache.computed(step, prediction, latents)
+                    else:
+                        prediction = cache.predicted(step)
                     preview = preview_of(stage, sampler, prediction, latents)
-                    latents = sampling.step(sampler, prediction, latents)
+                    latents = sampling.step(sampler, cache, prediction, latents)
                     phase.advance(preview)
+            stage.computed_steps = tuple(cache.computed_steps)
+            keep_record(stage, cache, tuple(map(sampler.sigma, range(steps))))
             stage.keeper.settle()
 
 
@@ -301,7 +334,8 @@ def prepare(
     """What does not change from step to step: cross-attention K/V, and the time embeddings."""
     component = expert.component
     with stage.phase(expert.phase("context"), len(component.cross), "block") as (plan, phase):
-        given = conditions.texts[: expert.branches]
+        nag = stage.job.request.nag_scale
+        given = conditions.texts[: expert.branches if nag is None else 2]
         texts = [text.to(stage.device, component.dtype) for text in given]
         image = _on_device(conditions.image, stage.device, component.dtype)
         contexts = [dit.prepare_context(model, text, image) for text in texts]
@@ -311,8 +345,47 @@ def prepare(
                 branches: list[dit.CrossKV] = []
                 for context in contexts:
                     branches.append(dit.cross_kv(block.attn2, context, *branches[:1]))
+                if nag is not None:
+                    prompt, negative = branches
+                    branches = [prompt.contrasted(negative, nag)]
                 cross.add(branches)
-        return cross, dit.step_modulation(model, timesteps, component.dtype)
+        dtypes = component.dtype, residual_of(stage.plan[expert.phase("denoise")], component.dtype)
+        return cross, _modulation(stage, model, conditions, timesteps, *dtypes)
+
+
+def _modulation(
+    stage: Stage,
+    model: Any,
+    conditions: Conditions,
+    timesteps: Tensor,
+    dtype: torch.dtype,
+    residual: torch.dtype,
+) -> list[dit.StepModulation]:
+    """The time embeddings; of a model whose first latent frame is given, that frame's is that of
+    no noise at every step."""
+    made = dit.step_modulation(model, timesteps, dtype, residual)
+    if conditions.condition is None or not model_of(stage).manifest.tokenwise:
+        return made
+    (still,) = dit.step_modulation(model, torch.zeros_like(timesteps[:1]), dtype, residual)
+    spec = model_of(stage).manifest
+    _, height, width = stage.job.request.video_shape.latent(spec.vae)
+    _, rows, columns = spec.transformer.patch_size
+    tokens = (height // rows) * (width // columns)
+    return [replace(step, still=still, still_tokens=tokens) for step in made]
+
+
+def cut_of(stage: Stage, latents: Tensor, branches: int) -> Cut | None:
+    """The windows that ``latents`` are denoised in; None: all of them at once."""
+    request = stage.job.request
+    if request.windows is None:
+        return None
+    return Cut.of(request.windows.latent(request.grid.temporal), latents, branches)
+
+
+def residual_of(plan: PhasePlan, dtype: torch.dtype) -> torch.dtype:
+    """What the hidden states are in, as the plan of the denoising says, where ``dtype`` is computed
+    in."""
+    return torch.float32 if plan.residual == "fp32" else dtype
 
 
 @dataclass(frozen=True)
@@ -326,6 +399,7 @@ class Forward:
     chunk_tokens: int
     phase: PhaseMonitor
     attend: Attention = attention
+    residual: torch.dtype | None = None
 
     def __call__(
         self, model_input: Tensor, branches: range, modulation: dit.StepModulation, rope: dit.Rope
@@ -340,7 +414,75 @@ class Forward:
             rope,
             self.chunk_tokens,
             self.attend,
+            self.residual,
         )
+
+    def windows(
+        self,
+        inputs: Iterator[tuple[Tensor, Sequence[int]]],
+        modulation: dit.StepModulation,
+        rope: dit.Rope,
+    ) -> Iterator[Tensor]:
+        """The predictions of several model inputs that share the pass, for some branches of each,
+        one after another (`penstock.engine.families.wan.windowed.Visit`)."""
+        hidden, branches, dtype = list[Tensor](), list[int](), self.component.dtype
+        latent: Sequence[int] = ()
+        for model_input, wanted in inputs:
+            latent = model_input.shape[2:]
+            hidden += dit.embed_branches(self.model, model_input, len(wanted), self.residual)
+            branches += wanted
+            del model_input
+        crosses = {branch: self.cross.branch(branch) for branch in branches}
+        yield from dit.through_blocks(
+            self.model,
+            visits(self.stream, self.component, self.phase),
+            hidden,
+            latent,
+            [crosses[branch] for branch in branches],
+            modulation,
+            rope,
+            self.chunk_tokens,
+            self.attend,
+            dtype,
+        )
+
+
+@dataclass(frozen=True)
+class Predict:
+    """The guided prediction of a step: of all latents at once, or of their windows together.
+
+    Attributes:
+        forward: the transformer.
+        cut: the windows; None: all latents at once.
+        picture: mask and latents of the pictures, or the first latent frame where ``still``.
+        passes: the branches of a step, window by window, divided into visits.
+        rope: of the latent grid, or of a window's.
+    """
+
+    forward: Forward
+    cut: Cut | None
+    picture: Tensor | None
+    still: bool
+    passes: list[range]
+    rope: dit.Rope
+
+    def __call__(self, latents: Tensor, modulation: dit.StepModulation, guidance: float) -> Tensor:
+        """(1, z, t, h, w), of latents of that shape."""
+        dtype = self.forward.component.dtype
+        if self.cut is not None:
+            see = partial(_window_input, latents, self.picture, dtype, self.still)
+            visit = partial(self.forward.windows, modulation=modulation, rope=self.rope)
+            return self.cut.predict(
+                latents, see, self.passes, visit, partial(_guided, scale=guidance)
+            )
+        model_input = _model_input(latents, self.picture, dtype, self.still)
+        predictions = [
+            prediction
+            for branches in self.passes
+            for prediction in self.forward(model_input, branches, modulation, self.rope)
+        ]
+        del model_input
+        return _guided(predictions, guidance)
 
 
 def _on_device(
@@ -349,10 +491,29 @@ def _on_device(
     return None if tensor is None else tensor.to(device, dtype)
 
 
-def _model_input(latents: Tensor, condition: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _model_input(
+    latents: Tensor, condition: Tensor | None, dtype: torch.dtype, still: bool
+) -> Tensor:
+    """``still``: the condition is the first latent frame; else it comes in beside the latents."""
     if condition is None:
         return latents.to(dtype)
+    if still:
+        return with_first(latents.to(dtype, copy=True), condition)
     return torch.cat([latents, condition], dim=1).to(dtype)
+
+
+def _window_input(
+    latents: Tensor, condition: Tensor | None, dtype: torch.dtype, still: bool, part: slice
+) -> Tensor:
+    """`_model_input` of a window: every one sees the picture as its first frame."""
+    known = condition if condition is None or still else seen(condition, part)
+    return _model_input(latents[:, :, part], known, dtype, still)
+
+
+def with_first(latents: Tensor, first: Tensor) -> Tensor:
+    """``latents`` with the first frame replaced, in place."""
+    latents[:, :, :1] = first
+    return latents
 
 
 def _guided(predictions: list[Tensor], scale: float) -> Tensor:
@@ -394,6 +555,8 @@ def drawn(stage: Stage) -> Products:
         states(TEXT_TOKENS, spec.transformer.text_dim) for _ in range(workload_of(request).texts)
     ]
     channels = spec.transformer.in_channels - spec.transformer.out_channels
+    if spec.tokenwise and request.pictures:
+        channels, shape = spec.vae.z_dim, (1, *shape[1:])
     return {
         "texts": texts,
         "image": None if spec.image is None else states(spec.image_tokens, spec.image.hidden_size),

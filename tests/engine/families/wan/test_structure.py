@@ -66,7 +66,17 @@ VAE = {
     "temperal_downsample": [False, True, True],
 }
 FLF2V_14B = I2V_14B | {"pos_embed_seq_len": 514}
+TI2V_5B = T2V | {
+    "num_attention_heads": 24, "in_channels": 48, "out_channels": 48, "ffn_dim": 14336,
+}  # fmt: skip
+VAE_48 = {
+    "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2, "temperal_downsample": [False, True, True], "is_residual": True,
+    "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16,
+}  # fmt: skip
 OFFICIAL = [
+    ("transformer", TI2V_5B),
+    ("vae", VAE_48),
     ("transformer", I2V_14B),
     ("transformer", FLF2V_14B),
     ("transformer", T2V),
@@ -217,9 +227,9 @@ def test_a_missing_dimension_is_named():
 @pytest.mark.parametrize(
     "component, config, word",
     [
-        ("transformer", T2V | {"in_channels": 36}, "Wan2.2"),
-        ("transformer", T2V | {"in_channels": 48, "out_channels": 48}, "Wan2.2"),
-        ("vae", VAE | {"z_dim": 48}, "Wan2.2"),
+        ("transformer", T2V | {"in_channels": 24}, "Wan2.2"),
+        ("transformer", T2V | {"in_channels": 52}, "Wan2.2 Fun Control"),
+        ("vae", VAE | {"z_dim": 32}, "Wan2.2"),
         ("transformer", T2V | {"attention_head_dim": 100}, "config.json"),
         ("image_encoder", VIT_H | {"hidden_size": 1024}, "config.json"),
     ],

@@ -315,7 +315,7 @@ def _cropping(run):
     """Crops between levels; exact tiles never need it, a level makes what the next one reads."""
 
     def tile_frames(encoder, frames, tile):
-        halved = vae_encode._halved_size
+        halved = vae_encode.halved_size
         entries = {
             level[-1]: after[0] for level, after in zip(tile.levels, tile.levels[1:], strict=False)
         }
@@ -326,7 +326,7 @@ def _cropping(run):
             return out[..., rows, cols]
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(vae_encode, "_halved_size", cropped)
+            patch.setattr(vae_encode, "halved_size", cropped)
             return run(encoder, frames, tile)
 
     return tile_frames
@@ -406,7 +406,6 @@ def test_should_stop_ends_the_work(calls) -> None:
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        ({"is_residual": True}, "is_residual=True"),
         ({"patch_size": 2, "in_channels": 12, "out_channels": 12}, "patch_size=2"),
         ({"decoder_base_dim": 8}, "decoder_base_dim=8"),
         ({"attn_scales": [1.0]}, "attn_scales=[1.0]"),

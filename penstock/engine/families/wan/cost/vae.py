@@ -30,6 +30,7 @@ from penstock.profiles.tiling import (
 )
 
 _PIXELS = 3
+_INDEX = 8  # bytes of an int64
 _WIDE_ITEMSIZE = 4
 
 
@@ -60,7 +61,7 @@ class VaeBytes:
 
 def levels_of(spec: VaeSpec) -> VaeLevels:
     """The geometry of a VAE."""
-    return VaeLevels(len(spec.dim_mult), spec.num_res_blocks)
+    return VaeLevels(len(spec.dim_mult), spec.num_res_blocks, spec.patch)
 
 
 def decode_bytes(
@@ -85,7 +86,7 @@ def decode_bytes(
     """
     frames, height, width = latent
     plane = height * width * itemsize
-    features = spec.base_dim * spec.dim_mult[-1] * plane
+    features = (2 if spec.residual else 1) * spec.decoder_widths[0] * plane
     whole = _decode_whole(spec, latent, _Walk(itemsize, [1] * frames, on_cpu))
     tiles = decode_tiles(levels_of(spec), grid, height, width)
     walks = [_decode_tile(spec, tile, _Walk(itemsize, [1] * frames, on_cpu)) for tile in tiles]
@@ -96,7 +97,7 @@ def decode_bytes(
         items = largest.items(features=frames * features)
     out_frames = 1 + (frames - 1) * spec.temporal_factor
     area = height * width * spec.spatial_factor**2
-    staging = max(_area(tile.output) for tile in tiles) * _PIXELS
+    staging = max(_area(tile.output) for tile in tiles) * spec.colours
     return VaeBytes(
         (*items, ("latents", spec.z_dim * frames * plane)),
         (("video frames", out_frames * area * _PIXELS), ("staging", staging)),
@@ -379,17 +380,23 @@ class _Walk:
 
 def _decode_whole(spec: VaeSpec, latent: tuple[int, int, int], walk: _Walk) -> _Walk:
     window = Window.whole(*latent[1:])
-    width, area = spec.base_dim * spec.dim_mult[-1], _area(window)
+    width, area = spec.decoder_widths[0], _area(window)
     walk.rescale(spec.z_dim, area)
     walk.frame = walk.convolve((spec.z_dim, width), area, area, 27, walk.bytes(spec.z_dim, area))
     walk.middle(width, window)
-    for _ in range(spec.num_res_blocks + 1):
+    given = walk.frame if spec.residual else 0
+    for index in range(spec.num_res_blocks + 1):
         walk.residual(width, width, (window,) * 3)
+        walk.waiting += given if index == 0 else 0
+    if spec.residual:
+        walk.need(walk.frame, given + walk.frame)  # joined, beside both
     return walk
 
 
 def _decode_tile(spec: VaeSpec, tile: DecodeTile, walk: _Walk) -> _Walk:
-    widths = [spec.base_dim * factor for factor in spec.dim_mult[::-1]]
+    if spec.residual:
+        return _decode_residual_tile(spec, tile, walk)
+    widths = spec.decoder_widths
     # The piece before this one may still be in its reader's hands.
     walk.waiting = walk.bytes(_PIXELS, _made(*tile.levels[-1][-2:]))
     low = tile.tail
@@ -406,9 +413,42 @@ def _decode_tile(spec: VaeSpec, tile: DecodeTile, walk: _Walk) -> _Walk:
     return walk
 
 
+def _decode_residual_tile(spec: VaeSpec, tile: DecodeTile, walk: _Walk) -> _Walk:
+    """As `penstock.engine.families.wan.vae_residual.tile_frames`: each block waits with what it was
+    given while its frames go on through those after it."""
+    widths = spec.decoder_widths
+    widths = (widths[0], *widths)
+    area = _area(tile.output)
+    walk.waiting = walk.bytes(spec.colours, area)
+    low = tile.tail
+    for level, windows in enumerate(tile.levels):
+        _enlarge(walk, spec, level, widths[level + 1], low, windows[0], widths[level + 1])
+        part = -(-windows[0].shape[0] // 2) * -(-windows[0].shape[1] // 2)
+        indices = 4 * _INDEX * widths[level + 1]
+        walk.need(walk.frame, walk.bytes(widths[level + 1], part), indices)
+        width, given = widths[level + 1], walk.frame
+        for index in range(spec.num_res_blocks + 1):
+            walk.residual(width, widths[level + 2], windows[2 * index : 2 * index + 3])
+            walk.waiting += given if index == 0 else 0
+            width = widths[level + 2]
+        low = windows[2 * (spec.num_res_blocks + 1)]
+    walk.waiting -= given
+    walk.head(widths[-1], spec.colours, *tile.levels[-1][-2:])
+    shuffled = 0 if spec.patch == 1 else walk.bytes(spec.colours, area)
+    walk.need(walk.frame, shuffled, spec.colours * area * (walk.itemsize + _WIDE_ITEMSIZE + 2))
+    return walk
+
+
 def _enlarge(
-    walk: _Walk, spec: VaeSpec, level: int, width: int, low: Window, after: Window
+    walk: _Walk,
+    spec: VaeSpec,
+    level: int,
+    width: int,
+    low: Window,
+    after: Window,
+    width_out: int = 0,
 ) -> None:
+    """``width_out``: of the result; 0: half of ``width``."""
     area, frame = _area(low), walk.frame
     if spec.temporal_downsample[::-1][level] and len(walk.runs) > 1:
         walk.runs = walk.runs[1:]  # the first passes by
@@ -422,16 +462,20 @@ def _enlarge(
         frame = 0
     walk.take(walk.bytes(width, 4 * area))
     made = _made(low.scaled(2), after)
-    walk.frame = walk.multiply((width, width // 2), 4 * area, made, 9, frame)
+    walk.frame = walk.multiply((width, width_out or width // 2), 4 * area, made, 9, frame)
 
 
 def _encode_whole(spec: VaeSpec, latent: tuple[int, int, int], walk: _Walk) -> _Walk:
     window = Window.whole(*latent[1:])
     width, area = spec.base_dim * spec.dim_mult[-2], _area(window)
-    walk.frame = walk.bytes(width, area)
-    for _ in range(spec.num_res_blocks):
+    walk.frame = given = walk.bytes(width, area)
+    for index in range(spec.num_res_blocks):
         walk.residual(width, spec.base_dim * spec.dim_mult[-1], (window,) * 3)
+        walk.waiting += given if spec.residual and index == 0 else 0
         width = spec.base_dim * spec.dim_mult[-1]
+    if spec.residual:
+        walk.need(walk.frame, 2 * given, walk.frame)
+        walk.waiting -= given
     walk.middle(width, window)
     walk.head(width, 2 * spec.z_dim, window, window)
     walk.need(walk.frame, walk.frame, walk.frame)
@@ -441,17 +485,24 @@ def _encode_whole(spec: VaeSpec, latent: tuple[int, int, int], walk: _Walk) -> _
 
 def _encode_tile(spec: VaeSpec, tile: EncodeTile, walk: _Walk) -> _Walk:
     width, first = spec.base_dim, tile.levels[0]
-    pixels = walk.bytes(_PIXELS, _area(first[0]))
+    pixels = walk.bytes(spec.colours, _area(first[0]))
     walk.frame = walk.convolve(
-        (_PIXELS, width), _area(first[0]), _made(first[0], first[1]), 27, pixels
+        (spec.colours, width), _area(first[0]), _made(first[0], first[1]), 27, pixels
     )
     walk.held = pixels if walk.holds else walk.itemsize  # a frame of zeros is one element
     for level, windows in enumerate(tile.levels):
         width_out, at = spec.base_dim * spec.dim_mult[level], 1 if level == 0 else 0
-        for _ in range(spec.num_res_blocks):
+        given, narrow = walk.frame, width
+        for index in range(spec.num_res_blocks):
             walk.residual(width, width_out, windows[at : at + 3])
+            walk.waiting += given if spec.residual and index == 0 else 0
             width, at = width_out, at + 2
-        _reduce(walk, spec.temporal_downsample[level], width, windows[-2], windows[-1])
+        in_time = spec.temporal_downsample[level]
+        _reduce(walk, in_time, width, windows[-2], windows[-1])
+        if spec.residual:
+            seen = walk.bytes(narrow, 4 * _area(windows[-1])) * (2 if in_time else 1)
+            walk.need(walk.frame, 2 * seen, walk.frame)
+            walk.waiting -= given
     return walk
 
 

@@ -1,0 +1,84 @@
+"""Transformers in formats that penstock reads and does not write, written as their tools do.
+
+gguf, comfy-kitchen, bitsandbytes and torchao quantise; what the gguf package only reads is made by
+`benchmarks.kquants`. Each file has the model's config.json beside it, for a file's own shapes do
+not tell heads of another width than Wan's.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from gguf import quants
+
+from benchmarks import kquants
+from tests.engine import golden
+
+BY_GGUF = ("gguf-q5_1", "gguf-q5_0", "gguf-q4_1", "gguf-q4_0", "gguf-mxfp4")
+IN_BLOCKS_OF_32 = ("gguf-iq4_nl",)
+IN_BLOCKS_OF_256 = ("gguf-q6_k", "gguf-q5_k", "gguf-q4_k", "gguf-tq2_0", "gguf-tq1_0")
+"""Need wider rows than the small trained model has."""
+
+SPELLED: Mapping[str, str] = MappingProxyType({
+    "fp8-e5m2": "raw e5m2", "nvfp4": "comfy nvfp4", "mxfp8": "comfy mxfp8",
+    "nf4-nested": "bitsandbytes nf4 nested",
+})  # fmt: skip
+"""In safetensors, by `golden.make`."""
+
+TORCHAO: Mapping[str, str] = MappingProxyType(
+    {"torchao-int8": "Int8WeightOnlyConfig", "torchao-fp8": "Float8WeightOnlyConfig"}
+)
+
+SMALL = (*BY_GGUF, *IN_BLOCKS_OF_32, *SPELLED, *TORCHAO)
+"""What rows of any multiple of 32 columns can be stored in."""
+
+ALL = (*SMALL, *IN_BLOCKS_OF_256)
+
+
+def write(model: Path, name: str, folder: Path) -> Path:
+    """The transformer of the model in folder ``model`` in the format ``name`` (of `ALL`), in
+    ``folder``, written once: what `Files.transformer` takes."""
+    made = folder / name
+    if not made.exists():
+        new = made.with_suffix(".new")
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
+        if name in TORCHAO:
+            _by_diffusers(model / "transformer", new, TORCHAO[name])
+        else:
+            shutil.copy(model / "transformer" / "config.json", new)
+            _by_hand(model, name, new)
+        new.replace(made)
+    return next((each for each in made.glob("transformer.*")), made)
+
+
+def _by_hand(model: Path, name: str, folder: Path) -> None:
+    tensors = golden.load(model, "transformer")
+    names = golden.original_names("transformer", list(tensors))
+    if name in SPELLED:
+        golden.make(tensors, names, SPELLED[name]).save(folder / "transformer.safetensors")
+        return
+    kind = name.removeprefix("gguf-").upper()
+    quantise: Callable[[Any, Any], Any] = _ours if kind in kquants.KINDS else quants.quantize
+    golden.write_gguf(folder / "transformer.gguf", tensors, names, kind, "wan", quantise)
+
+
+def _ours(weight: Any, ggml_type: Any) -> Any:
+    """As `gguf.quants.quantize`, for the types that it does not write."""
+    return kquants.quantise(torch.from_numpy(weight), ggml_type.name).numpy()
+
+
+def _by_diffusers(source: Path, target: Path, kind: str) -> None:
+    """What `save_pretrained` leaves of a transformer that torchao has quantised."""
+    from diffusers import TorchAoConfig, WanTransformer3DModel
+    from torchao import quantization
+
+    network = WanTransformer3DModel.from_pretrained(
+        source, quantization_config=TorchAoConfig(getattr(quantization, kind)()), torch_dtype="auto"
+    )
+    network.save_pretrained(target)

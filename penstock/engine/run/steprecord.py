@@ -1,0 +1,126 @@
+"""The cache of forward passes of a job, and the record that schedules are made from.
+
+A whole job without a cache leaves a record of its velocities' products in the cache folder, once
+for a model, its LoRAs and the settings that determine them. A schedule for a model without one is
+made from the record of the small model in the box.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from penstock.engine.run.sampler import Sampler, SamplerState
+from penstock.engine.run.stage import Stage
+from penstock.engine.run.stepcache import Budget, Planned, Rule, StepCache, is_of, shares_of
+from penstock.engine.run.stepplan import Recorded, Schedule, best_schedule
+from penstock.engine.store.digest import stamp
+from penstock.errors import CheckpointError, StorageError
+from penstock.folders import cache_folder
+from penstock.profiles.caching import BUDGET, FEWEST_STEPS, Caching
+
+MOST_RECORDED = 100
+"""Steps of a job that leaves a record: a sample of each waits in host memory until the end."""
+
+
+def cache_for(
+    stage: Stage,
+    steps: range,
+    caching: Caching,
+    fresh: Callable[[], Sampler],
+    state: SamplerState,
+) -> StepCache:
+    """The cache of a transformer's forward passes in a job that stands at ``state``.
+
+    Args:
+        steps: that the transformer computes.
+        caching: of its forward passes.
+        fresh: makes samplers like the job's, on the CPU.
+    """
+    skips = caching.skips(len(steps))
+    rule = _rule(stage, steps, caching, fresh, state) if skips else None
+    told = caching.told(len(steps))
+    if told is not None:
+        stage.monitor.notice(told)
+    cache = StepCache(steps, rule, recording=rule is None and _is_due(stage, steps, state))
+    cache.load_state(state)
+    return cache
+
+
+def _is_due(stage: Stage, steps: range, state: SamplerState) -> bool:
+    """Whether these steps are a whole job that shall leave a record."""
+    whole = len(steps) == stage.job.request.steps and state.values["next_step"] == 0
+    fitting = FEWEST_STEPS <= len(steps) <= MOST_RECORDED and stage.job.sources
+    return bool(whole and fitting) and not record_path(stage).exists()
+
+
+def _rule(
+    stage: Stage,
+    steps: range,
+    caching: Caching,
+    fresh: Callable[[], Sampler],
+    state: SamplerState,
+) -> Rule:
+    levels, shares = _levels(fresh()), shares_of(fresh())
+    if caching.kind == BUDGET:
+        return Budget(caching.budget, levels, shares, steps.stop - 1)
+    if is_of(state, steps):
+        return Planned(Schedule((), ()))
+    recorded, told = _record(stage)
+    own = slice(steps.start, steps.stop)
+    schedule = best_schedule(recorded.at(levels[own]), shares[own], caching.planned)
+    computed = tuple(steps.start + step for step in schedule.computed)
+    skipped = len(steps) - len(computed)
+    stage.monitor.notice(f"{skipped} of {len(steps)} steps are skipped, chosen from {told}")
+    return Planned(Schedule(computed, schedule.damping))
+
+
+def _levels(sampler: Sampler) -> tuple[float, ...]:
+    return tuple(sampler.sigma(step) for step in range(len(sampler.timesteps)))
+
+
+def _record(stage: Stage) -> tuple[Recorded, str]:
+    """The model's own record or the built-in one, and which it is."""
+    path = record_path(stage)
+    if path.exists():
+        try:
+            return Recorded.read(path), "a run of this model"
+        except CheckpointError as error:
+            stage.monitor.notice(str(error))
+    with as_file(files("penstock").joinpath("assets", "steps.json")) as built_in:
+        return Recorded.read(built_in), (
+            "runs of the small model in the box: a whole job without a cache records this one"
+        )
+
+
+def keep_record(stage: Stage, cache: StepCache, levels: tuple[float, ...]) -> None:
+    """Write what ``cache`` has recorded of a job that is whole, if it has."""
+    if len(cache.samples) != len(levels) or stage.keeper.steered:
+        return
+    path = record_path(stage)
+    try:
+        Recorded.of(levels, cache.samples).write(path)
+    except (OSError, StorageError) as error:
+        stage.monitor.notice(f"the job's steps are not recorded in {path}: {error}")
+
+
+def record_path(stage: Stage) -> Path:
+    """Where the record of a model and its settings lies, whether it is there or not."""
+    request, parts = stage.job.request, (stage.job.model.streamed.name, "lora")
+    settings = {
+        "files": {
+            name: stamp(path)
+            for name, path in sorted(stage.job.sources.items())
+            if name.partition("/")[0] in parts
+        },
+        "shift": stage.model.flow_shift(request.width, request.height, request.shift),
+        **{
+            name: getattr(request, name)
+            for name in ("steps", "sampler", "guidance_scale", "distilled")
+        },
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return cache_folder() / "steps" / f"{digest[:16]}.json"

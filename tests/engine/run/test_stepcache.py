@@ -1,0 +1,366 @@
+"""Skipped steps: which they are, what takes their place, and that a resume skips the same."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from penstock.engine.engine import Engine
+from penstock.engine.request.generation import GenerationRequest
+from penstock.engine.run.events import Progress
+from penstock.engine.run.pipeline import work_of
+from penstock.engine.run.report import JobResult
+from penstock.engine.run.sampler import Sampler, SamplerState
+from penstock.engine.run.stage import Stage
+from penstock.engine.run.stepcache import Budget, Planned, StepCache, shares_of
+from penstock.engine.run.stepplan import Recorded, Schedule, best_schedule
+from penstock.errors import CheckpointError, FingerprintMismatch, JobCancelled, ProfileError
+from penstock.profiles.caching import MOST_SKIPPED, Caching
+from penstock.profiles.plan import Plan
+from tests.engine.run.test_budget import _host_buffers_apart, _meter
+from tests.engine.running import a_request, an_engine
+
+STEPS = 10
+REQUEST = a_request(steps=STEPS)
+CONFIG: dict[str, Any] = {"num_train_timesteps": 1000, "solver_order": 2}
+
+
+def run(folder: Path, **options: Any) -> JobResult:
+    with an_engine(folder, **options) as engine:
+        return engine.submit(REQUEST).result()
+
+
+@pytest.fixture(scope="module")
+def off(t2v_folder: Path) -> JobResult:
+    return run(t2v_folder)
+
+
+def levels(steps: int) -> list[float]:
+    return [1 - step / steps for step in range(steps)]
+
+
+def test_off_is_the_default_and_computes_every_step(t2v_folder: Path, off: JobResult) -> None:
+    same = run(t2v_folder, step_cache="off")
+    assert torch.equal(same.latents, off.latents)
+    assert off.report.computed_steps == tuple(range(STEPS))
+
+
+@pytest.mark.parametrize("sampler", ["unipc", "dpm++", "euler"])
+def test_shares_are_what_each_velocity_adds(sampler: str) -> None:
+    def fresh() -> Sampler:
+        return Sampler(CONFIG, sampler=sampler, steps=6, shift=5.0)
+
+    draw = torch.Generator().manual_seed(1)
+    velocities = torch.randn(6, 1, 2, 1, 1, 1, generator=draw, dtype=torch.float64)
+    latents, solver = torch.zeros(1, 2, 1, 1, 1, dtype=torch.float64), fresh()
+    for step in range(6):
+        latents = solver.step(velocities[step], step, latents)
+    shares = torch.tensor(shares_of(fresh()), dtype=torch.float64)
+    expected = -(shares.view(-1, 1, 1, 1, 1, 1) * velocities).sum(0)
+    torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-6)  # sigmas are fp32
+
+
+def test_a_skipped_step_lies_on_the_line_through_the_last_two() -> None:
+    cache = StepCache(range(6), Planned(Schedule((0, 2, 5), (0.0, 0.5, 0.0))))
+    one, other = torch.randn(2, 1, 4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    assert cache.wants(0)
+    cache.computed(0, one, one)
+    assert not cache.wants(1)
+    assert torch.equal(cache.predicted(1), one)  # there is no line yet
+    assert cache.wants(2)
+    cache.computed(2, other, one)
+    expected = other + 0.5 * (3 - 2) / (2 - 0) * (other - one)
+    torch.testing.assert_close(cache.predicted(3), expected)
+    expected = other + 0.5 * (4 - 2) / (2 - 0) * (other - one)
+    torch.testing.assert_close(cache.predicted(4), expected)
+    assert [cache.wants(step) for step in (3, 4, 5)] == [False, False, True]
+    assert cache.computed_steps == [0, 2]
+
+
+def test_nothing_is_foretold_after_a_reset() -> None:
+    cache = StepCache(range(4), Planned(Schedule((0, 3), (0.0, 0.0))))
+    cache.computed(0, torch.ones(1), torch.ones(1))
+    assert not cache.wants(1)
+    cache.reset()
+    assert cache.wants(2)
+
+
+def followed(velocities: torch.Tensor, budget: float) -> list[int]:
+    steps = len(velocities)
+    cache = StepCache(range(steps), Budget(budget, levels(steps), [1 / steps] * steps))
+    for step in range(steps):
+        if cache.wants(step):
+            cache.computed(step, velocities[step], torch.ones(4))
+        else:
+            cache.predicted(step)
+    return cache.computed_steps
+
+
+def test_a_budget_is_spent_where_the_velocity_bends() -> None:
+    line = torch.arange(20.0)[:, None] * torch.ones(4) / 20
+    bent = line.clone()
+    bent[6:] += 0.5 * torch.arange(14.0)[:, None].sin()
+    straight, turning = followed(line, 0.01), followed(bent, 0.01)
+    assert straight[-1] == turning[-1] == 19  # the last is always computed
+    assert len(straight) < len(turning)
+    gaps = [n - a for a, n in zip(straight, straight[1:], strict=False)]
+    assert max(gaps) == MOST_SKIPPED + 1
+    assert [step for step in turning if step < 6] == [step for step in straight if step < 6]
+
+
+def test_a_smaller_budget_computes_more() -> None:
+    wave = torch.linspace(0, 6, 30).sin()[:, None] * torch.ones(4)
+    assert len(followed(wave, 1e-9)) == 30
+    assert len(followed(wave, 1e-9)) > len(followed(wave, 3e-3)) > len(followed(wave, 1.0))
+
+
+def test_a_cache_goes_on_from_its_state_alone() -> None:
+    wave = torch.linspace(0, 6, 16).sin()[:, None] * torch.ones(4)
+    whole = StepCache(range(16), Budget(3e-3, levels(16), [1 / 16] * 16))
+    parts = StepCache(range(16), Budget(3e-3, levels(16), [1 / 16] * 16))
+    skipped = 0
+    for step in range(16):
+        state = parts.state()
+        parts = StepCache(range(16), Budget(3e-3, levels(16), [1 / 16] * 16))
+        parts.load_state(SamplerState(state.values | {"next_step": step}, dict(state.tensors)))
+        wanted = whole.wants(step)
+        assert parts.wants(step) == wanted
+        for cache in (whole, parts):
+            if wanted:
+                cache.computed(step, wave[step], torch.ones(4))
+        if not wanted:
+            skipped += 1
+            assert torch.equal(whole.predicted(step), parts.predicted(step))
+    assert skipped
+    assert whole.computed_steps == parts.computed_steps
+
+
+def recorded(steps: int) -> Recorded:
+    draw = torch.Generator().manual_seed(2)
+    one, other = torch.randn(2, 64, generator=draw)
+    times = torch.tensor(levels(steps))
+    velocities = times.cos()[:, None] * one + (4 * times).exp()[:, None] * other / 50
+    return Recorded.of(levels(steps), list(velocities))
+
+
+def cost(run: Recorded, shares: list[float], schedule: Schedule) -> float:
+    """By definition: the squared error of each gap's predictions together, gap by gap."""
+    total, before = 0.0, -1
+    pairs = zip(schedule.computed, schedule.computed[1:], schedule.damping, strict=False)
+    for a, n, damping in pairs:
+        coefficients = torch.zeros(len(run.levels), dtype=torch.float64)
+        for step in range(a + 1, n):
+            counts = shares[step] * (1 - 0.6 * run.levels[step])
+            slope = damping * (step - a) / (a - before) if before >= 0 else 0.0
+            coefficients[step] += counts
+            coefficients[a] -= counts * (1 + slope)
+            if before >= 0:
+                coefficients[before] += counts * slope
+        total += float(coefficients @ run.products @ coefficients)
+        before = a
+    return total
+
+
+def test_no_schedule_of_as_many_forwards_is_better() -> None:
+    from itertools import combinations
+
+    run, shares = recorded(9), [0.1, 0.2, 0.1, 0.1, 0.1, 0.2, 0.1, 0.3, 0.1]
+    best = best_schedule(run, shares, 5)
+    assert len(best.computed) == 5
+    assert (best.computed[0], best.computed[-1]) == (0, 8)
+    tried = [
+        cost(run, shares, Schedule((0, *inner, 8), (0.0, d1, d2, d3, 0.0)))
+        for inner in combinations(range(1, 8), 3)
+        for d1 in (0.0, 0.5, 1.0)
+        for d2 in (0.0, 0.5, 1.0)
+        for d3 in (0.0, 0.5, 1.0)
+    ]
+    assert cost(run, shares, best) <= min(tried) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("steps", "forwards"), [(40, 2), (40, 6), (12, 12), (9, 8)])
+def test_a_schedule_has_exactly_so_many_forwards(steps: int, forwards: int) -> None:
+    schedule = best_schedule(recorded(steps), [1 / steps] * steps, forwards)
+    assert len(schedule.computed) == len(schedule.damping) == forwards
+    assert schedule.computed == tuple(sorted({0, *schedule.computed, steps - 1}))
+
+
+def test_a_record_is_read_again_and_serves_other_levels(tmp_path: Path) -> None:
+    run = recorded(12)
+    run.write(tmp_path / "there" / "run.json")
+    again = Recorded.read(tmp_path / "there" / "run.json")
+    torch.testing.assert_close(again.products, run.products, rtol=1e-8, atol=0)
+    torch.testing.assert_close(again.at(run.levels).products, again.products)
+    halves = again.at(levels(24))
+    torch.testing.assert_close(halves.products[::2, ::2], again.products)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{}", "[]", '{"levels": [1.0, 0.5], "products": [1, 2]}', '{"levels": [0.5, 1.0], '
+     '"products": [1, 2, 3]}', '{"levels": [1.0, 0.5], "products": [1, NaN, 3]}'],
+)  # fmt: skip
+def test_what_is_no_record_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(CheckpointError):
+        Recorded.read(tmp_path / "run.json")
+
+
+@pytest.fixture(scope="module", params=["plan:5", "budget:0.05"])
+def cached(request: pytest.FixtureRequest, t2v_folder: Path) -> tuple[str, JobResult]:
+    return request.param, run(t2v_folder, step_cache=request.param)
+
+
+def test_a_job_computes_what_the_report_says(
+    t2v_folder: Path, off: JobResult, cached: tuple[str, JobResult]
+) -> None:
+    word, result = cached
+    computed = result.report.computed_steps
+    fewest, most = Caching.of(word).forwards(STEPS)
+    assert fewest <= len(computed) <= most
+    assert len(computed) < STEPS
+    assert computed[-1] == STEPS - 1
+    assert not torch.equal(result.latents, off.latents)
+    denoise = next(phase for phase in result.report.phases if phase.name == "denoise")
+    moving = [step.flow.device_to_compute.nbytes > 0 for step in denoise.steps]
+    assert [step for step, moved in enumerate(moving) if moved] == list(computed)
+    assert denoise.predicted_vram_bytes >= denoise.measured_vram_bytes
+
+
+@pytest.mark.parametrize("word", ["plan:5", "budget:0.05"])
+def test_a_resumed_job_skips_the_same_steps(t2v_folder: Path, word: str, tmp_path: Path) -> None:
+    with an_engine(t2v_folder, step_cache=word) as engine:
+        whole = engine.submit(REQUEST).result()
+        computed = whole.report.computed_steps
+        skipped = next(s for s in range(1, STEPS) if s not in computed and s - 1 in computed)
+        for cut in (skipped, skipped + 1):  # before the skipped step, and after it
+            job = engine.submit(REQUEST, job_dir=tmp_path / str(cut))
+            for event in job.events():
+                if isinstance(event, Progress) and (event.phase, event.step) == ("denoise", cut):
+                    job.cancel()
+            with pytest.raises(JobCancelled):
+                job.result()
+            again = engine.resume(tmp_path / str(cut)).result()
+            assert torch.equal(again.latents, whole.latents)
+            assert again.report.computed_steps == computed
+
+
+def test_a_job_is_resumed_under_its_own_cache_only(t2v_folder: Path, tmp_path: Path) -> None:
+    with an_engine(t2v_folder, step_cache="plan:5") as engine:
+        job = engine.submit(REQUEST, job_dir=tmp_path / "job")
+        for event in job.events():
+            if isinstance(event, Progress) and (event.phase, event.step) == ("denoise", 2):
+                job.cancel()
+        with pytest.raises(JobCancelled):
+            job.result()
+    with (
+        an_engine(t2v_folder, step_cache="plan:6") as engine,
+        pytest.raises(FingerprintMismatch, match="cache"),
+    ):
+        engine.resume(tmp_path / "job")
+
+
+def test_few_steps_are_all_computed_and_it_is_said(t2v_folder: Path) -> None:
+    with an_engine(t2v_folder, step_cache="plan:2") as engine:
+        report = engine.submit(a_request(steps=4)).result().report
+    assert report.computed_steps == (0, 1, 2, 3)
+    assert any("gains nothing with 4 steps" in notice for notice in report.notices)
+
+
+def test_a_whole_job_records_and_the_next_plan_is_made_from_it(
+    t2v_folder: Path, off: JobResult, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PENSTOCK_CACHE", str(tmp_path))
+    before = run(t2v_folder, step_cache="plan:5").report
+    assert any("the small model in the box" in notice for notice in before.notices)
+    assert not list(tmp_path.rglob("*.json"))  # a job that skips records nothing
+    run(t2v_folder)
+    (record,) = tmp_path.rglob("*.json")
+    assert len(Recorded.read(record).levels) == STEPS
+    after = run(t2v_folder, step_cache="plan:5").report
+    assert any("a run of this model" in notice for notice in after.notices)
+
+
+def test_the_plan_counts_forwards_and_state(t2v_folder: Path) -> None:
+    plans = {}
+    for word in ("off", "plan:5", "budget"):
+        with Engine.open(
+            t2v_folder, device="cpu", vram="200MiB", ram="200MiB", step_cache=word
+        ) as it:
+            plans[word] = it.plan(REQUEST)
+    assert [plans[word]["denoise"].forwards for word in plans] == [(10, 10), (5, 5), (4, 10)]
+    off, five = plans["off"]["denoise"], plans["plan:5"]["denoise"]
+    assert five.seconds < 0.6 * off.seconds
+    more = dict(five.work)["latents"] - dict(off.work)["latents"]
+    assert more == 2 * dict(off.ram_work)["latents"]
+
+
+def peak_of(engine: Engine, request: GenerationRequest, plan: Plan) -> int:
+    """Bytes of live tensors in the denoising alone, which leaves no record."""
+    stage = Stage(
+        replace(engine.run_of(request, plan), sources={}), lambda event: None, threading.Event()
+    )
+    work = work_of(stage)
+    found = work.drawn(stage)
+    with _meter(engine) as meter, _host_buffers_apart(meter), torch.no_grad():
+        work.phases["denoise"](stage, found)
+    return meter.peak
+
+
+@pytest.mark.parametrize("guidance", [3.0, 1.0])
+def test_what_a_cache_keeps_is_planned(t2v_folder: Path, guidance: float) -> None:
+    request = replace(REQUEST, width=256, height=256, guidance_scale=guidance)
+    with an_engine(t2v_folder) as engine:
+        off = engine.plan(request)
+        chunk = off["denoise"].chunk_tokens
+        with an_engine(t2v_folder, step_cache="plan:5", chunk_tokens=chunk) as other:
+            cached = other.plan(request)
+        more = peak_of(engine, request, cached) - peak_of(engine, request, off)
+    promised = cached["denoise"].work_bytes - off["denoise"].work_bytes
+    latents = dict(off["denoise"].ram_work)["latents"]
+    assert 2 * latents <= more <= promised <= 3 * latents
+
+
+@pytest.mark.parametrize(
+    "word", ["", "on", "plan", "plan:1", "plan:x", "budget:0", "budget:-1", "budget:nan", 3]
+)
+def test_what_is_no_cache_is_refused(word: object) -> None:
+    with pytest.raises(ProfileError, match="cache"):
+        Caching.of(word)
+
+
+@pytest.mark.parametrize(
+    ("planned", "split", "expected"),
+    [
+        (20, (16, 24), (8, 12)), (10, (6, 14), (6, 4)), (5, (6, 14), (6, 2)), (9, (20, 0), (9, 2)),
+    ],
+)  # fmt: skip
+def test_two_transformers_share_a_plans_forwards(
+    planned: int, split: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    parts = Caching.of(f"plan:{planned}").parts(split)
+    assert tuple(part.planned for part in parts) == expected
+    assert all(Caching.of(part.word) == part for part in parts)
+
+
+def test_a_budget_is_each_transformers_own() -> None:
+    budget = Caching.of("budget:0.01")
+    assert budget.parts((16, 24)) == (budget, budget)
+    assert Caching.of(budget.word) == budget
+
+
+def test_the_next_transformer_begins_from_nothing() -> None:
+    first = StepCache(range(8), Budget(1.0, levels(16), [0.1] * 16, 7))
+    first.computed(0, torch.ones(2), torch.ones(2))
+    state = first.state()
+    state = SamplerState(state.values | {"next_step": 8}, state.tensors)
+    second = StepCache(range(8, 16), Budget(1.0, levels(16), [0.1] * 16, 15))
+    second.load_state(state)
+    assert second.computed_steps == [0]
+    assert second.wants(8)
+    assert second.left(8) == (2, 8)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from penstock._version import __version__
 from penstock.engine.attach.calling import NoBar, arguments_of, bars, output_of
 from penstock.engine.attach.diffusers_folder import Opened
 from penstock.engine.attach.foreign import modules_of
@@ -223,10 +224,9 @@ def _key(opened: Opened, given: Mapping[str, Any]) -> str:
     import diffusers
     import transformers
 
-    import penstock
-
     about: dict[str, Any] = {
-        "versions": [each.__version__ for each in (penstock, torch, diffusers, transformers)],
+        "penstock": __version__,
+        "versions": [each.__version__ for each in (torch, diffusers, transformers)],
         "pipeline": type(opened.pipe).__name__,
         "config": str(sorted(dict(opened.pipe.config).items(), key=str)),
         "given": {name: _told(value) for name, value in given.items()},

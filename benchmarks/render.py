@@ -568,7 +568,8 @@ def caches(results: Results) -> str:
 def cached_stream(value: Any) -> str:
     """A job from disk under each cache."""
     headings = (
-        "cache", "forwards", "read", "saved, of what skipping should save", "time",
+        "cache", "forwards", "read", "saved, of what skipping should save",
+        "after the first step: forwards; wall time; CPU time",
         "stall a forward; without a cache",
     )  # fmt: skip
     rows: Rows = [
@@ -577,7 +578,8 @@ def cached_stream(value: Any) -> str:
             f"{row['forwards']} of {value['steps']}",
             gib(row["read_bytes"]),
             "" if row["saved_of_expected"] is None else f"{row['saved_of_expected']:.3f}",
-            f"{row['seconds_over_full']:.2f}",
+            f"{row['forwards_over_full']:.2f}; {row['seconds_over_full']:.2f}; "
+            f"{row['cpu_s_over_full']:.2f}",
             f"{row['stall_s_a_forward']:.2f} s; {row['stall_s_a_forward_full']:.2f} s",
         )
         for row in value["rows"]

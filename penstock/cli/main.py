@@ -112,7 +112,7 @@ Distilled = Annotated[
 ]
 Window = Annotated[
     int | None,
-    typer.Option(help="Frames of the windows of a longer video (81); 0: all of it at once."),
+    typer.Option(help="Frames of the windows of a longer video (81 above 121); 0: all at once."),
 ]
 Overlap = Annotated[
     int | None, typer.Option(help="Frames that two windows have in common, 16 to 30 (16).")

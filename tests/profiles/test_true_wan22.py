@@ -129,7 +129,7 @@ def unique(*phases: str) -> Iterator[Any]:
                 continue
             part = found[phase]
             key = (name, found.weight_format, part.chunk_tokens, part.branches, part.tiles,
-                   part.cross_kv_on_device, phase)  # fmt: skip
+                   part.cross_kv_on_device, part.residual, phase)  # fmt: skip
             if key not in seen:
                 seen.add(key)
                 yield pytest.param(name, part, found, id=f"{name}-{profile}-{ram}-{phase}")
@@ -137,12 +137,13 @@ def unique(*phases: str) -> Iterator[Any]:
 
 @functools.cache
 def denoise_peaks(
-    name: str, chunk: int, visit: int, on_device: bool, steps: int, second: bool
+    name: str, chunk: int, visit: int, on_device: bool, second: bool, residual: str
 ) -> tuple[int, int]:
     """Live bytes besides weights of the context and of a step, one block standing for all."""
     config, spec = CONFIGS[name], manifest_of(name).transformer
     latent = shape_of(name).latent(manifest_of(name).vae)
-    still = name == "wan2.2-ti2v-5b"
+    still, steps = name == "wan2.2-ti2v-5b", 40
+    wide = torch.float32 if residual == "fp32" else torch.bfloat16
     fused = mock.patch("torch.nn.functional.rms_norm", fused_rms_norm)
     with FakeTensorMode(), torch.no_grad(), fused:
         model = WanTransformer3DModel(**config, num_layers=1).eval().requires_grad_(False)
@@ -161,7 +162,7 @@ def denoise_peaks(
                 [forward.cross_kv(model.blocks[0].attn2, each) for each in contexts]
                 for _ in range(spec.num_layers if on_device else 1)
             ]
-            rows = forward.step_modulation(model, torch.arange(steps + still), torch.bfloat16)
+            rows = forward.step_modulation(model, torch.arange(steps + still), torch.bfloat16, wide)
             context, meter.peak = meter.peak, 0
             del contexts, texts, held
             if not on_device:
@@ -186,8 +187,9 @@ def denoise_peaks(
             for _ in range(0, 2, visit):
                 crosses = [[kept[0][min(b, len(kept[0]) - 1)]] for b in range(visit)]
                 results += forward.denoise_forward(
-                    model, enumerate(model.blocks), model_input, crosses, step, rope, chunk
-                )
+                    model, enumerate(model.blocks), model_input, crosses, step, rope, chunk,
+                    residual=wide,
+                )  # fmt: skip
             return context, meter.peak
 
 
@@ -196,7 +198,7 @@ def _hold_denoise(name: str, part: PhasePlan, found: Plan) -> None:
     stored = manifest_of(name, found.weight_format).transformer.storage
     decoding = stored.scratch_bytes + stored.workspace_bytes
     context, step = denoise_peaks(
-        name, part.chunk_tokens, part.branches, part.cross_kv_on_device, 40, second
+        name, part.chunk_tokens, part.branches, part.cross_kv_on_device, second, part.residual
     )
     hold(part.vram_bytes, step + weight_bytes(part) + decoding)
     before = found["context 2" if second else "context"]

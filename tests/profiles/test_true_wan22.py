@@ -137,12 +137,12 @@ def unique(*phases: str) -> Iterator[Any]:
 
 @functools.cache
 def denoise_peaks(
-    name: str, chunk: int, visit: int, on_device: bool, second: bool, residual: str
+    name: str, chunk: int, visit: int, on_device: bool, second: bool, residual: str, steps: int
 ) -> tuple[int, int]:
     """Live bytes besides weights of the context and of a step, one block standing for all."""
     config, spec = CONFIGS[name], manifest_of(name).transformer
     latent = shape_of(name).latent(manifest_of(name).vae)
-    still, steps = name == "wan2.2-ti2v-5b", 40
+    still = name == "wan2.2-ti2v-5b"
     wide = torch.float32 if residual == "fp32" else torch.bfloat16
     fused = mock.patch("torch.nn.functional.rms_norm", fused_rms_norm)
     with FakeTensorMode(), torch.no_grad(), fused:
@@ -193,13 +193,22 @@ def denoise_peaks(
             return context, meter.peak
 
 
+def _steps(name: str, second: bool) -> int:
+    """Of 40 those of the one transformer."""
+    if "a14b" not in name:
+        return 40
+    work = Workload(shape_of(name), steps=40, guided=True)
+    return manifest_of(name).split(work)[second]
+
+
 def _hold_denoise(name: str, part: PhasePlan, found: Plan) -> None:
     second = part.name.endswith("2")
     stored = manifest_of(name, found.weight_format).transformer.storage
     decoding = stored.scratch_bytes + stored.workspace_bytes
     context, step = denoise_peaks(
-        name, part.chunk_tokens, part.branches, part.cross_kv_on_device, second, part.residual
-    )
+        name, part.chunk_tokens, part.branches, part.cross_kv_on_device, second, part.residual,
+        _steps(name, second),
+    )  # fmt: skip
     hold(part.vram_bytes, step + weight_bytes(part) + decoding)
     before = found["context 2" if second else "context"]
     actual = context + weight_bytes(before) + decoding

@@ -90,15 +90,15 @@ def attached(name: str, tiny: Tiny, folder: Path, **asked: Any) -> Outcome:
     """One recipe under the least budgets."""
     pipe = tiny.pipe
     wanted = tiny.call()
-    resident, meter = StorageMeter(weights_of(pipe)), StorageMeter()
+    resident = StorageMeter(weights_of(pipe))
     metered = name not in UNMETERED
     with resident if metered else nullcontext():
         tiny.call()
     weights = sum({id(t): t.nbytes for t in weights_of(pipe)}.values())
     vram, ram = least(pipe, folder, **asked)
-    kept = weights_of(pipe)
+    meter = StorageMeter(weights_of(pipe))
     with (
-        StorageMeter(kept) as meter,
+        meter if metered else nullcontext(),
         penstock.attach(pipe, vram=vram, ram=ram, device="cpu", folder=folder, **asked) as handle,
     ):
         meter.peak = meter.live

@@ -66,10 +66,41 @@ def _update(component: Component, block: Any, seed: int) -> Tensor:
     def noise(*dims: int) -> Tensor:
         return torch.randn(*dims, generator=generator).to(component.dtype)
 
-    rope = component.module.rope(torch.empty(1, config.in_channels, 3, 4 * height, 5 * across))
+    theirs, rope = _of_diffusers(component, block)
+    angles = rope(torch.empty(1, config.in_channels, 3, 4 * height, 5 * across))
     hidden, context, modulation = noise(1, 60, width), noise(1, tokens, width), noise(1, 6, width)
-    update: Tensor = block(hidden, context, (0.2 * modulation).float(), rope) - hidden
+    update: Tensor = theirs(hidden, context, (0.2 * modulation).float(), angles) - hidden
     return update
+
+
+def _of_diffusers(component: Component, block: nn.Module) -> tuple[Any, Any]:
+    """diffusers' own block around the linear layers and the other weights of ``block``, and what
+    makes its angles."""
+    from diffusers.models.transformers import transformer_wan
+
+    config = component.module.config
+    heads, head = config.num_attention_heads, config.attention_head_dim
+    linears = {
+        name: layer
+        for name, layer in block.named_modules()
+        if isinstance(layer, (nn.Linear, QuantLinear))
+    }
+    with torch.device("meta"):
+        made = transformer_wan.WanTransformerBlock(
+            heads * head, config.ffn_dim, heads, config.qk_norm, config.cross_attn_norm,
+            config.eps, config.added_kv_proj_dim,
+        )  # fmt: skip
+    others = {
+        name: tensor
+        for name, tensor in block.state_dict().items()
+        if name.rpartition(".")[0] not in linears
+    }
+    made.load_state_dict(others, strict=False, assign=True)
+    for name, layer in linears.items():
+        parent, _, own = name.rpartition(".")
+        setattr(made.get_submodule(parent), own, layer)
+    rope = transformer_wan.WanRotaryPosEmbed(head, config.patch_size, config.rope_max_seq_len)
+    return made.eval(), rope
 
 
 @contextmanager

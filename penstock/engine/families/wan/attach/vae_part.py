@@ -83,7 +83,7 @@ class VaePart(Part):
         with desk.phase(whole or phase), desk.rest(component) as vae:
             if whole is not None:
                 given = clip[None].to(desk.device, component.dtype)
-                mode: Tensor = vae.encode(given).latent_dist.mode()
+                mode: Tensor = _of_diffusers(vae).encode(given).latent_dist.mode()
             else:
                 size = (frames, height, width)
                 mode = encode_tiled(vae, pixels, size, TileGrid(*phase.tiles), changes=changes)
@@ -119,11 +119,23 @@ class VaePart(Part):
         with desk.phase(whole or phase), desk.rest(component) as vae:
             given = latents[None].to(desk.device, component.dtype)
             if whole is not None:
-                clip.copy_(vae.decode(given, return_dict=False)[0][0])
+                clip.copy_(_of_diffusers(vae).decode(given, return_dict=False)[0][0])
                 return
             for piece in decode_tiled(vae, given, TileGrid(*phase.tiles)):
                 rows, cols = piece.window.inside(window)
                 clip[:, piece.frame, rows, cols] = piece.pixels.to(clip)
+
+
+def _of_diffusers(vae: Any) -> Any:
+    """diffusers' own network with the weights that ``vae`` holds: on whole frames it gives the bits
+    of the plain pipeline."""
+    from diffusers import AutoencoderKLWan
+
+    with torch.device("meta"):
+        made = AutoencoderKLWan(**dict(vae.config))
+    held = {name: tensor for name, tensor in vae.state_dict().items() if not tensor.is_meta}
+    made.load_state_dict(held, strict=False, assign=True)
+    return made.eval().requires_grad_(False)
 
 
 def _changes(clip: Tensor) -> list[int]:

@@ -124,7 +124,7 @@ def stream(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         vram=options.vram,
         ram=options.ram,
         device="cpu",
-        options=Options(chunk_tokens=str(CHUNK_TOKENS), disk="auto"),
+        options=Options(chunk_tokens=str(CHUNK_TOKENS), disk="auto", residual="bf16"),
     ) as engine:
         parameters = engine.model.streamed.source.parameters
         started = time.perf_counter()

@@ -16,7 +16,7 @@ from penstock.formats.formats import get_format
 from penstock.quant.arithmetic import quantise
 from penstock.quant.compute import Operands, strategy_for
 from penstock.quant.paths import Computing, Scratch
-from penstock.quant.probe import probe, working
+from penstock.quant.probe import probe, probe_kitchen, working
 
 
 def formats(context: Context) -> Iterator[Case]:
@@ -36,6 +36,13 @@ def formats(context: Context) -> Iterator[Case]:
                 return product(context, name, mode, working(reports), *operands())
 
             yield f"{name}, {mode}", work
+    yield "path int8-kitchen", lambda: vars(probe_kitchen(context.device))
+    for name in ("int8", "int8-convrot"):
+
+        def kitchens(name: str = name) -> dict[str, Any]:
+            return product(context, name, "fast", frozenset({"int8", "int8-kitchen"}), *operands())
+
+        yield f"{name}, comfy-kitchen", kitchens
     for backend in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
 
         def kernel(backend: str = backend) -> dict[str, Any]:

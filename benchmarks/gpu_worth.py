@@ -48,7 +48,14 @@ PARTS = (
     Part("speeds", ("480x832x81, RAM", "480x832x81, disk"), 20, 8),
     Part("peaks", ("16 GiB", "4 GiB"), 75, 25),
     Part("vae", ("decode, smallest card",), 18),
-    Part("formats", ("attention int8 (comfy-kitchen)",), 8),
+    Part(
+        "formats",
+        (
+            "attention int8 (comfy-kitchen)", "path int8-kitchen", "int8, comfy-kitchen",
+            "int8-convrot, comfy-kitchen",
+        ),
+        14,
+    ),
     Part("peers", ("resident", "accelerate_cpu", "mmgp", "model_offload"), 70, 40),
     Part("correctness", ("late computation, rings of one",), 26, 6),
     Part(

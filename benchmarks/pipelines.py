@@ -1,6 +1,6 @@
 """Pipelines of diffusers, attached: what tiny random ones compute, and a verdict on every class.
 
-    python -m benchmarks.pipelines [--only NAME ...] [--classes] [--table FILE]
+    python -m benchmarks.pipelines [--only NAME ...] [--classes] [--results FILE] [--table FILE]
 
 The last line on stdout is JSON. Each recipe of `benchmarks.tiny_pipelines` is called as it is, then
 attached under the least budgets that are not refused, called again, detached, and called once more:
@@ -255,29 +255,58 @@ def table(outcomes: list[Outcome], verdicts: list[Verdict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _earlier(results: Path | None) -> tuple[dict[str, Outcome], list[Verdict]]:
+    """Of runs before, with the same versions."""
+    if results is None or not results.exists():
+        return {}, []
+    found = json.loads(results.read_text())
+    if (found["diffusers"], found["torch"]) != (diffusers.__version__, torch.__version__):
+        return {}, []
+    outcomes = {each["recipe"]: Outcome(**each) for each in found["outcomes"]}
+    return outcomes, [Verdict(**each) for each in found["verdicts"]]
+
+
 def main() -> None:
     """Run the recipes, look at the classes, and say what came of it."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", nargs="*", default=list(RECIPES))
     parser.add_argument("--classes", action="store_true")
+    parser.add_argument("--results", type=Path)
     parser.add_argument("--table", type=Path)
     asked = parser.parse_args()
-    outcomes = []
+    outcomes, verdicts = _earlier(asked.results)
     with tempfile.TemporaryDirectory() as folder:
         for name in asked.only:
-            made = build(name)
-            outcomes.append(attached(name, made, Path(folder), exact=True))
-            print(outcomes[-1], flush=True)
-    seen = {each.pipeline: each.recipe for each in outcomes if each.equal and each.equal_after}
-    verdicts = classes(seen) if asked.classes else []
+            outcomes[name] = attached(name, build(name), Path(folder), exact=True)
+            _kept(outcomes, verdicts, asked.results)
+            print(outcomes[name], flush=True)
+    if asked.classes:
+        verdicts = classes({})
+    seen = {o.pipeline: o.recipe for o in outcomes.values() if o.equal and o.equal_after}
+    verdicts = [
+        Verdict(each.pipeline, "runs", f"seen: {seen[each.pipeline]}")
+        if each.pipeline in seen else each
+        for each in verdicts
+    ]  # fmt: skip
+    found = _kept(outcomes, verdicts, asked.results)
     if asked.table is not None:
-        asked.table.write_text(table(outcomes, verdicts))
-    print(json.dumps({
+        rows = [outcomes[name] for name in RECIPES if name in outcomes]
+        asked.table.write_text(table(rows, verdicts))
+    print(json.dumps(found))
+
+
+def _kept(
+    outcomes: dict[str, Outcome], verdicts: list[Verdict], results: Path | None
+) -> dict[str, Any]:
+    found = {
         "diffusers": diffusers.__version__,
         "torch": torch.__version__,
-        "outcomes": [asdict(each) for each in outcomes],
-        "verdicts": dict(Counter(each.verdict for each in verdicts)),
-    }))  # fmt: skip
+        "outcomes": [asdict(each) for each in outcomes.values()],
+        "verdicts": [asdict(each) for each in verdicts],
+    }
+    if results is not None:
+        results.write_text(json.dumps(found, indent=1) + "\n")
+    return found
 
 
 if __name__ == "__main__":

@@ -71,6 +71,7 @@ def peaks() -> list[dict[str, Any]]:
                 "ram_gib": round(plan.peak_ram_bytes / GIB, 2),
                 "chunk": denoise.chunk_tokens,
                 "branches": denoise.branches,
+                "residual": plan.residual,
                 "in_vram": denoise.stream.device_resident,
                 "in_ram": denoise.stream.host_resident,
                 "from_disk": denoise.stream.disk_blocks,
@@ -86,7 +87,9 @@ def measured_pairs(
 ) -> list[tuple[int, int]]:
     """Predicted and measured peaks of every phase that has any VRAM (muxing has none)."""
     step = plan["denoise"]
-    found = true.denoise_peaks(size, step.chunk_tokens, step.branches, step.cross_kv_on_device)
+    found = true.denoise_peaks(
+        size, step.chunk_tokens, step.branches, step.cross_kv_on_device, step.residual
+    )
     pairs = [
         (part.vram_bytes, peak + true.weight_bytes(part) + true.decoding_bytes(plan))
         for part, peak in zip((plan["context"], step), found, strict=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
@@ -66,41 +67,25 @@ def _update(component: Component, block: Any, seed: int) -> Tensor:
     def noise(*dims: int) -> Tensor:
         return torch.randn(*dims, generator=generator).to(component.dtype)
 
-    theirs, rope = _of_diffusers(component, block)
-    angles = rope(torch.empty(1, config.in_channels, 3, 4 * height, 5 * across))
+    original = _of_diffusers(config, block)
+    rope = original.rope(torch.empty(1, config.in_channels, 3, 4 * height, 5 * across))
     hidden, context, modulation = noise(1, 60, width), noise(1, tokens, width), noise(1, 6, width)
-    update: Tensor = theirs(hidden, context, (0.2 * modulation).float(), angles) - hidden
+    inputs = (hidden, context, (0.2 * modulation).float(), rope)
+    update: Tensor = original.blocks[0](*inputs) - hidden
     return update
 
 
-def _of_diffusers(component: Component, block: nn.Module) -> tuple[Any, Any]:
-    """diffusers' own block around the linear layers and the other weights of ``block``, and what
-    makes its angles."""
-    from diffusers.models.transformers import transformer_wan
-
-    config = component.module.config
-    heads, head = config.num_attention_heads, config.attention_head_dim
-    linears = {
-        name: layer
-        for name, layer in block.named_modules()
-        if isinstance(layer, (nn.Linear, QuantLinear))
-    }
-    with torch.device("meta"):
-        made = transformer_wan.WanTransformerBlock(
-            heads * head, config.ffn_dim, heads, config.qk_norm, config.cross_attn_norm,
-            config.eps, config.added_kv_proj_dim,
-        )  # fmt: skip
-    others = {
-        name: tensor
-        for name, tensor in block.state_dict().items()
-        if name.rpartition(".")[0] not in linears
-    }
-    made.load_state_dict(others, strict=False, assign=True)
-    for name, layer in linears.items():
-        parent, _, own = name.rpartition(".")
-        setattr(made.get_submodule(parent), own, layer)
-    rope = transformer_wan.WanRotaryPosEmbed(head, config.patch_size, config.rope_max_seq_len)
-    return made.eval(), rope
+def _of_diffusers(config: Any, block: nn.Module) -> Any:
+    """Diffusers' transformer of one block, around the layers of ``block`` (quantised ones, too)."""
+    original = WanTransformer3DModel.from_config(dict(config) | {"num_layers": 1})
+    for name, module in block.named_modules():
+        own = original.blocks[0].get_submodule(name)
+        if isinstance(module, (nn.Linear, QuantLinear)):
+            original.blocks[0].set_submodule(name, module)
+        else:
+            for parameter, value in module.named_parameters(recurse=False):
+                setattr(own, parameter, value)
+    return original
 
 
 @contextmanager

@@ -466,7 +466,7 @@ def plan_peaks(results: Results) -> str:
     """Profiles and sizes: predicted peaks, and how much they are over the measured ones."""
     headings = (
         "size", "profile", "system RAM", "format", "peak VRAM, GiB", "peak RAM, GiB", "chunk",
-        "branches a visit", "blocks", "decode tiles", "over measured",
+        "branches a visit", "hidden states", "blocks", "decode tiles", "over measured",
     )  # fmt: skip
     rows: Rows = [
         (
@@ -478,6 +478,7 @@ def plan_peaks(results: Results) -> str:
             f"{row['ram_gib']:.2f}",
             f"{row['chunk']:,}",
             str(row["branches"]),
+            row["residual"],
             f"{row['in_vram']} / {row['in_ram']} / {row['from_disk']}",
             row["decode_tiles"],
             f"{row['over'][0]:.2f} to {row['over'][1]:.2f} %",
@@ -567,7 +568,8 @@ def caches(results: Results) -> str:
 def cached_stream(value: Any) -> str:
     """A job from disk under each cache."""
     headings = (
-        "cache", "forwards", "read", "saved, of what skipping should save", "time",
+        "cache", "forwards", "read", "saved, of what skipping should save",
+        "after the first step: forwards; wall time; CPU time",
         "stall a forward; without a cache",
     )  # fmt: skip
     rows: Rows = [
@@ -576,7 +578,8 @@ def cached_stream(value: Any) -> str:
             f"{row['forwards']} of {value['steps']}",
             gib(row["read_bytes"]),
             "" if row["saved_of_expected"] is None else f"{row['saved_of_expected']:.3f}",
-            f"{row['seconds_over_full']:.2f}",
+            f"{row['forwards_over_full']:.2f}; {row['seconds_over_full']:.2f}; "
+            f"{row['cpu_s_over_full']:.2f}",
             f"{row['stall_s_a_forward']:.2f} s; {row['stall_s_a_forward_full']:.2f} s",
         )
         for row in value["rows"]

@@ -8,8 +8,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, MutableMapping
+from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -108,6 +110,13 @@ Distilled = Annotated[
         help="For a distilled model or LoRA: 4 steps, guidance off, shift 5, its noise levels.",
     ),
 ]
+Window = Annotated[
+    int | None,
+    typer.Option(help="Frames of the windows of a longer video (81 above 121); 0: all at once."),
+]
+Overlap = Annotated[
+    int | None, typer.Option(help="Frames that two windows have in common, 16 to 30 (16).")
+]
 Force = Annotated[bool, typer.Option(help="Replace an existing output.")]
 
 
@@ -141,8 +150,14 @@ def main_options(
 @app.command(cls=MemoryHelp)
 @with_options()
 def generate(
-    prompt: Annotated[str, typer.Option(help="What should happen.")],
     output: Annotated[Path, path_option("The mp4 to write.", "--output", "-o")],
+    prompt: Annotated[
+        str, typer.Option(help="What should happen; what --continue says, if that is given.")
+    ] = "",
+    continues: Annotated[
+        Path | None,
+        path_option("A video to go on from: its last frame, its settings.", "--continue"),
+    ] = None,
     model: Model = None,
     transformer: Part = None,
     transformer_2: Second = None,
@@ -184,6 +199,8 @@ def generate(
             help="CLIP sees all of the picture, squeezed to a square, or its centre (squash)."
         ),
     ] = None,
+    window: Window = None,
+    overlap: Overlap = None,
     lora: Loras = None,
     lora_strict: LoraStrict = False,
     options: Options = NOTHING,
@@ -228,8 +245,12 @@ def generate(
         fit=None if fit is None else fit.value,
         distilled=distilled,
         clip_crop=None if clip_crop is None else clip_crop.value,
+        window=window,
+        overlap=overlap,
     )
-    with reported(debug), Stopping() as stop:
+    with reported(debug), Stopping() as stop, ExitStack() as stack:
+        if continues is not None:
+            settings = _continued(settings, continues, stack)
         loras = as_loras(lora or [], strict=lora_strict)
         opening = {"files": files, "loras": loras, "options": options}
         _generate(
@@ -360,6 +381,8 @@ def plan(
     shift: Shift = None,
     sampler: Sampler = None,
     distilled: Distilled = False,
+    window: Window = None,
+    overlap: Overlap = None,
     lora: Loras = None,
     lora_strict: LoraStrict = False,
     options: Options = NOTHING,
@@ -385,7 +408,7 @@ def plan(
     settings = Settings(
         prompt="a plan", image=image, size=size, max_area=max_area, frames=frames, steps=steps,
         guidance_scale=cfg, nag_scale=nag, shift=shift, distilled=distilled,
-        sampler=None if sampler is None else sampler.value,
+        sampler=None if sampler is None else sampler.value, window=window, overlap=overlap,
     )  # fmt: skip
     with reported(debug):
         options, machine = machine_of(options, card, disk)
@@ -453,6 +476,20 @@ def doctor(
     Screen().print(findings_view(found.machine, rows))
     if found.stored_in is not None:
         say(f"rates are kept in {found.stored_in}")
+
+
+def _continued(settings: Any, video: Path, stack: ExitStack) -> Any:
+    """``settings`` to go on from ``video``; its last frame lies in a file until ``stack`` ends."""
+    from PIL import Image
+
+    from penstock.engine.media.seam import Clip
+    from penstock.engine.request.settings import going_on
+
+    clip = Clip.open(video)
+    folder = stack.enter_context(TemporaryDirectory(prefix="penstock-"))
+    frame = Path(folder) / "last.png"
+    Image.fromarray(clip.last).save(frame)
+    return going_on(settings, clip, frame)
 
 
 JobFolder = Callable[[Any, Any, Any], tuple[Path, bool]]

@@ -38,6 +38,7 @@ FLAGS: Mapping[str, Flag] = MappingProxyType(
         "format": Flag("Of the transformer's matrices, such as int8 (as stored)."),
         "compute": Flag("exact, or fast (8-bit products where they work)."),
         "attention": Flag("sdpa, or int8 (self-attention in 8 bits where it works)."),
+        "residual": Flag("Hidden states between operations: fp32, bf16 or auto (fp32 with room)."),
         "branches": Flag("CFG branches that share a visit of a block: 1, 2 or auto."),
         "chunk_tokens": Flag("Tokens a chunk of the transformer's forward pass, or auto."),
         "tiles": Flag('The VAE\'s, as ROWSxCOLUMNS such as "2x2", or auto.'),
@@ -47,7 +48,7 @@ FLAGS: Mapping[str, Flag] = MappingProxyType(
         ),
         "pinned_share": Flag("Of the RAM budget that may be page-locked, such as 0.5."),
         "step_cache": Flag(
-            "Skip forward passes: off, budget (or budget:T, an error such as 0.002) or plan:N.",
+            "Skip forward passes: off, budget (or budget:T, an error such as 0.001) or plan:N.",
             "--cache",
         ),
     }

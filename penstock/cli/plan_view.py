@@ -10,7 +10,7 @@ from rich.table import Table
 
 from penstock.engine.alternatives import Alternative
 from penstock.profiles.hardware import INTERPRETER_BYTES
-from penstock.profiles.plan import ATTENTION, COMPUTE_PATHS, Plan, StreamPlan
+from penstock.profiles.plan import ATTENTION, COMPUTE_PATHS, RESIDUAL, Plan, StreamPlan
 from penstock.profiles.profile import Profile, load, names
 from penstock.units import format_bytes
 
@@ -43,7 +43,8 @@ def plan_view(
         f"visit, cross-attention K/V in {'VRAM' if denoise.cross_kv_on_device else 'RAM'}, "
         f"{_tiles(plan)}",
         f"weights  blocks stored as {plan.weight_format}, compute {plan.compute}: "
-        f"{COMPUTE_PATHS[plan.compute_path]}; self-attention {ATTENTION[plan.attention]}",
+        f"{COMPUTE_PATHS[plan.compute_path]}; self-attention {ATTENTION[plan.attention]}; "
+        f"hidden states {RESIDUAL[plan.residual]}",
         *_caching(plan),
         f"total    {clock(plan.seconds)}; denoising is bound by {_BOUND[denoise.bound]}",
         f"budgets  VRAM {format_bytes(plan.peak_vram_bytes)} of "

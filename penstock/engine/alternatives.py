@@ -22,6 +22,7 @@ from penstock.engine.request.generation import (
 from penstock.engine.request.settings import Settings, resolve
 from penstock.errors import PenstockError
 from penstock.formats.formats import get_format
+from penstock.profiles.caching import FEWEST_STEPS, OFF
 from penstock.profiles.options import Options
 from penstock.profiles.plan import Plan
 
@@ -124,6 +125,11 @@ def _changes(
     if plan.attention == "sdpa" and options.attention is None and prepared.hardware.device != "cpu":
         eight = replace(options, attention="int8")
         yield _Change("--attention int8", eight, settings, _UNMEASURED)
+    if options.step_cache is None and plan.step_cache == OFF and request.steps >= FEWEST_STEPS:
+        half = f"plan:{request.steps // 2}"
+        other = replace(options, step_cache=half)
+        told = f"{request.steps // 2} of {request.steps} forwards; measured on the small model only"
+        yield _Change(f"--cache {half}", other, settings, told)
     yield from _formats(options, settings, plan)
     yield from _budgets(options, settings)
 

@@ -207,6 +207,7 @@ class Engine(Closing):
             return None
         check_output(order.output, overwrite=order.overwrite)
         inputs = [*self.model.files.values(), *request.pictures]
+        inputs += [] if request.after is None else [request.after]
         check_no_input(order.output, inputs)
         return None if order.overwrite else OutputClaim(order.output)
 

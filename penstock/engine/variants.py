@@ -13,6 +13,7 @@ from penstock.engine.machine.memory import resident_bytes
 from penstock.engine.model.files import ModelFiles
 from penstock.engine.model.storage import block_format
 from penstock.engine.packs.firstuse import FirstUse, packing
+from penstock.engine.software import package_version
 from penstock.engine.store.sums import how_told
 from penstock.errors import JobLocked
 from penstock.folders import cache_folder
@@ -45,10 +46,28 @@ def computing_on(device: str, mode: Mode) -> tuple[Computing, tuple[str, ...]]:
     which are tried for "fast"."""
     if mode == "exact":
         return Computing(Scratch(0, device)), ()
-    from penstock.quant.probe import probe, working
+    from penstock.quant.probe import probe, probe_kitchen, working
 
     reports = probe(device)
-    return Computing(Scratch(0, device), mode, working(reports)), told_of(reports)
+    works, told = working(reports), told_of(reports)
+    if device != "cpu":
+        kitchens, said = _kitchens(probe_kitchen(device))
+        works, told = works | kitchens, (*told, said)
+    return Computing(Scratch(0, device), mode, works), told
+
+
+def _kitchens(report: PathReport) -> tuple[frozenset[Kernel], str]:
+    """What comfy-kitchen's trial has shown, and what is said of it."""
+    if report.works:
+        return frozenset({"int8-kitchen"}), "int8 products by comfy-kitchen: they work here"
+    return frozenset(), f"int8 products by comfy-kitchen: not here ({report.reason})"
+
+
+def kitchen_numerics(path: str, works: frozenset[Kernel]) -> dict[str, str]:
+    """What a fingerprint says of comfy-kitchen's products: results depend on its version."""
+    if path != "int8" or "int8-kitchen" not in works:
+        return {}
+    return {"int8": f"comfy-kitchen {package_version('comfy-kitchen')}"}
 
 
 def told_of(reports: Mapping[Kernel, PathReport]) -> tuple[str, ...]:
@@ -213,7 +232,9 @@ class Variants:
             "compute": policy.compute,
             "compute_path": path,
             "attention": attention_numerics(policy.attention),
-        } | ({} if policy.step_cache == OFF else {"step_cache": policy.step_cache})
+            **kitchen_numerics(path, self._computing.working),
+            **({} if policy.step_cache == OFF else {"step_cache": policy.step_cache}),
+        }
 
     def close(self) -> None:
         """Close the files."""

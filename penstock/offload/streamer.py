@@ -90,6 +90,7 @@ class BlockStream(Closing):
         self._layouts, self._residency = tuple(layouts), residency
         self._computes: Iterator[Compute] = iter(())
         self._passes, self._overlapped = passes, overlapped
+        self._visits = 0
         self._sure = _Sure(residency.n_blocks, passes if sure is None else sure)
         self._should_stop = should_stop
         self._device = DeviceTier(device, device_ledger)
@@ -212,6 +213,7 @@ class BlockStream(Closing):
         """
         for index in range(self._residency.n_blocks):
             loop, mover = self._opened()
+            self._visits += 1
             op = next(self._computes, None)
             if op is None or op.block != index:
                 raise UsageError(
@@ -231,6 +233,12 @@ class BlockStream(Closing):
         """
         self._sure.raise_to(passes)
 
+    def announce(self, block: int) -> None:
+        """``block`` is visited next: said before the visit that is open ends, nothing more begins
+        to move of those that will be left out."""
+        loop, _ = self._opened()
+        loop.announce(self._visits + (block - self._visits) % self.n_blocks)
+
     @contextmanager
     def visit(self, block: int) -> Iterator[Tensors]:
         """The next visit of ``block``: its tensors by local name, until the context ends.
@@ -246,6 +254,7 @@ class BlockStream(Closing):
         loop, mover = self._opened()
         left: list[Compute] = []
         for op in self._computes:
+            self._visits += 1
             if op.block == block:
                 break
             left.append(op)
@@ -316,6 +325,9 @@ class _Loop(Protocol):
     def bring(self, op: Compute) -> None:
         """Return when the computation may be issued."""
 
+    def announce(self, visit: int) -> None:
+        """Visits from now to this one need not be brought."""
+
     def leave_out(self, ops: Sequence[Compute]) -> None:
         """These are not computed, and need not be brought."""
 
@@ -350,9 +362,13 @@ class _Sequential:
             for ref in op.after:
                 self._link.wait(Queue.COMPUTE, ref)
 
+    def announce(self, visit: int) -> None:
+        """Nothing of those before it was begun."""
+        self._wanted.since = visit
+
     def leave_out(self, ops: Sequence[Compute]) -> None:
-        """Nothing of them was begun."""
-        self._wanted.since = ops[-1].visit + 1
+        """As `announce` has it."""
+        self.announce(ops[-1].visit + 1)
 
     def leave(self, op: Compute) -> None:
         """Mark its end, where a copy will wait for it."""
@@ -405,13 +421,17 @@ class _Overlapped:
                 self._board.raise_failure()
                 self._link.wait(Queue.COMPUTE, ref)
 
+    def announce(self, visit: int) -> None:
+        """What is on its way before it arrives; nothing more sets out."""
+        self._wanted.since = visit
+
     def leave_out(self, ops: Sequence[Compute]) -> None:
         """What is not on its way stays where it is; the queues pass these visits as if done: in
         the stream of each an event stands for one, behind all that was issued there before.
 
         The other queues are waited for, so that none ever looks for an event that is forgotten.
         What they are at comes before the block that is wanted in any case."""
-        self._wanted.since = ops[-1].visit + 1
+        self.announce(ops[-1].visit + 1)
         for op in ops:
             self.leave(op)
         copied = [ref for op in ops for ref in op.after]
@@ -444,8 +464,9 @@ class _Wanted:
         self.since = 0
 
     def moves(self, op: Read | Copy) -> bool:
-        """Whether ``op`` is done. A block that stays comes once, and later visits count on it."""
-        return op.visit >= self.since or op.block in self._stays
+        """Whether ``op`` is done. What comes to stay comes once, and later visits count on it."""
+        comes_to_stay = op.slot is None if isinstance(op, Copy) else op.block in self._stays
+        return op.visit >= self.since or comes_to_stay
 
 
 _WAITS = {

@@ -32,6 +32,8 @@ class Options:
             allows it and the device has just shown that it can.
         attention: "sdpa", or "int8" for self-attention in 8 bits where comfy-kitchen is installed
             and the device has just shown that it can.
+        residual: what the transformer's hidden states are kept in between operations: "fp32" as
+            the makers do, "bf16" (the dtype it computes in) or "auto" (fp32 where there is room).
         branches: CFG branches a visit: 1, 2 or "auto".
         chunk_tokens: tokens a chunk of the transformer's forward pass, or "auto".
         tiles: of the VAE, "ROWSxCOLUMNS" or "auto".
@@ -52,6 +54,7 @@ class Options:
     format: str | None = None
     compute: str | None = None
     attention: str | None = None
+    residual: str | None = None
     branches: str | int | None = None
     chunk_tokens: str | int | None = None
     tiles: str | None = None

@@ -25,6 +25,7 @@ from penstock.profiles.plan import Items, PhasePlan
 from penstock.profiles.policy import Limits, Policy
 from penstock.profiles.rates import Rates
 from penstock.profiles.streams import Network, Pace, Stream, all_streams, staging_bytes
+from penstock.profiles.windows import Windows
 from penstock.units import MIB
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,10 @@ log = logging.getLogger(__name__)
 ENCODER_BYTES_PER_PIXEL = 240
 """Host memory of libx264's look-ahead and references, a pixel of one frame: measured on
 noise, the worst picture, with two threads."""
+
+DECODER_BYTES_PER_PIXEL = 64
+"""Host memory of FFmpeg's H.264 decoder, a pixel of a frame: up to 16 references and as many frames
+in flight at 1.5 bytes (4:2:0), one frame in RGB, and what swscale takes."""
 
 ENCODER_BASE_BYTES = 16 * MIB
 
@@ -93,6 +98,8 @@ class Workload:
             of its own for that; None: as ``guided``.
         noise: of the steps.
         contrasted: the one pass of a step attends to a negative prompt as well.
+        continued: it goes on from a video, whose frames come first in the file.
+        windows: of frames, that the video is denoised in; None: all of it at once.
         changes: frames of the conditioning clip that may differ from the one before, the first
             among them; None: any may.
     """
@@ -109,6 +116,8 @@ class Workload:
     guided_high: bool | None = None
     noise: Noise = Noise()
     contrasted: bool = False
+    continued: bool = False
+    windows: Windows | None = None
 
     @property
     def branches(self) -> int:
@@ -343,6 +352,7 @@ class Mux:
         shape = self.shape
         pixels = shape.width * shape.height
         encoder = ENCODER_BASE_BYTES + ENCODER_BYTES_PER_PIXEL * pixels
+        decoder = DECODER_BYTES_PER_PIXEL * pixels if self.case.workload.continued else 0
         yield (
             PhasePlan(
                 "mux",
@@ -353,6 +363,7 @@ class Mux:
                     ("video frames", 3 * shape.frames * pixels),
                     *self.held,
                     ("video encoder", encoder),
+                    *((("video decoder", decoder),) if decoder else ()),
                 ),
                 seconds=shape.frames * pixels / self.case.rates.video_pixels_per_s,
             ),

@@ -36,6 +36,11 @@ ATTENTION: Mapping[str, str] = MappingProxyType(
 )
 """What a plan's ``attention`` means, for people."""
 
+RESIDUAL: Mapping[str, str] = MappingProxyType(
+    {"bf16": "as it computes", "fp32": "in fp32, as the makers do"}
+)
+"""What a plan's ``residual`` means, for people."""
+
 
 NUMERICS: Mapping[str, str | None] = MappingProxyType(
     {"weight_format": None, "compute": "exact", "attention": "sdpa", "step_cache": "off"}
@@ -91,7 +96,10 @@ class PhasePlan:
         ram_weights: ``(label, bytes)`` of the weights in host memory.
         ram_work: ``(label, bytes)`` of everything else in host memory.
         chunk_tokens: tokens a chunk of the DiT forward.
-        branches: CFG branches that go through a block during one visit.
+        branches: CFG branches, of all windows, that go through a block during one visit.
+        windows: that a step denoises, each with its branches.
+        residual: what the DiT's hidden states are kept in: "bf16", the compute dtype, as all jobs
+            did whose records do not say it; or "fp32".
         cross_kv_on_device: the cross-attention K/V of all blocks stay in VRAM (else in RAM).
         tiles: rows and columns of the VAE's tile grid.
         pinned_bytes: of ``ram_weights``, page-locked where the device is a GPU.
@@ -111,6 +119,8 @@ class PhasePlan:
     stream: StreamPlan | None = None
     chunk_tokens: int = 0
     branches: int = 0
+    windows: int = 1
+    residual: str = "bf16"
     cross_kv_on_device: bool = False
     tiles: tuple[int, int] = (1, 1)
     pinned_bytes: int = 0
@@ -128,14 +138,21 @@ class PhasePlan:
             words.append(str(self.stream))
         if self.chunk_tokens:
             words.append(f"{self.chunk_tokens} tokens a chunk, {self.branches} branches a visit")
+            words.append(f"hidden states in {self.residual}")
         if self.tiles != (1, 1):
             words.append("{}x{} tiles".format(*self.tiles))
         return ", ".join((*words, f"{self.seconds:.4g} s by {self.bound}"))
 
     def passes(self, total_branches: int) -> list[range]:
-        """The branches of a step, divided into the passes over the blocks that serve them."""
-        starts = range(0, total_branches, self.branches)
-        return [range(start, min(start + self.branches, total_branches)) for start in starts]
+        """The branches of a step, window by window, divided into the passes over the blocks that
+        serve them.
+
+        Args:
+            total_branches: of a window.
+        """
+        total = total_branches * self.windows
+        starts = range(0, total, self.branches)
+        return [range(start, min(start + self.branches, total)) for start in starts]
 
     @property
     def work_bytes(self) -> int:
@@ -240,6 +257,12 @@ class Plan:
         return replace(self, phases=tuple(new.get(phase.name, phase) for phase in self.phases))
 
     @property
+    def residual(self) -> str:
+        """What the DiT's hidden states are kept in, in all its phases."""
+        found = [phase.residual for phase in self.phases if phase.chunk_tokens]
+        return "fp32" if found and set(found) == {"fp32"} else "bf16"
+
+    @property
     def numerics(self) -> dict[str, str]:
         """What of the plan determines a result, but for the order of sums."""
         return {name: getattr(self, name) for name in NUMERICS}
@@ -268,7 +291,7 @@ class Plan:
         Raises:
             TypeError, KeyError, UsageError: ``value`` is no plan.
         """
-        derived = ("peak_vram_bytes", "peak_ram_bytes", "seconds", "timesteps")
+        derived = ("peak_vram_bytes", "peak_ram_bytes", "seconds", "timesteps", "alternatives")
         plain = {name: value[name] for name in value if name not in derived}
         plain["phases"] = tuple(_phase_from_json(phase) for phase in value["phases"])
         plain["origins"] = tuple(Origin(**origin) for origin in value["origins"])
@@ -307,13 +330,24 @@ def same_rounding(one: PhasePlan, other: PhasePlan) -> bool:
     Where weights lie and how many branches share a visit changes nothing. Chunks and tiles are
     exact in real arithmetic, but a kernel may sum in another order for another shape.
     """
-    return (one.chunk_tokens, one.tiles) == (other.chunk_tokens, other.tiles)
+    return rounding(one) == rounding(other)
+
+
+def rounding(phase: PhasePlan) -> dict[str, Any]:
+    """What of a phase's plan alters rounding, as plain values."""
+    return {
+        "chunk_tokens": phase.chunk_tokens,
+        "tiles": list(phase.tiles),
+        "residual": phase.residual,
+    }
 
 
 def _told(phase: PhasePlan) -> list[str]:
     told = [
         f"{phase.chunk_tokens} tokens a chunk",
         f"{phase.branches} CFG branches a visit",
+        f"{phase.windows} windows a step",
+        f"hidden states in {phase.residual}",
         f"{phase.tiles[0]}x{phase.tiles[1]} tiles",
         f"cross-attention K/V in {'VRAM' if phase.cross_kv_on_device else 'RAM'}",
         f"{'the first' if phase.prefetch_bytes else 'no'} blocks read ahead",

@@ -25,7 +25,7 @@ from penstock.profiles.phases import (
     vram_bytes,
 )
 from penstock.profiles.plan import Items, PhasePlan, Plan
-from penstock.profiles.policy import Limits, Policy
+from penstock.profiles.policy import Limits, Policy, policy_of
 from penstock.profiles.prefetch import with_prefetch, without_prefetch
 from penstock.units import format_bytes
 
@@ -146,7 +146,8 @@ def smaller(
 ) -> Plan | None:
     """``current`` with the group of ``phase`` replaced by one that takes less memory.
 
-    Plans with the same chunk of tokens are preferred, as their results are the same to the bit.
+    Plans with the same chunk of tokens are preferred, as their results are the same to the bit, and
+    then those that keep the hidden states as they were.
     Nothing is read ahead of its phase any more.
     Every call gives strictly less, so that repeated calls come to an end.
 
@@ -164,8 +165,9 @@ def smaller(
     names = next(step.phases for step in every if phase in step.phases)
     held = tuple(current[name] for name in names)
     now = measure(held)
-    same_chunk = replace(policy, chunk_tokens=held[-1].chunk_tokens or None)
-    for rules in (same_chunk, policy):
+    same_residual = policy_of({"residual": held[-1].residual}, policy)
+    same_chunk = replace(same_residual, chunk_tokens=held[-1].chunk_tokens or None)
+    for rules in (same_chunk, same_residual, policy):
         for limit_bytes in (int(SHRINK * now), now - 1):
             limits = _tightened(hardware, resource, limit_bytes)
             every = steps(manifest, workload, hardware, rules)

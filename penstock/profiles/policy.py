@@ -15,7 +15,9 @@ Disk = Literal["auto", "spare", "never"]
 Compute = Literal["exact", "fast"]
 Attention = Literal["sdpa", "int8"]
 Place = Literal["auto", "vram", "ram"]
+Residual = Literal["auto", "bf16", "fp32"]
 
+RESIDUALS = ("bf16", "fp32")
 AUTO = "auto"
 """The word that leaves a choice open."""
 
@@ -51,6 +53,8 @@ class Policy:
         compute: "exact" decodes quantised weights; "fast" multiplies in 8 bits where it can.
         attention: what the transformer's self-attention runs on: "sdpa", torch's own in the compute
             dtype; "int8", in 8 bits, which a machine must have shown that it can.
+        residual: what the transformer's hidden states are kept in between operations: "fp32", as
+            the makers do; "bf16", the compute dtype; "auto", fp32 where that costs next to no time.
         step_cache: of forward passes, as `penstock.profiles.caching.Caching.of` reads it.
         disk: "auto" lets blocks stream from disk at every pass where that costs no time; "spare"
             prefers memory that is free anyway; "never" forbids it.
@@ -63,6 +67,7 @@ class Policy:
     compute: Compute = "exact"
     disk: Disk = "auto"
     attention: Attention = "sdpa"
+    residual: Residual = "auto"
     step_cache: str = OFF
 
     def __post_init__(self) -> None:
@@ -74,6 +79,7 @@ class Policy:
         self._require("cross_kv", self.cross_kv in ("auto", "vram", "ram"), "auto, vram or ram")
         self._require("compute", self.compute in ("exact", "fast"), "exact or fast")
         self._require("attention", self.attention in ("sdpa", "int8"), "sdpa or int8")
+        self._require("residual", self.residual in ("auto", *RESIDUALS), "auto, bf16 or fp32")
         self._require("disk", self.disk in ("auto", "spare", "never"), "auto, spare or never")
         Caching.of(self.step_cache)
 

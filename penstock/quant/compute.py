@@ -4,6 +4,7 @@
 - `Dequant`, the reference: decode the weight into one shared scratch buffer, then `F.linear`.
 - `Fp8Gemm`: `torch._scaled_mm` on e4m3 weights and activations scaled by token.
 - `Int8Gemm`: `torch._int_mm` on int8 weights and activations scaled by token.
+- `KitchenInt8`: the same by comfy-kitchen, whose kernel scales what it multiplies.
 
 An 8-bit product has unit scales, and its output is multiplied by the tokens' and the rows' in two
 passes. Row-wise scales inside `_scaled_mm` need none; not every architecture and system has them.
@@ -130,6 +131,36 @@ class Int8Gemm:
         return _by_tokens(product, linear.shape, x, size, self.chunk_bytes)
 
 
+@dataclass(frozen=True)
+class KitchenInt8:
+    """int8 by int8 as comfy-kitchen's ``int8_linear`` makes it: it quantises the tokens (and turns
+    them for ConvRot), and scales inside the product. Imported when it is called.
+
+    ``chunk_bytes`` bounds the temporaries.
+    """
+
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES
+    path: Path = field(default="int8", init=False)
+
+    def __call__(self, linear: Operands, x: Tensor) -> Tensor:
+        """As `LinearPath`."""
+        from comfy_kitchen import int8_linear
+
+        weight, row_scale = _operands(linear)
+        scale, bias = row_scale.reshape(-1), linear.bias
+        rotation = linear.format.rotation if isinstance(linear.format, Scaled8) else 0
+
+        def product(tokens: Tensor, out: Tensor) -> None:
+            made = int8_linear(
+                tokens, weight, scale, None if bias is None else bias.to(out.dtype),
+                out_dtype=out.dtype, convrot=bool(rotation), convrot_groupsize=rotation or 256,
+            )  # fmt: skip
+            out.copy_(made)
+
+        size = gemm_token_bytes(linear.shape, x.device.type, rotated=bool(rotation), kitchen=True)
+        return _by_tokens(product, linear.shape, x, size, self.chunk_bytes)
+
+
 def quantise_tokens(tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """8-bit codes of ``tokens`` (n, features), row by row, and their fp32 scales (n, 1); ``code *
     scale`` is the value. A token of zeros gets scale 1; one with NaN or Inf a scale that is not
@@ -225,6 +256,8 @@ def strategy_for(computing: Computing, fmt: QuantFormat, shape: Shape) -> Linear
     path = computing.path_for(fmt, shape)
     if path == "dequant":
         return Dequant(computing.scratch)
+    if computing.is_kitchens(fmt, shape):
+        return KitchenInt8(computing.chunk_bytes)
     if path == "int8":
         return Int8Gemm(computing.chunk_bytes)
     return Fp8Gemm(computing.chunk_bytes, "fp8-rowwise" in computing.working)

@@ -26,9 +26,13 @@ if TYPE_CHECKING:
 Path: TypeAlias = Literal["dequant", "fp8", "int8"]
 Mode: TypeAlias = Literal["exact", "fast"]
 
-Kernel: TypeAlias = Literal["fp8", "fp8-rowwise", "int8"]
+Kernel: TypeAlias = Literal["fp8", "fp8-rowwise", "int8", "int8-kitchen"]
 """An 8-bit product that a device may have. "fp8-rowwise" takes the scales of tokens and rows, and
-the bias, and writes bf16: it makes the path "fp8" faster where that works."""
+the bias, and writes bf16: it makes the path "fp8" faster where that works. "int8-kitchen" is
+comfy-kitchen's, which quantises the tokens, and scales inside the product: likewise of "int8"."""
+
+KITCHEN_BYTES = 32 * MIB
+"""What comfy-kitchen 0.2.40 keeps on a card for cuBLAS, where its own kernel does not serve."""
 
 DEFAULT_CHUNK_BYTES = 128 * MIB
 
@@ -128,9 +132,15 @@ class Computing:
             return fmt.workspace_bytes(shape, self.scratch.device_type)
         device = self.scratch.device_type
         rotated = isinstance(fmt, Scaled8) and bool(fmt.rotation)
-        token = gemm_token_bytes(shape, device, rotated=rotated)
+        kitchen = self.is_kitchens(fmt, shape)
+        token = gemm_token_bytes(shape, device, rotated=rotated, kitchen=kitchen)
         least = token * (1 if device == "cpu" else _MOST_PADDED)
-        return max(self.chunk_bytes, gemm_fixed_bytes(shape) + least)
+        kept = KITCHEN_BYTES if kitchen else 0
+        return kept + max(self.chunk_bytes, gemm_fixed_bytes(shape) + least)
+
+    def is_kitchens(self, fmt: QuantFormat, shape: Shape) -> bool:
+        """Whether comfy-kitchen multiplies one linear."""
+        return self.path_for(fmt, shape) == "int8" and "int8-kitchen" in self.working
 
 
 def gemm_fixed_bytes(shape: Shape) -> int:
@@ -139,18 +149,24 @@ def gemm_fixed_bytes(shape: Shape) -> int:
 
 
 def gemm_token_bytes(
-    shape: Shape, device: str, *, rowwise: bool = False, rotated: bool = False
+    shape: Shape,
+    device: str,
+    *,
+    rowwise: bool = False,
+    rotated: bool = False,
+    kitchen: bool = False,
 ) -> int:
     """Most bytes that a token takes in an 8-bit product on a ``device`` of that type.
 
     First its codes, the quotients in fp32 that they are rounded from, its norm and its scale; then
     the codes, the scale and the 32-bit product, which is scaled in place. A CPU casts what it
     reads or writes in a copy beside. A ``rowwise`` product lies in the output. What is ``rotated``
-    is so in fp32, by way of a copy and a half-turned one.
+    is so in fp32, by way of a copy and a half-turned one. ``kitchen``'s product is a tensor of its
+    own, which is copied into the output.
     """
     rows, columns = shape
     fp32 = 8 if device == "cpu" else 4
-    codes = columns + 8 + (12 * columns if rotated else 0)
+    codes = columns + 8 + (12 * columns if rotated else 0) + (4 * rows if kitchen else 0)
     return codes + fp32 * (columns if rowwise else max(columns, rows))
 
 

@@ -13,11 +13,14 @@ from torch.nn import functional as F
 from penstock.formats.formats import get_format
 from penstock.formats.scaled import Gemm
 from penstock.quant.arithmetic import quantise
-from penstock.quant.compute import Fp8Gemm, Int8Gemm, LinearPath, Operands
+from penstock.quant.compute import Fp8Gemm, Int8Gemm, KitchenInt8, LinearPath, Operands
 from penstock.quant.paths import Kernel
 
 MIN_COSINE: Mapping[Gemm, float] = MappingProxyType({"fp8": 0.998, "int8": 0.9995})
 """Cosine to the fp32 product, in the worst output row; a right kernel reaches 0.9989 and 0.9999."""
+
+MOST_OFF = 0.1
+"""Of an output row's length; a right kernel is off by 0.01."""
 
 PATHS: Mapping[Kernel, tuple[Gemm, LinearPath]] = MappingProxyType(
     {
@@ -62,6 +65,17 @@ def probe(device: torch.device | str) -> dict[Kernel, PathReport]:
     }
 
 
+def probe_kitchen(device: torch.device | str) -> PathReport:
+    """Tries comfy-kitchen's int8 product on ``device``, in bf16.
+
+    Its slow twin runs anywhere; what is wanted are its kernels, so it needs a CUDA device.
+    """
+    device = torch.device(device)
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return PathReport(False, None, "it needs a CUDA device")
+    return try_path("int8", KitchenInt8(), device, torch.bfloat16)
+
+
 def working(reports: Mapping[Kernel, PathReport]) -> frozenset[Kernel]:
     """The products that work, as `Computing` wants them."""
     return frozenset(name for name, report in reports.items() if report.works)
@@ -82,7 +96,9 @@ def try_path(name: Gemm, path: LinearPath, device: torch.device, dtype: torch.dt
     try:
         found = path(Operands(fmt, (_ROWS, _COLUMNS), tensors, bias), x)
         found = (found.float() - bias.float()).cpu()
-    except (RuntimeError, ValueError) as refusal:
+    except ImportError as error:
+        return PathReport(False, None, f"{error}; the extra 'fast' of penstock installs it")
+    except (RuntimeError, ValueError, TypeError, AttributeError, OSError) as refusal:
         return PathReport(False, None, str(refusal).partition("\n")[0])
     return _verdict(name, found, F.linear(x.float().cpu(), weight))
 
@@ -94,4 +110,9 @@ def _verdict(name: Gemm, found: Tensor, reference: Tensor) -> PathReport:
     cosine = float(F.cosine_similarity(found, reference, dim=0).min())
     if cosine < MIN_COSINE[name]:
         return PathReport(False, cosine, f"cosine {cosine:.5f}, at least {MIN_COSINE[name]} wanted")
+    # A row that is scaled wrongly points where it should
+    sizes = found.norm(dim=0) / reference.norm(dim=0)
+    worst = float(sizes[(sizes - 1).abs().argmax()])
+    if abs(worst - 1) > MOST_OFF:
+        return PathReport(False, cosine, f"a row is {worst:.2f} times as large as it should be")
     return PathReport(True, cosine, "")

@@ -39,14 +39,16 @@ def test_each_is_planned_as_its_flags_would_be() -> None:
         "--distilled --lora 4STEP.safetensors",
         "--max-area 480p",
         "--attention int8",
+        "--cache plan:20",
         "--format int8 --compute fast",
     ]
-    distilled, small, attention, fast = (each.seconds for each in named.values())
+    distilled, small, attention, cached, fast = (each.seconds for each in named.values())
     assert distilled == seconds(prepared(), Settings(prompt="a cat", distilled=True))
     assert small == seconds(prepared(), Settings(prompt="a cat", max_area="480p"))
     assert attention == seconds(prepared(attention="int8"))
     assert fast == seconds(prepared(format="int8", compute="fast"))
-    assert distilled < small < attention < fast
+    assert cached == seconds(prepared(step_cache="plan:20"))
+    assert distilled < small < attention < cached < fast
     whole = seconds(prepared())
     assert {each.of_seconds for each in named.values()} == {whole}
     assert fast <= WORTH_A_WORD * whole
@@ -59,7 +61,7 @@ def test_what_is_said_already_is_no_alternative() -> None:
 
 
 def test_a_ceiling_that_costs_time_is_named() -> None:
-    tight = prepared("RTX 4090", "hdd", vram="6GiB", ram="16GiB")
+    tight = prepared("RTX 4090", "hdd", vram="6GiB", ram="16GiB", step_cache="off")
     named = found(tight, Settings(prompt="a cat", max_area="480p"))
     assert named["without --vram"].seconds < WORTH_A_WORD * named["without --vram"].of_seconds
     assert "same arithmetic" in named["without --vram"].quality
@@ -87,7 +89,7 @@ def test_the_command_prints_them_and_generate_names_the_best(
     told = CliRunner().invoke(app, [*plan, "--json"])
     value = json.loads(told.stdout)
     shown = CliRunner().invoke(app, plan).stdout
-    assert len(value["alternatives"]) == 4
+    assert len(value["alternatives"]) == 5
     for each in value["alternatives"]:
         assert each["flags"] in shown
         assert clock(each["seconds"]) in shown

@@ -128,7 +128,7 @@ class _Failpoints:
 
         def run(work: Any, listener: Callable[[Event], None], cancelled: Any) -> Any:
             def tap(event: Event) -> None:
-                if isinstance(event, Progress) and event.phase == "denoise":
+                if isinstance(event, Progress) and event.phase.startswith("denoise"):
                     self.tell("s", event.step)
                     if event.step == self._kill_at_step:
                         _die()

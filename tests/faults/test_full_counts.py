@@ -16,9 +16,10 @@ from penstock.engine.files.locate import locate
 from penstock.engine.packs.plan import plan_component
 from tests.engine import golden
 from tests.engine.conftest import SMALL_VAE
-from tests.engine.run.test_killed import kill_at_failpoints, kill_at_moments
+from tests.engine.run.test_killed import finish, kill_at_failpoints, kill_at_moments
 from tests.engine.run.test_resume import a_request, an_engine
 from tests.faults.changes import change_bytes
+from tests.faults.child import Task
 from tests.faults.film import frames_sha
 from tests.faults.races import one_cache, one_folder, one_name, removed_and_begun
 
@@ -54,19 +55,31 @@ def test_sigkill_at_failpoints(engine: Engine, picture: Path, sha: str, tmp_path
     assert total >= 80
 
 
+def test_sigkill_across_the_swap_of_two_transformers(picture: Path, tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "a14b", experts=True, seed=1, vae=SMALL_VAE)
+    with an_engine(folder) as engine:
+        output = tmp_path / "out.mp4"
+        engine.submit(a_request(picture), output).result()
+        total, redone = kill_at_failpoints(engine, picture, frames_sha(output), tmp_path, count=40)
+    print(f"\nsigkill at 40 of {total} failpoints of two transformers: {redone} steps redone")
+    assert total >= 80
+
+
 @pytest.mark.parametrize("cache", ["plan:4", "budget:0.05"])
 def test_sigkill_of_a_job_that_skips_steps(
     cache: str, engine: Engine, picture: Path, tmp_path: Path
 ) -> None:
+    redone, steps, request = 0, 8, a_request(picture, steps=8)
     with an_engine(Path(str(engine.model.opening.model)), step_cache=cache) as skipping:
-        report = (
-            skipping.submit(a_request(picture, steps=8), tmp_path / "whole.mp4").result().report
-        )
-        assert len(report.computed_steps) < 8
-        total, redone = kill_at_failpoints(
-            skipping, picture, frames_sha(tmp_path / "whole.mp4"), tmp_path, count=60, steps=8
-        )
-    print(f"\nsigkill under {cache}: 60 of {total} failpoints, identical, {redone} steps redone")
+        report = skipping.submit(request, tmp_path / "whole.mp4").result().report
+        assert len(report.computed_steps) < steps
+        for last in range(1, steps):
+            (tmp_path / f"{last}").mkdir()
+            task = Task(skipping, request, tmp_path / f"{last}")
+            killed = task.attempt(kill_at_step=last)
+            assert killed.was_killed
+            redone += finish(task, [killed], frames_sha(tmp_path / "whole.mp4"))
+    print(f"\nsigkill under {cache} after each of {steps - 1} steps, identical, {redone} redone")
 
 
 def test_sigkill_at_random_moments(engine: Engine, picture: Path, sha: str, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -266,14 +267,25 @@ def test_visits_that_are_left_out_move_nothing(
 ) -> None:
     order = (0, 1, 7, 0, 3, 3, 2, 0, 0, 5)
     residency = Residency(8, (2,), (5,), 1, 1)
-    with Budgets(layouts, residency).stream(layouts, residency, 20, overlapped=overlapped) as made:
+    budgets = Budgets(layouts, residency)
+    with (
+        budgets.stream(layouts, residency, 20, overlapped=overlapped) as made,
+        ExitStack() as open_visit,
+    ):
         for block in order:
-            with made.visit(block) as tensors:
-                assert same(tensors, BLOCKS[block])
+            made.announce(block)
+            open_visit.close()
+            tensors = open_visit.enter_context(made.visit(block))
+            assert same(tensors, BLOCKS[block])
+    sizes = [layouts[block].nbytes for block in order if block not in (2, 5)]
+    sizes += [layouts[5].nbytes] * order.count(5) + [layouts[2].nbytes]
+    whole_slots = made.stats.copied_bytes - sum(sizes)
+    # The last visit is left without a word of what is next: one more may have come for it.
+    assert 0 <= whole_slots <= layouts[6].nbytes + layouts[5].nbytes
     reads = [layouts[block].read_bytes for block in order if block not in (2, 5)]
     reads += [layouts[block].read_bytes for block in (2, 5)]  # once, whenever their turn is
     largest = max(layout.read_bytes for layout in layouts)
-    ahead = 2 * len(order) * largest if overlapped else 0  # a slot and a buffer before each jump
+    ahead = (len(order) + 2) * largest if overlapped else 0  # a buffer before each jump
     assert sum(reads) <= made.stats.read_bytes <= sum(reads) + ahead
     whole = sum(layout.read_bytes for layout in layouts)
     assert made.stats.read_bytes < 4 * whole  # of the eight passes that went by

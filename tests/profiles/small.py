@@ -115,5 +115,6 @@ policies = st.one_of(
         compute=st.sampled_from(["exact", "fast"]),
         disk=st.sampled_from(["auto", "never"]),
         attention=st.sampled_from(["sdpa", "int8"]),
+        residual=st.sampled_from(["auto", "bf16", "fp32"]),
     ),
 )

@@ -22,8 +22,8 @@ MACHINE = Hardware("cuda", "a card", 20 * GIB, 30 * GIB, Rates(1e12, 1e10, 1e9))
 
 ALL = Options(
     vram="9GiB", ram=8 * GIB, device="cpu", profile="12gb", format="int8", compute="fast",
-    attention="int8", branches="1", chunk_tokens=64, tiles="2x3", cross_kv="vram", disk="never",
-    pinned_share=0.5, step_cache="plan:20",
+    attention="int8", residual="fp32", branches="1", chunk_tokens=64, tiles="2x3", cross_kv="vram",
+    disk="never", pinned_share=0.5, step_cache="plan:20",
 )  # fmt: skip
 """Every option says something."""
 
@@ -33,7 +33,7 @@ def test_every_rule_of_the_planner_is_an_option() -> None:
     assert set(ALL.given) == {each.name for each in fields(Options)}
     assert choose(load("12gb"), ALL, MACHINE).policy == Policy(
         branches=1, chunk_tokens=64, tiles=(2, 3), cross_kv="vram", compute="fast", disk="never",
-        attention="int8", step_cache="plan:20",
+        attention="int8", residual="fp32", step_cache="plan:20",
     )  # fmt: skip
 
 

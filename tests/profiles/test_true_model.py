@@ -152,7 +152,7 @@ def unique(phase: str) -> Iterator[Any]:
         found = made(size, name, ram)
         part = found[phase]
         key = (size, found.weight_format, part.chunk_tokens, part.branches, part.tiles,
-               part.cross_kv_on_device)  # fmt: skip
+               part.cross_kv_on_device, part.residual)  # fmt: skip
         if key not in seen:
             seen.add(key)
             yield pytest.param(size, part, found, id=f"{size}-{name}-{ram}")
@@ -185,7 +185,9 @@ def fake_vae() -> FakeVae:
 
 
 @functools.cache
-def denoise_peaks(size: str, chunk: int, visit: int, on_device: bool) -> tuple[int, int]:
+def denoise_peaks(
+    size: str, chunk: int, visit: int, on_device: bool, residual: str
+) -> tuple[int, int]:
     """Live bytes besides weights of the context and of a step, one block standing for forty."""
     latent = VideoShape(*SIZES[size]).latent(manifest_of("bf16").vae)
     fused = mock.patch("torch.nn.functional.rms_norm", fused_rms_norm)
@@ -196,7 +198,8 @@ def denoise_peaks(size: str, chunk: int, visit: int, on_device: bool) -> tuple[i
             texts, picture = [text.clone(), text.clone()], image.clone()
             contexts = [forward.prepare_context(model, states, picture) for states in texts]
             kept = [_cross(model, contexts) for _ in range(40 if on_device else 1)]
-            steps = forward.step_modulation(model, torch.arange(40), torch.bfloat16)
+            wide = torch.float32 if residual == "fp32" else torch.bfloat16
+            steps = forward.step_modulation(model, torch.arange(40), torch.bfloat16, wide)
             context, meter.peak = meter.peak, 0
             del contexts, texts, picture
             if not on_device:
@@ -212,8 +215,9 @@ def denoise_peaks(size: str, chunk: int, visit: int, on_device: bool) -> tuple[i
             for first in range(0, 2, visit):
                 crosses = [[kept[0][min(first + b, len(kept[0]) - 1)]] for b in range(visit)]
                 results += forward.denoise_forward(
-                    model, enumerate(model.blocks), model_input, crosses, steps[0], rope, chunk
-                )
+                    model, enumerate(model.blocks), model_input, crosses, steps[0], rope, chunk,
+                    residual=wide,
+                )  # fmt: skip
             return context, meter.peak
 
 
@@ -230,7 +234,9 @@ def _copied(pair: forward.CrossKV) -> forward.CrossKV:
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "part", "found"), unique("denoise"))
 def test_context_and_denoise(size: str, part: PhasePlan, found: Plan) -> None:
-    context, step = denoise_peaks(size, part.chunk_tokens, part.branches, part.cross_kv_on_device)
+    context, step = denoise_peaks(
+        size, part.chunk_tokens, part.branches, part.cross_kv_on_device, part.residual
+    )
     hold(part.vram_bytes, step + weight_bytes(part) + decoding_bytes(found))
     before = found["context"]
     hold(before.vram_bytes, context + weight_bytes(before) + decoding_bytes(found))

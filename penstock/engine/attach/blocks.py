@@ -132,8 +132,14 @@ class Loan:
                     remedy="Change weights before the module is streamed or attached.",
                 )
 
-    def end(self) -> None:
-        """Everything is away again."""
+    def end(self, *, checked: bool = False) -> None:
+        """Everything is away again.
+
+        Raises:
+            UsageError: (``checked``) a weight was written to.
+        """
+        if checked:
+            self.check()
         for slot in self._slots:
             slot.put(None)
 
@@ -172,9 +178,9 @@ class Onloader:
             CheckpointChanged, CheckpointError: the weights cannot be read.
         """
         self._users.check()
-        if self._loan is not None:
-            self._loan.check()
-        self.take_back()
+        loan, self._loan, self._onloaded = self._loan, None, None
+        if loan is not None:
+            loan.end(checked=True)
         tensors = self._supply.bring(index)
         self._loan = Loan(self._slots[index], tensors)
         self._onloaded = index

@@ -72,7 +72,7 @@ class Desk(Room):
         shape = shape or VideoShape(grid.side, grid.side, 1)
         if shape not in self._plans:
             # K/V are made block by block and never kept; no branch waits for the other.
-            policy = Policy(branches=1, cross_kv="ram")
+            policy = Policy(branches=1, cross_kv="ram", residual="bf16")
             workload = Workload(shape, 2 * STEPS, guided=False, written=False, changes=None)
             blocks = tuple(layout.nbytes for layout in self.whole_blocks)
             manifest = self.model.manifest.with_whole_blocks(blocks, 0)

@@ -57,6 +57,12 @@ class EndlessStream(Closing):
         self._at += stream.n_blocks
         yield from stream.forward_pass()
 
+    def announce(self, block: int) -> None:
+        """``block`` is visited next; said while the visit before it is open."""
+        stream = self._stream
+        if stream is not None and self._at + (block - self._at) % stream.n_blocks < self._end:
+            stream.announce(block)
+
     @contextmanager
     def visit(self, block: int) -> Iterator[Mapping[str, Tensor]]:
         """The tensors of a block, whichever it is, until the context ends.
@@ -74,11 +80,15 @@ class EndlessStream(Closing):
     def _opened(self, block: int) -> BlockStream:
         """The stream, with a visit of ``block`` before its end."""
         assert self._stream is not None
-        count = self._stream.n_blocks
-        if self._at + (block - self._at) % count >= CYCLES * count:
+        if self._at + (block - self._at) % self._stream.n_blocks >= self._end:
             self.close()
             self.__enter__()
         return self._stream
+
+    @property
+    def _end(self) -> int:
+        """Visits until the stream is opened anew."""
+        return 0 if self._stream is None else CYCLES * self._stream.n_blocks
 
     @property
     def passes(self) -> int:

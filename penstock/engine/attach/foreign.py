@@ -189,7 +189,7 @@ class ForeignModule:
             stack.callback(self._onloader.watch(self._module))
         stack.callback(self.release)
         stack.callback(lend(self._fetches(slots)))
-        guard(self._module, "attach", stack)
+        guard(self._module, "attach", stack, self._budget.release)
 
     def _values(self, run: str) -> Iterator[Tensor]:
         yield from self._runs[run].values()

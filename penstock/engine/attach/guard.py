@@ -69,25 +69,33 @@ def check_runnable(module: nn.Module, name: str) -> None:
                 )
 
 
-def guard(module: nn.Module, undo: str, stack: ExitStack) -> None:
+def guard(
+    module: nn.Module, undo: str, stack: ExitStack, leave: Callable[[], None] | None = None
+) -> None:
     """Refuse, until the end of ``stack``, what would change or move weights that are away: before
     anything of the module has changed.
 
     Args:
         undo: what ends it: "stream" or "attach".
+        leave: gives the device's memory back until the module is used again: what a move to the
+            CPU is for, which some pipelines make by themselves. None: it is refused too.
     """
     remedy = _REMEDIES[undo]
 
     def apply(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         for dtype, device in {(p.dtype, p.device) for p in module.parameters()}:
-            found = fn(torch.empty(0, dtype=dtype, device=device))
-            if found.dtype != dtype or found.device != device:
-                raise UsageError(
-                    f"a {type(module).__name__} that is streamed cannot be moved or cast",
-                    expected=f"{device}, {dtype}",
-                    found=f"{found.device}, {found.dtype}",
-                    remedy=remedy,
-                )
+            found = tried(fn, dtype, device)
+            if found == (dtype, device):
+                continue
+            if leave is not None and found == (dtype, torch.device("cpu")):
+                leave()
+                continue
+            raise UsageError(
+                f"a {type(module).__name__} that is streamed cannot be moved or cast",
+                expected=f"{device}, {dtype}",
+                found=f"{found[1]}, {found[0]}",
+                remedy=remedy,
+            )
         return module
 
     _override(module, "_apply", apply, stack)
@@ -97,6 +105,14 @@ def guard(module: nn.Module, undo: str, stack: ExitStack) -> None:
     for name in _CHANGING:
         if callable(getattr(type(module), name, None)):
             _override(module, name, _Refusal(module, name, remedy), stack)
+
+
+def tried(
+    fn: Callable[[Tensor], Tensor], dtype: torch.dtype, device: torch.device
+) -> tuple[torch.dtype, torch.device]:
+    """What would become of a tensor of that kind: an empty one is tried."""
+    found = fn(torch.empty(0, dtype=dtype, device=device))
+    return found.dtype, found.device
 
 
 _REMEDIES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -18,7 +18,7 @@ from penstock.engine.attach.generic import check_attachable, open_modules
 from penstock.engine.attach.livemodel import write_models
 from penstock.engine.attach.livepack import live_folder
 from penstock.engine.attach.part import Part
-from penstock.engine.attach.stream import budgets, close_at_exit
+from penstock.engine.attach.stream import budgets, close_at_exit, held_bytes
 from penstock.engine.attach.unmasked import leave_out_padding
 from penstock.engine.family.protocol import ComponentKind, families
 from penstock.engine.files.locate import Files
@@ -261,6 +261,9 @@ def attach(
         hardware = budgets(device, vram, ram)
         desk: _Holder
         if family is None:
+            if vram is None:  # what the modules hold there is the budget's to place
+                held = sum(held_bytes(each, hardware) for each in modules_of(pipe).values())
+                hardware = replace(hardware, vram_bytes=hardware.vram_bytes + held)
             if not exact:
                 attached.notices = _lighten(pipe, stack)
             for module in modules_of(pipe).values():  # who keeps one keeps what brings its weights

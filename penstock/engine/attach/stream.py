@@ -127,7 +127,7 @@ def stream(
     check_runnable(module, type(module).__name__)
     hardware = budgets(device, vram, ram)
     if vram is None:  # what the module holds there is the budget's to place
-        hardware = replace(hardware, vram_bytes=hardware.vram_bytes + _held_bytes(module, hardware))
+        hardware = replace(hardware, vram_bytes=hardware.vram_bytes + held_bytes(module, hardware))
     work_bytes = parse_bytes(activations) if activations else 0
     with ExitStack() as stack:
         if files is not None:
@@ -313,7 +313,7 @@ class _Opening:
         )
 
 
-def _held_bytes(module: nn.Module, hardware: Hardware) -> int:
+def held_bytes(module: nn.Module, hardware: Hardware) -> int:
     """What the module takes of a GPU now, and so is not free there."""
     device = torch.device(hardware.place)
     tensors = [*module.parameters(), *module.buffers()] if device.type == "cuda" else []

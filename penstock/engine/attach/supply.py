@@ -117,9 +117,11 @@ class Supply(Closing):
             LedgerOverflow: (the first time) the buffers do not fit the budgets.
             CheckpointChanged, ...: the weights cannot be read.
         """
-        self.leave()
         if self._order.note(block):
             self.close()
+        elif self._stream is not None:
+            self._stream.announce(self._places[block])
+        self.leave()
         self.open()
         assert self._stream is not None
         return self._visit.enter_context(self._stream.visit(self._places[block]))

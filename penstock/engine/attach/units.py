@@ -53,7 +53,8 @@ def _units(module: nn.Module, path: str, total: int) -> Iterator[Unit]:
 
 
 def _is_list(found: nn.ModuleList, total: int) -> bool:
-    classes = [type(each) for each in found if any(True for _ in each.parameters())]
+    members = found.children()  # a list may hold None
+    classes = [type(each) for each in members if any(True for _ in each.parameters())]
     return len(classes) > len(set(classes)) and _bytes(found) >= LEAST_SHARE * total
 
 

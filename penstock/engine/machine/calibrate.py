@@ -28,7 +28,7 @@ from penstock.profiles.rates import SMALL_CHUNK, TINY_CHUNK, Rates
 from penstock.quant.arithmetic import dequantise, quantise
 from penstock.quant.compute import LinearPath, Operands, strategy_for
 from penstock.quant.paths import Computing, Scratch
-from penstock.quant.probe import probe, working
+from penstock.quant.probe import probe, probe_kitchen, working
 from penstock.units import MIB
 
 _WIDTH, _HEADS, _FFN = 128, 8, 2048
@@ -242,7 +242,10 @@ def _eight_bit(
     if device.type != "cuda":
         return None
     operands = _stored(name, 4 * _inner(device), device)
-    computing = Computing(Scratch(0, device), "fast", working(probe(device)))
+    works = working(probe(device))
+    if probe_kitchen(device).works:  # what ``--compute fast`` takes then
+        works |= {"int8-kitchen"}
+    computing = Computing(Scratch(0, device), "fast", works)
     path = strategy_for(computing, operands.format, operands.shape)
     return None if path.path == "dequant" else _product(path, operands, device, dtype, effort)
 

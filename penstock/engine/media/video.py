@@ -243,6 +243,21 @@ def read_frames(path: Path) -> Iterator[np.ndarray[Any, Any]]:
             yield frame.to_ndarray(format="rgb24")
 
 
+def frame_rate_of(path: Path) -> Fraction:
+    """Frames a second of a video file.
+
+    Raises:
+        VideoError: the file cannot be read as a video, or does not say.
+    """
+    import av
+
+    with _as_video_error(path), av.open(str(path)) as container:
+        rates = [stream.average_rate for stream in container.streams.video]
+    if not rates or rates[0] is None:
+        raise VideoError("no frame rate", expected="a video", found=str(path))
+    return Fraction(rates[0])
+
+
 @contextmanager
 def _temporary_beside(path: Path) -> Iterator[Path]:
     """A new file in ``path``'s folder, gone afterwards unless it was renamed."""

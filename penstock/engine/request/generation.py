@@ -19,6 +19,7 @@ from penstock.engine.model.grid import Grid
 from penstock.errors import RequestError, brief
 from penstock.profiles.manifest import Pictures, VideoShape
 from penstock.profiles.phases import Noise, Workload
+from penstock.profiles.windows import Windows
 
 SAMPLERS = ("unipc", "dpm++", "euler", "lcm")
 CLIP_CROPS = ("squash", "center")
@@ -35,6 +36,10 @@ _LARGEST = 1e300
 MAX_STEPS = 1000
 MAX_FPS = 240
 COHERENT_FRAMES = 121
+WINDOW = 81
+"""Frames that Wan2.1 was trained on, and of the windows that a long video is denoised in."""
+OVERLAP_SHARE = 5
+"""A window over what two neighbours have in common, where nothing is said."""
 
 _NTSC = 1.001
 """What colour television divided whole frame rates by."""
@@ -86,6 +91,11 @@ class GenerationRequest:
             is resized as it is.
         nag_scale: normalized attention guidance: how far text attention goes away from the negative
             prompt's, in the one pass that is left where guidance is off. Above 1; None: not.
+        after: a video that this one goes on from: its frames come first in the file, ``image`` is
+            its last one, and the colours of what is made are turned into its own.
+        window: frames of the windows that a longer video is denoised in; 0: all of it at once;
+            None: 81, where it has more than the 121 that stay coherent.
+        overlap: frames that two windows have in common, at least; None: a fifth of a window.
         grid: what the model can represent.
 
     Raises:
@@ -110,6 +120,9 @@ class GenerationRequest:
     last_image: Path | None = None
     guidance_high: float | None = None
     nag_scale: float | None = None
+    after: Path | None = None
+    window: int | None = None
+    overlap: int | None = None
     grid: Grid = field(default_factory=Grid)
 
     def __post_init__(self) -> None:
@@ -123,6 +136,7 @@ class GenerationRequest:
         self._check_nag()
         _check_shift(self.shift)
         _check_seed(self.seed)
+        self._check_windows()
         if self.sampler not in SAMPLERS:
             raise RequestError(
                 "unknown sampler", expected=" or ".join(SAMPLERS), found=brief(self.sampler)
@@ -217,6 +231,32 @@ class GenerationRequest:
                 remedy="Give --cfg 1 as well, or leave --nag out",
             )
 
+    def _check_windows(self) -> None:
+        grid, window = self.grid, WINDOW if self.window is None else self.window
+        _check_whole("window", window)
+        nearest = grid.nearest_frames(max(window, 2 * grid.temporal + 1))
+        if window not in (0, nearest):
+            raise RequestError(
+                "illegal window",
+                expected=f"{grid.temporal}n+1 frames, at least {2 * grid.temporal + 1}, or 0 for "
+                "the whole video at once",
+                found=brief(window),
+                remedy=f"The nearest legal window is {nearest}",
+            )
+        if self.overlap is not None and window:
+            _check_int("overlap", self.overlap, grid.temporal, window // 2)
+
+    @property
+    def windows(self) -> Windows | None:
+        """The windows in frames that the video is denoised in; None: it is one."""
+        window = self.window
+        if window is None:
+            window = WINDOW if self.frames > COHERENT_FRAMES else 0
+        if not 0 < window < self.frames:
+            return None
+        overlap = window // OVERLAP_SHARE if self.overlap is None else self.overlap
+        return Windows(window, max(overlap, self.grid.temporal))
+
     @property
     def video_shape(self) -> VideoShape:
         """The size as the planner takes it."""
@@ -250,13 +290,13 @@ class GenerationRequest:
     def warnings(self) -> tuple[RequestWarning, ...]:
         """What is legal here but likely unwanted."""
         found = []
-        if self.frames > COHERENT_FRAMES:
+        if self.frames > COHERENT_FRAMES and self.windows is None:
             found.append(
                 RequestWarning(
                     "long_video",
                     f"{self.frames} frames: beyond about {COHERENT_FRAMES} at once the motion"
-                    " degenerates or repeats. Make shorter videos and join them, starting each from"
-                    " the last frame before it.",
+                    " degenerates or repeats. Let it be denoised in windows (--window), or go on"
+                    " from a shorter one (--continue).",
                 )
             )
         if 0 < self.guidance_scale < 1:
@@ -282,6 +322,8 @@ def workload_of(request: GenerationRequest, *, saved: bool = False) -> Workload:
     high, _ = (scale > 1 for scale in request.guidance_scales)
     work = replace(work, pictures=len(given) or None, guided_high=high, noise=noise_of(request))
     work = replace(work, contrasted=request.nag_scale is not None)
+
+    work = replace(work, windows=request.windows, continued=request.after is not None)
     names = ("picture", "last")
     there = {name: path for name, path in zip(names, given, strict=False) if path.exists()}
     if not there:

@@ -1,7 +1,7 @@
 """From what a user said to a full request: what is left open takes the model's defaults.
 
 A model folder may carry a ``defaults.json`` (width, height, frames, steps, guidance_scale, shift,
-fps, negative_prompt, clip_crop) where the official Wan2.1 defaults do not suit it.
+fps, window, overlap, negative_prompt, clip_crop) where the official Wan2.1 defaults do not suit it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from penstock.engine.model.grid import Grid
 from penstock.engine.model.official import Official
@@ -23,7 +23,12 @@ from penstock.engine.request.generation import (
 )
 from penstock.errors import CheckpointError, UsageError
 
-_NUMBERS = ("width", "height", "frames", "steps", "guidance_scale", "shift", "fps")
+if TYPE_CHECKING:
+    from penstock.engine.media.seam import Clip
+
+_NUMBERS = (
+    "width", "height", "frames", "steps", "guidance_scale", "shift", "fps", "window", "overlap",
+)  # fmt: skip
 
 
 ANY_SEED = -1
@@ -51,8 +56,47 @@ class Settings:
     clip_crop: str | None = None
     fit: str | None = None
     last_image: Path | None = None
+    after: Path | None = None
     guidance_high: float | None = None
     nag_scale: float | None = None
+    window: int | None = None
+    overlap: int | None = None
+
+
+_CONTINUED = (
+    "prompt", "negative_prompt", "steps", "guidance_scale", "guidance_high", "shift", "seed",
+    "sampler", "distilled", "clip_crop", "fit", "window", "overlap",
+)  # fmt: skip
+"""Of the settings in a video's metadata, those that one which goes on from it takes over."""
+
+
+def going_on(settings: Settings, clip: Clip, frame: Path) -> Settings:
+    """``settings`` with their gaps filled by what ``clip`` was made with, and from its last frame.
+
+    Args:
+        settings: a blank prompt is a gap; a picture or a size is none.
+        clip: the video that goes on.
+        frame: where its last frame lies as a picture.
+
+    Raises:
+        UsageError: a picture or a size is given, or a prompt is not, neither here nor there.
+    """
+    for name in ("image", "size", "max_area"):
+        if getattr(settings, name) is not None:
+            told = f"{name} is given for a video that goes on from another"
+            raise UsageError(told, expected="its last frame and its size", found=name)
+    theirs = {name: clip.settings[name] for name in _CONTINUED if name in clip.settings}
+    ours = {
+        field.name: getattr(settings, field.name)
+        for field in fields(settings)
+        if getattr(settings, field.name) not in (None, "", False)
+    }
+    if "prompt" not in theirs | ours:
+        raise UsageError(
+            f"{clip.path} does not say what it shows", expected="a prompt", found="no --prompt"
+        )
+    ends = {"image": frame, "size": clip.size, "after": clip.path}
+    return Settings(**({"fps": clip.fps} | theirs | ours | ends))
 
 
 class Suited(Protocol):

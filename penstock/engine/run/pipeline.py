@@ -20,7 +20,8 @@ from torch import Tensor
 
 from penstock._version import __version__
 from penstock.engine.machine.memory import ProcessMemory
-from penstock.engine.media.video import write_video
+from penstock.engine.media.seam import joined
+from penstock.engine.media.video import WrittenVideo, write_video
 from penstock.engine.request.generation import frame_rate
 from penstock.engine.request.levels import timesteps_of
 from penstock.engine.run.ending import Ending
@@ -98,16 +99,15 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
         work = work_of(stage)
         imports_s = job.imports_s + time.perf_counter() - importing
         found = run_phases(stage, work)
-        output, video = job.output, found["video"]
-        if output is not None:
-            asked = output
-            output = stage.attempt("mux", lambda: mux(stage, video, asked))
+        asked, video, written = job.output, found["video"], None
+        if asked is not None:
+            written = stage.attempt("mux", lambda: mux(stage, video, asked))
         if job.keeper.steered:
             stage.monitor.notice(STEERED)
         for problem in job.keeper.problems:
             stage.monitor.notice(problem)
         seconds = time.perf_counter() - started
-        report = _report(stage, output, seconds, imports_s)
+        report = _report(stage, written, seconds, imports_s)
         job.keeper.finished(report)
     return JobResult(report, found["latents"], video)
 
@@ -125,7 +125,7 @@ def know_sources(stage: Stage) -> None:
 
 def _log_request(job: Run) -> None:
     """What is made, at "info"; what it shall show, at "debug" alone."""
-    shown = ("prompt", "negative_prompt", "image", "last_image")
+    shown = ("prompt", "negative_prompt", "image", "last_image", "after")
     values = asdict(job.request)
     log.info("makes %s", {name: value for name, value in values.items() if name not in shown})
     log.debug("shows %s", {name: values[name] for name in shown})
@@ -158,13 +158,15 @@ def run_phases(stage: Stage, work: Work) -> Products:
     return found
 
 
-def mux(stage: Stage, video: Tensor, output: Path) -> Path:
-    """Write the frames to ``output``, or where that is taken by now to a free name like it."""
-    job = stage.job
+def mux(stage: Stage, video: Tensor, output: Path) -> WrittenVideo:
+    """Write the frames to ``output``, or where that is taken by now to a free name like it; after
+    those of the video that this one goes on from."""
+    job, after = stage.job, stage.job.request.after
     with stage.phase("mux", len(video), "frame") as (_, phase):
+        frames = _counted_frames(video, phase)
         written = write_video(
             output,
-            _counted_frames(video, phase),
+            frames if after is None else joined(after, frames),
             frame_rate(job.request.fps),
             metadata=_metadata(job) if job.metadata else None,
             overwrite=job.overwrite,
@@ -173,7 +175,7 @@ def mux(stage: Stage, video: Tensor, output: Path) -> Path:
         )
     if written.path != output:
         stage.monitor.notice(f"{output} is another file by now: the video is in {written.path}")
-    return written.path
+    return written
 
 
 def _counted_frames(video: Tensor, phase: PhaseMonitor) -> Iterator[Any]:
@@ -188,17 +190,19 @@ def _metadata(job: Run) -> dict[str, Any]:
     shift = job.model.flow_shift(request.width, request.height, request.shift)
     settings = asdict(request) | {"shift": shift, "penstock": __version__}
     steered = {"steered": True} if job.keeper.steered else {}
-    hidden = ("image", "last_image", "grid")
+    hidden = ("image", "last_image", "after", "grid")
     return {name: settings[name] for name in settings if name not in hidden} | steered
 
 
-def _report(stage: Stage, output: Path | None, seconds: float, imports_s: float) -> RunReport:
-    job, monitor = stage.job, stage.monitor
-    request, memory = job.request, ProcessMemory.peak()
+def _report(
+    stage: Stage, written: WrittenVideo | None, seconds: float, imports_s: float
+) -> RunReport:
+    job, monitor, memory = stage.job, stage.monitor, ProcessMemory.peak()
+    request = job.request
     assert request.seed is not None
     return RunReport(
-        output=None if output is None else str(output),
-        frames=request.frames,
+        output=None if written is None else str(written.path),
+        frames=request.frames if written is None else written.frames,
         width=request.width,
         height=request.height,
         fps=request.fps,
@@ -216,6 +220,7 @@ def _report(stage: Stage, output: Path | None, seconds: float, imports_s: float)
         notices=tuple(monitor.notices),
         versions=versions(),
         steered=job.keeper.steered,
+        residual=stage.plan.residual,
         on_cpu=job.device.type == "cpu",
         process_peak_bytes=memory.resident_bytes,
         group_peak_bytes=memory.group_bytes,

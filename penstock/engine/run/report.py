@@ -60,7 +60,7 @@ class RunReport:
 
     Attributes:
         output: path of the video, or None where the frames were kept in memory.
-        frames, width, height, fps: of the video.
+        frames, width, height, fps: of the video; with what it goes on from, if that is in the file.
         seed: the seed that was used, also where the request left it open.
         seconds: from the job's turn to its end.
         vram_limit_bytes, ram_limit_bytes: the budgets.
@@ -73,6 +73,8 @@ class RunReport:
         compute_path: how most of the blocks' matrices multiplied: "plain", "dequant", "fp8" or
             "int8".
         attention: what self-attention ran on: "sdpa" or "int8".
+        residual: what the transformer's hidden states were kept in: "fp32", or "bf16" for the dtype
+            that it computes in.
         notices: all that the user was told on the way.
         steered: ``on_step`` replaced the latents in some step: the request and the seed alone do
             not lead to this video.
@@ -105,6 +107,7 @@ class RunReport:
     notices: tuple[str, ...]
     versions: dict[str, str]
     steered: bool = False
+    residual: str = "bf16"
     options: Options = field(default_factory=Options)
     timesteps: tuple[float, ...] = ()
     computed_steps: tuple[int, ...] = ()

@@ -21,6 +21,7 @@ from penstock.engine.request.levels import TRAINED, noise_levels
 from penstock.engine.request.levels import timesteps as timesteps_at
 from penstock.engine.run.solvers import plain_solver
 from penstock.errors import CheckpointError, NonFinite, UsageError
+from penstock.profiles.windows import Windows
 
 _SINGULAR: Any = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 _FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
@@ -205,6 +206,10 @@ def _refusals() -> Iterator[None]:
         ) from error
 
 
+_BEFORE_STEPS = -1
+"""In the place of a step: what is drawn before the first."""
+
+
 def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
     """Gaussian fp32 noise from torch's CPU generator, as diffusers draws it with one.
 
@@ -212,6 +217,26 @@ def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
     """
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float32)
+
+
+def long_noise(first: Tensor, frames: int, windows: Windows, seed: int) -> Tensor:
+    """Noise of a long video from that of a window: repeated, so that all windows begin alike, and
+    shuffled among neighbours, so that they do not all show the same.
+
+    Source: "FreeNoise", arXiv:2310.15169, section 3.2.
+
+    Args:
+        first: (1, z, t, h, w), of a window.
+        frames: latent frames of the video.
+        windows: in latent frames; as many as two of them do not have in common are shuffled.
+        seed: of the job.
+    """
+    draw, stride = step_generator(seed, _BEFORE_STEPS), windows.length - windows.overlap
+    places = list(range(first.shape[2]))
+    while len(places) < frames:
+        group = places[-windows.length :][:stride]
+        places += [group[at] for at in torch.randperm(stride, generator=draw).tolist()]
+    return first[:, :, places[:frames]]
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from penstock.engine.run.keeper import Point
-from penstock.engine.run.sampler import Sampler, SamplerState, initial_noise
+from penstock.engine.run.sampler import Sampler, SamplerState, initial_noise, long_noise
 from penstock.engine.run.stage import Stage
 from penstock.engine.run.steering import steer
 from penstock.engine.run.stepcache import StepCache
@@ -36,12 +36,19 @@ class Sampling:
     def _first(self) -> Point:
         request = self._stage.job.request
         assert request.seed is not None
-        shape = self._stage.model.latent_shape(request.video_shape)
-        noise = initial_noise(shape, request.seed).to(self._stage.device)
-        point = Point(noise, self._sampler().state())
+        point = Point(self._noise(request.seed).to(self._stage.device), self._sampler().state())
         self._stage.keeper.save_point(point)
         self._stage.keeper.settle()  # the copy's room is the denoising's, which has not begun
         return point
+
+    def _noise(self, seed: int) -> Tensor:
+        request, model = self._stage.job.request, self._stage.model
+        shape = model.latent_shape(request.video_shape)
+        if request.windows is None:
+            return initial_noise(shape, seed)
+        windows = request.windows.latent(request.grid.temporal)
+        first = initial_noise((*shape[:2], windows.length, *shape[3:]), seed)
+        return long_noise(first, shape[2], windows, seed)
 
     def _sampler(self, device: str | None = None) -> Sampler:
         request = self._stage.job.request

@@ -30,14 +30,14 @@ from penstock.engine.store.names import PICTURES
 from penstock.engine.store.owned import pictures_in
 from penstock.engine.store.sums import Sums, how_told
 from penstock.errors import JournalError, RequestError, StorageError, UsageError
-from penstock.profiles.plan import NUMERICS, Plan
+from penstock.profiles.plan import NUMERICS, Plan, rounding
 
 STATE_TENSORS = 5
 """Latents and the solver's history at most: UniPC keeps three of the latents' size (order 2)."""
 
 _NOT_OF_THE_REQUEST = ("model", "files", "loras", *NUMERICS)
 
-_BEFORE: Mapping[str, Any] = MappingProxyType({"fit": "stretch"})
+_BEFORE: Mapping[str, Any] = MappingProxyType({"fit": "stretch", "window": 0})
 """Of requests whose records do not name it: what was done before it could be chosen."""
 
 GENERATIONS = 3
@@ -76,7 +76,8 @@ def request_values(request: GenerationRequest, opening: Opening, plan: Plan) -> 
     """
     paths = {name: getattr(request, name) for name in PICTURES}
     pictures = {name: None if path is None else stamp(path) for name, path in paths.items()}
-    return asdict(request) | pictures | opening.values() | plan.numerics
+    after = None if request.after is None else str(request.after.absolute())
+    return asdict(request) | pictures | {"after": after} | opening.values() | plan.numerics
 
 
 def begin(
@@ -180,6 +181,8 @@ def restored_request(journal: Journal) -> GenerationRequest:
     try:
         grid = Grid(**values.pop("grid"))
         values = {**_BEFORE, **values}
+        if values.get("after") is not None:
+            values["after"] = Path(values["after"])
         return GenerationRequest(**(values | {"grid": grid} | pictures))
     except (KeyError, TypeError, RequestError) as error:
         raise JournalError(f"{journal.folder} holds no request", found=str(error)) from error
@@ -281,9 +284,5 @@ def reserve_bytes(model: ModelFiles, request: GenerationRequest) -> int:
 
 
 def _rounding(plan: Plan) -> dict[str, Any]:
-    """What of a plan alters rounding (`penstock.profiles.plan.same_rounding`)."""
-    return {
-        phase.name: {"chunk_tokens": phase.chunk_tokens, "tiles": list(phase.tiles)}
-        for phase in plan.phases
-        if phase.name != PACKING
-    }
+    """What of a plan alters rounding (`penstock.profiles.plan.rounding`)."""
+    return {phase.name: rounding(phase) for phase in plan.phases if phase.name != PACKING}

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import penstock
 from benchmarks.pipelines import Inspector, attached, least
 from benchmarks.tiny_pipelines import build
+from penstock.engine.attach import pipe as attach_pipe
 from penstock.errors import OverBudget, UsageError
 from tests.engine.attach.zoo import Walk
 
@@ -239,6 +240,29 @@ def test_a_lora_in_the_pipeline_works_as_before() -> None:
         with pytest.raises(UsageError, match="add_adapter"):
             pipe.transformer.add_adapter(config, "another")
     assert all(map(torch.equal, found, wanted)) and not torch.equal(plain, wanted[0])
+
+
+def test_what_the_modules_hold_of_a_gpu_is_the_budgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = _turns()
+    monkeypatch.setattr(attach_pipe, "held_bytes", lambda module, hardware: 1 << 20)
+    free = attach_pipe.budgets("cpu", "64MiB", ROOM)
+    monkeypatch.setattr(attach_pipe, "budgets", lambda *_: free)
+    with penstock.attach(pipe, device="cpu") as handle:
+        assert handle.report.vram_limit_bytes == free.vram_bytes + (3 << 20)
+    with penstock.attach(pipe, vram="64MiB", device="cpu") as handle:
+        assert handle.report.vram_limit_bytes == free.vram_bytes
+
+
+def test_a_transformer_that_asks_for_dtypes_runs_quantised(tmp_path: Path) -> None:
+    """MiniMax-H3's blocks and token refiner cast what they compute with to their layers' dtype."""
+    tiny = build("MiniMax-H3")
+    transformer = tiny.pipe.transformer
+    wanted = tiny.call()[0]
+    with penstock.attach(tiny.pipe, vram=ROOM, ram=ROOM, format="fp8", folder=tmp_path):
+        found = tiny.call()[0]
+        assert type(transformer.transformer_blocks[0].attn.to_q).__name__ == "QuantLinear"
+    assert not torch.equal(found, wanted)
+    assert (found - wanted).abs().mean() < 0.1 * wanted.std()
 
 
 def test_a_step_cache_saves_its_transfers() -> None:

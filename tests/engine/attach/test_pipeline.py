@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -476,6 +478,18 @@ def test_what_an_attached_pipeline_refuses(folders: dict[str, Path]) -> None:
     penstock.detach(pipe)
     with pytest.raises(UsageError, match="was detached"):
         part(torch.zeros(1, 36, 1, 2, 2), torch.tensor([1.0]), torch.zeros(1, 512, 48))
+
+
+def test_a_pipeline_that_nobody_has_any_more_ends_quietly(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    loud = list[Any]()
+    monkeypatch.setattr(sys, "unraisablehook", loud.append)
+    pipe = _open(folders["t2v"])
+    penstock.attach(pipe, vram=VRAM, ram=RAM)
+    del pipe
+    gc.collect()
+    assert loud == [] and list(cache.iterdir()) == []
 
 
 def test_a_full_disk_leaves_the_pipeline_as_it_was(

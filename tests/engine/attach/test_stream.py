@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import penstock
+from penstock.engine.attach import guard as attach_guard
 from penstock.engine.attach import stream as attach_stream
 from penstock.engine.attach.away import AwayWeight
 from penstock.engine.store.durable import FileOps
@@ -318,8 +320,8 @@ def test_what_a_module_holds_of_a_gpu_is_the_budgets(monkeypatch: pytest.MonkeyP
     weight = module.blocks[0][0].weight
     module.blocks[0][0]._parameters["weight"] = AwayWeight(weight, there, "weight")
     card = Hardware("cuda", "a card", 1 << 20, 1 << 20, Rates(1e12, 1e10, 1e9), index=1)
-    assert attach_stream._held_bytes(module, card) == weight.nbytes
-    assert attach_stream._held_bytes(module, replace(card, index=0)) == 0
+    assert attach_stream.held_bytes(module, card) == weight.nbytes
+    assert attach_stream.held_bytes(module, replace(card, index=0)) == 0
     seen: list[int] = []
 
     def opened(patient: object, quantised: object, hardware: Hardware, *more: object) -> None:
@@ -550,6 +552,42 @@ def test_a_quantised_layer_answers_with_its_compute_dtype(format: str, dtype: to
         assert module.layers[0].inner.weight.shape == (96, 64)
     assert (found - wanted).abs().max() < 0.1 * wanted.abs().max()
     assert torch.equal(walked(), wanted)
+
+
+def test_t5_in_fp8_needs_no_layer_kept() -> None:
+    case = make("t5")  # asks `wo` for its dtype, and casts to it
+    with torch.no_grad():
+        wanted = case.call().flatten()
+    with (
+        penstock.stream(case.module, case.blocks, vram=ROOM, ram=ROOM, format="fp8"),
+        torch.no_grad(),
+    ):
+        found = case.call().flatten()
+    assert torch.nn.functional.cosine_similarity(wanted, found, dim=0) > 0.99
+
+
+def test_a_move_to_the_cpu_gives_the_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, as a pipeline's own; a stream refuses it, and so does any cast."""
+    module, left = Walk(), list[str]()
+    gpu, kind = torch.device("cuda", 0), torch.float32
+    for parameter in module.parameters():
+        away = AwayWeight(parameter, gpu, "weight")
+        owner = next(m for m in module.modules() for p in m._parameters.values() if p is parameter)
+        leaf = next(n for n, p in owner._parameters.items() if p is parameter)
+        owner._parameters[leaf] = away
+    found = [kind, torch.device("cpu")]
+    monkeypatch.setattr(attach_guard, "tried", lambda *_: tuple(found))
+    with ExitStack() as stack:
+        attach_guard.guard(module, "attach", stack, lambda: left.append("left"))
+        assert module.to("cpu") is module and left == ["left"]
+        found[0] = torch.float16
+        with pytest.raises(UsageError, match="cannot be moved or cast"):
+            module.to("cpu", torch.float16)
+    with ExitStack() as stack:
+        attach_guard.guard(module, "stream", stack)
+        found[0] = kind
+        with pytest.raises(UsageError, match="cannot be moved or cast"):
+            module.to("cpu")
 
 
 def test_looking_at_a_block_and_hooking_it_is_not_training() -> None:

@@ -71,5 +71,7 @@ def test_what_is_no_list_of_blocks_is_left_alone() -> None:
             self.small = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
             self.others = nn.ModuleList([nn.Linear(64, 64), nn.Conv1d(64, 64, 1), nn.Dropout()])
             self.lone = nn.ModuleList([nn.Linear(64, 64)])
+            self.holes = nn.ModuleList([nn.Linear(64, 64)])
+            self.holes.add_module("1", None)  # as in Mochi's VAE
 
     assert find_units(Odd()) == ()

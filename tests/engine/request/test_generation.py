@@ -149,7 +149,8 @@ def test_with_seed_draws_once_and_keeps_what_is_given():
 
 def test_warnings_are_objects_and_not_errors():
     assert request(frames=121).warnings == ()
-    (long,) = request(frames=125).warnings
+    assert request(frames=125).warnings == ()  # in windows
+    (long,) = request(frames=125, window=0).warnings
     assert long.code == "long_video"
     assert "125" in long.message
     (weak,) = request(guidance_scale=0.5).warnings

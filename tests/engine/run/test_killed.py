@@ -32,14 +32,14 @@ def sha(engine: Engine, picture: Path, tmp_path_factory: pytest.TempPathFactory)
     return frames_sha(output)
 
 
-def a_task(engine: Engine, picture: Path, folder: Path, steps: int = STEPS) -> Task:
+def a_task(engine: Engine, picture: Path | None, folder: Path, steps: int = STEPS) -> Task:
     folder.mkdir()
     return Task(engine, a_request(picture, steps=steps), folder)
 
 
 def kill_at_failpoints(
     engine: Engine,
-    picture: Path,
+    picture: Path | None,
     sha: str,
     tmp_path: Path,
     count: int | None = None,

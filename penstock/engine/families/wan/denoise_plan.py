@@ -32,7 +32,7 @@ from penstock.profiles.phases import (
     loading_s,
 )
 from penstock.profiles.plan import Items, PhasePlan
-from penstock.profiles.policy import Limits
+from penstock.profiles.policy import RESIDUALS, Limits
 from penstock.profiles.rates import Rates
 from penstock.profiles.streams import (
     LINK_CARE,
@@ -50,13 +50,18 @@ log = logging.getLogger(__name__)
 CHUNKS = (1 << 16, 1 << 15, 1 << 14, 1 << 13, 4096, 2048, 1024, 512, 256, 128, 64, 32, 16, 8, 4, 2)
 """Tokens a chunk of the DiT forward that are tried, besides "all in one chunk"."""
 
+RESIDUAL_COST = 0.005
+"""Of the job's time that hidden states in fp32 may take more, where nothing is said of them. They
+take memory, for residents and for larger chunks."""
+
 EIGHT_BIT_WORKSPACE_BYTES = 128 * MIB
 """Temporaries of an 8-bit matrix product (`penstock.quant.compute.DEFAULT_CHUNK_BYTES`)."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How the forward is cut: branches a visit, tokens a chunk, the place of cross-attention K/V.
+    """How the forward is cut: branches a visit, tokens a chunk, the place of cross-attention K/V;
+    and what its hidden states are in.
 
     Attributes:
         work: bytes in VRAM besides weights.
@@ -112,11 +117,31 @@ class Denoise:
         return manifest.second
 
     def best(self, limits: Limits) -> Group | None:
-        """As `penstock.profiles.phases.Step`: shapes by what they compute, until none can win."""
-        contexts = {away: self._context(away, limits) for away in (True, False)}
+        """As `penstock.profiles.phases.Step`; hidden states in fp32 may cost `RESIDUAL_COST`."""
+        found = [self._best(residual, limits) for residual in self._residuals]
+        narrow, wide = found[0], found[-1]
+        if narrow is None:
+            return None
+        if wide is not None and wide[0] <= narrow[0] * (1 + RESIDUAL_COST):
+            return wide[1]
+        return narrow[1]
+
+    @property
+    def _residuals(self) -> tuple[str, ...]:
+        """What the hidden states may be in, the narrowest first."""
+        if self.spec.weights.itemsize == transformer.FP32_BYTES:
+            return ("fp32",)
+        fixed = self.case.policy.residual
+        return RESIDUALS if fixed == "auto" else (fixed,)
+
+    def _best(self, residual: str, limits: Limits) -> tuple[float, Group] | None:
+        """Shapes by what they compute, until none can win: the best, and its objective before."""
+        contexts = {away: self._context(away, residual, limits) for away in (True, False)}
         best: Group | None = None
         best_objective = float("inf")
         for shape in self._shapes:
+            if shape.cost.residual != residual:
+                continue
             if shape.least_seconds > best_objective:
                 break
             context = contexts[not shape.cost.cross_kv_on_device]
@@ -131,7 +156,7 @@ class Denoise:
             objective = context.seconds + stream.timing.objective
             if best is None or (objective, group_key(found)) < (best_objective, group_key(best)):
                 best, best_objective = found, objective
-        return best
+        return None if best is None else (best_objective, best)
 
     def _stream(self, shape: Shape, limits: Limits, better_than: float) -> Stream | None:
         rest = self.spec.weights.rest_bytes
@@ -153,21 +178,25 @@ class Denoise:
         )
 
     def _pace(self, shape: Shape) -> Pace:
-        care = LINK_CARE if self.case.policy.disk == "spare" else 0.0
+        # Windows that share a visit cost nothing but memory: fewer visits are better where no time
+        # is won by either.
+        cares = self.case.policy.disk == "spare" or shape.cost.windows > 1
+        care = LINK_CARE if cares else 0.0
         return Pace(shape.compute_s, shape.passes, care)
 
     @cached_property
     def _network(self) -> Network:
         return Network.of(self.spec.weights.block_bytes)
 
-    def _context(self, away: bool, limits: Limits) -> PhasePlan | None:
+    def _context(self, away: bool, residual: str, limits: Limits) -> PhasePlan | None:
         if self.case.policy.cross_kv == ("vram" if away else "ram"):
             return None
-        fitting = [p for p in self._contexts(away, limits) if group_fits((p,), limits)]
+        fitting = [p for p in self._contexts(away, residual, limits) if group_fits((p,), limits)]
         return min(fitting, key=lambda phase: group_key((phase,)), default=None)
 
-    def _contexts(self, away: bool, limits: Limits) -> Iterator[PhasePlan]:
-        spec, case = self.spec, replace(self._cost_case(), cross_kv_on_device=not away)
+    def _contexts(self, away: bool, residual: str, limits: Limits) -> Iterator[PhasePlan]:
+        spec, base = self.spec, self._cost_case()
+        case = replace(base, cross_kv_on_device=not away, residual=residual)
         if case.contrasted:  # both texts' are made as those of two branches are
             case = replace(case, branches=2 * case.branches, contrasted=False)
         found = OnePass(
@@ -198,11 +227,12 @@ class Denoise:
     def all_small(self, limits: Limits) -> Iterator[Group]:
         """As `Step`: the smallest chunk, rings of one, and residents in at most one memory. Bytes
         alone are asked of these: their streams are not timed."""
+        least = self._residuals[0]
         for shape in self._shapes:
-            if shape.cost.chunk_tokens != min(self._chunks):
+            if (shape.cost.residual, shape.cost.chunk_tokens) != (least, min(self._chunks)):
                 continue
             context = min(
-                self._contexts(not shape.cost.cross_kv_on_device, limits),
+                self._contexts(not shape.cost.cross_kv_on_device, least, limits),
                 key=lambda phase: phase.vram_bytes + phase.ram_bytes,
             )
             for place in self._network.smallest:
@@ -214,16 +244,22 @@ class Denoise:
 
     @property
     def _chunks(self) -> tuple[int, ...]:
-        tokens = transformer.grid_tokens(self.spec, latent_of(self.case))
+        tokens = transformer.grid_tokens(self.spec, self._cost_case().latent)
         fixed = self.case.policy.chunk_tokens
         if fixed is not None:
             return (min(fixed, tokens),)
         return (tokens, *(chunk for chunk in CHUNKS if chunk < tokens))
 
     def _cost_case(self) -> transformer.DenoiseCase:
-        manifest, workload = self.case.manifest, self.case.workload
+        manifest, workload, whole = self.case.manifest, self.case.workload, latent_of(self.case)
+        frames, windows = whole[0], 1
+        if workload.windows is not None:
+            cut = workload.windows.latent(manifest.vae.temporal_factor)
+            frames, windows = min(cut.length, whole[0]), len(cut.starts(whole[0]))
         return transformer.DenoiseCase(
-            latent=latent_of(self.case),
+            latent=(frames, *whole[1:]),
+            windows=windows,
+            frames=whole[0],
             chunk_tokens=1,
             branches=workload.branches,
             visit_branches=workload.branches,
@@ -239,21 +275,36 @@ class Denoise:
     @cached_property
     def _shapes(self) -> tuple[Shape, ...]:
         """All ways to cut the forward, the fastest first."""
-        policy, branches = self.case.policy, self.case.workload.branches
-        visits = [branches] if policy.branches is None else [min(policy.branches, branches)]
-        if policy.branches is None and branches > 1:
-            visits.append(1)
+        policy = self.case.policy
         places = {"auto": (True, False), "vram": (True,), "ram": (False,)}[policy.cross_kv]
         base = self._cost_case()
         shapes = [
             self._shape(
-                replace(base, chunk_tokens=chunk, visit_branches=visit, cross_kv_on_device=place)
+                replace(
+                    base,
+                    chunk_tokens=chunk,
+                    visit_branches=visit,
+                    residual=residual,
+                    cross_kv_on_device=place,
+                )
             )
-            for visit in visits
+            for residual in self._residuals
+            for visit in self._visits(base)
             for chunk in self._chunks
             for place in places
         ]
         return tuple(sorted(shapes, key=lambda shape: (shape.least_seconds, shape.work_bytes)))
+
+    def _visits(self, cost: transformer.DenoiseCase) -> tuple[int, ...]:
+        """How many branches may share a visit: those of as many windows as make one pass fewer; or
+        one at a time. What is asked for is of each window."""
+        fixed, branches = self.case.policy.branches, cost.branches
+        if fixed == 1:
+            return (1,)
+        windows = {-(-cost.windows // passes) for passes in range(1, cost.windows + 1)}
+        together = sorted((branches * count for count in windows), reverse=True)
+        alone = (1,) if fixed is None and branches > 1 else ()
+        return (*together, *alone)
 
     def _shape(self, cost: transformer.DenoiseCase) -> Shape:
         work = (
@@ -261,7 +312,7 @@ class Denoise:
             *self._decoding(self.spec.storage),
             *self.case.libraries(),
         )
-        passes = self._forwards[1] * -(-cost.branches // cost.visit_branches)
+        passes = self._forwards[1] * cost.passes
         return Shape(cost, work, self._compute_s(cost), passes)
 
     @property
@@ -296,10 +347,15 @@ class Denoise:
             + chunks * (overhead_s + self._decode_s(rates) + self._requantise_s(rates, tokens))
             + tokens * spec.inner_dim * spec.num_layers * rates.element_s
         )
-        if not cost.cross_kv_on_device:
-            kept = transformer.cross_kv_bytes(spec, replace(cost, branches=1))
-            branch += kept / rates.copy_bytes_per_s
-        return branch * cost.visit_branches
+        fetched_s = self._fetched_bytes(cost) / rates.copy_bytes_per_s
+        return branch * cost.windows * cost.branches / cost.passes + fetched_s
+
+    def _fetched_bytes(self, cost: transformer.DenoiseCase) -> int:
+        """Cross-attention K/V that one pass fetches: a branch's serve all windows of a visit."""
+        if cost.cross_kv_on_device:
+            return 0
+        one = transformer.cross_kv_bytes(self.spec, replace(cost, branches=1))
+        return one * min(cost.visit_branches, cost.branches)
 
     def _decode_s(self, rates: Rates) -> float:
         """Seconds to decode a block's matrices once: every chunk does."""
@@ -343,10 +399,6 @@ class Denoise:
         spec, cost, place = self.spec, shape.cost, stream.placement
         held = self._host_work(shape)
         room = limits.ram_bytes - sum(count for _, count in held)
-        fetched = 0
-        if not cost.cross_kv_on_device:
-            one = transformer.cross_kv_bytes(spec, replace(cost, branches=1))
-            fetched = one * cost.visit_branches
         return PhasePlan(
             self.phases[1],
             weights=(("non-block weights", spec.weights.rest_bytes), *stream.device_items),
@@ -356,11 +408,14 @@ class Denoise:
             stream=stream.plan,
             chunk_tokens=cost.chunk_tokens,
             branches=cost.visit_branches,
+            windows=cost.windows,
+            residual=cost.residual,
             cross_kv_on_device=cost.cross_kv_on_device,
             forwards=self._forwards,
             pinned_bytes=stream.pinned_bytes if self.case.pins else 0,
             read_bytes=place.device_bytes + place.host_bytes + shape.passes * place.read_bytes,
-            copied_bytes=place.device_bytes + shape.passes * (place.copied_bytes + fetched),
+            copied_bytes=place.device_bytes
+            + shape.passes * (place.copied_bytes + self._fetched_bytes(cost)),
             seconds=stream.timing.seconds + loading_s(spec.weights.rest_bytes, self.case.rates),
             bound=stream.timing.bound,
         )

@@ -7,22 +7,25 @@ needs its old value. What does not change from step to step is computed once: th
 cross-attention keys and values a prompt, the time embedding a schedule.
 
 Operations and roundings are those of diffusers' forward: with one chunk over all tokens the result
-is the same bit for bit. The memory it takes is stated by
-`penstock.engine.families.wan.cost.transformer`, which follows this file line by line: change both
-together.
+is the same bit for bit. With a ``residual`` of fp32 beside 16-bit weights, the hidden states
+between operations, the time embedding and the head are fp32, as in the makers' own forward: what a
+block adds is not rounded away, and the error does not grow with the number of blocks. The memory it
+takes is stated by `penstock.engine.families.wan.cost.transformer`, which follows this file line by
+line: change both together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from penstock.engine.attention.kernels import Attention, attention
-from penstock.engine.families.wan.cost.transformer import TEXT_TOKENS
+from penstock.engine.families.wan.cost.transformer import TEXT_TOKENS, WIDE_ROWS
 from penstock.errors import UsageError
 
 NAG_GROWTH, NAG_SHARE = 2.5, 0.25
@@ -166,15 +169,20 @@ def cross_kv(attn2: Any, context: Context, same_image: CrossKV | None = None) ->
 
 
 @torch.no_grad()
-def step_modulation(model: Any, timesteps: Tensor, dtype: torch.dtype) -> list[StepModulation]:
+def step_modulation(
+    model: Any, timesteps: Tensor, dtype: torch.dtype, residual: torch.dtype | None = None
+) -> list[StepModulation]:
     """The time embedding of all steps, one by one: a batch would round differently.
 
     Args:
         model: the transformer, with ``condition_embedder``'s time embedder and projection bound.
         timesteps: (steps,), in the scheduler's dtype, on the model's device.
         dtype: the compute dtype.
+        residual: of the hidden states; None: the compute dtype.
     """
     embedder = model.condition_embedder
+    if residual not in (None, dtype):
+        return _wide_modulation(embedder, timesteps, dtype)
     weight_dtype = embedder.time_embedder.linear_1.weight.dtype
     steps = []
     for timestep in timesteps[:, None]:  # each (1,)
@@ -183,6 +191,31 @@ def step_modulation(model: Any, timesteps: Tensor, dtype: torch.dtype) -> list[S
         projection = embedder.time_proj(embedder.act_fn(temb)).unflatten(1, (6, -1))
         steps.append(StepModulation(temb, projection))
     return steps
+
+
+def _wide_modulation(embedder: Any, timesteps: Tensor, dtype: torch.dtype) -> list[StepModulation]:
+    """`step_modulation` in fp32, whatever its weights are in."""
+    two = embedder.time_embedder
+    angles = [embedder.timesteps_proj(timestep).float() for timestep in timesteps[:, None]]
+    inner = [embedder.act_fn(x) for x in _wide(two.linear_1, angles, dtype)]
+    tembs = _wide(two.linear_2, inner, dtype)
+    projections = _wide(embedder.time_proj, [embedder.act_fn(temb) for temb in tembs], dtype)
+    pairs = zip(tembs, projections, strict=True)
+    return [StepModulation(temb, torch.unflatten(rows, 1, (6, -1))) for temb, rows in pairs]
+
+
+def _wide(layer: Any, inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """A linear layer of each of the fp32 ``inputs`` (1, width), in fp32. Its weight is cast by some
+    rows at a time, for all inputs; one that bears a LoRA computes in ``dtype``."""
+    if not isinstance(layer, nn.Linear):
+        return [layer(x.to(dtype)).float() for x in inputs]
+    results = [x.new_empty(1, layer.out_features) for x in inputs]
+    for part in _chunks(layer.out_features, WIDE_ROWS):
+        weight, bias = layer.weight[part].float(), layer.bias[part].float()
+        for x, result in zip(inputs, results, strict=True):
+            result[:, part] = F.linear(x, weight, bias)
+        del weight, bias  # before the next rows are cast
+    return results
 
 
 @torch.no_grad()
@@ -214,18 +247,34 @@ def rope_tables(model: Any, latent: Sequence[int], device: torch.device) -> Rope
 
 
 @torch.no_grad()
-def embed(model: Any, latents: Tensor) -> Tensor:
-    """Patches of the model input: (1, in_channels, t, h, w) -> (1, n, d), contiguous."""
+def embed(model: Any, latents: Tensor, residual: torch.dtype | None = None) -> Tensor:
+    """Patches of the model input: (1, in_channels, t, h, w) -> (1, n, d), contiguous, in
+    ``residual`` (None: as the latents are)."""
     patches: Tensor = model.patch_embedding(latents)  # (1, d, f, h, w)
-    return patches.flatten(2).transpose(1, 2).contiguous()
+    tokens = patches.flatten(2).transpose(1, 2)
+    if residual in (None, tokens.dtype):
+        return tokens.contiguous()
+    return torch.empty(tokens.shape, dtype=residual, device=tokens.device).copy_(tokens)
 
 
 class SelfKV:
-    """Room for one block's self-attention keys and values, reused by all blocks and branches."""
+    """Room for one block's self-attention keys and values, reused by all blocks and branches.
 
-    def __init__(self, hidden: Tensor, heads: int) -> None:
-        self.k = torch.unflatten(torch.empty_like(hidden), 2, (heads, -1))  # (1, n, heads, width)
+    Args:
+        hidden: (1, n, d).
+        heads: of the model.
+        dtype: the compute dtype; None: that of ``hidden``.
+    """
+
+    def __init__(self, hidden: Tensor, heads: int, dtype: torch.dtype | None = None) -> None:
+        room = torch.empty_like(hidden, dtype=dtype)
+        self.k = torch.unflatten(room, 2, (heads, -1))  # (1, n, heads, width)
         self.v = torch.empty_like(self.k)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return self.k.dtype
 
 
 @torch.no_grad()
@@ -244,11 +293,11 @@ def block_forward(
     Args:
         block: a `WanTransformerBlock`, its weights bound; those of
             `penstock.engine.families.wan.structure.CROSS_KV_NAMES` need not be.
-        hidden: (1, n, d).
+        hidden: (1, n, d), in the compute dtype or in fp32.
         modulation: of the step.
         cross: of this block and branch.
         rope: of the latent grid.
-        kv: room to work in; its content is lost.
+        kv: room to work in, in the compute dtype; its content is lost.
         chunk_tokens: tokens that go through the block together.
         attend: of the self-attention.
     """
@@ -263,8 +312,8 @@ def block_forward(
         chunk.add_(
             _gated(_self_attention(block, chunk, scale, shift, rope, kv, part, attend), gate)
         )
-        chunk.add_(_cross_attention(block, chunk, cross))
-        chunk.add_(_gated(_feed_forward(block, chunk, ffn_scale, ffn_shift), ffn_gate))
+        chunk.add_(_cross_attention(block, chunk, cross, kv.dtype))
+        chunk.add_(_gated(_feed_forward(block, chunk, ffn_scale, ffn_shift, kv.dtype), ffn_gate))
 
 
 def _rows(block: Any, modulation: StepModulation) -> tuple[Tensor, ...]:
@@ -282,10 +331,12 @@ def _chunks(tokens: int, chunk_tokens: int, cut: int = 0) -> Iterator[slice]:
             yield slice(start, min(start + chunk_tokens, last))
 
 
-def _modulated(norm: Any, chunk: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Layer norm, scale and shift in fp32: (1, c, d) -> (1, c, d) in the dtype of ``chunk``."""
+def _modulated(
+    norm: Any, chunk: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Layer norm, scale and shift in fp32: (1, c, d) -> (1, c, d) in ``dtype``."""
     normed: Tensor = norm(chunk.float())
-    return normed.mul_(scale).add_(shift).type_as(chunk)
+    return normed.mul_(scale).add_(shift).to(dtype)
 
 
 def _gated(update: Tensor, gate: Tensor) -> Tensor:
@@ -297,7 +348,7 @@ def _write_kv(
     block: Any, chunk: Tensor, scale: Tensor, shift: Tensor, rope: Rope, kv: SelfKV, part: slice
 ) -> None:
     attn = block.attn1
-    x = _modulated(block.norm1, chunk, scale, shift)
+    x = _modulated(block.norm1, chunk, scale, shift, kv.dtype)
     kv.v[:, part] = attn.to_v(x).unflatten(2, (attn.heads, -1))
     k = attn.to_k(x)
     del x
@@ -316,7 +367,7 @@ def _self_attention(
     attend: Attention,
 ) -> Tensor:
     attn = block.attn1
-    q = attn.to_q(_modulated(block.norm1, chunk, scale, shift))
+    q = attn.to_q(_modulated(block.norm1, chunk, scale, shift, kv.dtype))
     q = attn.norm_q(q).unflatten(2, (attn.heads, -1))
     q = _rotate(q, rope, part, out=torch.empty_like(q))
     q = attend(q, kv.k, kv.v)
@@ -333,9 +384,9 @@ def _rotate(x: Tensor, rope: Rope, part: slice, out: Tensor) -> Tensor:
     return out
 
 
-def _cross_attention(block: Any, chunk: Tensor, cross: CrossKV) -> Tensor:
+def _cross_attention(block: Any, chunk: Tensor, cross: CrossKV, dtype: torch.dtype) -> Tensor:
     attn = block.attn2
-    q = attn.to_q(block.norm2(chunk.float()).type_as(chunk))
+    q = attn.to_q(block.norm2(chunk.float()).to(dtype))
     q = attn.norm_q(q).unflatten(2, (attn.heads, -1))
     out = attention(q, cross.k, cross.v)
     if cross.k_away is not None and cross.v_away is not None:
@@ -370,9 +421,11 @@ def _magnitude(states: Tensor) -> Tensor:
     return total
 
 
-def _feed_forward(block: Any, chunk: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _feed_forward(
+    block: Any, chunk: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype
+) -> Tensor:
     gelu, _, down = block.ffn.net
-    x = gelu.proj(_modulated(block.norm3, chunk, scale, shift))
+    x = gelu.proj(_modulated(block.norm3, chunk, scale, shift, dtype))
     torch.ops.aten.gelu_(x, approximate=gelu.approximate)
     update: Tensor = down(x)
     return update
@@ -400,14 +453,25 @@ def head(
     """
     step = temb if isinstance(temb, StepModulation) else StepModulation(temb, temb)
     tokens = hidden.shape[1]
+    project, dtype = _projection(model.proj_out, hidden.dtype)
     patches = hidden.new_empty(1, tokens, model.proj_out.out_features)
     for part in _chunks(tokens, chunk_tokens, step.still_tokens):
         row = step.of(part).temb
         shift, scale = (model.scale_shift_table + row.unsqueeze(1)).chunk(2, dim=1)
         scale = 1 + scale
-        x = _modulated(model.norm_out, hidden[:, part], scale, shift)
-        patches[:, part] = model.proj_out(x)
+        patches[:, part] = project(_modulated(model.norm_out, hidden[:, part], scale, shift, dtype))
     return _unpatchify(patches, latent, model.config.patch_size)
+
+
+def _projection(layer: Any, dtype: torch.dtype) -> tuple[Callable[[Tensor], Tensor], torch.dtype]:
+    """How ``layer`` is applied, and to what: in ``dtype``, its weights cast; or, where it bears a
+    LoRA, as it is."""
+    if not isinstance(layer, nn.Linear):
+        return layer, layer.bias.dtype
+    if layer.weight.dtype == dtype:
+        return layer, dtype
+    weight, bias = layer.weight.to(dtype), layer.bias.to(dtype)
+    return lambda x: F.linear(x, weight, bias), dtype
 
 
 def _unpatchify(patches: Tensor, latent: Sequence[int], patch: Sequence[int]) -> Tensor:
@@ -425,6 +489,7 @@ def denoise_forward(
     rope: Rope,
     chunk_tokens: int,
     attend: Attention = attention,
+    residual: torch.dtype | None = None,
 ) -> list[Tensor]:
     """The whole transformer, all branches in one visit of each block.
 
@@ -441,34 +506,82 @@ def denoise_forward(
         rope: of the latent grid.
         chunk_tokens: tokens that go through a block together.
         attend: of the self-attention; what is attended to across (few keys) is torch's own.
+        residual: of the hidden states; None: the compute dtype.
 
     Returns:
-        For each branch (1, out_channels, t, h, w).
+        For each branch (1, out_channels, t, h, w), in the dtype of the hidden states.
     """
-    hidden = _embed_branches(model, latents, len(branches))
-    _run_blocks(model, blocks, hidden, branches, modulation, rope, chunk_tokens, attend)
-    latent = latents.shape[2:]
-    return [
-        head(model, hidden.pop(0), modulation, latent, chunk_tokens) for _ in range(len(hidden))
-    ]
+    hidden = embed_branches(model, latents, len(branches), residual)
+    grid = latents.shape[2:]
+    return list(
+        through_blocks(
+            model, blocks, hidden, grid, branches, modulation, rope, chunk_tokens, attend,
+            latents.dtype,
+        )
+    )  # fmt: skip
 
 
-def _embed_branches(model: Any, latents: Tensor, branches: int) -> list[Tensor]:
-    first = embed(model, latents)
-    return [first, *(first.clone() for _ in range(branches - 1))]
-
-
-def _run_blocks(
+def through_blocks(
     model: Any,
     blocks: Iterable[tuple[int, Any]],
-    hidden: Sequence[Tensor],
+    hidden: list[Tensor],
+    latent: Sequence[int],
     branches: Sequence[CrossByBlock],
     modulation: StepModulation,
     rope: Rope,
     chunk_tokens: int,
     attend: Attention,
+    dtype: torch.dtype,
+) -> Iterator[Tensor]:
+    """The predictions of hidden states that share a visit of each block, one after another as they
+    are asked for: each takes the place of its hidden states.
+
+    Args:
+        hidden: (1, n, d) each, of any windows and branches; used up.
+        latent: latent frames, height and width of each of them.
+        branches: what each of them attends to; looked up once a block where it is one object.
+        dtype: the compute dtype.
+        model, blocks, modulation, rope, chunk_tokens, attend: as for `denoise_forward`.
+    """
+    kv = SelfKV(hidden[0], model.config.num_attention_heads, dtype)
+    _run_blocks(blocks, hidden, branches, modulation, rope, kv, chunk_tokens, attend)
+    del kv
+    while hidden:
+        yield head(model, hidden.pop(0), modulation, latent, chunk_tokens)
+
+
+def embed_branches(
+    model: Any, latents: Tensor, branches: int, residual: torch.dtype | None
+) -> list[Tensor]:
+    """The hidden states of one model input for each of its branches."""
+    first = embed(model, latents, residual)
+    return [first, *(first.clone() for _ in range(branches - 1))]
+
+
+def _run_blocks(
+    blocks: Iterable[tuple[int, Any]],
+    hidden: Sequence[Tensor],
+    branches: Sequence[CrossByBlock],
+    modulation: StepModulation,
+    rope: Rope,
+    kv: SelfKV,
+    chunk_tokens: int,
+    attend: Attention,
 ) -> None:
-    kv = SelfKV(hidden[0], model.config.num_attention_heads)
+    alike = _alike(hidden, branches)
     for index, block in blocks:
-        for state, cross in zip(hidden, branches, strict=True):
-            block_forward(block, state, modulation, cross[index], rope, kv, chunk_tokens, attend)
+        for cross, states in alike:
+            found = cross[index]
+            for state in states:
+                block_forward(block, state, modulation, found, rope, kv, chunk_tokens, attend)
+            del found  # before the next is fetched
+
+
+def _alike(
+    hidden: Sequence[Tensor], branches: Sequence[CrossByBlock]
+) -> list[tuple[CrossByBlock, list[Tensor]]]:
+    """The hidden states of each branch, which attend to the same."""
+    found: dict[int, tuple[CrossByBlock, list[Tensor]]] = {}
+    for state, branch in zip(hidden, branches, strict=True):
+        found.setdefault(id(branch), (branch, []))[1].append(state)
+    return list(found.values())

@@ -7,9 +7,10 @@ states, image states, condition, latents) pass from one to the next.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from penstock.engine.families.wan.vae_encode import (
     first_frame_then_zeros,
     normalised_latents,
 )
+from penstock.engine.families.wan.windowed import Cut, seen
 from penstock.engine.media.fit import fitting
 from penstock.engine.media.picture import open_image
 from penstock.engine.model.component import Component
@@ -47,6 +49,7 @@ from penstock.engine.run.stage import Stage, visits
 from penstock.engine.run.steprecord import keep_record
 from penstock.offload.streamer import BlockStream
 from penstock.profiles.caching import Caching
+from penstock.profiles.plan import PhasePlan
 from penstock.profiles.tiling import TileGrid
 
 
@@ -291,10 +294,16 @@ def _steps(stage: Stage, conditions: Conditions, sampling: Sampling, expert: Exp
             most, sure = most * len(passes), sure * len(passes)
             with stage.stream(component.blocks, plan.stream, phase, most, sure) as stream:
                 attend = self_attention_of(stage.plan.attention)
-                forward = Forward(model, component, stream, cross, plan.chunk_tokens, phase, attend)
-                rope = dit.rope_tables(model, latents.shape[2:], stage.device)
+                residual = residual_of(plan, component.dtype)
+                forward = Forward(
+                    model, component, stream, cross, plan.chunk_tokens, phase, attend, residual
+                )
+                cut = cut_of(stage, latents, expert.branches)
+                grid = latents.shape[2:] if cut is None else cut.grid
+                rope = dit.rope_tables(model, grid, stage.device)
                 picture = _on_device(conditions.condition, stage.device)
                 still = model_of(stage).manifest.tokenwise
+                predict = Predict(forward, cut, picture, still, passes, rope)
                 forwards = 0
                 for step in range(start, steps):
                     if step == steps - 1:
@@ -302,16 +311,8 @@ def _steps(stage: Stage, conditions: Conditions, sampling: Sampling, expert: Exp
                     if cache.wants(step):
                         forwards += 1
                         stream.expect((forwards + cache.left(step + 1)[0]) * len(passes))
-                        model_input = _model_input(latents, picture, component.dtype, still)
-                        predictions = [
-                            prediction
-                            for branches in passes
-                            for prediction in forward(model_input, branches, modulation[step], rope)
-                        ]
-                        del model_input
+                        prediction = predict(latents, modulation[step], expert.guidance)
                         component.checkpoint.check_unchanged()
-                        prediction = _guided(predictions, expert.guidance)
-                        del predictions
                         cache.computed(step, prediction, latents)
                     else:
                         prediction = cache.predicted(step)
@@ -348,23 +349,43 @@ def prepare(
                     prompt, negative = branches
                     branches = [prompt.contrasted(negative, nag)]
                 cross.add(branches)
-        return cross, _modulation(stage, model, conditions, timesteps, component.dtype)
+        dtypes = component.dtype, residual_of(stage.plan[expert.phase("denoise")], component.dtype)
+        return cross, _modulation(stage, model, conditions, timesteps, *dtypes)
 
 
 def _modulation(
-    stage: Stage, model: Any, conditions: Conditions, timesteps: Tensor, dtype: torch.dtype
+    stage: Stage,
+    model: Any,
+    conditions: Conditions,
+    timesteps: Tensor,
+    dtype: torch.dtype,
+    residual: torch.dtype,
 ) -> list[dit.StepModulation]:
     """The time embeddings; of a model whose first latent frame is given, that frame's is that of
     no noise at every step."""
-    made = dit.step_modulation(model, timesteps, dtype)
+    made = dit.step_modulation(model, timesteps, dtype, residual)
     if conditions.condition is None or not model_of(stage).manifest.tokenwise:
         return made
-    (still,) = dit.step_modulation(model, torch.zeros_like(timesteps[:1]), dtype)
+    (still,) = dit.step_modulation(model, torch.zeros_like(timesteps[:1]), dtype, residual)
     spec = model_of(stage).manifest
     _, height, width = stage.job.request.video_shape.latent(spec.vae)
     _, rows, columns = spec.transformer.patch_size
     tokens = (height // rows) * (width // columns)
     return [replace(step, still=still, still_tokens=tokens) for step in made]
+
+
+def cut_of(stage: Stage, latents: Tensor, branches: int) -> Cut | None:
+    """The windows that ``latents`` are denoised in; None: all of them at once."""
+    request = stage.job.request
+    if request.windows is None:
+        return None
+    return Cut.of(request.windows.latent(request.grid.temporal), latents, branches)
+
+
+def residual_of(plan: PhasePlan, dtype: torch.dtype) -> torch.dtype:
+    """What the hidden states are in, as the plan of the denoising says, where ``dtype`` is computed
+    in."""
+    return torch.float32 if plan.residual == "fp32" else dtype
 
 
 @dataclass(frozen=True)
@@ -378,6 +399,7 @@ class Forward:
     chunk_tokens: int
     phase: PhaseMonitor
     attend: Attention = attention
+    residual: torch.dtype | None = None
 
     def __call__(
         self, model_input: Tensor, branches: range, modulation: dit.StepModulation, rope: dit.Rope
@@ -392,7 +414,75 @@ class Forward:
             rope,
             self.chunk_tokens,
             self.attend,
+            self.residual,
         )
+
+    def windows(
+        self,
+        inputs: Iterator[tuple[Tensor, Sequence[int]]],
+        modulation: dit.StepModulation,
+        rope: dit.Rope,
+    ) -> Iterator[Tensor]:
+        """The predictions of several model inputs that share the pass, for some branches of each,
+        one after another (`penstock.engine.families.wan.windowed.Visit`)."""
+        hidden, branches, dtype = list[Tensor](), list[int](), self.component.dtype
+        latent: Sequence[int] = ()
+        for model_input, wanted in inputs:
+            latent = model_input.shape[2:]
+            hidden += dit.embed_branches(self.model, model_input, len(wanted), self.residual)
+            branches += wanted
+            del model_input
+        crosses = {branch: self.cross.branch(branch) for branch in branches}
+        yield from dit.through_blocks(
+            self.model,
+            visits(self.stream, self.component, self.phase),
+            hidden,
+            latent,
+            [crosses[branch] for branch in branches],
+            modulation,
+            rope,
+            self.chunk_tokens,
+            self.attend,
+            dtype,
+        )
+
+
+@dataclass(frozen=True)
+class Predict:
+    """The guided prediction of a step: of all latents at once, or of their windows together.
+
+    Attributes:
+        forward: the transformer.
+        cut: the windows; None: all latents at once.
+        picture: mask and latents of the pictures, or the first latent frame where ``still``.
+        passes: the branches of a step, window by window, divided into visits.
+        rope: of the latent grid, or of a window's.
+    """
+
+    forward: Forward
+    cut: Cut | None
+    picture: Tensor | None
+    still: bool
+    passes: list[range]
+    rope: dit.Rope
+
+    def __call__(self, latents: Tensor, modulation: dit.StepModulation, guidance: float) -> Tensor:
+        """(1, z, t, h, w), of latents of that shape."""
+        dtype = self.forward.component.dtype
+        if self.cut is not None:
+            see = partial(_window_input, latents, self.picture, dtype, self.still)
+            visit = partial(self.forward.windows, modulation=modulation, rope=self.rope)
+            return self.cut.predict(
+                latents, see, self.passes, visit, partial(_guided, scale=guidance)
+            )
+        model_input = _model_input(latents, self.picture, dtype, self.still)
+        predictions = [
+            prediction
+            for branches in self.passes
+            for prediction in self.forward(model_input, branches, modulation, self.rope)
+        ]
+        del model_input
+        return _guided(predictions, guidance)
 
 
 def _on_device(
@@ -410,6 +500,14 @@ def _model_input(
     if still:
         return with_first(latents.to(dtype, copy=True), condition)
     return torch.cat([latents, condition], dim=1).to(dtype)
+
+
+def _window_input(
+    latents: Tensor, condition: Tensor | None, dtype: torch.dtype, still: bool, part: slice
+) -> Tensor:
+    """`_model_input` of a window: every one sees the picture as its first frame."""
+    known = condition if condition is None or still else seen(condition, part)
+    return _model_input(latents[:, :, part], known, dtype, still)
 
 
 def with_first(latents: Tensor, first: Tensor) -> Tensor:

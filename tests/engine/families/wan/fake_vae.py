@@ -58,8 +58,10 @@ class FakeVae:
         """Peak of a decoding: the last whole latent frames, then the largest tile, until steady."""
         with self.measured() as meter:
             latents = torch.empty(1, self.vae.config.z_dim, *latent, dtype=self.dtype)
+            arch = levels_of(self.vae)
+            pair = 2 if self.vae.config.is_residual else 1  # with what the shortcut sees
             features = _blank(
-                self.vae.decoder.dim * self.vae.decoder.dim_mult[-1],
+                pair * self.vae.decoder.dim * self.vae.decoder.dim_mult[-1],
                 latent,
                 self.dtype,
                 STEADY_LATENTS,
@@ -67,9 +69,9 @@ class FakeVae:
             for feature in vae_decode._whole_frames(self.vae, latents[:, :, :STEADY_LATENTS]):
                 features.append(feature)
             del feature
-            tiles = decode_tiles(levels_of(self.vae), grid, *latent[1:])
+            tiles = decode_tiles(arch, grid, *latent[1:])
             tile = max(tiles, key=lambda tile: _area(tile.levels[-1][0]))
-            frames = vae_decode._tile_frames(self.vae.decoder, features, tile)
+            frames = vae_decode._tile_frames(self.vae.decoder, features, tile, arch.patch)
             for pixels in islice(frames, 1 + 4 * (STEADY_LATENTS - 1)):
                 vae_decode.to_uint8(pixels[0, :, 0])
             return meter.peak
@@ -79,16 +81,19 @@ class FakeVae:
     ) -> int:
         """Peak of an encoding: all of the largest tile, then the first whole frames."""
         frames, height, width = latent
-        tiles = encode_tiles(levels_of(self.vae), grid, height, width)
+        arch = levels_of(self.vae)
+        tiles = encode_tiles(arch, grid, height, width)
         tile = max(tiles, key=lambda tile: _area(tile.pixels))
         runs = clip_runs(1 + 4 * (frames - 1), changes)
         with self.measured() as meter:
-            picture = torch.empty(3, 8 * height, 8 * width, dtype=self.dtype)
+            picture = torch.empty(3, arch.factor * height, arch.factor * width, dtype=self.dtype)
             source = vae_encode.first_frame_then_zeros(picture)
 
             def encoded():
-                clip = ((source(first, tile.pixels), times) for first, times in runs)
-                yield from map(itemgetter(1), vae_encode._tile_frames(self.vae.encoder, clip, tile))
+                window = tile.pixels.scaled(arch.patch)
+                clip = ((source(first, window), times) for first, times in runs)
+                made = vae_encode._tile_frames(self.vae.encoder, clip, tile, arch.patch)
+                yield from map(itemgetter(1), made)
 
             lengths = list(encoded())
             channels = self.vae.encoder.dim * self.vae.encoder.dim_mult[-2]

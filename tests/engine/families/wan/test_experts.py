@@ -14,13 +14,14 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
+import penstock
 from penstock.engine.engine import Engine
 from penstock.engine.families.wan.tiny import write_tiny_model
 from penstock.engine.request.generation import GenerationRequest, workload_of
 from penstock.engine.run.events import PhaseStarted, Progress
 from penstock.engine.run.jobs import describe
 from penstock.engine.run.report import JobResult
-from penstock.errors import JobCancelled, RequestError
+from penstock.errors import JobCancelled, NotRun, RequestError
 from penstock.profiles.options import Options
 from penstock.profiles.plan import Plan, StreamPlan
 from tests.engine.run.test_budget import _host_buffers_apart, _in_ram, _meter, _run
@@ -31,12 +32,17 @@ STEPS = 6
 SHIFT = {False: 12.0, True: 5.0}
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["t2v", "i2v"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def _model(folder: Path, *, pictured: bool) -> Path:
     return write_tiny_model(
-        tmp_path_factory.mktemp("a14b"), image_to_video=request.param, experts=True,
+        folder, image_to_video=pictured, experts=True,
         seed=5, vae={"base_dim": 8}, transformer={"num_layers": 4},
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the two models the one that takes a picture."""
+    return _model(tmp_path_factory.mktemp("a14b"), pictured=True)
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +52,9 @@ def engine(folder: Path) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="module")
-def asked(engine: Engine, picture: Path) -> GenerationRequest:
-    image = picture if engine.model.image_to_video else None
+def asked(picture: Path) -> GenerationRequest:
     return GenerationRequest(
-        prompt="a red circle", negative_prompt="blurry", image=image, width=48, height=32,
+        prompt="a red circle", negative_prompt="blurry", image=picture, width=48, height=32,
         frames=9, steps=STEPS, seed=7, guidance_scale=3.0, guidance_high=4.0, fit="stretch",
     )  # fmt: skip
 
@@ -102,8 +107,21 @@ def test_the_job_is_that_of_diffusers(
     _assert_theirs(whole, _theirs(folder, asked))
 
 
+def test_the_job_of_a_prompt_alone_is_that_of_diffusers(
+    asked: GenerationRequest, tmp_path: Path
+) -> None:
+    folder, request = _model(tmp_path, pictured=False), replace(asked, image=None)
+    with an_engine(folder) as engine:
+        assert dict(engine.model.official.request_defaults)["guidance_high"] == 4.0
+        assert engine.model.official.flow_shift(1280, 720, None) == SHIFT[False]
+        with pytest.raises(RequestError, match="text-to-video"):
+            engine.plan(asked)
+        result = engine.submit(request).result()
+    _assert_theirs(result, _theirs(folder, request))
+
+
 def test_both_guidances_count(engine: Engine, asked: GenerationRequest, whole: JobResult) -> None:
-    for changes in ({"guidance_high": 3.0}, {"guidance_scale": 4.0}, {"guidance_high": 1.0}):
+    for changes in ({"guidance_scale": 4.0}, {"guidance_high": 1.0}):
         other = engine.submit(replace(asked, **changes)).result()
         assert not torch.allclose(other.latents, whole.latents, atol=1e-4)
 
@@ -113,10 +131,6 @@ def test_a_video_may_end_with_a_picture(
 ) -> None:
     last = tmp_path / "last.png"
     Image.linear_gradient("L").convert("RGB").resize((48, 32)).save(last)
-    if asked.image is None:
-        with pytest.raises(RequestError, match="an image"):
-            replace(asked, last_image=last)
-        return
     result = engine.submit(replace(asked, last_image=last)).result()
     _assert_theirs(result, _theirs(folder, asked, last_image=last))
 
@@ -195,14 +209,17 @@ def test_one_step_needs_one_transformer(engine: Engine, asked: GenerationRequest
     assert torch.isfinite(engine.submit(replace(asked, steps=1)).result().latents).all()
 
 
-def test_the_makers_settings(engine: Engine, asked: GenerationRequest) -> None:
+def test_the_makers_settings(engine: Engine) -> None:
     official = engine.model.official
-    pictured = engine.model.image_to_video
     defaults = dict(official.request_defaults)
-    assert defaults["steps"] == 40
-    assert official.flow_shift(1280, 720, None) == SHIFT[pictured]
-    scales = (defaults["guidance_scale"], defaults.get("guidance_high"))
-    assert scales == ((3.5, None) if pictured else (3.0, 4.0))
+    assert (defaults["steps"], defaults["guidance_scale"]) == (40, 3.5)
+    assert "guidance_high" not in defaults
+    assert official.flow_shift(1280, 720, None) == SHIFT[True]
+
+
+def test_load_pipeline_names_what_it_does_not_open(folder: Path) -> None:
+    with pytest.raises(NotRun, match="load_pipeline"):
+        penstock.load_pipeline(folder, device="cpu")
 
 
 def test_two_scales_are_of_two_transformers(t2v_folder: Path, asked: GenerationRequest) -> None:
@@ -223,3 +240,28 @@ def test_packs_are_made_of_both(
     assert torch.equal(result.latents, again.latents)
     assert not torch.equal(result.latents, whole.latents)
     assert (result.latents - whole.latents).abs().mean() < 0.1 * whole.latents.abs().mean()
+
+
+@pytest.mark.parametrize("cache", ["plan:9", "budget:0.05"])
+def test_each_transformer_has_its_own_step_cache(
+    cache: str, folder: Path, asked: GenerationRequest, tmp_path: Path
+) -> None:
+    request = replace(asked, steps=20)
+    with an_engine(folder, step_cache=cache) as engine:
+        first, second = engine.model.manifest.split(workload_of(request))
+        plan, whole = engine.plan(request), engine.submit(request).result()
+        computed = whole.report.computed_steps
+        for name, own in (("denoise", range(first)), ("denoise 2", range(first, 20))):
+            fewest, most = plan[name].forwards
+            assert fewest <= len([step for step in computed if step in own]) <= most
+            assert {own[0], own[-1]} <= set(computed)
+        assert len(computed) < 20
+        job = engine.submit(request, job_dir=tmp_path / "job")
+        for event in job.events():
+            if isinstance(event, Progress) and event.unit == "step" and event.step == first + 2:
+                job.cancel()
+        with pytest.raises(JobCancelled):
+            job.result()
+        again = engine.resume(tmp_path / "job").result()
+    assert torch.equal(again.latents, whole.latents)
+    assert again.report.computed_steps == computed

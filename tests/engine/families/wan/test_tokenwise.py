@@ -98,6 +98,7 @@ def test_streamed_is_resident(engine: Engine, asked: GenerationRequest, whole: J
     assert (found[0].latents - whole.latents).abs().max() <= 1e-5 * whole.latents.abs().max()
 
 
+@pytest.mark.parametrize("asked", [True], indirect=True, ids=["picture"])
 def test_a_stopped_job_goes_on(
     engine: Engine, asked: GenerationRequest, whole: JobResult, tmp_path: Path
 ) -> None:
@@ -117,14 +118,14 @@ def test_nothing_passes_the_plan(engine: Engine, asked: GenerationRequest) -> No
         assert phase.measured_ram_bytes <= promised.ram_bytes
 
 
+@pytest.mark.parametrize("asked", [True], indirect=True, ids=["picture"])
 def test_the_picture_is_the_first_frame(engine: Engine, asked: GenerationRequest) -> None:
-    if asked.image is None:
-        return
     latents = [engine.submit(replace(asked, seed=seed)).result().latents for seed in (1, 2)]
     assert torch.equal(latents[0][:, :, 0], latents[1][:, :, 0])
     assert not torch.equal(latents[0][:, :, 1], latents[1][:, :, 1])
 
 
+@pytest.mark.parametrize("asked", [True], indirect=True, ids=["picture"])
 def test_the_makers_settings_and_sizes(engine: Engine, asked: GenerationRequest) -> None:
     defaults = dict(engine.model.official.request_defaults)
     assert defaults == {

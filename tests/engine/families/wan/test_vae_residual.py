@@ -85,7 +85,7 @@ def test_an_encoded_picture_equals_the_whole(blocks: int, shape: Any, grid: Any)
 
 
 @pytest.mark.parametrize(("axis", "side"), SIDES)
-@pytest.mark.parametrize("level", [0, 1, 2, 3])
+@pytest.mark.parametrize("level", [0, 3])
 def test_decoding_breaks_with_a_halo_one_short(
     monkeypatch: pytest.MonkeyPatch, level: int, axis: str, side: str
 ) -> None:
@@ -135,7 +135,7 @@ def test_a_clip_is_refused() -> None:
 def cases() -> list[Any]:
     draw, none = random.Random(3), Weights(0, (), 2)
     found = []
-    for number in range(8):
+    for number in range(4):
         spec = VaeSpec(
             none, none, draw.choice([2, 4, 8]), 4, (1, 2, 4, 4), draw.choice([1, 2]),
             (False, True, True), draw.choice([4, 6, 8, 16]), residual=True, patch=2,

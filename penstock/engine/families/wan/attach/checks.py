@@ -26,7 +26,10 @@ def is_wan21(pipe: Any) -> bool:
     if type(pipe) not in (WanPipeline, WanImageToVideoPipeline):
         return False
     second = getattr(pipe, "transformer_2", None) is not None
-    return not (second or pipe.config.boundary_ratio is not None or pipe.config.expand_timesteps)
+    config = getattr(pipe.transformer, "config", {})
+    places = getattr(config, "pos_embed_seq_len", None)  # of two pictures
+    other = second or pipe.config.boundary_ratio is not None or places is not None
+    return not (other or pipe.config.expand_timesteps)
 
 
 def check_pipeline(pipe: Any) -> None:

@@ -127,15 +127,13 @@ class VaePart(Part):
 
 
 def _of_diffusers(vae: Any) -> Any:
-    """diffusers' own network with the weights that ``vae`` holds: on whole frames it gives the bits
-    of the plain pipeline."""
+    """Diffusers' own class around the tensors that are bound to ``vae``: its forward, its bits."""
     from diffusers import AutoencoderKLWan
 
     with torch.device("meta"):
-        made = AutoencoderKLWan(**dict(vae.config))
-    held = {name: tensor for name, tensor in vae.state_dict().items() if not tensor.is_meta}
-    made.load_state_dict(held, strict=False, assign=True)
-    return made.eval().requires_grad_(False)
+        original = AutoencoderKLWan.from_config(dict(vae.config))
+    original.load_state_dict(vae.state_dict(), assign=True)
+    return original.eval()
 
 
 def _changes(clip: Tensor) -> list[int]:

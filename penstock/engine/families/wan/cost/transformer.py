@@ -19,6 +19,10 @@ from penstock.engine.families.wan.spec import TransformerSpec
 TEXT_TOKENS = 512
 """Text tokens of Wan's context, a constant in diffusers' attention processor too."""
 
+WIDE_ROWS = 512
+"""Rows of a matrix outside the blocks that are cast to fp32 at a time, where the hidden states are
+fp32 beside 16-bit weights."""
+
 FP32_BYTES = 4
 HALF_BYTES = 2
 UNIPC_HISTORY = 3
@@ -67,10 +71,10 @@ class DenoiseCase:
     """What the bytes of the denoising phase depend on, beside the model.
 
     Attributes:
-        latent: latent frames, height and width.
+        latent: latent frames, height and width, of a window of the video.
         chunk_tokens: tokens that go through a block together.
-        branches: forward passes a step: 2 with guidance, else 1.
-        visit_branches: how many of them go through a block in one visit.
+        branches: forward passes a window and step: 2 with guidance, else 1.
+        visit_branches: how many of them, of all windows, go through a block in one visit.
         steps: of the schedule.
         image_tokens: of the image encoder; 0 for a text-to-video model.
         text_tokens: length of the text context.
@@ -79,6 +83,10 @@ class DenoiseCase:
             elsewhere for one block and branch at a time.
         fused_norms: an RMS norm is one kernel, which makes its result and no more.
         attention: "sdpa", or "int8" for self-attention in 8 bits.
+        residual: "fp32" keeps the hidden states, the time embedding and the head in fp32; "bf16" in
+            the compute dtype.
+        windows: that a step denoises.
+        frames: latent frames of the whole video, where that is more than a window.
         cached_latents: of the latents' size, which a step cache keeps between steps.
         contrasted: each branch attends to a negative prompt as well.
         still: the first latent frame is given: its tokens are at another timestep than the others.
@@ -95,6 +103,9 @@ class DenoiseCase:
     cross_kv_on_device: bool = True
     fused_norms: bool = False
     attention: str = "sdpa"
+    residual: str = "bf16"
+    windows: int = 1
+    frames: int = 0
     cached_latents: int = 0
     contrasted: bool = False
     still: bool = False
@@ -108,6 +119,16 @@ class DenoiseCase:
     def rows(self) -> int:
         """Timesteps of a step."""
         return 2 if self.still else 1
+
+    @property
+    def whole(self) -> tuple[int, int, int]:
+        """Latent frames, height and width of the video."""
+        return max(self.frames, self.latent[0]), *self.latent[1:]
+
+    @property
+    def passes(self) -> int:
+        """Visits of each block in a step."""
+        return -(-self.windows * self.branches // self.visit_branches)
 
 
 def grid_tokens(spec: TransformerSpec, latent: tuple[int, int, int]) -> int:
@@ -124,9 +145,10 @@ def denoise_bytes(spec: TransformerSpec, case: DenoiseCase) -> PeakBytes:
         "latents": sampler_state_bytes(spec, case),
         "model_input": spec.in_channels * _volume(case.latent) * spec.weights.itemsize,
         "rope": _rope_bytes(spec, case),
-        "modulation": modulation_bytes(spec, case.steps + case.rows - 1),
+        "modulation": modulation_bytes(spec, case),
         "cross_kv": _cross_kv_held_bytes(spec, case),
         "lora": _lora_bytes(spec, case),
+        "fused": _fused_bytes(spec, case),
     }
     stages = {
         "input": {"cat": spec.in_channels * _volume(case.latent) * FP32_BYTES},
@@ -147,7 +169,7 @@ def context_bytes(spec: TransformerSpec, case: DenoiseCase) -> PeakBytes:
     held = {
         "encoder_states": states * e,
         "contexts": case.branches * (text + image) * d * e,
-        "modulation": modulation_bytes(spec, case.steps + case.rows - 1),
+        "modulation": modulation_bytes(spec, case),
     }
     # While the last block's keys are being normalised, what follows is not there yet: their own
     # values, and after the only branch's text also the image's keys and values.
@@ -163,7 +185,10 @@ def context_bytes(spec: TransformerSpec, case: DenoiseCase) -> PeakBytes:
     stages = {
         "embedders": {"embedders": _embedder_bytes(spec, case)},
         "cross_kv": {"cross_kv": kept, "normalising": normalising},
-        "steps": {"cross_kv": kept, "embedders": _embedder_rows_bytes(spec)},
+        "steps": {
+            "cross_kv": kept,
+            "embedders": _embedder_rows_bytes(spec) + _wide_rows_bytes(spec, case),
+        },
     }
     held["lora"] = max(text, image) * spec.lora.rank * e
     stage = max(stages, key=lambda name: sum(stages[name].values()))
@@ -184,9 +209,10 @@ def _cross_kv_held_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
     return 2 * tokens * spec.inner_dim * spec.weights.itemsize
 
 
-def modulation_bytes(spec: TransformerSpec, steps: int) -> int:
+def modulation_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
     """The time embedding of all steps: one row for the head and six for the blocks."""
-    return steps * 7 * spec.inner_dim * spec.weights.itemsize
+    rows = case.steps + case.rows - 1
+    return rows * 7 * spec.inner_dim * _residual_itemsize(spec, case)
 
 
 def sampler_state_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
@@ -195,7 +221,12 @@ def sampler_state_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
     condition = spec.in_channels - spec.out_channels
     channels = (1 + case.history_latents + case.cached_latents) * spec.out_channels + condition
     given = spec.out_channels * _volume((1, *case.latent[1:])) if case.still else 0
-    return (channels * _volume(case.latent) + given) * FP32_BYTES
+    return (channels * _volume(case.whole) + given) * FP32_BYTES
+
+
+def _fused_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
+    """The windows' predictions together, in fp32; one window's is taken as it is."""
+    return 0 if case.windows == 1 else spec.out_channels * _volume(case.whole) * FP32_BYTES
 
 
 def denoise_flops(
@@ -245,33 +276,52 @@ def _rope_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
     return grid_tokens(spec, case.latent) * spec.attention_head_dim * FP32_BYTES
 
 
-def _hidden_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
+def _residual_itemsize(spec: TransformerSpec, case: DenoiseCase) -> int:
+    """Of the hidden states, the time embedding and the predictions."""
+    return FP32_BYTES if case.residual == "fp32" else spec.weights.itemsize
+
+
+def _is_wide(spec: TransformerSpec, case: DenoiseCase) -> bool:
+    """Whether the hidden states are wider than what is computed with."""
+    return _residual_itemsize(spec, case) > spec.weights.itemsize
+
+
+def _tokens_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
+    """All tokens in the compute dtype."""
     return grid_tokens(spec, case.latent) * spec.inner_dim * spec.weights.itemsize
 
 
+def _hidden_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
+    return grid_tokens(spec, case.latent) * spec.inner_dim * _residual_itemsize(spec, case)
+
+
 def _output_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
-    return spec.out_channels * _volume(case.latent) * spec.weights.itemsize
+    return spec.out_channels * _volume(case.latent) * _residual_itemsize(spec, case)
 
 
 def _earlier_outputs_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
-    """Predictions of the branches that went before, while the last ones are under way."""
+    """Predictions of the branches that went before, while the last ones are under way; of windows,
+    those of one alone, which wait for its last branch."""
+    if case.windows > 1:
+        waiting = case.visit_branches % case.branches and case.branches - 1
+        return waiting * _output_bytes(spec, case)
     last_visit = (case.branches - 1) % case.visit_branches + 1
     return (case.branches - last_visit) * _output_bytes(spec, case)
 
 
 def _embed_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int]:
     """The convolution's output beside its transposed copy, or all branches' copies."""
+    hidden = _hidden_bytes(spec, case)
     return {
-        "hidden": max(2, case.visit_branches) * _hidden_bytes(spec, case),
+        "hidden": max(_tokens_bytes(spec, case) + hidden, case.visit_branches * hidden),
         "outputs": _earlier_outputs_bytes(spec, case),
     }
 
 
 def _block_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int]:
-    hidden = _hidden_bytes(spec, case)
     chunk = min(case.chunk_tokens, grid_tokens(spec, case.latent))
     largest = max(
-        _layer_norm_bytes(spec, chunk),
+        _layer_norm_bytes(spec, case, chunk),
         _rms_norm_bytes(spec, chunk, case.fused_norms),
         _rotation_bytes(spec, chunk),
         _attention_bytes(spec, chunk, case),
@@ -281,8 +331,8 @@ def _block_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int]:
     if case.attention == "int8":
         moments.append(_int8_attending(spec, chunk, grid_tokens(spec, case.latent)))
     return {
-        "hidden": case.visit_branches * hidden,
-        "self_kv": 2 * hidden,
+        "hidden": case.visit_branches * _hidden_bytes(spec, case),
+        "self_kv": 2 * _tokens_bytes(spec, case),
         "outputs": _earlier_outputs_bytes(spec, case),
         "block_modulation": case.rows * _block_modulation_bytes(spec),
         **max(moments, key=lambda moment: sum(moment.values())),
@@ -294,10 +344,21 @@ def _block_modulation_bytes(spec: TransformerSpec) -> int:
     return (6 + 2 + 6) * spec.inner_dim * FP32_BYTES
 
 
-def _layer_norm_bytes(spec: TransformerSpec, tokens: int) -> int:
-    """The fp32 input and output, and two fp32 statistics a token."""
-    width = (_upcast(spec.weights.itemsize) + FP32_BYTES) * spec.inner_dim
-    return tokens * (width + 2 * FP32_BYTES)
+def _layer_norm_bytes(spec: TransformerSpec, case: DenoiseCase, tokens: int) -> int:
+    """The fp32 output beside the fp32 copy of its input, or beside its own in the compute dtype;
+    and two fp32 statistics a token."""
+    e = spec.weights.itemsize
+    beside = e if _is_wide(spec, case) else _upcast(e)
+    return tokens * ((beside + FP32_BYTES) * spec.inner_dim + 2 * FP32_BYTES)
+
+
+def _wide_rows_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
+    """Rows of the time embedding's matrices in fp32 beside all steps' angles and inner rows, which
+    are all there before the projections are."""
+    if not _is_wide(spec, case):
+        return 0
+    rows = (min(WIDE_ROWS, 6 * spec.inner_dim) * (spec.inner_dim + 1)) * FP32_BYTES
+    return rows + case.steps * (spec.freq_dim + 3 * spec.inner_dim) * FP32_BYTES
 
 
 def _rms_norm_bytes(spec: TransformerSpec, tokens: int, fused: bool) -> int:
@@ -378,20 +439,24 @@ def _head_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int]:
     hidden, output = _hidden_bytes(spec, case), _output_bytes(spec, case)
     chunk = min(case.chunk_tokens, grid_tokens(spec, case.latent))
     patch_row = output // grid_tokens(spec, case.latent)
-    projecting = chunk * (spec.inner_dim * spec.weights.itemsize + patch_row)
-    work = output + max(output, _layer_norm_bytes(spec, chunk), projecting)
-    rows = 6 * spec.inner_dim * FP32_BYTES
+    e, wide = spec.weights.itemsize, _is_wide(spec, case)
+    norming = chunk * (_upcast(e) * (not wide) + FP32_BYTES) * spec.inner_dim
+    projecting = chunk * (spec.inner_dim * _residual_itemsize(spec, case) + patch_row)
+    work = output + max(output, norming + 2 * chunk * FP32_BYTES, projecting)
+    # The tables' rows; and, cast, the projection's.
+    rows = (6 + wide * (patch_row // FP32_BYTES)) * (spec.inner_dim + wide) * FP32_BYTES
     visit = case.visit_branches
-    moments = (((visit - done) * hidden, done * output) for done in (0, visit - 1))
+    most = visit if case.windows == 1 else case.branches - 1
+    moments = (((visit - done) * hidden, min(done, most) * output) for done in range(visit))
     states, results = max(moments, key=sum)
     outputs = results + _earlier_outputs_bytes(spec, case)
     return {"hidden": states, "outputs": outputs, "head": work + rows}
 
 
 def _sampler_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int]:
-    latent = spec.out_channels * _volume(case.latent) * FP32_BYTES
+    latent = spec.out_channels * _volume(case.whole) * FP32_BYTES
     return {
-        "outputs": case.branches * _output_bytes(spec, case),
+        "outputs": case.branches * _output_bytes(spec, case) if case.windows == 1 else 0,
         "sampler": SAMPLER_TEMPORARIES * latent,
         # What is foretold, beside what is still there of the step before
         "foretold": latent if case.cached_latents else 0,

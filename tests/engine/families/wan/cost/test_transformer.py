@@ -32,7 +32,7 @@ SHAPES = {
 
 
 _NOT_OF_THE_CONFIG = {
-    "weights", "cross_block_bytes", "patch_size", "storage", "context_storage", "lora",
+    "weights", "cross_block_bytes", "patch_size", "storage", "context_storage", "lora", "pos_embed",
 }  # fmt: skip
 
 
@@ -56,7 +56,8 @@ def measure(
         texts = [text.clone() for _ in range(case.branches)]
         image = None if image is None else image.clone()
         timesteps = torch.arange(case.steps, dtype=torch.int64)
-        steps = forward.step_modulation(model, timesteps, dtype)
+        wide = torch.float32 if case.residual == "fp32" else dtype
+        steps = forward.step_modulation(model, timesteps, dtype, wide)
         contexts = [forward.prepare_context(model, states, image) for states in texts]
         branches: list[list[forward.CrossKV]] = [[] for _ in contexts]
         for block in model.blocks:
@@ -73,7 +74,7 @@ def measure(
             visit = branches[first_of_visit : first_of_visit + case.visit_branches]
             blocks = enumerate(model.blocks)
             results += forward.denoise_forward(
-                model, blocks, model_input, visit, steps[0], rope, case.chunk_tokens, attend
+                model, blocks, model_input, visit, steps[0], rope, case.chunk_tokens, attend, wide
             )
     return prepare, meter.peak
 
@@ -121,6 +122,7 @@ def test_never_under_what_is_measured(
         visit_branches=data.draw(st.integers(1, branches)),
         steps=data.draw(st.integers(1, 4)),
         image_tokens=0 if image_dim is None else data.draw(st.integers(1, 300)),
+        residual=data.draw(st.sampled_from(["bf16", "fp32"])),
     )
     spec = spec_of(model.config, dtype.itemsize)
     given_inputs = inputs(model, case.latent, dtype, max(1, case.image_tokens))
@@ -130,19 +132,25 @@ def test_never_under_what_is_measured(
 
 
 @pytest.mark.parametrize(
-    ("name", "chunk", "branches"),
+    ("name", "chunk", "branches", "residual"),
     [
-        ("720x1280x81", 2048, 1),
-        ("720x1280x81", 4096, 2),
-        ("528x960x77", 8192, 2),
-        ("528x960x77", 2048, 1),
-        ("480x832x81", 2048, 2),
-        ("480x832x81", 4096, 1),
+        ("720x1280x81", 2048, 1, "bf16"),
+        ("720x1280x81", 4096, 2, "bf16"),
+        ("720x1280x81", 2048, 2, "fp32"),
+        ("720x1280x81", 75_600, 1, "fp32"),
+        ("528x960x77", 8192, 2, "bf16"),
+        ("528x960x77", 2048, 1, "bf16"),
+        ("480x832x81", 2048, 2, "bf16"),
+        ("480x832x81", 4096, 1, "fp32"),
     ],
 )
-def test_at_most_five_percent_over_at_the_real_shapes(name: str, chunk: int, branches: int) -> None:
+def test_at_most_five_percent_over_at_the_real_shapes(
+    name: str, chunk: int, branches: int, residual: str
+) -> None:
     latent, _ = SHAPES[name]
-    case = cost.DenoiseCase(latent, chunk, branches, branches, steps=40, image_tokens=257)
+    case = cost.DenoiseCase(
+        latent, chunk, branches, branches, steps=40, image_tokens=257, residual=residual
+    )
     with FakeTensorMode():
         model = fake_transformer(blocks=1)
         measured = measure(model, fake_inputs(latent), case)

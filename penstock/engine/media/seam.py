@@ -1,0 +1,122 @@
+"""A video that goes on from another: its last frame, its settings, and the colours at the seam.
+
+A picture that goes through the VAE and the transformer comes back with its colours a little off,
+and clip after clip that adds up. The first frame of what is made shows what the last frame before
+it shows: what turns the colours of one into those of the other holds for all frames after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.engine.media.video import frame_rate_of, read_frames, read_metadata
+from penstock.errors import VideoError
+
+Pixels = NDArray[np.uint8]
+
+MOST_GAIN = 1.25
+"""By which the spread of a channel may change: more is no shift of colours but another picture."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A finished video that shall go on.
+
+    Attributes:
+        path: the file.
+        last: its last frame (h, w, 3).
+        frames: how many it has.
+        fps: frames a second.
+        settings: what it was made with, as far as it says so.
+    """
+
+    path: Path
+    last: Pixels
+    frames: int
+    fps: float
+    settings: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: Path) -> Clip:
+        """Decode ``path`` to its end.
+
+        Raises:
+            VideoError: it cannot be read as a video, or has no frames.
+        """
+        settings, last, count = read_metadata(path), None, 0
+        for last in read_frames(path):  # noqa: B007 (the last one is wanted)
+            count += 1
+        if last is None:
+            raise VideoError("a video to go on from has no frames", found=str(path))
+        return cls(path, last, count, float(frame_rate_of(path)), settings)
+
+    @property
+    def size(self) -> str:
+        """Of its frames, such as "832x480"."""
+        height, width = self.last.shape[:2]
+        return f"{width}x{height}"
+
+
+@dataclass(frozen=True)
+class Colours:
+    """What turns one picture's colours into another's: ``pixel * gain + offset``, (3,) each."""
+
+    gain: NDArray[np.float32]
+    offset: NDArray[np.float32]
+
+    @classmethod
+    def between(cls, made: Pixels, wanted: Pixels) -> Colours:
+        """From the frame that was made to the one that it should be: each channel's mean and
+        spread become those of the other.
+
+        Source: Reinhard et al., "Color Transfer between Images", IEEE CG&A 2001, in RGB.
+        """
+        ours, theirs = (_moments(frame) for frame in (made, wanted))
+        gain = np.clip(theirs[1] / np.maximum(ours[1], 1), 1 / MOST_GAIN, MOST_GAIN).astype(
+            np.float32
+        )
+        return cls(gain, (theirs[0] - gain * ours[0]).astype(np.float32))
+
+    def __call__(self, frame: Pixels) -> Pixels:
+        """(h, w, 3) to the same in the other's colours."""
+        found: Pixels = np.clip(np.rint(frame * self.gain + self.offset), 0, 255).astype(np.uint8)
+        return found
+
+
+def _moments(frame: Pixels) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    channels = frame.reshape(-1, 3).astype(np.float32)
+    return channels.mean(0), channels.std(0)
+
+
+def joined(before: Path, made: Iterable[Pixels]) -> Iterator[Pixels]:
+    """The frames of ``before``, then those of ``made`` in its colours but for the first, which
+    shows its last one again.
+
+    Args:
+        before: a video; decoded as it goes.
+        made: frames of the same size, the first of which is the last of ``before``.
+
+    Raises:
+        VideoError: ``before`` cannot be read, or is of another size.
+    """
+    frames, last = iter(made), None
+    first = next(frames)
+    for last in read_frames(before):
+        if last.shape != first.shape:
+            raise VideoError(
+                "the video to go on from has frames of another size",
+                expected=f"{first.shape[1]}x{first.shape[0]}",
+                found=f"{last.shape[1]}x{last.shape[0]}, {before}",
+            )
+        yield last
+    if last is None:
+        raise VideoError("a video to go on from has no frames", found=str(before))
+    turned = Colours.between(first, last)
+    for frame in frames:
+        yield turned(frame)

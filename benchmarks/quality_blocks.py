@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
@@ -66,10 +67,25 @@ def _update(component: Component, block: Any, seed: int) -> Tensor:
     def noise(*dims: int) -> Tensor:
         return torch.randn(*dims, generator=generator).to(component.dtype)
 
-    rope = component.module.rope(torch.empty(1, config.in_channels, 3, 4 * height, 5 * across))
+    original = _of_diffusers(config, block)
+    rope = original.rope(torch.empty(1, config.in_channels, 3, 4 * height, 5 * across))
     hidden, context, modulation = noise(1, 60, width), noise(1, tokens, width), noise(1, 6, width)
-    update: Tensor = block(hidden, context, (0.2 * modulation).float(), rope) - hidden
+    inputs = (hidden, context, (0.2 * modulation).float(), rope)
+    update: Tensor = original.blocks[0](*inputs) - hidden
     return update
+
+
+def _of_diffusers(config: Any, block: nn.Module) -> Any:
+    """Diffusers' transformer of one block, around the layers of ``block`` (quantised ones, too)."""
+    original = WanTransformer3DModel.from_config(dict(config) | {"num_layers": 1})
+    for name, module in block.named_modules():
+        own = original.blocks[0].get_submodule(name)
+        if isinstance(module, (nn.Linear, QuantLinear)):
+            original.blocks[0].set_submodule(name, module)
+        else:
+            for parameter, value in module.named_parameters(recurse=False):
+                setattr(own, parameter, value)
+    return original
 
 
 @contextmanager

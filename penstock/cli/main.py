@@ -31,6 +31,15 @@ from penstock.cli.files import (
     reported,
     verify,
 )
+from penstock.cli.foreign import (
+    Activations,
+    Arguments,
+    Given,
+    generate_foreign,
+    is_foreign,
+    own_only,
+    plan_foreign,
+)
 from penstock.cli.log import Level, logged
 from penstock.cli.memory import MemoryHelp, memory_told
 from penstock.cli.options import NOTHING, with_options
@@ -112,7 +121,7 @@ Distilled = Annotated[
 ]
 Window = Annotated[
     int | None,
-    typer.Option(help="Frames of the windows of a longer video (81); 0: all of it at once."),
+    typer.Option(help="Frames of the windows of a longer video (81 above 121); 0: all at once."),
 ]
 Overlap = Annotated[
     int | None, typer.Option(help="Frames that two windows have in common, 16 to 30 (16).")
@@ -203,6 +212,8 @@ def generate(
     overlap: Overlap = None,
     lora: Loras = None,
     lora_strict: LoraStrict = False,
+    arguments: Arguments = None,
+    activations: Activations = None,
     options: Options = NOTHING,
     force: Force = False,
     no_metadata: Annotated[
@@ -222,6 +233,23 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Make a video from a prompt, and a picture where the model takes one."""
+    if is_foreign(model):
+        given = Given(
+            arguments or [], prompt or None, image, negative, size, frames, steps, cfg, seed, fps,
+            options, activations,
+        )  # fmt: skip
+        strange = {
+            "--transformer": transformer, "--transformer-2": transformer_2,
+            "--text-encoder": text_encoder, "--vae": vae, "--image-encoder": image_encoder,
+            "--tokenizer": tokenizer, "--last-image": last_image, "--max-area": max_area,
+            "--shift": shift, "--sampler": sampler, "--distilled": distilled or None, "--fit": fit,
+            "--clip-crop": clip_crop, "--lora": lora or None, "--job": job,
+            "--resume": resume_same, "--continue": continues, "--window": window,
+            "--overlap": overlap, "--nag": nag,
+        }  # fmt: skip
+        generate_foreign(Path(str(model)), given, strange, output, force, as_json, debug)
+        return
+    own_only(arguments, activations, debug)
     from penstock.engine.files.locate import Files
     from penstock.engine.lora.file import as_loras
     from penstock.engine.request.settings import Settings
@@ -385,6 +413,8 @@ def plan(
     overlap: Overlap = None,
     lora: Loras = None,
     lora_strict: LoraStrict = False,
+    arguments: Arguments = None,
+    activations: Activations = None,
     options: Options = NOTHING,
     card: Annotated[
         str | None, typer.Option(help='Plan for another machine, such as "RTX 3060 12GB".')
@@ -396,6 +426,21 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Say what a video will take, in bytes and seconds, without loading anything."""
+    if is_foreign(model):
+        given = Given(
+            arguments or [], None, image, None, size, frames, steps, cfg, None, None, options,
+            activations,
+        )  # fmt: skip
+        strange = {
+            "--transformer": transformer, "--text-encoder": text_encoder, "--vae": vae,
+            "--image-encoder": image_encoder, "--tokenizer": tokenizer, "--max-area": max_area,
+            "--shift": shift, "--sampler": sampler, "--distilled": distilled or None,
+            "--lora": lora or None, "--card": card, "--disk": disk, "--synthetic": synthetic,
+            "--window": window, "--overlap": overlap, "--nag": nag,
+        }  # fmt: skip
+        plan_foreign(Path(str(model)), given, strange, as_json, debug)
+        return
+    own_only(arguments, activations, debug)
     from penstock.cli.plan_view import ASSUMED, plan_view
     from penstock.engine.alternatives import alternatives
     from penstock.engine.files.locate import Files

@@ -48,7 +48,7 @@ FLAGS: Mapping[str, Flag] = MappingProxyType(
         ),
         "pinned_share": Flag("Of the RAM budget that may be page-locked, such as 0.5."),
         "step_cache": Flag(
-            "Skip forward passes: off, budget (or budget:T, an error such as 0.002) or plan:N.",
+            "Skip forward passes: off, budget (or budget:T, an error such as 0.001) or plan:N.",
             "--cache",
         ),
     }

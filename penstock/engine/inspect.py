@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from penstock.engine.files.experts import FIRST, expert_of, partner_of
 from penstock.engine.files.fields import read_object
 from penstock.engine.files.keys import ComponentSource
 from penstock.engine.files.locate import (
@@ -204,10 +205,16 @@ def describe(source: ComponentSource, arguments: tuple[str, ...] = ()) -> Inspec
     usable = not (source.missing or source.unknown or source.misshaped)
     flag = "--" + source.component.replace("_", "-")
     own = arguments or (flag, str(source.raw.path))
+    title, expert = source.title, expert_of(source.raw) if source.component == FIRST else None
+    if expert is not None and not arguments:
+        title = f"one of two transformers, for {expert} noise, shaped as {title}"
+        other = str(partner_of(source.raw.path) or "FILE")
+        pair = (str(source.raw.path), other) if expert == "high" else (other, str(source.raw.path))
+        own = ("--transformer", pair[0], "--transformer-2", pair[1])
     return Inspection(
         path=source.raw.path,
         component=source.component,
-        family=source.title,
+        family=title,
         naming=source.naming,
         format=source.label(),
         parameters=source.parameters,

@@ -291,7 +291,7 @@ class Plan:
         Raises:
             TypeError, KeyError, UsageError: ``value`` is no plan.
         """
-        derived = ("peak_vram_bytes", "peak_ram_bytes", "seconds", "timesteps")
+        derived = ("peak_vram_bytes", "peak_ram_bytes", "seconds", "timesteps", "alternatives")
         plain = {name: value[name] for name in value if name not in derived}
         plain["phases"] = tuple(_phase_from_json(phase) for phase in value["phases"])
         plain["origins"] = tuple(Origin(**origin) for origin in value["origins"])

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,21 @@ from penstock.engine.run.events import Notice
 from tests.cli.test_jobs import request
 
 posix = pytest.mark.skipif(os.name == "nt", reason="pipes, terminals and signals of POSIX")
+
+
+@pytest.fixture(autouse=True)
+def of_a_shell() -> Iterator[None]:
+    """Signals as a shell gives them to a program: what runs these tests may ignore some (nohup),
+    and the programs that they start would inherit that."""
+    if os.name == "nt":
+        yield
+        return
+    before = {each: signal.getsignal(each) for each in (signal.SIGHUP, signal.SIGINT)}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for each, handler in before.items():
+        signal.signal(each, handler)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from penstock.blocks import PAGE_BYTES
 from penstock.engine.attach.away import AwayWeight
 from penstock.engine.attach.blocks import Loan, Onloader, Slot, lend
+from penstock.engine.attach.fileweights import FileWeights, check_away
 from penstock.engine.attach.guard import guard
 from penstock.engine.attach.livepack import LivePack, plan_live
 from penstock.engine.attach.placing import place_blocks
@@ -31,6 +32,7 @@ from penstock.engine.attach.surgery import (
     specs_of,
 )
 from penstock.engine.packs.file import PackLayout
+from penstock.engine.packs.layout import Spec
 from penstock.formats.formats import QuantFormat
 from penstock.offload.layout import BlockLayout
 from penstock.offload.streamer import load_block
@@ -51,6 +53,8 @@ class ForeignModule:
         budget: of the pipeline.
         fmt: store the linear layers of its blocks in it; None: as they are.
         taken: parameters (by id) that another component has already; they stay.
+        files: where its weights lie, if it has none; None: they are in memory.
+        work_bytes: of VRAM, for what is computed while it works.
 
     Attributes:
         name: of the component.
@@ -68,12 +72,15 @@ class ForeignModule:
         budget: SharedBudget,
         fmt: QuantFormat | None,
         taken: Collection[int],
+        files: FileWeights | None = None,
+        work_bytes: int = 0,
     ) -> None:
         self.name, self._module, self._budget = name, module, budget
+        self._files, self._work_bytes = files, work_bytes
         self._patient = Patient(module, None)
         self._quantised = None
         if fmt is not None and self._patient.blocks:
-            self._quantised = Quantised(self._patient, fmt, (), lambda weight: weight)
+            self._quantised = Quantised(self._patient, fmt, (), self._value)
         self._outside = {
             f"{OUTSIDE}.{key}": p
             for key, p in module.named_parameters()
@@ -82,16 +89,25 @@ class ForeignModule:
         self._runs: dict[str, dict[str, nn.Parameter]] = self._patient.runs()
         if self._outside:
             self._runs[OUTSIDE] = self._outside
-        specs = specs_of(self._runs)
-        self._plain = plan_live(specs)
+        specs = specs_of(self._runs) if files is None else _specs(self._runs, files)
+        self._direct = self._read_from_files(files)
+        written = {run: own for run, own in specs.items() if run not in self._direct}
+        if self._quantised is not None and files is not None:  # plain blocks are not needed
+            written = {run: own for run, own in written.items() if run == OUTSIDE}
+        self._plain = plan_live(written)
         self._stored = self._plain
         if self._quantised is not None:
             blocks = {run: own for run, own in specs.items() if run != OUTSIDE}
             self._stored = plan_live(self._quantised.specs(blocks))
-        stored = _bytes_by_run(self._stored)
+        stored = _bytes_by_run(self._plain) | _bytes_by_run(self._stored)
+        stored |= {
+            run: layout.nbytes
+            for run, layout in self._direct.items()
+            if run == OUTSIDE or self._quantised is None
+        }
         self._sizes = [stored[run_name(n)] for n in range(len(self._patient.blocks))]
-        self._outside_bytes = _bytes_by_run(self._plain).get(OUTSIDE, 0)
-        packs = {id(each): each.file_bytes for each in (self._plain, self._stored)}
+        self._outside_bytes = stored.get(OUTSIDE, 0)
+        packs = {id(each): each.file_bytes for each in (self._plain, self._stored) if each.runs}
         self.file_bytes = sum(packs.values())
         self.weight_bytes = sum(p.nbytes for own in self._runs.values() for p in own.values())
         self._limits: Hardware | None = None
@@ -122,13 +138,24 @@ class ForeignModule:
 
     @property
     def whole_bytes(self) -> int:
-        """VRAM for all of its weights, and the slot through which they may come."""
-        return self._outside_bytes + sum(self._sizes) + max(self._sizes, default=0)
+        """VRAM for all of its weights, the slot through which they may come, and its work."""
+        weights = self._outside_bytes + sum(self._sizes) + max(self._sizes, default=0)
+        return weights + self._work_bytes
+
+    @property
+    def blocks(self) -> int:
+        """How many stream."""
+        return len(self._sizes)
+
+    @property
+    def outside_bytes(self) -> int:
+        """Of what is in no block."""
+        return self._outside_bytes
 
     @property
     def least_vram_bytes(self) -> int:
-        """VRAM for one block at a time."""
-        return self._outside_bytes + max(self._sizes, default=0)
+        """VRAM for one block at a time, and its work."""
+        return self._outside_bytes + max(self._sizes, default=0) + self._work_bytes
 
     @property
     def least_ram_bytes(self) -> int:
@@ -155,8 +182,11 @@ class ForeignModule:
             StorageError: the disk is full or fails.
         """
         device, patient = self._budget.tiers.device, self._patient
-        plain = stored = LivePack(folder / f"{self.name}.safetensors", self._plain, self._values)
-        stack.callback(plain.close)
+        plain = None
+        if self._plain.runs:
+            plain = LivePack(folder / f"{self.name}.safetensors", self._plain, self._values)
+            stack.callback(plain.close)
+        stored = plain
         if self._quantised is not None:
             path = folder / f"{self.name}.quantised.safetensors"
             stored = LivePack(path, self._stored, self._quantised.values)
@@ -168,8 +198,9 @@ class ForeignModule:
         if self._quantised is not None:
             slots = [own + self._quantised.slots(n, device) for n, own in enumerate(slots)]
         self._rest_slots = _outside_slots(self._module, self._outside, device, self.name)
-        emptied = Emptied(plain, self._runs)
-        stack.callback(lambda: emptied.fill() if returns() else None)
+        if plain is not None and self._files is None:
+            emptied = Emptied(plain, self._runs)
+            stack.callback(lambda: emptied.fill() if returns() else None)
         everything = [*slots, self._rest_slots]
         stack.callback(lambda: restore(everything) if returns() else None)
         for own in everything:
@@ -177,11 +208,8 @@ class ForeignModule:
                 slot.put(None)
         move(self._staying, device, stack)
         if self._outside:
-            self._rest = BlockLayout.from_entries(plain.entries(OUTSIDE))
-        layouts = [
-            BlockLayout.from_entries(stored.entries(run_name(n)))
-            for n in range(len(patient.blocks))
-        ]
+            self._rest = self._layout(OUTSIDE, plain)
+        layouts = [self._layout(run_name(n), stored) for n in range(len(patient.blocks))]
         if layouts:
             known = patient.lists == 1
             self._supply = Supply(layouts, self._budget.tiers, self._placed, known=known)
@@ -192,7 +220,24 @@ class ForeignModule:
         guard(self._module, "attach", stack, self._budget.release)
 
     def _values(self, run: str) -> Iterator[Tensor]:
-        yield from self._runs[run].values()
+        yield from map(self._value, self._runs[run].values())
+
+    def _value(self, weight: Tensor) -> Tensor:
+        return weight if self._files is None else self._files.value(weight)
+
+    def _read_from_files(self, files: FileWeights | None) -> dict[str, BlockLayout]:
+        """What needs no pack, by run: where the files hold it as it is used."""
+        return {
+            run: BlockLayout.from_entries({name: files.entries[id(p)] for name, p in own.items()})
+            for run, own in self._runs.items()
+            if files is not None and all(map(files.is_stored_so, own.values()))
+        }
+
+    def _layout(self, run: str, pack: LivePack | None) -> BlockLayout:
+        if run in self._direct and (run == OUTSIDE or self._quantised is None):
+            return self._direct[run]
+        assert pack is not None
+        return BlockLayout.from_entries(pack.entries(run))
 
     def _fetches(self, slots: list[list[Slot]]) -> Iterator[tuple[Slot, Callable[[], None]]]:
         for index, own in enumerate(slots):
@@ -212,8 +257,10 @@ class ForeignModule:
     def open(self, limits: Hardware) -> None:
         """Bring what is in no block, and begin to bring the blocks."""
         tiers = self._budget.tiers
-        self._limits = replace(limits, vram_bytes=limits.vram_bytes - self._outside_bytes)
+        taken = self._outside_bytes + self._work_bytes
+        self._limits = replace(limits, vram_bytes=limits.vram_bytes - taken)
         with ExitStack() as stack:
+            stack.enter_context(tiers.vram.reserve(f"{self.name}: activations", self._work_bytes))
             if self._rest is not None:
                 tensors = stack.enter_context(
                     load_block(
@@ -255,6 +302,14 @@ class ForeignModule:
                 loan.check()
         finally:
             self._held.close()
+
+
+def _specs(
+    runs: Mapping[str, Mapping[str, Tensor]], files: FileWeights
+) -> dict[str, dict[str, Spec]]:
+    for own in runs.values():
+        check_away(own)
+    return {run: {name: files.spec(p) for name, p in own.items()} for run, own in runs.items()}
 
 
 def _bytes_by_run(layout: PackLayout) -> dict[str, int]:

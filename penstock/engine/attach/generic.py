@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
+from penstock.engine.attach.fileweights import FileWeights
 from penstock.engine.attach.foreign import ForeignModule, modules_of
 from penstock.engine.attach.guard import check_runnable
 from penstock.engine.attach.shared import SharedBudget
@@ -70,16 +72,18 @@ def open_modules(
     pipe: Any,
     hardware: Hardware,
     fmt: QuantFormat | None,
-    work_bytes: int,
+    work_bytes: int | Mapping[str, int],
     folder: Path,
     stack: ExitStack,
     returns: Callable[[], bool],
+    files: Mapping[str, FileWeights] = MappingProxyType({}),
 ) -> tuple[SharedBudget, int]:
     """Let the weights of all modules go to ``folder``; ``stack`` undoes it.
 
     Args:
         fmt: store the linear layers of the denoisers' blocks in it.
-        work_bytes: of VRAM, left to what the pipeline computes.
+        work_bytes: of VRAM, left to what the pipeline computes: all the time, or by module.
+        files: where the weights of modules lie that have none.
         returns: whether the weights are wanted back in the end.
 
     Returns:
@@ -90,17 +94,8 @@ def open_modules(
         OverBudget: not even one block of each module fits.
         StorageError: the disk is full or fails.
     """
-    budget = SharedBudget(hardware)
-    taken: set[int] = set()
-    guests = []
-    for name, module in modules_of(pipe).items():
-        if not any(True for _ in module.parameters()):
-            continue
-        wanted = fmt if name.startswith(DENOISERS) else None
-        guests.append(ForeignModule(name, module, budget, wanted, taken))
-        taken |= {id(p) for p in module.parameters()}
-    fixed: Items = (*(item for each in guests for item in each.fixed), ("activations", work_bytes))
-    _check_budget(hardware, fixed, guests)
+    budget, guests, fixed = guests_of(pipe, hardware, fmt, work_bytes, files)
+    check_budget(hardware, fixed, guests)
     budget.reserve(fixed)
     stack.callback(release_cached, torch.device(hardware.place))
     for guest in guests:
@@ -112,7 +107,39 @@ def open_modules(
     return budget, sum(each.file_bytes for each in guests)
 
 
-def _check_budget(hardware: Hardware, fixed: Items, guests: list[ForeignModule]) -> None:
+def guests_of(
+    pipe: Any,
+    hardware: Hardware,
+    fmt: QuantFormat | None,
+    work_bytes: int | Mapping[str, int],
+    files: Mapping[str, FileWeights],
+) -> tuple[SharedBudget, list[ForeignModule], Items]:
+    """The networks of ``pipe`` as they will share a budget, and what they hold to the end.
+
+    Raises:
+        UsageError: weights that cannot be streamed.
+    """
+    budget = SharedBudget(hardware)
+    taken: set[int] = set()
+    guests = []
+    for name, module in modules_of(pipe).items():
+        if not any(True for _ in module.parameters()):
+            continue
+        wanted = fmt if name.startswith(DENOISERS) else None
+        own = 0 if isinstance(work_bytes, int) else work_bytes.get(name, 0)
+        guests.append(ForeignModule(name, module, budget, wanted, taken, files.get(name), own))
+        taken |= {id(p) for p in module.parameters()}
+    always = work_bytes if isinstance(work_bytes, int) else 0
+    fixed: Items = (*(item for each in guests for item in each.fixed), ("activations", always))
+    return budget, guests, fixed
+
+
+def check_budget(hardware: Hardware, fixed: Items, guests: list[ForeignModule]) -> None:
+    """Refuse budgets in which some network does not run.
+
+    Raises:
+        OverBudget: names the least that is enough.
+    """
     held = sum(nbytes for _, nbytes in fixed)
     largest = max(guests, key=lambda each: each.least_vram_bytes)
     need = held + largest.least_vram_bytes

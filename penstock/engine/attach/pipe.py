@@ -13,11 +13,13 @@ import torch
 
 from penstock.closing import Closing
 from penstock.engine.attach.desk import Desk
+from penstock.engine.attach.diffusers_folder import Opened, open_folder
 from penstock.engine.attach.foreign import modules_of
 from penstock.engine.attach.generic import check_attachable, open_modules
 from penstock.engine.attach.livemodel import write_models
 from penstock.engine.attach.livepack import live_folder
 from penstock.engine.attach.part import Part
+from penstock.engine.attach.routing import is_foreign
 from penstock.engine.attach.stream import budgets, close_at_exit, held_bytes
 from penstock.engine.attach.unmasked import leave_out_padding
 from penstock.engine.family.protocol import ComponentKind, families
@@ -32,6 +34,7 @@ from penstock.folders import cache_folder
 from penstock.formats.formats import QuantFormat, get_format
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.tiers import release_cached
+from penstock.profiles.hardware import Hardware
 from penstock.units import parse_bytes
 
 log = logging.getLogger(__name__)
@@ -140,6 +143,13 @@ class Attached(Closing):
         self._stack.callback(vars(self.pipe).pop, _ATTACHED)
         close_at_exit(self)
         return self
+
+    def _also(self, stack: ExitStack) -> None:
+        """Close ``stack`` last, in the end."""
+        with ExitStack() as both:
+            both.push(stack)
+            both.push(self._stack)
+            self._stack = both.pop_all()
 
     @property
     def report(self) -> AttachReport:
@@ -348,28 +358,41 @@ def load_pipeline(
     format: str | None = None,
     device: str = "auto",
     files: Files | None = None,
+    activations: str | int = 0,
+    exact: bool = False,
 ) -> Any:
-    """Open a Wan 2.1 model as a diffusers pipeline that never holds the weights whole.
+    """Open a model as a diffusers pipeline that never holds the weights of a network whole.
 
-    Only headers are read now. The pipeline is called as diffusers' own; its tensors are on the CPU.
+    Only headers are read now. The pipeline is called as diffusers' own. A Wan model is run by
+    penstock's own code, its tensors on the CPU. Any other folder of diffusers becomes the pipeline
+    that its ``model_index.json`` names: networks keep their classes and forwards, and their weights
+    go from the files to where they are used, block by block, in the types they are stored in (what
+    a class keeps in fp32 is in fp32; such a network is copied to a pack first).
 
     Args:
-        path: a folder (of diffusers, Wan or ComfyUI), a transformer's file, or a hub id.
+        path: a folder (of diffusers, Wan or ComfyUI), a transformer's file, or a hub id; of other
+            models than Wan a folder of diffusers.
         vram, ram, device: as for `attach`.
-        format: run the transformer stored in it; the pack is made once, in penstock's cache. None:
-            as its files are.
-        files: parts given by themselves; they win over what ``path`` holds.
+        format: run the transformer stored in it. None: as its files are. A Wan model's pack is made
+            once, in penstock's cache; another model's at every opening.
+        files: parts given by themselves; they win over what ``path`` holds. Wan only.
+        activations, exact: as for `attach`; Wan needs none.
 
     Returns:
-        A `WanImageToVideoPipeline`, or a `WanPipeline` where the model takes no picture. `detach`
-        gives everything back.
+        A `WanImageToVideoPipeline`, a `WanPipeline` where a Wan model takes no picture, or the
+        pipeline that the folder names. `detach` gives everything back.
 
     Raises:
-        CheckpointError: no model that penstock runs.
+        CheckpointError: no model that penstock runs, or parts of it are missing.
         UsageError: an illegal size, device or format.
+        OverBudget: not even one block of each network fits.
     """
     check_versions()
     hardware = budgets(device, vram, ram)
+    if files is None and is_foreign(Path(path)):
+        fmt = None if format is None else get_format(format)
+        work_bytes = parse_bytes(activations) if activations else 0
+        return attach_folder(Path(path), hardware, fmt, work_bytes, exact=exact).pipe
     model = ModelFiles.open(path, files)
     if format is not None:
         model = _stored_as(model, get_format(format).name, cache_folder())
@@ -383,6 +406,58 @@ def load_pipeline(
         if getattr(pipe, name, None) is not None:
             object.__setattr__(getattr(pipe, name), "attached", attached)
     return pipe
+
+
+def attach_folder(
+    folder: Path,
+    hardware: Hardware,
+    fmt: QuantFormat | None,
+    work_bytes: int,
+    *,
+    exact: bool,
+) -> Attached:
+    """The pipeline of a folder of diffusers, its networks' weights in their files.
+
+    Raises:
+        CheckpointError, UsageError, OverBudget: as `load_pipeline`.
+    """
+    with ExitStack() as stack:
+        opened = open_folder(folder, stack, exact=exact)
+        for notice in opened.notices:
+            log.warning(notice)
+        attached = attach_opened(opened, hardware, fmt, work_bytes)
+        attached._also(stack.pop_all())
+    return attached
+
+
+def attach_opened(
+    opened: Opened,
+    hardware: Hardware,
+    fmt: QuantFormat | None,
+    work_bytes: int | Mapping[str, int],
+) -> Attached:
+    """Let a pipeline whose networks have no weights bring them as they are used.
+
+    Args:
+        work_bytes: of VRAM, left to what it computes: all the time, or by network.
+
+    Raises:
+        UsageError: a pipeline that is not run; names the reason.
+        OverBudget: not even one block of each network fits.
+    """
+    check_attachable(opened.pipe)
+    attached = Attached(opened.pipe)
+    attached.notices = opened.notices
+    with ExitStack() as stack:
+        for module in modules_of(opened.pipe).values():
+            vars(module)[_ATTACHED] = attached
+            stack.callback(vars(module).pop, _ATTACHED)
+        place = stack.enter_context(live_folder(None))
+        desk, disk_bytes = open_modules(
+            opened.pipe, hardware, fmt, work_bytes, place, stack,
+            lambda: attached._weights_return, opened.files,
+        )  # fmt: skip
+        return attached._begin(desk, disk_bytes, stack.pop_all())
 
 
 def _stored_as(model: ModelFiles, wanted: str, folder: Path) -> ModelFiles:

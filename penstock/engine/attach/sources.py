@@ -18,13 +18,11 @@ from torch import Tensor, nn
 from penstock.blocks import PAGE_BYTES
 from penstock.engine.attach.away import AwayWeight
 from penstock.engine.attach.blocks import Slot
-from penstock.engine.attach.filenames import matched
+from penstock.engine.attach.fileweights import FileWeights, check_away
 from penstock.engine.attach.livepack import LivePack, plan_live
 from penstock.engine.attach.surgery import Emptied, Patient, run_name, specs_of
 from penstock.engine.packs.file import PackLayout
 from penstock.engine.packs.layout import Spec
-from penstock.errors import UsageError
-from penstock.offload.checkpoint import Checkpoint, torch_dtype
 from penstock.offload.layout import BlockLayout
 from penstock.units import align_up
 
@@ -115,7 +113,7 @@ class Filed:
 
     Args:
         patient: the module taken apart.
-        module: itself; its tied weights are tied.
+        module: itself.
         path: a ``.safetensors`` file, an index, or a folder with either.
         stack: closes the files and gives the module its own types back.
 
@@ -126,22 +124,17 @@ class Filed:
     """
 
     def __init__(self, patient: Patient, module: nn.Module, path: Path, stack: ExitStack) -> None:
-        self._checkpoint = stack.enter_context(Checkpoint.open(path))
-        self._places = _places(module)
-        self._entries = matched(module, self._checkpoint)
+        self._files = files = FileWeights(module, path, stack)
         self._runs = patient.runs()
-        _check_away(self._runs)
-        for key, entry in self._entries.items():
-            tensor = getattr(*self._places[key][0])
-            stack.callback(_set_dtype, tensor, tensor.dtype)
-            _set_dtype(tensor, torch_dtype(entry.dtype))
+        for own in self._runs.values():
+            check_away(own)
         self.specs: Mapping[str, Mapping[str, Spec]] = {
-            run: {name: self._spec(p) for name, p in own.items()} for run, own in self._runs.items()
+            run: {name: files.spec(p) for name, p in own.items()} for run, own in self._runs.items()
         }
         self.block_bytes = [layout.nbytes for layout in self.layouts()]
-        self._read = {id(t): t for t in patient.staying if id(t) in self._entries}
-        self._here = [t for t in patient.staying if id(t) not in self._entries]
-        read_bytes = sum(self._entries[key].nbytes for key in self._read)
+        self._read = {id(t): t for t in patient.staying if id(t) in files.entries}
+        self._here = [t for t in patient.staying if id(t) not in files.entries]
+        read_bytes = sum(files.entries[key].nbytes for key in self._read)
         self.staying_bytes = read_bytes + storage_bytes(self._here)
         self.pack_bytes = 0
 
@@ -154,12 +147,12 @@ class Filed:
         Raises:
             CheckpointChanged: the file was truncated or touched.
         """
-        return self._checkpoint.read(self._entries[id(weight)].name)
+        return self._files.value(weight)
 
     def layouts(self) -> list[BlockLayout]:
         """Of the blocks, where their files hold them."""
         return [
-            BlockLayout.from_entries({name: self._entries[id(p)] for name, p in own.items()})
+            BlockLayout.from_entries({name: self._files.entries[id(p)] for name, p in own.items()})
             for own in self._runs.values()
         ]
 
@@ -171,15 +164,11 @@ class Filed:
         move(self._here, device, stack)
         for key, weight in self._read.items():
             tensor = self.value(weight).to(device)
-            for owner, leaf in self._places[key]:
+            for owner, leaf in self._files.places[key]:
                 away = AwayWeight(weight, device, leaf)
                 slot = Slot(owner, leaf, leaf, away, weight)
                 stack.callback(slot.restore)
                 slot.put(tensor)
-
-    def _spec(self, weight: Tensor) -> Spec:
-        entry = self._entries[id(weight)]
-        return entry.dtype, entry.shape
 
 
 def run_bytes(layout: PackLayout) -> list[int]:
@@ -190,36 +179,6 @@ def run_bytes(layout: PackLayout) -> list[int]:
 def layouts_of(pack: LivePack, blocks: int) -> list[BlockLayout]:
     """Of the blocks that ``pack`` holds."""
     return [BlockLayout.from_entries(pack.entries(run_name(n))) for n in range(blocks)]
-
-
-Places = dict[int, list[tuple[nn.Module, str]]]
-"""Where each tensor stands, by its id: sub-module and name there."""
-
-
-def _places(module: nn.Module) -> Places:
-    """Of all parameters and buffers."""
-    places: Places = {}
-    for owner in module.modules():
-        for leaf, tensor in (*owner._parameters.items(), *owner._buffers.items()):
-            if tensor is not None:
-                places.setdefault(id(tensor), []).append((owner, leaf))
-    return places
-
-
-def _check_away(runs: Mapping[str, Mapping[str, Tensor]]) -> None:
-    for own in runs.values():
-        for name, weight in own.items():
-            if not weight.is_meta:
-                raise UsageError(
-                    "weights in memory are not streamed from files",
-                    expected="blocks on the meta device",
-                    found=f"{name} with its values",
-                    remedy="Leave `files` out, or make the module without weights.",
-                )
-
-
-def _set_dtype(tensor: Tensor, dtype: torch.dtype) -> None:
-    tensor.data = tensor.data.to(dtype)
 
 
 def storage_bytes(tensors: Sequence[Tensor]) -> int:

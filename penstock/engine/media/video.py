@@ -31,7 +31,21 @@ DEFAULT_CRF = 17
 _X264_THREADS = 4
 _BITS_A_PIXEL = 0.25  # for encoders without CRF
 _STEM_CHARS = 40  # what is added to a name must not make it too long for the file system
+_AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 _BT709 = 1  # ITU-T H.273: primaries, transfer and matrix alike
+
+
+@dataclass(frozen=True)
+class Sound:
+    """What is heard with a video.
+
+    Attributes:
+        samples: fp32 ``(channels, n)``, one channel or two, in -1..1.
+        rate: samples a second.
+    """
+
+    samples: np.ndarray[Any, Any]
+    rate: int
 
 
 @dataclass(frozen=True)
@@ -151,6 +165,7 @@ def write_video(
     crf: int = DEFAULT_CRF,
     or_beside: bool = False,
     finished: Callable[[Path], None] = lambda file: None,
+    sound: Sound | None = None,
 ) -> WrittenVideo:
     """Encode frames into an mp4 that appears when it is complete.
 
@@ -167,6 +182,7 @@ def write_video(
         crf: x264's constant rate factor, 0 (lossless) to 51.
         or_beside: where another file has the name by then, take a free one like it.
         finished: called with the finished file before it gets its name.
+        sound: what is heard with it.
 
     Raises:
         OutputError: see `check_output`.
@@ -177,7 +193,7 @@ def write_video(
         check_output(path, overwrite)
     encoder = _find_encoder()
     with _temporary_beside(path) as temporary:
-        count = _encode(temporary, frames, fps, metadata, encoder, crf)
+        count = _encode(temporary, frames, fps, metadata, encoder, crf, sound)
         with _as_video_error(path):
             ops = FileOps()
             _flush(ops, temporary)
@@ -312,13 +328,14 @@ def _encode(
     metadata: dict[str, Any] | None,
     encoder: str,
     crf: int,
+    sound: Sound | None,
 ) -> int:
     import av
 
     with _as_video_error(temporary):
         container = av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"})
     count = 0
-    stream = None
+    stream = heard = None
     with ExitStack() as on_failure:
         on_failure.callback(_abandon, container)
         if metadata is not None:
@@ -328,12 +345,15 @@ def _encode(
             with _as_video_error(temporary):
                 if stream is None:
                     stream = _add_stream(container, pixels.shape, fps, encoder, crf)
+                    heard = None if sound is None else _add_sound(container, sound)
                 container.mux(stream.encode(_convert(pixels, count)))
             count += 1
         if stream is None:
             raise VideoError("there are no frames to write", expected="one frame or more")
         with _as_video_error(temporary):
             container.mux(stream.encode(None))
+            if sound is not None:
+                _encode_sound(container, heard, sound)
         on_failure.pop_all()
     with _as_video_error(temporary):
         container.close()  # completes the file
@@ -368,6 +388,30 @@ def _add_stream(
     else:
         stream.bit_rate = round(_BITS_A_PIXEL * shape[0] * shape[1] * fps)
     return stream
+
+
+def _add_sound(container: Any, sound: Sound) -> Any:
+    """An AAC stream; other rates than it has are resampled to 48 kHz."""
+    rate = sound.rate if sound.rate in _AAC_RATES else _AAC_RATES[-1]
+    return container.add_stream("aac", rate=rate, layout=_layout(sound))
+
+
+def _layout(sound: Sound) -> str:
+    return "mono" if len(sound.samples) == 1 else "stereo"
+
+
+def _encode_sound(container: Any, stream: Any, sound: Sound) -> None:
+    import av
+
+    samples = np.ascontiguousarray(sound.samples[:2], dtype=np.float32).clip(-1, 1)
+    frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=_layout(sound))
+    frame.sample_rate = sound.rate
+    resampler = av.AudioResampler(
+        format="fltp", layout=_layout(sound), rate=stream.rate, frame_size=stream.frame_size or 1024
+    )
+    for each in (*resampler.resample(frame), *resampler.resample(None)):
+        container.mux(stream.encode(each))
+    container.mux(stream.encode(None))
 
 
 def _as_pixels(frame: Any, stream: Any) -> np.ndarray[Any, Any]:

@@ -37,7 +37,7 @@ MAX_STEPS = 1000
 MAX_FPS = 240
 COHERENT_FRAMES = 121
 WINDOW = 81
-"""Frames that Wan was trained on: what is longer is denoised in windows of as many."""
+"""Frames that Wan2.1 was trained on, and of the windows that a long video is denoised in."""
 OVERLAP_SHARE = 5
 """A window over what two neighbours have in common, where nothing is said."""
 
@@ -93,7 +93,8 @@ class GenerationRequest:
             prompt's, in the one pass that is left where guidance is off. Above 1; None: not.
         after: a video that this one goes on from: its frames come first in the file, ``image`` is
             its last one, and the colours of what is made are turned into its own.
-        window: frames of the windows that a longer video is denoised in; 0: all of it at once.
+        window: frames of the windows that a longer video is denoised in; 0: all of it at once;
+            None: 81, where it has more than the 121 that stay coherent.
         overlap: frames that two windows have in common, at least; None: a fifth of a window.
         grid: what the model can represent.
 
@@ -120,7 +121,7 @@ class GenerationRequest:
     guidance_high: float | None = None
     nag_scale: float | None = None
     after: Path | None = None
-    window: int = WINDOW
+    window: int | None = None
     overlap: int | None = None
     grid: Grid = field(default_factory=Grid)
 
@@ -231,27 +232,30 @@ class GenerationRequest:
             )
 
     def _check_windows(self) -> None:
-        grid = self.grid
-        _check_whole("window", self.window)
-        nearest = grid.nearest_frames(max(self.window, 2 * grid.temporal + 1))
-        if self.window not in (0, nearest):
+        grid, window = self.grid, WINDOW if self.window is None else self.window
+        _check_whole("window", window)
+        nearest = grid.nearest_frames(max(window, 2 * grid.temporal + 1))
+        if window not in (0, nearest):
             raise RequestError(
                 "illegal window",
                 expected=f"{grid.temporal}n+1 frames, at least {2 * grid.temporal + 1}, or 0 for "
                 "the whole video at once",
-                found=brief(self.window),
+                found=brief(window),
                 remedy=f"The nearest legal window is {nearest}",
             )
-        if self.overlap is not None and self.window:
-            _check_int("overlap", self.overlap, grid.temporal, self.window // 2)
+        if self.overlap is not None and window:
+            _check_int("overlap", self.overlap, grid.temporal, window // 2)
 
     @property
     def windows(self) -> Windows | None:
         """The windows in frames that the video is denoised in; None: it is one."""
-        if not 0 < self.window < self.frames:
+        window = self.window
+        if window is None:
+            window = WINDOW if self.frames > COHERENT_FRAMES else 0
+        if not 0 < window < self.frames:
             return None
-        overlap = self.window // OVERLAP_SHARE if self.overlap is None else self.overlap
-        return Windows(self.window, max(overlap, self.grid.temporal))
+        overlap = window // OVERLAP_SHARE if self.overlap is None else self.overlap
+        return Windows(window, max(overlap, self.grid.temporal))
 
     @property
     def video_shape(self) -> VideoShape:

@@ -11,6 +11,7 @@ from typing import Any
 
 from penstock.engine.lora.file import Lora, as_loras
 from penstock.engine.model.opening import Opening
+from penstock.engine.request.generation import COHERENT_FRAMES
 from penstock.engine.store.durable import FileOps, new_name, remove_if_empty
 from penstock.engine.store.journal import JobRecord, read_record
 from penstock.engine.store.lock import JobLock, is_locked
@@ -220,8 +221,8 @@ def _is_asked_by(record: JobRecord | None, request: Mapping[str, Any]) -> bool:
     theirs = before | dict(record.request)
     if "fit" in request.keys() - theirs.keys() and request.get("image") is None:
         theirs["fit"] = request["fit"]  # from before there was one, and there is no picture
-    if "window" not in theirs and request.get("frames", 0) <= request.get("window", 0):
-        theirs["window"] = request["window"]  # from before windows
+    if request.get("frames", 0) > COHERENT_FRAMES:
+        theirs.setdefault("window", 0)  # from before windows
     # What could not be chosen yet, and is not
     theirs |= {name: None for name in request.keys() - theirs.keys() if request[name] is None}
     if request.get("seed") is None and "seed" in theirs:

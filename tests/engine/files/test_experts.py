@@ -136,6 +136,16 @@ def test_two_single_files(high: str, low: str, folder: Path, tmp_path: Path) -> 
         locate(None, swapped)
 
 
+def test_inspect_says_which_of_two_it_is(folder: Path, tmp_path: Path) -> None:
+    for path in _files(folder, tmp_path, "wan2.2_HIGH.safetensors", "wan2.2_LOW.safetensors"):
+        (found,) = inspect(path).components
+        assert "one of two transformers" in found.family
+        assert found.arguments == (
+            "--transformer", str(tmp_path / "wan2.2_HIGH.safetensors"),
+            "--transformer-2", str(tmp_path / "wan2.2_LOW.safetensors"),
+        )  # fmt: skip
+
+
 def test_a_root_of_comfyui(folder: Path, tmp_path: Path) -> None:
     root = tmp_path / "ComfyUI" / "models"
     models = root / "diffusion_models"

@@ -1,4 +1,4 @@
-"""The networks of Wan2.1 as modules of plain torch: names, shapes, and the few forwards that the
+"""The networks of Wan as modules of plain torch: names, shapes, and the few forwards that the
 free functions beside this file leave to a module.
 
 They stand for the classes of diffusers and transformers whose names they bear, and compute what
@@ -510,13 +510,14 @@ class WanMidBlock(nn.Module):
 
 
 class WanResample(nn.Module):
-    """Half or double the size, and by ``mode`` ("...3d") the rate; ``resample[1]`` convolves."""
+    """Half or double the size, and by ``mode`` ("...3d") the rate; ``resample[1]`` convolves.
+    ``out``: channels that doubling gives; None: half as many."""
 
-    def __init__(self, width: int, mode: str) -> None:
+    def __init__(self, width: int, mode: str, out: int | None = None) -> None:
         super().__init__()
         self.mode = mode
         if mode.startswith("up"):
-            spatial = Conv2d(width, width // 2, 3, padding=1)
+            spatial = Conv2d(width, out or width // 2, 3, padding=1)
         else:
             spatial = Conv2d(width, width, 3, stride=2)
         self.resample = nn.Sequential(nn.Identity(), spatial)
@@ -524,6 +525,62 @@ class WanResample(nn.Module):
             self.time_conv = WanCausalConv3d(width, 2 * width, (3, 1, 1), (1, 0, 0))
         elif mode == "downsample3d":
             self.time_conv = WanCausalConv3d(width, width, (3, 1, 1))
+
+
+class AvgDown3D(nn.Module):
+    """A shortcut past a down block: means of neighbours in time, space and channels."""
+
+    def __init__(self, into: int, out: int, factor_t: int, factor_s: int) -> None:
+        super().__init__()
+        self.out_channels = out
+        self.factor_t, self.factor_s = factor_t, factor_s
+        self.factor = factor_t * factor_s**2
+        self.group_size = into * self.factor // out
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """(1, c, t, h, w), zeros before the first frame where ``t`` does not divide."""
+        frames = F.pad(frames, (0, 0, 0, 0, -frames.shape[2] % self.factor_t, 0))
+        batch, channels, count, height, width = frames.shape
+        times, side = self.factor_t, self.factor_s
+        count, height, width = count // times, height // side, width // side
+        parts = frames.view(batch, channels, count, times, height, side, width, side)
+        parts = parts.permute(0, 1, 3, 5, 7, 2, 4, 6).contiguous()
+        return parts.view(batch, self.out_channels, self.group_size, count, height, width).mean(2)
+
+
+class DupUp3D(nn.Module):
+    """A shortcut past an up block: what is repeated, and how often; free functions add it."""
+
+    def __init__(self, into: int, out: int, factor_t: int, factor_s: int) -> None:
+        super().__init__()
+        self.out_channels = out
+        self.factor_t, self.factor_s = factor_t, factor_s
+        self.factor = factor_t * factor_s**2
+        self.repeats = out * self.factor // into
+
+
+class WanResidualDownBlock(nn.Module):
+    """A stage of Wan2.2's encoder; ``mode``: of its resampling, None: it has none."""
+
+    def __init__(self, into: int, out: int, count: int, mode: str | None) -> None:
+        super().__init__()
+        factor_t = 2 if mode is not None and mode.endswith("3d") else 1
+        self.avg_shortcut = AvgDown3D(into, out, factor_t, 1 if mode is None else 2)
+        widths = [into, *((count - 1) * [out])]
+        self.resnets = nn.ModuleList(WanResidualBlock(width, out) for width in widths)
+        self.downsampler = None if mode is None else WanResample(out, mode)
+
+
+class WanResidualUpBlock(nn.Module):
+    """A stage of Wan2.2's decoder, likewise."""
+
+    def __init__(self, into: int, out: int, count: int, mode: str | None) -> None:
+        super().__init__()
+        factor_t = 2 if mode is not None and mode.endswith("3d") else 1
+        self.avg_shortcut = None if mode is None else DupUp3D(into, out, factor_t, 2)
+        widths = [into, *(count * [out])]
+        self.resnets = nn.ModuleList(WanResidualBlock(width, out) for width in widths)
+        self.upsampler = None if mode is None else WanResample(out, mode, out)
 
 
 class WanEncoder3d(nn.Module):
@@ -537,11 +594,18 @@ class WanEncoder3d(nn.Module):
         self.conv_in = WanCausalConv3d(config.in_channels, into, *_CUBE)
         self.down_blocks = nn.ModuleList()
         for stage, factor in enumerate(config.dim_mult):
-            width = config.base_dim * factor
+            width, last = config.base_dim * factor, stage + 1 == len(config.dim_mult)
+            if config.is_residual:
+                axes = "2d" if last or not config.temperal_downsample[stage] else "3d"
+                mode = None if last else f"downsample{axes}"
+                block = WanResidualDownBlock(into, width, config.num_res_blocks, mode)
+                self.down_blocks.append(block)
+                into = width
+                continue
             for _ in range(config.num_res_blocks):
                 self.down_blocks.append(WanResidualBlock(into, width))
                 into = width
-            if stage + 1 < len(config.dim_mult):
+            if not last:
                 axes = "3d" if config.temperal_downsample[stage] else "2d"
                 self.down_blocks.append(WanResample(width, f"downsample{axes}"))
         self.mid_block = WanMidBlock(into)
@@ -565,7 +629,8 @@ class WanDecoder3d(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         self.temperal_upsample = list(config.temperal_downsample)[::-1]
-        widths = [config.base_dim * factor for factor in reversed(config.dim_mult)]
+        base = config.decoder_base_dim or config.base_dim
+        widths = [base * factor for factor in reversed(config.dim_mult)]
         into = widths[0]
         self.conv_in = WanCausalConv3d(config.z_dim, into, *_CUBE)
         self.mid_block = WanMidBlock(into)
@@ -574,14 +639,15 @@ class WanDecoder3d(nn.Module):
             mode = None
             if stage + 1 < len(widths):
                 mode = "upsample3d" if self.temperal_upsample[stage] else "upsample2d"
-            self.up_blocks.append(WanUpBlock(into, width, config.num_res_blocks, mode))
-            into = width // 2
+            kind = WanResidualUpBlock if config.is_residual else WanUpBlock
+            self.up_blocks.append(kind(into, width, config.num_res_blocks, mode))
+            into = width if config.is_residual else width // 2
         self.norm_out = WanRMS_norm(widths[-1])
         self.conv_out = WanCausalConv3d(widths[-1], config.out_channels, *_CUBE)
 
 
 class AutoencoderKLWan(nn.Module):
-    """Wan2.1's VAE."""
+    """Wan2.1's VAE, or with ``is_residual`` Wan2.2's."""
 
     def __init__(self, **config: Any) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from penstock.engine.families.wan import vae_decode, vae_encode, vae_residual
+from penstock.engine.families.wan import modules, vae_decode, vae_encode, vae_residual
 from penstock.engine.families.wan.cost.vae import (
     decode_bytes,
     decode_work,
@@ -20,8 +20,9 @@ from penstock.engine.families.wan.cost.vae import (
     encode_work,
 )
 from penstock.engine.families.wan.spec import VaeSpec
-from penstock.engine.families.wan.vae_decode import decode_tiled
+from penstock.engine.families.wan.vae_decode import decode_frames, decode_tiled
 from penstock.engine.families.wan.vae_encode import encode_tiled, first_frame_then_zeros
+from penstock.engine.model.binding import bind, unbound
 from penstock.errors import RequestError
 from penstock.profiles.manifest import Weights
 from penstock.profiles.phases import FIRST_FRAME
@@ -125,6 +126,21 @@ def test_patches_are_those_of_diffusers() -> None:
     assert torch.equal(there, patchify(picture, 2))
     assert torch.equal(vae_residual.unpatched(there, 2), unpatchify(there, 2))
     assert torch.equal(vae_residual.unpatched(there, 2), picture)
+
+
+def test_our_modules_compute_what_those_of_diffusers_do() -> None:
+    theirs = a_vae(torch.float32)
+    ours = modules.AutoencoderKLWan(**dict(theirs.config))
+    bind(ours, dict(theirs.state_dict()))
+    assert not unbound(ours)
+    latents, picture = latents_of((2, 3, 4), torch.float32), picture_of(48, 64).float()
+    found, wanted = (decode_frames(vae, latents, TileGrid(2, 2)) for vae in (ours, theirs))
+    assert torch.equal(found, wanted)
+    found, wanted = (
+        encode_tiled(vae, crop(picture), picture.shape[2:], TileGrid(1, 2))
+        for vae in (ours, theirs)
+    )
+    assert torch.equal(found, wanted)
 
 
 def test_a_clip_is_refused() -> None:

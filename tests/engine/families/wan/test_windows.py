@@ -162,7 +162,8 @@ def test_a_fifth_of_a_window_overlaps() -> None:
     assert a_request(frames=241).windows == Windows(81, 16)
     assert a_request(frames=241, overlap=30).windows == Windows(81, 30)
     assert a_request(frames=21, window=9).windows == Windows(9, 4)
-    assert a_request(frames=81).windows is a_request(frames=241, window=0).windows is None
+    assert a_request(frames=121).windows is a_request(frames=241, window=0).windows is None
+    assert a_request(frames=121, window=81).windows == Windows(81, 16)
 
 
 @pytest.mark.parametrize("size", [(832, 480), (1280, 720)])

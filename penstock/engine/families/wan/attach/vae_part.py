@@ -83,7 +83,7 @@ class VaePart(Part):
         with desk.phase(whole or phase), desk.rest(component) as vae:
             if whole is not None:
                 given = clip[None].to(desk.device, component.dtype)
-                mode: Tensor = vae.encode(given).latent_dist.mode()
+                mode: Tensor = _of_diffusers(vae).encode(given).latent_dist.mode()
             else:
                 size = (frames, height, width)
                 mode = encode_tiled(vae, pixels, size, TileGrid(*phase.tiles), changes=changes)
@@ -119,11 +119,21 @@ class VaePart(Part):
         with desk.phase(whole or phase), desk.rest(component) as vae:
             given = latents[None].to(desk.device, component.dtype)
             if whole is not None:
-                clip.copy_(vae.decode(given, return_dict=False)[0][0])
+                clip.copy_(_of_diffusers(vae).decode(given, return_dict=False)[0][0])
                 return
             for piece in decode_tiled(vae, given, TileGrid(*phase.tiles)):
                 rows, cols = piece.window.inside(window)
                 clip[:, piece.frame, rows, cols] = piece.pixels.to(clip)
+
+
+def _of_diffusers(vae: Any) -> Any:
+    """Diffusers' own class around the tensors that are bound to ``vae``: its forward, its bits."""
+    from diffusers import AutoencoderKLWan
+
+    with torch.device("meta"):
+        original = AutoencoderKLWan.from_config(dict(vae.config))
+    original.load_state_dict(vae.state_dict(), assign=True)
+    return original.eval()
 
 
 def _changes(clip: Tensor) -> list[int]:

@@ -1,0 +1,211 @@
+"""`generate` and `plan` of pipelines that penstock has no code for: diffusers' own, in a folder."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from penstock.cli.files import reported
+from penstock.cli.stopping import Stopping
+from penstock.cli.terminal import Screen, printable, say
+from penstock.errors import UsageError
+from penstock.profiles.options import Options
+from penstock.units import format_bytes, parse_bytes
+
+Arguments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="NAME=VALUE",
+        help="An argument of a diffusers pipeline's call, such as num_frames=121; repeat it.",
+    ),
+]  # fmt: skip
+Activations = Annotated[
+    str | None,
+    typer.Option(help="What a diffusers pipeline computes in beside weights (it is rehearsed)."),
+]
+
+_OPTIONS = ("vram", "ram", "device", "format")
+"""Run options that such a pipeline obeys."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the command line says of a call: ``--set``, and flags that mean an argument."""
+
+    pairs: list[str]
+    prompt: str | None
+    image: Path | None
+    negative: str | None
+    size: str | None
+    frames: int | None
+    steps: int | None
+    cfg: str | None
+    seed: int | None
+    fps: float | None
+    options: Options
+    activations: str | None
+
+    def words(self) -> list[str]:
+        """All of it as ``name=value``."""
+        width, _, height = (self.size or "").lower().partition("x")
+        flags = {
+            "prompt": self.prompt, "negative_prompt": self.negative, "image": self.image,
+            "width": width or None, "height": height or None, "num_frames": self.frames,
+            "num_inference_steps": self.steps, "guidance_scale": self.cfg,
+        }  # fmt: skip
+        return [
+            f"{name}={value}" for name, value in flags.items() if value is not None
+        ] + self.pairs
+
+
+def is_foreign(model: str | None) -> bool:
+    """Whether ``model`` is a folder of a pipeline that no family of penstock's runs."""
+    from penstock.engine.attach.routing import is_foreign as found
+
+    with reported(debug=False):
+        return model is not None and found(Path(model))
+
+
+def own_only(arguments: list[str] | None, activations: str | None, debug: bool) -> None:
+    """Refuse what means something to diffusers' pipelines only."""
+    with reported(debug):
+        for flag, value in (("--set", arguments), ("--activations", activations)):
+            if value:
+                raise UsageError(
+                    f"{flag} is for diffusers pipelines that penstock has no code for",
+                    expected="the model's own flags: --prompt, --size, --frames, --steps, ...",
+                    found=f"{flag} {value[0] if isinstance(value, list) else value}",
+                )
+
+
+def plan_foreign(
+    folder: Path, given: Given, strange: Mapping[str, Any], as_json: bool, debug: bool
+) -> None:
+    """Say what the call takes; a prompt that is not said is one word."""
+    with reported(debug):
+        words = given.words()
+        if not any(word.startswith("prompt=") for word in words):
+            words = ["prompt=a", *words]
+        with _job(folder, given, strange, words) as job:
+            plan = job.plan
+    if as_json:
+        say(json.dumps(plan.to_json()))
+    else:
+        Screen().print(plan_text(plan), soft_wrap=True)
+
+
+def generate_foreign(
+    folder: Path,
+    given: Given,
+    strange: Mapping[str, Any],
+    output: Path,
+    force: bool,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Make the call, and write what it gives."""
+    with reported(debug), Stopping() as stop:
+        seed = given.seed if given.seed not in (None, -1) else secrets.randbits(31)
+        rate = None if given.fps is None else Fraction(str(given.fps))
+        console = Screen(stderr=True)
+        with _job(folder, given, strange, given.words()) as job, _Steps(console) as steps:
+            stop.at(job.cancel)
+            console.print(plan_text(job.plan), soft_wrap=True)
+            report = job.run(output, seed, rate, steps.told, overwrite=force)
+        console.print(report_text(report), soft_wrap=True)
+    if as_json:
+        say(json.dumps({"plan": job.plan.to_json(), "report": report.to_json()}))
+
+
+def _job(folder: Path, given: Given, strange: Mapping[str, Any], words: list[str]) -> Any:
+    from penstock.engine.attach.foreign_job import CallJob
+    from penstock.engine.attach.stream import budgets
+    from penstock.formats.formats import get_format
+
+    _check_understood(given.options, strange)
+    options = given.options
+    hardware = budgets(options.device or "auto", options.vram, options.ram)
+    fmt = None if options.format is None else get_format(options.format)
+    work = None if given.activations is None else parse_bytes(given.activations)
+    return CallJob(folder, words, hardware, fmt, work)
+
+
+def _check_understood(options: Options, strange: Mapping[str, Any]) -> None:
+    others = {
+        f"--{name.replace('_', '-')}": value
+        for name, value in vars(options).items()
+        if name not in _OPTIONS
+    }
+    for flag, value in {**strange, **others}.items():
+        if value is not None:
+            raise UsageError(
+                f"{flag} means nothing to a diffusers pipeline that penstock has no code for",
+                expected="--set NAME=VALUE, --vram, --ram, --device, --format, --activations",
+                found=flag,
+            )
+
+
+class _Steps:
+    """Bars on a terminal, lines elsewhere."""
+
+    def __init__(self, console: Screen) -> None:
+        self._console = console
+        self._bars = Progress(
+            TextColumn("steps"), BarColumn(bar_width=24),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False),
+            TimeElapsedColumn(), console=console,
+        )  # fmt: skip
+        self._task: Any = None
+
+    def __enter__(self) -> _Steps:
+        if self._console.is_terminal:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def told(self, step: int, steps: int) -> None:
+        """A step is done."""
+        if not self._console.is_terminal:
+            self._console.print(f"steps: {step}/{steps}", soft_wrap=True)
+            return
+        if self._task is None:
+            self._task = self._bars.add_task("steps", total=steps)
+        self._bars.update(self._task, completed=step, total=steps)
+
+
+def plan_text(plan: Any) -> str:
+    """The plan in lines."""
+    lines = [
+        f"plan: {plan.pipeline}: VRAM {format_bytes(plan.vram_bytes)} at the least "
+        f"of {format_bytes(plan.vram_limit_bytes)}, RAM {format_bytes(plan.ram_bytes)} "
+        f"of {format_bytes(plan.ram_limit_bytes)}"
+    ]
+    for each in plan.networks:
+        comes = f"{each.blocks} blocks stream" if each.blocks else "comes whole"
+        lines.append(
+            f"plan: {each.name}: {format_bytes(each.weight_bytes)} of weights, {comes}, "
+            f"{format_bytes(each.outside_bytes)} outside; {format_bytes(each.activation_bytes)} "
+            f"of activations; about {each.calls} calls"
+        )
+    return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
+
+
+def report_text(report: Any) -> str:
+    """One line about what was made."""
+    return (
+        f"wrote {printable(', '.join(report.outputs))}: {report.frames} frames, "
+        f"seed {report.seed}, {report.seconds:.1f} s, "
+        f"peak VRAM {format_bytes(report.peak_vram_bytes)}, "
+        f"RAM {format_bytes(report.peak_ram_bytes)} in buffers, "
+        f"{format_bytes(report.read_bytes)} read"
+    )

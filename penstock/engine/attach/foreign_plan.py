@@ -1,0 +1,243 @@
+"""What a call of any pipeline will take: its networks by their headers, its work rehearsed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from penstock._version import __version__
+from penstock.engine.attach.calling import NoBar, arguments_of, bars, output_of
+from penstock.engine.attach.diffusers_folder import Opened
+from penstock.engine.attach.foreign import modules_of
+from penstock.engine.attach.generic import DENOISERS, check_budget, guests_of
+from penstock.engine.attach.rehearsal import Rehearsed, Visit, rehearse
+from penstock.engine.store.durable import FileOps, read_whole, write_atomically
+from penstock.errors import OverBudget
+from penstock.folders import cache_folder
+from penstock.formats.formats import QuantFormat
+from penstock.profiles.hardware import Hardware
+
+_STEPS = "num_inference_steps"
+_REHEARSED_STEPS = 2
+"""The others repeat them."""
+
+TILED = "its VAE decodes in tiles that blend: whole frames do not fit"
+RESTARTS = (
+    "steps are not kept: diffusers' own loop runs them, and a job that is stopped begins again"
+)
+
+
+@dataclass(frozen=True)
+class NetworkPlan:
+    """What one network takes; all in bytes.
+
+    Attributes:
+        name: of the component.
+        weight_bytes: of all its weights.
+        blocks: how many stream; 0: it comes whole.
+        outside_bytes: on the device while it works: what is in no block.
+        block_bytes: of the largest block.
+        activation_bytes: on the device meanwhile: what is computed, the pipeline's own tensors
+            counted.
+        calls: of its forward in a whole call, about.
+    """
+
+    name: str
+    weight_bytes: int
+    blocks: int
+    outside_bytes: int
+    block_bytes: int
+    activation_bytes: int
+    calls: int
+
+    @property
+    def vram_bytes(self) -> int:
+        """The least that it runs in."""
+        return self.outside_bytes + self.block_bytes + self.activation_bytes
+
+
+@dataclass(frozen=True)
+class CallPlan:
+    """What a call of a pipeline takes.
+
+    Attributes:
+        pipeline: its class.
+        networks: those that work, in the order in which they do.
+        vram_bytes, ram_bytes: the least that it runs in.
+        vram_limit_bytes, ram_limit_bytes: the budgets.
+        notes: what a user should know.
+    """
+
+    pipeline: str
+    networks: tuple[NetworkPlan, ...]
+    vram_bytes: int
+    ram_bytes: int
+    vram_limit_bytes: int
+    ram_limit_bytes: int
+    notes: tuple[str, ...]
+
+    @property
+    def work_bytes(self) -> dict[str, int]:
+        """Activations by network."""
+        return {each.name: each.activation_bytes for each in self.networks}
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, JSON-ready."""
+        return asdict(self)
+
+
+def plan_call(
+    opened: Opened,
+    given: Mapping[str, Any],
+    hardware: Hardware,
+    fmt: QuantFormat | None = None,
+    activations: int | None = None,
+) -> CallPlan:
+    """Say what ``opened.pipe(**given)`` takes. Where whole frames do not fit, its VAE's own tiling
+    is switched on.
+
+    Args:
+        activations: bytes, where they are known; None: the call is rehearsed.
+
+    Raises:
+        OverBudget: it does not fit; names the least that does.
+        UsageError: it cannot be rehearsed.
+    """
+    notes = [*opened.notices, RESTARTS]
+    found = _plan(opened, given, hardware, fmt, activations, notes)
+    tiled = [] if activations is not None else _tiled(opened.pipe, found, hardware.vram_bytes)
+    if tiled:
+        notes.append(TILED)
+        found = _plan(opened, given, hardware, fmt, None, notes)
+    if found.vram_bytes > hardware.vram_bytes:
+        worst = max(found.networks, key=lambda each: each.vram_bytes)
+        items = (
+            (f"{worst.name}: activations", worst.activation_bytes),
+            (f"{worst.name}: one block, and what is in none",
+             worst.outside_bytes + worst.block_bytes),
+            ("buffers", found.vram_bytes - worst.vram_bytes),
+        )  # fmt: skip
+        raise OverBudget(
+            "VRAM", found.vram_bytes, hardware.vram_bytes, items,
+            f"Give vram={found.vram_bytes} or more, or ask for fewer pixels or frames",
+        )  # fmt: skip
+    return found
+
+
+def _plan(
+    opened: Opened,
+    given: Mapping[str, Any],
+    hardware: Hardware,
+    fmt: QuantFormat | None,
+    activations: int | None,
+    notes: list[str],
+) -> CallPlan:
+    pipe = opened.pipe
+    seen = None if activations is not None else _rehearsed(opened, given)
+    roomy = replace(hardware, vram_bytes=1 << 62)
+    _, guests, fixed = guests_of(pipe, roomy, fmt, 0, opened.files)
+    check_budget(roomy, fixed, guests)
+    steps = int(given.get(_STEPS, _default(pipe)) or 0)
+    scale = max(steps, 1) / min(max(steps, 1), _REHEARSED_STEPS)
+    networks = []
+    order = [] if seen is None else list(dict.fromkeys(v.component for v in seen.visits))
+    for guest in sorted(guests, key=lambda each: (*order, each.name).index(each.name)):
+        calls = 0 if seen is None else seen.calls_of(guest.name)
+        if seen is not None and not calls:
+            continue
+        work = activations if seen is None else seen.peak_of(guest.name)
+        denoises = guest.name.startswith((*DENOISERS, "controlnet"))
+        networks.append(
+            NetworkPlan(
+                guest.name, guest.weight_bytes, guest.blocks, guest.outside_bytes,
+                guest.least_vram_bytes - guest.outside_bytes, work or 0,
+                round(calls * scale) if denoises else calls,
+            )
+        )  # fmt: skip
+    held = sum(nbytes for _, nbytes in fixed)
+    return CallPlan(
+        pipeline=type(pipe).__name__,
+        networks=tuple(networks),
+        vram_bytes=held + max(each.vram_bytes for each in networks),
+        ram_bytes=max(each.least_ram_bytes for each in guests),
+        vram_limit_bytes=hardware.vram_bytes,
+        ram_limit_bytes=hardware.ram_bytes,
+        notes=tuple(notes),
+    )
+
+
+def _default(pipe: Any) -> Any:
+    found = arguments_of(pipe).get(_STEPS)
+    return None if found is None else found.default
+
+
+def _tiled(pipe: Any, found: CallPlan, vram_bytes: int) -> list[str]:
+    """Switch on the tiling of networks that have one and do not fit; their names."""
+    modules, names = modules_of(pipe), []
+    for each in found.networks:
+        tiling = getattr(modules[each.name], "enable_tiling", None)
+        if each.vram_bytes > vram_bytes and tiling is not None:
+            tiling()
+            names.append(each.name)
+    return names
+
+
+def _rehearsed(opened: Opened, given: Mapping[str, Any]) -> Rehearsed:
+    """The call's shapes, from the cache where the same was rehearsed before."""
+    path = cache_folder() / "rehearsals" / f"{_key(opened, given)}.json"
+    ops = FileOps()
+    stored = read_whole(ops, path)
+    if stored is not None:
+        value = json.loads(stored)
+        visits = tuple(Visit(*each) for each in value["visits"])
+        return Rehearsed(visits, value["uses"], value["peak_bytes"])
+    found = rehearse(modules_of(opened.pipe), lambda: call_briefly(opened.pipe, given))
+    value = {
+        "visits": [[v.component, v.peak_bytes] for v in found.visits],
+        "uses": found.uses,
+        "peak_bytes": found.peak_bytes,
+    }
+    ops.mkdir(path.parent)
+    write_atomically(ops, path, [json.dumps(value).encode()])
+    return found
+
+
+def call_briefly(pipe: Any, given: Mapping[str, Any]) -> Any:
+    """The call with as few steps as show all that it does, and no bars."""
+    arguments = dict(given)
+    known = arguments_of(pipe)
+    if _STEPS in known:
+        steps = arguments.get(_STEPS, known[_STEPS].default)
+        if isinstance(steps, int):
+            arguments[_STEPS] = min(steps, _REHEARSED_STEPS)
+    with bars(pipe, lambda total: NoBar()):
+        return pipe(**arguments, **output_of(pipe))
+
+
+def _key(opened: Opened, given: Mapping[str, Any]) -> str:
+    """Of all that determines the shapes: classes, configs, arguments, versions, tiling."""
+    import diffusers
+    import transformers
+
+    about: dict[str, Any] = {
+        "penstock": __version__,
+        "versions": [each.__version__ for each in (torch, diffusers, transformers)],
+        "pipeline": type(opened.pipe).__name__,
+        "config": str(sorted(dict(opened.pipe.config).items(), key=str)),
+        "given": {name: _told(value) for name, value in given.items()},
+    }
+    for name, module in modules_of(opened.pipe).items():
+        types = sorted({str(p.dtype) for p in module.parameters()})
+        about[name] = [type(module).__name__, str(module.config), types,
+                       getattr(module, "use_tiling", None)]  # fmt: skip
+    return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _told(value: Any) -> Any:
+    size = getattr(value, "size", None)
+    return f"picture {size}" if isinstance(size, tuple) else value

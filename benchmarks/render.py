@@ -462,6 +462,23 @@ def mib(nbytes: float) -> str:
     return f"{nbytes / MIB:.0f} MiB"
 
 
+def long_videos(results: Results) -> str:
+    """Ways to make a long video of the small model: what happens in it, and its seams."""
+    headings = (
+        "frames", "way", "videos", "stretches as asked", "frame difference at a seam / median",
+        "largest", "seams within the video's own spread", "CPU s",
+    )  # fmt: skip
+    rows: Rows = []
+    for row in results["long_videos_2core_cpu"]["rows"]:
+        seams = ("", "", "")
+        if row["jump"] is not None:
+            within = f"{100 * row['within']:.0f} %"
+            seams = (f"{row['jump']:.2f}", f"{row['largest_jump']:.2f}", within)
+        right, cpu = f"{100 * row['right']:.0f} %", f"{row['cpu_s']:.0f}"
+        rows.append((str(row["frames"]), row["way"], str(row["clips"]), right, *seams, cpu))
+    return table(headings, rows)
+
+
 def plan_peaks(results: Results) -> str:
     """Profiles and sizes: predicted peaks, and how much they are over the measured ones."""
     headings = (
@@ -594,6 +611,7 @@ TABLES: Mapping[str, Callable[[Results], str]] = {
     "formats": formats,
     "every_format": every_format,
     "caches": caches,
+    "long_videos": long_videos,
     "plan_peaks": plan_peaks,
     "plan_cards": plan_cards,
     "plan_cards_8_bits": partial(plan_cards, way="8 bits"),

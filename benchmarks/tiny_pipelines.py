@@ -681,7 +681,7 @@ def wan_animate2() -> Tiny:
     for each in parts.values():
         each.eval().requires_grad_(False)
     pipe.update_components(
-        **parts, tokenizer=tokenizer(), scheduler=unipc(),
+        **parts, tokenizer=tokenizer(), scheduler=flow(shift=5.0),
         guider=ClassifierFreeGuidance(guidance_scale=3.0),
     )  # fmt: skip
     pipe.set_progress_bar_config(disable=True)

@@ -2,6 +2,7 @@
 # make test   the whole test suite
 # make faults the full counts of the fault tests: kills, cancels, out of memory, limits (ten minutes on two cores)
 # make lowest the quick tests and the demo on the lowest versions that pyproject.toml declares
+# make lowest-few the demo and one test or more of each library on these: a minute and a half of one core
 # make lint   ruff, mypy, import-linter
 PYTHON ?= python3
 VENV := .venv
@@ -15,8 +16,11 @@ LOWEST := .venv-lowest
 LOWEST_TESTS := $(addprefix tests/engine/,families attach media lora files packs request \
 	run/test_sampler.py run/test_job.py test_doors.py test_bad_input.py test_software.py) \
 	tests/quant/test_libraries.py tests/cli/test_main.py tests/test_public.py tests/test_examples.py
+LOWEST_FEW := $(addprefix tests/engine/,test_software.py media/test_video.py files/test_spm.py \
+	run/test_sampler.py lora/test_files.py test_doors.py::test_single_files_of_the_original_author \
+	attach/test_pipeline.py::test_two_videos_of_one_picture) tests/test_public.py
 
-.PHONY: demo test quick faults lowest lint coverage clean
+.PHONY: demo test quick faults lowest lowest-few lint coverage clean
 
 demo: $(STAMP)
 	mkdir -p out
@@ -35,6 +39,11 @@ lowest: $(LOWEST)/.installed
 	mkdir -p out
 	$(LOWEST)/bin/penstock demo -o out/lowest.mp4 --force
 	$(LOWEST)/bin/python -m pytest -m "not slow and not faults" -n auto --dist loadfile $(LOWEST_TESTS)
+
+lowest-few: $(LOWEST)/.installed
+	mkdir -p out
+	$(LOWEST)/bin/penstock demo -o out/lowest.mp4 --force
+	$(LOWEST)/bin/python -m pytest -m "not slow and not faults" $(LOWEST_FEW)
 
 coverage: $(STAMP)
 	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered

@@ -284,8 +284,9 @@ def attach(
             )
         else:
             desk, disk_bytes = _open_parts(
-                pipe, family, attached, fmt, (device, vram, ram), stack, place
-            )
+                pipe, family, attached, fmt, torch.device(hardware.place), (device, vram, ram),
+                stack, place,
+            )  # fmt: skip
         attached._begin(desk, disk_bytes, stack.pop_all())
     return attached
 
@@ -304,19 +305,19 @@ def _open_parts(
     family: AttachFamily,
     attached: Attached,
     fmt: QuantFormat | None,
+    on: torch.device,
     asked: tuple[str, str | int | None, str | int | None],
     stack: ExitStack,
     place: Path,
 ) -> tuple[Desk, int]:
     """A family's own parts in the places of a pipeline's modules; ``stack`` undoes it."""
-    hardware = budgets(*asked)
     disk_bytes = write_models(
         pipe, family.KINDS, place / "model", stack, lambda: attached._weights_return
     )
     model = ModelFiles.open(place / "model")
     if fmt is not None:
         model = _stored_as(model, fmt.name, place)
-    release_cached(torch.device(hardware.place))
+    release_cached(on)
     desk = Desk(model, budgets(*asked))  # without what the weights took
     stack.callback(desk.close)
     for name, made in family.attach_parts().items():

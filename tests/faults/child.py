@@ -13,7 +13,7 @@ from penstock.engine import engine as engine_module
 from penstock.engine.engine import Engine
 from penstock.engine.request.generation import GenerationRequest
 from penstock.engine.run.events import Event, Progress
-from penstock.engine.run.jobs import list_jobs
+from penstock.engine.run.jobs import list_jobs, remove_job
 from penstock.engine.store.durable import FileOps
 from tests.faults.storage import CHANGING
 
@@ -84,8 +84,12 @@ class Task:
     def _do(self, failpoints: _Failpoints) -> None:
         failpoints.intercept_files()
         failpoints.intercept_events()
-        # Whoever lost the process starts the command again: it resumes what there is.
-        if any(info.folder == self.job for info in list_jobs(self.job.parent)):
+        # Whoever lost the process starts the command again: it resumes what there is. A job that
+        # died before its first record is listed as damaged: it is removed and begun again.
+        info = next((each for each in list_jobs(self.job.parent) if each.folder == self.job), None)
+        if info is not None and info.record is None:
+            remove_job(self.job)
+        if info is not None and info.record is not None:
             job = self.engine.resume(self.job)
         else:
             job = self.engine.submit(self.request, self.output, force=True, job_dir=self.job)

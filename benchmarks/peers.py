@@ -423,7 +423,10 @@ def streamed(host_resident: bool) -> Callable[[argparse.Namespace, Path], Any]:
         from penstock.profiles.options import Options
         from penstock.profiles.plan import StreamPlan
 
-        named = Options(device=options.device, chunk_tokens=str(CHUNK_TOKENS), cross_kv="vram")
+        named = Options(
+            device=options.device, chunk_tokens=str(CHUNK_TOKENS), cross_kv="vram",
+            residual="bf16",  # as diffusers has it
+        )  # fmt: skip
         with Engine.open(folder / "model", options=named) as engine:
             request = asked(options)
             plan = engine.plan(request)

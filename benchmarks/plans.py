@@ -3,6 +3,7 @@
 ``peaks``: every profile and size, with 16 and with 64 GiB of system memory: the predicted peak of
 each phase beside the live bytes of the real code on fake tensors (see
 `tests/profiles/test_true_model.py`), and how much the one is over the other.
+``models``: what `penstock plan --synthetic` knows, at its own size and steps on two cards.
 ``cards``: ten machines and three sizes: seconds a step, total, what bounds it; as penstock runs by
 default, and with products and self-attention in 8 bits.
 
@@ -10,6 +11,7 @@ Both print JSON, of which `benchmarks.render` makes the tables of docs/plans.md:
 
     python -m benchmarks.plans peaks > benchmarks/results/plans_peaks.json
     python -m benchmarks.plans cards > benchmarks/results/plans_cards.json
+    python -m benchmarks.plans models > benchmarks/results/plans_models.json
     python -m benchmarks.render
 """
 
@@ -18,13 +20,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from penstock.cli.plan_view import clock
+from penstock.engine.family.protocol import builtin_names
 from penstock.engine.prepared import Prepared, machine_of
 from penstock.engine.request.generation import workload_of
 from penstock.engine.request.settings import Settings, resolve
@@ -116,6 +119,36 @@ def cards(known: Sequence[tuple[str, str]] = CARDS) -> list[dict[str, Any]]:
     ]
 
 
+MODEL_CARDS = (("RTX 4070 Ti 12GB", "12gb"), ("RTX 4090 24GB", "24gb"))
+
+
+def models(names: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """One row a built-in description and card."""
+    return [
+        {"model": name, "card": card, "profile": profile} | model_row(name, card, profile)
+        for name in names or builtin_names()
+        for card, profile in MODEL_CARDS
+    ]
+
+
+def model_row(name: str, card: str, profile: str) -> dict[str, Any]:
+    """What a plan says of a model at the size, frames and steps that it was released with."""
+    options, machine = machine_of(Options(profile=profile, ram="32GiB"), card, None)
+    prepared = Prepared.open(synthetic=name, options=options, machine=machine)
+    request = resolve(Settings(prompt="a plan"), prepared.about)
+    plan = prepared.plan(workload_of(request, saved=True))
+    steps = [phase for phase in plan.phases if phase.name.startswith("denoise")]
+    return {
+        "size": f"{request.height}x{request.width}x{request.frames}",
+        "steps": request.steps,
+        "format": plan.weight_format,
+        "seconds_a_step": round(sum(phase.seconds for phase in steps) / request.steps, 1),
+        "total": clock(plan.seconds),
+        "vram_gib": round(plan.peak_vram_bytes / GIB, 2),
+        "ram_gib": round(plan.peak_ram_bytes / GIB, 2),
+    }
+
+
 def row(size: str, card: str, options: Options) -> dict[str, Any]:
     """What a plan says; for a video that does not fit, how much VRAM it takes at the least."""
     width, height, frames = true.SIZES[size]
@@ -136,10 +169,15 @@ def row(size: str, card: str, options: Options) -> dict[str, Any]:
     }
 
 
+_MADE: Mapping[str, Callable[[], list[dict[str, Any]]]] = MappingProxyType(
+    {"peaks": peaks, "cards": cards, "models": models}
+)
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    arguments.add_argument("which", choices=["peaks", "cards"])
-    print(json.dumps(peaks() if arguments.parse_args().which == "peaks" else cards()))
+    arguments.add_argument("which", choices=list(_MADE))
+    print(json.dumps(_MADE[arguments.parse_args().which]()))
 
 
 if __name__ == "__main__":

@@ -549,6 +549,23 @@ def plan_cards(results: Results, way: str = "default") -> str:
     return table(("card", "profile", "format", *sizes, "bound"), lines)
 
 
+def plan_models(results: Results) -> str:
+    """What is known without files, at its own size: of `benchmarks.plans`."""
+    rows = results["plans_models"]
+    cards = list(dict.fromkeys(row["card"] for row in rows))
+    lines = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        mine = {row["card"]: row for row in rows if row["model"] == model}
+        one = mine[cards[0]]
+        cells = (
+            f"{row['format']}, {row['seconds_a_step']:.0f} ({row['total']}), "
+            f"{row['vram_gib']:.1f} / {row['ram_gib']:.1f} GiB"
+            for row in mine.values()
+        )
+        lines.append((model, one["size"], str(one["steps"]), *cells))
+    return table(("model", "size", "steps", *cards), lines)
+
+
 def card_cell(row: Mapping[str, Any]) -> str:
     """Seconds a step and of the job, or what it would take."""
     if "needs_gib" in row:
@@ -614,6 +631,7 @@ TABLES: Mapping[str, Callable[[Results], str]] = {
     "long_videos": long_videos,
     "plan_peaks": plan_peaks,
     "plan_cards": plan_cards,
+    "plan_models": plan_models,
     "plan_cards_8_bits": partial(plan_cards, way="8 bits"),
     "plan_profiles": plan_profiles,
 }

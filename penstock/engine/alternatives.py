@@ -130,15 +130,18 @@ def _changes(
         other = replace(options, step_cache=half)
         told = f"{request.steps // 2} of {request.steps} forwards; measured on the small model only"
         yield _Change(f"--cache {half}", other, settings, told)
-    yield from _formats(options, settings, plan)
+    yield from _formats(options, settings, plan, prepared.hardware.device)
     yield from _budgets(options, settings)
 
 
-def _formats(options: Options, settings: Settings, plan: Plan) -> Iterator[_Change]:
-    """What is quantised already is not quantised again."""
+def _formats(options: Options, settings: Settings, plan: Plan, device: str) -> Iterator[_Change]:
+    """What is quantised already is not quantised again. A CPU's products in 8 bits are left out:
+    their trial would load torch for every plan."""
     if options.format is not None or not get_format(plan.weight_format).plain:
         return
     for (name, compute), decibels in FRAMES_PSNR.items():
+        if compute == "fast" and device == "cpu":
+            continue
         flags = f"--format {name}" + (" --compute fast" if compute == "fast" else "")
         other = replace(options, format=name, compute=compute)
         told = f"frames at {decibels:.0f} dB of the unquantised, on the small trained model"

@@ -30,6 +30,11 @@ def test_of_a_profile(case: tuple[str, str, int]) -> None:
     assert 0 <= row["over"][0] <= row["over"][1] <= 5
 
 
+def test_of_a_model() -> None:
+    name = "wan2.2-ti2v-5b"
+    assert plans.models([name]) == [r for r in RESULTS["plans_models"] if r["model"] == name]
+
+
 def test_documents_are_rendered() -> None:
     tables = []
     for path in render.DOCUMENTS:

@@ -47,4 +47,7 @@ def test_unknown_names() -> None:
         get_format("int3")
     with pytest.raises(ProfileError, match="no built-in"):
         builtin("sora", "bf16")
-    assert set(BUILTIN) == {"wan2.1-i2v-14b"}
+    assert set(BUILTIN) == {
+        "wan2.1-t2v-14b", "wan2.1-t2v-1.3b", "wan2.1-i2v-14b", "wan2.1-flf2v-14b",
+        "wan2.2-t2v-a14b", "wan2.2-i2v-a14b", "wan2.2-ti2v-5b",
+    }  # fmt: skip

@@ -28,7 +28,7 @@ def a_case(rates: Rates) -> Case:
 def seconds(name: str, rates: Rates) -> float:
     case = a_case(rates)
     if name == "context":
-        return next(Denoise(case)._contexts(False, ROOM)).seconds
+        return next(Denoise(case)._contexts(False, "bf16", ROOM)).seconds
     image = case.manifest.image
     assert image is not None
     network = text_step(case) if name == "text" else image_step(case, image)

@@ -59,6 +59,8 @@ def test_flag_over_profile_over_machine_over_default() -> None:
         "compute": ("fast", "flag"),
         "disk": ("spare", "profile 12gb"),
         "attention": ("sdpa", "default"),
+        "residual": ("auto", "default"),
+        "step_cache": ("off", "default"),
         "rates": ("a card", "assumed"),
     }
 

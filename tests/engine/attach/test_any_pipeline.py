@@ -284,7 +284,8 @@ def test_a_step_cache_saves_its_transfers() -> None:
         read = handle.report.read_bytes
     assert all(map(torch.equal, found, wanted))
     weights = sum(p.nbytes for p in pipe.transformer.parameters())
-    assert read < 1.6 * weights  # one pass, and the first block with what was read ahead behind it
+    first = sum(p.nbytes for p in pipe.transformer.transformer_blocks[0].parameters())
+    assert read <= weights + 3 * first  # no more than what is computed
 
 
 def test_a_decoder_lm_writes_with_its_cache() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -409,7 +410,17 @@ def _foreign(pipe: Any) -> None:
         (lambda pipe: pipe.vae.to("meta"), "cannot be streamed"),
     ],
 )
-def test_what_is_refused(spoil: Any, message: str, folders: dict[str, Path], cache: Path) -> None:
+def test_what_is_refused(
+    spoil: Any,
+    message: str,
+    folders: dict[str, Path],
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A model's set_attention_backend changes the backend of every model of the process.
+    backends = importlib.import_module("diffusers.models.attention_dispatch")
+    registry = backends._AttentionBackendRegistry
+    monkeypatch.setattr(registry, "_active_backend", registry._active_backend)
     pipe = _open(folders["t2v"])
     spoil(pipe)
     models = {name: getattr(pipe, name, None) for name in PARTS}

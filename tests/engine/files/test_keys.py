@@ -304,9 +304,12 @@ def _add(*keys, shape=(2,)):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (_add("vace_blocks.0.x", "blocks.1.extra.weight"), ["2 unknown", "blocks.1.extra.weight"]),
+        (
+            _add("strange_blocks.0.x", "blocks.1.extra.weight"),
+            ["2 unknown", "blocks.1.extra.weight"],
+        ),
         (_add("blocks.2.self_attn.q.weight", shape=(256, 256)), ["missing", "blocks.2."]),
-        (_add("img_emb.emb_pos"), ["1 unknown", "img_emb.emb_pos"]),
+        (_add("img_emb.emb_pos"), ["embedder.pos_embed with 3 dimensions", "shape [2]"]),
         (_drop("blocks.1.ffn.2.bias", "blocks.1.norm3.bias"), ["2 missing", "blocks.1.norm2.bias"]),
         (_drop("head.head.weight"), ["proj_out.weight"]),
         (_add("blocks.1.ffn.2.bias", shape=(255,)), ["1 misshaped", "blocks.1.ffn.net.2.bias"]),

@@ -314,7 +314,7 @@ def test_encoding_breaks_with_a_halo_one_short(monkeypatch, blocks, level, axis,
 def _cropping(run):
     """Crops between levels; exact tiles never need it, a level makes what the next one reads."""
 
-    def tile_frames(encoder, frames, tile):
+    def tile_frames(encoder, frames, tile, patch_size):
         halved = vae_encode.halved_size
         entries = {
             level[-1]: after[0] for level, after in zip(tile.levels, tile.levels[1:], strict=False)
@@ -327,7 +327,7 @@ def _cropping(run):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(vae_encode, "halved_size", cropped)
-            return run(encoder, frames, tile)
+            return run(encoder, frames, tile, patch_size)
 
     return tile_frames
 

@@ -33,7 +33,7 @@ quick: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not faults"
 
 faults: $(STAMP)
-	$(BIN)/python -m pytest tests/faults tests/engine/run/test_cancel.py -m faults -n auto --dist load -rP
+	$(BIN)/python -m pytest tests -m faults -n auto --dist load -rP
 
 lowest: $(LOWEST)/.installed
 	mkdir -p out

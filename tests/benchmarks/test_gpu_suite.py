@@ -164,6 +164,7 @@ def test_tiles_change_nothing(context: Context, tmp_path: Path) -> None:
     assert found["decode, whole"]["largest_difference"] <= 1
 
 
+@pytest.mark.faults  # a minute with the next: processes of their own
 def test_peers_wait_for_their_turn(context: Context, tmp_path: Path) -> None:
     found = _run("peers", context, tmp_path / "kept.json")
     assert list(found) == ["writing", "penstock_ram", "resident"]
@@ -316,6 +317,7 @@ WORKING = {
 }  # fmt: skip
 
 
+@pytest.mark.faults
 def test_a_group_that_ends_its_process_loses_only_its_own_cases(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

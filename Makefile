@@ -1,6 +1,6 @@
 # make demo   an image and a prompt become a video, on CPU, with the model in the box
 # make test   the whole test suite
-# make faults the full counts of the fault tests: kills, cancels, out of memory, limits (ten minutes on two cores)
+# make faults the full counts of the fault tests (kills, cancels, out of memory, limits) and what else takes minutes
 # make lowest the quick tests and the demo on the lowest versions that pyproject.toml declares
 # make lowest-few the demo and one test or more of each library on these: a minute and a half of one core
 # make lint   ruff, mypy, import-linter

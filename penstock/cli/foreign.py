@@ -116,7 +116,7 @@ def generate_foreign(
         seed = given.seed if given.seed not in (None, -1) else secrets.randbits(31)
         rate = None if given.fps is None else Fraction(str(given.fps))
         console = Screen(stderr=True)
-        with _job(folder, given, strange, given.words()) as job, _Steps(console) as steps:
+        with _job(folder, given, strange, given.words()) as job, _StepBar(console) as steps:
             stop.at(job.cancel)
             console.print(plan_text(job.plan), soft_wrap=True)
             report = job.run(output, seed, rate, steps.told, overwrite=force)
@@ -153,7 +153,7 @@ def _check_understood(options: Options, strange: Mapping[str, Any]) -> None:
             )
 
 
-class _Steps:
+class _StepBar:
     """Bars on a terminal, lines elsewhere."""
 
     def __init__(self, console: Screen) -> None:
@@ -165,7 +165,7 @@ class _Steps:
         )  # fmt: skip
         self._task: Any = None
 
-    def __enter__(self) -> _Steps:
+    def __enter__(self) -> _StepBar:
         if self._console.is_terminal:
             self._bars.start()
         return self

@@ -38,7 +38,7 @@ class Tiers:
     ram: ByteLedger
 
 
-class Order:
+class VisitOrder:
     """In which order a network uses its blocks, learnt from how it did.
 
     Args:
@@ -102,7 +102,7 @@ class Supply(Closing):
         known: bool,
     ) -> None:
         self._layouts, self._tiers, self._place = layouts, tiers, place
-        self._order = Order(len(layouts), known=known)
+        self._order = VisitOrder(len(layouts), known=known)
         self._stream: EndlessStream | None = None
         self._places: dict[int, int] = {}
         self._visit = ExitStack()

@@ -27,7 +27,7 @@ from penstock.quant.values.tensors import dtype_tag
 
 
 @dataclass(frozen=True)
-class Linear:
+class FoundLinear:
     """A linear layer to be stored quantised: its place in a block, and what it is."""
 
     name: str
@@ -112,7 +112,7 @@ class Patient:
             for index, own in enumerate(self.weights)
         }
 
-    def linears(self, fmt: QuantFormat, keep: Collection[str]) -> list[list[Linear]]:
+    def linears(self, fmt: QuantFormat, keep: Collection[str]) -> list[list[FoundLinear]]:
         """The linear layers of each block that ``fmt`` can store; weights used twice stay plain.
 
         Args:
@@ -239,7 +239,7 @@ def check_unstreamed(module: nn.Module) -> None:
             )
 
 
-def _linears(block: nn.Module, leaving: Collection[int]) -> Iterator[Linear]:
+def _linears(block: nn.Module, leaving: Collection[int]) -> Iterator[FoundLinear]:
     uses = Counter(id(p) for _, p in block.named_parameters(remove_duplicate=False))
     for prefix, parent in block.named_modules():
         for leaf, child in parent._modules.items():
@@ -247,7 +247,7 @@ def _linears(block: nn.Module, leaving: Collection[int]) -> Iterator[Linear]:
             if type(child) is nn.Linear:
                 key = id(child.weight)
                 if key in leaving and uses[key] == 1:
-                    yield Linear(f"{prefix}.{leaf}".lstrip("."), parent, leaf, child)
+                    yield FoundLinear(f"{prefix}.{leaf}".lstrip("."), parent, leaf, child)
 
 
 class Quantised:

@@ -95,7 +95,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Watch:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moments", [12, pytest.param(100, marks=pytest.mark.faults)])
+@pytest.mark.parametrize("moments", [30, pytest.param(100, marks=pytest.mark.faults)])
 def test_random_moments(
     moments: int, i2v_folder: Path, picture: Path, tmp_path: Path, watch: Watch
 ) -> None:

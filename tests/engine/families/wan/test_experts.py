@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import WanImageToVideoPipeline, WanPipeline
 from PIL import Image
 
 import penstock
@@ -26,7 +25,7 @@ from penstock.profiles.options import Options
 from penstock.profiles.plan import Plan, StreamPlan
 from tests.engine.run.test_budget import _host_buffers_apart, _in_ram, _meter, _run
 from tests.engine.running import an_engine
-from tests.makers import makers_unipc
+from tests.makers import made_by_diffusers
 
 STEPS = 6
 SHIFT = {False: 12.0, True: 5.0}
@@ -64,32 +63,12 @@ def whole(engine: Engine, asked: GenerationRequest) -> JobResult:
     return engine.submit(asked).result()
 
 
-def _theirs(folder: Path, request: GenerationRequest, **given: Any) -> dict[str, Any]:
-    pictured = request.image is not None
-    made = WanImageToVideoPipeline if pictured else WanPipeline
-    pipe = made.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = makers_unipc(pipe.scheduler.config, SHIFT[pictured])
-    pictures = (
-        {name: Image.open(path).convert("RGB") for name, path in given.items()}
-        | ({"image": Image.open(request.image).convert("RGB")} if request.image else {})
+def _theirs(folder: Path, request: GenerationRequest, last: Path | None = None) -> dict[str, Any]:
+    high, low = request.guidance_scales
+    return made_by_diffusers(
+        folder, request, SHIFT[request.image is not None], last,
+        guidance_scale=high, guidance_scale_2=low,
     )  # fmt: skip
-    return {
-        kind: pipe(
-            **pictures,
-            prompt=request.prompt,
-            negative_prompt=request.negative_prompt,
-            width=request.width,
-            height=request.height,
-            num_frames=request.frames,
-            num_inference_steps=request.steps,
-            guidance_scale=request.guidance_scales[0],
-            guidance_scale_2=request.guidance_scales[1],
-            generator=torch.Generator().manual_seed(request.seed or 0),
-            output_type=kind,
-        ).frames
-        for kind in ("latent", "np")
-    }
 
 
 def _assert_theirs(result: JobResult, theirs: dict[str, Any]) -> None:
@@ -132,7 +111,7 @@ def test_a_video_may_end_with_a_picture(
     last = tmp_path / "last.png"
     Image.linear_gradient("L").convert("RGB").resize((48, 32)).save(last)
     result = engine.submit(replace(asked, last_image=last)).result()
-    _assert_theirs(result, _theirs(folder, asked, last_image=last))
+    _assert_theirs(result, _theirs(folder, asked, last))
 
 
 def _placed(plan: Plan, stream: StreamPlan) -> Plan:

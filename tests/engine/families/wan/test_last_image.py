@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import WanImageToVideoPipeline
 from PIL import Image
 
 from penstock.engine.engine import Engine
@@ -20,7 +19,7 @@ from penstock.engine.run.jobs import describe
 from penstock.errors import CheckpointError, JournalError, RequestError
 from tests.engine.run.test_budget import _host_buffers_apart, _in_ram, _meter
 from tests.engine.running import a_request, stop_after_a_step
-from tests.makers import makers_unipc
+from tests.makers import made_by_diffusers
 
 PLACES = 2 * 17  # of a picture of 32 pixels in patches of 8, and the class token
 
@@ -59,25 +58,8 @@ def test_the_job_is_that_of_diffusers(
 ) -> None:
     request = _request(picture, last, frames=9, steps=4)
     result = engine.submit(request).result()
-    pipe = WanImageToVideoPipeline.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = makers_unipc(pipe.scheduler.config, 16.0)  # the makers' for this model
-    found = {
-        kind: pipe(
-            image=Image.open(picture).convert("RGB"),
-            last_image=Image.open(last).convert("RGB"),
-            prompt=request.prompt,
-            negative_prompt="",
-            width=request.width,
-            height=request.height,
-            num_frames=request.frames,
-            num_inference_steps=request.steps,
-            guidance_scale=request.guidance_scale,
-            generator=torch.Generator().manual_seed(request.seed or 0),
-            output_type=kind,
-        ).frames
-        for kind in ("latent", "np")
-    }
+    shift = 16.0  # the makers' for this model
+    found = made_by_diffusers(folder, request, shift, last, negative_prompt="")
     latents = found["latent"]
     assert (result.latents - latents).abs().max() <= 1e-5 * latents.abs().max()
     frames = np.round(found["np"][0] * 255)

@@ -6,12 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from diffusers import WanImageToVideoPipeline, WanPipeline
-from PIL import Image
 
 from penstock.engine.engine import Engine
 from penstock.engine.families.wan import forward as dit
@@ -24,7 +21,7 @@ from penstock.profiles.plan import StreamPlan
 from tests.engine.families.wan.test_experts import _assert_theirs, _placed
 from tests.engine.run.test_budget import _host_buffers_apart, _in_ram, _meter, _run
 from tests.engine.running import an_engine, stop_after_a_step
-from tests.makers import makers_unipc
+from tests.makers import made_by_diffusers
 
 
 @pytest.fixture(scope="module")
@@ -55,36 +52,13 @@ def whole(engine: Engine, asked: GenerationRequest) -> JobResult:
     return engine.submit(asked).result()
 
 
-def _theirs(folder: Path, request: GenerationRequest) -> dict[str, Any]:
-    made = WanPipeline if request.image is None else WanImageToVideoPipeline
-    pipe = made.from_pretrained(folder)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.scheduler = makers_unipc(pipe.scheduler.config, 5.0)
-    picture = {"image": Image.open(request.image).convert("RGB")} if request.image else {}
-    return {
-        kind: pipe(
-            **picture,
-            prompt=request.prompt,
-            negative_prompt=request.negative_prompt,
-            width=request.width,
-            height=request.height,
-            num_frames=request.frames,
-            num_inference_steps=request.steps,
-            guidance_scale=request.guidance_scale,
-            generator=torch.Generator().manual_seed(request.seed or 0),
-            output_type=kind,
-        ).frames
-        for kind in ("latent", "np")
-    }
-
-
 def test_the_job_is_that_of_diffusers(
     folder: Path, engine: Engine, asked: GenerationRequest, whole: JobResult
 ) -> None:
     phases = [phase.name for phase in engine.plan(asked).phases]
     assert ("encode" in phases) == (asked.image is not None)
     assert engine.plan(asked)["decode"].tiles == (2, 3)
-    _assert_theirs(whole, _theirs(folder, asked))
+    _assert_theirs(whole, made_by_diffusers(folder, asked, 5.0))
 
 
 def test_streamed_is_resident(engine: Engine, asked: GenerationRequest, whole: JobResult) -> None:

@@ -332,15 +332,22 @@ def _quanto_int4(tensor, layer):
 
 
 def write_gguf(
-    path: Path, tensors, names, kind: str, architecture: str, quantise=quants.quantize
-) -> dict:
-    """A GGUF file as city96's converter writes it, and the values it stands for."""
+    path: Path, tensors, names, kind: str, architecture: str, quantise=quants.quantize,
+    narrow: str | None = None,
+) -> dict:  # fmt: skip
+    """A GGUF file as city96's converter writes it, and the values it stands for.
+
+    Args:
+        narrow: the type of matrices whose rows are not whole blocks of ``kind``; None: as they are.
+    """
     writer = GGUFWriter(path, architecture)
     writer.add_quantization_version(2)
     values = {}
     for name, tensor in tensors.items():
         data, ggml = tensor.float().numpy(), GGMLQuantizationType[kind]
         matrix = is_block_matrix(name, tensor) or name == "shared.weight"
+        if matrix and narrow is not None and tensor.shape[1] % GGML_QUANT_SIZES[ggml][0]:
+            ggml = GGMLQuantizationType[narrow]
         if matrix and tensor.shape[1] % GGML_QUANT_SIZES[ggml][0] == 0 and kind != "F16":
             stored = quantise(data, ggml)
             writer.add_tensor(names[name], stored, raw_dtype=ggml)

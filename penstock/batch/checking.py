@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
-from penstock.batch.folder import LAST_FRAME, OutputFolder
+from penstock.batch.folder import OutputFolder
 from penstock.batch.lines import Line
 from penstock.closing import Closing
 from penstock.engine.media.video import check_no_input
 from penstock.engine.prepared import Prepared
-from penstock.engine.request.generation import GenerationRequest, check_pictures, check_two, workload_of
+from penstock.engine.request.generation import (
+    GenerationRequest,
+    check_pictures,
+    check_two,
+    workload_of,
+)
 from penstock.engine.request.settings import Settings, going_on, resolve
 from penstock.profiles.options import Options
 from penstock.profiles.phases import Workload
 from penstock.profiles.plan import Plan
+from penstock.serve.order import FILES, IMAGE, Order
 
 
 @dataclass
@@ -46,11 +53,16 @@ class Checker(Closing):
         """
         key = (line.model, line.loras)
         if key not in self._models:
-            self._models[key] = Prepared.open(
-                line.model, loras=line.loras, options=self.options
-            )
+            self._models[key] = Prepared.open(line.model, loras=line.loras, options=self.options)
         model = self._models[key]
-        request = resolve(settled(line, folder), model.model)
+        with TemporaryDirectory(prefix="penstock-") as frames:
+            request = resolve(settled(line, Path(frames)), model.model)
+            self._plan(line, folder, model, request)
+
+    def _plan(
+        self, line: Line, folder: OutputFolder, model: Prepared, request: GenerationRequest
+    ) -> None:
+        key = (line.model, line.loras)
         check_pictures(request, model.model.manifest.pictures)
         check_two(request, len(model.model.streaming))
         check_no_input(folder.output_of(line), _inputs(request, model))
@@ -65,9 +77,9 @@ def _inputs(request: GenerationRequest, model: Prepared) -> list[Path]:
     return [*model.model.files.values(), *request.pictures, *after]
 
 
-def settled(line: Line, folder: OutputFolder) -> Settings:
+def settled(line: Line, frames: Path) -> Settings:
     """A request's settings, those of the video that it goes on from among them, whose last frame
-    is written beside its job.
+    is written into the folder ``frames``.
 
     Raises:
         VideoError, UsageError: that video cannot be gone on from.
@@ -79,16 +91,35 @@ def settled(line: Line, folder: OutputFolder) -> Settings:
     from penstock.engine.media.seam import Clip
 
     clip = Clip.open(line.settings.after)
-    frame = folder.place_of(line) / LAST_FRAME
-    frame.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(clip.last).save(frame)
+    frame = frames / IMAGE
+    Image.fromarray(clip.last).save(frame, "PNG")
     return going_on(line.settings, clip, frame)
 
 
-def plain(settings: Settings) -> dict[str, Any]:
-    """Settings as plain values, gaps left out."""
-    return {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in vars(settings).items()
-        if value is not None
-    }
+def order_of(line: Line, place: Path) -> Order:
+    """What a worker is told of a request; its pictures are copied into ``place``.
+
+    Args:
+        line: the request.
+        place: the order's folder; made if absent.
+
+    Raises:
+        OSError: a file cannot be copied.
+        VideoError, UsageError: as `settled`.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    settings = settled(line, place)
+    values = {name: value for name, value in vars(settings).items() if value is not None}
+    for setting, name in FILES.items():
+        if setting in values:
+            _copy(values[setting], place / name)
+            values[setting] = True
+    return Order(line.name, line.model, values, str(place), line.loras, preview_every=None)
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source == target:
+        return
+    new = target.with_name(f"{target.name}.new")
+    shutil.copyfile(source, new)
+    new.replace(target)

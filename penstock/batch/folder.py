@@ -2,7 +2,7 @@
 
 results.jsonl          what has become of each request (`penstock.batch.results`)
 NAME.mp4               a finished video
-jobs/NAME-DIGEST/      a request that is being made: its journal, and its video until that is whole
+jobs/NAME-DIGEST/      a request that is being made: an order's folder (`penstock.serve.order`)
 lock                   held while a process works on the folder
 """
 
@@ -18,12 +18,7 @@ from penstock.engine.run.jobs import describe, remove_job
 from penstock.engine.store.durable import FileOps, remove_if_empty, storing
 from penstock.engine.store.lock import JobLock
 from penstock.errors import OutputError, UsageError
-
-JOURNAL, VIDEO = "journal", "video.mp4"
-"""Of a request that is being made, in its folder."""
-
-LAST_FRAME = "last.png"
-"""Of the video that a request goes on from, likewise."""
+from penstock.serve.order import FILES, JOURNAL, VIDEO
 
 _REPORTED = ("seed", "width", "height", "frames", "fps", "seconds", "weight_format",
              "peak_vram_bytes", "peak_ram_bytes", "process_peak_bytes")  # fmt: skip
@@ -146,7 +141,7 @@ class OutputFolder(Closing):
         if (place / JOURNAL).is_dir():
             remove_job(place / JOURNAL)
         with storing(self._ops, place):
-            for name in (LAST_FRAME, VIDEO):
+            for name in (*FILES.values(), VIDEO):
                 self._ops.unlink(place / name)
             remove_if_empty(self._ops, place)
             remove_if_empty(self._ops, place.parent)

@@ -197,9 +197,7 @@ def _settings(given: Mapping[str, Any], folder: Path) -> Settings:
     return Settings(**({"prompt": ""} | values))
 
 
-def _loras(
-    given: Mapping[str, Any], folder: Path, otherwise: tuple[str, ...]
-) -> tuple[str, ...]:
+def _loras(given: Mapping[str, Any], folder: Path, otherwise: tuple[str, ...]) -> tuple[str, ...]:
     value = given.get("lora")
     if value is None:
         return otherwise

@@ -15,10 +15,17 @@ from penstock.batch.run import Batch, make
 from penstock.engine.families.wan.tiny import write_tiny_model
 from penstock.errors import JobCancelled, JobLocked, UsageError
 from penstock.profiles.options import Options
+from penstock.serve import runner
 from tests.batch.hands import Hands, make_list
 from tests.faults.film import frames_sha
 
 STEPS = 3
+
+
+@pytest.fixture(autouse=True)
+def _every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All progress is told, however fast it comes."""
+    monkeypatch.setattr(runner, "TELL_S", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -168,9 +175,9 @@ def test_a_stopped_list_goes_on_where_it_was(
     stops: list[Any] = []
 
     def stop_at_step(news: Any) -> None:
-        if isinstance(news, Told) and news.event.get("unit") == "step":
-            if news.event["step"] == 2:
-                stops[0]()
+        told = news.event if isinstance(news, Told) else {}
+        if (told.get("unit"), told.get("step")) == ("step", 2):
+            stops[0]()
 
     batch = Batch(requests, output, str(model), options=options, crowd=Hands())  # type: ignore[arg-type]
     with pytest.raises(JobCancelled, match="stopped"):
@@ -210,14 +217,16 @@ def test_a_strangers_file_and_a_changed_line_are_refused(model: Path, tmp_path: 
     assert (output / "b.mp4").read_bytes() == b"somebody's"
     assert results(output)[0]["error"]["code"] == "output"
     changed = write(tmp_path, line("a", steps=2))
-    make_list(changed, output, model, Hands(), skip_bad=True)
-    assert "another request" in results(output)[-1]["error"]["message"]
+    noted, hands = results(output), Hands()
+    summary, _ = make_list(changed, output, model, hands, skip_bad=True)
+    assert (summary.failed, hands.ran) == (1, []) and results(output) == noted
+    with pytest.raises(UsageError, match="1 of the list's lines"):
+        make_list(changed, output, model, hands)
 
 
 def test_two_processes_do_not_work_on_one_folder(model: Path, tmp_path: Path) -> None:
-    with OutputFolder(tmp_path / "out"):
-        with pytest.raises(JobLocked):
-            make_list(write(tmp_path, line("a")), tmp_path / "out", model, Hands())
+    with OutputFolder(tmp_path / "out"), pytest.raises(JobLocked):
+        make_list(write(tmp_path, line("a")), tmp_path / "out", model, Hands())
 
 
 def test_a_line_goes_on_from_a_video(model: Path, tmp_path: Path) -> None:

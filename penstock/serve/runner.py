@@ -1,4 +1,4 @@
-"""Does jobs in this process, one at a time: begins them, or goes on with what their folder has."""
+"""Does jobs in this process, one at a time: begun, or gone on with as their folder has them."""
 
 from __future__ import annotations
 

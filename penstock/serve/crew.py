@@ -16,7 +16,7 @@ from penstock.errors import StorageError
 from penstock.profiles.options import Options
 from penstock.serve.child import Child, Died
 from penstock.serve.hub import Hub
-from penstock.serve.order import COMPLETED, STOPPED, Order, Tell
+from penstock.serve.order import COMPLETED, STOPPED, UNSEEN, Order, Tell
 from penstock.serve.queue import Queue, Row
 
 _Result = TypeVar("_Result")
@@ -201,9 +201,11 @@ class Crew:
     async def _do(self, worker: Worker, row: Row) -> None:
         self._changed(row)
         order = Order.from_json({**row.order, "folder": str(self._folder_of(row.id))})
-        notes = _Notes(self._queue, row)
+        notes, unseen = _Notes(self._queue, row), False
 
         def tell(message: Mapping[str, Any]) -> None:
+            nonlocal unseen
+            unseen |= bool(message.get(UNSEEN))
             if message["event"] == "progress":
                 self._hub.progress(row.id, message)
                 notes.take(message["progress"])
@@ -220,6 +222,11 @@ class Crew:
         row = await _insisted(self._noted, row.id, ended)
         self._hub.rest(row.id)
         self._changed(row)
+        if isinstance(ended, Died):
+            goes = "is begun again" if unseen else "goes on from its last step"
+            self._hub.notice(row.id, f"its worker ({worker.name}) {ended}; it {goes}")
+            await self.wake()  # another one may be idle
+            await asyncio.sleep(_AGAIN_S)
 
     async def _run(self, worker: Worker, order: Order, tell: Tell) -> Mapping[str, Any] | Died:
         try:
@@ -230,7 +237,6 @@ class Crew:
             died = error
         log.warning("the worker of %s %s", order.id, died)
         self.crashes += 1
-        await asyncio.sleep(_AGAIN_S)
         return died
 
     def _noted(self, name: str, ended: Mapping[str, Any] | Died) -> Row:

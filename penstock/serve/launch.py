@@ -84,7 +84,7 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Signals let the server end, no more; on another thread than the main one there are none."""
+        """Signals let the server end, no more; off the main thread there are none."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

@@ -63,7 +63,7 @@ def server_of(service: Service) -> uvicorn.Server:
     limits = service.settings.limits
     config = uvicorn.Config(
         create_app(service),
-        http=protocol(limits),
+        http=protocol(limits, service.connections),
         ws="none",
         lifespan="off",
         log_config=None,

@@ -148,6 +148,7 @@ class Service:
         settings: that it was started with.
         queue, hub: what its routes read.
         about: what the planner says of each model.
+        connections: that are open.
     """
 
     def __init__(self, settings: ServeSettings, workers: Sequence[Worker] | None = None) -> None:
@@ -160,6 +161,7 @@ class Service:
         self._plans: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._workers = workers
         self.about: dict[str, Any] = {}
+        self.connections: set[object] = set()
         self._crew: Crew | None = None
         self._gone: dict[str, asyncio.Future[None]] = {}
         self._removals: dict[str, asyncio.Task[None]] = {}

@@ -72,6 +72,16 @@ def test_what_fits_is_told_in_bytes_and_seconds(server: Inside) -> None:
     assert (plan["settings"]["frames"], plan["video_seconds"]) == (9, "1.125")
 
 
+def test_null_and_empty_fields_are_gaps(server: Inside) -> None:
+    """A client that fills in a form of all fields sends these."""
+    names = server.client.get("/openapi.json").json()["paths"]["/v1/videos/plan"]["post"]
+    fields = names["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    gaps = {name: None for name in fields if name != "prompt"}
+    assert server.client.post("/v1/videos/plan", json=gaps).json()["fits"] is True
+    form = {name: "" for name in fields}
+    assert server.client.post("/v1/videos/plan", data=form).json()["fits"] is True
+
+
 def test_what_does_not_fit_is_refused_with_the_arithmetic_and_what_would(server: Inside) -> None:
     told = error(server.post(**BIG), 422)
     problem = told["plan"]["problem"]

@@ -11,6 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from tests.serve.inside import Inside, Scripted
 
 schemathesis = pytest.importorskip("schemathesis")
+from schemathesis.specs.openapi.checks import positive_data_acceptance  # noqa: E402
+
+# Not checked: that what is legal by its form is accepted. A video may not fit, a picture be none.
 
 _ENDLESS = "/v1/events"
 
@@ -37,16 +40,16 @@ def tried(server: Inside, examples: int, *, again: bool) -> int:
             suppress_health_check=list(HealthCheck),
         )
         def holds(case: Any) -> None:
-            case.call_and_validate()
+            case.call_and_validate(excluded_checks=[positive_data_acceptance])
 
         holds()
     return len(operations)
 
 
 def test_no_request_is_answered_by_a_failure(server: Inside) -> None:
-    assert tried(server, 10, again=True) == 19
+    assert tried(server, 10, again=True) == 20
 
 
 @pytest.mark.faults
 def test_no_request_of_many_is_answered_by_a_failure(server: Inside) -> None:
-    assert tried(server, 300, again=False) == 19
+    assert tried(server, 300, again=False) == 20

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from penstock._version import __version__
+from penstock.cli.batch import batch
 from penstock.cli.bench import bench
 from penstock.cli.files import (
     Loras,
@@ -63,6 +64,7 @@ app.add_typer(cache_app, name="cache")
 
 for command in (inspect, pack, verify, bench, serve):
     app.command()(command)
+app.command(cls=MemoryHelp)(batch)
 
 
 class SamplerName(str, Enum):

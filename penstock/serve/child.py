@@ -29,8 +29,15 @@ class Child:
         self.process = process
 
     @classmethod
-    async def start(cls, module: str, config: Mapping[str, Any]) -> Child:
+    async def start(
+        cls, module: str, config: Mapping[str, Any], env: Mapping[str, str] | None = None
+    ) -> Child:
         """Start ``python -m module``, and send it its first line.
+
+        Args:
+            module: by its full name.
+            config: the line.
+            env: variables that it has besides this process's own.
 
         Raises:
             OSError: the system starts no process.
@@ -42,7 +49,7 @@ class Child:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             limit=_LONGEST_LINE,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, **(env or {}), "PYTHONUNBUFFERED": "1"},
             start_new_session=True,  # Ctrl-C at a terminal is the server's to handle
         )
         child = cls(process)

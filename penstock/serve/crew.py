@@ -33,7 +33,13 @@ _AGAIN_S = 1.0
 
 
 class Worker(Protocol):
-    """Does jobs, one at a time."""
+    """Does jobs, one at a time.
+
+    Attributes:
+        name: for people.
+    """
+
+    name: str
 
     async def run(self, order: Order, tell: Tell) -> Mapping[str, Any]:
         """Do one; returns what `penstock.serve.runner.Runner.run` does.
@@ -54,11 +60,20 @@ class ProcessWorker:
 
     Args:
         models, options, cache: as `penstock.serve.runner.Runner`.
+        env: variables that the process has besides this one's.
+        name: for people.
     """
 
     def __init__(
-        self, models: Mapping[str, str], options: Options, cache: Path | None = None
+        self,
+        models: Mapping[str, str],
+        options: Options,
+        cache: Path | None = None,
+        *,
+        env: Mapping[str, str] | None = None,
+        name: str = "worker",
     ) -> None:
+        self.name, self._env = name, dict(env or {})
         self._config = {
             "models": dict(models),
             "options": options.to_json(),
@@ -75,7 +90,7 @@ class ProcessWorker:
     async def run(self, order: Order, tell: Tell) -> Mapping[str, Any]:
         """As `Worker`."""
         if self._child is None:
-            self._child = await Child.start("penstock.serve.worker", self._config)
+            self._child = await Child.start("penstock.serve.worker", self._config, self._env)
         try:
             await self._child.send({"run": order.to_json()})
             if self._cancelled == order.id:  # while the process was being started

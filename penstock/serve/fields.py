@@ -42,6 +42,7 @@ def _gap(value: Any) -> Any:
 Gap = BeforeValidator(_gap)
 Whole = Annotated[int | None, Gap]
 Number = Annotated[Annotated[float, Field(allow_inf_nan=False)] | None, Gap]
+Flag = Annotated[bool | None, Gap]
 Word = Annotated[str | None, Gap]
 
 
@@ -90,7 +91,7 @@ class PlanFields(BaseModel):
     lora: Loras = Field(None, description='Names of /v1/loras: "name", "name:0.8", {name, scale}.')
     n: Whole = Field(None, description="1: a request is one video.")
     sampler: Word = Field(None, description="unipc, dpm++, euler or lcm.")
-    distilled: bool | None = Field(None, description="For models distilled to four steps.")
+    distilled: Flag = Field(None, description="For models distilled to four steps.")
     fit: Word = Field(None, description="A picture of another aspect: crop, pad or stretch.")
     nag_scale: Number = Field(None, description="Normalized attention guidance.")
     window: Whole = Field(None, description="Frames of a long video's windows; 0: all at once.")

@@ -38,7 +38,7 @@ class Order:
         folder: where the job is kept, and its video comes to.
         loras: "PATH" or "PATH:STRENGTH" each.
         cache: the step cache, or None for the server's own option.
-        preview_every: steps from one preview to the next.
+        preview_every: steps from one preview to the next; None: there are none.
     """
 
     id: str
@@ -47,7 +47,7 @@ class Order:
     folder: str
     loras: tuple[str, ...] = ()
     cache: str | None = None
-    preview_every: int = 1
+    preview_every: int | None = 1
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` reads them again."""

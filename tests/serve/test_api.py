@@ -78,7 +78,7 @@ def test_null_and_empty_fields_are_gaps(server: Inside) -> None:
     fields = names["requestBody"]["content"]["application/json"]["schema"]["properties"]
     gaps = {name: None for name in fields if name != "prompt"}
     assert server.client.post("/v1/videos/plan", json=gaps).json()["fits"] is True
-    form = {name: "" for name in fields}
+    form = dict.fromkeys(fields, "")
     assert server.client.post("/v1/videos/plan", data=form).json()["fits"] is True
 
 

@@ -33,6 +33,8 @@ class Scripted:
         video: what it makes.
     """
 
+    name = "scripted"
+
     def __init__(self, video: Path) -> None:
         self.video = video
         self.begun: queue.SimpleQueue[str] = queue.SimpleQueue()

@@ -151,7 +151,7 @@ class Denoise:
     def _fastest(
         self,
         limits: Limits,
-        most_copied: int | None = None,
+        most_copied: float = float("inf"),
         better_than: float = float("inf"),
     ) -> tuple[float, Group] | None:
         """The best with hidden states in fp32 where they may be, and its objective before."""
@@ -170,12 +170,12 @@ class Denoise:
         return RESIDUALS if fixed == "auto" else (fixed,)
 
     def _best(
-        self, residual: str, limits: Limits, most_copied: int | None, better_than: float
+        self, residual: str, limits: Limits, most_copied: float, better_than: float
     ) -> tuple[float, Group] | None:
         """Shapes by what they compute, until none can win: the best, and its objective before.
 
         Args:
-            most_copied: bytes in the whole phase; None: any.
+            most_copied: bytes, in the whole phase.
             better_than: objectives above this are none.
         """
         contexts = {away: self._context(away, residual, limits) for away in (True, False)}
@@ -201,7 +201,7 @@ class Denoise:
         return None if best is None else (best_objective, best)
 
     def _stream(
-        self, shape: Shape, limits: Limits, most_copied: int | None, better_than: float
+        self, shape: Shape, limits: Limits, most_copied: float, better_than: float
     ) -> Stream | None:
         fetched = shape.passes * self._fetched_bytes(shape.cost)
         rest = self.spec.weights.rest_bytes
@@ -219,7 +219,7 @@ class Denoise:
             self.case.rates,
             room,
             from_disk=self.case.policy.disk != "never",
-            most_copied=None if most_copied is None else most_copied - fetched,
+            most_copied=most_copied - fetched,
             better_than=better_than,
         )
 

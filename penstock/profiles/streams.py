@@ -284,9 +284,9 @@ def best_stream(
     found: list[tuple[float, int, int, int, int]] = []
     for choice, slots, staging, vram, ram, pinned in network.footprints:
         place = network.choices[choice]
-        if pace.passes * place.copied_bytes + place.device_bytes > most_copied:
-            continue
         if (from_disk or not place.read_bytes) and _fits(room, vram, ram, pinned):
+            if pace.passes * place.copied_bytes + place.device_bytes > most_copied:
+                continue
             least = _least_objective(place, network.blocks, slots, staging, pace, rates)
             if least <= better_than:
                 found.append((least, vram + ram, choice, slots, staging))

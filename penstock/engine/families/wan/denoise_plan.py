@@ -146,7 +146,7 @@ class Denoise:
         shape = replace(work.shape, frames=work.windows.length)
         alone = replace(work, shape=shape, windows=None)
         found = replace(self, case=replace(self.case, workload=alone, policy=policy)).best(limits)
-        return found and int(EVEN_BYTES * found[1].copied_bytes)
+        return None if found is None else int(EVEN_BYTES * found[1].copied_bytes)
 
     def _fastest(
         self,

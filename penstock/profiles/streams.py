@@ -269,12 +269,14 @@ def best_stream(
     room: Limits,
     *,
     from_disk: bool = True,
+    most_copied: float = float("inf"),
     better_than: float = float("inf"),
 ) -> Stream | None:
     """The best stream inside ``room``, or None.
 
     Args:
         from_disk: blocks may be read again at every pass.
+        most_copied: bytes of blocks, in all passes.
         better_than: objectives above this need not be looked at.
     """
     if room.vram_bytes < network.least_vram_bytes:
@@ -283,6 +285,8 @@ def best_stream(
     for choice, slots, staging, vram, ram, pinned in network.footprints:
         place = network.choices[choice]
         if (from_disk or not place.read_bytes) and _fits(room, vram, ram, pinned):
+            if pace.passes * place.copied_bytes + place.device_bytes > most_copied:
+                continue
             least = _least_objective(place, network.blocks, slots, staging, pace, rates)
             if least <= better_than:
                 found.append((least, vram + ram, choice, slots, staging))

@@ -270,12 +270,14 @@ def best_stream(
     room: Limits,
     *,
     from_disk: bool = True,
+    most_copied: float = float("inf"),
     better_than: float = float("inf"),
 ) -> Stream | None:
     """The best stream inside ``room``, or None.
 
     Args:
         from_disk: blocks may be read again at every pass.
+        most_copied: bytes of blocks, in all passes.
         better_than: objectives above this need not be looked at.
     """
     if room.vram_bytes < network.least_vram_bytes:
@@ -293,6 +295,8 @@ def best_stream(
             continue
         place = network.choices[choice]
         if place.read_bytes and not from_disk:
+            continue
+        if pace.passes * place.copied_bytes + place.device_bytes > most_copied:
             continue
         kind = choice, slots == 1, min(staging, 2)
         least = leasts.get(kind)

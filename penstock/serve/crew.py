@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -153,6 +155,8 @@ class Crew:
             asyncio.create_task(self._slot(f"worker-{index}", worker))
             for index, worker in enumerate(self._workers)
         ]
+        for task in self._tasks:
+            task.add_done_callback(_end_loudly)
 
     async def wake(self) -> None:
         """There may be something to do."""
@@ -241,6 +245,13 @@ class Crew:
         if ended["state"] == STOPPED:
             return self._queue.stopped(name)
         return self._queue.fail(name, ended["error"])
+
+
+def _end_loudly(task: asyncio.Task[None]) -> None:
+    """A slot ends with its server only: whatever else ends it is not to be waited for in vain."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.critical("a worker's slot has ended", exc_info=error)
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 async def _insisted(change: Callable[..., _Result], *arguments: Any) -> _Result:

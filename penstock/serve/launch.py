@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -50,16 +51,19 @@ async def _serve(settings: ServeSettings, say: Callable[[str], None]) -> None:
             ) from error
         try:
             await service.open()
-            await _answer(service, listener, say)
+            names, (host, port) = ", ".join(settings.models), listener.getsockname()[:2]
+            say(f"{names} at http://{f'[{host}]' if ':' in host else host}:{port}")
+            await server_of(service).serve(sockets=[listener])
         finally:
             await service.close()
 
 
-async def _answer(service: Service, listener: socket.socket, say: Callable[[str], None]) -> None:
+def server_of(service: Service) -> uvicorn.Server:
+    """What answers for a service, on the loop that it was opened on."""
     limits = service.settings.limits
     config = uvicorn.Config(
         create_app(service),
-        http=protocol(limits),
+        http=protocol(limits, service.connections),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -72,11 +76,7 @@ async def _answer(service: Service, listener: socket.socket, say: Callable[[str]
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=_GRACE_S,
     )
-    server = _Server(config)
-    names = ", ".join(service.settings.models)
-    host, port = listener.getsockname()[:2]
-    say(f"{names} at http://{f'[{host}]' if ':' in host else host}:{port}")
-    await server.serve(sockets=[listener])
+    return _Server(config)
 
 
 class _Server(uvicorn.Server):
@@ -84,7 +84,10 @@ class _Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Signals let the server end, no more."""
+        """Signals let the server end, no more; off the main thread there are none."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         numbers = (signal.SIGINT, signal.SIGTERM)
         before = [signal.signal(number, self.handle_exit) for number in numbers]
         try:

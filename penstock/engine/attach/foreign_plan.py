@@ -194,7 +194,7 @@ def _tiled(pipe: Any, found: CallPlan, vram_bytes: int) -> list[str]:
 def _rehearsed(opened: Opened, given: Mapping[str, Any], limit: int) -> Rehearsed:
     """The call's shapes, from the cache where the same was rehearsed before. What goes over
     ``limit`` bytes and can be tiled is tiled from then on."""
-    modules = modules_of(opened.pipe)
+    modules: Mapping[str, Any] = modules_of(opened.pipe)
     path = cache_folder() / "rehearsals" / f"{_key(opened, given)}.json"
     ops = FileOps()
     stored = read_whole(ops, path)

@@ -13,6 +13,7 @@ from penstock.serve.api import control_router, videos_router
 from penstock.serve.docs import docs_page
 from penstock.serve.guard import Guard
 from penstock.serve.metrics import Metrics
+from penstock.serve.page import page_router
 from penstock.serve.service import Service
 
 _TOLD = "Videos by models far larger than the card. See docs/server.md."
@@ -32,6 +33,7 @@ def create_app(service: Service) -> ASGIApp:
     answer_errors(app)
     app.include_router(videos_router(service))
     app.include_router(control_router(service))
+    app.include_router(page_router(service.settings))
 
     @app.get("/metrics", include_in_schema=False)
     async def metrics_text() -> Response:
@@ -51,6 +53,7 @@ def _gauges(service: Service) -> Mapping[str, Mapping[str, float]]:
         "videos": dict(service.queue.counts()),
         "waiting": {"": len(service.queue.waiting())},
         "kept_bytes": {"": service.queue.kept_bytes()},
+        "connections": {"": len(service.connections)},
         "worker_deaths": {"": service.crew.crashes},
         "used_bytes": {
             kind: sum(each.get(f"{kind}_bytes") or 0 for each in told) for kind in ("vram", "ram")

@@ -24,8 +24,11 @@ from penstock.serve.settings import LOOPBACK, Limits, ServeSettings, is_loopback
 COOKIE = "penstock_key"
 """What the page keeps the key in: a player cannot send headers."""
 
-OPEN = ("/health",)
-"""What is answered without a key."""
+OPEN = ("/health", "/")
+"""What is answered without a key: besides, the page's own files, and where it leaves a key."""
+
+PAGE = "/page/"
+"""What these begin with."""
 
 SAFE = ("GET", "HEAD", "OPTIONS")
 
@@ -103,7 +106,8 @@ class Guard:
         return None
 
     def _has_key(self, scope: Scope, headers: Mapping[str, str]) -> bool:
-        if self._key is None or scope["path"] in OPEN:
+        path = scope["path"]
+        if self._key is None or path in OPEN or path.startswith(PAGE):
             return True
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":

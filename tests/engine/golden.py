@@ -332,15 +332,18 @@ def _quanto_int4(tensor, layer):
 
 
 def write_gguf(
-    path: Path, tensors, names, kind: str, architecture: str, quantise=quants.quantize,
+    path: Path, tensors, names, kind: str, architecture: str, quantise=quants.quantize, said=None,
     narrow: str | None = None,
 ) -> dict:  # fmt: skip
     """A GGUF file as city96's converter writes it, and the values it stands for.
 
     Args:
+        said: words in its header.
         narrow: the type of matrices whose rows are not whole blocks of ``kind``; None: as they are.
     """
     writer = GGUFWriter(path, architecture)
+    for key, word in (said or {}).items():
+        writer.add_string(key, word)
     writer.add_quantization_version(2)
     values = {}
     for name, tensor in tensors.items():

@@ -4,7 +4,7 @@ export class ApiError extends Error {
   constructor(status, body) {
     const error = body?.error ?? {};
     super(error.message ?? body?.detail ?? `the server answered ${status}`);
-    Object.assign(this, { status, code: error.code, plan: body?.plan ?? error.plan ?? null, remedy: error.remedy });
+    Object.assign(this, { status, code: error.code, plan: error.plan ?? null });
   }
 }
 
@@ -27,7 +27,8 @@ export const video = {
   create: (body) => call("v1/videos", { method: "POST", body }),
   plan: (body, signal) => call("v1/videos/plan", { method: "POST", body, signal }),
   remove: (id) => call(`v1/videos/${id}`, { method: "DELETE" }),
-  does: (id, what, body) => call(`v1/videos/${id}/${what}`, { method: "POST", body }),
+  does: (id, what) => call(`v1/videos/${id}/${what}`, { method: "POST" }),
+  move: (id, position) => call(`v1/videos/${id}/move?position=${position}`, { method: "POST" }),
 };
 
 export const queue = {
@@ -38,7 +39,6 @@ export const queue = {
 
 export const models = () => call("v1/models");
 export const loras = () => call("v1/loras");
-export const health = () => call("health");
 
 /** A file of the server's as a File, to be sent again. */
 export async function fileOf(path, name) {

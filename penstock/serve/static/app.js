@@ -1,6 +1,6 @@
 // The page: what the server has, kept up to date by its events, drawn in place.
 
-import { ApiError, call, follow, health, queue, video } from "./api.js";
+import { ApiError, call, follow, queue, video } from "./api.js";
 import * as composer from "./composer.js";
 import { $, arrange, toast } from "./dom.js";
 import { GalleryCard } from "./gallery.js";
@@ -46,10 +46,13 @@ const handlers = {
   },
   progress(told) {
     const last = live.get(told.id);
-    live.set(told.id, { ...told, preview: told.preview ?? last?.preview ?? null });
+    live.set(told.id, { ...last, ...told, preview: told.preview ?? last?.preview ?? null });
     draw();
   },
-  notice: (told) => toast(told.message),
+  notice(told) {
+    live.set(told.id, { ...live.get(told.id), notice: told.message });
+    draw();
+  },
   deleted(told) {
     videos.delete(told.id);
     live.delete(told.id);
@@ -114,7 +117,7 @@ async function attempt(does) {
   try {
     return await does();
   } catch (error) {
-    toast(error instanceof ApiError ? [error.message, error.remedy].filter(Boolean).join(" ") : "The server does not answer.");
+    toast(error instanceof ApiError ? error.message : "The server does not answer.");
     return null;
   }
 }
@@ -123,7 +126,7 @@ const acts = {
   cancel: (id) => attempt(() => video.does(id, "cancel")),
   pause: (id) => attempt(() => video.does(id, "pause")),
   resume: (id) => attempt(() => video.does(id, "resume")),
-  move: (id, position) => attempt(() => video.does(id, "move", { position })),
+  move: (id, position) => attempt(() => video.move(id, position)),
   remove: (id) => attempt(() => video.remove(id)),
   settings: (id) => attempt(() => composer.useSettings(videos.get(id))),
   last: (id) => attempt(() => composer.useLastFrame(videos.get(id))),
@@ -133,12 +136,6 @@ const acts = {
 function linked(text, state) {
   $("link").textContent = text;
   $("link").dataset.state = state;
-}
-
-async function showHealth() {
-  const found = await health();
-  const ceilings = [found.device, found.budget?.vram && `VRAM ${found.budget.vram}`].filter(Boolean);
-  $("ceilings").textContent = ceilings.join(" · ");
 }
 
 function themes() {
@@ -197,7 +194,6 @@ async function begin() {
     setTimeout(() => location.reload(), 3000);
     return;
   }
-  attempt(showHealth);
   let was = false;
   follow(handlers, () => {
     linked("connected", "on");

@@ -13,7 +13,8 @@ const KEPT = ["prompt", "negative", "size", "width", "height", "seconds", "steps
 
 let known = []; // the models
 let picture = null; // a File
-let source = null; // the video that this one goes on from: {id, prompt}
+let pictureSize = null; // {width, height}, once it is decoded
+let source = null; // the video that this one goes on from
 let frames = null; // of settings that were taken again: exactly so many, until the length is changed
 let asked = ""; // what the plan on the screen is for
 let asking = null;
@@ -32,6 +33,10 @@ export async function start() {
   });
   $("form").addEventListener("submit", (event) => { event.preventDefault(); send(); });
   $("picture").addEventListener("change", () => usePicture($("picture").files[0]));
+  $("thumb").addEventListener("load", () => {
+    pictureSize = { width: $("thumb").naturalWidth, height: $("thumb").naturalHeight };
+    changed();
+  });
   $("picture-clear").addEventListener("click", () => usePicture(null));
   $("source-clear").addEventListener("click", () => goOnFrom(null));
   takeDrops();
@@ -57,21 +62,26 @@ const defaults = () => model().defaults ?? {};
 function showDefaults() {
   const own = defaults();
   const chosen = $("size").value;
-  const usual = own.width && own.height ? `${own.width}x${own.height}` : null;
-  const text = usual ? `the model's own (${usual.replace("x", " × ")})` : "the model's own";
+  const usual = own.size ?? null;
+  const text = picture ? "as the picture" : usual ? `${usual.replace("x", " × ")}, usual` : "the model's own";
+  const others = SIZES.filter((each) => each !== usual);
+  const sizes = picture && usual ? [usual, ...others] : others;
   $("size").replaceChildren(
     make("option", { value: "" }, text),
-    ...SIZES.filter((each) => each !== usual).map((each) => make("option", { value: each }, each.replace("x", " × "))),
+    ...sizes.map((each) => make("option", { value: each }, each.replace("x", " × "))),
     make("option", { value: "own" }, "another…"),
   );
   $("size").value = chosen;
   if (!$("size").value) $("size").value = "";
-  const shown = { steps: own.steps, guidance: own.guidance_scale, shift: own.shift, fps: own.fps };
-  for (const [name, value] of Object.entries(shown)) $(name).placeholder = value ?? "the model's own";
-  const usualSeconds = own.frames && own.fps ? own.frames / own.fps : 5;
-  if (!$("seconds").value) setSeconds(round(usualSeconds), null);
-  const takes = model().pictures;
-  $("drop").hidden = takes === "none" || takes === "never";
+  for (const name of ["steps", "guidance", "shift", "fps"]) {
+    $(name).placeholder = own[NUMBERS[name]] ?? "the model's own";
+  }
+  $("negative").placeholder = own.negative_prompt || "nothing";
+  if (!$("seconds").value) setSeconds(own.num_frames && own.fps ? round(own.num_frames / own.fps) : 5, null);
+  $("drop").hidden = model().image === "none" || source !== null;
+  $("drop-title").textContent = picture ? picture.name : model().image === "must" ? "This model starts from a picture" : "Start from a picture";
+  $("ceilings").textContent = own.size
+    ? `${model().device} · VRAM ${bytes(model().vram_bytes)} · RAM ${bytes(model().ram_bytes)}` : "";
   showOwnSize();
 }
 
@@ -101,15 +111,26 @@ function changed() {
   timer = setTimeout(planNow, WAIT_MS);
 }
 
+/** The size of a video in the shape of its picture, within the area that is the model's own. */
+function shaped() {
+  const [width, height] = (defaults().size ?? "0x0").split("x").map(Number);
+  if (!pictureSize || !width) return null;
+  const side = model().side ?? 16;
+  const ratio = pictureSize.height / pictureSize.width;
+  const near = (length) => Math.max(side, Math.round(length / side) * side);
+  return `${near(Math.sqrt((width * height) / ratio))}x${near(Math.sqrt(width * height * ratio))}`;
+}
+
 /** What is asked for, as the server takes it. */
 function fields() {
   const found = { model: $("model").value, prompt: $("prompt").value.trim() };
-  if (source) found.continue_from = source.id;
-  if ($("size").value === "own") {
+  if (source) {
+    found.size = source.size;
+  } else if ($("size").value === "own") {
     if ($("width").value) found.width = Number($("width").value);
     if ($("height").value) found.height = Number($("height").value);
-  } else if ($("size").value) {
-    found.size = $("size").value;
+  } else if ($("size").value || shaped()) {
+    found.size = $("size").value || shaped();
   }
   if (frames !== null) found.num_frames = frames;
   else if ($("seconds").value) found.seconds = $("seconds").value;
@@ -122,7 +143,11 @@ function fields() {
   return found;
 }
 
-function bodyOf(found) {
+/** The request itself: as `fields`, with its picture or the video that it goes on from. */
+function request() {
+  const { size, ...others } = fields();
+  if (source) return { ...others, continue_from: source.id };
+  const found = size ? { ...others, size } : others;
   if (picture === null) return found;
   const form = new FormData();
   for (const [name, value] of Object.entries(found)) form.append(name, value);
@@ -131,15 +156,15 @@ function bodyOf(found) {
 }
 
 async function planNow() {
-  const found = { ...fields(), prompt: "a plan" }; // what it shows costs nothing
-  const key = JSON.stringify([found, picture && [picture.name, picture.size, picture.lastModified]]);
+  const found = { ...fields(), prompt: "" }; // what it shows costs nothing
+  const key = JSON.stringify(found);
   if (key === asked) return;
   asked = key;
   asking?.abort();
   asking = new AbortController();
   $("plan").classList.add("waits");
   try {
-    showPlan(await video.plan(bodyOf(found), asking.signal));
+    showPlan(await video.plan(found, asking.signal));
   } catch (error) {
     if (error.name === "AbortError") return;
     if (!(error instanceof ApiError)) asked = ""; // nobody answered: ask again when somebody does
@@ -155,15 +180,11 @@ export function planAgain() {
 }
 
 function showPlan(plan) {
-  const made = plan.request ?? {};
-  const told = [];
-  if (made.size) told.push(made.size.replace("x", " × "));
-  if (made.frames) told.push(plural(made.frames, "frame"));
-  if (made.fps) told.push(`${round(Number(made.fps))} a second`);
-  $("frames-told").textContent = made.frames && made.fps
-    ? `${plural(made.frames, "frame")}, ${duration(made.frames / made.fps)}` : "";
+  const made = plan.settings;
+  const told = [made.size.replace("x", " × "), plural(made.frames, "frame"), plural(made.steps, "step")];
+  $("frames-told").textContent = `${plural(made.frames, "frame")} at ${round(made.fps)} a second`;
   if (!plan.fits) {
-    showProblem(plan.problem?.message ?? "It does not fit.", plan);
+    showProblem(`${told.join(" · ")} takes more than there is.`, plan);
     return;
   }
   $("plan").replaceChildren(
@@ -202,10 +223,10 @@ function showProblem(text, plan) {
   const parts = [make("p", { className: "verdict" }, make("span", { className: "badge bad" },
     problem?.need_bytes ? "does not fit" : "not possible"), make("span", {}, text))];
   if (problem?.need_bytes) parts.push(gauge(problem.resource ?? "needed", problem.need_bytes, problem.limit_bytes));
-  if (problem?.remedy) parts.push(make("p", { className: "quiet" }, problem.remedy));
-  const nearest = plan?.nearest;
-  if (nearest) {
-    const words = [nearest.size?.replace("x", " × "), nearest.frames && plural(nearest.frames, "frame")];
+  const nearest = plan?.nearest ?? null;
+  if (problem?.remedy && nearest === null) parts.push(make("p", { className: "quiet" }, problem.remedy));
+  if (nearest !== null) {
+    const words = [nearest.size?.replace("x", " × "), nearest.num_frames && plural(nearest.num_frames, "frame")];
     parts.push(make("button", { type: "button", className: "plain", on: { click: () => useNearest(nearest) } },
       `Take ${words.filter(Boolean).join(", ")}`));
   }
@@ -215,8 +236,7 @@ function showProblem(text, plan) {
 
 function useNearest(nearest) {
   if (nearest.size) setSize(nearest.size);
-  if (nearest.frames) setFrames(nearest.frames, nearest.fps ?? defaults().fps);
-  if (nearest.steps) $("steps").value = nearest.steps;
+  if (nearest.num_frames) setFrames(nearest.num_frames, Number($("fps").value) || defaults().fps);
   changed();
 }
 
@@ -241,10 +261,10 @@ async function send() {
   }
   $("generate").disabled = true;
   try {
-    await video.create(bodyOf(found));
+    await video.create(request());
     if (source) goOnFrom(null);
   } catch (error) {
-    toast([error.message, error.remedy].filter(Boolean).join(" "));
+    toast(error.message);
   } finally {
     $("generate").disabled = false;
   }
@@ -256,11 +276,14 @@ function usePicture(file) {
     return;
   }
   picture = file ?? null;
+  pictureSize = null;
   const old = $("thumb").src;
   if (old.startsWith("blob:")) URL.revokeObjectURL(old);
   $("thumb").hidden = picture === null;
   $("picture-clear").hidden = picture === null;
   $("drop").classList.toggle("filled", picture !== null);
+  $("drop-hint").textContent = picture ? "drop or paste another one" : "drop, paste or choose one";
+  showDefaults();
   if (picture === null) {
     $("thumb").removeAttribute("src");
     $("picture").value = "";
@@ -296,45 +319,41 @@ function takeDrops() {
 function goOnFrom(one) {
   source = one;
   $("source").hidden = one === null;
-  $("source-text").textContent = one ? `Goes on from “${one.prompt || one.id}”` : "";
-  $("drop").hidden = one !== null;
+  $("source-text").textContent = one ? `Goes on from “${one.prompt}”` : "";
+  $("size").disabled = one !== null;
+  showDefaults();
   changed();
 }
 
 /** Take a video's settings again, its picture too. */
 export async function useSettings(one) {
-  const set = one.settings ?? {};
+  const set = one.settings;
   goOnFrom(null);
   $("model").value = one.model;
   showDefaults();
-  $("prompt").value = one.prompt ?? set.prompt ?? "";
-  $("negative").value = set.negative_prompt ?? "";
-  const from = (...names) => names.map((name) => set[name]).find((value) => value !== undefined && value !== null) ?? "";
-  $("steps").value = from("num_inference_steps", "steps");
-  $("guidance").value = from("guidance_scale");
-  $("shift").value = from("flow_shift", "shift");
-  $("fps").value = from("fps");
-  $("seed").value = from("seed");
-  $("sampler").value = from("sampler");
-  if (one.size) setSize(one.size);
-  const count = from("num_frames", "frames");
-  if (count) setFrames(Number(count), Number(from("fps")) || defaults().fps);
+  $("prompt").value = one.prompt;
+  $("negative").value = set.negative_prompt === defaults().negative_prompt ? "" : set.negative_prompt ?? "";
+  for (const [name, field] of Object.entries(NUMBERS)) $(name).value = set[field] ?? "";
+  $("sampler").value = set.sampler ?? "";
+  const [lora, strength] = (one.lora[0] ?? ":1").split(":");
+  $("lora").value = lora;
+  $("strength").value = strength;
+  usePicture(one.urls.input ? await fileOf(here(one.urls.input), "start.png") : null);
+  setSize(one.size);
+  setFrames(set.num_frames, set.fps);
   $("more").open = true;
-  usePicture(await inputOf(one));
   focusPrompt();
 }
 
-async function inputOf(one) {
-  try {
-    return await fileOf(`v1/videos/${one.id}/input`, `${one.id}-input.png`);
-  } catch {
-    return null; // it was made from text
-  }
-}
+/** An address of the API's, seen from the page. */
+const here = (path) => path.replace(/^\//, "");
 
 /** Start a new video from the last frame of another. */
 export async function useLastFrame(one) {
-  usePicture(await fileOf(`v1/videos/${one.id}/last_frame`, `${one.id}-last.png`));
+  goOnFrom(null);
+  $("model").value = one.model;
+  usePicture(await fileOf(here(one.urls.last_frame), "last-frame.png"));
+  setSize(one.size);
   focusPrompt();
 }
 
@@ -342,10 +361,8 @@ export async function useLastFrame(one) {
 export function goOn(one) {
   usePicture(null);
   $("model").value = one.model;
-  goOnFrom({ id: one.id, prompt: one.prompt });
-  $("size").value = "";
-  showOwnSize();
-  if (!$("prompt").value) $("prompt").value = one.prompt ?? "";
+  goOnFrom(one);
+  $("prompt").value = one.prompt;
   focusPrompt();
 }
 

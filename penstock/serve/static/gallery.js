@@ -2,15 +2,12 @@
 
 import { button, duration, make } from "./dom.js";
 
-const NAMES = {
-  num_inference_steps: "steps", steps: "steps", guidance_scale: "guidance", flow_shift: "shift", shift: "shift",
-  seed: "seed", sampler: "sampler",
-};
+const NAMES = { num_inference_steps: "steps", guidance_scale: "guidance", flow_shift: "shift", seed: "seed" };
 
 export class GalleryCard {
   constructor(one, acts) {
     this.player = make("video", {
-      controls: true, loop: true, muted: true, playsInline: true, preload: "none",
+      controls: true, loop: true, muted: true, playsInline: true, preload: "metadata",
       poster: `v1/videos/${one.id}/content?variant=thumbnail`,
       src: `v1/videos/${one.id}/content`,
       ariaLabel: one.prompt || one.id,
@@ -27,21 +24,17 @@ export class GalleryCard {
         act("last", "Use as start", "A new video that starts from this one's last frame"),
         act("goOn", "Continue", "Go on from the last frame, in one file with this one"),
         make("a", { className: "plain", href: `v1/videos/${one.id}/content`, download: `${one.id}.mp4` }, "Download"),
-        act("remove", "Remove", "Delete the video and its settings")));
+        act("remove", "Delete", "The video and its settings")));
   }
 
   show(one) {
     this.title.textContent = one.prompt || one.id;
     this.title.title = one.prompt ?? "";
-    const words = [one.model, one.size?.replace("x", " × "), one.seconds && `${Number(one.seconds)} s`];
-    if (one.completed_at && one.created_at) words.push(`in ${duration(one.completed_at - one.created_at)}`);
-    const set = one.settings ?? {};
-    const seen = new Set();
+    const words = [one.model, one.size?.replace("x", " × "), one.seconds && duration(Number(one.seconds))];
+    if (one.report?.seconds) words.push(`took ${duration(one.report.seconds)}`);
     for (const [field, name] of Object.entries(NAMES)) {
-      const value = set[field];
-      if (value === null || value === undefined || seen.has(name)) continue;
-      seen.add(name);
-      words.push(`${name} ${value}`);
+      const value = one.settings?.[field];
+      if (value !== null && value !== undefined) words.push(`${name} ${value}`);
     }
     this.facts.textContent = words.filter(Boolean).join(" · ");
   }

@@ -12,6 +12,7 @@ export class QueueCard {
     this.state = make("span", { className: "badge" });
     this.bar = make("progress", { max: 100, value: 0 });
     this.told = make("p", { className: "quiet told" });
+    this.notice = make("p", { className: "quiet told" });
     this.problem = make("p", { className: "problem", hidden: true });
     this.buttons = make("div", { className: "buttons" });
     const act = (name, text, label) => button(text, () => acts[name](this.id), { ariaLabel: label, className: `plain ${name}` });
@@ -27,7 +28,7 @@ export class QueueCard {
     this.element = make("li", { className: "job", data: { id: one.id }, tabIndex: -1 },
       this.preview,
       make("div", { className: "about" },
-        make("div", { className: "line" }, this.state, this.title), this.facts, this.bar, this.told, this.problem),
+        make("div", { className: "line" }, this.state, this.title), this.facts, this.bar, this.told, this.notice, this.problem),
       this.buttons);
     this.takeKeys();
     this.takeDrags();
@@ -85,7 +86,7 @@ export class QueueCard {
     this.element.classList.toggle("runs", runs);
     this.title.textContent = one.prompt || one.id;
     this.title.title = one.prompt ?? "";
-    const words = [one.model, one.size?.replace("x", " × "), one.seconds && `${Number(one.seconds)} s`];
+    const words = [one.model, one.size?.replace("x", " × "), one.seconds && duration(Number(one.seconds))];
     this.facts.textContent = words.filter(Boolean).join(" · ");
     this.showState(one, runs);
     this.showProgress(one, live, runs);
@@ -128,7 +129,8 @@ export class QueueCard {
     }
     if (partly) parts.push(`${progress} % is kept`);
     this.told.textContent = parts.join(" · ");
-    const picture = live?.preview ?? one.preview ?? null;
+    this.notice.textContent = runs ? live?.notice ?? "" : "";
+    const picture = live?.preview ?? one.urls?.preview ?? null;
     this.preview.hidden = picture === null;
     if (picture !== null && this.picture !== picture) {
       this.picture = picture;

@@ -682,7 +682,8 @@ class Fault:
         mine = [case for name, case in tests.items() if name.partition("[")[0].endswith(self.test)]
         ran = [case for case in mine if case["outcome"] != "skipped"]
         if not ran or any(case["outcome"] != "passed" for case in ran):
-            return re.sub(r"\{\w+\}", "...", self.what), "NOT SEEN"
+            told = "FAILED" if ran else "not run on this code"
+            return re.sub(r"\{\w+\}", "...", self.what), told
         figures: dict[str, Any] = {"passed": len(ran)}
         for case in ran:
             found = re.search(self.told, "\n".join(case["told"]))

@@ -50,8 +50,8 @@ def test_what_failed_or_did_not_run_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     value = kept(tmp_path, monkeypatch, REPORT)
-    assert BAD.row(value["tests"]) == ("at ... places", "NOT SEEN")  # type: ignore[arg-type]
-    assert BAD.row({}) == ("at ... places", "NOT SEEN")
+    assert BAD.row(value["tests"]) == ("at ... places", "FAILED")  # type: ignore[arg-type]
+    assert BAD.row({}) == ("at ... places", "not run on this code")
     value = kept(tmp_path, monkeypatch, REPORT, AGAIN)  # mended, and run again
     assert BAD.row(value["tests"]) == ("at 5 places", "well")  # type: ignore[arg-type]
 

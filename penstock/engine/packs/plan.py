@@ -180,6 +180,7 @@ def _step(
         return PackStep(name, shape, made, same and not changed, target)
     if target is None and not stored.plain and is_linear(name, shape) and not changed:
         return PackStep(name, shape, found, True, None)
+    tag = "F32" if source.kind.keeps_single(name) else tag
     plain: dict[str, Spec] = {"weight": (tag, shape)}
     return PackStep(name, shape, plain, stored.plain and found == plain and not changed, None)
 

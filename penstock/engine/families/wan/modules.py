@@ -21,8 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from penstock.engine.families.wan import config as configs
-
-_META = torch.device("meta")
+from penstock.engine.family.layers import (
+    Conv2d,
+    Conv3d,
+    Embedding,
+    LayerNorm,
+    Linear,
+    NetworkConfig,
+    RMSNorm,
+    parameter,
+)
 
 TRANSFORMER: Mapping[str, Any] = MappingProxyType({
     **configs.TRANSFORMER, "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads",
@@ -52,54 +60,6 @@ VAE: Mapping[str, Any] = MappingProxyType({
 """Defaults of the originals' configs, as far as a module is made with them (a test compares)."""
 
 
-class NetworkConfig(dict[str, Any]):
-    """A network's config, whose entries are attributes as well; sequences are lists, as in JSON."""
-
-    def __init__(self, defaults: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-        for name, value in {**defaults, **config}.items():
-            self[name] = list(value) if isinstance(value, tuple) else value
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-
-class _Unfilled:
-    """A layer on the meta device whose parameters get no first values: there are none to fill."""
-
-    def __init__(self, *sizes: Any, **options: Any) -> None:
-        super().__init__(*sizes, **options, device=_META)  # type: ignore[call-arg]
-
-    def reset_parameters(self) -> None:
-        """Nothing."""
-
-
-class Linear(_Unfilled, nn.Linear):
-    """`torch.nn.Linear`."""
-
-
-class Conv2d(_Unfilled, nn.Conv2d):
-    """`torch.nn.Conv2d`."""
-
-
-class Conv3d(_Unfilled, nn.Conv3d):
-    """`torch.nn.Conv3d`."""
-
-
-class LayerNorm(_Unfilled, nn.LayerNorm):
-    """`torch.nn.LayerNorm`."""
-
-
-class RMSNorm(_Unfilled, nn.RMSNorm):
-    """`torch.nn.RMSNorm`."""
-
-
-class Embedding(_Unfilled, nn.Embedding):
-    """`torch.nn.Embedding`."""
-
-
 class FP32LayerNorm(LayerNorm):
     """A layer norm computed in fp32, whatever its weights and its input are."""
 
@@ -108,10 +68,6 @@ class FP32LayerNorm(LayerNorm):
         weight, bias = (None if each is None else each.float() for each in (self.weight, self.bias))
         normed = F.layer_norm(inputs.float(), self.normalized_shape, weight, bias, self.eps)
         return normed.to(inputs.dtype)
-
-
-def _parameter(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, device=_META))
 
 
 class GELU(nn.Module):
@@ -181,7 +137,7 @@ class WanImageEmbedding(nn.Module):
         self.norm1 = FP32LayerNorm(into)
         self.ff = FeedForward(into, into, out, "none")
         self.norm2 = FP32LayerNorm(out)
-        self.pos_embed = None if positions is None else _parameter(1, positions, into)
+        self.pos_embed = None if positions is None else parameter(1, positions, into)
 
     def forward(self, states: Tensor) -> Tensor:
         """(1, n, into) to (1, n, out); with places for two pictures, (2, n, into) to
@@ -258,7 +214,7 @@ class WanTransformerBlock(nn.Module):
         self.norm2 = FP32LayerNorm(dim, eps) if config.cross_attn_norm else nn.Identity()
         self.ffn = FeedForward(dim, config.ffn_dim, dim, "tanh")
         self.norm3 = FP32LayerNorm(dim, eps, elementwise_affine=False)
-        self.scale_shift_table = _parameter(1, 6, dim)
+        self.scale_shift_table = parameter(1, 6, dim)
 
 
 class WanTransformer3DModel(nn.Module):
@@ -274,7 +230,7 @@ class WanTransformer3DModel(nn.Module):
         self.blocks = nn.ModuleList(WanTransformerBlock(own, dim) for _ in range(own.num_layers))
         self.norm_out = FP32LayerNorm(dim, own.eps, elementwise_affine=False)
         self.proj_out = Linear(dim, (own.out_channels or own.in_channels) * math.prod(patch))
-        self.scale_shift_table = _parameter(1, 2, dim)
+        self.scale_shift_table = parameter(1, 2, dim)
 
 
 class UMT5LayerNorm(nn.Module):
@@ -282,7 +238,7 @@ class UMT5LayerNorm(nn.Module):
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
-        self.weight = _parameter(width)
+        self.weight = parameter(width)
         self.variance_epsilon = eps
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -394,7 +350,7 @@ class CLIPVisionEmbeddings(nn.Module):
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
         width, patch = config.hidden_size, config.patch_size
-        self.class_embedding = _parameter(width)
+        self.class_embedding = parameter(width)
         self.patch_embedding = Conv2d(config.num_channels, width, patch, stride=patch, bias=False)
         self.position_embedding = Embedding((config.image_size // patch) ** 2 + 1, width)
 
@@ -472,7 +428,7 @@ class WanRMS_norm(nn.Module):  # noqa: N801 (its original's name)
     def __init__(self, width: int, sides: int = 3) -> None:
         super().__init__()
         self.scale = width**0.5
-        self.gamma = _parameter(width, *(sides * [1]))
+        self.gamma = parameter(width, *(sides * [1]))
 
 
 _CUBE = (3, 3, 3), (1, 1, 1)

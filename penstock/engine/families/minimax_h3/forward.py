@@ -193,9 +193,10 @@ def packed_block(
     for part, runs in parts:
         x = _modulated(block.norm1(hidden[:, part]), runs, scale, shift)
         kv.v[:, part] = attn.to_v(x).unflatten(-1, heads)
-        k = attn.to_k(x)
+        k = attn.to_k(x).unflatten(-1, heads)
         del x
-        _turn(attn.norm_k(k.unflatten(-1, heads)), turns, part, out=kv.k[:, part])
+        k = attn.norm_k(k)
+        _turn(k, turns, part, out=kv.k[:, part])
         del k
     for part, runs in parts:
         chunk = hidden[:, part]

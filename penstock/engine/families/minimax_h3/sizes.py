@@ -29,6 +29,8 @@ class ClipGrid(Grid):
     side: int = SIDE
     temporal: int = CLIP_FRAMES
     positions: int = 1024
+    coherent: int = CLIP_FRAMES * MOST_CLIPS + LAST_FRAMES
+    ends_alone: bool = True
 
     @property
     def max_frames(self) -> int:

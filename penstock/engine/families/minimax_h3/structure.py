@@ -20,8 +20,9 @@ ADALN = "adaln_proj."
 """Begins the names, inside a block, of the projection that a job needs once."""
 
 ENDS = ("proj_in.", "audio_proj_in.", "norm_out.norm.", "proj_out.", "audio_proj_out.")
-"""Begin the names of what each forward pass needs outside the blocks; all else there serves once a
-job: it makes the text's rows and the time embedding."""
+"""Begin the names of what each forward pass needs outside the blocks."""
+ONCE = ("context_embedder.", "time_embedder.", "token_refiner.", "norm_out.linear.")
+"""Begin those of what serves once a job: it makes the text's rows and the time embedding."""
 
 _SINGLE = {"proj_in", "audio_proj_in", "time_embedder", "proj_out", "audio_proj_out"}
 
@@ -35,6 +36,11 @@ def keeps_single(name: str) -> bool:
     """Whether the makers keep a parameter in fp32 beside blocks in bf16: whole parts of its name
     say so."""
     return not _SINGLE.isdisjoint(name.split("."))
+
+
+def run_outside(name: str) -> str:
+    """The run of a pack in which a tensor outside the blocks lies."""
+    return "once" if name.startswith(ONCE) else "rest"
 
 
 def _linear(name: str, rows: int, columns: int, bias: bool = True) -> Shapes:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from penstock.engine.model.grid import Grid
+
+if TYPE_CHECKING:
+    from penstock.engine.request.generation import GenerationRequest
 
 
 class Official(Protocol):
@@ -18,6 +21,9 @@ class Official(Protocol):
     @property
     def request_defaults(self) -> Mapping[str, Any]:
         """Width, height, steps and guidance_scale."""
+
+    def timesteps(self, request: GenerationRequest) -> tuple[float, ...]:
+        """What the transformer is told at each step of a job."""
 
     def flow_shift(self, width: int, height: int, asked: float | None) -> float:
         """``asked``, or the official flow shift of a video of that size."""

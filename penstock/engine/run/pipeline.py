@@ -23,7 +23,6 @@ from penstock.engine.machine.memory import ProcessMemory
 from penstock.engine.media.seam import joined
 from penstock.engine.media.video import WrittenVideo, write_video
 from penstock.engine.request.generation import frame_rate
-from penstock.engine.request.levels import timesteps_of
 from penstock.engine.run.ending import Ending
 from penstock.engine.run.events import Listener, PhaseMonitor
 from penstock.engine.run.report import JobResult, RunReport
@@ -225,7 +224,7 @@ def _report(
         process_peak_bytes=memory.resident_bytes,
         group_peak_bytes=memory.group_bytes,
         options=job.plan.options,
-        timesteps=timesteps_of(request, job.model.official),
+        timesteps=job.model.official.timesteps(request),
         computed_steps=stage.computed_steps,
     )
 

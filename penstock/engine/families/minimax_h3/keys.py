@@ -69,6 +69,4 @@ def stranger(names: Iterable[str]) -> str | None:
     every = tuple(names)
     if not any("video_patch_proj" in name or "adaln_proj" in name for name in every):
         return None
-    return next(
-        (title for mark, title in _STRANGERS if any(mark in name for name in every)), None
-    )
+    return next((title for mark, title in _STRANGERS if any(mark in name for name in every)), None)

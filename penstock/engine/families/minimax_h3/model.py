@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Protocol
 
+from penstock.engine.families.minimax_h3 import structure
 from penstock.engine.families.minimax_h3.manifest import H3Manifest
 from penstock.engine.families.minimax_h3.sizes import ClipGrid, Latents
 from penstock.engine.families.minimax_h3.sound import kind as sound
 from penstock.engine.families.minimax_h3.sound import spec as sound_spec
 from penstock.engine.families.minimax_h3.spec import PackedSpec
-from penstock.engine.families.minimax_h3 import structure
 from penstock.engine.families.minimax_h3.structure import ENDS, leaves_stream
 from penstock.engine.families.minimax_h3.terms import LABEL_TOKENS, QWEN_SIDE, TEXT_TOKENS
 from penstock.engine.families.minimax_h3.text import kind as text
@@ -127,4 +127,3 @@ def _spec(component: Component, once: Component, computing: Computing) -> Packed
         lora=lora_spec(component.loras, component.blocks),
         **{name: config[name] for name in names},
     )
-

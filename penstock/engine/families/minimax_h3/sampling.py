@@ -121,9 +121,7 @@ def _normal(draw: torch.Generator, *shape: int) -> Tensor:
 
 def drawn_for_pictures(sizes: Latents, pictures: int, draw: torch.Generator) -> list[Tensor]:
     """The noise of given pictures, the first that is drawn of a job: (1, z, 1, h, w) each."""
-    return [
-        _normal(draw, 1, sizes.channels, 1, sizes.height, sizes.width) for _ in range(pictures)
-    ]
+    return [_normal(draw, 1, sizes.channels, 1, sizes.height, sizes.width) for _ in range(pictures)]
 
 
 def given_rows(condition: Tensor, sizes: Latents, seed: int) -> Tensor:
@@ -153,5 +151,3 @@ def as_rows(latents: Tensor, sizes: Latents) -> tuple[Tensor, Tensor]:
     """Packed latents as rows of the video and of the sound."""
     video, sound = layout.unpack(latents, sizes)
     return to_rows(video), layout.sound_rows(sound)
-
-

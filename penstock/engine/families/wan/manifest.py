@@ -11,12 +11,12 @@ from penstock.engine.families.wan.denoise_plan import named
 from penstock.engine.families.wan.spec import TransformerSpec, WanSpec
 from penstock.engine.families.wan.terms import WanCase
 from penstock.engine.model.grid import Grid
-from penstock.engine.request.levels import noise_levels, steps_above, timesteps
+from penstock.engine.request.levels import noise_levels, steps_above, timesteps, timesteps_of
 from penstock.profiles.manifest import Heads, Pictures, Prefetch, Storage, VideoShape
 from penstock.profiles.phases import Step, Workload
 
 if TYPE_CHECKING:
-    pass
+    from penstock.engine.request.generation import GenerationRequest
 
 
 _FRAMES = (81, 65, 49, 33, 17)
@@ -80,6 +80,10 @@ class WanManifest(WanSpec):
             dim=self.transformer.inner_dim,
             release=self.release,
         )
+
+    def timesteps(self, request: GenerationRequest) -> tuple[float, ...]:
+        """As `penstock.engine.model.official.Official`."""
+        return timesteps_of(request, self)
 
     @property
     def release(self) -> str:

@@ -13,11 +13,15 @@ class Grid:
         side: pixels that both sides must be multiples of (VAE factor 8 x patch 2).
         temporal: video frames a latent frame: frames must be ``temporal * n + 1``.
         positions: rotary positions on each axis (``rope_max_seq_len``), in patches.
+        coherent: frames beyond which a video made at once degenerates.
+        ends_alone: whether a video may end with a picture without starting from one.
     """
 
     side: int = 16
     temporal: int = 4
     positions: int = 1024
+    coherent: int = 121
+    ends_alone: bool = False
 
     @property
     def max_side(self) -> int:
@@ -28,6 +32,11 @@ class Grid:
     def max_frames(self) -> int:
         """The largest number of frames."""
         return self.temporal * (self.positions - 1) + 1
+
+    @property
+    def frames_told(self) -> str:
+        """The legal numbers of frames, for people."""
+        return f"{self.temporal}n+1 from 1 to {self.max_frames}"
 
     def nearest_side(self, pixels: int) -> int:
         """The legal side nearest to ``pixels``; the smaller of two equally near ones."""

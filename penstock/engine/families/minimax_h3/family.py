@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from penstock.engine.families.minimax_h3.builtin import BUILTIN
@@ -12,6 +11,7 @@ from penstock.engine.families.minimax_h3.config import SCHEDULER
 from penstock.engine.families.minimax_h3.keys import stranger
 from penstock.engine.families.minimax_h3.kinds import KINDS
 from penstock.engine.families.minimax_h3.model import H3Model, components, manifest_of, streamed
+from penstock.engine.families.minimax_h3.text.patches import PROCESSOR
 from penstock.engine.family.protocol import Config
 from penstock.errors import CheckpointError
 from penstock.profiles.phases import Manifest
@@ -19,7 +19,7 @@ from penstock.profiles.phases import Manifest
 NAME = "minimax-h3"
 MODEL = H3Model
 manifest = manifest_of
-IMAGE_PROCESSOR: Config = MappingProxyType({})
+IMAGE_PROCESSOR: Config = PROCESSOR
 
 __all__ = [
     "IMAGE_PROCESSOR", "KINDS", "MODEL", "NAME", "SCHEDULER", "build", "builtins", "check_pipeline",

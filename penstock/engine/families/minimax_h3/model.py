@@ -13,9 +13,10 @@ from penstock.engine.families.minimax_h3.sound import kind as sound
 from penstock.engine.families.minimax_h3.sound import spec as sound_spec
 from penstock.engine.families.minimax_h3.spec import PackedSpec
 from penstock.engine.families.minimax_h3.structure import ENDS, leaves_stream
-from penstock.engine.families.minimax_h3.terms import LABEL_TOKENS, QWEN_SIDE, TEXT_TOKENS
+from penstock.engine.families.minimax_h3.terms import TEXT_TOKENS
 from penstock.engine.families.minimax_h3.text import kind as text
 from penstock.engine.families.minimax_h3.text import spec as text_spec
+from penstock.engine.families.minimax_h3.text.patches import tokens
 from penstock.engine.families.minimax_h3.video_vae import kind as video
 from penstock.engine.families.minimax_h3.video_vae import spec as video_spec
 from penstock.engine.files.keys import ComponentSource
@@ -62,8 +63,8 @@ class H3Model(ModelFiles):
     def kept_bytes(self, shape: VideoShape) -> int:
         """Prompt states with two pictures in them, their tags, and the pictures' latents."""
         sizes, spec = self.sizes(shape), self.manifest.transformer
-        one = -(-shape.width // QWEN_SIDE) * -(-shape.height // QWEN_SIDE) + LABEL_TOKENS
-        states = (TEXT_TOKENS + 2 * one) * (spec.text_dim * spec.weights.itemsize + 8)
+        rows = TEXT_TOKENS + 2 * tokens(shape.height, shape.width)
+        states = rows * (spec.text_dim * spec.weights.itemsize + 8)
         return states + 2 * 4 * sizes.channels * sizes.height * sizes.width
 
 

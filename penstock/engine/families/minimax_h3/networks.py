@@ -8,7 +8,7 @@ from typing import Any
 from penstock.engine.families.minimax_h3 import modules
 from penstock.engine.families.minimax_h3.fields import known
 from penstock.engine.families.minimax_h3.sound import kind as sound
-from penstock.engine.families.minimax_h3.text import kind as text
+from penstock.engine.families.minimax_h3.text import modules as text
 from penstock.engine.families.minimax_h3.video_vae import kind as video
 
 
@@ -20,4 +20,6 @@ def build(component: str, config: Mapping[str, Any]) -> tuple[Any, Any]:
         return video.build(config)
     if component == "audio_vae":
         return sound.build(config)
-    return text.build(component, config)
+    if component == "vision":
+        return text.build_vision(config)
+    return text.build_language(config)

@@ -22,6 +22,8 @@ from penstock.errors import UsageError
 
 if TYPE_CHECKING:
     from penstock.engine.run.stage import Stage
+    from penstock.engine.run.stepcache import StepCache
+    from penstock.profiles.caching import Caching
 
 
 class PairedSampler(Sampler):
@@ -113,6 +115,18 @@ class PackedSampling(Sampling):
         request = self._stage.job.request
         shift = self._stage.model.flow_shift(request.width, request.height, request.shift)
         return PairedSampler(request.steps, shift, self._sound_shift, self._sizes.video_elements)
+
+
+    @property
+    def evaluations(self) -> int:
+        """Forward passes of the whole job."""
+        return len(self._sampler("cpu").timesteps)
+
+    def resume_paired(self, steps: range, caching: Caching) -> tuple[PairedSampler, StepCache]:
+        """As `Sampling.resume`."""
+        sampler, cache = self.resume(steps, caching)
+        assert isinstance(sampler, PairedSampler)
+        return sampler, cache
 
 
 def _normal(draw: torch.Generator, *shape: int) -> Tensor:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from penstock.engine.families.minimax_h3.cost import PackedCase
 from penstock.engine.families.minimax_h3.sizes import Latents
+from penstock.engine.families.minimax_h3.text.patches import tokens
 from penstock.engine.request.generation import GenerationRequest
 from penstock.profiles.caching import OFF, STATE_TENSORS
 from penstock.profiles.phases import Case
@@ -17,12 +18,6 @@ _SINGLE = 4  # bytes of an fp32
 
 TEXT_TOKENS = 512
 """Of a prompt, which is not padded: what a plan has room for."""
-
-LABEL_TOKENS = 16
-"""Beside a picture in the prompt: its label, and where it begins and ends."""
-
-QWEN_SIDE = 32
-"""Pixels of the picture that become one token of it, each way: patches of 16, merged two by two."""
 
 H3Case: TypeAlias = "Case[H3Manifest]"
 
@@ -48,8 +43,7 @@ def picture_tokens(case: H3Case) -> int:
     """Of the given pictures in the prompt, their labels among them: they are shown at the size of
     the video."""
     shape = case.workload.shape
-    one = -(-shape.width // QWEN_SIDE) * -(-shape.height // QWEN_SIDE)
-    return pictures_of(case) * (one + LABEL_TOKENS)
+    return pictures_of(case) * tokens(shape.height, shape.width)
 
 
 def text_rows(case: H3Case) -> int:

@@ -89,7 +89,7 @@ class H3Manifest:
     @property
     def prefetch(self) -> Prefetch:
         """As `penstock.profiles.phases.Manifest`."""
-        return Prefetch(DENOISE, "transformer", "decode", "vae_decoder")
+        return Prefetch(DENOISE, "transformer", "", "")  # the VAE's decoder streams as well
 
     def steps(self, case: H3Case) -> Iterator[Step]:
         """As `penstock.profiles.phases.Manifest`."""

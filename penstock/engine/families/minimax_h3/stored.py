@@ -3,7 +3,7 @@ files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 
 from penstock.blocks import PAGE_BYTES, TENSOR_ALIGNMENT
@@ -58,3 +58,9 @@ def stored_storage(shapes: Shapes, weight_format: str) -> Storage:
 
 def _run(tensors: Iterable[int]) -> int:
     return align_up(sum(align_up(count, TENSOR_ALIGNMENT) for count in tensors), PAGE_BYTES)
+
+
+def typed_run(shapes: Shapes, single: Callable[[str], bool]) -> int:
+    """One aligned run of tensors in bf16 but those whose names ``single`` holds of, in fp32."""
+    tags = {name: "F32" if single(name) else "BF16" for name in shapes}
+    return _run(prod(shape) * ITEM_BYTES[tags[name]] for name, shape in shapes.items())

@@ -7,6 +7,7 @@ it at the true shapes. FLOPs count a multiply-add as two.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from penstock.engine.families.minimax_h3.terms import (
@@ -37,12 +38,19 @@ def text_bytes(spec: TextSpec, tokens: int, seen: int = 0, itemsize: int | None 
     features = _mergers(spec) * seen * spec.hidden_size * item
     held = states + waves + features + seen * _INDEX
     return held + max(
-        seen * spec.hidden_size * item + states,  # rows as they were read, and the pictures'
+        # Rows as they were read, and the pictures'
+        seen * spec.hidden_size * item + states + tokens * _INDEX,
+        _waves(tokens, spec.head_dim),
         _norm(tokens, spec.hidden_size, item),
         _attention(spec, tokens, item),
         states + 2 * tokens * spec.intermediate_size * item,
         2 * seen * spec.hidden_size * item,
     )
+
+
+def _waves(tokens: int, head: int) -> int:
+    """Angles of three axes in fp32, their cosines and sines, and one of both put together."""
+    return tokens * (3 * 3 * head // 2 + 2 * head) * _SINGLE + 12 * (tokens + 1) * _INDEX + 4 * head
 
 
 def _mergers(spec: TextSpec) -> int:

@@ -1,5 +1,5 @@
-"""The phases "vision" and "text": from a prompt, and pictures, to the states that the transformer is
-conditioned on."""
+"""The phases "vision" and "text": from a prompt, and pictures, to the states that the transformer
+is conditioned on."""
 
 from __future__ import annotations
 

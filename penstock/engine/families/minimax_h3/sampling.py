@@ -116,7 +116,6 @@ class PackedSampling(Sampling):
         shift = self._stage.model.flow_shift(request.width, request.height, request.shift)
         return PairedSampler(request.steps, shift, self._sound_shift, self._sizes.video_elements)
 
-
     @property
     def evaluations(self) -> int:
         """Forward passes of the whole job."""

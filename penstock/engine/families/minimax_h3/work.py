@@ -194,9 +194,7 @@ def prepare(
     with stage.phase(CONTEXT, len(component.cross), "block") as (plan, phase):
         with stage.rest(once) as module:
             text = refine(module, states.to(stage.device, component.dtype))
-            work = TablesInWork(
-                module, times, len(component.cross), component.dtype, stage.device
-            )
+            work = TablesInWork(module, times, len(component.cross), component.dtype, stage.device)
         with stage.stream(component.cross, plan.stream, phase, 1) as stream:
             for index, block in visits(stream, component, phase):
                 work.add(index, block)

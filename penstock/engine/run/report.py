@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from penstock.engine.media.video import Sound
 from penstock.offload.stats import Flow
 from penstock.profiles.options import Options
 
@@ -157,8 +158,10 @@ class JobResult:
         report: what it did, beside what was promised.
         latents: (1, z, t, h, w), fp32, on the CPU.
         video: uint8 (frames, height, width, 3), on the CPU.
+        sound: what is heard with it; None: the model makes none.
     """
 
     report: RunReport
     latents: Tensor
     video: Tensor
+    sound: Sound | None = None

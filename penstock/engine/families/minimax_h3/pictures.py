@@ -64,7 +64,7 @@ def patches(
         processor: its config, as far as one is known.
     """
     config = {**PROCESSOR, **processor}
-    high, wide = seen_size(*frame.shape[:2], config)
+    high, wide = seen_size(frame.shape[0], frame.shape[1], config)
     pixels = frame.numpy()
     if pixels.shape[:2] != (high, wide):
         resample = Image.Resampling(config["resample"])

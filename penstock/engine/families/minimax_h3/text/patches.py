@@ -46,7 +46,7 @@ def tokens(height: int, width: int, processor: Mapping[str, Any] = PROCESSOR) ->
     """Tokens that stand for a picture of that size, its two marks and its name included."""
     merge = {**PROCESSOR, **processor}["merge_size"]
     down, across = grid(height, width, processor)
-    return down * across // merge**2 + 2 + LABEL_TOKENS
+    return down * across // int(merge) ** 2 + 2 + LABEL_TOKENS
 
 
 LABEL = "<Picture {}>: "

@@ -104,9 +104,10 @@ def _look(module: Any, normed: Tensor, waves: tuple[Tensor, Tensor]) -> Tensor:
     # (n, 3 * heads * d) -> three of (n, heads, d)
     query, key, value = module.qkv(normed).unflatten(1, (3, module.num_heads, -1)).unbind(1)
     query, key = _turned_wide(query, waves), _turned_wide(key, waves)
-    mixed = scaled_dot_product_attention(
-        *(each.transpose(0, 1)[None] for each in (query, key, value)), scale=query.shape[-1] ** -0.5
-    )
+    scale = query.shape[-1] ** -0.5
+    # (n, heads, d) -> (1, heads, n, d)
+    query, key, value = (each.transpose(0, 1)[None] for each in (query, key, value))
+    mixed = scaled_dot_product_attention(query, key, value, scale=scale)
     return module.proj(mixed[0].transpose(0, 1).flatten(1))  # type: ignore[no-any-return]
 
 

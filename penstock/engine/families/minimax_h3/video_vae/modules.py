@@ -62,7 +62,8 @@ class MiniMaxH3VideoGroupNorm(nn.GroupNorm):
         """(1, c, t, h, w)."""
         frames = hidden.transpose(1, 2).flatten(0, 1).unsqueeze(2).contiguous()
         normed = super().forward(frames)
-        return normed.squeeze(2).unflatten(0, (len(hidden), -1)).transpose(1, 2).contiguous()
+        whole = normed.view(len(hidden), -1, *normed.shape[1:2], *normed.shape[3:])
+        return whole.transpose(1, 2).contiguous()
 
 
 class MiniMaxH3VideoResnetBlock3d(nn.Module):

@@ -84,7 +84,8 @@ def _attend(module: Any, normed: Tensor, waves: tuple[Tensor, Tensor]) -> Tensor
     del normed
     query, key = _placed(module.norm_q, query, waves), _placed(module.norm_k, key, waves)
     # (1, n, heads, d) -> (1, heads, n, d) and back
-    mixed = scaled_dot_product_attention(*(each.transpose(1, 2) for each in (query, key, value)))
+    query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+    mixed = scaled_dot_product_attention(query, key, value)
     del query, key, value
     return module.to_out[0](mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
@@ -120,7 +121,7 @@ def leave(vae: Any, hidden: Tensor, tiling: Tiling) -> Tensor:
         1, clips.length, rows, columns, -1, clips.factor, tiling.factor, tiling.factor
     )
     cubes = cubes.permute(0, 4, 1, 5, 2, 6, 3, 7)
-    return cubes.reshape(
+    return cubes.reshape(  # type: ignore[no-any-return]
         1, -1, clips.length * clips.factor, rows * tiling.factor, columns * tiling.factor
     )
 

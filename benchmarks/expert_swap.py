@@ -9,7 +9,7 @@ are as planned on both sides.
 
 The last line on stdout is JSON.
 
-    python -m benchmarks.expert_swap
+    python -m benchmarks.expert_swap | tail -1 > benchmarks/results/expert_swap_simulated.json
 """
 
 from __future__ import annotations

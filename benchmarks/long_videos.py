@@ -82,7 +82,7 @@ def matched(engine: Engine, request: GenerationRequest) -> np.ndarray:
         number += 1
         Image.fromarray(frames[-1]).save(request.image)
         again = made(engine, replace(request, frames=WINDOW, seed=request.seed + number))
-        turned = Colours.between(again[0], frames[-1])
+        turned = Colours.between(again[1], frames[-1])
         frames += [turned(frame) for frame in again[1:]]
     return np.stack(frames)
 

@@ -4,14 +4,16 @@
 each phase beside the live bytes of the real code on fake tensors (see
 `tests/profiles/test_true_model.py`), and how much the one is over the other.
 ``models``: what `penstock plan --synthetic` knows, at its own size and steps on two cards.
+``windows``: what a step of 241 frames moves over what one of 81 does, on cards under 12 GB.
 ``cards``: ten machines and three sizes: seconds a step, total, what bounds it; as penstock runs by
 default, and with products and self-attention in 8 bits.
 
-Both print JSON, of which `benchmarks.render` makes the tables of docs/plans.md:
+All print JSON, of which `benchmarks.render` makes the tables of docs/plans.md:
 
     python -m benchmarks.plans peaks > benchmarks/results/plans_peaks.json
     python -m benchmarks.plans cards > benchmarks/results/plans_cards.json
     python -m benchmarks.plans models > benchmarks/results/plans_models.json
+    python -m benchmarks.plans windows > benchmarks/results/plans_windows.json
     python -m benchmarks.render
 """
 
@@ -51,6 +53,10 @@ WAYS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {"default": {}, "8 bits": {"format": "int8", "compute": "fast", "attention": "int8"}}
 )
 """Flags of a plan, by the name of a table."""
+
+WINDOW_CARDS = ("RTX 3060 12GB", "RTX 4070 Ti 12GB", "RTX 5090 32GB")
+WINDOW_SIZES = ("832x480", "1280x720")
+WINDOW_WAYS: tuple[Mapping[str, str], ...] = ({}, {"residual": "fp32"}, {"branches": "1"})
 
 
 def peaks() -> list[dict[str, Any]]:
@@ -169,8 +175,41 @@ def row(size: str, card: str, options: Options) -> dict[str, Any]:
     }
 
 
+def windows(cards: Sequence[str] = WINDOW_CARDS) -> list[dict[str, Any]]:
+    """A row a card, size and way: one window alone, as many as 241 frames take, and these with the
+    hidden states in fp32, or one branch of one window at a time."""
+    return [
+        {"card": card, "size": size, **window_row(card, size, frames, flags)}
+        for card in cards
+        for size in WINDOW_SIZES
+        for frames, flags in ((81, {}), *((241, flags) for flags in WINDOW_WAYS))
+    ]
+
+
+def window_row(card: str, size: str, frames: int, flags: Mapping[str, str]) -> dict[str, Any]:
+    """What a plan says of the denoising."""
+    options, machine = machine_of(Options(profile="12gb", ram="64GiB", **flags), card, None)
+    prepared = Prepared.open(synthetic="wan2.1-i2v-14b", options=options, machine=machine)
+    settings = Settings(prompt="a plan", size=size, frames=frames, steps=40)
+    found = prepared.plan(workload_of(resolve(settings, prepared.about), saved=True))
+    denoise = found["denoise"]
+    assert denoise.stream is not None
+    return {
+        "frames": frames,
+        "flags": " ".join(f"--{name} {value}" for name, value in flags.items()),
+        "format": found.weight_format,
+        "residual": denoise.residual,
+        "chunk": denoise.chunk_tokens,
+        "branches": denoise.branches,
+        "of_branches": 2 * denoise.windows,
+        "in_vram": denoise.stream.device_resident,
+        "gb_a_step": round(denoise.copied_bytes / 40 / 1e9, 3),
+        "seconds_a_step": round(denoise.seconds / 40, 1),
+    }
+
+
 _MADE: Mapping[str, Callable[[], list[dict[str, Any]]]] = MappingProxyType(
-    {"peaks": peaks, "cards": cards, "models": models}
+    {"peaks": peaks, "cards": cards, "models": models, "windows": windows}
 )
 
 

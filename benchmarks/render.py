@@ -566,6 +566,45 @@ def plan_models(results: Results) -> str:
     return table(("model", "size", "steps", *cards), lines)
 
 
+def plan_windows(results: Results) -> str:
+    """What a step of a long video moves over what a step of one window does."""
+    headings = (
+        "card, 12 GB", "size", "frames", "hidden states", "tokens a chunk", "branches a visit",
+        "blocks in VRAM", "GB a step", "over 81 frames", "s a step",
+    )  # fmt: skip
+    lines: Rows = []
+    alone = 1.0
+    for row in results["plans_windows"]:
+        moved = row["gb_a_step"]
+        alone = moved if row["frames"] == 81 else alone
+        lines.append(
+            (
+                row["card"],
+                row["size"],
+                f"{row['frames']} {row['flags']}".strip(),
+                row["residual"],
+                str(row["chunk"]),
+                f"{row['branches']} of {row['of_branches']}",
+                str(row["in_vram"]),
+                f"{moved:.2f}",
+                "" if row["frames"] == 81 else f"{moved / alone:.2f}",
+                f"{row['seconds_a_step']:.0f}",
+            )
+        )
+    return table(headings, lines)
+
+
+def swaps(results: Results) -> str:
+    """The swap of two transformers on the simulated machine: of `benchmarks.expert_swap`."""
+    rows = results["expert_swap_simulated"]
+    jobs = list(dict.fromkeys(row["job"] for row in rows))
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in rows:
+        cells.setdefault((row["card"], row["ram"]), {})[row["job"]] = f"{row['of_bound']:.3f}"
+    lines = [(*who, *(mine.get(job, "") for job in jobs)) for who, mine in cells.items()]
+    return table(("card", "RAM", *jobs), lines)
+
+
 def card_cell(row: Mapping[str, Any]) -> str:
     """Seconds a step and of the job, or what it would take."""
     if "needs_gib" in row:
@@ -634,6 +673,8 @@ TABLES: Mapping[str, Callable[[Results], str]] = {
     "plan_models": plan_models,
     "plan_cards_8_bits": partial(plan_cards, way="8 bits"),
     "plan_profiles": plan_profiles,
+    "plan_windows": plan_windows,
+    "swaps": swaps,
 }
 
 

@@ -138,6 +138,7 @@ class OverBudget(PenstockError):
         limit_bytes: the budget.
         consumers: ``(label, bytes)`` that make up the need, in any order.
         remedy: what would fit.
+        nearest: width, height and frames of the largest smaller video that fits, where one does.
     """
 
     code = "over_budget"
@@ -149,7 +150,9 @@ class OverBudget(PenstockError):
         limit_bytes: int,
         consumers: Sequence[tuple[str, int]],
         remedy: str,
+        nearest: tuple[int, int, int] | None = None,
     ) -> None:
+        self.nearest = nearest
         self.resource, self.need_bytes, self.limit_bytes = resource, need_bytes, limit_bytes
         self.consumers = tuple(sorted(consumers, key=lambda item: -item[1]))
         label, largest = self.consumers[0]

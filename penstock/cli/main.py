@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from penstock._version import __version__
+from penstock.cli.batch import batch
 from penstock.cli.bench import bench
 from penstock.cli.files import (
     Loras,
@@ -44,6 +45,7 @@ from penstock.cli.log import Level, logged
 from penstock.cli.memory import MemoryHelp, memory_told
 from penstock.cli.options import NOTHING, with_options
 from penstock.cli.paths import path_option
+from penstock.cli.serve import serve
 from penstock.cli.stopping import Stopping
 from penstock.cli.terminal import Screen, asks_a_person, keep_going, printable, say, warn
 from penstock.profiles.options import Options
@@ -60,8 +62,9 @@ app.add_typer(jobs_app, name="jobs")
 app.add_typer(cache_app, name="cache")
 
 
-for command in (inspect, pack, verify, bench):
+for command in (inspect, pack, verify, bench, serve):
     app.command()(command)
+app.command(cls=MemoryHelp)(batch)
 
 
 class SamplerName(str, Enum):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from penstock.errors import OverBudget
+from penstock.profiles.manifest import VideoShape
 from penstock.profiles.phases import Manifest, Workload
 from penstock.profiles.plan import Origin, Plan
 from penstock.profiles.planner import fits, plan
@@ -63,13 +64,12 @@ def _with_format(origins: tuple[Origin, ...], found: str) -> tuple[Origin, ...]:
 def _advised(
     error: OverBudget, manifest: Manifest, workload: Workload, chosen: Chosen
 ) -> OverBudget:
+    nearest = _nearest_request(manifest, workload, chosen)
+    smaller = None
+    if nearest is not None:
+        smaller = f"here, --size {nearest.width}x{nearest.height} --frames {nearest.frames}"
     advice = [
-        text
-        for text in (
-            _nearest_profile(error, manifest, workload, chosen),
-            _nearest_request(manifest, workload, chosen),
-        )
-        if text
+        text for text in (_nearest_profile(error, manifest, workload, chosen), smaller) if text
     ]
     if not advice:
         advice = ["no profile and no shorter or smaller video does"]
@@ -79,6 +79,7 @@ def _advised(
         error.limit_bytes,
         error.consumers,
         remedy="What fits: " + "; or ".join(advice) + ".",
+        nearest=None if nearest is None else (nearest.width, nearest.height, nearest.frames),
     )
 
 
@@ -100,11 +101,11 @@ def _nearest_profile(
     return None
 
 
-def _nearest_request(manifest: Manifest, workload: Workload, chosen: Chosen) -> str | None:
+def _nearest_request(manifest: Manifest, workload: Workload, chosen: Chosen) -> VideoShape | None:
     """The largest smaller video that fits these budgets."""
     hardware = chosen.hardware
     limits = Limits(hardware.vram_bytes, hardware.ram_bytes, chosen.pinned_bytes)
     for shape in manifest.smaller_shapes(workload.shape):
         if fits(manifest, replace(workload, shape=shape), hardware, chosen.policy, limits):
-            return f"here, --size {shape.width}x{shape.height} --frames {shape.frames}"
+            return shape
     return None

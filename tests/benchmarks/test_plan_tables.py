@@ -35,6 +35,15 @@ def test_of_a_model() -> None:
     assert plans.models([name]) == [r for r in RESULTS["plans_models"] if r["model"] == name]
 
 
+def test_of_a_long_video() -> None:
+    card = "RTX 3060 12GB"
+    rows = [r for r in RESULTS["plans_windows"] if (r["card"], r["size"]) == (card, "832x480")]
+    alone, even = rows[:2]
+    assert plans.window_row(card, "832x480", 241, {}).items() <= even.items()
+    assert (alone["frames"], even["frames"], even["flags"]) == (81, 241, "")
+    assert even["gb_a_step"] <= 1.05 * alone["gb_a_step"]
+
+
 def test_documents_are_rendered() -> None:
     tables = []
     for path in render.DOCUMENTS:

@@ -332,10 +332,13 @@ def _quanto_int4(tensor, layer):
 
 
 def write_gguf(
-    path: Path, tensors, names, kind: str, architecture: str, quantise=quants.quantize
+    path: Path, tensors, names, kind: str, architecture: str, quantise=quants.quantize, said=None
 ) -> dict:
-    """A GGUF file as city96's converter writes it, and the values it stands for."""
+    """A GGUF file as city96's converter writes it, and the values it stands for; ``said``: words in
+    its header."""
     writer = GGUFWriter(path, architecture)
+    for key, word in (said or {}).items():
+        writer.add_string(key, word)
     writer.add_quantization_version(2)
     values = {}
     for name, tensor in tensors.items():

@@ -1,10 +1,13 @@
 """Wan2.2 at its true shapes, without weights: each profile's plan at 720p against fake-tensor runs,
-as `tests.profiles.test_true_model` does it for Wan2.1. The whole sweep is in `make faults`."""
+as `tests.profiles.test_true_model` does it for Wan2.1. The whole sweep is in `make faults`.
+
+Of the chunks of a forward, which may be thousands, those are left out that repeat the ones before
+them: they are computed in place and leave nothing behind."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -135,17 +138,29 @@ def unique(*phases: str) -> Iterator[Any]:
                 yield pytest.param(name, part, found, id=f"{name}-{profile}-{ram}-{phase}")
 
 
+every_chunk = forward._chunks
+
+
+def few_chunks(tokens: int, chunk_tokens: int, cut: int = 0) -> Iterator[slice]:
+    """Of the chunks on each side of ``cut`` the first two and the last."""
+    parts = list(every_chunk(tokens, chunk_tokens, cut))
+    for side in ([p for p in parts if p.stop <= cut], [p for p in parts if p.start >= cut]):
+        yield from (*side[:2], *side[2:][-1:])
+
+
 @functools.cache
 def denoise_peaks(
-    name: str, chunk: int, visit: int, on_device: bool, second: bool, residual: str, steps: int
-) -> tuple[int, int]:
+    name: str, chunk: int, visit: int, on_device: bool, second: bool, residual: str, steps: int,
+    chunks: Callable[..., Iterator[slice]] = few_chunks,
+) -> tuple[int, int]:  # fmt: skip
     """Live bytes besides weights of the context and of a step, one block standing for all."""
     config, spec = CONFIGS[name], manifest_of(name).transformer
     latent = shape_of(name).latent(manifest_of(name).vae)
     still = name == "wan2.2-ti2v-5b"
     wide = torch.float32 if residual == "fp32" else torch.bfloat16
     fused = mock.patch("torch.nn.functional.rms_norm", fused_rms_norm)
-    with FakeTensorMode(), torch.no_grad(), fused:
+    cut = mock.patch.object(forward, "_chunks", chunks)
+    with FakeTensorMode(), torch.no_grad(), fused, cut:
         model = WanTransformer3DModel(**config, num_layers=1).eval().requires_grad_(False)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
@@ -220,6 +235,11 @@ def test_one_plan_of_each_model_holds() -> None:
         found = made(name, "12gb", 16)
         assert found is not None
         _hold_denoise(name, found["denoise"], found)
+
+
+def test_chunks_that_repeat_change_no_peak() -> None:
+    case = ("wan2.2-ti2v-5b", 4096, 1, False, False, "fp32", 5)
+    assert denoise_peaks(*case) == denoise_peaks(*case, chunks=every_chunk)
 
 
 @pytest.mark.faults

@@ -19,7 +19,7 @@ from penstock.engine.attach.generic import check_attachable, open_modules
 from penstock.engine.attach.livemodel import write_models
 from penstock.engine.attach.livepack import live_folder
 from penstock.engine.attach.part import Part
-from penstock.engine.attach.routing import is_foreign
+from penstock.engine.attach.routing import index_of, is_foreign
 from penstock.engine.attach.stream import budgets, close_at_exit, held_bytes
 from penstock.engine.attach.unmasked import leave_out_padding
 from penstock.engine.family.protocol import ComponentKind, families
@@ -29,7 +29,7 @@ from penstock.engine.model.storage import block_format
 from penstock.engine.packs.firstuse import FirstUse
 from penstock.engine.packs.plan import LEAST_RAM_BYTES
 from penstock.engine.software import check_versions
-from penstock.errors import PenstockError, UsageError
+from penstock.errors import NotRun, PenstockError, UsageError
 from penstock.folders import cache_folder
 from penstock.formats.formats import QuantFormat, get_format
 from penstock.offload.ledger import ByteLedger
@@ -54,6 +54,9 @@ class AttachFamily(Protocol):
         Raises:
             UsageError: names the reason.
         """
+
+    def has_parts_for(self, model: ModelFiles) -> bool:
+        """Whether those parts make diffusers' pipeline of a model."""
 
     def attach_parts(self) -> Mapping[str, type[Part]]:
         """What stands in the place of each network of a pipeline, by its name there."""
@@ -364,20 +367,21 @@ def load_pipeline(
 ) -> Any:
     """Open a model as a diffusers pipeline that never holds the weights of a network whole.
 
-    Only headers are read now. The pipeline is called as diffusers' own. A Wan model is run by
-    penstock's own code, its tensors on the CPU. Any other folder of diffusers becomes the pipeline
-    that its ``model_index.json`` names: networks keep their classes and forwards, and their weights
-    go from the files to where they are used, block by block, in the types they are stored in (what
-    a class keeps in fp32 is in fp32; such a network is copied to a pack first).
+    Only headers are read now. The pipeline is called as diffusers' own. Wan2.1 is run by
+    penstock's own code, its tensors on the CPU. Any other folder of diffusers, Wan2.2's and FLF2V's
+    among them, becomes the pipeline that its ``model_index.json`` names: networks keep their
+    classes and forwards, and their weights go from the files to where they are used, block by
+    block, in the types they are stored in (what a class keeps in fp32 is in fp32; such a network is
+    copied to a pack first).
 
     Args:
         path: a folder (of diffusers, Wan or ComfyUI), a transformer's file, or a hub id; of other
-            models than Wan a folder of diffusers.
+            models than Wan2.1 a folder of diffusers.
         vram, ram, device: as for `attach`.
-        format: run the transformer stored in it. None: as its files are. A Wan model's pack is made
+        format: run the transformer stored in it. None: as its files are. Wan2.1's pack is made
             once, in penstock's cache; another model's at every opening.
-        files: parts given by themselves; they win over what ``path`` holds. Wan only.
-        activations, exact: as for `attach`; Wan needs none.
+        files: parts given by themselves; they win over what ``path`` holds. Wan2.1 only.
+        activations, exact: as for `attach`; Wan2.1 needs none.
 
     Returns:
         A `WanImageToVideoPipeline`, a `WanPipeline` where a Wan model takes no picture, or the
@@ -385,28 +389,56 @@ def load_pipeline(
 
     Raises:
         CheckpointError: no model that penstock runs, or parts of it are missing.
+        NotRun: a model that is run from a folder of diffusers alone, given otherwise.
         UsageError: an illegal size, device or format.
         OverBudget: not even one block of each network fits.
     """
     check_versions()
     hardware = budgets(device, vram, ram)
     if files is None and is_foreign(Path(path)):
-        fmt = None if format is None else get_format(format)
-        work_bytes = parse_bytes(activations) if activations else 0
-        return attach_folder(Path(path), hardware, fmt, work_bytes, exact=exact).pipe
+        return _foreign_folder(path, hardware, format, activations, exact=exact)
     model = ModelFiles.open(path, files)
+    family = cast("AttachFamily", model.source.family)
+    if not family.has_parts_for(model):
+        model.close()
+        _check_whole_folder(model, path, files)
+        return _foreign_folder(path, hardware, format, activations, exact=exact)
     if format is not None:
         model = _stored_as(model, get_format(format).name, cache_folder())
     with ExitStack() as stack:
         desk = Desk(model, hardware)
         stack.callback(desk.close)
-        family = cast("AttachFamily", model.source.family)
         pipe = family.pipeline_of(model, desk)
         attached = Attached(pipe)._begin(desk, 0, stack.pop_all())
     for name in family.attach_parts():
         if getattr(pipe, name, None) is not None:
             object.__setattr__(getattr(pipe, name), "attached", attached)
     return pipe
+
+
+def _foreign_folder(
+    path: str | Path,
+    hardware: Hardware,
+    format: str | None,
+    activations: str | int,
+    *,
+    exact: bool,
+) -> Any:
+    fmt = None if format is None else get_format(format)
+    work_bytes = parse_bytes(activations) if activations else 0
+    return attach_folder(Path(path), hardware, fmt, work_bytes, exact=exact).pipe
+
+
+def _check_whole_folder(model: ModelFiles, path: str | Path, files: Files | None) -> None:
+    """Refuse a model that only its own classes run, where they have no folder to open."""
+    if files is None and index_of(Path(path)) is not None:
+        return
+    raise NotRun(
+        f"{model.origin} is no model that load_pipeline opens from files of their own",
+        expected="a folder of diffusers, or Wan2.1 text-to-video or image-to-video",
+        found=model.streamed.source.title,
+        remedy="Use Engine.open or `penstock generate`, or give a folder of diffusers.",
+    )
 
 
 def attach_folder(

@@ -25,7 +25,10 @@ from penstock.profiles.phases import Manifest
 
 Config = Mapping[str, Any]
 
-_MODULES = ("penstock.engine.families.wan.family",)
+_MODULES = (
+    "penstock.engine.families.wan.family",
+    "penstock.engine.families.minimax_h3.family",
+)
 """The registry: every family there is, in the order in which files are tried."""
 
 

@@ -24,7 +24,8 @@ PARTS: Mapping[str, Expert] = {FIRST: "high", SECOND: "low"}
 _NOISE = re.compile(r"(high|low)(?=[ _.-]*noise)", re.IGNORECASE)
 _WORD = re.compile(r"(?<![a-z])(high|low)(?![a-z])", re.IGNORECASE)
 _RELEASE = re.compile(r"2[._]?2(?!\d)|a14b", re.IGNORECASE)
-_TITLES = ("general.name", "modelspec.title")
+_TITLES = ("general.name", "general.basename", "general.finetune", "modelspec.title")
+"""Of a header. The usual converters of GGUF write none: of their files only the name tells."""
 _OTHER = {"high": "low", "low": "high", "High": "Low", "Low": "High", "HIGH": "LOW", "LOW": "HIGH"}
 
 

@@ -224,12 +224,14 @@ def _diffusers(folder: Path, path: Path, files: Files | None) -> _Found:
     parts = [name for name in (*COMPONENTS, SECOND) if (folder / name).is_dir()]
     scheduler = folder / "scheduler" / "scheduler_config.json"
     processor = folder / "image_processor" / "preprocessor_config.json"
+    seeing = folder / "processor" / "preprocessor_config.json"
     defaults = folder / "defaults.json"
     return _Found(
         places={name: (folder / name,) for name in parts},
         tokenizer=folder / "tokenizer" if (folder / "tokenizer").is_dir() else None,
         scheduler=_checked(scheduler, side_fields.SCHEDULER),
-        image_processor=_checked(processor, side_fields.IMAGE_PROCESSOR),
+        image_processor=_checked(processor, side_fields.IMAGE_PROCESSOR)
+        or _checked(seeing, side_fields.PROCESSOR),
         defaults=_checked(defaults, side_fields.DEFAULTS) or {},
         pipeline=pipeline_facts(index),
     )

@@ -157,9 +157,9 @@ def _run_of(kind: ComponentKind, name: str) -> str:
 
 def _run_order(run: str) -> tuple[int, int]:
     kind, _, number = run.partition(" ")
-    return ("embedding", "rest", "once", "encoder", "decoder", "cross", "block").index(kind), int(
-        number or 0
-    )
+    return ("embedding", "rest", "once", "vision", "encoder", "decoder", "cross", "block").index(
+        kind
+    ), int(number or 0)
 
 
 def _step(

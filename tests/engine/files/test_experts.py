@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from penstock.engine.families.wan.tiny import write_tiny_model
-from penstock.engine.files.experts import expert_named, expert_of_lora, partner_of
+from penstock.engine.files.experts import PARTS, expert_named, expert_of_lora, partner_of
 from penstock.engine.files.locate import Files, ModelSource, locate
 from penstock.engine.inspect import inspect
 from penstock.engine.lora.file import Lora
@@ -283,3 +283,27 @@ def test_a_lora_for_one_of_two_needs_two(t2v_folder: Path, tmp_path: Path) -> No
     with pytest.raises(UsageError, match="Leave @high out"):
         ModelFiles.open(t2v_folder, loras=[Lora(lora, expert="high")])
     assert ModelFiles.open(t2v_folder, loras=[Lora(lora, expert="both")]).loras.given
+
+
+@pytest.mark.parametrize("key", ["general.name", "general.basename", "general.finetune"])
+def test_a_pair_of_gguf_files_may_say_it_inside(key: str, folder: Path, tmp_path: Path) -> None:
+    """Of two that are called nothing, the one that says so is known, and its place is checked."""
+    shutil.copy(folder / "transformer" / "config.json", tmp_path)
+    paths = []
+    for file, part, title in (
+        ("a.gguf", "transformer", "Wan2.2-A14B-HighNoise"),
+        ("b.gguf", "transformer_2", "Wan2.2-A14B-LowNoise"),
+    ):
+        tensors = _tensors(folder, part)
+        names = golden.original_names("transformer", list(tensors))
+        golden.write_gguf(tmp_path / file, tensors, names, "Q8_0", "wan", said={key: title})
+        paths.append(tmp_path / file)
+    rest = _rest(folder)
+    given = Files(paths[0], rest.text_encoder, rest.vae, None, rest.tokenizer, paths[1])
+    assert [locate(None, given).parts[part].component for part in PARTS] == list(PARTS)
+    swapped = Files(paths[1], rest.text_encoder, rest.vae, None, rest.tokenizer, paths[0])
+    with pytest.raises(UsageError, match="not in their places"):
+        locate(None, swapped)
+    alone = Files(paths[0], rest.text_encoder, rest.vae, None, rest.tokenizer)
+    with pytest.raises(CheckpointError, match="one of two"):
+        locate(None, alone)

@@ -90,15 +90,27 @@ def test_so_does_a_folder_with_other_files(
 
 
 @pytest.mark.parametrize(
-    "channels, name", [(48, "Wan Fun Control"), (52, "Wan2.2 Fun Control"), (32, "Wan Fun Camera")]
+    "channels, out, name",
+    [
+        (48, 16, "Wan Fun Control"),
+        (52, 16, "Wan2.2 Fun Control"),
+        (32, 16, "Wan Fun Camera"),
+        (100, 48, "Wan2.2 Fun InP 5B"),
+        (148, 48, "Wan2.2 Fun Control 5B"),
+    ],
 )
 def test_so_does_the_number_of_channels(
-    channels: int, name: str, original: dict[str, torch.Tensor], tmp_path: Path
+    channels: int, out: int, name: str, original: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     path = tmp_path / "x.safetensors"
-    weight = original["patch_embedding.weight"]
-    wide = {"patch_embedding.weight": torch.zeros(weight.shape[0], channels, *weight.shape[2:])}
+    weight, width = original["patch_embedding.weight"], original["head.head.weight"].shape[1]
+    wide = {
+        "patch_embedding.weight": torch.zeros(weight.shape[0], channels, *weight.shape[2:]),
+        "head.head.weight": torch.zeros(4 * out, width),
+        "head.head.bias": torch.zeros(4 * out),
+    }
     config = {"_class_name": "WanTransformer3DModel", "in_channels": channels}
+    config["out_channels"] = out
     save_file(original | wide, path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     _refused(path, name)

@@ -72,6 +72,15 @@ def test_frames_are_joined_and_none_is_shown_twice(clip: Path) -> None:
         list(joined(clip, [np.zeros((16, 16, 3), np.uint8)]))
 
 
+def test_the_first_frames_own_colours_turn_nothing(clip: Path) -> None:
+    """It is decoded alone, and off by itself."""
+    last = list(read_frames(clip))[-1]
+    made = [np.clip(last.astype(int) + off, 0, 255).astype(np.uint8) for off in (30, 3, 4, 5)]
+    found = list(joined(clip, made))[6:]
+    assert [round(float((frame.astype(int) - last).mean())) for frame in found] == [0, 1, 2]
+    assert len(list(joined(clip, made[:1]))) == 6
+
+
 def test_settings_come_from_the_clip_and_flags_win(clip: Path) -> None:
     found = going_on(Settings(prompt="", steps=4, frames=9), Clip.open(clip), Path("last.png"))
     assert found == Settings(

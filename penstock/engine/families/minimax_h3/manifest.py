@@ -11,7 +11,7 @@ from penstock.engine.families.minimax_h3 import plan
 from penstock.engine.families.minimax_h3.config import SCHEDULER, SOUND_SHIFT
 from penstock.engine.families.minimax_h3.denoise_plan import DENOISE
 from penstock.engine.families.minimax_h3.schedule import told
-from penstock.engine.families.minimax_h3.sizes import FPS, ClipGrid
+from penstock.engine.families.minimax_h3.sizes import FPS, GRID
 from penstock.engine.families.minimax_h3.sound.spec import AudioSpec
 from penstock.engine.families.minimax_h3.spec import PackedSpec
 from penstock.engine.families.minimax_h3.terms import H3Case
@@ -54,7 +54,7 @@ class H3Manifest:
     @property
     def grid(self) -> Grid:
         """As `penstock.engine.model.official.Official`."""
-        return ClipGrid()
+        return GRID
 
     @property
     def pictures(self) -> Pictures:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from penstock.engine.families.minimax_h3 import structure
 from penstock.engine.families.minimax_h3.manifest import H3Manifest
-from penstock.engine.families.minimax_h3.sizes import ClipGrid, Latents
+from penstock.engine.families.minimax_h3.sizes import GRID, Latents
 from penstock.engine.families.minimax_h3.sound import kind as sound
 from penstock.engine.families.minimax_h3.sound import spec as sound_spec
 from penstock.engine.families.minimax_h3.spec import PackedSpec
@@ -49,7 +49,7 @@ class H3Model(ModelFiles):
     @property
     def grid(self) -> Grid:
         """The sizes that the model can represent."""
-        return ClipGrid()
+        return GRID
 
     def sizes(self, shape: VideoShape) -> Latents:
         """Of the latents of a video and its sound."""

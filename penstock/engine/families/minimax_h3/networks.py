@@ -16,8 +16,8 @@ def build(component: str, config: Mapping[str, Any]) -> tuple[Any, Any]:
     """The network of ``component`` under ``config``, and its one block (None: it has none)."""
     if component == "transformer":
         return modules.build(known(config))
-    if component == "vae":
-        return video.build(config)
+    if component in ("vae_encoder", "vae_decoder"):
+        return video.build(component, config)
     if component == "audio_vae":
         return sound.build(config)
     if component == "vision":

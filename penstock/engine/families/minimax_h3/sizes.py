@@ -22,31 +22,18 @@ SOUND_RATE = 40
 """Latents of the sound a second, of each channel."""
 
 
-@dataclass(frozen=True)
-class ClipGrid(Grid):
-    """Frames by whole clips of the VAE and a short one, within the lengths that were trained."""
+MOST_FRAMES = CLIP_FRAMES * MOST_CLIPS + LAST_FRAMES
 
-    side: int = SIDE
-    temporal: int = CLIP_FRAMES
-    positions: int = 1024
-    coherent: int = CLIP_FRAMES * MOST_CLIPS + LAST_FRAMES
-    ends_alone: bool = True
-
-    @property
-    def max_frames(self) -> int:
-        """The largest number of frames."""
-        return CLIP_FRAMES * MOST_CLIPS + LAST_FRAMES
-
-    @property
-    def frames_told(self) -> str:
-        """The legal numbers of frames, for people."""
-        least = CLIP_FRAMES * FEWEST_CLIPS + LAST_FRAMES
-        return f"{CLIP_FRAMES}n+{LAST_FRAMES} from {least} to {self.max_frames}"
-
-    def nearest_frames(self, frames: int) -> int:
-        """The legal frame count nearest to ``frames``; the smaller of two equally near ones."""
-        clips = -((CLIP_FRAMES // 2 - (frames - LAST_FRAMES)) // CLIP_FRAMES)
-        return CLIP_FRAMES * min(max(clips, FEWEST_CLIPS), MOST_CLIPS) + LAST_FRAMES
+GRID = Grid(
+    side=SIDE,
+    temporal=CLIP_FRAMES,
+    rest=LAST_FRAMES,
+    fewest=CLIP_FRAMES * FEWEST_CLIPS + LAST_FRAMES,
+    most=MOST_FRAMES,
+    coherent=MOST_FRAMES,
+    ends_alone=True,
+)
+"""Frames by whole clips of the VAE and a short one, within the lengths that were trained."""
 
 
 @dataclass(frozen=True)

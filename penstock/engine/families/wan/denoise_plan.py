@@ -54,6 +54,14 @@ RESIDUAL_COST = 0.005
 """Of the job's time that hidden states in fp32 may take more, where nothing is said of them. They
 take memory, for residents and for larger chunks."""
 
+EVEN_BYTES = 1.05
+"""What a step in windows may move, over what a step of one window alone does, and count as no more:
+the states of the windows that share a visit take the room of a block or two."""
+
+EVEN_COST = 0.02
+"""Of the job's time that a plan may take more under which a step in windows moves no more than
+that: smaller chunks, which decode the weights more often, leave room for blocks that stay."""
+
 EIGHT_BIT_WORKSPACE_BYTES = 128 * MIB
 """Temporaries of an 8-bit matrix product (`penstock.quant.compute.DEFAULT_CHUNK_BYTES`)."""
 
@@ -117,14 +125,41 @@ class Denoise:
         return manifest.second
 
     def best(self, limits: Limits) -> Group | None:
-        """As `penstock.profiles.phases.Step`; hidden states in fp32 may cost `RESIDUAL_COST`."""
-        found = [self._best(residual, limits) for residual in self._residuals]
-        narrow, wide = found[0], found[-1]
-        if narrow is None:
-            return None
-        if wide is not None and wide[0] <= narrow[0] * (1 + RESIDUAL_COST):
-            return wide[1]
-        return narrow[1]
+        """As `penstock.profiles.phases.Step`; hidden states in fp32 may cost `RESIDUAL_COST`, and
+        bytes that do not grow with the windows `EVEN_COST`."""
+        fastest = self._fastest(limits)
+        if fastest is None or self._cost_case().windows == 1:
+            return fastest and fastest[1]
+        objective, found = fastest
+        most = self._even_bytes(limits)
+        if most is None or found[1].copied_bytes <= most:
+            return found
+        even = self._fastest(limits, most, objective * (1 + EVEN_COST))
+        log.debug("%s bytes instead of %s: %s", most, found[1].copied_bytes, even)
+        return even[1] if even else found
+
+    def _even_bytes(self, limits: Limits) -> int | None:
+        """The most that the steps may copy and move no more than those of one window alone, whose
+        hidden states are in what is best for it."""
+        work, policy = self.case.workload, replace(self.case.policy, residual="auto")
+        assert work.windows is not None
+        shape = replace(work.shape, frames=work.windows.length)
+        alone = replace(work, shape=shape, windows=None)
+        found = replace(self, case=replace(self.case, workload=alone, policy=policy)).best(limits)
+        return None if found is None else int(EVEN_BYTES * found[1].copied_bytes)
+
+    def _fastest(
+        self,
+        limits: Limits,
+        most_copied: float = float("inf"),
+        better_than: float = float("inf"),
+    ) -> tuple[float, Group] | None:
+        """The best with hidden states in fp32 where they may be, and its objective before."""
+        each = [self._best(name, limits, most_copied, better_than) for name in self._residuals]
+        narrow, wide = each[0], each[-1]
+        if narrow is None or (wide and wide[0] <= narrow[0] * (1 + RESIDUAL_COST)):
+            return wide
+        return narrow
 
     @property
     def _residuals(self) -> tuple[str, ...]:
@@ -134,11 +169,18 @@ class Denoise:
         fixed = self.case.policy.residual
         return RESIDUALS if fixed == "auto" else (fixed,)
 
-    def _best(self, residual: str, limits: Limits) -> tuple[float, Group] | None:
-        """Shapes by what they compute, until none can win: the best, and its objective before."""
+    def _best(
+        self, residual: str, limits: Limits, most_copied: float, better_than: float
+    ) -> tuple[float, Group] | None:
+        """Shapes by what they compute, until none can win: the best, and its objective before.
+
+        Args:
+            most_copied: bytes, in the whole phase.
+            better_than: objectives above this are none.
+        """
         contexts = {away: self._context(away, residual, limits) for away in (True, False)}
         best: Group | None = None
-        best_objective = float("inf")
+        best_objective = better_than
         for shape in self._shapes:
             if shape.cost.residual != residual:
                 continue
@@ -148,7 +190,7 @@ class Denoise:
             if context is None:
                 log.debug("refused, no room for the context: %s", shape.cost)
                 continue
-            stream = self._stream(shape, limits, best_objective - context.seconds)
+            stream = self._stream(shape, limits, most_copied, best_objective - context.seconds)
             if stream is None:
                 log.debug("refused, no stream fits or is faster: %s", shape.cost)
                 continue
@@ -158,7 +200,10 @@ class Denoise:
                 best, best_objective = found, objective
         return None if best is None else (best_objective, best)
 
-    def _stream(self, shape: Shape, limits: Limits, better_than: float) -> Stream | None:
+    def _stream(
+        self, shape: Shape, limits: Limits, most_copied: float, better_than: float
+    ) -> Stream | None:
+        fetched = shape.passes * self._fetched_bytes(shape.cost)
         rest = self.spec.weights.rest_bytes
         held_vram = shape.work_bytes + rest
         held_ram = sum(count for _, count in self._host_work(shape))
@@ -174,6 +219,7 @@ class Denoise:
             self.case.rates,
             room,
             from_disk=self.case.policy.disk != "never",
+            most_copied=most_copied - fetched,
             better_than=better_than,
         )
 

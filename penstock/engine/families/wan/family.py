@@ -149,6 +149,12 @@ def attachable(pipe: Any) -> None:
     check(pipe)
 
 
+def has_parts_for(model: WanModel) -> bool:
+    """Whether those parts make diffusers' pipeline of a model: Wan2.1's of one picture or none."""
+    manifest = model.manifest
+    return not (manifest.second or manifest.tokenwise or manifest.transformer.pos_embed)
+
+
 def attach_parts() -> Any:
     """What stands in the place of each network of a diffusers pipeline."""
     from penstock.engine.families.wan.attach.pipeline import PARTS

@@ -3,20 +3,26 @@ run them, streamed as resident, inside their plan, and across the swap after any
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import penstock
 from penstock.engine.engine import Engine
 from penstock.engine.families.wan.tiny import write_tiny_model
-from penstock.engine.request.generation import GenerationRequest, workload_of
+from penstock.engine.files.experts import PARTS
+from penstock.engine.files.locate import Files
+from penstock.engine.lora.file import Lora
+from penstock.engine.request.generation import DISTILLED, GenerationRequest, workload_of
 from penstock.engine.run.events import PhaseStarted, Progress
 from penstock.engine.run.jobs import describe
 from penstock.engine.run.report import JobResult
@@ -196,9 +202,46 @@ def test_the_makers_settings(engine: Engine) -> None:
     assert official.flow_shift(1280, 720, None) == SHIFT[True]
 
 
-def test_load_pipeline_names_what_it_does_not_open(folder: Path) -> None:
-    with pytest.raises(NotRun, match="load_pipeline"):
-        penstock.load_pipeline(folder, device="cpu")
+def test_load_pipeline_names_what_it_does_not_open(folder: Path, tmp_path: Path) -> None:
+    """Before it packs anything."""
+    files = Files(transformer=folder / "transformer", transformer_2=folder / "transformer_2")
+    with (
+        mock.patch("penstock.engine.attach.pipe._stored_as", side_effect=AssertionError),
+        pytest.raises(NotRun, match="load_pipeline"),
+    ):
+        penstock.load_pipeline(folder, device="cpu", files=files, format="int8")
+
+
+@pytest.mark.parametrize("format", [None, "int8"])
+def test_load_pipeline_streams_both_as_diffusers_runs_them(
+    folder: Path, asked: GenerationRequest, format: str | None
+) -> None:
+    """To the bit where the bytes lie as the stream lays them: a kernel rounds by alignment."""
+
+    def latents(pipe: Any) -> torch.Tensor:
+        pipe.set_progress_bar_config(disable=True)
+        made: torch.Tensor = pipe(
+            image=Image.open(asked.image), prompt="a red circle", negative_prompt="blurry",
+            height=32, width=48, num_frames=9, num_inference_steps=4, guidance_scale=3.5,
+            guidance_scale_2=3.0, generator=torch.Generator().manual_seed(1), output_type="latent",
+        ).frames  # fmt: skip
+        return made
+
+    pipe = penstock.load_pipeline(folder, vram="8MiB", ram="8MiB", device="cpu", format=format)
+    found = latents(pipe)
+    report = vars(pipe)["_penstock_attached"].report
+    assert report.peak_vram_bytes <= 8 << 20 and report.peak_ram_bytes <= 8 << 20
+    assert report.copied_bytes > 0
+    whole = type(pipe).from_pretrained(folder)
+    penstock.detach(pipe)
+    for name in ("transformer", "transformer_2", "vae", "text_encoder"):
+        for weight in getattr(whole, name).parameters():
+            weight.data = weight.data.clone()
+    theirs = latents(whole)
+    if format is None:
+        assert torch.equal(found, theirs)
+    else:
+        assert 0 < (found - theirs).abs().mean() < 0.1 * theirs.abs().mean()
 
 
 def test_two_scales_are_of_two_transformers(t2v_folder: Path, asked: GenerationRequest) -> None:
@@ -244,3 +287,45 @@ def test_each_transformer_has_its_own_step_cache(
         again = engine.resume(tmp_path / "job").result()
     assert torch.equal(again.latents, whole.latents)
     assert again.report.computed_steps == computed
+
+
+def _lora(path: Path, seed: int) -> dict[str, torch.Tensor]:
+    """A LoRA of two matrices of every block, and what it adds to them by their names."""
+    draw, tensors, added = torch.Generator().manual_seed(seed), {}, {}
+    for block in range(4):
+        for theirs, ours in (("self_attn.q", "attn1.to_q"), ("ffn.0", "ffn.net.0.proj")):
+            out, width = (224 if theirs == "ffn.0" else 96), 96
+            down = torch.randn(2, width, generator=draw)
+            up = 0.05 * torch.randn(out, 2, generator=draw)
+            name = f"diffusion_model.blocks.{block}.{theirs}"
+            tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+            added[f"blocks.{block}.{ours}.weight"] = up @ down
+    save_file(tensors, path)
+    return added
+
+
+def test_a_pair_of_4_step_loras_is_as_if_merged(
+    folder: Path, asked: GenerationRequest, tmp_path: Path
+) -> None:
+    """Each in its own transformer, under the levels of a distilled model and without guidance."""
+    pair = {"high": tmp_path / "x4.safetensors", "low": tmp_path / "y4.safetensors"}
+    merged = shutil.copytree(folder, tmp_path / "merged")
+    for seed, part in enumerate(PARTS):
+        added = _lora(pair[PARTS[part]], seed)
+        (weights,) = (merged / part).glob("*.safetensors")
+        tensors = load_file(weights)
+        save_file(tensors | {n: tensors[n] + more for n, more in added.items()}, weights)
+    four = replace(asked, guidance_high=1.0, **DISTILLED)
+
+    def made(model: Path, **expert_of: str) -> torch.Tensor:
+        loras = [Lora.parse(f"{pair[name]}@{expert}") for name, expert in expert_of.items()]
+        with an_engine(model, loras=loras) as engine:
+            split = engine.model.manifest.split(workload_of(four))
+            assert len(split) == 2 and min(split) > 0 and sum(split) == 4
+            return engine.submit(four).result().latents
+
+    beside, folded = made(folder, high="high", low="low"), made(merged)
+    scale = folded.abs().max()
+    assert (beside - folded).abs().max() <= 1e-5 * scale  # sums in another order
+    for other in (made(folder), made(folder, high="low", low="high")):
+        assert (other - folded).abs().max() > 1e-3 * scale

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from penstock.engine.families.wan import denoise_plan
 from penstock.engine.families.wan.windowed import seen
 from penstock.engine.family.protocol import builtin
 from penstock.engine.run.sampler import initial_noise, long_noise
@@ -189,3 +190,41 @@ def test_planned_windows_share_visits(size: tuple[int, int]) -> None:
     for frames, each in found.items():
         assert each.copied_bytes <= 1.01 * block * (39 * passing[frames] + 40)
     assert found[241].read_bytes <= 1.05 * found[81].read_bytes
+
+
+def denoising(machine: Any, work: Workload, **options: Any) -> Any:
+    chosen = choose(load("12gb"), Options(**options), machine)
+    manifest = builtin("wan2.1-i2v-14b", "int8")
+    limits = {"pinned_bytes": chosen.pinned_bytes}
+    return plan(manifest, work, chosen.hardware, chosen.policy, **limits)["denoise"]
+
+
+@pytest.mark.parametrize("card", ["RTX 3060 12GB", "RTX 5090 32GB"])
+@pytest.mark.parametrize("size", [(832, 480), (1280, 720)])
+def test_what_a_step_moves_does_not_grow_with_the_video(
+    card: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 241 frames as of 81, in 12 GB and 64 GiB, for so little time; else a card that computes
+    for minutes has no reason to let windows share what comes over an idle link."""
+    machine = described(card, "64GiB", None)
+    work = Workload(VideoShape(*size, 241), 40, True, windows=Windows(81, 16))
+    alone = denoising(machine, Workload(VideoShape(*size, 81), 40, True))
+    even = denoising(machine, work)
+    assert (even.windows, even.branches) == (4, 8)
+    assert even.copied_bytes <= 1.05 * alone.copied_bytes
+    assert even == denoising(machine, work, residual="bf16")
+    monkeypatch.setattr(denoise_plan, "EVEN_COST", 0.0)
+    fastest = denoising(machine, work)
+    assert fastest.copied_bytes > 1.2 * even.copied_bytes
+    assert fastest.seconds < even.seconds <= 1.02 * fastest.seconds
+
+
+def test_windows_that_cannot_move_as_little_are_as_fast_as_can_be(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine = described("RTX 3060 12GB", "64GiB", None)
+    work = Workload(VideoShape(1280, 720, 241), 40, True, windows=Windows(81, 16))
+    found = denoising(machine, work, residual="fp32")
+    assert found.branches < 8
+    monkeypatch.setattr(denoise_plan, "EVEN_COST", 0.0)
+    assert found == denoising(machine, work, residual="fp32")

@@ -16,7 +16,7 @@ from penstock.engine.families.wan.clip import make_image_processor
 from penstock.engine.families.wan.fields import known
 from penstock.engine.families.wan.model import DECODER, TRANSFORMER
 from penstock.engine.model.files import ModelFiles
-from penstock.errors import CheckpointError, NotRun
+from penstock.errors import CheckpointError
 
 PARTS: Mapping[str, type[Part]] = MappingProxyType(
     {
@@ -32,20 +32,9 @@ def pipeline_of(model: ModelFiles, desk: Desk) -> Any:
     """diffusers' pipeline of ``model``, its networks replaced by parts.
 
     Raises:
-        CheckpointError: the model's scheduler is none of diffusers; NotRun: Wan2.2, or a model of
-            two pictures.
+        CheckpointError: the model's scheduler is none of diffusers.
     """
     from diffusers import WanImageToVideoPipeline, WanPipeline
-
-    manifest = model.manifest
-    if manifest.second is not None or manifest.tokenwise or manifest.transformer.pos_embed:
-        raise NotRun(
-            f"{model.origin} is no model that load_pipeline opens",
-            expected="Wan2.1 text-to-video or image-to-video",
-            found=model.streamed.source.title,
-            remedy="Use Engine.open or `penstock generate`, or penstock.attach on diffusers' own "
-            "pipeline.",
-        )
 
     device = torch.device("cpu")
     parts: dict[str, Any] = {

@@ -1,0 +1,1 @@
+"""Lists of requests, made one after the other or on several workers, each once."""

@@ -1,0 +1,101 @@
+"""``penstock serve``: from flags to a server's settings."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from penstock.cli.files import reported
+from penstock.cli.options import NOTHING, with_options
+from penstock.cli.paths import path_option
+from penstock.cli.terminal import say
+from penstock.errors import UsageError
+from penstock.profiles.options import Options
+from penstock.units import parse_bytes
+
+_NEEDED = (
+    "fastapi", "uvicorn", "sse_starlette", "prometheus_client", "python_multipart",
+)  # fmt: skip
+_PORT = 8730
+
+
+@with_options()
+def serve(
+    model: Annotated[
+        list[str], typer.Option(help="A model: DIR, or NAME=DIR; again for more. The first counts.")
+    ],
+    host: Annotated[
+        str, typer.Option(help="Where to listen; others than this machine need a key.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Where to listen.", min=0, max=65535)] = _PORT,
+    folder: Annotated[
+        Path | None, path_option("For the queue and the videos (the data directory).")
+    ] = None,
+    keep_alive: Annotated[
+        float,
+        typer.Option(help="Seconds without a job until memory is given back.", min=0),
+    ] = 300.0,
+    api_key: Annotated[
+        str | None,
+        typer.Option(help="That every request must carry.", envvar="PENSTOCK_API_KEY"),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A name by which the server may be called, besides.")
+    ] = None,
+    allow_urls: Annotated[
+        bool, typer.Option("--allow-urls", help="Fetch pictures from http(s) addresses.")
+    ] = False,
+    lora_dir: Annotated[
+        list[Path] | None, typer.Option(help="A folder whose LoRAs may be named; again for more.")
+    ] = None,
+    max_waiting: Annotated[int, typer.Option(help="Videos that wait at most.", min=1)] = 1000,
+    max_kept: Annotated[
+        str | None, typer.Option(help='Bytes of videos that are kept at most, such as "100GiB".')
+    ] = None,
+    max_upload: Annotated[
+        str, typer.Option(help="Bytes of a request at most, its pictures included.")
+    ] = "32MiB",
+    max_pixels: Annotated[int, typer.Option(help="Of a picture.", min=1)] = 40_000_000,
+    options: Options = NOTHING,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Answer at /v1/videos: a queue that survives, plans before anything is queued."""
+    with reported(debug):
+        _check_installed()
+        from penstock.serve.launch import serve as launch
+        from penstock.serve.settings import Limits, ServeSettings, named_models
+
+        limits = Limits(
+            body_bytes=parse_bytes(max_upload),
+            pixels=max_pixels,
+            waiting=max_waiting,
+            kept_bytes=None if max_kept is None else parse_bytes(max_kept),
+        )
+        own = {} if folder is None else {"folder": folder}
+        settings = ServeSettings(
+            models=named_models(model),
+            options=options,
+            host=host,
+            port=port,
+            keep_alive_s=keep_alive,
+            api_key=api_key,
+            allow_urls=allow_urls,
+            lora_folders=tuple(lora_dir or ()),
+            hosts=tuple(name.lower() for name in allow_host or ()),
+            limits=limits,
+            **own,
+        )
+        launch(settings, say)
+
+
+def _check_installed() -> None:
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(
+            "the server's packages are not installed",
+            found=f"no {', '.join(missing)}",
+            remedy='pip install "penstock[serve]"',
+        )

@@ -1,0 +1,115 @@
+"""Runs a server until it is told to end."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+from penstock.errors import JobLocked, UsageError
+from penstock.serve.app import create_app
+from penstock.serve.protocol import protocol
+from penstock.serve.service import Service
+from penstock.serve.settings import ServeSettings
+
+_KEEP_ALIVE_S = 5
+_GRACE_S = 3
+"""For answers that are being sent when the server ends."""
+
+_BACKLOG = 512
+
+
+def serve(settings: ServeSettings, say: Callable[[str], None]) -> None:
+    """Answer until SIGINT or SIGTERM; jobs that run by then are gone on with by the next server.
+
+    Args:
+        settings: of the server.
+        say: told where it listens, once it does.
+
+    Raises:
+        UsageError: the address is taken, or another server has the folder.
+        PenstockError: a model cannot be opened.
+    """
+    asyncio.run(_serve(settings, say))
+
+
+async def _serve(settings: ServeSettings, say: Callable[[str], None]) -> None:
+    with _bound(settings) as listener:
+        try:
+            service = Service(settings)
+        except JobLocked as error:
+            raise UsageError(
+                "another server has this folder",
+                expected="a folder of its own for each",
+                found=f"{settings.folder}, {error.found}",
+                remedy="Give --folder another one, or end that server.",
+            ) from error
+        try:
+            await service.open()
+            names, (host, port) = ", ".join(settings.models), listener.getsockname()[:2]
+            say(f"{names} at http://{f'[{host}]' if ':' in host else host}:{port}")
+            await server_of(service).serve(sockets=[listener])
+        finally:
+            await service.close()
+
+
+def server_of(service: Service) -> uvicorn.Server:
+    """What answers for a service, on the loop that it was opened on."""
+    limits = service.settings.limits
+    config = uvicorn.Config(
+        create_app(service),
+        http=protocol(limits, service.connections),
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        backlog=_BACKLOG,
+        limit_concurrency=limits.connections,
+        h11_max_incomplete_event_size=limits.header_bytes,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=_GRACE_S,
+    )
+    return _Server(config)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn raises the signal again when it has ended, which would leave nobody to clean up."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals let the server end, no more; off the main thread there are none."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, self.handle_exit) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+
+
+@contextmanager
+def _bound(settings: ServeSettings) -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        listener = socket.create_server(
+            (settings.host, settings.port), family=family, backlog=_BACKLOG
+        )
+    except OSError as error:
+        raise UsageError(
+            f"{settings.host}:{settings.port} cannot be listened at",
+            expected="a free port of this machine",
+            found=error.strerror,
+            remedy="Choose another --port, or end what has it.",
+        ) from error
+    with listener:
+        yield listener

@@ -96,7 +96,7 @@ def test_vision_at_the_true_shape(item: int, grids: Any) -> None:
     assert found <= planned <= 1.05 * found
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.integers(1, 40), st.integers(1, 60), st.integers(1, 3), st.integers(1, 3),
     st.sampled_from([8, 16]), st.integers(0, 2), st.integers(1, 30), st.sampled_from([2, 4]),
@@ -115,7 +115,7 @@ def test_text_is_never_under(
     assert found <= cost.text_bytes(spec, count, seen, item)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     st.integers(1, 4), st.integers(1, 4), st.integers(1, 60), st.integers(1, 50),
     st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=2),

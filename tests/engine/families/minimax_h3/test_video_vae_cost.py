@@ -51,7 +51,7 @@ def test_a_tile_through_the_decoder(item: int) -> None:
     assert meter.peak <= planned <= 1.05 * meter.peak
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     st.integers(1, 4), st.sampled_from([16, 32]), st.integers(1, 5), st.integers(1, 4),
     st.integers(1, 3), st.integers(1, 3), st.sampled_from([2, 4]),

@@ -76,7 +76,8 @@ def _attention(spec: TextSpec, tokens: int, item: int) -> int:
         normed + projected,
         projected + head_norm,
         turned,
-        projected + queries + sums,
+        3 * queries + 2 * keys,  # keys and values repeated for each query
+        4 * queries + sums,
         queries + normed,
     )
 

@@ -321,6 +321,14 @@ class DecodeTiles:
             + elements * case.rates.element_s
         )
 
+    def _host_weights(self, stream: Stream, room: int) -> Items:
+        """What is outside the blocks comes before the stream opens."""
+        streamed = stream.host_items(room)
+        staged = staging_bytes(self.case.manifest.vae.decoder.rest_bytes, room)
+        if sum(count for _, count in streamed) >= staged:
+            return streamed
+        return (("weights staging", staged),)
+
     def _phase(self, passes: int, stream: Stream, limits: Limits) -> PhasePlan:
         spec, place = self.case.manifest.vae, stream.placement
         size = self._size(passes)
@@ -331,8 +339,8 @@ class DecodeTiles:
             "decode",
             weights=(("VAE decoder outside its blocks", rest), *stream.device_items),
             work=self._work(passes),
-            ram_weights=stream.host_items(room),
-            ram_work=(*self._host_work, ("weights staging", staging_bytes(rest, rest))),
+            ram_weights=self._host_weights(stream, room),
+            ram_work=self._host_work,
             stream=stream.plan,
             tiles=(groups, size),
             pinned_bytes=stream.pinned_bytes if self.case.pins else 0,

@@ -245,7 +245,8 @@ def generate(
         strange = {
             "--transformer": transformer, "--transformer-2": transformer_2,
             "--text-encoder": text_encoder, "--vae": vae, "--image-encoder": image_encoder,
-            "--audio-vae": audio_vae, "--tokenizer": tokenizer, "--last-image": last_image, "--max-area": max_area,
+            "--audio-vae": audio_vae, "--tokenizer": tokenizer, "--last-image": last_image,
+            "--max-area": max_area,
             "--shift": shift, "--sampler": sampler, "--distilled": distilled or None, "--fit": fit,
             "--clip-crop": clip_crop, "--lora": lora or None, "--job": job,
             "--resume": resume_same, "--continue": continues, "--window": window,

@@ -49,8 +49,9 @@ def _told(folder: Path, part: str) -> list[str]:
 def _is_named(entry: object) -> bool:
     """Whether the index has the part: a library and a class, and in a modular one where it is from;
     a part that was left out has nulls."""
-    named = isinstance(entry, list) and len(entry) in (2, 3)
-    return named and all(isinstance(each, str) for each in entry[:2])
+    if not isinstance(entry, list) or len(entry) not in (2, 3):
+        return False
+    return all(isinstance(each, str) for each in entry[:2])
 
 
 def _missing(folder: Path) -> Iterator[Path]:

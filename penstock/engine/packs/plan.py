@@ -26,6 +26,9 @@ from penstock.formats.scaled import Scaled8
 from penstock.offload.checkpoint import TensorEntry
 from penstock.quant.policy import default_policy
 
+_RUNS = ("embedding", "rest", "once", "vision", "encoder", "decoder", "cross", "block")
+"""Kinds of runs, in the order in which a pack holds them."""
+
 LEAST_RAM_BYTES = 64 << 20
 """The least memory for weights in work that a pack is made in."""
 
@@ -157,9 +160,7 @@ def _run_of(kind: ComponentKind, name: str) -> str:
 
 def _run_order(run: str) -> tuple[int, int]:
     kind, _, number = run.partition(" ")
-    return ("embedding", "rest", "once", "vision", "encoder", "decoder", "cross", "block").index(
-        kind
-    ), int(number or 0)
+    return _RUNS.index(kind), int(number or 0)
 
 
 def _step(

@@ -78,7 +78,7 @@ class Layout:
     @property
     def rows(self) -> int:
         """Of the whole sequence."""
-        return self.video.stop
+        return int(self.video.stop)
 
     @property
     def runs(self) -> tuple[Run, ...]:

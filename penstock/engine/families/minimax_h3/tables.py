@@ -137,7 +137,7 @@ def _out(model: Any, activated: Tensor) -> Tensor:
 
 def modulation(linear: Any, activated: Tensor) -> Tensor:
     """(timesteps, time_embed_dim) to (6, timesteps * modalities, d), scales plus one."""
-    made = linear(activated)
+    made: Tensor = linear(activated)
     six = made.view(len(activated) * MODALITIES, 6, -1).permute(1, 0, 2).contiguous()
     for scale in (six[1], six[4]):
         scale.add_(1.0)  # as `1.0 + scale` rounds, row by row or once

@@ -1,4 +1,4 @@
-"""A tiny random transformer of diffusers' MiniMax-H3, and the calls that its pipeline makes of it."""
+"""A tiny random transformer of diffusers' MiniMax-H3, and what its pipeline gives it."""
 
 from __future__ import annotations
 

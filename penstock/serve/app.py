@@ -53,6 +53,7 @@ def _gauges(service: Service) -> Mapping[str, Mapping[str, float]]:
         "videos": dict(service.queue.counts()),
         "waiting": {"": len(service.queue.waiting())},
         "kept_bytes": {"": service.queue.kept_bytes()},
+        "connections": {"": len(service.connections)},
         "worker_deaths": {"": service.crew.crashes},
         "used_bytes": {
             kind: sum(each.get(f"{kind}_bytes") or 0 for each in told) for kind in ("vram", "ram")

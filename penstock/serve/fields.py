@@ -41,7 +41,8 @@ def _gap(value: Any) -> Any:
 
 Gap = BeforeValidator(_gap)
 Whole = Annotated[int | None, Gap]
-Number = Annotated[float | None, Gap, Field(allow_inf_nan=False)]
+Number = Annotated[Annotated[float, Field(allow_inf_nan=False)] | None, Gap]
+Flag = Annotated[bool | None, Gap]
 Word = Annotated[str | None, Gap]
 
 
@@ -85,14 +86,12 @@ class PlanFields(BaseModel):
         None, description="Guidance of the second transformer (little noise), of models of two."
     )
     flow_shift: Number = Field(None, description="Flow shift of the noise levels.")
-    negative_prompt: Annotated[str | None, Field(max_length=_LONGEST_PROMPT)] = Field(
-        None, description="What to avoid."
-    )
+    negative_prompt: Text | None = Field(None, description="What to avoid.")
     seed: Whole = Field(None, description="0 to 2**32-1; drawn where it is absent or -1.")
     lora: Loras = Field(None, description='Names of /v1/loras: "name", "name:0.8", {name, scale}.')
     n: Whole = Field(None, description="1: a request is one video.")
     sampler: Word = Field(None, description="unipc, dpm++, euler or lcm.")
-    distilled: bool | None = Field(None, description="For models distilled to four steps.")
+    distilled: Flag = Field(None, description="For models distilled to four steps.")
     fit: Word = Field(None, description="A picture of another aspect: crop, pad or stretch.")
     nag_scale: Number = Field(None, description="Normalized attention guidance.")
     window: Whole = Field(None, description="Frames of a long video's windows; 0: all at once.")
@@ -192,7 +191,7 @@ class VideoFields(PlanFields):
     image_reference: Sent = Field(None, description="As input_reference.")
     reference_url: Word = Field(None, description="As input_reference.")
     continue_from: Word = Field(None, description="The id of a finished video to go on from.")
-    preview_every: Annotated[int | None, Gap, Field(ge=1)] = Field(
+    preview_every: Annotated[Annotated[int, Field(ge=1)] | None, Gap] = Field(
         None, description="Steps from one preview to the next (1)."
     )
 

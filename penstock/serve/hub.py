@@ -1,6 +1,6 @@
 """What is happening now: how far each running job is, and who is told of it.
 
-A client that reads slowly loses reports of progress, never a change of state.
+A client that reads slowly loses reports of progress, and of changes of state the older ones.
 """
 
 from __future__ import annotations

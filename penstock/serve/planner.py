@@ -28,7 +28,7 @@ from penstock.errors import ImageError, OverBudget, PenstockError
 from penstock.profiles.options import Options
 from penstock.profiles.plan import Plan
 from penstock.serve.order import IMAGE, PICTURES, error_values, settings_of
-from penstock.serve.worker import Line, own_output
+from penstock.serve.worker import Line, be_first_to_go, own_output
 
 log = logging.getLogger(__name__)
 
@@ -275,6 +275,7 @@ def _answer(planner: Planner, question: Mapping[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Answer until standard input ends."""
     line = Line(own_output())
+    be_first_to_go()
     config = json.loads(sys.stdin.readline())
     cache = config.get("cache")
     planner = Planner(

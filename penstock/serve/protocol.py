@@ -13,14 +13,20 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from penstock.serve.settings import Limits
 
 
-def protocol(limits: Limits) -> type[H11Protocol]:
-    """The protocol that ends a connection whose client is slower than ``limits`` have it."""
+def protocol(limits: Limits, connections: set[object]) -> type[H11Protocol]:
+    """The protocol that ends a connection whose client is slower than ``limits`` have it.
+
+    Args:
+        limits: of clients.
+        connections: has each one in it while it is there.
+    """
 
     class Patient(H11Protocol):
         _timer: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            connections.add(self)
             self._wait(limits.header_s)
 
         def data_received(self, data: bytes) -> None:
@@ -40,6 +46,7 @@ def protocol(limits: Limits) -> type[H11Protocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
+            connections.discard(self)
             self._stop()
 
         def _wait(self, seconds: float) -> None:

@@ -11,6 +11,7 @@ import shutil
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +146,9 @@ class Service:
 
     Attributes:
         settings: that it was started with.
-        queue, hub, crew: what its routes read.
+        queue, hub: what its routes read.
         about: what the planner says of each model.
+        connections: that are open.
     """
 
     def __init__(self, settings: ServeSettings, workers: Sequence[Worker] | None = None) -> None:
@@ -159,7 +161,8 @@ class Service:
         self._plans: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._workers = workers
         self.about: dict[str, Any] = {}
-        self.crew: Crew
+        self.connections: set[object] = set()
+        self._crew: Crew | None = None
         self._gone: dict[str, asyncio.Future[None]] = {}
         self._removals: dict[str, asyncio.Task[None]] = {}
 
@@ -174,19 +177,28 @@ class Service:
             await self._remove(row.id)
         await asyncio.to_thread(self._sweep)
         workers = self._workers or [self._process()]
-        self.crew = Crew(
+        self._crew = Crew(
             self.queue, self.hub, workers, self.settings.keep_alive_s, self._changed, self.folder
         )
-        self.crew.start()
+        self._crew.start()
 
     def _process(self) -> ProcessWorker:
-        settings = self.settings
-        return ProcessWorker(settings.models, settings.options, settings.cache)
+        """A worker under the budgets that the planner found: what fits now fits in its turn."""
+        settings, about = self.settings, self.about[self.settings.default_model]
+        options = replace(settings.options, vram=about["vram_bytes"], ram=about["ram_bytes"])
+        return ProcessWorker(settings.models, options, settings.cache)
+
+    @property
+    def crew(self) -> Crew:
+        """The workers, once the service is open."""
+        assert self._crew is not None
+        return self._crew
 
     async def close(self) -> None:
         """Stop everything as it is; the next server goes on from there."""
         self.hub.close()
-        await self.crew.close()
+        if self._crew is not None:
+            await self._crew.close()
         await self._planner.close()
         await asyncio.gather(*self._removals.values(), return_exceptions=True)
         self.queue.close()

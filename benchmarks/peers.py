@@ -584,8 +584,12 @@ def attached(options: argparse.Namespace, folder: Path) -> Peer:
     outside = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
     outside -= block * len(model.blocks)
     with penstock.stream(
-        model, "blocks", files=weights_file(folder), device=options.device,
-        vram=outside + block * 9 // 4, ram=block * 9 // 4,
+        model,
+        "blocks",
+        files=weights_file(folder),
+        device=options.device,
+        vram=outside + block * 9 // 4,
+        ram=block * 9 // 4,
     ) as streamed:
         yield call(model, inputs(options)), lambda: {"read_bytes": streamed.report.read_bytes}
 

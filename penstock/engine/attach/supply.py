@@ -140,7 +140,9 @@ class Supply(Closing):
         last = self._last
         if last is None or last in self._forks or self._explores:
             return
-        if (self._places[block] - self._places[last]) % len(self._layouts) != 1 % len(self._layouts):
+        if (self._places[block] - self._places[last]) % len(self._layouts) != 1 % len(
+            self._layouts
+        ):
             self._forks = [*self._forks, last][-MOST_FORKS:]
             self._pause()
 

@@ -558,7 +558,6 @@ def aircanvas(options: argparse.Namespace, folder: Path) -> Peer:
         sys.exit("aircanvas is not installed")
     from aircanvas.sharding.splitter import split_model
     from aircanvas.streaming.engine import StreamingEngine
-
     from safetensors.torch import save_file
 
     plain, place = folder / "plain", folder / "shards"
@@ -607,7 +606,8 @@ def mmgp(options: argparse.Namespace, folder: Path) -> Peer:
 
 
 FROM_DISK = (
-    "penstock_disk", "penstock_stream", "accelerate_disk", "mmap", "group_offload_disk", "aircanvas",
+    "penstock_disk", "penstock_stream", "accelerate_disk", "mmap", "group_offload_disk",
+    "aircanvas",
 )  # fmt: skip
 """Peers beside which the file is read plainly, for their rates to be compared with."""
 

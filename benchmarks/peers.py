@@ -556,8 +556,8 @@ def aircanvas(options: argparse.Namespace, folder: Path) -> Peer:
     beforehand (which is not timed)."""
     if importlib.util.find_spec("aircanvas") is None:
         sys.exit("aircanvas is not installed")
-    from aircanvas.sharding.splitter import split_model
-    from aircanvas.streaming.engine import StreamingEngine
+    splitter = importlib.import_module("aircanvas.sharding.splitter")
+    streaming = importlib.import_module("aircanvas.streaming.engine")
     from safetensors.torch import save_file
 
     plain, place = folder / "plain", folder / "shards"
@@ -566,9 +566,11 @@ def aircanvas(options: argparse.Namespace, folder: Path) -> Peer:
     shutil.copy(config, plain / "transformer")
     # Of the file's tensors those that only fill pages up are none that it knows.
     save_file(dict(tensors(folder)), plain / "transformer" / weights_file(folder).name)
-    manifest = split_model(str(plain), subfolder="transformer", cache_dir=place)
+    manifest = splitter.split_model(str(plain), subfolder="transformer", cache_dir=place)
     shutil.rmtree(plain)
-    with StreamingEngine(empty_model(folder), manifest, place, device=options.device) as engine:
+    with streaming.StreamingEngine(
+        empty_model(folder), manifest, place, device=options.device
+    ) as engine:
         yield call(engine.model, inputs(options)), lambda: dict(engine.stats)
 
 

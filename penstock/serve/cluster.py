@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import socket
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
@@ -25,19 +26,26 @@ from penstock.errors import UsageError
 from penstock.profiles.options import Options
 from penstock.serve.child import Died
 from penstock.serve.crew import Worker
-from penstock.serve.order import COMPLETED, FILES, VIDEO, Order, Tell
+from penstock.serve.order import COMPLETED, FILES, UNSEEN, VIDEO, Order, Tell
 from penstock.serve.workers import Models, threads_each
 
 LOCAL, AUTOMATIC = "local", "auto"
 
-UNSEEN = "unseen"
-"""In the notice of a worker that does not see a job's folder."""
-
 _STORE_BYTES = 100 << 20
 """Of Ray's object store on this machine: a video and a picture pass through it at most."""
 
+_LISTENS_S = 10.0
+"""How long a cluster's head may take to answer a connection."""
+
+_PLACED_S = 300.0
+"""How long a cluster may take to find a place for an actor, and to start it there."""
+
 _NEWS_S = 1.0
 """How long an actor waits for something to tell before it says that there is nothing."""
+
+_NICE = "5"
+"""Of actors on this machine, as of `penstock.serve.worker`; Ray's own, 15, starves them where
+anything else computes."""
 
 _CALLS = 4
 """Calls that an actor answers at a time: a job runs, its news are asked for, it is cancelled."""
@@ -65,6 +73,10 @@ class Hand:
         self._changed = threading.Condition()
         self._news: list[Mapping[str, Any]] = []
         self._ended = False
+
+    def here(self) -> bool:
+        """Yes: the actor has its place."""
+        return True
 
     def sees(self, marker: str, token: str) -> bool:
         """Whether a file that was just written elsewhere is here as well."""
@@ -168,6 +180,7 @@ class RayWorker:
     async def _run(self, order: Order, tell: Tell) -> Mapping[str, Any]:
         if self._actor is None:
             self._actor = self._made()
+            await self._placed()
         actor, folder = self._actor, Path(order.folder)
         shares = await self._shares(actor, folder)
         files = None if shares else _files_in(folder)
@@ -188,6 +201,12 @@ class RayWorker:
             write_atomically(FileOps(), folder / VIDEO, [video])
         return dict(outcome)
 
+    async def _placed(self) -> None:
+        try:
+            await asyncio.wait_for(_answer(self._actor.here.remote()), _PLACED_S)
+        except asyncio.TimeoutError as error:
+            raise Died("has found no place in the cluster") from error
+
     async def _shares(self, actor: Any, folder: Path) -> bool:
         marker, token = folder / f"seen-{secrets.token_hex(6)}", secrets.token_hex(16)
         marker.write_text(token, encoding="ascii")
@@ -207,6 +226,10 @@ class RayWorker:
         actor, self._actor = self._actor, None
         if actor is not None:
             await asyncio.to_thread(self._ray.kill, actor)
+
+
+async def _answer(reference: Any) -> Any:
+    return await reference
 
 
 def _files_in(folder: Path) -> dict[str, bytes]:
@@ -234,16 +257,33 @@ def connected(address: str) -> Any:
     if address == LOCAL:
         _begin(ray)
         return ray
+    if address != AUTOMATIC:
+        _check_listens(address)
     try:
         ray.init(address=address, log_to_driver=False)
     except ConnectionError as error:
         if address != AUTOMATIC:
-            raise UsageError("no Ray cluster there", found=address) from error
+            raise UsageError("no Ray cluster there", found=f"{address}: {error}") from error
         _begin(ray)
     return ray
 
 
+def _check_listens(address: str) -> None:
+    """Ray itself looks for minutes."""
+    host, colon, port = address.rpartition(":")
+    expected = 'local, auto, or its head as "HOST:6379"'
+    if not colon or not port.isdecimal() or "/" in host:
+        raise UsageError("no address of a Ray cluster", expected=expected, found=address)
+    try:
+        socket.create_connection((host, int(port)), _LISTENS_S).close()
+    except (OSError, OverflowError) as error:
+        raise UsageError(
+            "no Ray cluster there", expected=expected, found=f"{address}: {error}"
+        ) from error
+
+
 def _begin(ray: Any) -> None:
+    os.environ.setdefault("RAY_worker_niceness", _NICE)
     ray.init(
         address=LOCAL,
         include_dashboard=False,
@@ -267,8 +307,6 @@ def on_ray(ray: Any, models: Models, cpus: int | None = None) -> list[Worker]:
     count = sum(gpus) if cpus is None else cpus
     on_cpu = cpus is not None or count == 0
     count = max(1, count)
-    if on_cpu and models.options.device is None:
-        models = replace(models, options=replace(models.options, device="cpu"))
     threads = threads_each(count) if on_cpu and count > 1 else None
     return [
         RayWorker(ray, f"ray {place + 1}", models, 0 if on_cpu else 1, threads)

@@ -7,6 +7,7 @@ import pytest
 from penstock.errors import UsageError
 from penstock.profiles.hardware import probe
 from penstock.profiles.options import Options
+from penstock.serve.cluster import connected
 from penstock.serve.workers import Crowd, Device, devices_of, shared_out, threads_each
 
 
@@ -46,11 +47,20 @@ def test_workers_have_names_threads_and_devices(monkeypatch: pytest.MonkeyPatch)
         assert [worker.name for worker in workers] == ["cpu 1", "cpu 2"]
         for worker in workers:
             assert worker._env == {"OMP_NUM_THREADS": str(threads_each(2))}  # type: ignore[attr-defined]
-            assert worker._config["options"]["device"] == "cpu"  # type: ignore[attr-defined]
     with Crowd.of("0,1", None).workers({"m": "m"}, Options()) as workers:
         seen = [worker._env["CUDA_VISIBLE_DEVICES"] for worker in workers]  # type: ignore[attr-defined]
         assert seen == ["0", "1"]
     with Crowd.of(None, None).workers({"m": "m"}, Options()) as workers:
         assert len(workers) == 1
+    assert crowd.shared_out(Options(vram=1, ram=1)).device == "cpu"
+    assert Crowd.of("1", None).shared_out(Options(device="cpu")).device == "cpu", "it was said"
+    assert Crowd().shared_out(Options()) == Options()
     with pytest.raises(UsageError, match="Ray finds"):
         Crowd.of("0", "local")
+
+
+@pytest.mark.parametrize("address", ["somewhere", "ray://host:10001", "127.0.0.1:1", "host:99999"])
+def test_an_address_without_a_cluster_is_refused_at_once(address: str) -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(UsageError, match="Ray cluster"):
+        connected(address)

@@ -14,6 +14,7 @@ import argparse
 import ast
 import json
 import tempfile
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -201,10 +202,14 @@ def _names(annotation: ast.expr) -> list[str]:
     return found
 
 
-def classes() -> list[Verdict]:
-    """Verdicts on all pipeline classes that diffusers exports."""
+def class_names() -> list[str]:
+    """All pipeline classes that diffusers exports."""
+    return [each for each in sorted(dir(diffusers)) if each.endswith("Pipeline")]
+
+
+def classes(names: Iterable[str]) -> list[Verdict]:
+    """Verdicts on pipeline classes of diffusers."""
     inspector = Inspector()
-    names = [each for each in sorted(dir(diffusers)) if each.endswith("Pipeline")]
     return [inspector.look(each) for each in names]
 
 
@@ -271,7 +276,7 @@ def main() -> None:
             _kept(outcomes, verdicts, asked.results)
             print(outcomes[name], flush=True)
     if asked.classes:
-        verdicts = classes()
+        verdicts = classes(class_names())
     seen = {o.pipeline: o.recipe for o in outcomes.values() if o.equal and o.equal_after}
     verdicts = [
         Verdict(each.pipeline, "runs", f"seen: {seen[each.pipeline]}")

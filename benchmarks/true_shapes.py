@@ -1,10 +1,11 @@
 """LTX-2 and HunyuanVideo 1.5 rehearsed at their true shapes, without their weights.
 
-    python -m benchmarks.true_shapes [--only ltx2|hunyuan]
+    python -m benchmarks.true_shapes [--only ltx2|hunyuan] [--vram 12GiB]
 
 The pipelines' networks are made on the meta device from the classes' own defaults (which are the
 published models' configs) and called with the sizes that their makers give; text comes as states,
-so that no tokenizer is needed, and two steps are made. Given are CPU seconds, and in GiB what lives
+so that no tokenizer is needed, and two steps are made. A VAE that goes over ``--vram`` decodes in
+tiles. Given are CPU seconds, and in GiB what lives
 at most beside weights while each network works. The last line on stdout is JSON.
 """
 
@@ -16,7 +17,7 @@ import os
 import time
 from typing import Any
 
-from penstock.units import GIB
+from penstock.units import GIB, parse_bytes
 
 
 def main() -> None:
@@ -24,12 +25,14 @@ def main() -> None:
     os.environ["DIFFUSERS_VERBOSITY"] = "error"
     parser = argparse.ArgumentParser(description="Activations at true shapes")
     parser.add_argument("--only", choices=sorted(CASES))
-    only = parser.parse_args().only
-    found = {name: measured(make) for name, make in CASES.items() if only in (None, name)}
+    parser.add_argument("--vram", type=parse_bytes, default=12 * GIB)
+    asked = parser.parse_args()
+    only, limit = asked.only, asked.vram
+    found = {name: measured(make, limit) for name, make in CASES.items() if only in (None, name)}
     print(json.dumps({"benchmark": "true_shapes", **found}))
 
 
-def measured(make: Any) -> dict[str, Any]:
+def measured(make: Any, limit: int) -> dict[str, Any]:
     """One pipeline's networks, and the CPU seconds of making and of rehearsing them."""
     from penstock.engine.attach.foreign import modules_of
     from penstock.engine.attach.rehearsal import rehearse
@@ -37,13 +40,14 @@ def measured(make: Any) -> dict[str, Any]:
     begun = time.process_time()
     pipe, call = make()
     made = time.process_time()
-    seen = rehearse(modules_of(pipe), call)
+    seen = rehearse(modules_of(pipe), call, limit=limit)
     ended = time.process_time()
     names = dict.fromkeys(visit.component for visit in seen.visits)
     return {
         "made_cpu_s": round(made - begun, 2),
         "rehearsed_cpu_s": round(ended - made, 2),
         "peak_gib": {name: round(seen.peak_of(name) / GIB, 3) for name in names},
+        "tiled": seen.tiled,
         "calls": {name: seen.calls_of(name) for name in names},
     }
 

@@ -3,7 +3,9 @@ depend on the machine."""
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -57,3 +59,19 @@ def home(monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+_LIBRARY_MODULES = 100
+"""So many modules more are a library: its objects are many, and stay."""
+
+_frozen = [0]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _libraries_are_no_garbage() -> None:
+    """What was imported is not looked through at each collection. An engine collects when it
+    closes, which with torch, transformers and diffusers loaded takes half a second."""
+    if len(sys.modules) - _frozen[-1] >= _LIBRARY_MODULES:
+        gc.collect()
+        gc.freeze()
+        _frozen.append(len(sys.modules))

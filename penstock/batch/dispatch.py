@@ -14,9 +14,8 @@ from penstock.batch.lines import Line
 from penstock.batch.results import Result
 from penstock.errors import OutputError, PenstockError, StorageError, UsageError
 from penstock.serve.child import Died
-from penstock.serve.cluster import UNSEEN
 from penstock.serve.crew import Worker
-from penstock.serve.order import COMPLETED, STOPPED, error_values
+from penstock.serve.order import COMPLETED, STOPPED, UNSEEN, error_values
 
 MOST_DEATHS = 3
 """Workers that may die over a request until that is to blame."""

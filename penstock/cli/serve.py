@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from penstock.cli.batch import Devices, Ray
 from penstock.cli.files import reported
 from penstock.cli.options import NOTHING, with_options
 from penstock.cli.paths import path_option
@@ -59,6 +60,8 @@ def serve(
         str, typer.Option(help="Bytes of a request at most, its pictures included.")
     ] = "32MiB",
     max_pixels: Annotated[int, typer.Option(help="Of a picture.", min=1)] = 40_000_000,
+    devices: Devices = None,
+    ray: Ray = None,
     options: Options = NOTHING,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
@@ -67,6 +70,9 @@ def serve(
         _check_installed()
         from penstock.serve.launch import serve as launch
         from penstock.serve.settings import Limits, ServeSettings, named_models
+        from penstock.serve.workers import Crowd
+
+        crowd = Crowd.of(devices, ray)
 
         limits = Limits(
             body_bytes=parse_bytes(max_upload),
@@ -77,7 +83,7 @@ def serve(
         own = {} if folder is None else {"folder": folder}
         settings = ServeSettings(
             models=named_models(model),
-            options=options,
+            options=crowd.shared_out(options),
             host=host,
             port=port,
             keep_alive_s=keep_alive,
@@ -88,7 +94,7 @@ def serve(
             limits=limits,
             **own,
         )
-        launch(settings, say)
+        launch(settings, say, crowd)
 
 
 def _check_installed() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from typing import NamedTuple
 
 from penstock.blocks import PAGE_BYTES, STAGING_BYTES
@@ -282,14 +283,28 @@ def best_stream(
     if room.vram_bytes < network.least_vram_bytes:
         return None
     found: list[tuple[float, int, int, int, int]] = []
+    leasts: dict[tuple[int, bool, int], float] = {}
+    pinned_bytes = inf if room.pinned_bytes is None else room.pinned_bytes
+    both_bytes = inf if room.both_bytes is None else room.both_bytes
+    # A search looks at thousands of streams, and a plan makes hundreds of searches: bounds are
+    # compared in place, and streams that differ by more buffers than two have one least.
     for choice, slots, staging, vram, ram, pinned in network.footprints:
+        if vram > room.vram_bytes or ram > room.ram_bytes:
+            continue
+        if pinned > pinned_bytes or vram + ram > both_bytes:
+            continue
         place = network.choices[choice]
-        if (from_disk or not place.read_bytes) and _fits(room, vram, ram, pinned):
-            if pace.passes * place.copied_bytes + place.device_bytes > most_copied:
-                continue
+        if place.read_bytes and not from_disk:
+            continue
+        if pace.passes * place.copied_bytes + place.device_bytes > most_copied:
+            continue
+        kind = choice, slots == 1, min(staging, 2)
+        least = leasts.get(kind)
+        if least is None:
             least = _least_objective(place, network.blocks, slots, staging, pace, rates)
-            if least <= better_than:
-                found.append((least, vram + ram, choice, slots, staging))
+            leasts[kind] = least
+        if least <= better_than:
+            found.append((least, vram + ram, choice, slots, staging))
     found.sort()
     best: Stream | None = None
     for least, nbytes, index, slots, staging in found:
@@ -318,15 +333,6 @@ def all_streams(network: Network, pace: Pace, rates: Rates) -> Iterator[Stream]:
     for place in network.choices:
         for slots, staging in network.rings(place):
             yield stream_of(place, network, slots, staging, pace, rates)
-
-
-def _fits(room: Limits, vram: int, ram: int, pinned: int) -> bool:
-    return (
-        vram <= room.vram_bytes
-        and ram <= room.ram_bytes
-        and (room.pinned_bytes is None or pinned <= room.pinned_bytes)
-        and (room.both_bytes is None or vram + ram <= room.both_bytes)
-    )
 
 
 def _opening_s(place: Placement, staging: int, rates: Rates) -> float:

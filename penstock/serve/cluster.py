@@ -25,16 +25,16 @@ from penstock.errors import UsageError
 from penstock.profiles.options import Options
 from penstock.serve.child import Died
 from penstock.serve.crew import Worker
-from penstock.serve.order import COMPLETED, FILES, VIDEO, Order, Tell
+from penstock.serve.order import COMPLETED, FILES, UNSEEN, VIDEO, Order, Tell
 from penstock.serve.workers import Models, threads_each
 
 LOCAL, AUTOMATIC = "local", "auto"
 
-UNSEEN = "unseen"
-"""In the notice of a worker that does not see a job's folder."""
-
 _STORE_BYTES = 100 << 20
 """Of Ray's object store on this machine: a video and a picture pass through it at most."""
+
+_PLACED_S = 300.0
+"""How long a cluster may take to find a place for an actor, and to start it there."""
 
 _NEWS_S = 1.0
 """How long an actor waits for something to tell before it says that there is nothing."""
@@ -65,6 +65,10 @@ class Hand:
         self._changed = threading.Condition()
         self._news: list[Mapping[str, Any]] = []
         self._ended = False
+
+    def here(self) -> bool:
+        """Yes: the actor has its place."""
+        return True
 
     def sees(self, marker: str, token: str) -> bool:
         """Whether a file that was just written elsewhere is here as well."""
@@ -168,6 +172,7 @@ class RayWorker:
     async def _run(self, order: Order, tell: Tell) -> Mapping[str, Any]:
         if self._actor is None:
             self._actor = self._made()
+            await self._placed()
         actor, folder = self._actor, Path(order.folder)
         shares = await self._shares(actor, folder)
         files = None if shares else _files_in(folder)
@@ -188,6 +193,12 @@ class RayWorker:
             write_atomically(FileOps(), folder / VIDEO, [video])
         return dict(outcome)
 
+    async def _placed(self) -> None:
+        try:
+            await asyncio.wait_for(_answer(self._actor.here.remote()), _PLACED_S)
+        except asyncio.TimeoutError as error:
+            raise Died("has found no place in the cluster") from error
+
     async def _shares(self, actor: Any, folder: Path) -> bool:
         marker, token = folder / f"seen-{secrets.token_hex(6)}", secrets.token_hex(16)
         marker.write_text(token, encoding="ascii")
@@ -207,6 +218,10 @@ class RayWorker:
         actor, self._actor = self._actor, None
         if actor is not None:
             await asyncio.to_thread(self._ray.kill, actor)
+
+
+async def _answer(reference: Any) -> Any:
+    return await reference
 
 
 def _files_in(folder: Path) -> dict[str, bytes]:
@@ -267,8 +282,6 @@ def on_ray(ray: Any, models: Models, cpus: int | None = None) -> list[Worker]:
     count = sum(gpus) if cpus is None else cpus
     on_cpu = cpus is not None or count == 0
     count = max(1, count)
-    if on_cpu and models.options.device is None:
-        models = replace(models, options=replace(models.options, device="cpu"))
     threads = threads_each(count) if on_cpu and count > 1 else None
     return [
         RayWorker(ray, f"ray {place + 1}", models, 0 if on_cpu else 1, threads)

@@ -18,8 +18,8 @@ from penstock.errors import StorageError
 from penstock.profiles.options import Options
 from penstock.serve.child import Child, Died
 from penstock.serve.hub import Hub
-from penstock.serve.order import COMPLETED, STOPPED, Order, Tell
-from penstock.serve.queue import Queue, Row
+from penstock.serve.order import COMPLETED, STOPPED, UNSEEN, Order, Tell
+from penstock.serve.queue import RUNNING, Queue, Row
 
 _Result = TypeVar("_Result")
 
@@ -186,9 +186,12 @@ class Crew:
                 continue
             self._at[row.id] = worker
             try:
-                await self._do(worker, row)
+                died = await self._do(worker, row)
             finally:
                 del self._at[row.id]
+            if died:
+                await self.wake()  # another one may be idle, and does not have to be started
+                await asyncio.sleep(_AGAIN_S)
 
     async def _idle(self, worker: Worker, news: int) -> None:
         """Until there may be something; after a while without, the worker rests."""
@@ -202,12 +205,15 @@ class Crew:
         async with self._work:
             await self._work.wait_for(lambda: self._news != news)
 
-    async def _do(self, worker: Worker, row: Row) -> None:
+    async def _do(self, worker: Worker, row: Row) -> bool:
+        """Do a job; returns whether the worker died of it."""
         self._changed(row)
         order = Order.from_json({**row.order, "folder": str(self._folder_of(row.id))})
-        notes = _Notes(self._queue, row)
+        notes, unseen = _Notes(self._queue, row), False
 
         def tell(message: Mapping[str, Any]) -> None:
+            nonlocal unseen
+            unseen |= bool(message.get(UNSEEN))
             if message["event"] == "progress":
                 self._hub.progress(row.id, message)
                 notes.take(message["progress"])
@@ -224,6 +230,11 @@ class Crew:
         row = await _insisted(self._noted, row.id, ended)
         self._hub.rest(row.id)
         self._changed(row)
+        died = isinstance(ended, Died)
+        if died and row.status == RUNNING:
+            goes = "is begun again" if unseen else "goes on from its last step"
+            self._hub.notice(row.id, f"its worker ({worker.name}) {ended}; it {goes}")
+        return died
 
     async def _run(self, worker: Worker, order: Order, tell: Tell) -> Mapping[str, Any] | Died:
         try:
@@ -234,7 +245,6 @@ class Crew:
             died = error
         log.warning("the worker of %s %s", order.id, died)
         self.crashes += 1
-        await asyncio.sleep(_AGAIN_S)
         return died
 
     def _noted(self, name: str, ended: Mapping[str, Any] | Died) -> Row:

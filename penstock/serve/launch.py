@@ -7,16 +7,18 @@ import gc
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import uvicorn
 
 from penstock.errors import JobLocked, UsageError
 from penstock.serve.app import create_app
+from penstock.serve.crew import Worker
 from penstock.serve.protocol import protocol
 from penstock.serve.service import Service
 from penstock.serve.settings import ServeSettings
+from penstock.serve.workers import Crowd
 
 _KEEP_ALIVE_S = 5
 _GRACE_S = 3
@@ -25,41 +27,49 @@ _GRACE_S = 3
 _BACKLOG = 512
 
 
-def serve(settings: ServeSettings, say: Callable[[str], None]) -> None:
+def serve(settings: ServeSettings, say: Callable[[str], None], crowd: Crowd | None = None) -> None:
     """Answer until SIGINT or SIGTERM; jobs that run by then are gone on with by the next server.
 
     Args:
-        settings: of the server.
+        settings: of the server; its options are those of each worker.
         say: told where it listens, once it does.
+        crowd: who does the jobs; None: one worker.
 
     Raises:
-        UsageError: the address is taken, or another server has the folder.
+        UsageError: the address is taken, another server has the folder, or a worker has no place.
         PenstockError: a model cannot be opened.
     """
-    asyncio.run(_serve(settings, say))
-
-
-async def _serve(settings: ServeSettings, say: Callable[[str], None]) -> None:
     with _bound(settings) as listener:
-        try:
-            service = Service(settings)
-        except JobLocked as error:
-            raise UsageError(
-                "another server has this folder",
-                expected="a folder of its own for each",
-                found=f"{settings.folder}, {error.found}",
-                remedy="Give --folder another one, or end that server.",
-            ) from error
-        try:
-            await service.open()
-            # What is there by now stays: looking through it for garbage would hold answers up
-            gc.collect()
-            gc.freeze()
-            names, (host, port) = ", ".join(settings.models), listener.getsockname()[:2]
-            say(f"{names} at http://{f'[{host}]' if ':' in host else host}:{port}")
-            await server_of(service).serve(sockets=[listener])
-        finally:
-            await service.close()
+        crowd = crowd or Crowd()
+        with crowd.workers(settings.models, settings.options, settings.cache) as workers:
+            asyncio.run(_serve(settings, listener, workers, say))
+
+
+async def _serve(
+    settings: ServeSettings,
+    listener: socket.socket,
+    workers: Sequence[Worker],
+    say: Callable[[str], None],
+) -> None:
+    try:
+        service = Service(settings, workers)
+    except JobLocked as error:
+        raise UsageError(
+            "another server has this folder",
+            expected="a folder of its own for each",
+            found=f"{settings.folder}, {error.found}",
+            remedy="Give --folder another one, or end that server.",
+        ) from error
+    try:
+        await service.open()
+        # What is there by now stays: looking through it for garbage would hold answers up
+        gc.collect()
+        gc.freeze()
+        names, (host, port) = ", ".join(settings.models), listener.getsockname()[:2]
+        say(f"{names} at http://{f'[{host}]' if ':' in host else host}:{port}")
+        await server_of(service).serve(sockets=[listener])
+    finally:
+        await service.close()
 
 
 def server_of(service: Service) -> uvicorn.Server:

@@ -23,6 +23,9 @@ FILES = {IMAGE: IMAGE, LAST_IMAGE: LAST_IMAGE, "after": BEFORE}
 COMPLETED, STOPPED, FAILED = "completed", "stopped", "failed"
 """How a worker's run of a job may end."""
 
+UNSEEN = "unseen"
+"""In the notice of a worker that does not see a job's folder: what it does is lost with it."""
+
 Tell = Callable[[Mapping[str, Any]], None]
 """Takes what a job tells: ``{"event": "progress", ...}`` or ``{"event": "notice", ...}``."""
 

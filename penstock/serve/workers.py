@@ -89,7 +89,7 @@ def devices_of(text: str) -> list[Device]:
 
 def shared_out(options: Options, workers: int, device: str) -> Options:
     """``options`` for each of several workers of one machine: host memory that no option names is
-    divided among them.
+    divided among them. No device is asked, and nothing heavy imported.
 
     Args:
         workers: on the machine.
@@ -97,7 +97,10 @@ def shared_out(options: Options, workers: int, device: str) -> Options:
     """
     if workers < 2:
         return options
-    hardware = choose(load(options.profile or AUTO), options, probe(device)).hardware
+    hardware = probe("cpu")  # whose VRAM and RAM are halves of what the host has free
+    if device != "cpu":
+        hardware = replace(hardware, ram_bytes=hardware.ram_bytes + hardware.vram_bytes)
+    hardware = choose(load(options.profile or AUTO), options, hardware).hardware
     if options.ram is None:
         options = replace(options, ram=hardware.ram_bytes // workers)
     if options.vram is None and device == "cpu":
@@ -119,13 +122,10 @@ def on_devices(models: Models, devices: Sequence[Device]) -> list[Worker]:
     bound = {} if _THREADS in os.environ or len(devices) < 2 else {
         _THREADS: str(threads_each(len(devices)))
     }  # fmt: skip
-    options = models.options
-    if devices[0].index is None and options.device is None:
-        options = replace(options, device="cpu")
     return [
         ProcessWorker(
             models.places,
-            options,
+            models.options,
             models.cache,
             env=bound | device.environment(os.environ),
             name=_name(device, place, devices),
@@ -167,11 +167,13 @@ class Crowd:
         return cls(found, ray)
 
     def shared_out(self, options: Options) -> Options:
-        """``options`` for each worker (`shared_out`)."""
+        """``options`` for each worker, the kind of its device among them (`shared_out`)."""
         if self.devices is None:
             return options
-        on_cpu = self.devices[0].index is None
-        return shared_out(options, len(self.devices), "cpu" if on_cpu else "cuda")
+        device = "cpu" if self.devices[0].index is None else "cuda"
+        if options.device is None:
+            options = replace(options, device=device)
+        return shared_out(options, len(self.devices), device)
 
     @contextmanager
     def workers(

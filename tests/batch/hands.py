@@ -11,8 +11,7 @@ from typing import Any
 from penstock.batch.run import Batch, Summary, make
 from penstock.profiles.options import Options
 from penstock.serve.child import Died
-from penstock.serve.cluster import UNSEEN
-from penstock.serve.order import Order, Tell
+from penstock.serve.order import UNSEEN, Order, Tell
 from penstock.serve.runner import Runner
 
 

@@ -46,11 +46,13 @@ def test_workers_have_names_threads_and_devices(monkeypatch: pytest.MonkeyPatch)
         assert [worker.name for worker in workers] == ["cpu 1", "cpu 2"]
         for worker in workers:
             assert worker._env == {"OMP_NUM_THREADS": str(threads_each(2))}  # type: ignore[attr-defined]
-            assert worker._config["options"]["device"] == "cpu"  # type: ignore[attr-defined]
     with Crowd.of("0,1", None).workers({"m": "m"}, Options()) as workers:
         seen = [worker._env["CUDA_VISIBLE_DEVICES"] for worker in workers]  # type: ignore[attr-defined]
         assert seen == ["0", "1"]
     with Crowd.of(None, None).workers({"m": "m"}, Options()) as workers:
         assert len(workers) == 1
+    assert crowd.shared_out(Options(vram=1, ram=1)).device == "cpu"
+    assert Crowd.of("1", None).shared_out(Options(device="cpu")).device == "cpu", "it was said"
+    assert Crowd().shared_out(Options()) == Options()
     with pytest.raises(UsageError, match="Ray finds"):
         Crowd.of("0", "local")

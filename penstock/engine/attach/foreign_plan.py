@@ -108,12 +108,12 @@ def plan_call(
         OverBudget: it does not fit; names the least that does.
         UsageError: it cannot be rehearsed.
     """
-    notes = [*opened.notices, RESTARTS]
-    found = _plan(opened, given, hardware, fmt, activations, notes)
-    tiled = [] if activations is not None else _tiled(opened.pipe, found, hardware.vram_bytes)
-    if tiled:
-        notes.append(TILED)
-        found = _plan(opened, given, hardware, fmt, None, notes)
+    before = _in_tiles(opened.pipe)
+    found = _plan(opened, given, hardware, fmt, activations)
+    if activations is None and _tiled(opened.pipe, found, hardware.vram_bytes):
+        found = _plan(opened, given, hardware, fmt, None)
+    if _in_tiles(opened.pipe) != before:
+        found = replace(found, notes=(*found.notes, TILED))
     if found.vram_bytes > hardware.vram_bytes:
         worst = max(found.networks, key=lambda each: each.vram_bytes)
         items = (
@@ -135,10 +135,9 @@ def _plan(
     hardware: Hardware,
     fmt: QuantFormat | None,
     activations: int | None,
-    notes: list[str],
 ) -> CallPlan:
     pipe = opened.pipe
-    seen = None if activations is not None else _rehearsed(opened, given)
+    seen = None if activations is not None else _rehearsed(opened, given, hardware.vram_bytes)
     roomy = replace(hardware, vram_bytes=1 << 62)
     _, guests, fixed = guests_of(pipe, roomy, fmt, 0, opened.files)
     check_budget(roomy, fixed, guests)
@@ -167,13 +166,18 @@ def _plan(
         ram_bytes=max(each.least_ram_bytes for each in guests),
         vram_limit_bytes=hardware.vram_bytes,
         ram_limit_bytes=hardware.ram_bytes,
-        notes=tuple(notes),
+        notes=(*opened.notices, RESTARTS),
     )
 
 
 def _default(pipe: Any) -> Any:
     found = arguments_of(pipe).get(_STEPS)
     return None if found is None else found.default
+
+
+def _in_tiles(pipe: Any) -> set[str]:
+    """Networks that work in tiles of their own."""
+    return {n for n, each in modules_of(pipe).items() if getattr(each, "use_tiling", False)}
 
 
 def _tiled(pipe: Any, found: CallPlan, vram_bytes: int) -> list[str]:
@@ -187,24 +191,41 @@ def _tiled(pipe: Any, found: CallPlan, vram_bytes: int) -> list[str]:
     return names
 
 
-def _rehearsed(opened: Opened, given: Mapping[str, Any]) -> Rehearsed:
-    """The call's shapes, from the cache where the same was rehearsed before."""
+def _rehearsed(opened: Opened, given: Mapping[str, Any], limit: int) -> Rehearsed:
+    """The call's shapes, from the cache where the same was rehearsed before. What goes over
+    ``limit`` bytes and can be tiled is tiled from then on."""
+    modules: Mapping[str, Any] = modules_of(opened.pipe)
     path = cache_folder() / "rehearsals" / f"{_key(opened, given)}.json"
     ops = FileOps()
     stored = read_whole(ops, path)
     if stored is not None:
         value = json.loads(stored)
         visits = tuple(Visit(*each) for each in value["visits"])
-        return Rehearsed(visits, value["uses"], value["peak_bytes"])
-    found = rehearse(modules_of(opened.pipe), lambda: call_briefly(opened.pipe, given))
+        tiled = tuple(value["tiled"])
+        found = Rehearsed(visits, value["uses"], value["peak_bytes"], tiled)
+        if _holds(found, value["limit"], limit, modules):
+            for name in tiled:
+                modules[name].enable_tiling()
+            return found
+    found = rehearse(modules, lambda: call_briefly(opened.pipe, given), limit=limit)
     value = {
         "visits": [[v.component, v.peak_bytes] for v in found.visits],
         "uses": found.uses,
         "peak_bytes": found.peak_bytes,
+        "tiled": found.tiled,
+        "limit": limit,
     }
     ops.mkdir(path.parent)
     write_atomically(ops, path, [json.dumps(value).encode()])
     return found
+
+
+def _holds(found: Rehearsed, then: int, now: int, modules: Mapping[str, Any]) -> bool:
+    """Whether what was rehearsed under the limit ``then`` is what would be under ``now``: the same
+    networks go over it."""
+    whole = [name for name, each in modules.items()
+             if hasattr(each, "enable_tiling") and name not in found.tiled]  # fmt: skip
+    return (not found.tiled or now <= then) and all(found.peak_of(name) <= now for name in whole)
 
 
 def call_briefly(pipe: Any, given: Mapping[str, Any]) -> Any:
@@ -226,6 +247,7 @@ def _key(opened: Opened, given: Mapping[str, Any]) -> str:
 
     about: dict[str, Any] = {
         "penstock": __version__,
+        "layout": 2,
         "versions": [each.__version__ for each in (torch, diffusers, transformers)],
         "pipeline": type(opened.pipe).__name__,
         "config": str(sorted(dict(opened.pipe.config).items(), key=str)),

@@ -13,7 +13,8 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from statistics import multimode
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from penstock.engine.attach.repeats import Record, Repeats
 from penstock.errors import UsageError
 from penstock.units import MIB
 
@@ -58,11 +60,13 @@ class Rehearsed:
         uses: of each network the names of its tensors, in the order of their first use, and how
             often each was used.
         peak_bytes: of all living tensors at any time.
+        tiled: the networks whose own tiling was switched on.
     """
 
     visits: tuple[Visit, ...]
     uses: Mapping[str, Mapping[str, int]]
     peak_bytes: int
+    tiled: tuple[str, ...] = ()
 
     def calls_of(self, component: str) -> int:
         """How often ``component`` was called: as often as most of its weights were used."""
@@ -74,30 +78,38 @@ class Rehearsed:
 
 
 def rehearse(
-    networks: Mapping[str, nn.Module], call: Callable[[], Any], device: str = "cpu"
+    networks: Mapping[str, nn.Module],
+    call: Callable[[], Any],
+    device: str = "cpu",
+    limit: int | None = None,
 ) -> Rehearsed:
     """Make ``call``, the weights of ``networks`` without values, and see what it takes.
 
-    The networks may be on the meta device, or hold their weights; they are as before afterwards.
+    The networks may be on the meta device, or hold their weights; they are as before afterwards,
+    but for the tiling that ``limit`` asked for.
     What ``call`` returns is dropped. Torch's random state is left as it was.
 
     Args:
         networks: by name: all whose weights the call uses.
         call: computes with them; tensors that it is given are true ones.
         device: that the weights seem to be on.
+        limit: bytes beside weights above which a network that can decode or encode in tiles does
+            so from then on; None: as the networks are.
 
     Raises:
         UsageError: the call decides by values that come from weights; names where.
     """
     stage = _Stage(device)
+    repeats, tiling = Repeats(stage, networks), _Tiling(stage, networks, limit)
     with torch.random.fork_rng(devices=[]), torch.no_grad(), stage.dressed(networks), stage:
         try:
-            call()
+            with repeats.watched(), tiling.watched(), _masks_at_once(networks):
+                call()
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise _undecidable(f"{error.func} wants values") from error
         except UnsupportedOperatorException as error:
             raise _undecidable(f"{error.func} has no form for shapes alone") from error
-    return stage.rehearsed()
+    return replace(stage.rehearsed(), tiled=tuple(tiling.switched))
 
 
 def _undecidable(found: str) -> UsageError:
@@ -107,6 +119,80 @@ def _undecidable(found: str) -> UsageError:
         found=found,
         remedy="Say how much it takes beside weights: activations=... or --activations.",
     )
+
+
+def _causal_mask(
+    n_frame: int, n_hw: int, dtype: Any, device: Any, batch_size: int | None = None
+) -> Tensor:
+    """In the shape that `HunyuanVideo15AttnBlock.prepare_causal_attention_mask` gives it."""
+    mask = torch.empty(n_frame * n_hw, n_frame * n_hw, dtype=dtype, device=device)
+    return mask if batch_size is None else mask.unsqueeze(0).expand(batch_size, -1, -1)
+
+
+@contextmanager
+def _masks_at_once(networks: Mapping[str, nn.Module]) -> Iterator[None]:
+    """HunyuanVideo 1.5's VAE fills its mask in a loop of Python, a row of up to 10^5 a turn: a
+    minute of operations of which none changes a shape. Inside, the mask is made without."""
+    name = "prepare_causal_attention_mask"
+    blocks = [
+        module
+        for network in networks.values()
+        for module in network.modules()
+        if type(module).__name__ == "HunyuanVideo15AttnBlock" and name not in vars(module)
+    ]
+    # fmt: skip
+    for block in blocks:
+        setattr(block, name, _causal_mask)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            delattr(block, name)
+
+
+class _OverLimitError(Exception):
+    """Whole frames do not fit: there is no need to know by how much."""
+
+
+class _Tiling:
+    """Lets networks that can work in tiles do so, once they go over a limit."""
+
+    def __init__(self, stage: _Stage, networks: Mapping[str, nn.Module], limit: int | None) -> None:
+        self.switched: list[str] = []
+        self._stage = stage
+        self._limit = limit
+        self._able = {
+            name: network for name, network in networks.items()
+            if limit is not None and hasattr(network, "enable_tiling")
+            and not getattr(network, "use_tiling", False)
+        }  # fmt: skip
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Calls of ``encode`` and ``decode`` are watched inside."""
+        changed = []
+        try:
+            for name, network in self._able.items():
+                for method in ("encode", "decode"):
+                    whole = getattr(network, method, None)
+                    if whole is not None and method not in vars(network):
+                        setattr(network, method, partial(self._called, name, network, whole))
+                        changed.append((network, method))
+            yield
+        finally:
+            for network, method in changed:
+                delattr(network, method)
+
+    def _called(self, name: str, network: Any, whole: Any, *args: Any, **kwargs: Any) -> Any:
+        if name in self.switched:
+            return whole(*args, **kwargs)
+        try:
+            with self._stage.limited(self._limit):
+                return whole(*args, **kwargs)
+        except _OverLimitError:
+            self.switched.append(name)
+        network.enable_tiling()
+        return whole(*args, **kwargs)
 
 
 class _Stage(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -119,7 +205,9 @@ class _Stage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._weights: dict[int, tuple[str, str]] = {}
         self._known: set[int] = set()
         self._excluded: list[Any] = []
-        self._live = self._peak = 0
+        self.live_bytes = self._peak = 0
+        self._records: list[Record] = []
+        self._limit: int | None = None
         self._visits: list[Visit] = []
         self._uses: dict[str, Counter[str]] = {}
 
@@ -166,10 +254,13 @@ class _Stage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if not _BY_VALUES.isdisjoint(func.tags):
+            for record in self._records:
+                record.by_values = True
         given = [leaf for leaf in tree_iter((args, kwargs)) if isinstance(leaf, Tensor)]
         for leaf in given:
             if id(leaf) in self._weights:
-                self._use(*self._weights[id(leaf)])
+                self.use(*self._weights[id(leaf)])
         out = self._run(func, args, kwargs, any(isinstance(leaf, FakeTensor) for leaf in given))
         for leaf in tree_iter(out):
             if isinstance(leaf, Tensor):
@@ -179,10 +270,10 @@ class _Stage(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fake: bool) -> Any:
         if not fake and self._makes_little(func, args, kwargs):
             return func(*args, **kwargs)
-        out = self._faked(func, args, kwargs)
-        # What was written to is what comes back, be it a true tensor: its values are old then.
-        writes = func._schema.is_mutable and isinstance(out, Tensor)
-        return args[0] if writes and isinstance(args[0], Tensor) else out
+        if _writes_first(func):
+            # What was written to is what comes back, be it a true tensor: its values are old then.
+            return args[0]
+        return self._faked(func, args, kwargs)
 
     def _faked(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in _INDEXED:
@@ -201,10 +292,43 @@ class _Stage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made = [leaf for leaf in tree_iter(out) if isinstance(leaf, Tensor)]
         return sum(leaf.untyped_storage().nbytes() for leaf in made) <= TRUE_BYTES
 
-    def _use(self, component: str, name: str) -> None:
+    @contextmanager
+    def recorded(self) -> Iterator[Record]:
+        """See what happens inside."""
+        record = Record(self.live_bytes, self.live_bytes)
+        self._records.append(record)
+        try:
+            yield record
+        finally:
+            self._records.pop()
+
+    @contextmanager
+    def limited(self, nbytes: int | None) -> Iterator[None]:
+        """Give up inside as soon as more than ``nbytes`` live, as if nothing had happened."""
+        before = self._peak, list(self._visits), {n: Counter(u) for n, u in self._uses.items()}
+        self._limit = nbytes
+        try:
+            yield
+        except _OverLimitError:
+            self._peak, self._visits, self._uses = before
+            raise
+        finally:
+            self._limit = None
+
+    def fake(self, nbytes: int, device: torch.device) -> Tensor:
+        """New memory without values, counted: bytes, one dimension."""
+        with self._fake:
+            made = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self._count(made.untyped_storage())
+        return made
+
+    def use(self, component: str, name: str) -> None:
+        """Count one use of a weight."""
+        for record in self._records:
+            record.uses.append((component, name))
         self._uses.setdefault(component, Counter())[name] += 1
         if not self._visits or self._visits[-1].component != component:
-            self._visits.append(Visit(component, self._live))
+            self._visits.append(Visit(component, self.live_bytes))
 
     def _exclude(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -217,17 +341,38 @@ class _Stage(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         self._known.add(key)
         size = storage.nbytes()
-        self._live += size
+        self.live_bytes += size
         weakref.finalize(storage, self._forget, key, size)
-        self._peak = max(self._peak, self._live)
-        if self._visits and self._live > self._visits[-1].peak_bytes:
-            last = self._visits[-1]
-            self._visits[-1] = Visit(last.component, self._live)
+        self.reach(0)
+
+    def reach(self, nbytes: int) -> None:
+        """Count that so much lived beside what lives now; bytes."""
+        lives = self.live_bytes + nbytes
+        if self._limit is not None and lives > self._limit:
+            raise _OverLimitError
+        self._peak = max(self._peak, lives)
+        for record in self._records:
+            record.peak_bytes = max(record.peak_bytes, lives)
+        if self._visits and lives > self._visits[-1].peak_bytes:
+            self._visits[-1] = Visit(self._visits[-1].component, lives)
 
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
-        self._live -= size
+        self.live_bytes -= size
 
+
+@cache
+def _writes_first(func: Any) -> bool:
+    """Whether an operation does nothing but change its first argument's values."""
+    first, results = func._schema.arguments[:1], func._schema.returns
+    if torch.Tag.inplace_view in func.tags or "resize" in func._schema.name:
+        return False
+    return len(first) == len(results) == 1 and all(
+        each.alias_info is not None and each.alias_info.is_write for each in (*first, *results)
+    )
+
+
+_BY_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 _INDEXED = (
     torch.ops.aten.index.Tensor,

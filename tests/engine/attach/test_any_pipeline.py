@@ -20,7 +20,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 import penstock
-from benchmarks.pipelines import attached, classes, least
+from benchmarks.pipelines import attached, class_names, classes, least
 from benchmarks.tiny_pipelines import build
 from penstock.engine.attach import pipe as attach_pipe
 from penstock.errors import OverBudget, UsageError
@@ -352,9 +352,12 @@ def test_hunyuan_video_15_needs_no_mask_of_all_by_all() -> None:
     assert torch.equal(pipe(**asked)[0], wanted)
 
 
+@pytest.mark.faults
 def test_classes_of_pipelines_get_a_verdict() -> None:
-    verdicts = {each.pipeline: each for each in classes()}
-    assert len(verdicts) > 200
+    assert len(class_names()) > 200
+    looked_at = ("MochiPipeline", "DiffusionPipeline", "StableDiffusionXLPipeline")
+    assert {*looked_at} <= {*class_names()}
+    verdicts = {each.pipeline: each for each in classes(looked_at)}
     mochi = verdicts["MochiPipeline"]
     assert mochi.verdict == "should run" and "MochiTransformer3DModel" in mochi.why
     assert verdicts["DiffusionPipeline"].verdict == "refused"

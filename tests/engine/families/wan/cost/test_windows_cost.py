@@ -38,7 +38,7 @@ def test_of_a_step_in_windows(
 ) -> None:
     window = (WINDOWS.length, *whole[1:])
     case = cost.DenoiseCase(
-        window, chunk, 2, visit, steps=40, image_tokens=257, residual=residual,
+        window, chunk, 2, visit, steps=8, image_tokens=257, residual=residual,
         windows=len(WINDOWS.starts(whole[0])), frames=whole[0],
     )  # fmt: skip
     with FakeTensorMode(), torch.no_grad():

@@ -8,7 +8,7 @@ not tell heads of another width than Wan's.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -20,9 +20,14 @@ from benchmarks import kquants
 from tests.engine import golden
 
 BY_GGUF = ("gguf-q5_1", "gguf-q5_0", "gguf-q4_1", "gguf-q4_0", "gguf-mxfp4")
-IN_BLOCKS_OF_32 = ("gguf-iq4_nl",)
-IN_BLOCKS_OF_256 = ("gguf-q6_k", "gguf-q5_k", "gguf-q4_k", "gguf-tq2_0", "gguf-tq1_0")
-"""Need wider rows than the small trained model has."""
+OURS = ("gguf-iq4_nl",)
+IN_BLOCKS_OF_256: Mapping[str, str] = MappingProxyType({
+    "gguf-q6_k": "Q8_0", "gguf-q5_k": "Q5_1", "gguf-q4_k": "Q5_0", "gguf-q3_k": "IQ4_NL",
+    "gguf-q2_k": "IQ4_NL", "gguf-iq4_xs": "IQ4_NL", "gguf-tq2_0": "Q4_0", "gguf-tq1_0": "Q4_0",
+})  # fmt: skip
+"""And the types in blocks of 32 that stand in their place where rows are not whole blocks, as in
+the small trained model but for the end of its feed-forward: those that llama.cpp takes
+(`src/llama-quant.cpp`)."""
 
 SPELLED: Mapping[str, str] = MappingProxyType({
     "fp8-e5m2": "raw e5m2", "nvfp4": "comfy nvfp4", "mxfp8": "comfy mxfp8",
@@ -34,10 +39,7 @@ TORCHAO: Mapping[str, str] = MappingProxyType(
     {"torchao-int8": "Int8WeightOnlyConfig", "torchao-fp8": "Float8WeightOnlyConfig"}
 )
 
-SMALL = (*BY_GGUF, *IN_BLOCKS_OF_32, *SPELLED, *TORCHAO)
-"""What rows of any multiple of 32 columns can be stored in."""
-
-ALL = (*SMALL, *IN_BLOCKS_OF_256)
+ALL = (*BY_GGUF, *OURS, *SPELLED, *TORCHAO, *IN_BLOCKS_OF_256)
 
 
 def write(model: Path, name: str, folder: Path) -> Path:
@@ -64,13 +66,17 @@ def _by_hand(model: Path, name: str, folder: Path) -> None:
         golden.make(tensors, names, SPELLED[name]).save(folder / "transformer.safetensors")
         return
     kind = name.removeprefix("gguf-").upper()
-    quantise: Callable[[Any, Any], Any] = _ours if kind in kquants.KINDS else quants.quantize
-    golden.write_gguf(folder / "transformer.gguf", tensors, names, kind, "wan", quantise)
+    narrow = IN_BLOCKS_OF_256.get(name)
+    golden.write_gguf(
+        folder / "transformer.gguf", tensors, names, kind, "wan", _quantised, narrow=narrow
+    )
 
 
-def _ours(weight: Any, ggml_type: Any) -> Any:
-    """As `gguf.quants.quantize`, for the types that it does not write."""
-    return kquants.quantise(torch.from_numpy(weight), ggml_type.name).numpy()
+def _quantised(weight: Any, ggml_type: Any) -> Any:
+    """As `gguf.quants.quantize`, and for the types that it does not write."""
+    if ggml_type.name in kquants.KINDS:
+        return kquants.quantise(torch.from_numpy(weight), ggml_type.name).numpy()
+    return quants.quantize(weight, ggml_type)
 
 
 def _by_diffusers(source: Path, target: Path, kind: str) -> None:

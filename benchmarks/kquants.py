@@ -1,5 +1,5 @@
-"""Writes ggml's K-quants and IQ4_NL, which no Python package writes, so that their quality can be
-measured.
+"""Writes ggml's K-quants, IQ4_NL and IQ4_XS, which no Python package writes, so that their quality
+can be measured.
 
 Scales are searched by least squares over a few ranges, each weight counted by its square; ggml's
 own search tries more and may end a little nearer. Layouts: `ggml-common.h` of ggml.
@@ -149,8 +149,63 @@ def _q6_k(blocks: Tensor) -> Tensor:
     )
 
 
+def _quarters(codes: Tensor) -> Tensor:
+    """Codes (blocks, 16, 16) of 2 bits -> bytes (blocks, 64): four rows of 32 in one."""
+    place = 2 * torch.arange(4, dtype=torch.uint8)[:, None]
+    return (codes.reshape(-1, 2, 4, 32) << place).sum(2, dtype=torch.uint8).flatten(1)
+
+
+def _q2_k(blocks: Tensor) -> Tensor:
+    groups = blocks.view(-1, 16, 16)
+    scales, minima = _scales_and_minima(groups, 3)
+    scale_bytes, scale = _half_bytes(scales.amax(1, keepdim=True) / 15)
+    least_bytes, least = _half_bytes(minima.amax(1, keepdim=True) / 15)
+    four, low = _codes(scales, scale, 0, 15), _codes(minima, least, 0, 15)
+    shifted = groups + (least * low)[:, :, None]
+    codes = _codes(shifted, (scale * four)[:, :, None], 0, 3).to(torch.uint8)
+    nibbles = four.to(torch.uint8) | low.to(torch.uint8) << 4
+    return torch.cat([nibbles, _quarters(codes), scale_bytes, least_bytes], dim=1)
+
+
+def _q3_k(blocks: Tensor) -> Tensor:
+    groups = blocks.view(-1, 16, 16)
+    scales = _signed_scales(groups, 4)
+    largest = scales.gather(1, scales.abs().argmax(1, keepdim=True))
+    scale_bytes, scale = _half_bytes(largest / -32)
+    six = _codes(scales, scale, -32, 31)
+    codes = _codes(groups, (scale * six)[:, :, None], -4, 3).add_(4).to(torch.uint8)
+    place = torch.arange(8, dtype=torch.uint8)[:, None]
+    third = ((codes >> 2).view(-1, 8, 32) << place).sum(1, dtype=torch.uint8)
+    six = six.add_(32).to(torch.uint8)
+    upper = (six >> 4).view(-1, 4, 4)
+    pairs = (upper << 2 * torch.arange(4, dtype=torch.uint8)[:, None]).sum(1, dtype=torch.uint8)
+    nibbles = six[:, :8] & 15 | (six[:, 8:] & 15) << 4
+    return torch.cat([third, _quarters(codes & 3), nibbles, pairs, scale_bytes], dim=1)
+
+
 def _iq4_nl(blocks: Tensor) -> Tensor:
-    """The scale under which a block's points come nearest to it; the farthest point is negative."""
+    scale_bytes, rounded = _half_bytes(_point_scale(blocks))
+    codes = _nearest(blocks, rounded).to(torch.uint8)
+    return torch.cat([scale_bytes, _joined(codes.view(-1, 1, 2, 16))], dim=1)
+
+
+def _iq4_xs(blocks: Tensor) -> Tensor:
+    groups = blocks.view(-1, 8, 32)
+    scales = _point_scale(groups).squeeze(-1)
+    largest = scales.gather(1, scales.abs().argmax(1, keepdim=True))
+    scale_bytes, scale = _half_bytes(largest / -32)
+    six = _codes(scales, scale, -32, 31)
+    codes = _nearest(groups, (scale * six)[:, :, None]).to(torch.uint8)
+    six = six.add_(32).to(torch.uint8)
+    place = 2 * torch.arange(4, dtype=torch.uint8)
+    upper = ((six >> 4).view(-1, 2, 4) << place).sum(2, dtype=torch.uint8)
+    lower = six[:, 0::2] & 15 | (six[:, 1::2] & 15) << 4
+    return torch.cat([scale_bytes, upper, lower, _joined(codes.view(-1, 8, 2, 16))], dim=1)
+
+
+def _point_scale(blocks: Tensor) -> Tensor:
+    """The scale (..., 1) under which `POINTS` come nearest to each block (..., 32); the farthest
+    point is negative."""
     index = blocks.abs().argmax(-1, keepdim=True)
     whole = blocks.gather(-1, index) / POINTS[0]
     counted = blocks.square()
@@ -163,9 +218,7 @@ def _iq4_nl(blocks: Tensor) -> Tensor:
         better = gain > best
         best = torch.where(better, gain, best)
         scale = torch.where(better & (alone > 0), together / alone, scale)
-    scale_bytes, rounded = _half_bytes(scale)
-    codes = _nearest(blocks, rounded).to(torch.uint8)
-    return torch.cat([scale_bytes, _joined(codes.view(-1, 1, 2, 16))], dim=1)
+    return scale
 
 
 def _nearest(values: Tensor, scale: Tensor) -> Tensor:
@@ -178,14 +231,17 @@ def _nearest(values: Tensor, scale: Tensor) -> Tensor:
 POINTS = torch.tensor(
     (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113), dtype=torch.float32
 )
-"""IQ4_NL's."""
+"""IQ4_NL's, and IQ4_XS's."""
 
 _ENCODERS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {
+        "Q2_K": _q2_k,
+        "Q3_K": _q3_k,
         "Q4_K": lambda blocks: _with_minima(blocks, 4),
         "Q5_K": lambda blocks: _with_minima(blocks, 5),
         "Q6_K": _q6_k,
         "IQ4_NL": _iq4_nl,
+        "IQ4_XS": _iq4_xs,
     }
 )
 KINDS = tuple(_ENCODERS)

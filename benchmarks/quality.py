@@ -23,8 +23,7 @@ For each format the transformer is packed, and the whole model run:
 
 ``--save`` keeps every clip's figures as they come: the same command after a kill goes on where it
 stopped, and more formats or pairs can be asked for later. What penstock reads and does not write
-is made by `benchmarks.foreign`; types in blocks of 256 (K-quants, TQ) need rows of whole ones,
-which the small trained model has not. The last line on stdout is JSON.
+is made by `benchmarks.foreign`. The last line on stdout is JSON.
 """
 
 from __future__ import annotations
@@ -303,7 +302,7 @@ def arguments() -> argparse.Namespace:
     """Of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", type=Path)
-    parser.add_argument("--formats", help="all, but those in blocks of 256 of a given model")
+    parser.add_argument("--formats", default=",".join((*writable(), *foreign.ALL)))
     parser.add_argument("--pairs", type=int, help="held-out pictures and prompts, judged")
     parser.add_argument("--save", type=Path, help="keep what was found; go on from it")
     parser.add_argument("--prompt", action="append")
@@ -315,9 +314,6 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.pairs is not None and options.model is None:
         parser.error("--pairs needs the --model that was trained for them")
-    if options.formats is None:
-        written = foreign.ALL if options.model is None else foreign.SMALL
-        options.formats = ",".join((*writable(), *written))
     return options
 
 

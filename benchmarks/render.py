@@ -14,6 +14,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -661,6 +662,109 @@ def cached_stream(value: Any) -> str:
     return f"{title}:\n\n{table(headings, rows)}"
 
 
+@dataclass(frozen=True)
+class Fault:
+    """A row of what was killed, damaged and starved.
+
+    Attributes:
+        test: how the names of its tests end, before their parameters.
+        told: finds figures in what they printed; those of several tests are added up.
+        what, outcome: with the figures' names in braces, "passed" among them.
+    """
+
+    test: str
+    told: str
+    what: str
+    outcome: str
+
+    def row(self, tests: Mapping[str, Any]) -> tuple[str, str]:
+        """Of results by test; a test that is not there, or did not pass, is said to be so."""
+        mine = [case for name, case in tests.items() if name.partition("[")[0].endswith(self.test)]
+        ran = [case for case in mine if case["outcome"] != "skipped"]
+        if not ran or any(case["outcome"] != "passed" for case in ran):
+            return re.sub(r"\{\w+\}", "...", self.what), "NOT SEEN"
+        figures: dict[str, Any] = {"passed": len(ran)}
+        for case in ran:
+            found = re.search(self.told, "\n".join(case["told"]))
+            if found is None:
+                raise ValueError(f"{self.test} has not printed {self.told}: {case['told']}")
+            for key, value in found.groupdict().items():
+                if value.replace(",", "").isdecimal():
+                    figures[key] = figures.get(key, 0) + int(value.replace(",", ""))
+                else:
+                    figures[key] = value
+        shown = {k: f"{v:,}" if isinstance(v, int) else v for k, v in figures.items()}
+        return self.what.format(**shown), self.outcome.format(**shown)
+
+
+RACE = r"'{}': \((?P<races>\d+), 0\)"
+
+FAULTS = (
+    Fault("::test_sigkill_at_failpoints", r"all (?P<places>\d+) .*, (?P<redone>\d+) steps",
+          "SIGKILL before and after every file operation and phase, {places} places",
+          "all resumed, frames identical; {redone} steps done again, at most one a job"),
+    Fault("::test_sigkill_across_the_swap_of_two_transformers",
+          r"at (?P<hit>\d+) of (?P<places>\d+) .*: (?P<redone>\d+) steps",
+          "the same of a model of two transformers, {hit} of {places} places",
+          "all resumed, frames identical; {redone} steps done again"),
+    Fault("::test_sigkill_of_a_job_that_skips_steps",
+          r"each of (?P<kills>\d+) steps, identical, (?P<redone>\d+)",
+          "SIGKILL of jobs that skip forward passes, after each step, {kills} kills",
+          "all resumed, frames identical; {redone} steps done again"),
+    Fault("::test_sigkill_at_random_moments",
+          r"(?P<kills>\d+) kills in (?P<jobs>\d+) jobs, all identical, (?P<redone>\d+)",
+          "SIGKILL at random moments, {kills} kills in {jobs} jobs",
+          "all resumed, frames identical; {redone} steps done again"),
+    Fault("::test_power_loss_leaves_the_old_or_the_new_state", r"(?P<states>\d+) states",
+          "power lost after any file operation: what was not synced dropped or torn, {states} "
+          "states",
+          "always the old or the new state"),
+    Fault("::test_out_of_memory_at_every_allocation",
+          r"at (?P<places>\d+) of .*: (?P<same>\d+) finished identical, (?P<ended>\d+) ended",
+          "out of memory at each of a job's allocations, once, and from there on: {places} runs",
+          "{same} finished identical, {ended} ended resumable and finished when resumed"),
+    Fault("::test_ram_and_vram_budgets_of_60_to_120_percent_of_the_plan", r"plan: (?P<told>.*)",
+          "budgets, % of the plan", "{told}"),
+    Fault("::test_address_space_of_60_to_120_percent_of_the_plan", r"plan: (?P<told>.*)",
+          "address space of the process limited (RLIMIT_AS), % of the plan", "{told}"),
+    Fault("::test_cgroup_of_60_to_120_percent_of_the_plan", r"plan: (?P<told>.*)",
+          "memory cgroup, % of the plan", "{told}"),
+    Fault("::test_address_space_of_what_was_promised", r"(?P<jobs>\d+) jobs .* (?P<n>\d+) under",
+          "RLIMIT_AS at 1.05 of what the report promised for the process: {jobs} jobs of random "
+          "budgets, the demo and a model of 1 GB", "all finished, {n} under a smaller plan"),
+    Fault("::test_a_cgroup_of_what_was_promised", r"(?P<jobs>\d+) jobs .* is (?P<most>[\d.]+) of",
+          "a memory cgroup of 1.05 of it: {jobs} jobs",
+          "all finished; of the model of 1 GB the most that one took is {most} of the promise"),
+    Fault("::test_hostile_files_in_full", r"(?P<cases>\d+) cases .*: (?P<refused>\d+) refused",
+          "{cases} hostile files: headers, GGUF, every config, indices, LoRAs, profiles, extra "
+          "paths, tokenizers, pictures",
+          "{refused} refused in one line, the others harmless: 0 tracebacks, 0 aborts, 0 over 5 s "
+          "of computing, 0 over 1 GiB, 0 files left"),
+    Fault("::test_changed_bytes_of_large_weights",
+          r"in (?P<size>[\d,]+) .*changes=(?P<n>\d+), packs=(?P<packs>\d+), resumes=(?P<again>\d+)",
+          "one byte changed in {size} bytes of weights, {n} times, half of them with the file's "
+          "time set back: between two jobs that use a pack, and between stop and resume",
+          "{packs} and {again} noticed"),
+    Fault("::test_a_path_that_is_no_good_is_one_line", "",
+          "each path option with each fault (no permission, a loop, too long, a pipe, a device, a "
+          "socket, stale, ...), {passed} pairs",
+          "one line and exit code 1 or 2; nothing made, changed or removed"),
+    *(Fault("::test_races", RACE.format(name), f"two processes, {what}: {{races}} races", outcome)
+      for name, what, outcome in (
+          ("one output", "one output's name", "nothing lost, and the loser knows"),
+          ("one job", "one job's folder", "nothing lost, and the loser knows"),
+          ("a job removed and begun", "a folder whose job is being removed", "nothing lost"),
+          ("one cache", "a pack in a cache that is listed and cleared", "nothing lost"),
+      )),
+)  # fmt: skip
+
+
+def faults(results: Results) -> str:
+    """Killed, damaged and starved."""
+    (value,) = named(results, "faults")
+    return table(("what", "outcome"), [fault.row(value["tests"]) for fault in FAULTS])
+
+
 TABLES: Mapping[str, Callable[[Results], str]] = {
     "streaming": streaming,
     "gpu": gpu,
@@ -673,6 +777,7 @@ TABLES: Mapping[str, Callable[[Results], str]] = {
     "plan_models": plan_models,
     "plan_cards_8_bits": partial(plan_cards, way="8 bits"),
     "plan_profiles": plan_profiles,
+    "faults": faults,
     "plan_windows": plan_windows,
     "swaps": swaps,
 }

@@ -82,16 +82,16 @@ class Summary:
             self.failed += news.state != "completed"
 
 
-def check(batch: Batch, folder: OutputFolder, options: Options) -> Todo:
+def check(
+    lines: Sequence[Line], bad: Sequence[BadLine], folder: OutputFolder, options: Options
+) -> Todo:
     """Look at every line before the first is made: nothing is loaded.
 
     Args:
+        lines: of the list.
+        bad: those that are no request.
         options: of the batch, memory shared out among its workers.
-
-    Raises:
-        UsageError: the list cannot be used.
     """
-    lines, bad = read_lines(batch.requests, batch.model, batch.loras)
     done: list[Line] = []
     with Checker(options) as checker:
 
@@ -132,13 +132,16 @@ def make(
         stopping: called with what stops it, from any thread or a signal's handler.
 
     Raises:
-        UsageError: lines cannot be done, and are not to be skipped; `checked` has been told.
+        UsageError: the list cannot be used; or lines cannot be done, and are not to be skipped:
+            `checked` has been told.
+        OSError: the list cannot be read.
         JobCancelled: it was stopped.
         JobLocked, JournalError, StorageError: of the folder.
     """
+    lines, bad = read_lines(batch.requests, batch.model, batch.loras)  # before a folder is made
     with OutputFolder(batch.output) as folder:
         options = batch.crowd.shared_out(batch.options)
-        todo = check(batch, folder, options)
+        todo = check(lines, bad, folder, options)
         places = {line.model: line.model for line in todo.lines}
         with batch.crowd.workers(places, options) as workers:
             checked(todo, [worker.name for worker in workers])

@@ -31,6 +31,14 @@ _TOLD = ("PENSTOCK_", "CUDA_", "PYTORCH_", "XDG_", "OMP_NUM_THREADS", "HF_HOME",
 """Beginnings of variables that change what penstock does; others are nobody's business."""
 
 
+_IMPORTED = (
+    "bitsandbytes.backends.cpu.ops", "diffusers.quantizers.torchao.torchao_quantizer",
+    "torch.utils._pytree", "torchao",
+)  # fmt: skip
+"""Loggers of libraries that warn while they are imported: of kernels that they would like to have
+and penstock does not call, and of each other."""
+
+
 class Level(str, Enum):
     """How much is told; each tells what comes after it too."""
 
@@ -49,7 +57,8 @@ class _Lines(logging.Formatter):
 
 @contextmanager
 def logged(level: Level | None, file: Path | None) -> Iterator[None]:
-    """Tell of everything inside: nothing where neither is given.
+    """Tell of everything inside: nothing where neither is given, and nothing of what libraries
+    warn of while they are imported, but at "debug".
 
     Args:
         level: None: "debug".
@@ -58,10 +67,36 @@ def logged(level: Level | None, file: Path | None) -> Iterator[None]:
     Raises:
         OutputError: the file cannot be written.
     """
-    if level is None and file is None:
+    with _imports_told_at_debug():
+        if level is None and file is None:
+            yield
+        else:
+            with _told(level or Level.DEBUG, file):
+                yield
+
+
+@contextmanager
+def _imports_told_at_debug() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in _IMPORTED]
+    for each in loggers:
+        each.addFilter(_is_error)
+    try:
         yield
-        return
-    level = level or Level.DEBUG
+    finally:
+        for each in loggers:
+            each.removeFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    """Whether a library's own handlers are to show it; else it is told here."""
+    if record.levelno >= logging.ERROR:
+        return True
+    log.debug("%s: %s", record.name, record.getMessage())
+    return False
+
+
+@contextmanager
+def _told(level: Level, file: Path | None) -> Iterator[None]:
     handler = logging.StreamHandler() if file is None else _opened(file)
     handler.setFormatter(_Lines("%(asctime)s %(levelname)s %(threadName)s %(name)s: %(message)s"))
     package = logging.getLogger(_PACKAGE)

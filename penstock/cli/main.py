@@ -455,7 +455,7 @@ def plan(
     from penstock.engine.files.locate import Files
     from penstock.engine.lora.file import as_loras
     from penstock.engine.prepared import Prepared, machine_of
-    from penstock.engine.request.generation import workload_of
+    from penstock.engine.request.generation import noise_of, workload_of
     from penstock.engine.request.settings import Settings, resolve
 
     settings = Settings(
@@ -477,7 +477,9 @@ def plan(
         )
         request = resolve(settings, prepared.about)
         found = prepared.plan(workload_of(request, saved=True))
-        told = prepared.about.official.timesteps(request)
+        told = prepared.about.official.timesteps(
+            request.video_shape, request.steps, noise_of(request)
+        )
         faster = alternatives(prepared, settings, found)
     if as_json:
         others = [each.to_json() for each in faster]

@@ -50,7 +50,7 @@ def serve(
         bool, typer.Option("--allow-urls", help="Fetch pictures from http(s) addresses.")
     ] = False,
     lora_dir: Annotated[
-        list[Path] | None, typer.Option(help="A folder whose LoRAs may be named; again for more.")
+        list[Path] | None, path_option("A folder whose LoRAs may be named; again for more.")
     ] = None,
     max_waiting: Annotated[int, typer.Option(help="Videos that wait at most.", min=1)] = 1000,
     max_kept: Annotated[

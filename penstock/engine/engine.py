@@ -36,6 +36,7 @@ from penstock.engine.run.stored import (
     restored_order,
     restored_plan,
     restored_request,
+    with_own_shift,
 )
 from penstock.engine.software import check_versions
 from penstock.engine.store.journal import Journal
@@ -257,9 +258,8 @@ class Engine(Closing):
     ) -> Job:
         check_unfinished(journal)
         check_picture(journal)
-        request, plan, order = (
-            restored_request(journal), restored_plan(journal), restored_order(journal)
-        )  # fmt: skip
+        request = with_own_shift(journal, restored_request(journal))
+        plan, order = restored_plan(journal), restored_order(journal)
         if output is not None:
             order = replace(order, output=Path(output), overwrite=False)
         order = replace(order, overwrite=order.overwrite or force)

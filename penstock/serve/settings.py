@@ -65,7 +65,8 @@ class ServeSettings:
         cache: where packs are kept; None: as everywhere.
 
     Raises:
-        UsageError: no model, or an address that others reach without a key.
+        UsageError: no model, an address that others reach without a key, or a folder of LoRAs that
+            is none.
     """
 
     models: Mapping[str, str]
@@ -93,6 +94,13 @@ class ServeSettings:
                 found="none",
                 remedy="Set a key, or leave --host out: 127.0.0.1 answers this machine alone.",
             )
+        for folder in self.lora_folders:
+            if not folder.is_dir():
+                raise UsageError(
+                    f"{folder} holds no LoRAs",
+                    expected="--lora-dir with a folder",
+                    found="something else" if folder.exists() else "nothing of this name",
+                )
 
     @property
     def default_model(self) -> str:

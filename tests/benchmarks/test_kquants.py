@@ -10,7 +10,10 @@ from torch import Tensor
 
 from benchmarks import kquants
 
-ERRORS = {"Q6_K": 0.02, "Q5_K": 0.04, "Q4_K": 0.08, "IQ4_NL": 0.09}
+ERRORS = {
+    "Q6_K": 0.02, "Q5_K": 0.04, "Q4_K": 0.08, "Q3_K": 0.17, "Q2_K": 0.3, "IQ4_NL": 0.09,
+    "IQ4_XS": 0.09,
+}  # fmt: skip
 """Relative, root mean square, of Gaussian weights with outliers."""
 
 

@@ -141,3 +141,25 @@ def test_what_a_resume_compares_is_told(caplog: pytest.LogCaptureFixture) -> Non
     caplog.set_level(logging.INFO, "penstock")
     check_fingerprint({"a": {"b": 1}}, {"a": {"b": 2}}, allow_nonidentical=True)
     assert "a.b was 1 and is 2" in caplog.messages
+
+
+IMPORTED = """
+import logging
+from penstock.cli.log import Level, logged
+with logged(Level.DEBUG, None):
+    import bitsandbytes, torchao, diffusers.quantizers.auto
+    logging.getLogger("torchao").error("a real one")
+logging.getLogger("torchao").warning("after it")
+"""
+
+
+def test_what_libraries_warn_of_on_import_is_told_at_debug_alone() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTED], capture_output=True, text=True, check=True
+    )
+    ours = re.compile(
+        r"\S+ \S+ DEBUG \S+ penstock\.cli\.log: (torchao|bitsandbytes|diffusers|torch)"
+    )
+    lines = done.stderr.splitlines()
+    assert [line for line in lines if not ours.match(line)] == ["a real one", "after it"]
+    assert len(lines) > 2

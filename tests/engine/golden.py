@@ -332,10 +332,15 @@ def _quanto_int4(tensor, layer):
 
 
 def write_gguf(
-    path: Path, tensors, names, kind: str, architecture: str, quantise=quants.quantize, said=None
-) -> dict:
-    """A GGUF file as city96's converter writes it, and the values it stands for; ``said``: words in
-    its header."""
+    path: Path, tensors, names, kind: str, architecture: str, quantise=quants.quantize, said=None,
+    narrow: str | None = None,
+) -> dict:  # fmt: skip
+    """A GGUF file as city96's converter writes it, and the values it stands for.
+
+    Args:
+        said: words in its header.
+        narrow: the type of matrices whose rows are not whole blocks of ``kind``; None: as they are.
+    """
     writer = GGUFWriter(path, architecture)
     for key, word in (said or {}).items():
         writer.add_string(key, word)
@@ -344,6 +349,8 @@ def write_gguf(
     for name, tensor in tensors.items():
         data, ggml = tensor.float().numpy(), GGMLQuantizationType[kind]
         matrix = is_block_matrix(name, tensor) or name == "shared.weight"
+        if matrix and narrow is not None and tensor.shape[1] % GGML_QUANT_SIZES[ggml][0]:
+            ggml = GGMLQuantizationType[narrow]
         if matrix and tensor.shape[1] % GGML_QUANT_SIZES[ggml][0] == 0 and kind != "F16":
             stored = quantise(data, ggml)
             writer.add_tensor(names[name], stored, raw_dtype=ggml)

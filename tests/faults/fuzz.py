@@ -56,6 +56,10 @@ def _warm(base: Path, folder: Path) -> None:
     with Engine.open(base, device="cpu", vram="200MiB", ram="200MiB") as engine:
         engine.submit(a_request(image=picture, steps=1)).result()
     CliRunner().invoke(app, ["inspect", str(base)])
+    unknown = folder / "unknown"
+    unknown.mkdir()
+    (unknown / "model_index.json").write_text('{"_class_name": "NoPipeline"}')
+    CliRunner().invoke(app, ["plan", "--model", str(unknown)])  # as diffusers is asked for its own
 
 
 def _limit() -> None:

@@ -147,6 +147,14 @@ def test_others_than_this_machine_are_served_with_a_key_only(tmp_path: Path) -> 
     ServeSettings(models={"mini": "x"}, folder=tmp_path, host="0.0.0.0", api_key=KEY)
 
 
+@pytest.mark.parametrize("name", ["file", "nowhere"])
+def test_a_folder_of_loras_that_is_none_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=f"{name} holds no LoRAs"):
+        ServeSettings(models={"mini": "x"}, folder=tmp_path, lora_folders=(tmp_path / name,))
+    ServeSettings(models={"mini": "x"}, folder=tmp_path, lora_folders=(tmp_path,))
+
+
 @pytest.mark.parametrize(
     "name",
     [

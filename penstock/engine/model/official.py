@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from penstock.engine.model.grid import Grid
-
-if TYPE_CHECKING:
-    from penstock.engine.request.generation import GenerationRequest
+from penstock.profiles.manifest import VideoShape
+from penstock.profiles.phases import Noise
 
 
 class Official(Protocol):
@@ -22,7 +21,7 @@ class Official(Protocol):
     def request_defaults(self) -> Mapping[str, Any]:
         """Width, height, steps and guidance_scale."""
 
-    def timesteps(self, request: GenerationRequest) -> tuple[float, ...]:
+    def timesteps(self, shape: VideoShape, steps: int, noise: Noise) -> tuple[float, ...]:
         """What the transformer is told at each step of a job."""
 
     def flow_shift(self, width: int, height: int, asked: float | None) -> float:

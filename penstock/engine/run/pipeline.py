@@ -22,7 +22,7 @@ from penstock._version import __version__
 from penstock.engine.machine.memory import ProcessMemory
 from penstock.engine.media.seam import joined
 from penstock.engine.media.video import Sound, WrittenVideo, write_video
-from penstock.engine.request.generation import frame_rate
+from penstock.engine.request.generation import frame_rate, noise_of
 from penstock.engine.run.ending import Ending
 from penstock.engine.run.events import Listener, PhaseMonitor
 from penstock.engine.run.report import JobResult, RunReport
@@ -231,7 +231,9 @@ def _report(
         process_peak_bytes=memory.resident_bytes,
         group_peak_bytes=memory.group_bytes,
         options=job.plan.options,
-        timesteps=job.model.official.timesteps(request),
+        timesteps=job.model.official.timesteps(
+            request.video_shape, request.steps, noise_of(request)
+        ),
         computed_steps=stage.computed_steps,
         sound_s=0.0 if sound is None else sound.seconds,
     )

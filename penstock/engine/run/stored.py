@@ -188,6 +188,19 @@ def restored_request(journal: Journal) -> GenerationRequest:
         raise JournalError(f"{journal.folder} holds no request", found=str(error)) from error
 
 
+def with_own_shift(journal: Journal, request: GenerationRequest) -> GenerationRequest:
+    """``request`` with the flow shift that its job began with, where it names none: the official
+    one of today may be another.
+
+    Raises:
+        JournalError: both generations of the sampler's state are damaged.
+    """
+    if request.shift is not None:
+        return request
+    state = journal.load_latest()
+    return request if state is None else replace(request, shift=state.values.get("shift"))
+
+
 def restored_plan(journal: Journal) -> Plan:
     """The plan of a job.
 

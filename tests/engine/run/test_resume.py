@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from penstock.engine.engine import Engine
+from penstock.engine.families.wan import defaults
 from penstock.engine.request.generation import GenerationRequest
 from penstock.engine.run.events import Event, Notice, PhaseStarted, Progress
 from penstock.engine.run.jobs import describe
@@ -238,6 +239,20 @@ def test_a_job_of_other_noise_levels_is_named_and_refused(
     told = r"numerics\.noise_levels 'diffusers'.*noise_levels 'makers 1'"
     with an_engine(whole.folder) as engine, pytest.raises(FingerprintMismatch, match=told):
         engine.resume(tmp_path / "job")
+
+
+@pytest.mark.parametrize("stop_at", ["before the first step", "after one"])
+def test_a_job_keeps_the_shift_it_began_with(
+    whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: str
+) -> None:
+    began = defaults.flow_shift
+    stop = at_step(1) if stop_at == "after one" else in_phase("denoise")
+    stopped_job(whole, tmp_path, stop)
+    monkeypatch.setattr(
+        defaults, "flow_shift", lambda w, h, asked, **of: began(w, h, asked or 12.0, **of)
+    )
+    _, result = resumed(whole, tmp_path)
+    assert_same(whole, result, tmp_path / "out.mp4")
 
 
 def test_a_changed_model_is_named_and_refused(whole: Whole, tmp_path: Path) -> None:

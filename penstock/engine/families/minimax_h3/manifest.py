@@ -18,9 +18,8 @@ from penstock.engine.families.minimax_h3.terms import H3Case
 from penstock.engine.families.minimax_h3.text.spec import TextSpec
 from penstock.engine.families.minimax_h3.video_vae.spec import ClipVaeSpec
 from penstock.engine.model.grid import Grid
-from penstock.engine.request.generation import GenerationRequest
 from penstock.profiles.manifest import Heads, Pictures, Prefetch, Storage, VideoShape
-from penstock.profiles.phases import Step
+from penstock.profiles.phases import Noise, Step
 
 REQUEST: Mapping[str, Any] = MappingProxyType(
     {"width": 1344, "height": 768, "frames": 124, "steps": 50, "guidance_scale": 1.0,
@@ -81,10 +80,9 @@ class H3Manifest:
         """Of the sound's schedule."""
         return SOUND_SHIFT
 
-    def timesteps(self, request: GenerationRequest) -> tuple[float, ...]:
+    def timesteps(self, shape: VideoShape, steps: int, noise: Noise) -> tuple[float, ...]:
         """As `penstock.engine.model.official.Official`: of the video, 0 to 1."""
-        shift = self.flow_shift(request.width, request.height, request.shift)
-        return told(request.steps, shift)
+        return told(steps, self.flow_shift(shape.width, shape.height, noise.shift))
 
     @property
     def prefetch(self) -> Prefetch:

@@ -183,6 +183,7 @@ def denoise_peaks(
             if not on_device:
                 pair = kept[0][0]
                 kept = [[forward.CrossKV(pair.k.clone(), pair.v.clone())]]
+                del pair
                 meter.peak = meter.live
             state = [torch.empty(1, out, *latent) for _ in range(4)]
             rope = forward.rope_tables(model, latent, text.device)

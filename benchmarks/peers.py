@@ -10,10 +10,13 @@ process of its own, the page cache emptied of the files before every forward tha
 - ``mmap``: the same module over a memory-mapped safetensors file;
 - ``accelerate_cpu`` and ``accelerate_disk``: `cpu_offload` and `disk_offload`, the latter from the
   files it makes for itself beforehand (which is not timed);
+- ``group_offload`` and ``group_offload_disk``: diffusers' own, a block at a time, with a stream on
+  CUDA;
+- ``aircanvas``, where it can be imported: its engine over its own shards, uncompressed;
 - ``penstock_disk`` and ``penstock_ram``: every block streamed from disk; every block kept in RAM;
+- ``penstock_stream``: diffusers' module under `penstock.stream`, every block from disk;
 - on CUDA also ``model_offload`` and ``sequential_offload`` (what diffusers' pipelines call so),
-  ``group_offload`` and ``group_offload_disk`` (block level, with a stream), and ``mmgp`` where it
-  can be imported.
+  and ``mmgp`` where it can be imported.
 
 ``first_s`` is the first forward, nothing prepared; ``step_s`` the later ones: penstock then has
 the cross-attention K/V, which do not change from step to step, and others compute them again.
@@ -30,6 +33,7 @@ import importlib.util
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -105,7 +109,7 @@ def wanted(options: argparse.Namespace) -> list[str]:
     """The peers of this run."""
     known = [name for name in PEERS if options.device == "cuda" or name not in ON_CUDA]
     if options.cases is None:
-        return known
+        return [name for name in known if name not in PACKAGES or importlib.util.find_spec(name)]
     chosen: list[str] = options.cases.split(",")
     strangers = sorted(set(chosen) - set(known))
     if strangers:
@@ -528,7 +532,7 @@ def model_offload(options: argparse.Namespace, folder: Path) -> Peer:
 
 
 def grouped(to_disk: bool) -> Callable[[argparse.Namespace, Path], Any]:
-    """diffusers' group offload by blocks, with a stream."""
+    """diffusers' group offload by blocks; with a stream, where there are streams."""
 
     @contextmanager
     def peer(options: argparse.Namespace, folder: Path) -> Peer:
@@ -537,13 +541,58 @@ def grouped(to_disk: bool) -> Callable[[argparse.Namespace, Path], Any]:
         model = loaded(folder, "cpu")
         more = {"offload_to_disk_path": str(folder / "groups")} if to_disk else {}
         model.enable_group_offload(
-            onload_device=torch.device("cuda"), offload_device=torch.device("cpu"),
-            offload_type="block_level", num_blocks_per_group=1, use_stream=True,
-            non_blocking=True, **more,
+            onload_device=torch.device(options.device), offload_device=torch.device("cpu"),
+            offload_type="block_level", num_blocks_per_group=1,
+            use_stream=options.device == "cuda", non_blocking=options.device == "cuda", **more,
         )  # fmt: skip
         yield call(model, inputs(options)), nothing
 
     return peer
+
+
+@contextmanager
+def aircanvas(options: argparse.Namespace, folder: Path) -> Peer:
+    """aircanvas' engine around diffusers' module, over the shards that it makes for itself
+    beforehand (which is not timed)."""
+    if importlib.util.find_spec("aircanvas") is None:
+        sys.exit("aircanvas is not installed")
+    splitter = importlib.import_module("aircanvas.sharding.splitter")
+    streaming = importlib.import_module("aircanvas.streaming.engine")
+    from safetensors.torch import save_file
+
+    plain, place = folder / "plain", folder / "shards"
+    (plain / "transformer").mkdir(parents=True)
+    config = folder / "model" / "transformer" / "config.json"
+    shutil.copy(config, plain / "transformer")
+    # Of the file's tensors those that only fill pages up are none that it knows.
+    save_file(dict(tensors(folder)), plain / "transformer" / weights_file(folder).name)
+    manifest = splitter.split_model(str(plain), subfolder="transformer", cache_dir=place)
+    shutil.rmtree(plain)
+    with streaming.StreamingEngine(
+        empty_model(folder), manifest, place, device=options.device
+    ) as engine:
+        yield call(engine.model, inputs(options)), lambda: dict(engine.stats)
+
+
+@contextmanager
+def attached(options: argparse.Namespace, folder: Path) -> Peer:
+    """diffusers' module, its blocks streamed by `penstock.stream` from the same file: two slots,
+    two staging buffers."""
+    import penstock
+
+    model = empty_model(folder)
+    block = sum(each.nbytes for each in model.blocks[0].parameters())
+    outside = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
+    outside -= block * len(model.blocks)
+    with penstock.stream(
+        model,
+        "blocks",
+        files=weights_file(folder),
+        device=options.device,
+        vram=outside + block * 9 // 4,
+        ram=block * 9 // 4,
+    ) as streamed:
+        yield call(model, inputs(options)), lambda: {"read_bytes": streamed.report.read_bytes}
 
 
 @contextmanager
@@ -558,12 +607,19 @@ def mmgp(options: argparse.Namespace, folder: Path) -> Peer:
     yield call(model, inputs(options)), nothing
 
 
-FROM_DISK = ("penstock_disk", "accelerate_disk", "mmap", "group_offload_disk")
+FROM_DISK = (
+    "penstock_disk", "penstock_stream", "accelerate_disk", "mmap", "group_offload_disk",
+    "aircanvas",
+)  # fmt: skip
 """Peers beside which the file is read plainly, for their rates to be compared with."""
 
-ON_CUDA = ("model_offload", "group_offload", "group_offload_disk", "mmgp")
+PACKAGES = ("aircanvas", "mmgp")
+"""Peers that are left out where they are not installed, unless they are asked for."""
+
+ON_CUDA = ("model_offload", "mmgp")
 PEERS: dict[str, Callable[[argparse.Namespace, Path], Any]] = {
     "penstock_disk": streamed(host_resident=False),
+    "penstock_stream": attached,
     "accelerate_disk": accelerate_disk,
     "mmap": mapped,
     "penstock_ram": streamed(host_resident=True),
@@ -573,6 +629,7 @@ PEERS: dict[str, Callable[[argparse.Namespace, Path], Any]] = {
     "group_offload": grouped(to_disk=False),
     "group_offload_disk": grouped(to_disk=True),
     "mmgp": mmgp,
+    "aircanvas": aircanvas,
 }
 
 

@@ -8,17 +8,18 @@ lock                   held while a process works on the folder
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 from penstock.batch.lines import Line
 from penstock.batch.results import Result, Results
 from penstock.closing import Closing
-from penstock.engine.run.jobs import describe, remove_job
+from penstock.engine.run.jobs import describe
 from penstock.engine.store.durable import FileOps, remove_if_empty, storing
 from penstock.engine.store.lock import JobLock
 from penstock.errors import OutputError, UsageError
-from penstock.serve.order import FILES, JOURNAL, VIDEO
+from penstock.serve.order import JOURNAL, VIDEO
 
 _REPORTED = ("seed", "width", "height", "frames", "fps", "seconds", "weight_format",
              "peak_vram_bytes", "peak_ram_bytes", "process_peak_bytes")  # fmt: skip
@@ -136,12 +137,8 @@ class OutputFolder(Closing):
     def _tidy(self, line: Line) -> None:
         """Remove what is left of a request that is done."""
         place = self.place_of(line)
-        if not place.is_dir():
-            return
-        if (place / JOURNAL).is_dir():
-            remove_job(place / JOURNAL)
         with storing(self._ops, place):
-            for name in (*FILES.values(), VIDEO):
-                self._ops.unlink(place / name)
-            remove_if_empty(self._ops, place)
-            remove_if_empty(self._ops, place.parent)
+            if place.is_dir():
+                shutil.rmtree(place)  # whatever an end in the middle of this has left
+            if place.parent.is_dir():
+                remove_if_empty(self._ops, place.parent)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -98,6 +98,7 @@ class BlockStream(Closing):
         self._mover: Mover | None = None
         self._loop: _Loop | None = None
         self._is_open = False
+        self._pauses: frozenset[int] = frozenset()
         self._stack = ExitStack()
 
     @property
@@ -233,11 +234,26 @@ class BlockStream(Closing):
         """
         self._sure.raise_to(passes)
 
+    def pause_after(self, blocks: Collection[int]) -> None:
+        """From the next visit on, fetch ahead no further than the next of ``blocks``: what follows
+        one of these is not known before it is asked for. None: as far as the rings allow."""
+        self._pauses = frozenset(blocks)
+        if not blocks:
+            self._sure.set_to(self._passes * self.n_blocks)
+
+    def _look_ahead(self, visit: int) -> None:
+        """The visit so numbered comes next, and those up to the next pause after it."""
+        if self._pauses:
+            ahead = min((block - visit) % self.n_blocks for block in self._pauses)
+            self._sure.set_to(visit + ahead + 1)
+
     def announce(self, block: int) -> None:
         """``block`` is visited next: said before the visit that is open ends, nothing more begins
         to move of those that will be left out."""
         loop, _ = self._opened()
-        loop.announce(self._visits + (block - self._visits) % self.n_blocks)
+        visit = self._visits + (block - self._visits) % self.n_blocks
+        loop.announce(visit)
+        self._look_ahead(visit)
 
     @contextmanager
     def visit(self, block: int) -> Iterator[Tensors]:
@@ -264,6 +280,7 @@ class BlockStream(Closing):
                 expected=f"one of at most {self._passes} passes",
                 found=f"one more of block {block}",
             )
+        self._look_ahead(op.visit)
         if left:
             loop.leave_out(left)
         loop.bring(op)
@@ -488,6 +505,12 @@ class _Sure:
         """So many passes are sure."""
         with self._changed:
             self._visits = max(self._visits, passes * self._n_blocks)
+            self._changed.notify_all()
+
+    def set_to(self, visits: int) -> None:
+        """So many visits are sure, be they fewer than before: what was begun is gone on with."""
+        with self._changed:
+            self._visits = visits
             self._changed.notify_all()
 
     def wait(self, visit: int) -> bool:

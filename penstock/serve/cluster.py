@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import socket
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
@@ -33,11 +34,18 @@ LOCAL, AUTOMATIC = "local", "auto"
 _STORE_BYTES = 100 << 20
 """Of Ray's object store on this machine: a video and a picture pass through it at most."""
 
+_LISTENS_S = 10.0
+"""How long a cluster's head may take to answer a connection."""
+
 _PLACED_S = 300.0
 """How long a cluster may take to find a place for an actor, and to start it there."""
 
 _NEWS_S = 1.0
 """How long an actor waits for something to tell before it says that there is nothing."""
+
+_NICE = "5"
+"""Of actors on this machine, as of `penstock.serve.worker`; Ray's own, 15, starves them where
+anything else computes."""
 
 _CALLS = 4
 """Calls that an actor answers at a time: a job runs, its news are asked for, it is cancelled."""
@@ -249,22 +257,42 @@ def connected(address: str) -> Any:
     if address == LOCAL:
         _begin(ray)
         return ray
+    if address != AUTOMATIC:
+        _check_listens(address)
     try:
         ray.init(address=address, log_to_driver=False)
     except ConnectionError as error:
         if address != AUTOMATIC:
-            raise UsageError("no Ray cluster there", found=address) from error
+            raise UsageError("no Ray cluster there", found=f"{address}: {error}") from error
         _begin(ray)
     return ray
 
 
+def _check_listens(address: str) -> None:
+    """Ray itself looks for minutes."""
+    host, colon, port = address.rpartition(":")
+    expected = 'local, auto, or its head as "HOST:6379"'
+    if not colon or not port.isdecimal() or "/" in host:
+        raise UsageError("no address of a Ray cluster", expected=expected, found=address)
+    try:
+        socket.create_connection((host, int(port)), _LISTENS_S).close()
+    except (OSError, OverflowError) as error:
+        raise UsageError(
+            "no Ray cluster there", expected=expected, found=f"{address}: {error}"
+        ) from error
+
+
 def _begin(ray: Any) -> None:
-    ray.init(
-        address=LOCAL,
-        include_dashboard=False,
-        object_store_memory=_STORE_BYTES,
-        log_to_driver=False,
-    )
+    os.environ.setdefault("RAY_worker_niceness", _NICE)
+    try:
+        ray.init(
+            address=LOCAL,
+            include_dashboard=False,
+            object_store_memory=_STORE_BYTES,
+            log_to_driver=False,
+        )
+    except RuntimeError as error:
+        raise UsageError("Ray does not start here", found=str(error)) from error
 
 
 def on_ray(ray: Any, models: Models, cpus: int | None = None) -> list[Worker]:

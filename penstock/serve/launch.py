@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import signal
 import socket
 import threading
@@ -61,6 +62,9 @@ async def _serve(
         ) from error
     try:
         await service.open()
+        # What is there by now stays: looking through it for garbage would hold answers up
+        gc.collect()
+        gc.freeze()
         names, (host, port) = ", ".join(settings.models), listener.getsockname()[:2]
         say(f"{names} at http://{f'[{host}]' if ':' in host else host}:{port}")
         await server_of(service).serve(sockets=[listener])

@@ -11,14 +11,13 @@ import shutil
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from penstock.engine.store.lock import JobLock
 from penstock.errors import PenstockError, RequestError, StorageError, UsageError
 from penstock.serve.child import Child, Died
-from penstock.serve.crew import Crew, ProcessWorker, Worker
+from penstock.serve.crew import Crew, Worker
 from penstock.serve.fields import PlanFields, VideoFields
 from penstock.serve.hub import Event, Hub
 from penstock.serve.order import BEFORE, IMAGE, LAST_IMAGE, VIDEO, Order
@@ -151,7 +150,7 @@ class Service:
         connections: that are open.
     """
 
-    def __init__(self, settings: ServeSettings, workers: Sequence[Worker] | None = None) -> None:
+    def __init__(self, settings: ServeSettings, workers: Sequence[Worker]) -> None:
         self.settings, self.hub = settings, Hub()
         self._jobs = settings.folder / "jobs"
         self._jobs.mkdir(parents=True, exist_ok=True)
@@ -176,17 +175,15 @@ class Service:
         for row in await asyncio.to_thread(self.queue.recover):
             await self._remove(row.id)
         await asyncio.to_thread(self._sweep)
-        workers = self._workers or [self._process()]
         self._crew = Crew(
-            self.queue, self.hub, workers, self.settings.keep_alive_s, self._changed, self.folder
+            self.queue,
+            self.hub,
+            self._workers,
+            self.settings.keep_alive_s,
+            self._changed,
+            self.folder,
         )
         self._crew.start()
-
-    def _process(self) -> ProcessWorker:
-        """A worker under the budgets that the planner found: what fits now fits in its turn."""
-        settings, about = self.settings, self.about[self.settings.default_model]
-        options = replace(settings.options, vram=about["vram_bytes"], ram=about["ram_bytes"])
-        return ProcessWorker(settings.models, options, settings.cache)
 
     @property
     def crew(self) -> Crew:

@@ -10,6 +10,7 @@ import pytest
 
 from penstock.batch.dispatch import MOST_DEATHS, WORKER_DIED, Began, Told
 from penstock.batch.folder import OutputFolder
+from penstock.batch.lines import read_lines
 from penstock.batch.results import RESULTS_FILE, Result
 from penstock.batch.run import Batch, make
 from penstock.engine.families.wan.tiny import write_tiny_model
@@ -74,8 +75,14 @@ def test_a_list_is_made_once(model: Path, tmp_path: Path, whole: dict[str, str])
     assert {news.worker for news in told if isinstance(news, Began)} == {"hand 0", "hand 1"}
     assert any(isinstance(news, Told) and news.event["event"] == "progress" for news in told)
 
+    (asked, _), _ = read_lines(requests, str(model))
+    with OutputFolder(output) as folder:  # a process died while it tidied up
+        rest = folder.place_of(asked) / "journal"
+    rest.mkdir(parents=True)
+    (rest / "lock").write_text("1\n")
     hands = Hands()
     again, _ = make_list(write(tmp_path, line("a"), line("b")), output, model, hands)
+    assert left(output) == ["a.mp4", "b.mp4", RESULTS_FILE]
     assert (again.made, again.done) == (0, 2) and hands.ran == [] and len(results(output)) == 2
 
 

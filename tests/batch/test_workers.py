@@ -7,6 +7,7 @@ import pytest
 from penstock.errors import UsageError
 from penstock.profiles.hardware import probe
 from penstock.profiles.options import Options
+from penstock.serve.cluster import connected
 from penstock.serve.workers import Crowd, Device, devices_of, shared_out, threads_each
 
 
@@ -56,3 +57,10 @@ def test_workers_have_names_threads_and_devices(monkeypatch: pytest.MonkeyPatch)
     assert Crowd().shared_out(Options()) == Options()
     with pytest.raises(UsageError, match="Ray finds"):
         Crowd.of("0", "local")
+
+
+@pytest.mark.parametrize("address", ["somewhere", "ray://host:10001", "127.0.0.1:1", "host:99999"])
+def test_an_address_without_a_cluster_is_refused_at_once(address: str) -> None:
+    pytest.importorskip("ray")
+    with pytest.raises(UsageError, match="Ray cluster"):
+        connected(address)

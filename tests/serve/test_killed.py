@@ -3,6 +3,7 @@ there in the end, made once, with the frames of a run that nobody disturbed."""
 
 from __future__ import annotations
 
+import json
 import random
 import threading
 from collections import Counter
@@ -16,6 +17,9 @@ from penstock.engine.media.video import read_frames
 from tests.serve.running import Running
 
 STEPS = {"num_inference_steps": "6"}
+
+BETWEEN_S = 0.1
+"""From the event that a kill follows, at most: steps are nearer to each other."""
 
 
 def video(server: Running, name: str) -> list[bytes]:
@@ -59,19 +63,33 @@ class Kills:
             seed = seeds[index % len(seeds)]
             self._asked[self._server.create(seed=str(seed), **STEPS)["id"]] = seed
 
-    def kill(self, within_s: float) -> None:
-        """Kill the server at a moment in so many seconds, and start it again."""
-        # Not a wait for something: the moment is what is drawn here
-        threading.Event().wait(within_s * self._chance.random())
-        videos = self._server.client.get("/v1/videos", params={"limit": 100}).json()["data"]
-        running = [each for each in videos if each["status"] == "in_progress"]
-        self.met[(running[0]["phase"] or "begins") if running else "between"] += 1
-        done = [each["id"] for each in videos if each["status"] == "completed"]
+    def kill(self, events: int) -> None:
+        """Kill the server after so many events at most, or a moment later, and start it again."""
+        met = self._watched(self._chance.randrange(events))
+        # Not a wait for something: the moment itself is what is drawn here
+        threading.Event().wait(BETWEEN_S * self._chance.random())
+        self.met[met] += 1
+        page = self._server.client.get("/v1/videos", params={"limit": 100}).json()
+        done = [each["id"] for each in page["data"] if each["status"] == "completed"]
         self._made |= {name: self._file(name) for name in done if name not in self._made}
         children = psutil.Process(self._server.process.pid).children()
         self._server.kill()
         psutil.wait_procs(children)  # their input has ended, and so do they
         self._server = Running(self._server.folder)
+
+    def _watched(self, events: int) -> str:
+        """Where the work is after so many events; sooner, where there is nothing left to do."""
+        met = "between"
+        with self._server.client.stream("GET", "/v1/events") as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data: "):
+                    told, events = json.loads(line[6:]), events - 1
+                    if told.get("object") == "queue" and not told["running"] + told["waiting"]:
+                        return "nothing left"
+                    met = told.get("phase") or told.get("status") or met
+                    if events < 0:
+                        return met
+        return met
 
     def check(self, frames: Mapping[int, list[bytes]]) -> None:
         """Every video is there, made once, and as it should be."""
@@ -94,20 +112,20 @@ class Kills:
         return status.st_ino, status.st_mtime_ns
 
 
-def killed(folder: Path, jobs: int, seeds: Sequence[int], kills: int, within_s: float) -> None:
+def killed(folder: Path, jobs: int, seeds: Sequence[int], kills: int, events: int) -> None:
     ours = Kills(folder / "killed", random.Random(kills))
     ours.ask(jobs, seeds)
-    for _ in range(kills):
-        ours.kill(within_s)
+    for number in range(kills):
+        ours.kill(events)
+        print(f"{number + 1} kills met {dict(ours.met)}", flush=True)
     ours.check(undisturbed(folder / "undisturbed", seeds))
-    print(f"{kills} kills met {dict(ours.met)}")
 
 
 @pytest.mark.slow
 def test_three_kills(tmp_path: Path) -> None:
-    killed(tmp_path, 3, [1, 2], 3, 5.0)
+    killed(tmp_path, 2, [1, 2], 3, 12)
 
 
 @pytest.mark.faults
 def test_two_hundred_kills_under_fifty_jobs(tmp_path: Path) -> None:
-    killed(tmp_path, 50, range(5), 200, 10.0)
+    killed(tmp_path, 50, range(5), 200, 14)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -30,11 +30,13 @@ class EndlessStream(Closing):
         self._stream: BlockStream | None = None
         self._at = 0
         self._read = self._copied = self._earlier = 0
+        self._pauses: frozenset[int] = frozenset()
         self.skipped = 0
 
     def __enter__(self) -> EndlessStream:
         self._stream = self._make(CYCLES)
         self._stream.__enter__()
+        self._stream.pause_after(self._pauses)
         return self
 
     def close(self) -> None:
@@ -56,6 +58,12 @@ class EndlessStream(Closing):
         stream = self._opened(0)
         self._at += stream.n_blocks
         yield from stream.forward_pass()
+
+    def pause_after(self, blocks: Collection[int]) -> None:
+        """As `BlockStream.pause_after`, now and when it is opened again."""
+        self._pauses = frozenset(blocks)
+        if self._stream is not None:
+            self._stream.pause_after(self._pauses)
 
     def announce(self, block: int) -> None:
         """``block`` is visited next; said while the visit before it is open."""

@@ -20,6 +20,9 @@ from penstock.profiles.plan import StreamPlan
 MOST_LESSONS = 4
 """Orders that are learnt of one network: two that it takes by turns must not chase each other."""
 
+MOST_FORKS = 4
+"""Blocks after which nothing is read ahead; of more, those that were found last."""
+
 _LONGEST_LAP = 4
 """Times the number of blocks: a lap whose first block does not come again is given up."""
 
@@ -108,6 +111,8 @@ class Supply(Closing):
         self._visit = ExitStack()
         self._moved = [0, 0, 0, 0]
         self._explores = False
+        self._last: int | None = None
+        self._forks: list[int] = []
         self.plan: StreamPlan | None = None
 
     def bring(self, block: int) -> Mapping[str, Tensor]:
@@ -120,11 +125,30 @@ class Supply(Closing):
         if self._order.note(block):
             self.close()
         elif self._stream is not None:
+            self._mind(block)
             self._stream.announce(self._places[block])
         self.leave()
         self.open()
         assert self._stream is not None
+        self._last = block
         return self._visit.enter_context(self._stream.visit(self._places[block]))
+
+    def _mind(self, block: int) -> None:
+        """Learn after which blocks some are left out, as a step cache does: it decides there
+        whether the rest of a pass is computed, and what was read ahead is read in vain if not."""
+        assert self._stream is not None
+        last = self._last
+        if last is None or last in self._forks or self._explores:
+            return
+        if (self._places[block] - self._places[last]) % len(self._layouts) != 1 % len(
+            self._layouts
+        ):
+            self._forks = [*self._forks, last][-MOST_FORKS:]
+            self._pause()
+
+    def _pause(self) -> None:
+        assert self._stream is not None
+        self._stream.pause_after([self._places[fork] for fork in self._forks])
 
     def leave(self) -> None:
         """The block that was brought last is not used any more."""
@@ -162,6 +186,7 @@ class Supply(Closing):
             )
 
         self._stream = EndlessStream(make).__enter__()
+        self._pause()
 
     def close(self) -> None:
         """End the stream; the next block opens another. What was learnt stays known."""

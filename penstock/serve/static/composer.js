@@ -9,7 +9,7 @@ const NUMBERS = {
   steps: "num_inference_steps", guidance: "guidance_scale", seed: "seed", shift: "flow_shift", fps: "fps",
 };
 const KEPT = ["prompt", "negative", "size", "width", "height", "seconds", "steps", "guidance", "seed", "shift",
-  "fps", "sampler", "lora", "strength", "model"];
+  "fps", "sampler", "cache", "lora", "strength", "model"];
 
 let known = []; // the models
 let picture = null; // a File
@@ -31,6 +31,7 @@ export async function start() {
   $("prompt").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("form").requestSubmit();
   });
+  $("distilled").addEventListener("change", changed);
   $("form").addEventListener("submit", (event) => { event.preventDefault(); send(); });
   $("picture").addEventListener("change", () => usePicture($("picture").files[0]));
   $("thumb").addEventListener("load", () => {
@@ -79,6 +80,7 @@ function showDefaults() {
   $("negative").placeholder = own.negative_prompt || "nothing";
   if (!$("seconds").value) setSeconds(own.num_frames && own.fps ? round(own.num_frames / own.fps) : 5, null);
   $("drop").hidden = model().image === "none" || source !== null;
+  $("last-field").hidden = (model().last_image ?? "none") === "none" || source !== null;
   $("drop-title").textContent = picture ? picture.name : model().image === "must" ? "This model starts from a picture" : "Start from a picture";
   $("ceilings").textContent = own.size
     ? `${model().device} · VRAM ${bytes(model().vram_bytes)} · RAM ${bytes(model().ram_bytes)}` : "";
@@ -137,7 +139,8 @@ function fields() {
   for (const [name, field] of Object.entries(NUMBERS)) {
     if ($(name).value !== "") found[field] = Number($(name).value);
   }
-  if ($("sampler").value) found.sampler = $("sampler").value;
+  for (const name of ["sampler", "cache"]) if ($(name).value) found[name] = $(name).value;
+  if ($("distilled").checked) found.distilled = true;
   if ($("negative").value.trim()) found.negative_prompt = $("negative").value.trim();
   if ($("lora").value) found.lora = `${$("lora").value}:${$("strength").value || 1}`;
   return found;
@@ -148,10 +151,12 @@ function request() {
   const { size, ...others } = fields();
   if (source) return { ...others, continue_from: source.id };
   const found = size ? { ...others, size } : others;
-  if (picture === null) return found;
+  const last = $("last-field").hidden ? null : $("last").files[0] ?? null;
+  if (picture === null && last === null) return found;
   const form = new FormData();
   for (const [name, value] of Object.entries(found)) form.append(name, value);
-  form.append("input_reference", picture, picture.name);
+  if (picture !== null) form.append("input_reference", picture, picture.name);
+  if (last !== null) form.append("last_image", last, last.name);
   return form;
 }
 
@@ -335,6 +340,8 @@ export async function useSettings(one) {
   $("negative").value = set.negative_prompt === defaults().negative_prompt ? "" : set.negative_prompt ?? "";
   for (const [name, field] of Object.entries(NUMBERS)) $(name).value = set[field] ?? "";
   $("sampler").value = set.sampler ?? "";
+  $("cache").value = one.cache ?? "";
+  $("distilled").checked = set.distilled;
   const [lora, strength] = (one.lora[0] ?? ":1").split(":");
   $("lora").value = lora;
   $("strength").value = strength;

@@ -117,10 +117,37 @@ def test_a_damaged_note_of_a_rehearsal_is_no_note(content: bytes, tmp_path: Path
     path, ops = tmp_path / "note.json", FileOps()
     assert stored_rehearsal(ops, path) is None
     value = {"visits": [["m", 7]], "uses": {"m": {"w": 2}}, "peak_bytes": 9, "tiled": ["m"]}
-    path.write_bytes(seal_json(value | {"limit": 5}))
-    found = Rehearsed((Visit("m", 7),), {"m": {"w": 2}}, 9, ("m",))
+    path.write_bytes(seal_json(value | {"limit": 5, "flops": {}}))
+    found = Rehearsed((Visit("m", 7),), {"m": {"w": 2}}, 9, ("m",), {})
     assert stored_rehearsal(ops, path) == (found, 5)
     path.write_bytes(path.read_bytes().replace(b"9", b"8"))
     assert stored_rehearsal(ops, path) is None
     path.write_bytes(content)
     assert stored_rehearsal(ops, path) is None
+
+
+class _Three(nn.Module):
+    """A convolution, attention, and a list of linear layers of which the second is not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = nn.Conv2d(3, 8, 3, padding=1)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.seen(x).flatten(2).mT  # (1, 3, 16, 24) -> (1, 384, 8)
+        for layer in self.layers:
+            x = layer(x)
+        return nn.functional.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])
+
+
+def test_operations_are_counted_by_kind() -> None:
+    module = _Three()
+    found = rehearse({"network": module}, lambda: module(torch.zeros(1, 3, 16, 24)))
+    assert found.flops == {
+        "network": {
+            "convolution": 2 * 384 * 8 * 3 * 3 * 3,
+            "product": 2 * 2 * 384 * 8 * 8,
+            "attention": 2 * 384 * 384 * (8 + 8),
+        }
+    }

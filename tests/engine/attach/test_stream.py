@@ -618,6 +618,28 @@ def test_what_returns_after_the_first_block_reads_no_more() -> None:
         assert report.read_bytes <= 3 * report.streamed_bytes + 2 * 8192
 
 
+@pytest.mark.parametrize("tail", [(), (5,)], ids=["front alone", "front and back"])
+def test_a_cache_that_decides_after_two_blocks_reads_what_it_computes(tail: Any) -> None:
+    """After the first call that leaves some out nothing is read ahead of the decision."""
+    whole, short = (*range(6),), (0, 1, *tail)
+    calls = [whole, short, short, short, whole, short, short, whole, whole, short]
+    at: list[Any] = [whole]
+    module = Walk(lambda blocks: (blocks[index] for index in at[0]))
+    wanted = {}
+    for at[0] in (whole, short):
+        wanted[at[0]] = _walked(module)
+    with penstock.stream(module, "blocks", vram=_least(module, "blocks"), ram=8192) as streamed:
+        for at[0] in calls:
+            assert torch.equal(_walked(module), wanted[at[0]])
+        report = streamed.report
+    assert report.from_disk == report.blocks
+    sizes = [sum(p.nbytes for p in each.parameters()) for each in module.blocks]
+    computed = sum(sizes[index] for call in calls for index in call)
+    in_vain = sum(sizes[2:4])  # once, before the decision was known of
+    ahead = sum(sizes[:2])  # of a next call
+    assert computed <= report.read_bytes <= computed + in_vain + ahead
+
+
 def _zipped(module: Any) -> Any:
     return (b for pair in zip(module.blocks, module.others, strict=True) for b in pair)
 

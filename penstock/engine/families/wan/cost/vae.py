@@ -128,7 +128,9 @@ def encode_bytes(
     runs = _clip(spec, frames, changes)
     tiles = encode_tiles(levels_of(spec), grid, height, width)
     walks = [
-        _encode_tile(spec, tile, _Walk(itemsize, runs, on_cpu, holds=changes is None))
+        _encode_tile(
+            spec, tile, _Walk(itemsize, runs, on_cpu, holds=changes is None, lone=frames == 1)
+        )
         for tile in tiles
     ]
     largest = max(walks, key=lambda walk: walk.peak_bytes)
@@ -137,7 +139,7 @@ def encode_bytes(
     convolutions = [walk.convolution for walk in walks]
     again = next((at for at, length in enumerate(left) if length > 1), 0)
     for done in {0, min(1, len(left) - 1), min(2, len(left) - 1), again, len(left) - 1}:
-        walk = _Walk(itemsize, left[: done + 1], on_cpu, holds=changes is None)
+        walk = _Walk(itemsize, left[: done + 1], on_cpu, holds=changes is None, lone=frames == 1)
         whole = _encode_whole(spec, latent, walk)
         modes = len(whole.runs) + (frames if done == len(left) - 1 else 0)
         items = whole.items(features=(len(left) - 1 - done) * features)
@@ -240,38 +242,52 @@ class _Walk:
             One at most: a block takes the next frame when it is done with one, and gets a run when
             those before it are done.
         frame: the storage of the one in hand.
+        lone: there is no other frame: what a layer remembers is not there before it computes.
         convolution: the most that the input and the result of a convolution take.
     """
 
     def __init__(
-        self, itemsize: int, runs: Sequence[int], on_cpu: bool, holds: bool = False
+        self,
+        itemsize: int,
+        runs: Sequence[int],
+        on_cpu: bool,
+        holds: bool = False,
+        lone: bool = False,
     ) -> None:
         self.itemsize, self.runs, self.on_cpu, self.holds = itemsize, [*runs], on_cpu, holds
+        self.lone, self._worst = lone, (0, 0)
         self.past = self.room = self.waiting = self.held = self.frame = 0
         self.flops = self.elements = self.pixels = self.calls = self.convolution = 0
         self._working = self._attending = 0
 
     @property
-    def working(self) -> int:
-        """The most that one layer needs besides what is remembered."""
-        return max(self.room + self._working, self._attending)
+    def worst(self) -> tuple[int, int]:
+        """What is remembered at the worst moment, and the most that a layer needs besides."""
+        if self.lone:
+            return self._worst
+        return self.past, max(self.room + self._working, self._attending)
 
     @property
     def peak_bytes(self) -> int:
-        return self.past + self.working
+        return sum(self.worst)
 
     def items(self, features: int) -> tuple[tuple[str, int], ...]:
+        past, working = self.worst
         return (
             ("features", features),
-            ("causal past", self.past),
-            ("working set", self.working),
+            ("causal past", past),
+            ("working set", working),
         )
 
     def need(self, *live: int) -> None:
-        self._working = max(self._working, self.waiting + self.held + sum(live))
+        needed = self.waiting + self.held + sum(live)
+        self._working = max(self._working, needed)
+        self._worst = max(self._worst, (self.past, self.room + needed), key=sum)
 
     def need_attending(self, *live: int) -> None:
-        self._attending = max(self._attending, self.waiting + self.held + sum(live))
+        needed = self.waiting + self.held + sum(live)
+        self._attending = max(self._attending, needed)
+        self._worst = max(self._worst, (self.past, needed), key=sum)
 
     def bytes(self, channels: int, area: int) -> int:
         return channels * area * self.itemsize
@@ -291,9 +307,23 @@ class _Walk:
     def take(self, nbytes: int) -> None:
         self.room = max(self.room, nbytes)
 
-    def convolve(self, widths: tuple[int, int], area: int, made: int, taps: int, *live: int) -> int:
-        """A causal convolution; ``taps`` weights a channel pair. Bytes made."""
+    def convolve(
+        self,
+        widths: tuple[int, int],
+        area: int,
+        made: int,
+        taps: int,
+        *live: int,
+        norming: Sequence[int] = (),
+    ) -> int:
+        """A causal convolution; ``taps`` weights a channel pair. Bytes made.
+
+        Args:
+            norming: what is alive while a norm writes what it sees; empty: there is no norm.
+        """
         self.join(widths[0], area)
+        if norming:
+            self.need(*norming, self.normalised(widths[0], area))
         self.runs = after_layer(self.runs, CAUSAL_REACH)
         merged = (CAUSAL_REACH + 1) * widths[0], widths[1]
         return self.multiply(merged, area, made, taps // (CAUSAL_REACH + 1), *live)
@@ -329,13 +359,11 @@ class _Walk:
     def residual(self, width_in: int, width_out: int, windows: Sequence[Window]) -> None:
         x, area_in = self.frame, _area(windows[0])
         holds = self.holds or max(self.runs) > 1
-        self.need(x, self.normalised(width_in, area_in))
         made = _made(windows[0], windows[1])
-        h = self.convolve((width_in, width_out), area_in, made, 27, x)
+        h = self.convolve((width_in, width_out), area_in, made, 27, x, norming=(x,))
         between, kept = _area(windows[1]), _area(windows[2])
-        self.need(x, h, self.normalised(width_out, between))
         made = _made(windows[1], windows[2])
-        h = self.convolve((width_out, width_out), between, made, 27, x)
+        h = self.convolve((width_out, width_out), between, made, 27, x, norming=(x, h))
         if width_in != width_out:
             cropped = self.bytes(width_in, kept)
             self.multiply((width_in, width_out), kept, kept, 1, x, h, cropped)
@@ -373,8 +401,8 @@ class _Walk:
     def head(self, width: int, width_out: int, before: Window, after: Window) -> None:
         area, x = _area(before), self.frame
         holds = self.holds or max(self.runs) > 1
-        self.need(x, self.normalised(width, area))
-        self.frame = self.convolve((width, width_out), area, _made(before, after), 27, x)
+        made = _made(before, after)
+        self.frame = self.convolve((width, width_out), area, made, 27, x, norming=(x,))
         self.held = max(self.held, x if holds else 0)
 
 
@@ -382,7 +410,8 @@ def _decode_whole(spec: VaeSpec, latent: tuple[int, int, int], walk: _Walk) -> _
     window = Window.whole(*latent[1:])
     width, area = spec.decoder_widths[0], _area(window)
     walk.rescale(spec.z_dim, area)
-    walk.frame = walk.convolve((spec.z_dim, width), area, area, 27, walk.bytes(spec.z_dim, area))
+    latents = walk.bytes(spec.z_dim, area)
+    walk.frame = walk.convolve((spec.z_dim, width), area, area, 27, latents)
     walk.middle(width, window)
     given = walk.frame if spec.residual else 0
     for index in range(spec.num_res_blocks + 1):
@@ -486,9 +515,9 @@ def _encode_whole(spec: VaeSpec, latent: tuple[int, int, int], walk: _Walk) -> _
 def _encode_tile(spec: VaeSpec, tile: EncodeTile, walk: _Walk) -> _Walk:
     width, first = spec.base_dim, tile.levels[0]
     pixels = walk.bytes(spec.colours, _area(first[0]))
-    walk.frame = walk.convolve(
-        (spec.colours, width), _area(first[0]), _made(first[0], first[1]), 27, pixels
-    )
+    made = _made(first[0], first[1])
+    widths = spec.colours, width
+    walk.frame = walk.convolve(widths, _area(first[0]), made, 27, pixels)
     walk.held = pixels if walk.holds else walk.itemsize  # a frame of zeros is one element
     for level, windows in enumerate(tile.levels):
         width_out, at = spec.base_dim * spec.dim_mult[level], 1 if level == 0 else 0
@@ -498,7 +527,8 @@ def _encode_tile(spec: VaeSpec, tile: EncodeTile, walk: _Walk) -> _Walk:
             walk.waiting += given if spec.residual and index == 0 else 0
             width, at = width_out, at + 2
         in_time = spec.temporal_downsample[level]
-        _reduce(walk, in_time, width, windows[-2], windows[-1])
+        # A VAE with shortcuts encodes one frame, and nothing of it in time
+        _reduce(walk, in_time and not spec.residual, width, windows[-2], windows[-1])
         if spec.residual:
             seen = walk.bytes(narrow, 4 * _area(windows[-1])) * (2 if in_time else 1)
             walk.need(walk.frame, 2 * seen, walk.frame)

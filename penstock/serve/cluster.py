@@ -284,12 +284,15 @@ def _check_listens(address: str) -> None:
 
 def _begin(ray: Any) -> None:
     os.environ.setdefault("RAY_worker_niceness", _NICE)
-    ray.init(
-        address=LOCAL,
-        include_dashboard=False,
-        object_store_memory=_STORE_BYTES,
-        log_to_driver=False,
-    )
+    try:
+        ray.init(
+            address=LOCAL,
+            include_dashboard=False,
+            object_store_memory=_STORE_BYTES,
+            log_to_driver=False,
+        )
+    except RuntimeError as error:
+        raise UsageError("Ray does not start here", found=str(error)) from error
 
 
 def on_ray(ray: Any, models: Models, cpus: int | None = None) -> list[Worker]:

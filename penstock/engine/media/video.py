@@ -47,6 +47,11 @@ class Sound:
     samples: np.ndarray[Any, Any]
     rate: int
 
+    @property
+    def seconds(self) -> float:
+        """How long it is."""
+        return float(self.samples.shape[1] / self.rate)
+
 
 @dataclass(frozen=True)
 class WrittenVideo:

@@ -108,7 +108,7 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
         for problem in job.keeper.problems:
             stage.monitor.notice(problem)
         seconds = time.perf_counter() - started
-        report = _report(stage, written, seconds, imports_s)
+        report = _report(stage, written, seconds, imports_s, found.get("sound"))
         job.keeper.finished(report)
     return JobResult(report, found["latents"], video, found.get("sound"))
 
@@ -197,7 +197,11 @@ def _metadata(job: Run) -> dict[str, Any]:
 
 
 def _report(
-    stage: Stage, written: WrittenVideo | None, seconds: float, imports_s: float
+    stage: Stage,
+    written: WrittenVideo | None,
+    seconds: float,
+    imports_s: float,
+    sound: Sound | None,
 ) -> RunReport:
     job, monitor, memory = stage.job, stage.monitor, ProcessMemory.peak()
     request = job.request
@@ -231,6 +235,7 @@ def _report(
             request.video_shape, request.steps, noise_of(request)
         ),
         computed_steps=stage.computed_steps,
+        sound_s=0.0 if sound is None else sound.seconds,
     )
 
 

@@ -88,6 +88,7 @@ class RunReport:
         process_peak_bytes: the most host memory that the process has had resident in all its life:
             buffers, interpreter, libraries, and what else it does.
         group_peak_bytes: likewise of its control group; None where there is none.
+        sound_s: seconds of sound beside the video; 0: the model makes none.
     """
 
     output: str | None
@@ -116,6 +117,7 @@ class RunReport:
     on_cpu: bool = True
     process_peak_bytes: int = 0
     group_peak_bytes: int | None = None
+    sound_s: float = 0.0
 
     @property
     def beside_bytes(self) -> int:

@@ -84,7 +84,7 @@ def test_latents_are_normalised_as_the_files_say(tmp_path: Any, original: Any) -
     values = torch.arange(6, dtype=torch.float32)
     path = tmp_path / "x.bin"
     path.write_bytes(b"1234" + values.numpy().tobytes())
-    entry = TensorEntry("latents_mean", "F32", (6,), path, 4, 24)
+    entry = TensorEntry("latents_mean", path, 4, "F32", (6,), 24)
     source.extras["latents_mean"] = entry
     assert torch.equal(statistics(silent)[0].flatten(), values)  # type: ignore[arg-type]
 

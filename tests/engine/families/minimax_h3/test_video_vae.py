@@ -85,7 +85,7 @@ def as_bytes(wanted: torch.Tensor) -> torch.Tensor:
     return (unit * 255).round().byte()[0].permute(1, 2, 3, 0)
 
 
-@pytest.mark.parametrize("size", [1, 3, 100])
+@pytest.mark.parametrize("size", [1, 3])
 def test_frames_are_those_of_tiled_decoding(
     pair: tuple[Any, Any], latents: torch.Tensor, wanted: torch.Tensor, size: int
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,12 @@ from penstock.engine.families.minimax_h3.video_vae import config as configs
 from penstock.engine.families.minimax_h3.video_vae import cost, kind, vit
 from penstock.engine.families.minimax_h3.video_vae.encode import encode_tiles, normed
 from penstock.engine.families.minimax_h3.video_vae.modules import AutoencoderKLMiniMaxH3
-from penstock.engine.families.minimax_h3.video_vae.spec import true_vae
+from penstock.engine.families.minimax_h3.video_vae.spec import _spec, true_vae
+from penstock.errors import RequestError
+from penstock.profiles.manifest import Storage, Weights
+from penstock.profiles.policy import Limits
+from penstock.units import GIB
+from tests.engine.families.minimax_h3.test_text_cost import case_of
 from tests.meter import StorageMeter
 
 TYPES = {2: torch.bfloat16, 4: torch.float32}
@@ -51,7 +57,7 @@ def test_a_tile_through_the_decoder(item: int) -> None:
     assert meter.peak <= planned <= 1.05 * meter.peak
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     st.integers(1, 4), st.sampled_from([16, 32]), st.integers(1, 5), st.integers(1, 4),
     st.integers(1, 3), st.integers(1, 3), st.sampled_from([2, 4]),
@@ -64,9 +70,6 @@ def test_a_tile_is_never_under(
         "decoder_ffn_mult": mult, "decoder_num_register_tokens": registers,
         "decoder_num_layers": 1, "decoder_rope_dim_ratio": 0.75 if head == 16 else 0.375,
     }  # fmt: skip
-    from penstock.engine.families.minimax_h3.video_vae.spec import _spec
-    from penstock.profiles.manifest import Storage, Weights
-
     nothing = Weights(0, (), item)
     spec = _spec(config, nothing, nothing, Storage())
     tiling, dtype = spec.tiling((7, rows, columns)), TYPES[item]
@@ -122,3 +125,22 @@ def test_the_vae_without_files_is_as_large_as_the_published_one() -> None:
     tiling = spec.tiling(LATENT)
     assert (tiling.count, cost.tokens_of(spec, tiling)) == (196, 1797)
     assert dict(configs.VAE)["decoder_num_layers"] == len(spec.decoder.block_bytes)
+
+
+@pytest.mark.parametrize(("vram", "most"), [(2, 2), (4, 1), (1, 8)])
+def test_the_decoder_is_read_a_few_times_not_once_a_tile(vram: int, most: int) -> None:
+    """196 tiles: as they are called one by one, its blocks would be read 196 times."""
+    case = case_of("int8", 0)
+    found = cost.decode_step(case).best(Limits(vram * GIB, 16 * GIB, None))
+    assert found is not None
+    (phase,) = found
+    groups, size = phase.tiles
+    assert groups * size >= 196 and phase.vram_bytes <= vram * GIB
+    decoder = case.manifest.vae.decoder
+    assert phase.read_bytes <= decoder.rest_bytes + max(1, most) * sum(decoder.block_bytes)
+
+
+def test_other_tiles_are_refused() -> None:
+    case = case_of("int8", 0)
+    with pytest.raises(RequestError, match="makers' own"):
+        cost.decode_step(replace(case, policy=replace(case.policy, tiles=(2, 2))))

@@ -8,6 +8,7 @@ it at the true shapes. FLOPs count a multiply-add as two.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from penstock.engine.families.minimax_h3.terms import (
@@ -19,7 +20,8 @@ from penstock.engine.families.minimax_h3.terms import (
 from penstock.engine.families.minimax_h3.text.patches import grid
 from penstock.engine.families.minimax_h3.text.spec import TextSpec, VisionSpec
 from penstock.profiles.phases import OBJECTS, OnePass
-from penstock.profiles.streams import Network, staging_bytes
+from penstock.profiles.plan import Items
+from penstock.profiles.streams import Network, Stream
 
 if TYPE_CHECKING:
     from penstock.engine.families.minimax_h3.terms import H3Case
@@ -76,7 +78,8 @@ def _attention(spec: TextSpec, tokens: int, item: int) -> int:
         normed + projected,
         projected + head_norm,
         turned,
-        projected + queries + sums,
+        3 * queries + 2 * keys,  # keys and values repeated for each query
+        4 * queries + sums,
         queries + normed,
     )
 
@@ -127,28 +130,33 @@ def steps(case: H3Case) -> Iterator[Step]:
     yield text_step(case)
 
 
+@dataclass(frozen=True)
+class TowerPass(OnePass):
+    """A network whose blocks are visited once, with its other weights beside them."""
+
+    def _weights(self, stream: Stream) -> Items:
+        return (("non-block weights", self.rest_bytes), *stream.device_items)
+
+
 def vision_step(case: H3Case, spec: VisionSpec) -> OnePass:
     """The vision tower over the given pictures; what is outside its layers stays beside them."""
     shape = case.workload.shape
     down, across = grid(shape.height, shape.width)
     patches = (down * across,) * pictures_of(case)
-    rest = spec.weights.rest_bytes
-    return OnePass(
+    return TowerPass(
         "vision",
         case,
         Network.of(spec.weights.block_bytes, resident=False),
-        rest,
+        spec.weights.rest_bytes,
         (("activations", vision_bytes(spec, patches)), *spec.storage.items, *case.libraries()),
         (
             ("pictures", picture_bytes(case) + _prepared_bytes(spec, patches)),
             ("picture features", feature_bytes(case)),
-            ("weights staging", staging_bytes(rest, rest)),
             OBJECTS,
         ),
         vision_flops(spec, patches),
         visits=len(patches) * len(spec.weights.block_bytes),
         elements=sum(patches) * spec.hidden_size * len(spec.weights.block_bytes),
-        rest_stays=True,
     )
 
 

@@ -171,11 +171,13 @@ def _attend(module: Any, normed: Tensor, waves: tuple[Tensor, Tensor]) -> Tensor
     del normed
     query = turned(module.q_norm(query).transpose(1, 2), waves)
     key = turned(module.k_norm(key).transpose(1, 2), waves)
-    grouped = query.shape[1] != key.shape[1]
+    # Each key and value serves several queries. They are repeated here: of torch's kernels only one
+    # does so itself, and where it cannot run the next would store all scores.
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (each.repeat_interleave(repeats, dim=1) for each in (key, value.transpose(1, 2)))
     mixed = scaled_dot_product_attention(
-        query, key, value.transpose(1, 2), is_causal=query.shape[2] > 1,
-        scale=module.head_dim**-0.5, enable_gqa=grouped,
-    )  # fmt: skip
+        query, key, value, is_causal=query.shape[2] > 1, scale=module.head_dim**-0.5
+    )
     del query, key, value
     return module.o_proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 

@@ -45,6 +45,10 @@ PASSES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
 them at once read the weights once; one at a time take the least memory."""
 
 
+READING_COST = 0.01
+"""Share of the fastest time that may be spent to read fewer weights: a disk has other users."""
+
+
 def encode_bytes(spec: ClipVaeSpec, height: int, width: int) -> int:
     """Peak bytes of activations while a picture is encoded, its pixels included."""
     rows, columns = (Axis.over(size, spec.spatial_factor) for size in (height, width))
@@ -240,14 +244,16 @@ class DecodeTiles:
 
     def best(self, limits: Limits) -> Group | None:
         """As `penstock.profiles.phases.Step`."""
-        best: Group | None = None
+        found: list[PhasePlan] = []
         for passes in self._passes:
             stream = self._stream(passes, limits)
             if stream is not None:
-                group = (self._phase(passes, stream, limits),)
-                if best is None or group_key(group) < group_key(best):
-                    best = group
-        return best
+                found.append(self._phase(passes, stream, limits))
+        if not found:
+            return None
+        fast = (1 + READING_COST) * min(phase.seconds for phase in found)
+        near = (phase for phase in found if phase.seconds <= fast)
+        return (min(near, key=lambda each: (each.read_bytes, group_key((each,)))),)
 
     def all_small(self, limits: Limits) -> Iterator[Group]:
         """As `penstock.profiles.phases.Step`."""
@@ -321,6 +327,14 @@ class DecodeTiles:
             + elements * case.rates.element_s
         )
 
+    def _host_weights(self, stream: Stream, room: int) -> Items:
+        """What is outside the blocks comes before the stream opens."""
+        streamed = stream.host_items(room)
+        staged = staging_bytes(self.case.manifest.vae.decoder.rest_bytes, room)
+        if sum(count for _, count in streamed) >= staged:
+            return streamed
+        return (("weights staging", staged),)
+
     def _phase(self, passes: int, stream: Stream, limits: Limits) -> PhasePlan:
         spec, place = self.case.manifest.vae, stream.placement
         size = self._size(passes)
@@ -331,8 +345,8 @@ class DecodeTiles:
             "decode",
             weights=(("VAE decoder outside its blocks", rest), *stream.device_items),
             work=self._work(passes),
-            ram_weights=stream.host_items(room),
-            ram_work=(*self._host_work, ("weights staging", staging_bytes(rest, rest))),
+            ram_weights=self._host_weights(stream, room),
+            ram_work=self._host_work,
             stream=stream.plan,
             tiles=(groups, size),
             pinned_bytes=stream.pinned_bytes if self.case.pins else 0,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from penstock.engine.family.naming import THREE
 from penstock.engine.family.protocol import families
 from penstock.engine.files.experts import expert_of_folder, expert_of_lora
 from penstock.engine.files.fields import (
@@ -26,7 +27,7 @@ from penstock.engine.files.fields import (
     parse_object,
     read_object,
 )
-from penstock.engine.files.keys import ComponentSource
+from penstock.engine.files.keys import ComponentSource, row_part
 from penstock.engine.files.source import dangling, read_bytes
 from penstock.engine.lora.keys import KeyPart, foreign_kind, is_lora, parse_key
 from penstock.engine.lora.layer import Incomplete, LoraLayer, WeightChange, changes_of, fit
@@ -326,12 +327,31 @@ def _group(
             unknown.append(key)
             continue
         role = "diff" if part.role == "diff_m" else part.role
-        parts = grouped.setdefault(part.module, {})
-        if role in parts:
-            raise _damaged(path, f"one {role} of {part.module}", f"{parts[role].name} and {key}")
-        parts[role] = entry
+        shared = _shared(part.module, role, entry)
+        if shared is None:
+            unknown.append(key)
+            continue
+        for module, own in shared:
+            parts = grouped.setdefault(module, {})
+            if role in parts:
+                raise _damaged(path, f"one {role} of {module}", f"{parts[role].name} and {key}")
+            parts[role] = own
         styles[part.style] += 1
     return grouped, styles, unknown
+
+
+def _shared(module: str, role: str, entry: TensorEntry) -> list[tuple[str, TensorEntry]] | None:
+    """``entry`` for its module; where that stands for three (`THREE`), each one's own rows of what
+    has a row an output, and the whole of what has none. None: it cannot be shared out."""
+    if THREE not in module:
+        return [(module, entry)]
+    by_rows = role in ("up", "diff", "diff_b", "up_bias")
+    if not (by_rows or role in ("down", "alpha")) or (by_rows and entry.shape[0] % 3):
+        return None
+    return [
+        (module.replace(THREE, name), row_part(entry, index, 3) if by_rows else entry)
+        for index, name in enumerate("qkv")
+    ]
 
 
 def _layer(

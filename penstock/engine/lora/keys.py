@@ -15,7 +15,7 @@ from functools import lru_cache
 from types import MappingProxyType
 
 from penstock.engine.family.naming import Naming
-from penstock.engine.family.protocol import families
+from penstock.engine.family.protocol import ComponentKind, families
 
 _PREFIXES = (
     ("base_model.model.diffusion_model.", "ComfyUI"),
@@ -124,7 +124,41 @@ def _module(path: str, underscored: bool, role: str) -> str | None:
     match = re.fullmatch(rf"blocks{re.escape(mark)}(\d+){re.escape(mark)}(.+)", path)
     inside, outside = _tables(underscored)
     target = (inside if match else outside).get(match[2] if match else path)
-    return target if target is None or match is None else f"blocks.{int(match[1])}.{target}"
+    if target is None:
+        return _module_of_others(path, mark)
+    return target if match is None else f"blocks.{int(match[1])}.{target}"
+
+
+def _module_of_others(path: str, mark: str) -> str | None:
+    """By the names of the families after the first, each with a table of its own."""
+    for family in families()[1:]:
+        kind = next(iter(family.KINDS.values()))
+        for naming in kind.namings:
+            start = (naming.block or kind.blocks).replace(".", mark)
+            match = re.fullmatch(rf"{re.escape(start)}(\d{{1,6}}){re.escape(mark)}(.+)", path)
+            inside, outside = _tables_of(kind, naming, mark)
+            target = (inside if match else outside).get(match[2] if match else path)
+            if target is not None:
+                return target if match is None else f"{kind.blocks}{int(match[1])}.{target}"
+    return None
+
+
+def _tables_of(
+    kind: ComponentKind, naming: Naming, mark: str
+) -> tuple[Mapping[str, str], Mapping[str, str]]:
+    """Diffusers' names of the modules in a block, and outside, by those of ``naming``."""
+    if naming.inside is not None:
+        inside, outside = dict(naming.inside), dict(naming.outside)
+    else:
+        shapes = kind.shapes(dict(kind.defaults) | {"num_layers": 1})
+        modules = {name.rpartition(".")[0] for name in shapes}
+        first = f"{kind.blocks}0."
+        inside = {each[len(first) :]: each[len(first) :] for each in modules if first in each}
+        outside = {each: each for each in modules if not each.startswith(first)}
+    return tuple(  # type: ignore[return-value]
+        {name.replace(".", mark): target for name, target in table.items()}
+        for table in (inside, outside)
+    )
 
 
 @lru_cache(maxsize=2)

@@ -195,3 +195,46 @@ def test_a_single_file_in_the_makers_names_is_the_same_model(
             job.result()
         latents.append(seen.steps[-1])
     assert (latents[0] - latents[1]).norm() <= 1e-6 * latents[0].norm()
+
+
+def _lora(state: dict[str, Tensor], *modules: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A LoRA of some modules, in the names of ``state``, and the weights with it merged."""
+    draw, merged, found = torch.Generator().manual_seed(9), dict(state), {}
+    for module in modules:
+        name = next(key for key in state if key.endswith(f"{module}.weight"))
+        rows, columns = state[name].shape
+        down, up = torch.randn(4, columns, generator=draw), torch.randn(rows, 4, generator=draw)
+        start = name.removesuffix("weight")
+        found |= {f"{start}lora_A.weight": 0.1 * down, f"{start}lora_B.weight": 0.1 * up}
+        merged[name] = state[name] + 0.01 * up @ down
+    return found, merged
+
+
+def test_a_lora_in_the_makers_names_counts(model: tiny.TinyH3, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    shutil.copy(model.folder / "transformer" / "config.json", tmp_path)
+    state = _makers_names(model.parts["transformer"].state_dict())
+    added, merged = _lora(
+        state, "blocks.1.attn.qkv_proj", "blocks.0.mlp.fc1", "blocks.2.adaln_proj.linear",
+        "token_refiner.blocks.0.attn.out_proj",
+    )  # fmt: skip
+    short = {name.removeprefix("model."): tensor for name, tensor in added.items()}
+    for name, tensors in (("plain", state), ("merged", merged), ("lora", short)):
+        save_file(
+            {key: tensor.contiguous() for key, tensor in tensors.items()},
+            tmp_path / f"{name}.safetensors",
+        )
+    latents = []
+    for file, loras in (("plain", ["lora"]), ("merged", []), ("plain", [])):
+        seen = Seen([])
+        with Engine.open(
+            model.folder, files=Files(transformer=tmp_path / f"{file}.safetensors"),
+            loras=[tmp_path / f"{each}.safetensors" for each in loras], device="cpu",
+            vram="1GiB", ram="1GiB",
+        ) as engine:  # fmt: skip
+            engine.submit(_request(engine, steps=2), on_step=seen).result()
+        latents.append(seen.steps[-1])
+    beside, folded, without = latents
+    assert (beside - folded).norm() <= 1e-5 * folded.norm()
+    assert (folded - without).norm() > 1e-3 * folded.norm()

@@ -226,15 +226,16 @@ def test_a_lora_in_the_makers_names_counts(model: tiny.TinyH3, tmp_path: Path) -
             tmp_path / f"{name}.safetensors",
         )
     latents = []
-    for file, loras in (("plain", ["lora"]), ("merged", []), ("plain", [])):
+    for file, loras in (("plain", ["lora"]), (None, ["lora"]), ("merged", []), ("plain", [])):
         seen = Seen([])
+        own = Files() if file is None else Files(transformer=tmp_path / f"{file}.safetensors")
         with Engine.open(
-            model.folder, files=Files(transformer=tmp_path / f"{file}.safetensors"),
-            loras=[tmp_path / f"{each}.safetensors" for each in loras], device="cpu",
-            vram="1GiB", ram="1GiB",
+            model.folder, files=own, device="cpu", vram="1GiB", ram="1GiB",
+            loras=[tmp_path / f"{each}.safetensors" for each in loras],
         ) as engine:  # fmt: skip
             engine.submit(_request(engine, steps=2), on_step=seen).result()
         latents.append(seen.steps[-1])
-    beside, folded, without = latents
+    beside, beside_diffusers, folded, without = latents
     assert (beside - folded).norm() <= 1e-5 * folded.norm()
+    assert (beside_diffusers - folded).norm() <= 1e-5 * folded.norm()
     assert (folded - without).norm() > 1e-3 * folded.norm()

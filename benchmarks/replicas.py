@@ -1,9 +1,10 @@
 """Wall time of a list of requests on two workers beside that on one, of one run on this machine.
 
+The two take turns (one, two, two, one, ...), so that what else the machine does meets both.
 Each worker computes with one thread. The lists are made by ``penstock batch`` as users start it:
 start-up, imports, checks and planning are inside the times. The last line on stdout is JSON.
 
-    python -m benchmarks.replicas [--ray] [--jobs 20] [--steps 40]
+    python -m benchmarks.replicas [--ray] [--jobs 20] [--steps 40] [--rounds 2]
 """
 
 from __future__ import annotations
@@ -54,20 +55,23 @@ def main() -> None:
     parser.add_argument("--ray", action="store_true", help="workers are Ray's actors")
     parser.add_argument("--jobs", type=int, default=20)
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=2, help="lists that each of them makes")
     asked = parser.parse_args()
     flags = ("--ray", "local") if asked.ray else ()
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         requests = write_list(folder, asked.jobs, asked.steps)
-        seconds = {
-            devices: timed(requests, folder / str(place), devices, *flags)
-            for place, devices in enumerate((ONE, TWO))
-        }
-    ratio = seconds[TWO] / seconds[ONE]
-    print(f"{asked.jobs} requests of {asked.steps} steps: one worker {seconds[ONE]:.1f} s, two")
-    print(f"{seconds[TWO]:.1f} s, {ratio:.3f} of it, on {os.cpu_count()} cores")
-    told = {"jobs": asked.jobs, "steps": asked.steps, "ray": asked.ray, "ratio": ratio}
-    print(json.dumps(told | {"one_s": seconds[ONE], "two_s": seconds[TWO]}))
+        seconds: dict[str, list[float]] = {ONE: [], TWO: []}
+        for number in range(asked.rounds):
+            for devices in (ONE, TWO) if number % 2 == 0 else (TWO, ONE):
+                output = folder / f"{number}-{devices}"
+                seconds[devices].append(timed(requests, output, devices, *flags))
+    one_s, two_s = sum(seconds[ONE]), sum(seconds[TWO])
+    shown = {devices: [round(each, 1) for each in found] for devices, found in seconds.items()}
+    print(f"{asked.jobs} requests of {asked.steps} steps, {asked.rounds} times: {shown} s;")
+    print(f"two workers take {two_s / one_s:.3f} of one's time, on {os.cpu_count()} cores")
+    told = {"jobs": asked.jobs, "steps": asked.steps, "rounds": asked.rounds, "ray": asked.ray}
+    print(json.dumps(told | {"ratio": two_s / one_s, "one_s": one_s, "two_s": two_s}))
 
 
 if __name__ == "__main__":

@@ -111,8 +111,9 @@ def read_lines(
         try:
             given = _parsed(raw)
             name = _name_of(given, name)
-            if names.setdefault(name, number) != number:
-                raise UsageError("two lines have this id", found=f"{name} in line {names[name]}")
+            first = names.setdefault(name.casefold(), number)  # some disks do not tell a from A
+            if first != number:
+                raise UsageError("two lines have this id", found=f"{name} in line {first}")
             good.append(_line(number, name, given, path.absolute().parent, model, tuple(loras)))
         except PenstockError as error:
             bad.append(BadLine(number, name, error))

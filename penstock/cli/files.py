@@ -109,6 +109,7 @@ def pack(
     text_encoder: Part = None,
     vae: Part = None,
     image_encoder: Part = None,
+    audio_vae: Part = None,
     tokenizer: Tokenizer = None,
     lora: Loras = None,
     lora_strict: LoraStrict = False,
@@ -124,7 +125,9 @@ def pack(
     from penstock.units import format_bytes, parse_bytes
 
     with reported(debug):
-        files = Files(transformer, text_encoder, vae, image_encoder, tokenizer, transformer_2)
+        files = Files(
+            transformer, text_encoder, vae, image_encoder, tokenizer, transformer_2, audio_vae
+        )  # fmt: skip
         with pack_bar(Screen(stderr=True)) as progress:
             report = write(
                 locate(model, files),

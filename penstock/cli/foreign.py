@@ -14,6 +14,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from penstock.cli.files import reported
+from penstock.cli.plan_view import clock
 from penstock.cli.stopping import Stopping
 from penstock.cli.terminal import Screen, printable, say
 from penstock.errors import UsageError
@@ -188,16 +189,21 @@ def plan_text(plan: Any) -> str:
     lines = [
         f"plan: {plan.pipeline}: VRAM {format_bytes(plan.vram_bytes)} at the least "
         f"of {format_bytes(plan.vram_limit_bytes)}, RAM {format_bytes(plan.ram_bytes)} "
-        f"of {format_bytes(plan.ram_limit_bytes)}"
+        f"of {format_bytes(plan.ram_limit_bytes)}{_about(plan.seconds)}"
     ]
     for each in plan.networks:
         comes = f"{each.blocks} blocks stream" if each.blocks else "comes whole"
         lines.append(
             f"plan: {each.name}: {format_bytes(each.weight_bytes)} of weights, {comes}, "
             f"{format_bytes(each.outside_bytes)} outside; {format_bytes(each.activation_bytes)} "
-            f"of activations; about {each.calls} calls"
+            f"of activations; about {each.calls} calls{_about(each.seconds)}"
         )
     return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
+
+
+def _about(seconds: float | None) -> str:
+    """How long it takes by the machine's rates, where that is known."""
+    return "" if seconds is None else f"; about {clock(seconds)}"
 
 
 def report_text(report: Any) -> str:

@@ -176,6 +176,7 @@ def generate(
     text_encoder: Part = None,
     vae: Part = None,
     image_encoder: Part = None,
+    audio_vae: Part = None,
     tokenizer: Tokenizer = None,
     image: Annotated[Path | None, path_option("The picture to start from.")] = None,
     last_image: Annotated[
@@ -244,7 +245,8 @@ def generate(
         strange = {
             "--transformer": transformer, "--transformer-2": transformer_2,
             "--text-encoder": text_encoder, "--vae": vae, "--image-encoder": image_encoder,
-            "--tokenizer": tokenizer, "--last-image": last_image, "--max-area": max_area,
+            "--audio-vae": audio_vae, "--tokenizer": tokenizer, "--last-image": last_image,
+            "--max-area": max_area,
             "--shift": shift, "--sampler": sampler, "--distilled": distilled or None, "--fit": fit,
             "--clip-crop": clip_crop, "--lora": lora or None, "--job": job,
             "--resume": resume_same, "--continue": continues, "--window": window,
@@ -257,7 +259,9 @@ def generate(
     from penstock.engine.lora.file import as_loras
     from penstock.engine.request.settings import Settings
 
-    files = Files(transformer, text_encoder, vae, image_encoder, tokenizer, transformer_2)
+    files = Files(
+        transformer, text_encoder, vae, image_encoder, tokenizer, transformer_2, audio_vae
+    )  # fmt: skip
     settings = Settings(
         prompt=prompt,
         image=image,
@@ -395,6 +399,7 @@ def plan(
     text_encoder: Part = None,
     vae: Part = None,
     image_encoder: Part = None,
+    audio_vae: Part = None,
     tokenizer: Tokenizer = None,
     synthetic: Annotated[
         str | None,
@@ -436,7 +441,8 @@ def plan(
         )  # fmt: skip
         strange = {
             "--transformer": transformer, "--text-encoder": text_encoder, "--vae": vae,
-            "--image-encoder": image_encoder, "--tokenizer": tokenizer, "--max-area": max_area,
+            "--image-encoder": image_encoder, "--audio-vae": audio_vae, "--tokenizer": tokenizer,
+            "--max-area": max_area,
             "--shift": shift, "--sampler": sampler, "--distilled": distilled or None,
             "--lora": lora or None, "--card": card, "--disk": disk, "--synthetic": synthetic,
             "--window": window, "--overlap": overlap, "--nag": nag,
@@ -449,8 +455,7 @@ def plan(
     from penstock.engine.files.locate import Files
     from penstock.engine.lora.file import as_loras
     from penstock.engine.prepared import Prepared, machine_of
-    from penstock.engine.request.generation import workload_of
-    from penstock.engine.request.levels import timesteps_of
+    from penstock.engine.request.generation import noise_of, workload_of
     from penstock.engine.request.settings import Settings, resolve
 
     settings = Settings(
@@ -462,7 +467,9 @@ def plan(
         options, machine = machine_of(options, card, disk)
         prepared = Prepared.open(
             model,
-            files=Files(transformer, text_encoder, vae, image_encoder, tokenizer, transformer_2),
+            files=Files(
+                transformer, text_encoder, vae, image_encoder, tokenizer, transformer_2, audio_vae
+            ),  # fmt: skip
             loras=as_loras(lora or [], strict=lora_strict),
             options=options,
             synthetic=synthetic,
@@ -470,7 +477,9 @@ def plan(
         )
         request = resolve(settings, prepared.about)
         found = prepared.plan(workload_of(request, saved=True))
-        told = timesteps_of(request, prepared.about.official)
+        told = prepared.about.official.timesteps(
+            request.video_shape, request.steps, noise_of(request)
+        )
         faster = alternatives(prepared, settings, found)
     if as_json:
         others = [each.to_json() for each in faster]

@@ -138,7 +138,8 @@ def report_summary(report: RunReport) -> str:
     """One line about a finished job."""
     return (
         f"wrote {report.output}: {report.frames} frames, {report.width}x{report.height}, "
-        f"seed {report.seed}, {report.weight_format} ({COMPUTE_PATHS[report.compute_path]}, "
+        f"{_heard(report)}seed {report.seed}, "
+        f"{report.weight_format} ({COMPUTE_PATHS[report.compute_path]}, "
         f"self-attention {ATTENTION[report.attention]}, "
         f"hidden states {RESIDUAL[report.residual]}), {_computed(report)}"
         f"{report.seconds:.1f} s after {report.imports_s:.1f} s of imports, "
@@ -147,6 +148,10 @@ def report_summary(report: RunReport) -> str:
         f"{format_bytes(report.process_peak_bytes)} of RAM at most, "
         f"{format_bytes(report.beside_bytes)} of it besides them{_group(report.group_peak_bytes)}"
     )
+
+
+def _heard(report: RunReport) -> str:
+    return f"{report.sound_s:.2f} s of sound, " if report.sound_s else ""
 
 
 def _computed(report: RunReport) -> str:

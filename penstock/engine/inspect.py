@@ -14,6 +14,7 @@ from penstock.engine.files.experts import FIRST, expert_of, partner_of
 from penstock.engine.files.fields import read_object
 from penstock.engine.files.keys import ComponentSource
 from penstock.engine.files.locate import (
+    INDEXES,
     ModelSource,
     config_owner,
     locate,
@@ -149,7 +150,7 @@ def _inspect(path: Path) -> ModelInspection | LoraInspection:
 def _is_component(folder: Path) -> bool:
     """A folder of one component, as diffusers and transformers save it."""
     config = folder / "config.json"
-    if (folder / "model_index.json").exists() or not config.exists():
+    if any((folder / index).exists() for index in INDEXES) or not config.exists():
         return False
     if config_owner(read_object(config)) is None:
         return False

@@ -145,7 +145,7 @@ class Prefetch:
     Attributes:
         stream: the phase whose first blocks are read during all phases before it.
         blocks_of: the network whose blocks these are.
-        weights: the phase whose weights are read during the last step before it.
+        weights: the phase whose weights are read during the last step before it; "": those of none.
         weights_of: the network whose weights these are.
         then: the phase that goes on after ``stream`` with the blocks of another network, which are
             read from the last step of ``stream`` on; "": there is none.

@@ -32,13 +32,14 @@ def without_prefetch(plan: Plan, what: Prefetch) -> Plan:
     """``plan`` as it was before `with_prefetch`."""
     what = _planned(plan, what)
     plan = _without_next(plan, what)
-    first, stream, weights = plan[what.stream], plan[what.last_stream], plan[what.weights]
+    first, stream = plan[what.stream], plan[what.last_stream]
     pinned = first.pinned_bytes - first.prefetched_weights_bytes
     changed = [_narrower(phase, pinned) for phase in plan.phases if phase.prefetch_bytes]
     if nbytes := stream.prefetched_weights_bytes:
         changed.append(_without_weights(stream, nbytes))
         staging = (("weights staging", staging_bytes(nbytes, 2 * nbytes)),)
-        changed.append(replace(_without_weights(weights, nbytes), ram_weights=staging))
+        weights = _without_weights(plan[what.weights], nbytes)
+        changed.append(replace(weights, ram_weights=staging))
     return plan.with_phases(tuple(changed))
 
 
@@ -102,6 +103,8 @@ def _with_blocks(plan: Plan, what: Prefetch, limits: Limits) -> Plan:
 
 def _with_weights(plan: Plan, what: Prefetch, limits: Limits) -> Plan:
     """With the later phase's weights in a buffer of their size, in place of the staging buffer."""
+    if not what.weights:
+        return plan
     stream, weights = plan[what.last_stream], plan[what.weights]
     nbytes = sum(count for _, count in weights.weights)
     held = ((WEIGHTS_PREFETCHED, nbytes),)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-_BLOCK_WEIGHT = re.compile(r"blocks\.(\d+)\.(?:attn1|attn2|ffn)\.(.+\.)?weight")
+_BLOCK_WEIGHT = re.compile(
+    r"(?:transformer_)?blocks\.(\d+)\.(?:attn1|attn2|ffn|attn|ff)\.(.+\.)?weight"
+)
 
 
 def default_policy(

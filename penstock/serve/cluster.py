@@ -153,11 +153,6 @@ class RayWorker:
         self._actor: Any = None
         self._cancelled: str | None = None
 
-    @property
-    def actor(self) -> Any:
-        """Ray's handle, if there is one."""
-        return self._actor
-
     def _made(self) -> Any:
         models = self._models
         kind = self._ray.remote(Hand).options(
@@ -170,12 +165,14 @@ class RayWorker:
         """As `Worker`; a notice says where the job's folder is not seen."""
         try:
             return await self._run(order, tell)
-        except self._ray.exceptions.RayActorError as error:
+        except self._ray.exceptions.RayError as error:
             await self.rest()
             raise Died(f"was lost ({str(error).splitlines()[0]})") from error
         except BaseException:
             await self.rest()
             raise
+        finally:
+            self._cancelled = None  # the same job may come again
 
     async def _run(self, order: Order, tell: Tell) -> Mapping[str, Any]:
         if self._actor is None:
@@ -284,12 +281,15 @@ def _check_listens(address: str) -> None:
 
 def _begin(ray: Any) -> None:
     os.environ.setdefault("RAY_worker_niceness", _NICE)
-    ray.init(
-        address=LOCAL,
-        include_dashboard=False,
-        object_store_memory=_STORE_BYTES,
-        log_to_driver=False,
-    )
+    try:
+        ray.init(
+            address=LOCAL,
+            include_dashboard=False,
+            object_store_memory=_STORE_BYTES,
+            log_to_driver=False,
+        )
+    except RuntimeError as error:
+        raise UsageError("Ray does not start here", found=str(error)) from error
 
 
 def on_ray(ray: Any, models: Models, cpus: int | None = None) -> list[Worker]:

@@ -78,6 +78,7 @@ def test_loras_and_models_of_a_line_win(tmp_path: Path) -> None:
         ({"prompt": "p", "id": "../a"}, "cannot name a file"),
         ({"prompt": "p", "id": "a", "custom_id": "a"}, "given twice"),
         ({"prompt": "p", "id": "first"}, "first in line 1"),
+        ({"prompt": "p", "id": "FIRST"}, "FIRST in line 1"),
         ({"prompt": "p", "lora": [1]}, "no LoRA"),
         ("[" * 100_000, "no JSON"),
     ],

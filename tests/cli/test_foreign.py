@@ -48,6 +48,15 @@ def test_planned_refused_and_made(folder: Path, tmp_path: Path) -> None:
     assert all(each["activation_bytes"] > 0 for each in roomy["networks"])
     assert TILED not in roomy["notes"] and any("begins again" in note for note in roomy["notes"])
 
+    seconds = {each["name"]: each["seconds"] for each in roomy["networks"]}
+    assert min(seconds.values()) > 0 and roomy["seconds"] == pytest.approx(sum(seconds.values()))
+    longer = [str(word).replace("num_inference_steps=2", "num_inference_steps=20") for word in told]
+    more = json.loads(_call("plan", *longer, "--vram", "1GiB", "--json").stdout)
+    for each in more["networks"]:
+        took = each["seconds"] > seconds[each["name"]]
+        assert took == (each["name"] == "transformer")
+    assert "; about " in _call("plan", *told, "--vram", "1GiB").stdout
+
     small = _call("plan", *told, "--vram", roomy["vram_bytes"] // 3)
     assert small.exit_code == 1 and "no plan fits the VRAM budget" in small.output
 

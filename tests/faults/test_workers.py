@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import secrets
 import signal
 import subprocess
 import sys
@@ -100,7 +101,10 @@ def noted(output: Path) -> int:
 
 @pytest.fixture(scope="module")
 def ray() -> Iterator[Any]:
-    yield pytest.importorskip("ray")
+    """Ray, with one token for all tests: each has a home of its own, where Ray keeps it."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))
+        yield pytest.importorskip("ray")
 
 
 @pytest.fixture(autouse=True)

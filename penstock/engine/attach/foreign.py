@@ -148,6 +148,11 @@ class ForeignModule:
         return len(self._sizes)
 
     @property
+    def block_sizes(self) -> tuple[int, ...]:
+        """Bytes of each that streams."""
+        return tuple(self._sizes)
+
+    @property
     def outside_bytes(self) -> int:
         """Of what is in no block."""
         return self._outside_bytes

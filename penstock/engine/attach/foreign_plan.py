@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from penstock._version import __version__
 from penstock.engine.attach.calling import NoBar, arguments_of, bars, output_of
 from penstock.engine.attach.diffusers_folder import Opened
-from penstock.engine.attach.foreign import modules_of
+from penstock.engine.attach.foreign import ForeignModule, modules_of
 from penstock.engine.attach.generic import DENOISERS, check_budget, guests_of
 from penstock.engine.attach.rehearsal import Rehearsed, Visit, rehearse
 from penstock.engine.store.durable import FileOps, read_whole, write_atomically
@@ -21,6 +21,9 @@ from penstock.errors import OverBudget
 from penstock.folders import cache_folder
 from penstock.formats.formats import QuantFormat
 from penstock.profiles.hardware import Hardware
+from penstock.profiles.policy import Limits
+from penstock.profiles.rates import Rates
+from penstock.profiles.streams import Network, Pace, best_stream
 
 _STEPS = "num_inference_steps"
 _REHEARSED_STEPS = 2
@@ -45,6 +48,7 @@ class NetworkPlan:
         activation_bytes: on the device meanwhile: what is computed, the pipeline's own tensors
             counted.
         calls: of its forward in a whole call, about.
+        seconds: of them all, its weights' way included; None: what it computes is not known.
     """
 
     name: str
@@ -54,6 +58,7 @@ class NetworkPlan:
     block_bytes: int
     activation_bytes: int
     calls: int
+    seconds: float | None = None
 
     @property
     def vram_bytes(self) -> int:
@@ -71,6 +76,7 @@ class CallPlan:
         vram_bytes, ram_bytes: the least that it runs in.
         vram_limit_bytes, ram_limit_bytes: the budgets.
         notes: what a user should know.
+        seconds: of the whole call, by this machine's rates; None: not known.
     """
 
     pipeline: str
@@ -80,6 +86,7 @@ class CallPlan:
     vram_limit_bytes: int
     ram_limit_bytes: int
     notes: tuple[str, ...]
+    seconds: float | None = None
 
     @property
     def work_bytes(self) -> dict[str, int]:
@@ -143,6 +150,7 @@ def _plan(
     check_budget(roomy, fixed, guests)
     steps = int(given.get(_STEPS, _default(pipe)) or 0)
     scale = max(steps, 1) / min(max(steps, 1), _REHEARSED_STEPS)
+    held = sum(nbytes for _, nbytes in fixed)
     networks = []
     order = [] if seen is None else list(dict.fromkeys(v.component for v in seen.visits))
     for guest in sorted(guests, key=lambda each: (*order, each.name).index(each.name)):
@@ -150,15 +158,19 @@ def _plan(
         if seen is not None and not calls:
             continue
         work = activations if seen is None else seen.peak_of(guest.name)
-        denoises = guest.name.startswith((*DENOISERS, "controlnet"))
+        repeats = scale if guest.name.startswith((*DENOISERS, "controlnet")) else 1.0
+        held_bytes = held + guest.outside_bytes + (work or 0)
+        room = Limits(hardware.vram_bytes - held_bytes, hardware.ram_bytes)
+        seconds = None if seen is None else _seconds(
+            guest, seen.flops.get(guest.name, {}), calls, repeats, room, hardware.rates
+        )  # fmt: skip
         networks.append(
             NetworkPlan(
                 guest.name, guest.weight_bytes, guest.blocks, guest.outside_bytes,
                 guest.least_vram_bytes - guest.outside_bytes, work or 0,
-                round(calls * scale) if denoises else calls,
+                round(calls * repeats), seconds,
             )
         )  # fmt: skip
-    held = sum(nbytes for _, nbytes in fixed)
     return CallPlan(
         pipeline=type(pipe).__name__,
         networks=tuple(networks),
@@ -167,7 +179,47 @@ def _plan(
         vram_limit_bytes=hardware.vram_bytes,
         ram_limit_bytes=hardware.ram_bytes,
         notes=(*opened.notices, RESTARTS),
+        seconds=_sum(each.seconds for each in networks),
     )
+
+
+def _sum(seconds: Iterable[float | None]) -> float | None:
+    total = 0.0
+    for each in seconds:
+        if each is None:
+            return None
+        total += each
+    return total
+
+
+def _seconds(
+    guest: ForeignModule,
+    flops: Mapping[str, int],
+    calls: int,
+    repeats: float,
+    room: Limits,
+    rates: Rates,
+) -> float | None:
+    """Of all calls of a network: what it computes beside its blocks' way to the device.
+
+    Args:
+        flops: of the calls that were rehearsed, by kind.
+        calls: that were rehearsed.
+        repeats: times they come in the whole.
+        room: for its blocks.
+    """
+    attention = rates.attention_flops or rates.flops
+    convolution = rates.conv_flops or rates.flops
+    compute_s = flops.get("product", 0) / rates.flops + flops.get("attention", 0) / attention
+    compute_s += flops.get("convolution", 0) / convolution
+    outside_s = guest.outside_bytes * (1 / rates.read_bytes_per_s + 1 / rates.copy_bytes_per_s)
+    passes = round(calls * repeats)
+    if not guest.blocks or not passes:
+        return compute_s * repeats + outside_s
+    stream = best_stream(
+        Network.of(guest.block_sizes), Pace(compute_s / calls, passes), rates, room
+    )
+    return None if stream is None else stream.timing.seconds + outside_s
 
 
 def _default(pipe: Any) -> Any:
@@ -202,7 +254,7 @@ def _rehearsed(opened: Opened, given: Mapping[str, Any], limit: int) -> Rehearse
         value = json.loads(stored)
         visits = tuple(Visit(*each) for each in value["visits"])
         tiled = tuple(value["tiled"])
-        found = Rehearsed(visits, value["uses"], value["peak_bytes"], tiled)
+        found = Rehearsed(visits, value["uses"], value["peak_bytes"], tiled, value["flops"])
         if _holds(found, value["limit"], limit, modules):
             for name in tiled:
                 modules[name].enable_tiling()
@@ -213,6 +265,7 @@ def _rehearsed(opened: Opened, given: Mapping[str, Any], limit: int) -> Rehearse
         "uses": found.uses,
         "peak_bytes": found.peak_bytes,
         "tiled": found.tiled,
+        "flops": found.flops,
         "limit": limit,
     }
     ops.mkdir(path.parent)
@@ -247,7 +300,7 @@ def _key(opened: Opened, given: Mapping[str, Any]) -> str:
 
     about: dict[str, Any] = {
         "penstock": __version__,
-        "layout": 2,
+        "layout": 3,
         "versions": [each.__version__ for each in (torch, diffusers, transformers)],
         "pipeline": type(opened.pipe).__name__,
         "config": str(sorted(dict(opened.pipe.config).items(), key=str)),

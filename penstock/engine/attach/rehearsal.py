@@ -13,7 +13,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from statistics import multimode
 from typing import Any
@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
 
 from penstock.engine.attach.repeats import Record, Repeats
 from penstock.errors import UsageError
@@ -61,12 +62,15 @@ class Rehearsed:
             often each was used.
         peak_bytes: of all living tensors at any time.
         tiled: the networks whose own tiling was switched on.
+        flops: of each network the operations (two a multiplication) of its "product"s, its
+            "attention" and its "convolution"s.
     """
 
     visits: tuple[Visit, ...]
     uses: Mapping[str, Mapping[str, int]]
     peak_bytes: int
     tiled: tuple[str, ...] = ()
+    flops: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def calls_of(self, component: str) -> int:
         """How often ``component`` was called: as often as most of its weights were used."""
@@ -210,11 +214,13 @@ class _Stage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._limit: int | None = None
         self._visits: list[Visit] = []
         self._uses: dict[str, Counter[str]] = {}
+        self._flops: dict[str, Counter[str]] = {}
 
     def rehearsed(self) -> Rehearsed:
         """What was seen."""
         uses = {name: dict(own) for name, own in self._uses.items()}
-        return Rehearsed(tuple(self._visits), uses, self._peak)
+        flops = {name: dict(own) for name, own in self._flops.items()}
+        return Rehearsed(tuple(self._visits), uses, self._peak, flops=flops)
 
     @contextmanager
     def dressed(self, networks: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -265,7 +271,17 @@ class _Stage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for leaf in tree_iter(out):
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())
+        kind = _COMPUTES.get(func.overloadpacket)
+        if kind is not None:
+            self.compute(kind, _FLOPS[func.overloadpacket](*args, **kwargs, out_val=out))
         return out
+
+    def compute(self, kind: str, flops: int) -> None:
+        """Count operations of the network that is at work."""
+        for record in self._records:
+            record.flops[kind] += flops
+        if self._visits:
+            self._flops.setdefault(self._visits[-1].component, Counter())[kind] += flops
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], fake: bool) -> Any:
         if not fake and self._makes_little(func, args, kwargs):
@@ -305,12 +321,16 @@ class _Stage(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextmanager
     def limited(self, nbytes: int | None) -> Iterator[None]:
         """Give up inside as soon as more than ``nbytes`` live, as if nothing had happened."""
-        before = self._peak, list(self._visits), {n: Counter(u) for n, u in self._uses.items()}
+        uses, flops = (
+            {name: Counter(own) for name, own in counted.items()}
+            for counted in (self._uses, self._flops)
+        )
+        before = self._peak, list(self._visits), uses, flops
         self._limit = nbytes
         try:
             yield
         except _OverLimitError:
-            self._peak, self._visits, self._uses = before
+            self._peak, self._visits, self._uses, self._flops = before
             raise
         finally:
             self._limit = None
@@ -359,6 +379,33 @@ class _Stage(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _forget(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.live_bytes -= size
+
+
+def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    """Of both products; each given as (batch, heads, tokens, width)."""
+    batch, heads, tokens, width = query.shape
+    return int(2 * batch * heads * tokens * key.shape[-2] * (width + value.shape[-1]))
+
+
+_aten = torch.ops.aten
+_FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry, _aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+}  # fmt: skip
+"""torch's own counts, and of its attention on the CPU, which is not among them."""
+
+_COMPUTES: dict[Any, str] = {
+    **dict.fromkeys((_aten.mm, _aten.addmm, _aten.bmm, _aten.baddbmm), "product"),
+    **dict.fromkeys((_aten.convolution, _aten._convolution), "convolution"),
+    **dict.fromkeys(
+        (
+            _aten._scaled_dot_product_flash_attention_for_cpu,
+            _aten._scaled_dot_product_efficient_attention,
+            _aten._scaled_dot_product_flash_attention,
+            _aten._scaled_dot_product_cudnn_attention,
+        ),
+        "attention",
+    ),
+}
 
 
 @cache

@@ -12,6 +12,7 @@ true tensor or a view of what it was given, is run each time.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,12 +40,14 @@ class Record:
         live_bytes: of all tensors when it began.
         peak_bytes: of all tensors at most since then.
         uses: component and name of each weight, in the order of use.
+        flops: operations by kind.
         by_values: an operation's result, or its shape, depended on values.
     """
 
     live_bytes: int
     peak_bytes: int
     uses: list[tuple[str, str]] = field(default_factory=list)
+    flops: Counter[str] = field(default_factory=Counter)
     by_values: bool = False
 
 
@@ -62,6 +65,9 @@ class Stage(Protocol):
 
     def reach(self, nbytes: int) -> None:
         """Count that so much lived beside what lives now; bytes."""
+
+    def compute(self, kind: str, flops: int) -> None:
+        """Count operations."""
 
     def fake(self, nbytes: int, device: torch.device) -> Tensor:
         """New memory without values, counted: bytes, one dimension."""
@@ -85,6 +91,7 @@ class _Seen:
 
     over_bytes: int
     uses: tuple[tuple[str, str, bool], ...]
+    flops: Mapping[str, int]
     leaves: tuple[Any, ...]
     spec: TreeSpec
 
@@ -189,11 +196,14 @@ class Repeats:
             (name.removeprefix(where), user, user == component and name.startswith(where))
             for user, name in record.uses
         )
-        return _Seen(record.peak_bytes - record.live_bytes, uses, tuple(leaves), spec)
+        over = record.peak_bytes - record.live_bytes
+        return _Seen(over, uses, record.flops, tuple(leaves), spec)
 
     def _again(self, component: str, where: str, seen: _Seen, given: list[Any]) -> Any:
         for name, user, own in seen.uses:
             self._stage.use(component if own else user, where + name if own else name)
+        for kind, flops in seen.flops.items():
+            self._stage.compute(kind, flops)
         self._stage.reach(seen.over_bytes)
         return tree_unflatten([self._leaf(leaf, given) for leaf in seen.leaves], seen.spec)
 

@@ -103,7 +103,7 @@ def write_streamed(
     about = dict(config) | {"_class_name": kind.made_by[1]}
     (folder / "config.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
     path = folder / _FILE
-    samples = _Samples(get_format(weight_format), seed)
+    samples = _Samples(get_format(weight_format), kind.blocks, seed)
     with path.open("wb", buffering=0) as file:
         _write_all(file, plan.header)
         for tensor in plan.tensors:
@@ -204,17 +204,18 @@ class _Samples:
     """Stored tensors of random parameters, made once a shape, kind and format."""
 
     format: QuantFormat
+    blocks: str
     seed: int
     _made: dict[tuple[object, ...], dict[str, memoryview]] = field(default_factory=dict)
 
     def pieces(self, tensor: _Tensor) -> tuple[memoryview, memoryview]:
         """The bytes of ``tensor``, in two pieces: a sample, rotated by whole rows."""
-        in_block = tensor.parameter.startswith("blocks.")
+        in_block = tensor.parameter.startswith(self.blocks)
         data = self._sample(tensor, keep=in_block)[tensor.suffix]
         rows = tensor.of[0] if tensor.quantised else math.prod(tensor.of)
         if len(data) % rows:  # one scale for all rows: nothing to rotate
             rows = 1
-        cut = _rotation(tensor.parameter) % rows * (len(data) // rows)
+        cut = _rotation(tensor.parameter, self.blocks) % rows * (len(data) // rows)
         return data[cut:], data[:cut]
 
     def _sample(self, tensor: _Tensor, *, keep: bool) -> dict[str, memoryview]:
@@ -248,11 +249,11 @@ def _kind(parameter: str) -> str:
     return "norm" if "norm" in parameter and parameter.endswith("weight") else "plain"
 
 
-def _rotation(parameter: str) -> int:
+def _rotation(parameter: str, blocks: str) -> int:
     """A number of rows that differs from block to block, and within a block from name to name."""
-    if not parameter.startswith("blocks."):
+    if not parameter.startswith(blocks):
         return crc32(parameter.encode())
-    _, number, local = parameter.split(".", 2)
+    number, _, local = parameter.removeprefix(blocks).partition(".")
     return _STRIDE * (int(number) + 1) + sum(local.encode())
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from penstock.errors import TensorMismatch
 
@@ -18,8 +19,12 @@ PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "model.", "vision_
 _DEEPEST = 8
 """Parts of the longest module path in any table; longer keys are not searched further."""
 
-FUSED_QKV = "self_attn.to_qkv"
-"""A target that stands for three: q, k and v are its rows, one after another."""
+THREE = "{qkv}"
+"""In a target: it stands for three, whose names have q, k or v there; they are the tensor's rows,
+one after another."""
+
+FUSED_QKV = f"self_attn.{THREE}_proj"
+"""Such a target, of transformers' names."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Naming:
         block, target: what begins the names of the blocks' tensors, here and in diffusers.
         inside, outside: module paths inside a block and elsewhere; None: they are diffusers' own.
         ignored: key beginnings that belong to the file and are not needed.
+        config: what a config says besides, of a file whose tensors bear these names.
     """
 
     component: str
@@ -43,6 +49,7 @@ class Naming:
     inside: Mapping[str, str] | None = None
     outside: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
 
     def rename(self, key: str) -> str | None:
         """The name that diffusers or transformers gives to ``key``; None if it is unknown."""

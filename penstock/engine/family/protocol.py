@@ -25,7 +25,10 @@ from penstock.profiles.phases import Manifest
 
 Config = Mapping[str, Any]
 
-_MODULES = ("penstock.engine.families.wan.family",)
+_MODULES = (
+    "penstock.engine.families.wan.family",
+    "penstock.engine.families.minimax_h3.family",
+)
 """The registry: every family there is, in the order in which files are tried."""
 
 
@@ -47,6 +50,7 @@ class ComponentKind:
         leaves_stream: whether a block's tensor is not streamed with it, by its local name.
         run_outside: the run of a pack in which a tensor outside the blocks lies, by its name.
         is_packed: its block matrices may be packed in another format.
+        keeps_single: whether a parameter is in fp32 whatever the network computes in, by its name.
         check: refuses a config that is like this network's and is not run.
     """
 
@@ -63,6 +67,7 @@ class ComponentKind:
     leaves_stream: Callable[[str], bool] = lambda name: False
     run_outside: Callable[[str], str] = lambda name: "rest"
     is_packed: bool = False
+    keeps_single: Callable[[str], bool] = lambda name: False
     check: Callable[[str, Config], None] = lambda where, config: None
 
     @cached_property

@@ -24,6 +24,7 @@ COMFY_FOLDERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "text_encoder": ("text_encoders", "clip"),
         "vae": ("vae",),
         "image_encoder": ("clip_vision",),
+        "audio_vae": ("vae", "audio_vae"),
         "loras": ("loras",),
     }
 )

@@ -14,23 +14,25 @@ from penstock.offload.checkpoint import PICKLES
 _SHOWN = 6
 
 
-def check_whole(folder: Path, index: Mapping[str, Any], parts: Sequence[str]) -> None:
+def check_whole(path: Path, index: Mapping[str, Any], parts: Sequence[str]) -> None:
     """Refuse a folder of which files are missing.
 
     Args:
-        index: its model_index.json.
+        path: of its index, model_index.json or modular_model_index.json.
+        index: what that says.
         parts: those that must come from here, if the index names them.
 
     Raises:
         CheckpointError: names them.
     """
+    folder = path.parent
     wanted = [part for part in parts if _is_named(index.get(part))]
     missing = [text for part in wanted for text in _told(folder, part)]
     if missing:
         more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
         raise CheckpointError(
             f"{folder}: download incomplete",
-            expected=f"the parts that {folder / 'model_index.json'} names",
+            expected=f"the parts that {path} names",
             found=f"these are missing: {', '.join(missing[:_SHOWN])}{more}",
             remedy="Finish the download (a hub id is fetched again by its name), or give the part "
             "with its own option.",
@@ -45,8 +47,11 @@ def _told(folder: Path, part: str) -> list[str]:
 
 
 def _is_named(entry: object) -> bool:
-    """Whether the index has the part: a library and a class; a part that was left out has nulls."""
-    return isinstance(entry, list) and len(entry) == 2 and all(isinstance(e, str) for e in entry)
+    """Whether the index has the part: a library and a class, and in a modular one where it is from;
+    a part that was left out has nulls."""
+    if not isinstance(entry, list) or len(entry) not in (2, 3):
+        return False
+    return all(isinstance(each, str) for each in entry[:2])
 
 
 def _missing(folder: Path) -> Iterator[Path]:

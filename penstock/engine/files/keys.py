@@ -13,7 +13,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
-from penstock.engine.family.naming import FUSED_QKV, PREFIXES, Naming, ShapesOf
+from penstock.engine.family.naming import PREFIXES, THREE, Naming, ShapesOf
 from penstock.engine.family.protocol import ComponentKind, Family, families
 from penstock.engine.files.fields import parse_object
 from penstock.engine.files.source import RawFile, read_bytes
@@ -182,6 +182,7 @@ def recognise(raw: RawFile, config: Mapping[str, Any] | None = None) -> Componen
     shapes = {name: stored.shape for name, stored in weights.items() if stored.shape is not None}
     if config is None:
         config = _derived(raw, found, weights, shapes)
+    config = {**config, **found.naming.config}
     found.kind.check(str(raw.path), config)
     return _compare(raw, found, config, weights, named)
 
@@ -284,9 +285,9 @@ def _place(named: _Named, key: str, target: str | None, entry: TensorEntry) -> N
 
 def _parts(target: str, entry: TensorEntry) -> list[tuple[str, TensorEntry]]:
     """``target`` with its place, or three names with a third of the rows each."""
-    if FUSED_QKV in target:
+    if THREE in target:
         return [
-            (target.replace(FUSED_QKV, f"self_attn.{name}_proj"), row_part(entry, index, 3))
+            (target.replace(THREE, name), row_part(entry, index, 3))
             for index, name in enumerate("qkv")
         ]
     if target.startswith("embeddings.") and entry.shape[:-1] and entry.shape[0] == 1:

@@ -47,8 +47,8 @@ class Files:
     """What was given besides, or instead of, a model: single files.
 
     Attributes:
-        transformer, text_encoder, vae, image_encoder: a file, an index or a folder each; under a
-            ComfyUI root a bare file name is enough.
+        transformer, text_encoder, vae, image_encoder, audio_vae: a file, an index or a folder each;
+            under a ComfyUI root a bare file name is enough.
         tokenizer: a tokenizer folder or a SentencePiece model.
         transformer_2: of a model of two transformers the one for little noise.
     """
@@ -59,9 +59,13 @@ class Files:
     image_encoder: Path | None = None
     tokenizer: Path | None = None
     transformer_2: Path | None = None
+    audio_vae: Path | None = None
 
 
-COMPONENTS = ("transformer", "text_encoder", "vae", "image_encoder")
+INDEXES = ("model_index.json", "modular_model_index.json")
+"""Of a pipeline's folder, and of a modular one's."""
+
+COMPONENTS = ("transformer", "text_encoder", "vae", "image_encoder", "audio_vae")
 """Networks that a flag names, the one that streams first."""
 
 _FLAGS = {name: "--" + name.replace("_", "-") for name in (*COMPONENTS, SECOND)}
@@ -198,9 +202,10 @@ def _with_transformer(path: Path, files: Files) -> Files:
 def _in_folder(folder: Path, files: Files | None) -> _Found:
     """The places of a model's parts; the folder of a pipeline must be whole, but for ``files``.
     None: it may lack parts."""
-    if (folder / "model_index.json").exists():
-        log.debug("%s is a folder of diffusers", folder)
-        return _diffusers(folder, files)
+    for index in INDEXES:
+        if (folder / index).exists():
+            log.debug("%s is a folder of diffusers", folder)
+            return _diffusers(folder, folder / index, files)
     root = comfy_root(folder)
     if root is not None:
         log.debug("%s is a folder of ComfyUI", root)
@@ -209,22 +214,24 @@ def _in_folder(folder: Path, files: Files | None) -> _Found:
     return _original(folder)
 
 
-def _diffusers(folder: Path, files: Files | None) -> _Found:
-    index = _checked(folder / "model_index.json", side_fields.MODEL_INDEX) or {}
+def _diffusers(folder: Path, path: Path, files: Files | None) -> _Found:
+    index = _checked(path, side_fields.MODEL_INDEX) or {}
     check_pipeline(folder, index)
     if files is not None:
         given = {each.name for each in fields(files) if getattr(files, each.name) is not None}
         every = (*COMPONENTS, SECOND, "tokenizer")
-        check_whole(folder, index, [part for part in every if part not in given])
+        check_whole(path, index, [part for part in every if part not in given])
     parts = [name for name in (*COMPONENTS, SECOND) if (folder / name).is_dir()]
     scheduler = folder / "scheduler" / "scheduler_config.json"
     processor = folder / "image_processor" / "preprocessor_config.json"
+    seeing = folder / "processor" / "preprocessor_config.json"
     defaults = folder / "defaults.json"
     return _Found(
         places={name: (folder / name,) for name in parts},
         tokenizer=folder / "tokenizer" if (folder / "tokenizer").is_dir() else None,
         scheduler=_checked(scheduler, side_fields.SCHEDULER),
-        image_processor=_checked(processor, side_fields.IMAGE_PROCESSOR),
+        image_processor=_checked(processor, side_fields.IMAGE_PROCESSOR)
+        or _checked(seeing, side_fields.PROCESSOR),
         defaults=_checked(defaults, side_fields.DEFAULTS) or {},
         pipeline=pipeline_facts(index),
     )

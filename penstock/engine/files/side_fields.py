@@ -84,6 +84,20 @@ IMAGE_PROCESSOR: Mapping[str, Field] = MappingProxyType({
 })  # fmt: skip
 """Of a preprocessor_config.json."""
 
+_AREA = whole(1, 1 << 32)
+PROCESSOR: Mapping[str, Field] = MappingProxyType({
+    "patch_size": whole(1, 256),
+    "merge_size": whole(1, 16),
+    "temporal_patch_size": whole(1, 16),
+    "size": table({"shortest_edge": _AREA, "longest_edge": _AREA}),
+    "image_mean": _THREE,
+    "image_std": several(number(1e-6, 1e6), 3, 3),
+    "resample": whole(0, 5),
+    "rescale_factor": number(1e-9, 1e6),
+})  # fmt: skip
+"""Of the one in ``processor/``, whose pictures a language model sees (Qwen3-VL): its edges are
+pixels of the whole picture."""
+
 
 DEFAULTS: Mapping[str, Field] = MappingProxyType({
     "width": whole(1, 1 << 16),

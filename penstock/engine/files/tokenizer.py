@@ -71,6 +71,25 @@ class Tokenizer:
                 )
         return prompts
 
+    def verbatim(
+        self, texts: Sequence[str], marks: Sequence[str] = ()
+    ) -> tuple[list[list[int]], list[int]]:
+        """Ids of whole texts as they are, nothing added or cut, and of single marks.
+
+        Raises:
+            CheckpointError: the tokenizer cannot be read, or has not one of ``marks``.
+        """
+        ids, found = self._ask("verbatim", texts=list(texts), marks=list(marks))
+        for mark, number in zip(marks, found, strict=True):
+            if number is None:
+                raise CheckpointError(
+                    f"{self.where} is of another model",
+                    expected=f"a token {mark}",
+                    found="none",
+                    remedy="Use the tokenizer that the model came with",
+                )
+        return ids, found
+
     def written(self) -> tuple[str, dict[str, str]]:
         """The content of a ``tokenizer.json``, and the marks that go beside it into a config.
 

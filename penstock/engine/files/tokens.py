@@ -67,6 +67,16 @@ def tokenise(read: _Read, texts: list[str], max_tokens: int) -> list[tuple[list[
 
 
 @_answering
+def verbatim(
+    read: _Read, texts: list[str], marks: list[str]
+) -> tuple[list[list[int]], list[int | None]]:
+    """Ids of whole texts, without the marks that the tokenizer would add; and of single marks,
+    None for one that it has not."""
+    ids = [read.backend.encode(text, add_special_tokens=False).ids for text in texts]
+    return ids, [read.backend.token_to_id(mark) for mark in marks]
+
+
+@_answering
 def written(read: _Read) -> tuple[str, dict[str, str]]:
     """The content of a ``tokenizer.json``, and the marks; encodes a word first."""
     read.backend.encode("a")

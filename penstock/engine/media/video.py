@@ -47,6 +47,11 @@ class Sound:
     samples: np.ndarray[Any, Any]
     rate: int
 
+    @property
+    def seconds(self) -> float:
+        """How long it is."""
+        return float(self.samples.shape[1] / self.rate)
+
 
 @dataclass(frozen=True)
 class WrittenVideo:
@@ -406,6 +411,8 @@ def _encode_sound(container: Any, stream: Any, sound: Sound) -> None:
     samples = np.ascontiguousarray(sound.samples[:2], dtype=np.float32).clip(-1, 1)
     frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=_layout(sound))
     frame.sample_rate = sound.rate
+    # From 0 on: the encoder's own first samples then lie before it, and players leave them out
+    frame.pts, frame.time_base = 0, Fraction(1, sound.rate)
     resampler = av.AudioResampler(
         format="fltp", layout=_layout(sound), rate=stream.rate, frame_size=stream.frame_size or 1024
     )

@@ -19,7 +19,28 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _FLOAT32_TOO = "scale_shift_table"
-"""A table that is added in fp32 whatever the network computes in: never rounded."""
+"""A table that is added in fp32 where it is stored so, whatever the network computes in."""
+_SINGLE = "F32"
+
+
+@dataclass(frozen=True)
+class Odd:
+    """A parameter that is not stored as it is computed with.
+
+    Attributes:
+        stored: how it is stored.
+        shape: its logical shape.
+        tag: safetensors tag of the dtype that it becomes.
+    """
+
+    stored: StoredWeight
+    shape: tuple[int, ...]
+    tag: str
+
+    @property
+    def nbytes(self) -> int:
+        """Of what it becomes."""
+        return math.prod(self.shape) * ITEM_BYTES[self.tag]
 
 
 @dataclass(frozen=True)
@@ -27,21 +48,19 @@ class Adapter:
     """Casts or decodes the odd parameters among the tensors of one block (or of the rest).
 
     Attributes:
-        odd: storage and logical shape of each odd parameter, by its local name.
-        tag: safetensors tag of the dtype that they become.
+        odd: each odd parameter, by its local name.
     """
 
-    odd: Mapping[str, tuple[StoredWeight, tuple[int, ...]]]
-    tag: str
+    odd: Mapping[str, Odd]
 
     def peak_bytes(self, device: str) -> int:
         """What the made tensors take beside the stored ones, and making the last of them, on a
         device of that type."""
-        made = sum(math.prod(shape) * ITEM_BYTES[self.tag] for _, shape in self.odd.values())
+        made = sum(odd.nbytes for odd in self.odd.values())
         decoding = (
-            stored.format.workspace_bytes((shape[0], shape[1]), device)
-            for stored, shape in self.odd.values()
-            if not stored.plain and len(shape) == 2
+            odd.stored.format.workspace_bytes((odd.shape[0], odd.shape[1]), device)
+            for odd in self.odd.values()
+            if not odd.stored.plain and len(odd.shape) == 2
         )
         return made + max(decoding, default=0)
 
@@ -50,11 +69,11 @@ class Adapter:
         if not self.odd:
             return tensors
         made = dict(tensors)
-        for name, (stored, shape) in self.odd.items():
-            names = {suffix: stored_name(name, suffix) for suffix in stored.tensors}
+        for name, odd in self.odd.items():
+            names = {suffix: stored_name(name, suffix) for suffix in odd.stored.tensors}
             if all(full in made for full in names.values()):
                 parts = {suffix: made.pop(full) for suffix, full in names.items()}
-                made[name] = decode(stored, parts, shape, torch_dtype(self.tag))
+                made[name] = decode(odd.stored, parts, odd.shape, torch_dtype(odd.tag))
         return made
 
 
@@ -63,18 +82,20 @@ def adapters_of(
 ) -> tuple[Adapter, ...]:
     """The adapter of the rest, then one a block."""
     shapes = source.shapes
-    odd: list[dict[str, tuple[StoredWeight, tuple[int, ...]]]] = [{} for _ in range(count + 1)]
+    odd: list[dict[str, Odd]] = [{} for _ in range(count + 1)]
     for name, stored in source.weights.items():
         in_block = bool(prefix) and name.startswith(prefix)
         kept = in_block and is_linear(name, shapes[name]) and not stored.plain
-        if kept or _fits(name, stored, tag) or name.startswith("shared."):
+        wanted = _SINGLE if source.kind.keeps_single(name) else tag
+        if kept or _fits(name, stored, wanted) or name.startswith("shared."):
             continue
+        found = Odd(stored, shapes[name], wanted)
         number, _, local = name[len(prefix) :].partition(".")
         if not in_block and name.startswith(only):
-            odd[0][name] = (stored, shapes[name])
+            odd[0][name] = found
         elif in_block and int(number) < count:
-            odd[int(number) + 1][local] = (stored, shapes[name])
-    return tuple(Adapter(each, tag) for each in odd)
+            odd[int(number) + 1][local] = found
+    return tuple(Adapter(each) for each in odd)
 
 
 def _fits(name: str, stored: StoredWeight, tag: str) -> bool:
@@ -82,7 +103,7 @@ def _fits(name: str, stored: StoredWeight, tag: str) -> bool:
     if not stored.plain:
         return False
     found = stored.tensors["weight"].dtype
-    return found == tag or (found == "F32" and name.endswith(_FLOAT32_TOO))
+    return found == tag or (found == _SINGLE and name.endswith(_FLOAT32_TOO))
 
 
 def read_table_rows(

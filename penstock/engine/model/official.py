@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from penstock.engine.model.grid import Grid
+from penstock.profiles.manifest import VideoShape
+from penstock.profiles.phases import Noise
 
 
 class Official(Protocol):
@@ -18,6 +20,9 @@ class Official(Protocol):
     @property
     def request_defaults(self) -> Mapping[str, Any]:
         """Width, height, steps and guidance_scale."""
+
+    def timesteps(self, shape: VideoShape, steps: int, noise: Noise) -> tuple[float, ...]:
+        """What the transformer is told at each step of a job."""
 
     def flow_shift(self, width: int, height: int, asked: float | None) -> float:
         """``asked``, or the official flow shift of a video of that size."""

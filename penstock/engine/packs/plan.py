@@ -26,6 +26,9 @@ from penstock.formats.scaled import Scaled8
 from penstock.offload.checkpoint import TensorEntry
 from penstock.quant.policy import default_policy
 
+_RUNS = ("embedding", "rest", "once", "vision", "encoder", "decoder", "cross", "block")
+"""Kinds of runs, in the order in which a pack holds them."""
+
 LEAST_RAM_BYTES = 64 << 20
 """The least memory for weights in work that a pack is made in."""
 
@@ -138,8 +141,9 @@ def plan_component(
 def runs_of(kind: ComponentKind, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
     """Parameters by the run they are packed in: what is read at once lies together.
 
-    A transformer's cross-attention K/V projections leave the stream, so they are runs of their own;
-    the text encoder's embedding is gathered by rows; the VAE's halves are loaded apart.
+    What leaves a transformer's stream (cross-attention K/V projections) are runs of their own, and
+    so is what outside its blocks serves once a job; the text encoder's embedding is gathered by
+    rows; the VAE's halves are loaded apart.
     """
     runs: dict[str, list[str]] = {}
     for name in shapes:
@@ -156,9 +160,7 @@ def _run_of(kind: ComponentKind, name: str) -> str:
 
 def _run_order(run: str) -> tuple[int, int]:
     kind, _, number = run.partition(" ")
-    return ("embedding", "rest", "encoder", "decoder", "cross", "block").index(kind), int(
-        number or 0
-    )
+    return _RUNS.index(kind), int(number or 0)
 
 
 def _step(
@@ -180,6 +182,7 @@ def _step(
         return PackStep(name, shape, made, same and not changed, target)
     if target is None and not stored.plain and is_linear(name, shape) and not changed:
         return PackStep(name, shape, found, True, None)
+    tag = "F32" if source.kind.keeps_single(name) else tag
     plain: dict[str, Spec] = {"weight": (tag, shape)}
     return PackStep(name, shape, plain, stored.plain and found == plain and not changed, None)
 

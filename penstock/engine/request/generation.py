@@ -35,7 +35,8 @@ MAX_SEED = (1 << 32) - 1
 _LARGEST = 1e300
 MAX_STEPS = 1000
 MAX_FPS = 240
-COHERENT_FRAMES = 121
+COHERENT_FRAMES = Grid.coherent
+"""Of Wan2.1."""
 WINDOW = 81
 """Frames that Wan2.1 was trained on, and of the windows that a long video is denoised in."""
 OVERLAP_SHARE = 5
@@ -184,7 +185,7 @@ class GenerationRequest:
                     found=_type(image),
                     remedy="Wrap it: Path('cat.png')",
                 )
-        if self.last_image is not None and self.image is None:
+        if self.last_image is not None and self.image is None and not self.grid.ends_alone:
             raise RequestError(
                 "a video that ends with a picture starts from one too",
                 expected="an image",
@@ -209,7 +210,7 @@ class GenerationRequest:
         if self.frames != nearest:
             raise RequestError(
                 "illegal number of frames",
-                expected=f"{grid.temporal}n+1 from 1 to {grid.max_frames}",
+                expected=grid.frames_told,
                 found=brief(self.frames),
                 remedy=f"The nearest legal number of frames is {nearest}",
             )
@@ -232,7 +233,9 @@ class GenerationRequest:
             )
 
     def _check_windows(self) -> None:
-        grid, window = self.grid, WINDOW if self.window is None else self.window
+        grid, window = self.grid, self.window
+        if window is None:
+            window = WINDOW if self.frames > grid.coherent or self.overlap is not None else 0
         _check_whole("window", window)
         nearest = grid.nearest_frames(max(window, 2 * grid.temporal + 1))
         if window not in (0, nearest):
@@ -251,7 +254,7 @@ class GenerationRequest:
         """The windows in frames that the video is denoised in; None: it is one."""
         window = self.window
         if window is None:
-            window = WINDOW if self.frames > COHERENT_FRAMES else 0
+            window = WINDOW if self.frames > self.grid.coherent else 0
         if not 0 < window < self.frames:
             return None
         overlap = window // OVERLAP_SHARE if self.overlap is None else self.overlap
@@ -290,11 +293,12 @@ class GenerationRequest:
     def warnings(self) -> tuple[RequestWarning, ...]:
         """What is legal here but likely unwanted."""
         found = []
-        if self.frames > COHERENT_FRAMES and self.windows is None:
+        coherent = self.grid.coherent
+        if self.frames > coherent and self.windows is None:
             found.append(
                 RequestWarning(
                     "long_video",
-                    f"{self.frames} frames: beyond about {COHERENT_FRAMES} at once the motion"
+                    f"{self.frames} frames: beyond about {coherent} at once the motion"
                     " degenerates or repeats. Let it be denoised in windows (--window), or go on"
                     " from a shorter one (--continue).",
                 )

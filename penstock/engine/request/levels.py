@@ -10,12 +10,6 @@ and DPM++. The makers have no ``euler`` and no ``lcm``: those are spaced as diff
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from penstock.engine.model.official import Official
-    from penstock.engine.request.generation import GenerationRequest
-
 TRAINED = 1000
 """Timesteps that Wan was trained at (``num_train_timesteps``)."""
 
@@ -56,13 +50,6 @@ def timesteps(levels: tuple[float, ...], sampler: str) -> tuple[float, ...]:
     """What the transformer is told at each of these levels, of `TRAINED`."""
     told = (TRAINED * level for level in levels)
     return tuple(map(int, told)) if sampler in WHOLE else tuple(told)
-
-
-def timesteps_of(request: GenerationRequest, official: Official) -> tuple[float, ...]:
-    """The timesteps of a job of ``request``, with the ``official`` flow shift if it names none."""
-    shift = official.flow_shift(request.width, request.height, request.shift)
-    levels = noise_levels(request.sampler, request.steps, shift, distilled=request.distilled)
-    return timesteps(levels, request.sampler)
 
 
 def steps_above(boundary: float, told: tuple[float, ...]) -> int:

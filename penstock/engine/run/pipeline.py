@@ -21,9 +21,8 @@ from torch import Tensor
 from penstock._version import __version__
 from penstock.engine.machine.memory import ProcessMemory
 from penstock.engine.media.seam import joined
-from penstock.engine.media.video import WrittenVideo, write_video
-from penstock.engine.request.generation import frame_rate
-from penstock.engine.request.levels import timesteps_of
+from penstock.engine.media.video import Sound, WrittenVideo, write_video
+from penstock.engine.request.generation import frame_rate, noise_of
 from penstock.engine.run.ending import Ending
 from penstock.engine.run.events import Listener, PhaseMonitor
 from penstock.engine.run.report import JobResult, RunReport
@@ -38,7 +37,8 @@ log = logging.getLogger(__name__)
 STEERED = "on_step replaced the latents: the request and the seed alone do not lead to this video"
 
 Products = dict[str, Any]
-"""What the phases have left so far, by name: small results, "latents", and at last "video"."""
+"""What the phases have left so far, by name: small results, "latents", and at last "video" and,
+where the model makes one, "sound" (`penstock.engine.media.video.Sound`)."""
 
 
 @dataclass(frozen=True)
@@ -101,15 +101,16 @@ def run(job: Run, listener: Listener, cancelled: threading.Event) -> JobResult:
         found = run_phases(stage, work)
         asked, video, written = job.output, found["video"], None
         if asked is not None:
-            written = stage.attempt("mux", lambda: mux(stage, video, asked))
+            sound = found.get("sound")
+            written = stage.attempt("mux", lambda: mux(stage, video, asked, sound))
         if job.keeper.steered:
             stage.monitor.notice(STEERED)
         for problem in job.keeper.problems:
             stage.monitor.notice(problem)
         seconds = time.perf_counter() - started
-        report = _report(stage, written, seconds, imports_s)
+        report = _report(stage, written, seconds, imports_s, found.get("sound"))
         job.keeper.finished(report)
-    return JobResult(report, found["latents"], video)
+    return JobResult(report, found["latents"], video, found.get("sound"))
 
 
 def know_sources(stage: Stage) -> None:
@@ -158,9 +159,9 @@ def run_phases(stage: Stage, work: Work) -> Products:
     return found
 
 
-def mux(stage: Stage, video: Tensor, output: Path) -> WrittenVideo:
-    """Write the frames to ``output``, or where that is taken by now to a free name like it; after
-    those of the video that this one goes on from."""
+def mux(stage: Stage, video: Tensor, output: Path, sound: Sound | None = None) -> WrittenVideo:
+    """Write the frames, and the sound where there is one, to ``output``, or where that is taken by
+    now to a free name like it; after those of the video that this one goes on from."""
     job, after = stage.job, stage.job.request.after
     with stage.phase("mux", len(video), "frame") as (_, phase):
         frames = _counted_frames(video, phase)
@@ -172,6 +173,7 @@ def mux(stage: Stage, video: Tensor, output: Path) -> WrittenVideo:
             overwrite=job.overwrite,
             or_beside=True,
             finished=stage.keeper.writing_output,
+            sound=sound,
         )
     if written.path != output:
         stage.monitor.notice(f"{output} is another file by now: the video is in {written.path}")
@@ -195,7 +197,11 @@ def _metadata(job: Run) -> dict[str, Any]:
 
 
 def _report(
-    stage: Stage, written: WrittenVideo | None, seconds: float, imports_s: float
+    stage: Stage,
+    written: WrittenVideo | None,
+    seconds: float,
+    imports_s: float,
+    sound: Sound | None,
 ) -> RunReport:
     job, monitor, memory = stage.job, stage.monitor, ProcessMemory.peak()
     request = job.request
@@ -225,8 +231,11 @@ def _report(
         process_peak_bytes=memory.resident_bytes,
         group_peak_bytes=memory.group_bytes,
         options=job.plan.options,
-        timesteps=timesteps_of(request, job.model.official),
+        timesteps=job.model.official.timesteps(
+            request.video_shape, request.steps, noise_of(request)
+        ),
         computed_steps=stage.computed_steps,
+        sound_s=0.0 if sound is None else sound.seconds,
     )
 
 

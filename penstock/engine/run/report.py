@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from penstock.engine.media.video import Sound
 from penstock.offload.stats import Flow
 from penstock.profiles.options import Options
 
@@ -87,6 +88,7 @@ class RunReport:
         process_peak_bytes: the most host memory that the process has had resident in all its life:
             buffers, interpreter, libraries, and what else it does.
         group_peak_bytes: likewise of its control group; None where there is none.
+        sound_s: seconds of sound beside the video; 0: the model makes none.
     """
 
     output: str | None
@@ -115,6 +117,7 @@ class RunReport:
     on_cpu: bool = True
     process_peak_bytes: int = 0
     group_peak_bytes: int | None = None
+    sound_s: float = 0.0
 
     @property
     def beside_bytes(self) -> int:
@@ -157,8 +160,10 @@ class JobResult:
         report: what it did, beside what was promised.
         latents: (1, z, t, h, w), fp32, on the CPU.
         video: uint8 (frames, height, width, 3), on the CPU.
+        sound: what is heard with it; None: the model makes none.
     """
 
     report: RunReport
     latents: Tensor
     video: Tensor
+    sound: Sound | None = None

@@ -106,3 +106,30 @@ def test_a_way_that_depends_on_what_is_computed() -> None:
     with pytest.raises(UsageError, match=r"(?s)cannot be measured.*--activations"):
         rehearse({"m": module}, lambda: module(torch.zeros(3, 8), torch.ones(3)))
     assert type(module.layer.weight) is nn.Parameter
+
+
+class _Three(nn.Module):
+    """A convolution, attention, and a list of linear layers of which the second is not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = nn.Conv2d(3, 8, 3, padding=1)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.seen(x).flatten(2).mT  # (1, 3, 16, 24) -> (1, 384, 8)
+        for layer in self.layers:
+            x = layer(x)
+        return nn.functional.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])
+
+
+def test_operations_are_counted_by_kind() -> None:
+    module = _Three()
+    found = rehearse({"network": module}, lambda: module(torch.zeros(1, 3, 16, 24)))
+    assert found.flops == {
+        "network": {
+            "convolution": 2 * 384 * 8 * 3 * 3 * 3,
+            "product": 2 * 2 * 384 * 8 * 8,
+            "attention": 2 * 384 * 384 * (8 + 8),
+        }
+    }

@@ -29,3 +29,33 @@ def test_a_tone(tmp_path: Path, rate: int, channels: int, kept: int) -> None:
     assert np.sqrt(np.mean(middle**2)) == pytest.approx(0.5 / np.sqrt(2), rel=0.05)
     crossings = np.count_nonzero(np.diff(np.signbit(middle)))
     assert crossings == pytest.approx(2 * 200 / 4, abs=2)
+
+
+def first_and_last(path: Path) -> tuple[float, float, float]:
+    """Seconds at which something is heard first and last, and at which the sound ends."""
+    with av.open(str(path)) as file:
+        stream = file.streams.audio[0]
+        ends = float((stream.start_time + stream.duration) * stream.time_base)
+        frames = [(each.time, each.to_ndarray()[0]) for each in file.decode(audio=0)]
+        rate = stream.rate
+    loud = [start + at / rate for start, wave in frames for at in np.nonzero(np.abs(wave) > 0.2)[0]]
+    return loud[0], loud[-1], ends
+
+
+@pytest.mark.parametrize(("rate", "length"), [(32000, 165_600), (24000, 41_000), (1600, 1_600)])
+def test_sound_begins_with_the_first_frame_and_ends_where_it_ended(
+    tmp_path: Path, rate: int, length: int
+) -> None:
+    """The encoder puts samples of its own before the first; players are told to leave them out."""
+    samples = np.zeros((2, length), np.float32)
+    tone = 0.8 * np.sin(2 * np.pi * (rate / 8) * np.arange(rate // 40) / rate + 1)
+    samples[:, : len(tone)] = samples[:, -len(tone) :] = tone
+    frames = [np.full((16, 16, 3), 90, np.uint8)] * round(24 * length / rate)
+    write_video(tmp_path / "a.mp4", frames, 24, sound=Sound(samples, rate))
+    first, last, ends = first_and_last(tmp_path / "a.mp4")
+    assert first == pytest.approx(0, abs=0.003)
+    assert last == pytest.approx(length / rate, abs=0.003)
+    assert ends == pytest.approx(length / rate, abs=0.002)
+    with av.open(str(tmp_path / "a.mp4")) as file:
+        (video,) = file.streams.video
+        assert video.start_time == 0 and video.average_rate == 24

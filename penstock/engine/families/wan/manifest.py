@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from penstock.engine.families.wan import defaults, plan
 from penstock.engine.families.wan.denoise_plan import named
@@ -13,11 +13,7 @@ from penstock.engine.families.wan.terms import WanCase
 from penstock.engine.model.grid import Grid
 from penstock.engine.request.levels import noise_levels, steps_above, timesteps
 from penstock.profiles.manifest import Heads, Pictures, Prefetch, Storage, VideoShape
-from penstock.profiles.phases import Step, Workload
-
-if TYPE_CHECKING:
-    pass
-
+from penstock.profiles.phases import Noise, Step, Workload
 
 _FRAMES = (81, 65, 49, 33, 17)
 _AREA_480P = (832, 480)
@@ -81,6 +77,12 @@ class WanManifest(WanSpec):
             release=self.release,
         )
 
+    def timesteps(self, shape: VideoShape, steps: int, noise: Noise) -> tuple[float, ...]:
+        """As `penstock.engine.model.official.Official`."""
+        shift = self.flow_shift(shape.width, shape.height, noise.shift)
+        levels = noise_levels(noise.sampler, steps, shift, distilled=noise.distilled)
+        return timesteps(levels, noise.sampler)
+
     @property
     def release(self) -> str:
         """A key of `penstock.engine.families.wan.defaults.RELEASES`; "" for the first models."""
@@ -98,13 +100,11 @@ class WanManifest(WanSpec):
 
     def split(self, workload: Workload) -> tuple[int, int]:
         """Steps of the transformer for much noise, and of the one for little."""
-        noise, shape = workload.noise, workload.shape
-        shift = self.flow_shift(shape.width, shape.height, noise.shift)
-        levels = noise_levels(noise.sampler, workload.steps, shift, distilled=noise.distilled)
+        told = self.timesteps(workload.shape, workload.steps, workload.noise)
         boundary = (
             defaults.BOUNDARIES[self.image_to_video] if self.boundary is None else self.boundary
         )
-        high = steps_above(boundary, timesteps(levels, noise.sampler))
+        high = steps_above(boundary, told)
         return high, workload.steps - high
 
     def steps(self, case: WanCase) -> Iterator[Step]:

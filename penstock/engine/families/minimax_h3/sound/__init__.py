@@ -1,0 +1,1 @@
+"""The audio VAE of MiniMax-H3: latents to a waveform."""

@@ -1,0 +1,138 @@
+"""A whole job gives what diffusers' modular pipeline gives, and goes on where it was stopped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from penstock.engine.engine import Engine
+from penstock.engine.families.minimax_h3.layout import unpack
+from penstock.engine.request.generation import GenerationRequest
+from penstock.errors import RequestError
+from penstock.profiles.options import Options
+from tests.engine.families.minimax_h3 import tiny
+
+SIZE = {"height": 32, "width": 64}
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> tiny.TinyH3:
+    return tiny.write(tmp_path_factory.mktemp("h3"))
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.picture(tmp_path_factory.mktemp("h3 picture") / "picture.png")
+
+
+def _request(engine: Engine, **asked: Any) -> GenerationRequest:
+    values = {**engine.model.official.request_defaults, **SIZE, "frames": 124, "steps": STEPS}
+    return GenerationRequest("a red fox", grid=engine.model.grid, seed=5, **(values | asked))
+
+
+@dataclass
+class Seen:
+    """What a job has told of its steps: the latents after each, video and sound packed."""
+
+    steps: list[Tensor]
+
+    def __call__(self, step: int, latents: Tensor) -> None:
+        """As ``on_step``."""
+        self.steps.append(latents)
+
+
+def _ours(model: tiny.TinyH3, **asked: Any) -> tuple[Tensor, Tensor]:
+    """Video and sound, as latents."""
+    seen = Seen([])
+    with Engine.open(model.folder, device="cpu", vram="1GiB", ram="1GiB") as engine:
+        request = _request(engine, **asked)
+        result = engine.submit(request, on_step=seen).result()
+        video, sound = unpack(seen.steps[-1], engine.model.sizes(request.video_shape))
+    assert torch.equal(video, result.latents)
+    assert len(seen.steps) == STEPS - 1
+    assert result.video.shape == (124, 32, 64, 3)
+    return video, sound
+
+
+def _theirs(model: tiny.TinyH3, **pictures: Any) -> dict[str, Any]:
+    return model.theirs(
+        prompt="a red fox", num_frames=124, num_inference_steps=STEPS, output_type="pt",
+        generator=torch.Generator().manual_seed(5), output=["latents", "audio_latents"], **SIZE,
+        **pictures,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("ends", [(), ("image",), ("image", "last_image"), ("last_image",)])
+def test_a_job_gives_what_the_makers_pipeline_gives(
+    model: tiny.TinyH3, picture: Path, ends: tuple[str, ...]
+) -> None:
+    ours = _ours(model, **dict.fromkeys(ends, picture))
+    theirs = _theirs(model, **{name: Image.open(picture) for name in ends})
+    for found, wanted in zip(ours, (theirs["latents"], theirs["audio_latents"]), strict=True):
+        assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def test_a_job_that_was_stopped_goes_on_to_the_bit(
+    model: tiny.TinyH3, picture: Path, tmp_path: Path
+) -> None:
+    asked = {"image": picture, "steps": 5}
+    with Engine.open(model.folder, device="cpu", vram="1GiB", ram="1GiB") as engine:
+        whole = Seen([])
+        engine.submit(_request(engine, **asked), on_step=whole).result()
+
+        def stop(step: int, latents: Tensor) -> None:
+            if step == 2:
+                raise KeyboardInterrupt
+
+        job = engine.submit(_request(engine, **asked), on_step=stop, job_dir=tmp_path / "job")
+        with pytest.raises(KeyboardInterrupt):
+            job.result()
+        rest = Seen([])
+        engine.resume(tmp_path / "job", on_step=rest).result()
+    assert len(rest.steps) == 3
+    assert torch.equal(rest.steps[-1], whole.steps[-1])
+
+
+def test_a_pass_reads_its_blocks_and_the_tables_are_read_once(model: tiny.TinyH3) -> None:
+    """From disk alone: what each phase reads is what its plan says, and no pass after the first
+    touches an AdaLN projection."""
+    with Engine.open(
+        model.folder, device="cpu", vram="1GiB", ram="1GiB", options=Options(disk="auto")
+    ) as engine:
+        request = _request(engine)
+        parts = engine.model.parts["transformer"]
+        tables = sum(layout.read_bytes for layout in parts.cross)
+        blocks = sum(layout.read_bytes for layout in parts.blocks)
+        plan = engine.plan(request)
+        result = engine.submit(request).result()
+    assert not any("adaln_proj" in name for layout in parts.blocks for name in layout.places)
+    phases = {phase.name: phase for phase in result.report.phases}
+    assert phases["context"].read_bytes == tables
+    passes = plan["denoise"].read_bytes // blocks
+    assert phases["denoise"].read_bytes == blocks * max(passes, 1)
+
+
+def test_what_the_model_cannot_do_is_refused_before_anything_runs(model: tiny.TinyH3) -> None:
+    with Engine.open(model.folder, device="cpu", vram="1GiB", ram="1GiB") as engine:
+        for asked, told in (
+            ({"guidance_scale": 5.0}, "guidance"),
+            ({"sampler": "unipc"}, "schedules of its own"),
+            ({"steps": 1}, "one step is none"),
+            ({"window": 124, "frames": 141}, "at once"),
+        ):
+            with pytest.raises(RequestError, match=told):
+                engine.plan(_request(engine, **asked))
+        for frames, nearest in ((100, 124), (125, 124), (346, 345), (133, 141)):
+            with pytest.raises(RequestError, match=str(nearest)):
+                _request(engine, frames=frames)
+        with pytest.raises(RequestError, match="nearest legal width is 64"):
+            _request(engine, width=70)
+        with pytest.raises(RequestError, match="24 frames a second"):
+            engine.submit(_request(engine, fps=16)).result()

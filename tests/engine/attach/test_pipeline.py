@@ -23,6 +23,7 @@ from penstock.engine.attach.desk import WHOLE_FRAMES
 from penstock.engine.families.wan.cost import vae as vae_cost
 from penstock.engine.families.wan.spec import VaeSpec
 from penstock.engine.families.wan.tiny import write_tiny_model
+from penstock.engine.family.protocol import families
 from penstock.engine.store.durable import FileOps
 from penstock.errors import OverBudget, PenstockError, StorageError, UsageError
 from penstock.profiles.hardware import Hardware
@@ -513,6 +514,12 @@ def test_a_full_disk_leaves_the_pipeline_as_it_was(
         with pytest.raises(StorageError, match="no space"):
             penstock.attach(pipe, vram=VRAM, ram=RAM)
     assert torch.equal(_call(pipe), wanted)
+
+
+def test_every_family_says_whether_it_has_parts() -> None:
+    for family in families():
+        assert not family.claims(object())  # type: ignore[attr-defined]
+        assert callable(getattr(family, "has_parts_for", None))
 
 
 def test_a_foreign_scheduler_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:

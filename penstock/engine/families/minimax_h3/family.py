@@ -106,6 +106,11 @@ def claims(pipe: Any) -> bool:
     return False
 
 
+def has_parts_for(model: H3Model) -> bool:
+    """None: its pipeline keeps its own networks."""
+    return False
+
+
 def samples() -> Any:
     """What `penstock doctor` measures: Wan's serves for all."""
     return None

@@ -101,6 +101,10 @@ def streaming(results: Results) -> str:
     rows: Rows = []
     for value in named(results, "big_forward"):
         rows += big_rows(value)
+    for value in named(results, "big_h3"):
+        rows += big_h3_rows(value)
+    for value in named(results, "fake_h3"):
+        rows += fake_h3_rows(value)
     for value in named(results, "peers"):
         rows += peer_rows(value)
     if not rows:
@@ -123,6 +127,33 @@ def big_rows(value: Any) -> Rows:
             f"{same} the same blocks run one by one",
             "`benchmarks/big_forward.py`",
         )
+    ]
+
+
+def big_h3_rows(value: Any) -> Rows:
+    """The forward of MiniMax-H3's blocks."""
+    same = "bit-equal to" if value["identical"] else "DIFFERS from"
+    return [
+        (
+            f"{value['parameters'] / 1e9:.1f} B parameters ({value['model']}, "
+            f"{value['file_bytes'] / 1e9:.1f} GB on disk), a denoising forward of "
+            f"{value['rows']} rows, peak memory of the process",
+            f"{value['peak_gib']:.2f} GiB; {same} the same blocks run one by one",
+            "`benchmarks/big_h3.py`",
+        )
+    ]
+
+
+def fake_h3_rows(value: Any) -> Rows:
+    """What a forward of MiniMax-H3 takes beside the weights."""
+    return [
+        (
+            f"MiniMax-H3 at {shape}, activations of a forward, chunks of {value['chunk']} rows",
+            f"{row['lean']:.2f} GiB; diffusers {row['diffusers']:.2f} GiB",
+            "`benchmarks/fake_h3.py`",
+        )
+        for shape, row in value.items()
+        if isinstance(row, dict)
     ]
 
 
@@ -677,12 +708,14 @@ class Fault:
     what: str
     outcome: str
 
-    def row(self, tests: Mapping[str, Any]) -> tuple[str, str]:
-        """Of results by test; a test that is not there, or did not pass, is said to be so."""
+    def row(self, tests: Mapping[str, Any]) -> tuple[str, str] | None:
+        """Of results by test; None where none of it has run."""
         mine = [case for name, case in tests.items() if name.partition("[")[0].endswith(self.test)]
         ran = [case for case in mine if case["outcome"] != "skipped"]
-        if not ran or any(case["outcome"] != "passed" for case in ran):
-            return re.sub(r"\{\w+\}", "...", self.what), "NOT SEEN"
+        if not ran:
+            return None
+        if any(case["outcome"] != "passed" for case in ran):
+            return re.sub(r"\{\w+\}", "...", self.what), "FAILED"
         figures: dict[str, Any] = {"passed": len(ran)}
         for case in ran:
             found = re.search(self.told, "\n".join(case["told"]))
@@ -760,9 +793,12 @@ FAULTS = (
 
 
 def faults(results: Results) -> str:
-    """Killed, damaged and starved."""
+    """Killed, damaged and starved; what has not run is named beneath."""
     (value,) = named(results, "faults")
-    return table(("what", "outcome"), [fault.row(value["tests"]) for fault in FAULTS])
+    rows = [(fault, fault.row(value["tests"])) for fault in FAULTS]
+    away = dict.fromkeys(fault.test.removeprefix("::") for fault, row in rows if row is None)
+    made = table(("what", "outcome"), [row for _, row in rows if row is not None])
+    return made + (f"\nNot run again for this table: {', '.join(away)}.\n" if away else "")
 
 
 TABLES: Mapping[str, Callable[[Results], str]] = {

@@ -153,11 +153,6 @@ class RayWorker:
         self._actor: Any = None
         self._cancelled: str | None = None
 
-    @property
-    def actor(self) -> Any:
-        """Ray's handle, if there is one."""
-        return self._actor
-
     def _made(self) -> Any:
         models = self._models
         kind = self._ray.remote(Hand).options(
@@ -170,12 +165,14 @@ class RayWorker:
         """As `Worker`; a notice says where the job's folder is not seen."""
         try:
             return await self._run(order, tell)
-        except self._ray.exceptions.RayActorError as error:
+        except self._ray.exceptions.RayError as error:
             await self.rest()
             raise Died(f"was lost ({str(error).splitlines()[0]})") from error
         except BaseException:
             await self.rest()
             raise
+        finally:
+            self._cancelled = None  # the same job may come again
 
     async def _run(self, order: Order, tell: Tell) -> Mapping[str, Any]:
         if self._actor is None:

@@ -103,6 +103,8 @@ class ProcessWorker:
         except BaseException:  # it died, or the server ends: its answers belong to no run any more
             await self.rest()
             raise
+        finally:
+            self._cancelled = None  # the same job may come again
 
     async def cancel(self, name: str) -> None:
         """As `Worker`."""

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from penstock.profiles.options import Options
 from penstock.serve import crew as crews
-from penstock.serve.child import Died
-from penstock.serve.crew import Crew
+from penstock.serve.child import Child, Died
+from penstock.serve.crew import Crew, ProcessWorker
 from penstock.serve.hub import Hub
 from penstock.serve.order import STOPPED, UNSEEN, Order, Tell
 from penstock.serve.queue import Queue
@@ -83,3 +84,42 @@ def test_an_idle_worker_takes_what_a_dead_one_had(
     assert {dead, other} == {"a", "b"}
     goes = "is begun again" if unseen else "goes on from its last step"
     assert told == f"its worker ({dead}) was ended by signal 9; it {goes}"
+
+
+class FakeChild:
+    """A worker's process that stops every job at once."""
+
+    def __init__(self) -> None:
+        self.sent: list[Mapping[str, Any]] = []
+
+    async def send(self, message: Mapping[str, Any]) -> None:
+        self.sent.append(message)
+
+    async def receive(self) -> Mapping[str, Any]:
+        return {"state": STOPPED}
+
+    async def stop(self) -> None:
+        """Nothing is held."""
+
+
+def test_a_job_that_was_cancelled_and_comes_again_is_not_cancelled_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    child, order = FakeChild(), Order(NAME, "m", {}, "")
+
+    async def started(*_: Any) -> FakeChild:
+        return child
+
+    monkeypatch.setattr(Child, "start", started)
+
+    async def play() -> list[bool]:
+        worker = ProcessWorker({}, Options())
+        await worker.cancel(NAME)  # while its process is being started
+        cancelled = []
+        for _ in range(2):
+            child.sent.clear()
+            await worker.run(order, lambda message: None)
+            cancelled.append({"cancel": NAME} in child.sent)
+        return cancelled
+
+    assert asyncio.run(play()) == [True, False]

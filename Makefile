@@ -33,7 +33,8 @@ quick: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not faults"
 
 faults: $(STAMP)
-	$(BIN)/python -m pytest tests -m faults -n auto --dist load -rP
+	mkdir -p out
+	$(BIN)/python -m pytest tests -m faults -n auto --dist load -rP --junitxml=out/faults.xml -o junit_logging=system-out
 
 lowest: $(LOWEST)/.installed
 	mkdir -p out

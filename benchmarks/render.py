@@ -677,12 +677,14 @@ class Fault:
     what: str
     outcome: str
 
-    def row(self, tests: Mapping[str, Any]) -> tuple[str, str]:
-        """Of results by test; a test that is not there, or did not pass, is said to be so."""
+    def row(self, tests: Mapping[str, Any]) -> tuple[str, str] | None:
+        """Of results by test; None where none of it has run."""
         mine = [case for name, case in tests.items() if name.partition("[")[0].endswith(self.test)]
         ran = [case for case in mine if case["outcome"] != "skipped"]
-        if not ran or any(case["outcome"] != "passed" for case in ran):
-            return re.sub(r"\{\w+\}", "...", self.what), "NOT SEEN"
+        if not ran:
+            return None
+        if any(case["outcome"] != "passed" for case in ran):
+            return re.sub(r"\{\w+\}", "...", self.what), "FAILED"
         figures: dict[str, Any] = {"passed": len(ran)}
         for case in ran:
             found = re.search(self.told, "\n".join(case["told"]))
@@ -760,9 +762,12 @@ FAULTS = (
 
 
 def faults(results: Results) -> str:
-    """Killed, damaged and starved."""
+    """Killed, damaged and starved; what has not run is named beneath."""
     (value,) = named(results, "faults")
-    return table(("what", "outcome"), [fault.row(value["tests"]) for fault in FAULTS])
+    rows = [(fault, fault.row(value["tests"])) for fault in FAULTS]
+    away = dict.fromkeys(fault.test.removeprefix("::") for fault, row in rows if row is None)
+    made = table(("what", "outcome"), [row for _, row in rows if row is not None])
+    return made + (f"\nNot run again for this table: {', '.join(away)}.\n" if away else "")
 
 
 TABLES: Mapping[str, Callable[[Results], str]] = {

@@ -11,6 +11,7 @@ from typing import Any
 
 from penstock.engine.store.durable import FileOps, storing
 from penstock.errors import JournalError
+from penstock.regular import read_regular
 
 RESULTS_FILE = "results.jsonl"
 
@@ -58,7 +59,7 @@ class Results:
         self.path = folder / RESULTS_FILE
         self._ops = ops or FileOps()
         with storing(self._ops, self.path):
-            data = self.path.read_bytes() if self.path.exists() else b""
+            data = read_regular(self.path) if self.path.exists() else b""
             whole, _, torn = data.rpartition(b"\n")
             if torn:  # its writer was killed: nobody was told of that line
                 self._ops.truncate(self.path, len(data) - len(torn))
@@ -70,7 +71,7 @@ class Results:
     def _read(self, number: int, line: bytes) -> Result:
         try:
             return Result(**json.loads(line))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise JournalError(
                 f"{self.path} holds something else in line {number}",
                 expected="results of `penstock batch`",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,17 @@ def test_a_file_of_something_else_stays_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(JournalError, match="something else in line 1"):
         Results(tmp_path)
     assert json.loads(path.read_text()) == {"mine": 1}
+
+
+def test_neither_depth_nor_a_pipe_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / RESULTS_FILE
+    path.write_text('{"id": ' + "[" * 100_000 + "\n")
+    with pytest.raises(JournalError, match="something else in line 1"):
+        Results(tmp_path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(StorageError, match="a named pipe"):
+        Results(tmp_path)
 
 
 def test_a_result_is_synced_before_anybody_is_told(tmp_path: Path) -> None:

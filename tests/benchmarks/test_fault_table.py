@@ -50,8 +50,8 @@ def test_what_failed_or_did_not_run_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     value = kept(tmp_path, monkeypatch, REPORT)
-    assert BAD.row(value["tests"]) == ("at ... places", "NOT SEEN")  # type: ignore[arg-type]
-    assert BAD.row({}) == ("at ... places", "NOT SEEN")
+    assert BAD.row(value["tests"]) == ("at ... places", "FAILED")  # type: ignore[arg-type]
+    assert BAD.row({}) is None
     value = kept(tmp_path, monkeypatch, REPORT, AGAIN)  # mended, and run again
     assert BAD.row(value["tests"]) == ("at 5 places", "well")  # type: ignore[arg-type]
 
@@ -60,6 +60,14 @@ def test_a_test_that_tells_other_figures_is_no_empty_row() -> None:
     tests = {"a.py::test_bad": {"outcome": "passed", "told": ["something else"]}}
     with pytest.raises(ValueError, match="test_bad has not printed all"):
         BAD.row(tests)
+
+
+def test_what_has_not_run_is_named_beneath() -> None:
+    tests = {"a.py::test_races": {"outcome": "failure", "told": []}}
+    made = render.faults({"faults_a": {"tests": tests}})
+    assert made.count("FAILED") == 4
+    assert "Not run again for this table: test_sigkill_at_failpoints, " in made
+    assert "test_races" not in made.rpartition("\n\n")[2]
 
 
 def test_every_row_names_a_test_that_is_there() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,13 +19,16 @@ from penstock.engine.attach.foreign import ForeignModule, modules_of
 from penstock.engine.attach.generic import DENOISERS, check_budget, guests_of
 from penstock.engine.attach.rehearsal import Rehearsed, Visit, rehearse
 from penstock.engine.store.durable import FileOps, read_whole, write_atomically
-from penstock.errors import OverBudget
+from penstock.engine.store.sealed import open_json, seal_json
+from penstock.errors import JournalError, OverBudget
 from penstock.folders import cache_folder
 from penstock.formats.formats import QuantFormat
 from penstock.profiles.hardware import Hardware
 from penstock.profiles.policy import Limits
 from penstock.profiles.rates import Rates
 from penstock.profiles.streams import Network, Pace, best_stream
+
+log = logging.getLogger(__name__)
 
 _STEPS = "num_inference_steps"
 _REHEARSED_STEPS = 2
@@ -249,14 +254,11 @@ def _rehearsed(opened: Opened, given: Mapping[str, Any], limit: int) -> Rehearse
     modules: Mapping[str, Any] = modules_of(opened.pipe)
     path = cache_folder() / "rehearsals" / f"{_key(opened, given)}.json"
     ops = FileOps()
-    stored = read_whole(ops, path)
+    stored = stored_rehearsal(ops, path)
     if stored is not None:
-        value = json.loads(stored)
-        visits = tuple(Visit(*each) for each in value["visits"])
-        tiled = tuple(value["tiled"])
-        found = Rehearsed(visits, value["uses"], value["peak_bytes"], tiled, value["flops"])
-        if _holds(found, value["limit"], limit, modules):
-            for name in tiled:
+        found, then = stored
+        if _holds(found, then, limit, modules):
+            for name in found.tiled:
                 modules[name].enable_tiling()
             return found
     found = rehearse(modules, lambda: call_briefly(opened.pipe, given), limit=limit)
@@ -269,8 +271,24 @@ def _rehearsed(opened: Opened, given: Mapping[str, Any], limit: int) -> Rehearse
         "limit": limit,
     }
     ops.mkdir(path.parent)
-    write_atomically(ops, path, [json.dumps(value).encode()])
+    write_atomically(ops, path, [seal_json(value)])
     return found
+
+
+def stored_rehearsal(ops: FileOps, path: Path) -> tuple[Rehearsed, int] | None:
+    """What was rehearsed before, and under which limit; None where nothing is, or it is damaged."""
+    try:
+        stored = read_whole(ops, path)
+        if stored is None:
+            return None
+        value = open_json(stored)
+        visits = tuple(Visit(*each) for each in value["visits"])
+        tiled = tuple(value["tiled"])
+        found = Rehearsed(visits, value["uses"], value["peak_bytes"], tiled, value["flops"])
+        return found, int(value["limit"])
+    except (JournalError, ValueError, TypeError, KeyError) as error:
+        log.info("%s is made anew: %s", path, error)
+        return None
 
 
 def _holds(found: Rehearsed, then: int, now: int, modules: Mapping[str, Any]) -> bool:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from penstock.engine.files.fields import read_object
 from penstock.engine.files.folders import SUFFIXES
 from penstock.errors import CheckpointError
 from penstock.offload.checkpoint import PICKLES
@@ -76,10 +76,10 @@ def _shards(folder: Path, entries: list[Path]) -> Iterator[Path]:
     for index in entries:
         if index.name.endswith(".safetensors.index.json") and index.exists():
             try:
-                names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                names = read_object(index)["weight_map"].values()
+            except (CheckpointError, KeyError, AttributeError):
                 continue
-            yield from (folder / name for name in sorted(filter(_is_name, names)))
+            yield from (folder / name for name in sorted(set(filter(_is_name, names))))
 
 
 def _is_name(name: object) -> bool:

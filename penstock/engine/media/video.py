@@ -30,6 +30,9 @@ DEFAULT_CRF = 17
 # x264's output depends on its thread count: a fixed one makes files the same everywhere
 _X264_THREADS = 4
 _BITS_A_PIXEL = 0.25  # for encoders without CRF
+MOST_PIXELS = 139_264 * 256
+"""Of a frame that is decoded: what the highest level of H.264 holds, in macroblocks (ITU-T H.264,
+table A-1). A file may claim any size, and the decoder makes room for it."""
 _STEM_CHARS = 40  # what is added to a name must not make it too long for the file system
 _AAC_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)
 _BT709 = 1  # ITU-T H.273: primaries, transfer and matrix alike
@@ -260,6 +263,8 @@ def read_frames(path: Path) -> Iterator[np.ndarray[Any, Any]]:
     import av
 
     with _as_video_error(path), av.open(str(path)) as container:
+        for stream in container.streams.video[:1]:
+            stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
         for frame in container.decode(video=0):
             yield frame.to_ndarray(format="rgb24")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from penstock.engine.attach.foreign import modules_of
-from penstock.engine.attach.rehearsal import TRUE_BYTES, rehearse
+from penstock.engine.attach.foreign_plan import stored_rehearsal
+from penstock.engine.attach.rehearsal import TRUE_BYTES, Rehearsed, Visit, rehearse
+from penstock.engine.store.durable import FileOps
+from penstock.engine.store.sealed import seal_json
 from penstock.errors import UsageError
 from tests.engine.attach.tiny_ltx2 import ltx2, made
 from tests.engine.attach.zoo import NAMES, make
@@ -106,6 +110,20 @@ def test_a_way_that_depends_on_what_is_computed() -> None:
     with pytest.raises(UsageError, match=r"(?s)cannot be measured.*--activations"):
         rehearse({"m": module}, lambda: module(torch.zeros(3, 8), torch.ones(3)))
     assert type(module.layer.weight) is nn.Parameter
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"visits": []}', b"[" * 100_000])
+def test_a_damaged_note_of_a_rehearsal_is_no_note(content: bytes, tmp_path: Path) -> None:
+    path, ops = tmp_path / "note.json", FileOps()
+    assert stored_rehearsal(ops, path) is None
+    value = {"visits": [["m", 7]], "uses": {"m": {"w": 2}}, "peak_bytes": 9, "tiled": ["m"]}
+    path.write_bytes(seal_json(value | {"limit": 5, "flops": {}}))
+    found = Rehearsed((Visit("m", 7),), {"m": {"w": 2}}, 9, ("m",), {})
+    assert stored_rehearsal(ops, path) == (found, 5)
+    path.write_bytes(path.read_bytes().replace(b"9", b"8"))
+    assert stored_rehearsal(ops, path) is None
+    path.write_bytes(content)
+    assert stored_rehearsal(ops, path) is None
 
 
 class _Three(nn.Module):

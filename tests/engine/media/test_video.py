@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from penstock.engine.media import video
-from penstock.engine.media.video import check_output, read_metadata, write_video
+from penstock.engine.media.video import check_output, read_frames, read_metadata, write_video
 from penstock.errors import OutputError, VideoError
 
 SETTINGS = {"prompt": 'a cat, "猫"\nruns', "seed": 4294967295, "shift": 5.0, "version": "0.1.0"}
@@ -331,3 +331,15 @@ def test_the_file_has_the_permissions_of_any_new_file(tmp_path):
     (tmp_path / "plain").touch()
     write_video(tmp_path / "a.mp4", moving_frames(1), 16)
     assert (tmp_path / "a.mp4").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_frame_larger_than_any_video_is_not_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.mp4"
+    write_video(path, [np.zeros((32, 48, 3), np.uint8)] * 2, 8)
+    monkeypatch.setattr(video, "MOST_PIXELS", 40 * 64)  # the decoder counts what it pads to
+    assert len(list(read_frames(path))) == 2
+    monkeypatch.setattr(video, "MOST_PIXELS", 32 * 48 - 1)
+    with pytest.raises(VideoError, match="a.mp4"):
+        list(read_frames(path))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import queue
-import socket
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ import httpx
 from penstock.engine.request.demo import MINI, demo_picture
 from penstock.profiles.options import Options
 from penstock.serve.child import Died
-from penstock.serve.launch import server_of
+from penstock.serve.launch import bound, server_of
 from penstock.serve.order import Order, Tell
 from penstock.serve.service import Service
 from penstock.serve.settings import ServeSettings
@@ -92,18 +91,21 @@ class Inside:
 
     def __init__(self, folder: Path, worker: Scripted, **said: Any) -> None:
         options = Options(vram="64MiB", ram="128MiB", device="cpu")
-        settings = {"models": {"mini": str(MINI)}, "options": options, "folder": folder} | said
+        settings = {
+            "models": {"mini": str(MINI)},
+            "options": options,
+            "folder": folder,
+            "port": 0,
+        } | said
         self.worker, self.folder = worker, folder
         self.settings = ServeSettings(**settings)
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=512)
-        self.address: tuple[str, int] = self._listener.getsockname()[:2]
-        self.url = f"http://127.0.0.1:{self.address[1]}"
         self._ready, self._failed = threading.Event(), list[BaseException]()
         self._thread = threading.Thread(target=self._run, name="a server")
         self._thread.start()
         self._ready.wait()
         if self._failed:
             raise self._failed[0]
+        self.url = f"http://127.0.0.1:{self.address[1]}"
         self.client = httpx.Client(base_url=self.url, timeout=None)
 
     def _run(self) -> None:
@@ -115,13 +117,14 @@ class Inside:
             self._ready.set()
 
     async def _serve(self) -> None:
-        with self._listener:
+        with bound(self.settings) as listener:
+            self.address: tuple[str, int] = listener.getsockname()[:2]
             self.service = Service(self.settings, [self.worker])
             try:
                 await self.service.open()
                 self._server = server_of(self.service)
                 self._ready.set()
-                await self._server.serve(sockets=[self._listener])
+                await self._server.serve(sockets=[listener])
             finally:
                 await self.service.close()
 

@@ -16,6 +16,7 @@ from penstock.engine.media.picture import open_image
 from penstock.engine.request.demo import demo_picture
 from penstock.errors import UsageError
 from penstock.serve.hub import MOST_PENDING, Event, Hub
+from penstock.serve.launch import bound
 from penstock.serve.settings import Limits, ServeSettings, named_models
 from tests.serve.inside import Inside, Scripted
 
@@ -304,6 +305,31 @@ def test_a_flood_of_connections_leaves_the_server_answering(server: Inside) -> N
         assert drained(connection) == b""  # each is closed in its turn: nothing came
         connection.close()
     assert server.client.get("/health").status_code == 200
+
+
+def test_answers_do_not_wait_for_the_client_to_acknowledge_their_first_part(tmp_path: Path) -> None:
+    """asyncio turns Nagle's algorithm off where it sees that a socket is TCP's."""
+
+    class Seen(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            ours = transport.get_extra_info("socket")
+            seen.set_result(ours.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            transport.close()
+
+    async def connected() -> int:
+        nonlocal seen
+        seen = asyncio.get_running_loop().create_future()
+        with bound(ServeSettings(models={"mini": "x"}, folder=tmp_path, port=0)) as listener:
+            listener.setblocking(False)
+            server = await asyncio.get_running_loop().create_server(Seen, sock=listener)
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            found = await seen
+            writer.close()
+            server.close()
+            return int(found)
+
+    seen: asyncio.Future[int]
+    assert asyncio.run(connected()) == 1
 
 
 def test_no_trace_is_shown(server: Inside, monkeypatch: pytest.MonkeyPatch) -> None:

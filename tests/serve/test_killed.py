@@ -127,5 +127,6 @@ def test_three_kills(tmp_path: Path) -> None:
 
 
 @pytest.mark.faults
+@pytest.mark.timeout(4 * 3600)
 def test_two_hundred_kills_under_fifty_jobs(tmp_path: Path) -> None:
     killed(tmp_path, 50, range(5), 200, 14)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from penstock.cli.progress import report_summary
 from penstock.engine.engine import Engine
 from penstock.engine.families.minimax_h3.layout import unpack
 from penstock.engine.families.minimax_h3.video_vae import vit
@@ -73,6 +74,7 @@ def test_sound_is_the_audio_vaes_own(made: Made) -> None:
     assert np.array_equal(sound.samples, wanted.numpy())
     assert sound.rate == vae.config["sampling_rate"]
     assert made.result.report.sound_s == sound.seconds
+    assert f"{sound.seconds:.2f} s of sound" in report_summary(made.result.report)
 
 
 def test_what_encodes_and_decodes_takes_no_more_than_planned(made: Made) -> None:

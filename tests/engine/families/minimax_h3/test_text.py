@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from transformers import Qwen2VLImageProcessorPil
 from penstock.engine.families.minimax_h3.pictures import patches
 from penstock.engine.families.minimax_h3.text import config as configs
 from penstock.engine.families.minimax_h3.text import kind, tiny
+from penstock.engine.families.minimax_h3.text.encode import check_processor
 from penstock.engine.families.minimax_h3.text.language import (
     embed,
     encode_layers,
@@ -23,7 +25,7 @@ from penstock.engine.families.minimax_h3.text.language import (
     rope,
 )
 from penstock.engine.families.minimax_h3.text.modules import Qwen3VLForConditionalGeneration
-from penstock.engine.families.minimax_h3.text.patches import LABEL, MARKS, tokens
+from penstock.engine.families.minimax_h3.text.patches import LABEL, MARKS, seen_size, tokens
 from penstock.engine.families.minimax_h3.text.tower import see
 from penstock.engine.family.layers import NetworkConfig
 from penstock.engine.files.tokenizer import Tokenizer
@@ -150,6 +152,17 @@ def test_a_picture_is_scaled_as_transformers_scales_it() -> None:
         assert torch.equal(found, wanted["pixel_values"])
         label = len(LABEL.format(1)) + 2
         assert tokens(*size, config) >= grid[0] * grid[1] // 4 + label
+
+
+@pytest.mark.parametrize("entry", ["patch_size", "temporal_patch_size", "merge_size"])
+def test_a_processor_of_another_encoder_is_refused(original: Any, entry: str) -> None:
+    tower: Any = SimpleNamespace(config=original.config.to_dict())
+    check_processor(tower, tiny.PROCESSOR)
+    with pytest.raises(CheckpointError, match="does not suit the text encoder"):
+        check_processor(tower, {**tiny.PROCESSOR, entry: 3})
+    with pytest.raises(CheckpointError, match="no vision tower"):
+        check_processor(None, tiny.PROCESSOR)
+    assert seen_size(64, 64, {"size": {"longest_edge": 1 << 20}}) == (256, 256)
 
 
 def test_texts_are_tokenised_verbatim(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ is conditioned on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from penstock.engine.families.minimax_h3.text.language import (
     present,
     rope,
 )
-from penstock.engine.families.minimax_h3.text.patches import LABEL, MARKS
+from penstock.engine.families.minimax_h3.text.patches import LABEL, MARKS, PROCESSOR
 from penstock.engine.families.minimax_h3.text.tower import see
 from penstock.engine.run.stage import visits
 from penstock.errors import CheckpointError, RequestError
@@ -55,7 +55,11 @@ def encode(stage: Stage, frames: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         RequestError: the prompt is too long, or holds a mark of the model's own for pictures.
         CheckpointError: there are pictures, and the encoder's file has no vision tower.
     """
-    pictures = [patches(frame, stage.model.source.image_processor) for frame in frames]
+    pictures: list[Picture] = []
+    if frames:
+        processor = {**PROCESSOR, **stage.model.source.image_processor}
+        check_processor(stage.model.parts.get("vision"), processor)
+        pictures = [patches(frame, processor) for frame in frames]
     shown = presentation(stage, [grid for _, grid in pictures])
     seen = _look(stage, pictures) if pictures else None
     return _read(stage, shown, seen), torch.tensor(shown.tags, dtype=torch.long)
@@ -85,11 +89,16 @@ def presentation(stage: Stage, grids: Sequence[tuple[int, int]]) -> Presentation
             remedy="Leave it out.",
         )
     begin, pad, end = marks
-    return present(prompt, named, grids, (begin, pad, end))
+    merge = stage.model.source.image_processor.get("merge_size", PROCESSOR["merge_size"])
+    return present(prompt, named, grids, (begin, pad, end), merge)
 
 
-def _look(stage: Stage, pictures: Sequence[Picture]) -> _Seen:
-    component = stage.model.parts.get("vision")
+def check_processor(component: Component | None, processor: Mapping[str, Any]) -> None:
+    """Refuse pictures that the encoder cannot see as they would be prepared.
+
+    Raises:
+        CheckpointError: it has no vision tower, or one for other patches.
+    """
     if component is None:
         raise CheckpointError(
             "the text encoder's file has no vision tower",
@@ -97,6 +106,21 @@ def _look(stage: Stage, pictures: Sequence[Picture]) -> _Seen:
             found="a language model alone",
             remedy="Use the encoder in transformers' or ComfyUI's files, or give no picture.",
         )
+    tower = configs.vision(component.config) or {}
+    names = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size",
+             "merge_size": "spatial_merge_size"}  # fmt: skip
+    for name, entry in names.items():
+        if processor[name] != tower[entry]:
+            raise CheckpointError(
+                "the picture processor does not suit the text encoder",
+                expected=f"{name} {tower[entry]}",
+                found=str(processor[name]),
+                remedy="Copy processor and text encoder from one model.",
+            )
+
+
+def _look(stage: Stage, pictures: Sequence[Picture]) -> _Seen:
+    component = stage.model.parts["vision"]
     with (
         stage.phase("vision", len(component.blocks), "layer") as (plan, phase),
         stage.rest(component) as module,

@@ -21,7 +21,8 @@ def seen_size(height: int, width: int, processor: Mapping[str, Any] = PROCESSOR)
     many. As transformers' ``smart_resize``."""
     config = {**PROCESSOR, **processor}
     side = config["patch_size"] * config["merge_size"]
-    least, most = config["size"]["shortest_edge"], config["size"]["longest_edge"]
+    edges = {**PROCESSOR["size"], **config["size"]}
+    least, most = edges["shortest_edge"], edges["longest_edge"]
     rows, columns = round(height / side) * side, round(width / side) * side
     if rows * columns > most:
         shrink = math.sqrt(height * width / most)

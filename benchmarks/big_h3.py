@@ -1,5 +1,5 @@
-"""The blocks of MiniMax-H3, 33 B parameters with what they need once, do a denoising forward in a
-process that stays under 4 GiB.
+"""The blocks of MiniMax-H3 do a denoising forward in a process that stays under 4 GiB: 20 of its 33
+B parameters, since no forward reads the others.
 
     python -m benchmarks.big_h3 [--folder DIR] [--blocks 50] [--format int8]
 

@@ -128,7 +128,12 @@ def main() -> None:
     arguments.add_argument("--blocks", type=int, default=2)
     arguments.add_argument("--chunk", type=int, default=2048)
     options = arguments.parse_args()
-    report: dict[str, Any] = {"unit": "GiB", "blocks": options.blocks, "chunk": options.chunk}
+    report: dict[str, Any] = {
+        "benchmark": "fake_h3",
+        "unit": "GiB",
+        "blocks": options.blocks,
+        "chunk": options.chunk,
+    }
     for name in SHAPES:
         layout = layout_of(name)
         theirs = diffusers_bytes(layout, options.blocks)

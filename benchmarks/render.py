@@ -101,6 +101,10 @@ def streaming(results: Results) -> str:
     rows: Rows = []
     for value in named(results, "big_forward"):
         rows += big_rows(value)
+    for value in named(results, "big_h3"):
+        rows += big_h3_rows(value)
+    for value in named(results, "fake_h3"):
+        rows += fake_h3_rows(value)
     for value in named(results, "peers"):
         rows += peer_rows(value)
     if not rows:
@@ -123,6 +127,33 @@ def big_rows(value: Any) -> Rows:
             f"{same} the same blocks run one by one",
             "`benchmarks/big_forward.py`",
         )
+    ]
+
+
+def big_h3_rows(value: Any) -> Rows:
+    """The forward of MiniMax-H3's blocks."""
+    same = "bit-equal to" if value["identical"] else "DIFFERS from"
+    return [
+        (
+            f"{value['parameters'] / 1e9:.1f} B parameters ({value['model']}, "
+            f"{value['file_bytes'] / 1e9:.1f} GB on disk), a denoising forward of "
+            f"{value['rows']} rows, peak memory of the process",
+            f"{value['peak_gib']:.2f} GiB; {same} the same blocks run one by one",
+            "`benchmarks/big_h3.py`",
+        )
+    ]
+
+
+def fake_h3_rows(value: Any) -> Rows:
+    """What a forward of MiniMax-H3 takes beside the weights."""
+    return [
+        (
+            f"MiniMax-H3 at {shape}, activations of a forward, chunks of {value['chunk']} rows",
+            f"{row['lean']:.2f} GiB; diffusers {row['diffusers']:.2f} GiB",
+            "`benchmarks/fake_h3.py`",
+        )
+        for shape, row in value.items()
+        if isinstance(row, dict)
     ]
 
 

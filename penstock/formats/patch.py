@@ -41,6 +41,7 @@ class Patch:
         strength: what the change is multiplied by; a "set" has none.
         scale: alpha / rank; of oft and boft the largest norm of Q (0: any).
         tensors: dtype tag and shape of each, by role.
+        turned: the halves of its rows change places first; of "lora" alone.
     """
 
     index: int
@@ -48,6 +49,7 @@ class Patch:
     strength: float
     scale: float
     tensors: tuple[tuple[str, Spec], ...]
+    turned: bool = False
 
     def name(self, role: str) -> str:
         """The tensor's name beside the weight."""

@@ -17,11 +17,13 @@ class Delta:
         index: which LoRA; its tensors are called ``lora.{index}.down``, ``.up`` or ``.diff``.
         rank: rows of ``down`` and columns of ``up``; 0: a ``diff`` of the shape of W.
         scale: strength, times alpha / rank where there is a rank.
+        turned: the halves of the rows of ``up`` change places.
     """
 
     index: int
     rank: int
     scale: float
+    turned: bool = False
 
     def tensors(self, shape: Shape) -> dict[str, Shape]:
         """Shape of each tensor beside a weight of ``shape``, by the name it has in the layer."""

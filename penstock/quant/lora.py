@@ -62,7 +62,9 @@ class LoraLinear(QuantLinear):
         """Into ``rows`` (tokens, out features). One pair's activations are gone before the next."""
         if delta.rank:
             inner = F.linear(x, self.get_buffer(delta.name("down"))).view(-1, delta.rank)
-            rows.addmm_(inner, self.get_buffer(delta.name("up")).t(), alpha=delta.scale)
+            up = self.get_buffer(delta.name("up"))
+            up = up.roll(len(up) // 2, 0) if delta.turned else up
+            rows.addmm_(inner, up.t(), alpha=delta.scale)
         else:
             diff = self.get_buffer(delta.name("diff"))
             rows.addmm_(x.reshape(-1, self.in_features), diff.t(), alpha=delta.scale)

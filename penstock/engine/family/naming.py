@@ -39,6 +39,7 @@ class Naming:
         inside, outside: module paths inside a block and elsewhere; None: they are diffusers' own.
         ignored: key beginnings that belong to the file and are not needed.
         config: what a config says besides, of a file whose tensors bear these names.
+        halves: modules whose rows are two halves, in an order that ``config`` tells.
     """
 
     component: str
@@ -50,6 +51,7 @@ class Naming:
     outside: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
+    halves: tuple[str, ...] = ()
 
     def rename(self, key: str) -> str | None:
         """The name that diffusers or transformers gives to ``key``; None if it is unknown."""

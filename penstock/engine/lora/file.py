@@ -10,11 +10,12 @@ import math
 import re
 import struct
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from penstock.engine.family.naming import THREE
 from penstock.engine.family.protocol import families
 from penstock.engine.files.experts import expert_of_folder, expert_of_lora
 from penstock.engine.files.fields import (
@@ -26,9 +27,9 @@ from penstock.engine.files.fields import (
     parse_object,
     read_object,
 )
-from penstock.engine.files.keys import ComponentSource
+from penstock.engine.files.keys import ComponentSource, row_part
 from penstock.engine.files.source import dangling, read_bytes
-from penstock.engine.lora.keys import KeyPart, foreign_kind, is_lora, parse_key
+from penstock.engine.lora.keys import KeyPart, Said, foreign_kind, is_lora, parse_key
 from penstock.engine.lora.layer import Incomplete, LoraLayer, WeightChange, changes_of, fit
 from penstock.errors import CheckpointError, TensorMismatch, UsageError, brief
 from penstock.formats.patch import MAGNITUDE
@@ -193,12 +194,15 @@ class LoraFile:
         """
         if strict:
             self.check(source)
-        layers, wrong = fit(self.layers.values(), source.shapes)
+        turned, odd = _turned(self.layers.values(), source)
+        layers, wrong = fit(turned, source.shapes)
         if not layers:
             self.check(source)
         left = [LeftOut((name,), foreign_kind([name]) or "unknown") for name in self.unknown]
         left += [LeftOut(miss.names, miss.why) for miss in wrong]
-        return FittedLora(self, {layer.module: layer for layer in layers}, (*left, *self.strays))
+        return FittedLora(
+            self, {layer.module: layer for layer in layers}, (*left, *odd, *self.strays)
+        )
 
     def check(self, source: ComponentSource) -> None:
         """Refuse what cannot be applied as a whole to the transformer ``source``.
@@ -263,6 +267,26 @@ class FittedLora:
         )
 
 
+def _turned(
+    layers: Iterable[LoraLayer], source: ComponentSource
+) -> tuple[list[LoraLayer], list[LeftOut]]:
+    """The layers with a mark on those whose halves the model has the other way round; and what
+    cannot be turned."""
+    config = {**source.kind.defaults, **source.config}
+    found: list[LoraLayer] = []
+    left: list[LeftOut] = []
+    for layer in layers:
+        other = any(config.get(name) != value for name, value in layer.said)
+        if other and not all(
+            change.kind == "lora" and MAGNITUDE not in change.entries for change in layer.weights
+        ):
+            names = tuple(entry.name for entry in layer.entries())
+            left.append(LeftOut(names, "its halves are in another order than the model's"))
+        else:
+            found.append(replace(layer, turned=other))
+    return found, left
+
+
 def _whose(file: LoraFile, source: ComponentSource) -> str:
     """What the file is for, where that is another model; else that some of it does not fit."""
     width, blocks, pictured = _traits(file.layers)
@@ -297,7 +321,7 @@ def open_lora(path: Path) -> LoraFile:
             found=next(iter(entries), "no tensors"),
             remedy="A model's own file goes to --model or --transformer.",
         )
-    grouped, styles, unknown = _group(path, entries)
+    grouped, said, styles, unknown = _group(path, entries)
     alphas = _Alphas(path, metadata, styles, grouped.values())
     layers: dict[str, LoraLayer] = {}
     strays: list[LeftOut] = []
@@ -305,7 +329,7 @@ def open_lora(path: Path) -> LoraFile:
         layer, left = _layer(path, module, parts, alphas)
         strays += left
         if layer.weights or layer.bias is not None:
-            layers[module] = layer
+            layers[module] = replace(layer, said=said[module])
     alphas.check_magnitudes(layers.values())
     order = tuple(style for style, _ in styles.most_common())
     return LoraFile(path, order, layers, tuple(unknown), tuple(strays), len(entries), stamps)
@@ -316,22 +340,45 @@ _Parts = dict[str, TensorEntry]
 
 def _group(
     path: Path, entries: Mapping[str, TensorEntry]
-) -> tuple[dict[str, _Parts], Counter[str], list[str]]:
+) -> tuple[dict[str, _Parts], dict[str, Said], Counter[str], list[str]]:
     grouped: dict[str, _Parts] = {}
+    said: dict[str, Said] = {}
     styles: Counter[str] = Counter()
     unknown: list[str] = []
+    told: dict[str, KeyPart | None] = {key: parse_key(key) for key in entries}
+    owners = Counter(part.family for part in told.values() if part is not None)
+    family = owners.most_common(1)[0][0] if owners else ""
     for key, entry in entries.items():
-        part: KeyPart | None = parse_key(key)
-        if part is None:
+        part = told[key]
+        if part is None or part.family != family:
             unknown.append(key)
             continue
         role = "diff" if part.role == "diff_m" else part.role
-        parts = grouped.setdefault(part.module, {})
-        if role in parts:
-            raise _damaged(path, f"one {role} of {part.module}", f"{parts[role].name} and {key}")
-        parts[role] = entry
+        shared = _shared(part.module, role, entry)
+        if shared is None:
+            unknown.append(key)
+            continue
+        for module, own in shared:
+            parts = grouped.setdefault(module, {})
+            if role in parts:
+                raise _damaged(path, f"one {role} of {module}", f"{parts[role].name} and {key}")
+            parts[role], said[module] = own, part.said
         styles[part.style] += 1
-    return grouped, styles, unknown
+    return grouped, said, styles, unknown
+
+
+def _shared(module: str, role: str, entry: TensorEntry) -> list[tuple[str, TensorEntry]] | None:
+    """``entry`` for its module; where that stands for three (`THREE`), each one's own rows of what
+    has a row an output, and the whole of what has none. None: it cannot be shared out."""
+    if THREE not in module:
+        return [(module, entry)]
+    by_rows = role in ("up", "diff", "diff_b", "up_bias")
+    if not (by_rows or role in ("down", "alpha")) or (by_rows and entry.shape[0] % 3):
+        return None
+    return [
+        (module.replace(THREE, name), row_part(entry, index, 3) if by_rows else entry)
+        for index, name in enumerate("qkv")
+    ]
 
 
 def _layer(

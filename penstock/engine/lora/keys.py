@@ -13,9 +13,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
+from typing import Any, TypeAlias
 
 from penstock.engine.family.naming import Naming
-from penstock.engine.family.protocol import families
+from penstock.engine.family.protocol import ComponentKind, families
 
 _PREFIXES = (
     ("base_model.model.diffusion_model.", "ComfyUI"),
@@ -64,6 +65,9 @@ _FOREIGN = (
 )  # fmt: skip
 
 
+Said: TypeAlias = "tuple[tuple[str, Any], ...]"
+
+
 @dataclass(frozen=True)
 class KeyPart:
     """What one tensor is.
@@ -71,6 +75,8 @@ class KeyPart:
     Attributes:
         style: whose names: diffusers, PEFT, ComfyUI, DiffSynth, Kohya, LyCORIS or bare.
         module: its module under diffusers' names (``blocks.0.attn1.to_q``), or its parameter.
+        family: whose transformer has such a module.
+        said: entries of a config, with those values, that tell the order of the halves of its rows.
         role: down, up, up_bias, alpha, magnitude, tucker, diff, diff_b, diff_m, set, reshape, or
             a kind and its part ("loha w1_a", "lokr w2", "glora a1", "oft blocks").
     """
@@ -78,6 +84,8 @@ class KeyPart:
     style: str
     module: str
     role: str
+    said: Said = ()
+    family: str = ""
 
 
 def is_lora(keys: Iterable[str]) -> bool:
@@ -95,7 +103,7 @@ def parse_key(key: str) -> KeyPart | None:
     prefix, style = next(pair for pair in _PREFIXES if path.startswith(pair[0]))
     local, underscored = path[len(prefix) :], style in _UNDERSCORED
     module = _module(local.lstrip("_") if underscored else local, underscored, role)
-    return None if module is None else KeyPart(style, module, role)
+    return None if module is None else KeyPart(style, module.name, role, module.said, module.family)
 
 
 def _role(pattern: re.Pattern[str], role: str, key: str) -> tuple[str, str] | None:
@@ -116,7 +124,16 @@ def foreign_kind(keys: Iterable[str]) -> str | None:
     return None
 
 
-def _module(path: str, underscored: bool, role: str) -> str | None:
+@dataclass(frozen=True)
+class _Named:
+    """A module, by the family whose names it bears."""
+
+    name: str
+    family: str
+    said: Said = ()
+
+
+def _module(path: str, underscored: bool, role: str) -> _Named | None:
     mark = "_" if underscored else "."
     if role == "diff_m":
         path += f"{mark}modulation"
@@ -124,7 +141,51 @@ def _module(path: str, underscored: bool, role: str) -> str | None:
     match = re.fullmatch(rf"blocks{re.escape(mark)}(\d+){re.escape(mark)}(.+)", path)
     inside, outside = _tables(underscored)
     target = (inside if match else outside).get(match[2] if match else path)
-    return target if target is None or match is None else f"blocks.{int(match[1])}.{target}"
+    if target is None:
+        return _module_of_others(path, mark)
+    name = target if match is None else f"blocks.{int(match[1])}.{target}"
+    return _Named(name, families()[0].NAME)
+
+
+def _module_of_others(path: str, mark: str) -> _Named | None:
+    """By the names of the families after the first, each with a table of its own."""
+    for family in families()[1:]:
+        kind = next(iter(family.KINDS.values()))
+        for naming in kind.namings:
+            start = (naming.block or kind.blocks).replace(".", mark)
+            match = re.fullmatch(rf"{re.escape(start)}(\d{{1,6}}){re.escape(mark)}(.+)", path)
+            inside, outside = _tables_of(kind, naming, mark)
+            target = (inside if match else outside).get(match[2] if match else path)
+            if target is not None:
+                named = target if match is None else f"{kind.blocks}{int(match[1])}.{target}"
+                return _Named(named, family.NAME, _said(kind, naming, named))
+    return None
+
+
+def _said(kind: ComponentKind, naming: Naming, module: str) -> Said:
+    """What a config would say of a file with these names, of the order of the module's halves."""
+    if not module.endswith(naming.halves or ("\0",)):
+        return ()
+    entries = {name for each in kind.namings for name in each.config}
+    return tuple((name, naming.config.get(name, kind.defaults[name])) for name in sorted(entries))
+
+
+def _tables_of(
+    kind: ComponentKind, naming: Naming, mark: str
+) -> tuple[Mapping[str, str], Mapping[str, str]]:
+    """Diffusers' names of the modules in a block, and outside, by those of ``naming``."""
+    if naming.inside is not None:
+        inside, outside = dict(naming.inside), dict(naming.outside)
+    else:
+        shapes = kind.shapes(dict(kind.defaults) | {"num_layers": 1})
+        modules = {name.rpartition(".")[0] for name in shapes}
+        first = f"{kind.blocks}0."
+        inside = {each[len(first) :]: each[len(first) :] for each in modules if first in each}
+        outside = {each: each for each in modules if not each.startswith(first)}
+    return tuple(  # type: ignore[return-value]
+        {name.replace(".", mark): target for name, target in table.items()}
+        for table in (inside, outside)
+    )
 
 
 @lru_cache(maxsize=2)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from penstock.formats.patch import MAGNITUDE, Kind, Patch
 from penstock.offload.checkpoint import TensorEntry
@@ -55,12 +55,16 @@ class LoraLayer:
         module: diffusers' name of it; of a bare parameter (a modulation table), its own.
         weights: what it does to the weight, mostly one thing.
         bias: added to the bias, times ``bias_scale``.
+        said: as `penstock.engine.lora.keys.KeyPart`.
+        turned: the halves of its rows are in another order than the model's.
     """
 
     module: str
     weights: tuple[WeightChange, ...] = ()
     bias: TensorEntry | None = None
     bias_scale: float = 1.0
+    said: tuple[tuple[str, Any], ...] = ()
+    turned: bool = False
 
     @property
     def rank(self) -> int:

@@ -280,7 +280,8 @@ class PlacedLoras:
         for index, strength, layer in self.layers():
             weight, bias = parameters_of(layer, shapes)
             for change in layer.weights:
-                yield Change(weight, layer.module, change.patch(index, strength, shapes[weight][0]))
+                patch = change.patch(index, strength, shapes[weight][0])
+                yield Change(weight, layer.module, replace(patch, turned=layer.turned))
             if layer.bias is not None:
                 spec = (("bias", (layer.bias.dtype, layer.bias.shape)),)
                 patch = Patch(index, "diff", strength * layer.bias_scale, 1.0, spec)
@@ -345,7 +346,8 @@ def _by_parameter(changes: Sequence[Change]) -> dict[str, list[Change]]:
 def _delta(patch: Patch, shape: tuple[int, ...]) -> Delta | None:
     """``patch`` as a product beside a linear layer of ``shape``; None if it needs the weight."""
     dims = {role: dims for role, (_, dims) in patch.tensors}
-    delta = Delta(patch.index, dims.get("down", (0,))[0], patch.strength * patch.scale)
+    rank, scale = dims.get("down", (0,))[0], patch.strength * patch.scale
+    delta = Delta(patch.index, rank, scale, patch.turned)
     rows, columns = shape
     wanted = delta.tensors((rows, columns))
     same = wanted == {patch.name(role): found for role, found in dims.items()}

@@ -28,6 +28,9 @@ def apply(patch: Patch, weight: Tensor, tensors: _Tensors, first: int = 0) -> No
         tensors: by role; as stored.
         first: the weight holds the rows from this one on, and so do "diff" and "set".
     """
+    if patch.turned:
+        up = tensors["up"]
+        tensors = {**tensors, "up": up.roll(len(up) // 2, 0)}
     if patch.kind == "set":
         weight.copy_(tensors["set"].reshape(weight.shape))
     elif patch.is_rotation:

@@ -15,6 +15,7 @@ from penstock.engine.families.minimax_h3.terms import (
     evaluations,
     latents_bytes,
     packed_case,
+    places_bytes,
     restored_bytes,
     saved_state_bytes,
     state_bytes,
@@ -245,6 +246,7 @@ class DenoisePacked:
         return (
             *self._host_kept,
             ("latents", latents_bytes(self.case)),
+            ("places", places_bytes(self.case)),
             *(saved if self.case.workload.saved else ()),
         )
 

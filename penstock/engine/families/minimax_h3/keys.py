@@ -44,17 +44,19 @@ _OUTSIDE = {
     },
 }
 
+_HALVES = ("ff.net.0.proj",)
+
 NAMINGS = (
     Naming(
         "transformer", "diffusers",
-        ("transformer_blocks.0.adaln_proj.", "token_refiner.refiner_blocks."),
+        ("transformer_blocks.0.adaln_proj.", "token_refiner.refiner_blocks."), halves=_HALVES,
     ),
     Naming(
         "transformer", "MiniMax", ("blocks.0.adaln_proj.", "video_patch_proj."),
         "blocks.", "transformer_blocks.",
         MappingProxyType(_INSIDE | {"adaln_proj.linear": "adaln_proj.linear"}),
         MappingProxyType(_OUTSIDE), ignored=("rope.inv_freq",),
-        config=MappingProxyType({"gate_first": True}),
+        config=MappingProxyType({"gate_first": True}), halves=_HALVES,
     ),
 )  # fmt: skip
 

@@ -96,6 +96,14 @@ def restored_bytes(case: H3Case) -> int:
     return max(3 * saved_state_bytes(case), 2 * (state_bytes(case) + condition_bytes(case)))
 
 
+def places_bytes(case: H3Case) -> int:
+    """Every row's place in time and in the picture, fp64, and its angles in fp32 on their way to
+    the device: places and turns; turns twice over; cosines, and those as they are kept."""
+    rows, axes = packed_case(case).rows, 3
+    turned = axes * case.manifest.transformer.rope_freq_dim
+    return rows * (axes * (8 + _SINGLE) + _SINGLE * (turned + 2 * turned + 2 * 2 * turned))
+
+
 def tables_bytes(case: H3Case) -> int:
     """The AdaLN tables of all steps, in host memory."""
     one = case.manifest.transformer.table_bytes(packed_case(case).timesteps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from penstock.engine.engine import Engine
 from penstock.engine.families.minimax_h3.layout import unpack
+from penstock.engine.files.locate import Files, open_component
 from penstock.engine.request.generation import GenerationRequest
 from penstock.errors import RequestError
 from penstock.profiles.options import Options
@@ -136,3 +138,104 @@ def test_what_the_model_cannot_do_is_refused_before_anything_runs(model: tiny.Ti
             _request(engine, width=70)
         with pytest.raises(RequestError, match="24 frames a second"):
             engine.submit(_request(engine, fps=16)).result()
+
+
+def _makers_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A transformer as ComfyUI's file has it: the makers' names, queries, keys and values stacked,
+    the gate's rows first."""
+    renamed = {
+        "transformer_blocks.": "blocks.", "token_refiner.refiner_blocks.": "token_refiner.blocks.",
+        "audio_proj_in.": "audio_patch_proj.", "proj_in.": "video_patch_proj.",
+        "context_embedder.": "condition_proj.", "time_embedder.linear_1.": "time_embedder.proj_in.",
+        "time_embedder.linear_2.": "time_embedder.proj_out.", "norm_out.norm.": "final_layer.norm.",
+        "norm_out.linear.": "final_layer.adaln_proj.linear.",
+        "audio_proj_out.": "final_layer.audio_out.", "proj_out.": "final_layer.video_out.",
+    }  # fmt: skip
+    inside = {
+        ".attn.norm_q.": ".attn.q_norm.", ".attn.norm_k.": ".attn.k_norm.",
+        ".attn.to_out.0.": ".attn.out_proj.", ".ff.net.0.proj.": ".mlp.fc1.",
+        ".ff.net.2.": ".mlp.fc2.",
+    }  # fmt: skip
+    found: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if ".attn.to_k." in name or ".attn.to_v." in name:
+            continue
+        theirs = next(
+            (new + name[len(old) :] for old, new in renamed.items() if name.startswith(old)), name
+        )
+        for old, new in inside.items():
+            theirs = theirs.replace(old, new)
+        if ".attn.to_q." in name:
+            stacked = [state[name.replace("to_q", part)] for part in ("to_q", "to_k", "to_v")]
+            theirs, tensor = theirs.replace("to_q", "qkv_proj"), torch.cat(stacked)
+        if theirs.endswith("mlp.fc1.weight"):
+            tensor = torch.cat(tensor.chunk(2)[::-1])
+        found[f"model.diffusion_model.{theirs}"] = tensor.contiguous()
+    return found
+
+
+def test_a_single_file_in_the_makers_names_is_the_same_model(
+    model: tiny.TinyH3, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    file = tmp_path / "minimax_h3.safetensors"
+    # The tiny model's heads turn less than a file without a config is taken to
+    shutil.copy(model.folder / "transformer" / "config.json", tmp_path)
+    save_file(_makers_names(model.parts["transformer"].state_dict()), file)
+    source = open_component(file)
+    assert (source.naming, source.component) == ("MiniMax", "transformer")
+    latents = []
+    for files in (Files(), Files(transformer=file)):
+        seen = Seen([])
+        with Engine.open(
+            model.folder, files=files, device="cpu", vram="1GiB", ram="1GiB"
+        ) as engine:
+            job = engine.submit(_request(engine, steps=2), on_step=seen)
+            job.result()
+        latents.append(seen.steps[-1])
+    assert (latents[0] - latents[1]).norm() <= 1e-6 * latents[0].norm()
+
+
+def _lora(state: dict[str, Tensor], *modules: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A LoRA of some modules, in the names of ``state``, and the weights with it merged."""
+    draw, merged, found = torch.Generator().manual_seed(9), dict(state), {}
+    for module in modules:
+        name = next(key for key in state if key.endswith(f"{module}.weight"))
+        rows, columns = state[name].shape
+        down, up = torch.randn(4, columns, generator=draw), torch.randn(rows, 4, generator=draw)
+        start = name.removesuffix("weight")
+        found |= {f"{start}lora_A.weight": 0.1 * down, f"{start}lora_B.weight": 0.1 * up}
+        merged[name] = state[name] + 0.01 * up @ down
+    return found, merged
+
+
+def test_a_lora_in_the_makers_names_counts(model: tiny.TinyH3, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    shutil.copy(model.folder / "transformer" / "config.json", tmp_path)
+    state = _makers_names(model.parts["transformer"].state_dict())
+    added, merged = _lora(
+        state, "blocks.1.attn.qkv_proj", "blocks.0.mlp.fc1", "blocks.2.adaln_proj.linear",
+        "token_refiner.blocks.0.attn.out_proj",
+    )  # fmt: skip
+    short = {name.removeprefix("model."): tensor for name, tensor in added.items()}
+    for name, tensors in (("plain", state), ("merged", merged), ("lora", short)):
+        save_file(
+            {key: tensor.contiguous() for key, tensor in tensors.items()},
+            tmp_path / f"{name}.safetensors",
+        )
+    latents = []
+    for file, loras in (("plain", ["lora"]), (None, ["lora"]), ("merged", []), ("plain", [])):
+        seen = Seen([])
+        own = Files() if file is None else Files(transformer=tmp_path / f"{file}.safetensors")
+        with Engine.open(
+            model.folder, files=own, device="cpu", vram="1GiB", ram="1GiB",
+            loras=[tmp_path / f"{each}.safetensors" for each in loras],
+        ) as engine:  # fmt: skip
+            engine.submit(_request(engine, steps=2), on_step=seen).result()
+        latents.append(seen.steps[-1])
+    beside, beside_diffusers, folded, without = latents
+    assert (beside - folded).norm() <= 1e-5 * folded.norm()
+    assert (beside_diffusers - folded).norm() <= 1e-5 * folded.norm()
+    assert (folded - without).norm() > 1e-3 * folded.norm()

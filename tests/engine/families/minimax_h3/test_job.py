@@ -239,3 +239,20 @@ def test_a_lora_in_the_makers_names_counts(model: tiny.TinyH3, tmp_path: Path) -
     assert (beside - folded).norm() <= 1e-5 * folded.norm()
     assert (beside_diffusers - folded).norm() <= 1e-5 * folded.norm()
     assert (folded - without).norm() > 1e-3 * folded.norm()
+
+
+def test_a_pack_in_8_bits_is_made_by_the_first_job(model: tiny.TinyH3, tmp_path: Path) -> None:
+    latents = []
+    for options in (Options(), Options(format="int8")):
+        seen = Seen([])
+        with Engine.open(
+            model.folder, device="cpu", vram="1GiB", ram="1GiB", options=options, cache=tmp_path
+        ) as engine:
+            result = engine.submit(_request(engine, steps=2), on_step=seen).result()
+        latents.append(seen.steps[-1])
+    assert result.report.weight_format == "int8"
+    assert 0 < (latents[1] - latents[0]).norm() <= 0.02 * latents[0].norm()
+    packed = open_component(next(tmp_path.rglob("transformer")))
+    entries = packed.entries()
+    assert entries["transformer_blocks.0.attn.to_q.weight"].dtype == "I8"
+    assert entries["transformer_blocks.0.adaln_proj.linear.weight"].dtype == "F32"

@@ -59,6 +59,9 @@ def side_files(source: ModelSource, about: Mapping[str, Any]) -> Iterator[tuple[
     yield "scheduler/scheduler_config.json", as_json(source.scheduler)
     if "image_encoder" in source.parts:
         yield "image_processor/preprocessor_config.json", as_json(source.image_processor)
+    text = source.parts.get("text_encoder")
+    if text is not None and "vision_config" in text.config:  # transformers' word: it sees
+        yield "processor/preprocessor_config.json", as_json(source.image_processor)
     if source.defaults:
         yield "defaults.json", as_json(source.defaults)
     for name, content in _tokenizer(source.tokenizer):

@@ -11,7 +11,9 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from typer.testing import CliRunner
 
+from penstock.cli.main import app
 from penstock.engine.engine import Engine
 from penstock.engine.families.minimax_h3.layout import unpack
 from penstock.engine.files.locate import Files, open_component
@@ -256,3 +258,22 @@ def test_a_pack_in_8_bits_is_made_by_the_first_job(model: tiny.TinyH3, tmp_path:
     entries = packed.entries()
     assert entries["transformer_blocks.0.attn.to_q.weight"].dtype == "I8"
     assert entries["transformer_blocks.0.adaln_proj.linear.weight"].dtype == "F32"
+
+
+def test_a_pack_of_every_part_makes_the_same_video(
+    model: tiny.TinyH3, picture: Path, tmp_path: Path
+) -> None:
+    """The vision tower lies in the text encoder's pack, and is read by its layers."""
+    packed = tmp_path / "packed"
+    words = ["pack", "--model", str(model.folder), "--format", "int8", "-o", str(packed)]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    latents = []
+    for folder, options in ((packed, Options()), (model.folder, Options(format="int8"))):
+        seen = Seen([])
+        with Engine.open(
+            folder, device="cpu", vram="1GiB", ram="1GiB", options=options, cache=tmp_path / "cache"
+        ) as engine:
+            engine.submit(_request(engine, steps=2, image=picture), on_step=seen).result()
+        latents.append(seen.steps[-1])
+    assert torch.equal(*latents)

@@ -141,9 +141,11 @@ def tower_shapes(tower: Mapping[str, Any]) -> Shapes:
 
 
 def _run(name: str) -> str:
-    """The embedding is gathered by rows; the tower is loaded for pictures only."""
+    """The embedding is gathered by rows; the tower is read for pictures only, by its layers."""
     if name == EMBEDDING:
         return "embedding"
+    if name.startswith(TOWER):
+        return f"vision {name.removeprefix(TOWER).partition('.')[0]}"
     return "vision" if name.startswith("model.visual.") else "rest"
 
 

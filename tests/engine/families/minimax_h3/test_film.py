@@ -31,6 +31,7 @@ class Made:
     plan: Any
     sound: torch.Tensor
     path: Path
+    packed_bytes: int
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         job = engine.submit(request, path, on_step=lambda step, latents: last.append(latents))
         result = job.result()
         _, sound = unpack(last[-1], engine.model.sizes(request.video_shape))
-    return Made(model, result, plan, sound, path)
+    return Made(model, result, plan, sound, path, last[-1].nbytes)
 
 
 def test_frames_are_the_vaes_own(made: Made) -> None:
@@ -77,13 +78,16 @@ def test_sound_is_the_audio_vaes_own(made: Made) -> None:
     assert f"{sound.seconds:.2f} s of sound" in report_summary(made.result.report)
 
 
-def test_what_encodes_and_decodes_takes_no_more_than_planned(made: Made) -> None:
+def test_no_phase_takes_more_than_planned(made: Made) -> None:
     names = ["vision", "text", "encode", "context", "denoise", "decode", "sound", "mux"]
     assert [phase.name for phase in made.plan.phases] == names
     measured = {phase.name: phase for phase in made.result.report.phases}
-    for phase in (each for each in made.plan.phases if each.name not in ("context", "denoise")):
-        assert measured[phase.name].measured_vram_bytes <= phase.vram_bytes
-        assert measured[phase.name].measured_ram_bytes <= phase.ram_bytes
+    for phase in made.plan.phases:
+        seen = measured[phase.name]
+        # A plan does not know of ``on_step``, which is given a copy of the latents.
+        copied = made.packed_bytes if phase.name == "denoise" else 0
+        assert seen.measured_vram_bytes <= phase.vram_bytes
+        assert seen.measured_ram_bytes <= phase.ram_bytes + copied
         assert measured[phase.name].read_bytes <= phase.read_bytes
 
 

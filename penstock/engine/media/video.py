@@ -21,6 +21,7 @@ import numpy as np
 from penstock.engine.software import LEAST_TO_WRITE, check_versions
 from penstock.engine.store.durable import FileOps
 from penstock.errors import OutputError, VideoError
+from penstock.regular import check_regular
 
 SUFFIX = ".mp4"
 # libx264 first; the others are what an FFmpeg without it may have on Linux, macOS and Windows
@@ -243,9 +244,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     Raises:
         VideoError: the file cannot be read as a video.
     """
-    import av
-
-    with _as_video_error(path), av.open(str(path)) as container:
+    with _opened(path) as container:
         comment = container.metadata.get("comment", "")
     try:
         stored = json.loads(comment)
@@ -260,9 +259,7 @@ def read_frames(path: Path) -> Iterator[np.ndarray[Any, Any]]:
     Raises:
         VideoError: the file cannot be read as a video.
     """
-    import av
-
-    with _as_video_error(path), av.open(str(path)) as container:
+    with _opened(path) as container:
         for stream in container.streams.video[:1]:
             stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
         for frame in container.decode(video=0):
@@ -275,13 +272,23 @@ def frame_rate_of(path: Path) -> Fraction:
     Raises:
         VideoError: the file cannot be read as a video, or does not say.
     """
-    import av
-
-    with _as_video_error(path), av.open(str(path)) as container:
+    with _opened(path) as container:
         rates = [stream.average_rate for stream in container.streams.video]
     if not rates or rates[0] is None:
         raise VideoError("no frame rate", expected="a video", found=str(path))
     return Fraction(rates[0])
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A video file to be read, looked at first: a named pipe keeps the library waiting without
+    end, and a device has one."""
+    import av
+
+    with _as_video_error(path):
+        check_regular(path)
+        with av.open(str(path)) as container:
+            yield container
 
 
 @contextmanager

@@ -138,7 +138,7 @@ def test_blocks_of_true_size_have_no_equal_tensors() -> None:
     turns = [
         (shape, name in chosen, rotation % (shape[0] if name in chosen else math.prod(shape)))
         for name, shape in shapes.items()
-        for rotation in [bench_weights._rotation(name)]
+        for rotation in [bench_weights._rotation(name, "blocks.")]
         if not name.endswith("norm2.weight")
     ]
     assert len(set(turns)) == len(turns)
@@ -146,7 +146,7 @@ def test_blocks_of_true_size_have_no_equal_tensors() -> None:
 
 @pytest.mark.parametrize("shape", [(4097, 2048), (13824, 512), (2048, 4096)])
 def test_a_sample_that_repeats_its_numbers_repeats_no_row(shape: tuple[int, int]) -> None:
-    made = bench_weights._Samples(get_format("bf16"), 0)
+    made = bench_weights._Samples(get_format("bf16"), "blocks.", 0)
     values = made._values(shape, 4_000_000)
     assert values.numel() > bench_weights._POOL
     rows = {row.numpy().tobytes() for row in values.view(torch.uint8)}

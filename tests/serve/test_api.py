@@ -297,6 +297,7 @@ def test_a_running_video_stops_and_becomes_what_was_asked(server: Inside, what: 
         error(server.client.get(f"/v1/videos/{name}"), 404)
         error(server.client.delete(f"/v1/videos/{name}"), 404)
         return
+    server.until(name, progress=40)
     server.do(name, what)
     state = "failed" if what == "cancel" else "queued"
     now = server.until(name, status=state)

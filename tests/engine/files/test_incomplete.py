@@ -28,6 +28,6 @@ def test_an_index_of_shards_is_opened_as_a_config_is(content: str, tmp_path: Pat
         path.write_text(texts[content])
     if content == "whole":
         with pytest.raises(CheckpointError, match=r"vae/x\.safetensors"):
-            check_whole(tmp_path, INDEX, ["vae"])
+            check_whole(tmp_path / "model_index.json", INDEX, ["vae"])
     else:
-        check_whole(tmp_path, INDEX, ["vae"])
+        check_whole(tmp_path / "model_index.json", INDEX, ["vae"])

@@ -6,14 +6,9 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import pytest
 import torch
-from diffusers import (
-    FluxTransformer2DModel,
-    HunyuanVideo15Transformer3DModel,
-    MiniMaxH3Transformer3DModel,
-    UNet2DConditionModel,
-)
 from torch import nn
 
 from penstock.engine.attach.units import LARGE_SHARE, find_units
@@ -31,21 +26,23 @@ def _lists(make: Callable[[], Any]) -> tuple[Counter[str], float, float]:
 
 
 @pytest.mark.parametrize(
-    ("make", "wanted"),
+    ("name", "wanted"),
     [
-        (FluxTransformer2DModel, {"transformer_blocks": 19, "single_transformer_blocks": 38}),
+        ("FluxTransformer2DModel", {"transformer_blocks": 19, "single_transformer_blocks": 38}),
         (
-            HunyuanVideo15Transformer3DModel,  # names its patch embedding as a block
+            "HunyuanVideo15Transformer3DModel",  # names its patch embedding as a block
             {"context_embedder.token_refiner.refiner_blocks": 2, "transformer_blocks": 54},
         ),
         (
-            MiniMaxH3Transformer3DModel,
+            "MiniMaxH3Transformer3DModel",
             {"token_refiner.refiner_blocks": 2, "transformer_blocks": 50},
         ),
     ],
 )
-def test_true_transformers(make: Any, wanted: dict[str, int]) -> None:
-    found, share, largest = _lists(make)
+def test_true_transformers(name: str, wanted: dict[str, int]) -> None:
+    if not hasattr(diffusers, name):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
+    found, share, largest = _lists(getattr(diffusers, name))
     assert found == wanted
     assert share > 0.9 and largest < 0.06
 
@@ -58,7 +55,7 @@ def test_the_stages_of_a_unet_are_taken_apart() -> None:
         "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         "use_linear_projection": True,
     }  # fmt: skip
-    found, share, largest = _lists(lambda: UNet2DConditionModel(**sdxl))
+    found, share, largest = _lists(lambda: diffusers.UNet2DConditionModel(**sdxl))
     assert found["down_blocks.2.attentions.0.transformer_blocks"] == 10
     assert share > 0.9 and largest < LARGE_SHARE / 2
 

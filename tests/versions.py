@@ -13,6 +13,7 @@ import transformers
 
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 DIFFUSERS_0_36 = diffusers.__version__.startswith("0.36.")
+BITSANDBYTES_0_48 = version("bitsandbytes").startswith("0.48.")
 PEFT_0_17 = version("peft").startswith("0.17.")
 
 

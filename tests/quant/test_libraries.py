@@ -32,7 +32,9 @@ from penstock.quant.values.tensors import dtype_tag
 from tests.meter import StorageMeter
 from tests.quant.weights import relative_rms, small_weight
 from tests.quanto_python import python_unpack
+from tests.versions import BITSANDBYTES_0_48
 
+COMPILED = pytest.mark.skipif(BITSANDBYTES_0_48, reason="its compiled function is not known")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -50,6 +52,7 @@ def test_nf4_equals_bitsandbytes(dtype: torch.dtype, shape: tuple[int, int]) -> 
     assert torch.equal(ours, functional.dequantize_4bit(packed, state))
 
 
+@COMPILED
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nf4_by_the_operator_and_by_the_compiled_function(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -79,6 +82,7 @@ def test_nf4_does_without_a_library_that_did_not_load(monkeypatch: pytest.Monkey
     assert compiled_kernel(torch.float32) is None
 
 
+@COMPILED
 @pytest.mark.parametrize("key", ["weight", "weight_absmax"])
 @pytest.mark.parametrize("change", ["shorter", "strided", "other dtype"])
 def test_nf4_gives_the_compiled_function_no_memory_of_another_shape(key: str, change: str) -> None:

@@ -10,11 +10,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TaskID
 
 from penstock.cli.files import Debug, Loras, Model, reported
 from penstock.cli.options import NOTHING, with_options
 from penstock.cli.paths import path_argument, path_option
+from penstock.cli.progress import bars
 from penstock.cli.stopping import Stopping
 from penstock.cli.terminal import Screen, say, warn
 from penstock.closing import Closing
@@ -73,7 +74,7 @@ class BatchDisplay(Closing):
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._bars = _bars(console) if console.is_terminal else None
+        self._bars = bars(console) if console.is_terminal else None
         self._all: TaskID | None = None
         self._tasks: dict[str, TaskID] = {}
         self._count = self._total = 0
@@ -144,14 +145,3 @@ class BatchDisplay(Closing):
 
     def _line(self, text: str) -> None:
         self._console.print(text, soft_wrap=True)
-
-
-def _bars(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description:>8}", markup=False),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[facts]}", markup=False),
-        console=console,
-    )

@@ -38,7 +38,7 @@ class Display(Closing):
     def __init__(self, console: Console, plan: Plan) -> None:
         self._console = console
         self._plan = plan
-        self._bars = _bars(console) if console.is_terminal else None
+        self._bars = bars(console) if console.is_terminal else None
         self._task: TaskID | None = None
 
     def __enter__(self) -> Display:
@@ -90,7 +90,8 @@ class Display(Closing):
         )
 
 
-def _bars(console: Console) -> Progress:
+def bars(console: Console) -> Progress:
+    """A bar a task, with its field ``facts`` behind it."""
     return Progress(
         TextColumn("{task.description:>8}", markup=False),
         BarColumn(bar_width=24),

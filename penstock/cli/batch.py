@@ -12,10 +12,10 @@ import typer
 from rich.console import Console
 from rich.progress import TaskID
 
+from penstock.cli.bars import bars
 from penstock.cli.files import Debug, Loras, Model, reported
 from penstock.cli.options import NOTHING, with_options
 from penstock.cli.paths import path_argument, path_option
-from penstock.cli.progress import bars
 from penstock.cli.stopping import Stopping
 from penstock.cli.terminal import Screen, say, warn
 from penstock.closing import Closing

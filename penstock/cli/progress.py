@@ -16,6 +16,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from penstock.cli.bars import bars
 from penstock.cli.memory import memory_told
 from penstock.closing import Closing
 from penstock.engine.packs.cache import CachedPack
@@ -88,18 +89,6 @@ class Display(Closing):
             f"VRAM {format_bytes(event.vram_bytes)} of {format_bytes(plan.vram_limit_bytes)}, "
             f"RAM {format_bytes(event.ram_bytes)} of {format_bytes(plan.ram_limit_bytes)}"
         )
-
-
-def bars(console: Console) -> Progress:
-    """A bar a task, with its field ``facts`` behind it."""
-    return Progress(
-        TextColumn("{task.description:>8}", markup=False),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[facts]}", markup=False),
-        console=console,
-    )
 
 
 def _summary(report: PhaseReport) -> str:

@@ -283,10 +283,10 @@ def levels_of(steps: int) -> tuple[float, ...]:
 def own(steps: int) -> Iterator[tuple[str, str, Method]]:
     """Penstock's own cache."""
     levels, shares = levels_of(steps), shares_of(new_sampler(steps))
-    for budget in {40: (5e-4, 2e-3, 5e-3, 15e-3), 20: (2e-3, 6e-3, 12e-3)}[steps]:
+    for budget in {40: (3e-4, 1e-3, 2e-3, 5e-3, 15e-3), 20: (2e-3, 6e-3, 12e-3)}[steps]:
         yield "budget", f"{budget}", _with(partial(Budget, budget, levels, shares))
     eight, one = recorded(steps, 8), recorded(steps, 1)
-    for share in (0.7, 0.5, 0.35, 0.25):
+    for share in (0.7, 0.6, 0.5, 0.4, 0.35, 0.3, 0.25):
         for name, run in (("8 runs", eight), ("1 run", one)):
             schedule = best_schedule(run, shares, round(share * steps))
             told = f"{len(schedule.computed)} from {name}"
@@ -309,7 +309,7 @@ def methods(steps: int) -> Iterator[tuple[str, str, Method]]:
     half = {40: (28, 20, 14, 10), 20: (14, 10, 7)}[steps]
     for fewer in half:
         yield "fewer UniPC steps", str(fewer), partial(_fewer, fewer)
-    for threshold in {40: (0.02, 0.04, 0.08, 0.15), 20: (0.04, 0.08, 0.16)}[steps]:
+    for threshold in {40: (0.02, 0.04, 0.06, 0.1, 0.15), 20: (0.04, 0.08, 0.16)}[steps]:
         config = partial(_ignoring, FirstBlockCacheConfig, threshold=threshold)
         yield "FirstBlockCache", f"{threshold}", under(config, 1)
     found = ratios(steps)
@@ -321,14 +321,14 @@ def methods(steps: int) -> Iterator[tuple[str, str, Method]]:
         )  # fmt: skip
         yield "MagCache", f"{threshold}, {most}, {kept}", under(config)
     for threshold, most in {
-        40: ((0.1, 2), (0.25, 2), (0.5, 4)), 20: ((0.25, 2), (0.5, 4))
+        40: ((0.1, 2), (0.25, 2), (0.25, 4), (0.5, 4)), 20: ((0.25, 2), (0.5, 4))
     }[steps]:  # fmt: skip
         config = partial(
             _ignoring, SeaCacheConfig, threshold=threshold, max_consecutive_cached=most,
             raw_vision_callback=_latents_of,
         )  # fmt: skip
         yield "SeaCache with help", f"{threshold}, {most}", under(config, 1, told=True)
-    for every, order in ((2, 1), (3, 1), (4, 1)):
+    for every, order in ((2, 1), (2, 2), (3, 1), (5, 1)):
         config = partial(
             _ignoring, TaylorSeerCacheConfig, cache_interval=every, max_order=order,
             taylor_factors_dtype=torch.float32,

@@ -8,9 +8,10 @@ full run's; that share as it would be with 40 blocks (a method that always compu
 pays 1/6 here and 1/40 there); and the PSNR of frames against the full run, of the mean squared
 error of all clips and of the worst clip, over a range of 1.
 
-Beside penstock's own (``budget``, ``plan`` and guidance in an interval of noise levels, which
-leaves the unconditional half of a step out) stand plain runs of fewer steps and diffusers' hooks. SeaCache is given the step, the noise level and the part of the input that is latents, which
-its pipeline for pictures does not pass; TaylorSeer is told the modules' names: it finds none here.
+Beside penstock's own (``budget``, ``plan``, and guidance in an interval of noise levels, which
+leaves the unconditional half of a step out) stand plain runs of fewer steps and diffusers' hooks.
+SeaCache is given the step, the noise level and the part of the input that is latents, which its
+pipeline for pictures does not pass; TaylorSeer is told the modules' names: it finds none here.
 Hooks that decide by what they see run clip by clip; the others run in batches.
 
 ``--save`` keeps every row as it comes, and the same command goes on where it was stopped. The last

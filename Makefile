@@ -54,7 +54,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy -p penstock
-	$(BIN)/mypy --explicit-package-bases --follow-imports silent benchmarks
+	$(BIN)/mypy --explicit-package-bases --follow-imports silent benchmarks documents
 	$(BIN)/lint-imports
 
 docs: $(STAMP)

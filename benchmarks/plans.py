@@ -186,13 +186,12 @@ VIDEO_CARDS = (
 )  # fmt: skip
 """Cards as people have them: name, profile, system RAM."""
 
-_FOUR: Mapping[str, Any] = MappingProxyType({"distilled": True})
 
 VIDEOS: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
-    ("wan2.1-i2v-14b", "480p, 4 steps", _FOUR | {"size": "832x480"}),
+    ("wan2.1-i2v-14b", "480p, 4 steps", {"size": "832x480", "distilled": True}),
     ("wan2.1-i2v-14b", "480p, 40 steps", {"size": "832x480", "steps": 40}),
     ("wan2.1-i2v-14b", "720p, 40 steps", {"size": "1280x720", "steps": 40}),
-    ("wan2.2-i2v-a14b", "480p, 4 steps", _FOUR | {"size": "832x480"}),
+    ("wan2.2-i2v-a14b", "480p, 4 steps", {"size": "832x480", "distilled": True}),
     ("wan2.2-i2v-a14b", "480p, 40 steps", {"size": "832x480", "steps": 40}),
     ("wan2.2-i2v-a14b", "720p, 40 steps", {"size": "1280x720", "steps": 40}),
     ("minimax-h3", "480p, 20 steps", {"size": "864x480", "steps": 20}),

@@ -605,7 +605,7 @@ def plan_videos(results: Results) -> str:
     """Cards, models and videos: time, format and both peaks."""
     rows = results["plans_videos"]
     headings = ("card", "system RAM", "model", "video", "format", "time", "VRAM", "RAM")
-    lines = [
+    lines: Rows = [
         (row["card"], row["ram"], row["model"], row["video"], *video_cells(row)) for row in rows
     ]
     return table(headings, lines)

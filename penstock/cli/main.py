@@ -55,7 +55,6 @@ app = typer.Typer(
     help="Runs video models far larger than the card, inside a byte budget you choose.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 jobs_app = typer.Typer(help="List and remove the jobs that are kept on this machine.")
 app.add_typer(jobs_app, name="jobs")

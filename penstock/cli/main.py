@@ -58,7 +58,6 @@ app = typer.Typer(
     help="Run video models far larger than the card, inside a byte budget you choose.",
     invoke_without_command=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 jobs_app = typer.Typer(help="List and remove the jobs that are kept on this machine.")
 app.add_typer(jobs_app, name="jobs")

@@ -51,7 +51,7 @@ PARTS = (
     Part(
         "formats",
         (
-            "attention int8 (comfy-kitchen)", "path int8-kitchen", "int8, comfy-kitchen",
+            "attention int8 (comfy-kitchen)", "attention sol (comfy-kitchen)", "path int8-kitchen", "int8, comfy-kitchen",
             "int8-convrot, comfy-kitchen",
         ),
         14,

@@ -37,7 +37,7 @@ FLAGS: Mapping[str, Flag] = MappingProxyType(
         "profile": Flag("A profile's name, or the path of a .toml file (auto)."),
         "format": Flag("Of the transformer's matrices, such as int8 (as stored)."),
         "compute": Flag("exact, or fast (8-bit products where they work)."),
-        "attention": Flag("sdpa, or int8 (self-attention in 8 bits where it works)."),
+        "attention": Flag("sdpa; where it works int8 (8 bits), or sol or sol:TAU (sparse)."),
         "residual": Flag("Hidden states between operations: fp32, bf16 or auto (fp32 with room)."),
         "branches": Flag("CFG branches that share a visit of a block: 1, 2 or auto."),
         "chunk_tokens": Flag("Tokens a chunk of the transformer's forward pass, or auto."),

@@ -11,6 +11,7 @@ from typing import Any
 
 from penstock.errors import ProfileError
 from penstock.folders import config_folder
+from penstock.profiles.attending import Attending
 from penstock.regular import read_regular
 
 TINY_CHUNK, SMALL_CHUNK = 2, 32
@@ -27,6 +28,8 @@ class Rates:
         read_bytes_per_s: disk to host memory.
         attention_flops: of attention; None: as matrix products.
         int8_attention_flops: of self-attention in 8 bits; None: as ``attention_flops``.
+        sol_attention_flops: of sparse self-attention, counted as if it attended to all; None: as
+            ``attention_flops``.
         conv_flops: of the VAE's convolutions; None: as matrix products.
         conv_element_s: of one element that they read: its norm and activation, and its copies;
             None: ``conv_flops`` is the rate of all that the VAE does.
@@ -51,6 +54,7 @@ class Rates:
     read_bytes_per_s: float
     attention_flops: float | None = None
     int8_attention_flops: float | None = None
+    sol_attention_flops: float | None = None
     conv_flops: float | None = None
     conv_element_s: float | None = None
     conv_pixel_s: float | None = None
@@ -75,10 +79,11 @@ class Rates:
                 )
 
     def self_attention_flops(self, attention: str) -> float:
-        """Of the transformer's self-attention by "sdpa" or "int8"; in 8 bits as in 16 where that
-        rate is unknown."""
-        eight_bit = self.int8_attention_flops if attention == "int8" else None
-        return eight_bit or self.attention_flops or self.flops
+        """Of the transformer's self-attention by that word; as torch's own where that rate is
+        unknown."""
+        name = Attending.of(attention).backend.rate
+        own: float | None = None if name is None else getattr(self, name)
+        return own or self.attention_flops or self.flops
 
     def product_flops(self, path: str) -> float | None:
         """Of the matrix products of a compute path; None: the device has none of them."""

@@ -15,8 +15,8 @@ from typing import cast
 import torch
 from torch.nn import functional as F
 
-from penstock.engine.attention.kernels import Attention, attention, int8_attention
-from penstock.engine.attention.probe import probe_int8
+from penstock.engine.attention.kernels import Attention, attention, self_attention_of
+from penstock.engine.attention.probe import probe as probe_attention
 from penstock.engine.family.protocol import families
 from penstock.engine.machine.disk import IN_FLIGHT, read_rate
 from penstock.engine.machine.samples import SampledFamily, Samples
@@ -24,6 +24,7 @@ from penstock.formats.formats import get_format
 from penstock.formats.scaled import Gemm
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.tiers import DeviceTier, HostTier, open_link
+from penstock.profiles.attending import INT8, SOL
 from penstock.profiles.rates import SMALL_CHUNK, TINY_CHUNK, Rates
 from penstock.quant.arithmetic import dequantise, quantise
 from penstock.quant.compute import LinearPath, Operands, strategy_for
@@ -86,7 +87,8 @@ def calibrate(
             copy_bytes_per_s=copy_rate(device, effort),
             read_bytes_per_s=_read(folder, effort),
             attention_flops=_attention(attention, device, dtype, effort),
-            int8_attention_flops=_int8_attention(device, dtype, effort),
+            int8_attention_flops=_other_attention(INT8, device, dtype, effort),
+            sol_attention_flops=_other_attention(SOL, device, dtype, effort),
             **_vae(samples, device, dtype, effort),
             eight_bit_flops=_eight_bit("int8", device, dtype, effort),
             fp8_flops=_eight_bit("fp8", device, dtype, effort),
@@ -133,11 +135,13 @@ def _attention(
     return 4 * effort.tokens**2 * _HEADS * _WIDTH / seconds
 
 
-def _int8_attention(device: torch.device, dtype: torch.dtype, effort: Effort) -> float | None:
-    """As ``--attention int8`` makes it, its quantising included, where it works."""
-    if not probe_int8(device, dtype, _HEADS, _WIDTH).works:
+def _other_attention(
+    word: str, device: torch.device, dtype: torch.dtype, effort: Effort
+) -> float | None:
+    """As ``--attention`` makes it, its quantising included, where it works."""
+    if not probe_attention(word, device, dtype, _HEADS, _WIDTH).works:
         return None
-    return _attention(int8_attention(), device, dtype, effort)
+    return _attention(self_attention_of(word), device, dtype, effort)
 
 
 def _vae(

@@ -146,7 +146,7 @@ class Recognised:
 
 
 def find_naming(keys: Iterable[str]) -> Recognised | None:
-    """The naming whose marks ``keys`` bear; None if there is none."""
+    """The naming whose marks ``keys`` bear, the one with the most; None if there is none."""
     names = tuple(keys)
     known = [
         (family, kind, naming)
@@ -156,9 +156,13 @@ def find_naming(keys: Iterable[str]) -> Recognised | None:
     ]
     for prefix in PREFIXES:
         local = [name[len(prefix) :] for name in names if name.startswith(prefix)]
-        for family, kind, naming in known:
-            if all(any(name.startswith(mark) for name in local) for mark in naming.marks):
-                return Recognised(family, kind, naming, prefix)
+        borne = [
+            Recognised(family, kind, naming, prefix)
+            for family, kind, naming in known
+            if all(any(name.startswith(mark) for name in local) for mark in naming.marks)
+        ]
+        if borne:
+            return max(borne, key=lambda found: len(found.naming.marks))
     return None
 
 

@@ -21,6 +21,8 @@ from penstock.engine.files.storage import COMFY_MARK, PACK_METADATA, StoredWeigh
 from penstock.errors import CheckpointError, NotRun, TensorMismatch
 from penstock.formats.gguf import BLOCK_SIZES
 from penstock.formats.gguf import PREFIX as GGUF
+from penstock.formats.micro import TILE_ROWS, Micro
+from penstock.formats.recognise import WHOLE, split_suffix
 from penstock.offload.checkpoint import TensorEntry
 
 log = logging.getLogger(__name__)
@@ -183,6 +185,7 @@ def recognise(raw: RawFile, config: Mapping[str, Any] | None = None) -> Componen
     log.debug("%s: keys of %s, after %r", raw.path, found.naming.author, found.prefix)
     named = _rename(raw, found)
     weights = gather(named.entries, raw.metadata, read_bytes, found.prefix)
+    _check_parts(weights)
     shapes = {name: stored.shape for name, stored in weights.items() if stored.shape is not None}
     if config is None:
         config = _derived(raw, found, weights, shapes)
@@ -290,8 +293,10 @@ def _place(named: _Named, key: str, target: str | None, entry: TensorEntry) -> N
 def _parts(target: str, entry: TensorEntry) -> list[tuple[str, TensorEntry]]:
     """``target`` with its place, or three names with a third of the rows each."""
     if THREE in target:
+        split = split_suffix(target)
+        serves_all = split is not None and split[1] in WHOLE
         return [
-            (target.replace(THREE, name), row_part(entry, index, 3))
+            (target.replace(THREE, name), entry if serves_all else row_part(entry, index, 3))
             for index, name in enumerate("qkv")
         ]
     if target.startswith("embeddings.") and entry.shape[:-1] and entry.shape[0] == 1:
@@ -317,6 +322,24 @@ def row_part(entry: TensorEntry, index: int, count: int) -> TensorEntry:
         shape=(entry.shape[0] // count, *entry.shape[1:]),
         nbytes=nbytes,
     )
+
+
+def _check_parts(weights: Mapping[str, StoredWeight]) -> None:
+    """Refuse three matrices in one whose scales cannot be told apart.
+
+    Raises:
+        CheckpointError: scales in tiles of rows, of which one belongs to two of the matrices.
+    """
+    counts = Counter(w.tensors["weight"].name for w in weights.values() if "weight" in w.tensors)
+    for name, stored in weights.items():
+        in_tiles = isinstance(stored.format, Micro) and stored.shape is not None
+        if in_tiles and counts[stored.tensors["weight"].name] > 1 and stored.shape[0] % TILE_ROWS:
+            raise CheckpointError(
+                f"{stored.tensors['weight'].name} cannot be taken apart",
+                expected=f"matrices of whole tiles, each of {TILE_ROWS} rows",
+                found=f"{name} with {stored.shape[0]} rows",
+                remedy="Use a file in another format.",
+            )
 
 
 def _unfold(entries: dict[str, TensorEntry]) -> None:

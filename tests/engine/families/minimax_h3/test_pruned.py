@@ -22,10 +22,12 @@ from torch import Tensor, nn
 
 from penstock.engine.engine import Engine
 from penstock.engine.families.minimax_h3 import modules
+from penstock.engine.files.formats import compute_tag
 from penstock.engine.files.locate import Files, open_component
 from penstock.engine.files.reader import WeightReader
 from penstock.engine.model.binding import bind
 from penstock.errors import CheckpointError, NotRun
+from tests.engine import golden
 from tests.engine.families.minimax_h3 import makers, tiny
 from tests.engine.families.minimax_h3.test_forward import (
     DTYPES,
@@ -329,3 +331,70 @@ def test_the_makers_own_shards_are_refused(published: Published, tmp_path: Path)
     path.write_text(json.dumps({"weight_map": index}))
     with pytest.raises(NotRun, match="own shards, where queries, keys and values take turns"):
         open_component(path)
+
+
+@pytest.mark.parametrize("spelling", ["comfy convrot 64", "comfy new"])
+def test_quantised_files_are_what_their_values_are(
+    published: Published, tmp_path: Path, spelling: str
+) -> None:
+    """As ComfyUI's own int8 and fp8 files: the matrices of blocks, and nothing else. What the curve
+    has in fp16 does not make it a model of fp16."""
+    stored: dict[str, Tensor] = {}
+    values = their_names(published.twin)
+    for name, tensor in list(values.items()):
+        local = name.removeprefix("model.diffusion_model.")
+        matrix = local.startswith("blocks.") and "adaln" not in local and tensor.ndim == 2
+        if matrix and tensor.shape[1] % 64 == 0:
+            made, values[name] = golden._store(tensor, spelling, name.removesuffix(".weight"))
+            stored |= {key: each.contiguous() for key, each in made.items()}
+        else:
+            stored[name] = tensor
+    assert len(stored) > len(values)
+    paths, read = [], []
+    for kind, tensors in (("stored", stored), ("values", values)):
+        paths.append(published.files(tmp_path / kind) / "h3.safetensors")
+        save_file(tensors, paths[-1])
+        source = open_component(paths[-1])
+        with WeightReader(source) as reader:
+            read.append({name: reader.read(name, torch.float32) for name in source.weights})
+    for name, value in read[1].items():
+        assert (read[0][name] - value).abs().max() <= 1e-6
+    assert compute_tag(open_component(paths[0])) == "BF16"
+    found, wanted = map(published.latents, paths)
+    assert (found - wanted).norm() <= 0.02 * wanted.norm()
+
+
+def test_three_matrices_in_one_are_not_taken_apart_within_a_tile_of_scales(
+    published: Published, tmp_path: Path
+) -> None:
+    tensors = their_names(published.twin)
+    name = "model.diffusion_model.blocks.0.attn.qkv_proj.weight"
+    made, _ = golden._store(tensors.pop(name), "comfy nvfp4", name.removesuffix(".weight"))
+    file = published.files(tmp_path / "tiles") / "h3.safetensors"
+    save_file(tensors | {key: each.contiguous() for key, each in made.items()}, file)
+    with pytest.raises(CheckpointError, match="each of 128 rows, found .* with 96 rows"):
+        open_component(file)
+
+
+def test_what_a_lora_of_the_whole_model_has_for_the_curve_is_left_out(
+    published: Published, safetensors: Path, latents: Tensor, tmp_path: Path
+) -> None:
+    draw = torch.Generator().manual_seed(2)
+    shapes = {"blocks.1.attn.qkv_proj": (288, 64), "blocks.1.adaln_proj.linear": (1152, 20)}
+    lora = {}
+    for module, (rows, columns) in shapes.items():
+        start = f"diffusion_model.{module}"
+        lora[f"{start}.lora_A.weight"] = torch.randn(2, columns, generator=draw)
+        lora[f"{start}.lora_B.weight"] = torch.randn(rows, 2, generator=draw)
+    save_file(lora, tmp_path / "turbo.safetensors")
+    notes: list[str] = []
+    files = Files(transformer=safetensors)
+    with Engine.open(
+        published.model.folder, files=files, device="cpu", vram="1GiB", ram="1GiB",
+        loras=[tmp_path / "turbo.safetensors"],
+    ) as engine:  # fmt: skip
+        notes += engine.model.notices
+        seen = Seen([])
+        engine.submit(_request(engine, steps=3), on_step=seen).result()
+    assert any("adaln_proj" in note for note in notes)
+    assert (seen.steps[-1] - latents).norm() > 1e-3 * latents.norm()

@@ -332,12 +332,14 @@ def _check_parts(weights: Mapping[str, StoredWeight]) -> None:
     """
     counts = Counter(w.tensors["weight"].name for w in weights.values() if "weight" in w.tensors)
     for name, stored in weights.items():
-        in_tiles = isinstance(stored.format, Micro) and stored.shape is not None
-        if in_tiles and counts[stored.tensors["weight"].name] > 1 and stored.shape[0] % TILE_ROWS:
+        shape = stored.shape
+        if not isinstance(stored.format, Micro) or shape is None or not shape[0] % TILE_ROWS:
+            continue
+        if counts[stored.tensors["weight"].name] > 1:
             raise CheckpointError(
                 f"{stored.tensors['weight'].name} cannot be taken apart",
                 expected=f"matrices of whole tiles, each of {TILE_ROWS} rows",
-                found=f"{name} with {stored.shape[0]} rows",
+                found=f"{name} with {shape[0]} rows",
                 remedy="Use a file in another format.",
             )
 

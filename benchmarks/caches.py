@@ -146,7 +146,7 @@ class Clips:
     ) -> Tensor:
         """Of ``clips``, with or without guidance."""
         given = torch.cat([latents, self.condition[clips]], dim=1)
-        found = []
+        found = list[Tensor]()
         for name, (states, bias) in zip(("cond", "uncond"), self.texts, strict=True):
             if found and not guided:
                 return found[0]
@@ -190,7 +190,7 @@ def plain(clips: Clips, steps: int, size: int = AT_ONCE, told: bool = False) -> 
     for batch in clips.batches(size):
         sampler, latents = new_sampler(steps), clips.noise[batch].clone()
         for step, moment in enumerate(sampler.timesteps):
-            context = (
+            context: dict[str, Any] = (
                 {"step_index": step, "sigma": sampler.sigma(step), "num_inference_steps": steps}
                 if told
                 else {}

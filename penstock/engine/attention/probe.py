@@ -64,7 +64,7 @@ def probe_int8(
         from comfy_kitchen import int8_attention_is_available as is_available
 
         if not is_available(torch.device(device)):
-            raise NotImplementedError(_not_there(torch.device(device), "sm75"))
+            raise NotImplementedError(_not_there(torch.device(device)))
         return int8_attention()
 
     draw = torch.Generator().manual_seed(0)
@@ -137,7 +137,7 @@ def _refusal(reason: str) -> AttentionReport:
     return AttentionReport(False, None, reason)
 
 
-def _not_there(device: torch.device, least: str) -> str:
+def _not_there(device: torch.device, least: str = "sm75") -> str:
     if device.type != "cuda":
         return "it needs a CUDA device"
     major, minor = torch.cuda.get_device_capability(device)

@@ -13,11 +13,12 @@ from torch.nn import functional as F
 from benchmarks.gpu_context import Case, Context, finish
 from penstock.engine.attention.kernels import attention, self_attention_of
 from penstock.formats.formats import get_format
+from penstock.formats.scaled import Gemm
 from penstock.profiles.attending import INT8, SOL, Attending
 from penstock.quant.arithmetic import quantise
 from penstock.quant.compute import Operands, strategy_for
 from penstock.quant.paths import Computing, Scratch
-from penstock.quant.probe import probe, probe_kitchen, working
+from penstock.quant.probe import MICRO, in_blocks, probe, probe_kitchen, probe_micro, working
 
 
 def formats(context: Context) -> Iterator[Case]:
@@ -44,6 +45,13 @@ def formats(context: Context) -> Iterator[Case]:
             return product(context, name, "fast", frozenset({"int8", "int8-kitchen"}), *operands())
 
         yield f"{name}, comfy-kitchen", kitchens
+    for name in MICRO:
+
+        def by_blocks(name: Gemm = name) -> dict[str, Any]:
+            return product(context, name, "fast", frozenset({name}), *operands())
+
+        yield f"path {name}", lambda name=name: vars(probe_micro(context.device)[name])  # type: ignore[misc]
+        yield f"{name}, comfy-kitchen", by_blocks
     for backend in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
 
         def kernel(backend: str = backend) -> dict[str, Any]:
@@ -74,7 +82,8 @@ def product(
     """Seconds of a linear over ``weight`` in a format."""
     rows, columns = context.scale.matrix
     device, fmt = context.device, get_format(name)
-    stored = {suffix: each.to(device) for suffix, each in quantise(fmt, weight).items()}
+    made = quantise(fmt, weight) if fmt.writable else in_blocks(name, weight)  # type: ignore[arg-type]
+    stored = {suffix: each.to(device) for suffix, each in made.items()}
     computing = Computing(Scratch(2 * rows * columns, device), mode, works)
     path = strategy_for(computing, fmt, (rows, columns))
     operands = Operands(fmt, (rows, columns), stored, None)

@@ -27,6 +27,8 @@ COMPUTE_PATHS: Mapping[str, str] = MappingProxyType(
         "dequant": "decoded before each product",
         "fp8": "8-bit products in fp8",
         "int8": "8-bit products in int8",
+        "nvfp4": "4-bit products in nvfp4",
+        "mxfp8": "8-bit products in mxfp8",
     }
 )
 """What a plan's ``compute_path`` means, for people."""

@@ -38,6 +38,7 @@ class Rates:
         conv_call_s: of one convolution, however small: its operations' own; None: not counted.
         eight_bit_flops: of int8 matrix products; None: the device has none that are faster.
         fp8_flops: of fp8 matrix products; None: the device has none.
+        nvfp4_flops, mxfp8_flops: of products in these formats; None: the device has none.
         memory_bytes_per_s: the device's own memory; decoding of weights runs at it (None: not
             counted).
         overhead_s: of one chunk of `SMALL_CHUNK` tokens or more in one block, besides its tokens.
@@ -61,6 +62,8 @@ class Rates:
     conv_call_s: float | None = None
     eight_bit_flops: float | None = None
     fp8_flops: float | None = None
+    nvfp4_flops: float | None = None
+    mxfp8_flops: float | None = None
     memory_bytes_per_s: float | None = None
     overhead_s: float = 2e-4
     tiny_overhead_s: float | None = None
@@ -87,7 +90,11 @@ class Rates:
 
     def product_flops(self, path: str) -> float | None:
         """Of the matrix products of a compute path; None: the device has none of them."""
-        return {"fp8": self.fp8_flops, "int8": self.eight_bit_flops}.get(path, self.flops)
+        found = {
+            "fp8": self.fp8_flops, "int8": self.eight_bit_flops,
+            "nvfp4": self.nvfp4_flops, "mxfp8": self.mxfp8_flops,
+        }  # fmt: skip
+        return found.get(path, self.flops)
 
     def chunk_overhead_s(self, tokens: int, attended: int = 0) -> float:
         """Seconds of a chunk besides its tokens: between two sizes, by the logarithm.

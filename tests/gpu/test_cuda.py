@@ -37,6 +37,7 @@ from penstock.profiles.hardware import default_device
 from penstock.profiles.options import Options
 from penstock.profiles.phases import CUDA_LIBRARY_BYTES
 from penstock.profiles.plan import StreamPlan
+from penstock.quant.probe import probe_micro
 from tests.engine import lora_files
 from tests.engine.attach.zoo import Walk
 
@@ -435,6 +436,16 @@ def test_int8_attention_works_and_takes_what_plans_say() -> None:
     taken = torch.cuda.memory_stats()["requested_bytes.all.peak"] - held
     planned = int8_attention_bytes(heads, width, queries, keys, 2) + q.nbytes
     assert 0.99 * planned <= taken <= planned
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp8"])
+def test_products_by_blocks_work_where_the_card_has_them(name: Any) -> None:
+    pytest.importorskip("comfy_kitchen")
+    report = probe_micro(DEVICE)[name]
+    if torch.cuda.get_device_capability(DEVICE) >= (10, 0):
+        assert report.works, report.reason
+    else:
+        assert "no such tensor cores" in report.reason
 
 
 def test_sparse_attention_works_and_takes_what_plans_say() -> None:

@@ -27,9 +27,9 @@ from penstock.offload.tiers import DeviceTier, HostTier, open_link
 from penstock.profiles.attending import INT8, SOL
 from penstock.profiles.rates import SMALL_CHUNK, TINY_CHUNK, Rates
 from penstock.quant.arithmetic import dequantise, quantise
-from penstock.quant.compute import LinearPath, Operands, strategy_for
+from penstock.quant.compute import KitchenMicro, LinearPath, Operands, strategy_for
 from penstock.quant.paths import Computing, Scratch
-from penstock.quant.probe import probe, probe_kitchen, working
+from penstock.quant.probe import in_blocks, probe, probe_kitchen, probe_micro, working
 from penstock.units import MIB
 
 _WIDTH, _HEADS, _FFN = 128, 8, 2048
@@ -92,6 +92,8 @@ def calibrate(
             **_vae(samples, device, dtype, effort),
             eight_bit_flops=_eight_bit("int8", device, dtype, effort),
             fp8_flops=_eight_bit("fp8", device, dtype, effort),
+            nvfp4_flops=_by_blocks("nvfp4", device, dtype, effort),
+            mxfp8_flops=_by_blocks("mxfp8", device, dtype, effort),
             memory_bytes_per_s=_decode(device, dtype, effort),
         )
         overhead_s, element_s = _forward(samples, device, dtype, effort, rates)
@@ -252,6 +254,19 @@ def _eight_bit(
     computing = Computing(Scratch(0, device), "fast", works)
     path = strategy_for(computing, operands.format, operands.shape)
     return None if path.path == "dequant" else _product(path, operands, device, dtype, effort)
+
+
+def _by_blocks(
+    name: Gemm, device: torch.device, dtype: torch.dtype, effort: Effort
+) -> float | None:
+    """Products of comfy-kitchen in such a format, likewise, on GPUs that can."""
+    if not probe_micro(device)[name].works:
+        return None
+    shape = (4 * _inner(device), _inner(device))
+    operands = Operands(get_format(name), shape, in_blocks(name, torch.randn(shape)), None)
+    moved = {key: each.to(device) for key, each in operands.tensors.items()}
+    path = KitchenMicro(name)
+    return _product(path, replace(operands, tensors=moved), device, dtype, effort)
 
 
 def _product(

@@ -186,7 +186,7 @@ def test_every_rate_of_a_cpu_is_measured(tmp_path) -> None:
     found = calibrate.calibrate(CPU, tmp_path, quick)
     absent = {name for name, value in vars(found).items() if value is None}
     eight = {"eight_bit_flops", "fp8_flops", "int8_attention_flops"}
-    assert absent == eight | {"sol_attention_flops"}
+    assert absent == eight | {"sol_attention_flops", "nvfp4_flops", "mxfp8_flops"}
 
 
 def test_attention_in_8_bits_is_timed_where_it_works(monkeypatch: pytest.MonkeyPatch) -> None:

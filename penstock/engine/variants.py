@@ -54,7 +54,7 @@ def computing_on(device: str, mode: Mode) -> tuple[Computing, tuple[str, ...]]:
         kitchens, said = _kitchens(probe_kitchen(device))
         blocks = probe_micro(device)
         works |= kitchens | {name for name, report in blocks.items() if report.works}
-        told = (*told, said, _told_blocks(blocks))
+        told = (*told, _told_blocks(blocks), said)
     return Computing(Scratch(0, device), mode, works), told
 
 

@@ -87,6 +87,7 @@ def examine(
         *_device(hardware),
         *_kernels(chosen),
         *_other_attention(chosen, rates),
+        *_other_products(rates),
         *_memory(),
         *_disk(folder),
         *_spill(chosen, platform.release(), sys.platform),
@@ -202,6 +203,14 @@ def _other_attention(device: torch.device, rates: Rates) -> Iterator[Finding]:
         else:
             report = probe_attention(word, device, torch.bfloat16, 1, 128)
             yield Finding(what, f"no: {report.reason}", _OPTIONAL)
+
+
+def _other_products(rates: Rates) -> Iterator[Finding]:
+    """What ``--compute fast`` multiplies in here, of what was measured."""
+    for name in ("fp8", "int8", "nvfp4", "mxfp8"):
+        rate = rates.product_flops(name)
+        if rate is not None:
+            yield Finding(f"products ({name})", f"works, {rate / 1e12:.3g} TFLOP/s")
 
 
 _OPTIONAL = "Plans do without it unless asked: --attention sdpa, the default, is torch's own."

@@ -204,6 +204,14 @@ def test_attention_in_8_bits_is_timed_where_it_works(monkeypatch: pytest.MonkeyP
     assert calibrate._other_attention("int8", CPU, torch.float32, effort) is None
 
 
+def test_the_doctor_tells_of_products_that_were_measured() -> None:
+    measured = Rates(1.0, 1.0, 1.0, fp8_flops=2e14, nvfp4_flops=9e14)
+    assert list(doctor._other_products(measured)) == [
+        Finding("products (fp8)", "works, 200 TFLOP/s"),
+        Finding("products (nvfp4)", "works, 900 TFLOP/s"),
+    ]
+
+
 def test_the_doctor_tells_of_attention_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = Rates(1.0, 1.0, 1.0, int8_attention_flops=3e14)
     first, sparse = doctor._other_attention(CPU, measured)

@@ -115,6 +115,7 @@ def generate_foreign(
     output: Path,
     force: bool,
     as_json: bool,
+    quiet: bool,
     debug: bool,
 ) -> None:
     """Make the call, and write what it gives."""
@@ -122,11 +123,13 @@ def generate_foreign(
         seed = given.seed if given.seed not in (None, -1) else secrets.randbits(31)
         rate = None if given.fps is None else Fraction(str(given.fps))
         console = Screen(stderr=True)
-        with _job(folder, given, strange, given.words()) as job, _StepBar(console) as steps:
+        with _job(folder, given, strange, given.words()) as job, _StepBar(console, quiet) as steps:
             stop.at(job.cancel)
-            console.print(plan_text(job.plan, console.width), soft_wrap=True)
+            if not quiet:
+                console.print(plan_text(job.plan, console.width), soft_wrap=True)
             report = job.run(output, seed, rate, steps.told, overwrite=force)
-        console.print("\n".join(wrap(report_text(report), console.row_width)), soft_wrap=True)
+        if not quiet:
+            console.print("\n".join(wrap(report_text(report), console.row_width)), soft_wrap=True)
     if as_json:
         say(json.dumps({"plan": job.plan.to_json(), "report": report.to_json()}))
 
@@ -160,10 +163,10 @@ def _check_understood(options: Options, strange: Mapping[str, Any]) -> None:
 
 
 class _StepBar:
-    """Bars on a terminal, lines elsewhere."""
+    """Bars on a terminal, lines elsewhere; nothing where it is to be quiet."""
 
-    def __init__(self, console: Screen) -> None:
-        self._console = console
+    def __init__(self, console: Screen, quiet: bool) -> None:
+        self._console, self._quiet = console, quiet
         self._bars = Progress(
             TextColumn("steps"), BarColumn(bar_width=24),
             TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False),
@@ -172,7 +175,7 @@ class _StepBar:
         self._task: Any = None
 
     def __enter__(self) -> _StepBar:
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._quiet:
             self._bars.start()
         return self
 
@@ -180,7 +183,9 @@ class _StepBar:
         self._bars.stop()
 
     def told(self, step: int, steps: int) -> None:
-        """A step is done."""
+        """Show that a step is done."""
+        if self._quiet:
+            return
         if not self._console.is_terminal:
             self._console.print(f"steps: {step}/{steps}", soft_wrap=True)
             return

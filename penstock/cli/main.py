@@ -9,7 +9,9 @@ import sys
 import time
 from collections.abc import Callable, MutableMapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -50,7 +52,7 @@ from penstock.cli.options import NOTHING, with_options
 from penstock.cli.paths import path_option
 from penstock.cli.serve import serve
 from penstock.cli.stopping import Stopping
-from penstock.cli.terminal import Screen, asks_a_person, keep_going, printable, say, warn
+from penstock.cli.terminal import ENDLESS, Screen, asks_a_person, keep_going, printable, say, warn
 from penstock.profiles.options import Options
 
 app = typer.Typer(
@@ -132,6 +134,10 @@ Overlap = Annotated[
     int | None, typer.Option(help="Frames that two windows have in common, 16 to 30 (16).")
 ]
 Force = Annotated[bool, typer.Option(help="Replace an existing output.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Show notes and errors only, no progress.")
+]
+NoPreview = Annotated[bool, typer.Option("--no-preview", help="Draw no preview on the terminal.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -229,6 +235,8 @@ def generate(
         bool, typer.Option("--no-metadata", help="Leave prompt and settings out of the file.")
     ] = False,
     as_json: Json = False,
+    quiet: Quiet = False,
+    no_preview: NoPreview = False,
     job: Annotated[
         Path | None,
         path_option("Folder to keep the job in (the data directory)."),
@@ -257,7 +265,7 @@ def generate(
             "--resume": resume_same, "--continue": continues, "--window": window,
             "--overlap": overlap, "--nag": nag,
         }  # fmt: skip
-        generate_foreign(Path(str(model)), given, strange, output, force, as_json, debug)
+        generate_foreign(Path(str(model)), given, strange, output, force, as_json, quiet, debug)
         return
     own_only(arguments, activations, debug)
     from penstock.engine.files.locate import Files
@@ -294,7 +302,8 @@ def generate(
         loras = as_loras(lora or [], strict=lora_strict)
         opening = {"files": files, "loras": loras, "options": options}
         _generate(
-            model, opening, settings, output, force, not no_metadata, as_json, stop,
+            model, opening, settings, output, force, not no_metadata,
+            Shown(as_json, quiet, no_preview), stop,
             lambda engine, request, plan: _job_folder(engine, request, plan, job, resume_same),
         )  # fmt: skip
 
@@ -319,19 +328,23 @@ def resume(
     ] = False,
     force: Force = False,
     as_json: Json = False,
+    quiet: Quiet = False,
+    no_preview: NoPreview = False,
     debug: Debug = False,
 ) -> None:
     """Continue a job that was stopped, failed or killed."""
     from penstock.engine.engine import Engine
     from penstock.engine.run.jobs import find_job, opening_of
 
+    shown = Shown(as_json, quiet, no_preview)
     with reported(debug), Stopping() as stop:
         folder = find_job(job)
         with Engine.reopen(opening_of(folder, options, lora or [])) as engine:
             running = engine.resume(
-                folder, output, force=force, allow_nonidentical=allow_nonidentical
-            )
-            _watch(running, running.plan, as_json, stop)
+                folder, output, force=force, allow_nonidentical=allow_nonidentical,
+                preview_every=shown.preview_every,
+            )  # fmt: skip
+            _watch(running, running.plan, shown, stop)
 
 
 @jobs_app.callback(invoke_without_command=True)
@@ -378,6 +391,8 @@ def demo(
     options: Options = NOTHING,
     force: Force = False,
     as_json: Json = False,
+    quiet: Quiet = False,
+    no_preview: NoPreview = False,
     debug: Debug = False,
 ) -> None:
     """Make a video, and a page with its frames, with the small model in the box."""
@@ -390,9 +405,11 @@ def demo(
         check_no_input(sheet, [] if image is None else [image])
         settings, opening = demo_settings(prompt, image), {"options": options}
         with Stopping() as stop:
-            report = _generate(MINI, opening, settings, output, force, True, as_json, stop)
+            shown = Shown(as_json, quiet, no_preview)
+            report = _generate(MINI, opening, settings, output, force, True, shown, stop)
         write_contact_sheet(Path(report.output), sheet, scale=2)
-        Screen(stderr=True).print(f"its frames: {sheet}", soft_wrap=True)
+        if not quiet:
+            Screen(stderr=True).print(f"its frames: {sheet}", soft_wrap=True)
 
 
 @app.command(cls=MemoryHelp)
@@ -559,6 +576,23 @@ def _continued(settings: Any, video: Path, stack: ExitStack) -> Any:
     return going_on(settings, clip, frame)
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What of a running job a person wants to see, and how."""
+
+    as_json: bool
+    quiet: bool
+    no_preview: bool
+
+    @property
+    def preview_every(self) -> int | None:
+        """Steps from one preview to the next; None: nobody would see them."""
+        from penstock.cli.live import shows_pictures
+
+        wanted = not (self.quiet or self.no_preview)
+        return 1 if wanted and shows_pictures(Screen(stderr=True)) else None
+
+
 JobFolder = Callable[[Any, Any, Any], tuple[Path, bool]]
 """Given engine, request and plan: the job's folder, and whether to resume the job in it."""
 
@@ -570,7 +604,7 @@ def _generate(
     output: Path,
     force: bool,
     metadata: bool,
-    as_json: bool,
+    shown: Shown,
     stop: Stopping,
     job_folder: JobFolder | None = None,
 ) -> Any:
@@ -590,10 +624,13 @@ def _generate(
     with Engine(prepared, imports_s=time.perf_counter() - importing) as engine:
         folder, resumes = (None, False) if job_folder is None else job_folder(engine, request, plan)
         if resumes and folder is not None:
-            job = engine.resume(folder, output, force=force)
+            job = engine.resume(folder, output, force=force, preview_every=shown.preview_every)
         else:
-            job = engine.submit(request, output, force=force, metadata=metadata, job_dir=folder)
-        return _watch(job, plan, as_json, stop)
+            job = engine.submit(
+                request, output, force=force, metadata=metadata, job_dir=folder,
+                preview_every=shown.preview_every,
+            )  # fmt: skip
+        return _watch(job, plan, shown, stop)
 
 
 def _name_faster(prepared: Any, settings: Any, plan: Any) -> None:
@@ -606,21 +643,25 @@ def _name_faster(prepared: Any, settings: Any, plan: Any) -> None:
             Screen(stderr=True).print(f"note: {faster_told(best)}", soft_wrap=True)
 
 
-def _watch(job: Any, plan: Any, as_json: bool, stop: Stopping) -> Any:
+def _watch(job: Any, plan: Any, shown: Shown, stop: Stopping) -> Any:
     """Show a job until it ends, and its report, which is returned."""
     from penstock.cli.progress import Display, plan_summary, report_summary
     from penstock.engine.machine.memory import keep_overhead
 
     stop.at(job.cancel)
     console = Screen(stderr=True)
-    console.print(plan_summary(plan), soft_wrap=True)
-    with Display(console, plan) as display:
+    fit = partial(wrap, width=console.width if console.is_terminal else ENDLESS)
+    if not shown.quiet:
+        lines = (row for line in plan_summary(plan).splitlines() for row in fit(line))
+        console.print("\n".join(lines), soft_wrap=True)
+    with Display(console, plan, quiet=shown.quiet) as display:
         for event in job.events():
             display.show(event)
     report = job.result().report
     keep_overhead("cpu" if report.on_cpu else "cuda", report.beside_bytes)
-    console.print(report_summary(report), soft_wrap=True)
-    if as_json:
+    if not shown.quiet:
+        console.print("\n".join(fit(report_summary(report))), soft_wrap=True)
+    if shown.as_json:
         planned = plan.to_json() | {"timesteps": report.timesteps}
         say(json.dumps({"plan": planned, "report": report.to_json()}))
     return report

@@ -476,7 +476,9 @@ def _told(cost: transformer.DenoiseCase) -> tuple[str, ...]:
         told.append(f"{cost.windows} windows a step")
     if cost.branches > 1:
         told.append("classifier-free guidance on (two forward passes)")
-    if passes > 1:
+    if passes > 1 and together == 1:
+        told.append(f"each of a step's {passes} forward passes visits the blocks by itself")
+    elif passes > 1:
         shared = "all" if together >= passes else str(together)
         told.append(f"{shared} of a step's {passes} forward passes share each visit of a block")
     told.append(f"cross-attention K/V in {'VRAM' if cost.cross_kv_on_device else 'RAM'}")

@@ -26,12 +26,14 @@ Arguments = Annotated[
     list[str] | None,
     typer.Option(
         "--set", metavar="NAME=VALUE",
-        help="An argument of a diffusers pipeline's call, such as num_frames=121; repeat it.",
+        help="Argument of a diffusers pipeline's call, such as num_frames=121; " "repeat for more.",
     ),
 ]  # fmt: skip
 Activations = Annotated[
     str | None,
-    typer.Option(help="What a diffusers pipeline computes in beside weights (it is rehearsed)."),
+    typer.Option(
+        help="Activation memory of a diffusers pipeline, such as 4GiB (found by a rehearsal)."
+    ),
 ]
 
 _OPTIONS = ("vram", "ram", "device", "format")

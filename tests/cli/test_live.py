@@ -1,4 +1,4 @@
-"""The live view of a job: its lines fit, it follows the events, and it is off where nobody looks."""
+"""The live view of a job: its lines fit, it follows the events, and it is off where nobody is."""
 
 from __future__ import annotations
 

@@ -42,8 +42,8 @@ Loras = Annotated[
     list[str] | None,
     typer.Option(
         "--lora",
-        metavar="FILE[:STRENGTH][@high|low]",
-        help="LoRA file; repeat the option for more.",
+        metavar="FILE",
+        help="LoRA, as FILE[:STRENGTH][@high|low]; repeat the option for more.",
     ),
 ]
 

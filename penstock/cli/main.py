@@ -101,7 +101,7 @@ Steps = Annotated[
 Guidance = Annotated[
     str | None,
     typer.Option(
-        metavar="SCALE[,HIGH]",
+        metavar="SCALE",
         help="Guidance scale (CFG); 1 turns it off. With two transformers "
         "LOW,HIGH: at low noise, at high noise.",
     ),
@@ -117,7 +117,10 @@ Shift = Annotated[
     float | None,
     typer.Option(help="Flow shift of the noise schedule (the model's own, such as 5)."),
 ]
-Sampler = Annotated[SamplerName | None, typer.Option(help="Sampler (the model's own).")]
+Sampler = Annotated[
+    SamplerName | None,
+    typer.Option(metavar="NAME", help="Sampler: unipc, dpm++, euler or lcm (the model's own)."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 Distilled = Annotated[
@@ -137,7 +140,7 @@ Window = Annotated[
 Overlap = Annotated[
     int | None, typer.Option(help="Frames shared by neighbouring windows, 16 to 30 (16).")
 ]
-Force = Annotated[bool, typer.Option(help="Overwrite an existing output file.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing output file.")]
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print notes and errors only, no progress.")
 ]
@@ -228,12 +231,17 @@ def generate(
     ] = None,
     fit: Annotated[
         FitName | None,
-        typer.Option(help="How an image of another aspect ratio than --size is fitted (crop)."),
+        typer.Option(
+            metavar="HOW",
+            help="Fit an image of another aspect ratio than --size: crop, pad or stretch (crop).",
+        ),
     ] = None,
     clip_crop: Annotated[
         ClipCrop | None,
         typer.Option(
-            help="What CLIP sees: all of the image squeezed to a square, or its centre (squash)."
+            metavar="HOW",
+            help="CLIP sees all of the image squeezed to a square, or its centre: squash or center"
+            " (squash).",
         ),
     ] = None,
     window: Window = None,
@@ -338,7 +346,10 @@ def resume(
     lora: Loras = None,
     options: Options = NOTHING,
     allow_nonidentical: Annotated[
-        bool, typer.Option(help="Resume even if the result will not be bit-identical.")
+        bool,
+        typer.Option(
+            "--allow-nonidentical", help="Resume even if the result will not be bit-identical."
+        ),
     ] = False,
     force: Force = False,
     as_json: Json = False,

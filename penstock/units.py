@@ -34,7 +34,7 @@ def parse_bytes(text: str | int) -> int:
     value = text if type(text) is int else _from_words(text)
     if not 0 < value <= MOST_BYTES:
         raise UsageError(
-            "a size must be positive, and one that can exist",
+            "size out of range",
             expected=f"1 byte to {MOST_BYTES:,} bytes",
             found=brief(text),
         )

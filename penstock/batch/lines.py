@@ -113,12 +113,12 @@ def read_lines(
             name = _name_of(given, name)
             first = names.setdefault(name.casefold(), number)  # some disks do not tell a from A
             if first != number:
-                raise UsageError("two lines have this id", found=f"{name} in line {first}")
+                raise UsageError("two lines have the same id", found=f"{name} in line {first}")
             good.append(_line(number, name, given, path.absolute().parent, model, tuple(loras)))
         except PenstockError as error:
             bad.append(BadLine(number, name, error))
     if not good and not bad:
-        raise UsageError("the list is empty", expected="a request a line", found=str(path))
+        raise UsageError("the list is empty", expected="one request per line", found=str(path))
     return good, bad
 
 
@@ -126,9 +126,9 @@ def _parsed(raw: bytes) -> dict[str, Any]:
     try:
         given = json.loads(raw, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
-        raise UsageError("it is no JSON", found=str(error)) from error
+        raise UsageError("not valid JSON", found=str(error)) from error
     if not isinstance(given, dict):
-        raise UsageError("it is no request", expected="a JSON object", found=brief(given))
+        raise UsageError("not a request", expected="a JSON object", found=brief(given))
     found: dict[str, Any] = {}
     for key, value in given.items():
         word = key.replace("-", "_")
@@ -144,7 +144,7 @@ def _parsed(raw: bytes) -> dict[str, Any]:
 
 
 def _no_number(word: str) -> float:
-    raise ValueError(f"{word} is no number of JSON's")
+    raise ValueError(f"{word} is not a JSON number")
 
 
 def _name_of(given: Mapping[str, Any], otherwise: str) -> str:
@@ -167,7 +167,7 @@ def _line(
 ) -> Line:
     model = _checked(given, "model", (str,), model)
     if not model:
-        raise UsageError("it names no model", expected='"model" in the line, or --model')
+        raise UsageError("the line names no model", expected='"model" in the line, or --model')
     loras = _loras(given, folder, loras)
     settings = _settings(given, folder)
     facts = {**vars(settings), "model": model, "loras": loras, "name": name}
@@ -185,14 +185,16 @@ def _settings(given: Mapping[str, Any], folder: Path) -> Settings:
         if value is not None:
             values[word] = folder / Path(value).expanduser() if word in _PATHS else value
     if "prompt" not in values and "after" not in values:
-        raise UsageError("it says not what to show", expected='"prompt"')
+        raise UsageError("the prompt is missing", expected='"prompt"')
     low = _checked(given, "guidance_low", (int, float))
     if low is not None:  # the server's word for it: the first scale is for much noise
         values["guidance_high"] = _checked(given, "guidance_scale", (int, float), low)
         values["guidance_scale"] = low
     width, height = (_checked(given, word, (int,)) for word in ("width", "height"))
     if (width is None) != (height is None) or (width is not None and "size" in values):
-        raise UsageError("half a size, or two", expected='"size", or "width" and "height"')
+        raise UsageError(
+            "the size is incomplete or given twice", expected='"size", or "width" and "height"'
+        )
     if width is not None:
         values["size"] = f"{width}x{height}"
     return Settings(**({"prompt": ""} | values))
@@ -205,7 +207,7 @@ def _loras(given: Mapping[str, Any], folder: Path, otherwise: tuple[str, ...]) -
     words = value if isinstance(value, list) else [value]
     if not all(isinstance(word, str) and word for word in words):
         expected = '"FILE:STRENGTH", or a list of such'
-        raise UsageError("no LoRA", expected=expected, found=brief(value))
+        raise UsageError("not a LoRA", expected=expected, found=brief(value))
     return tuple(_lora(word, folder) for word in words)
 
 

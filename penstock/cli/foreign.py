@@ -84,7 +84,7 @@ def own_only(arguments: list[str] | None, activations: str | None, debug: bool) 
         for flag, value in (("--set", arguments), ("--activations", activations)):
             if value:
                 raise UsageError(
-                    f"{flag} is for diffusers pipelines that penstock has no code for",
+                    f"{flag} is only for pipelines that diffusers runs",
                     expected="the model's own flags: --prompt, --size, --frames, --steps, ...",
                     found=f"{flag} {value[0] if isinstance(value, list) else value}",
                 )
@@ -158,7 +158,7 @@ def _check_understood(options: Options, strange: Mapping[str, Any]) -> None:
     for flag, value in {**strange, **others}.items():
         if value is not None:
             raise UsageError(
-                f"{flag} means nothing to a diffusers pipeline that penstock has no code for",
+                f"{flag} is not supported for a pipeline that diffusers runs",
                 expected="--set NAME=VALUE, --vram, --ram, --device, --format, --activations",
                 found=flag,
             )

@@ -167,7 +167,9 @@ class Prepared:
             return cls.reopen(opening, machine=machine, cache=cache)
         if loras:
             raise UsageError(
-                "a LoRA is checked against a model's files", expected="--model", found="--synthetic"
+                "a LoRA can only be checked against a model's files",
+                expected="--model",
+                found="--synthetic",
             )
         return cls._of_description(synthetic, options, machine)
 
@@ -293,7 +295,7 @@ def machine_of(
         return replace(options, ram=None), described(card, ram, disk)
     if disk is not None:
         raise UsageError(
-            "--disk describes a machine that is not there",
+            "--disk describes another machine's disk",
             expected="--card as well",
             remedy="penstock doctor measures this machine's own disk.",
         )

@@ -53,7 +53,7 @@ def torch_dtype(tag: str) -> torch.dtype:
     """
     if tag not in TORCH_NAMES:
         raise TensorMismatch(
-            "no torch type holds these elements",
+            "no torch dtype holds these elements",
             expected=", ".join(TORCH_NAMES),
             found=tag,
             remedy="Packed types are read as bytes and unpacked by their format.",

@@ -46,7 +46,7 @@ def stranger(path: Path, start: bytes, size: int) -> HeaderError | None:
         return HeaderError(
             f"{path} begins with nothing but zeros",
             expected="safetensors or GGUF",
-            found="room for a download that has not come",
+            found="space for a download that has not arrived",
             remedy="Let the download finish, or start it again.",
         )
     return None

@@ -107,7 +107,7 @@ def find_card(name: str) -> Card:
     found = fitting if len(fitting) == 1 else plain
     if len(found) != 1:
         raise ProfileError(
-            "unknown card" if not found else "several cards are called that",
+            "unknown card" if not found else "several cards match this name",
             expected="one of " + ", ".join(card.name for card in found or known),
             found=brief(name),
         )

@@ -174,7 +174,7 @@ def load(name: str, folder: Path | None = None) -> Profile:
         folder: of the user's own profiles; by default in the config directory.
 
     Raises:
-        ProfileError: there is none, or the file is no profile.
+        ProfileError: there is none, or the file is not a profile.
     """
     if name == AUTO:
         policy = Policy(disk="spare")
@@ -215,7 +215,9 @@ def _text(path: Path) -> str:
         size = path.stat().st_size
         if size > _MAX_BYTES:
             raise ProfileError(
-                f"{path} is no profile", expected=f"at most {_MAX_BYTES:,} bytes", found=f"{size:,}"
+                f"{path} is not a profile",
+                expected=f"at most {_MAX_BYTES:,} bytes",
+                found=f"{size:,}",
             )
         return read_regular(path).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -237,7 +239,7 @@ def parse(name: str, text: str, path: Path) -> Profile:
     try:
         return _parse(name, text, path)
     except (ValueError, OverflowError, RecursionError, UsageError) as error:
-        raise ProfileError(f"{path} is no profile", found=str(error)) from error
+        raise ProfileError(f"{path} is not a profile", found=str(error)) from error
 
 
 def _parse(name: str, text: str, path: Path) -> Profile:

@@ -112,7 +112,7 @@ class PlanFields(BaseModel):
         if self.guidance_scale_2 is not None:
             if low is None:
                 raise RequestError(
-                    "guidance_scale_2 is said alone",
+                    "guidance_scale_2 needs guidance_scale",
                     expected="guidance_scale, of the first transformer, with it",
                     found="none",
                 )
@@ -144,7 +144,7 @@ class PlanFields(BaseModel):
         }
         if said:
             raise RequestError(
-                "this server does not do that",
+                "this server does not support these fields",
                 expected="the fields of its OpenAPI page (/docs)",
                 found=", ".join(sorted(said))[:200],
                 remedy="Leave it out",
@@ -152,12 +152,20 @@ class PlanFields(BaseModel):
 
     def _size(self) -> str | None:
         if (self.width is None) != (self.height is None):
-            raise RequestError("half a size", expected="width and height", found="one of them")
+            raise RequestError(
+                "width and height must be given together",
+                expected="width and height",
+                found="one of them",
+            )
         if self.width is None:
             return self.size
         both = f"{self.width}x{self.height}"
         if self.size not in (None, both):
-            raise RequestError("two sizes", expected="one", found=f"{self.size} and {both}"[:80])
+            raise RequestError(
+                "size cannot be combined with width and height",
+                expected="one",
+                found=f"{self.size} and {both}"[:80],
+            )
         return both
 
     @property

@@ -56,7 +56,7 @@ async def _serve(
         service = Service(settings, workers)
     except JobLocked as error:
         raise UsageError(
-            "another server has this folder",
+            "another server is using this folder",
             expected="a folder of its own for each",
             found=f"{settings.folder}, {error.found}",
             remedy="Give --folder another one, or end that server.",
@@ -131,10 +131,10 @@ def bound(settings: ServeSettings) -> Iterator[socket.socket]:
     except OSError as error:
         listener.close()
         raise UsageError(
-            f"{settings.host}:{settings.port} cannot be listened at",
+            f"{settings.host}:{settings.port} cannot be listened on",
             expected="a free port of this machine",
             found=error.strerror,
-            remedy="Choose another --port, or end what has it.",
+            remedy="Choose another --port, or stop what uses it.",
         ) from error
     with listener:
         yield listener

@@ -125,7 +125,7 @@ class Queue(Closing):
                 found = connection.execute("PRAGMA user_version").fetchone()[0]
                 if found not in (0, _VERSION):
                     raise StorageError(
-                        f"{path} is another version's",
+                        f"{path} was made by another version",
                         expected=str(_VERSION),
                         found=str(found),
                         remedy="Give the server another folder.",

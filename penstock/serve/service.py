@@ -308,7 +308,7 @@ class Service:
             folder.mkdir()
         except OSError as error:
             raise StorageError(
-                "the server cannot keep the request", found=error.strerror
+                "the server cannot store the request", found=error.strerror
             ) from error
         try:
             yield
@@ -336,7 +336,9 @@ class Service:
             return None
         if first:
             raise RequestError(
-                "two beginnings", expected="input_reference or continue_from", found="both"
+                "input_reference and continue_from cannot be used together",
+                expected="input_reference or continue_from",
+                found="both",
             )
         before = self.finished(asked.continue_from)
         await asyncio.to_thread(_linked, before, folder / BEFORE)
@@ -516,7 +518,7 @@ def _kept(path: Path, data: bytes) -> None:
     try:
         keep(path, data)
     except OSError as error:
-        raise StorageError("the server cannot keep the picture", found=error.strerror) from error
+        raise StorageError("the server cannot store the picture", found=error.strerror) from error
 
 
 def _linked(before: Path, path: Path) -> None:

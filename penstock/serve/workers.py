@@ -75,15 +75,15 @@ def devices_of(text: str) -> list[Device]:
         match = _DEVICE.fullmatch(word.strip().lower())
         if match is None:
             raise UsageError(
-                "no list of devices", expected='such as "0,1" or "cpu,cpu"', found=text
+                "not a list of devices", expected='such as "0,1" or "cpu,cpu"', found=text
             )
         index = None if match[1] is None else int(match[1])
         found.append(Device("cpu" if index is None else f"cuda:{index}", index))
     cards = [device.index for device in found if device.index is not None]
     if len(set(cards)) < len(cards):
-        raise UsageError("a card is named twice", expected="each once", found=text)
+        raise UsageError("a GPU is listed twice", expected="each once", found=text)
     if 0 < len(cards) < len(found):
-        raise UsageError("cards and the CPU together", expected="either of them", found=text)
+        raise UsageError("GPUs and the CPU cannot be mixed", expected="either of them", found=text)
     return found
 
 
@@ -157,12 +157,14 @@ class Crowd:
         """From what flags say.
 
         Raises:
-            UsageError: no list of devices, or cards by number with Ray, which chooses itself.
+            UsageError: not a list of devices, or cards by number with Ray, which chooses itself.
         """
         found = None if devices is None else devices_of(devices)
         if ray is not None and found is not None and found[0].index is not None:
             raise UsageError(
-                "Ray finds the cards itself", expected='--devices "cpu,cpu", or none', found=devices
+                "--devices cannot list GPUs with --ray: Ray finds them",
+                expected='--devices "cpu,cpu", or none',
+                found=devices,
             )
         return cls(found, ray)
 

@@ -199,7 +199,9 @@ def _write(
         return _write_pictures(pictures, output, overwrite)
     if output.suffix.lower() == PICTURE:
         raise OutputError(
-            "a video is no picture", expected="a name that ends in .mp4", found=str(output)
+            "the result is a video, not an image",
+            expected="a name that ends in .mp4",
+            found=str(output),
         )
     samples = _first(made, "audio", "audios")
     sound = None if samples is None else Sound(_flat(samples), _sound_rate(made, pipe))
@@ -251,7 +253,9 @@ def _write_pictures(pictures: Any, output: Path, overwrite: bool) -> tuple[list[
 
     if output.suffix.lower() != PICTURE:
         raise OutputError(
-            "pictures are no video", expected="a name that ends in .png", found=str(output)
+            "the result is images, not a video",
+            expected="a name that ends in .png",
+            found=str(output),
         )
     files = []
     for number, each in enumerate(pictures, 1):

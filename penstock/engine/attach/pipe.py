@@ -434,7 +434,7 @@ def _check_whole_folder(model: ModelFiles, path: str | Path, files: Files | None
     if files is None and index_of(Path(path)) is not None:
         return
     raise NotRun(
-        f"{model.origin} is no model that load_pipeline opens from files of their own",
+        f"{model.origin} is not a model that load_pipeline opens from files of their own",
         expected="a folder of diffusers, or Wan2.1 text-to-video or image-to-video",
         found=model.streamed.source.title,
         remedy="Use Engine.open or `penstock generate`, or give a folder of diffusers.",

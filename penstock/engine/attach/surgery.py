@@ -187,7 +187,7 @@ def _find(module: nn.Module, path: str) -> nn.ModuleList:
         return found
     near = get_close_matches(path, lists, n=1, cutoff=0.0) if lists else []
     raise UsageError(
-        f"{path!r} is no list of blocks of this {type(module).__name__}",
+        f"{path!r} is not a list of blocks of this {type(module).__name__}",
         expected=", ".join(f"{name!r} ({count})" for name, count in lists.items())
         or "a module with an nn.ModuleList",
         found="nothing of that name" if found is None else type(found).__name__,

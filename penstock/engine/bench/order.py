@@ -77,7 +77,9 @@ class BenchOrder:
                 found="neither" if self.model is None else "both",
             )
         if self.model is not None and self.blocks is not None:
-            raise UsageError("a model has the blocks it has", expected="--blocks with --synthetic")
+            raise UsageError(
+                "--blocks needs a synthetic model", expected="--blocks with --synthetic"
+            )
         if not 0 < self.minutes < _MOST_MINUTES:
             raise UsageError(
                 "illegal --minutes", expected="above 0, and finite", found=brief(self.minutes)

@@ -205,9 +205,9 @@ def _derived(
         if not silent:
             raise
         raise TensorMismatch(
-            f"{raw.path} does not tell its shapes",
+            f"{raw.path} does not determine its shapes",
             expected="the model's config.json beside it",
-            found=f"{silent[0]} in {weights[silent[0]].label}, whose groups tell none",
+            found=f"{silent[0]} in {weights[silent[0]].label}, whose groups do not determine them",
             remedy="Put the file into a folder with the config.json of the same model.",
         ) from error
 
@@ -276,7 +276,7 @@ def _place(named: _Named, key: str, target: str | None, entry: TensorEntry) -> N
     for name, part in _parts(target, entry):
         if name in named.entries:
             raise CheckpointError(
-                f"{entry.file} holds one tensor under two names",
+                f"{entry.file} holds one tensor twice, under two names",
                 expected=f"one {name}",
                 found=f"{named.entries[name].name} and {key}",
             )

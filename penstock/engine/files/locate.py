@@ -132,7 +132,9 @@ def locate(model: str | Path | None, files: Files | None = None, *, fetch: Fetch
 def _locate(model: str | Path | None, files: Files, fetch: Fetch) -> ModelSource:
     if model is None:
         if files.transformer is None:
-            raise UsageError("no model", expected="--model, or --transformer with the other parts")
+            raise UsageError(
+                "no model was given", expected="--model, or --transformer with the other parts"
+            )
         return _assemble(str(files.transformer), _Found(), files)
     path = Path(model).expanduser()
     if path.is_dir():
@@ -194,7 +196,9 @@ class _Found:
 def _with_transformer(path: Path, files: Files) -> Files:
     if files.transformer not in (None, path):
         raise UsageError(
-            "two transformers", expected="one", found=f"--model {path} and --transformer"
+            "the transformer was given twice",
+            expected="one",
+            found=f"--model {path} and --transformer",
         )
     return replace(files, transformer=path)
 
@@ -288,7 +292,7 @@ def _original(folder: Path) -> _Found:
     pickles = tuple(p for p in sorted(folder.iterdir()) if p.suffix in PICKLES)
     if not (index or loose or pickles or places.get(SECOND)):
         raise CheckpointError(
-            f"{folder} is no model folder",
+            f"{folder} is not a model folder",
             expected="model_index.json (diffusers), models/diffusion_models (ComfyUI) or "
             "Wan's own files",
             found=", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "an empty folder",
@@ -424,7 +428,7 @@ def _named(name: str, given: Path, found: _Found) -> Path:
 def _check_kind(name: str, source: ComponentSource) -> None:
     if source.component != (FIRST if name == SECOND else name):
         raise CheckpointError(
-            f"{source.raw.path} is no {name.replace('_', ' ')}",
+            f"{source.raw.path} is not a {name.replace('_', ' ')}",
             expected=f"the {name.replace('_', ' ')} of a Wan2.1 model",
             found=f"a {source.kind.label} ({source.title})",
             remedy=f"Give it with {_FLAGS[source.component]}.",

@@ -88,7 +88,7 @@ class Lora:
             )
         if self.expert not in (None, *EXPERTS):
             raise UsageError(
-                f"{self.path} is for no such transformer",
+                f"{self.path} names an unknown transformer",
                 expected=" or ".join(EXPERTS),
                 found=brief(self.expert),
             )
@@ -316,7 +316,7 @@ def open_lora(path: Path) -> LoraFile:
         entries, metadata, stamps = dict(found), dict(found.metadata), dict(found.files)
     if not is_lora(entries):
         raise CheckpointError(
-            f"{path} is no LoRA",
+            f"{path} is not a LoRA",
             expected="tensors such as ...lora_A.weight, ...lora_down.weight or ...diff",
             found=next(iter(entries), "no tensors"),
             remedy="A model's own file goes to --model or --transformer.",

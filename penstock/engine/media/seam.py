@@ -57,7 +57,7 @@ class Clip:
         for last in read_frames(path):  # noqa: B007 (the last one is wanted)
             count += 1
         if last is None:
-            raise VideoError("a video to go on from has no frames", found=str(path))
+            raise VideoError("the video to continue has no frames", found=str(path))
         return cls(path, last, count, float(frame_rate_of(path)), settings)
 
     @property
@@ -114,13 +114,13 @@ def joined(before: Path, made: Iterable[Pixels]) -> Iterator[Pixels]:
     for last in read_frames(before):
         if last.shape != first.shape:
             raise VideoError(
-                "the video to go on from has frames of another size",
+                "the video to continue has frames of another size",
                 expected=f"{first.shape[1]}x{first.shape[0]}",
                 found=f"{last.shape[1]}x{last.shape[0]}, {before}",
             )
         yield last
     if last is None:
-        raise VideoError("a video to go on from has no frames", found=str(before))
+        raise VideoError("the video to continue has no frames", found=str(before))
     second = next(frames, None)
     if second is None:
         return

@@ -144,9 +144,7 @@ def _same_file(one: Path, other: Path) -> bool:
 
 def _check_vacant(path: Path, overwrite: bool) -> None:
     if path.is_symlink() and not path.exists():
-        raise OutputError(
-            "the output is a link that leads nowhere", expected="a file name", found=str(path)
-        )
+        raise OutputError("the output is a broken link", expected="a file name", found=str(path))
     if path.exists() and not path.is_file():
         raise OutputError(
             "the output is not a file", expected="a file name", found=f"{path}, which is none"

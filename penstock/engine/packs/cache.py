@@ -160,7 +160,7 @@ def remove_pack(cache: Path, name: str, ops: FileOps | None = None) -> int:
             lock.release()
     if foreign:
         raise StorageError(
-            f"{found.path} stays: it holds files that are no pack's",
+            f"{found.path} was kept: it holds files that do not belong to a pack",
             found=", ".join(sorted(foreign)[:5]),
             remedy="The pack itself has been removed.",
         )

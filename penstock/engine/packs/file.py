@@ -163,7 +163,7 @@ class PackFile:
 def _about(path: Path, header: Header) -> dict[str, Any]:
     if PACK_METADATA not in header.metadata or SUMS not in header.tensors:
         raise CheckpointError(
-            f"{path} is no pack", expected="a file made by penstock pack", found="another file"
+            f"{path} is not a pack", expected="a file made by penstock pack", found="another file"
         )
     try:
         about: dict[str, Any] = parse_object(header.metadata[PACK_METADATA], str(path))

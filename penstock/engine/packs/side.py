@@ -103,7 +103,7 @@ def _tokenizer(tokenizer: Path | TensorEntry) -> Iterator[tuple[str, bytes]]:
 def _small(path: Path) -> bytes:
     if path.stat().st_size > _LARGEST_BYTES:
         raise CheckpointError(
-            f"{path} is no tokenizer file",
+            f"{path} is not a tokenizer file",
             expected="64 MiB at most",
             found=f"{path.stat().st_size}",
         )

@@ -155,7 +155,7 @@ class GenerationRequest:
                 "this sampler cannot take the noise levels of a distilled model",
                 expected="lcm or euler",
                 found=self.sampler,
-                remedy="Leave the sampler open, or do without distilled",
+                remedy="Leave --sampler or --distilled out",
             )
 
     def _check_texts(self) -> None:
@@ -175,7 +175,7 @@ class GenerationRequest:
                 "the prompt is empty",
                 expected="a description of the video",
                 found=brief(self.prompt),
-                remedy="Say what should happen, e.g. 'the cat turns its head and yawns'",
+                remedy="Describe the video, e.g. 'the cat turns its head and yawns'",
             )
         for name, image in (("image", self.image), ("last image", self.last_image)):
             if image is not None and not isinstance(image, Path):
@@ -187,7 +187,7 @@ class GenerationRequest:
                 )
         if self.last_image is not None and self.image is None and not self.grid.ends_alone:
             raise RequestError(
-                "a video that ends with a picture starts from one too",
+                "a last image needs a first image",
                 expected="an image",
                 found="a last image alone",
                 remedy="Give one with --image (image=Path(...))",
@@ -226,7 +226,7 @@ class GenerationRequest:
             )
         if max(self.guidance_scales) > 1:
             raise RequestError(
-                "normalized attention guidance is for a job without classifier-free guidance",
+                "normalized attention guidance cannot be combined with classifier-free guidance",
                 expected="a guidance scale of 1",
                 found=str(self.guidance_scale),
                 remedy="Give --cfg 1 as well, or leave --nag out",
@@ -357,15 +357,15 @@ def check_pictures(request: GenerationRequest, wanted: Pictures) -> None:
         check_task(request, image_to_video=wanted.first == "must")
     if wanted.last == "must" and request.last_image is None:
         raise RequestError(
-            "this model makes what lies between two pictures",
-            expected="an image to end with",
+            "this model needs a first and a last image",
+            expected="a last image",
             found="none",
             remedy="Give one with --last-image (last_image=Path(...)), or use an image-to-video "
             "model",
         )
     if wanted.last == "none" and request.last_image is not None:
         raise RequestError(
-            "this model does not take the picture that a video ends with",
+            "this model does not take a last image",
             expected="no last image",
             found=str(request.last_image),
             remedy="Leave --last-image out, or use a model that takes it (Wan2.1 FLF2V, Wan2.2 "

@@ -99,7 +99,7 @@ class JobQueue:
         if not self._turn.acquire(blocking=False):
             raise UsageError(
                 "a job is running",
-                expected="an engine at rest",
+                expected="an idle engine",
                 remedy="Cancel the job, or wait for it, and unload then.",
             )
         try:

@@ -298,7 +298,7 @@ def remove_job(folder: Path) -> None:
         lock.release()
     if contents.foreign:
         raise JournalError(
-            f"{folder} stays: it holds files that penstock did not make, or that are damaged",
+            f"{folder} was kept: it holds files that penstock did not make, or that are damaged",
             found=contents.shown,
             remedy="The rest of the job has been removed.",
         )

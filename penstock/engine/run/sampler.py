@@ -108,7 +108,7 @@ class Sampler:
         """
         if i != self.next_step or i >= len(self.timesteps):
             raise UsageError(
-                "a sampler's steps are taken once and in order",
+                "sampler steps must be taken once and in order",
                 expected=f"step {self.next_step} of {len(self.timesteps)}",
                 found=f"step {i}",
             )

@@ -412,7 +412,7 @@ class Journal(Closing):
         for key, value in self._metadata(**items).items():
             if metadata.get(key) != value:
                 raise JournalError(
-                    "the file belongs to something else",
+                    "the file belongs to another job",
                     expected=f"{key} {value}",
                     found=str(metadata.get(key)),
                 )

@@ -137,9 +137,9 @@ def _opened(path: Path) -> int:
         return descriptor
     os.close(descriptor)
     raise StorageError(
-        f"{path} is no lock of penstock's",
+        f"{path} is not a lock of penstock",
         expected="an empty file, or a process id in it",
-        found="somebody's file of that name",
+        found="another file of that name",
         remedy="Move it away.",
     )
 
@@ -155,7 +155,7 @@ def _refusal(path: Path, error: OSError, owner: str) -> JobLocked | StorageError
     if error.errno in _HELD:
         return JobLocked(
             f"another process is working on {path.parent}",
-            expected="a job that nobody works on",
+            expected="a job that no process is working on",
             found=f"process {owner or 'unknown'}",
             remedy="Wait for it, or stop it; what it has done so far is kept.",
         )

@@ -125,8 +125,8 @@ class Sums:
                 return FileSum(sum_, after.size)
         raise CheckpointChanged(
             f"{path} changes while it is read",
-            expected="a file that keeps still",
-            found="other times or other bytes each time",
+            expected="a file that does not change",
+            found="different times or bytes at each read",
             remedy="Let downloads and copies finish, and start again.",
         )
 

@@ -177,12 +177,12 @@ def test_no_model_and_other_models(tmp_path, model):
         locate(None)
     with pytest.raises(CheckpointError, match="does not exist"):
         locate(tmp_path / "none")
-    with pytest.raises(CheckpointError, match="no model folder"):
+    with pytest.raises(CheckpointError, match="not a model folder"):
         locate(tmp_path)
     for index, word in (
         ({"_class_name": "FluxPipeline"}, "another kind"),
         ({"_class_name": "WanPipeline", "transformer_2": ["diffusers", "X"]}, "transformer_2/"),
-        ({"_class_name": "WanPipeline", "expand_timesteps": True}, "no transformer"),
+        ({"_class_name": "WanPipeline", "expand_timesteps": True}, "not a transformer"),
         ({"_class_name": "WanVACEPipeline"}, "another kind.*WanVACEPipeline"),
     ):
         (tmp_path / "model_index.json").write_text(json.dumps(index))

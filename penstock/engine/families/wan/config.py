@@ -142,7 +142,7 @@ def check_transformer(where: str, config: Mapping[str, Any]) -> None:
         raise not_run(where, name)
     if (config["in_channels"], config["out_channels"]) not in ((16, 16), (36, 16), (48, 48)):
         raise CheckpointError(
-            f"{where} is no transformer of Wan that is run",
+            f"{where} is not a transformer of Wan that penstock runs",
             expected="16 input channels (T2V) or 36 (I2V), and 16 that it gives; or 48 and 48 (5B)",
             found=f"{config['in_channels']} and {config['out_channels']}",
             remedy="Fun and VACE models of Wan2.1 and Wan2.2 are not supported.",
@@ -212,7 +212,7 @@ def derive_vae(shapes: ShapesOf) -> dict[str, Any]:
         return _derive_residual_vae(shapes, base)
     if latent != 16:
         raise CheckpointError(
-            f"{shapes.where} is no VAE of Wan2.1 or Wan2.2",
+            f"{shapes.where} is not a VAE of Wan2.1 or Wan2.2",
             expected="16 latent channels, or 48",
             found=str(latent),
             remedy="Give the model's own VAE.",

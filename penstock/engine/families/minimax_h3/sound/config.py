@@ -60,7 +60,7 @@ def check(where: str, config: Mapping[str, Any]) -> None:
     for fits, told in needs:
         if not fits:
             raise CheckpointError(
-                f"{where} is no audio VAE of MiniMax-H3",
+                f"{where} is not an audio VAE of MiniMax-H3",
                 expected=told,
                 found="other values",
                 remedy="The config is damaged, or of another model: copy it again",

@@ -126,7 +126,7 @@ def _check_tower(where: str, known: Mapping[str, Any], tower: Mapping[str, Any])
 
 def _unfit(where: str, expected: str, found: str) -> CheckpointError:
     return CheckpointError(
-        f"{where} is no text encoder of MiniMax-H3",
+        f"{where} is not a text encoder of MiniMax-H3",
         expected=expected,
         found=found,
         remedy="Use the Qwen3-VL that the model came with.",

@@ -90,7 +90,7 @@ def check(where: str, config: Mapping[str, Any]) -> None:
     for fits, told in needs:
         if not fits:
             raise CheckpointError(
-                f"{where} is no video VAE of MiniMax-H3",
+                f"{where} is not a video VAE of MiniMax-H3",
                 expected=told,
                 found="other values",
                 remedy="The config is damaged, or of another model: copy it again",
@@ -107,7 +107,7 @@ def derive(shapes: ShapesOf) -> dict[str, Any]:
     width, latent = shapes.of("decoder.proj_in.weight", 2)
     if latent != len(_MEAN):
         raise CheckpointError(
-            f"{shapes.where} is no video VAE of MiniMax-H3",
+            f"{shapes.where} is not a video VAE of MiniMax-H3",
             expected=f"{len(_MEAN)} latent channels",
             found=str(latent),
             remedy="Put the model's config.json beside the file.",

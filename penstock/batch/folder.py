@@ -53,15 +53,15 @@ class OutputFolder(Closing):
         self._lock.remove()
 
     def place_of(self, line: Line) -> Path:
-        """Where a request is worked on."""
+        """Return where a request is worked on."""
         return self.path / "jobs" / f"{line.name}-{line.digest[:12]}"
 
     def output_of(self, line: Line) -> Path:
-        """Where its video goes."""
+        """Return where its video goes."""
         return self.path / f"{line.name}.mp4"
 
     def is_done(self, line: Line) -> bool:
-        """Whether its video is there, which is noted now if it was not.
+        """Return whether its video is there, which is noted now if it was not.
 
         Raises:
             UsageError: something else was made under its name.
@@ -98,7 +98,7 @@ class OutputFolder(Closing):
         return dict(record.facts.get("report", {}))
 
     def step_of(self, line: Line) -> int | None:
-        """The last step that is kept of a request; None where nothing of it is begun."""
+        """Return the last step that is kept of a request; None where nothing of it is begun."""
         journal = self.place_of(line) / JOURNAL
         if not journal.is_dir():
             return None

@@ -85,7 +85,7 @@ class BadLine:
 def read_lines(
     path: Path, model: str | None, loras: Sequence[str] = ()
 ) -> tuple[list[Line], list[BadLine]]:
-    """The lines of a list, and those that are no request; blank ones are left out.
+    """Read the lines of a list, and those that are no request; blank ones are left out.
 
     Args:
         path: of the list. Paths in it count from its folder.
@@ -212,7 +212,7 @@ def _loras(given: Mapping[str, Any], folder: Path, otherwise: tuple[str, ...]) -
 
 
 def _lora(word: str, folder: Path) -> str:
-    """``word`` with its file's place made absolute, where that is a path from ``folder``."""
+    """Return ``word`` with its file's place made absolute, where that is a path from ``folder``."""
     path = Lora.parse(word).path
     there = folder / path.expanduser()
     return f"{there}{word.removeprefix(str(path))}" if there.exists() else word
@@ -233,7 +233,7 @@ Check = Callable[[Line], None]
 
 
 def sorted_out(lines: Sequence[Line], check: Check) -> tuple[list[Line], list[BadLine]]:
-    """The lines that pass ``check``, in the order given, and the others."""
+    """Return the lines that pass ``check``, in the order given, and the others."""
     good: list[Line] = []
     bad: list[BadLine] = []
     for line in lines:

@@ -80,7 +80,7 @@ class Results:
             ) from error
 
     def last(self, name: str) -> Result | None:
-        """What was last said of a request."""
+        """Return what was last said of a request."""
         return self._last.get(name)
 
     def add(self, result: Result) -> None:

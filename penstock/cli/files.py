@@ -100,7 +100,7 @@ def refusals_shown(machine: str, plain: bool) -> Iterator[None]:
 
 
 def _told(error: OSError) -> str:
-    """What the system refused, and for which file."""
+    """Return what the system refused, and for which file."""
     names = [os.fsdecode(each) for each in (error.filename, error.filename2) if each is not None]
     reason = error.strerror or str(error) or type(error).__name__
     return f"{' and '.join(map(str, names))}: {reason}" if names else reason

@@ -58,7 +58,7 @@ class Given:
     activations: str | None
 
     def words(self) -> list[str]:
-        """All of it as ``name=value``."""
+        """Return all of it as ``name=value``."""
         width, _, height = (self.size or "").lower().partition("x")
         flags = {
             "prompt": self.prompt, "negative_prompt": self.negative, "image": self.image,
@@ -71,7 +71,7 @@ class Given:
 
 
 def is_foreign(model: str | None) -> bool:
-    """Whether ``model`` is a folder of a pipeline that no family of penstock's runs."""
+    """Return whether ``model`` is a folder of a pipeline that no family of penstock's runs."""
     from penstock.engine.attach.routing import is_foreign as found
 
     with reported(debug=False):
@@ -220,7 +220,8 @@ _COLUMNS = (
 
 
 def _network(each: Any) -> tuple[str, ...]:
-    """Its weights, how many blocks stream, what lies outside them, and what computing takes."""
+    """Return its weights, how many blocks stream, what lies outside them, and what computing
+    takes."""
     return (
         each.name.replace("_", " "),
         format_bytes(each.weight_bytes),
@@ -233,7 +234,7 @@ def _network(each: Any) -> tuple[str, ...]:
 
 
 def report_text(report: Any) -> str:
-    """One line about what was made."""
+    """Describe what was made in one line."""
     return (
         f"wrote {printable(', '.join(report.outputs))}: {report.frames} frames, "
         f"seed {report.seed}, {report.seconds:.1f} s, "

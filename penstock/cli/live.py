@@ -36,7 +36,7 @@ _COLOURED = ("truecolor", "256")
 
 
 def shows_pictures(console: Console) -> bool:
-    """Whether a preview can be drawn: a terminal with 256 colours or more, and UTF-8."""
+    """Return whether a preview can be drawn: a terminal with 256 colours or more, and UTF-8."""
     coloured = console.color_system in _COLOURED and not console.no_color
     return console.is_terminal and coloured and console.encoding.startswith("utf")
 
@@ -99,7 +99,7 @@ class LiveView(Closing):
                 self._of(event.phase).ended = event
 
     def _of(self, name: str) -> _Phase:
-        """The phase of that name; one that no plan names comes where it begins."""
+        """Return the phase of that name; one that no plan names comes where it begins."""
         for phase in self._phases:
             if phase.name == name:
                 return phase

@@ -609,7 +609,8 @@ def doctor(
 
 
 def _continued(settings: Any, video: Path, stack: ExitStack) -> Any:
-    """``settings`` to go on from ``video``; its last frame lies in a file until ``stack`` ends."""
+    """Return ``settings`` to go on from ``video``; its last frame lies in a file until ``stack``
+    ends."""
     from PIL import Image
 
     from penstock.engine.media.seam import Clip
@@ -716,7 +717,7 @@ def _watch(job: Any, plan: Any, shown: Shown, stop: Stopping) -> Any:
 def _job_folder(
     engine: Any, request: Any, plan: Any, folder: Path | None, resumes: bool | None
 ) -> tuple[Path, bool]:
-    """Where the job is kept, and whether an unfinished identical one there is continued."""
+    """Return where the job is kept, and whether an unfinished identical one there is continued."""
     from penstock.engine.run.jobs import find_unfinished, new_job_folder
     from penstock.engine.run.stored import request_values
 
@@ -731,7 +732,7 @@ def _job_folder(
 
 
 def _confirmed(question: str) -> bool:
-    """Whether a person says yes; nobody there, or gone meanwhile, means no."""
+    """Return whether a person says yes; nobody there, or gone meanwhile, means no."""
     try:
         return asks_a_person() and typer.confirm(question)
     except typer.Abort:

@@ -93,7 +93,7 @@ def with_options(only: Sequence[str] = tuple(FLAGS), **helps: str) -> Callable[[
 def _around(
     parameters: list[inspect.Parameter],
 ) -> tuple[list[inspect.Parameter], list[inspect.Parameter]]:
-    """The parameters before and after "options", all of them by keyword only."""
+    """Return the parameters before and after "options", all of them by keyword only."""
     place = [each.name for each in parameters].index("options")
     keyword = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
     return keyword[:place], keyword[place + 1 :]

@@ -129,7 +129,7 @@ def _cut(phase: PhasePlan) -> str:
 
 
 def report_summary(report: RunReport) -> str:
-    """One line about a finished job."""
+    """Describe a finished job in one line."""
     return (
         f"wrote {report.output}: {report.frames} frames, {report.width}x{report.height}, "
         f"{_heard(report)}seed {report.seed}, "
@@ -149,7 +149,7 @@ def _heard(report: RunReport) -> str:
 
 
 def _computed(report: RunReport) -> str:
-    """How many steps were computed, where some were skipped."""
+    """Return how many steps were computed, where some were skipped."""
     computed, steps = len(report.computed_steps), len(report.timesteps)
     return f"{computed} of {steps} steps computed, " if 0 < computed < steps else ""
 
@@ -192,7 +192,8 @@ Show = Callable[[Event], None]
 
 @contextmanager
 def pack_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar of bytes that appears with the first call of what is given: (what, done, total)."""
+    """Provide a bar of bytes that appears with the first call of what is given: (what, done,
+    total)."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),

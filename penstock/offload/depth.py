@@ -40,7 +40,7 @@ class QueueDepth:
         self._nbytes, self._seconds = 0, 0.0
 
     def note(self, nbytes: int, seconds: float) -> None:
-        """A block of ``nbytes`` was read at the depth ``now`` in ``seconds``."""
+        """Note that a block of ``nbytes`` was read at the depth ``now`` in ``seconds``."""
         self._nbytes += nbytes
         self._seconds += seconds
         self._left -= 1

@@ -31,7 +31,7 @@ class FileStamp:
 
     @classmethod
     def of(cls, status: os.stat_result) -> FileStamp:
-        """The stamp in a stat result."""
+        """Return the stamp in a stat result."""
         return cls(status.st_size, status.st_mtime_ns, status.st_ino)
 
 
@@ -45,7 +45,7 @@ def check_stamp(path: Path, status: os.stat_result, stamp: FileStamp) -> None:
 
 
 def changed(path: Path, expected: str, found: str) -> CheckpointChanged:
-    """The error for a file that is no longer what it was when it was opened."""
+    """Return the error for a file that is no longer what it was when it was opened."""
     return CheckpointChanged(
         f"{path} changed while it was in use",
         expected=expected,
@@ -189,7 +189,7 @@ def looked_at(path: Path) -> Iterator[None]:
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:
-    """The error for a file that the operating system does not give us."""
+    """Return the error for a file that the operating system does not give us."""
     return CheckpointError(
         f"{path} cannot be read",
         found=error.strerror or str(error),

@@ -85,7 +85,7 @@ class GgufHeader:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether the file begins as a GGUF file does."""
+    """Return whether the file begins as a GGUF file does."""
     with open_regular(path) as file:
         return file.read(len(MAGIC)) == MAGIC
 

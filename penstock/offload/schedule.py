@@ -162,7 +162,7 @@ def _without(blocks: tuple[int, ...] | range, taken: tuple[int, ...]) -> tuple[i
 
 
 def build_schedule(residency: Residency, passes: int) -> Iterator[Op]:
-    """The operations of ``passes`` passes over all blocks, lazily.
+    """Build the operations of ``passes`` passes over all blocks, lazily.
 
     The order is a legal order of execution by itself: read, copy, compute, visit by visit. What an
     operation names is all that it waits for in the other queues; in its own, it waits its turn.
@@ -209,7 +209,7 @@ class _Ring:
         self._taken = 0
 
     def take(self, visit: int) -> tuple[int, tuple[Ref, ...]]:
-        """The next buffer for ``visit``, and what it must wait for."""
+        """Return the next buffer for ``visit``, and what it must wait for."""
         index = self._taken % self._size
         self._taken += 1
         if index == len(self._visits):

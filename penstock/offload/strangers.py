@@ -17,8 +17,8 @@ _SIZE = re.compile(rb"^size (\d{1,20})$", re.M)
 
 
 def stranger(path: Path, start: bytes, size: int) -> HeaderError | None:
-    """The error for a file of ``size`` bytes that begins with ``start``; None if that is nothing
-    known."""
+    """Return the error for a file of ``size`` bytes that begins with ``start``; None if that is
+    nothing known."""
     if start.startswith(_POINTER):
         meant = _SIZE.search(start)
         return HeaderError(

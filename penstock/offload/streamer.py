@@ -202,7 +202,7 @@ class BlockStream(Closing):
         self._mover = self._loop = None
 
     def forward_pass(self) -> Iterator[tuple[int, Tensors]]:
-        """One pass over the blocks: each index with its tensors by local name.
+        """Yield one pass over the blocks: each index with its tensors by local name.
 
         The body of the loop is the computation (on CUDA: issues it, on the current stream, which
         may be another one than before). The tensors are views of a buffer that is filled again
@@ -242,7 +242,8 @@ class BlockStream(Closing):
             self._sure.set_to(self._passes * self.n_blocks)
 
     def _look_ahead(self, visit: int) -> None:
-        """The visit so numbered comes next, and those up to the next pause after it."""
+        """Prefetch for the visit so numbered, which comes next, and those up to the next pause
+        after it."""
         if self._pauses:
             ahead = min((block - visit) % self.n_blocks for block in self._pauses)
             self._sure.set_to(visit + ahead + 1)
@@ -257,7 +258,7 @@ class BlockStream(Closing):
 
     @contextmanager
     def visit(self, block: int) -> Iterator[Tensors]:
-        """The next visit of ``block``: its tensors by local name, until the context ends.
+        """Provide the next visit of ``block``: its tensors by local name, until the context ends.
 
         Visits before it are left out: of these, what has not begun to move does not move, but for
         blocks that stay somewhere, which come whenever their turn is. `forward_pass` cannot go on
@@ -323,7 +324,7 @@ def load_block(
 
 
 def _load(layout: BlockLayout, buffer: Tensor, device: torch.device, host: HostTier) -> None:
-    """A function of its own, so that no name holds the staging buffer after it."""
+    """Read, in a function of its own, so that no name holds the staging buffer after it."""
     with ExitStack() as loading:
         disk = DiskTier()
         loading.callback(disk.close)
@@ -337,7 +338,7 @@ class _Loop(Protocol):
     """Makes sure that a block is there when it is computed with."""
 
     def begin(self, queue: Queue) -> None:
-        """The buffers that ``queue`` (read or copy) fills are there."""
+        """Let ``queue`` (read or copy) begin: the buffers that it fills are there."""
 
     def bring(self, op: Compute) -> None:
         """Return when the computation may be issued."""
@@ -346,10 +347,10 @@ class _Loop(Protocol):
         """Visits from now to this one need not be brought."""
 
     def leave_out(self, ops: Sequence[Compute]) -> None:
-        """These are not computed, and need not be brought."""
+        """Leave these out: they are not computed, and need not be brought."""
 
     def leave(self, op: Compute) -> None:
-        """The computation was issued: its slot may be filled again behind it."""
+        """Leave a visit: its computation was issued, and its slot may be filled again behind it."""
 
     def close(self) -> None:
         """Stop, wherever it is."""
@@ -439,11 +440,11 @@ class _Overlapped:
                 self._link.wait(Queue.COMPUTE, ref)
 
     def announce(self, visit: int) -> None:
-        """What is on its way before it arrives; nothing more sets out."""
+        """Wait for what is on its way; let nothing more set out."""
         self._wanted.since = visit
 
     def leave_out(self, ops: Sequence[Compute]) -> None:
-        """What is not on its way stays where it is; the queues pass these visits as if done: in
+        """Leave what is not on its way where it is; the queues pass these visits as if done: in
         the stream of each an event stands for one, behind all that was issued there before.
 
         The other queues are waited for, so that none ever looks for an event that is forgotten.
@@ -481,7 +482,8 @@ class _Wanted:
         self.since = 0
 
     def moves(self, op: Read | Copy) -> bool:
-        """Whether ``op`` is done. What comes to stay comes once, and later visits count on it."""
+        """Return whether ``op`` is done. What comes to stay comes once, and later visits count on
+        it."""
         comes_to_stay = op.slot is None if isinstance(op, Copy) else op.block in self._stays
         return op.visit >= self.since or comes_to_stay
 
@@ -556,7 +558,7 @@ class _Board:
             raise self._failure
 
     def note_end(self, thread: Future[None]) -> None:
-        """A thread has ended; if by an exception, so does everything else."""
+        """Note that a thread has ended; if by an exception, so does everything else."""
         if thread.exception() is not None:
             with self._changed:
                 self._failure = self._failure or thread.exception()

@@ -41,7 +41,7 @@ class Span:
         return Span(max(0, self.lo - before), min(size, self.hi + after))
 
     def scaled(self, factor: int) -> Span:
-        """The same pixels in a picture ``factor`` times as large."""
+        """Return the same pixels in a picture ``factor`` times as large."""
         return Span(self.lo * factor, self.hi * factor)
 
     def halved(self) -> Span:
@@ -49,11 +49,11 @@ class Span:
         return Span(self.lo // 2, -(-self.hi // 2))
 
     def inside(self, other: Span) -> slice:
-        """Where this span lies in an array that holds ``other``."""
+        """Return where this span lies in an array that holds ``other``."""
         return slice(self.lo - other.lo, self.hi - other.lo)
 
     def convolved(self, output: Span) -> Convolved:
-        """How a 3-wide convolution of this span gives ``output``."""
+        """Return how a 3-wide convolution of this span gives ``output``."""
         valid = output.lo - self.lo >= RADIUS and self.hi - output.hi >= RADIUS
         padding = 0 if valid else RADIUS
         first = self.lo + RADIUS - padding
@@ -83,7 +83,7 @@ class Window:
 
     @classmethod
     def whole(cls, height: int, width: int) -> Window:
-        """All of a picture."""
+        """Return all of a picture."""
         return cls(Span(0, height), Span(0, width))
 
     @property
@@ -92,7 +92,7 @@ class Window:
         return len(self.rows), len(self.cols)
 
     def scaled(self, factor: int) -> Window:
-        """The same rectangle in a picture ``factor`` times as large."""
+        """Return the same rectangle in a picture ``factor`` times as large."""
         return Window(self.rows.scaled(factor), self.cols.scaled(factor))
 
     def inside(self, other: Window) -> tuple[slice, slice]:

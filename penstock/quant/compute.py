@@ -57,7 +57,7 @@ class LinearPath(Protocol):
         """Its name in plans and reports."""
 
     def __call__(self, linear: Operands, x: Tensor) -> Tensor:
-        """``x`` (..., in features) -> (..., out features), in the dtype of ``x``."""
+        """Map ``x`` (..., in features) -> (..., out features), in the dtype of ``x``."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class _Product(Protocol):
 
 
 def _operands(linear: Operands) -> tuple[Tensor, Tensor]:
-    """The 8-bit weight and its rows' scales: fp32, contiguous, (1, rows)."""
+    """Return the 8-bit weight and its rows' scales: fp32, contiguous, (1, rows)."""
     if not isinstance(linear.format, Scaled8):
         raise TypeError(f"{linear.format.name} has no 8-bit operands")
     weight, scale = operands(linear.format, linear.tensors)
@@ -224,7 +224,8 @@ def _unit_fp8(linear: Operands) -> _Product:
 def _rescale(
     part: Tensor, token_scale: Tensor, row_scale: Tensor, bias: Tensor | None, out: Tensor
 ) -> None:
-    """The 32-bit ``part``, scaled in fp32 and rounded into ``out`` once: two passes over memory.
+    """Scale the 32-bit ``part`` in fp32, rounded into ``out`` once: two passes over
+    memory.
 
     The first writes where it reads (int32 and fp32 are of one size), so ``part`` is lost.
     """
@@ -252,7 +253,7 @@ def _by_tokens(
 
 
 def strategy_for(computing: Computing, fmt: QuantFormat, shape: Shape) -> LinearPath:
-    """What computes one linear on the path that ``computing`` chooses."""
+    """Return what computes one linear on the path that ``computing`` chooses."""
     path = computing.path_for(fmt, shape)
     if path == "dequant":
         return Dequant(computing.scratch)

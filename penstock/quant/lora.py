@@ -51,7 +51,7 @@ class LoraLinear(QuantLinear):
                 register(self, name, torch.empty(dims, dtype=dtype, device="meta"))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` (..., in features) -> (..., out features), in the dtype of ``x``."""
+        """Map ``x`` (..., in features) -> (..., out features), in the dtype of ``x``."""
         y = super().forward(x)
         rows = y.view(-1, self.out_features)
         for delta in self.deltas:
@@ -81,7 +81,7 @@ def add_deltas(
     computing: Computing,
     dtype: torch.dtype,
 ) -> None:
-    """Puts a `LoraLinear` in the place of each linear layer of ``module`` that ``deltas`` names.
+    """Put a `LoraLinear` in the place of each linear layer of ``module`` that ``deltas`` names.
 
     For a skeleton of our own on the meta device, after its quantised linears are in place.
 

@@ -25,7 +25,7 @@ _MOST_LORAS = 8
 
 
 def _parsed(value: Any) -> Any:
-    """A list or an object that a form has as JSON."""
+    """Return a list or an object that a form has as JSON."""
     if isinstance(value, str) and value[:1] in ("[", "{"):
         try:
             return json.loads(value)
@@ -35,7 +35,7 @@ def _parsed(value: Any) -> Any:
 
 
 def _gap(value: Any) -> Any:
-    """A form's empty field says nothing."""
+    """Leave out a form's empty fields: they say nothing."""
     return None if value == "" else value
 
 

@@ -74,7 +74,7 @@ async def _serve(
 
 
 def server_of(service: Service) -> uvicorn.Server:
-    """What answers for a service, on the loop that it was opened on."""
+    """Return what answers for a service, on the loop that it was opened on."""
     limits = service.settings.limits
     config = uvicorn.Config(
         create_app(service),
@@ -114,7 +114,7 @@ class _Server(uvicorn.Server):
 
 @contextmanager
 def bound(settings: ServeSettings) -> Iterator[socket.socket]:
-    """A socket that listens where the settings say.
+    """Provide a socket that listens where the settings say.
 
     Raises:
         UsageError: it cannot.

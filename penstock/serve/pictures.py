@@ -24,7 +24,7 @@ FETCH_S = 20.0
 
 
 async def picture_bytes(value: Any, name: str, *, allow_urls: bool, most_bytes: int) -> bytes:
-    """What a client sent as a picture, as the bytes of its file.
+    """Return what a client sent as a picture, as the bytes of its file.
 
     Args:
         value: bytes, base64, a data: URL, an address, or {"image_url": one of these}.

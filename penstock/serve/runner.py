@@ -96,7 +96,7 @@ class Runner(Closing):
             engine.close()
 
     def _finished(self, order: Order) -> dict[str, Any] | None:
-        """The report of a job that was done before its end was noted."""
+        """Return the report of a job that was done before its end was noted."""
         if not order.journal.is_dir():
             return None
         found = describe(order.journal)
@@ -222,7 +222,7 @@ class Teller:
 
 
 def jpeg(preview: Preview) -> str:
-    """A preview as a JPEG in base64."""
+    """Return a preview as a JPEG in base64."""
     file = io.BytesIO()
     preview.to_image().save(file, "JPEG", quality=_QUALITY)
     return base64.b64encode(file.getvalue()).decode("ascii")

@@ -109,7 +109,7 @@ class ServeSettings:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches ``host``."""
+    """Return whether only this machine reaches ``host``."""
     try:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:

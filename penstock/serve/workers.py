@@ -49,7 +49,8 @@ class Device:
     index: int | None
 
     def environment(self, of: Mapping[str, str]) -> dict[str, str]:
-        """What its process is told by variables, where this one has ``of``: that card alone."""
+        """Return what its process is told by variables, where this one has ``of``: that card
+        alone."""
         if self.index is None:
             return {}
         seen = [each.strip() for each in of.get(_VISIBLE, "").split(",") if each.strip()]
@@ -88,8 +89,8 @@ def devices_of(text: str) -> list[Device]:
 
 
 def shared_out(options: Options, workers: int, device: str) -> Options:
-    """``options`` for each of several workers of one machine: host memory that no option names is
-    divided among them. No device is asked, and nothing heavy imported.
+    """Return ``options`` for each of several workers of one machine: host memory that no option
+    names is divided among them. No device is asked, and nothing heavy imported.
 
     Args:
         workers: on the machine.
@@ -114,7 +115,7 @@ def threads_each(workers: int) -> int:
 
 
 def on_devices(models: Models, devices: Sequence[Device]) -> list[Worker]:
-    """A process on each device.
+    """Return a process on each device.
 
     Raises:
         UsageError: a card that is not there.
@@ -169,7 +170,7 @@ class Crowd:
         return cls(found, ray)
 
     def shared_out(self, options: Options) -> Options:
-        """``options`` for each worker, the kind of its device among them (`shared_out`)."""
+        """Return ``options`` for each worker, the kind of its device among them (`shared_out`)."""
         if self.devices is None:
             return options
         device = "cpu" if self.devices[0].index is None else "cuda"
@@ -181,7 +182,7 @@ class Crowd:
     def workers(
         self, places: Mapping[str, str], options: Options, cache: Path | None = None
     ) -> Iterator[Sequence[Worker]]:
-        """The workers, none of them started; with Ray, connected until the context ends.
+        """Provide the workers, none of them started; with Ray, connected until the context ends.
 
         Args:
             places: models by name.

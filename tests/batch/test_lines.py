@@ -64,9 +64,9 @@ def test_loras_and_models_of_a_line_win(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "line, told",
     [
-        ("{", "no JSON"),
+        ("{", "not valid JSON"),
         ('{"prompt": "p", "steps": NaN}', "is not a JSON number"),
-        ("[1]", "no request"),
+        ("[1]", "not a request"),
         ({"prompt": "p", "stepz": 3}, "'stepz'"),
         ({"prompt": "p", "steps": True}, "illegal steps"),
         ({"prompt": "p", "steps": "3"}, "illegal steps"),
@@ -83,7 +83,7 @@ def test_loras_and_models_of_a_line_win(tmp_path: Path) -> None:
         ({"prompt": "p", "id": "first"}, "first in line 1"),
         ({"prompt": "p", "id": "FIRST"}, "FIRST in line 1"),
         ({"prompt": "p", "lora": [1]}, "not a LoRA"),
-        ("[" * 100_000, "no JSON"),
+        ("[" * 100_000, "not valid JSON"),
     ],
 )
 def test_a_bad_line_is_named_by_its_number(tmp_path: Path, line: Any, told: str) -> None:

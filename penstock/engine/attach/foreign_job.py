@@ -53,7 +53,7 @@ class CallReport:
     copied_bytes: int
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, JSON-ready."""
+        """Return all of it, JSON-ready."""
         return asdict(self)
 
 
@@ -153,7 +153,7 @@ class _Steps:
         self._total, self._told, self._stopped, self._done = total, told, stopped, 0
 
     def update(self, n: int = 1) -> None:
-        """A step is done.
+        """Count a step that is done.
 
         Raises:
             JobCancelled: no other is wanted.
@@ -222,7 +222,7 @@ def _names(made: Any) -> list[str]:
 
 
 def _flat(samples: Any) -> Any:
-    """``(channels, samples)`` of the first result."""
+    """Return ``(channels, samples)`` of the first result."""
     tensor = torch.as_tensor(samples).float().cpu()
     while tensor.ndim > 2:
         tensor = tensor[0]

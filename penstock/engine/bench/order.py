@@ -182,7 +182,7 @@ def _picture(scratch: Path, order: BenchOrder) -> Path:
 
 @contextmanager
 def _model(order: BenchOrder, tell: Tell) -> Iterator[Path | str]:
-    """The model given, or one made for as long as the context lasts."""
+    """Provide the model given, or one made for as long as the context lasts."""
     if order.synthetic is None:
         assert order.model is not None
         yield order.model

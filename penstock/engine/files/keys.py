@@ -90,7 +90,7 @@ class ComponentSource:
         }
 
     def label(self) -> str:
-        """The storage of most parameters."""
+        """Return the storage of most parameters."""
         counts: Counter[str] = Counter()
         for name, shape in self.shapes.items():
             if name in self.weights:
@@ -146,7 +146,7 @@ class Recognised:
 
 
 def find_naming(keys: Iterable[str]) -> Recognised | None:
-    """The naming whose marks ``keys`` bear; None if there is none."""
+    """Find the naming whose marks ``keys`` bear; None if there is none."""
     names = tuple(keys)
     known = [
         (family, kind, naming)
@@ -193,7 +193,7 @@ def _derived(
     weights: Mapping[str, StoredWeight],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> Mapping[str, Any]:
-    """The config that shapes tell.
+    """Return the config that shapes tell.
 
     Raises:
         TensorMismatch: they do not.
@@ -241,8 +241,8 @@ def _rename(raw: RawFile, found: Recognised) -> _Named:
 
 
 def packed_facts(raw: RawFile) -> dict[str, Any]:
-    """What a pack says of itself: ``compute`` (the dtype's tag) and ``gguf`` (ggml type of each
-    parameter that it stores as GGUF blocks) among others; nothing for other files.
+    """Return what a pack says of itself: ``compute`` (the dtype's tag) and ``gguf`` (ggml type of
+    each parameter that it stores as GGUF blocks) among others; nothing for other files.
 
     Raises:
         CheckpointError: the pack's metadata are damaged.
@@ -284,7 +284,7 @@ def _place(named: _Named, key: str, target: str | None, entry: TensorEntry) -> N
 
 
 def _parts(target: str, entry: TensorEntry) -> list[tuple[str, TensorEntry]]:
-    """``target`` with its place, or three names with a third of the rows each."""
+    """Return ``target`` with its place, or three names with a third of the rows each."""
     if THREE in target:
         return [
             (target.replace(THREE, name), row_part(entry, index, 3))
@@ -316,8 +316,8 @@ def row_part(entry: TensorEntry, index: int, count: int) -> TensorEntry:
 
 
 def _unfold(entries: dict[str, TensorEntry]) -> None:
-    """The patch embedding in five dimensions: tools whose tensors have four (ggml's) leave out the
-    one of time, or lay outputs and inputs into one. The bytes are the same."""
+    """Give the patch embedding five dimensions: tools whose tensors have four (ggml's) leave out
+    the one of time, or lay outputs and inputs into one. The bytes are the same."""
     entry, bias = (entries.get(f"patch_embedding.{end}") for end in ("weight", "bias"))
     if entry is None or bias is None or len(entry.shape) != 4 or len(bias.shape) != 1:
         return
@@ -329,7 +329,7 @@ def _unfold(entries: dict[str, TensorEntry]) -> None:
 
 
 def _untie(entries: dict[str, TensorEntry]) -> None:
-    """The embedding has two names in UMT5 files, and one or both of them are written."""
+    """Leave one of the embedding's two names in UMT5 files, of which one or both are written."""
     tied = [key for key in entries if key.startswith("encoder.embed_tokens.")]
     for key in tied:
         entry = entries.pop(key)
@@ -393,7 +393,7 @@ def _refuse_strangers(raw: RawFile) -> None:
 
 
 def not_run(where: str, name: str) -> NotRun:
-    """The refusal of a model that is known by ``name``."""
+    """Return the refusal of a model that is known by ``name``."""
     return NotRun(
         f"{where} is of {name}",
         expected="a model that penstock runs: `penstock plan --synthetic` names them",

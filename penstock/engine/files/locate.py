@@ -107,7 +107,7 @@ class ModelSource:
         return self.streamed.family
 
     def components(self) -> tuple[ComponentSource, ...]:
-        """All that there are."""
+        """Return all that there are."""
         return tuple(self.parts.values())
 
 
@@ -154,7 +154,7 @@ def _locate(model: str | Path | None, files: Files, fetch: Fetch) -> ModelSource
 
 
 def survey(folder: Path) -> dict[str, ComponentSource | CheckpointError]:
-    """Each part that the model in ``folder`` needs, or why it is not to be had there.
+    """Return each part that the model in ``folder`` needs, or why it is not to be had there.
 
     Raises:
         CheckpointError: the folder holds no model at all.
@@ -204,8 +204,8 @@ def _with_transformer(path: Path, files: Files) -> Files:
 
 
 def _in_folder(folder: Path, files: Files | None) -> _Found:
-    """The places of a model's parts; the folder of a pipeline must be whole, but for ``files``.
-    None: it may lack parts."""
+    """Return the places of a model's parts; the folder of a pipeline must be whole, but for
+    ``files``. None: it may lack parts."""
     for index in INDEXES:
         if (folder / index).exists():
             log.debug("%s is a folder of diffusers", folder)
@@ -242,7 +242,7 @@ def _diffusers(folder: Path, path: Path, files: Files | None) -> _Found:
 
 
 def _checked(path: Path, table: Mapping[str, Field]) -> Mapping[str, Any] | None:
-    """The config in ``path``, every value in its range; None if there is none."""
+    """Return the config in ``path``, every value in its range; None if there is none."""
     if not path.exists():
         return None
     config = read_object(path)
@@ -327,7 +327,7 @@ def _assemble(origin: str, found: _Found, files: Files) -> ModelSource:
 
 
 def _transformers(found: _Found, files: Files, notes: list[str]) -> dict[str, ComponentSource]:
-    """The transformer, or the two of a model that has one for much noise and one for little.
+    """Return the transformer, or the two of a model that has one for much noise and one for little.
 
     Raises:
         CheckpointError: one of two without the other.
@@ -349,8 +349,8 @@ def _transformers(found: _Found, files: Files, notes: list[str]) -> dict[str, Co
 def _second(
     first: ComponentSource, found: _Found, files: Files, notes: list[str]
 ) -> ComponentSource | None:
-    """The transformer beside ``first``: as it was given, in its place, or the file beside it whose
-    name says so; None: there is none."""
+    """Return the transformer beside ``first``: as it was given, in its place, or the file beside it
+    whose name says so; None: there is none."""
     if files.transformer_2 is not None or found.places.get(SECOND):
         return _component(SECOND, found, files, notes)
     partner = partner_of(first.raw.path)
@@ -362,7 +362,7 @@ def _second(
 def _pair_among(
     found: _Found, files: Files, notes: list[str]
 ) -> tuple[ComponentSource, ComponentSource] | None:
-    """The only two transformers that there are, where their names say which is which."""
+    """Return the only two transformers that there are, where their names say which is which."""
     places = found.places.get(FIRST, ())
     if files.transformer is not None or files.transformer_2 is not None or len(places) < 2:
         return None
@@ -382,7 +382,7 @@ def _sized(processor: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _component(name: str, found: _Found, files: Files, notes: list[str]) -> ComponentSource:
-    """The part ``name``; a second transformer is a transformer by itself."""
+    """Return the part ``name``; a second transformer is a transformer by itself."""
     given = getattr(files, name)
     if given is not None:
         return _given(name, given, found)
@@ -402,7 +402,8 @@ def _given(name: str, given: Path, found: _Found) -> ComponentSource:
 
 
 def _named(name: str, given: Path, found: _Found) -> Path:
-    """The file of that name under a ComfyUI root, with or without its subfolder; else ``given``.
+    """Return the file of that name under a ComfyUI root, with or without its subfolder; else
+    ``given``.
 
     Raises:
         CheckpointError: several subfolders hold one.
@@ -468,8 +469,8 @@ def _fitting(name: str, places: tuple[Path, ...]) -> _Fits:
 def _choose(
     name: str, places: tuple[Path, ...], found: _Found, notes: list[str]
 ) -> ComponentSource:
-    """The one file among ``places`` that is this component; others may be anything, and those that
-    cannot be read at all are added to ``notes``."""
+    """Return the one file among ``places`` that is this component; others may be anything, and
+    those that cannot be read at all are added to ``notes``."""
     fits = _fitting(name, places)
     if len(fits.found) == 1:
         notes += [f"passed over: {error}" for error in fits.broken]
@@ -534,7 +535,7 @@ def recognise_beside(raw: RawFile) -> ComponentSource:
 
 
 def _config_beside(folder: Path, kind: ComponentKind) -> dict[str, Any] | None:
-    """The config.json in ``folder``, where it is that of a network of this kind."""
+    """Return the config.json in ``folder``, where it is that of a network of this kind."""
     path = folder / "config.json"
     if not path.exists():
         return None
@@ -542,7 +543,7 @@ def _config_beside(folder: Path, kind: ComponentKind) -> dict[str, Any] | None:
 
 
 def _config_within(raw: RawFile, kind: ComponentKind) -> dict[str, Any] | None:
-    """The config that the header carries in base64, as mmgp saves it."""
+    """Return the config that the header carries in base64, as mmgp saves it."""
     text = raw.metadata.get("config_base64")
     if not isinstance(text, str):
         return None
@@ -557,7 +558,7 @@ def _config_within(raw: RawFile, kind: ComponentKind) -> dict[str, Any] | None:
 
 
 def _ours(config: Mapping[str, Any], kind: ComponentKind) -> dict[str, Any] | None:
-    """``config`` without what is not the network's own; None if it is not of this kind."""
+    """Return ``config`` without what is not the network's own; None if it is not of this kind."""
     if config_owner(config) is not kind:
         return None
     foreign = "quantization_config"  # the tensors tell how they are stored
@@ -565,8 +566,8 @@ def _ours(config: Mapping[str, Any], kind: ComponentKind) -> dict[str, Any] | No
 
 
 def config_owner(config: Mapping[str, Any]) -> ComponentKind | None:
-    """The network that a config.json of diffusers or transformers describes; None: a foreign one's,
-    or one in a model's own style, which tells less than the shapes."""
+    """Return the network that a config.json of diffusers or transformers describes; None: a foreign
+    one's, or one in a model's own style, which tells less than the shapes."""
     name, typed = config.get("_class_name"), config.get("model_type")
     kinds = [kind for family in families() for kind in family.KINDS.values()]
     for kind in kinds:

@@ -78,7 +78,7 @@ def verbatim(
 
 @_answering
 def written(read: _Read) -> tuple[str, dict[str, str]]:
-    """The content of a ``tokenizer.json``, and the marks; encodes a word first."""
+    """Return the content of a ``tokenizer.json``, and the marks; encodes a word first."""
     read.backend.encode("a")
     known = {name: m for name, m in read.marks.items() if read.backend.token_to_id(m) is not None}
     return read.backend.to_str(), known
@@ -121,7 +121,7 @@ def _json(path: Path, folder: Path) -> _Read:
 
 
 def _marks(config: Any) -> dict[str, str]:
-    """The marks that a config names: as texts, or as objects with a content."""
+    """Return the marks that a config names: as texts, or as objects with a content."""
     named = config if isinstance(config, dict) else {}
     texts = {
         name: value.get("content") if isinstance(value, dict) else value

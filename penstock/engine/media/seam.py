@@ -88,7 +88,7 @@ class Colours:
         return cls(gain, (theirs[0] - gain * ours[0]).astype(np.float32))
 
     def __call__(self, frame: Pixels) -> Pixels:
-        """(h, w, 3) to the same in the other's colours."""
+        """Map (h, w, 3) to the same in the other's colours."""
         found: Pixels = np.clip(np.rint(frame * self.gain + self.offset), 0, 255).astype(np.uint8)
         return found
 
@@ -99,8 +99,8 @@ def _moments(frame: Pixels) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
 
 
 def joined(before: Path, made: Iterable[Pixels]) -> Iterator[Pixels]:
-    """The frames of ``before``, then those of ``made`` in its colours but for the first, which
-    shows its last one again.
+    """Yield the frames of ``before``, then those of ``made`` in its colours but for the first,
+    which shows its last one again.
 
     Args:
         before: a video; decoded as it goes.

@@ -70,7 +70,7 @@ def side_files(source: ModelSource, about: Mapping[str, Any]) -> Iterator[tuple[
 
 
 def as_json(value: Mapping[str, Any]) -> bytes:
-    """``value`` as the text of a file; the same bytes for the same value."""
+    """Return ``value`` as the text of a file; the same bytes for the same value."""
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 

@@ -282,7 +282,7 @@ class GenerationRequest:
         return self.guidance_scale > 1
 
     def with_seed(self) -> GenerationRequest:
-        """This request with a seed: its own, or one drawn now.
+        """Return this request with a seed: its own, or one drawn now.
 
         Raises:
             Nothing.
@@ -315,7 +315,7 @@ class GenerationRequest:
 
 
 def workload_of(request: GenerationRequest, *, saved: bool = False) -> Workload:
-    """The request as the planner takes it; ``kept``: in a job's directory. The header of its
+    """Return the request as the planner takes it; ``kept``: in a job's directory. The header of its
     picture is read, if that lies where the request says.
 
     Raises:
@@ -339,7 +339,7 @@ def workload_of(request: GenerationRequest, *, saved: bool = False) -> Workload:
 
 
 def noise_of(request: GenerationRequest) -> Noise:
-    """What determines the noise levels of a request."""
+    """Return what determines the noise levels of a request."""
     return Noise(request.sampler, request.shift, request.distilled)
 
 
@@ -402,7 +402,7 @@ def check_task(request: GenerationRequest, *, image_to_video: bool) -> None:
 def size_for(
     image_size: tuple[int, int], max_area: int, grid: Grid | None = None
 ) -> tuple[int, int]:
-    """The largest legal size of the picture's aspect within an area.
+    """Return the largest legal size of the picture's aspect within an area.
 
     The rule of the official code (``wan/image2video.py``): each side is ``sqrt(area * aspect)``
     rounded down to the grid. Computed in integers, so that an exact side does not fall a step short
@@ -446,7 +446,7 @@ def frame_rate(fps: float) -> Fraction:
 
 
 def parse_guidance(text: str) -> tuple[float, float | None]:
-    """The guidance scale, and that of the transformer for much noise, from ``"3.5"`` or from
+    """Parse the guidance scale, and that of the transformer for much noise, from ``"3.5"`` or from
     ``"3,4"``: little noise first, as the makers write it.
 
     Raises:
@@ -511,7 +511,8 @@ def parse_area(text: str) -> int:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether ``text`` is without the lone surrogates that stand for bytes of other encodings."""
+    """Return whether ``text`` is without the lone surrogates that stand for bytes of other
+    encodings."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 

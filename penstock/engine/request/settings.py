@@ -71,7 +71,8 @@ _CONTINUED = (
 
 
 def going_on(settings: Settings, clip: Clip, frame: Path) -> Settings:
-    """``settings`` with their gaps filled by what ``clip`` was made with, and from its last frame.
+    """Return ``settings`` with their gaps filled by what ``clip`` was made with, and from its last
+    frame.
 
     Args:
         settings: a blank prompt is a gap; a picture or a size is none.

@@ -51,7 +51,7 @@ class JobQueue:
             raise UsageError("the engine is closed", remedy="Open another one.")
 
     def start(self, work: Run, runner: Runner) -> Job:
-        """A job that does ``work`` by ``runner`` when its turn comes.
+        """Return a job that does ``work`` by ``runner`` when its turn comes.
 
         Raises:
             DeviceLost, UsageError: as :meth:`check_open`; the work's keeper is closed.
@@ -91,7 +91,7 @@ class JobQueue:
 
     @contextmanager
     def at_rest(self) -> Iterator[None]:
-        """No job runs until the context ends.
+        """Let no job run until the context ends.
 
         Raises:
             UsageError: one is running.

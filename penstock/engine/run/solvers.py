@@ -81,7 +81,7 @@ class UniPC(_Stepped):
         return (moved,)
 
     def _moved(self, x: Tensor, at: int, order: int, there: Tensor | None) -> Tensor:
-        """``x`` from level ``at`` to the next.
+        """Return ``x`` from level ``at`` to the next.
 
         Args:
             x: the latents at that level.
@@ -176,7 +176,8 @@ class Euler(_Stepped):
 def plain_solver(
     config: Mapping[str, Any], sampler: str, steps: int, device: torch.device | str
 ) -> UniPC | Euler | None:
-    """The solver for ``config``, its levels still to be set; None: the config asks for more."""
+    """Return the solver for ``config``, its levels still to be set; None: the config asks for
+    more."""
     plain = all(config.get(name, value) == value for name, value in _PLAIN.items())
     if not plain or any(config.get(name) for name in _SPACING) or sampler not in _TWO:
         return None

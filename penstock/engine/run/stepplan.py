@@ -121,18 +121,18 @@ def _bad(path: Path, found: str) -> CheckpointError:
 
 
 def sample(velocity: Tensor) -> Tensor:
-    """Some of its values, always from the same places, fp32 on the CPU."""
+    """Return some of its values, always from the same places, fp32 on the CPU."""
     flat = velocity.detach().flatten()
     return flat[:: max(1, len(flat) // SAMPLE)].to("cpu", torch.float32, copy=True)
 
 
 def line(a: int, b: int, step: int, damping: float) -> float:
-    """What is added of ``v_a - v_b`` to ``v_a`` at ``step``; b < a < step are computed."""
+    """Return what is added of ``v_a - v_b`` to ``v_a`` at ``step``; b < a < step are computed."""
     return damping * (step - a) / (a - b)
 
 
 def best_schedule(recorded: Recorded, shares: Sequence[float], forwards: int) -> Schedule:
-    """The schedule of so many forwards whose skipped steps cost least.
+    """Return the schedule of so many forwards whose skipped steps cost least.
 
     Args:
         recorded: a run at the levels of the job.
@@ -147,7 +147,8 @@ def best_schedule(recorded: Recorded, shares: Sequence[float], forwards: int) ->
 
     @cache
     def gap(b: int, a: int, n: int) -> tuple[float, float]:
-        """The squared error that skipping all between ``a`` and ``n`` leaves, and the damping."""
+        """Return the squared error that skipping all between ``a`` and ``n`` leaves, and the
+        damping."""
         held, sloped = [0.0] * steps, [0.0] * steps
         for step in range(a + 1, n):
             held[step] += counts[step]

@@ -122,7 +122,7 @@ class FileOps:
         folder.mkdir(parents=True, exist_ok=True)
 
     def names(self, folder: Path) -> list[str]:
-        """The names in a folder, sorted."""
+        """Return the names in a folder, sorted."""
         return sorted(path.name for path in folder.iterdir())
 
     def size(self, path: Path) -> int:
@@ -133,11 +133,11 @@ class FileOps:
             return 0
 
     def free_bytes(self, folder: Path) -> int:
-        """What the folder's file system has left for this user."""
+        """Return what the folder's file system has left for this user."""
         return shutil.disk_usage(folder).free
 
     def read(self, path: Path, limit_bytes: int | None = None) -> bytes:
-        """The content of a regular file, or its first ``limit_bytes``.
+        """Read the content of a regular file, or its first ``limit_bytes``.
 
         Raises:
             OSError: as :meth:`open`.
@@ -146,7 +146,7 @@ class FileOps:
             return file.read() if limit_bytes is None else file.read(limit_bytes)
 
     def open(self, path: Path) -> BinaryIO:
-        """A regular file, open for reading.
+        """Open a regular file for reading.
 
         Raises:
             FileNotFoundError: there is none.
@@ -186,8 +186,8 @@ def write_atomically(
 def write_new(
     ops: FileOps, path: Path, chunks: Iterable[bytes | memoryview], tag: str = ""
 ) -> Path:
-    """The first half of `write_atomically`: the content is on the disk, under another name, which
-    is returned.
+    """Do the first half of `write_atomically`: the content is on the disk, under another name,
+    which is returned.
 
     Raises:
         StorageError: as `write_atomically`.
@@ -202,7 +202,7 @@ def write_new(
 
 
 def new_name(path: Path, tag: str) -> Path:
-    """What `write_atomically` calls ``path`` until it is whole."""
+    """Return what `write_atomically` calls ``path`` until it is whole."""
     return path.with_name(f"{path.name}{tag and '.'}{tag}{NEW_SUFFIX}")
 
 
@@ -288,7 +288,7 @@ def _free(ops: FileOps, folder: Path) -> str:
 
 
 def read_whole(ops: FileOps, path: Path) -> bytes | None:
-    """The content of ``path``; None where there is no such file.
+    """Read the content of ``path``; None where there is no such file.
 
     Raises:
         JournalError: it is there and cannot be read.

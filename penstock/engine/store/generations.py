@@ -48,7 +48,7 @@ class Generations(Generic[Content]):
         self.problems: list[str] = []
 
     def load(self) -> Content | None:
-        """The newest generation that is whole; None where neither file exists.
+        """Load the newest generation that is whole; None where neither file exists.
 
         What was damaged is added to ``problems``.
 

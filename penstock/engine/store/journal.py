@@ -105,7 +105,7 @@ class JobRecord:
 
 
 def read_record(folder: Path, ops: FileOps | None = None) -> JobRecord:
-    """The job in ``folder``, without taking its lock.
+    """Read the job in ``folder``, without taking its lock.
 
     Raises:
         JournalError: the folder holds no job, or one whose both records are damaged.
@@ -298,7 +298,7 @@ class Journal(Closing):
         self._save_single(CONDITIONING_FILE, tensors)
 
     def load_conditioning(self) -> Tensors | None:
-        """The encoded prompt and picture; None where they are missing or damaged."""
+        """Load the encoded prompt and picture; None where they are missing or damaged."""
         return self._load_single(CONDITIONING_FILE)
 
     def save_step(
@@ -319,7 +319,7 @@ class Journal(Closing):
         self._states.save(make)
 
     def load_latest(self) -> SavedSampler | None:
-        """The newest state that is whole; None where the sampling has not begun.
+        """Load the newest state that is whole; None where the sampling has not begun.
 
         Raises:
             JournalError: both generations are damaged.
@@ -335,7 +335,7 @@ class Journal(Closing):
         self._save_single(LATENTS_FILE, {"latents": latents})
 
     def load_latents(self) -> torch.Tensor | None:
-        """The final latents; None where they are missing or damaged."""
+        """Load the final latents; None where they are missing or damaged."""
         return (self._load_single(LATENTS_FILE) or {}).get("latents")
 
     def save_tile(self, grid: tuple[int, int], index: int, frames: torch.Tensor) -> None:
@@ -347,7 +347,7 @@ class Journal(Closing):
         self._save_single(tile_name(grid, index), {"frames": frames})
 
     def load_tile(self, grid: tuple[int, int], index: int) -> torch.Tensor | None:
-        """The decoded pixels of a tile; None where they are missing or damaged."""
+        """Load the decoded pixels of a tile; None where they are missing or damaged."""
         return (self._load_single(tile_name(grid, index)) or {}).get("frames")
 
     def finished_tiles(self, grid: tuple[int, int]) -> tuple[int, ...]:

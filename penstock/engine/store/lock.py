@@ -62,7 +62,7 @@ class JobLock:
 
 
 def is_lock(path: Path) -> bool:
-    """Whether ``path`` is the file of a lock: empty, or with a process id in it."""
+    """Return whether ``path`` is the file of a lock: empty, or with a process id in it."""
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         descriptor = os.open(path, flags)
@@ -83,7 +83,7 @@ def _is_lock(descriptor: int) -> bool:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether somebody holds the lock; leaves no trace, and is in nobody's way.
+    """Return whether somebody holds the lock; leaves no trace, and is in nobody's way.
 
     Raises:
         OSError: the file cannot be read.
@@ -105,7 +105,8 @@ def is_locked(path: Path) -> bool:
 
 
 def _taken(path: Path) -> int:
-    """An open descriptor of ``path`` that holds its lock; the file is still the one of that name.
+    """Return an open descriptor of ``path`` that holds its lock; the file is still the one of that
+    name.
 
     Raises:
         JobLocked, StorageError: as `JobLock`.

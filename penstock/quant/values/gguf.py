@@ -23,7 +23,7 @@ Decoder: TypeAlias = Callable[[Tensor, Tensor], None]
 
 
 def quantise(fmt: Gguf, weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
-    """Stored bytes, for Q8_0 only: equal to ggml's reference."""
+    """Quantise to stored bytes, for Q8_0 only: equal to ggml's reference."""
     if not fmt.fits((weight.shape[0], weight.shape[1])):
         raise ValueError(f"rows of {weight.shape[1]} are not whole blocks of {fmt.block}")
     row_amax(weight, name)
@@ -78,13 +78,13 @@ def _nibbles(packed: Tensor) -> Tensor:
 
 
 def _moved(packed: Tensor, left: int, mask: int) -> Tensor:
-    """``packed`` shifted left (right if negative), masked."""
+    """Return ``packed`` shifted left (right if negative), masked."""
     shifted = packed << left if left >= 0 else packed >> -left
     return shifted.bitwise_and_(mask)
 
 
 def _signed(codes: Tensor, offset: int) -> Tensor:
-    """``codes - offset`` as int8, in place."""
+    """Return ``codes - offset`` as int8, in place."""
     return codes.view(torch.int8).sub_(offset)
 
 

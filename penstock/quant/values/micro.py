@@ -21,7 +21,7 @@ def dequantise(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``number * (scale * scale for all)`` in fp32, rounded once to ``dtype``."""
+    """Return ``number * (scale * scale for all)`` in fp32, rounded once to ``dtype``."""
     stored = tensors["weight"]
     out = output(out, shape, dtype, stored.device)
     scales = in_rows(tensors["weight_scale"], fmt.scales(shape))

@@ -56,7 +56,7 @@ def _add(patch: Patch, weight: Tensor, tensors: _Tensors, first: int) -> None:
 def _magnitude(
     patch: Patch, tensors: _Tensors, weight: Tensor, change: _Change
 ) -> Callable[[slice, Tensor], Tensor] | None:
-    """What the rows of a changed weight are multiplied by; None without a magnitude."""
+    """Return what the rows of a changed weight are multiplied by; None without a magnitude."""
     if MAGNITUDE not in tensors:
         return None
     magnitude = tensors[MAGNITUDE].float()
@@ -125,7 +125,7 @@ _CHANGES: Mapping[str, Callable[[Patch, _Tensors, int], _Change]] = {
 
 
 def _turn(patch: Patch, weight: Tensor, tensors: _Tensors) -> None:
-    """The rows of ``weight`` turned, and then scaled where the file says so."""
+    """Turn the rows of ``weight``, and then scale them where the file says so."""
     rows, columns = weight.shape
     turns = _rotations(tensors["blocks"], patch.scale, patch.strength)
     rescale = tensors["rescale"].reshape(-1, 1) if "rescale" in tensors else None
@@ -136,7 +136,7 @@ def _turn(patch: Patch, weight: Tensor, tensors: _Tensors) -> None:
 
 
 def _rotations(blocks: Tensor, largest: float, strength: float) -> Tensor:
-    """``I + strength (R - I)`` of each block, R Cayley's transform of its skew part."""
+    """Return ``I + strength (R - I)`` of each block, R Cayley's transform of its skew part."""
     skew = blocks - blocks.mT
     if largest > 0:
         norm = torch.linalg.vector_norm(skew) + 1e-8  # as LyCORIS writes it
@@ -147,7 +147,8 @@ def _rotations(blocks: Tensor, largest: float, strength: float) -> Tensor:
 
 
 def _turned(turns: Tensor, values: Tensor) -> Tensor:
-    """Each block of rows by its own rotation, transposed. ``values`` (rows, n) -> the same."""
+    """Return each block of rows by its own rotation, transposed. ``values`` (rows, n) -> the
+    same."""
     count, size, _ = turns.shape
     turned: Tensor = torch.bmm(turns.mT, values.view(count, size, -1))
     return turned.view(values.shape)

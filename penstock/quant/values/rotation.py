@@ -11,7 +11,8 @@ from torch import Tensor
 
 
 def unit_rotation(x: Tensor, size: int) -> Tensor:
-    """``x`` (rows, columns; fp32, contiguous) times the matrix without its factor, in new memory.
+    """Return ``x`` (rows, columns; fp32, contiguous) times the matrix without its factor, in new
+    memory.
 
     The factor is ``size ** -0.5``. Whole numbers stay whole: sums of 8-bit codes are exact.
     """

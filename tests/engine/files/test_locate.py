@@ -182,7 +182,7 @@ def test_no_model_and_other_models(tmp_path, model):
     for index, word in (
         ({"_class_name": "FluxPipeline"}, "another kind"),
         ({"_class_name": "WanPipeline", "transformer_2": ["diffusers", "X"]}, "transformer_2/"),
-        ({"_class_name": "WanPipeline", "expand_timesteps": True}, "not a transformer"),
+        ({"_class_name": "WanPipeline", "expand_timesteps": True}, "no transformer"),
         ({"_class_name": "WanVACEPipeline"}, "another kind.*WanVACEPipeline"),
     ):
         (tmp_path / "model_index.json").write_text(json.dumps(index))

@@ -70,5 +70,5 @@ def derive_transformer(shapes: ShapesOf) -> dict[str, Any]:
 
 
 def transformer_title(config: Mapping[str, Any]) -> str:
-    """The model's name for people."""
+    """Return the model's name for people."""
     return "MiniMax-H3" if config["num_layers"] == TRANSFORMER["num_layers"] else "MiniMax-H3 (cut)"

@@ -67,7 +67,7 @@ _STRANGERS = (
 
 
 def stranger(names: Iterable[str]) -> str | None:
-    """The model akin to MiniMax-H3 whose tensors bear these names, if it is not run."""
+    """Return the model akin to MiniMax-H3 whose tensors bear these names, if it is not run."""
     every = tuple(names)
     if not any("video_patch_proj" in name or "adaln_proj" in name for name in every):
         return None

@@ -19,7 +19,7 @@ from penstock.profiles.phases import Mux, Step
 
 
 def steps(case: H3Case) -> Iterator[Step]:
-    """The groups of phases of a job, in the order in which they run.
+    """Yield the groups of phases of a job, in the order in which they run.
 
     Raises:
         RequestError: what is asked for, the model cannot do.

@@ -53,7 +53,7 @@ class PackedSpec:
         return self.in_channels * self.patch_volume
 
     def table_bytes(self, timesteps: int) -> int:
-        """The tables of one step with so many distinct timesteps."""
+        """Return the tables of one step with so many distinct timesteps."""
         block = 6 * MODALITIES * self.hidden_size
         values = self.num_layers * block + 2 * self.hidden_size
         return timesteps * values * self.weights.itemsize

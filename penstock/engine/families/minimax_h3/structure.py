@@ -28,18 +28,18 @@ _SINGLE = {"proj_in", "audio_proj_in", "time_embedder", "proj_out", "audio_proj_
 
 
 def leaves_stream(local_name: str) -> bool:
-    """Whether a block's tensor, by its name inside the block, is of the AdaLN projection."""
+    """Return whether a block's tensor, by its name inside the block, is of the AdaLN projection."""
     return local_name.startswith(ADALN)
 
 
 def keeps_single(name: str) -> bool:
-    """Whether the makers keep a parameter in fp32 beside blocks in bf16: whole parts of its name
-    say so."""
+    """Return whether the makers keep a parameter in fp32 beside blocks in bf16: whole parts of its
+    name say so."""
     return not _SINGLE.isdisjoint(name.split("."))
 
 
 def run_outside(name: str) -> str:
-    """The run of a pack in which a tensor outside the blocks lies."""
+    """Return the run of a pack in which a tensor outside the blocks lies."""
     return "once" if name.startswith(ONCE) else "rest"
 
 
@@ -53,7 +53,7 @@ def _prefixed(prefix: str, shapes: Shapes) -> Shapes:
 
 
 def transformer_shapes(config: Mapping[str, Any]) -> Shapes:
-    """Every tensor of the transformer, in the order of its class."""
+    """Return every tensor of the transformer, in the order of its class."""
     dim, volume = config["hidden_size"], math.prod(config.get("patch_size", (1, 2, 2)))
     video, sound = config["in_channels"] * volume, config["audio_in_channels"]
     embedded, time = config["time_embed_hidden_dim"], config["time_embed_dim"]

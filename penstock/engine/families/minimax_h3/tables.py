@@ -60,19 +60,19 @@ class StepTables:
     out: Tensor
 
     def row(self, time: str, tag: int) -> int:
-        """The row of a block's tables for rows of that timestep and modality."""
+        """Return the row of a block's tables for rows of that timestep and modality."""
         return self.times.index[time] * MODALITIES + tag
 
     def time(self, time: str) -> int:
-        """The row of the last norm's tables."""
+        """Return the row of the last norm's tables."""
         return self.times.index[time]
 
     def block(self, index: int) -> Tensor:
-        """(6, rows, d) of a block."""
+        """Return (6, rows, d) of a block."""
         return self.blocks[index]
 
     def to(self, device: torch.device) -> StepTables:
-        """The same on ``device``."""
+        """Return the same on ``device``."""
         return replace(self, blocks=self.blocks.to(device), out=self.out.to(device))
 
     @property
@@ -118,7 +118,7 @@ class TablesInWork:
             held[index] = made
 
     def done(self) -> list[StepTables]:
-        """All tables, in host memory, a step an entry."""
+        """Return all tables, in host memory, a step an entry."""
         found = []
         for step, blocks, out in zip(self._steps, self._tables, self._out, strict=True):
             assert blocks is not None
@@ -136,7 +136,7 @@ def _out(model: Any, activated: Tensor) -> Tensor:
 
 
 def modulation(linear: Any, activated: Tensor) -> Tensor:
-    """(timesteps, time_embed_dim) to (6, timesteps * modalities, d), scales plus one."""
+    """Map (timesteps, time_embed_dim) to (6, timesteps * modalities, d), scales plus one."""
     made: Tensor = linear(activated)
     six = made.view(len(activated) * MODALITIES, 6, -1).permute(1, 0, 2).contiguous()
     for scale in (six[1], six[4]):

@@ -59,7 +59,7 @@ class CrossKV:
     away_scale: float = 1.0
 
     def contrasted(self, other: CrossKV, scale: float) -> CrossKV:
-        """These, going away from what ``other`` holds of its text."""
+        """Return these, going away from what ``other`` holds of its text."""
         return replace(self, k_away=other.k, v_away=other.v, away_scale=scale)
 
 
@@ -86,7 +86,7 @@ class StepModulation:
     still_tokens: int = 0
 
     def of(self, part: slice) -> StepModulation:
-        """That of these tokens, which are all on one side of ``still_tokens``."""
+        """Return that of these tokens, which are all on one side of ``still_tokens``."""
         return self.still if self.still is not None and part.start < self.still_tokens else self
 
 
@@ -172,7 +172,7 @@ def cross_kv(attn2: Any, context: Context, same_image: CrossKV | None = None) ->
 def step_modulation(
     model: Any, timesteps: Tensor, dtype: torch.dtype, residual: torch.dtype | None = None
 ) -> list[StepModulation]:
-    """The time embedding of all steps, one by one: a batch would round differently.
+    """Return the time embedding of all steps, one by one: a batch would round differently.
 
     Args:
         model: the transformer, with ``condition_embedder``'s time embedder and projection bound.
@@ -194,7 +194,7 @@ def step_modulation(
 
 
 def _wide_modulation(embedder: Any, timesteps: Tensor, dtype: torch.dtype) -> list[StepModulation]:
-    """`step_modulation` in fp32, whatever its weights are in."""
+    """Return `step_modulation` in fp32, whatever its weights are in."""
     two = embedder.time_embedder
     angles = [embedder.timesteps_proj(timestep).float() for timestep in timesteps[:, None]]
     inner = [embedder.act_fn(x) for x in _wide(two.linear_1, angles, dtype)]
@@ -205,8 +205,8 @@ def _wide_modulation(embedder: Any, timesteps: Tensor, dtype: torch.dtype) -> li
 
 
 def _wide(layer: Any, inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """A linear layer of each of the fp32 ``inputs`` (1, width), in fp32. Its weight is cast by some
-    rows at a time, for all inputs; one that bears a LoRA computes in ``dtype``."""
+    """Return a linear layer of each of the fp32 ``inputs`` (1, width), in fp32. Its weight is cast
+    by some rows at a time, for all inputs; one that bears a LoRA computes in ``dtype``."""
     if not isinstance(layer, nn.Linear):
         return [layer(x.to(dtype)).float() for x in inputs]
     results = [x.new_empty(1, layer.out_features) for x in inputs]
@@ -325,7 +325,7 @@ def _rows(block: Any, modulation: StepModulation) -> tuple[Tensor, ...]:
 
 
 def _chunks(tokens: int, chunk_tokens: int, cut: int = 0) -> Iterator[slice]:
-    """Runs of at most ``chunk_tokens``, none of which lies on both sides of ``cut``."""
+    """Yield runs of at most ``chunk_tokens``, none of which lies on both sides of ``cut``."""
     for first, last in ((0, cut), (cut, tokens)):
         for start in range(first, last, chunk_tokens):
             yield slice(start, min(start + chunk_tokens, last))
@@ -340,7 +340,7 @@ def _modulated(
 
 
 def _gated(update: Tensor, gate: Tensor) -> Tensor:
-    """``update * gate`` in fp32; ``update`` is used up."""
+    """Return ``update * gate`` in fp32; ``update`` is used up."""
     return update.mul_(gate) if update.dtype == gate.dtype else update * gate
 
 
@@ -399,7 +399,8 @@ def _cross_attention(block: Any, chunk: Tensor, cross: CrossKV, dtype: torch.dty
 
 
 def away_from(towards: Tensor, away: Tensor, scale: float) -> Tensor:
-    """Normalized attention guidance: attention to the prompt, led away from the negative prompt's.
+    """Compute normalized attention guidance: attention to the prompt, led away from the negative
+    prompt's.
 
     What lies ``scale`` times as far from ``away`` as ``towards`` is, but at most `NAG_GROWTH` times
     as large as ``towards`` by the sum of magnitudes of each token; `NAG_SHARE` of that, and the
@@ -439,7 +440,7 @@ def head(
     latent: Sequence[int],
     chunk_tokens: int,
 ) -> Tensor:
-    """Final norm and projection, back to latents.
+    """Apply the final norm and projection, back to latents.
 
     Args:
         model: the transformer, with ``proj_out`` and its ``scale_shift_table`` bound.
@@ -464,8 +465,8 @@ def head(
 
 
 def _projection(layer: Any, dtype: torch.dtype) -> tuple[Callable[[Tensor], Tensor], torch.dtype]:
-    """How ``layer`` is applied, and to what: in ``dtype``, its weights cast; or, where it bears a
-    LoRA, as it is."""
+    """Return how ``layer`` is applied, and to what: in ``dtype``, its weights cast; or, where it
+    bears a LoRA, as it is."""
     if not isinstance(layer, nn.Linear):
         return layer, layer.bias.dtype
     if layer.weight.dtype == dtype:
@@ -491,7 +492,7 @@ def denoise_forward(
     attend: Attention = attention,
     residual: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """The whole transformer, all branches in one visit of each block.
+    """Run the whole transformer, all branches in one visit of each block.
 
     The branches go through a block one after another, never as a batch: each result is that of a
     pass of its own.
@@ -533,8 +534,8 @@ def through_blocks(
     attend: Attention,
     dtype: torch.dtype,
 ) -> Iterator[Tensor]:
-    """The predictions of hidden states that share a visit of each block, one after another as they
-    are asked for: each takes the place of its hidden states.
+    """Yield the predictions of hidden states that share a visit of each block, one after another as
+    they are asked for: each takes the place of its hidden states.
 
     Args:
         hidden: (1, n, d) each, of any windows and branches; used up.
@@ -553,7 +554,7 @@ def through_blocks(
 def embed_branches(
     model: Any, latents: Tensor, branches: int, residual: torch.dtype | None
 ) -> list[Tensor]:
-    """The hidden states of one model input for each of its branches."""
+    """Return the hidden states of one model input for each of its branches."""
     first = embed(model, latents, residual)
     return [first, *(first.clone() for _ in range(branches - 1))]
 
@@ -580,7 +581,7 @@ def _run_blocks(
 def _alike(
     hidden: Sequence[Tensor], branches: Sequence[CrossByBlock]
 ) -> list[tuple[CrossByBlock, list[Tensor]]]:
-    """The hidden states of each branch, which attend to the same."""
+    """Return the hidden states of each branch, which attend to the same."""
     found: dict[int, tuple[CrossByBlock, list[Tensor]]] = {}
     for state, branch in zip(hidden, branches, strict=True):
         found.setdefault(id(branch), (branch, []))[1].append(state)

@@ -99,7 +99,7 @@ class WanManifest(WanSpec):
         return Prefetch("denoise", "transformer", "decode", "vae decoder", *then)
 
     def split(self, workload: Workload) -> tuple[int, int]:
-        """Steps of the transformer for much noise, and of the one for little."""
+        """Return steps of the transformer for much noise, and of the one for little."""
         told = self.timesteps(workload.shape, workload.steps, workload.noise)
         boundary = (
             defaults.BOUNDARIES[self.image_to_video] if self.boundary is None else self.boundary

@@ -44,7 +44,8 @@ HOLE_SHARES: Mapping[str, float] = MappingProxyType({"decode": 0.25, "encode": 0
 
 
 def steps(case: WanCase) -> Iterator[Step]:
-    """The groups of phases of a job, in the order in which they run: the one place that says it."""
+    """Yield the groups of phases of a job, in the order in which they run: the one place that says
+    it."""
     manifest = case.manifest
     yield text_step(case)
     if manifest.image is not None:
@@ -61,8 +62,8 @@ def steps(case: WanCase) -> Iterator[Step]:
 
 
 def experts(case: WanCase) -> Iterator[Denoise]:
-    """The transformer for much noise, then the one for little, each with its steps; one that has
-    none is left out."""
+    """Yield the transformer for much noise, then the one for little, each with its steps; one that
+    has none is left out."""
     work = case.workload
     guided = work.guided if work.guided_high is None else work.guided_high, work.guided
     both = work.texts == 2
@@ -76,7 +77,7 @@ def experts(case: WanCase) -> Iterator[Denoise]:
 
 
 def text_step(case: WanCase) -> OnePass:
-    """The text encoder."""
+    """Return the text encoder."""
     spec, branches = case.manifest.text, case.workload.texts
     work = encoders.text_bytes(spec, prompts=branches)
     return OnePass(
@@ -93,7 +94,7 @@ def text_step(case: WanCase) -> OnePass:
 
 
 def image_step(case: WanCase, spec: ImageSpec) -> OnePass:
-    """The image encoder."""
+    """Return the image encoder."""
     layers, seen = len(spec.weights.block_bytes), case.manifest.seen
     return OnePass(
         "image",
@@ -197,7 +198,7 @@ class Tiled:
         )
 
     def _picture_bytes(self) -> int:
-        """The picture is decoded in the first phase that sees it."""
+        """Count the picture's bytes: it is decoded in the first phase that sees it."""
         decoded = self.case.manifest.image is not None
         return picture_bytes(self.case) if decoded else decoding_bytes(self.case)
 

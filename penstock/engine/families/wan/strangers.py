@@ -42,7 +42,7 @@ _IN_BLOCK = re.compile(r"(?:^|\.)blocks\.\d+\.")
 
 
 def stranger(names: Iterable[str]) -> str | None:
-    """The model whose transformer has tensors of these names; None: it is none of these.
+    """Return the model whose transformer has tensors of these names; None: it is none of these.
 
     Args:
         names: as a file has them, whatever stands before them.
@@ -55,10 +55,10 @@ def stranger(names: Iterable[str]) -> str | None:
 
 
 def _local(name: str) -> str:
-    """``name`` inside its block, or as it is."""
+    """Return ``name`` inside its block, or as it is."""
     return _IN_BLOCK.split(name, maxsplit=1)[-1]
 
 
 def by_channels(channels: int, out_channels: int) -> str | None:
-    """The model whose transformer takes so many channels and gives so many."""
+    """Return the model whose transformer takes so many channels and gives so many."""
     return dict(_BY_CHANNELS).get((channels, out_channels))

@@ -129,7 +129,7 @@ def test_what_the_model_cannot_do_is_refused_before_anything_runs(model: tiny.Ti
             ({"guidance_scale": 5.0}, "guidance"),
             ({"sampler": "unipc"}, "its own noise levels"),
             ({"steps": 1}, "one step computes nothing"),
-            ({"window": 124, "frames": 141}, "at once"),
+            ({"window": 124, "frames": 141}, "no context windows"),
         ):
             with pytest.raises(RequestError, match=told):
                 engine.plan(_request(engine, **asked))

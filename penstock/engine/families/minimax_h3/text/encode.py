@@ -66,7 +66,8 @@ def encode(stage: Stage, frames: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def presentation(stage: Stage, grids: Sequence[tuple[int, int]]) -> Presentation:
-    """What the language model reads: the prompt verbatim, and before it each picture by name.
+    """Return what the language model reads: the prompt verbatim, and before it each picture by
+    name.
 
     Raises:
         RequestError: as `encode`.

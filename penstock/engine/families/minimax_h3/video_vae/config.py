@@ -103,7 +103,7 @@ def rope_width(config: Mapping[str, Any]) -> int:
 
 
 def derive(shapes: ShapesOf) -> dict[str, Any]:
-    """The config that shapes tell; mean and deviation are the published ones."""
+    """Return the config that shapes tell; mean and deviation are the published ones."""
     width, latent = shapes.of("decoder.proj_in.weight", 2)
     if latent != len(_MEAN):
         raise CheckpointError(
@@ -133,6 +133,6 @@ def derive(shapes: ShapesOf) -> dict[str, Any]:
 
 
 def title(config: Mapping[str, Any]) -> str:
-    """The VAE's name for people."""
+    """Return the VAE's name for people."""
     width = config["decoder_num_attention_heads"] * config["decoder_attention_head_dim"]
     return "MiniMax-H3 VAE" if width == 2048 else f"MiniMax-H3 VAE ({width} wide)"

@@ -51,6 +51,7 @@ class QueueDepth:
         if self.now == self._best and self._best_rate:  # it was settled: look around again
             self._best_rate = rate
             self._try_more()
+        # Only a clear gain doubles the depth: noise alone would drive it to the most.
         elif rate > GAIN * self._best_rate:
             self._best, self._best_rate = self.now, rate
             self._try_more()

@@ -131,14 +131,18 @@ class WeightFile(Closing):
                     self.path, f"{offset + len(target):,} bytes or more", f"{offset + done:,}"
                 )
             done += count
+        # What went through the page cache is dropped: weights are read once a pass in a cycle
+        # longer than the cache, which would only push out what others use.
         self._drop_cache(offset + direct, done - direct)
         return direct
 
     def _read_direct(self, target: memoryview, offset: int) -> int:
         """Whole pages of ``target``, as many as come; the caller reads what is left."""
         assert self._direct_fd is not None
+        # O_DIRECT wants offset, memory and length in whole blocks; the tail goes through the cache.
         whole = len(target) - len(target) % PAGE_BYTES
         done = 0
+        # A short read may end off a page; from there on nothing is aligned any more.
         while done < whole and done % PAGE_BYTES == 0:
             try:
                 count = os.preadv(self._direct_fd, [target[done:whole]], offset + done)

@@ -140,6 +140,7 @@ class BlockStream(Closing):
         self._mover = Mover(self._layouts, places, buffers, carrier)
         loop = _Overlapped if self._overlapped else _Sequential
         self._loop = loop(self._mover, places, self._passes, self._sure)
+        # Here as well as in `_open_device`: a prefetch may end without the stream being entered.
         stack.callback(self._loop.close)
         self._computes = _queue_of(places, self._passes, Compute)
         self._loop.begin(Queue.READ)
@@ -176,6 +177,8 @@ class BlockStream(Closing):
         buffers.slots = stack.enter_context(device.buffers("block slots", slots))
         # After the allocation: on CUDA the link begins behind whatever used that memory before.
         mover.link.begin()
+        # Left in reverse: threads end, then both streams are drained, then the buffers that they
+        # use go back to the ledger. Any other order frees memory that a copy still writes to.
         stack.callback(mover.link.drain)
         if resident and not places.staging_buffers:
             self._load_residents(buffers, max(resident))
@@ -245,6 +248,7 @@ class BlockStream(Closing):
         """Prefetch for the visit so numbered, which comes next, and those up to the next pause
         after it."""
         if self._pauses:
+            # Visits to the nearest pause, cyclically: blocks repeat every n_blocks visits.
             ahead = min((block - visit) % self.n_blocks for block in self._pauses)
             self._sure.set_to(visit + ahead + 1)
 
@@ -418,6 +422,8 @@ class _Overlapped:
     def _work(self, ops: Iterator[Read | Copy]) -> None:
         stats = self._mover.stats
         for op in ops:
+            # Before the buffers, and not counted: waiting for a pass that may be skipped is no
+            # stall.
             if not self._sure.wait(op.visit):
                 return
             for ref in op.after:
@@ -434,13 +440,15 @@ class _Overlapped:
         """Wait until the block's copy is issued, and let the computation follow it."""
         with self._link.timed(Queue.COMPUTE, partial(self._mover.stats.add, "compute_wait_s")):
             self._board.raise_failure()
+            # First on the host, then on the device: an event can only be waited for once it is
+            # recorded, and the copying thread records it when the copy is issued, not when it ends.
             for ref in op.after:
                 self._board.wait(ref)
                 self._board.raise_failure()
                 self._link.wait(Queue.COMPUTE, ref)
 
     def announce(self, visit: int) -> None:
-        """Wait for what is on its way; let nothing more set out."""
+        """Let what is on its way arrive; nothing more sets out."""
         self._wanted.since = visit
 
     def leave_out(self, ops: Sequence[Compute]) -> None:
@@ -517,6 +525,8 @@ class _Sure:
 
     def wait(self, visit: int) -> bool:
         """Return True when ``visit`` is sure, or False if everything was stopped instead."""
+        # Read without the lock: the number is one int, and seldom falls. A stale one costs a wait,
+        # or a fetch that was sure a moment ago.
         if visit < self._visits:
             return True
         with self._changed:
@@ -542,6 +552,7 @@ class _Board:
     def mark(self, ref: Ref) -> None:
         """``ref`` is issued."""
         with self._changed:
+            # One number a queue is enough: each issues its operations in the order of visits.
             self._last[ref.queue] = ref.visit
             self._changed.notify_all()
 

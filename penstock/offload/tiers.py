@@ -93,6 +93,7 @@ class DiskTier:
                     inspector.feed(_part(target, piece, start), piece.buffer_offset)
         if len(pieces) >= 2 * self._depth.now:  # fewer pieces do not show what the depth is worth
             self._depth.note(nbytes, time.perf_counter() - began)
+        # After the last byte: a change during the read would escape a check made before it.
         for file in {file for file, _ in pieces}:
             file.check_unchanged()
         return BytesRead(nbytes, direct_bytes)
@@ -110,6 +111,8 @@ class DiskTier:
         try:
             while flying:
                 count = flying.popleft().result()
+                # One in for one out keeps the depth, and results stay in the order of the buffer,
+                # as the checksum that is fed with them needs.
                 flying.extend(self._pool.submit(job) for job in islice(waiting, 1))
                 yield count
         finally:
@@ -399,10 +402,13 @@ class CudaLink:
         """Record an event in the stream of the operation."""
         if ref.queue is Queue.READ:
             return
+        # Blocking: the reading thread sleeps in `synchronize` instead of spinning on a core.
         event = _cuda.Event(blocking=True)
         event.record(self._stream(ref.queue))
         self._events[ref] = event
         self._recorded[ref.queue].append(ref)
+        # Nothing waits further back than `longest_wait`; without this a long job would keep an
+        # event for every visit.
         if ref.queue is Queue.COMPUTE:
             self._forget_before(ref.visit - self._longest_wait)
 
@@ -421,6 +427,8 @@ class CudaLink:
     def timed(self, queue: Queue, add: Callable[[float], None]) -> Iterator[None]:
         """By events in the queue's stream; ``add`` is called when the device has passed them."""
         spans, stream = self._spans[queue], self._stream(queue)
+        # Settled while passing by, without waiting: asking for a time that is not over would
+        # synchronise the host with the device at every block.
         while spans and spans[0].is_known():
             spans.popleft().settle()
         start = _cuda.Event(enable_timing=True)

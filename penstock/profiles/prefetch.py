@@ -94,6 +94,8 @@ def _with_blocks(plan: Plan, what: Prefetch, limits: Limits) -> Plan:
     before, stream = _before(plan, what.stream), plan[what.stream]
     nbytes = sum(count for label, count in stream.ram_weights if label != "staging")
     changed: list[PhasePlan] = []
+    # Backwards from the stream's own phase: the buffers stay open from the first to the last, so
+    # that a phase in which they do not fit ends the run of those before it.
     for phase in reversed(before):
         wider = _wider(phase, nbytes, stream.pinned_bytes)
         if not nbytes or not _fits(wider, limits):

@@ -300,6 +300,8 @@ def best_stream(
             continue
         if pace.passes * place.copied_bytes + place.device_bytes > most_copied:
             continue
+        # Bound before timing: the clocks below cost far more, and only a ring of one changes what
+        # takes turns.
         kind = choice, slots == 1, min(staging, 2)
         least = leasts.get(kind)
         if least is None:
@@ -312,6 +314,7 @@ def best_stream(
     for least, nbytes, index, slots, staging in found:
         if best is not None:
             objective, fewest = best.key
+            # Sorted by the bound: nothing after this one can win.
             if least > objective:
                 break
             if nbytes >= fewest and least > objective * (1 - 2 * _ROUNDING):
@@ -362,6 +365,8 @@ def _least_objective(
     takes_turns = [pace.passes * pace.compute_s + first * (read_s + copy_s)]
     takes_turns.append((copied + arriving) * copy_s)
     takes_turns.append((disk + arriving + place.host_bytes) * read_s)
+    # With one slot a copy and the computation exclude each other; with one staging buffer, a read
+    # and the copy out of it.
     if slots == 1:
         streamed = 1 - place.device_resident / len(blocks)
         takes_turns.append(copied * copy_s + pace.passes * pace.compute_s * streamed)
@@ -381,6 +386,7 @@ def _timing(
     bound = max((pace.compute_s, "compute"), (copy, "copy"), (read, "read"))[1]
     ends = _pass_ends(place, blocks, slots, staging, pace, rates)
     seconds = _opening_s(place, staging, rates) + ends[-1]
+    # Passes repeat once the rings are full: the last one simulated stands for all that follow.
     if pace.passes > len(ends):
         seconds += (pace.passes - len(ends)) * (ends[-1] - ends[-2])
     return Timing(seconds, seconds + _care_s(place, pace, rates), bound)
@@ -415,6 +421,7 @@ def _pass_ends(
                 copied = ready = max(copied, free, ready) + copy_s[block]
                 if block not in arrived and buffer is not None:
                     staging_free[buffer] = copied
+            # Computing waits for its block alone; reads and copies run on beside it.
             computed = max(computed, ready) + visit
             if not stays:
                 slot_free[copies % slots] = computed

@@ -135,6 +135,7 @@ class TileGrid:
 
 
 def _split(size: int, parts: int) -> list[Span]:
+    # Cores of nearly equal size that cover each latent once: halos overlap, cores never do.
     edges = [size * index // parts for index in range(parts + 1)]
     return [Span(lo, hi) for lo, hi in zip(edges, edges[1:], strict=False)]
 
@@ -260,9 +261,13 @@ def _through(convs: int, output: Span, size: int) -> list[Span]:
 def _up_spans(arch: VaeLevels, core: Span, size: int) -> list[list[Span]]:
     need, convs = core.scaled(arch.scale), 2 * (arch.num_res_blocks + 1)
     found: list[list[Span]] = []
+    # From the pixels back to the latents: each level adds the halo of its own convolutions to what
+    # the level after it needs. One convolution forgotten shows as a seam.
     for level in range(arch.levels - 1, 0, -1):
         full, last = size << level, level == arch.levels - 1
         found.insert(0, _through(convs + (1 if last else 0), need, full))
+        # The upsampler's own convolution works on the enlarged picture: its halo is taken there,
+        # and only then halved to the pixels of the level below.
         need = found[0][0].grown(RADIUS, RADIUS, full).halved()
     return [[need], *found]
 

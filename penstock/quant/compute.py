@@ -122,6 +122,7 @@ class Int8Gemm:
                 tokens = turned.mul_(rotation**-0.5)
             codes, token_scale = quantise_tokens(tokens, torch.int8)
             rows = len(codes)
+            # On CUDA `_int_mm` wants 17 rows or more: zeros are added, and cut off again.
             if codes.is_cuda and rows < _CUDA_MIN_ROWS:
                 codes = F.pad(codes, (0, 0, 0, 2 * GEMM_MULTIPLE - rows))
             part = torch._int_mm(codes, weight.t())[:rows]
@@ -165,6 +166,7 @@ def quantise_tokens(tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     """8-bit codes of ``tokens`` (n, features), row by row, and their fp32 scales (n, 1); ``code *
     scale`` is the value. A token of zeros gets scale 1; one with NaN or Inf a scale that is not
     finite."""
+    # The largest magnitude without a copy of |tokens|, as abs().amax() would make.
     norm = torch.linalg.vector_norm(tokens, torch.inf, dim=-1, keepdim=True)
     scale = norm.float() / (INT8_MAX if dtype == torch.int8 else E4M3_MAX)
     scale.masked_fill_(scale == 0, 1)
@@ -229,6 +231,8 @@ def _rescale(
 
     The first writes where it reads (int32 and fp32 are of one size), so ``part`` is lost.
     """
+    # part (n, out features) times (n, 1), then times (1, out features): scales of tokens and rows
+    # multiply from both sides, so neither needs the product to be made again.
     scaled = torch.mul(part, token_scale, out=part.view(torch.float32))
     if bias is None:
         torch.mul(scaled, row_scale, out=out)

@@ -64,6 +64,8 @@ class LoraLinear(QuantLinear):
             inner = F.linear(x, self.get_buffer(delta.name("down"))).view(-1, delta.rank)
             up = self.get_buffer(delta.name("up"))
             up = up.roll(len(up) // 2, 0) if delta.turned else up
+            # (tokens, rank) @ (rank, out), added in place: beside the result only the rank's
+            # activations exist, and the weight keeps its format.
             rows.addmm_(inner, up.t(), alpha=delta.scale)
         else:
             diff = self.get_buffer(delta.name("diff"))

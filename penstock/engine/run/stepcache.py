@@ -110,6 +110,8 @@ class StepCache:
         velocity = velocity.to(torch.float32, copy=True)
         error = None
         if self._kept:
+            # What a skip would have cost here, while the truth is at hand; the bend that later
+            # skips are judged by comes from it. Computed before the new point joins the line.
             error = float(self._line(step, 1.0).sub_(velocity).norm())
         self._rule.learns(step, error, float(latents.norm()))
         self._kept, self._at = [*self._kept[-1:], velocity], [*self._at[-1:], step]

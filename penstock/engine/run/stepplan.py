@@ -151,6 +151,8 @@ def best_schedule(recorded: Recorded, shares: Sequence[float], forwards: int) ->
         damping."""
         held, sloped = [0.0] * steps, [0.0] * steps
         for step in range(a + 1, n):
+            # The error of holding v_a, as weights of all velocities: sum of counts * (v_step -
+            # v_a). Its square needs inner products alone, which is why a record keeps nothing else.
             held[step] += counts[step]
             held[a] -= counts[step]
             if b >= 0:
@@ -166,9 +168,12 @@ def best_schedule(recorded: Recorded, shares: Sequence[float], forwards: int) ->
             )
             for x, y in ((held, held), (held, sloped), (sloped, sloped))
         )
+        # Least squares in one unknown: the share of the line's slope that leaves the least error.
         damping = min(max(both / slope, 0.0), 1.0) if slope > 0 else 0.0
         return error - 2 * damping * both + damping * damping * slope, damping
 
+    # Shortest paths over pairs of computed steps: the next gap's cost depends on the last two (the
+    # line goes through both), and on nothing before them.
     paths: dict[Node, tuple[float, tuple[int, ...], tuple[float, ...]]] = {(-1, 0): (0.0, (0,), ())}
     for left in range(forwards - 2, -1, -1):  # computed steps that follow the next one
         longer: dict[Node, tuple[float, tuple[int, ...], tuple[float, ...]]] = {}

@@ -179,6 +179,8 @@ def write_atomically(
     """
     new = write_new(ops, path, chunks, tag)
     with storing(ops, path):
+        # The content was synced before: a rename may reach the disk before the data it names. The
+        # directory is synced after: until then the rename itself may be lost.
         ops.rename(new, path)
         ops.fsync_dir(path.parent)
 
@@ -210,6 +212,7 @@ def _write_file(ops: FileOps, path: Path, parts: list[memoryview], nbytes: int) 
     descriptor = ops.create(path)
     try:
         try:
+            # Space first: a disk that is full says so before anything is written.
             ops.allocate(descriptor, nbytes)
             for part in parts:
                 _write_all(ops, descriptor, part)
@@ -337,6 +340,8 @@ class Reserve:
                 self._ops.fsync(descriptor)
             finally:
                 self._ops.close(descriptor)
+            # Named when it is whole: under its name it always begins with the mark that tells whose
+            # it is.
             self._ops.rename(self._new, self._path)
         except OSError:
             _abandon(self._ops, self._new)

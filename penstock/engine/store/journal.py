@@ -203,8 +203,12 @@ class Journal(Closing):
     def _begin(self, record: JobRecord, pictures: Mapping[str, bytes]) -> None:
         self._remove(check_vacant(self._ops, self.folder))
         try:
+            # Under a name of their own until the record is there: a crash in between leaves files
+            # that are known to be leftovers, and no job that lacks its picture.
             for name, data in pictures.items():
                 write_new(self._ops, self.folder / name, [data], self._tag)
+            # From here on the job exists. What a crash leaves undone, `open` does: it renames the
+            # pictures; the reserve only makes a full disk known now instead of hours later.
             self._save_record(record)
             self._name_pictures()
             if record.reserve_bytes:

@@ -122,6 +122,7 @@ def _taken(path: Path) -> int:
                 time.sleep(_PAUSE_S)  # somebody only looks, or is just gone
                 continue
             raise _refusal(path, error, owner.decode("ascii", "replace").strip()) from error
+        # Locking a file that was unlinked meanwhile locks nothing that others would meet.
         if _is_at(descriptor, path):
             return descriptor
         os.close(descriptor)  # its owner has removed it: the next one there is another file

@@ -90,6 +90,7 @@ def _maxima(fmt: NF4, tensors: Mapping[str, Tensor]) -> Tensor:
     """Return the blocks' maxima from codes of their own: ``map[code] * maximum + offset``."""
     codes = tensors["weight_absmax"]
     found = tensors["weight_nested_map"].index_select(0, codes.int())
+    # The last block of maxima may be short: repeated whole, then cut to those there are.
     whole = tensors["weight_nested_absmax"].repeat_interleave(fmt.nested_block)
     return found.mul_(whole[: len(found)]).add_(fmt.nested_offset)
 

@@ -62,6 +62,7 @@ def _magnitude(
     magnitude = tensors[MAGNITUDE].float()
     tiny = torch.finfo(torch.float32).eps
     if not patch.by_rows:
+        # Norms of columns need all rows: one pass of slices adds up squares, the next one scales.
         squares = torch.zeros(1, weight.shape[1], device=weight.device)
         for part in row_slices(len(weight), weight.shape[1], weight.device.type):
             values = weight[part].to(torch.float32, copy=True)
@@ -106,6 +107,8 @@ def _lokr(patch: Patch, tensors: _Tensors, columns: int) -> _Change:
 
     def change(rows: slice, values: Tensor) -> Tensor:
         number = torch.arange(rows.start, rows.stop, device=w1.device)
+        # Row r of kron(w1, w2) is kron(w1[r // h], w2[r % h]), h the rows of w2: only the rows of
+        # this slice are made, never the whole product.
         left, right = w1[number // height], w2[number % height]
         return (left[:, :, None] * right[:, None, :]).view(-1, columns).mul_(patch.scale)
 
@@ -142,6 +145,8 @@ def _rotations(blocks: Tensor, largest: float, strength: float) -> Tensor:
         norm = torch.linalg.vector_norm(skew) + 1e-8  # as LyCORIS writes it
         skew.mul_(torch.clamp(largest / norm, max=1.0))
     unit = torch.eye(blocks.shape[-1], device=blocks.device)
+    # (I + S)(I - S)^-1 with S skew: orthogonal whatever the file holds, by one solve and without an
+    # inverse.
     turned: Tensor = torch.linalg.solve(unit - skew, unit + skew, left=False)
     return turned.sub_(unit).mul_(strength).add_(unit)
 

@@ -159,6 +159,7 @@ def decode_e4m3(codes: Tensor, bits: Tensor, out: Tensor) -> None:
     if int((raw & 127).amax()) == 127:  # NaN; fp16 would read 480 / 256
         out.copy_(codes)
         return
+    # Sign-extended to 16 bits first, so the sign lands in bit 15 by itself; bit 14 is its copy.
     bits.copy_(raw).bitwise_left_shift_(7).bitwise_and_(~(1 << 14))  # bit 14: the copied sign
     out.copy_(bits.view(torch.float16)).mul_(256)
 

@@ -303,6 +303,8 @@ def block_forward(
     """
     every = {each: _rows(block, each) for each in (modulation, modulation.still) if each}
     parts = list(_chunks(hidden.shape[1], chunk_tokens, modulation.still_tokens))
+    # Two passes over the chunks: every query attends to the keys of all tokens, which must be those
+    # of the hidden states before any chunk is changed in place.
     for part in parts:
         shift, scale, *_ = every[modulation.of(part)]
         _write_kv(block, hidden[:, part], scale, shift, rope, kv, part)
@@ -312,6 +314,7 @@ def block_forward(
         chunk.add_(
             _gated(_self_attention(block, chunk, scale, shift, rope, kv, part, attend), gate)
         )
+        # No gate here, as in the makers' block: cross-attention is added as it is.
         chunk.add_(_cross_attention(block, chunk, cross, kv.dtype))
         chunk.add_(_gated(_feed_forward(block, chunk, ffn_scale, ffn_shift, kv.dtype), ffn_gate))
 
@@ -350,6 +353,7 @@ def _write_kv(
     attn = block.attn1
     x = _modulated(block.norm1, chunk, scale, shift, kv.dtype)
     kv.v[:, part] = attn.to_v(x).unflatten(2, (attn.heads, -1))
+    # x (1, c, d) goes before the norm makes its fp32 copies, beside which it would be the peak.
     k = attn.to_k(x)
     del x
     k = attn.norm_k(k)
@@ -379,6 +383,7 @@ def _rotate(x: Tensor, rope: Rope, part: slice, out: Tensor) -> Tensor:
     """Turn neighbouring pairs of (1, c, heads, head width) by the angles of their tokens."""
     cos, sin = rope.cos[:, part], rope.sin[:, part]
     x1, x2 = torch.unflatten(x, -1, (-1, 2)).unbind(-1)
+    # Pairs (2i, 2i + 1) turn together; halves of a head would be another model's rotation.
     out[..., 0::2] = (x1 * cos).sub_(x2 * sin)
     out[..., 1::2] = (x1 * sin).add_(x2 * cos)
     return out
@@ -410,6 +415,7 @@ def away_from(towards: Tensor, away: Tensor, scale: float) -> Tensor:
         towards, away: (1, c, d), both used up.
     """
     size = _magnitude(towards)
+    # away + scale * (towards - away), in the memory of ``away``.
     led = away.mul_(1 - scale).add_(towards, alpha=scale)
     growth = _magnitude(led).div_(size.clamp_(min=torch.finfo(size.dtype).tiny))
     led.mul_(growth.reciprocal_().mul_(NAG_GROWTH).clamp_(max=1.0).mul_(NAG_SHARE))
@@ -427,6 +433,7 @@ def _feed_forward(
 ) -> Tensor:
     gelu, _, down = block.ffn.net
     x = gelu.proj(_modulated(block.norm3, chunk, scale, shift, dtype))
+    # In place: x (1, c, ffn) is the widest tensor of a block, and a copy of it the peak.
     torch.ops.aten.gelu_(x, approximate=gelu.approximate)
     update: Tensor = down(x)
     return update

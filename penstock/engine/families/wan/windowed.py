@@ -75,6 +75,9 @@ class Cut:
         for states in passes:
             for prediction in visit(self._inputs(see, states)):
                 waiting.append(prediction)
+                # Branches of a window come one after another, and a visit may end between them:
+                # what waits is guided as soon as its window is complete, so that one window's
+                # predictions live at a time.
                 if len(waiting) == self.branches:
                     part, weight = next(left)
                     fused[:, :, part].addcmul_(guide(waiting).to(fused.dtype), weight)

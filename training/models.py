@@ -61,6 +61,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         model_max_length=CONTEXT,
         padding_side="right",
+        add_prefix_space=True,  # said again: transformers 4 takes it out otherwise
     )
 
 

@@ -3,6 +3,7 @@
 # make faults the full counts of the fault tests (kills, cancels, out of memory, limits) and what else takes minutes
 # make lowest the quick tests and the demo on the lowest versions that pyproject.toml declares
 # make lowest-few the demo and one test or more of each library on these: a minute and a half of one core
+# make docs   the documents as a site in out/site; a broken link or anchor fails
 # make lint   ruff, mypy, import-linter
 PYTHON ?= python3
 VENV := .venv
@@ -20,7 +21,7 @@ LOWEST_FEW := $(addprefix tests/engine/,test_software.py media/test_video.py fil
 	run/test_sampler.py lora/test_files.py test_doors.py::test_single_files_of_the_original_author \
 	attach/test_pipeline.py::test_two_videos_of_one_picture) tests/test_public.py
 
-.PHONY: demo test quick faults lowest lowest-few lint coverage clean
+.PHONY: demo test quick faults lowest lowest-few lint docs coverage clean
 
 demo: $(STAMP)
 	mkdir -p out
@@ -53,8 +54,11 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy -p penstock
-	$(BIN)/mypy --explicit-package-bases --follow-imports silent benchmarks
+	$(BIN)/mypy --explicit-package-bases --follow-imports silent benchmarks documents
 	$(BIN)/lint-imports
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,4 +1,4 @@
-"""What `make faults` found, kept for the table of the README.
+"""What `make faults` found, kept for the table of docs/measurements.md.
 
     python -m benchmarks.faults JUNIT.xml ... --save benchmarks/results/faults_NAME.json
 

@@ -4,15 +4,18 @@
 each phase beside the live bytes of the real code on fake tensors (see
 `tests/profiles/test_true_model.py`), and how much the one is over the other.
 ``models``: what `penstock plan --synthetic` knows, at its own size and steps on two cards.
+``videos``: the question of the README, "Will it run on my card?": cards, models and sizes.
 ``windows``: what a step of 241 frames moves over what one of 81 does, on cards under 12 GB.
 ``cards``: ten machines and three sizes: seconds a step, total, what bounds it; as penstock runs by
 default, and with products and self-attention in 8 bits.
 
-All print JSON, of which `benchmarks.render` makes the tables of docs/plans.md:
+All print JSON, of which `benchmarks.render` makes the tables of README.md, docs/plans.md and
+docs/cards.md:
 
     python -m benchmarks.plans peaks > benchmarks/results/plans_peaks.json
     python -m benchmarks.plans cards > benchmarks/results/plans_cards.json
     python -m benchmarks.plans models > benchmarks/results/plans_models.json
+    python -m benchmarks.plans videos > benchmarks/results/plans_videos.json
     python -m benchmarks.plans windows > benchmarks/results/plans_windows.json
     python -m benchmarks.render
 """
@@ -175,6 +178,60 @@ def row(size: str, card: str, options: Options) -> dict[str, Any]:
     }
 
 
+VIDEO_CARDS = (
+    ("RTX 3050 Laptop 4GB", "4gb", "16GiB"), ("RTX 2060 6GB", "6gb", "16GiB"),
+    ("RTX 4060 8GB", "8gb", "16GiB"), ("RTX 3060 12GB", "12gb", "16GiB"),
+    ("RTX 4070 12GB", "12gb", "32GiB"), ("RTX 4060 Ti 16GB", "16gb", "32GiB"),
+    ("RTX 4090 24GB", "24gb", "64GiB"), ("RTX 5090 32GB", "max", "64GiB"),
+)  # fmt: skip
+"""Cards as people have them: name, profile, system RAM."""
+
+
+VIDEOS: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
+    ("wan2.1-i2v-14b", "480p, 4 steps", {"size": "832x480", "distilled": True}),
+    ("wan2.1-i2v-14b", "480p, 40 steps", {"size": "832x480", "steps": 40}),
+    ("wan2.1-i2v-14b", "720p, 40 steps", {"size": "1280x720", "steps": 40}),
+    ("wan2.2-i2v-a14b", "480p, 4 steps", {"size": "832x480", "distilled": True}),
+    ("wan2.2-i2v-a14b", "480p, 40 steps", {"size": "832x480", "steps": 40}),
+    ("wan2.2-i2v-a14b", "720p, 40 steps", {"size": "1280x720", "steps": 40}),
+    ("minimax-h3", "480p, 20 steps", {"size": "864x480", "steps": 20}),
+    ("minimax-h3", "768p, 40 steps", {"size": "1344x768", "steps": 40}),
+)
+"""Models and videos of the README's table; five seconds each."""
+
+
+def videos(
+    cards: Sequence[tuple[str, str, str]] = VIDEO_CARDS,
+    asked: Sequence[tuple[str, str, Mapping[str, Any]]] = VIDEOS,
+) -> list[dict[str, Any]]:
+    """One row a card, model and video."""
+    return [
+        {"card": card, "profile": profile, "ram": ram, "model": model, "video": video}
+        | video_row(Options(profile=profile, ram=ram), card, model, settings)
+        for card, profile, ram in cards
+        for model, video, settings in asked
+    ]
+
+
+def video_row(
+    options: Options, card: str, model: str, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What a plan says of a video; where it does not fit, what it takes at the least."""
+    options, machine = machine_of(options, card, None)
+    prepared = Prepared.open(synthetic=model, options=options, machine=machine)
+    request = resolve(Settings(prompt="a plan", **settings), prepared.about)
+    try:
+        plan = prepared.plan(workload_of(request, saved=True))
+    except OverBudget as error:
+        return {"needs": error.resource, "needs_gib": round(error.need_bytes / GIB, 1)}
+    return {
+        "format": plan.weight_format,
+        "minutes": round(plan.seconds / 60, 1),
+        "vram_gib": round(plan.peak_vram_bytes / GIB, 1),
+        "ram_gib": round(plan.peak_ram_bytes / GIB, 1),
+    }
+
+
 def windows(cards: Sequence[str] = WINDOW_CARDS) -> list[dict[str, Any]]:
     """A row a card, size and way: one window alone, as many as 241 frames take, and these with the
     hidden states in fp32, or one branch of one window at a time."""
@@ -209,7 +266,7 @@ def window_row(card: str, size: str, frames: int, flags: Mapping[str, str]) -> d
 
 
 _MADE: Mapping[str, Callable[[], list[dict[str, Any]]]] = MappingProxyType(
-    {"peaks": peaks, "cards": cards, "models": models, "windows": windows}
+    {"peaks": peaks, "cards": cards, "models": models, "videos": videos, "windows": windows}
 )
 
 

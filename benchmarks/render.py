@@ -1,4 +1,4 @@
-"""The JSON files in benchmarks/results as tables in the README and in docs/, and as plots.
+"""The JSON files in benchmarks/results as tables in README.md and in docs/, and as plots.
 
     python -m benchmarks.render [--check]
 
@@ -26,7 +26,10 @@ from penstock.units import GIB, MIB
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PLOTS = ROOT / "docs"
-DOCUMENTS = (ROOT / "README.md", PLOTS / "plans.md", PLOTS / "formats.md")
+DOCUMENTS = (
+    ROOT / "README.md",
+    *(PLOTS / f"{name}.md" for name in ("cards", "plans", "formats", "measurements")),
+)
 
 Rows = list[tuple[str, ...]]
 Results = Mapping[str, Any]
@@ -598,6 +601,64 @@ def plan_models(results: Results) -> str:
     return table(("model", "size", "steps", *cards), lines)
 
 
+def plan_videos(results: Results) -> str:
+    """Cards, models and videos: time, format and both peaks."""
+    rows = results["plans_videos"]
+    headings = ("card", "system RAM", "model", "video", "format", "time", "VRAM", "RAM")
+    lines: Rows = [
+        (row["card"], row["ram"], row["model"], row["video"], *video_cells(row)) for row in rows
+    ]
+    return table(headings, lines)
+
+
+def video_cells(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """Format, time and peaks of a plan; what a video that does not fit takes at the least."""
+    if "needs_gib" in row:
+        return "", f"needs {row['needs_gib']} GiB of {row['needs']}", "", ""
+    peaks = f"{row['vram_gib']:.1f} GiB", f"{row['ram_gib']:.1f} GiB"
+    return row["format"], duration(row["minutes"]), *peaks
+
+
+def will_it_run(results: Results) -> str:
+    """The same, a row a card: the longer time of models that share a column, the highest peaks;
+    and what has been measured of it."""
+    columns = ("480p, 4 steps", "480p, 40 steps", "720p, 40 steps", "480p, 20 steps",
+               "768p, 40 steps")  # fmt: skip
+    rows = results["plans_videos"]
+    lines: Rows = []
+    for card in dict.fromkeys(row["card"] for row in rows):
+        mine = [row for row in rows if row["card"] == card]
+        cells = []
+        for column in columns:
+            asked = [row for row in mine if row["video"] == column]
+            fitting = all("minutes" in row for row in asked)
+            longest = max((row["minutes"] for row in asked), default=0) if fitting else 0
+            cells.append(duration(longest) if fitting else "does not fit")
+        fits = [row for row in mine if "minutes" in row]
+        vram, ram = (max(row[name] for row in fits) for name in ("vram_gib", "ram_gib"))
+        lines.append((card, mine[0]["ram"], *cells, f"{vram:.1f} GiB", f"{ram:.1f} GiB"))
+    lines += [held_down(case, row) for value in named(results, "gpu_suite")
+              for case, row in caps(value["groups"]) if case == "8 GiB"]  # fmt: skip
+    wan, h3 = "Wan2.1 and 2.2, 14B: ", "MiniMax-H3: "
+    headings = (wan + columns[0], *columns[1:3], h3 + columns[3], columns[4])
+    return table(("card", "RAM", *headings, "VRAM used", "RAM used"), lines)
+
+
+def held_down(case: str, row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The measured row: a guided 720p step of the whole model, forty times."""
+    time = duration(40 * row["s_per_forward"] / 60)
+    used = f"**{gib(row['allocated_bytes'])}**"
+    return (f"H200 held to {case}, **measured**", "", "", "", f"**{time}**", "", "", used, "")
+
+
+def duration(minutes: float) -> str:
+    """Minutes, as people say them."""
+    if minutes < 60:
+        return f"{max(1, round(minutes))} min"
+    whole = round(minutes)
+    return f"{whole // 60} h {whole % 60:02d}" if whole < 24 * 60 else f"{round(whole / 60)} h"
+
+
 def plan_windows(results: Results) -> str:
     """What a step of a long video moves over what a step of one window does."""
     headings = (
@@ -811,6 +872,8 @@ TABLES: Mapping[str, Callable[[Results], str]] = {
     "plan_peaks": plan_peaks,
     "plan_cards": plan_cards,
     "plan_models": plan_models,
+    "plan_videos": plan_videos,
+    "will_it_run": will_it_run,
     "plan_cards_8_bits": partial(plan_cards, way="8 bits"),
     "plan_profiles": plan_profiles,
     "faults": faults,

@@ -29,9 +29,11 @@ from penstock.cli.files import (
     cache_app,
     inspect,
     pack,
+    refusals_shown,
     reported,
     verify,
 )
+from penstock.cli.first import first_steps
 from penstock.cli.foreign import (
     Activations,
     Arguments,
@@ -41,6 +43,7 @@ from penstock.cli.foreign import (
     own_only,
     plan_foreign,
 )
+from penstock.cli.layout import wrap
 from penstock.cli.log import Level, logged
 from penstock.cli.memory import MemoryHelp, memory_told
 from penstock.cli.options import NOTHING, with_options
@@ -52,10 +55,9 @@ from penstock.profiles.options import Options
 
 app = typer.Typer(
     name="penstock",
-    help="Runs video models far larger than the card, inside a byte budget you choose.",
-    no_args_is_help=True,
+    help="Run video models far larger than the card, inside a byte budget you choose.",
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 jobs_app = typer.Typer(help="List and remove the jobs that are kept on this machine.")
 app.add_typer(jobs_app, name="jobs")
@@ -154,9 +156,12 @@ def main_options(
         ),
     ] = False,
 ) -> None:
-    """Runs video models far larger than the card, inside a byte budget you choose."""
+    """Run video models far larger than the card, inside a byte budget you choose."""
     with reported(debug=False):
         context.with_resource(logged(log_level, log_file))
+    if context.invoked_subcommand is None:
+        say(first_steps(Screen().width))
+        raise typer.Exit(2)  # as any command that is called without what it needs
 
 
 @app.command(cls=MemoryHelp)
@@ -347,7 +352,7 @@ def jobs(
     if as_json:
         say(json.dumps([info.to_json() for info in found]))
     else:
-        say(jobs_table(found))
+        say(jobs_table(found, Screen().row_width))
 
 
 @jobs_app.command("rm")
@@ -450,7 +455,7 @@ def plan(
         plan_foreign(Path(str(model)), given, strange, as_json, debug)
         return
     own_only(arguments, activations, debug)
-    from penstock.cli.plan_view import ASSUMED, plan_view
+    from penstock.cli.plan_view import plan_view
     from penstock.engine.alternatives import alternatives
     from penstock.engine.files.locate import Files
     from penstock.engine.lora.file import as_loras
@@ -476,7 +481,8 @@ def plan(
             machine=machine,
         )
         request = resolve(settings, prepared.about)
-        found = prepared.plan(workload_of(request, saved=True))
+        with refusals_shown(prepared.hardware.name, as_json or debug):
+            found = prepared.plan(workload_of(request, saved=True))
         told = prepared.about.official.timesteps(
             request.video_shape, request.steps, noise_of(request)
         )
@@ -485,8 +491,9 @@ def plan(
         others = [each.to_json() for each in faster]
         say(json.dumps(found.to_json() | {"timesteps": told, "alternatives": others}))
     else:
-        besides = memory_told(found) if card is None else ASSUMED
-        Screen().print(plan_view(found, besides, faster), soft_wrap=True)
+        besides = memory_told(found) if card is None else None
+        screen = Screen()
+        screen.print(plan_view(found, screen.width, besides, faster), soft_wrap=True)
 
 
 profiles_app = typer.Typer(help="Byte budgets and policies by name.", invoke_without_command=True)
@@ -500,7 +507,8 @@ def profiles(context: typer.Context) -> None:
 
     if context.invoked_subcommand is None:
         with reported(debug=False):
-            Screen().print(profiles_view())
+            screen = Screen()
+            screen.print(profiles_view(screen.width), soft_wrap=True)
 
 
 @profiles_app.command("show")
@@ -510,7 +518,8 @@ def profiles_show(name: Annotated[str, typer.Argument(help="A name, or a file.")
     from penstock.profiles.profile import load
 
     with reported(debug=False):
-        Screen().print(profile_view(load(name)))
+        screen = Screen()
+        screen.print(profile_view(load(name), screen.width), soft_wrap=True)
 
 
 @app.command()
@@ -530,9 +539,10 @@ def doctor(
         say(json.dumps(found.to_json()))
         return
     rows = [(each.topic, each.found, each.remedy) for each in found.findings]
-    Screen().print(findings_view(found.machine, rows))
+    screen = Screen()
+    screen.print(findings_view(found.machine, rows, screen.width), soft_wrap=True)
     if found.stored_in is not None:
-        say(f"rates are kept in {found.stored_in}")
+        screen.print("\n".join(wrap(f"rates are kept in {found.stored_in}", screen.width)))
 
 
 def _continued(settings: Any, video: Path, stack: ExitStack) -> Any:

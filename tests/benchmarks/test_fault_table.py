@@ -1,4 +1,4 @@
-"""What `make faults` found, as rows of the README."""
+"""What `make faults` found, as rows of docs/measurements.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The README's tables of weight formats, from the results of their benchmarks."""
+"""The tables of weight formats, from the results of their benchmarks."""
 
 from __future__ import annotations
 

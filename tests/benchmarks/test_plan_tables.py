@@ -35,6 +35,34 @@ def test_of_a_model() -> None:
     assert plans.models([name]) == [r for r in RESULTS["plans_models"] if r["model"] == name]
 
 
+def test_of_the_question_of_the_readme() -> None:
+    """Of one card, each model and video; the others are `test_of_every_card_of_the_readme`'s."""
+    card = plans.VIDEO_CARDS[3]
+    assert card[0] == "RTX 3060 12GB"
+    rows = RESULTS["plans_videos"]
+    assert plans.videos([card]) == [row for row in rows if row["card"] == card[0]]
+    assert len(rows) == len(plans.VIDEO_CARDS) * len(plans.VIDEOS)
+
+
+@pytest.mark.faults
+def test_of_every_card_of_the_readme() -> None:
+    assert plans.videos() == RESULTS["plans_videos"]
+
+
+def test_the_readme_shows_the_longest_time_and_the_highest_peaks() -> None:
+    rows = [
+        {"card": "a", "ram": "16GiB", "model": model, "video": "480p, 4 steps", "format": "int8",
+         "minutes": minutes, "vram_gib": vram, "ram_gib": 3.0}
+        for model, minutes, vram in (("one", 61.0, 4.0), ("two", 60.0, 5.0))
+    ]  # fmt: skip
+    table = render.will_it_run({"plans_videos": rows}).splitlines()
+    assert table[2].startswith("| a | 16GiB | 1 h 01 | ")
+    assert table[2].endswith(" | 5.0 GiB | 3.0 GiB |")
+    rows[1] = {"card": "a", "ram": "16GiB", "model": "two", "video": "480p, 4 steps",
+               "needs": "VRAM", "needs_gib": 7.0}  # fmt: skip
+    assert "| a | 16GiB | does not fit | " in render.will_it_run({"plans_videos": rows})
+
+
 def test_of_a_long_video() -> None:
     card = "RTX 3060 12GB"
     rows = [r for r in RESULTS["plans_windows"] if (r["card"], r["size"]) == (card, "832x480")]

@@ -251,7 +251,7 @@ class Denoise:
             Network.of(spec.cross_block_bytes, resident=False),
             spec.weights.rest_bytes,
             (
-                *transformer.context_bytes(spec, case).items,
+                *transformer.context_bytes(spec, case).told,
                 *self._sampled(case),
                 *self._decoding(spec.context_storage or spec.storage),
                 *self.case.libraries(),
@@ -354,7 +354,7 @@ class Denoise:
 
     def _shape(self, cost: transformer.DenoiseCase) -> Shape:
         work = (
-            *transformer.denoise_bytes(self.spec, cost).items,
+            *transformer.denoise_bytes(self.spec, cost).told,
             *self._decoding(self.spec.storage),
             *self.case.libraries(),
         )
@@ -464,4 +464,20 @@ class Denoise:
             + shape.passes * (place.copied_bytes + self._fetched_bytes(cost)),
             seconds=stream.timing.seconds + loading_s(spec.weights.rest_bytes, self.case.rates),
             bound=stream.timing.bound,
+            facts=_told(cost),
         )
+
+
+def _told(cost: transformer.DenoiseCase) -> tuple[str, ...]:
+    """How the forward pass is cut, for people."""
+    passes, together = cost.branches * cost.windows, cost.visit_branches
+    told = [f"{cost.chunk_tokens:,} tokens a chunk"]
+    if cost.windows > 1:
+        told.append(f"{cost.windows} windows a step")
+    if cost.branches > 1:
+        told.append("classifier-free guidance on (two forward passes)")
+    if passes > 1:
+        shared = "all" if together >= passes else str(together)
+        told.append(f"{shared} of a step's {passes} forward passes share each visit of a block")
+    told.append(f"cross-attention K/V in {'VRAM' if cost.cross_kv_on_device else 'RAM'}")
+    return tuple(told)

@@ -116,6 +116,12 @@ def image_step(case: WanCase, spec: ImageSpec) -> OnePass:
     )
 
 
+def _told(grid: TileGrid) -> str:
+    if (grid.rows, grid.cols) == (1, 1):
+        return "whole frames, no tiles"
+    return f"exact tiles, {grid.rows} rows by {grid.cols} columns"
+
+
 @dataclass(frozen=True)
 class Tiled:
     """One half of the VAE, over a grid of tiles.
@@ -187,6 +193,7 @@ class Tiled:
             read_bytes=weights.rest_bytes,
             copied_bytes=weights.rest_bytes,
             seconds=work.seconds(rates) + loading_s(weights.rest_bytes, rates),
+            facts=(_told(grid),),
         )
 
     def _picture_bytes(self) -> int:

@@ -1,1 +1,1 @@
-"""ComfyUI's nodes: `nodes` runs in ComfyUI's process, `worker` in one of its own."""
+"""ComfyUI's nodes: `nodes` runs in ComfyUI's process, `worker` and `desk` in one of their own."""

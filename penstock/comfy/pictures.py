@@ -37,7 +37,7 @@ def mapped(path: Path, shape: Sequence[int]) -> Tensor:
     and what is written to them stays in this process.
 
     Args:
-        path: as `penstock.comfy.worker.hand_over` wrote it.
+        path: as `penstock.comfy.desk.hand_over` wrote it.
         shape: (frames, height, width, 3).
     """
     import torch

@@ -194,7 +194,7 @@ def test_a_workflow_runs_and_its_frames_are_those_of_generate(
     assert np.array_equal(video, expected)
     if name == "image_to_video":
         text = ended["outputs"]["3"]["text"][0]
-        assert text.startswith("fits\nplan for CPU") and "denoise" in text
+        assert text.startswith("plan for CPU: it fits") and "denoise" in text
 
 
 def write_lora(files: dict[str, Path], path: Path) -> None:

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from penstock.comfy.desk import hand_over, reserve
 from penstock.comfy.pictures import drop, mapped, picture_file
-from penstock.comfy.worker import hand_over, reserve
 from penstock.engine.engine import Engine
 from penstock.engine.media.video import read_frames
 from penstock.engine.request.demo import MINI, demo_picture
@@ -74,10 +74,10 @@ def test_a_plan_loads_nothing_and_says_whether_it_fits(
 ) -> None:
     fits = nodes.PenstockPlan.execute(MODEL, **asked(picture, width=0, height=0, frames=17))
     text, good = fits.args
-    assert good and text.startswith("fits\nplan for CPU") and "denoise" in text
+    assert good and text.startswith("plan for CPU: it fits") and "denoise" in text
     assert "17 frames as fp32 are 816.0 KiB" in text and fits.ui == {"text": (text,)}
     text, good = nodes.PenstockPlan.execute(MODEL, **asked(picture, vram="1MiB")).args
-    assert not good and text.startswith("does not fit") and "VRAM" in text
+    assert not good and text.startswith("it does not fit") and "VRAM" in text
 
 
 def test_a_video_and_its_frames(

@@ -110,6 +110,13 @@ Nag = Annotated[
         help="Away from the negative prompt at --cfg 1, inside attention: such as 11 (off).",
     ),
 ]
+Interval = Annotated[
+    str | None,
+    typer.Option(
+        metavar="A,B",
+        help="Guidance only at noise levels from A to B of 0 to 1: fewer passes (all).",
+    ),
+]
 Shift = Annotated[
     float | None,
     typer.Option(help="Flow shift (5; from a picture at 480p: 3; 1.3B: 8)."),
@@ -196,6 +203,7 @@ def generate(
     steps: Steps = None,
     cfg: Guidance = None,
     nag: Nag = None,
+    cfg_interval: Interval = None,
     shift: Shift = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of the noise (drawn if absent or -1).")
@@ -256,6 +264,7 @@ def generate(
             "--clip-crop": clip_crop, "--lora": lora or None, "--job": job,
             "--resume": resume_same, "--continue": continues, "--window": window,
             "--overlap": overlap, "--nag": nag,
+            "--cfg-interval": cfg_interval,
         }  # fmt: skip
         generate_foreign(Path(str(model)), given, strange, output, force, as_json, debug)
         return
@@ -278,6 +287,7 @@ def generate(
         steps=steps,
         guidance_scale=cfg,
         nag_scale=nag,
+        cfg_interval=cfg_interval,
         shift=shift,
         seed=seed,
         sampler=None if sampler is None else sampler.value,
@@ -419,6 +429,7 @@ def plan(
     steps: Steps = None,
     cfg: Guidance = None,
     nag: Nag = None,
+    cfg_interval: Interval = None,
     shift: Shift = None,
     sampler: Sampler = None,
     distilled: Distilled = False,
@@ -451,6 +462,7 @@ def plan(
             "--shift": shift, "--sampler": sampler, "--distilled": distilled or None,
             "--lora": lora or None, "--card": card, "--disk": disk, "--synthetic": synthetic,
             "--window": window, "--overlap": overlap, "--nag": nag,
+            "--cfg-interval": cfg_interval,
         }  # fmt: skip
         plan_foreign(Path(str(model)), given, strange, as_json, debug)
         return
@@ -465,7 +477,8 @@ def plan(
 
     settings = Settings(
         prompt="a plan", image=image, size=size, max_area=max_area, frames=frames, steps=steps,
-        guidance_scale=cfg, nag_scale=nag, shift=shift, distilled=distilled,
+        guidance_scale=cfg, nag_scale=nag, cfg_interval=cfg_interval, shift=shift,
+        distilled=distilled,
         sampler=None if sampler is None else sampler.value, window=window, overlap=overlap,
     )  # fmt: skip
     with reported(debug):

@@ -113,6 +113,13 @@ Nag = Annotated[
         help="Normalized attention guidance: apply the negative prompt at --cfg 1; try 11 (off).",
     ),
 ]
+Interval = Annotated[
+    str | None,
+    typer.Option(
+        metavar="A,B",
+        help="Guidance only at noise levels from A to B of 0 to 1: fewer passes (all).",
+    ),
+]
 Shift = Annotated[
     float | None,
     typer.Option(help="Flow shift of the noise schedule (the model's own, such as 5)."),
@@ -219,6 +226,7 @@ def generate(
     steps: Steps = None,
     cfg: Guidance = None,
     nag: Nag = None,
+    cfg_interval: Interval = None,
     shift: Shift = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of the noise (random if absent or -1).")
@@ -286,6 +294,7 @@ def generate(
             "--clip-crop": clip_crop, "--lora": lora or None, "--job": job,
             "--resume": resume_same, "--continue": continues, "--window": window,
             "--overlap": overlap, "--nag": nag,
+            "--cfg-interval": cfg_interval,
         }  # fmt: skip
         generate_foreign(Path(str(model)), given, strange, output, force, as_json, quiet, debug)
         return
@@ -308,6 +317,7 @@ def generate(
         steps=steps,
         guidance_scale=cfg,
         nag_scale=nag,
+        cfg_interval=cfg_interval,
         shift=shift,
         seed=seed,
         sampler=None if sampler is None else sampler.value,
@@ -472,6 +482,7 @@ def plan(
     steps: Steps = None,
     cfg: Guidance = None,
     nag: Nag = None,
+    cfg_interval: Interval = None,
     shift: Shift = None,
     sampler: Sampler = None,
     distilled: Distilled = False,
@@ -507,6 +518,7 @@ def plan(
             "--shift": shift, "--sampler": sampler, "--distilled": distilled or None,
             "--lora": lora or None, "--card": card, "--disk": disk, "--synthetic": synthetic,
             "--window": window, "--overlap": overlap, "--nag": nag,
+            "--cfg-interval": cfg_interval,
         }  # fmt: skip
         plan_foreign(Path(str(model)), given, strange, as_json, debug)
         return
@@ -521,7 +533,8 @@ def plan(
 
     settings = Settings(
         prompt="a plan", image=image, size=size, max_area=max_area, frames=frames, steps=steps,
-        guidance_scale=cfg, nag_scale=nag, shift=shift, distilled=distilled,
+        guidance_scale=cfg, nag_scale=nag, cfg_interval=cfg_interval, shift=shift,
+        distilled=distilled,
         sampler=None if sampler is None else sampler.value, window=window, overlap=overlap,
     )  # fmt: skip
     with reported(debug):

@@ -16,7 +16,7 @@ TAU = 1.0
 
 DENSE_ONE_IN = 5
 """Steps of a job over those at its start that sparse attention leaves dense: what a video shows and
-where is decided there. Source of the share: the paper's setting for video (arXiv:2607.24027)."""
+where is decided there."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Attending:
 
     @classmethod
     def of(cls, word: object) -> Attending:
-        """As flags and files spell it.
+        """Read what flags and files spell.
 
         Raises:
             ProfileError: no such word.
@@ -83,5 +83,5 @@ class Attending:
         return BACKENDS[self.kind]
 
     def dense_steps(self, steps: int) -> int:
-        """Of a job of so many steps, those at its start that torch attends to."""
+        """Return how many of a job's steps, at its start, torch attends to."""
         return -(-steps // DENSE_ONE_IN) if self.backend.sparse else 0

@@ -83,7 +83,7 @@ class Scratch:
 
     @contextmanager
     def held(self, nbytes: int) -> Iterator[None]:
-        """A buffer of ``nbytes`` until the context ends."""
+        """Provide a buffer of ``nbytes`` until the context ends."""
         self._buffer = self._make(nbytes)
         try:
             yield
@@ -91,7 +91,7 @@ class Scratch:
             self._buffer = self._make(0)
 
     def view(self, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """The start of the buffer as an uninitialised ``shape`` of ``dtype``.
+        """Return the start of the buffer as an uninitialised ``shape`` of ``dtype``.
 
         Raises:
             LedgerOverflow: the buffer is smaller than that.
@@ -121,8 +121,8 @@ class Computing:
     chunk_bytes: int = DEFAULT_CHUNK_BYTES
 
     def path_for(self, fmt: QuantFormat, shape: Shape) -> Path:
-        """The path of one linear. Its product needs both sides to be multiples of 16, or of what
-        the format fills them up to."""
+        """Return the path of one linear. Its product needs both sides to be multiples of 16, or of
+        what the format fills them up to."""
         gemm, multiple = fmt.gemm, fmt.padding if isinstance(fmt, Micro) else GEMM_MULTIPLE
         aligned = shape[0] % multiple == 0 and shape[1] % multiple == 0
         if self.mode == "exact" or gemm is None or gemm not in self.working or not aligned:
@@ -142,13 +142,14 @@ class Computing:
         return kept + max(self.chunk_bytes, gemm_fixed_bytes(shape) + least)
 
     def is_kitchens(self, fmt: QuantFormat, shape: Shape) -> bool:
-        """Whether comfy-kitchen multiplies one linear."""
+        """Return whether comfy-kitchen multiplies one linear."""
         path = self.path_for(fmt, shape)
         return path in ("nvfp4", "mxfp8") or (path == "int8" and "int8-kitchen" in self.working)
 
 
 def gemm_fixed_bytes(shape: Shape) -> int:
-    """What an 8-bit product makes once a linear: the rows' scales and the bias in fp32, a unit."""
+    """Return what an 8-bit product makes once a linear: the rows' scales and the bias in fp32, a
+    unit."""
     return 8 * shape[0] + 4
 
 

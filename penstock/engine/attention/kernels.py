@@ -53,7 +53,7 @@ def int8_attention() -> Attention:
 
 
 def sol_attention(tau: float) -> Attention:
-    """Unmasked attention by comfy-kitchen that is exact where blocks of 64 tokens matter to one
+    """Return unmasked attention by comfy-kitchen, exact where blocks of 64 tokens matter to one
     another, and takes the others by their means (arXiv:2607.24027). All queries come at once.
 
     What it holds meanwhile is stated by
@@ -84,7 +84,7 @@ _MADE: Mapping[str, Callable[[Attending], Attention]] = MappingProxyType(
 
 
 def self_attention_of(word: str) -> Attention:
-    """The backend that a plan names.
+    """Return the backend that a plan names.
 
     Raises:
         ImportError: comfy-kitchen is needed, and is not installed.

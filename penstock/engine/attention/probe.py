@@ -52,7 +52,7 @@ class AttentionReport:
 def probe_int8(
     device: torch.device | str, dtype: torch.dtype, heads: int, width: int
 ) -> AttentionReport:
-    """Tries comfy-kitchen's attention on random tokens, and compares with torch's in fp32.
+    """Try comfy-kitchen's attention on random tokens, and compare with torch's in fp32.
 
     Args:
         device: where it shall run.
@@ -79,8 +79,8 @@ def probe_int8(
 def probe_sol(
     device: torch.device | str, dtype: torch.dtype, heads: int, width: int, tau: float = TAU
 ) -> AttentionReport:
-    """The same with sparse attention, on tokens that are alike in each block, as those of a video
-    are among their neighbours: what is taken by its mean is then nearly exact.
+    """Try sparse attention, on tokens that are alike in each block, as those of a video are among
+    their neighbours: what is taken by its mean is then nearly exact.
 
     Args:
         tau: as `penstock.engine.attention.kernels.sol_attention`.
@@ -108,7 +108,7 @@ def probe_sol(
 def probe(
     word: str, device: torch.device | str, dtype: torch.dtype, heads: int, width: int
 ) -> AttentionReport:
-    """The trial of the attention that ``word`` asks for."""
+    """Try the attention that ``word`` asks for."""
     asked = Attending.of(word)
     if asked.kind == SOL:
         return probe_sol(device, dtype, heads, width, asked.tau)
@@ -148,7 +148,7 @@ def _not_there(device: torch.device, least: str = "sm75") -> str:
 
 
 def _verdict(found: Tensor, reference: Tensor, heads: int) -> AttentionReport:
-    """Both (1, tokens, heads * width), fp32."""
+    """Return both (1, tokens, heads * width), fp32."""
     if found.shape != reference.shape:
         return _refusal(f"a result of shape {tuple(found.shape)}, not {tuple(reference.shape)}")
     if not bool(torch.isfinite(found).all()):
@@ -161,5 +161,5 @@ def _verdict(found: Tensor, reference: Tensor, heads: int) -> AttentionReport:
 
 
 def _heads(x: Tensor, heads: int) -> list[Tensor]:
-    """(1, tokens, heads * width) -> for each head (tokens * width,)."""
+    """Map (1, tokens, heads * width) -> for each head (tokens * width,)."""
     return [each.flatten() for each in x.chunk(heads, dim=2)]

@@ -90,8 +90,9 @@ class Tokenizer:
                 )
         return ids, found
 
-    def written(self) -> tuple[str, dict[str, str]]:
-        """The content of a ``tokenizer.json``, and the marks that go beside it into a config.
+    def written(self) -> tuple[str, dict[str, Any]]:
+        """Return the content of a ``tokenizer.json``, and the marks and what else goes into a
+        config beside it.
 
         Raises:
             CheckpointError: the tokenizer cannot be read.
@@ -100,8 +101,8 @@ class Tokenizer:
         return text, marks
 
     def for_transformers(self) -> Any:
-        """A tokenizer of transformers that does the same, in this process, for a pipeline that
-        tokenises itself. A child has read it and used it before.
+        """Return a tokenizer of transformers that does the same, in this process, for a pipeline
+        that tokenises itself. A child has read it and used it before.
 
         Raises:
             CheckpointError: the tokenizer cannot be read.

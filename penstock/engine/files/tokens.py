@@ -77,11 +77,19 @@ def verbatim(
 
 
 @_answering
-def written(read: _Read) -> tuple[str, dict[str, str]]:
-    """The content of a ``tokenizer.json``, and the marks; encodes a word first."""
+def written(read: _Read) -> tuple[str, dict[str, Any]]:
+    """Return the content of a ``tokenizer.json``, and what its config says; encodes a word
+    first."""
     read.backend.encode("a")
-    known = {name: m for name, m in read.marks.items() if read.backend.token_to_id(m) is not None}
-    return read.backend.to_str(), known
+    known: dict[str, Any] = {
+        name: mark
+        for name, mark in read.marks.items()
+        if read.backend.token_to_id(mark) is not None
+    }
+    text = read.backend.to_str()
+    if (json.loads(text)["pre_tokenizer"] or {}).get("add_prefix_space"):
+        known["add_prefix_space"] = True  # transformers 4 takes it out where no config has it
+    return text, known
 
 
 def _read(source: dict[str, Any]) -> _Read:
@@ -121,7 +129,7 @@ def _json(path: Path, folder: Path) -> _Read:
 
 
 def _marks(config: Any) -> dict[str, str]:
-    """The marks that a config names: as texts, or as objects with a content."""
+    """Return the marks that a config names: as texts, or as objects with a content."""
     named = config if isinstance(config, dict) else {}
     texts = {
         name: value.get("content") if isinstance(value, dict) else value

@@ -119,7 +119,7 @@ def _load() -> float:
 
 
 def steadiness(load: float, spreads: Sequence[float]) -> Finding:
-    """Whether the rates are those of a machine that does nothing else.
+    """Return whether the rates are those of a machine that does nothing else.
 
     Args:
         load: as `_load` gives it, before anything was measured.
@@ -176,7 +176,7 @@ def _device(hardware: Hardware) -> Iterator[Finding]:
 
 
 def _kernels(device: torch.device) -> Iterator[Finding]:
-    """Each kernel is run once on the device; what it raises is the finding."""
+    """Run each kernel once on the device; what it raises is the finding."""
     for name, work in _probes(device):
         try:
             finite = bool(torch.isfinite(work().float()).all())
@@ -192,7 +192,7 @@ _UNUSED = "Plans do without it: --compute exact never uses it."
 
 
 def _other_attention(device: torch.device, rates: Rates) -> Iterator[Finding]:
-    """What ``--attention`` would do here; ``rates`` have measured what works."""
+    """Yield what ``--attention`` would do here; ``rates`` have measured what works."""
     for word, backend in BACKENDS.items():
         if backend.rate is None:
             continue
@@ -206,7 +206,7 @@ def _other_attention(device: torch.device, rates: Rates) -> Iterator[Finding]:
 
 
 def _other_products(rates: Rates) -> Iterator[Finding]:
-    """What ``--compute fast`` multiplies in here, of what was measured."""
+    """Yield what ``--compute fast`` multiplies in here, of what was measured."""
     for name in ("fp8", "int8", "nvfp4", "mxfp8"):
         rate = rates.product_flops(name)
         if rate is not None:

@@ -14,7 +14,7 @@ _FP32, _HALF, _INDEX = 4, 2, 2
 
 
 def sol_attention_bytes(heads: int, tokens: int) -> int:
-    """What it holds beside queries, keys, values and its result.
+    """Return what it holds beside queries, keys, values and its result.
 
     As ``sol_attn_plan`` of comfy-kitchen 0.2.40's CUDA backend lays its workspace out, each part
     from a multiple of 16 on: queries, keys and values at a byte an element with their scales, those

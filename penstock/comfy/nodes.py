@@ -183,7 +183,7 @@ def _make(order: Mapping[str, Any], images: bool, hidden: Any) -> Any:
         handed = mapped(frames, ended["shape"]) if images else ExecutionBlocker(_NO_IMAGES)
     finally:
         drop(frames)
-    took = f"took {_clock(ended['report']['seconds'])}\n{watch.plan}"
+    took = f"took {ended['report']['seconds']:.1f} s\n\n{watch.plan}"
     return io.NodeOutput(handed, InputImpl.VideoFromFile(str(video)), took)
 
 

@@ -254,6 +254,10 @@ def _request_inputs() -> list[Any]:
             "cfg_high", default=0.0, min=0.0, max=100.0, step=0.1, optional=True,
             tooltip="Of a pair's transformer for much noise; 0: as cfg, or the model's own.",
         ),
+        io.String.Input(
+            "cfg_interval", default="", optional=True,
+            tooltip='Guidance at some noise levels alone, such as "0.3,0.9"; empty: at all.',
+        ),
         io.Float.Input(
             "shift", default=0.0, min=0.0, max=100.0, step=0.1, optional=True,
             tooltip="Flow shift of the noise levels; 0: the model's own for this size.",

@@ -203,7 +203,8 @@ def test_what_is_said_arrives(nodes: ModuleType) -> None:
     given = {
         "prompt": "p", "seed": 1, "negative": "n", "width": 64, "height": 32, "frames": 5,
         "steps": 3, "cfg": 2.0, "cfg_high": 3.0, "cfg_interval": "0.3,0.9", "shift": 4.0,
-        "sampler": "euler", "distilled": True, "nag": 5.0, "fit": "pad", "fps": 24.0, "window": 9, "overlap": 4,
+        "sampler": "euler", "distilled": True, "nag": 5.0, "fit": "pad", "fps": 24.0,
+        "window": 9, "overlap": 4,
     }  # fmt: skip
     path = Path("a.png")
     files = {"image": path, "last_image": path, "after": path}

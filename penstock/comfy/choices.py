@@ -28,8 +28,8 @@ _GGUF = ".gguf"
 
 
 def choices(part: str) -> list[str]:
-    """What a user may choose for ``part``: `NONE`, then names as ComfyUI shows them, and what it
-    hides: .gguf."""
+    """Return what a user may choose for ``part``: `NONE`, then names as ComfyUI shows them, and
+    what it hides: .gguf."""
     names: dict[str, None] = {}
     for kind in _kinds(part):
         names |= dict.fromkeys(_folder_paths().get_filename_list(kind))
@@ -37,7 +37,7 @@ def choices(part: str) -> list[str]:
 
 
 def path_of(part: str, name: str | None) -> Path | None:
-    """The file of a choice; None: nothing was chosen.
+    """Return the file of a choice; None: nothing was chosen.
 
     Raises:
         FileNotFoundError: it is not there any more.
@@ -52,7 +52,7 @@ def path_of(part: str, name: str | None) -> Path | None:
 
 
 def stamp(path: Path) -> tuple[str, int, int]:
-    """What tells that a file is another one."""
+    """Return what tells that a file is another one."""
     found = path.stat()
     return str(path), found.st_size, found.st_mtime_ns
 

@@ -468,7 +468,9 @@ class PenstockPlan(io.ComfyNode):
     def execute(cls, model: Mapping[str, Any], **inputs: Any) -> Any:
         """Plan in the worker."""
         order = NodeOrder(secrets.token_hex(8), PLAN, **_asked(model, inputs))
-        ended = _done(order, Watch(cls.hidden.unique_id))
+        watch = Watch(cls.hidden.unique_id)
+        ended = _done(order, watch)
+        watch.say(ended["text"])
         return io.NodeOutput(ended["text"], ended["fits"], ui=ui.PreviewText(ended["text"]))
 
 

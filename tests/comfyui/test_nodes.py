@@ -33,6 +33,7 @@ COMFYS_OWN: dict[str, Any] = {
         },
         "output": ["VIDEO"],
     },
+    "PreviewAny": {"input": {"required": {"source": ["*", {}]}}, "output": []},
     "SaveVideo": {
         "input": {
             "required": {

@@ -18,6 +18,7 @@ from penstock.profiles.profile import Profile, load, names
 from penstock.units import format_bytes
 
 _BOUND = {"compute": "computing", "copy": "the link", "read": "the disk"}
+_DEFAULT = "default"
 _GAUGE_CELLS = 20
 _LARGEST = 6
 """Consumers of memory that a refusal names one by one."""
@@ -175,9 +176,14 @@ def _weights(plan: Plan, width: int) -> list[str]:
     return labelled("weights", told, width)
 
 
-def _origins(plan: Plan, width: int) -> list[str]:
-    rows = [(each.name, each.value, f"({each.source})") for each in plan.origins]
-    return table((Column(), Column(), Column()), rows, width)
+def _origins(plan: Plan, width: int) -> Iterator[str]:
+    """Name the source of each value, and those that are by default together."""
+    for each in plan.origins:
+        if each.source != _DEFAULT:
+            yield from labelled(each.name, f"{each.value} ({each.source})", width)
+    left = [f"{each.name} {each.value}" for each in plan.origins if each.source == _DEFAULT]
+    if left:
+        yield from labelled(_DEFAULT, ", ".join(left), width)
 
 
 def refusal_view(error: OverBudget, machine: str, width: int) -> str:

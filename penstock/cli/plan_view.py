@@ -205,7 +205,7 @@ def refusal_view(error: OverBudget, machine: str, width: int) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Seconds for people: ``"0.4 s"``, ``"2:05"``, ``"1:02:03"``."""
+    """Return the seconds for people: ``"0.4 s"``, ``"2:05"``, ``"1:02:03"``."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -214,7 +214,7 @@ def clock(seconds: float) -> str:
 
 
 def spoken(seconds: float) -> str:
-    """Seconds in words: ``"0.4 s"``, ``"2 min 5 s"``, ``"1 h 2 min"``."""
+    """Return the seconds in words: ``"0.4 s"``, ``"2 min 5 s"``, ``"1 h 2 min"``."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     if seconds < 3600:

@@ -183,7 +183,7 @@ def _make(order: Mapping[str, Any], images: bool, hidden: Any) -> Any:
         handed = mapped(frames, ended["shape"]) if images else ExecutionBlocker(_NO_IMAGES)
     finally:
         drop(frames)
-    took = f"took {_clock(ended['report']['seconds'])}\n{watch.plan}"
+    took = f"took {ended['report']['seconds']:.1f} s\n\n{watch.plan}"
     return io.NodeOutput(handed, InputImpl.VideoFromFile(str(video)), took)
 
 
@@ -219,7 +219,7 @@ def _video_file(video: Any) -> Path:
 
 
 def _request_inputs() -> list[Any]:
-    """Of Plan and Generate alike."""
+    """Return the inputs of Plan and Generate alike."""
     return [
         io.Custom(MODEL).Input("model", tooltip="From Penstock Model."),
         io.String.Input("prompt", multiline=True, default="", tooltip="What should happen."),
@@ -253,6 +253,10 @@ def _request_inputs() -> list[Any]:
         io.Float.Input(
             "cfg_high", default=0.0, min=0.0, max=100.0, step=0.1, optional=True,
             tooltip="Of a pair's transformer for much noise; 0: as cfg, or the model's own.",
+        ),
+        io.String.Input(
+            "cfg_interval", default="", optional=True,
+            tooltip='Guidance at some noise levels alone, such as "0.3,0.9"; empty: at all.',
         ),
         io.Float.Input(
             "shift", default=0.0, min=0.0, max=100.0, step=0.1, optional=True,
@@ -376,7 +380,7 @@ class PenstockModel(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, tokenizer: str = "", folder: str = "", **chosen: str) -> Any:
-        """Another one where a file of that name is another."""
+        """Return another value where a file of that name is another."""
         return [stamp(path) for path in _parts(chosen).values()]
 
     @classmethod
@@ -423,7 +427,7 @@ class PenstockLora(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora: str, **rest: Any) -> Any:
-        """Another one where the file of that name is another."""
+        """Return another value where the file of that name is another."""
         path = path_of("lora", lora)
         return None if path is None else stamp(path)
 
@@ -464,7 +468,9 @@ class PenstockPlan(io.ComfyNode):
     def execute(cls, model: Mapping[str, Any], **inputs: Any) -> Any:
         """Plan in the worker."""
         order = NodeOrder(secrets.token_hex(8), PLAN, **_asked(model, inputs))
-        ended = _done(order, Watch(cls.hidden.unique_id))
+        watch = Watch(cls.hidden.unique_id)
+        ended = _done(order, watch)
+        watch.say(ended["text"])
         return io.NodeOutput(ended["text"], ended["fits"], ui=ui.PreviewText(ended["text"]))
 
 
@@ -528,7 +534,7 @@ class PenstockResume(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, job: str, **rest: Any) -> Any:
-        """Another one where the newest job is another."""
+        """Return another value where the newest job is another."""
         return job if job != NEWEST else _unfinished()[:1]
 
     @classmethod
@@ -543,7 +549,7 @@ class PenstockResume(io.ComfyNode):
 
 
 def _unfinished() -> list[str]:
-    """Names of jobs that can go on, the newest first."""
+    """Return the names of jobs that can go on, the newest first."""
     try:
         return [info.name for info in list_jobs() if info.unfinished]
     except StorageError as error:

@@ -82,14 +82,15 @@ class Rates:
                 )
 
     def self_attention_flops(self, attention: str) -> float:
-        """Of the transformer's self-attention by that word; as torch's own where that rate is
-        unknown."""
+        """Return the rate of the transformer's self-attention by that word; as torch's own where
+        that rate is unknown."""
         name = Attending.of(attention).backend.rate
         own: float | None = None if name is None else getattr(self, name)
         return own or self.attention_flops or self.flops
 
     def product_flops(self, path: str) -> float | None:
-        """Of the matrix products of a compute path; None: the device has none of them."""
+        """Return the rate of the matrix products of a compute path; None: the device has none of
+        them."""
         found = {
             "fp8": self.fp8_flops, "int8": self.eight_bit_flops,
             "nvfp4": self.nvfp4_flops, "mxfp8": self.mxfp8_flops,
@@ -97,7 +98,7 @@ class Rates:
         return found.get(path, self.flops)
 
     def chunk_overhead_s(self, tokens: int, attended: int = 0) -> float:
-        """Seconds of a chunk besides its tokens: between two sizes, by the logarithm.
+        """Return the seconds of a chunk besides its tokens: between two sizes, by the logarithm.
 
         Args:
             tokens: of the chunk.

@@ -77,7 +77,7 @@ def needed(config: Config) -> Iterator[str]:
 
 
 def pipeline(configs: Mapping[str, Config]) -> str:
-    """diffusers' class for the model."""
+    """Return diffusers' class for the model."""
     return PIPELINE
 
 
@@ -117,10 +117,10 @@ def samples() -> Any:
 
 
 def synthetics() -> Any:
-    """Models of true shapes that `penstock bench` makes on the spot: none."""
+    """Return the models of true shapes that `penstock bench` makes on the spot: none."""
     return {}
 
 
 def builtins() -> Mapping[str, Callable[[str], Manifest]]:
-    """Descriptions of true models without their files."""
+    """Return the descriptions of true models without their files."""
     return BUILTIN

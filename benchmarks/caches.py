@@ -8,9 +8,10 @@ full run's; that share as it would be with 40 blocks (a method that always compu
 pays 1/6 here and 1/40 there); and the PSNR of frames against the full run, of the mean squared
 error of all clips and of the worst clip, over a range of 1.
 
-Beside penstock's own (``budget`` and ``plan``) stand plain runs of fewer steps and diffusers'
-hooks. SeaCache is given the step, the noise level and the part of the input that is latents, which
-its pipeline for pictures does not pass; TaylorSeer is told the modules' names: it finds none here.
+Beside penstock's own (``budget``, ``plan``, and guidance in an interval of noise levels, which
+leaves the unconditional half of a step out) stand plain runs of fewer steps and diffusers' hooks.
+SeaCache is given the step, the noise level and the part of the input that is latents, which its
+pipeline for pictures does not pass; TaylorSeer is told the modules' names: it finds none here.
 Hooks that decide by what they see run clip by clip; the others run in batches.
 
 ``--save`` keeps every row as it comes, and the same command goes on where it was stopped. The last
@@ -134,11 +135,21 @@ class Clips:
         return iter(torch.split(torch.arange(len(self.noise)), size))
 
     @torch.no_grad()
-    def velocity(self, latents: Tensor, moment: Tensor, clips: Tensor, **context: Any) -> Tensor:
-        """Guided, of ``clips``."""
+    def velocity(
+        self,
+        latents: Tensor,
+        moment: Tensor,
+        clips: Tensor,
+        *,
+        guided: bool = True,
+        **context: Any,
+    ) -> Tensor:
+        """Of ``clips``, with or without guidance."""
         given = torch.cat([latents, self.condition[clips]], dim=1)
-        found = []
+        found = list[Tensor]()
         for name, (states, bias) in zip(("cond", "uncond"), self.texts, strict=True):
+            if found and not guided:
+                return found[0]
             with self.transformer.cache_context(name, **context):
                 found.append(
                     self.generator._velocity(
@@ -179,7 +190,7 @@ def plain(clips: Clips, steps: int, size: int = AT_ONCE, told: bool = False) -> 
     for batch in clips.batches(size):
         sampler, latents = new_sampler(steps), clips.noise[batch].clone()
         for step, moment in enumerate(sampler.timesteps):
-            context = (
+            context: dict[str, Any] = (
                 {"step_index": step, "sigma": sampler.sigma(step), "num_inference_steps": steps}
                 if told
                 else {}
@@ -280,13 +291,28 @@ def levels_of(steps: int) -> tuple[float, ...]:
     return tuple(sampler.sigma(step) for step in range(steps))
 
 
+def within(low: float, high: float, clips: Clips, steps: int) -> Tensor:
+    """Latents of all clips, guided at these noise levels alone."""
+    made = []
+    for batch in clips.batches(AT_ONCE):
+        sampler, latents = new_sampler(steps), clips.noise[batch].clone()
+        for step, moment in enumerate(sampler.timesteps):
+            guided = low <= sampler.sigma(step) <= high
+            velocity = clips.velocity(latents, moment, batch, guided=guided)
+            latents = sampler.step(velocity, step, latents)
+        made.append(latents)
+    return torch.cat(made)
+
+
 def own(steps: int) -> Iterator[tuple[str, str, Method]]:
     """Penstock's own cache."""
     levels, shares = levels_of(steps), shares_of(new_sampler(steps))
-    for budget in {40: (5e-4, 2e-3, 5e-3, 15e-3), 20: (2e-3, 6e-3, 12e-3)}[steps]:
+    for budget in {40: (3e-4, 1e-3, 2e-3, 5e-3, 15e-3), 20: (2e-3, 6e-3, 12e-3)}[steps]:
         yield "budget", f"{budget}", _with(partial(Budget, budget, levels, shares))
+    for low, high in ((0.0, 0.98), (0.5, 1.0), (0.7, 1.0), (0.85, 1.0), (0.0, 0.85)):
+        yield "guidance interval", f"{low}, {high}", partial(within, low, high)
     eight, one = recorded(steps, 8), recorded(steps, 1)
-    for share in (0.7, 0.5, 0.35, 0.25):
+    for share in (0.7, 0.6, 0.5, 0.4, 0.35, 0.3, 0.25):
         for name, run in (("8 runs", eight), ("1 run", one)):
             schedule = best_schedule(run, shares, round(share * steps))
             told = f"{len(schedule.computed)} from {name}"
@@ -309,7 +335,7 @@ def methods(steps: int) -> Iterator[tuple[str, str, Method]]:
     half = {40: (28, 20, 14, 10), 20: (14, 10, 7)}[steps]
     for fewer in half:
         yield "fewer UniPC steps", str(fewer), partial(_fewer, fewer)
-    for threshold in {40: (0.02, 0.04, 0.08, 0.15), 20: (0.04, 0.08, 0.16)}[steps]:
+    for threshold in {40: (0.02, 0.04, 0.06, 0.1, 0.15), 20: (0.04, 0.08, 0.16)}[steps]:
         config = partial(_ignoring, FirstBlockCacheConfig, threshold=threshold)
         yield "FirstBlockCache", f"{threshold}", under(config, 1)
     found = ratios(steps)
@@ -321,14 +347,14 @@ def methods(steps: int) -> Iterator[tuple[str, str, Method]]:
         )  # fmt: skip
         yield "MagCache", f"{threshold}, {most}, {kept}", under(config)
     for threshold, most in {
-        40: ((0.1, 2), (0.25, 2), (0.5, 4)), 20: ((0.25, 2), (0.5, 4))
+        40: ((0.1, 2), (0.25, 2), (0.25, 4), (0.5, 4)), 20: ((0.25, 2), (0.5, 4))
     }[steps]:  # fmt: skip
         config = partial(
             _ignoring, SeaCacheConfig, threshold=threshold, max_consecutive_cached=most,
             raw_vision_callback=_latents_of,
         )  # fmt: skip
         yield "SeaCache with help", f"{threshold}, {most}", under(config, 1, told=True)
-    for every, order in ((2, 1), (3, 1), (4, 1)):
+    for every, order in ((2, 1), (2, 2), (3, 1), (5, 1)):
         config = partial(
             _ignoring, TaylorSeerCacheConfig, cache_interval=every, max_order=order,
             taylor_factors_dtype=torch.float32,

@@ -20,7 +20,7 @@ from diffusers import MiniMaxH3Transformer3DModel
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from penstock.engine.families.minimax_h3.config import MODALITIES, TRANSFORMER
+from penstock.engine.families.minimax_h3.config import MODALITIES, OURS, TRANSFORMER
 from penstock.engine.families.minimax_h3.forward import angles, packed_forward
 from penstock.engine.families.minimax_h3.layout import Layout
 from penstock.engine.families.minimax_h3.sizes import Latents
@@ -58,7 +58,7 @@ def layout_of(name: str) -> Layout:
 
 
 def _model(blocks: int) -> Any:
-    config = {name: value for name, value in TRANSFORMER.items() if name != "gate_first"}
+    config = {name: value for name, value in TRANSFORMER.items() if name not in OURS}
     model = MiniMaxH3Transformer3DModel(**(config | {"num_layers": blocks}))
     kept = set(model._keep_in_fp32_modules)
     for name, parameter in model.named_parameters():

@@ -104,7 +104,8 @@ def _measure(
     elif as_md:
         say(markdown(shown))
     else:
-        Screen().print(tables(shown))
+        screen = Screen()
+        screen.print(tables(shown, screen.width), soft_wrap=True)
     if save is not None:  # last: what was measured is told also where it cannot be kept
         bench_result.save(result, save)
     return 0 if verdict is None else verdict.exit_code
@@ -138,4 +139,5 @@ def _sweep(order: object, profiles: list[str], picture: Path, as_json: bool, as_
     elif as_md:
         say(markdown([sweep_section(points)]))
     else:
-        Screen().print(tables([sweep_section(points)]))
+        screen = Screen()
+        screen.print(tables([sweep_section(points)], screen.width), soft_wrap=True)

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich import box
-from rich.console import Group
-from rich.table import Table
-
+from penstock.cli.layout import Column, table, wrap
 from penstock.engine.bench.order import SweepPoint
 from penstock.engine.bench.result import BenchResult, PhaseFigures, Verdict
 from penstock.units import format_bytes
@@ -169,20 +166,22 @@ def verdict_section(verdict: Verdict) -> Section:
     return Section(verdict.outcome, ("",), tuple((line,) for line in verdict.lines))
 
 
-def tables(shown: Sequence[Section]) -> Group:
-    """For a terminal."""
-    made = []
+def tables(shown: Sequence[Section], width: int) -> str:
+    """Lay the sections out in lines of ``width`` cells."""
+    lines: list[str] = []
     for section in shown:
         bare = not any(section.headings)
-        table = Table(
-            title=section.title, title_justify="left", box=box.SIMPLE, show_header=not bare
-        )
-        for place, heading in enumerate(section.headings):
-            table.add_column(heading, justify="left" if place == 0 or bare else "right")
-        for row in section.rows:
-            table.add_row(*row)
-        made.append(table)
-    return Group(*made)
+        columns = [
+            Column(heading, right=not bare and place > 0 and _is_figures(section, place))
+            for place, heading in enumerate(section.headings)
+        ]
+        lines += ["", *wrap(section.title, width), *table(columns, section.rows, width)]
+    return "\n".join(lines[1:])
+
+
+def _is_figures(section: Section, place: int) -> bool:
+    """Whether a column holds figures, not sentences."""
+    return all(len(row[place].split()) < 3 for row in section.rows)
 
 
 def markdown(shown: Sequence[Section]) -> str:

@@ -14,9 +14,10 @@ from typing import Annotated
 
 import typer
 
+from penstock.cli.layout import fitted
 from penstock.cli.paths import path_argument, path_option
 from penstock.cli.terminal import Screen, say, warn
-from penstock.errors import PenstockError
+from penstock.errors import OverBudget, PenstockError
 from penstock.folders import cache_folder
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,27 @@ def reported(debug: bool) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def refusals_shown(machine: str, plain: bool) -> Iterator[None]:
+    """Show a plan that does not fit as a plan is shown, in the place of an error's one line.
+
+    Args:
+        machine: its name.
+        plain: leave it to the error.
+    """
+    from penstock.cli.plan_view import refusal_view
+
+    try:
+        yield
+    except OverBudget as error:
+        if plain:
+            raise
+        log.info("no plan fits", exc_info=True)
+        screen = Screen(stderr=True)
+        screen.print(refusal_view(error, machine, screen.width), soft_wrap=True)
+        raise typer.Exit(error.exit_code) from error
+
+
 def _told(error: OSError) -> str:
     """What the system refused, and for which file."""
     names = [os.fsdecode(each) for each in (error.filename, error.filename2) if each is not None]
@@ -97,7 +119,8 @@ def inspect(
     if as_json:
         say(json.dumps(asdict(found), default=str))
     else:
-        say("\n".join(found.lines()))
+        width = Screen().row_width
+        say("\n".join(row for line in found.lines() for row in fitted(line, width)))
 
 
 def pack(
@@ -177,7 +200,8 @@ def list_cache(as_json: Json = False, debug: Debug = False) -> None:
 
     with reported(debug):
         packs = cached_packs(cache_folder())
-    say(json.dumps([each.to_json() for each in packs]) if as_json else packs_table(packs))
+    told = [each.to_json() for each in packs]
+    say(json.dumps(told) if as_json else packs_table(packs, Screen().row_width))
 
 
 @cache_app.command("rm")

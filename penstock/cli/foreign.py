@@ -13,8 +13,9 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from penstock.cli.files import reported
-from penstock.cli.plan_view import clock
+from penstock.cli.files import refusals_shown, reported
+from penstock.cli.layout import Column, labelled, table, wrap
+from penstock.cli.plan_view import clock, spoken
 from penstock.cli.stopping import Stopping
 from penstock.cli.terminal import Screen, printable, say
 from penstock.errors import UsageError
@@ -95,12 +96,16 @@ def plan_foreign(
         words = given.words()
         if not any(word.startswith("prompt=") for word in words):
             words = ["prompt=a", *words]
-        with _job(folder, given, strange, words) as job:
+        with (
+            refusals_shown("this machine", as_json or debug),
+            _job(folder, given, strange, words) as job,
+        ):
             plan = job.plan
     if as_json:
         say(json.dumps(plan.to_json()))
     else:
-        Screen().print(plan_text(plan), soft_wrap=True)
+        screen = Screen()
+        screen.print(plan_text(plan, screen.width), soft_wrap=True)
 
 
 def generate_foreign(
@@ -119,9 +124,9 @@ def generate_foreign(
         console = Screen(stderr=True)
         with _job(folder, given, strange, given.words()) as job, _StepBar(console) as steps:
             stop.at(job.cancel)
-            console.print(plan_text(job.plan), soft_wrap=True)
+            console.print(plan_text(job.plan, console.width), soft_wrap=True)
             report = job.run(output, seed, rate, steps.told, overwrite=force)
-        console.print(report_text(report), soft_wrap=True)
+        console.print("\n".join(wrap(report_text(report), console.row_width)), soft_wrap=True)
     if as_json:
         say(json.dumps({"plan": job.plan.to_json(), "report": report.to_json()}))
 
@@ -184,26 +189,40 @@ class _StepBar:
         self._bars.update(self._task, completed=step, total=steps)
 
 
-def plan_text(plan: Any) -> str:
-    """The plan in lines."""
-    lines = [
-        f"plan: {plan.pipeline}: VRAM {format_bytes(plan.vram_bytes)} at the least "
-        f"of {format_bytes(plan.vram_limit_bytes)}, RAM {format_bytes(plan.ram_bytes)} "
-        f"of {format_bytes(plan.ram_limit_bytes)}{_about(plan.seconds)}"
-    ]
-    for each in plan.networks:
-        comes = f"{each.blocks} blocks stream" if each.blocks else "comes whole"
-        lines.append(
-            f"plan: {each.name}: {format_bytes(each.weight_bytes)} of weights, {comes}, "
-            f"{format_bytes(each.outside_bytes)} outside; {format_bytes(each.activation_bytes)} "
-            f"of activations; about {each.calls} calls{_about(each.seconds)}"
-        )
-    return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
+def plan_text(plan: Any, width: int) -> str:
+    """Lay out the plan in lines of ``width`` cells: the answer, then the networks."""
+    takes = "" if plan.seconds is None else f"; about {spoken(plan.seconds)}"
+    lines = wrap(f"plan for {plan.pipeline}: it fits{takes}", width)
+    for label, need, limit in (
+        ("VRAM", plan.vram_bytes, plan.vram_limit_bytes),
+        ("RAM", plan.ram_bytes, plan.ram_limit_bytes),
+    ):
+        told = f"{format_bytes(need)} at the least, of {format_bytes(limit)}"
+        lines += labelled(label, told, width)
+    lines += ["", *table(_COLUMNS, [_network(each) for each in plan.networks], width), ""]
+    for note in plan.notes:
+        lines += wrap(f"note: {note}", width, hanging="      ")
+    return "\n".join(lines).rstrip()
 
 
-def _about(seconds: float | None) -> str:
-    """How long it takes by the machine's rates, where that is known."""
-    return "" if seconds is None else f"; about {clock(seconds)}"
+_COLUMNS = (
+    Column("network"), Column("weights", right=True), Column("blocks", right=True),
+    Column("outside", right=True), Column("computing", right=True), Column("calls", right=True),
+    Column("time", right=True),
+)  # fmt: skip
+
+
+def _network(each: Any) -> tuple[str, ...]:
+    """Its weights, how many blocks stream, what lies outside them, and what computing takes."""
+    return (
+        each.name.replace("_", " "),
+        format_bytes(each.weight_bytes),
+        str(each.blocks) if each.blocks else "whole",
+        format_bytes(each.outside_bytes),
+        format_bytes(each.activation_bytes),
+        str(each.calls),
+        "" if each.seconds is None else clock(each.seconds),
+    )
 
 
 def report_text(report: Any) -> str:

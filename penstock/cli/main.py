@@ -29,9 +29,11 @@ from penstock.cli.files import (
     cache_app,
     inspect,
     pack,
+    refusals_shown,
     reported,
     verify,
 )
+from penstock.cli.first import first_steps
 from penstock.cli.foreign import (
     Activations,
     Arguments,
@@ -41,6 +43,7 @@ from penstock.cli.foreign import (
     own_only,
     plan_foreign,
 )
+from penstock.cli.layout import wrap
 from penstock.cli.log import Level, logged
 from penstock.cli.memory import MemoryHelp, memory_told
 from penstock.cli.options import NOTHING, with_options
@@ -52,8 +55,8 @@ from penstock.profiles.options import Options
 
 app = typer.Typer(
     name="penstock",
-    help="Runs video models far larger than the card, inside a byte budget you choose.",
-    no_args_is_help=True,
+    help="Run video models far larger than the card, inside a byte budget you choose.",
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
 )
 jobs_app = typer.Typer(help="List and remove the jobs that are kept on this machine.")
@@ -107,6 +110,13 @@ Nag = Annotated[
         help="Away from the negative prompt at --cfg 1, inside attention: such as 11 (off).",
     ),
 ]
+Interval = Annotated[
+    str | None,
+    typer.Option(
+        metavar="A,B",
+        help="Guidance only at noise levels from A to B of 0 to 1: fewer passes (all).",
+    ),
+]
 Shift = Annotated[
     float | None,
     typer.Option(help="Flow shift (5; from a picture at 480p: 3; 1.3B: 8)."),
@@ -153,9 +163,12 @@ def main_options(
         ),
     ] = False,
 ) -> None:
-    """Runs video models far larger than the card, inside a byte budget you choose."""
+    """Run video models far larger than the card, inside a byte budget you choose."""
     with reported(debug=False):
         context.with_resource(logged(log_level, log_file))
+    if context.invoked_subcommand is None:
+        say(first_steps(Screen().width))
+        raise typer.Exit(2)  # as any command that is called without what it needs
 
 
 @app.command(cls=MemoryHelp)
@@ -190,6 +203,7 @@ def generate(
     steps: Steps = None,
     cfg: Guidance = None,
     nag: Nag = None,
+    cfg_interval: Interval = None,
     shift: Shift = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of the noise (drawn if absent or -1).")
@@ -250,6 +264,7 @@ def generate(
             "--clip-crop": clip_crop, "--lora": lora or None, "--job": job,
             "--resume": resume_same, "--continue": continues, "--window": window,
             "--overlap": overlap, "--nag": nag,
+            "--cfg-interval": cfg_interval,
         }  # fmt: skip
         generate_foreign(Path(str(model)), given, strange, output, force, as_json, debug)
         return
@@ -272,6 +287,7 @@ def generate(
         steps=steps,
         guidance_scale=cfg,
         nag_scale=nag,
+        cfg_interval=cfg_interval,
         shift=shift,
         seed=seed,
         sampler=None if sampler is None else sampler.value,
@@ -346,7 +362,7 @@ def jobs(
     if as_json:
         say(json.dumps([info.to_json() for info in found]))
     else:
-        say(jobs_table(found))
+        say(jobs_table(found, Screen().row_width))
 
 
 @jobs_app.command("rm")
@@ -413,6 +429,7 @@ def plan(
     steps: Steps = None,
     cfg: Guidance = None,
     nag: Nag = None,
+    cfg_interval: Interval = None,
     shift: Shift = None,
     sampler: Sampler = None,
     distilled: Distilled = False,
@@ -445,11 +462,12 @@ def plan(
             "--shift": shift, "--sampler": sampler, "--distilled": distilled or None,
             "--lora": lora or None, "--card": card, "--disk": disk, "--synthetic": synthetic,
             "--window": window, "--overlap": overlap, "--nag": nag,
+            "--cfg-interval": cfg_interval,
         }  # fmt: skip
         plan_foreign(Path(str(model)), given, strange, as_json, debug)
         return
     own_only(arguments, activations, debug)
-    from penstock.cli.plan_view import ASSUMED, plan_view
+    from penstock.cli.plan_view import plan_view
     from penstock.engine.alternatives import alternatives
     from penstock.engine.files.locate import Files
     from penstock.engine.lora.file import as_loras
@@ -459,7 +477,8 @@ def plan(
 
     settings = Settings(
         prompt="a plan", image=image, size=size, max_area=max_area, frames=frames, steps=steps,
-        guidance_scale=cfg, nag_scale=nag, shift=shift, distilled=distilled,
+        guidance_scale=cfg, nag_scale=nag, cfg_interval=cfg_interval, shift=shift,
+        distilled=distilled,
         sampler=None if sampler is None else sampler.value, window=window, overlap=overlap,
     )  # fmt: skip
     with reported(debug):
@@ -475,7 +494,8 @@ def plan(
             machine=machine,
         )
         request = resolve(settings, prepared.about)
-        found = prepared.plan(workload_of(request, saved=True))
+        with refusals_shown(prepared.hardware.name, as_json or debug):
+            found = prepared.plan(workload_of(request, saved=True))
         told = prepared.about.official.timesteps(
             request.video_shape, request.steps, noise_of(request)
         )
@@ -484,8 +504,9 @@ def plan(
         others = [each.to_json() for each in faster]
         say(json.dumps(found.to_json() | {"timesteps": told, "alternatives": others}))
     else:
-        besides = memory_told(found) if card is None else ASSUMED
-        Screen().print(plan_view(found, besides, faster), soft_wrap=True)
+        besides = memory_told(found) if card is None else None
+        screen = Screen()
+        screen.print(plan_view(found, screen.width, besides, faster), soft_wrap=True)
 
 
 profiles_app = typer.Typer(help="Byte budgets and policies by name.", invoke_without_command=True)
@@ -499,7 +520,8 @@ def profiles(context: typer.Context) -> None:
 
     if context.invoked_subcommand is None:
         with reported(debug=False):
-            Screen().print(profiles_view())
+            screen = Screen()
+            screen.print(profiles_view(screen.width), soft_wrap=True)
 
 
 @profiles_app.command("show")
@@ -509,7 +531,8 @@ def profiles_show(name: Annotated[str, typer.Argument(help="A name, or a file.")
     from penstock.profiles.profile import load
 
     with reported(debug=False):
-        Screen().print(profile_view(load(name)))
+        screen = Screen()
+        screen.print(profile_view(load(name), screen.width), soft_wrap=True)
 
 
 @app.command()
@@ -529,9 +552,10 @@ def doctor(
         say(json.dumps(found.to_json()))
         return
     rows = [(each.topic, each.found, each.remedy) for each in found.findings]
-    Screen().print(findings_view(found.machine, rows))
+    screen = Screen()
+    screen.print(findings_view(found.machine, rows, screen.width), soft_wrap=True)
     if found.stored_in is not None:
-        say(f"rates are kept in {found.stored_in}")
+        screen.print("\n".join(wrap(f"rates are kept in {found.stored_in}", screen.width)))
 
 
 def _continued(settings: Any, video: Path, stack: ExitStack) -> Any:

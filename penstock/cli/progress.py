@@ -17,6 +17,7 @@ from rich.progress import (
 )
 
 from penstock.cli.bars import bars
+from penstock.cli.layout import Column, table
 from penstock.cli.memory import memory_told
 from penstock.closing import Closing
 from penstock.engine.packs.cache import CachedPack
@@ -26,6 +27,9 @@ from penstock.engine.run.jobs import JobInfo
 from penstock.engine.run.report import PhaseReport, RunReport
 from penstock.profiles.plan import ATTENTION, COMPUTE_PATHS, RESIDUAL, Plan
 from penstock.units import format_bytes
+
+_JOBS = ("JOB", "STATE", "STEP", "AGE", "SIZE")
+_PACKS = ("PACK", "SIZE", "MADE FROM")
 
 
 class Display(Closing):
@@ -154,13 +158,12 @@ def _group(nbytes: int | None) -> str:
     return "" if nbytes is None else f" (its control group {format_bytes(nbytes)}, caches counted)"
 
 
-def jobs_table(jobs: Sequence[JobInfo]) -> str:
-    """The jobs as a table: name, state, steps, age, size; newest first."""
+def jobs_table(jobs: Sequence[JobInfo], width: int) -> str:
+    """Lay out the jobs as a table: name, state, steps, age, size; newest first."""
     if not jobs:
         return "no jobs"
     now = time.time()
-    rows = [("JOB", "STATE", "STEP", "AGE", "SIZE")]
-    rows += [
+    rows = [
         (
             str(info.name),
             info.state,
@@ -170,28 +173,18 @@ def jobs_table(jobs: Sequence[JobInfo]) -> str:
         )
         for info in jobs
     ]
-    return _table(rows)
+    return "\n".join(table([Column(each) for each in _JOBS], rows, width))
 
 
-def packs_table(packs: Sequence[CachedPack]) -> str:
-    """The packs in the cache: name, size, and what they were made from."""
+def packs_table(packs: Sequence[CachedPack], width: int) -> str:
+    """Lay out the packs in the cache: name, size, and what they were made from."""
     if not packs:
         return "no packs"
-    rows = [("PACK", "SIZE", "MADE FROM")]
-    rows += [
+    rows = [
         (pack.name, format_bytes(pack.nbytes), pack.source if pack.complete else "(unfinished)")
         for pack in packs
     ]
-    return _table(rows)
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of equal length in aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (zip(row, widths, strict=True) for row in rows)
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in line).rstrip() for line in lines
-    )
+    return "\n".join(table([Column(each) for each in _PACKS], rows, width))
 
 
 Show = Callable[[Event], None]

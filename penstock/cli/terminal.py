@@ -16,8 +16,13 @@ from typing import Any, TextIO
 
 from rich.console import Console
 
+from penstock.cli.layout import wrap
+
 GONE = (errno.EPIPE, errno.EIO, errno.EBADF, errno.ENXIO, errno.ECONNRESET, errno.ESHUTDOWN)
 """Nobody reads any more: the other end of the pipe or the terminal is closed."""
+
+ENDLESS = 1 << 16
+"""Cells of a line that goes to a file or another program."""
 
 _BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u2028\u2029")
 _KEPT = frozenset("\n\t")
@@ -46,8 +51,9 @@ def say(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """Print one line on stderr, whatever names are in it."""
-    print(printable(text), file=sys.stderr)
+    """Print one line on stderr, whatever names are in it; a terminal's is wrapped at words."""
+    width = Screen(stderr=True).width if sys.stderr.isatty() else ENDLESS
+    print("\n".join(wrap(printable(text), width)), file=sys.stderr)
 
 
 class Screen(Console):
@@ -63,6 +69,12 @@ class Screen(Console):
     def render_str(self, text: str, **how: Any) -> Any:
         """Every text passes here, those in the cells of tables too."""
         return super().render_str(printable(text, lines=True), **how)
+
+    @property
+    def row_width(self) -> int:
+        """Cells that a row of a list may take: as many as it needs where no terminal is."""
+        seen = self.is_terminal or "COLUMNS" in os.environ
+        return self.width if seen else ENDLESS
 
 
 class _Steady(io.RawIOBase):

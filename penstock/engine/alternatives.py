@@ -17,8 +17,10 @@ from penstock.engine.request.generation import (
     AREAS,
     DISTILLED,
     GenerationRequest,
+    noise_of,
     workload_of,
 )
+from penstock.engine.request.levels import TRAINED
 from penstock.engine.request.settings import Settings, resolve
 from penstock.errors import PenstockError
 from penstock.formats.formats import get_format
@@ -90,7 +92,26 @@ def alternatives(
         seconds = _predicted(prepared, change, saved)
         if seconds is not None and seconds <= WORTH_A_WORD * plan.seconds:
             found.append(Alternative(change.flags, seconds, plan.seconds, change.quality))
-    return tuple(sorted(found, key=lambda each: each.seconds)[:MOST])
+    best = sorted(found, key=lambda each: each.seconds)[:MOST]
+    half = _half_guided(prepared, settings, request)
+    if half is not None and len(best) < MOST:  # last: it gains least, and changes what is seen
+        seconds = _predicted(prepared, half, saved)
+        if seconds is not None and seconds <= WORTH_A_WORD * plan.seconds:
+            best.append(Alternative(half.flags, seconds, plan.seconds, half.quality))
+    return tuple(sorted(best, key=lambda each: each.seconds))
+
+
+def _half_guided(
+    prepared: Prepared, settings: Settings, request: GenerationRequest
+) -> _Change | None:
+    """Guidance in the first half of the steps alone."""
+    if max(request.guidance_scales) <= 1 or request.cfg_interval is not None or request.steps < 2:
+        return None
+    told = prepared.about.official.timesteps(request.video_shape, request.steps, noise_of(request))
+    interval = f"{told[request.steps // 2 - 1] / TRAINED:.3f},1"
+    quality = f"guidance in about half of the steps; {_UNMEASURED}"
+    other = replace(settings, cfg_interval=interval)
+    return _Change(f"--cfg-interval {interval}", prepared.asked, other, quality)
 
 
 def _predicted(prepared: Prepared, change: _Change, saved: bool) -> float | None:
@@ -112,7 +133,13 @@ def _changes(
     options = prepared.asked
     if not request.distilled and request.steps > DISTILLED["steps"]:
         few = replace(
-            settings, distilled=True, steps=None, guidance_scale=None, shift=None, sampler=None
+            settings,
+            distilled=True,
+            steps=None,
+            guidance_scale=None,
+            shift=None,
+            sampler=None,
+            cfg_interval=None,
         )
         told = f"{DISTILLED['steps']} steps without guidance, the LoRA's own weights not counted"
         yield _Change(

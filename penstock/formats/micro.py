@@ -13,6 +13,9 @@ from typing import ClassVar, Literal
 from penstock.formats.rows import Shape, Spec, chunk_rows
 from penstock.units import align_up
 
+TILE_ROWS = 128
+"""Rows whose scales lie together."""
+
 
 @dataclass(frozen=True)
 class Micro:
@@ -63,7 +66,7 @@ class Micro:
     def storage(self, shape: Shape, compute_dtype: str) -> dict[str, Spec]:
         """Padded numbers, the scales in whole tiles, and the scale for all."""
         rows, columns = (align_up(side, self.padding) for side in shape)
-        tiles = (align_up(rows, 128), align_up(columns // self.block, 4))
+        tiles = (align_up(rows, TILE_ROWS), align_up(columns // self.block, 4))
         tag = "U8" if self.name == "nvfp4" else "F8_E4M3"
         stored: dict[str, Spec] = {
             "weight": (tag, (rows, columns // self.packed)),
@@ -78,4 +81,4 @@ class Micro:
         rows, count = self.scales(shape)
         columns = align_up(shape[1], self.padding)
         chunk = columns * chunk_rows(rows, columns, device)
-        return 2 * align_up(rows, 128) * align_up(count, 4) + 8 * chunk + 4096
+        return 2 * align_up(rows, TILE_ROWS) * align_up(count, 4) + 8 * chunk + 4096

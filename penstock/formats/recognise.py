@@ -56,6 +56,9 @@ UNUSED: frozenset[str] = frozenset(
      *STATES}
 )  # fmt: skip
 
+WHOLE = UNUSED | {"weight_nested_map"}
+"""Suffixes of what has no rows: it serves each of the matrices that lie in one."""
+
 _KNOWN = (
     "weight", "weight._data._data", "weight._data", "weight._scale", "weight._shift",
     "weight_scale_2", "weight_scale", "weight_absmax", "weight_nested_absmax", "weight_nested_map",

@@ -96,6 +96,8 @@ class Workload:
         pictures: that are given, 0 to 2; None: those that the model must have.
         guided_high: whether CFG is on while there is much noise, for a model that has a transformer
             of its own for that; None: as ``guided``.
+        guided_within: noise levels, the least and the most, of the steps at which CFG is on where
+            it is; None: all.
         noise: of the steps.
         contrasted: the one pass of a step attends to a negative prompt as well.
         continued: it goes on from a video, whose frames come first in the file.
@@ -114,6 +116,7 @@ class Workload:
     last: Picture | None = None
     pictures: int | None = None
     guided_high: bool | None = None
+    guided_within: tuple[float, float] | None = None
     noise: Noise = Noise()
     contrasted: bool = False
     continued: bool = False
@@ -128,6 +131,11 @@ class Workload:
         """Forward passes a step of the first phase that streams, or of another."""
         on = self.guided if self.guided_high is None or not first else self.guided_high
         return 2 if on else 1
+
+    @property
+    def fewest_branches(self) -> int:
+        """Forward passes of any step, at least."""
+        return self.branches if self.guided_within is None else 1
 
     @property
     def texts(self) -> int:

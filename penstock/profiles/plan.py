@@ -109,6 +109,7 @@ class PhasePlan:
         copied_bytes: from host memory to the device, in the whole phase.
         seconds: predicted duration.
         bound: what bounds it: "compute", "copy" or "read".
+        facts: how its model cuts it and what is kept where, in that model's words, for people.
     """
 
     name: str
@@ -129,6 +130,7 @@ class PhasePlan:
     copied_bytes: int = 0
     seconds: float = 0.0
     bound: str = "compute"
+    facts: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         words = [
@@ -247,6 +249,11 @@ class Plan:
         """Highest host memory peak of all phases."""
         return max(phase.ram_bytes for phase in self.phases)
 
+    @property
+    def denoising(self) -> tuple[PhasePlan, ...]:
+        """The phases that compute steps: as many as transformers take turns."""
+        return tuple(phase for phase in self.phases if phase.chunk_tokens)
+
     def with_phases(self, changed: tuple[PhasePlan, ...]) -> Plan:
         """This plan with the phases of the same names as those ``changed`` replaced by them.
 
@@ -259,7 +266,7 @@ class Plan:
     @property
     def residual(self) -> str:
         """What the DiT's hidden states are kept in, in all its phases."""
-        found = [phase.residual for phase in self.phases if phase.chunk_tokens]
+        found = [phase.residual for phase in self.denoising]
         return "fp32" if found and set(found) == {"fp32"} else "bf16"
 
     @property
@@ -304,6 +311,7 @@ def _phase_from_json(value: Mapping[str, Any]) -> PhasePlan:
     for name in ("weights", "work", "ram_weights", "ram_work"):
         plain[name] = tuple((str(label), int(count)) for label, count in plain[name])
     plain["tiles"] = tuple(plain["tiles"])
+    plain["facts"] = tuple(plain.get("facts", ()))
     plain["forwards"] = tuple(plain.get("forwards", (0, 0)))
     if plain["stream"] is not None:
         stream = dict(plain["stream"])

@@ -94,6 +94,9 @@ class PlanFields(BaseModel):
     distilled: Flag = Field(None, description="For models distilled to four steps.")
     fit: Word = Field(None, description="A picture of another aspect: crop, pad or stretch.")
     nag_scale: Number = Field(None, description="Normalized attention guidance.")
+    cfg_interval: Word = Field(
+        None, description='Guidance only at noise levels from A to B of 0 to 1: "0.3,0.95".'
+    )
     window: Whole = Field(None, description="Frames of a long video's windows; 0: all at once.")
     overlap: Whole = Field(None, description="Frames that two windows have in common.")
     cache: Word = Field(None, description="Skipped steps: off, budget, budget:T or plan:N.")
@@ -132,6 +135,7 @@ class PlanFields(BaseModel):
             "distilled": bool(self.distilled),
             "fit": self.fit,
             "nag_scale": self.nag_scale,
+            "cfg_interval": self.cfg_interval,
             "window": self.window,
             "overlap": self.overlap,
         }

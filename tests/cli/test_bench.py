@@ -9,9 +9,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from penstock.cli.bench_view import sections, tables
 from penstock.cli.main import app
 from penstock.engine.bench.result import load
 from tests import fake_kitchen
+from tests.cli.widths import hold
 
 SMALL = ["--synthetic", "tiny", "--blocks", "2", "--width", "32", "--height", "32",
          "--frames", "5", "--steps", "2", "--device", "cpu"]  # fmt: skip
@@ -100,3 +102,8 @@ def test_a_call_without_a_model_is_wrong() -> None:
     done = _call()
     assert done.exit_code == 2
     assert "--model PATH or --synthetic NAME" in done.stderr
+
+
+def test_the_tables_fit_a_terminal(kept: Path) -> None:
+    shown = sections(load(kept))
+    hold(lambda width: tables(shown, width))

@@ -110,3 +110,13 @@ def test_the_command_prints_them_and_generate_names_the_best(
     done = CliRunner().invoke(app, [*job, "--force", "--no-resume", "--job", str(tmp_path / "2")])
     assert done.exit_code == 0, done.output
     assert "--distilled" not in done.stderr
+
+
+def test_guidance_in_half_of_the_steps_is_named_where_there_is_room() -> None:
+    opened = prepared(attention="int8", format="int8", compute="fast", step_cache="plan:20")
+    named = found(opened, Settings(prompt="a cat", max_area="480p"))
+    (flags,) = (each for each in named if each.startswith("--cfg-interval"))
+    interval = flags.split()[1]
+    asked = Settings(prompt="a cat", max_area="480p", cfg_interval=interval)
+    assert named[flags].seconds == seconds(opened, asked)
+    assert found(opened, asked).keys() == named.keys() - {flags}

@@ -12,7 +12,7 @@ when it is first called. What needs the types of a higher room is stated there:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -21,6 +21,7 @@ from typing import Any, Protocol, cast
 
 from penstock.engine.family.naming import Naming, ShapesOf
 from penstock.errors import ProfileError
+from penstock.offload.checkpoint import TensorEntry
 from penstock.profiles.phases import Manifest
 
 Config = Mapping[str, Any]
@@ -39,6 +40,7 @@ class ComponentKind:
     Attributes:
         name: in plans, in folders of diffusers and in flags: "transformer", "vae", ...
         made_by: library and class that write it.
+        variants: other classes whose config.json tells of the same network.
         model_type: that its config.json states, where transformers writes it.
         namings: whose names its tensors may bear.
         derive: its config from the shapes of its tensors, for files without a config.json.
@@ -62,6 +64,7 @@ class ComponentKind:
     title: Callable[[Config], str]
     defaults: Config
     model_type: str | None = None
+    variants: tuple[str, ...] = ()
     blocks: str = ""
     count: Callable[[Config], int] = lambda config: 0
     leaves_stream: Callable[[str], bool] = lambda name: False
@@ -98,8 +101,9 @@ class Family(Protocol):
             CheckpointError: not of this family.
         """
 
-    def stranger(self, names: Iterable[str]) -> str | None:
-        """The model akin to this family whose tensors bear these names, if it is not run."""
+    def stranger(self, entries: Mapping[str, TensorEntry]) -> str | None:
+        """The model akin to this family whose tensors these are, by their names in the file, if it
+        is not run."""
 
     def check_together(self, origin: str, configs: Mapping[str, Config]) -> None:
         """Refuse networks that do not belong together.

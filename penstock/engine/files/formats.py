@@ -45,8 +45,9 @@ def compute_tag(source: ComponentSource) -> str:
     """Safetensors tag of the dtype to compute in: that of most plain matrices, else BF16.
 
     GGUF files keep their few plain tensors in F32 and 8-bit files some in F32: that says nothing of
-    the dtype the model was made for, so F32 counts only where nothing is quantised. F64 is read and
-    computed in as F32. A pack says what its source computed in.
+    the dtype the model was made for, so F32 counts only where nothing is quantised; nor do
+    parameters count that are computed with in F32 in any case. F64 is read and computed in as F32.
+    A pack says what its source computed in.
 
     Raises:
         CheckpointError: the pack's metadata are damaged.
@@ -55,7 +56,9 @@ def compute_tag(source: ComponentSource) -> str:
     if packed is not None:
         return _known_tag(source, packed)
     sizes: dict[str, int] = {}
-    for stored in source.weights.values():
+    for name, stored in source.weights.items():
+        if source.kind.keeps_single(name):
+            continue
         if stored.plain and len(stored.shape or ()) > 1:
             tag = _SINGLE.get(stored.tensors["weight"].dtype, stored.tensors["weight"].dtype)
             sizes[tag] = sizes.get(tag, 0) + stored.nbytes

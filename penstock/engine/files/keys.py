@@ -21,6 +21,8 @@ from penstock.engine.files.storage import COMFY_MARK, PACK_METADATA, StoredWeigh
 from penstock.errors import CheckpointError, NotRun, TensorMismatch
 from penstock.formats.gguf import BLOCK_SIZES
 from penstock.formats.gguf import PREFIX as GGUF
+from penstock.formats.micro import TILE_ROWS, Micro
+from penstock.formats.recognise import WHOLE, split_suffix
 from penstock.offload.checkpoint import TensorEntry
 
 log = logging.getLogger(__name__)
@@ -146,7 +148,7 @@ class Recognised:
 
 
 def find_naming(keys: Iterable[str]) -> Recognised | None:
-    """The naming whose marks ``keys`` bear; None if there is none."""
+    """The naming whose marks ``keys`` bear, the one with the most; None if there is none."""
     names = tuple(keys)
     known = [
         (family, kind, naming)
@@ -156,9 +158,13 @@ def find_naming(keys: Iterable[str]) -> Recognised | None:
     ]
     for prefix in PREFIXES:
         local = [name[len(prefix) :] for name in names if name.startswith(prefix)]
-        for family, kind, naming in known:
-            if all(any(name.startswith(mark) for name in local) for mark in naming.marks):
-                return Recognised(family, kind, naming, prefix)
+        borne = [
+            Recognised(family, kind, naming, prefix)
+            for family, kind, naming in known
+            if all(any(name.startswith(mark) for name in local) for mark in naming.marks)
+        ]
+        if borne:
+            return max(borne, key=lambda found: len(found.naming.marks))
     return None
 
 
@@ -179,6 +185,7 @@ def recognise(raw: RawFile, config: Mapping[str, Any] | None = None) -> Componen
     log.debug("%s: keys of %s, after %r", raw.path, found.naming.author, found.prefix)
     named = _rename(raw, found)
     weights = gather(named.entries, raw.metadata, read_bytes, found.prefix)
+    _check_parts(weights)
     shapes = {name: stored.shape for name, stored in weights.items() if stored.shape is not None}
     if config is None:
         config = _derived(raw, found, weights, shapes)
@@ -286,8 +293,10 @@ def _place(named: _Named, key: str, target: str | None, entry: TensorEntry) -> N
 def _parts(target: str, entry: TensorEntry) -> list[tuple[str, TensorEntry]]:
     """``target`` with its place, or three names with a third of the rows each."""
     if THREE in target:
+        split = split_suffix(target)
+        serves_all = split is not None and split[1] in WHOLE
         return [
-            (target.replace(THREE, name), row_part(entry, index, 3))
+            (target.replace(THREE, name), entry if serves_all else row_part(entry, index, 3))
             for index, name in enumerate("qkv")
         ]
     if target.startswith("embeddings.") and entry.shape[:-1] and entry.shape[0] == 1:
@@ -313,6 +322,26 @@ def row_part(entry: TensorEntry, index: int, count: int) -> TensorEntry:
         shape=(entry.shape[0] // count, *entry.shape[1:]),
         nbytes=nbytes,
     )
+
+
+def _check_parts(weights: Mapping[str, StoredWeight]) -> None:
+    """Refuse three matrices in one whose scales cannot be told apart.
+
+    Raises:
+        CheckpointError: scales in tiles of rows, of which one belongs to two of the matrices.
+    """
+    counts = Counter(w.tensors["weight"].name for w in weights.values() if "weight" in w.tensors)
+    for name, stored in weights.items():
+        shape = stored.shape
+        if not isinstance(stored.format, Micro) or shape is None or not shape[0] % TILE_ROWS:
+            continue
+        if counts[stored.tensors["weight"].name] > 1:
+            raise CheckpointError(
+                f"{stored.tensors['weight'].name} cannot be taken apart",
+                expected=f"matrices of whole tiles, each of {TILE_ROWS} rows",
+                found=f"{name} with {shape[0]} rows",
+                remedy="Use a file in another format.",
+            )
 
 
 def _unfold(entries: dict[str, TensorEntry]) -> None:

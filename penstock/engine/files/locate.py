@@ -566,7 +566,7 @@ def config_owner(config: Mapping[str, Any]) -> ComponentKind | None:
     name, typed = config.get("_class_name"), config.get("model_type")
     kinds = [kind for family in families() for kind in family.KINDS.values()]
     for kind in kinds:
-        if name == kind.made_by[1] or (
+        if name in (kind.made_by[1], *kind.variants) or (
             name is None and typed is not None and typed == kind.model_type
         ):
             return kind

@@ -92,6 +92,9 @@ class GenerationRequest:
             is resized as it is.
         nag_scale: normalized attention guidance: how far text attention goes away from the negative
             prompt's, in the one pass that is left where guidance is off. Above 1; None: not.
+        cfg_interval: "A,B": classifier-free guidance only at steps that begin at a noise level from
+            A to B, of 0 to 1; at the others the prompt alone is followed, in one pass. None: at
+            all steps.
         after: a video that this one goes on from: its frames come first in the file, ``image`` is
             its last one, and the colours of what is made are turned into its own.
         window: frames of the windows that a longer video is denoised in; 0: all of it at once;
@@ -121,6 +124,7 @@ class GenerationRequest:
     last_image: Path | None = None
     guidance_high: float | None = None
     nag_scale: float | None = None
+    cfg_interval: str | None = None
     after: Path | None = None
     window: int | None = None
     overlap: int | None = None
@@ -135,6 +139,14 @@ class GenerationRequest:
         if self.guidance_high is not None:
             _check_guidance(self.guidance_high)
         self._check_nag()
+        if self.guided_within is not None and max(self.guidance_scales) <= 1:
+            raise RequestError(
+                "an interval of guidance is for a job with classifier-free guidance",
+                expected="a guidance scale above 1",
+                found=str(self.guidance_scale),
+                remedy="Leave --cfg-interval out; a model that is not distilled takes --cfg above "
+                "1 beside it",
+            )
         _check_shift(self.shift)
         _check_seed(self.seed)
         self._check_windows()
@@ -272,6 +284,28 @@ class GenerationRequest:
         return low if self.guidance_high is None else self.guidance_high, low
 
     @property
+    def guided_within(self) -> tuple[float, float] | None:
+        """The noise levels at which guidance is on, the least and the most; None: all.
+
+        Raises:
+            RequestError: `cfg_interval` is no such interval.
+        """
+        told = self.cfg_interval
+        if told is None:
+            return None
+        try:
+            low, high = (float(part) for part in told.split(","))
+            if 0 <= low <= high <= 1:
+                return low, high
+        except (AttributeError, ValueError):
+            pass
+        raise RequestError(
+            "illegal interval of guidance",
+            expected='two noise levels from 0 (none) to 1 (nothing else), such as "0.3,0.95"',
+            found=brief(told),
+        )
+
+    @property
     def pictures(self) -> tuple[Path, ...]:
         """That the video starts from and ends with."""
         return tuple(path for path in (self.image, self.last_image) if path is not None)
@@ -326,7 +360,7 @@ def workload_of(request: GenerationRequest, *, saved: bool = False) -> Workload:
     high, _ = (scale > 1 for scale in request.guidance_scales)
     work = replace(work, pictures=len(given) or None, guided_high=high, noise=noise_of(request))
     work = replace(work, contrasted=request.nag_scale is not None)
-
+    work = replace(work, guided_within=request.guided_within)
     work = replace(work, windows=request.windows, continued=request.after is not None)
     names = ("picture", "last")
     there = {name: path for name, path in zip(names, given, strict=False) if path.exists()}

@@ -59,13 +59,14 @@ class Settings:
     after: Path | None = None
     guidance_high: float | None = None
     nag_scale: float | None = None
+    cfg_interval: str | None = None
     window: int | None = None
     overlap: int | None = None
 
 
 _CONTINUED = (
-    "prompt", "negative_prompt", "steps", "guidance_scale", "guidance_high", "shift", "seed",
-    "sampler", "distilled", "clip_crop", "fit", "window", "overlap",
+    "prompt", "negative_prompt", "steps", "guidance_scale", "guidance_high", "cfg_interval",
+    "shift", "seed", "sampler", "distilled", "clip_crop", "fit", "window", "overlap",
 )  # fmt: skip
 """Of the settings in a video's metadata, those that one which goes on from it takes over."""
 

@@ -144,9 +144,10 @@ class Stage(Room):
         phase, blocks = self.plan[name], self.model.parts[blocks_of].blocks
         if self._prefetched.is_reading or not self.job.overlapped or phase.stream is None:
             return
-        passes = len(phase.passes(branches))
+        fewest = workload_of(self.job.request).fewest_branches
         log.debug("%s prefetches blocks of %s", self._active, name)
-        most, sure = forwards[1] * passes, forwards[0] * passes
+        most = forwards[1] * len(phase.passes(branches))
+        sure = forwards[0] * len(phase.passes(min(fewest, branches)))
         self._prefetched.begin(blocks, self._open(blocks, phase.stream, most, sure))
 
     def prefetch_after(self, name: str) -> None:

@@ -15,6 +15,7 @@ from penstock.engine.families.minimax_h3.stored import (
     plain_run,
     stored_run,
     stored_storage,
+    typed_run,
 )
 from penstock.engine.families.minimax_h3.text.spec import true_text
 from penstock.engine.families.minimax_h3.video_vae.spec import true_vae
@@ -23,21 +24,27 @@ from penstock.profiles.manifest import Storage, Weights
 _ITEM = 2
 
 
-def transformer(weight_format: str) -> PackedSpec:
+PRUNED: Mapping[str, int] = MappingProxyType({"time_table_size": 1025, "adaln_rank": 8})
+"""What the published pruned files have. Source: public converters of these files."""
+
+
+def transformer(weight_format: str, changed: Mapping[str, int] | None = None) -> PackedSpec:
     """In bf16 and where the makers keep it fp32, but the blocks' matrices in ``weight_format``.
+
+    Args:
+        changed: entries of the config that differ from the makers'.
 
     Raises:
         ProfileError: no such format.
     """
-    shapes = structure.transformer_shapes(TRANSFORMER)
+    told = {**TRANSFORMER, **(changed or {})}
+    shapes = structure.transformer_shapes(told)
     first = f"{structure.BLOCKS}0."
     block = {name[len(first) :]: s for name, s in shapes.items() if name.startswith(first)}
     streamed = {name: s for name, s in block.items() if not structure.leaves_stream(name)}
     once = {name: s for name, s in block.items() if structure.leaves_stream(name)}
-    layers = TRANSFORMER["num_layers"]
-    config = {
-        name: value for name, value in TRANSFORMER.items() if name in PackedSpec.__annotations__
-    }
+    layers = told["num_layers"]
+    config = {name: value for name, value in told.items() if name in PackedSpec.__annotations__}
     return PackedSpec(
         weights=Weights(
             _outside(shapes, structure.ENDS),
@@ -45,7 +52,7 @@ def transformer(weight_format: str) -> PackedSpec:
             _ITEM,
         ),
         once_bytes=_outside(shapes, structure.ONCE),
-        table_block_bytes=(plain_run(once),) * layers,
+        table_block_bytes=(typed_run(once, structure.keeps_single),) * layers,
         storage=stored_storage(streamed, weight_format),
         table_storage=Storage(),
         **config,
@@ -59,15 +66,28 @@ def _outside(shapes: Shapes, parts: tuple[str, ...]) -> int:
     return plain_run(single, "F32") + (plain_run(rest) if rest else 0)
 
 
-def minimax_h3(weight_format: str) -> H3Manifest:
+def minimax_h3(weight_format: str, changed: Mapping[str, int] | None = None) -> H3Manifest:
     """MiniMax-H3; the text encoder's layers in ``weight_format`` as well.
+
+    Args:
+        changed: entries of the transformer's config that differ from the makers'.
 
     Raises:
         ProfileError: no such format.
     """
-    return H3Manifest(
-        transformer(weight_format), true_text(weight_format), true_vae(), true_audio()
-    )
+    denoiser = transformer(weight_format, changed)
+    return H3Manifest(denoiser, true_text(weight_format), true_vae(), true_audio())
 
 
-BUILTIN: Mapping[str, Callable[[str], H3Manifest]] = MappingProxyType({"minimax-h3": minimax_h3})
+def minimax_h3_pruned(weight_format: str) -> H3Manifest:
+    """The same with the pruned transformer, of 20 B parameters.
+
+    Raises:
+        ProfileError: no such format.
+    """
+    return minimax_h3(weight_format, PRUNED)
+
+
+BUILTIN: Mapping[str, Callable[[str], H3Manifest]] = MappingProxyType(
+    {"minimax-h3": minimax_h3, "minimax-h3-pruned": minimax_h3_pruned}
+)

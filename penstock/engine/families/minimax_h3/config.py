@@ -26,10 +26,16 @@ TRANSFORMER: Mapping[str, Any] = MappingProxyType({
     "num_refiner_layers": 2, "ffn_dim": 14336, "in_channels": 24, "audio_in_channels": 32,
     "patch_size": PATCH_TAKEN, "text_dim": 5120, "freq_dim": 256, "time_embed_hidden_dim": 5376,
     "time_embed_dim": 2688, "rope_freq_dim": 16, "rope_theta": 10000.0, "norm_eps": 1e-5,
-    "qk_norm_eps": 1e-5, "final_norm_eps": 1e-5, "gate_first": False,
+    "qk_norm_eps": 1e-5, "final_norm_eps": 1e-5, "gate_first": False, "time_table_size": 0,
+    "adaln_rank": 0,
 })  # fmt: skip
-"""Defaults of the class; ``gate_first`` is ours: in files of other names than diffusers' the gate's
-rows of a feed-forward layer come before those it gates."""
+"""Defaults of the class, and what is ours: ``gate_first`` (in files of other names than diffusers'
+the gate's rows of a feed-forward layer come before those it gates). A pruned file has a curve in
+place of the time embedding's layers: ``time_table_size`` points of ``adaln_rank`` coordinates; 0:
+the model is whole."""
+
+OURS = ("gate_first", "time_table_size", "adaln_rank")
+"""Entries that diffusers' class does not take."""
 
 SCHEDULER: Mapping[str, Any] = MappingProxyType(
     {"_class_name": "MiniMaxH3Scheduler", "shift": 12.0}
@@ -52,8 +58,7 @@ def derive_transformer(shapes: ShapesOf) -> dict[str, Any]:
             remedy="Put the model's config.json beside the file.",
         )
     volume = PATCH_TAKEN[0] * PATCH_TAKEN[1] * PATCH_TAKEN[2]
-    embedded, waves = shapes.of("time_embedder.linear_1.weight", 2)
-    return {
+    return _time(shapes) | {
         "num_attention_heads": inner // head,
         "attention_head_dim": head,
         "hidden_size": width,
@@ -63,6 +68,16 @@ def derive_transformer(shapes: ShapesOf) -> dict[str, Any]:
         "in_channels": shapes.of("proj_in.weight", 2)[1] // volume,
         "audio_in_channels": shapes.of("audio_proj_in.weight", 2)[1],
         "text_dim": shapes.of("context_embedder.weight", 2)[1],
+    }
+
+
+def _time(shapes: ShapesOf) -> dict[str, Any]:
+    """Of the time embedding: its layers, or its curve."""
+    if "time_embedder.table" in shapes:
+        points, width = shapes.of("time_embedder.table", 2)
+        return {"time_table_size": points, "adaln_rank": width}
+    embedded, waves = shapes.of("time_embedder.linear_1.weight", 2)
+    return {
         "freq_dim": waves,
         "time_embed_hidden_dim": embedded,
         "time_embed_dim": shapes.of("time_embedder.linear_2.weight", 2)[0],
@@ -71,4 +86,6 @@ def derive_transformer(shapes: ShapesOf) -> dict[str, Any]:
 
 def transformer_title(config: Mapping[str, Any]) -> str:
     """The model's name for people."""
-    return "MiniMax-H3" if config["num_layers"] == TRANSFORMER["num_layers"] else "MiniMax-H3 (cut)"
+    told = ["cut"] if config["num_layers"] != TRANSFORMER["num_layers"] else []
+    told += ["pruned"] if config.get("time_table_size") else []
+    return f"MiniMax-H3 ({', '.join(told)})" if told else "MiniMax-H3"

@@ -142,13 +142,13 @@ def once_items(spec: PackedSpec, case: PackedCase, steps: int) -> tuple[tuple[st
     e, d, n = spec.weights.itemsize, spec.hidden_size, case.text_rows
     times = case.timesteps
     hidden = n * d * e
-    waves = steps * times * (spec.time_embed_dim + spec.freq_dim + 3 * spec.time_embed_hidden_dim)
+    waves = steps * times * spec.time_values
     stages = {
         "refining": {"states": n * spec.text_dim * e, "refined": 2 * hidden + _refined(spec, case)},
         "time": {"text": hidden, "waves": waves * FP32_BYTES},
         "tables": {"text": hidden, "one block's": 3 * spec.table_bytes(times) // spec.num_layers},
     }
-    activated = steps * times * (spec.time_embed_dim + 2 * d) * e
+    activated = steps * times * (spec.time_width + 2 * d) * spec.time_itemsize
     largest = max(stages.values(), key=lambda stage: sum(stage.values()))
     return (("activations", activated + sum(largest.values())),)
 
@@ -169,7 +169,7 @@ def once_flops(spec: PackedSpec, case: PackedCase, steps: int) -> int:
     d, inner, n = spec.hidden_size, spec.inner_dim, case.text_rows
     block = 4 * d * inner + 3 * d * spec.ffn_dim
     text = n * (d * spec.text_dim + spec.num_refiner_layers * block)
-    tables = spec.table_bytes(case.timesteps) // spec.weights.itemsize * spec.time_embed_dim
+    tables = spec.table_bytes(case.timesteps) // spec.weights.itemsize * spec.time_width
     return 2 * (text + steps * tables)
 
 

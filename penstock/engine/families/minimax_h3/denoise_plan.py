@@ -270,4 +270,9 @@ class DenoisePacked:
             copied_bytes=place.device_bytes + passes * (place.copied_bytes + tables),
             seconds=stream.timing.seconds + loading_s(spec.weights.rest_bytes, self.case.rates),
             bound=stream.timing.bound,
+            facts=(
+                f"{cut.chunk_rows:,} tokens a chunk",
+                "one forward pass a step, over text, pictures, video and sound together",
+                "AdaLN tables of all steps in RAM",
+            ),
         )

@@ -38,6 +38,11 @@ FIELDS: Mapping[str, Field] = MappingProxyType({
     "qk_norm_eps": _EPSILON,
     "final_norm_eps": _EPSILON,
     "gate_first": flag(),
+    "time_table_size": Field(
+        "0, or from 2 to 1,048,576 points",
+        lambda value: type(value) is int and (value == 0 or 2 <= value <= 1 << 20),
+    ),
+    "adaln_rank": whole(0, 1 << 20),
 })  # fmt: skip
 
 
@@ -55,6 +60,8 @@ def check_config(where: str, config: Mapping[str, Any]) -> None:
          f"heads of {turned} channels or more, which are turned", "attention_head_dim"),
         (tuple(whole_config["patch_size"]) != PATCH_TAKEN,
          f"patches of {PATCH_TAKEN}", "patch_size"),
+        (bool(whole_config["time_table_size"]) != bool(whole_config["adaln_rank"]),
+         "an adaln_rank beside a time_table_size, or neither", "adaln_rank"),
     )  # fmt: skip
     for is_wrong, expected, name in wrong:
         if is_wrong:

@@ -253,7 +253,7 @@ def predicted(
     shift, scale = tables.out
     video = sound = None
     for part in chunks(layout.rows, chunk_rows):
-        x = model.norm_out.norm(hidden[:, part])
+        x = model.norm_out.norm(hidden[:, part]).to(scale.dtype)
         runs = [(rows, tables.time(time)) for rows, time in _times(layout, part)]
         x = _modulated(x, runs, scale, shift).to(torch.float32)
         moving, heard = model.proj_out(x)[0], model.audio_proj_out(x)[0]

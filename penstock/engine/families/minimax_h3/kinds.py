@@ -17,6 +17,7 @@ from penstock.engine.family.protocol import ComponentKind
 TRANSFORMER = ComponentKind(
     name="transformer",
     made_by=("diffusers", "MiniMaxH3Transformer3DModel"),
+    variants=("MiniMaxH3PrunedTransformer3DModel",),
     namings=NAMINGS,
     derive=configs.derive_transformer,
     shapes=structure.transformer_shapes,

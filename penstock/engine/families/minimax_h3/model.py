@@ -116,7 +116,8 @@ def _spec(component: Component, once: Component, computing: Computing) -> Packed
     names = (
         "num_refiner_layers", "num_attention_heads", "attention_head_dim", "hidden_size",
         "ffn_dim", "in_channels", "audio_in_channels", "text_dim", "freq_dim",
-        "time_embed_hidden_dim", "time_embed_dim", "rope_freq_dim",
+        "time_embed_hidden_dim", "time_embed_dim", "rope_freq_dim", "time_table_size",
+        "adaln_rank",
     )  # fmt: skip
     return PackedSpec(
         weights=component.weights(device),

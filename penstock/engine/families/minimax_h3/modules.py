@@ -64,7 +64,16 @@ class AdaProjection(nn.Module):
 
     def __init__(self, own: NetworkConfig) -> None:
         super().__init__()
-        self.linear = Linear(own.time_embed_dim, 6 * own.hidden_size * MODALITIES)
+        _add_projection(self, own, 6 * own.hidden_size * MODALITIES)
+
+
+def _add_projection(owner: nn.Module, own: NetworkConfig, rows: int) -> None:
+    """Give ``owner`` its projection of the time embedding: ``linear``, or ``curve`` of a pruned
+    model."""
+    if own.time_table_size:
+        owner.add_module("curve", Linear(own.adaln_rank, rows))
+    else:
+        owner.add_module("linear", Linear(own.time_embed_dim, rows))
 
 
 class PackedBlock(RefinerBlock):
@@ -115,6 +124,27 @@ class TimeEmbedder(nn.Module):
         return self.linear_2(F.silu(self.linear_1(waves)))  # type: ignore[no-any-return]
 
 
+class TimeCurve(nn.Module):
+    """The time embedding of a pruned model: a curve over the timesteps, by its points at even
+    distances, in few coordinates. What the whole model computes from a timestep (its activation
+    included) lies on it as far as the pruning kept it.
+
+    Source: ComfyUI's ``comfy/ldm/minimax/model.py``.
+    """
+
+    def __init__(self, own: NetworkConfig) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(own.time_table_size, own.adaln_rank))
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """Interpolate between points: (n,), 0 to 1, to (n, adaln_rank), fp32."""
+        last = len(self.table) - 1
+        places = timesteps.clamp(0.0, 1.0) * last
+        before = places.floor().long().clamp(max=last - 1)  # 1.0 ends the last interval
+        share = (places - before).unsqueeze(1)
+        return torch.lerp(self.table[before], self.table[before + 1], share)
+
+
 class Rotary(nn.Module):
     """Angles of a token's place in time, height and width; one set of frequencies serves all."""
 
@@ -131,7 +161,7 @@ class NormOut(nn.Module):
     def __init__(self, own: NetworkConfig) -> None:
         super().__init__()
         self.norm = RMSNorm(own.hidden_size, eps=own.final_norm_eps)
-        self.linear = Linear(own.time_embed_dim, 2 * own.hidden_size)
+        _add_projection(self, own, 2 * own.hidden_size)
 
 
 class MiniMaxH3Transformer3DModel(nn.Module):
@@ -144,8 +174,9 @@ class MiniMaxH3Transformer3DModel(nn.Module):
         self.proj_in = Linear(video, dim)
         self.audio_proj_in = Linear(own.audio_in_channels, dim)
         self.context_embedder = Linear(own.text_dim, dim)
-        self.time_proj = TimeWaves(own.freq_dim)
-        self.time_embedder = TimeEmbedder(own)
+        pruned = bool(own.time_table_size)
+        self.time_proj = nn.Identity() if pruned else TimeWaves(own.freq_dim)
+        self.time_embedder = TimeCurve(own) if pruned else TimeEmbedder(own)
         self.rope = Rotary(own.rope_freq_dim, own.rope_theta)
         self.token_refiner = TokenRefiner(own)
         blocks = (PackedBlock(own) for _ in range(own.num_layers))

@@ -37,6 +37,8 @@ class PackedSpec:
     time_embed_hidden_dim: int
     time_embed_dim: int
     rope_freq_dim: int
+    time_table_size: int = 0
+    adaln_rank: int = 0
     patch_volume: int = 4
     storage: Storage = Storage()
     table_storage: Storage = Storage()
@@ -55,5 +57,23 @@ class PackedSpec:
     def table_bytes(self, timesteps: int) -> int:
         """The tables of one step with so many distinct timesteps."""
         block = 6 * MODALITIES * self.hidden_size
-        values = self.num_layers * block + 2 * self.hidden_size
-        return timesteps * values * self.weights.itemsize
+        blocks = self.num_layers * block * self.weights.itemsize
+        return timesteps * (blocks + 2 * self.hidden_size * self.time_itemsize)
+
+    @property
+    def time_itemsize(self) -> int:
+        """Bytes of a value of the time embedding that its projections take, and of what the last
+        one gives: a pruned model keeps both in fp32."""
+        return 4 if self.time_table_size else self.weights.itemsize
+
+    @property
+    def time_width(self) -> int:
+        """Of what the AdaLN projections take."""
+        return self.adaln_rank or self.time_embed_dim
+
+    @property
+    def time_values(self) -> int:
+        """Values that one timestep takes while it is embedded."""
+        if self.time_table_size:
+            return 3 * self.adaln_rank + 3  # two points and what lies between; where it lies
+        return self.time_embed_dim + self.freq_dim + 3 * self.time_embed_hidden_dim

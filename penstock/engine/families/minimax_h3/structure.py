@@ -21,10 +21,12 @@ ADALN = "adaln_proj."
 
 ENDS = ("proj_in.", "audio_proj_in.", "norm_out.norm.", "proj_out.", "audio_proj_out.")
 """Begin the names of what each forward pass needs outside the blocks."""
-ONCE = ("context_embedder.", "time_embedder.", "token_refiner.", "norm_out.linear.")
+ONCE = (
+    "context_embedder.", "time_embedder.", "token_refiner.", "norm_out.linear.", "norm_out.curve.",
+)  # fmt: skip
 """Begin those of what serves once a job: it makes the text's rows and the time embedding."""
 
-_SINGLE = {"proj_in", "audio_proj_in", "time_embedder", "proj_out", "audio_proj_out"}
+_SINGLE = {"proj_in", "audio_proj_in", "time_embedder", "proj_out", "audio_proj_out", "curve"}
 
 
 def leaves_stream(local_name: str) -> bool:
@@ -53,22 +55,31 @@ def _prefixed(prefix: str, shapes: Shapes) -> Shapes:
 
 
 def transformer_shapes(config: Mapping[str, Any]) -> Shapes:
-    """Every tensor of the transformer, in the order of its class."""
+    """Every tensor of the transformer, in the order of its class.
+
+    Where the time embedding is a curve (``time_table_size``), a table of its points stands for the
+    layers that compute it, and what projects it is called ``curve``: it is narrow, and fp32.
+    """
     dim, volume = config["hidden_size"], math.prod(config.get("patch_size", (1, 2, 2)))
     video, sound = config["in_channels"] * volume, config["audio_in_channels"]
     embedded, time = config["time_embed_hidden_dim"], config["time_embed_dim"]
+    points, projection = config.get("time_table_size", 0), "linear"
     shapes = _linear("proj_in", dim, video) | _linear("audio_proj_in", dim, sound)
     shapes |= _linear("context_embedder", dim, config["text_dim"])
-    shapes |= _linear("time_embedder.linear_1", embedded, config["freq_dim"])
-    shapes |= _linear("time_embedder.linear_2", time, embedded)
+    if points:
+        projection, time = "curve", config["adaln_rank"]
+        shapes |= {"time_embedder.table": (points, time)}
+    else:
+        shapes |= _linear("time_embedder.linear_1", embedded, config["freq_dim"])
+        shapes |= _linear("time_embedder.linear_2", time, embedded)
     plain = _plain_block(config)
     for index in range(config["num_refiner_layers"]):
         shapes |= _prefixed(f"token_refiner.refiner_blocks.{index}.", plain)
     shapes |= {"token_refiner.final_norm.weight": (dim,)}
-    block = plain | _linear(f"{ADALN}linear", 6 * dim * MODALITIES, time)
+    block = plain | _linear(f"{ADALN}{projection}", 6 * dim * MODALITIES, time)
     for index in range(config["num_layers"]):
         shapes |= _prefixed(f"{BLOCKS}{index}.", block)
-    shapes |= {"norm_out.norm.weight": (dim,)} | _linear("norm_out.linear", 2 * dim, time)
+    shapes |= {"norm_out.norm.weight": (dim,)} | _linear(f"norm_out.{projection}", 2 * dim, time)
     return shapes | _linear("proj_out", video, dim) | _linear("audio_proj_out", sound, dim)
 
 

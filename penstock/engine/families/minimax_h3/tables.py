@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from penstock.engine.families.minimax_h3.config import MODALITIES
+from penstock.engine.families.minimax_h3.modules import TimeCurve
 
 HELD = 0.999
 """The timestep that given pictures are held at, or the video's where that is larger."""
@@ -52,7 +53,7 @@ class StepTables:
         times: of the step.
         blocks: (blocks, 6, rows, d): shift, scale and gate of attention and feed-forward, each
             scale plus one; a row is a timestep and a modality.
-        out: of the last norm: (2, timesteps, d), shift and scale plus one.
+        out: of the last norm: (2, timesteps, d), shift and scale plus one; fp32 of a pruned model.
     """
 
     times: StepTimes
@@ -101,8 +102,8 @@ class TablesInWork:
         device: torch.device,
     ) -> None:
         self._steps = tuple(steps)
-        embedded = [_embedded(model, step.values.to(device)) for step in steps]
-        self._activated = [F.silu(time).to(dtype) for time in embedded]
+        self._dtype = dtype
+        self._activated = [_activated(model, step.values.to(device), dtype) for step in steps]
         self._out = [_out(model, rows) for rows in self._activated]
         self._tables: list[Tensor | None] = [None] * len(self._steps)
         self._blocks = blocks
@@ -110,7 +111,7 @@ class TablesInWork:
     def add(self, index: int, block: Any) -> None:
         """Make those of the block ``index``, whose projection is bound."""
         for step, rows in enumerate(self._activated):
-            made = modulation(block.adaln_proj.linear, rows)
+            made = modulation(_projection(block.adaln_proj), rows, self._dtype)
             held = self._tables[step]
             if held is None:
                 held = torch.empty((self._blocks, *made.shape), dtype=made.dtype)
@@ -126,18 +127,30 @@ class TablesInWork:
         return found
 
 
-def _embedded(model: Any, timesteps: Tensor) -> Tensor:
-    return model.time_embedder(model.time_proj(timesteps))  # type: ignore[no-any-return]
+def _activated(model: Any, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the projections take: (timesteps, time_embed_dim).
+
+    A pruned model's curve holds the activation already, and its projections stay in fp32.
+    """
+    embedded: Tensor = model.time_embedder(model.time_proj(timesteps))
+    is_curve = isinstance(model.time_embedder, TimeCurve)
+    return embedded if is_curve else F.silu(embedded).to(dtype)
+
+
+def _projection(owner: Any) -> Any:
+    """Of the time embedding, whole or pruned."""
+    return owner.curve if hasattr(owner, "curve") else owner.linear
 
 
 def _out(model: Any, activated: Tensor) -> Tensor:
-    shift, scale = model.norm_out.linear(activated).chunk(2, dim=-1)
+    shift, scale = _projection(model.norm_out)(activated).chunk(2, dim=-1)
     return torch.stack([shift, 1.0 + scale]).cpu()
 
 
-def modulation(linear: Any, activated: Tensor) -> Tensor:
-    """(timesteps, time_embed_dim) to (6, timesteps * modalities, d), scales plus one."""
-    made: Tensor = linear(activated)
+def modulation(linear: Any, activated: Tensor, dtype: torch.dtype) -> Tensor:
+    """(timesteps, time_embed_dim) to (6, timesteps * modalities, d) in ``dtype``, scales plus
+    one."""
+    made: Tensor = linear(activated).to(dtype)
     six = made.view(len(activated) * MODALITIES, 6, -1).permute(1, 0, 2).contiguous()
     for scale in (six[1], six[4]):
         scale.add_(1.0)  # as `1.0 + scale` rounds, row by row or once

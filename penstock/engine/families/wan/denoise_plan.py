@@ -9,6 +9,7 @@ from functools import cached_property
 
 from penstock.engine.families.wan.cost import transformer
 from penstock.engine.families.wan.spec import TransformerSpec
+from penstock.engine.families.wan.stretches import Stretch
 from penstock.engine.families.wan.terms import (
     WanCase,
     cached_tensors,
@@ -75,12 +76,14 @@ class Shape:
         work: bytes in VRAM besides weights.
         compute_s: of one pass over all blocks.
         passes: in the whole phase.
+        fetched_bytes: cross-attention K/V that all of them fetch.
     """
 
     cost: transformer.DenoiseCase
     work: Items
     compute_s: float
     passes: int
+    fetched_bytes: int
 
     @property
     def work_bytes(self) -> int:
@@ -105,10 +108,12 @@ class Denoise:
     Attributes:
         case: its steps are those of this transformer.
         second: that for little noise, where there are two.
+        stretches: of its steps; none: they are all alike.
     """
 
     case: WanCase
     second: bool = False
+    stretches: tuple[Stretch, ...] = ()
 
     @property
     def phases(self) -> tuple[str, ...]:
@@ -203,7 +208,6 @@ class Denoise:
     def _stream(
         self, shape: Shape, limits: Limits, most_copied: float, better_than: float
     ) -> Stream | None:
-        fetched = shape.passes * self._fetched_bytes(shape.cost)
         rest = self.spec.weights.rest_bytes
         held_vram = shape.work_bytes + rest
         held_ram = sum(count for _, count in self._host_work(shape))
@@ -219,7 +223,7 @@ class Denoise:
             self.case.rates,
             room,
             from_disk=self.case.policy.disk != "never",
-            most_copied=most_copied - fetched,
+            most_copied=most_copied - shape.fetched_bytes,
             better_than=better_than,
         )
 
@@ -251,7 +255,7 @@ class Denoise:
             Network.of(spec.cross_block_bytes, resident=False),
             spec.weights.rest_bytes,
             (
-                *transformer.context_bytes(spec, case).items,
+                *transformer.context_bytes(spec, case).told,
                 *self._sampled(case),
                 *self._decoding(spec.context_storage or spec.storage),
                 *self.case.libraries(),
@@ -354,16 +358,37 @@ class Denoise:
 
     def _shape(self, cost: transformer.DenoiseCase) -> Shape:
         work = (
-            *transformer.denoise_bytes(self.spec, cost).items,
+            *transformer.denoise_bytes(self.spec, cost).told,
             *self._decoding(self.spec.storage),
             *self.case.libraries(),
         )
-        passes = self._forwards[1] * cost.passes
-        return Shape(cost, work, self._compute_s(cost), passes)
+        kinds = self._kinds(cost)
+        passes = sum(count for count, _ in kinds)
+        compute_s, *others = (self._compute_s(each) for _, each in kinds)
+        if others:  # the mean: what a pass of both branches waits less for, one of one waits more
+            each_s = zip(kinds, (compute_s, *others), strict=True)
+            compute_s = sum(count * seconds for (count, _), seconds in each_s) / passes
+        fetched = sum(count * self._fetched_bytes(each) for count, each in kinds)
+        return Shape(cost, work, compute_s, passes, fetched)
+
+    def _kinds(self, cost: transformer.DenoiseCase) -> list[tuple[int, transformer.DenoiseCase]]:
+        """Passes of the steps with each number of branches, as cost."""
+        found: dict[int, int] = {}
+        for each in self._stretches:
+            found[each.branches] = found.get(each.branches, 0) + each.forwards[1]
+        cases = [(count, replace(cost, branches=branches)) for branches, count in found.items()]
+        return [(count * case.passes, case) for count, case in cases]
+
+    @property
+    def _stretches(self) -> tuple[Stretch, ...]:
+        work = self.case.workload
+        alike = Stretch(range(work.steps), work.branches, self.case.policy.caching)
+        return self.stretches or (alike,)
 
     @property
     def _forwards(self) -> tuple[int, int]:
-        return self.case.policy.caching.forwards(self.case.workload.steps)
+        fewest, most = zip(*(each.forwards for each in self._stretches), strict=True)
+        return sum(fewest), sum(most)
 
     @property
     def _is_fast(self) -> bool:
@@ -461,7 +486,24 @@ class Denoise:
             pinned_bytes=stream.pinned_bytes if self.case.pins else 0,
             read_bytes=place.device_bytes + place.host_bytes + shape.passes * place.read_bytes,
             copied_bytes=place.device_bytes
-            + shape.passes * (place.copied_bytes + self._fetched_bytes(cost)),
+            + shape.passes * place.copied_bytes
+            + shape.fetched_bytes,
             seconds=stream.timing.seconds + loading_s(spec.weights.rest_bytes, self.case.rates),
             bound=stream.timing.bound,
+            facts=_told(cost),
         )
+
+
+def _told(cost: transformer.DenoiseCase) -> tuple[str, ...]:
+    """How the forward pass is cut, for people."""
+    passes, together = cost.branches * cost.windows, cost.visit_branches
+    told = [f"{cost.chunk_tokens:,} tokens a chunk"]
+    if cost.windows > 1:
+        told.append(f"{cost.windows} windows a step")
+    if cost.branches > 1:
+        told.append("classifier-free guidance on (two forward passes)")
+    if passes > 1:
+        shared = "all" if together >= passes else str(together)
+        told.append(f"{shared} of a step's {passes} forward passes share each visit of a block")
+    told.append(f"cross-attention K/V in {'VRAM' if cost.cross_kv_on_device else 'RAM'}")
+    return tuple(told)

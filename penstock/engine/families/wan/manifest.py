@@ -79,9 +79,12 @@ class WanManifest(WanSpec):
 
     def timesteps(self, shape: VideoShape, steps: int, noise: Noise) -> tuple[float, ...]:
         """As `penstock.engine.model.official.Official`."""
+        return timesteps(self.levels(shape, steps, noise), noise.sampler)
+
+    def levels(self, shape: VideoShape, steps: int, noise: Noise) -> tuple[float, ...]:
+        """The share of noise before each step of a job."""
         shift = self.flow_shift(shape.width, shape.height, noise.shift)
-        levels = noise_levels(noise.sampler, steps, shift, distilled=noise.distilled)
-        return timesteps(levels, noise.sampler)
+        return noise_levels(noise.sampler, steps, shift, distilled=noise.distilled)
 
     @property
     def release(self) -> str:

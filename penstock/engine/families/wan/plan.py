@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -11,6 +11,7 @@ from penstock.engine.families.wan.cost import encoders, vae
 from penstock.engine.families.wan.cost.transformer import TEXT_TOKENS
 from penstock.engine.families.wan.denoise_plan import Denoise
 from penstock.engine.families.wan.spec import ImageSpec
+from penstock.engine.families.wan.stretches import Stretch, stretches_of
 from penstock.engine.families.wan.terms import (
     WanCase,
     changes_of,
@@ -24,7 +25,16 @@ from penstock.engine.families.wan.terms import (
     pictures_of,
     tile_bytes,
 )
-from penstock.profiles.phases import OBJECTS, Group, Mux, OnePass, Step, fitting, loading_s
+from penstock.profiles.phases import (
+    OBJECTS,
+    Group,
+    Mux,
+    OnePass,
+    Step,
+    Workload,
+    fitting,
+    loading_s,
+)
 from penstock.profiles.plan import Items, PhasePlan
 from penstock.profiles.policy import Limits
 from penstock.profiles.streams import Network, staging_bytes
@@ -52,12 +62,19 @@ def steps(case: WanCase) -> Iterator[Step]:
     if manifest.image_to_video or (manifest.tokenwise and pictures_of(case)):
         yield Tiled("encode", case)
     if manifest.second is None:
-        yield Denoise(case)
+        yield whole(case)
     else:
         yield from experts(case)
     yield Tiled("decode", case)
     shape = case.workload.shape
     yield Mux(case, shape, (("latents", latents_bytes(case)),))
+
+
+def whole(case: WanCase) -> Denoise:
+    """The only transformer, with all steps."""
+    work, caching = case.workload, case.policy.caching
+    found = stretches_of(case.manifest, work, range(work.steps), caching, guided=work.branches == 2)
+    return Denoise(_guided(case, work, found), stretches=found)
 
 
 def experts(case: WanCase) -> Iterator[Denoise]:
@@ -66,13 +83,23 @@ def experts(case: WanCase) -> Iterator[Denoise]:
     work = case.workload
     guided = work.guided if work.guided_high is None else work.guided_high, work.guided
     both = work.texts == 2
-    split = case.manifest.split(work)
+    high, low = split = case.manifest.split(work)
     cached = case.policy.caching.parts(split)
-    for number, (steps, on, part) in enumerate(zip(split, guided, cached, strict=True)):
+    ranges = range(high), range(high, high + low)
+    for number, (steps, on, part) in enumerate(zip(ranges, guided, cached, strict=True)):
         if steps:
-            own = replace(work, steps=steps, guided=on, guided_high=both)
+            own = replace(work, steps=len(steps), guided=on, guided_high=both)
+            found = stretches_of(case.manifest, work, steps, part, guided=on)
             policy = replace(case.policy, step_cache=part.word)
-            yield Denoise(replace(case, workload=own, policy=policy), second=number == 1)
+            planned = _guided(replace(case, policy=policy), own, found)
+            yield Denoise(planned, second=number == 1, stretches=found)
+
+
+def _guided(case: WanCase, work: Workload, stretches: Sequence[Stretch]) -> WanCase:
+    """``case`` with ``work``, which has guidance where one of ``stretches`` has; the texts are
+    those of the job."""
+    on = any(each.branches == 2 for each in stretches)
+    return replace(case, workload=replace(work, guided=on, guided_high=work.texts == 2))
 
 
 def text_step(case: WanCase) -> OnePass:
@@ -114,6 +141,12 @@ def image_step(case: WanCase, spec: ImageSpec) -> OnePass:
         visits=seen * layers,
         elements=seen * layers * spec.tokens * spec.hidden_size,
     )
+
+
+def _told(grid: TileGrid) -> str:
+    if (grid.rows, grid.cols) == (1, 1):
+        return "whole frames, no tiles"
+    return f"exact tiles, {grid.rows} rows by {grid.cols} columns"
 
 
 @dataclass(frozen=True)
@@ -187,6 +220,7 @@ class Tiled:
             read_bytes=weights.rest_bytes,
             copied_bytes=weights.rest_bytes,
             seconds=work.seconds(rates) + loading_s(weights.rest_bytes, rates),
+            facts=(_told(grid),),
         )
 
     def _picture_bytes(self) -> int:

@@ -8,7 +8,9 @@ those of diffusers where it has a class for one.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
+
+from penstock.offload.checkpoint import TensorEntry
 
 _BY_MODULE = (
     ("vace_patch_embedding", "Wan VACE"),
@@ -41,13 +43,9 @@ _BY_CHANNELS = (
 _IN_BLOCK = re.compile(r"(?:^|\.)blocks\.\d+\.")
 
 
-def stranger(names: Iterable[str]) -> str | None:
-    """The model whose transformer has tensors of these names; None: it is none of these.
-
-    Args:
-        names: as a file has them, whatever stands before them.
-    """
-    modules = {f".{_local(name)}" for name in names}
+def stranger(entries: Mapping[str, TensorEntry]) -> str | None:
+    """As `penstock.engine.family.protocol.Family.stranger`, whatever stands before the names."""
+    modules = {f".{_local(name)}" for name in entries}
     for module, title in _BY_MODULE:
         if any(f".{module}." in name for name in modules):
             return title

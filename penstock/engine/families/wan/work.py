@@ -7,8 +7,8 @@ states, image states, condition, latents) pass from one to the next.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from penstock.engine.families.wan.denoise_plan import named
 from penstock.engine.families.wan.film import Film
 from penstock.engine.families.wan.model import model_of
 from penstock.engine.families.wan.preview import prepare_previews, preview_of
+from penstock.engine.families.wan.stretches import Stretch, passes_left, stretches_of
 from penstock.engine.families.wan.terms import clip_changes
 from penstock.engine.families.wan.vae_decode import raw_latents
 from penstock.engine.families.wan.vae_encode import (
@@ -98,22 +99,20 @@ class Expert:
 
     Attributes:
         component: the network.
-        steps: its own, of the job's.
-        caching: of its forward passes.
+        stretches: its own steps, of the job's, as they are computed alike.
         guidance: of its steps.
         second: it is that for little noise, where there are two.
     """
 
     component: Component
-    steps: range
-    caching: Caching
+    stretches: tuple[Stretch, ...]
     guidance: float
     second: bool
 
     @property
     def until(self) -> int:
         """The first step that is no longer its own."""
-        return self.steps.stop
+        return self.stretches[-1].steps.stop
 
     def phase(self, name: str) -> str:
         """The name of its own phase of that kind."""
@@ -121,22 +120,25 @@ class Expert:
 
     @property
     def branches(self) -> int:
-        """Forward passes a step."""
-        return 2 if self.guidance > 1 else 1
+        """Forward passes a step, at most."""
+        return max(each.branches for each in self.stretches)
 
 
 def expert_of(stage: Stage, *, second: bool) -> Expert:
     """The only transformer of the job, or one of two."""
     model, request = model_of(stage), stage.job.request
-    high, low = request.guidance_scales
+    work, (high, low) = workload_of(request), request.guidance_scales
     caching = Caching.of(stage.plan.step_cache)
     if model.second is None:
-        return Expert(model.transformer, range(request.steps), caching, low, second=False)
-    first, _ = split = model.manifest.split(workload_of(request))
-    cached = caching.parts(split)
-    if second:
-        return Expert(model.second, range(first, request.steps), cached[1], low, second=True)
-    return Expert(model.transformer, range(first), cached[0], high, second=False)
+        component, steps, scale = model.transformer, range(request.steps), low
+    else:
+        first, _ = split = model.manifest.split(work)
+        caching = caching.parts(split)[second]
+        component = model.second if second else model.transformer
+        steps = range(first, request.steps) if second else range(first)
+        scale = low if second else high
+    stretches = stretches_of(model.manifest, work, steps, caching, guided=scale > 1)
+    return Expert(component, stretches, scale, second)
 
 
 def _conditions(found: Products) -> Conditions:
@@ -283,15 +285,18 @@ def denoise(
 
 def _steps(stage: Stage, conditions: Conditions, sampling: Sampling, expert: Expert) -> None:
     component, steps = expert.component, expert.until
-    sampler, cache = sampling.resume(expert.steps, expert.caching)
-    with closing(sampler), stage.rest(component) as model:
+    stretch, *later = (each for each in expert.stretches if sampling.steps_done < each.steps.stop)
+    sampler, cache = sampling.resume(stretch.steps, stretch.caching)
+    with ExitStack() as stack, stage.rest(component) as model:
+        stack.callback(lambda: sampler.close())  # the one that is then in use
         start, latents = sampler.next_step, sampling.latents
-        sure, most = stage.forwards_left = cache.left(start)
+        stage.forwards_left = passes_left(cache.left(start), stretch, later)
         cross, modulation = prepare(stage, model, conditions, sampler.timesteps[:steps], expert)
         name = expert.phase("denoise")
         with stage.phase(name, steps, "step", done=start) as (plan, phase):
-            passes = plan.passes(expert.branches)
-            most, sure = most * len(passes), sure * len(passes)
+            passes = {each.branches: plan.passes(each.branches) for each in expert.stretches}
+            visits_of = {branches: len(each) for branches, each in passes.items()}
+            sure, most = passes_left(cache.left(start), stretch, later, visits_of)
             with stage.stream(component.blocks, plan.stream, phase, most, sure) as stream:
                 attend = self_attention_of(stage.plan.attention)
                 residual = residual_of(plan, component.dtype)
@@ -304,14 +309,20 @@ def _steps(stage: Stage, conditions: Conditions, sampling: Sampling, expert: Exp
                 picture = _on_device(conditions.condition, stage.device)
                 still = model_of(stage).manifest.tokenwise
                 predict = Predict(forward, cut, picture, still, passes, rope)
-                forwards = 0
+                begun = 0
                 for step in range(start, steps):
                     if step == steps - 1:
                         stage.prefetch_after(name)
+                    if step == stretch.steps.stop:
+                        sampler.close()
+                        stretch = later.pop(0)
+                        sampler, cache = sampling.resume(stretch.steps, stretch.caching)
                     if cache.wants(step):
-                        forwards += 1
-                        stream.expect((forwards + cache.left(step + 1)[0]) * len(passes))
-                        prediction = predict(latents, modulation[step], expert.guidance)
+                        begun += visits_of[stretch.branches]
+                        left = passes_left(cache.left(step + 1), stretch, later, visits_of)
+                        stream.expect(begun + left[0])
+                        scale = expert.guidance if stretch.branches == 2 else None
+                        prediction = predict(latents, modulation[step], scale)
                         component.checkpoint.check_unchanged()
                         cache.computed(step, prediction, latents)
                     else:
@@ -320,7 +331,8 @@ def _steps(stage: Stage, conditions: Conditions, sampling: Sampling, expert: Exp
                     latents = sampling.step(sampler, cache, prediction, latents)
                     phase.advance(preview)
             stage.computed_steps = tuple(cache.computed_steps)
-            keep_record(stage, cache, tuple(map(sampler.sigma, range(steps))))
+            if stage.job.request.cfg_interval is None:
+                keep_record(stage, cache, tuple(map(sampler.sigma, range(steps))))
             stage.keeper.settle()
 
 
@@ -455,7 +467,8 @@ class Predict:
         forward: the transformer.
         cut: the windows; None: all latents at once.
         picture: mask and latents of the pictures, or the first latent frame where ``still``.
-        passes: the branches of a step, window by window, divided into visits.
+        passes: the branches of a step, window by window, divided into visits; by how many a window
+            has.
         rope: of the latent grid, or of a window's.
     """
 
@@ -463,26 +476,28 @@ class Predict:
     cut: Cut | None
     picture: Tensor | None
     still: bool
-    passes: list[range]
+    passes: Mapping[int, list[range]]
     rope: dit.Rope
 
-    def __call__(self, latents: Tensor, modulation: dit.StepModulation, guidance: float) -> Tensor:
-        """(1, z, t, h, w), of latents of that shape."""
-        dtype = self.forward.component.dtype
+    def __call__(
+        self, latents: Tensor, modulation: dit.StepModulation, guidance: float | None
+    ) -> Tensor:
+        """(1, z, t, h, w), of latents of that shape; without ``guidance`` the prompt's branch."""
+        dtype, branches = self.forward.component.dtype, 1 if guidance is None else 2
+        guided = partial(_guided, scale=guidance)
         if self.cut is not None:
             see = partial(_window_input, latents, self.picture, dtype, self.still)
             visit = partial(self.forward.windows, modulation=modulation, rope=self.rope)
-            return self.cut.predict(
-                latents, see, self.passes, visit, partial(_guided, scale=guidance)
-            )
+            cut = replace(self.cut, branches=branches)
+            return cut.predict(latents, see, self.passes[branches], visit, guided)
         model_input = _model_input(latents, self.picture, dtype, self.still)
         predictions = [
             prediction
-            for branches in self.passes
-            for prediction in self.forward(model_input, branches, modulation, self.rope)
+            for visited in self.passes[branches]
+            for prediction in self.forward(model_input, visited, modulation, self.rope)
         ]
         del model_input
-        return _guided(predictions, guidance)
+        return guided(predictions)
 
 
 def _on_device(
@@ -516,8 +531,8 @@ def with_first(latents: Tensor, first: Tensor) -> Tensor:
     return latents
 
 
-def _guided(predictions: list[Tensor], scale: float) -> Tensor:
-    if len(predictions) == 1:
+def _guided(predictions: list[Tensor], scale: float | None) -> Tensor:
+    if scale is None:
         return predictions[0]
     conditional, unconditional = predictions
     return guide(conditional, unconditional, scale)

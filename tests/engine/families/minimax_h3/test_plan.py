@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from math import prod
 
 import pytest
 
-from penstock.engine.families.minimax_h3.builtin import minimax_h3
+from penstock.engine.families.minimax_h3.builtin import PRUNED, minimax_h3, minimax_h3_pruned
+from penstock.engine.families.minimax_h3.config import TRANSFORMER
+from penstock.engine.families.minimax_h3.structure import transformer_shapes
 from penstock.engine.families.minimax_h3.terms import TEXT_TOKENS
 from penstock.errors import OverBudget
 from penstock.profiles.hardware import Hardware
@@ -67,6 +70,19 @@ def test_what_makes_the_tables_never_streams() -> None:
 def test_a_card_too_small_is_refused_with_the_arithmetic() -> None:
     with pytest.raises(OverBudget, match="VRAM"):
         _plan(LARGE, 1, 16)
+
+
+def test_a_pruned_model_reads_no_projections() -> None:
+    """Published pruned files have 532 tensors; what is missing of 33.1 B is 13.0 B in blocks."""
+    whole, pruned = minimax_h3("int8").transformer, minimax_h3_pruned("int8").transformer
+    assert pruned.weights == whole.weights
+    assert sum(pruned.table_block_bytes) < 0.007 * sum(whole.table_block_bytes)
+    config = TRANSFORMER | PRUNED
+    counted = sum(map(prod, transformer_shapes(config).values()))
+    assert 19.9e9 < counted < 20.2e9
+    fused = ("to_k.weight", "to_v.weight")
+    named = sum(not name.endswith(fused) for name in transformer_shapes(config))
+    assert named + 1 == 532  # with the rotary frequencies, and q, k and v as one
 
 
 def test_tables_take_what_is_said_of_them() -> None:

@@ -231,6 +231,11 @@ class EncodePictures:
         )
 
 
+def _told(tiles: int, groups: int) -> str:
+    passes = "one pass" if groups == 1 else f"{groups} passes"
+    return f"the makers' {tiles} overlapping tiles in {passes} over the decoder's blocks"
+
+
 @dataclass(frozen=True)
 class DecodeTiles:
     """The decoder over its tiles: all of a group go through a block in one visit."""
@@ -354,4 +359,5 @@ class DecodeTiles:
             copied_bytes=rest + place.device_bytes + groups * place.copied_bytes,
             seconds=stream.timing.seconds + loading_s(rest, self.case.rates),
             bound=stream.timing.bound,
+            facts=(_told(self._tiling.count, groups),),
         )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from penstock.engine.families.wan.spec import TransformerSpec
 
@@ -50,6 +51,27 @@ class PeakBytes:
 
     def __getitem__(self, name: str) -> int:
         return dict(self.items)[name]
+
+    @property
+    def told(self) -> tuple[tuple[str, int], ...]:
+        """The items by the names that people read in plans and refusals."""
+        return tuple((_WORDS.get(name, name), count) for name, count in self.items)
+
+
+_WORDS: Mapping[str, str] = MappingProxyType(
+    {
+        "block_modulation": "a block's modulation",
+        "cat": "latents and condition, joined",
+        "chunk": "activations of a chunk",
+        "cross_kv": "cross-attention K/V",
+        "encoder_states": "encoder states",
+        "fused": "predictions of the windows, joined",
+        "model_input": "the transformer's input",
+        "outputs": "predictions",
+        "rope": "rotary embeddings",
+        "self_kv": "self-attention K/V",
+    }
+)
 
 
 @dataclass(frozen=True)

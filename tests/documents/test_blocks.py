@@ -15,9 +15,11 @@ from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 
+import penstock
 from penstock.batch.lines import read_lines
 from penstock.cli.main import app
 from penstock.engine.machine.calibrate import Effort
+from penstock.engine.request.generation import GenerationRequest
 from tests.documents import stage as staged
 from tests.documents.blocks import PAGES, ROOT, RUN, SHOWN, Block, blocks, parsed
 
@@ -50,6 +52,7 @@ def test_what_a_page_shows_runs(
 ) -> None:
     monkeypatch.chdir(stage)
     monkeypatch.setattr(Effort, "on", classmethod(lambda cls, device: QUICK))
+    monkeypatch.setattr(penstock, "GenerationRequest", small_request, raising=False)
     names: dict[str, Any] = {}
     for block in blocks(page):
         if block.note or block.language not in RUN:
@@ -82,6 +85,11 @@ def run_python(block: Block, names: dict[str, Any]) -> None:
         exec(compile(block.text, str(block.page), "exec"), names)  # noqa: S102 - our own words
 
 
+def small_request(**given: Any) -> GenerationRequest:
+    """A request that is small where it leaves its size open."""
+    return GenerationRequest(**(staged.SMALL | given))
+
+
 def small_pipeline() -> Any:
     """A pipeline whose call, left open, makes the smallest video."""
     from diffusers import WanImageToVideoPipeline
@@ -105,19 +113,13 @@ def small_module() -> nn.Module:
     return model.eval()
 
 
-def _penstock() -> Any:
-    import penstock
-
-    return penstock
-
-
 GIVEN: dict[str, Callable[[], Any]] = {
     "pipe": small_pipeline,
     "picture": lambda: Image.open("cat.png").convert("RGB"),
     "model": small_module,
     "ids": lambda: torch.ones(1, 4, 16),
     "torch": lambda: torch,
-    "penstock": _penstock,
+    "penstock": lambda: penstock,
 }
 """What a snippet may take for given, by the name that it uses."""
 

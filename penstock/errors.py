@@ -35,7 +35,7 @@ _SHOWN_BITS = 256
 
 
 def brief(value: object) -> str:
-    """A value of any kind, as it is shown in an error: not more than a line of it.
+    """Return a value of any kind, as it is shown in an error: not more than a line of it.
 
     A whole number may have more digits than Python is willing to print.
     """
@@ -70,7 +70,8 @@ class PenstockError(Exception):
         super().__init__(what)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Errors are pickled with all that they carry, whatever their constructor asks for."""
+        """Let errors be pickled with all that they carry, whatever their constructor asks
+        for."""
         return _restored, (type(self), self.args), self.__dict__
 
     def add_remedy(self, text: str) -> None:

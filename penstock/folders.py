@@ -18,17 +18,19 @@ variables, not the system, on Windows."""
 
 
 def config_folder() -> Path:
-    """A user's own profiles and measured rates: ``$PENSTOCK_CONFIG``, or the platform's place."""
+    """Return a user's own profiles and measured rates: ``$PENSTOCK_CONFIG``, or the platform's
+    place."""
     return _named("PENSTOCK_CONFIG") or _kept("config", _places(roaming=True).user_config_path)
 
 
 def data_folder() -> Path:
-    """Jobs: ``$PENSTOCK_DATA_DIR``, or the platform's place."""
+    """Return the jobs: ``$PENSTOCK_DATA_DIR``, or the platform's place."""
     return _named("PENSTOCK_DATA_DIR") or _kept("data", _places().user_data_path)
 
 
 def cache_folder() -> Path:
-    """Packs made on first use: ``$PENSTOCK_CACHE``, or a folder in the platform's place."""
+    """Return the packs made on first use: ``$PENSTOCK_CACHE``, or a folder in the platform's
+    place."""
     return _named("PENSTOCK_CACHE") or _kept("cache", _places().user_cache_path) / "packs"
 
 
@@ -42,7 +44,7 @@ def _places(*, roaming: bool = False) -> PlatformDirs:
 
 
 def _kept(kind: str, place: Path) -> Path:
-    """``place``, or what a user has from an earlier version while ``place`` is not there."""
+    """Return ``place``, or what a user has from an earlier version while ``place`` is not there."""
     known = _BEFORE.get(sys.platform, {})
     base = known.get(kind, known.get(""))
     if base is None or place.is_dir():

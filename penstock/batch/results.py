@@ -73,18 +73,18 @@ class Results:
             return Result(**json.loads(line))
         except (TypeError, ValueError, RecursionError) as error:
             raise JournalError(
-                f"{self.path} holds something else in line {number}",
+                f"{self.path} is not a list of results in line {number}",
                 expected="results of `penstock batch`",
                 found=str(error),
                 remedy="Take another folder, or move the file away.",
             ) from error
 
     def last(self, name: str) -> Result | None:
-        """What was last said of a request."""
+        """Return what was last said of a request."""
         return self._last.get(name)
 
     def add(self, result: Result) -> None:
-        """One result more; it is on the disk when this returns.
+        """Add one result; it is on the disk when this returns.
 
         Raises:
             StorageError: it could not be written; the file may end in a part of it, which the next

@@ -35,10 +35,10 @@ class NodeOrder:
     frames: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; `from_json` reads them again."""
+        """Return plain values; `from_json` reads them again."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> NodeOrder:
-        """The order that `to_json` gave ``value`` for."""
+        """Return the order that `to_json` gave ``value`` for."""
         return cls(**value)

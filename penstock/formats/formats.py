@@ -54,14 +54,14 @@ class QuantFormat(Protocol):
         """The 8-bit matrix product that can use the stored bytes; None: they are decoded."""
 
     def fits(self, shape: Shape) -> bool:
-        """Whether a weight of ``shape`` can be stored; if not it is kept plain."""
+        """Return whether a weight of ``shape`` can be stored; if not it is kept plain."""
 
     def logical(self, data: tuple[int, ...]) -> tuple[int, ...] | None:
-        """The weight's shape by that of its data, the first of the stored tensors; None where only
-        the model's config tells it."""
+        """Return the weight's shape by that of its data, the first of the stored tensors; None
+        where only the model's config tells it."""
 
     def storage(self, shape: Shape, compute_dtype: str) -> dict[str, Spec]:
-        """Dtype tag and shape of each stored tensor.
+        """Return the dtype tag and shape of each stored tensor.
 
         Args:
             shape: of the weight.
@@ -70,8 +70,8 @@ class QuantFormat(Protocol):
         """
 
     def workspace_bytes(self, shape: Shape, device: str) -> int:
-        """Most bytes that decoding allocates for a moment beside its output, on a device of the
-        type ``device`` ("cpu", "cuda")."""
+        """Return the most bytes that decoding allocates for a moment beside its output, on a device
+        of the type ``device`` ("cpu", "cuda")."""
 
 
 def _by_name(*formats: QuantFormat) -> Mapping[str, QuantFormat]:
@@ -98,17 +98,18 @@ FORMATS: Mapping[str, QuantFormat] = _by_name(
 
 
 def writable() -> tuple[str, ...]:
-    """Names of the formats that weights can be quantised to; the others are only read."""
+    """Return the names of the formats that weights can be quantised to; the others are only
+    read."""
     return tuple(name for name, each in FORMATS.items() if each.writable)
 
 
 def plain_format(tag: str) -> QuantFormat:
-    """The format of weights that are stored in the dtype ``tag``, as they are."""
+    """Return the format of weights that are stored in the dtype ``tag``, as they are."""
     return next(each for each in FORMATS.values() if isinstance(each, Plain) and each.tag == tag)
 
 
 def get_format(name: str) -> QuantFormat:
-    """The format called ``name``.
+    """Return the format called ``name``.
 
     Raises:
         ProfileError: no such format; lists those there are.
@@ -121,6 +122,6 @@ def get_format(name: str) -> QuantFormat:
 
 
 def spec_bytes(spec: Spec) -> int:
-    """Bytes of one stored tensor."""
+    """Return the bytes of one stored tensor."""
     tag, shape = spec
     return ITEM_BYTES[tag] * math.prod(shape)

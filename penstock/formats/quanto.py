@@ -13,8 +13,8 @@ from penstock.formats.rows import Shape, Spec, chunk_rows
 
 
 def group_size(columns: int) -> int | None:
-    """quanto's choice: 128, or the next smaller multiple of 32 that divides the row; None (a group
-    is a row) where no such size exists or the row is not longer than 128."""
+    """Return quanto's choice: 128, or the next smaller multiple of 32 that divides the row; None (a
+    group is a row) where no such size exists or the row is not longer than 128."""
     sizes = (128, 96, 64, 32) if columns > 128 else ()
     return next((size for size in sizes if columns % size == 0), None)
 
@@ -41,15 +41,15 @@ class QuantoInt4:
         return self.name
 
     def fits(self, shape: Shape) -> bool:
-        """Every shape can be stored."""
+        """Return True: every shape can be stored."""
         return True
 
     def logical(self, data: tuple[int, ...]) -> None:
-        """Groups tell no shape."""
+        """Return nothing: groups do not determine a shape."""
         return
 
     def storage(self, shape: Shape, compute_dtype: str) -> dict[str, Spec]:
-        """Packed codes, scales and shifts of the groups."""
+        """Return packed codes, scales and shifts of the groups."""
         count, size = groups_of(shape)
         tag = self.scale_tag or compute_dtype
         return {
@@ -59,12 +59,12 @@ class QuantoInt4:
         }
 
     def workspace_bytes(self, shape: Shape, device: str) -> int:
-        """A chunk of codes and one of values."""
+        """Return a chunk of codes and one of values."""
         count, size = groups_of(shape)
         return 5 * size * chunk_rows(-(-count // 2), size, device)
 
 
 def groups_of(shape: Shape) -> tuple[int, int]:
-    """Number and size of the groups of a weight."""
+    """Return number and size of the groups of a weight."""
     size = group_size(shape[1]) or shape[1]
     return shape[0] * shape[1] // size, size

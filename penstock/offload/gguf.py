@@ -85,7 +85,7 @@ class GgufHeader:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether the file begins as a GGUF file does."""
+    """Return whether the file begins as a GGUF file does."""
     with open_regular(path) as file:
         return file.read(len(MAGIC)) == MAGIC
 
@@ -152,7 +152,8 @@ class _Cursor:
         return struct.unpack("<" + layout, self.take(struct.calcsize("<" + layout), what))
 
     def counts(self, layout: str, item_bytes: tuple[int, ...]) -> tuple[int, ...]:
-        """Numbers of items, each at least so many bytes long: no more than the file can hold."""
+        """Return the numbers of items, each at least so many bytes long: no more than the file can
+        hold."""
         values = self.unpack(layout, "a count")
         for value, least in zip(values, item_bytes, strict=True):
             self._room(value * least, f"{value:,} items")
@@ -179,7 +180,9 @@ class _Cursor:
 def _version(cursor: _Cursor) -> int:
     magic = cursor.take(4, "the magic")
     if magic != MAGIC:
-        raise HeaderError(f"{cursor.path} is no GGUF file", expected=repr(MAGIC), found=repr(magic))
+        raise HeaderError(
+            f"{cursor.path} is not a GGUF file", expected=repr(MAGIC), found=repr(magic)
+        )
     (version,) = cursor.unpack("I", "the version")
     if version not in (2, 3):
         raise HeaderError(

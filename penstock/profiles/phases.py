@@ -128,7 +128,7 @@ class Workload:
         return 2 if self.guided else 1
 
     def branches_of(self, *, first: bool) -> int:
-        """Forward passes a step of the first phase that streams, or of another."""
+        """Return the forward passes a step of the first phase that streams, or of another."""
         on = self.guided if self.guided_high is None or not first else self.guided_high
         return 2 if on else 1
 
@@ -163,7 +163,7 @@ class Case(Generic[M]):
         return self.device == "cuda"
 
     def libraries(self, convolution_bytes: int = 0) -> Items:
-        """What a GPU's libraries take in a phase.
+        """Return what a GPU's libraries take in a phase.
 
         Args:
             convolution_bytes: operands and result of the phase's largest convolution: cuDNN lays
@@ -174,7 +174,8 @@ class Case(Generic[M]):
         return ((LIBRARIES, CUDA_LIBRARY_BYTES + convolution_bytes),)
 
     def holes(self, share: float, tensor_bytes: int) -> Items:
-        """What a GPU's allocator holds beside ``tensor_bytes`` of a phase: ``share`` of them."""
+        """Return what a GPU's allocator holds beside ``tensor_bytes`` of a phase: ``share`` of
+        them."""
         if self.device != "cuda":
             return ()
         return ((HOLES, int(share * tensor_bytes)),)
@@ -188,10 +189,11 @@ class Step(Protocol):
         """Their names, in order."""
 
     def best(self, limits: Limits) -> Group | None:
-        """The fastest shape inside ``limits``; ties go to fewer bytes. None: nothing fits."""
+        """Return the fastest shape inside ``limits``; ties go to fewer bytes. None: nothing
+        fits."""
 
     def all_small(self, limits: Limits) -> Iterator[Group]:
-        """Shapes among which are the smallest in VRAM and in RAM, fitting or not."""
+        """Return the shapes among which are the smallest in VRAM and in RAM, fitting or not."""
 
 
 class Manifest(Protocol):
@@ -218,32 +220,32 @@ class Manifest(Protocol):
         """What may be read before its phase."""
 
     def steps(self, case: Case[Any]) -> Iterator[Step]:
-        """The groups of phases, in the order in which they run."""
+        """Return the groups of phases, in the order in which they run."""
 
     def smaller_shapes(self, shape: VideoShape) -> Iterator[VideoShape]:
-        """Legal videos with fewer tokens than ``shape``, the nearest first."""
+        """Return legal videos with fewer tokens than ``shape``, the nearest first."""
 
     def undecided(self) -> Manifest:
-        """This manifest for a machine that nobody asked which matrix products it has."""
+        """Return this manifest for a machine that nobody asked which matrix products it has."""
 
 
 def vram_bytes(group: Group) -> int:
-    """Peak VRAM of a group."""
+    """Return the peak VRAM of a group."""
     return max(phase.vram_bytes for phase in group)
 
 
 def ram_bytes(group: Group) -> int:
-    """Peak host memory of a group."""
+    """Return the peak host memory of a group."""
     return max(phase.ram_bytes for phase in group)
 
 
 def both_bytes(group: Group) -> int:
-    """Peak of VRAM and host memory together."""
+    """Return the peak of VRAM and host memory together."""
     return max(phase.vram_bytes + phase.ram_bytes for phase in group)
 
 
 def group_fits(group: Group, limits: Limits) -> bool:
-    """Whether no phase of ``group`` passes a limit."""
+    """Return whether no phase of ``group`` passes a limit."""
     pinned = max(phase.pinned_bytes for phase in group)
     return (
         vram_bytes(group) <= limits.vram_bytes
@@ -254,7 +256,7 @@ def group_fits(group: Group, limits: Limits) -> bool:
 
 
 def loading_s(nbytes: int, rates: Rates) -> float:
-    """Seconds to bring weights from disk to the device, one after the other."""
+    """Return the seconds to bring weights from disk to the device, one after the other."""
     return nbytes / rates.read_bytes_per_s + nbytes / rates.copy_bytes_per_s
 
 
@@ -297,7 +299,7 @@ class OnePass:
             yield (phase,)
 
     def shapes(self, limits: Limits) -> Iterator[PhasePlan]:
-        """One shape a ring size."""
+        """Yield one shape a ring size."""
         rates, blocks = self.case.rates, self.network.choices[0]
         compute_s = (
             self.flops / rates.flops
@@ -379,12 +381,12 @@ class Mux:
 
 
 def best_of(groups: Iterable[Group], limits: Limits) -> Group | None:
-    """The fastest of those that fit; ties go to fewer bytes."""
+    """Return the fastest of those that fit; ties go to fewer bytes."""
     return min(fitting(groups, limits), key=group_key, default=None)
 
 
 def fitting(groups: Iterable[Group], limits: Limits) -> Iterator[Group]:
-    """Those of ``groups`` that fit, as they come."""
+    """Yield those of ``groups`` that fit, as they come."""
     for group in groups:
         if group_fits(group, limits):
             yield group
@@ -393,13 +395,13 @@ def fitting(groups: Iterable[Group], limits: Limits) -> Iterator[Group]:
 
 
 def group_key(group: Group) -> tuple[float, int]:
-    """Smaller is better."""
+    """Return the key of a group: smaller is better."""
     return sum(phase.seconds for phase in group), vram_bytes(group) + ram_bytes(group)
 
 
 def compute_path(stored: Storage, policy: Policy, rates: Rates) -> ComputePath:
-    """How most matrices of the blocks multiply: as the device was found to allow, or, for a machine
-    that is only described, as its rates say."""
+    """Return how most matrices of the blocks multiply: as the device was found to allow, or, for a
+    machine that is only described, as its rates say."""
     if stored.path is not None:
         return stored.path
     eight_bit = FORMATS[stored.format].gemm if stored.format in FORMATS else None

@@ -37,23 +37,23 @@ class Span:
         return self.hi - self.lo
 
     def grown(self, before: int, after: int, size: int) -> Span:
-        """Wider on both sides, but not beyond a picture of ``size`` pixels."""
+        """Return this span wider on both sides, but not beyond a picture of ``size`` pixels."""
         return Span(max(0, self.lo - before), min(size, self.hi + after))
 
     def scaled(self, factor: int) -> Span:
-        """The same pixels in a picture ``factor`` times as large."""
+        """Return the same pixels in a picture ``factor`` times as large."""
         return Span(self.lo * factor, self.hi * factor)
 
     def halved(self) -> Span:
-        """Pixels of the half-size picture that these pixels are enlarged from."""
+        """Return the pixels of the half-size picture that these pixels are enlarged from."""
         return Span(self.lo // 2, -(-self.hi // 2))
 
     def inside(self, other: Span) -> slice:
-        """Where this span lies in an array that holds ``other``."""
+        """Return where this span lies in an array that holds ``other``."""
         return slice(self.lo - other.lo, self.hi - other.lo)
 
     def convolved(self, output: Span) -> Convolved:
-        """How a 3-wide convolution of this span gives ``output``."""
+        """Return how a 3-wide convolution of this span gives ``output``."""
         valid = output.lo - self.lo >= RADIUS and self.hi - output.hi >= RADIUS
         padding = 0 if valid else RADIUS
         first = self.lo + RADIUS - padding
@@ -83,7 +83,7 @@ class Window:
 
     @classmethod
     def whole(cls, height: int, width: int) -> Window:
-        """All of a picture."""
+        """Return all of a picture."""
         return cls(Span(0, height), Span(0, width))
 
     @property
@@ -92,11 +92,11 @@ class Window:
         return len(self.rows), len(self.cols)
 
     def scaled(self, factor: int) -> Window:
-        """The same rectangle in a picture ``factor`` times as large."""
+        """Return the same rectangle in a picture ``factor`` times as large."""
         return Window(self.rows.scaled(factor), self.cols.scaled(factor))
 
     def inside(self, other: Window) -> tuple[slice, slice]:
-        """Rows and columns of this window in an array that holds ``other``."""
+        """Return the rows and columns of this window in an array that holds ``other``."""
         return self.rows.inside(other.rows), self.cols.inside(other.cols)
 
 
@@ -117,7 +117,8 @@ class TileGrid:
             )
 
     def cores(self, height: int, width: int) -> Iterator[tuple[Span, Span]]:
-        """Cores over ``height`` x ``width`` latents, row by row; each latent is in exactly one.
+        """Yield the cores over ``height`` x ``width`` latents, row by row; each latent is in
+        exactly one.
 
         Raises:
             UsageError: more tiles than latents along an axis.
@@ -135,6 +136,7 @@ class TileGrid:
 
 
 def _split(size: int, parts: int) -> list[Span]:
+    # Cores of nearly equal size that cover each latent once: halos overlap, cores never do.
     edges = [size * index // parts for index in range(parts + 1)]
     return [Span(lo, hi) for lo, hi in zip(edges, edges[1:], strict=False)]
 
@@ -216,7 +218,7 @@ class EncodeTile:
 
 
 def decode_tiles(arch: VaeLevels, grid: TileGrid, height: int, width: int) -> list[DecodeTile]:
-    """Tiles over ``height`` x ``width`` latents, in the order of `TileGrid.cores`.
+    """Return the tiles over ``height`` x ``width`` latents, in the order of `TileGrid.cores`.
 
     Raises:
         UsageError: more tiles than latents along an axis.
@@ -228,7 +230,8 @@ def decode_tiles(arch: VaeLevels, grid: TileGrid, height: int, width: int) -> li
 
 
 def encode_tiles(arch: VaeLevels, grid: TileGrid, height: int, width: int) -> list[EncodeTile]:
-    """Tiles over the pixels of ``height`` x ``width`` latents, in the order of `TileGrid.cores`.
+    """Return the tiles over the pixels of ``height`` x ``width`` latents, in the order of
+    `TileGrid.cores`.
 
     Raises:
         UsageError: more tiles than latents along an axis.
@@ -250,7 +253,7 @@ def _decode_tile(rows: list[list[Span]], cols: list[list[Span]]) -> DecodeTile:
 
 
 def _through(convs: int, output: Span, size: int) -> list[Span]:
-    """Spans at the input of each of ``convs`` convolutions, then ``output``."""
+    """Return the spans at the input of each of ``convs`` convolutions, then ``output``."""
     spans = [output]
     for _ in range(convs):
         spans.insert(0, spans[0].grown(RADIUS, RADIUS, size))
@@ -260,9 +263,13 @@ def _through(convs: int, output: Span, size: int) -> list[Span]:
 def _up_spans(arch: VaeLevels, core: Span, size: int) -> list[list[Span]]:
     need, convs = core.scaled(arch.scale), 2 * (arch.num_res_blocks + 1)
     found: list[list[Span]] = []
+    # From the pixels back to the latents: each level adds the halo of its own convolutions to what
+    # the level after it needs. One convolution forgotten shows as a seam.
     for level in range(arch.levels - 1, 0, -1):
         full, last = size << level, level == arch.levels - 1
         found.insert(0, _through(convs + (1 if last else 0), need, full))
+        # The upsampler's own convolution works on the enlarged picture: its halo is taken there,
+        # and only then halved to the pixels of the level below.
         need = found[0][0].grown(RADIUS, RADIUS, full).halved()
     return [[need], *found]
 

@@ -26,12 +26,13 @@ class Delta:
     turned: bool = False
 
     def tensors(self, shape: Shape) -> dict[str, Shape]:
-        """Shape of each tensor beside a weight of ``shape``, by the name it has in the layer."""
+        """Return the shape of each tensor beside a weight of ``shape``, by the name it has in the
+        layer."""
         rows, columns = shape
         if not self.rank:
             return {self.name("diff"): shape}
         return {self.name("down"): (self.rank, columns), self.name("up"): (rows, self.rank)}
 
     def name(self, role: str) -> str:
-        """The tensor's name in the layer."""
+        """Return the tensor's name in the layer."""
         return f"lora.{self.index}.{role}"

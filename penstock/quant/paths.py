@@ -81,7 +81,7 @@ class Scratch:
 
     @contextmanager
     def held(self, nbytes: int) -> Iterator[None]:
-        """A buffer of ``nbytes`` until the context ends."""
+        """Provide a buffer of ``nbytes`` until the context ends."""
         self._buffer = self._make(nbytes)
         try:
             yield
@@ -89,7 +89,7 @@ class Scratch:
             self._buffer = self._make(0)
 
     def view(self, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """The start of the buffer as an uninitialised ``shape`` of ``dtype``.
+        """Return the start of the buffer as an uninitialised ``shape`` of ``dtype``.
 
         Raises:
             LedgerOverflow: the buffer is smaller than that.
@@ -119,7 +119,7 @@ class Computing:
     chunk_bytes: int = DEFAULT_CHUNK_BYTES
 
     def path_for(self, fmt: QuantFormat, shape: Shape) -> Path:
-        """The path of one linear. 8-bit products need both sides to be multiples of 16."""
+        """Return the path of one linear. 8-bit products need both sides to be multiples of 16."""
         gemm = fmt.gemm
         aligned = shape[0] % GEMM_MULTIPLE == 0 and shape[1] % GEMM_MULTIPLE == 0
         if self.mode == "exact" or gemm is None or gemm not in self.working or not aligned:
@@ -127,7 +127,8 @@ class Computing:
         return gemm
 
     def workspace_bytes(self, fmt: QuantFormat, shape: Shape) -> int:
-        """Most bytes that one linear allocates beside scratch and output, for any token count."""
+        """Return the most bytes that one linear allocates beside scratch and output, for any token
+        count."""
         if self.path_for(fmt, shape) == "dequant":
             return fmt.workspace_bytes(shape, self.scratch.device_type)
         device = self.scratch.device_type
@@ -139,12 +140,13 @@ class Computing:
         return kept + max(self.chunk_bytes, gemm_fixed_bytes(shape) + least)
 
     def is_kitchens(self, fmt: QuantFormat, shape: Shape) -> bool:
-        """Whether comfy-kitchen multiplies one linear."""
+        """Return whether comfy-kitchen multiplies one linear."""
         return self.path_for(fmt, shape) == "int8" and "int8-kitchen" in self.working
 
 
 def gemm_fixed_bytes(shape: Shape) -> int:
-    """What an 8-bit product makes once a linear: the rows' scales and the bias in fp32, a unit."""
+    """Return what an 8-bit product makes once a linear: the rows' scales and the bias in fp32, a
+    unit."""
     return 8 * shape[0] + 4
 
 
@@ -156,7 +158,7 @@ def gemm_token_bytes(
     rotated: bool = False,
     kitchen: bool = False,
 ) -> int:
-    """Most bytes that a token takes in an 8-bit product on a ``device`` of that type.
+    """Return the most bytes that a token takes in an 8-bit product on a ``device`` of that type.
 
     First its codes, the quotients in fp32 that they are rounded from, its norm and its scale; then
     the codes, the scale and the 32-bit product, which is scaled in place. A CPU casts what it
@@ -171,7 +173,7 @@ def gemm_token_bytes(
 
 
 def scratch_bytes(weights: Iterable[tuple[QuantFormat, Shape]], compute_dtype: str) -> int:
-    """Bytes that a `Scratch` needs for ``weights``: the largest that must be decoded, in
+    """Return the bytes that a `Scratch` needs for ``weights``: the largest that must be decoded, in
     ``compute_dtype`` (a safetensors tag)."""
     return max(
         (

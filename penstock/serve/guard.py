@@ -90,7 +90,7 @@ class Guard:
         await self._app(scope, Body(receive, self._limits).receive, send)
 
     def _refusal(self, scope: Scope, headers: Mapping[str, str]) -> tuple[int, str, str] | None:
-        """Why a request is not answered: status, code and message."""
+        """Return why a request is not answered: status, code and message."""
         host = headers.get("host", "")
         if _name_of(host) not in self._hosts:
             return 421, "host_refused", "This server is not called by that name; see --allow-host."
@@ -140,7 +140,7 @@ class Body:
         self._taken, self._ended, self._began_s = 0, False, time.monotonic()
 
     async def receive(self) -> Message:
-        """The next part.
+        """Return the next part.
 
         Raises:
             BodyRefused: it is too large, or comes too slowly.
@@ -176,7 +176,8 @@ def _names(settings: ServeSettings) -> Iterable[str]:
 
 
 def _headers(scope: Scope) -> dict[str, str]:
-    """By name; of one that is there twice, the last, but for "host", which then names nothing."""
+    """Return the headers by name; of one that is there twice, the last, but for "host", which then
+    names nothing."""
     found: dict[str, str] = {}
     for name, value in scope["headers"]:
         key = name.decode("latin-1").lower()
@@ -185,7 +186,7 @@ def _headers(scope: Scope) -> dict[str, str]:
 
 
 def _name_of(host: str) -> str:
-    """A host without its port, in lower case; "" for what is none."""
+    """Return a host without its port, in lower case; "" for what is none."""
     try:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:
@@ -193,7 +194,7 @@ def _name_of(host: str) -> str:
 
 
 def _is_own(scope: Scope, headers: Mapping[str, str], host: str) -> bool:
-    """Whether a request comes from this server's own pages, or from no page at all."""
+    """Return whether a request comes from this server's own pages, or from no page at all."""
     origin, site = headers.get("origin"), headers.get("sec-fetch-site")
     if origin is not None:
         return urlsplit(origin).netloc.lower() == host.lower()
@@ -213,7 +214,7 @@ def _cookie(text: str) -> str:
 
 
 def _route(scope: Scope) -> str:
-    """The path as it was declared: ids do not make series of their own."""
+    """Return the path as it was declared: ids do not make series of their own."""
     route = scope.get("route")
     return getattr(route, "path", "none")
 

@@ -54,7 +54,7 @@ class Planner:
         self._open: OrderedDict[object, Prepared] = OrderedDict()
 
     def about(self) -> dict[str, Any]:
-        """The models, and what they are planned for.
+        """Return the models, and what they are planned for.
 
         Raises:
             PenstockError: one cannot be opened.
@@ -98,7 +98,7 @@ class Planner:
         whole: bool,
         others: bool,
     ) -> dict[str, Any]:
-        """What a request takes, or why it does not fit.
+        """Return what a request takes, or why it does not fit.
 
         Args:
             model: a name.
@@ -184,7 +184,8 @@ class Planner:
 
 
 def _without_path(error: ImageError, path: Path) -> ImageError:
-    """Of a client's picture: where it lies is the server's own business."""
+    """Return the error of a client's picture without its path: where it lies is the server's own
+    business."""
     found = None if error.found is None else error.found.replace(str(path), f"the {path.name}")
     return ImageError(error.what, expected=error.expected, found=found, remedy=error.remedy)
 
@@ -202,14 +203,14 @@ def _continued(said: Settings) -> Settings:
 
 
 def _frames(prepared: Prepared, said: Settings, seconds: float) -> int:
-    """The length in frames that is nearest to ``seconds`` and can be made."""
+    """Return the length in frames that is nearest to ``seconds`` and can be made."""
     step = prepared.model.grid.temporal
     fps = said.fps or resolve(Settings(prompt="-"), prepared.model).fps
     return 1 + step * max(0, round((seconds * fps - 1) / step))
 
 
 def _values(request: GenerationRequest, prepared: Prepared) -> dict[str, Any]:
-    """A request as settings that say everything; files by the names of the settings."""
+    """Return a request as settings that say everything; files by the names of the settings."""
     known = {each.name for each in fields(Settings)}
     values = {name: value for name, value in vars(request).items() if name in known}
     files = {name: True for name in (*PICTURES, "after") if values[name] is not None}

@@ -43,7 +43,7 @@ class Argument:
 
 
 def arguments_of(pipe: Any) -> dict[str, Argument]:
-    """What the call of a `DiffusionPipeline` or a `ModularPipeline` takes, by name.
+    """Return what the call of a `DiffusionPipeline` or a `ModularPipeline` takes, by name.
 
     What only a program can give (tensors, callbacks) is left out.
     """
@@ -59,7 +59,7 @@ def arguments_of(pipe: Any) -> dict[str, Argument]:
 
 
 def _hints(call: Any) -> dict[str, Any]:
-    """Annotations of a call, those evaluated that are text; none where one cannot be."""
+    """Return the annotations of a call, those evaluated that are text; none where one cannot be."""
     try:
         return typing.get_type_hints(call)
     except (NameError, TypeError, AttributeError):  # of what its module does not import
@@ -102,7 +102,8 @@ def _pictures(hint: Any) -> bool:
 
 
 def parse(pipe: Any, pairs: Sequence[str]) -> dict[str, Any]:
-    """Values of ``name=value`` words, each of the type that the pipeline's signature names.
+    """Parse the values of ``name=value`` words, each of the type that the pipeline's signature
+    names.
 
     Pictures are given by their file. Lists and objects are written as JSON.
 
@@ -176,12 +177,13 @@ class NoBar:
     """Shows nothing."""
 
     def update(self, n: int = 1) -> None:
-        """Nothing is shown."""
+        """Show nothing."""
 
 
 @contextmanager
 def bars(pipe: Any, make: Any) -> Iterator[None]:
-    """``pipe`` tells its steps to what ``make(total)`` gives, in the place of its own bar."""
+    """Let ``pipe`` tell its steps to what ``make(total)`` gives, in the place of its own
+    bar."""
 
     @contextmanager
     def opened(total: int) -> Iterator[Any]:
@@ -206,7 +208,7 @@ def _walk(iterable: Any, bar: Any) -> Iterator[Any]:
 
 
 def output_of(pipe: Any) -> dict[str, str]:
-    """What makes a pipeline give tensors."""
+    """Return what makes a pipeline give tensors."""
     blocks = getattr(pipe, "blocks", None)
     if blocks is None:
         names = set(inspect.signature(type(pipe).__call__).parameters)

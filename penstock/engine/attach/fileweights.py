@@ -56,15 +56,15 @@ class FileWeights:
             _set_dtype(tensor, torch.float32 if floats else torch_dtype(entry.dtype))
 
     def spec(self, weight: Tensor) -> Spec:
-        """Dtype tag and shape, as it is used."""
+        """Return the dtype tag and shape, as it is used."""
         return dtype_tag(weight.dtype), tuple(weight.shape)
 
     def is_stored_so(self, weight: Tensor) -> bool:
-        """Whether it is used as the files have it."""
+        """Return whether it is used as the files have it."""
         return torch_dtype(self.entries[id(weight)].dtype) == weight.dtype
 
     def value(self, weight: Tensor) -> Tensor:
-        """The weight, read now.
+        """Return the weight, read now.
 
         Raises:
             CheckpointChanged: the file was truncated or touched.
@@ -82,7 +82,7 @@ class FileWeights:
 
 
 def kept_in_fp32(module: Any, path: Path) -> tuple[str, ...]:
-    """What the class of ``module`` keeps in fp32 where its files at ``path`` are in half: as
+    """Return what the class of ``module`` keeps in fp32 where its files at ``path`` are in half: as
     diffusers' and transformers' own loading does."""
     strict = getattr(module, "_keep_in_fp32_modules_strict", None) or ()
     loose = getattr(module, "_keep_in_fp32_modules", None) or ()
@@ -118,7 +118,7 @@ def _named(module: nn.Module, parts: set[str]) -> set[int]:
 
 
 def _places(module: nn.Module) -> Places:
-    """Of all parameters and buffers."""
+    """Return the places of all parameters and buffers."""
     places: Places = {}
     for owner in module.modules():
         for leaf, tensor in (*owner._parameters.items(), *owner._buffers.items()):

@@ -46,10 +46,10 @@ class Source(Protocol):
         """Write what must be written to the folder ``place``."""
 
     def value(self, weight: Tensor) -> Tensor:
-        """A weight of the blocks, with its values."""
+        """Return a weight of the blocks, with its values."""
 
     def layouts(self) -> list[BlockLayout]:
-        """Of the blocks, as they are streamed unquantised."""
+        """Return the layouts of the blocks, as they are streamed unquantised."""
 
     def empty(self, stack: ExitStack) -> None:
         """Let the blocks' weights go; ``stack`` brings them back."""
@@ -86,11 +86,11 @@ class Held:
         stack.callback(self._pack.close)
 
     def value(self, weight: Tensor) -> Tensor:
-        """The weight itself."""
+        """Return the weight itself."""
         return weight
 
     def layouts(self) -> list[BlockLayout]:
-        """Of the blocks in the pack."""
+        """Return the layouts of the blocks in the pack."""
         return layouts_of(self._pack, len(self._runs))
 
     def empty(self, stack: ExitStack) -> None:
@@ -142,7 +142,7 @@ class Filed:
         """Nothing is written."""
 
     def value(self, weight: Tensor) -> Tensor:
-        """The weight, read now.
+        """Return the weight, read now.
 
         Raises:
             CheckpointChanged: the file was truncated or touched.
@@ -150,7 +150,7 @@ class Filed:
         return self._files.value(weight)
 
     def layouts(self) -> list[BlockLayout]:
-        """Of the blocks, where their files hold them."""
+        """Return the layouts of the blocks, where their files hold them."""
         return [
             BlockLayout.from_entries({name: self._files.entries[id(p)] for name, p in own.items()})
             for own in self._runs.values()
@@ -172,22 +172,23 @@ class Filed:
 
 
 def run_bytes(layout: PackLayout) -> list[int]:
-    """What each run takes in a buffer."""
+    """Return what each run takes in a buffer."""
     return [align_up(run.nbytes, PAGE_BYTES) for run in layout.runs]
 
 
 def layouts_of(pack: LivePack, blocks: int) -> list[BlockLayout]:
-    """Of the blocks that ``pack`` holds."""
+    """Return the layouts of the blocks that ``pack`` holds."""
     return [BlockLayout.from_entries(pack.entries(run_name(n))) for n in range(blocks)]
 
 
 def storage_bytes(tensors: Sequence[Tensor]) -> int:
-    """Of the memory that they lie in, each counted once."""
+    """Count the bytes of the memory that they lie in, each counted once."""
     return sum({t.untyped_storage().data_ptr(): t.nbytes for t in tensors}.values())
 
 
 def move(tensors: Sequence[Tensor], device: torch.device, stack: ExitStack) -> None:
-    """To the device, and back with the stack; what is written to them meanwhile is kept."""
+    """Move them to the device, and back with the stack; what is written to them meanwhile is
+    kept."""
     for tensor in tensors:
         home = tensor.device
         if home != device:

@@ -23,7 +23,8 @@ _QUERY = ("driver_version", "pcie.link.gen.max", "pcie.link.width.max")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """GPU, driver, PCIe, CPU, memory, control group, versions and commit; None: not known."""
+    """Return the GPU, driver, PCIe, CPU, memory, control group, versions and commit; None: not
+    known."""
     import psutil
 
     facts: dict[str, Any] = {
@@ -50,7 +51,7 @@ def _cpu_name() -> str:
 
 
 def _cgroup_limit() -> int | None:
-    """The control group's ceiling on memory, where there is one below the machine's."""
+    """Return the control group's ceiling on memory, where there is one below the machine's."""
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         try:
             text = (Path("/sys/fs/cgroup") / name).read_text(encoding="utf-8").strip()
@@ -77,7 +78,8 @@ def _gpu(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Of the working tree that the package is in, with a mark where it was changed since."""
+    """Return the commit of the working tree that the package is in, with a mark where it was
+    changed since."""
     here = ("git", "-C", str(Path(__file__).parent))
     commit = output(*here, "rev-parse", "HEAD").strip()
     if not commit:
@@ -86,7 +88,7 @@ def commit() -> str | None:
 
 
 def links(device: torch.device, file: Path, sample_bytes: int = SAMPLE_BYTES) -> Links:
-    """What disk and link reach with nothing else going on.
+    """Return what disk and link reach with nothing else going on.
 
     Args:
         file: of the model, whose reads are measured.

@@ -77,7 +77,9 @@ class BenchOrder:
                 found="neither" if self.model is None else "both",
             )
         if self.model is not None and self.blocks is not None:
-            raise UsageError("a model has the blocks it has", expected="--blocks with --synthetic")
+            raise UsageError(
+                "--blocks needs a synthetic model", expected="--blocks with --synthetic"
+            )
         if not 0 < self.minutes < _MOST_MINUTES:
             raise UsageError(
                 "illegal --minutes", expected="above 0, and finite", found=brief(self.minutes)
@@ -180,7 +182,7 @@ def _picture(scratch: Path, order: BenchOrder) -> Path:
 
 @contextmanager
 def _model(order: BenchOrder, tell: Tell) -> Iterator[Path | str]:
-    """The model given, or one made for as long as the context lasts."""
+    """Provide the model given, or one made for as long as the context lasts."""
     if order.synthetic is None:
         assert order.model is not None
         yield order.model
@@ -219,7 +221,7 @@ def fitting_blocks(order: BenchOrder, weight_format: str, folder: Path) -> int:
 
 
 def _predicted_s(order: BenchOrder, weight_format: str) -> float:
-    """Seconds of all denoising steps with all blocks, whatever the budgets."""
+    """Return the seconds of all denoising steps with all blocks, whatever the budgets."""
     options = replace(order.options, vram=ROOMY, ram=ROOMY, format=weight_format)
     prepared = Prepared.open(synthetic=order.synthetic, options=options)
     return prepared.plan(workload_of(order.request))["denoise"].seconds

@@ -45,7 +45,8 @@ def _answering(work: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
 
 @_answering
 def tokenise(read: _Read, texts: list[str], max_tokens: int) -> list[tuple[list[int], int, str]]:
-    """Ids padded or cut to ``max_tokens``, how many are not padding, and the text that was cut."""
+    """Return the ids padded or cut to ``max_tokens``, how many are not padding, and the text that
+    was cut."""
     pad = read.backend.token_to_id(read.marks["pad_token"])
     if pad is None:
         raise CheckpointError(
@@ -70,15 +71,16 @@ def tokenise(read: _Read, texts: list[str], max_tokens: int) -> list[tuple[list[
 def verbatim(
     read: _Read, texts: list[str], marks: list[str]
 ) -> tuple[list[list[int]], list[int | None]]:
-    """Ids of whole texts, without the marks that the tokenizer would add; and of single marks,
-    None for one that it has not."""
+    """Return the ids of whole texts, without the marks that the tokenizer would add; and of single
+    marks, None for one that it has not."""
     ids = [read.backend.encode(text, add_special_tokens=False).ids for text in texts]
     return ids, [read.backend.token_to_id(mark) for mark in marks]
 
 
 @_answering
 def written(read: _Read) -> tuple[str, dict[str, Any]]:
-    """The content of a ``tokenizer.json``, and what its config says; encodes a word first."""
+    """Return the content of a ``tokenizer.json``, and what its config says; encodes a word
+    first."""
     read.backend.encode("a")
     known: dict[str, Any] = {
         name: mark
@@ -128,7 +130,7 @@ def _json(path: Path, folder: Path) -> _Read:
 
 
 def _marks(config: Any) -> dict[str, str]:
-    """The marks that a config names: as texts, or as objects with a content."""
+    """Return the marks that a config names: as texts, or as objects with a content."""
     named = config if isinstance(config, dict) else {}
     texts = {
         name: value.get("content") if isinstance(value, dict) else value

@@ -89,13 +89,13 @@ class KeyPart:
 
 
 def is_lora(keys: Iterable[str]) -> bool:
-    """Whether most of ``keys`` are those of a LoRA or one of its kin."""
+    """Return whether most of ``keys`` are those of a LoRA or one of its kin."""
     names = [key for key in keys if not key.endswith(".alpha")]
     return 2 * sum(bool(_MARKS.search(name)) for name in names) > len(names)
 
 
 def parse_key(key: str) -> KeyPart | None:
-    """What the tensor ``key`` is; None if that is not known."""
+    """Return what the tensor ``key`` is; None if that is not known."""
     found = next((hit for pattern, role in _ROLES if (hit := _role(pattern, role, key))), None)
     if found is None:
         return None
@@ -107,7 +107,7 @@ def parse_key(key: str) -> KeyPart | None:
 
 
 def _role(pattern: re.Pattern[str], role: str, key: str) -> tuple[str, str] | None:
-    """Of a key that ends so: what comes before, and its role."""
+    """Split a key that ends so: what comes before, and its role."""
     match = pattern.search(key)
     if match is None:
         return None
@@ -116,7 +116,7 @@ def _role(pattern: re.Pattern[str], role: str, key: str) -> tuple[str, str] | No
 
 
 def foreign_kind(keys: Iterable[str]) -> str | None:
-    """What the first of ``keys`` that is known for something else is."""
+    """Return what the first of ``keys`` that is known for something else is."""
     for key in keys:
         for pattern, kind in _FOREIGN:
             if pattern.search(key):
@@ -148,7 +148,8 @@ def _module(path: str, underscored: bool, role: str) -> _Named | None:
 
 
 def _module_of_others(path: str, mark: str) -> _Named | None:
-    """By the names of the families after the first, each with a table of its own."""
+    """Return the module by the names of the families after the first, each with a table of its
+    own."""
     for family in families()[1:]:
         kind = next(iter(family.KINDS.values()))
         for naming in kind.namings:
@@ -163,7 +164,8 @@ def _module_of_others(path: str, mark: str) -> _Named | None:
 
 
 def _said(kind: ComponentKind, naming: Naming, module: str) -> Said:
-    """What a config would say of a file with these names, of the order of the module's halves."""
+    """Return what a config would say of a file with these names, of the order of the module's
+    halves."""
     if not module.endswith(naming.halves or ("\0",)):
         return ()
     entries = {name for each in kind.namings for name in each.config}
@@ -173,7 +175,7 @@ def _said(kind: ComponentKind, naming: Naming, module: str) -> Said:
 def _tables_of(
     kind: ComponentKind, naming: Naming, mark: str
 ) -> tuple[Mapping[str, str], Mapping[str, str]]:
-    """Diffusers' names of the modules in a block, and outside, by those of ``naming``."""
+    """Return diffusers' names of the modules in a block, and outside, by those of ``naming``."""
     if naming.inside is not None:
         inside, outside = dict(naming.inside), dict(naming.outside)
     else:
@@ -190,7 +192,8 @@ def _tables_of(
 
 @lru_cache(maxsize=2)
 def _tables(underscored: bool) -> tuple[Mapping[str, str], Mapping[str, str]]:
-    """Diffusers' names of what is in a block, and outside, by everyone's; biases by their own."""
+    """Return diffusers' names of what is in a block, and outside, by everyone's; biases by their
+    own."""
     wan = _makers()
     return _names(wan.inside or {}, underscored), _names(wan.outside, underscored)
 
@@ -204,6 +207,6 @@ def _names(table: Mapping[str, str], underscored: bool) -> Mapping[str, str]:
 
 
 def _makers() -> Naming:
-    """The names that the makers of the model gave, which most LoRAs keep."""
+    """Return the names that the makers of the model gave, which most LoRAs keep."""
     streamed = next(iter(families()[0].KINDS.values()))
     return next(naming for naming in streamed.namings if naming.inside is not None)

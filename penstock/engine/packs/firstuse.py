@@ -35,7 +35,7 @@ _MOST_RAM_BYTES = 2 * GIB
 
 
 def packing(uses: Sequence[FirstUse], hardware: Hardware) -> PhasePlan:
-    """Making several packs one after the other, as one phase of a plan.
+    """Make several packs one after the other, as one phase of a plan.
 
     Raises:
         OverBudget: packing does not fit the RAM budget.
@@ -64,7 +64,7 @@ class FirstUse:
 
     @classmethod
     def of(cls, source: ComponentSource, wanted: str, cache: Path) -> FirstUse:
-        """The pack of ``source`` in ``cache``.
+        """Return the pack of ``source`` in ``cache``.
 
         Raises:
             UsageError: no such format, or one that is only read.
@@ -93,7 +93,8 @@ class FirstUse:
         return read_origin(FileOps(), self.folder / self.plan.file) if made else None
 
     def source_sums(self, check: Callable[[], None]) -> dict[str, FileSum]:
-        """Checksums of the source as it is now, every byte read where none may be believed.
+        """Return the checksums of the source as it is now, every byte read where none may be
+        believed.
 
         Raises:
             StorageError: it cannot be read.
@@ -109,7 +110,7 @@ class FirstUse:
         return self.plan.layout.file_bytes
 
     def streamed(self) -> ComponentSource:
-        """The pack's transformer; of one that is not made yet, good for plans only.
+        """Return the pack's transformer; of one that is not made yet, good for plans only.
 
         Raises:
             CheckpointError: the pack is damaged.
@@ -119,7 +120,7 @@ class FirstUse:
         return self.plan.foresee(self.folder / self.plan.file)
 
     def phase(self, hardware: Hardware) -> PhasePlan:
-        """Making the pack, as a phase of a plan; its seconds count reading and writing at the
+        """Make the pack, as a phase of a plan; its seconds count reading and writing at the
         disk's rate, not the arithmetic.
 
         Raises:

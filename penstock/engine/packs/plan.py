@@ -71,14 +71,14 @@ class ComponentPlan:
         return f"{self.source.component}/{FILE_NAMES[self.source.kind.made_by[0]]}"
 
     def origins(self) -> dict[str, Path]:
-        """Every file that the pack is made from, by a name of its own."""
+        """Return every file that the pack is made from, by a name of its own."""
         files = [*sorted(self.source.raw.stamps)]
         files += [path for lora in self.loras.files for path in sorted(lora.file.stamps)]
         return {f"{index} {path.name}": path for index, path in enumerate(files)}
 
     def foresee(self, path: Path) -> ComponentSource:
-        """The component as the pack at ``path`` will hold it, before any of it is made: good for
-        plans, and not to be read."""
+        """Return the component as the pack at ``path`` will hold it, before any of it is made: good
+        for plans, and not to be read."""
         layout = self.layout
         entries = {
             t.name: TensorEntry(
@@ -139,7 +139,7 @@ def plan_component(
 
 
 def runs_of(kind: ComponentKind, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
-    """Parameters by the run they are packed in: what is read at once lies together.
+    """Return the parameters by the run they are packed in: what is read at once lies together.
 
     What leaves a transformer's stream (cross-attention K/V projections) are runs of their own, and
     so is what outside its blocks serves once a job; the text encoder's embedding is gathered by
@@ -192,7 +192,8 @@ def _matrix(shape: tuple[int, ...]) -> Shape | None:
 
 
 def _comfy_text(source: ComponentSource, steps: list[PackStep]) -> dict[str, str]:
-    """What tensors do not tell of rotated weights, as ComfyUI's files do; nothing if none is."""
+    """Return what tensors do not tell of rotated weights, as ComfyUI's files do; nothing if none
+    is."""
     layers = {}
     for step in steps:
         fmt = source.weights[step.name].format if step.kept else step.format
@@ -204,7 +205,8 @@ def _comfy_text(source: ComponentSource, steps: list[PackStep]) -> dict[str, str
 
 
 def _gguf_types(source: ComponentSource, steps: list[PackStep]) -> dict[str, str]:
-    """ggml type of each packed parameter that is stored as blocks: its bytes do not tell it."""
+    """Return the ggml type of each packed parameter that is stored as blocks: its bytes do not tell
+    it."""
     types = {}
     for step in steps:
         found = source.weights[step.name].tensors.get("weight")

@@ -21,7 +21,7 @@ class EventLog:
         self._wakers: list[Callable[[], None]] = []
 
     def add(self, event: Event) -> None:
-        """One more event; after :meth:`end` it is dropped."""
+        """Add one more event; after :meth:`end` it is dropped."""
         with self._changed:
             if self._ended:
                 return
@@ -40,7 +40,7 @@ class EventLog:
             waker()
 
     def since(self, index: int) -> tuple[list[Event], bool]:
-        """The events from ``index`` on, and whether these are the last."""
+        """Return the events from ``index`` on, and whether these are the last."""
         with self._changed:
             return self._events[index:], self._ended
 

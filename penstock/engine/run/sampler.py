@@ -94,7 +94,7 @@ class Sampler:
         self.next_step = 0
 
     def step(self, noise_pred: Tensor, i: int, latents: Tensor) -> Tensor:
-        """Latents after step ``i``, of the shape and type of ``latents``.
+        """Return the latents after step ``i``, of the shape and type of ``latents``.
 
         Args:
             noise_pred: the (guided) prediction.
@@ -108,7 +108,7 @@ class Sampler:
         """
         if i != self.next_step or i >= len(self.timesteps):
             raise UsageError(
-                "a sampler's steps are taken once and in order",
+                "sampler steps must be taken once and in order",
                 expected=f"step {self.next_step} of {len(self.timesteps)}",
                 found=f"step {i}",
             )
@@ -139,11 +139,11 @@ class Sampler:
         return renoised.to(latents.dtype)
 
     def sigma(self, i: int) -> float:
-        """The share of noise in the latents before step ``i``, 0 to 1."""
+        """Return the share of noise in the latents before step ``i``, 0 to 1."""
         return float(self._scheduler.sigmas[i])
 
     def state(self) -> SamplerState:
-        """The solver's history. The tensors are its own: save them before the next step."""
+        """Return the solver's history. The tensors are its own: save them before the next step."""
         values: dict[str, Any] = self._settings | {"next_step": self.next_step}
         tensors: dict[str, Tensor] = {}
         for name in self._history:
@@ -194,7 +194,8 @@ class Sampler:
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """What diffusers' solvers refuse of a config, each entry of which may be sound by itself."""
+    """Name what diffusers' solvers refuse of a config, each entry of which may be sound by
+    itself."""
     try:
         yield
     except (ValueError, TypeError, NotImplementedError, _SINGULAR) as error:
@@ -211,7 +212,7 @@ _BEFORE_STEPS = -1
 
 
 def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
-    """Gaussian fp32 noise from torch's CPU generator, as diffusers draws it with one.
+    """Return Gaussian fp32 noise from torch's CPU generator, as diffusers draws it with one.
 
     A function of the seed on one machine; across machines only the tensor itself is sure.
     """
@@ -220,8 +221,8 @@ def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def long_noise(first: Tensor, frames: int, windows: Windows, seed: int) -> Tensor:
-    """Noise of a long video from that of a window: repeated, so that all windows begin alike, and
-    shuffled among neighbours, so that they do not all show the same.
+    """Return the noise of a long video from that of a window: repeated, so that all windows begin
+    alike, and shuffled among neighbours, so that they do not all show the same.
 
     Source: "FreeNoise", arXiv:2310.15169, section 3.2.
 
@@ -240,14 +241,14 @@ def long_noise(first: Tensor, frames: int, windows: Windows, seed: int) -> Tenso
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
-    """What draws the noise that is added after ``step``: a function of both, so that a job that is
-    resumed draws the same, and independent of the first noise and of other steps'."""
+    """Return what draws the noise that is added after ``step``: a function of both, so that a job
+    that is resumed draws the same, and independent of the first noise and of other steps'."""
     digest = hashlib.sha256(f"{seed}:{step}".encode()).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:4], "big"))
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance, ``uncond + scale * (cond - uncond)``, into ``conditional``.
+    """Apply classifier-free guidance, ``uncond + scale * (cond - uncond)``, into ``conditional``.
 
     Source: Ho and Salimans, "Classifier-Free Diffusion Guidance", arXiv:2207.12598. Rounded as
     diffusers' expression is, operation by operation.
@@ -283,7 +284,7 @@ def _set_levels(scheduler: Any, levels: tuple[float, ...], sampler: str) -> None
 def _make_scheduler(
     config: dict[str, Any], sampler: str, shift: float, steps: int, device: torch.device | str
 ) -> Any:
-    """The solver with room for ``steps`` steps; their levels are still to be set."""
+    """Make the solver with room for ``steps`` steps; their levels are still to be set."""
     trained = config.get("num_train_timesteps", TRAINED)
     if trained != TRAINED:
         raise CheckpointError(

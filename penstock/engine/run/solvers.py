@@ -65,13 +65,17 @@ class UniPC(_Stepped):
     def step(
         self, noise_pred: Tensor, timestep: Tensor, latents: Tensor, return_dict: bool = False
     ) -> tuple[Tensor]:
-        """Latents after the next step, as diffusers' schedulers return them."""
+        """Return the latents after the next step, as diffusers' schedulers return them."""
         at = self._step_index
         clean = latents - self.sigmas[at] * noise_pred
+        # Correct first, with the prediction that has just come, by the order of the step that is
+        # corrected; then predict. The other way round would correct with what it predicts.
         if at > 0 and self.last_sample is not None:
             latents = self._moved(self.last_sample, at - 1, self.this_order, clean)
         self.model_outputs = [*self.model_outputs[1:], clean]
         self.timestep_list = [*self.timestep_list[1:], timestep]
+        # Lower order at both ends: too few predictions at the beginning, no room for error at the
+        # end, where the last level is zero and half log-SNR infinite.
         left = len(self.timesteps) - at
         self.this_order = min(self._order, left, self.lower_order_nums + 1)
         self.last_sample = latents
@@ -81,7 +85,7 @@ class UniPC(_Stepped):
         return (moved,)
 
     def _moved(self, x: Tensor, at: int, order: int, there: Tensor | None) -> Tensor:
-        """``x`` from level ``at`` to the next.
+        """Return ``x`` from level ``at`` to the next.
 
         Args:
             x: the latents at that level.
@@ -117,14 +121,15 @@ class UniPC(_Stepped):
         return (moved - alpha * growth * change).to(x.dtype)
 
     def _level(self, index: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Signal, noise and half the logarithm of their ratio squared at a level."""
+        """Return the signal, noise and half the logarithm of their ratio squared at a level."""
         sigma = self.sigmas[index].to(device)
         alpha = 1 - sigma
         return alpha, sigma, torch.log(alpha) - torch.log(sigma)
 
 
 def _weights(ratios: Tensor, h: Tensor, predicts: bool) -> Tensor:
-    """Of the differences between predictions: those that fit the exponential integrator's terms.
+    """Return the weights of the differences between predictions: those that fit the exponential
+    integrator's terms.
 
     Args:
         ratios: places of the predictions in the step, the last one 1.
@@ -166,7 +171,7 @@ class Euler(_Stepped):
     def step(
         self, noise_pred: Tensor, timestep: Tensor, latents: Tensor, return_dict: bool = False
     ) -> tuple[Tensor]:
-        """Latents after the next step, as diffusers' schedulers return them."""
+        """Return the latents after the next step, as diffusers' schedulers return them."""
         at = self._step_index
         moved = latents.to(torch.float32) + (self.sigmas[at + 1] - self.sigmas[at]) * noise_pred
         self._step_index = at + 1
@@ -176,7 +181,8 @@ class Euler(_Stepped):
 def plain_solver(
     config: Mapping[str, Any], sampler: str, steps: int, device: torch.device | str
 ) -> UniPC | Euler | None:
-    """The solver for ``config``, its levels still to be set; None: the config asks for more."""
+    """Return the solver for ``config``, its levels still to be set; None: the config asks for
+    more."""
     plain = all(config.get(name, value) == value for name, value in _PLAIN.items())
     if not plain or any(config.get(name) for name in _SPACING) or sampler not in _TWO:
         return None

@@ -52,7 +52,7 @@ class Contents:
 
 
 def reserve_mark(job: str) -> bytes:
-    """The first bytes of the file that keeps disk space for ``job``."""
+    """Return the first bytes of the file that keeps disk space for ``job``."""
     return f"penstock reserve {job}\n".encode()
 
 
@@ -88,7 +88,7 @@ def sort_out(
 
 
 def pictures_in(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Size and checksum of each picture of a job's request, by the name of its copy."""
+    """Return the size and checksum of each picture of a job's request, by the name of its copy."""
     named = {file: request.get(entry) for entry, file in PICTURES.items()}
     return {file: told for file, told in named.items() if told is not None}
 
@@ -124,7 +124,8 @@ def check_vacant(ops: FileOps, folder: Path) -> tuple[str, ...]:
 
 
 def _owner(ops: FileOps, path: Path) -> str | None:
-    """The id of the job whose file this is by its own content; None where that tells nothing."""
+    """Return the id of the job whose file this is by its own content; None where that tells
+    nothing."""
     try:
         if path.name in JOB_FILES:
             job = open_json(ops.read(path)).get("job")

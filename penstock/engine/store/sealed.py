@@ -36,7 +36,7 @@ _TAGS = {
 
 
 def seal_json(value: Mapping[str, Any]) -> bytes:
-    """A JSON object with the members of ``value`` and a digest before them."""
+    """Return a JSON object with the members of ``value`` and a digest before them."""
     body = _text(dict(value))
     tail = b'",\n' + body[1:].lstrip() if value else b'"}'
     return _JSON_HEAD + _digest([_JSON_HEAD, _BLANK, tail]) + tail
@@ -51,7 +51,7 @@ def _text(value: dict[str, Any]) -> bytes:
 
 
 def open_json(blob: bytes) -> dict[str, Any]:
-    """The members of a document of :func:`seal_json`.
+    """Open the members of a document of :func:`seal_json`.
 
     Raises:
         JournalError: it is damaged.
@@ -63,7 +63,7 @@ def open_json(blob: bytes) -> dict[str, Any]:
 
 
 def seal_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Document:
-    """A safetensors file as chunks to write; host tensors are not copied.
+    """Return a safetensors file as chunks to write; host tensors are not copied.
 
     Args:
         tensors: of any device and layout; their order is kept.
@@ -86,7 +86,8 @@ def seal_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
 
 
 def open_tensors(blob: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors (on the CPU, their own memory) and metadata of a document of :func:`seal_tensors`.
+    """Return the tensors (on the CPU, their own memory) and metadata of a document of
+    :func:`seal_tensors`.
 
     Raises:
         JournalError: it is damaged.
@@ -103,8 +104,8 @@ def open_tensors(blob: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def verified_metadata(file: BinaryIO) -> dict[str, str]:
-    """Metadata of a document of :func:`seal_tensors` in ``file``, every byte of which is checked,
-    piece by piece.
+    """Return the metadata of a document of :func:`seal_tensors` in ``file``, every byte of which is
+    checked, piece by piece.
 
     Raises:
         JournalError: it is damaged, or another document.
@@ -127,7 +128,7 @@ def verified_metadata(file: BinaryIO) -> dict[str, str]:
 
 
 def read_metadata(blob: bytes) -> dict[str, str]:
-    """Metadata of a safetensors file from its first bytes, unverified: for display.
+    """Return the metadata of a safetensors file from its first bytes, unverified: for display.
 
     Raises:
         JournalError: there is none to be read.

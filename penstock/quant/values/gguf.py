@@ -23,7 +23,7 @@ Decoder: TypeAlias = Callable[[Tensor, Tensor], None]
 
 
 def quantise(fmt: Gguf, weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
-    """Stored bytes, for Q8_0 only: equal to ggml's reference."""
+    """Quantise to stored bytes, for Q8_0 only: equal to ggml's reference."""
     if not fmt.fits((weight.shape[0], weight.shape[1])):
         raise ValueError(f"rows of {weight.shape[1]} are not whole blocks of {fmt.block}")
     row_amax(weight, name)
@@ -42,7 +42,7 @@ def dequantise(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """ggml's fp32 values, rounded once to ``dtype``."""
+    """Return ggml's fp32 values, rounded once to ``dtype``."""
     stored = tensors["weight"]
     out = output(out, shape, dtype, stored.device)
     rows = 0 if dtype == torch.float32 else chunk_rows(*shape, stored.device.type)
@@ -69,7 +69,8 @@ def _encode_q8_0(blocks: Tensor) -> Tensor:
 
 
 def _nibbles(packed: Tensor) -> Tensor:
-    """Bytes (blocks, runs, n) -> codes (blocks, 2 * runs * n): each run's low halves, then high."""
+    """Map bytes (blocks, runs, n) -> codes (blocks, 2 * runs * n): each run's low halves,
+    then high."""
     blocks, runs, size = packed.shape
     codes = torch.empty(blocks, runs, 2, size, dtype=torch.uint8, device=packed.device)
     torch.bitwise_and(packed, 15, out=codes[:, :, 0])
@@ -78,13 +79,13 @@ def _nibbles(packed: Tensor) -> Tensor:
 
 
 def _moved(packed: Tensor, left: int, mask: int) -> Tensor:
-    """``packed`` shifted left (right if negative), masked."""
+    """Return ``packed`` shifted left (right if negative), masked."""
     shifted = packed << left if left >= 0 else packed >> -left
     return shifted.bitwise_and_(mask)
 
 
 def _signed(codes: Tensor, offset: int) -> Tensor:
-    """``codes - offset`` as int8, in place."""
+    """Return ``codes - offset`` as int8, in place."""
     return codes.view(torch.int8).sub_(offset)
 
 
@@ -101,7 +102,8 @@ def _q4_1(blocks: Tensor, out: Tensor) -> None:
 
 
 def _fifth_bits(packed: Tensor) -> Tensor:
-    """Bytes (blocks, 4) -> 0 or 16 for each of 32 elements: bit ``i % 8`` of byte ``i // 8``."""
+    """Map bytes (blocks, 4) -> 0 or 16 for each of 32 elements: bit ``i % 8`` of byte ``i //
+    8``."""
     byte = torch.arange(256, dtype=torch.uint8, device=packed.device)
     table = torch.stack([_moved(byte, 4 - bit, 16) for bit in range(8)], dim=1)
     # Eight bytes of the table move as one integer.
@@ -123,6 +125,8 @@ def _scale_groups(blocks: Tensor, out: Tensor) -> None:
     """Q4_K and Q5_K: ``(d * scale) * code - (dmin * minimum)`` for 8 groups of 32; the 6-bit scales
     and minima of groups 0-3 lie in bytes 4-11, the rest of groups 4-7 in bytes 12-15."""
     first, second, third = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
+    # Groups 0-3: six bits as they lie. Groups 4-7: four bits of the third word, and the two top
+    # bits that the first (scales) or second (minima) word has left.
     scale = torch.cat([first & 63, (third & 15) | ((first >> 2) & 48)], dim=1)
     least = torch.cat([second & 63, (third >> 4) | ((second >> 2) & 48)], dim=1)
     groups = out.view(-1, 8, 32)
@@ -146,6 +150,7 @@ def _q5_k(blocks: Tensor, out: Tensor) -> None:
 def _q6_k(blocks: Tensor, out: Tensor) -> None:
     codes, upper = _nibbles(runs(blocks, 0, 2, 64)), runs(blocks, 128, 2, 32).contiguous()
     for run, part in enumerate(codes.view(-1, 2, 4, 32).unbind(2)):
+        # Bits 4 and 5 of a code: two bits of the upper byte, moved under 0b110000 run by run.
         part |= _moved(upper, 4 - 2 * run, 48)
     scale = half(blocks, 208) * blocks.view(torch.int8)[:, 192:208]
     out.copy_(_signed(codes, 32))
@@ -153,7 +158,8 @@ def _q6_k(blocks: Tensor, out: Tensor) -> None:
 
 
 def _crumbs(packed: Tensor) -> Tensor:
-    """Bytes (blocks, runs, n) -> 2-bit codes (blocks, 4 * runs * n): each run's lowest, and up."""
+    """Map bytes (blocks, runs, n) -> 2-bit codes (blocks, 4 * runs * n): each run's lowest,
+    and up."""
     codes = torch.empty(*packed.shape[:2], 4, packed.shape[2], dtype=torch.uint8,
                         device=packed.device)  # fmt: skip
     for place, part in enumerate(codes.unbind(2)):

@@ -72,7 +72,7 @@ def derive_transformer(shapes: ShapesOf) -> dict[str, Any]:
 
 
 def _time(shapes: ShapesOf) -> dict[str, Any]:
-    """Of the time embedding: its layers, or its curve."""
+    """Return the entries of the time embedding: its layers, or its curve."""
     if "time_embedder.table" in shapes:
         points, width = shapes.of("time_embedder.table", 2)
         return {"time_table_size": points, "adaln_rank": width}
@@ -85,7 +85,7 @@ def _time(shapes: ShapesOf) -> dict[str, Any]:
 
 
 def transformer_title(config: Mapping[str, Any]) -> str:
-    """The model's name for people."""
+    """Return the model's name for people."""
     told = ["cut"] if config["num_layers"] != TRANSFORMER["num_layers"] else []
     told += ["pruned"] if config.get("time_table_size") else []
     return f"MiniMax-H3 ({', '.join(told)})" if told else "MiniMax-H3"

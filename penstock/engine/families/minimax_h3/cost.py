@@ -58,7 +58,7 @@ class PackedCase:
 
 
 def denoise_items(spec: PackedSpec, case: PackedCase) -> tuple[tuple[str, int], ...]:
-    """Peak of the denoising: what stays through it, and its largest stage."""
+    """Return the peak of the denoising: what stays through it, and its largest stage."""
     e, d = spec.weights.itemsize, spec.hidden_size
     chunk = min(case.chunk_rows, case.rows)
     given = case.given_rows * spec.video_width * FP32_BYTES
@@ -88,15 +88,16 @@ def denoise_items(spec: PackedSpec, case: PackedCase) -> tuple[tuple[str, int], 
 
 
 def _projected(spec: PackedSpec, case: PackedCase) -> int:
-    """Rows of the video in fp32, a chunk; or those of the sound, and once more as they are kept."""
+    """Return the rows of the video in fp32, a chunk; or those of the sound, and once more as they
+    are kept."""
     d, chunk = spec.hidden_size, min(case.chunk_rows, case.latents.video_rows + case.given_rows)
     sound = case.latents.sound_rows * d * (FP32_BYTES + spec.weights.itemsize)
     return max(chunk * d * FP32_BYTES, sound)
 
 
 def _norm(spec: PackedSpec, case: PackedCase, rows: int, width: int) -> int:
-    """What a norm makes, its result among it: on the CPU torch composes it of an fp32 copy and two
-    fp32 products."""
+    """Return what a norm makes, its result among it: on the CPU torch composes it of an fp32 copy
+    and two fp32 products."""
     e = spec.weights.itemsize
     copy = 0 if e == FP32_BYTES else FP32_BYTES
     made = e if case.fused_norms else copy + 2 * FP32_BYTES
@@ -104,7 +105,7 @@ def _norm(spec: PackedSpec, case: PackedCase, rows: int, width: int) -> int:
 
 
 def _head_norm(spec: PackedSpec, case: PackedCase, rows: int) -> int:
-    """Queries or keys, and what norming each head makes of them."""
+    """Return queries or keys, and what norming each head makes of them."""
     e, inner = spec.weights.itemsize, spec.inner_dim
     copy = 0 if e == FP32_BYTES else FP32_BYTES
     made = e if case.fused_norms else copy + 2 * FP32_BYTES
@@ -113,7 +114,7 @@ def _head_norm(spec: PackedSpec, case: PackedCase, rows: int) -> int:
 
 
 def _chunk(spec: PackedSpec, case: PackedCase, rows: int) -> int:
-    """The largest moment of a chunk in a block."""
+    """Return the largest moment of a chunk in a block."""
     e, d, inner = spec.weights.itemsize, spec.hidden_size, spec.inner_dim
     turned = 2 * 3 * spec.rope_freq_dim * spec.num_attention_heads
     return max(
@@ -128,7 +129,8 @@ def _chunk(spec: PackedSpec, case: PackedCase, rows: int) -> int:
 
 
 def _heads(spec: PackedSpec, case: PackedCase, rows: int) -> int:
-    """A chunk through the last norm, in fp32 and out of both heads; and what is kept of all."""
+    """Return a chunk through the last norm, in fp32 and out of both heads; and what is kept of
+    all."""
     d, e = spec.hidden_size, spec.weights.itemsize
     out = spec.video_width + spec.audio_in_channels
     wide = 0 if e == FP32_BYTES else FP32_BYTES
@@ -138,7 +140,8 @@ def _heads(spec: PackedSpec, case: PackedCase, rows: int) -> int:
 
 
 def once_items(spec: PackedSpec, case: PackedCase, steps: int) -> tuple[tuple[str, int], ...]:
-    """Peak of what is made once a job: the text's rows, and the tables of so many steps."""
+    """Return the peak of what is made once a job: the text's rows, and the tables of so many
+    steps."""
     e, d, n = spec.weights.itemsize, spec.hidden_size, case.text_rows
     times = case.timesteps
     hidden = n * d * e
@@ -154,7 +157,8 @@ def once_items(spec: PackedSpec, case: PackedCase, steps: int) -> tuple[tuple[st
 
 
 def _refined(spec: PackedSpec, case: PackedCase) -> int:
-    """The largest moment of a refiner's block, beside its hidden states and what it normed."""
+    """Return the largest moment of a refiner's block, beside its hidden states and what it
+    normed."""
     e, d, inner, n = spec.weights.itemsize, spec.hidden_size, spec.inner_dim, case.text_rows
     return max(
         n * inner * e + _head_norm(spec, case, n),  # queries beside keys
@@ -165,7 +169,7 @@ def _refined(spec: PackedSpec, case: PackedCase) -> int:
 
 
 def once_flops(spec: PackedSpec, case: PackedCase, steps: int) -> int:
-    """Arithmetic of what is made once."""
+    """Return the arithmetic of what is made once."""
     d, inner, n = spec.hidden_size, spec.inner_dim, case.text_rows
     block = 4 * d * inner + 3 * d * spec.ffn_dim
     text = n * (d * spec.text_dim + spec.num_refiner_layers * block)
@@ -182,7 +186,7 @@ class PassFlops:
 
 
 def pass_flops(spec: PackedSpec, case: PackedCase) -> PassFlops:
-    """Arithmetic of one forward pass."""
+    """Return the arithmetic of one forward pass."""
     d, inner, n = spec.hidden_size, spec.inner_dim, case.rows
     block = 4 * d * inner + 3 * d * spec.ffn_dim
     ends = d * (2 * spec.video_width + spec.audio_in_channels)

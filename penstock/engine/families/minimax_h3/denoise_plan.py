@@ -203,13 +203,13 @@ class DenoisePacked:
         return compute_path(self.spec.storage, case.policy, case.rates) in ("fp8", "int8")
 
     def _decoding(self, stored: Storage) -> Items:
-        """What quantised matrices take in VRAM besides their bytes."""
+        """Return what quantised matrices take in VRAM besides their bytes."""
         if stored.path is None and self._is_fast:
             return (("8-bit workspace", EIGHT_BIT_WORKSPACE_BYTES),)
         return stored.items
 
     def _compute_s(self, chunk: int) -> float:
-        """Seconds of one pass over all blocks."""
+        """Return the seconds of one pass over all blocks."""
         spec, rates = self.spec, self.case.rates
         case = packed_case(self.case, chunk)
         flops = cost.pass_flops(spec, case)
@@ -224,7 +224,7 @@ class DenoisePacked:
         )
 
     def _decode_s(self, rates: Rates) -> float:
-        """Seconds to decode a block's matrices once: every chunk does."""
+        """Return the seconds to decode a block's matrices once: every chunk does."""
         stored = self.spec.storage
         if self._is_fast or not stored.decoded_bytes or rates.memory_bytes_per_s is None:
             return 0.0

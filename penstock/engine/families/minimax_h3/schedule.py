@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 @lru_cache(maxsize=8)
 def told(steps: int, shift: float) -> tuple[float, ...]:
-    """The timesteps of so many levels of noise, without torch: as `Schedule` has them, but for the
-    last bits."""
+    """Return the timesteps of so many levels of noise, without torch: as `Schedule` has them, but
+    for the last bits."""
     found = []
     for index in range(max(steps - 1, 0)):
         base = 1.0 - index / (steps - 1)
@@ -38,7 +38,7 @@ class Schedule:
 
     @classmethod
     def of(cls, levels: int, shift: float) -> Schedule:
-        """Of so many levels, the last of which is none."""
+        """Make it of so many levels, the last of which is none."""
         import torch
 
         base = torch.linspace(1.0, 0.0, levels, dtype=torch.float32)
@@ -51,7 +51,7 @@ class Schedule:
         return 1.0 - self.sigmas[:-1]
 
     def step(self, latents: Tensor, velocity: Tensor, index: int) -> Tensor:
-        """The latents after the step ``index``.
+        """Return the latents after the step ``index``.
 
         Args:
             latents: fp32.

@@ -93,7 +93,7 @@ def _sound(stage: Stage, found: Products) -> None:
 
 
 def sizes_of(stage: Stage) -> Latents:
-    """Of what the job denoises."""
+    """Return the sizes of what the job denoises."""
     return model_of(stage).sizes(stage.job.request.video_shape)
 
 
@@ -102,7 +102,8 @@ def _conditions(found: Products) -> Conditions:
 
 
 def _saved_conditions(stage: Stage) -> Products | None:
-    """The encoded prompt and pictures of a job that goes on; None: they are still to be made."""
+    """Return the encoded prompt and pictures of a job that goes on; None: they are still to be
+    made."""
 
     def restore() -> Conditions | None:
         with stage.restoring():
@@ -169,13 +170,13 @@ def _steps(stage: Stage, conditions: Conditions, sampling: PackedSampling, steps
 
 
 def layout_of(stage: Stage, conditions: Conditions) -> Layout:
-    """Of the job's sequence."""
+    """Return the layout of the job's sequence."""
     _, tags = conditions.texts
     return Layout(sizes_of(stage), tuple(tags.tolist()), anchors(stage.job.request))
 
 
 def _given(stage: Stage, conditions: Conditions) -> Tensor | None:
-    """Rows of the given pictures on the device; None: there are none."""
+    """Return the rows of the given pictures on the device; None: there are none."""
     seed = stage.job.request.seed
     assert seed is not None
     if conditions.condition is None:
@@ -186,8 +187,8 @@ def _given(stage: Stage, conditions: Conditions) -> Tensor | None:
 def prepare(
     stage: Stage, conditions: Conditions, times: list[StepTimes]
 ) -> tuple[Tensor, list[StepTables]]:
-    """What is made once a job: the text's rows on the device, and the tables of the steps that are
-    left, in host memory."""
+    """Return what is made once a job: the text's rows on the device, and the tables of the steps
+    that are left, in host memory."""
     model = model_of(stage)
     component, once = model.transformer, model.once
     states, _ = conditions.texts
@@ -224,7 +225,7 @@ class Predict:
     chunk_rows: int
 
     def __call__(self, latents: Tensor, tables: StepTables) -> Tensor:
-        """What leads to noise, packed as ``latents`` are: (1, n), fp32."""
+        """Return what leads to noise, packed as ``latents`` are: (1, n), fp32."""
         sizes = self.layout.latents
         video, sound = as_rows(latents, sizes)
         if self.given is not None:
@@ -245,7 +246,8 @@ class Predict:
 
 
 def drawn(stage: Stage) -> Products:
-    """What the encoders would have given, drawn instead: the transformer's work is the same."""
+    """Return what the encoders would have given, drawn instead: the transformer's work is the
+    same."""
     model, draw = model_of(stage), torch.Generator().manual_seed(0)
     width, dtype = model.manifest.transformer.text_dim, model.transformer.dtype
     states = torch.randn(1, TEXT_TOKENS, width, generator=draw).to(dtype)

@@ -48,7 +48,7 @@ class Stretch:
 def stretches_of(
     manifest: WanManifest, work: Workload, steps: range, caching: Caching, *, guided: bool
 ) -> tuple[Stretch, ...]:
-    """The stretches of ``steps`` that one transformer computes.
+    """Return the stretches of ``steps`` that one transformer computes.
 
     Args:
         work: the whole job's.
@@ -74,7 +74,7 @@ def passes_left(
     later: Sequence[Stretch],
     visits_of: Mapping[int, int] = MappingProxyType({1: 1, 2: 1}),
 ) -> tuple[int, int]:
-    """Passes over the blocks that are still to come: that are sure to, and the most.
+    """Return passes over the blocks that are still to come: that are sure to, and the most.
 
     Args:
         now: forwards that are left of ``stretch``, likewise.
@@ -90,7 +90,8 @@ def passes_left(
 
 
 def _parts(caching: Caching, stretches: Sequence[range]) -> Sequence[Caching]:
-    """Of each; one that is too short for a cache says nothing of it where another is not."""
+    """Return the caching of each; one that is too short for a cache says nothing of it where
+    another is not."""
     parts = caching.parts([len(own) for own in stretches])
     skips = [part.skips(len(own)) for part, own in zip(parts, stretches, strict=True)]
     if len(stretches) == 1 or not any(skips):

@@ -33,18 +33,18 @@ WanCase: TypeAlias = "Case[WanManifest]"
 
 
 def latent_of(case: WanCase) -> tuple[int, int, int]:
-    """Latent frames, height and width."""
+    """Return the latent frames, height and width."""
     return case.workload.shape.latent(case.manifest.vae)
 
 
 def latent_volume(case: WanCase) -> int:
-    """Elements of one latent channel."""
+    """Return the elements of one latent channel."""
     frames, height, width = latent_of(case)
     return frames * height * width
 
 
 def encoder_state_bytes(case: WanCase) -> int:
-    """What the encoders leave for the transformer, in host memory."""
+    """Return what the encoders leave for the transformer, in host memory."""
     manifest = case.manifest
     text = case.workload.texts * TEXT_TOKENS * manifest.text.d_model
     bytes_ = text * manifest.text.weights.itemsize
@@ -55,7 +55,7 @@ def encoder_state_bytes(case: WanCase) -> int:
 
 
 def pictures_of(case: WanCase) -> int:
-    """Pictures that the video starts from and ends with."""
+    """Return the pictures that the video starts from and ends with."""
     wanted = case.manifest.pictures
     needed = (wanted.first == "must") + (wanted.last == "must")
     return max(case.workload.pictures or 0, needed)
@@ -71,12 +71,12 @@ def changes_of(case: WanCase) -> tuple[int, ...] | None:
 
 
 def clip_changes(frames: int, pictures: int) -> tuple[int, ...]:
-    """Frames of a conditioning clip that differ from the one before."""
+    """Return the frames of a conditioning clip that differ from the one before."""
     return (*FIRST_FRAME, frames - 1) if pictures == 2 else FIRST_FRAME
 
 
 def picture_bytes(case: WanCase) -> int:
-    """The conditioning pictures at the video's size: as bytes, and in fp32."""
+    """Return the conditioning pictures at the video's size: as bytes, and in fp32."""
     return max(1, pictures_of(case)) * _frame_bytes(case)
 
 
@@ -85,8 +85,8 @@ def _frame_bytes(case: WanCase) -> int:
 
 
 def decoding_bytes(case: WanCase) -> int:
-    """What decoding the pictures, one after the other, and scaling them down takes at its peak, its
-    results included: what the image encoder sees, and fp32 at the video's size."""
+    """Return what decoding the pictures, one after the other, and scaling them down takes at its
+    peak, its results included: what the image encoder sees, and fp32 at the video's size."""
     work, side = case.workload, 0 if case.manifest.image is None else case.manifest.image.image_size
     first = _one_decoding_bytes(case, work.picture)
     if pictures_of(case) < 2:
@@ -119,7 +119,7 @@ def _one_decoding_bytes(case: WanCase, picture: Picture | None) -> int:
 
 
 def condition_bytes(case: WanCase) -> int:
-    """Mask and latents of the picture, in fp32."""
+    """Return the mask and latents of the picture, in fp32."""
     spec = case.manifest.transformer
     if case.manifest.tokenwise:
         _, height, width = latent_of(case)
@@ -128,24 +128,24 @@ def condition_bytes(case: WanCase) -> int:
 
 
 def latents_bytes(case: WanCase) -> int:
-    """The latents, in fp32."""
+    """Return the latents, in fp32."""
     return case.manifest.vae.z_dim * latent_volume(case) * _SINGLE
 
 
 def cached_tensors(case: WanCase) -> int:
-    """Of the latents' size, which a step cache keeps between steps."""
+    """Count the tensors of the latents' size that a step cache keeps between steps."""
     return STATE_TENSORS if case.policy.caching.kind != OFF else 0
 
 
 def saved_state_bytes(case: WanCase) -> int:
-    """A copy of the sampler's state, which is written while the next step computes: the latents
-    and UniPC's history, the longest of the solvers; and what a step cache keeps."""
+    """Return a copy of the sampler's state, which is written while the next step computes: the
+    latents and UniPC's history, the longest of the solvers; and what a step cache keeps."""
     return (1 + UNIPC_HISTORY + cached_tensors(case)) * latents_bytes(case)
 
 
 def restored_bytes(case: WanCase) -> int:
-    """The most that reading a kept job takes: two generations of the sampler's state and the file
-    of one; or the encoded prompt and picture, and their file."""
+    """Return the most that reading a kept job takes: two generations of the sampler's state and the
+    file of one; or the encoded prompt and picture, and their file."""
     conditions = encoder_state_bytes(case) + condition_bytes(case)
     return max(3 * saved_state_bytes(case), 2 * conditions)
 
@@ -155,12 +155,12 @@ LANDING_BUFFERS = 2
 
 
 def landing_bytes(piece_bytes: int) -> int:
-    """Those buffers, for pieces of so many bytes at most."""
+    """Return those buffers, for pieces of so many bytes at most."""
     return LANDING_BUFFERS * -(-piece_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
 def tile_bytes(case: WanCase, grid: TileGrid) -> int:
-    """The pixels of the largest tile of the video."""
+    """Return the pixels of the largest tile of the video."""
     _, height, width = latent_of(case)
     rows, columns = -(-height // grid.rows), -(-width // grid.cols)
     factor = case.manifest.vae.spatial_factor

@@ -23,7 +23,8 @@ _SPACES = re.compile(r"\s+")
 
 
 def clean_prompt(text: str) -> str:
-    """Mended encoding, resolved HTML entities, single spaces: as diffusers' Wan pipelines do it."""
+    """Mend the encoding, resolve HTML entities, leave single spaces: as diffusers' Wan pipelines do
+    it."""
     import ftfy
 
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
@@ -37,7 +38,8 @@ def embed(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
 ) -> list[Tensor]:
-    """Embedding vectors of the prompts; each distinct token's row is read once, no other.
+    """Return the embedding vectors of the prompts; each distinct token's row is read once, no
+    other.
 
     Args:
         prompts: the tokenised prompts.
@@ -82,7 +84,7 @@ def encode_layers(
 
 
 def finish(final_layer_norm: Module, hidden: Tensor, length: int) -> Tensor:
-    """The encoder's last norm, and zeros in the place of padding: ``(1, tokens, d)``."""
+    """Return the encoder's last norm, and zeros in the place of padding: ``(1, tokens, d)``."""
     states: Tensor = final_layer_norm(hidden)
     states[:, length:] = 0
     return states
@@ -111,7 +113,7 @@ def _attend(layer: Any, hidden: Tensor, length: int, distances: Tensor) -> Tenso
 
 
 def _position_bias(module: Any, length: int, distances: Tensor) -> Tensor:
-    """The learned bias of each score, ``(1, heads, n, n)``, lowest where the key is padding.
+    """Return the learned bias of each score, ``(1, heads, n, n)``, lowest where the key is padding.
 
     Only ``2n - 1`` distances differ: the module is asked for those, and each score picks its own.
     """

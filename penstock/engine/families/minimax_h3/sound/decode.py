@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def decode(stage: Stage, latents: Tensor) -> Sound:
-    """What is heard of normalised latents (2, c, n), fp32, one of the two a channel.
+    """Return what is heard of normalised latents (2, c, n), fp32, one of the two a channel.
 
     Raises:
         CheckpointError: the files do not say how the latents are normalised.
@@ -33,7 +33,7 @@ def decode(stage: Stage, latents: Tensor) -> Sound:
 
 
 def statistics(component: Component) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (1, c, 1) of the latents: of the config, or beside the weights.
+    """Return the mean and deviation (1, c, 1) of the latents: of the config, or beside the weights.
 
     Raises:
         CheckpointError: neither says them.

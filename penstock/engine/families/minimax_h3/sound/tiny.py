@@ -17,7 +17,7 @@ CONFIG: dict[str, Any] = {
 
 
 def audio_vae() -> Any:
-    """diffusers' model; its lengths and biases are shaken, so that each one counts."""
+    """Return diffusers' model; its lengths and biases are shaken, so that each one counts."""
     from diffusers import AutoencoderKLMiniMaxH3Audio
 
     with warnings.catch_warnings():  # of torch, about the way in which diffusers norms weights

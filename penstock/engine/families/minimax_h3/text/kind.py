@@ -31,7 +31,7 @@ _GGUF = {
 
 
 def _beyond(layer: str) -> tuple[str, ...]:
-    """What begins the names of the layers that are never read."""
+    """Return what begins the names of the layers that are never read."""
     return tuple(f"{layer}{number}." for number in range(configs.LAYERS, _MOST_LAYERS))
 
 
@@ -79,8 +79,8 @@ def _prefixed(prefix: str, shapes: Shapes) -> Shapes:
 
 
 def shapes(config: Mapping[str, Any]) -> Shapes:
-    """Every tensor that is read: embedding, the first layers, and the vision tower if there is
-    one."""
+    """Return every tensor that is read: embedding, the first layers, and the vision tower if there
+    is one."""
     words, tower = configs.language(config), configs.vision(config)
     found: Shapes = {EMBEDDING: (words["vocab_size"], words["hidden_size"])}
     layer = layer_shapes(words)
@@ -90,7 +90,7 @@ def shapes(config: Mapping[str, Any]) -> Shapes:
 
 
 def layer_shapes(words: Mapping[str, Any]) -> Shapes:
-    """Of one layer of the language model."""
+    """Return the shapes of one layer of the language model."""
     width, inner, head = words["hidden_size"], words["intermediate_size"], words["head_dim"]
     queries, bias = words["num_attention_heads"] * head, words["attention_bias"]
     keys = words["num_key_value_heads"] * head
@@ -108,7 +108,7 @@ def layer_shapes(words: Mapping[str, Any]) -> Shapes:
 
 
 def tower_block_shapes(tower: Mapping[str, Any]) -> Shapes:
-    """Of one layer of the vision tower."""
+    """Return the shapes of one layer of the vision tower."""
     width, inner = tower["hidden_size"], tower["intermediate_size"]
     block = _norm("norm1", width) | _norm("norm2", width)
     block |= _linear("attn.qkv", 3 * width, width) | _linear("attn.proj", width, width)
@@ -116,7 +116,7 @@ def tower_block_shapes(tower: Mapping[str, Any]) -> Shapes:
 
 
 def tower_rest_shapes(tower: Mapping[str, Any]) -> Shapes:
-    """Of the vision tower outside its layers."""
+    """Return the shapes of the vision tower outside its layers."""
     width, patch = tower["hidden_size"], tower["patch_size"]
     cube = (tower["in_channels"], tower["temporal_patch_size"], patch, patch)
     merged = width * tower["spatial_merge_size"] ** 2
@@ -133,7 +133,7 @@ def tower_rest_shapes(tower: Mapping[str, Any]) -> Shapes:
 
 
 def tower_shapes(tower: Mapping[str, Any]) -> Shapes:
-    """Of the whole vision tower."""
+    """Return the shapes of the whole vision tower."""
     found = _prefixed("model.visual.", tower_rest_shapes(tower))
     for index in range(tower["depth"]):
         found |= _prefixed(f"{TOWER}{index}.", tower_block_shapes(tower))
@@ -141,7 +141,8 @@ def tower_shapes(tower: Mapping[str, Any]) -> Shapes:
 
 
 def _run(name: str) -> str:
-    """The embedding is gathered by rows; the tower is read for pictures only, by its layers."""
+    """Return what is read apart: the embedding by rows; the tower for pictures only, by its
+    layers."""
     if name == EMBEDDING:
         return "embedding"
     if name.startswith(TOWER):
@@ -175,7 +176,7 @@ VISION = replace(TEXT, name="vision", blocks=TOWER, count=_depth)
 
 
 def components(source: ComponentSource) -> dict[str, Component]:
-    """The language model, and the vision tower where the files have one."""
+    """Return the language model, and the vision tower where the files have one."""
     parts = {"text_encoder": component_of(source, only=())}
     if configs.vision(source.config) is not None:
         seeing = replace(source, kind=VISION)

@@ -85,7 +85,7 @@ def _prefixed(prefix: str, shapes: Shapes) -> Shapes:
 
 
 def shapes(config: Mapping[str, Any]) -> Shapes:
-    """Every tensor that a config demands."""
+    """Return every tensor that a config demands."""
     known = {**configs.VAE, **config}
     found = _prefixed("encoder.", encoder_shapes(known)) | rest_shapes(known)
     block = block_shapes(known)
@@ -95,7 +95,7 @@ def shapes(config: Mapping[str, Any]) -> Shapes:
 
 
 def encoder_shapes(known: Mapping[str, Any]) -> Shapes:
-    """Of the CNN that encodes."""
+    """Return the shapes of the CNN that encodes."""
     widths, latent = known["block_out_channels"], known["latent_channels"]
     found = _conv("conv_in", widths[0], known["in_channels"], 3)
     into = widths[0]
@@ -116,7 +116,7 @@ def encoder_shapes(known: Mapping[str, Any]) -> Shapes:
 
 
 def rest_shapes(known: Mapping[str, Any]) -> Shapes:
-    """Of what is neither in the CNN nor in the decoder's blocks."""
+    """Return the shapes of what is neither in the CNN nor in the decoder's blocks."""
     latent, width = known["latent_channels"], width_of(known)
     volume = (
         prod(known["temporal_downsample_factors"]) * prod(known["spatial_downsample_factors"]) ** 2
@@ -130,7 +130,7 @@ def rest_shapes(known: Mapping[str, Any]) -> Shapes:
 
 
 def block_shapes(known: Mapping[str, Any]) -> Shapes:
-    """Of one of the decoder's blocks."""
+    """Return the shapes of one of the decoder's blocks."""
     width, found = width_of(known), Shapes()
     if known["fused"]:
         found |= _linear("attn.to_qkv", 3 * width, width)
@@ -145,12 +145,12 @@ def block_shapes(known: Mapping[str, Any]) -> Shapes:
 
 
 def width_of(known: Mapping[str, Any]) -> int:
-    """Of the decoder's states."""
+    """Return the width of the decoder's states."""
     return int(known["decoder_num_attention_heads"] * known["decoder_attention_head_dim"])
 
 
 def keeps_single(name: str) -> bool:
-    """Whether a parameter is in fp32 whatever the VAE computes in."""
+    """Return whether a parameter is in fp32 whatever the VAE computes in."""
     return not _SINGLE.isdisjoint(name.split("."))
 
 
@@ -182,7 +182,7 @@ _OWN = {ENCODER: ("encoder.", "quant_conv."), DECODER: ("decoder.", "post_quant_
 
 
 def components(source: ComponentSource) -> dict[str, Component]:
-    """The halves, which are never in memory together."""
+    """Return the halves, which are never in memory together."""
     return {
         name: component_of(replace(source, kind=half), only=_OWN[name], name=name)
         for name, half in _HALVES.items()
@@ -190,7 +190,8 @@ def components(source: ComponentSource) -> dict[str, Component]:
 
 
 def build(component: str, config: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The half called ``component`` on the meta device, and its one block (None: it has none)."""
+    """Build the half called ``component`` on the meta device, and its one block (None: it has
+    none)."""
     from penstock.engine.families.minimax_h3.video_vae import modules
 
     if component == ENCODER:

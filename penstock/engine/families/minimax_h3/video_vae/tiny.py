@@ -15,8 +15,8 @@ CONFIG: dict[str, Any] = {
 
 
 def vae(dtype: torch.dtype = torch.float32) -> Any:
-    """diffusers' model as `from_pretrained` gives it in ``dtype``: what is sensitive stays in fp32.
-    Norms, scales and biases are shaken, so that each one counts."""
+    """Return diffusers' model as `from_pretrained` gives it in ``dtype``: what is sensitive stays
+    in fp32. Norms, scales and biases are shaken, so that each one counts."""
     from diffusers import AutoencoderKLMiniMaxH3
 
     model = AutoencoderKLMiniMaxH3(**CONFIG).eval().requires_grad_(False)

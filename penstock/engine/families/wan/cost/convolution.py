@@ -29,7 +29,7 @@ _MOST_PIXELS = 30
 
 
 def call_bytes(widths: tuple[int, int], area: int, made: int, taps: int, itemsize: int) -> int:
-    """The most that a convolution of one picture holds at a time, its result included.
+    """Return the most that a convolution of one picture holds at a time, its result included.
 
     It is that of one thread. Where there are more, oneDNN sets aside workspace for each in 16-bit
     types; of that for sums, a thread touches only what it computes.
@@ -53,13 +53,13 @@ def call_bytes(widths: tuple[int, int], area: int, made: int, taps: int, itemsiz
 
 
 def _rows_bytes(nbytes: int) -> int:
-    """Workspace for an input of 16-bit elements on a CPU with a matrix unit."""
+    """Return the workspace for an input of 16-bit elements on a CPU with a matrix unit."""
     return min(2 * nbytes, _ROWS_BYTES) + _TILES_BYTES
 
 
 def _sums_bytes(wide_out: int, made: int, taps: int) -> int:
-    """Workspace on one without: where the kernel is a single pixel, oneDNN's ``jit_bf16_1x1`` takes
-    room for all of its result in fp32."""
+    """Return the workspace on one without: where the kernel is a single pixel, oneDNN's
+    ``jit_bf16_1x1`` takes room for all of its result in fp32."""
     if taps > 1:
         return 0
     return wide_out * (made + _MOST_PIXELS - 1) * _SINGLE + _ALIGNMENT_BYTES

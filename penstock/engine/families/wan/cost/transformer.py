@@ -154,7 +154,7 @@ class DenoiseCase:
 
 
 def grid_tokens(spec: TransformerSpec, latent: tuple[int, int, int]) -> int:
-    """Tokens of a latent grid."""
+    """Return the tokens of a latent grid."""
     count = 1
     for size, patch in zip(latent, spec.patch_size, strict=True):
         count *= size // patch
@@ -162,7 +162,7 @@ def grid_tokens(spec: TransformerSpec, latent: tuple[int, int, int]) -> int:
 
 
 def denoise_bytes(spec: TransformerSpec, case: DenoiseCase) -> PeakBytes:
-    """Peak of the denoising phase: what stays through it and its largest stage."""
+    """Return the peak of the denoising phase: what stays through it and its largest stage."""
     held = {
         "latents": sampler_state_bytes(spec, case),
         "model_input": spec.in_channels * _volume(case.latent) * spec.weights.itemsize,
@@ -184,7 +184,8 @@ def denoise_bytes(spec: TransformerSpec, case: DenoiseCase) -> PeakBytes:
 
 
 def context_bytes(spec: TransformerSpec, case: DenoiseCase) -> PeakBytes:
-    """Peak of the phase that computes time embedding, contexts and cross-attention K/V."""
+    """Return the peak of the phase that computes time embedding, contexts and cross-attention
+    K/V."""
     d, e = spec.inner_dim, spec.weights.itemsize
     text, image = case.text_tokens, case.image_tokens
     states = case.branches * text * spec.text_dim + image * (spec.image_dim or 0)
@@ -218,13 +219,13 @@ def context_bytes(spec: TransformerSpec, case: DenoiseCase) -> PeakBytes:
 
 
 def cross_kv_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
-    """Cross-attention keys and values of all blocks; the image's serve all branches."""
+    """Return the cross-attention keys and values of all blocks; the image's serve all branches."""
     tokens = case.branches * case.branch_text_tokens + case.image_tokens
     return 2 * spec.num_layers * tokens * spec.inner_dim * spec.weights.itemsize
 
 
 def _cross_kv_held_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
-    """All of them, or those of one block and branch."""
+    """Return all of them, or those of one block and branch."""
     if case.cross_kv_on_device:
         return cross_kv_bytes(spec, case)
     tokens = case.branch_text_tokens + case.image_tokens
@@ -232,14 +233,14 @@ def _cross_kv_held_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
 
 
 def modulation_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
-    """The time embedding of all steps: one row for the head and six for the blocks."""
+    """Return the time embedding of all steps: one row for the head and six for the blocks."""
     rows = case.steps + case.rows - 1
     return rows * 7 * spec.inner_dim * _residual_itemsize(spec, case)
 
 
 def sampler_state_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
-    """The sample, the scheduler's history, what a step cache keeps and the image conditioning, in
-    fp32."""
+    """Return the sample, the scheduler's history, what a step cache keeps and the image
+    conditioning, in fp32."""
     condition = spec.in_channels - spec.out_channels
     channels = (1 + case.history_latents + case.cached_latents) * spec.out_channels + condition
     given = spec.out_channels * _volume((1, *case.latent[1:])) if case.still else 0
@@ -247,14 +248,14 @@ def sampler_state_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
 
 
 def _fused_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
-    """The windows' predictions together, in fp32; one window's is taken as it is."""
+    """Return the windows' predictions together, in fp32; one window's is taken as it is."""
     return 0 if case.windows == 1 else spec.out_channels * _volume(case.whole) * FP32_BYTES
 
 
 def denoise_flops(
     spec: TransformerSpec, tokens: int, image_tokens: int, text_tokens: int = TEXT_TOKENS
 ) -> Flops:
-    """Arithmetic of one forward pass of one branch, as `denoise_forward` does it.
+    """Return the arithmetic of one forward pass of one branch, as `denoise_forward` does it.
 
     The two scores-and-values products of attention count 4 n m d each block; norms, rotations and
     activations are left out.
@@ -273,7 +274,7 @@ def denoise_flops(
 
 
 def context_flops(spec: TransformerSpec, case: DenoiseCase) -> int:
-    """Arithmetic before denoising: embedders, time embedding and cross-attention K/V."""
+    """Return the arithmetic before denoising: embedders, time embedding and cross-attention K/V."""
     d, image_dim = spec.inner_dim, spec.image_dim or 0
     texts = case.branches * case.text_tokens
     blocks = spec.num_layers * (texts + case.image_tokens) * 2 * d * d
@@ -289,27 +290,27 @@ def _volume(latent: tuple[int, int, int]) -> int:
 
 
 def _upcast(itemsize: int) -> int:
-    """Bytes an element of the fp32 copy that a norm makes of its input."""
+    """Return the bytes an element of the fp32 copy that a norm makes of its input."""
     return 0 if itemsize == FP32_BYTES else FP32_BYTES
 
 
 def _rope_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
-    """Cosine and sine of half a head's width for each token, in fp32."""
+    """Return the cosine and sine of half a head's width for each token, in fp32."""
     return grid_tokens(spec, case.latent) * spec.attention_head_dim * FP32_BYTES
 
 
 def _residual_itemsize(spec: TransformerSpec, case: DenoiseCase) -> int:
-    """Of the hidden states, the time embedding and the predictions."""
+    """Return the bytes an element of the hidden states, the time embedding and the predictions."""
     return FP32_BYTES if case.residual == "fp32" else spec.weights.itemsize
 
 
 def _is_wide(spec: TransformerSpec, case: DenoiseCase) -> bool:
-    """Whether the hidden states are wider than what is computed with."""
+    """Return whether the hidden states are wider than what is computed with."""
     return _residual_itemsize(spec, case) > spec.weights.itemsize
 
 
 def _tokens_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
-    """All tokens in the compute dtype."""
+    """Return all tokens in the compute dtype."""
     return grid_tokens(spec, case.latent) * spec.inner_dim * spec.weights.itemsize
 
 
@@ -322,8 +323,8 @@ def _output_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
 
 
 def _earlier_outputs_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
-    """Predictions of the branches that went before, while the last ones are under way; of windows,
-    those of one alone, which wait for its last branch."""
+    """Return the predictions of the branches that went before, while the last ones are under way;
+    of windows, those of one alone, which wait for its last branch."""
     if case.windows > 1:
         waiting = case.visit_branches % case.branches and case.branches - 1
         return waiting * _output_bytes(spec, case)
@@ -332,7 +333,7 @@ def _earlier_outputs_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
 
 
 def _embed_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int]:
-    """The convolution's output beside its transposed copy, or all branches' copies."""
+    """Return the convolution's output beside its transposed copy, or all branches' copies."""
     hidden = _hidden_bytes(spec, case)
     return {
         "hidden": max(_tokens_bytes(spec, case) + hidden, case.visit_branches * hidden),
@@ -362,21 +363,22 @@ def _block_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int]:
 
 
 def _block_modulation_bytes(spec: TransformerSpec) -> int:
-    """Six fp32 rows and two scales; their fp32 operand, then a norm's fp32 weight and bias."""
+    """Return six fp32 rows and two scales; their fp32 operand, then a norm's fp32 weight and
+    bias."""
     return (6 + 2 + 6) * spec.inner_dim * FP32_BYTES
 
 
 def _layer_norm_bytes(spec: TransformerSpec, case: DenoiseCase, tokens: int) -> int:
-    """The fp32 output beside the fp32 copy of its input, or beside its own in the compute dtype;
-    and two fp32 statistics a token."""
+    """Return the fp32 output beside the fp32 copy of its input, or beside its own in the compute
+    dtype; and two fp32 statistics a token."""
     e = spec.weights.itemsize
     beside = e if _is_wide(spec, case) else _upcast(e)
     return tokens * ((beside + FP32_BYTES) * spec.inner_dim + 2 * FP32_BYTES)
 
 
 def _wide_rows_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
-    """Rows of the time embedding's matrices in fp32 beside all steps' angles and inner rows, which
-    are all there before the projections are."""
+    """Return the rows of the time embedding's matrices in fp32 beside all steps' angles and inner
+    rows, which are all there before the projections are."""
     if not _is_wide(spec, case):
         return 0
     rows = (min(WIDE_ROWS, 6 * spec.inner_dim) * (spec.inner_dim + 1)) * FP32_BYTES
@@ -384,22 +386,23 @@ def _wide_rows_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
 
 
 def _rms_norm_bytes(spec: TransformerSpec, tokens: int, fused: bool) -> int:
-    """The input, its fp32 copy, and two fp32 products at once, as torch composes it on the CPU;
-    ``fused``, input and result. A statistic or two a token."""
+    """Return the input, its fp32 copy, and two fp32 products at once, as torch composes it on the
+    CPU; ``fused``, input and result. A statistic or two a token."""
     e = spec.weights.itemsize
     width = (2 * e if fused else e + _upcast(e) + 2 * FP32_BYTES) * spec.inner_dim
     return tokens * (width + 2 * FP32_BYTES)
 
 
 def _rotation_bytes(spec: TransformerSpec, tokens: int) -> int:
-    """Queries before and after, and the fp32 products of half their elements, twice."""
+    """Return queries before and after, and the fp32 products of half their elements, twice."""
     return tokens * spec.inner_dim * (2 * spec.weights.itemsize + FP32_BYTES)
 
 
 def _attention_bytes(spec: TransformerSpec, tokens: int, case: DenoiseCase) -> int:
-    """Queries, the result over the text (or all tokens), the one over the image, and one fp32 sum
-    a head; later the result, its projection and the gated fp32 product. Contrasted: queries, both
-    results over texts, and an fp32 copy of one of them for its norm, with the norms of both."""
+    """Count queries, the result over the text (or all tokens), the one over the image, and one fp32
+    sum a head; later the result, its projection and the gated fp32 product. Contrasted: queries,
+    both results over texts, and an fp32 copy of one of them for its norm, with the norms of
+    both."""
     e = spec.weights.itemsize
     results = 3 if case.image_tokens else 2
     attending = results * e * spec.inner_dim + FP32_BYTES * spec.num_attention_heads
@@ -409,7 +412,7 @@ def _attention_bytes(spec: TransformerSpec, tokens: int, case: DenoiseCase) -> i
 
 
 def int8_attention_bytes(heads: int, width: int, queries: int, keys: int, itemsize: int) -> int:
-    """What comfy-kitchen's int8 attention holds beside queries, keys, values and its result.
+    """Return what comfy-kitchen's int8 attention holds beside queries, keys, values and its result.
 
     As `_int8_attention_cuda` of comfy-kitchen 0.2.40 (`comfy_kitchen/sage_attention.py`) allocates:
     a head is as wide as 64, 128 or 256, and copied where it is narrower than that; queries and keys
@@ -441,23 +444,25 @@ def _int8_attending(spec: TransformerSpec, chunk: int, tokens: int) -> dict[str,
 
 
 def _kernel_width(width: int) -> int:
-    """Of a head in comfy-kitchen's int8 attention."""
+    """Return the width of a head in comfy-kitchen's int8 attention."""
     return next(size for size in (64, 128, 256) if width <= size or size == 256)
 
 
 def _feed_forward_bytes(spec: TransformerSpec, tokens: int) -> int:
-    """The wide activations beside the block's width, before and after."""
+    """Return the wide activations beside the block's width, before and after."""
     return tokens * (spec.inner_dim + spec.ffn_dim) * spec.weights.itemsize
 
 
 def _lora_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
-    """A chunk's activations between the two matrices of a low-rank pair, one pair at a time."""
+    """Return a chunk's activations between the two matrices of a low-rank pair, one pair at a
+    time."""
     chunk = min(case.chunk_tokens, grid_tokens(spec, case.latent))
     return chunk * spec.lora.rank * spec.weights.itemsize
 
 
 def _head_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int]:
-    """Hidden states go and outputs come one branch at a time; each is projected, then unpatched."""
+    """Count the head: hidden states go and outputs come one branch at a time; each is projected,
+    then unpatched."""
     hidden, output = _hidden_bytes(spec, case), _output_bytes(spec, case)
     chunk = min(case.chunk_tokens, grid_tokens(spec, case.latent))
     patch_row = output // grid_tokens(spec, case.latent)
@@ -486,8 +491,8 @@ def _sampler_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int
 
 
 def _embedder_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
-    """The text's two activations at once, or the image's: three of its own width, the sum with its
-    places and, at the last norm, its context in fp32 twice."""
+    """Return the text's two activations at once, or the image's: three of its own width, the sum
+    with its places and, at the last norm, its context in fp32 twice."""
     d, e = spec.inner_dim, spec.weights.itemsize
     text = 2 * case.text_tokens * d * e
     own = (3 * max(e, FP32_BYTES) + (e if spec.pos_embed else 0)) * (spec.image_dim or 0)
@@ -496,6 +501,6 @@ def _embedder_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
 
 
 def _embedder_rows_bytes(spec: TransformerSpec) -> int:
-    """Fp32 copies of norm weights, and the rows of one step's time embedding."""
+    """Return fp32 copies of norm weights, and the rows of one step's time embedding."""
     wide = max(spec.inner_dim, spec.image_dim or 0)
     return (2 * wide + 4 * spec.inner_dim + 6 * spec.freq_dim) * FP32_BYTES

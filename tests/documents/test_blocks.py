@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -26,7 +27,14 @@ from tests.documents.blocks import PAGES, ROOT, RUN, SHOWN, Block, blocks, parse
 ALL = [block for page in PAGES for block in blocks(page)]
 PAGES_WITH = [page for page in PAGES if any(b.language in RUN and not b.note for b in blocks(page))]
 
-NOT_RUN = {"README.md": 2, "batch.md": 1, "caches.md": 1, "files.md": 1, "install.md": 4}
+NOT_RUN = {
+    "README.md": 2,
+    "batch.md": 1,
+    "caches.md": 1,
+    "comfyui.md": 1,
+    "files.md": 1,
+    "install.md": 4,
+}
 """How many blocks of a page nothing runs. One more needs its reason in the page, and its number
 here."""
 
@@ -69,10 +77,19 @@ def test_what_a_page_shows_runs(
 def run_command(words: list[str], stage: Path) -> None:
     """As typed, but for the program's name."""
     assert words[0] == "penstock", f"not run, and does not say so: {words}"
+    if "-o" in words:
+        remove(stage / words[words.index("-o") + 1])
     if "JOB" in words or words[1] == "jobs":
         staged.stopped_job(stage)
     found = CliRunner().invoke(app, words[1:])
     assert found.exit_code == 0, f"{' '.join(words)}\n{found.output}"
+
+
+def remove(output: Path) -> None:
+    """What another page has written."""
+    if output.is_dir():
+        shutil.rmtree(output)
+    output.unlink(missing_ok=True)
 
 
 def run_python(block: Block, names: dict[str, Any]) -> None:

@@ -20,17 +20,22 @@ def bench(
     model: Annotated[str | None, typer.Option(help="A model, as generate takes it.")] = None,
     synthetic: Annotated[
         str | None,
-        typer.Option(help="Random weights of true shapes, made on the spot: wan2.1-i2v-14b."),
+        typer.Option(help="Random weights of true shapes: wan2.1-i2v-14b, minimax-h3-pruned."),
     ] = None,
     blocks: Annotated[
         int | None, typer.Option(help="Its blocks (as many as disk and --minutes allow).")
     ] = None,
     width: Annotated[int, typer.Option(help="Pixels.")] = 832,
     height: Annotated[int, typer.Option(help="Pixels.")] = 480,
-    frames: Annotated[int, typer.Option(help="Frames, 4n+1.")] = 81,
+    frames: Annotated[
+        int | None, typer.Option(help="Frames (81, or the nearest that the model makes).")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps that count.")] = 3,
     warmup: Annotated[int, typer.Option(help="Steps before them that do not.")] = 1,
-    cfg: Annotated[float, typer.Option(help="Guidance scale; 1 is off: one pass a step.")] = 5.0,
+    cfg: Annotated[
+        float | None,
+        typer.Option(help="Guidance scale; 1: off, one pass a step (5, where the model has it)."),
+    ] = None,
     options: Options = NOTHING,
     folder: Annotated[
         Path | None,

@@ -839,6 +839,17 @@ FAULTS = (
           "one byte changed in {size} bytes of weights, {n} times, half of them with the file's "
           "time set back: between two jobs that use a pack, and between stop and resume",
           "{packs} and {again} noticed"),
+    Fault("::test_two_hundred_kills_under_fifty_jobs", r"(?s).*\n(?P<kills>\d+) kills met",
+          "SIGKILL of the server at random moments under a queue of 50 jobs, {kills} kills",
+          "every video made once, frames identical to those of a server that nobody disturbed"),
+    Fault("::test_a_hundred_lines_killed_at_any_moment_are_each_made_once",
+          r"(?P<lines>\d+) lines, (?P<kills>\d+) kills",
+          "SIGKILL of a batch and of its workers: a list of {lines} lines, {kills} kills",
+          "each video made once, each line noted once"),
+    Fault("::test_no_request_of_many_is_answered_by_a_failure",
+          r"(?P<each>\d+) requests of each of (?P<operations>\d+)",
+          "requests drawn from the OpenAPI page, {each} of each of {operations} operations",
+          "none is answered by a failure of the server's own"),
     Fault("::test_a_path_that_is_no_good_is_one_line", "",
           "each path option with each fault (no permission, a loop, too long, a pipe, a device, a "
           "socket, stale, ...), {passed} pairs",

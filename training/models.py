@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline, WanTransformer3DModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import (
     Tokenizer,
     decoders,
@@ -61,6 +62,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         model_max_length=CONTEXT,
         padding_side="right",
+        add_prefix_space=True,  # said again: transformers 4 takes it out otherwise
     )
 
 
@@ -192,4 +194,17 @@ def save_folder(
         transformer=model.transformer.half(),
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
+    _name_as_released(folder / "image_encoder" / "model.safetensors")
     (folder / "defaults.json").write_text(json.dumps(defaults, indent=2) + "\n")
+
+
+def _name_as_released(path: Path) -> None:
+    """Put "vision_model." before the names of an image encoder, as in Wan's own folders.
+
+    transformers 5 writes them without, and reads both; 4 takes these for none of its own, and
+    leaves the encoder as it was drawn.
+    """
+    weights = load_file(path)
+    save_file(
+        {f"vision_model.{name}": tensor for name, tensor in weights.items()}, path, {"format": "pt"}
+    )

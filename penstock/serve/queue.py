@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -447,9 +448,16 @@ def _row(found: sqlite3.Row) -> Row:
     values.pop("number")
     for name in ("order", "plan", "error", "report"):
         text = values.pop(f"{name}_json")
-        values[name] = None if text is None else json.loads(text)
+        values[name] = None if text is None else _parsed(text)
     values["paused"] = bool(values["paused"])
     return Row(**values)
+
+
+@lru_cache(maxsize=512)
+def _parsed(text: str) -> Mapping[str, Any]:
+    """Read once, as clients look at the same rows again and again; nobody changes what is read."""
+    value: Mapping[str, Any] = json.loads(text)
+    return value
 
 
 def ids(rows: Sequence[Row]) -> list[str]:

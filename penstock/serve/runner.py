@@ -5,24 +5,23 @@ from __future__ import annotations
 import base64
 import io
 import logging
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from penstock.closing import Closing
 from penstock.engine.engine import Engine
 from penstock.engine.request.settings import resolve
 from penstock.engine.run.events import Event, Notice, PhaseEnded, PhaseStarted, Progress, Replanned
 from penstock.engine.run.job import Job
 from penstock.engine.run.jobs import describe, opening_of
 from penstock.engine.run.preview import Preview
-from penstock.errors import JobCancelled, JobLocked, PenstockError, UsageError
+from penstock.errors import JobLocked, UsageError
 from penstock.profiles.options import Options
 from penstock.profiles.plan import Plan
-from penstock.serve.order import COMPLETED, FAILED, STOPPED, Order, Tell, error_values, settings_of
+from penstock.serve.doer import Doer
+from penstock.serve.order import Order, Tell, settings_of
 
 log = logging.getLogger(__name__)
 
@@ -35,8 +34,11 @@ LOCKED_S, LOCKED_TRIES = 0.1, 300
 _QUALITY = 80
 
 
-class Runner(Closing):
-    """Owns at most one engine. `run` is called on one thread, `cancel` on any.
+class Runner(Doer[Order]):
+    """Owns at most one engine.
+
+    What an order's folder holds decides: nothing, and its job is begun; an unfinished job, and that
+    goes on from its last step; a finished one, and nothing is done again.
 
     Args:
         models: places by name.
@@ -47,47 +49,15 @@ class Runner(Closing):
     def __init__(
         self, models: Mapping[str, str], options: Options, cache: Path | None = None
     ) -> None:
+        super().__init__()
         self._models, self._options, self._cache = dict(models), options, cache
         self._engine: Engine | None = None
         self._opened: object = None
-        self._guard = threading.Lock()
-        self._job: tuple[str, Job] | None = None
-        self._cancelled: str | None = None
 
-    def run(self, order: Order, tell: Tell) -> dict[str, Any]:
-        """Do a job to its end, and say how it ended.
-
-        What its folder holds decides: nothing, and it is begun; an unfinished job, and that goes on
-        from its last step; a finished one, and nothing is done again.
-
-        Args:
-            order: the job.
-            tell: called with what happens, on this thread.
-
-        Returns:
-            ``{"state": COMPLETED, "report": ...}``, ``{"state": STOPPED}`` after `cancel`, or
-            ``{"state": FAILED, "error": ...}``.
-        """
-        try:
-            report = self._finished(order) or self._made(order, tell)
-        except JobCancelled:
-            return {"state": STOPPED}
-        except Exception as error:  # noqa: BLE001 - told to the client by its kind; logged here
-            if not isinstance(error, PenstockError):
-                log.exception("job %s", order.id)
-            return {"state": FAILED, "error": error_values(error)}
-        finally:
-            with self._guard:
-                self._job, self._cancelled = None, None
-        return {"state": COMPLETED, "report": report, "size_bytes": order.video.stat().st_size}
-
-    def cancel(self, name: str) -> None:
-        """Stop the job of that id at its next block or tile, also where it is yet to begin; what it
-        has done is kept."""
-        with self._guard:
-            self._cancelled = name
-            if self._job is not None and self._job[0] == name:
-                self._job[1].cancel()
+    def done(self, order: Order, tell: Tell) -> dict[str, Any]:
+        """``{"report": ..., "size_bytes": ...}``."""
+        report = self._finished(order) or self._made(order, tell)
+        return {"report": report, "size_bytes": order.video.stat().st_size}
 
     def close(self) -> None:
         """Give everything back."""
@@ -105,14 +75,7 @@ class Runner(Closing):
 
     def _made(self, order: Order, tell: Tell) -> dict[str, Any]:
         job = self._begun(order)
-        with self._guard:
-            self._job = order.id, job
-            if self._cancelled == order.id:
-                job.cancel()
-        teller = Teller(tell, job.plan)
-        for event in job.events():
-            teller.hear(event)
-        return job.result().report.to_json()
+        return self.watched(order, job, Teller(tell, job.plan).hear).report.to_json()
 
     def _begun(self, order: Order) -> Job:
         for _ in range(LOCKED_TRIES):

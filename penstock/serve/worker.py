@@ -15,15 +15,12 @@ import os
 import queue
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from penstock.profiles.options import Options
-from penstock.serve.order import Order
-
-if TYPE_CHECKING:
-    from penstock.serve.runner import Runner
+from penstock.serve.order import Order, Tell
 
 _OOM_SCORE = "500"
 """Where memory runs out, the system ends a worker, whose job goes on, before anything else."""
@@ -64,16 +61,35 @@ def be_first_to_go() -> None:
         return
 
 
-class _Worker:
+class Hands(Protocol):
+    """What does the orders, such as `penstock.serve.doer.Doer`."""
+
+    def run(self, order: Any, tell: Tell) -> dict[str, Any]:
+        """Do one; returns how it ended."""
+
+    def cancel(self, name: str) -> None:
+        """Stop the order of that id, which may be yet to come."""
+
+
+class Station:
+    """Takes orders from standard input, one after the other.
+
+    Args:
+        line: where answers go.
+    """
+
     def __init__(self, line: Line) -> None:
         self._line = line
         self._orders: queue.Queue[Mapping[str, Any]] = queue.Queue()
         self._guard = threading.Lock()
-        self._runner: Runner | None = None
+        self._hands: Hands | None = None
         self._cancelled: list[str] = []
 
     def listen(self) -> None:
-        """Take what comes in until it ends; the process ends then."""
+        """Take what comes in, on a thread of its own; at its end the process ends."""
+        threading.Thread(target=self._listen, name="penstock-orders", daemon=True).start()
+
+    def _listen(self) -> None:
         for text in sys.stdin:
             message = json.loads(text)
             if "cancel" in message:
@@ -84,25 +100,25 @@ class _Worker:
 
     def _cancel(self, name: str) -> None:
         with self._guard:
-            if self._runner is None:
+            if self._hands is None:
                 self._cancelled.append(name)
             else:
-                self._runner.cancel(name)
+                self._hands.cancel(name)
 
-    def work(self, config: Mapping[str, Any]) -> None:
-        """Do jobs as they come."""
-        from penstock.serve.runner import Runner  # torch: somebody listens already
+    def work(self, hands: Hands, read: Callable[[Mapping[str, Any]], object]) -> None:
+        """Do orders as they come.
 
-        cache = config.get("cache")
-        options = Options.from_json(config["options"])
-        runner = Runner(config["models"], options, None if cache is None else Path(cache))
+        Args:
+            hands: do them.
+            read: an order from its plain values.
+        """
         with self._guard:
-            self._runner = runner
+            self._hands = hands
             for name in self._cancelled:
-                runner.cancel(name)
+                hands.cancel(name)
         while True:
-            order = Order.from_json(self._orders.get())
-            self._line.send(runner.run(order, self._line.send))
+            order = read(self._orders.get())
+            self._line.send(hands.run(order, self._line.send))
 
 
 def main() -> None:
@@ -110,9 +126,14 @@ def main() -> None:
     line = Line(own_output())
     be_first_to_go()
     config = json.loads(sys.stdin.readline())
-    worker = _Worker(line)
-    threading.Thread(target=worker.listen, name="penstock-orders", daemon=True).start()
-    worker.work(config)
+    station = Station(line)
+    station.listen()
+    from penstock.serve.runner import Runner  # torch: somebody listens already
+
+    cache = config.get("cache")
+    options = Options.from_json(config["options"])
+    runner = Runner(config["models"], options, None if cache is None else Path(cache))
+    station.work(runner, Order.from_json)
 
 
 if __name__ == "__main__":

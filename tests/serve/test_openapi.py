@@ -53,3 +53,4 @@ def test_no_request_is_answered_by_a_failure(server: Inside) -> None:
 @pytest.mark.faults
 def test_no_request_of_many_is_answered_by_a_failure(server: Inside) -> None:
     assert tried(server, 300, again=False) == 20
+    print("\n300 requests of each of 20 operations, none answered by a failure")

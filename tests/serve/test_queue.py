@@ -131,3 +131,9 @@ def test_a_database_of_another_version_is_left_alone(path: Path) -> None:
         other.execute("PRAGMA user_version = 99")
     with pytest.raises(StorageError, match="another version"):
         Queue(path)
+
+
+def test_what_is_looked_at_again_is_not_parsed_again(queue: Queue) -> None:
+    first, second = queue.get("a"), queue.page(status="queued", order="asc").rows[0]
+    assert first is not None and first == second
+    assert first.order is second.order and first.plan is second.plan

@@ -90,8 +90,9 @@ class Tokenizer:
                 )
         return ids, found
 
-    def written(self) -> tuple[str, dict[str, str]]:
-        """The content of a ``tokenizer.json``, and the marks that go beside it into a config.
+    def written(self) -> tuple[str, dict[str, Any]]:
+        """The content of a ``tokenizer.json``, and the marks and what else goes into a config
+        beside it.
 
         Raises:
             CheckpointError: the tokenizer cannot be read.

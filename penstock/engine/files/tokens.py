@@ -77,11 +77,18 @@ def verbatim(
 
 
 @_answering
-def written(read: _Read) -> tuple[str, dict[str, str]]:
-    """The content of a ``tokenizer.json``, and the marks; encodes a word first."""
+def written(read: _Read) -> tuple[str, dict[str, Any]]:
+    """The content of a ``tokenizer.json``, and what its config says; encodes a word first."""
     read.backend.encode("a")
-    known = {name: m for name, m in read.marks.items() if read.backend.token_to_id(m) is not None}
-    return read.backend.to_str(), known
+    known: dict[str, Any] = {
+        name: mark
+        for name, mark in read.marks.items()
+        if read.backend.token_to_id(mark) is not None
+    }
+    text = read.backend.to_str()
+    if (json.loads(text)["pre_tokenizer"] or {}).get("add_prefix_space"):
+        known["add_prefix_space"] = True  # transformers 4 takes it out where no config has it
+    return text, known
 
 
 def _read(source: dict[str, Any]) -> _Read:

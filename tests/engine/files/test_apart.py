@@ -123,3 +123,14 @@ def test_odd_configs_are_passed_over(tmp_path):
     config = json.dumps({"pad_token": 5, "eos_token": ["x"], "auto_map": {"AutoTokenizer": "x.y"}})
     (prompt,) = Tokenizer(folder(tmp_path, tokenizer_config=config)).tokenise(["a green square"])
     assert prompt == Tokenizer(MINI / "tokenizer").tokenise(["a green square"])[0]
+
+
+def test_what_is_written_says_that_a_text_begins_with_a_space(tmp_path):
+    """Without it in the config, transformers 4 takes the space out of the tokenizer."""
+    config = (MINI / "tokenizer" / "tokenizer_config.json").read_text()
+    less = json.dumps({k: v for k, v in json.loads(config).items() if k != "add_prefix_space"})
+    tokenizer = Tokenizer(folder(tmp_path, tokenizer_config=less))
+    content, said = tokenizer.written()
+    assert json.loads(content)["pre_tokenizer"]["add_prefix_space"] is said["add_prefix_space"]
+    (ours,) = tokenizer.tokenise(["a green square"])
+    assert tokenizer.for_transformers()("a green square").input_ids == list(ours.ids[: ours.length])

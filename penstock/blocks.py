@@ -17,7 +17,7 @@ STAGING_BYTES = 64 * MIB
 
 
 def spread(n: int, k: int) -> tuple[int, ...]:
-    """``k`` of the places ``0..n-1``, ascending, with gaps that differ by at most one.
+    """Return ``k`` of the places ``0..n-1``, ascending, with gaps that differ by at most one.
 
     Raises:
         UsageError: not 0 <= k <= n.

@@ -35,7 +35,7 @@ _SHOWN_BITS = 256
 
 
 def brief(value: object) -> str:
-    """A value of any kind, as it is shown in an error: not more than a line of it.
+    """Return a value of any kind, as it is shown in an error: not more than a line of it.
 
     A whole number may have more digits than Python is willing to print.
     """

@@ -18,7 +18,8 @@ variables, not the system, on Windows."""
 
 
 def config_folder() -> Path:
-    """A user's own profiles and measured rates: ``$PENSTOCK_CONFIG``, or the platform's place."""
+    """Return a user's own profiles and measured rates: ``$PENSTOCK_CONFIG``, or the platform's
+    place."""
     return _named("PENSTOCK_CONFIG") or _kept("config", _places(roaming=True).user_config_path)
 
 
@@ -42,7 +43,7 @@ def _places(*, roaming: bool = False) -> PlatformDirs:
 
 
 def _kept(kind: str, place: Path) -> Path:
-    """``place``, or what a user has from an earlier version while ``place`` is not there."""
+    """Return ``place``, or what a user has from an earlier version while ``place`` is not there."""
     known = _BEFORE.get(sys.platform, {})
     base = known.get(kind, known.get(""))
     if base is None or place.is_dir():

@@ -29,7 +29,7 @@ def check_regular(path: Path) -> None:
 
 
 def open_regular(path: Path, buffer_bytes: int = DEFAULT_BUFFER_SIZE) -> BufferedReader:
-    """A regular file, open for reading.
+    """Open a regular file for reading.
 
     Args:
         path: the file.
@@ -58,7 +58,7 @@ def open_unbuffered(path: Path) -> FileIO:
 
 
 def read_regular(path: Path) -> bytes:
-    """The content of a regular file.
+    """Read the content of a regular file.
 
     Raises:
         OSError: as `open_regular`.

@@ -34,7 +34,7 @@ def parse_bytes(text: str | int) -> int:
     value = text if type(text) is int else _from_words(text)
     if not 0 < value <= MOST_BYTES:
         raise UsageError(
-            "a size must be positive, and one that can exist",
+            "size out of range",
             expected=f"1 byte to {MOST_BYTES:,} bytes",
             found=brief(text),
         )
@@ -55,7 +55,7 @@ def _from_words(text: object) -> int:
 
 
 def format_bytes(count: int) -> str:
-    """``count`` bytes for people: ``"11.50 GiB"``, ``"512.0 MiB"``, ``"17 B"``."""
+    """Return ``count`` bytes for people: ``"11.50 GiB"``, ``"512.0 MiB"``, ``"17 B"``."""
     for unit, factor, digits in (("GiB", GIB, 2), ("MiB", MIB, 1), ("KiB", KIB, 1)):
         if abs(count) >= factor:
             return f"{count / factor:.{digits}f} {unit}"
@@ -63,5 +63,5 @@ def format_bytes(count: int) -> str:
 
 
 def align_up(count: int, alignment: int) -> int:
-    """The smallest multiple of ``alignment`` that is not below ``count``."""
+    """Return the smallest multiple of ``alignment`` that is not below ``count``."""
     return -(-count // alignment) * alignment

@@ -78,8 +78,8 @@ def _inputs(request: GenerationRequest, model: Prepared) -> list[Path]:
 
 
 def settled(line: Line, frames: Path) -> Settings:
-    """A request's settings, those of the video that it goes on from among them, whose last frame
-    is written into the folder ``frames``.
+    """Return a request's settings, those of the video that it goes on from among them, whose last
+    frame is written into the folder ``frames``.
 
     Raises:
         VideoError, UsageError: that video cannot be gone on from.
@@ -97,7 +97,7 @@ def settled(line: Line, frames: Path) -> Settings:
 
 
 def order_of(line: Line, place: Path) -> Order:
-    """What a worker is told of a request; its pictures are copied into ``place``.
+    """Return what a worker is told of a request; its pictures are copied into ``place``.
 
     Args:
         line: the request.

@@ -122,7 +122,8 @@ class Dispatch:
                     self._changed.notify_all()
 
     async def _next(self, model: tuple[str, tuple[str, ...]] | None, worker: Worker) -> Task | None:
-        """The next request of ``model``, or of any; waits for what a dying worker may give back."""
+        """Return the next request of ``model``, or of any; wait for what a dying worker may give
+        back."""
         async with self._changed:
             await self._changed.wait_for(
                 lambda: self._waiting or self._stopped or not self._running
@@ -201,7 +202,7 @@ class _Beginning:
         self._step = step
 
     def hear(self, event: Mapping[str, Any]) -> None:
-        """A worker that does not see the request's folder says so."""
+        """Note that a worker does not see the request's folder."""
         if event.get(UNSEEN):
             self._step = None
 

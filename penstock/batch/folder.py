@@ -53,15 +53,15 @@ class OutputFolder(Closing):
         self._lock.remove()
 
     def place_of(self, line: Line) -> Path:
-        """Where a request is worked on."""
+        """Return where a request is worked on."""
         return self.path / "jobs" / f"{line.name}-{line.digest[:12]}"
 
     def output_of(self, line: Line) -> Path:
-        """Where its video goes."""
+        """Return where its video goes."""
         return self.path / f"{line.name}.mp4"
 
     def is_done(self, line: Line) -> bool:
-        """Whether its video is there, which is noted now if it was not.
+        """Return whether its video is there, which is noted now if it was not.
 
         Raises:
             UsageError: something else was made under its name.
@@ -72,8 +72,8 @@ class OutputFolder(Closing):
             if last.digest != line.digest:
                 raise UsageError(
                     f"{line.name} was made from another request, which line {last.line} was",
-                    expected="a list to which lines are only added",
-                    remedy="Give this one an id of its own, or take another folder.",
+                    expected="a list that only grows",
+                    remedy="Give this request a new id, or use another folder.",
                 )
             self._tidy(line)
             return True
@@ -82,7 +82,7 @@ class OutputFolder(Closing):
         report = self._report(line)
         if report is None:
             raise OutputError(
-                "there is a file of this name already", expected="a free name", found=str(output)
+                "the output exists already", expected="a free name", found=str(output)
             )
         self._note(line, "done", None, report)
         return True
@@ -98,7 +98,7 @@ class OutputFolder(Closing):
         return dict(record.facts.get("report", {}))
 
     def step_of(self, line: Line) -> int | None:
-        """The last step that is kept of a request; None where nothing of it is begun."""
+        """Return the last step that is kept of a request; None where nothing of it is begun."""
         journal = self.place_of(line) / JOURNAL
         if not journal.is_dir():
             return None
@@ -118,7 +118,7 @@ class OutputFolder(Closing):
                 self._ops.rename_new(video, output)
             except FileExistsError as error:
                 raise OutputError(
-                    "a file has taken this name meanwhile", found=str(output),
+                    "another file has taken this name meanwhile", found=str(output),
                     remedy=f"The video is {video}: it gets its name when that one is away.",
                 ) from error  # fmt: skip
             self._ops.fsync_dir(self.path)

@@ -85,7 +85,7 @@ class BadLine:
 def read_lines(
     path: Path, model: str | None, loras: Sequence[str] = ()
 ) -> tuple[list[Line], list[BadLine]]:
-    """The lines of a list, and those that are no request; blank ones are left out.
+    """Read the lines of a list, and those that are no request; blank ones are left out.
 
     Args:
         path: of the list. Paths in it count from its folder.
@@ -113,12 +113,12 @@ def read_lines(
             name = _name_of(given, name)
             first = names.setdefault(name.casefold(), number)  # some disks do not tell a from A
             if first != number:
-                raise UsageError("two lines have this id", found=f"{name} in line {first}")
+                raise UsageError("two lines have the same id", found=f"{name} in line {first}")
             good.append(_line(number, name, given, path.absolute().parent, model, tuple(loras)))
         except PenstockError as error:
             bad.append(BadLine(number, name, error))
     if not good and not bad:
-        raise UsageError("the list is empty", expected="a request a line", found=str(path))
+        raise UsageError("the list is empty", expected="one request per line", found=str(path))
     return good, bad
 
 
@@ -126,9 +126,9 @@ def _parsed(raw: bytes) -> dict[str, Any]:
     try:
         given = json.loads(raw, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
-        raise UsageError("it is no JSON", found=str(error)) from error
+        raise UsageError("not valid JSON", found=str(error)) from error
     if not isinstance(given, dict):
-        raise UsageError("it is no request", expected="a JSON object", found=brief(given))
+        raise UsageError("not a request", expected="a JSON object", found=brief(given))
     found: dict[str, Any] = {}
     for key, value in given.items():
         word = key.replace("-", "_")
@@ -144,7 +144,7 @@ def _parsed(raw: bytes) -> dict[str, Any]:
 
 
 def _no_number(word: str) -> float:
-    raise ValueError(f"{word} is no number of JSON's")
+    raise ValueError(f"{word} is not a JSON number")
 
 
 def _name_of(given: Mapping[str, Any], otherwise: str) -> str:
@@ -167,7 +167,7 @@ def _line(
 ) -> Line:
     model = _checked(given, "model", (str,), model)
     if not model:
-        raise UsageError("it names no model", expected='"model" in the line, or --model')
+        raise UsageError("the line names no model", expected='"model" in the line, or --model')
     loras = _loras(given, folder, loras)
     settings = _settings(given, folder)
     facts = {**vars(settings), "model": model, "loras": loras, "name": name}
@@ -185,14 +185,16 @@ def _settings(given: Mapping[str, Any], folder: Path) -> Settings:
         if value is not None:
             values[word] = folder / Path(value).expanduser() if word in _PATHS else value
     if "prompt" not in values and "after" not in values:
-        raise UsageError("it says not what to show", expected='"prompt"')
+        raise UsageError("the prompt is missing", expected='"prompt"')
     low = _checked(given, "guidance_low", (int, float))
     if low is not None:  # the server's word for it: the first scale is for much noise
         values["guidance_high"] = _checked(given, "guidance_scale", (int, float), low)
         values["guidance_scale"] = low
     width, height = (_checked(given, word, (int,)) for word in ("width", "height"))
     if (width is None) != (height is None) or (width is not None and "size" in values):
-        raise UsageError("half a size, or two", expected='"size", or "width" and "height"')
+        raise UsageError(
+            "the size is incomplete or given twice", expected='"size", or "width" and "height"'
+        )
     if width is not None:
         values["size"] = f"{width}x{height}"
     return Settings(**({"prompt": ""} | values))
@@ -205,12 +207,12 @@ def _loras(given: Mapping[str, Any], folder: Path, otherwise: tuple[str, ...]) -
     words = value if isinstance(value, list) else [value]
     if not all(isinstance(word, str) and word for word in words):
         expected = '"FILE:STRENGTH", or a list of such'
-        raise UsageError("no LoRA", expected=expected, found=brief(value))
+        raise UsageError("not a LoRA", expected=expected, found=brief(value))
     return tuple(_lora(word, folder) for word in words)
 
 
 def _lora(word: str, folder: Path) -> str:
-    """``word`` with its file's place made absolute, where that is a path from ``folder``."""
+    """Return ``word`` with its file's place made absolute, where that is a path from ``folder``."""
     path = Lora.parse(word).path
     there = folder / path.expanduser()
     return f"{there}{word.removeprefix(str(path))}" if there.exists() else word
@@ -231,7 +233,7 @@ Check = Callable[[Line], None]
 
 
 def sorted_out(lines: Sequence[Line], check: Check) -> tuple[list[Line], list[BadLine]]:
-    """The lines that pass ``check``, in the order given, and the others."""
+    """Return the lines that pass ``check``, in the order given, and the others."""
     good: list[Line] = []
     bad: list[BadLine] = []
     for line in lines:

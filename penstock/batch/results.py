@@ -73,14 +73,14 @@ class Results:
             return Result(**json.loads(line))
         except (TypeError, ValueError, RecursionError) as error:
             raise JournalError(
-                f"{self.path} holds something else in line {number}",
+                f"{self.path} is not a list of results in line {number}",
                 expected="results of `penstock batch`",
                 found=str(error),
                 remedy="Take another folder, or move the file away.",
             ) from error
 
     def last(self, name: str) -> Result | None:
-        """What was last said of a request."""
+        """Return what was last said of a request."""
         return self._last.get(name)
 
     def add(self, result: Result) -> None:

@@ -148,7 +148,7 @@ def make(
             if todo.bad and not batch.skip_bad:
                 raise UsageError(
                     f"{len(todo.bad)} of the list's lines cannot be done",
-                    remedy="Mend them, or pass --skip-bad to make the others; nothing was begun",
+                    remedy="Correct them, or pass --skip-bad to do the others; nothing was started",
                 )
             note_bad(folder, todo.bad)
             count = len(todo.lines) + todo.done + len(todo.bad)
@@ -175,5 +175,5 @@ async def _dispatched(
     stopping(stop)
     if not await dispatch.run(workers):
         raise JobCancelled(
-            "the list was stopped", remedy="Start the same command again: it goes on from here."
+            "the list was stopped", remedy="Start the same command again: it resumes from here."
         )

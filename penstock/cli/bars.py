@@ -7,7 +7,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 
 def bars(console: Console) -> Progress:
-    """A bar a task, with its field ``facts`` behind it."""
+    """Make bars: one a task, with its field ``facts`` behind it."""
     return Progress(
         TextColumn("{task.description:>8}", markup=False),
         BarColumn(bar_width=24),

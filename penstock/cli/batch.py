@@ -23,13 +23,16 @@ from penstock.profiles.options import Options
 
 Devices = Annotated[
     str | None,
-    typer.Option(help='A worker on each: "0,1" (cards), "cpu,cpu"; memory not named is shared.'),
+    typer.Option(
+        help='One worker per device: "0,1" (GPUs) or "cpu,cpu"; budgets that are '
+        "not given are divided."
+    ),
 ]
 Ray = Annotated[
     str | None,
     typer.Option(
         metavar="ADDRESS",
-        help="Workers on a Ray cluster, one an accelerator: its address, local (one of its own)"
+        help="Workers on a Ray cluster, one per accelerator: its address, local (start one)"
         ' or auto. Needs "penstock[ray]".',
     ),
 ]
@@ -37,20 +40,22 @@ Ray = Annotated[
 
 @with_options()
 def batch(
-    requests: Annotated[Path, path_argument("The list: JSON, a request a line.")],
-    output: Annotated[Path, path_option("The folder of the videos.", "--output", "-o")],
+    requests: Annotated[Path, path_argument("List of requests: one JSON object per line.")],
+    output: Annotated[Path, path_option("Folder for the videos.", "--output", "-o")],
     model: Model = None,
     lora: Loras = None,
     devices: Devices = None,
     ray: Ray = None,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Make the others where lines cannot be done.")
+        bool, typer.Option("--skip-bad", help="Skip lines that cannot be done, and do the others.")
     ] = False,
     options: Options = NOTHING,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the counts as one JSON object.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
-    """Make the videos of a list, each once, however often it is started."""
+    """Generate the videos of a list, each exactly once, however often it is restarted."""
     from penstock.batch.run import Batch, make
     from penstock.serve.workers import Crowd
 

@@ -15,55 +15,76 @@ from penstock.cli.terminal import Screen, say
 from penstock.profiles.options import Options
 
 
-@with_options(format="Of the blocks; a synthetic model's is int8 by default.")
+@with_options(format="Weight format of the blocks (as stored; a synthetic model: int8).")
 def bench(
-    model: Annotated[str | None, typer.Option(help="A model, as generate takes it.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model to measure, as for generate.")] = None,
     synthetic: Annotated[
         str | None,
-        typer.Option(help="Random weights of true shapes: wan2.1-i2v-14b, minimax-h3-pruned."),
+        typer.Option(
+            help="Measure random weights of true shapes instead, such as minimax-h3-pruned."
+        ),
     ] = None,
     blocks: Annotated[
-        int | None, typer.Option(help="Its blocks (as many as disk and --minutes allow).")
+        int | None,
+        typer.Option(help="Blocks of the synthetic model (as many as disk and --minutes allow)."),
     ] = None,
-    width: Annotated[int, typer.Option(help="Pixels.")] = 832,
-    height: Annotated[int, typer.Option(help="Pixels.")] = 480,
+    width: Annotated[int, typer.Option(help="Width in pixels.")] = 832,
+    height: Annotated[int, typer.Option(help="Height in pixels.")] = 480,
     frames: Annotated[
-        int | None, typer.Option(help="Frames (81, or the nearest that the model makes).")
+        int | None, typer.Option(help="Number of frames (81, or the nearest that the model makes).")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps that count.")] = 3,
-    warmup: Annotated[int, typer.Option(help="Steps before them that do not.")] = 1,
+    steps: Annotated[int, typer.Option(help="Denoising steps to measure.")] = 3,
+    warmup: Annotated[int, typer.Option(help="Warm-up steps before them, which do not count.")] = 1,
     cfg: Annotated[
         float | None,
-        typer.Option(help="Guidance scale; 1: off, one pass a step (5, where the model has it)."),
+        typer.Option(
+            help="Guidance scale; 1 turns guidance off: one forward pass a step (5 or 1)."
+        ),
     ] = None,
     options: Options = NOTHING,
     folder: Annotated[
         Path | None,
-        path_option("Where a synthetic model is made (and removed again)."),
+        path_option("Folder for the synthetic model, which is removed afterwards."),
     ] = None,
     minutes: Annotated[
-        float, typer.Option(help="That the steps of a synthetic model may take, by the plan.")
+        float, typer.Option(help="Predicted minutes that the steps of a synthetic model may take.")
     ] = 10.0,
     whole: Annotated[
-        bool, typer.Option("--whole", help="Every phase of a job, not denoising alone.")
+        bool, typer.Option("--whole", help="Measure every phase of a job, not denoising alone.")
     ] = False,
-    save: Annotated[Path | None, path_option("Keep the result in this file.")] = None,
-    compare: Annotated[Path | None, path_option("Hold it against a kept one.")] = None,
-    percent: Annotated[float, typer.Option(help="Worse by more than this counts, if also")] = 5.0,
-    seconds: Annotated[float, typer.Option(help="by more than this in a step, or")] = 0.05,
-    peak: Annotated[str, typer.Option(help="by more than this in a peak.")] = "32MiB",
+    save: Annotated[Path | None, path_option("Save the result to this file.")] = None,
+    compare: Annotated[Path | None, path_option("Compare with a saved result.")] = None,
+    percent: Annotated[
+        float,
+        typer.Option(
+            help="A step is a regression if it is slower by more than this many "
+            "percent and by --seconds."
+        ),
+    ] = 5.0,
+    seconds: Annotated[
+        float,
+        typer.Option(
+            help="A step is a regression if it is slower by more than this many "
+            "seconds and by --percent."
+        ),
+    ] = 0.05,
+    peak: Annotated[
+        str, typer.Option(help="A memory peak is a regression if it is higher by more than this.")
+    ] = "32MiB",
     sweep: Annotated[
         Path | None,
-        path_option("Measure several profiles; draw s/step over VRAM here."),
+        path_option("Measure several profiles, and draw seconds a step over VRAM into this PNG."),
     ] = None,
-    profiles: Annotated[str, typer.Option(help="Those of a sweep.")] = "24gb,16gb,12gb,8gb,6gb,4gb",
+    profiles: Annotated[
+        str, typer.Option(help="Profiles of a sweep, separated by commas.")
+    ] = "24gb,16gb,12gb,8gb,6gb,4gb",
     as_json: Json = False,
-    as_md: Annotated[bool, typer.Option("--md", help="Print Markdown.")] = False,
+    as_md: Annotated[bool, typer.Option("--md", help="Print Markdown tables.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a profile on this machine: s/step, traffic, stalls and peaks, beside the plan.
+    """Measure a profile here: seconds a step, traffic, stalls and peaks, beside the plan.
 
-    Exit codes: 0 done (PASS), 1 failed or REGRESSION, 2 a wrong call or RECIPE_MISMATCH.
+    Exit codes: 0 done or PASS, 1 failed or REGRESSION, 2 wrong usage or RECIPE_MISMATCH.
     """
     from penstock.engine.bench.order import BenchOrder
     from penstock.engine.bench.result import Thresholds

@@ -28,7 +28,7 @@ class Section:
 
 
 def sections(result: BenchResult) -> list[Section]:
-    """All of a result, table by table."""
+    """Lay out all of a result, table by table."""
     told = [_notes(result)] if result.notices else []
     return [
         _summary(result), _phases(result), _traffic(result), _waits(result), _peaks(result), *told
@@ -140,12 +140,12 @@ def _peaks(result: BenchResult) -> Section:
 
 
 def _notes(result: BenchResult) -> Section:
-    """What a job would tell its user."""
+    """Return what a job would tell its user."""
     return Section("notes", ("",), tuple((line,) for line in result.notices))
 
 
 def sweep_section(points: Sequence[SweepPoint]) -> Section:
-    """One row a profile."""
+    """Lay out a sweep, one row a profile."""
     rows = tuple(
         (
             point.profile,
@@ -162,7 +162,7 @@ def sweep_section(points: Sequence[SweepPoint]) -> Section:
 
 
 def verdict_section(verdict: Verdict) -> Section:
-    """A comparison."""
+    """Lay out a comparison."""
     return Section(verdict.outcome, ("",), tuple((line,) for line in verdict.lines))
 
 
@@ -180,7 +180,7 @@ def tables(shown: Sequence[Section], width: int) -> str:
 
 
 def _is_figures(section: Section, place: int) -> bool:
-    """Whether a column holds figures, not sentences."""
+    """Return whether a column holds figures, not sentences."""
     return all(len(row[place].split()) < 3 for row in section.rows)
 
 

@@ -22,34 +22,34 @@ from penstock.folders import cache_folder
 
 log = logging.getLogger(__name__)
 
-cache_app = typer.Typer(help="List and remove the packs that were made on first use.")
+cache_app = typer.Typer(help="List and remove cached packs (a job writes the pack that it needs).")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-Part = Annotated[Path | None, path_option("This component's file, index or folder.")]
+Part = Annotated[Path | None, path_option("Checkpoint file, index or folder of this component.")]
 Second = Annotated[
     Path | None,
-    path_option("Of two transformers the one for little noise; --transformer is then the other."),
+    path_option(
+        "Low-noise transformer of a model with two; --transformer is then the high-noise one."
+    ),
 ]
 Model = Annotated[
     str | None,
-    typer.Option(
-        help="A folder (diffusers, Wan's own, ComfyUI), a transformer's file, or a hub id."
-    ),
+    typer.Option(help="Model folder (diffusers, Wan's own, ComfyUI), transformer file, or hub id."),
 ]
-Tokenizer = Annotated[Path | None, path_option("A tokenizer's folder or SentencePiece model.")]
+Tokenizer = Annotated[Path | None, path_option("Tokenizer folder or SentencePiece model.")]
 Loras = Annotated[
     list[str] | None,
     typer.Option(
-        "--lora", metavar="FILE[:STRENGTH][@high|low]", help="A LoRA; may be given several times."
+        "--lora",
+        metavar="FILE",
+        help="LoRA, as FILE[:STRENGTH][@high|low]; repeat the option for more.",
     ),
 ]
 
 LoraStrict = Annotated[
     bool,
-    typer.Option(
-        "--lora-strict", help="Refuse a LoRA of which a tensor has no place in the model."
-    ),
+    typer.Option("--lora-strict", help="Fail if any tensor of a LoRA has no place in the model."),
 ]
 
 
@@ -100,18 +100,18 @@ def refusals_shown(machine: str, plain: bool) -> Iterator[None]:
 
 
 def _told(error: OSError) -> str:
-    """What the system refused, and for which file."""
+    """Return what the system refused, and for which file."""
     names = [os.fsdecode(each) for each in (error.filename, error.filename2) if each is not None]
     reason = error.strerror or str(error) or type(error).__name__
     return f"{' and '.join(map(str, names))}: {reason}" if names else reason
 
 
 def inspect(
-    path: Annotated[Path, path_argument("A file, an index or a folder.")],
+    path: Annotated[Path, path_argument("File, index or folder.")],
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Say what a file or a folder is, by its header, and how to use it."""
+    """Describe a file or folder from its headers, and how to use it."""
     from penstock.engine.inspect import inspect as look
 
     with reported(debug):
@@ -124,8 +124,10 @@ def inspect(
 
 
 def pack(
-    format: Annotated[str, typer.Option(help="Of the transformer's matrices, such as int8.")],
-    output: Annotated[Path, path_option("The folder to write.", "--output", "-o")],
+    format: Annotated[
+        str, typer.Option(help="Weight format of the transformer's blocks, such as int8.")
+    ],
+    output: Annotated[Path, path_option("Folder to write.", "--output", "-o")],
     model: Model = None,
     transformer: Part = None,
     transformer_2: Second = None,
@@ -136,11 +138,11 @@ def pack(
     tokenizer: Tokenizer = None,
     lora: Loras = None,
     lora_strict: LoraStrict = False,
-    ram: Annotated[str, typer.Option(help="The most memory for weights in work.")] = "2GiB",
+    ram: Annotated[str, typer.Option(help="RAM budget for weights being converted.")] = "2GiB",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a model as packs: quantised, checked, and laid out for streaming."""
+    """Write a model as packs: quantised, checksummed, and laid out for streaming."""
     from penstock.cli.progress import pack_bar
     from penstock.engine.files.locate import Files, locate
     from penstock.engine.lora.file import as_loras
@@ -171,11 +173,11 @@ def pack(
 
 
 def verify(
-    path: Annotated[Path, path_argument("A pack, or a folder of packs.")],
+    path: Annotated[Path, path_argument("Pack, or folder of packs.")],
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Check every byte of a pack; exit code 1 if any is damaged."""
+    """Verify every byte of a pack; exit with 1 if any is damaged."""
     from penstock.cli.progress import pack_bar
     from penstock.engine.packs.file import verify as check
     from penstock.units import format_bytes
@@ -194,7 +196,7 @@ def verify(
 
 @cache_app.command("ls")
 def list_cache(as_json: Json = False, debug: Debug = False) -> None:
-    """List the packs in the cache: size, and what they were made from."""
+    """List cached packs: size, and what each was made from."""
     from penstock.cli.progress import packs_table
     from penstock.engine.packs.cache import cached_packs
 
@@ -206,10 +208,10 @@ def list_cache(as_json: Json = False, debug: Debug = False) -> None:
 
 @cache_app.command("rm")
 def remove_cached(
-    name: Annotated[str, typer.Argument(help="Name of a pack, as `cache ls` shows it.")],
+    name: Annotated[str, typer.Argument(help="Name of the pack, as `cache ls` shows it.")],
     debug: Debug = False,
 ) -> None:
-    """Remove a pack; `generate` makes it again when it is needed."""
+    """Remove a cached pack; `generate` makes it again when needed."""
     from penstock.engine.packs.cache import remove_pack
     from penstock.units import format_bytes
 

@@ -26,12 +26,14 @@ Arguments = Annotated[
     list[str] | None,
     typer.Option(
         "--set", metavar="NAME=VALUE",
-        help="An argument of a diffusers pipeline's call, such as num_frames=121; repeat it.",
+        help="Argument of a diffusers pipeline's call, such as num_frames=121; " "repeat for more.",
     ),
 ]  # fmt: skip
 Activations = Annotated[
     str | None,
-    typer.Option(help="What a diffusers pipeline computes in beside weights (it is rehearsed)."),
+    typer.Option(
+        help="Activation memory of a diffusers pipeline, such as 4GiB (found by a rehearsal)."
+    ),
 ]
 
 _OPTIONS = ("vram", "ram", "device", "format")
@@ -56,7 +58,7 @@ class Given:
     activations: str | None
 
     def words(self) -> list[str]:
-        """All of it as ``name=value``."""
+        """Return all of it as ``name=value``."""
         width, _, height = (self.size or "").lower().partition("x")
         flags = {
             "prompt": self.prompt, "negative_prompt": self.negative, "image": self.image,
@@ -69,7 +71,7 @@ class Given:
 
 
 def is_foreign(model: str | None) -> bool:
-    """Whether ``model`` is a folder of a pipeline that no family of penstock's runs."""
+    """Return whether ``model`` is a folder of a pipeline that no family of penstock's runs."""
     from penstock.engine.attach.routing import is_foreign as found
 
     with reported(debug=False):
@@ -82,7 +84,7 @@ def own_only(arguments: list[str] | None, activations: str | None, debug: bool) 
         for flag, value in (("--set", arguments), ("--activations", activations)):
             if value:
                 raise UsageError(
-                    f"{flag} is for diffusers pipelines that penstock has no code for",
+                    f"{flag} is only for pipelines that diffusers runs",
                     expected="the model's own flags: --prompt, --size, --frames, --steps, ...",
                     found=f"{flag} {value[0] if isinstance(value, list) else value}",
                 )
@@ -115,6 +117,7 @@ def generate_foreign(
     output: Path,
     force: bool,
     as_json: bool,
+    quiet: bool,
     debug: bool,
 ) -> None:
     """Make the call, and write what it gives."""
@@ -122,11 +125,13 @@ def generate_foreign(
         seed = given.seed if given.seed not in (None, -1) else secrets.randbits(31)
         rate = None if given.fps is None else Fraction(str(given.fps))
         console = Screen(stderr=True)
-        with _job(folder, given, strange, given.words()) as job, _StepBar(console) as steps:
+        with _job(folder, given, strange, given.words()) as job, _StepBar(console, quiet) as steps:
             stop.at(job.cancel)
-            console.print(plan_text(job.plan, console.width), soft_wrap=True)
+            if not quiet:
+                console.print(plan_text(job.plan, console.width), soft_wrap=True)
             report = job.run(output, seed, rate, steps.told, overwrite=force)
-        console.print("\n".join(wrap(report_text(report), console.row_width)), soft_wrap=True)
+        if not quiet:
+            console.print("\n".join(wrap(report_text(report), console.row_width)), soft_wrap=True)
     if as_json:
         say(json.dumps({"plan": job.plan.to_json(), "report": report.to_json()}))
 
@@ -153,17 +158,17 @@ def _check_understood(options: Options, strange: Mapping[str, Any]) -> None:
     for flag, value in {**strange, **others}.items():
         if value is not None:
             raise UsageError(
-                f"{flag} means nothing to a diffusers pipeline that penstock has no code for",
+                f"{flag} is not supported for a pipeline that diffusers runs",
                 expected="--set NAME=VALUE, --vram, --ram, --device, --format, --activations",
                 found=flag,
             )
 
 
 class _StepBar:
-    """Bars on a terminal, lines elsewhere."""
+    """Bars on a terminal, lines elsewhere; nothing where it is to be quiet."""
 
-    def __init__(self, console: Screen) -> None:
-        self._console = console
+    def __init__(self, console: Screen, quiet: bool) -> None:
+        self._console, self._quiet = console, quiet
         self._bars = Progress(
             TextColumn("steps"), BarColumn(bar_width=24),
             TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False),
@@ -172,7 +177,7 @@ class _StepBar:
         self._task: Any = None
 
     def __enter__(self) -> _StepBar:
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._quiet:
             self._bars.start()
         return self
 
@@ -180,7 +185,9 @@ class _StepBar:
         self._bars.stop()
 
     def told(self, step: int, steps: int) -> None:
-        """A step is done."""
+        """Show that a step is done."""
+        if self._quiet:
+            return
         if not self._console.is_terminal:
             self._console.print(f"steps: {step}/{steps}", soft_wrap=True)
             return
@@ -213,7 +220,8 @@ _COLUMNS = (
 
 
 def _network(each: Any) -> tuple[str, ...]:
-    """Its weights, how many blocks stream, what lies outside them, and what computing takes."""
+    """Return its weights, how many blocks stream, what lies outside them, and what computing
+    takes."""
     return (
         each.name.replace("_", " "),
         format_bytes(each.weight_bytes),
@@ -226,7 +234,7 @@ def _network(each: Any) -> tuple[str, ...]:
 
 
 def report_text(report: Any) -> str:
-    """One line about what was made."""
+    """Describe what was made in one line."""
     return (
         f"wrote {printable(', '.join(report.outputs))}: {report.frames} frames, "
         f"seed {report.seed}, {report.seconds:.1f} s, "

@@ -19,7 +19,7 @@ _GAPS = (2, 1)
 
 
 def wrap(text: str, width: int, indent: str = "", hanging: str | None = None) -> list[str]:
-    """``text`` in lines of at most ``width`` cells, broken between words only.
+    """Return ``text`` in lines of at most ``width`` cells, broken between words only.
 
     Args:
         text: its own line ends are kept.
@@ -43,8 +43,8 @@ def wrap(text: str, width: int, indent: str = "", hanging: str | None = None) ->
 
 
 def fitted(line: str, width: int) -> list[str]:
-    """A line of a description in lines of ``width`` cells: a command continues as a shell takes
-    it, and is left whole where it quotes something."""
+    """Return a line of a description in lines of ``width`` cells: a command continues as a shell
+    takes it, and is left whole where it quotes something."""
     if cell_len(line) <= width:
         return [line]
     hanging = " " * (len(line) - len(line.lstrip(" ")) + 4)
@@ -57,7 +57,7 @@ def fitted(line: str, width: int) -> list[str]:
 
 
 def labelled(label: str, text: str, width: int, wide: int = 9) -> list[str]:
-    """``text`` behind ``label``, in a column of its own.
+    """Return ``text`` behind ``label``, in a column of its own.
 
     Args:
         wide: cells of the label's column.
@@ -66,7 +66,7 @@ def labelled(label: str, text: str, width: int, wide: int = 9) -> list[str]:
 
 
 def gauge(share: float, cells: int) -> str:
-    """A bar of ``cells`` of which ``share``, 0 to 1, is full; plain ASCII."""
+    """Return a bar of ``cells`` of which ``share``, 0 to 1, is full; plain ASCII."""
     full = int(min(max(share, 0.0), 1.0) * cells)
     return "[" + "#" * full + "." * (cells - full) + "]"
 
@@ -113,7 +113,7 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int) 
 
 
 def _least(column: Column, cells: Sequence[str]) -> int:
-    """The narrowest that no word is broken in."""
+    """Return the narrowest that no word is broken in."""
     pieces = [word for cell in cells for word in cell.split()] if column.wraps else cells
     return max(map(cell_len, pieces), default=0)
 

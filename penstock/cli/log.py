@@ -88,7 +88,7 @@ def _imports_told_at_debug() -> Iterator[None]:
 
 
 def _is_error(record: logging.LogRecord) -> bool:
-    """Whether a library's own handlers are to show it; else it is told here."""
+    """Return whether a library's own handlers are to show it; else it is told here."""
     if record.levelno >= logging.ERROR:
         return True
     log.debug("%s: %s", record.name, record.getMessage())
@@ -154,7 +154,7 @@ def _memory() -> str:
 
 
 def _without_prompts(command: Sequence[str]) -> Iterator[str]:
-    """The words of a command, those that describe a video counted instead of shown."""
+    """Yield the words of a command, those that describe a video counted instead of shown."""
     option = ""
     for word in command:
         name, is_joined, value = word.partition("=")

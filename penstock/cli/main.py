@@ -9,7 +9,9 @@ import sys
 import time
 from collections.abc import Callable, MutableMapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -50,7 +52,7 @@ from penstock.cli.options import NOTHING, with_options
 from penstock.cli.paths import path_option
 from penstock.cli.serve import serve
 from penstock.cli.stopping import Stopping
-from penstock.cli.terminal import Screen, asks_a_person, keep_going, printable, say, warn
+from penstock.cli.terminal import ENDLESS, Screen, asks_a_person, keep_going, printable, say, warn
 from penstock.profiles.options import Options
 
 app = typer.Typer(
@@ -59,7 +61,7 @@ app = typer.Typer(
     invoke_without_command=True,
     pretty_exceptions_enable=False,
 )
-jobs_app = typer.Typer(help="List and remove the jobs that are kept on this machine.")
+jobs_app = typer.Typer(help="List and remove saved jobs.")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(cache_app, name="cache")
 
@@ -94,20 +96,21 @@ class FitName(str, Enum):
 
 
 Steps = Annotated[
-    int | None, typer.Option(help="Denoising steps (40 from a picture, 50 from text).")
+    int | None, typer.Option(help="Number of denoising steps (the model's own, such as 40).")
 ]
 Guidance = Annotated[
     str | None,
     typer.Option(
-        metavar="SCALE[,HIGH]",
-        help="Guidance scale (5; 1.3B: 6); 1 is off. Of two transformers: little noise, much.",
+        metavar="SCALE",
+        help="Guidance scale (CFG); 1 turns it off. With two transformers "
+        "LOW,HIGH: at low noise, at high noise.",
     ),
 ]
 Nag = Annotated[
     float | None,
     typer.Option(
         metavar="SCALE",
-        help="Away from the negative prompt at --cfg 1, inside attention: such as 11 (off).",
+        help="Normalized attention guidance: apply the negative prompt at --cfg 1; try 11 (off).",
     ),
 ]
 Interval = Annotated[
@@ -119,26 +122,38 @@ Interval = Annotated[
 ]
 Shift = Annotated[
     float | None,
-    typer.Option(help="Flow shift (5; from a picture at 480p: 3; 1.3B: 8)."),
+    typer.Option(help="Flow shift of the noise schedule (the model's own, such as 5)."),
 ]
-Sampler = Annotated[SamplerName | None, typer.Option(help="Sampler (unipc).")]
+Sampler = Annotated[
+    SamplerName | None,
+    typer.Option(metavar="NAME", help="Sampler: unipc, dpm++, euler or lcm (the model's own)."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 Distilled = Annotated[
     bool,
     typer.Option(
         "--distilled",
-        help="For a distilled model or LoRA: 4 steps, guidance off, shift 5, its noise levels.",
+        help="Settings of a distilled model or LoRA: 4 steps, no guidance, shift "
+        "5, its noise levels.",
     ),
 ]
 Window = Annotated[
     int | None,
-    typer.Option(help="Frames of the windows of a longer video (81 above 121); 0: all at once."),
+    typer.Option(
+        help="Frames of each context window of a long video (81 above 121); 0: no windows."
+    ),
 ]
 Overlap = Annotated[
-    int | None, typer.Option(help="Frames that two windows have in common, 16 to 30 (16).")
+    int | None, typer.Option(help="Frames shared by neighbouring windows, 16 to 30 (16).")
 ]
-Force = Annotated[bool, typer.Option(help="Replace an existing output.")]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite an existing output file.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print notes and errors only, no progress.")
+]
+NoPreview = Annotated[
+    bool, typer.Option("--no-preview", help="Do not draw a preview on the terminal.")
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -151,15 +166,16 @@ def _print_version(wanted: bool) -> None:
 def main_options(
     context: typer.Context,
     log_level: Annotated[
-        Level | None, typer.Option(help="Tell what is decided, on stderr: info, or debug.")
+        Level | None,
+        typer.Option(help="Log to stderr what is decided: info, or debug for all of it."),
     ] = None,
     log_file: Annotated[
-        Path | None, path_option("Into this file instead, for a bug report (debug).")
+        Path | None, path_option("Log to this file instead, for a bug report (level: debug).")
     ] = None,
     version: Annotated[
         bool,
         typer.Option(
-            "--version", help="Print the version.", callback=_print_version, is_eager=True
+            "--version", help="Print the version and exit.", callback=_print_version, is_eager=True
         ),
     ] = False,
 ) -> None:
@@ -174,13 +190,13 @@ def main_options(
 @app.command(cls=MemoryHelp)
 @with_options()
 def generate(
-    output: Annotated[Path, path_option("The mp4 to write.", "--output", "-o")],
+    output: Annotated[Path, path_option("Path of the mp4 to write.", "--output", "-o")],
     prompt: Annotated[
-        str, typer.Option(help="What should happen; what --continue says, if that is given.")
+        str, typer.Option(help="Text prompt (with --continue: that video's prompt).")
     ] = "",
     continues: Annotated[
         Path | None,
-        path_option("A video to go on from: its last frame, its settings.", "--continue"),
+        path_option("Continue this video from its last frame, with its settings.", "--continue"),
     ] = None,
     model: Model = None,
     transformer: Part = None,
@@ -190,39 +206,50 @@ def generate(
     image_encoder: Part = None,
     audio_vae: Part = None,
     tokenizer: Tokenizer = None,
-    image: Annotated[Path | None, path_option("The picture to start from.")] = None,
+    image: Annotated[Path | None, path_option("Start image, the first frame.")] = None,
     last_image: Annotated[
-        Path | None, path_option("The picture to end with, where the model takes one.")
+        Path | None, path_option("End image, the last frame, for models that take one.")
     ] = None,
-    negative: Annotated[str | None, typer.Option(help="What to avoid.")] = None,
-    size: Annotated[str | None, typer.Option(help="Pixels, such as 1280x720.")] = None,
+    negative: Annotated[str | None, typer.Option(help="Negative prompt.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Size of the video in pixels, such as 1280x720.")
+    ] = None,
     max_area: Annotated[
-        str | None, typer.Option(help="720p, 480p or WxH: the picture's aspect within this area.")
+        str | None,
+        typer.Option(
+            help="Keep the image's aspect ratio within 720p, 480p or WxH; not with --size."
+        ),
     ] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames, 4n+1 (81).")] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Number of frames (the model's own, such as 81).")
+    ] = None,
     steps: Steps = None,
     cfg: Guidance = None,
     nag: Nag = None,
     cfg_interval: Interval = None,
     shift: Shift = None,
     seed: Annotated[
-        int | None, typer.Option(help="Seed of the noise (drawn if absent or -1).")
+        int | None, typer.Option(help="Seed of the noise (random if absent or -1).")
     ] = None,
     sampler: Sampler = None,
     distilled: Distilled = False,
     fps: Annotated[
-        float | None, typer.Option(help="Frames a second of the file, such as 23.976 (16).")
+        float | None,
+        typer.Option(help="Frames per second of the file, such as 23.976 (the model's own)."),
     ] = None,
     fit: Annotated[
         FitName | None,
         typer.Option(
-            help="A picture of another aspect than --size is cropped, padded or stretched."
+            metavar="HOW",
+            help="Fit an image of another aspect ratio than --size: crop, pad or stretch (crop).",
         ),
     ] = None,
     clip_crop: Annotated[
         ClipCrop | None,
         typer.Option(
-            help="CLIP sees all of the picture, squeezed to a square, or its centre (squash)."
+            metavar="HOW",
+            help="CLIP sees all of the image squeezed to a square, or its centre: squash or center"
+            " (squash).",
         ),
     ] = None,
     window: Window = None,
@@ -234,22 +261,25 @@ def generate(
     options: Options = NOTHING,
     force: Force = False,
     no_metadata: Annotated[
-        bool, typer.Option("--no-metadata", help="Leave prompt and settings out of the file.")
+        bool, typer.Option("--no-metadata", help="Do not store prompt and settings in the file.")
     ] = False,
     as_json: Json = False,
+    quiet: Quiet = False,
+    no_preview: NoPreview = False,
     job: Annotated[
         Path | None,
-        path_option("Folder to keep the job in (the data directory)."),
+        path_option("Folder for the state of the job (in the data directory)."),
     ] = None,
     resume_same: Annotated[
         bool | None,
         typer.Option(
-            "--resume/--no-resume", help="Continue an unfinished identical job, if there is one."
+            "--resume/--no-resume",
+            help="Resume an unfinished identical job without asking, or never.",
         ),
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Make a video from a prompt, and a picture where the model takes one."""
+    """Generate a video from a prompt, and from an image where the model takes one."""
     if is_foreign(model):
         given = Given(
             arguments or [], prompt or None, image, negative, size, frames, steps, cfg, seed, fps,
@@ -266,7 +296,7 @@ def generate(
             "--overlap": overlap, "--nag": nag,
             "--cfg-interval": cfg_interval,
         }  # fmt: skip
-        generate_foreign(Path(str(model)), given, strange, output, force, as_json, debug)
+        generate_foreign(Path(str(model)), given, strange, output, force, as_json, quiet, debug)
         return
     own_only(arguments, activations, debug)
     from penstock.engine.files.locate import Files
@@ -304,7 +334,8 @@ def generate(
         loras = as_loras(lora or [], strict=lora_strict)
         opening = {"files": files, "loras": loras, "options": options}
         _generate(
-            model, opening, settings, output, force, not no_metadata, as_json, stop,
+            model, opening, settings, output, force, not no_metadata,
+            Shown(as_json, quiet, no_preview), stop,
             lambda engine, request, plan: _job_folder(engine, request, plan, job, resume_same),
         )  # fmt: skip
 
@@ -312,36 +343,43 @@ def generate(
 @app.command(cls=MemoryHelp)
 @with_options(
     ("vram", "ram", "device", "profile"),
-    profile="In the place of the job's own; its budgets count again.",
+    profile="Profile to use instead of the job's own; its budgets apply again.",
 )
 def resume(
     job: Annotated[
-        str | None, typer.Argument(help="Folder, or name of a job; the only unfinished one.")
+        str | None, typer.Argument(help="Folder or name of the job (the only unfinished one).")
     ] = None,
     output: Annotated[
         Path | None,
-        path_option("The mp4 to write instead.", "--output", "-o"),
+        path_option("Path of the mp4 to write instead of the job's own.", "--output", "-o"),
     ] = None,
     lora: Loras = None,
     options: Options = NOTHING,
     allow_nonidentical: Annotated[
-        bool, typer.Option(help="Go on where the result will not be the same to the bit.")
+        bool,
+        typer.Option(
+            "--allow-nonidentical", help="Resume even if the result will not be bit-identical."
+        ),
     ] = False,
     force: Force = False,
     as_json: Json = False,
+    quiet: Quiet = False,
+    no_preview: NoPreview = False,
     debug: Debug = False,
 ) -> None:
-    """Continue a job that was stopped, failed or killed."""
+    """Resume a job that was stopped, failed or killed."""
     from penstock.engine.engine import Engine
     from penstock.engine.run.jobs import find_job, opening_of
 
+    shown = Shown(as_json, quiet, no_preview)
     with reported(debug), Stopping() as stop:
         folder = find_job(job)
         with Engine.reopen(opening_of(folder, options, lora or [])) as engine:
             running = engine.resume(
-                folder, output, force=force, allow_nonidentical=allow_nonidentical
-            )
-            _watch(running, running.plan, as_json, stop)
+                folder, output, force=force, allow_nonidentical=allow_nonidentical,
+                preview_every=shown.preview_every,
+            )  # fmt: skip
+            _watch(running, running.plan, shown, stop)
 
 
 @jobs_app.callback(invoke_without_command=True)
@@ -367,10 +405,10 @@ def jobs(
 
 @jobs_app.command("rm")
 def remove(
-    job: Annotated[str, typer.Argument(help="Folder, or name of a job.")],
+    job: Annotated[str, typer.Argument(help="Folder or name of the job.")],
     debug: Debug = False,
 ) -> None:
-    """Remove a job and all that it has kept; its video stays."""
+    """Remove a job and its saved state; its video stays."""
     from penstock.engine.run.jobs import find_job, remove_job
 
     with reported(debug):
@@ -382,15 +420,19 @@ def remove(
 @app.command(cls=MemoryHelp)
 @with_options()
 def demo(
-    output: Annotated[Path, path_option("The mp4 to write.", "--output", "-o")] = Path("demo.mp4"),
-    prompt: Annotated[str | None, typer.Option(help="What should happen.")] = None,
-    image: Annotated[Path | None, path_option("The picture to start from.")] = None,
+    output: Annotated[Path, path_option("Path of the mp4 to write.", "--output", "-o")] = Path(
+        "demo.mp4"
+    ),
+    prompt: Annotated[str | None, typer.Option(help="Text prompt.")] = None,
+    image: Annotated[Path | None, path_option("Start image, the first frame.")] = None,
     options: Options = NOTHING,
     force: Force = False,
     as_json: Json = False,
+    quiet: Quiet = False,
+    no_preview: NoPreview = False,
     debug: Debug = False,
 ) -> None:
-    """Make a video, and a page with its frames, with the small model in the box."""
+    """Generate a small video, and a sheet of its frames, with the bundled model."""
     from penstock.engine.media.sheet import sheet_beside, write_contact_sheet
     from penstock.engine.media.video import check_no_input
     from penstock.engine.request.demo import MINI, demo_settings
@@ -400,13 +442,15 @@ def demo(
         check_no_input(sheet, [] if image is None else [image])
         settings, opening = demo_settings(prompt, image), {"options": options}
         with Stopping() as stop:
-            report = _generate(MINI, opening, settings, output, force, True, as_json, stop)
+            shown = Shown(as_json, quiet, no_preview)
+            report = _generate(MINI, opening, settings, output, force, True, shown, stop)
         write_contact_sheet(Path(report.output), sheet, scale=2)
-        Screen(stderr=True).print(f"its frames: {sheet}", soft_wrap=True)
+        if not quiet:
+            Screen(stderr=True).print(f"its frames: {sheet}", soft_wrap=True)
 
 
 @app.command(cls=MemoryHelp)
-@with_options(ram="Ceiling on RAM; with --card, that machine's memory.")
+@with_options(ram="RAM budget; with --card, that machine's RAM in all.")
 def plan(
     model: Model = None,
     transformer: Part = None,
@@ -419,13 +463,22 @@ def plan(
     synthetic: Annotated[
         str | None,
         typer.Option(
-            help="A built-in description instead: wan2.1-i2v-14b, wan2.1-t2v-14b and others."
+            help="Plan a built-in description, no files needed: wan2.1-i2v-14b, "
+            "wan2.1-t2v-14b and others."
         ),
     ] = None,
-    image: Annotated[Path | None, path_option("The picture, for its aspect.")] = None,
-    size: Annotated[str | None, typer.Option(help="Pixels, such as 1280x720.")] = None,
-    max_area: Annotated[str | None, typer.Option(help="720p, 480p or WxH.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames, 4n+1 (81).")] = None,
+    image: Annotated[
+        Path | None, path_option("Start image, for its size and aspect ratio.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Size of the video in pixels, such as 1280x720.")
+    ] = None,
+    max_area: Annotated[
+        str | None, typer.Option(help="Area of the video: 720p, 480p or WxH; not with --size.")
+    ] = None,
+    frames: Annotated[
+        int | None, typer.Option(help="Number of frames (the model's own, such as 81).")
+    ] = None,
     steps: Steps = None,
     cfg: Guidance = None,
     nag: Nag = None,
@@ -444,12 +497,15 @@ def plan(
         str | None, typer.Option(help='Plan for another machine, such as "RTX 3060 12GB".')
     ] = None,
     disk: Annotated[
-        str | None, typer.Option(help="Its disk: nvme5, nvme4, nvme3, sata, hdd, or 3.5GB/s.")
+        str | None,
+        typer.Option(
+            help="Disk of that machine: nvme5, nvme4, nvme3, sata, hdd, or a rate such as 3.5GB/s."
+        ),
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Say what a video will take, in bytes and seconds, without loading anything."""
+    """Predict memory and time of a job from headers alone, without loading weights."""
     if is_foreign(model):
         given = Given(
             arguments or [], None, image, None, size, frames, steps, cfg, None, None, options,
@@ -509,7 +565,9 @@ def plan(
         screen.print(plan_view(found, screen.width, besides, faster), soft_wrap=True)
 
 
-profiles_app = typer.Typer(help="Byte budgets and policies by name.", invoke_without_command=True)
+profiles_app = typer.Typer(
+    help="List memory budgets and policies by name.", invoke_without_command=True
+)
 app.add_typer(profiles_app, name="profiles")
 
 
@@ -525,8 +583,10 @@ def profiles(context: typer.Context) -> None:
 
 
 @profiles_app.command("show")
-def profiles_show(name: Annotated[str, typer.Argument(help="A name, or a file.")]) -> None:
-    """Show one profile."""
+def profiles_show(
+    name: Annotated[str, typer.Argument(help="Profile name, or path of a .toml file.")],
+) -> None:
+    """Show the values of a profile."""
     from penstock.cli.plan_view import profile_view
     from penstock.profiles.profile import load
 
@@ -537,12 +597,15 @@ def profiles_show(name: Annotated[str, typer.Argument(help="A name, or a file.")
 
 @app.command()
 def doctor(
-    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
-    folder: Annotated[Path | None, path_option("On the disk that the models are on.")] = None,
+    device: Annotated[str, typer.Option(help="Device to examine: auto, cuda or cpu.")] = "auto",
+    folder: Annotated[
+        Path | None,
+        path_option("Any folder on the disk that holds the models: its read rate is measured."),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Say what this machine is and does, measure it, and keep the rates for plans."""
+    """Check this machine, measure its rates, and keep them for plans."""
     from penstock.cli.plan_view import findings_view
     from penstock.engine.machine.doctor import examine
 
@@ -559,7 +622,8 @@ def doctor(
 
 
 def _continued(settings: Any, video: Path, stack: ExitStack) -> Any:
-    """``settings`` to go on from ``video``; its last frame lies in a file until ``stack`` ends."""
+    """Return ``settings`` to go on from ``video``; its last frame lies in a file until ``stack``
+    ends."""
     from PIL import Image
 
     from penstock.engine.media.seam import Clip
@@ -570,6 +634,23 @@ def _continued(settings: Any, video: Path, stack: ExitStack) -> Any:
     frame = Path(folder) / "last.png"
     Image.fromarray(clip.last).save(frame)
     return going_on(settings, clip, frame)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What of a running job a person wants to see, and how."""
+
+    as_json: bool
+    quiet: bool
+    no_preview: bool
+
+    @property
+    def preview_every(self) -> int | None:
+        """Steps from one preview to the next; None: nobody would see them."""
+        from penstock.cli.live import shows_pictures
+
+        wanted = not (self.quiet or self.no_preview)
+        return 1 if wanted and shows_pictures(Screen(stderr=True)) else None
 
 
 JobFolder = Callable[[Any, Any, Any], tuple[Path, bool]]
@@ -583,7 +664,7 @@ def _generate(
     output: Path,
     force: bool,
     metadata: bool,
-    as_json: bool,
+    shown: Shown,
     stop: Stopping,
     job_folder: JobFolder | None = None,
 ) -> Any:
@@ -603,10 +684,13 @@ def _generate(
     with Engine(prepared, imports_s=time.perf_counter() - importing) as engine:
         folder, resumes = (None, False) if job_folder is None else job_folder(engine, request, plan)
         if resumes and folder is not None:
-            job = engine.resume(folder, output, force=force)
+            job = engine.resume(folder, output, force=force, preview_every=shown.preview_every)
         else:
-            job = engine.submit(request, output, force=force, metadata=metadata, job_dir=folder)
-        return _watch(job, plan, as_json, stop)
+            job = engine.submit(
+                request, output, force=force, metadata=metadata, job_dir=folder,
+                preview_every=shown.preview_every,
+            )  # fmt: skip
+        return _watch(job, plan, shown, stop)
 
 
 def _name_faster(prepared: Any, settings: Any, plan: Any) -> None:
@@ -619,21 +703,25 @@ def _name_faster(prepared: Any, settings: Any, plan: Any) -> None:
             Screen(stderr=True).print(f"note: {faster_told(best)}", soft_wrap=True)
 
 
-def _watch(job: Any, plan: Any, as_json: bool, stop: Stopping) -> Any:
+def _watch(job: Any, plan: Any, shown: Shown, stop: Stopping) -> Any:
     """Show a job until it ends, and its report, which is returned."""
     from penstock.cli.progress import Display, plan_summary, report_summary
     from penstock.engine.machine.memory import keep_overhead
 
     stop.at(job.cancel)
     console = Screen(stderr=True)
-    console.print(plan_summary(plan), soft_wrap=True)
-    with Display(console, plan) as display:
+    fit = partial(wrap, width=console.width if console.is_terminal else ENDLESS)
+    if not shown.quiet:
+        lines = (row for line in plan_summary(plan).splitlines() for row in fit(line))
+        console.print("\n".join(lines), soft_wrap=True)
+    with Display(console, plan, quiet=shown.quiet) as display:
         for event in job.events():
             display.show(event)
     report = job.result().report
     keep_overhead("cpu" if report.on_cpu else "cuda", report.beside_bytes)
-    console.print(report_summary(report), soft_wrap=True)
-    if as_json:
+    if not shown.quiet:
+        console.print("\n".join(fit(report_summary(report))), soft_wrap=True)
+    if shown.as_json:
         planned = plan.to_json() | {"timesteps": report.timesteps}
         say(json.dumps({"plan": planned, "report": report.to_json()}))
     return report
@@ -642,7 +730,7 @@ def _watch(job: Any, plan: Any, as_json: bool, stop: Stopping) -> Any:
 def _job_folder(
     engine: Any, request: Any, plan: Any, folder: Path | None, resumes: bool | None
 ) -> tuple[Path, bool]:
-    """Where the job is kept, and whether an unfinished identical one there is continued."""
+    """Return where the job is kept, and whether an unfinished identical one there is continued."""
     from penstock.engine.run.jobs import find_unfinished, new_job_folder
     from penstock.engine.run.stored import request_values
 
@@ -657,7 +745,7 @@ def _job_folder(
 
 
 def _confirmed(question: str) -> bool:
-    """Whether a person says yes; nobody there, or gone meanwhile, means no."""
+    """Return whether a person says yes; nobody there, or gone meanwhile, means no."""
     try:
         return asks_a_person() and typer.confirm(question)
     except typer.Abort:

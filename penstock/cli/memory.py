@@ -12,7 +12,7 @@ from penstock.profiles.plan import Plan
 
 
 def memory_told(plan: Plan) -> str:
-    """What the process takes of this machine's memory besides its buffers, and in all."""
+    """Return what the process takes of this machine's memory besides its buffers, and in all."""
     on_cpu = plan.machine == CPU
     held = max(each.ram_bytes + (each.vram_bytes if on_cpu else 0) for each in plan.phases)
     return overhead_told("cpu" if on_cpu else "cuda", held)

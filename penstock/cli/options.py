@@ -28,27 +28,30 @@ class Flag(NamedTuple):
 
 FLAGS: Mapping[str, Flag] = MappingProxyType(
     {
-        "vram": Flag('Ceiling on VRAM, such as "12GiB".'),
+        "vram": Flag('VRAM budget, such as "12GiB" (what is free, less a reserve).'),
         "ram": Flag(
-            "Ceiling on host memory for buffers: weights, activations, frames. What the "
-            "interpreter and libraries take comes on top."
+            "RAM budget for buffers: weights, activations, frames. The interpreter and "
+            "libraries come on top."
         ),
-        "device": Flag("cuda, cpu or auto (auto)."),
-        "profile": Flag("A profile's name, or the path of a .toml file (auto)."),
-        "format": Flag("Of the transformer's matrices, such as int8 (as stored)."),
-        "compute": Flag("exact, or fast (8-bit products where they work)."),
-        "attention": Flag("sdpa, or int8 (self-attention in 8 bits where it works)."),
-        "residual": Flag("Hidden states between operations: fp32, bf16 or auto (fp32 with room)."),
-        "branches": Flag("CFG branches that share a visit of a block: 1, 2 or auto."),
-        "chunk_tokens": Flag("Tokens a chunk of the transformer's forward pass, or auto."),
-        "tiles": Flag('The VAE\'s, as ROWSxCOLUMNS such as "2x2", or auto.'),
-        "cross_kv": Flag("Where cross-attention K/V are kept: vram, ram or auto."),
+        "device": Flag("Device: cuda, cpu or auto (auto)."),
+        "profile": Flag("Profile name, or path of a .toml file (auto)."),
+        "format": Flag("Weight format of the transformer's blocks, such as int8 (as stored)."),
+        "compute": Flag("Matrix products: exact, or fast (8-bit where they work)."),
+        "attention": Flag("Self-attention kernel: sdpa, or int8 (8-bit, where it works)."),
+        "residual": Flag("Precision of the hidden states: fp32, bf16 or auto (fp32 if it fits)."),
+        "branches": Flag("CFG branches per visit of a block: 1, 2 or auto."),
+        "chunk_tokens": Flag("Tokens per chunk of the transformer's forward pass, or auto."),
+        "tiles": Flag('VAE tiles as ROWSxCOLUMNS, such as "2x2", or auto.'),
+        "cross_kv": Flag("Where to keep cross-attention K/V: vram, ram or auto."),
         "disk": Flag(
-            "Blocks from disk at every pass: auto, spare (memory first) or never.", "--disk-use"
+            "Streaming blocks from disk: auto, spare (fill memory first) or never.", "--disk-use"
         ),
-        "pinned_share": Flag("Of the RAM budget that may be page-locked, such as 0.5."),
+        "pinned_share": Flag(
+            "Share of the RAM budget that may be pinned (page-locked), such as 0.5."
+        ),
         "step_cache": Flag(
-            "Skip forward passes: off, budget (or budget:T, an error such as 0.001) or plan:N.",
+            "Step cache, which skips forward passes: off, budget (or "
+            "budget:ERROR, such as budget:0.001) or plan:N (compute N steps).",
             "--cache",
         ),
     }
@@ -90,7 +93,7 @@ def with_options(only: Sequence[str] = tuple(FLAGS), **helps: str) -> Callable[[
 def _around(
     parameters: list[inspect.Parameter],
 ) -> tuple[list[inspect.Parameter], list[inspect.Parameter]]:
-    """The parameters before and after "options", all of them by keyword only."""
+    """Return the parameters before and after "options", all of them by keyword only."""
     place = [each.name for each in parameters].index("options")
     keyword = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
     return keyword[:place], keyword[place + 1 :]

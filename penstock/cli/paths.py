@@ -9,15 +9,16 @@ import typer
 
 
 def user_path(text: str | Path) -> Path:
-    """``text`` with its home folder filled in: a shell leaves the ``~`` of ``--image=~/a.png``."""
+    """Expand the home folder in ``text``: a shell leaves the ``~`` of
+    ``--image=~/a.png``."""
     return Path(text).expanduser()
 
 
 def path_option(help: str, *names: str) -> Any:
-    """An option whose value is a path."""
+    """Declare an option whose value is a path."""
     return typer.Option(*names, help=help, parser=user_path, metavar="PATH")
 
 
 def path_argument(help: str) -> Any:
-    """An argument that is a path."""
+    """Declare an argument that is a path."""
     return typer.Argument(help=help, parser=user_path, metavar="PATH")

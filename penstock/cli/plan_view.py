@@ -26,7 +26,7 @@ _PINNED_FROM = 76
 
 
 def assumed(plan: Plan) -> str:
-    """What the process takes on a machine that is described, and has not run a job."""
+    """Return what the process takes on a machine that is described, and has not run a job."""
     taken = format_bytes(plan.peak_ram_bytes + INTERPRETER_BYTES)
     return (
         f"about {taken} of RAM in all: the buffers, and {format_bytes(INTERPRETER_BYTES)} for the "
@@ -143,7 +143,7 @@ def _blocks(plan: Plan, width: int) -> Iterator[str]:
 
 
 def strip(stream: StreamPlan) -> str:
-    """One letter a block: V stays in VRAM, r in RAM, . streams from disk."""
+    """Draw one letter a block: V stays in VRAM, r in RAM, . streams from disk."""
     letters = ["."] * stream.n_blocks
     for block in stream.device_blocks:
         letters[block] = "V"

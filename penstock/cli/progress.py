@@ -16,8 +16,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from penstock.cli.bars import bars
 from penstock.cli.layout import Column, table
+from penstock.cli.live import LiveView
 from penstock.cli.memory import memory_told
 from penstock.closing import Closing
 from penstock.engine.packs.cache import CachedPack
@@ -25,7 +25,7 @@ from penstock.engine.run.events import Event, Notice, PhaseEnded, PhaseStarted, 
 from penstock.engine.run.events import Progress as Advance
 from penstock.engine.run.jobs import JobInfo
 from penstock.engine.run.report import PhaseReport, RunReport
-from penstock.profiles.plan import ATTENTION, COMPUTE_PATHS, RESIDUAL, Plan
+from penstock.profiles.plan import ATTENTION, COMPUTE_PATHS, RESIDUAL, PhasePlan, Plan
 from penstock.units import format_bytes
 
 _JOBS = ("JOB", "STATE", "STEP", "AGE", "SIZE")
@@ -36,42 +36,35 @@ class Display(Closing):
     """Shows the events of one job on ``console`` (stderr).
 
     Args:
-        console: where to write; its ``is_terminal`` picks bars or lines.
+        console: where to write; its ``is_terminal`` picks the live view or lines.
         plan: for the budgets that the bytes are shown against.
+        quiet: nothing but notes is shown.
     """
 
-    def __init__(self, console: Console, plan: Plan) -> None:
+    def __init__(self, console: Console, plan: Plan, *, quiet: bool = False) -> None:
         self._console = console
         self._plan = plan
-        self._bars = bars(console) if console.is_terminal else None
-        self._task: TaskID | None = None
+        self._quiet = quiet
+        self._live = LiveView(console, plan) if console.is_terminal and not quiet else None
 
     def __enter__(self) -> Display:
-        if self._bars is not None:
-            self._bars.start()
+        if self._live is not None:
+            self._live.__enter__()
         return self
 
     def close(self) -> None:
         """Leave the terminal as it stands."""
-        if self._bars is not None:
-            self._bars.stop()
+        if self._live is not None:
+            self._live.close()
 
     def show(self, event: Event) -> None:
         """Show one event."""
         if isinstance(event, Notice | Replanned):
             self._console.print(f"note: {event.message}", style="yellow")
-        elif self._bars is not None:
-            self._show_bar(self._bars, event)
-        else:
+        elif self._live is not None:
+            self._live.show(event)
+        elif not self._quiet:
             self._show_line(event)
-
-    def _show_bar(self, bars: Progress, event: Event) -> None:
-        if isinstance(event, PhaseStarted):
-            self._task = bars.add_task(event.phase, total=event.total, facts="")
-        elif isinstance(event, Advance) and self._task is not None:
-            bars.update(self._task, completed=event.step, facts=self._facts(event))
-        elif isinstance(event, PhaseEnded) and self._task is not None:
-            bars.update(self._task, completed=event.report.units, facts=_summary(event.report))
 
     def _show_line(self, event: Event) -> None:
         if isinstance(event, PhaseStarted):
@@ -109,27 +102,34 @@ def _clock(seconds: float) -> str:
 
 
 def plan_summary(plan: Plan) -> str:
-    """The plan in three lines, as printed before anything is loaded."""
-    denoise = plan["denoise"]
-    stream = denoise.stream
-    assert stream is not None
-    return (
+    """Say the plan in a few lines, as printed before anything is loaded."""
+    lines = [
         f"plan: peak VRAM {format_bytes(plan.peak_vram_bytes)} "
         f"of {format_bytes(plan.vram_limit_bytes)}, "
         f"RAM {format_bytes(plan.peak_ram_bytes)} of {format_bytes(plan.ram_limit_bytes)} "
-        f"in buffers; {memory_told(plan)}\n"
-        f"plan: {stream.n_blocks} blocks: {stream.device_resident} stay in VRAM, "
-        f"{stream.host_resident} in RAM, {stream.disk_blocks} stream from disk; "
-        f"{denoise.chunk_tokens} tokens a chunk, {denoise.branches} branch(es) a visit, "
-        f"decode in {plan['decode'].tiles[0]}x{plan['decode'].tiles[1]} tiles\n"
+        f"in buffers; {memory_told(plan)}"
+    ]
+    lines += [f"plan: {phase.name}: {_cut(phase)}" for phase in plan.phases if phase.facts]
+    lines.append(
         f"plan: blocks stored as {plan.weight_format}, compute {plan.compute}: "
         f"{COMPUTE_PATHS[plan.compute_path]}; self-attention {ATTENTION[plan.attention]}; "
         f"hidden states {RESIDUAL[plan.residual]}"
     )
+    return "\n".join(lines)
+
+
+def _cut(phase: PhasePlan) -> str:
+    """Say where a phase's blocks live, and how it is cut."""
+    stream = phase.stream
+    told = () if stream is None else (
+        f"{stream.n_blocks} blocks: {stream.device_resident} stay in VRAM, "
+        f"{stream.host_resident} in RAM, {stream.disk_blocks} stream from disk",
+    )  # fmt: skip
+    return "; ".join((*told, *phase.facts))
 
 
 def report_summary(report: RunReport) -> str:
-    """One line about a finished job."""
+    """Describe a finished job in one line."""
     return (
         f"wrote {report.output}: {report.frames} frames, {report.width}x{report.height}, "
         f"{_heard(report)}seed {report.seed}, "
@@ -149,7 +149,7 @@ def _heard(report: RunReport) -> str:
 
 
 def _computed(report: RunReport) -> str:
-    """How many steps were computed, where some were skipped."""
+    """Return how many steps were computed, where some were skipped."""
     computed, steps = len(report.computed_steps), len(report.timesteps)
     return f"{computed} of {steps} steps computed, " if 0 < computed < steps else ""
 
@@ -192,7 +192,8 @@ Show = Callable[[Event], None]
 
 @contextmanager
 def pack_bar(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar of bytes that appears with the first call of what is given: (what, done, total)."""
+    """Provide a bar of bytes that appears with the first call of what is given: (what, done,
+    total)."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),

@@ -26,46 +26,55 @@ _PORT = 8730
 @with_options()
 def serve(
     model: Annotated[
-        list[str], typer.Option(help="A model: DIR, or NAME=DIR; again for more. The first counts.")
+        list[str],
+        typer.Option(
+            help="Model to serve: DIR or NAME=DIR; repeat for more. The first is the default."
+        ),
     ],
     host: Annotated[
-        str, typer.Option(help="Where to listen; others than this machine need a key.")
+        str,
+        typer.Option(help="Address to listen on; one that other machines reach needs --api-key."),
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Where to listen.", min=0, max=65535)] = _PORT,
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = _PORT,
     folder: Annotated[
-        Path | None, path_option("For the queue and the videos (the data directory).")
+        Path | None, path_option("Folder for the queue and the videos (in the data directory).")
     ] = None,
     keep_alive: Annotated[
         float,
-        typer.Option(help="Seconds without a job until memory is given back.", min=0),
+        typer.Option(help="Idle seconds after which the model is unloaded.", min=0),
     ] = 300.0,
     api_key: Annotated[
         str | None,
-        typer.Option(help="That every request must carry.", envvar="PENSTOCK_API_KEY"),
+        typer.Option(help="Key that every request must carry.", envvar="PENSTOCK_API_KEY"),
     ] = None,
     allow_host: Annotated[
-        list[str] | None, typer.Option(help="A name by which the server may be called, besides.")
+        list[str] | None, typer.Option(help="Host name that clients may also use; repeat for more.")
     ] = None,
     allow_urls: Annotated[
-        bool, typer.Option("--allow-urls", help="Fetch pictures from http(s) addresses.")
+        bool,
+        typer.Option(
+            "--allow-urls", help="Let requests name images by http(s) address, and fetch them."
+        ),
     ] = False,
     lora_dir: Annotated[
-        list[Path] | None, path_option("A folder whose LoRAs may be named; again for more.")
+        list[Path] | None, path_option("Folder of LoRAs that requests may name; repeat for more.")
     ] = None,
-    max_waiting: Annotated[int, typer.Option(help="Videos that wait at most.", min=1)] = 1000,
+    max_waiting: Annotated[
+        int, typer.Option(help="Most videos that may wait in the queue.", min=1)
+    ] = 1000,
     max_kept: Annotated[
-        str | None, typer.Option(help='Bytes of videos that are kept at most, such as "100GiB".')
+        str | None, typer.Option(help='Most bytes of finished videos to keep, such as "100GiB".')
     ] = None,
     max_upload: Annotated[
-        str, typer.Option(help="Bytes of a request at most, its pictures included.")
+        str, typer.Option(help="Most bytes of a request, its images included.")
     ] = "32MiB",
-    max_pixels: Annotated[int, typer.Option(help="Of a picture.", min=1)] = 40_000_000,
+    max_pixels: Annotated[int, typer.Option(help="Most pixels of an image.", min=1)] = 40_000_000,
     devices: Devices = None,
     ray: Ray = None,
     options: Options = NOTHING,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
-    """Answer at /v1/videos: a queue that survives, plans before anything is queued."""
+    """Serve videos over HTTP (/v1/videos): planned before they are queued, kept across restarts."""
     with reported(debug):
         _check_installed()
         from penstock.serve.launch import serve as launch

@@ -29,7 +29,7 @@ _KEPT = frozenset("\n\t")
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    """``text`` with control characters, and what is no text at all, escaped.
+    """Escape control characters in ``text``, and what is no text at all.
 
     Args:
         text: of anybody.
@@ -67,7 +67,7 @@ class Screen(Console):
         super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
 
     def render_str(self, text: str, **how: Any) -> Any:
-        """Every text passes here, those in the cells of tables too."""
+        """Escape every text: all pass here, those in the cells of tables too."""
         return super().render_str(printable(text, lines=True), **how)
 
     @property
@@ -94,11 +94,11 @@ class _Steady(io.RawIOBase):
         return True
 
     def fileno(self) -> int:
-        """The descriptor."""
+        """Return the descriptor."""
         return self._descriptor
 
     def isatty(self) -> bool:
-        """Whether a person reads it."""
+        """Return whether a person reads it."""
         return os.isatty(self._descriptor)
 
     def write(self, data: Any) -> int:
@@ -144,7 +144,7 @@ def _steady(stream: TextIO | None, descriptor: int, drops: tuple[int, ...] | Non
 
 
 def asks_a_person() -> bool:
-    """Whether somebody sits at stdin and can answer."""
+    """Return whether somebody sits at stdin and can answer."""
     try:
         return sys.stdin is not None and sys.stdin.isatty()
     except (OSError, ValueError):

@@ -34,7 +34,7 @@ _OPTIONS = {
 
 
 def settings_of(inputs: Mapping[str, Any], files: Mapping[str, Path | None]) -> dict[str, Any]:
-    """`penstock.engine.request.settings.Settings` as plain values.
+    """Return `penstock.engine.request.settings.Settings` as plain values.
 
     Args:
         inputs: of the node, by their names.
@@ -56,7 +56,7 @@ def settings_of(inputs: Mapping[str, Any], files: Mapping[str, Path | None]) -> 
 
 
 def options_of(inputs: Mapping[str, Any]) -> dict[str, str]:
-    """`penstock.profiles.options.Options` as plain values."""
+    """Return `penstock.profiles.options.Options` as plain values."""
     words = {ours: _word(inputs.get(theirs), AUTO) for theirs, ours in _OPTIONS.items()}
     return {name: word for name, word in words.items() if word is not None}
 

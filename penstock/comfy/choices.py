@@ -30,8 +30,8 @@ _GGUF = ".gguf"
 
 
 def choices(part: str) -> list[str]:
-    """What a user may choose for ``part``: `NONE`, then names as ComfyUI shows them, and what it
-    hides under its own types: .gguf."""
+    """Return what a user may choose for ``part``: `NONE`, then names as ComfyUI shows them, and
+    what it hides under its own types: .gguf."""
     paths = _folder_paths()
     names: dict[str, None] = {}
     for kind in _known(part):
@@ -41,7 +41,7 @@ def choices(part: str) -> list[str]:
 
 
 def path_of(part: str, name: str | None) -> Path | None:
-    """The file of a choice; None: nothing was chosen.
+    """Return the file of a choice; None: nothing was chosen.
 
     Raises:
         FileNotFoundError: it is not there any more.
@@ -58,7 +58,7 @@ def path_of(part: str, name: str | None) -> Path | None:
 
 
 def stamp(path: Path) -> tuple[str, int, int]:
-    """What tells that a file is another one."""
+    """Return what tells that a file is another one."""
     found = path.stat()
     return str(path), found.st_size, found.st_mtime_ns
 

@@ -79,7 +79,7 @@ class Desk(Doer[NodeOrder]):
             engine.close()
 
     def _begun(self, order: NodeOrder) -> tuple[Path, Job]:
-        """A job, or the rest of one that is the same and was not finished."""
+        """Return a job, or the rest of one that is the same and was not finished."""
         engine = self._opened_for(order)
         request = resolve(_settings(order), engine.model)
         plan = engine.plan(request, saved=True)
@@ -144,7 +144,7 @@ def _continued(settings: Settings, video: Path) -> Settings:
 
 
 def _newest() -> Path:
-    """The newest unfinished job.
+    """Return the newest unfinished job.
 
     Raises:
         JournalError: there is none.
@@ -172,12 +172,12 @@ def _planned(order: NodeOrder) -> dict[str, Any]:
 
 
 def _told(plan: Plan) -> str:
-    """A plan as ``penstock plan`` prints it."""
+    """Return a plan as ``penstock plan`` prints it."""
     return plan_view(plan, _WIDTH, memory_told(plan))
 
 
 def _handing(request: GenerationRequest) -> str:
-    """What ComfyUI's process gets to hold."""
+    """Return what ComfyUI's process gets to hold."""
     nbytes = 4 * 3 * request.frames * request.width * request.height
     return (
         f"IMAGE    {request.frames} frames as fp32 are {format_bytes(nbytes)} of RAM in ComfyUI's "

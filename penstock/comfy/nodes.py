@@ -93,7 +93,7 @@ class Watch:
             self._stopped = True
 
     def interrupted(self) -> bool:
-        """Whether the user has interrupted since this was asked last."""
+        """Return whether the user has interrupted since this was asked last."""
         stopped, self._stopped = self._stopped, False
         try:
             memory.throw_exception_if_processing_interrupted()
@@ -120,7 +120,7 @@ def _clock(seconds: float) -> str:
 
 
 def _done(order: NodeOrder, watch: Watch) -> Message:
-    """How an order ended, if well.
+    """Return how an order ended, if well.
 
     Raises:
         PenstockFailed: it failed, or the worker died of it.
@@ -188,7 +188,7 @@ def _make(order: Mapping[str, Any], images: bool, hidden: Any) -> Any:
 
 
 def _is_linked(prompt: Mapping[str, Any], node: str) -> bool:
-    """Whether anything takes the frames, which are the node's first output."""
+    """Return whether anything takes the frames, which are the node's first output."""
     values = (value for each in prompt.values() for value in each.get("inputs", {}).values())
     return any(isinstance(value, list) and value == [node, 0] for value in values)
 
@@ -209,7 +209,7 @@ def _files(inputs: Mapping[str, Any]) -> dict[str, Path | None]:
 
 
 def _video_file(video: Any) -> Path:
-    """Where a VIDEO lies as a file; one that is none yet becomes one."""
+    """Return where a VIDEO lies as a file; one that is none yet becomes one."""
     source = video.get_stream_source()
     if isinstance(source, str):
         return Path(source)
@@ -558,12 +558,12 @@ class PenstockExtension(ComfyExtension):
     """The pack."""
 
     async def get_node_list(self) -> list[Any]:
-        """Its nodes."""
+        """Return its nodes."""
         return list(NODES)
 
 
 async def comfy_entrypoint() -> PenstockExtension:
-    """Where ComfyUI enters."""
+    """Return where ComfyUI enters."""
     _rest_with_the_models()
     atexit.register(WORKER.rest)
     return PenstockExtension()

@@ -40,5 +40,5 @@ class NodeOrder:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> NodeOrder:
-        """The order that `to_json` gave ``value`` for."""
+        """Return the order that `to_json` gave ``value`` for."""
         return cls(**value)

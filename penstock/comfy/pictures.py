@@ -17,7 +17,7 @@ _WHITE = 255
 
 
 def picture_file(image: Tensor, folder: Path) -> Path:
-    """The first picture of an IMAGE as a PNG, named by what it shows.
+    """Return the first picture of an IMAGE as a PNG, named by what it shows.
 
     Args:
         image: (n, height, width, channels) in 0..1.
@@ -33,8 +33,8 @@ def picture_file(image: Tensor, folder: Path) -> Path:
 
 
 def mapped(path: Path, shape: Sequence[int]) -> Tensor:
-    """The frames in a file as an IMAGE, whose memory is the file's: pages come as they are read,
-    and what is written to them stays in this process.
+    """Return the frames in a file as an IMAGE, whose memory is the file's: pages come as they are
+    read, and what is written to them stays in this process.
 
     Args:
         path: as `penstock.comfy.desk.hand_over` wrote it.

@@ -176,7 +176,7 @@ class _Child:
             raise WorkerDied(self._how()) from error
 
     def receive(self, seconds: float) -> Message | None:
-        """What it says next; None: nothing for so long."""
+        """Return what it says next; None: nothing for so long."""
         try:
             message = self._heard.get(timeout=seconds)
         except queue.Empty:
@@ -200,6 +200,7 @@ class _Child:
 
 
 def environment(of: Mapping[str, str]) -> dict[str, str]:
-    """The worker's variables, where ComfyUI has ``of``: its allocator's are not the worker's."""
+    """Return the worker's variables, where ComfyUI has ``of``: its allocator's are not the
+    worker's."""
     kept = {name: value for name, value in of.items() if name not in _COMFYS_OWN}
     return kept | {"PYTHONUNBUFFERED": "1"}

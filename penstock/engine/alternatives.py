@@ -162,8 +162,8 @@ def _changes(
 
 
 def _formats(options: Options, settings: Settings, plan: Plan, device: str) -> Iterator[_Change]:
-    """What is quantised already is not quantised again. A CPU's products in 8 bits are left out:
-    their trial would load torch for every plan."""
+    """Yield the formats to try: what is quantised already is not quantised again. A CPU's products
+    in 8 bits are left out: their trial would load torch for every plan."""
     if options.format is not None or not get_format(plan.weight_format).plain:
         return
     for (name, compute), decibels in FRAMES_PSNR.items():

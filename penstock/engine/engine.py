@@ -123,7 +123,7 @@ class Engine(Closing):
         return cls(Prepared.reopen(opening, cache=cache), overlapped=overlapped)
 
     def plan(self, request: GenerationRequest, *, saved: bool = False) -> Plan:
-        """What the request will take. Pure arithmetic over headers: nothing is loaded.
+        """Predict what the request will take: arithmetic over headers, nothing is loaded.
 
         Args:
             request: what to make.
@@ -136,7 +136,7 @@ class Engine(Closing):
         return self._prepared.plan(request, saved=saved)
 
     def plan_workload(self, workload: Workload) -> Plan:
-        """What a video of that shape will take, whatever it shows.
+        """Predict what a video of that shape will take, whatever it shows.
 
         Args:
             workload: its shape, its steps, and whether guidance doubles them.
@@ -199,7 +199,7 @@ class Engine(Closing):
             raise
 
     def _claimed(self, order: Order, request: GenerationRequest) -> OutputClaim | None:
-        """The output's name, reserved, once it is clear that a video can be written there.
+        """Return the output's name, reserved, once it is clear that a video can be written there.
 
         Raises:
             OutputError: it cannot, or another job is to write that file.
@@ -300,7 +300,7 @@ class Engine(Closing):
         return self._start(request, plan, order, keeper, hooks, (how, *notices))
 
     def _fitting(self, plan: Plan, request: GenerationRequest) -> Plan:
-        """The job's own plan where it fits today's budgets and attention, else a new one."""
+        """Return the job's own plan where it fits today's budgets and attention, else a new one."""
         vram_bytes, ram_bytes = self.hardware.vram_bytes, self.hardware.ram_bytes
         too_large = plan.peak_vram_bytes > vram_bytes or plan.peak_ram_bytes > ram_bytes
         if too_large or plan.attention != self.chosen.policy.attention:
@@ -342,7 +342,8 @@ class Engine(Closing):
         return self._jobs.start(work, run)
 
     def run_of(self, request: GenerationRequest, plan: Plan) -> Run:
-        """What a job under ``plan`` is made of, besides its output, its keeper and its recovery.
+        """Return what a job under ``plan`` is made of, besides its output, its keeper and its
+        recovery.
 
         Args:
             request: what to make.

@@ -73,7 +73,7 @@ class Inspection:
         return not (self.missing or self.unknown or self.misshaped)
 
     def lines(self) -> list[str]:
-        """The description for a terminal."""
+        """Describe it in lines for a terminal."""
         lines = [
             f"{self.path}",
             f"  {self.component.replace('_', ' ')}: {self.family}, names as in {self.naming}",
@@ -116,7 +116,7 @@ class ModelInspection:
     notes: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """The description for a terminal."""
+        """Describe it in lines for a terminal."""
         lines = [line for part in self.components for line in part.lines()]
         lines += self.notes
         if self.completed:
@@ -148,7 +148,7 @@ def _inspect(path: Path) -> ModelInspection | LoraInspection:
 
 
 def _is_component(folder: Path) -> bool:
-    """A folder of one component, as diffusers and transformers save it."""
+    """Return a folder of one component, as diffusers and transformers save it."""
     config = folder / "config.json"
     if any((folder / index).exists() for index in INDEXES) or not config.exists():
         return False
@@ -172,7 +172,7 @@ def _inspect_model(folder: Path) -> ModelInspection:
 
 
 def _incomplete(folder: Path, error: PenstockError, arguments: tuple[str, ...]) -> ModelInspection:
-    """What can be described of a folder that is no whole model, and what would make it one.
+    """Return what can be described of a folder that is no whole model, and what would make it one.
 
     Raises:
         PenstockError: ``error``, where nothing can be, or the model is known and not run.
@@ -193,12 +193,12 @@ def _incomplete(folder: Path, error: PenstockError, arguments: tuple[str, ...]) 
 
 
 def _why(error: CheckpointError) -> str:
-    """A pickle's refusal in short: what stands in the way."""
+    """Return a pickle's refusal in short: what stands in the way."""
     return error.what if isinstance(error, PickleRefused) else str(error)
 
 
 def describe(source: ComponentSource, arguments: tuple[str, ...] = ()) -> Inspection:
-    """The description of an opened component.
+    """Describe an opened component.
 
     Args:
         arguments: how `generate` is told of it, if not by the component's own flag.

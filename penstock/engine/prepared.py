@@ -77,7 +77,7 @@ class BuiltIn:
         return f"the built-in {self.name}"
 
     def manifest(self, weight_format: str) -> Manifest:
-        """The model with its block matrices in that format.
+        """Return the model with its block matrices in that format.
 
         Raises:
             ProfileError: no such model, or no such format.
@@ -85,7 +85,7 @@ class BuiltIn:
         return builtin(self.name, weight_format)
 
     def plan(self, workload: Workload) -> Plan:
-        """The plan in the first format that fits.
+        """Return the plan in the first format that fits.
 
         Raises:
             OverBudget: no plan fits the budgets.
@@ -167,7 +167,9 @@ class Prepared:
             return cls.reopen(opening, machine=machine, cache=cache)
         if loras:
             raise UsageError(
-                "a LoRA is checked against a model's files", expected="--model", found="--synthetic"
+                "a LoRA can only be checked against a model's files",
+                expected="--model",
+                found="--synthetic",
             )
         return cls._of_description(synthetic, options, machine)
 
@@ -216,7 +218,7 @@ class Prepared:
         )  # fmt: skip
 
     def again(self, options: Options) -> Prepared:
-        """The same model under other options, on the same machine.
+        """Return the same model under other options, on the same machine.
 
         Raises:
             As `penstock.engine.engine.Engine.open`.
@@ -256,7 +258,7 @@ class Prepared:
         return self.chosen.hardware
 
     def plan(self, asked: GenerationRequest | Workload, *, saved: bool = False) -> Plan:
-        """What a job takes: of a request, which must suit the model's files, or of a shape,
+        """Return what a job takes: of a request, which must suit the model's files, or of a shape,
         whatever it shows.
 
         Args:
@@ -278,7 +280,8 @@ class Prepared:
 def machine_of(
     options: Options, card: str | None, disk: str | None
 ) -> tuple[Options, Hardware | None]:
-    """The machine that a plan is for: None is this one; and the options that are left for it.
+    """Return the machine that a plan is for: None is this one; and the options that are left for
+    it.
 
     Args:
         options: their ``ram`` is with ``card`` the memory of its machine, and then no ceiling.
@@ -293,7 +296,7 @@ def machine_of(
         return replace(options, ram=None), described(card, ram, disk)
     if disk is not None:
         raise UsageError(
-            "--disk describes a machine that is not there",
+            "--disk describes another machine's disk",
             expected="--card as well",
             remedy="penstock doctor measures this machine's own disk.",
         )

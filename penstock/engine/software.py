@@ -58,6 +58,6 @@ def check_versions(least: Mapping[str, str] = LEAST) -> None:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """A release's numbers: "2.13.0+cpu" is (2, 13, 0)."""
+    """Return a release's numbers: "2.13.0+cpu" is (2, 13, 0)."""
     match = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(part) for part in match[0].split(".")) if match else ()

@@ -42,8 +42,8 @@ def _close_streamed(model: ModelFiles) -> None:
 
 
 def computing_on(device: str, mode: Mode) -> tuple[Computing, tuple[str, ...]]:
-    """How quantised linears compute on ``device``, and what is to be said of its 8-bit products,
-    which are tried for "fast"."""
+    """Return how quantised linears compute on ``device``, and what is to be said of its 8-bit
+    products, which are tried for "fast"."""
     if mode == "exact":
         return Computing(Scratch(0, device)), ()
     from penstock.quant.probe import probe, probe_kitchen, working
@@ -57,21 +57,21 @@ def computing_on(device: str, mode: Mode) -> tuple[Computing, tuple[str, ...]]:
 
 
 def _kitchens(report: PathReport) -> tuple[frozenset[Kernel], str]:
-    """What comfy-kitchen's trial has shown, and what is said of it."""
+    """Return what comfy-kitchen's trial has shown, and what is said of it."""
     if report.works:
         return frozenset({"int8-kitchen"}), "int8 products by comfy-kitchen: they work here"
     return frozenset(), f"int8 products by comfy-kitchen: not here ({report.reason})"
 
 
 def kitchen_numerics(path: str, works: frozenset[Kernel]) -> dict[str, str]:
-    """What a fingerprint says of comfy-kitchen's products: results depend on its version."""
+    """Return what a fingerprint says of comfy-kitchen's products: results depend on its version."""
     if path != "int8" or "int8-kitchen" not in works:
         return {}
     return {"int8": f"comfy-kitchen {package_version('comfy-kitchen')}"}
 
 
 def told_of(reports: Mapping[Kernel, PathReport]) -> tuple[str, ...]:
-    """What is said of each path in 8 bits, as it was found on the device."""
+    """Return what is said of each path in 8 bits, as it was found on the device."""
     rowwise = reports["fp8-rowwise"]
     slower = "" if rowwise.works else f", scaled in passes of their own ({rowwise.reason})"
     return _told("fp8", reports["fp8"], slower), _told("int8", reports["int8"], "")
@@ -113,7 +113,7 @@ class Variants:
         self._packs: dict[str, tuple[tuple[FirstUse, ...], ModelFiles]] = {}
 
     def plan(self, workload: Workload) -> Plan:
-        """The plan in the first format that fits, with the packing that it needs before.
+        """Return the plan in the first format that fits, with the packing that it needs before.
 
         Raises:
             OverBudget: no plan fits the budgets.
@@ -135,7 +135,8 @@ class Variants:
         return manifest.undecided() if self._described else manifest
 
     def named(self, name: str) -> ModelFiles:
-        """The model with its block matrices in the format ``name``; its pack may have to be made.
+        """Return the model with its block matrices in the format ``name``; its pack may have to be
+        made.
 
         Raises:
             UsageError: no such format, or one that is only read.
@@ -144,8 +145,8 @@ class Variants:
         return self._packs[name][1] if uses else self.stored
 
     def _first_uses(self, name: str) -> tuple[FirstUse, ...]:
-        """The packs of that format, opened, one for each network that streams; none where the files
-        hold it already."""
+        """Return the packs of that format, opened, one for each network that streams; none where
+        the files hold it already."""
         if name == self._stored_format:
             return ()
         if name not in self._packs:
@@ -165,7 +166,8 @@ class Variants:
         return model
 
     def preparation(self, name: str) -> Callable[[Stage], ModelFiles] | None:
-        """What gives a job the model in that format to read from; None where the files do."""
+        """Return what gives a job the model in that format to read from; None where the files
+        do."""
         uses = self._first_uses(name)
         return (lambda stage: self._prepared(uses, stage)) if uses else None
 
@@ -176,8 +178,8 @@ class Variants:
         return self._open(uses)
 
     def _is_ready(self, use: FirstUse, stage: Stage) -> bool:
-        """Whether the pack is there and was made from the source as it is, and say how that was
-        found out."""
+        """Return whether the pack is there and was made from the source as it is, and say how that
+        was found out."""
         if not use.is_made and use.origin is not None:
             stage.monitor.notice(
                 "the transformer's files have another size, time or place than is known here: "
@@ -223,8 +225,8 @@ class Variants:
             use.make(phase_plan.ram_work_bytes, report, waiting)
 
     def numerics(self, name: str) -> dict[str, str]:
-        """How the block matrices in that format are stored and multiply here, and what attends, as
-        the plan says."""
+        """Return how the block matrices in that format are stored and multiply here, and what
+        attends, as the plan says."""
         policy, rates = self._chosen.policy, self._chosen.hardware.rates
         path = compute_path(self.named(name).manifest.storage, policy, rates)
         return {

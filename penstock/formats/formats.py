@@ -54,11 +54,11 @@ class QuantFormat(Protocol):
         """The 8-bit matrix product that can use the stored bytes; None: they are decoded."""
 
     def fits(self, shape: Shape) -> bool:
-        """Whether a weight of ``shape`` can be stored; if not it is kept plain."""
+        """Return whether a weight of ``shape`` can be stored; if not it is kept plain."""
 
     def logical(self, data: tuple[int, ...]) -> tuple[int, ...] | None:
-        """The weight's shape by that of its data, the first of the stored tensors; None where only
-        the model's config tells it."""
+        """Return the weight's shape by that of its data, the first of the stored tensors; None
+        where only the model's config tells it."""
 
     def storage(self, shape: Shape, compute_dtype: str) -> dict[str, Spec]:
         """Dtype tag and shape of each stored tensor.
@@ -103,12 +103,12 @@ def writable() -> tuple[str, ...]:
 
 
 def plain_format(tag: str) -> QuantFormat:
-    """The format of weights that are stored in the dtype ``tag``, as they are."""
+    """Return the format of weights that are stored in the dtype ``tag``, as they are."""
     return next(each for each in FORMATS.values() if isinstance(each, Plain) and each.tag == tag)
 
 
 def get_format(name: str) -> QuantFormat:
-    """The format called ``name``.
+    """Return the format called ``name``.
 
     Raises:
         ProfileError: no such format; lists those there are.

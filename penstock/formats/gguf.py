@@ -96,20 +96,21 @@ class Gguf:
         return self.name
 
     def fits(self, shape: Shape) -> bool:
-        """Whether rows are whole blocks."""
+        """Return whether rows are whole blocks."""
         return shape[1] % self.block == 0
 
     def logical(self, data: tuple[int, ...]) -> tuple[int, ...]:
-        """The same: blocks are known by the shape of their numbers."""
+        """Return the same: blocks are known by the shape of their numbers."""
         return data
 
     def storage(self, shape: Shape, compute_dtype: str) -> dict[str, Spec]:
-        """The blocks' bytes."""
+        """Return the blocks' bytes."""
         rows, columns = shape
         return {"weight": ("U8", (rows, columns // self.block * self.block_bytes))}
 
     def workspace_bytes(self, shape: Shape, device: str) -> int:
-        """A chunk in fp32, its codes in bytes, and as much again for upper bits and scales."""
+        """Return a chunk in fp32, its codes in bytes, and as much again for upper bits and
+        scales."""
         return 7 * shape[1] * chunk_rows(*shape, device)
 
 

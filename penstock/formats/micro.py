@@ -51,11 +51,11 @@ class Micro:
         return 2 if self.name == "nvfp4" else 1
 
     def fits(self, shape: Shape) -> bool:
-        """Every shape can be stored."""
+        """Return True: every shape can be stored."""
         return True
 
     def logical(self, data: tuple[int, ...]) -> tuple[int, ...]:
-        """The padded shape: the weight's own, where it is whole tiles."""
+        """Return the padded shape: the weight's own, where it is whole tiles."""
         return (data[0], data[1] * self.packed)
 
     def scales(self, shape: Shape) -> Shape:
@@ -64,7 +64,7 @@ class Micro:
         return rows, columns // self.block
 
     def storage(self, shape: Shape, compute_dtype: str) -> dict[str, Spec]:
-        """Padded numbers, the scales in whole tiles, and the scale for all."""
+        """Return padded numbers, the scales in whole tiles, and the scale for all."""
         rows, columns = (align_up(side, self.padding) for side in shape)
         tiles = (align_up(rows, TILE_ROWS), align_up(columns // self.block, 4))
         tag = "U8" if self.name == "nvfp4" else "F8_E4M3"
@@ -77,7 +77,8 @@ class Micro:
         return stored
 
     def workspace_bytes(self, shape: Shape, device: str) -> int:
-        """The scales in the rows' order, twice; a chunk in fp32, its codes and their scales."""
+        """Return the scales in the rows' order, twice; a chunk in fp32, its codes and their
+        scales."""
         rows, count = self.scales(shape)
         columns = align_up(shape[1], self.padding)
         chunk = columns * chunk_rows(rows, columns, device)

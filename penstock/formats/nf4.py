@@ -47,11 +47,11 @@ class NF4:
         return not self.flat
 
     def fits(self, shape: Shape) -> bool:
-        """Whether rows are whole blocks."""
+        """Return whether rows are whole blocks."""
         return shape[1] % self.block == 0
 
     def logical(self, data: tuple[int, ...]) -> tuple[int, ...] | None:
-        """Two numbers a byte; flat ones tell no shape."""
+        """Return two numbers a byte; flat ones tell no shape."""
         return None if self.flat else (data[0], 2 * data[1])
 
     def storage(self, shape: Shape, compute_dtype: str) -> dict[str, Spec]:
@@ -76,7 +76,7 @@ class NF4:
         return stored
 
     def workspace_bytes(self, shape: Shape, device: str) -> int:
-        """A decoded chunk (fp32 at most), where only the operator can decode on a CPU; all other
-        ways decode into the output. Nested maxima are decoded before, by 32-bit indices."""
+        """Return a decoded chunk (fp32 at most), where only the operator can decode on a CPU; all
+        other ways decode into the output. Nested maxima are decoded before, by 32-bit indices."""
         nested = 12 * (shape[0] * shape[1] // self.block) if self.nested_block else 0
         return nested + (0 if device == "cuda" else 4 * shape[1] * chunk_rows(*shape, device))

@@ -52,7 +52,7 @@ class Patch:
     turned: bool = False
 
     def name(self, role: str) -> str:
-        """The tensor's name beside the weight."""
+        """Return the tensor's name beside the weight."""
         return f"lora.{self.index}.{role}"
 
     def storage(self) -> dict[str, Spec]:

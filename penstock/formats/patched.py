@@ -50,13 +50,13 @@ class Patched:
         return self.base.logical(data)
 
     def storage(self, shape: Shape, compute_dtype: str) -> dict[str, Spec]:
-        """The base's tensors, and the LoRAs'."""
+        """Return the base's tensors, and the LoRAs'."""
         stored = self.base.storage(shape, compute_dtype)
         for patch in self.patches:
             stored |= patch.storage()
         return stored
 
     def workspace_bytes(self, shape: Shape, device: str) -> int:
-        """The most of decoding and of each change: one comes after the other."""
+        """Return the most of decoding and of each change: one comes after the other."""
         changes = (patch.workspace_bytes(shape, device) for patch in self.patches)
         return max(self.base.workspace_bytes(shape, device), *changes)

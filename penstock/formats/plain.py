@@ -30,15 +30,15 @@ class Plain:
         return self.name
 
     def fits(self, shape: Shape) -> bool:
-        """Every shape can be stored."""
+        """Return True: every shape can be stored."""
         return True
 
     def logical(self, data: tuple[int, ...]) -> tuple[int, ...]:
-        """The same."""
+        """Return the same."""
         return data
 
     def storage(self, shape: Shape, compute_dtype: str) -> dict[str, Spec]:
-        """One tensor, whatever the compute dtype."""
+        """Return one tensor, whatever the compute dtype."""
         return {"weight": (self.tag, shape)}
 
     def workspace_bytes(self, shape: Shape, device: str) -> int:

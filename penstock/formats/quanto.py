@@ -41,11 +41,11 @@ class QuantoInt4:
         return self.name
 
     def fits(self, shape: Shape) -> bool:
-        """Every shape can be stored."""
+        """Return True: every shape can be stored."""
         return True
 
     def logical(self, data: tuple[int, ...]) -> None:
-        """Groups tell no shape."""
+        """Return nothing: groups do not determine a shape."""
         return
 
     def storage(self, shape: Shape, compute_dtype: str) -> dict[str, Spec]:
@@ -59,12 +59,12 @@ class QuantoInt4:
         }
 
     def workspace_bytes(self, shape: Shape, device: str) -> int:
-        """A chunk of codes and one of values."""
+        """Return a chunk of codes and one of values."""
         count, size = groups_of(shape)
         return 5 * size * chunk_rows(-(-count // 2), size, device)
 
 
 def groups_of(shape: Shape) -> tuple[int, int]:
-    """Number and size of the groups of a weight."""
+    """Return number and size of the groups of a weight."""
     size = group_size(shape[1]) or shape[1]
     return shape[0] * shape[1] // size, size

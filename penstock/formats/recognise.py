@@ -73,14 +73,15 @@ _PLAIN: Mapping[str, QuantFormat] = MappingProxyType(
 
 
 def split_suffix(name: str) -> tuple[str, str] | None:
-    """A stored tensor's layer and its suffix as the file spells it; None if it is none of those
-    that formats know."""
+    """Return a stored tensor's layer and its suffix as the file spells it; None if it is none of
+    those that formats know."""
     match = _SUFFIX.fullmatch(name)
     return (match[1], match[2]) if match else None
 
 
 def canonical_suffix(suffix: str) -> str | None:
-    """The suffix under which formats know a stored tensor; None for one that computing ignores."""
+    """Return the suffix under which formats know a stored tensor; None for one that computing
+    ignores."""
     return None if suffix in UNUSED else ALIASES.get(suffix, suffix)
 
 
@@ -92,7 +93,7 @@ def recognise(
     full_precision: bool = False,
     state: Mapping[str, object] | None = None,
 ) -> QuantFormat:
-    """The format of one weight's stored tensors; a plain or raw one may have any dimensions.
+    """Return the format of one weight's stored tensors; a plain or raw one may have any dimensions.
 
     Args:
         stored: dtype tag and shape by suffix, in any spelling; ``bias`` is ignored. GGUF blocks
@@ -143,7 +144,7 @@ def _canonical(stored: Mapping[str, Spec], layer: str) -> dict[str, Spec]:
 
 
 def _alone(named: Mapping[str, Spec], layer: str) -> QuantFormat | None:
-    """The format of a weight that one tensor holds."""
+    """Return the format of a weight that one tensor holds."""
     if set(named) != {"weight"}:
         return None
     tag, shape = named["weight"]
@@ -170,7 +171,7 @@ def _gguf(tag: str, shape: tuple[int, ...], layer: str) -> QuantFormat:
 
 
 def _packed(named: Mapping[str, Spec]) -> QuantFormat | None:
-    """The format of codes smaller than a byte."""
+    """Return the format of codes smaller than a byte."""
     if set(named) == {"weight._data._data", "weight._scale", "weight._shift"}:
         return QuantoInt4(scale_tag=named["weight._scale"][0])
     tag, shape = named.get("weight", ("", ()))

@@ -24,7 +24,7 @@ INT8_MAX = 127.0
 
 
 def scale_shape(layout: ScaleLayout, rows: int) -> tuple[int, ...]:
-    """The shape that ``layout`` names for a weight of ``rows`` rows."""
+    """Return the shape that ``layout`` names for a weight of ``rows`` rows."""
     shapes: dict[str, tuple[int, ...]] = {
         "scalar": (),
         "one": (1,),
@@ -88,7 +88,7 @@ class Scaled8:
         return f"{self.name} {scaled or 'per tensor'}"
 
     def fits(self, shape: Shape) -> bool:
-        """Every shape can be stored; a rotated one if its rows are whole groups."""
+        """Return True: every shape can be stored; a rotated one if its rows are whole groups."""
         return not self.rotation or shape[1] % self.rotation == 0
 
     def suited(self, shape: Shape) -> Scaled8:
@@ -98,11 +98,11 @@ class Scaled8:
         return replace(self, rotation=max(sizes)) if sizes else self
 
     def logical(self, data: tuple[int, ...]) -> tuple[int, ...]:
-        """The same."""
+        """Return the same."""
         return data
 
     def storage(self, shape: Shape, compute_dtype: str) -> dict[str, Spec]:
-        """The weight's bytes and, unless raw, its scale."""
+        """Return the weight's bytes and, unless raw, its scale."""
         stored: dict[str, Spec] = {self.weight_key: (self.tag, shape)}
         if self.scale != "none":
             tag = self.scale_tag or compute_dtype
@@ -110,9 +110,9 @@ class Scaled8:
         return stored
 
     def workspace_bytes(self, shape: Shape, device: str) -> int:
-        """The scale in fp32, and on a CPU a chunk in fp32, for fp8 its bits besides and the largest
-        of them; other devices decode in place. A rotation takes half a chunk, and two more while
-        it turns, and its matrices."""
+        """Return the scale in fp32, and on a CPU a chunk in fp32, for fp8 its bits besides and the
+        largest of them; other devices decode in place. A rotation takes half a chunk, and two more
+        while it turns, and its matrices."""
         if self.rotation:
             rows, columns = shape
             return 8 * rows + 12 * columns * chunk_rows(rows, 2 * columns, device) + 4096

@@ -29,7 +29,7 @@ class _Ceiling:
 
     @classmethod
     def over(cls, index: int) -> _Ceiling:
-        """One over what there is, and new peaks."""
+        """Return one over what there is, and new peaks."""
         release_cached(torch.device("cuda", index))  # what is cached is nobody's
         torch.cuda.reset_peak_memory_stats(index)
         known: Callable[[int], float] | None = getattr(

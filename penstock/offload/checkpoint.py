@@ -46,14 +46,14 @@ _CONVERT = (
 
 
 def torch_dtype(tag: str) -> torch.dtype:
-    """The torch type of a safetensors tag (``"BF16"``, ``"F8_E4M3"``, ...).
+    """Return the torch type of a safetensors tag (``"BF16"``, ``"F8_E4M3"``, ...).
 
     Raises:
         TensorMismatch: the tag names a packed type, which has no torch type of its own.
     """
     if tag not in TORCH_NAMES:
         raise TensorMismatch(
-            "no torch type holds these elements",
+            "no torch dtype holds these elements",
             expected=", ".join(TORCH_NAMES),
             found=tag,
             remedy="Packed types are read as bytes and unpacked by their format.",
@@ -145,7 +145,7 @@ class Checkpoint(Mapping[str, TensorEntry], Closing):
         return len(self._entries)
 
     def read(self, name: str) -> Tensor:
-        """The tensor ``name``, read into new memory on the CPU (packed types as flat uint8).
+        """Read the tensor ``name`` into new memory on the CPU (packed types as flat uint8).
 
         Raises:
             CheckpointChanged: the file was truncated or touched since it was opened.
@@ -160,7 +160,7 @@ class Checkpoint(Mapping[str, TensorEntry], Closing):
         return view_as_stored(flat, entry.dtype, entry.shape)
 
     def read_rows(self, name: str, rows: Sequence[int] | Tensor) -> Tensor:
-        """The ``rows`` of the tensor ``name`` along its first dimension; nothing else is read.
+        """Read the ``rows`` of the tensor ``name`` along its first dimension; nothing else is read.
 
         Args:
             rows: row numbers in any order, repeats allowed.
@@ -213,7 +213,8 @@ class Checkpoint(Mapping[str, TensorEntry], Closing):
 
 
 def find_checkpoint(folder: Path) -> Path:
-    """The file or index that makes ``folder`` a checkpoint; see `Checkpoint.open` for the rules.
+    """Find the file or index that makes ``folder`` a checkpoint; see `Checkpoint.open` for the
+    rules.
 
     Raises:
         PickleRefused: there are only pickles.
@@ -293,7 +294,7 @@ def _open_header(path: Path) -> tuple[Header, FileStamp]:
 
 
 def _stranger(file: WeightFile) -> HeaderError | None:
-    """The error for a file that never was one of weights."""
+    """Return the error for a file that never was one of weights."""
     start = bytearray(min(START_BYTES, file.stamp.size))
     file.read_into(memoryview(start), 0)
     return stranger(file.path, bytes(start), file.stamp.size)
@@ -363,7 +364,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def pickle_refused(path: Path, elsewhere: str = "") -> PickleRefused:
-    """The error for a pickle.
+    """Return the error for a pickle.
 
     Args:
         elsewhere: a sentence that says where the same weights are found as safetensors.

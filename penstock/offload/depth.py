@@ -40,7 +40,7 @@ class QueueDepth:
         self._nbytes, self._seconds = 0, 0.0
 
     def note(self, nbytes: int, seconds: float) -> None:
-        """A block of ``nbytes`` was read at the depth ``now`` in ``seconds``."""
+        """Note that a block of ``nbytes`` was read at the depth ``now`` in ``seconds``."""
         self._nbytes += nbytes
         self._seconds += seconds
         self._left -= 1
@@ -51,6 +51,7 @@ class QueueDepth:
         if self.now == self._best and self._best_rate:  # it was settled: look around again
             self._best_rate = rate
             self._try_more()
+        # Only a clear gain doubles the depth: noise alone would drive it to the most.
         elif rate > GAIN * self._best_rate:
             self._best, self._best_rate = self.now, rate
             self._try_more()

@@ -8,7 +8,8 @@ import torch
 
 
 def indexed(device: torch.device) -> torch.device:
-    """``device`` by its index, as tensors name theirs: a GPU without one is the current one."""
+    """Return ``device`` by its index, as tensors name theirs: a GPU without one is the current
+    one."""
     if device.type != "cuda" or device.index is not None:
         return device
     return torch.device("cuda", torch.cuda.current_device())

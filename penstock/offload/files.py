@@ -31,7 +31,7 @@ class FileStamp:
 
     @classmethod
     def of(cls, status: os.stat_result) -> FileStamp:
-        """The stamp in a stat result."""
+        """Return the stamp in a stat result."""
         return cls(status.st_size, status.st_mtime_ns, status.st_ino)
 
 
@@ -45,7 +45,7 @@ def check_stamp(path: Path, status: os.stat_result, stamp: FileStamp) -> None:
 
 
 def changed(path: Path, expected: str, found: str) -> CheckpointChanged:
-    """The error for a file that is no longer what it was when it was opened."""
+    """Return the error for a file that is no longer what it was when it was opened."""
     return CheckpointChanged(
         f"{path} changed while it was in use",
         expected=expected,
@@ -131,14 +131,18 @@ class WeightFile(Closing):
                     self.path, f"{offset + len(target):,} bytes or more", f"{offset + done:,}"
                 )
             done += count
+        # What went through the page cache is dropped: weights are read once a pass in a cycle
+        # longer than the cache, which would only push out what others use.
         self._drop_cache(offset + direct, done - direct)
         return direct
 
     def _read_direct(self, target: memoryview, offset: int) -> int:
         """Whole pages of ``target``, as many as come; the caller reads what is left."""
         assert self._direct_fd is not None
+        # O_DIRECT wants offset, memory and length in whole blocks; the tail goes through the cache.
         whole = len(target) - len(target) % PAGE_BYTES
         done = 0
+        # A short read may end off a page; from there on nothing is aligned any more.
         while done < whole and done % PAGE_BYTES == 0:
             try:
                 count = os.preadv(self._direct_fd, [target[done:whole]], offset + done)
@@ -189,7 +193,7 @@ def looked_at(path: Path) -> Iterator[None]:
 
 
 def unreadable(path: Path, error: OSError) -> CheckpointError:
-    """The error for a file that the operating system does not give us."""
+    """Return the error for a file that the operating system does not give us."""
     return CheckpointError(
         f"{path} cannot be read",
         found=error.strerror or str(error),

@@ -85,7 +85,7 @@ class GgufHeader:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether the file begins as a GGUF file does."""
+    """Return whether the file begins as a GGUF file does."""
     with open_regular(path) as file:
         return file.read(len(MAGIC)) == MAGIC
 
@@ -179,7 +179,9 @@ class _Cursor:
 def _version(cursor: _Cursor) -> int:
     magic = cursor.take(4, "the magic")
     if magic != MAGIC:
-        raise HeaderError(f"{cursor.path} is no GGUF file", expected=repr(MAGIC), found=repr(magic))
+        raise HeaderError(
+            f"{cursor.path} is not a GGUF file", expected=repr(MAGIC), found=repr(magic)
+        )
     (version,) = cursor.unpack("I", "the version")
     if version not in (2, 3):
         raise HeaderError(

@@ -69,7 +69,7 @@ class HeaderFault(ValueError):
 
 
 def read_header(file: WeightFile) -> Header:
-    """The header of an open safetensors file, checked against the file's size.
+    """Read the header of an open safetensors file, checked against the file's size.
 
     Raises:
         HeaderError: it is damaged, lies about the file, or belongs to something else.
@@ -87,7 +87,7 @@ def read_header(file: WeightFile) -> Header:
 
 
 def parse_header(text: bytes, file_bytes: int) -> Header:
-    """A checked header from its JSON ``text``, in a file of ``file_bytes`` bytes in all."""
+    """Parse a checked header from its JSON ``text``, in a file of ``file_bytes`` bytes in all."""
     table = parse_object(text)
     metadata = _parse_metadata(table.pop(_METADATA, {}))
     if len(table) > MAX_TENSORS:
@@ -115,7 +115,7 @@ def faults_of(path: Path) -> Iterator[None]:
 
 
 def parse_object(text: bytes, *, fractions: bool = False) -> dict[str, Any]:
-    """The JSON object in ``text``: UTF-8, no key twice, no number below zero, no NaN.
+    """Parse the JSON object in ``text``: UTF-8, no key twice, no number below zero, no NaN.
 
     Args:
         fractions: whether numbers may have them.

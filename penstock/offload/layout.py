@@ -101,7 +101,8 @@ class BlockLayout:
         return sum(extent.nbytes for extent in self.extents)
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
-        """The tensors in ``buffer`` (uint8, 1-D, `nbytes` or longer), uncopied, by local name."""
+        """Return the tensors in ``buffer`` (uint8, 1-D, `nbytes` or longer), uncopied, by local
+        name."""
         return {
             name: view_as_stored(
                 buffer[place.offset : place.offset + place.nbytes], place.dtype, place.shape
@@ -119,7 +120,7 @@ class _Packer:
         self._seen: dict[tuple[Path, int, int], int] = {}
 
     def place(self, entry: TensorEntry) -> Place:
-        """The next tensor's place; its bytes join the last read, or begin a new one."""
+        """Return the next tensor's place; its bytes join the last read, or begin a new one."""
         key = (entry.file, entry.offset, entry.nbytes)
         if entry.nbytes and key not in self._seen:
             self._seen[key] = self._append(entry)
@@ -140,7 +141,8 @@ class _Packer:
 
 
 def _continues(last: Extent, entry: TensorEntry) -> bool:
-    """Whether ``entry`` can be read along with ``last`` and is aligned where that puts it."""
+    """Return whether ``entry`` can be read along with ``last`` and is aligned where that puts
+    it."""
     gap = entry.offset - last.file_offset - last.nbytes
     offset = last.buffer_offset + entry.offset - last.file_offset
     return last.file == entry.file and 0 <= gap <= _LONGEST_GAP and offset % TENSOR_ALIGNMENT == 0

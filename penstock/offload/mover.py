@@ -70,7 +70,8 @@ class Carrier:
 
 @contextmanager
 def _inspected(layout: BlockLayout) -> Iterator[Inspector | None]:
-    """What is to be fed the bytes of one read of ``layout``; its verdict comes at the end."""
+    """Provide what is to be fed the bytes of one read of ``layout``; its verdict comes at the
+    end."""
     inspector = None if layout.inspector is None else layout.inspector()
     yield inspector
     if inspector is not None:
@@ -104,12 +105,12 @@ class Mover:
         self._kept_at = {block: at for at, block in enumerate(residency.host_resident)}
 
     def tensors(self, op: Compute) -> dict[str, Tensor]:
-        """What ``op`` computes with."""
+        """Return what ``op`` computes with."""
         return self._layouts[op.block].views(self._on_device(op))
 
     @contextmanager
     def computing(self, op: Compute) -> Iterator[None]:
-        """The time inside is the computation's, with ``op``'s block."""
+        """Count the time inside as the computation's, with ``op``'s block."""
         self.stats.add("visited_bytes", self._layouts[op.block].nbytes)
         with self.link.timed(Queue.COMPUTE, partial(self.stats.add, "compute_s")):
             yield

@@ -162,7 +162,7 @@ def _without(blocks: tuple[int, ...] | range, taken: tuple[int, ...]) -> tuple[i
 
 
 def build_schedule(residency: Residency, passes: int) -> Iterator[Op]:
-    """The operations of ``passes`` passes over all blocks, lazily.
+    """Build the operations of ``passes`` passes over all blocks, lazily.
 
     The order is a legal order of execution by itself: read, copy, compute, visit by visit. What an
     operation names is all that it waits for in the other queues; in its own, it waits its turn.
@@ -176,6 +176,7 @@ def build_schedule(residency: Residency, passes: int) -> Iterator[Op]:
 
 def _operations(residency: Residency, passes: int) -> Iterator[Op]:
     on_device, in_host = set(residency.device_resident), set(residency.host_resident)
+    # Without staging buffers what stays on the device was brought before the first pass.
     arrived = set[int]() if residency.staging_buffers else set(on_device)
     staging = _Ring(residency.staging_buffers, Queue.COPY)
     slots = _Ring(residency.device_slots, Queue.COMPUTE)
@@ -192,10 +193,13 @@ def _operations(residency: Residency, passes: int) -> Iterator[Op]:
         if block not in on_device:
             slot, free = slots.take(visit)
             after += free
+        # A streamed block is copied at every visit; one that stays on the device once, into its own
+        # place (no slot), as the first pass comes by.
         if slot is not None or block not in arrived:
             yield Copy(visit, block, buffer, slot, after)
             after = (Ref(Queue.COPY, visit),)
         yield Compute(visit, block, slot, after)
+        # Only what stays has arrived for good: a streamed block is overwritten by the ring.
         if block in on_device or block in in_host:
             arrived.add(block)
 
@@ -209,11 +213,13 @@ class _Ring:
         self._taken = 0
 
     def take(self, visit: int) -> tuple[int, tuple[Ref, ...]]:
-        """The next buffer for ``visit``, and what it must wait for."""
+        """Return the next buffer for ``visit``, and what it must wait for."""
         index = self._taken % self._size
         self._taken += 1
         if index == len(self._visits):
             self._visits.append(visit)
             return index, ()
+        # The wait that makes reuse safe: a staging buffer is refilled after the copy out of it, a
+        # slot after the computation with it. One wait a turn; all earlier readers came before.
         last, self._visits[index] = self._visits[index], visit
         return index, (Ref(self._reader, last),)

@@ -14,7 +14,8 @@ _SHOWN = 5
 
 
 def shard_set(path: Path) -> list[Path]:
-    """The files of the set that ``path`` is a shard of, in order; ``[path]`` if it is none."""
+    """Return the files of the set that ``path`` is a shard of, in order; ``[path]`` if it is
+    none."""
     match = _SHARD.fullmatch(path.name)
     if match is None or not 1 <= int(match[2]) <= int(match[3]) <= _MOST:
         return [path]
@@ -26,18 +27,19 @@ def shard_set(path: Path) -> list[Path]:
 
 
 def is_shard(path: Path) -> bool:
-    """Whether ``path`` is named as one of several."""
+    """Return whether ``path`` is named as one of several."""
     return _SHARD.fullmatch(path.name) is not None
 
 
 def heads(paths: Sequence[Path]) -> list[Path]:
-    """``paths`` without the shards whose set's first one is among them: it stands for them all."""
+    """Return ``paths`` without the shards whose set's first one is among them: it stands for them
+    all."""
     known = {*paths}
     return [path for path in paths if (first := shard_set(path)[0]) == path or first not in known]
 
 
 def one_set(names: Sequence[str]) -> bool:
-    """Whether all ``names`` are shards of one set."""
+    """Return whether all ``names`` are shards of one set."""
     matches = [_SHARD.fullmatch(name) for name in names]
     return bool(names) and len({m and (m[1], m[3]) for m in matches}) == 1 and None not in matches
 

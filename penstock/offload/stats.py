@@ -109,7 +109,7 @@ class StreamStats:
             setattr(self, name, getattr(self, name) + amount)
 
     def flow(self) -> Flow:
-        """The counters as they stand."""
+        """Return the counters as they stand."""
         with self._lock:
             return self._flow()
 

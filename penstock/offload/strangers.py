@@ -17,8 +17,8 @@ _SIZE = re.compile(rb"^size (\d{1,20})$", re.M)
 
 
 def stranger(path: Path, start: bytes, size: int) -> HeaderError | None:
-    """The error for a file of ``size`` bytes that begins with ``start``; None if that is nothing
-    known."""
+    """Return the error for a file of ``size`` bytes that begins with ``start``; None if that is
+    nothing known."""
     if start.startswith(_POINTER):
         meant = _SIZE.search(start)
         return HeaderError(
@@ -46,7 +46,7 @@ def stranger(path: Path, start: bytes, size: int) -> HeaderError | None:
         return HeaderError(
             f"{path} begins with nothing but zeros",
             expected="safetensors or GGUF",
-            found="room for a download that has not come",
+            found="space for a download that has not arrived",
             remedy="Let the download finish, or start it again.",
         )
     return None

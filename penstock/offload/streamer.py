@@ -140,6 +140,7 @@ class BlockStream(Closing):
         self._mover = Mover(self._layouts, places, buffers, carrier)
         loop = _Overlapped if self._overlapped else _Sequential
         self._loop = loop(self._mover, places, self._passes, self._sure)
+        # Here as well as in `_open_device`: a prefetch may end without the stream being entered.
         stack.callback(self._loop.close)
         self._computes = _queue_of(places, self._passes, Compute)
         self._loop.begin(Queue.READ)
@@ -176,6 +177,8 @@ class BlockStream(Closing):
         buffers.slots = stack.enter_context(device.buffers("block slots", slots))
         # After the allocation: on CUDA the link begins behind whatever used that memory before.
         mover.link.begin()
+        # Left in reverse: threads end, then both streams are drained, then the buffers that they
+        # use go back to the ledger. Any other order frees memory that a copy still writes to.
         stack.callback(mover.link.drain)
         if resident and not places.staging_buffers:
             self._load_residents(buffers, max(resident))
@@ -202,7 +205,7 @@ class BlockStream(Closing):
         self._mover = self._loop = None
 
     def forward_pass(self) -> Iterator[tuple[int, Tensors]]:
-        """One pass over the blocks: each index with its tensors by local name.
+        """Yield one pass over the blocks: each index with its tensors by local name.
 
         The body of the loop is the computation (on CUDA: issues it, on the current stream, which
         may be another one than before). The tensors are views of a buffer that is filled again
@@ -242,8 +245,10 @@ class BlockStream(Closing):
             self._sure.set_to(self._passes * self.n_blocks)
 
     def _look_ahead(self, visit: int) -> None:
-        """The visit so numbered comes next, and those up to the next pause after it."""
+        """Prefetch for the visit so numbered, which comes next, and those up to the next pause
+        after it."""
         if self._pauses:
+            # Visits to the nearest pause, cyclically: blocks repeat every n_blocks visits.
             ahead = min((block - visit) % self.n_blocks for block in self._pauses)
             self._sure.set_to(visit + ahead + 1)
 
@@ -257,7 +262,7 @@ class BlockStream(Closing):
 
     @contextmanager
     def visit(self, block: int) -> Iterator[Tensors]:
-        """The next visit of ``block``: its tensors by local name, until the context ends.
+        """Provide the next visit of ``block``: its tensors by local name, until the context ends.
 
         Visits before it are left out: of these, what has not begun to move does not move, but for
         blocks that stay somewhere, which come whenever their turn is. `forward_pass` cannot go on
@@ -323,7 +328,7 @@ def load_block(
 
 
 def _load(layout: BlockLayout, buffer: Tensor, device: torch.device, host: HostTier) -> None:
-    """A function of its own, so that no name holds the staging buffer after it."""
+    """Read, in a function of its own, so that no name holds the staging buffer after it."""
     with ExitStack() as loading:
         disk = DiskTier()
         loading.callback(disk.close)
@@ -337,7 +342,7 @@ class _Loop(Protocol):
     """Makes sure that a block is there when it is computed with."""
 
     def begin(self, queue: Queue) -> None:
-        """The buffers that ``queue`` (read or copy) fills are there."""
+        """Let ``queue`` (read or copy) begin: the buffers that it fills are there."""
 
     def bring(self, op: Compute) -> None:
         """Return when the computation may be issued."""
@@ -346,10 +351,10 @@ class _Loop(Protocol):
         """Visits from now to this one need not be brought."""
 
     def leave_out(self, ops: Sequence[Compute]) -> None:
-        """These are not computed, and need not be brought."""
+        """Leave these out: they are not computed, and need not be brought."""
 
     def leave(self, op: Compute) -> None:
-        """The computation was issued: its slot may be filled again behind it."""
+        """Leave a visit: its computation was issued, and its slot may be filled again behind it."""
 
     def close(self) -> None:
         """Stop, wherever it is."""
@@ -417,6 +422,8 @@ class _Overlapped:
     def _work(self, ops: Iterator[Read | Copy]) -> None:
         stats = self._mover.stats
         for op in ops:
+            # Before the buffers, and not counted: waiting for a pass that may be skipped is no
+            # stall.
             if not self._sure.wait(op.visit):
                 return
             for ref in op.after:
@@ -433,17 +440,19 @@ class _Overlapped:
         """Wait until the block's copy is issued, and let the computation follow it."""
         with self._link.timed(Queue.COMPUTE, partial(self._mover.stats.add, "compute_wait_s")):
             self._board.raise_failure()
+            # First on the host, then on the device: an event can only be waited for once it is
+            # recorded, and the copying thread records it when the copy is issued, not when it ends.
             for ref in op.after:
                 self._board.wait(ref)
                 self._board.raise_failure()
                 self._link.wait(Queue.COMPUTE, ref)
 
     def announce(self, visit: int) -> None:
-        """What is on its way before it arrives; nothing more sets out."""
+        """Let what is on its way arrive; nothing more sets out."""
         self._wanted.since = visit
 
     def leave_out(self, ops: Sequence[Compute]) -> None:
-        """What is not on its way stays where it is; the queues pass these visits as if done: in
+        """Leave what is not on its way where it is; the queues pass these visits as if done: in
         the stream of each an event stands for one, behind all that was issued there before.
 
         The other queues are waited for, so that none ever looks for an event that is forgotten.
@@ -481,7 +490,8 @@ class _Wanted:
         self.since = 0
 
     def moves(self, op: Read | Copy) -> bool:
-        """Whether ``op`` is done. What comes to stay comes once, and later visits count on it."""
+        """Return whether ``op`` is done. What comes to stay comes once, and later visits count on
+        it."""
         comes_to_stay = op.slot is None if isinstance(op, Copy) else op.block in self._stays
         return op.visit >= self.since or comes_to_stay
 
@@ -515,6 +525,8 @@ class _Sure:
 
     def wait(self, visit: int) -> bool:
         """Return True when ``visit`` is sure, or False if everything was stopped instead."""
+        # Read without the lock: the number is one int, and seldom falls. A stale one costs a wait,
+        # or a fetch that was sure a moment ago.
         if visit < self._visits:
             return True
         with self._changed:
@@ -540,6 +552,7 @@ class _Board:
     def mark(self, ref: Ref) -> None:
         """``ref`` is issued."""
         with self._changed:
+            # One number a queue is enough: each issues its operations in the order of visits.
             self._last[ref.queue] = ref.visit
             self._changed.notify_all()
 
@@ -556,7 +569,7 @@ class _Board:
             raise self._failure
 
     def note_end(self, thread: Future[None]) -> None:
-        """A thread has ended; if by an exception, so does everything else."""
+        """Note that a thread has ended; if by an exception, so does everything else."""
         if thread.exception() is not None:
             with self._changed:
                 self._failure = self._failure or thread.exception()

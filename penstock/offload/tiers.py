@@ -93,12 +93,13 @@ class DiskTier:
                     inspector.feed(_part(target, piece, start), piece.buffer_offset)
         if len(pieces) >= 2 * self._depth.now:  # fewer pieces do not show what the depth is worth
             self._depth.note(nbytes, time.perf_counter() - began)
+        # After the last byte: a change during the read would escape a check made before it.
         for file in {file for file, _ in pieces}:
             file.check_unchanged()
         return BytesRead(nbytes, direct_bytes)
 
     def _run(self, jobs: Sequence[Callable[[], int]]) -> Generator[int, None, None]:
-        """What each job gives, in order."""
+        """Yield what each job gives, in order."""
         if len(jobs) <= 1:
             yield from (job() for job in jobs)
             return
@@ -110,6 +111,8 @@ class DiskTier:
         try:
             while flying:
                 count = flying.popleft().result()
+                # One in for one out keeps the depth, and results stay in the order of the buffer,
+                # as the checksum that is fed with them needs.
                 flying.extend(self._pool.submit(job) for job in islice(waiting, 1))
                 yield count
         finally:
@@ -130,7 +133,7 @@ class DiskTier:
 
 
 def _pieces(extent: Extent, start: int, stop: int) -> Iterator[Extent]:
-    """The part of ``extent`` that lies in ``start`` to ``stop`` of the buffer, in pieces."""
+    """Yield the part of ``extent`` that lies in ``start`` to ``stop`` of the buffer, in pieces."""
     first = max(extent.buffer_offset, start)
     last = min(extent.buffer_offset + extent.nbytes, stop)
     for position in range(first, last, PIECE_BYTES):
@@ -139,14 +142,15 @@ def _pieces(extent: Extent, start: int, stop: int) -> Iterator[Extent]:
 
 
 def _job(file: WeightFile, piece: Extent, target: memoryview, start: int) -> Callable[[], int]:
-    """The read of ``piece`` into ``target``, which is on a page and at ``start`` of the block."""
+    """Return the read of ``piece`` into ``target``, which is on a page and at ``start`` of the
+    block."""
     on_page = (piece.buffer_offset - start) % PAGE_BYTES == 0
     view = _part(target, piece, start)
     return partial(file.read_into, view, piece.file_offset, on_page=on_page)
 
 
 def _part(target: memoryview, piece: Extent, start: int) -> memoryview:
-    """Where ``piece`` goes in a buffer that begins at ``start`` of the block."""
+    """Return where ``piece`` goes in a buffer that begins at ``start`` of the block."""
     position = piece.buffer_offset - start
     return target[position : position + piece.nbytes]
 
@@ -195,8 +199,8 @@ class HostTier:
 
     @contextmanager
     def ring(self, label: str, nbytes: int, count: int) -> Iterator[list[HostBuffer]]:
-        """``count`` buffers of one size; fewer, but one at least, where the driver pins only some:
-        a smaller ring of pinned buffers is faster than copies from pageable memory.
+        """Provide ``count`` buffers of one size; fewer, but one at least, where the driver pins
+        only some: a smaller ring of pinned buffers is faster than copies from pageable memory.
 
         Raises:
             LedgerOverflow: the budget does not hold them.
@@ -219,8 +223,8 @@ class HostTier:
 
     @contextmanager
     def staging(self, nbytes: int, most_bytes: int) -> Iterator[HostBuffer]:
-        """A buffer to bring ``nbytes`` through: at most ``most_bytes``, smaller where little is
-        left of the budget, but a page at least.
+        """Provide a buffer to bring ``nbytes`` through: at most ``most_bytes``, smaller where
+        little is left of the budget, but a page at least.
 
         Raises:
             LedgerOverflow: not even a page is left.
@@ -260,8 +264,9 @@ def _anonymous(nbytes: int) -> mmap.mmap:
 
 
 def _forget_cuda_error(device: torch.device) -> None:
-    """A refused registration stays the runtime's last error, and the next kernel launch, which did
-    nothing wrong, would report it: let one that does not matter take it."""
+    """Clear the error that a refused registration leaves: it stays the runtime's last error, and
+    the next kernel launch, which did nothing wrong, would report it: let one that does not matter
+    take it."""
     with contextlib.suppress(RuntimeError):
         torch.zeros(1, device=device)
 
@@ -306,8 +311,8 @@ class Link(Protocol):
     """
 
     def begin(self) -> None:
-        """The device's buffers are allocated: nothing touches them before what the compute queue
-        was given until now is finished."""
+        """Note that the device's buffers are allocated: nothing touches them before what the
+        compute queue was given until now is finished."""
 
     def wait(self, queue: Queue, ref: Ref) -> None:
         """Let ``queue`` go on only when ``ref`` is finished."""
@@ -379,12 +384,12 @@ class CudaLink:
         self._spans: dict[Queue, deque[_Span]] = {Queue.COPY: deque(), Queue.COMPUTE: deque()}
 
     def begin(self) -> None:
-        """The copy stream waits: torch may hand out memory where kernels are still at work."""
+        """Make the copy stream wait: torch may hand out memory where kernels are still at work."""
         self._copy.wait_stream(self._stream(Queue.COMPUTE))
 
     def wait(self, queue: Queue, ref: Ref) -> None:
-        """The stream of ``queue`` waits; for reads, the calling thread. A read that is waited for
-        is finished already: its thread recorded it at its end."""
+        """Make the stream of ``queue`` wait; for reads, the calling thread. A read that is waited
+        for is finished already: its thread recorded it at its end."""
         if ref.queue is Queue.READ:
             return
         event = self._events[ref]
@@ -394,13 +399,16 @@ class CudaLink:
             self._stream(queue).wait_event(event)
 
     def record(self, ref: Ref) -> None:
-        """An event in the stream of the operation."""
+        """Record an event in the stream of the operation."""
         if ref.queue is Queue.READ:
             return
+        # Blocking: the reading thread sleeps in `synchronize` instead of spinning on a core.
         event = _cuda.Event(blocking=True)
         event.record(self._stream(ref.queue))
         self._events[ref] = event
         self._recorded[ref.queue].append(ref)
+        # Nothing waits further back than `longest_wait`; without this a long job would keep an
+        # event for every visit.
         if ref.queue is Queue.COMPUTE:
             self._forget_before(ref.visit - self._longest_wait)
 
@@ -419,6 +427,8 @@ class CudaLink:
     def timed(self, queue: Queue, add: Callable[[float], None]) -> Iterator[None]:
         """By events in the queue's stream; ``add`` is called when the device has passed them."""
         spans, stream = self._spans[queue], self._stream(queue)
+        # Settled while passing by, without waiting: asking for a time that is not over would
+        # synchronise the host with the device at every block.
         while spans and spans[0].is_known():
             spans.popleft().settle()
         start = _cuda.Event(enable_timing=True)
@@ -468,7 +478,7 @@ class _Span:
 
 
 def open_link(device: torch.device, longest_wait: int) -> Link:
-    """The link to ``device``."""
+    """Open the link to ``device``."""
     return CudaLink(device, longest_wait) if device.type == "cuda" else CpuLink()
 
 

@@ -19,7 +19,7 @@ Manifests = Callable[[str], Manifest]
 
 
 def plan_chosen(manifests: Manifests, workload: Workload, chosen: Chosen) -> Plan:
-    """The plan in the first of the chosen formats that fits.
+    """Return the plan in the first of the chosen formats that fits.
 
     Raises:
         OverBudget: none does; the remedy names a profile or a request that would.
@@ -48,7 +48,7 @@ def plan_chosen(manifests: Manifests, workload: Workload, chosen: Chosen) -> Pla
 
 
 def _with_format(origins: tuple[Origin, ...], found: str) -> tuple[Origin, ...]:
-    """The format that the plan has, in the place of those that might have been."""
+    """Return the format that the plan has, in the place of those that might have been."""
     return tuple(
         replace(
             origin,
@@ -86,7 +86,7 @@ def _advised(
 def _nearest_profile(
     error: OverBudget, manifest: Manifest, workload: Workload, chosen: Chosen
 ) -> str | None:
-    """The smallest shipped profile with more VRAM in which it fits."""
+    """Return the smallest shipped profile with more VRAM in which it fits."""
     if error.resource != "VRAM":
         return None
     hardware = chosen.hardware
@@ -102,7 +102,7 @@ def _nearest_profile(
 
 
 def _nearest_request(manifest: Manifest, workload: Workload, chosen: Chosen) -> VideoShape | None:
-    """The largest smaller video that fits these budgets."""
+    """Return the largest smaller video that fits these budgets."""
     hardware = chosen.hardware
     limits = Limits(hardware.vram_bytes, hardware.ram_bytes, chosen.pinned_bytes)
     for shape in manifest.smaller_shapes(workload.shape):

@@ -71,11 +71,11 @@ class Caching:
         return cls(BUDGET, budget)
 
     def skips(self, steps: int) -> bool:
-        """Whether any of so many steps can be skipped."""
+        """Return whether any of so many steps can be skipped."""
         return self.kind != OFF and steps >= FEWEST_STEPS and self.forwards(steps)[0] < steps
 
     def forwards(self, steps: int) -> tuple[int, int]:
-        """The fewest and the most of ``steps`` that are computed."""
+        """Return the fewest and the most of ``steps`` that are computed."""
         if self.kind == OFF or steps < FEWEST_STEPS:
             return steps, steps
         if self.kind == PLAN:
@@ -106,7 +106,7 @@ class Caching:
         return self.kind + told[self.kind]
 
     def told(self, steps: int) -> str | None:
-        """What is to be said of it where it does nothing."""
+        """Return what is to be said of it where it does nothing."""
         if self.kind == OFF or self.skips(steps):
             return None
         return f"the step cache gains nothing with {steps} steps: all of them are computed"

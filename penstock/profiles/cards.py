@@ -77,7 +77,7 @@ def _table() -> dict[str, Any]:
 
 
 def cards() -> tuple[Card, ...]:
-    """All known cards."""
+    """Return all known cards."""
     return tuple(
         Card(
             name=name,
@@ -94,7 +94,7 @@ def cards() -> tuple[Card, ...]:
 
 
 def find_card(name: str) -> Card:
-    """The card that ``name`` means: "RTX 3060 12GB", "3060", "rtx-3060".
+    """Find the card that ``name`` means: "RTX 3060 12GB", "3060", "rtx-3060".
 
     Raises:
         ProfileError: none, or several; lists them.
@@ -107,7 +107,7 @@ def find_card(name: str) -> Card:
     found = fitting if len(fitting) == 1 else plain
     if len(found) != 1:
         raise ProfileError(
-            "unknown card" if not found else "several cards are called that",
+            "unknown card" if not found else "several cards match this name",
             expected="one of " + ", ".join(card.name for card in found or known),
             found=brief(name),
         )
@@ -147,7 +147,7 @@ def disk_bytes_per_s(name: str) -> float:
 
 
 def described(card_name: str, ram: str | None, disk: str | None) -> Hardware:
-    """A machine with that card, ``ram`` of system memory in total, and that disk.
+    """Return a machine with that card, ``ram`` of system memory in total, and that disk.
 
     Its budgets are the card's memory less `CUDA_RESERVE_BYTES`, and the system memory less
     `SYSTEM_BYTES` and `INTERPRETER_BYTES`.

@@ -35,7 +35,7 @@ def shows_gpu(
     environ: Mapping[str, str] | None = None,
     platform: str = sys.platform,
 ) -> bool:
-    """Whether this machine shows a sign of a GPU.
+    """Return whether this machine shows a sign of a GPU.
 
     Args:
         root: of the file system (another one in tests).
@@ -54,7 +54,8 @@ def shows_gpu(
 
 
 def _loader_cache(root: Path) -> bytes:
-    """What the dynamic loader finds without being told where: names and paths, among others."""
+    """Return what the dynamic loader finds without being told where: names and paths, among
+    others."""
     try:
         return (root / "etc/ld.so.cache").read_bytes()
     except OSError:

@@ -82,7 +82,8 @@ def available_ram_bytes(root: Path = Path("/")) -> int:
 
 
 def _cgroup_free(root: Path) -> Iterator[int]:
-    """What each control group of this process has left; page cache that can go counts as free."""
+    """Yield what each control group of this process has left; page cache that can go counts as
+    free."""
     for folder in _cgroup_folders(root):
         for limit_name, used_name in (
             ("memory.max", "memory.current"),
@@ -118,7 +119,7 @@ def _cgroup_folders(root: Path) -> Iterator[Path]:
 
 
 def control_group(root: Path = Path("/")) -> Path | None:
-    """The folder of this process's own memory group; None where there is none.
+    """Return the folder of this process's own memory group; None where there is none.
 
     Args:
         root: as of `available_ram_bytes`.
@@ -147,7 +148,7 @@ def default_device() -> str:
 
 
 def probe(device: str) -> Hardware:
-    """The machine this runs on, with what it has free now. ``device`` is "cuda" or "cpu"."""
+    """Return the machine this runs on, with what it has free now. ``device`` is "cuda" or "cpu"."""
     ram_bytes = max(0, available_ram_bytes() - CPU_RESERVE_BYTES)
     if device == "cpu":
         half = ram_bytes // 2
@@ -162,7 +163,7 @@ def probe(device: str) -> Hardware:
 
 
 def has_fused_norms(device: str) -> bool:
-    """Whether the torch that is installed normalises in one kernel on ``device``."""
+    """Return whether the torch that is installed normalises in one kernel on ``device``."""
     if device != "cuda":
         return False
     try:

@@ -106,11 +106,11 @@ class Options:
         return {name: word for name, word in self.given.items() if name in known}
 
     def over(self, other: Options) -> Options:
-        """``other``, replaced by what is given here."""
+        """Return ``other``, with what is given here in its place."""
         return replace(other, **self.given)
 
     def named(self, named: Mapping[str, Any]) -> Options:
-        """These options and others by their names, as keywords give them.
+        """Return these options and others by their names, as keywords give them.
 
         Args:
             named: values by the names of options; None says nothing.
@@ -138,7 +138,7 @@ class Options:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Options:
-        """The options that `to_json` gave ``value`` for; what is absent was not known then.
+        """Return the options that `to_json` gave ``value`` for; what is absent was not known then.
 
         Raises:
             TypeError, UsageError: ``value`` holds something else.

@@ -163,7 +163,7 @@ class Case(Generic[M]):
         return self.device == "cuda"
 
     def libraries(self, convolution_bytes: int = 0) -> Items:
-        """What a GPU's libraries take in a phase.
+        """Return what a GPU's libraries take in a phase.
 
         Args:
             convolution_bytes: operands and result of the phase's largest convolution: cuDNN lays
@@ -174,7 +174,8 @@ class Case(Generic[M]):
         return ((LIBRARIES, CUDA_LIBRARY_BYTES + convolution_bytes),)
 
     def holes(self, share: float, tensor_bytes: int) -> Items:
-        """What a GPU's allocator holds beside ``tensor_bytes`` of a phase: ``share`` of them."""
+        """Return what a GPU's allocator holds beside ``tensor_bytes`` of a phase: ``share`` of
+        them."""
         if self.device != "cuda":
             return ()
         return ((HOLES, int(share * tensor_bytes)),)
@@ -188,7 +189,8 @@ class Step(Protocol):
         """Their names, in order."""
 
     def best(self, limits: Limits) -> Group | None:
-        """The fastest shape inside ``limits``; ties go to fewer bytes. None: nothing fits."""
+        """Return the fastest shape inside ``limits``; ties go to fewer bytes. None: nothing
+        fits."""
 
     def all_small(self, limits: Limits) -> Iterator[Group]:
         """Shapes among which are the smallest in VRAM and in RAM, fitting or not."""
@@ -218,13 +220,13 @@ class Manifest(Protocol):
         """What may be read before its phase."""
 
     def steps(self, case: Case[Any]) -> Iterator[Step]:
-        """The groups of phases, in the order in which they run."""
+        """Return the groups of phases, in the order in which they run."""
 
     def smaller_shapes(self, shape: VideoShape) -> Iterator[VideoShape]:
         """Legal videos with fewer tokens than ``shape``, the nearest first."""
 
     def undecided(self) -> Manifest:
-        """This manifest for a machine that nobody asked which matrix products it has."""
+        """Return this manifest for a machine that nobody asked which matrix products it has."""
 
 
 def vram_bytes(group: Group) -> int:
@@ -243,7 +245,7 @@ def both_bytes(group: Group) -> int:
 
 
 def group_fits(group: Group, limits: Limits) -> bool:
-    """Whether no phase of ``group`` passes a limit."""
+    """Return whether no phase of ``group`` passes a limit."""
     pinned = max(phase.pinned_bytes for phase in group)
     return (
         vram_bytes(group) <= limits.vram_bytes
@@ -297,7 +299,7 @@ class OnePass:
             yield (phase,)
 
     def shapes(self, limits: Limits) -> Iterator[PhasePlan]:
-        """One shape a ring size."""
+        """Yield one shape a ring size."""
         rates, blocks = self.case.rates, self.network.choices[0]
         compute_s = (
             self.flops / rates.flops
@@ -379,12 +381,12 @@ class Mux:
 
 
 def best_of(groups: Iterable[Group], limits: Limits) -> Group | None:
-    """The fastest of those that fit; ties go to fewer bytes."""
+    """Return the fastest of those that fit; ties go to fewer bytes."""
     return min(fitting(groups, limits), key=group_key, default=None)
 
 
 def fitting(groups: Iterable[Group], limits: Limits) -> Iterator[Group]:
-    """Those of ``groups`` that fit, as they come."""
+    """Yield those of ``groups`` that fit, as they come."""
     for group in groups:
         if group_fits(group, limits):
             yield group
@@ -398,8 +400,8 @@ def group_key(group: Group) -> tuple[float, int]:
 
 
 def compute_path(stored: Storage, policy: Policy, rates: Rates) -> ComputePath:
-    """How most matrices of the blocks multiply: as the device was found to allow, or, for a machine
-    that is only described, as its rates say."""
+    """Return how most matrices of the blocks multiply: as the device was found to allow, or, for a
+    machine that is only described, as its rates say."""
     if stored.path is not None:
         return stored.path
     eight_bit = FORMATS[stored.format].gemm if stored.format in FORMATS else None

@@ -146,8 +146,8 @@ class PhasePlan:
         return ", ".join((*words, f"{self.seconds:.4g} s by {self.bound}"))
 
     def passes(self, total_branches: int) -> list[range]:
-        """The branches of a step, window by window, divided into the passes over the blocks that
-        serve them.
+        """Return the branches of a step, window by window, divided into the passes over the blocks
+        that serve them.
 
         Args:
             total_branches: of a window.
@@ -255,7 +255,7 @@ class Plan:
         return tuple(phase for phase in self.phases if phase.chunk_tokens)
 
     def with_phases(self, changed: tuple[PhasePlan, ...]) -> Plan:
-        """This plan with the phases of the same names as those ``changed`` replaced by them.
+        """Return this plan with the phases of the same names as those ``changed`` replaced by them.
 
         Raises:
             Nothing: other names are left out.
@@ -293,7 +293,8 @@ class Plan:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Plan:
-        """The plan that `to_json` gave ``value`` for, also as ``penstock plan --json`` prints it.
+        """Return the plan that `to_json` gave ``value`` for, also as ``penstock plan --json``
+        prints it.
 
         Raises:
             TypeError, KeyError, UsageError: ``value`` is no plan.
@@ -322,7 +323,8 @@ def _phase_from_json(value: Mapping[str, Any]) -> PhasePlan:
 
 
 def changes(old: Plan, new: Plan) -> tuple[tuple[str, ...], bool]:
-    """What ``new`` does otherwise, in words, and whether its result is the same to the bit."""
+    """Return what ``new`` does otherwise, in words, and whether its result is the same to the
+    bit."""
     told: list[str] = []
     identical = True
     for before, after in zip(old.phases, new.phases, strict=True):
@@ -333,7 +335,7 @@ def changes(old: Plan, new: Plan) -> tuple[tuple[str, ...], bool]:
 
 
 def same_rounding(one: PhasePlan, other: PhasePlan) -> bool:
-    """Whether two plans of a phase give the same result to the bit.
+    """Return whether two plans of a phase give the same result to the bit.
 
     Where weights lie and how many branches share a visit changes nothing. Chunks and tiles are
     exact in real arithmetic, but a kernel may sum in another order for another shape.
@@ -342,7 +344,7 @@ def same_rounding(one: PhasePlan, other: PhasePlan) -> bool:
 
 
 def rounding(phase: PhasePlan) -> dict[str, Any]:
-    """What of a phase's plan alters rounding, as plain values."""
+    """Return what of a phase's plan alters rounding, as plain values."""
     return {
         "chunk_tokens": phase.chunk_tokens,
         "tiles": list(phase.tiles),

@@ -45,7 +45,7 @@ def plan(
     *,
     pinned_bytes: int | None = None,
 ) -> Plan:
-    """The fastest plan inside the budgets of ``hardware``.
+    """Return the fastest plan inside the budgets of ``hardware``.
 
     Args:
         policy: rules that narrow the search.
@@ -85,14 +85,14 @@ def plan(
 def steps(
     manifest: Manifest, workload: Workload, hardware: Hardware, policy: Policy
 ) -> Iterator[Step]:
-    """The groups of phases, in the order in which they run."""
+    """Return the groups of phases, in the order in which they run."""
     case = Case(manifest, workload, hardware.rates, policy, hardware.device, hardware.fused_norms)
     every: Iterator[Step] = manifest.steps(case)
     return (step for step in every if workload.written or not isinstance(step, Mux))
 
 
 def minimum_vram_bytes(manifest: Manifest, workload: Workload, hardware: Hardware) -> int:
-    """The least VRAM that any plan needs inside the RAM budget of ``hardware``.
+    """Return the least VRAM that any plan needs inside the RAM budget of ``hardware``.
 
     Raises:
         OverBudget: no plan fits the RAM budget, whatever the VRAM.
@@ -144,7 +144,7 @@ def smaller(
     resource: str,
     policy: Policy = Policy(),  # noqa: B008 (a frozen value)
 ) -> Plan | None:
-    """``current`` with the group of ``phase`` replaced by one that takes less memory.
+    """Return ``current`` with the group of ``phase`` replaced by one that takes less memory.
 
     Plans with the same chunk of tokens are preferred, as their results are the same to the bit, and
     then those that keep the hidden states as they were.
@@ -194,7 +194,7 @@ def fits(
     policy: Policy,
     limits: Limits,
 ) -> bool:
-    """Whether there is any plan inside ``limits``."""
+    """Return whether there is any plan inside ``limits``."""
     return all(
         any(group_fits(group, limits) for group in step.all_small(limits))
         for step in steps(manifest, workload, hardware, policy)

@@ -95,13 +95,13 @@ class Policy:
             )
 
     def words(self) -> dict[str, str]:
-        """Each rule as files and flags spell it."""
+        """Return each rule as files and flags spell it."""
         found = {each.name: getattr(self, each.name) for each in fields(self)}
         return {name: _spelled(value) for name, value in found.items()}
 
 
 def policy_of(words: Mapping[str, Any], base: Policy) -> Policy:
-    """``base`` with what ``words`` say, as files and flags spell it.
+    """Return ``base`` with what ``words`` say, as files and flags spell it.
 
     Raises:
         ProfileError: a word that is none.

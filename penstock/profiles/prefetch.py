@@ -19,8 +19,8 @@ from penstock.profiles.streams import staging_bytes
 
 
 def with_prefetch(plan: Plan, what: Prefetch, limits: Limits) -> Plan:
-    """``plan`` with buffers in host memory open before their own phase, where all phases that they
-    are open in have room for them beside their own bytes.
+    """Return ``plan`` with buffers in host memory open before their own phase, where all phases
+    that they are open in have room for them beside their own bytes.
 
     The transformer's are all opened or none, from the first phase on from which every one has room.
     """
@@ -29,7 +29,7 @@ def with_prefetch(plan: Plan, what: Prefetch, limits: Limits) -> Plan:
 
 
 def without_prefetch(plan: Plan, what: Prefetch) -> Plan:
-    """``plan`` as it was before `with_prefetch`."""
+    """Return ``plan`` as it was before `with_prefetch`."""
     what = _planned(plan, what)
     plan = _without_next(plan, what)
     first, stream = plan[what.stream], plan[what.last_stream]
@@ -44,7 +44,8 @@ def without_prefetch(plan: Plan, what: Prefetch) -> Plan:
 
 
 def _planned(plan: Plan, what: Prefetch) -> Prefetch:
-    """``what`` without a phase that ``plan`` has not: one of few steps needs one transformer."""
+    """Return ``what`` without a phase that ``plan`` has not: one of few steps needs one
+    transformer."""
     there = what.then in [phase.name for phase in plan.phases]
     return what if there else replace(what, then="", then_of="")
 
@@ -84,7 +85,7 @@ def _without_next(plan: Plan, what: Prefetch) -> Plan:
 
 
 def _between(plan: Plan, what: Prefetch) -> tuple[PhasePlan, ...]:
-    """The phases after ``what.stream`` and before ``what.then``."""
+    """Return the phases after ``what.stream`` and before ``what.then``."""
     names = [phase.name for phase in plan.phases]
     return plan.phases[names.index(what.stream) + 1 : names.index(what.then)]
 
@@ -93,6 +94,8 @@ def _with_blocks(plan: Plan, what: Prefetch, limits: Limits) -> Plan:
     before, stream = _before(plan, what.stream), plan[what.stream]
     nbytes = sum(count for label, count in stream.ram_weights if label != "staging")
     changed: list[PhasePlan] = []
+    # Backwards from the stream's own phase: the buffers stay open from the first to the last, so
+    # that a phase in which they do not fit ends the run of those before it.
     for phase in reversed(before):
         wider = _wider(phase, nbytes, stream.pinned_bytes)
         if not nbytes or not _fits(wider, limits):

@@ -86,7 +86,7 @@ class Chosen:
 
 
 def without_int8_attention(chosen: Chosen, reason: str) -> Chosen:
-    """``chosen`` with torch's own attention, and with ``reason`` beside its origin."""
+    """Return ``chosen`` with torch's own attention, and with ``reason`` beside its origin."""
     origins = tuple(
         Origin(each.name, "sdpa", f"int8 by {each.source}, not here: {reason}")
         if each.name == "attention"
@@ -146,7 +146,7 @@ def choose(profile: Profile, options: Options, hardware: Hardware) -> Chosen:
 
 
 def _decided(options: Options, profile: Profile, hardware: Hardware) -> Options:
-    """``options`` as they mean the same on another day and from another folder."""
+    """Return ``options`` as they mean the same on another day and from another folder."""
     found = replace(options, device=hardware.device)
     if profile.path is None or not (options.profile or AUTO).endswith(".toml"):
         return found
@@ -160,13 +160,13 @@ def _source(in_flag: bool, key: str, profile: Profile) -> str:
 
 
 def names(folder: Path | None = None) -> tuple[str, ...]:
-    """All profiles by name: those shipped, then the user's own."""
+    """Return all profiles by name: those shipped, then the user's own."""
     own = sorted(path.stem for path in _own_dir(folder).glob("*.toml"))
     return (AUTO, *SHIPPED, *(name for name in own if name not in SHIPPED))
 
 
 def load(name: str, folder: Path | None = None) -> Profile:
-    """The profile called ``name``, or the one in the file ``name`` if that ends in ``.toml``.
+    """Load the profile called ``name``, or the one in the file ``name`` if that ends in ``.toml``.
 
     A user's own file wins over a shipped one of the same name.
 
@@ -174,7 +174,7 @@ def load(name: str, folder: Path | None = None) -> Profile:
         folder: of the user's own profiles; by default in the config directory.
 
     Raises:
-        ProfileError: there is none, or the file is no profile.
+        ProfileError: there is none, or the file is not a profile.
     """
     if name == AUTO:
         policy = Policy(disk="spare")
@@ -196,7 +196,8 @@ def load(name: str, folder: Path | None = None) -> Profile:
 
 
 def _is_there(path: Path) -> bool:
-    """Whether the user has this file; no such name can be one, nor a folder that is not theirs."""
+    """Return whether the user has this file; no such name can be one, nor a folder that is not
+    theirs."""
     try:
         return path.exists()
     except OSError:
@@ -215,7 +216,9 @@ def _text(path: Path) -> str:
         size = path.stat().st_size
         if size > _MAX_BYTES:
             raise ProfileError(
-                f"{path} is no profile", expected=f"at most {_MAX_BYTES:,} bytes", found=f"{size:,}"
+                f"{path} is not a profile",
+                expected=f"at most {_MAX_BYTES:,} bytes",
+                found=f"{size:,}",
             )
         return read_regular(path).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -229,7 +232,7 @@ _KEYS = ("summary", "vram", "ram", "pinned_share", "formats", *_POLICY)
 
 
 def parse(name: str, text: str, path: Path) -> Profile:
-    """The profile that ``text`` states.
+    """Parse the profile that ``text`` states.
 
     Raises:
         ProfileError: not TOML, an unknown key, or an illegal value; names the file.
@@ -237,7 +240,7 @@ def parse(name: str, text: str, path: Path) -> Profile:
     try:
         return _parse(name, text, path)
     except (ValueError, OverflowError, RecursionError, UsageError) as error:
-        raise ProfileError(f"{path} is no profile", found=str(error)) from error
+        raise ProfileError(f"{path} is not a profile", found=str(error)) from error
 
 
 def _parse(name: str, text: str, path: Path) -> Profile:

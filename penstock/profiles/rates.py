@@ -100,7 +100,7 @@ class Rates:
 
 
 def stored_rates(machine: str, folder: Path | None = None) -> Rates | None:
-    """The rates measured on ``machine``, or None.
+    """Return the rates measured on ``machine``, or None.
 
     Raises:
         ProfileError: the file is damaged.

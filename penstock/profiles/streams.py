@@ -73,7 +73,8 @@ class Network:
 
     @classmethod
     def of(cls, blocks: Sequence[int], *, resident: bool = True) -> Network:
-        """Every number of residents in VRAM and in RAM; or none, for a network visited once."""
+        """Return every number of residents in VRAM and in RAM; or none, for a network visited
+        once."""
         n_blocks = len(blocks)
         most = n_blocks if resident else 0
         counts = ((d, h) for d in range(most + 1) for h in range(most - d + 1))
@@ -158,7 +159,7 @@ def _placement(blocks: Sequence[int], counts: StreamPlan) -> Placement:
 
 
 def _even_placement(block: int, counts: StreamPlan) -> Placement:
-    """The same where all blocks are of one size, which needs no looking at each."""
+    """Return the same where all blocks are of one size, which needs no looking at each."""
     on_device, in_host = counts.device_resident, counts.host_resident
     streamed, from_disk = counts.n_blocks - on_device, counts.disk_blocks
     return Placement(
@@ -249,7 +250,8 @@ class Stream:
         )
 
     def host_items(self, room_bytes: int) -> Items:
-        """``(label, bytes)`` in RAM; staging takes what is left of ``room_bytes``, to a limit."""
+        """Return ``(label, bytes)`` in RAM; staging takes what is left of ``room_bytes``, to a
+        limit."""
         place = self.placement
         kept = ("resident blocks", place.host_bytes)
         if self.staging or not place.through_bytes:
@@ -258,8 +260,8 @@ class Stream:
 
 
 def staging_bytes(nbytes: int, room_bytes: int) -> int:
-    """The buffer that `penstock.offload.tiers.HostTier.staging` takes to bring ``nbytes`` through
-    when ``room_bytes`` are free."""
+    """Return the buffer that `penstock.offload.tiers.HostTier.staging` takes to bring ``nbytes``
+    through when ``room_bytes`` are free."""
     return max(min(nbytes, STAGING_BYTES, room_bytes - room_bytes % PAGE_BYTES), PAGE_BYTES)
 
 
@@ -273,7 +275,7 @@ def best_stream(
     most_copied: float = float("inf"),
     better_than: float = float("inf"),
 ) -> Stream | None:
-    """The best stream inside ``room``, or None.
+    """Return the best stream inside ``room``, or None.
 
     Args:
         from_disk: blocks may be read again at every pass.
@@ -298,6 +300,8 @@ def best_stream(
             continue
         if pace.passes * place.copied_bytes + place.device_bytes > most_copied:
             continue
+        # Bound before timing: the clocks below cost far more, and only a ring of one changes what
+        # takes turns.
         kind = choice, slots == 1, min(staging, 2)
         least = leasts.get(kind)
         if least is None:
@@ -310,6 +314,7 @@ def best_stream(
     for least, nbytes, index, slots, staging in found:
         if best is not None:
             objective, fewest = best.key
+            # Sorted by the bound: nothing after this one can win.
             if least > objective:
                 break
             if nbytes >= fewest and least > objective * (1 - 2 * _ROUNDING):
@@ -323,20 +328,21 @@ def best_stream(
 def stream_of(
     place: Placement, network: Network, slots: int, staging: int, pace: Pace, rates: Rates
 ) -> Stream:
-    """One stream with its seconds, whether it fits or not."""
+    """Return one stream with its seconds, whether it fits or not."""
     timing = _timing(place, network.blocks, slots, staging, pace, rates)
     return Stream(place, network.n_blocks, slots, staging, timing)
 
 
 def all_streams(network: Network, pace: Pace, rates: Rates) -> Iterator[Stream]:
-    """Every stream there is, whether it fits or not."""
+    """Yield every stream there is, whether it fits or not."""
     for place in network.choices:
         for slots, staging in network.rings(place):
             yield stream_of(place, network, slots, staging, pace, rates)
 
 
 def _opening_s(place: Placement, staging: int, rates: Rates) -> float:
-    """Where there are no staging buffers, what stays on the device comes before the first pass."""
+    """Return the seconds before the first pass: without staging buffers what stays on the device
+    comes before the first pass."""
     if staging:
         return 0.0
     return place.device_bytes * (1 / rates.read_bytes_per_s + 1 / rates.copy_bytes_per_s)
@@ -350,8 +356,8 @@ def _care_s(place: Placement, pace: Pace, rates: Rates) -> float:
 def _least_objective(
     place: Placement, blocks: Sequence[int], slots: int, staging: int, pace: Pace, rates: Rates
 ) -> float:
-    """No less than this is possible: what follows one another in each queue, or in the two that a
-    ring of one makes take turns; computing waits for the first block."""
+    """Return a lower bound of the seconds: what follows one another in each queue, or in the two
+    that a ring of one makes take turns; computing waits for the first block."""
     copy_s, read_s = 1 / rates.copy_bytes_per_s, 1 / rates.read_bytes_per_s
     copied, disk = pace.passes * place.copied_bytes, pace.passes * place.read_bytes
     arriving = place.device_bytes if staging else 0
@@ -359,6 +365,8 @@ def _least_objective(
     takes_turns = [pace.passes * pace.compute_s + first * (read_s + copy_s)]
     takes_turns.append((copied + arriving) * copy_s)
     takes_turns.append((disk + arriving + place.host_bytes) * read_s)
+    # With one slot a copy and the computation exclude each other; with one staging buffer, a read
+    # and the copy out of it.
     if slots == 1:
         streamed = 1 - place.device_resident / len(blocks)
         takes_turns.append(copied * copy_s + pace.passes * pace.compute_s * streamed)
@@ -371,12 +379,14 @@ def _least_objective(
 def _timing(
     place: Placement, blocks: Sequence[int], slots: int, staging: int, pace: Pace, rates: Rates
 ) -> Timing:
-    """The stream's operations on three clocks: all of the first passes, then more of the last."""
+    """Return the stream's operations on three clocks: all of the first passes, then more of the
+    last."""
     copy = place.copied_bytes / rates.copy_bytes_per_s
     read = place.read_bytes / rates.read_bytes_per_s
     bound = max((pace.compute_s, "compute"), (copy, "copy"), (read, "read"))[1]
     ends = _pass_ends(place, blocks, slots, staging, pace, rates)
     seconds = _opening_s(place, staging, rates) + ends[-1]
+    # Passes repeat once the rings are full: the last one simulated stands for all that follow.
     if pace.passes > len(ends):
         seconds += (pace.passes - len(ends)) * (ends[-1] - ends[-2])
     return Timing(seconds, seconds + _care_s(place, pace, rates), bound)
@@ -411,6 +421,7 @@ def _pass_ends(
                 copied = ready = max(copied, free, ready) + copy_s[block]
                 if block not in arrived and buffer is not None:
                     staging_free[buffer] = copied
+            # Computing waits for its block alone; reads and copies run on beside it.
             computed = max(computed, ready) + visit
             if not stays:
                 slot_free[copies % slots] = computed

@@ -41,7 +41,7 @@ class Span:
         return Span(max(0, self.lo - before), min(size, self.hi + after))
 
     def scaled(self, factor: int) -> Span:
-        """The same pixels in a picture ``factor`` times as large."""
+        """Return the same pixels in a picture ``factor`` times as large."""
         return Span(self.lo * factor, self.hi * factor)
 
     def halved(self) -> Span:
@@ -49,11 +49,11 @@ class Span:
         return Span(self.lo // 2, -(-self.hi // 2))
 
     def inside(self, other: Span) -> slice:
-        """Where this span lies in an array that holds ``other``."""
+        """Return where this span lies in an array that holds ``other``."""
         return slice(self.lo - other.lo, self.hi - other.lo)
 
     def convolved(self, output: Span) -> Convolved:
-        """How a 3-wide convolution of this span gives ``output``."""
+        """Return how a 3-wide convolution of this span gives ``output``."""
         valid = output.lo - self.lo >= RADIUS and self.hi - output.hi >= RADIUS
         padding = 0 if valid else RADIUS
         first = self.lo + RADIUS - padding
@@ -83,7 +83,7 @@ class Window:
 
     @classmethod
     def whole(cls, height: int, width: int) -> Window:
-        """All of a picture."""
+        """Return all of a picture."""
         return cls(Span(0, height), Span(0, width))
 
     @property
@@ -92,7 +92,7 @@ class Window:
         return len(self.rows), len(self.cols)
 
     def scaled(self, factor: int) -> Window:
-        """The same rectangle in a picture ``factor`` times as large."""
+        """Return the same rectangle in a picture ``factor`` times as large."""
         return Window(self.rows.scaled(factor), self.cols.scaled(factor))
 
     def inside(self, other: Window) -> tuple[slice, slice]:
@@ -135,6 +135,7 @@ class TileGrid:
 
 
 def _split(size: int, parts: int) -> list[Span]:
+    # Cores of nearly equal size that cover each latent once: halos overlap, cores never do.
     edges = [size * index // parts for index in range(parts + 1)]
     return [Span(lo, hi) for lo, hi in zip(edges, edges[1:], strict=False)]
 
@@ -260,9 +261,13 @@ def _through(convs: int, output: Span, size: int) -> list[Span]:
 def _up_spans(arch: VaeLevels, core: Span, size: int) -> list[list[Span]]:
     need, convs = core.scaled(arch.scale), 2 * (arch.num_res_blocks + 1)
     found: list[list[Span]] = []
+    # From the pixels back to the latents: each level adds the halo of its own convolutions to what
+    # the level after it needs. One convolution forgotten shows as a seam.
     for level in range(arch.levels - 1, 0, -1):
         full, last = size << level, level == arch.levels - 1
         found.insert(0, _through(convs + (1 if last else 0), need, full))
+        # The upsampler's own convolution works on the enlarged picture: its halo is taken there,
+        # and only then halved to the pixels of the level below.
         need = found[0][0].grown(RADIUS, RADIUS, full).halved()
     return [[need], *found]
 

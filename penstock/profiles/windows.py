@@ -23,12 +23,13 @@ class Windows:
     overlap: int
 
     def latent(self, factor: int) -> Windows:
-        """Those of video frames in latent frames, each but the first of ``factor`` frames."""
+        """Return those of video frames in latent frames, each but the first of ``factor``
+        frames."""
         return Windows((self.length - 1) // factor + 1, self.overlap // factor)
 
     def starts(self, total: int) -> tuple[int, ...]:
-        """Where each of them begins, spread evenly: the first at the beginning of ``total``, the
-        last at its end. One that holds everything begins at 0."""
+        """Return where each of them begins, spread evenly: the first at the beginning of ``total``,
+        the last at its end. One that holds everything begins at 0."""
         if total <= self.length:
             return (0,)
         count = -(-(total - self.overlap) // (self.length - self.overlap))
@@ -36,12 +37,12 @@ class Windows:
         return tuple(index * free // (count - 1) for index in range(count))
 
     def parts(self, total: int) -> tuple[slice, ...]:
-        """What each of them covers of ``total``."""
+        """Return what each of them covers of ``total``."""
         return tuple(slice(at, min(at + self.length, total)) for at in self.starts(total))
 
     def weights(self, total: int) -> tuple[tuple[float, ...], ...]:
-        """What each window's result counts at each of its places: less and less from its middle to
-        its ends. Together the windows count 1 everywhere."""
+        """Return what each window's result counts at each of its places: less and less from its
+        middle to its ends. Together the windows count 1 everywhere."""
         parts = self.parts(total)
         sums = [0.0] * total
         for part in parts:

@@ -42,7 +42,7 @@ def _patched(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The base's values, changed in fp32 and rounded to ``dtype`` once a LoRA."""
+    """Return the base's values, changed in fp32 and rounded to ``dtype`` once a LoRA."""
     device = next(iter(tensors.values())).device
     weight = dequantise(fmt.base, tensors, shape, dtype, output(out, shape, dtype, device))
     for each in fmt.patches:
@@ -64,7 +64,8 @@ ARITHMETIC: Mapping[type[Any], Arithmetic] = MappingProxyType(
 
 
 def quantise(fmt: QuantFormat, weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
-    """Stored tensors of ``weight`` (2-D; bf16, fp16 or fp32); ``name`` is for messages.
+    """Quantise ``weight`` to its stored tensors (2-D; bf16, fp16 or fp32); ``name`` is for
+    messages.
 
     Raises:
         CheckpointError: the weight holds NaN, Inf or what the format cannot hold.
@@ -88,7 +89,7 @@ def dequantise(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The weight in ``dtype``, written into ``out`` where it is given (contiguous).
+    """Return the weight in ``dtype``, written into ``out`` where it is given (contiguous).
 
     Without ``out`` a plain weight that has ``dtype`` already is given itself.
     """

@@ -57,7 +57,7 @@ class LinearPath(Protocol):
         """Its name in plans and reports."""
 
     def __call__(self, linear: Operands, x: Tensor) -> Tensor:
-        """``x`` (..., in features) -> (..., out features), in the dtype of ``x``."""
+        """Map ``x`` (..., in features) -> (..., out features), in the dtype of ``x``."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,7 @@ class Int8Gemm:
                 tokens = turned.mul_(rotation**-0.5)
             codes, token_scale = quantise_tokens(tokens, torch.int8)
             rows = len(codes)
+            # On CUDA `_int_mm` wants 17 rows or more: zeros are added, and cut off again.
             if codes.is_cuda and rows < _CUDA_MIN_ROWS:
                 codes = F.pad(codes, (0, 0, 0, 2 * GEMM_MULTIPLE - rows))
             part = torch._int_mm(codes, weight.t())[:rows]
@@ -165,6 +166,7 @@ def quantise_tokens(tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     """8-bit codes of ``tokens`` (n, features), row by row, and their fp32 scales (n, 1); ``code *
     scale`` is the value. A token of zeros gets scale 1; one with NaN or Inf a scale that is not
     finite."""
+    # The largest magnitude without a copy of |tokens|, as abs().amax() would make.
     norm = torch.linalg.vector_norm(tokens, torch.inf, dim=-1, keepdim=True)
     scale = norm.float() / (INT8_MAX if dtype == torch.int8 else E4M3_MAX)
     scale.masked_fill_(scale == 0, 1)
@@ -184,7 +186,7 @@ class _Product(Protocol):
 
 
 def _operands(linear: Operands) -> tuple[Tensor, Tensor]:
-    """The 8-bit weight and its rows' scales: fp32, contiguous, (1, rows)."""
+    """Return the 8-bit weight and its rows' scales: fp32, contiguous, (1, rows)."""
     if not isinstance(linear.format, Scaled8):
         raise TypeError(f"{linear.format.name} has no 8-bit operands")
     weight, scale = operands(linear.format, linear.tensors)
@@ -224,10 +226,13 @@ def _unit_fp8(linear: Operands) -> _Product:
 def _rescale(
     part: Tensor, token_scale: Tensor, row_scale: Tensor, bias: Tensor | None, out: Tensor
 ) -> None:
-    """The 32-bit ``part``, scaled in fp32 and rounded into ``out`` once: two passes over memory.
+    """Scale the 32-bit ``part`` in fp32, rounded into ``out`` once: two passes over
+    memory.
 
     The first writes where it reads (int32 and fp32 are of one size), so ``part`` is lost.
     """
+    # part (n, out features) times (n, 1), then times (1, out features): scales of tokens and rows
+    # multiply from both sides, so neither needs the product to be made again.
     scaled = torch.mul(part, token_scale, out=part.view(torch.float32))
     if bias is None:
         torch.mul(scaled, row_scale, out=out)
@@ -252,7 +257,7 @@ def _by_tokens(
 
 
 def strategy_for(computing: Computing, fmt: QuantFormat, shape: Shape) -> LinearPath:
-    """What computes one linear on the path that ``computing`` chooses."""
+    """Return what computes one linear on the path that ``computing`` chooses."""
     path = computing.path_for(fmt, shape)
     if path == "dequant":
         return Dequant(computing.scratch)

@@ -33,5 +33,5 @@ class Delta:
         return {self.name("down"): (self.rank, columns), self.name("up"): (rows, self.rank)}
 
     def name(self, role: str) -> str:
-        """The tensor's name in the layer."""
+        """Return the tensor's name in the layer."""
         return f"lora.{self.index}.{role}"

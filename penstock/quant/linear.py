@@ -46,14 +46,14 @@ class QuantLinear(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` (..., in features) -> (..., out features), in the dtype of ``x``."""
+        """Map ``x`` (..., in features) -> (..., out features), in the dtype of ``x``."""
         tensors = {suffix: self._stored(suffix) for suffix in self._suffixes}
         shape = (self.out_features, self.in_features)
         bias = self._buffers["bias"]
         return self.compute(Operands(self.format, shape, tensors, bias), x)
 
     def _stored(self, suffix: str) -> Tensor:
-        """What bears that name in the file, whatever `answer` says of ``weight``."""
+        """Return what bears that name in the file, whatever `answer` says of ``weight``."""
         *parents, leaf = suffix.split(".")
         module: nn.Module = self
         for name in parents:
@@ -99,7 +99,7 @@ def replace_linears(
     computing: Computing,
     dtype: torch.dtype,
 ) -> None:
-    """Puts a `QuantLinear` in the place of each `nn.Linear` of ``module`` that ``formats`` names.
+    """Put a `QuantLinear` in the place of each `nn.Linear` of ``module`` that ``formats`` names.
 
     For a skeleton of our own on the meta device; names are local (``attn1.to_q``).
 

@@ -51,7 +51,7 @@ class LoraLinear(QuantLinear):
                 register(self, name, torch.empty(dims, dtype=dtype, device="meta"))
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` (..., in features) -> (..., out features), in the dtype of ``x``."""
+        """Map ``x`` (..., in features) -> (..., out features), in the dtype of ``x``."""
         y = super().forward(x)
         rows = y.view(-1, self.out_features)
         for delta in self.deltas:
@@ -64,6 +64,8 @@ class LoraLinear(QuantLinear):
             inner = F.linear(x, self.get_buffer(delta.name("down"))).view(-1, delta.rank)
             up = self.get_buffer(delta.name("up"))
             up = up.roll(len(up) // 2, 0) if delta.turned else up
+            # (tokens, rank) @ (rank, out), added in place: beside the result only the rank's
+            # activations exist, and the weight keeps its format.
             rows.addmm_(inner, up.t(), alpha=delta.scale)
         else:
             diff = self.get_buffer(delta.name("diff"))
@@ -81,7 +83,7 @@ def add_deltas(
     computing: Computing,
     dtype: torch.dtype,
 ) -> None:
-    """Puts a `LoraLinear` in the place of each linear layer of ``module`` that ``deltas`` names.
+    """Put a `LoraLinear` in the place of each linear layer of ``module`` that ``deltas`` names.
 
     For a skeleton of our own on the meta device, after its quantised linears are in place.
 

@@ -81,7 +81,7 @@ class Scratch:
 
     @contextmanager
     def held(self, nbytes: int) -> Iterator[None]:
-        """A buffer of ``nbytes`` until the context ends."""
+        """Provide a buffer of ``nbytes`` until the context ends."""
         self._buffer = self._make(nbytes)
         try:
             yield
@@ -89,7 +89,7 @@ class Scratch:
             self._buffer = self._make(0)
 
     def view(self, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """The start of the buffer as an uninitialised ``shape`` of ``dtype``.
+        """Return the start of the buffer as an uninitialised ``shape`` of ``dtype``.
 
         Raises:
             LedgerOverflow: the buffer is smaller than that.
@@ -119,7 +119,7 @@ class Computing:
     chunk_bytes: int = DEFAULT_CHUNK_BYTES
 
     def path_for(self, fmt: QuantFormat, shape: Shape) -> Path:
-        """The path of one linear. 8-bit products need both sides to be multiples of 16."""
+        """Return the path of one linear. 8-bit products need both sides to be multiples of 16."""
         gemm = fmt.gemm
         aligned = shape[0] % GEMM_MULTIPLE == 0 and shape[1] % GEMM_MULTIPLE == 0
         if self.mode == "exact" or gemm is None or gemm not in self.working or not aligned:
@@ -139,12 +139,13 @@ class Computing:
         return kept + max(self.chunk_bytes, gemm_fixed_bytes(shape) + least)
 
     def is_kitchens(self, fmt: QuantFormat, shape: Shape) -> bool:
-        """Whether comfy-kitchen multiplies one linear."""
+        """Return whether comfy-kitchen multiplies one linear."""
         return self.path_for(fmt, shape) == "int8" and "int8-kitchen" in self.working
 
 
 def gemm_fixed_bytes(shape: Shape) -> int:
-    """What an 8-bit product makes once a linear: the rows' scales and the bias in fp32, a unit."""
+    """Return what an 8-bit product makes once a linear: the rows' scales and the bias in fp32, a
+    unit."""
     return 8 * shape[0] + 4
 
 

@@ -54,7 +54,7 @@ _NO_CPU_FP8 = PathReport(
 
 
 def probe(device: torch.device | str) -> dict[Kernel, PathReport]:
-    """Tries each 8-bit product on ``device``, in bf16; dequantising always works and is not
+    """Try each 8-bit product on ``device``, in bf16; dequantising always works and is not
     listed."""
     device = torch.device(device)
     return {
@@ -66,7 +66,7 @@ def probe(device: torch.device | str) -> dict[Kernel, PathReport]:
 
 
 def probe_kitchen(device: torch.device | str) -> PathReport:
-    """Tries comfy-kitchen's int8 product on ``device``, in bf16.
+    """Try comfy-kitchen's int8 product on ``device``, in bf16.
 
     Its slow twin runs anywhere; what is wanted are its kernels, so it needs a CUDA device.
     """
@@ -77,12 +77,12 @@ def probe_kitchen(device: torch.device | str) -> PathReport:
 
 
 def working(reports: Mapping[Kernel, PathReport]) -> frozenset[Kernel]:
-    """The products that work, as `Computing` wants them."""
+    """Return the products that work, as `Computing` wants them."""
     return frozenset(name for name, report in reports.items() if report.works)
 
 
 def try_path(name: Gemm, path: LinearPath, device: torch.device, dtype: torch.dtype) -> PathReport:
-    """Runs ``path`` on Gaussian tokens and a weight of the format ``name`` whose rows are of very
+    """Run ``path`` on Gaussian tokens and a weight of the format ``name`` whose rows are of very
     unlike size, with a bias as large as its products, and compares with the fp32 product of the
     weight before quantising."""
     fmt = get_format(name)

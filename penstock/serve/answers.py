@@ -51,7 +51,7 @@ class Json(Response):
 
 
 def refused(status: int, code: str, message: str, **more: Any) -> Json:
-    """An error."""
+    """Return the schema of an error."""
     kind = "server_error" if status >= 500 else "invalid_request_error"
     told = {"code": code, "message": message, "type": kind, "param": None} | more
     return Json({"error": told}, status)

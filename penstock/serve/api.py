@@ -46,12 +46,12 @@ Id = Annotated[str, Path(description="As the video's object has it.", max_length
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What a route may refuse with, besides what every route may."""
+    """Return what a route may refuse with, besides what every route may."""
     return {status: ERRORS[status] for status in (401, 403, 421, *statuses)}
 
 
 def _body(kind: type[PlanFields], files: tuple[str, ...] = ()) -> dict[str, Any]:
-    """How a request's body is declared: the route reads it itself."""
+    """Return how a request's body is declared: the route reads it itself."""
     schema = kind.model_json_schema()
     form = json.loads(json.dumps(schema))
     for name in files:
@@ -61,13 +61,13 @@ def _body(kind: type[PlanFields], files: tuple[str, ...] = ()) -> dict[str, Any]
 
 
 def _binary(*kinds: str) -> dict[int | str, dict[str, Any]]:
-    """How an answer that is a file is declared."""
+    """Return how an answer that is a file is declared."""
     content = {kind: {"schema": {"type": "string", "format": "binary"}} for kind in kinds}
     return {200: {"content": content, "description": "The file."}}
 
 
 async def _given(request: Request, service: Service) -> dict[str, Any]:
-    """The fields of a form or of a JSON object; files as their bytes.
+    """Return the fields of a form or of a JSON object; files as their bytes.
 
     Raises:
         HTTPException: the body is neither.
@@ -177,7 +177,7 @@ def videos_router(service: Service) -> APIRouter:
 
     @router.get("/{video_id}", response_model=VideoBody, responses=_errors(404, 422))
     async def get_video(video_id: Id) -> Response:
-        """One video, and how far it is."""
+        """Return one video, and how far it is."""
         return shown(service.row(video_id))
 
     @router.delete("/{video_id}", response_model=DeletedBody, responses=_errors(404, 422))
@@ -194,7 +194,7 @@ def videos_router(service: Service) -> APIRouter:
     async def video_content(
         video_id: Id, variant: Literal["video", "thumbnail", "spritesheet"] = "video"
     ) -> Response:
-        """The finished mp4, whole or in ranges; or its first frame as a JPEG."""
+        """Return the finished mp4, whole or in ranges; or its first frame as a JPEG."""
         if variant == "spritesheet":
             raise NotFound("there are no spritesheets", expected="video or thumbnail")
         if variant == "thumbnail":
@@ -209,7 +209,7 @@ def videos_router(service: Service) -> APIRouter:
         responses=_binary("image/png") | _errors(404, 409, 422),
     )
     async def last_frame(video_id: Id) -> Response:
-        """The last frame of a finished video, for the next one to start from."""
+        """Return the last frame of a finished video, for the next one to start from."""
         picture = await service.frame(video_id, "last", ".png")
         return FileResponse(picture, media_type="image/png")
 
@@ -219,7 +219,7 @@ def videos_router(service: Service) -> APIRouter:
         responses=_binary("image/jpeg") | _errors(404, 422),
     )
     async def preview(video_id: Id) -> Response:
-        """The last preview of a video that is being made."""
+        """Return the last preview of a video that is being made."""
         service.row(video_id)
         live = service.hub.live(video_id)
         if live is None or live.preview is None:
@@ -233,7 +233,7 @@ def videos_router(service: Service) -> APIRouter:
         | _errors(404, 422),
     )
     async def input_picture(video_id: Id) -> Response:
-        """The picture that a video starts from."""
+        """Return the picture that a video starts from."""
         service.row(video_id)
         path = service.folder(video_id) / IMAGE
         if not path.exists():
@@ -268,7 +268,7 @@ def videos_router(service: Service) -> APIRouter:
         responses=_STREAM | _errors(404, 422),
     )
     async def video_events(video_id: Id) -> Response:
-        """What happens to a video, as it happens, until it has ended."""
+        """Return what happens to a video, as it happens, until it has ended."""
         service.row(video_id)
         return _events(_of_one(service, video_id))
 
@@ -317,7 +317,7 @@ def control_router(service: Service) -> APIRouter:
 
     @router.get("/v1/queue", response_model=QueueBody, responses=_errors())
     async def get_queue() -> Response:
-        """Which videos are being made, and which wait, the next one first."""
+        """Return which videos are being made, and which wait, the next one first."""
         return Json(service.queue_shown())
 
     @router.post("/v1/queue/pause", response_model=QueueBody, responses=_errors())
@@ -338,7 +338,7 @@ def control_router(service: Service) -> APIRouter:
         responses=_STREAM | _errors(),
     )
     async def all_events() -> Response:
-        """What happens to all videos and to the queue, as it happens."""
+        """Return what happens to all videos and to the queue, as it happens."""
 
         async def events() -> AsyncIterator[Event]:
             with service.hub.subscribed() as subscription:
@@ -349,7 +349,8 @@ def control_router(service: Service) -> APIRouter:
 
     @router.get("/v1/models", response_model=ModelsBody, responses=_errors())
     async def models() -> Response:
-        """The models that may be asked for, and their defaults; the first one is the default."""
+        """Return the models that may be asked for, and their defaults; the first one is the
+        default."""
         data = [
             {"id": name, "object": "model", "created": 0, "owned_by": "penstock", **about}
             for name, about in service.about.items()
@@ -358,20 +359,21 @@ def control_router(service: Service) -> APIRouter:
 
     @router.get("/v1/loras", response_model=ModelsBody, responses=_errors())
     async def loras() -> Response:
-        """The LoRAs that may be named."""
+        """Return the LoRAs that may be named."""
         data = [{"id": name, "object": "lora"} for name in service.loras()]
         return Json({"object": "list", "data": data})
 
     @router.get("/health", response_model=HealthBody, responses=_errors())
     async def health() -> Response:
-        """That the server answers; without a key."""
+        """Return that the server is up; no key is needed."""
         return Json({"status": "ok", "version": __version__})
 
     return router
 
 
 def _kind(head: bytes) -> str:
-    """A picture's media type by its first bytes: a browser is told nothing that it could run."""
+    """Return a picture's media type by its first bytes: a browser is told nothing that it could
+    run."""
     if head.startswith(b"\x89PNG"):
         return "image/png"
     if head.startswith(b"\xff\xd8"):

@@ -20,7 +20,7 @@ _TOLD = "Videos by models far larger than the card. See docs/server.md."
 
 
 def create_app(service: Service) -> ASGIApp:
-    """The ASGI application of a server."""
+    """Return the ASGI application of a server."""
     app = FastAPI(
         title="penstock",
         version=__version__,

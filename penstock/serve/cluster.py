@@ -79,7 +79,7 @@ class Hand:
         return True
 
     def sees(self, marker: str, token: str) -> bool:
-        """Whether a file that was just written elsewhere is here as well."""
+        """Return whether a file that was just written elsewhere is here as well."""
         try:
             return Path(marker).read_text(encoding="ascii") == token
         except (OSError, UnicodeDecodeError):
@@ -121,7 +121,7 @@ class Hand:
             self._changed.notify_all()
 
     def news(self) -> tuple[list[Mapping[str, Any]], bool]:
-        """What was told since the last time, and whether that was all."""
+        """Return what was told since the last time, and whether that was all."""
         with self._changed:
             self._changed.wait_for(lambda: self._news or self._ended, _NEWS_S)
             told, self._news = self._news, []
@@ -293,7 +293,7 @@ def _begin(ray: Any) -> None:
 
 
 def on_ray(ray: Any, models: Models, cpus: int | None = None) -> list[Worker]:
-    """An actor an accelerator of the cluster; Ray finds each a place.
+    """Return an actor an accelerator of the cluster; Ray finds each a place.
 
     Args:
         ray: connected.

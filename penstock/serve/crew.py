@@ -260,14 +260,15 @@ class Crew:
 
 
 def _end_loudly(task: asyncio.Task[None]) -> None:
-    """A slot ends with its server only: whatever else ends it is not to be waited for in vain."""
+    """Keep a slot until its server ends: whatever else ends it is not to be waited for in vain."""
     if not task.cancelled() and (error := task.exception()) is not None:
         log.critical("a worker's slot has ended", exc_info=error)
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 async def _insisted(change: Callable[..., _Result], *arguments: Any) -> _Result:
-    """What a change of the queue gives, once the disk takes it: nothing else can be done before."""
+    """Return what a change of the queue gives, once the disk takes it: nothing else can be done
+    before."""
     while True:
         try:
             return await asyncio.to_thread(change, *arguments)
@@ -285,7 +286,7 @@ class _Notes:
         self._task: asyncio.Task[None] | None = None
 
     def take(self, progress: int) -> None:
-        """The job is so far."""
+        """Note how far the job is."""
         self._wanted = max(self._wanted, progress)
         if self._wanted > self._noted and (self._task is None or self._task.done()):
             self._task = asyncio.create_task(self._write())

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def docs_page(openapi: Mapping[str, Any]) -> str:
-    """All routes with their parameters, bodies and answers."""
+    """Return all routes with their parameters, bodies and answers."""
     info = openapi["info"]
     parts = [
         "<!doctype html><html lang='en'><meta charset='utf-8'>",

@@ -69,7 +69,7 @@ class Doer(Closing, Generic[_Order]):
         """
 
     def watched(self, order: _Order, job: Job, hear: Callable[[Event], None]) -> JobResult:
-        """The result of the job that does an order, which `cancel` stops.
+        """Return the result of the job that does an order, which `cancel` stops.
 
         Args:
             order: what it does.

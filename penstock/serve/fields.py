@@ -25,7 +25,7 @@ _MOST_LORAS = 8
 
 
 def _parsed(value: Any) -> Any:
-    """A list or an object that a form has as JSON."""
+    """Return a list or an object that a form has as JSON."""
     if isinstance(value, str) and value[:1] in ("[", "{"):
         try:
             return json.loads(value)
@@ -35,7 +35,7 @@ def _parsed(value: Any) -> Any:
 
 
 def _gap(value: Any) -> Any:
-    """A form's empty field says nothing."""
+    """Leave out a form's empty fields: they say nothing."""
     return None if value == "" else value
 
 
@@ -115,7 +115,7 @@ class PlanFields(BaseModel):
         if self.guidance_scale_2 is not None:
             if low is None:
                 raise RequestError(
-                    "guidance_scale_2 is said alone",
+                    "guidance_scale_2 needs guidance_scale",
                     expected="guidance_scale, of the first transformer, with it",
                     found="none",
                 )
@@ -148,7 +148,7 @@ class PlanFields(BaseModel):
         }
         if said:
             raise RequestError(
-                "this server does not do that",
+                "this server does not support these fields",
                 expected="the fields of its OpenAPI page (/docs)",
                 found=", ".join(sorted(said))[:200],
                 remedy="Leave it out",
@@ -156,12 +156,20 @@ class PlanFields(BaseModel):
 
     def _size(self) -> str | None:
         if (self.width is None) != (self.height is None):
-            raise RequestError("half a size", expected="width and height", found="one of them")
+            raise RequestError(
+                "width and height must be given together",
+                expected="width and height",
+                found="one of them",
+            )
         if self.width is None:
             return self.size
         both = f"{self.width}x{self.height}"
         if self.size not in (None, both):
-            raise RequestError("two sizes", expected="one", found=f"{self.size} and {both}"[:80])
+            raise RequestError(
+                "size cannot be combined with width and height",
+                expected="one",
+                found=f"{self.size} and {both}"[:80],
+            )
         return both
 
     @property

@@ -140,7 +140,7 @@ class Body:
         self._taken, self._ended, self._began_s = 0, False, time.monotonic()
 
     async def receive(self) -> Message:
-        """The next part.
+        """Return the next part.
 
         Raises:
             BodyRefused: it is too large, or comes too slowly.
@@ -185,7 +185,7 @@ def _headers(scope: Scope) -> dict[str, str]:
 
 
 def _name_of(host: str) -> str:
-    """A host without its port, in lower case; "" for what is none."""
+    """Return a host without its port, in lower case; "" for what is none."""
     try:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:
@@ -193,7 +193,7 @@ def _name_of(host: str) -> str:
 
 
 def _is_own(scope: Scope, headers: Mapping[str, str], host: str) -> bool:
-    """Whether a request comes from this server's own pages, or from no page at all."""
+    """Return whether a request comes from this server's own pages, or from no page at all."""
     origin, site = headers.get("origin"), headers.get("sec-fetch-site")
     if origin is not None:
         return urlsplit(origin).netloc.lower() == host.lower()
@@ -213,7 +213,7 @@ def _cookie(text: str) -> str:
 
 
 def _route(scope: Scope) -> str:
-    """The path as it was declared: ids do not make series of their own."""
+    """Return the path as it was declared: ids do not make series of their own."""
     route = scope.get("route")
     return getattr(route, "path", "none")
 

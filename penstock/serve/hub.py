@@ -89,11 +89,11 @@ class Hub:
         self._closed = False
 
     def live(self, name: str) -> Live | None:
-        """Where a job is; None: nobody has told, or it has ended."""
+        """Return where a job is; None: nobody has told, or it has ended."""
         return self._live.get(name)
 
     def progress(self, name: str, told: Mapping[str, Any]) -> None:
-        """A worker tells of its job."""
+        """Take in what a worker tells of its job."""
         live = self._live.setdefault(name, Live())
         preview = told.get("preview")
         live.told = {key: value for key, value in told.items() if key not in ("event", "preview")}
@@ -102,7 +102,7 @@ class Hub:
         self.publish(Event("progress", name, {"id": name, **live.told, "preview": shown}))
 
     def notice(self, name: str, message: str) -> None:
-        """A worker tells something that the user should know."""
+        """Take in what a worker wants the user to know."""
         self.publish(Event("notice", name, {"id": name, "message": message}))
 
     def rest(self, name: str) -> None:
@@ -111,7 +111,7 @@ class Hub:
             live.told = {}
 
     def forget(self, name: str) -> None:
-        """A job has ended."""
+        """Take in that a job has ended."""
         self._live.pop(name, None)
 
     def publish(self, event: Event) -> None:

@@ -56,7 +56,7 @@ async def _serve(
         service = Service(settings, workers)
     except JobLocked as error:
         raise UsageError(
-            "another server has this folder",
+            "another server is using this folder",
             expected="a folder of its own for each",
             found=f"{settings.folder}, {error.found}",
             remedy="Give --folder another one, or end that server.",
@@ -74,7 +74,7 @@ async def _serve(
 
 
 def server_of(service: Service) -> uvicorn.Server:
-    """What answers for a service, on the loop that it was opened on."""
+    """Return what answers for a service, on the loop that it was opened on."""
     limits = service.settings.limits
     config = uvicorn.Config(
         create_app(service),
@@ -114,7 +114,7 @@ class _Server(uvicorn.Server):
 
 @contextmanager
 def bound(settings: ServeSettings) -> Iterator[socket.socket]:
-    """A socket that listens where the settings say.
+    """Provide a socket that listens where the settings say.
 
     Raises:
         UsageError: it cannot.
@@ -131,10 +131,10 @@ def bound(settings: ServeSettings) -> Iterator[socket.socket]:
     except OSError as error:
         listener.close()
         raise UsageError(
-            f"{settings.host}:{settings.port} cannot be listened at",
+            f"{settings.host}:{settings.port} cannot be listened on",
             expected="a free port of this machine",
             found=error.strerror,
-            remedy="Choose another --port, or end what has it.",
+            remedy="Choose another --port, or stop what uses it.",
         ) from error
     with listener:
         yield listener

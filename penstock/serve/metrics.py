@@ -47,7 +47,7 @@ class Metrics:
         self._registry.register(_Asked(gauges))
 
     def text(self) -> bytes:
-        """All of it, in Prometheus' text format."""
+        """Return all of it, in Prometheus' text format."""
         return generate_latest(self._registry)
 
 

@@ -58,7 +58,7 @@ class Order:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Order:
-        """The order that `to_json` gave ``value`` for, whatever lies beside it there.
+        """Return the order that `to_json` gave ``value`` for, whatever lies beside it there.
 
         Raises:
             TypeError: something is missing.
@@ -78,7 +78,7 @@ class Order:
 
 
 def settings_of(values: Mapping[str, Any], folder: Path) -> Settings:
-    """The engine's settings from an order's; files are those in ``folder``.
+    """Return the engine's settings from an order's; files are those in ``folder``.
 
     Raises:
         UsageError: a setting that is none.
@@ -91,8 +91,8 @@ def settings_of(values: Mapping[str, Any], folder: Path) -> Settings:
 
 
 def error_values(error: BaseException) -> dict[str, Any]:
-    """An error as clients see it: what penstock raises on purpose with all that it says, anything
-    else by its kind alone."""
+    """Return an error as clients see it: what penstock raises on purpose with all that it says,
+    anything else by its kind alone."""
     if not isinstance(error, PenstockError):
         return {
             "code": "internal",

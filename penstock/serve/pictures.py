@@ -24,7 +24,7 @@ FETCH_S = 20.0
 
 
 async def picture_bytes(value: Any, name: str, *, allow_urls: bool, most_bytes: int) -> bytes:
-    """What a client sent as a picture, as the bytes of its file.
+    """Return what a client sent as a picture, as the bytes of its file.
 
     Args:
         value: bytes, base64, a data: URL, an address, or {"image_url": one of these}.
@@ -42,7 +42,7 @@ async def picture_bytes(value: Any, name: str, *, allow_urls: bool, most_bytes: 
         return _bounded(value, name, most_bytes)
     if not isinstance(value, str):
         raise ImageError(
-            f"{name} is no picture",
+            f"{name} is not a picture",
             expected="a file of a form, base64, a data: URL or {image_url}",
             found=type(value).__name__,
         )
@@ -52,7 +52,7 @@ async def picture_bytes(value: Any, name: str, *, allow_urls: bool, most_bytes: 
                 f"{name} is an address",
                 expected="the picture itself",
                 found="http(s)",
-                remedy="Send the file; a server that shall fetch is started with --allow-urls.",
+                remedy="Send the image itself, or start the server with --allow-urls.",
             )
         return _bounded(
             await asyncio.to_thread(_fetched, value, name, most_bytes), name, most_bytes
@@ -66,7 +66,7 @@ def _decoded(text: str, name: str) -> bytes:
         return base64.b64decode(text[start.end() if start else 0 :], validate=True)
     except (binascii.Error, ValueError) as error:
         raise ImageError(
-            f"{name} is no picture", expected="base64 or a data: URL", found="other text"
+            f"{name} is not a picture", expected="base64 or a data: URL", found="other text"
         ) from error
 
 

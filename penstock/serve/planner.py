@@ -54,7 +54,7 @@ class Planner:
         self._open: OrderedDict[object, Prepared] = OrderedDict()
 
     def about(self) -> dict[str, Any]:
-        """The models, and what they are planned for.
+        """Return the models, and what they are planned for.
 
         Raises:
             PenstockError: one cannot be opened.
@@ -98,7 +98,7 @@ class Planner:
         whole: bool,
         others: bool,
     ) -> dict[str, Any]:
-        """What a request takes, or why it does not fit.
+        """Return what a request takes, or why it does not fit.
 
         Args:
             model: a name.
@@ -202,14 +202,14 @@ def _continued(said: Settings) -> Settings:
 
 
 def _frames(prepared: Prepared, said: Settings, seconds: float) -> int:
-    """The length in frames that is nearest to ``seconds`` and can be made."""
+    """Return the length in frames that is nearest to ``seconds`` and can be made."""
     step = prepared.model.grid.temporal
     fps = said.fps or resolve(Settings(prompt="-"), prepared.model).fps
     return 1 + step * max(0, round((seconds * fps - 1) / step))
 
 
 def _values(request: GenerationRequest, prepared: Prepared) -> dict[str, Any]:
-    """A request as settings that say everything; files by the names of the settings."""
+    """Return a request as settings that say everything; files by the names of the settings."""
     known = {each.name for each in fields(Settings)}
     values = {name: value for name, value in vars(request).items() if name in known}
     files = {name: True for name in (*PICTURES, "after") if values[name] is not None}

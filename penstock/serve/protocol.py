@@ -14,7 +14,7 @@ from penstock.serve.settings import Limits
 
 
 def protocol(limits: Limits, connections: set[object]) -> type[H11Protocol]:
-    """The protocol that ends a connection whose client is slower than ``limits`` have it.
+    """Return the protocol that ends a connection whose client is slower than ``limits`` have it.
 
     Args:
         limits: of clients.

@@ -126,7 +126,7 @@ class Queue(Closing):
                 found = connection.execute("PRAGMA user_version").fetchone()[0]
                 if found not in (0, _VERSION):
                     raise StorageError(
-                        f"{path} is another version's",
+                        f"{path} was made by another version",
                         expected=str(_VERSION),
                         found=str(found),
                         remedy="Give the server another folder.",
@@ -142,7 +142,7 @@ class Queue(Closing):
 
     @contextmanager
     def _change(self) -> Iterator[sqlite3.Connection]:
-        """One transaction.
+        """Provide one transaction.
 
         Raises:
             StorageError: the database cannot be written.
@@ -171,7 +171,7 @@ class Queue(Closing):
     # What there is
 
     def get(self, name: str) -> Row | None:
-        """The video of that id."""
+        """Return the video of that id."""
         return next(iter(self._rows("WHERE id = ?", name)), None)
 
     def page(
@@ -203,7 +203,7 @@ class Queue(Closing):
         return Page(tuple(rows[:limit]), len(rows) > limit)
 
     def waiting(self) -> tuple[str, ...]:
-        """The ids of those that wait, the next one first; paused ones among them."""
+        """Return the ids of those that wait, the next one first; paused ones among them."""
         with self._reading:
             found = self._reader.execute(
                 f"SELECT id FROM videos WHERE {_WAITING} ORDER BY place, number"
@@ -211,7 +211,7 @@ class Queue(Closing):
         return tuple(each[0] for each in found)
 
     def running(self) -> tuple[str, ...]:
-        """The ids of those that are being done, or were when the last server ended."""
+        """Return the ids of those that are being done, or were when the last server ended."""
         with self._reading:
             found = self._reader.execute(
                 "SELECT id FROM videos WHERE status = 'in_progress' ORDER BY place, number"
@@ -219,7 +219,7 @@ class Queue(Closing):
         return tuple(each[0] for each in found)
 
     def counts(self) -> dict[str, int]:
-        """How many there are in each state."""
+        """Return how many there are in each state."""
         with self._reading:
             found = self._reader.execute("SELECT status, COUNT(*) FROM videos GROUP BY status")
             return dict.fromkeys((QUEUED, RUNNING, COMPLETED, FAILED), 0) | dict(found.fetchall())
@@ -344,8 +344,8 @@ class Queue(Closing):
             return tuple(_row(each) for each in found)
 
     def claim(self, worker: str) -> Row | None:
-        """The next job for a worker, which it has from now on: first those that somebody had begun,
-        then by place.
+        """Return the next job for a worker, which it has from now on: first those that somebody had
+        begun, then by place.
 
         Raises:
             StorageError: the database cannot be written.
@@ -374,7 +374,8 @@ class Queue(Closing):
             )
 
     def complete(self, name: str, report: Mapping[str, Any], size_bytes: int) -> Row:
-        """A video is there; what was asked of it meanwhile is too late, unless it is deleted."""
+        """Note that a video is there; what was asked of it meanwhile is too late, unless it is
+        deleted."""
         with self._change() as connection:
             connection.execute(
                 "UPDATE videos SET status = 'completed', progress = 100, worker = NULL, error_json "
@@ -385,7 +386,7 @@ class Queue(Closing):
             return _one(connection, name)
 
     def fail(self, name: str, error: Mapping[str, Any]) -> Row:
-        """A job has ended without a video."""
+        """Note that a job has ended without a video."""
         with self._change() as connection:
             connection.execute(
                 "UPDATE videos SET status = 'failed', worker = NULL, error_json = ?, completed_at "
@@ -395,14 +396,15 @@ class Queue(Closing):
             return _one(connection, name)
 
     def stopped(self, name: str) -> Row:
-        """A worker has stopped as it was asked to; without having been, the job is begun again."""
+        """Note that a worker has stopped as it was asked to; without having been, the job is begun
+        again."""
         with self._change() as connection:
             connection.execute("UPDATE videos SET worker = NULL WHERE id = ?", (name,))
             _obey(connection, name)
             return _one(connection, name)
 
     def crashed(self, name: str, how: str) -> Row:
-        """A worker has died under a job: another one goes on with it, a few times."""
+        """Note that a worker has died under a job: another one goes on with it, a few times."""
         row = self.stopped(name)
         if row.status != RUNNING:
             return row

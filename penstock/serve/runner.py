@@ -55,7 +55,7 @@ class Runner(Doer[Order]):
         self._opened: object = None
 
     def done(self, order: Order, tell: Tell) -> dict[str, Any]:
-        """``{"report": ..., "size_bytes": ...}``."""
+        """Return ``{"report": ..., "size_bytes": ...}``."""
         report = self._finished(order) or self._made(order, tell)
         return {"report": report, "size_bytes": order.video.stat().st_size}
 
@@ -66,7 +66,7 @@ class Runner(Doer[Order]):
             engine.close()
 
     def _finished(self, order: Order) -> dict[str, Any] | None:
-        """The report of a job that was done before its end was noted."""
+        """Return the report of a job that was done before its end was noted."""
         if not order.journal.is_dir():
             return None
         found = describe(order.journal)
@@ -185,7 +185,7 @@ class Teller:
 
 
 def jpeg(preview: Preview) -> str:
-    """A preview as a JPEG in base64."""
+    """Return a preview as a JPEG in base64."""
     file = io.BytesIO()
     preview.to_image().save(file, "JPEG", quality=_QUALITY)
     return base64.b64encode(file.getvalue()).decode("ascii")

@@ -101,7 +101,7 @@ class PlanDesk:
         self._number = 0
 
     async def ask(self, what: str, **with_: Any) -> dict[str, Any]:
-        """The answer to a question (`penstock.serve.planner`).
+        """Return the answer to a question (`penstock.serve.planner`).
 
         Raises:
             Refused: the planner refuses; NotNow: it died of the question.
@@ -208,13 +208,13 @@ class Service:
                 shutil.rmtree(folder)
 
     def folder(self, name: str) -> Path:
-        """Where a video is kept: its id is the server's own."""
+        """Return where a video is kept: its id is the server's own."""
         return self._jobs / name
 
     # What clients ask
 
     def row(self, name: str) -> Row:
-        """A video that is there.
+        """Return a video that is there.
 
         Raises:
             NotFound: it is not, or is about to be gone.
@@ -225,7 +225,7 @@ class Service:
         return row
 
     def shown(self, row: Row) -> dict[str, Any]:
-        """A video as clients see it."""
+        """Return a video as clients see it."""
         return video(row, self.hub.live(row.id), self.queue.waiting() if row.waits else ())
 
     def shown_all(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -234,7 +234,7 @@ class Service:
         return [video(row, self.hub.live(row.id), waiting) for row in rows]
 
     def queue_shown(self) -> dict[str, Any]:
-        """The queue as clients see it."""
+        """Return the queue as clients see it."""
         return {
             "object": "queue",
             "paused": self.queue.paused,
@@ -243,7 +243,7 @@ class Service:
         }
 
     async def plan(self, asked: PlanFields, *, others: bool = False) -> dict[str, Any]:
-        """What a request would take; no picture is needed for that.
+        """Return what a request would take; no picture is needed for that.
 
         Raises:
             PenstockError: it is illegal.
@@ -303,12 +303,12 @@ class Service:
 
     @contextmanager
     def _begun(self, folder: Path) -> Iterator[None]:
-        """A folder that is gone again where the request comes to nothing."""
+        """Provide a folder that is gone again where the request comes to nothing."""
         try:
             folder.mkdir()
         except OSError as error:
             raise StorageError(
-                "the server cannot keep the request", found=error.strerror
+                "the server cannot store the request", found=error.strerror
             ) from error
         try:
             yield
@@ -336,7 +336,9 @@ class Service:
             return None
         if first:
             raise RequestError(
-                "two beginnings", expected="input_reference or continue_from", found="both"
+                "input_reference and continue_from cannot be used together",
+                expected="input_reference or continue_from",
+                found="both",
             )
         before = self.finished(asked.continue_from)
         await asyncio.to_thread(_linked, before, folder / BEFORE)
@@ -386,7 +388,7 @@ class Service:
             )
 
     def loras(self) -> dict[str, Path]:
-        """The LoRAs that clients may name."""
+        """Return the LoRAs that clients may name."""
         found: dict[str, Path] = {}
         for folder in self.settings.lora_folders:
             for path in sorted(folder.rglob("*.safetensors")):
@@ -455,7 +457,7 @@ class Service:
         await asyncio.shield(gone)
 
     def finished(self, name: str) -> Path:
-        """A finished video's file.
+        """Return a finished video's file.
 
         Raises:
             NotFound: there is no such video; NotNow: it is not finished.
@@ -468,7 +470,7 @@ class Service:
         return self.folder(name) / VIDEO
 
     async def frame(self, name: str, which: str, suffix: str) -> Path:
-        """A frame of a finished video as a picture, made when it is first asked for.
+        """Return a frame of a finished video as a picture, made when it is first asked for.
 
         Raises:
             NotFound, NotNow: as `finished`.
@@ -516,11 +518,12 @@ def _kept(path: Path, data: bytes) -> None:
     try:
         keep(path, data)
     except OSError as error:
-        raise StorageError("the server cannot keep the picture", found=error.strerror) from error
+        raise StorageError("the server cannot store the picture", found=error.strerror) from error
 
 
 def _linked(before: Path, path: Path) -> None:
-    """The same file under a name that stays; a copy where the system has no such names."""
+    """Link the same file under a name that stays; make a copy where the system has no such
+    names."""
     try:
         os.link(before, path)
     except OSError:

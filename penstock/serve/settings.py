@@ -89,7 +89,7 @@ class ServeSettings:
             )
         if not is_loopback(self.host) and not self.api_key:
             raise UsageError(
-                f"{self.host} is reached by others",
+                f"{self.host} can be reached from other machines",
                 expected="--api-key with it",
                 found="none",
                 remedy="Set a key, or leave --host out: 127.0.0.1 answers this machine alone.",
@@ -109,7 +109,7 @@ class ServeSettings:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches ``host``."""
+    """Return whether only this machine reaches ``host``."""
     try:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:

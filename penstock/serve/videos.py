@@ -15,7 +15,7 @@ _FILES = ("image", "last_image", "after")
 
 
 def video(row: Row, live: Live | None, waiting: Sequence[str]) -> dict[str, Any]:
-    """The object of ``/v1/videos``.
+    """Return the object of ``/v1/videos``.
 
     Args:
         row: of the queue.
@@ -60,7 +60,8 @@ def video(row: Row, live: Live | None, waiting: Sequence[str]) -> dict[str, Any]
 
 
 def sendable(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings under the names by which they are asked for, so that they can be sent again."""
+    """Return settings under the names by which they are asked for, so that they can be sent
+    again."""
     said = {
         _NAMES.get(name, name): value
         for name, value in settings.items()

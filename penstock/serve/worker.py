@@ -47,7 +47,7 @@ class Line:
 
 
 def own_output() -> TextIO:
-    """Standard output for the answers alone: from now on, prints go to standard error."""
+    """Keep standard output for the answers alone: from now on, prints go to standard error."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return out

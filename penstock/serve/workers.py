@@ -49,7 +49,8 @@ class Device:
     index: int | None
 
     def environment(self, of: Mapping[str, str]) -> dict[str, str]:
-        """What its process is told by variables, where this one has ``of``: that card alone."""
+        """Return what its process is told by variables, where this one has ``of``: that card
+        alone."""
         if self.index is None:
             return {}
         seen = [each.strip() for each in of.get(_VISIBLE, "").split(",") if each.strip()]
@@ -75,21 +76,21 @@ def devices_of(text: str) -> list[Device]:
         match = _DEVICE.fullmatch(word.strip().lower())
         if match is None:
             raise UsageError(
-                "no list of devices", expected='such as "0,1" or "cpu,cpu"', found=text
+                "not a list of devices", expected='such as "0,1" or "cpu,cpu"', found=text
             )
         index = None if match[1] is None else int(match[1])
         found.append(Device("cpu" if index is None else f"cuda:{index}", index))
     cards = [device.index for device in found if device.index is not None]
     if len(set(cards)) < len(cards):
-        raise UsageError("a card is named twice", expected="each once", found=text)
+        raise UsageError("a GPU is listed twice", expected="each once", found=text)
     if 0 < len(cards) < len(found):
-        raise UsageError("cards and the CPU together", expected="either of them", found=text)
+        raise UsageError("GPUs and the CPU cannot be mixed", expected="either of them", found=text)
     return found
 
 
 def shared_out(options: Options, workers: int, device: str) -> Options:
-    """``options`` for each of several workers of one machine: host memory that no option names is
-    divided among them. No device is asked, and nothing heavy imported.
+    """Return ``options`` for each of several workers of one machine: host memory that no option
+    names is divided among them. No device is asked, and nothing heavy imported.
 
     Args:
         workers: on the machine.
@@ -114,7 +115,7 @@ def threads_each(workers: int) -> int:
 
 
 def on_devices(models: Models, devices: Sequence[Device]) -> list[Worker]:
-    """A process on each device.
+    """Return a process on each device.
 
     Raises:
         UsageError: a card that is not there.
@@ -157,17 +158,19 @@ class Crowd:
         """From what flags say.
 
         Raises:
-            UsageError: no list of devices, or cards by number with Ray, which chooses itself.
+            UsageError: not a list of devices, or cards by number with Ray, which chooses itself.
         """
         found = None if devices is None else devices_of(devices)
         if ray is not None and found is not None and found[0].index is not None:
             raise UsageError(
-                "Ray finds the cards itself", expected='--devices "cpu,cpu", or none', found=devices
+                "--devices cannot list GPUs with --ray: Ray finds them",
+                expected='--devices "cpu,cpu", or none',
+                found=devices,
             )
         return cls(found, ray)
 
     def shared_out(self, options: Options) -> Options:
-        """``options`` for each worker, the kind of its device among them (`shared_out`)."""
+        """Return ``options`` for each worker, the kind of its device among them (`shared_out`)."""
         if self.devices is None:
             return options
         device = "cpu" if self.devices[0].index is None else "cuda"
@@ -179,7 +182,7 @@ class Crowd:
     def workers(
         self, places: Mapping[str, str], options: Options, cache: Path | None = None
     ) -> Iterator[Sequence[Worker]]:
-        """The workers, none of them started; with Ray, connected until the context ends.
+        """Provide the workers, none of them started; with Ray, connected until the context ends.
 
         Args:
             places: models by name.

@@ -38,7 +38,7 @@ def test_bad_lines_are_told_and_nothing_is_begun(tmp_path: Path, model: Path) ->
     told = CliRunner().invoke(app, command(requests, tmp_path / "out", model, "--device", "cpu"))
     assert told.exit_code == 2, told.stderr
     assert "line 2: illegal number of frames" in told.stderr
-    assert "line 3: it is no JSON" in told.stderr and "--skip-bad" in told.stderr
+    assert "line 3: not valid JSON" in told.stderr and "--skip-bad" in told.stderr
     assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -105,4 +105,4 @@ def test_strict_loras_and_what_is_left_out(home: Path, tmp_path: Path) -> None:
 def test_a_size_said_twice_is_said_in_plain_words(home: Path) -> None:
     refused = _call("plan", "--model", home / "model", "--size", "48x32", "--max-area", "480p")
     assert refused.exit_code == 2
-    assert "size is given twice: expected --size or --max-area" in refused.output
+    assert "--size and --max-area cannot be used together" in refused.output

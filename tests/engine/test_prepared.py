@@ -58,7 +58,7 @@ def test_a_description_is_planned_for_another_machine_as_files_are() -> None:
     [
         ({}, "found neither"),
         ({"model": "m", "synthetic": TRUE}, "found both"),
-        ({"synthetic": TRUE, "loras": ["x.safetensors"]}, "a LoRA is checked against"),
+        ({"synthetic": TRUE, "loras": ["x.safetensors"]}, "a LoRA can only be checked against"),
         ({"synthetic": TRUE, "vrams": "1GiB"}, "no such option"),
     ],
 )

@@ -135,7 +135,7 @@ HUGE = (1 << 64) - 1
 DAMAGED = {
     "empty": (b"", "magic"),
     "magic": (raw(magic=b"GGUG"), "GGUG"),
-    "safetensors": (struct.pack("<Q", 2) + b"{}", "no GGUF file"),
+    "safetensors": (struct.pack("<Q", 2) + b"{}", "not a GGUF file"),
     "version 1": (raw(version=1), "version 1"),
     "version 4": (raw(version=4), "version 4"),
     "big-endian": (raw(version=3 << 24), "little-endian"),

@@ -48,7 +48,7 @@ def test_what_determines_a_result_is_told_by_a_plan() -> None:
     ("given", "told"),
     [
         ({"vram": "much"}, "not a size in bytes"),
-        ({"ram": 0}, "must be positive"),
+        ({"ram": 0}, "size out of range: expected 1 byte to"),
         ({"device": "tpu"}, "unknown device: expected auto, cuda or cpu, found 'tpu'"),
         ({"profile": 12}, "illegal profile: expected a name, found 12"),
         ({"format": ["int8"]}, "illegal format"),

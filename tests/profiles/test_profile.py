@@ -104,7 +104,7 @@ def test_a_users_own_profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("vram = ", "is no profile"),
+        ("vram = ", "is not a profile"),
         ('vram = "much"', "not a size in bytes"),
         ('speed = "high"', "unknown keys"),
         ('chunk_tokens = "many"', "chunk_tokens"),
@@ -122,7 +122,7 @@ def test_a_users_own_profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_what_is_no_profile_is_named(text: str, told: str) -> None:
-    with pytest.raises(ProfileError, match=r"mine\.toml is no profile") as refused:
+    with pytest.raises(ProfileError, match=r"mine\.toml is not a profile") as refused:
         parse("mine", text, Path("mine.toml"))
     assert told in str(refused.value)
 

@@ -104,8 +104,8 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic_and_what_would(server:
         ({"seconds": "nan", "num_frames": None}, 422, "seconds"),
         ({"num_inference_steps": "many"}, 422, "num_inference_steps"),
         ({"seed": "-5"}, 422, "seed"),
-        ({"width": "32"}, 422, "half a size"),
-        ({"width": "48", "height": "48"}, 422, "two sizes"),
+        ({"width": "32"}, 422, "width and height must be given together"),
+        ({"width": "48", "height": "48"}, 422, "size cannot be combined with width and height"),
         ({"n": "2"}, 422, "one video"),
         ({"guidance_scale_2": "3"}, 422, "guidance_scale_2"),
         ({"enable_frame_interpolation": "true"}, 422, "enable_frame_interpolation"),
@@ -116,7 +116,11 @@ def test_what_does_not_fit_is_refused_with_the_arithmetic_and_what_would(server:
         ({"model": "other"}, 404, "mini"),
         ({"lora": "hard"}, 404, "LoRA"),
         ({"lora": "soft:much"}, 422, "LoRA"),
-        ({"continue_from": "video_000000000000000000000000"}, 422, "two beginnings"),
+        (
+            {"continue_from": "video_000000000000000000000000"},
+            422,
+            "input_reference and continue_from cannot be used together",
+        ),
     ],
 )
 def test_an_illegal_value_is_named(

@@ -62,5 +62,5 @@ class AwayWeight(Tensor):
         )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        """What it stands for."""
+        """Return what it stands for."""
         return f"AwayWeight({self._name}, shape={tuple(self.shape)}, dtype={self.dtype})"

@@ -33,7 +33,7 @@ class Slot:
     original: Tensor
 
     def put(self, tensor: Tensor | None) -> Tensor:
-        """The tensor, or what stands for it (None); gives what is there now."""
+        """Return the tensor, or what stands for it (None); gives what is there now."""
         # `.data` counts its own changes; a view's are those of the whole buffer.
         kept: Any = self.away if tensor is None else tensor.data
         if self.leaf in self.owner._parameters:
@@ -46,7 +46,7 @@ class Slot:
         return made
 
     def restore(self) -> None:
-        """What was there before."""
+        """Put back what was there before."""
         place: Any = self.owner._parameters
         (place if self.leaf in place else self.owner._buffers)[self.leaf] = self.original
 
@@ -145,7 +145,7 @@ class Loan:
 
 
 def _mark(tensor: Tensor) -> tuple[int, int]:
-    """Changes when values are written, or other memory is put in their place."""
+    """Return a number that changes when values are written, or other memory is put in place."""
     return (0 if tensor.is_inference() else tensor._version), tensor.data_ptr()
 
 
@@ -193,7 +193,7 @@ class Onloader:
         self._supply.leave()
 
     def fetches(self) -> Iterable[tuple[Slot, Callable[[], None]]]:
-        """Every slot, with what brings it."""
+        """Yield every slot, with what brings it."""
         for index, slots in enumerate(self._slots):
             for slot in slots:
                 yield slot, lambda index=index: self.onload(index)  # type: ignore[misc]
@@ -224,7 +224,7 @@ class Users:
         self._thread = self._depth = 0
 
     def begin(self) -> None:
-        """A call begins.
+        """Begin a call.
 
         Raises:
             UsageError: another thread is in the middle of one.
@@ -234,14 +234,16 @@ class Users:
         self._depth += 1
 
     def end(self) -> bool:
-        """A call ends; False for one that was refused: it has never begun."""
+        """End a call; return False for one that was refused: it has never begun."""
         begun = self._depth > 0 and self._thread == threading.get_ident()
         self._depth -= begun
         return begun
 
     def check(self) -> None:
-        """Raises:
-        UsageError: another thread is in the middle of a call.
+        """Refuse a second thread.
+
+        Raises:
+            UsageError: another thread is in the middle of a call.
         """
         if self._depth and self._thread != threading.get_ident():
             raise UsageError(
@@ -265,7 +267,7 @@ class StreamedBlocks(nn.ModuleList):
             self.add_module(name, block)
 
     def __getitem__(self, index: Any) -> Any:
-        """A block, or a list of some of them."""
+        """Return a block, or a list of some of them."""
         blocks = list(self._modules.values())
         return nn.ModuleList(blocks[index]) if isinstance(index, slice) else blocks[index]
 

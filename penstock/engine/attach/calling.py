@@ -43,7 +43,7 @@ class Argument:
 
 
 def arguments_of(pipe: Any) -> dict[str, Argument]:
-    """What the call of a `DiffusionPipeline` or a `ModularPipeline` takes, by name.
+    """Return what the call of a `DiffusionPipeline` or a `ModularPipeline` takes, by name.
 
     What only a program can give (tensors, callbacks) is left out.
     """
@@ -181,7 +181,8 @@ class NoBar:
 
 @contextmanager
 def bars(pipe: Any, make: Any) -> Iterator[None]:
-    """``pipe`` tells its steps to what ``make(total)`` gives, in the place of its own bar."""
+    """Let ``pipe`` tell its steps to what ``make(total)`` gives, in the place of its own
+    bar."""
 
     @contextmanager
     def opened(total: int) -> Iterator[Any]:
@@ -206,7 +207,7 @@ def _walk(iterable: Any, bar: Any) -> Iterator[Any]:
 
 
 def output_of(pipe: Any) -> dict[str, str]:
-    """What makes a pipeline give tensors."""
+    """Return what makes a pipeline give tensors."""
     blocks = getattr(pipe, "blocks", None)
     if blocks is None:
         names = set(inspect.signature(type(pipe).__call__).parameters)

@@ -63,7 +63,7 @@ class Desk(Room):
         self._is_open = True
 
     def plan(self, shape: VideoShape | None = None) -> Plan:
-        """What a video of ``shape`` takes; None: the smallest, for what no shape changes.
+        """Return what a video of ``shape`` takes; None: the smallest, for what no shape changes.
 
         Raises:
             OverBudget: no plan fits.
@@ -83,8 +83,8 @@ class Desk(Room):
         return self._plans[shape]
 
     def whole(self, phase: PhasePlan, shape: VideoShape) -> PhasePlan | None:
-        """A phase of the VAE as diffusers' own forward takes it, on whole frames and several at a
-        time; None where the budget does not hold it, and exact tiles must do."""
+        """Return a phase of the VAE as diffusers' own forward takes it, on whole frames and several
+        at a time; None where the budget does not hold it, and exact tiles must do."""
         itemsize = self.model.manifest.vae.decoder.itemsize
         clip = 3 * shape.frames * shape.height * shape.width * itemsize
         work = (("whole frames", WHOLE_FRAMES * phase.work_bytes), ("clips", 2 * clip))
@@ -99,7 +99,7 @@ class Desk(Room):
 
     @contextmanager
     def phase(self, phase: PhasePlan) -> Iterator[None]:
-        """A part at work from here to the end of the context; no other part holds anything.
+        """Keep a part at work from here to the end of the context; no other part holds anything.
 
         Raises:
             UsageError: the pipeline was detached.
@@ -110,7 +110,7 @@ class Desk(Room):
             yield
 
     def hold(self, key: object, make: Callable[[ExitStack], Held]) -> Held:
-        """What ``make`` opens, kept open while nothing but ``key`` is asked for."""
+        """Return what ``make`` opens, kept open while nothing but ``key`` is asked for."""
         self._check()
         if key != self._key:
             self.release()
@@ -128,7 +128,7 @@ class Desk(Room):
         release_cached(self.device)
 
     def close(self) -> None:
-        """The end: nothing can be opened after it."""
+        """End it: nothing can be opened any more."""
         self._is_open = False
         self.release()
         self.model.close()
@@ -155,7 +155,7 @@ class Desk(Room):
     def stream(
         self, layouts: Sequence[BlockLayout], places: StreamPlan | None
     ) -> Iterator[EndlessStream]:
-        """Passes over ``layouts``, as many as are asked for."""
+        """Provide passes over ``layouts``, as many as are asked for."""
         assert places is not None
         with EndlessStream(partial(self.blocks, layouts, places)) as opened:
             try:

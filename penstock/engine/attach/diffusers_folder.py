@@ -31,7 +31,7 @@ class Opened:
 
 
 def pipeline_class(folder: Path) -> Any:
-    """The class of the pipeline in ``folder``.
+    """Return the class of the pipeline in ``folder``.
 
     Raises:
         CheckpointError: diffusers has none of that name.
@@ -52,7 +52,7 @@ def pipeline_class(folder: Path) -> Any:
 
 
 def open_folder(folder: Path, stack: ExitStack, *, exact: bool = False) -> Opened:
-    """The pipeline of ``folder``: schedulers, tokenizers and the like loaded, networks without
+    """Open the pipeline of ``folder``: schedulers, tokenizers and the like loaded, networks without
     weights.
 
     Args:
@@ -97,7 +97,8 @@ def _quietly() -> Iterator[None]:
 
 
 def _given(made: Any, modules: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
-    """What ``from_pretrained`` takes instead of loading it; modular pipelines load nothing."""
+    """Return what ``from_pretrained`` takes instead of loading it; modular pipelines load
+    nothing."""
     modular = import_module("diffusers").ModularPipeline
     return {} if issubclass(made, modular) else modules
 
@@ -115,7 +116,7 @@ def _components(folder: Path) -> dict[str, tuple[str, str]]:
 
 
 def _class(library: str, name: str) -> Any:
-    """A class of diffusers or transformers; None: it is neither's."""
+    """Return a class of diffusers or transformers; None: it is neither's."""
     if library == "transformers":
         return getattr(import_module("transformers"), name, None)
     diffusers = import_module("diffusers")

@@ -50,7 +50,7 @@ class EndlessStream(Closing):
             self._copied += stream.stats.copied_bytes
 
     def forward_pass(self) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
-        """One pass, to be gone through to its end: index and tensors of each block.
+        """Yield one pass, to be gone through to its end: index and tensors of each block.
 
         Raises:
             CheckpointChanged, ...: as `BlockStream.forward_pass`.
@@ -73,7 +73,7 @@ class EndlessStream(Closing):
 
     @contextmanager
     def visit(self, block: int) -> Iterator[Mapping[str, Tensor]]:
-        """The tensors of a block, whichever it is, until the context ends.
+        """Provide the tensors of a block, whichever it is, until the context ends.
 
         Raises:
             CheckpointChanged, ...: as `BlockStream.visit`.
@@ -86,7 +86,7 @@ class EndlessStream(Closing):
             yield tensors
 
     def _opened(self, block: int) -> BlockStream:
-        """The stream, with a visit of ``block`` before its end."""
+        """Return the stream, with a visit of ``block`` before its end."""
         assert self._stream is not None
         if self._at + (block - self._at) % self._stream.n_blocks >= self._end:
             self.close()

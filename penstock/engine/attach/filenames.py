@@ -26,8 +26,8 @@ def tie(module: nn.Module) -> None:
 
 
 def matched(module: nn.Module, checkpoint: Checkpoint) -> dict[int, TensorEntry]:
-    """Where the tensors of ``module`` lie, by their ids: all without values, and buffers that the
-    files hold.
+    """Return where the tensors of ``module`` lie, by their ids: all without values, and buffers
+    that the files hold.
 
     Names are the module's own, or those that transformers' own loading takes for these: with or
     without the prefix of the base model, and as its table of renamed weights says. A weight of
@@ -81,7 +81,7 @@ def _check_computed(name: str, buffer: Tensor | None) -> None:
 
 
 def _as_named(module: nn.Module, checkpoint: Checkpoint, wanted: set[str]) -> dict[str, str]:
-    """The checkpoint's names by those that the module has for them."""
+    """Return the checkpoint's names by those that the module has for them."""
     if wanted <= set(checkpoint):
         return {name: name for name in checkpoint}
     found: dict[str, str] = {}
@@ -95,7 +95,7 @@ def _as_named(module: nn.Module, checkpoint: Checkpoint, wanted: set[str]) -> di
 
 
 def _renamings(module: nn.Module, name: str) -> Sequence[str]:
-    """``name``, and what transformers renames it to when it loads such a module."""
+    """Return ``name``, and what transformers renames it to when it loads such a module."""
     made = name
     for each in _transforms(module):
         made, _ = each.rename_source_key(made)
@@ -103,7 +103,7 @@ def _renamings(module: nn.Module, name: str) -> Sequence[str]:
 
 
 def _transforms(module: nn.Module) -> list[Any]:
-    """transformers' own, of those that only rename (transformers 5)."""
+    """Return transformers' own, of those that only rename (transformers 5)."""
     if not hasattr(module, "base_model_prefix"):
         return []
     try:

@@ -60,11 +60,11 @@ class FileWeights:
         return dtype_tag(weight.dtype), tuple(weight.shape)
 
     def is_stored_so(self, weight: Tensor) -> bool:
-        """Whether it is used as the files have it."""
+        """Return whether it is used as the files have it."""
         return torch_dtype(self.entries[id(weight)].dtype) == weight.dtype
 
     def value(self, weight: Tensor) -> Tensor:
-        """The weight, read now.
+        """Return the weight, read now.
 
         Raises:
             CheckpointChanged: the file was truncated or touched.
@@ -82,7 +82,7 @@ class FileWeights:
 
 
 def kept_in_fp32(module: Any, path: Path) -> tuple[str, ...]:
-    """What the class of ``module`` keeps in fp32 where its files at ``path`` are in half: as
+    """Return what the class of ``module`` keeps in fp32 where its files at ``path`` are in half: as
     diffusers' and transformers' own loading does."""
     strict = getattr(module, "_keep_in_fp32_modules_strict", None) or ()
     loose = getattr(module, "_keep_in_fp32_modules", None) or ()

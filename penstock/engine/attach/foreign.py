@@ -231,7 +231,7 @@ class ForeignModule:
         return weight if self._files is None else self._files.value(weight)
 
     def _read_from_files(self, files: FileWeights | None) -> dict[str, BlockLayout]:
-        """What needs no pack, by run: where the files hold it as it is used."""
+        """Return what needs no pack, by run: where the files hold it as it is used."""
         return {
             run: BlockLayout.from_entries({name: files.entries[id(p)] for name, p in own.items()})
             for run, own in self._runs.items()
@@ -335,7 +335,7 @@ def _outside_slots(
 
 
 def modules_of(pipe: Any) -> dict[str, nn.Module]:
-    """The torch modules among the components of a pipeline, each once."""
+    """Return the torch modules among the components of a pipeline, each once."""
     found: dict[int, tuple[str, nn.Module]] = {}
     for name, each in pipe.components.items():
         if isinstance(each, nn.Module):

@@ -53,7 +53,7 @@ class CallReport:
     copied_bytes: int
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, JSON-ready."""
+        """Return all of it, JSON-ready."""
         return asdict(self)
 
 
@@ -153,7 +153,7 @@ class _Steps:
         self._total, self._told, self._stopped, self._done = total, told, stopped, 0
 
     def update(self, n: int = 1) -> None:
-        """A step is done.
+        """Count a step that is done.
 
         Raises:
             JobCancelled: no other is wanted.
@@ -199,7 +199,9 @@ def _write(
         return _write_pictures(pictures, output, overwrite)
     if output.suffix.lower() == PICTURE:
         raise OutputError(
-            "a video is no picture", expected="a name that ends in .mp4", found=str(output)
+            "the result is a video, not an image",
+            expected="a name that ends in .mp4",
+            found=str(output),
         )
     samples = _first(made, "audio", "audios")
     sound = None if samples is None else Sound(_flat(samples), _sound_rate(made, pipe))
@@ -220,7 +222,7 @@ def _names(made: Any) -> list[str]:
 
 
 def _flat(samples: Any) -> Any:
-    """``(channels, samples)`` of the first result."""
+    """Return ``(channels, samples)`` of the first result."""
     tensor = torch.as_tensor(samples).float().cpu()
     while tensor.ndim > 2:
         tensor = tensor[0]
@@ -251,7 +253,9 @@ def _write_pictures(pictures: Any, output: Path, overwrite: bool) -> tuple[list[
 
     if output.suffix.lower() != PICTURE:
         raise OutputError(
-            "pictures are no video", expected="a name that ends in .png", found=str(output)
+            "the result is images, not a video",
+            expected="a name that ends in .png",
+            found=str(output),
         )
     files = []
     for number, each in enumerate(pictures, 1):

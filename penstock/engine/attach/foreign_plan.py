@@ -99,7 +99,7 @@ class CallPlan:
         return {each.name: each.activation_bytes for each in self.networks}
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, JSON-ready."""
+        """Return all of it, JSON-ready."""
         return asdict(self)
 
 
@@ -249,7 +249,7 @@ def _tiled(pipe: Any, found: CallPlan, vram_bytes: int) -> list[str]:
 
 
 def _rehearsed(opened: Opened, given: Mapping[str, Any], limit: int) -> Rehearsed:
-    """The call's shapes, from the cache where the same was rehearsed before. What goes over
+    """Return the call's shapes, from the cache where the same was rehearsed before. What goes over
     ``limit`` bytes and can be tiled is tiled from then on."""
     modules: Mapping[str, Any] = modules_of(opened.pipe)
     path = cache_folder() / "rehearsals" / f"{_key(opened, given)}.json"
@@ -276,7 +276,8 @@ def _rehearsed(opened: Opened, given: Mapping[str, Any], limit: int) -> Rehearse
 
 
 def stored_rehearsal(ops: FileOps, path: Path) -> tuple[Rehearsed, int] | None:
-    """What was rehearsed before, and under which limit; None where nothing is, or it is damaged."""
+    """Return what was rehearsed before, and under which limit; None where nothing is, or it is
+    damaged."""
     try:
         stored = read_whole(ops, path)
         if stored is None:
@@ -292,15 +293,15 @@ def stored_rehearsal(ops: FileOps, path: Path) -> tuple[Rehearsed, int] | None:
 
 
 def _holds(found: Rehearsed, then: int, now: int, modules: Mapping[str, Any]) -> bool:
-    """Whether what was rehearsed under the limit ``then`` is what would be under ``now``: the same
-    networks go over it."""
+    """Return whether what was rehearsed under the limit ``then`` is what would be under ``now``:
+    the same networks go over it."""
     whole = [name for name, each in modules.items()
              if hasattr(each, "enable_tiling") and name not in found.tiled]  # fmt: skip
     return (not found.tiled or now <= then) and all(found.peak_of(name) <= now for name in whole)
 
 
 def call_briefly(pipe: Any, given: Mapping[str, Any]) -> Any:
-    """The call with as few steps as show all that it does, and no bars."""
+    """Return the call with as few steps as show all that it does, and no bars."""
     arguments = dict(given)
     known = arguments_of(pipe)
     if _STEPS in known:

@@ -114,7 +114,7 @@ def guests_of(
     work_bytes: int | Mapping[str, int],
     files: Mapping[str, FileWeights],
 ) -> tuple[SharedBudget, list[ForeignModule], Items]:
-    """The networks of ``pipe`` as they will share a budget, and what they hold to the end.
+    """Return the networks of ``pipe`` as they will share a budget, and what they hold to the end.
 
     Raises:
         UsageError: weights that cannot be streamed.

@@ -110,7 +110,7 @@ def guard(
 def tried(
     fn: Callable[[Tensor], Tensor], dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.dtype, torch.device]:
-    """What would become of a tensor of that kind: an empty one is tried."""
+    """Return what would become of a tensor of that kind: an empty one is tried."""
     found = fn(torch.empty(0, dtype=dtype, device=device))
     return found.dtype, found.device
 
@@ -146,6 +146,6 @@ def _refuse(module: nn.Module, name: str, remedy: str) -> NoReturn:
 
 
 def _override(module: nn.Module, name: str, made: Any, stack: ExitStack) -> None:
-    """An attribute of this object alone, by which its class's method is found no more."""
+    """Set an attribute of this object alone, which hides its class's method."""
     vars(module)[name] = made
     stack.callback(vars(module).pop, name)

@@ -72,7 +72,8 @@ def write_models(
 
 
 def _runs(kind: ComponentKind, model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-    """The parameters as a pack of that component groups them, under the names that files have."""
+    """Return the parameters as a pack of that component groups them, under the names that files
+    have."""
     prefix = _PREFIXES.get(kind.name, "")
     parameters = {key.removeprefix(prefix): p for key, p in model.named_parameters()}
     names = runs_of(kind, {key: tuple(p.shape) for key, p in parameters.items()})

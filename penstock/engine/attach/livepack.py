@@ -49,7 +49,7 @@ def spec_of(tensor: Tensor, name: str) -> Spec:
 
 @contextmanager
 def live_folder(base: Path | None) -> Iterator[Path]:
-    """A new folder for packs of living modules, removed at the end.
+    """Provide a new folder for packs of living modules, removed at the end.
 
     What processes that were killed have left is removed too.
 
@@ -75,8 +75,8 @@ def live_folder(base: Path | None) -> Iterator[Path]:
 
 
 def plan_live(specs: Mapping[str, Mapping[str, Spec]]) -> PackLayout:
-    """Where everything goes in a pack of ``specs``: dtype tag and shape of each tensor, by run
-    (what is read at once) and name."""
+    """Return where everything goes in a pack of ``specs``: dtype tag and shape of each tensor, by
+    run (what is read at once) and name."""
     return lay_out(specs, {"component": "live", "gguf": {}})
 
 
@@ -116,7 +116,7 @@ class LivePack:
         return {place.name: self._checkpoint[place.name] for place in self._runs[run].tensors}
 
     def read(self, run: str) -> tuple[dict[str, Tensor], bool]:
-        """The tensors of a run in new memory, and whether they are those that were written.
+        """Read the tensors of a run in new memory, and whether they are those that were written.
 
         Raises:
             CheckpointChanged: the file was truncated or touched.

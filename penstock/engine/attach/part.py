@@ -88,7 +88,8 @@ def refuse_arguments(part: Part, what: Mapping[str, Any], remedy: str) -> None:
 def desk_visits(
     desk: Desk, stream: EndlessStream, component: Component
 ) -> Iterator[tuple[int, Any]]:
-    """One pass over all blocks: each index with the block module, its weights bound meanwhile."""
+    """Yield one pass over all blocks: each index with the block module, its weights bound
+    meanwhile."""
     for index, tensors in stream.forward_pass():
         with component.bound(tensors, index) as block:
             yield index, block

@@ -46,7 +46,8 @@ class AttachFamily(Protocol):
     KINDS: Mapping[str, ComponentKind]
 
     def claims(self, pipe: Any) -> bool:
-        """Whether a pipeline is of this family, and so its own parts run it or nothing does."""
+        """Return whether a pipeline is of this family, and so its own parts run it or nothing
+        does."""
 
     def attachable(self, pipe: Any) -> None:
         """Refuse a pipeline that penstock does not run as diffusers does.
@@ -56,17 +57,17 @@ class AttachFamily(Protocol):
         """
 
     def has_parts_for(self, model: ModelFiles) -> bool:
-        """Whether those parts make diffusers' pipeline of a model."""
+        """Return whether those parts make diffusers' pipeline of a model."""
 
     def attach_parts(self) -> Mapping[str, type[Part]]:
-        """What stands in the place of each network of a pipeline, by its name there."""
+        """Return what stands in the place of each network of a pipeline, by its name there."""
 
     def pipeline_of(self, model: ModelFiles, desk: Desk) -> Any:
         """diffusers' pipeline of a model, its networks replaced by parts."""
 
 
 def _family_of(pipe: Any) -> AttachFamily | None:
-    """The family whose own parts run ``pipe``; None: its modules run by themselves."""
+    """Return the family whose own parts run ``pipe``; None: its modules run by themselves."""
     for family in cast("tuple[AttachFamily, ...]", families()):
         if family.claims(pipe):
             return family
@@ -133,7 +134,7 @@ class Attached(Closing):
         self._disk_bytes, self._stack = 0, ExitStack()
 
     def _begin(self, desk: _Holder, disk_bytes: int, stack: ExitStack) -> Attached:
-        """It is attached.
+        """Mark it as attached.
 
         Args:
             desk: holds the memory.
@@ -313,7 +314,7 @@ def _open_parts(
     stack: ExitStack,
     place: Path,
 ) -> tuple[Desk, int]:
-    """A family's own parts in the places of a pipeline's modules; ``stack`` undoes it."""
+    """Open a family's own parts in the places of a pipeline's modules; ``stack`` undoes it."""
     disk_bytes = write_models(
         pipe, family.KINDS, place / "model", stack, lambda: attached._weights_return
     )
@@ -434,7 +435,7 @@ def _check_whole_folder(model: ModelFiles, path: str | Path, files: Files | None
     if files is None and index_of(Path(path)) is not None:
         return
     raise NotRun(
-        f"{model.origin} is no model that load_pipeline opens from files of their own",
+        f"{model.origin} is not a model that load_pipeline opens from files of their own",
         expected="a folder of diffusers, or Wan2.1 text-to-video or image-to-video",
         found=model.streamed.source.title,
         remedy="Use Engine.open or `penstock generate`, or give a folder of diffusers.",
@@ -449,7 +450,7 @@ def attach_folder(
     *,
     exact: bool,
 ) -> Attached:
-    """The pipeline of a folder of diffusers, its networks' weights in their files.
+    """Return the pipeline of a folder of diffusers, its networks' weights in their files.
 
     Raises:
         CheckpointError, UsageError, OverBudget: as `load_pipeline`.
@@ -494,7 +495,8 @@ def attach_opened(
 
 
 def _stored_as(model: ModelFiles, wanted: str, folder: Path) -> ModelFiles:
-    """The model with its transformer in a format: from a pack in ``folder``, made if need be."""
+    """Return the model with its transformer in a format: from a pack in ``folder``, made if need
+    be."""
     source = model.streamed.source
     if block_format(source) == wanted:
         return model

@@ -16,7 +16,7 @@ PASSES = 50
 
 
 def place_blocks(blocks: Sequence[int], fixed: Items, hardware: Hardware) -> StreamPlan:
-    """The best places of ``blocks`` (their bytes).
+    """Return the best places of ``blocks`` (their bytes).
 
     What a block computes is not known: it is taken to last as long as its copy, so that neither
     memory nor read-ahead is given up for the other.

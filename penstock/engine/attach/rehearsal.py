@@ -73,11 +73,11 @@ class Rehearsed:
     flops: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def calls_of(self, component: str) -> int:
-        """How often ``component`` was called: as often as most of its weights were used."""
+        """Return how often ``component`` was called: as often as most of its weights were used."""
         return min(multimode(self.uses.get(component, {}).values()), default=0)
 
     def peak_of(self, component: str) -> int:
-        """The most that lives while ``component`` works; 0: it never does."""
+        """Return the most that lives while ``component`` works; 0: it never does."""
         return max((v.peak_bytes for v in self.visits if v.component == component), default=0)
 
 
@@ -173,7 +173,7 @@ class _Tiling:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Calls of ``encode`` and ``decode`` are watched inside."""
+        """Watch calls of ``encode`` and ``decode`` inside."""
         changed = []
         try:
             for name, network in self._able.items():
@@ -217,7 +217,7 @@ class _Stage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._flops: dict[str, Counter[str]] = {}
 
     def rehearsed(self) -> Rehearsed:
-        """What was seen."""
+        """Return what was seen."""
         uses = {name: dict(own) for name, own in self._uses.items()}
         flops = {name: dict(own) for name, own in self._flops.items()}
         return Rehearsed(tuple(self._visits), uses, self._peak, flops=flops)
@@ -298,7 +298,7 @@ class _Stage(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs | ({"generator": None} if "generator" in kwargs else {}))
 
     def _makes_little(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether an operation on true tensors may be computed for true."""
+        """Return whether an operation on true tensors may be computed for true."""
         if torch.Tag.inplace_view in func.tags:
             return True
         try:
@@ -336,7 +336,7 @@ class _Stage(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._limit = None
 
     def fake(self, nbytes: int, device: torch.device) -> Tensor:
-        """New memory without values, counted: bytes, one dimension."""
+        """Return new memory without values, counted: bytes, one dimension."""
         with self._fake:
             made = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self._count(made.untyped_storage())
@@ -410,7 +410,7 @@ _COMPUTES: dict[Any, str] = {
 
 @cache
 def _writes_first(func: Any) -> bool:
-    """Whether an operation does nothing but change its first argument's values."""
+    """Return whether an operation does nothing but change its first argument's values."""
     first, results = func._schema.arguments[:1], func._schema.returns
     if torch.Tag.inplace_view in func.tags or "resize" in func._schema.name:
         return False
@@ -429,7 +429,7 @@ _INDEXED = (
 
 
 def _positions(index: Any) -> tuple[Any, ...]:
-    """A true mask as the positions that it picks: their number is known then."""
+    """Return a true mask as the positions that it picks: their number is known then."""
     if not isinstance(index, Tensor) or isinstance(index, FakeTensor):
         return (index,)
     return index.nonzero(as_tuple=True) if index.dtype == torch.bool else (index,)

@@ -70,7 +70,7 @@ class Stage(Protocol):
         """Count operations."""
 
     def fake(self, nbytes: int, device: torch.device) -> Tensor:
-        """New memory without values, counted: bytes, one dimension."""
+        """Return new memory without values, counted: bytes, one dimension."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,8 @@ class Repeats:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """The members of the networks' lists are remembered inside, and as before afterwards."""
+        """Remember the members of the networks' lists inside, and leave them as before
+        afterwards."""
         changed = []
         try:
             for component, network in self._networks.items():
@@ -167,7 +168,7 @@ class Repeats:
         return tuple(told)
 
     def _kept(self, spec: TreeSpec) -> int:
-        """The number of a structure of arguments."""
+        """Return the number of a structure of arguments."""
         if spec not in self._known:
             self._known.append(spec)
         return self._known.index(spec)
@@ -222,7 +223,7 @@ def _shaped(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _structure(block: nn.Module) -> tuple[Any, ...]:
-    """What a block is but for its weights' values and its place in the list."""
+    """Return what a block is but for its weights' values and its place in the list."""
     found: list[Any] = []
     for path, module in block.named_modules():
         settings = [(name, _told(value)) for name, value in sorted(vars(module).items())
@@ -234,7 +235,8 @@ def _structure(block: nn.Module) -> tuple[Any, ...]:
 
 
 def _told(value: Any) -> Any:
-    """A setting, as far as it can be compared; an object of its own is its kind and settings."""
+    """Return a setting, as far as it can be compared; an object of its own is its kind and
+    settings."""
     if isinstance(value, _PLAIN):
         return value
     if isinstance(value, (tuple, list)):

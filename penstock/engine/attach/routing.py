@@ -17,7 +17,7 @@ _LARGEST_INDEX = 1 << 20
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether ``path`` is a folder of diffusers that no family of penstock's own runs."""
+    """Return whether ``path`` is a folder of diffusers that no family of penstock's own runs."""
     index = index_of(path)
     if index is None:
         return False
@@ -31,7 +31,7 @@ def is_foreign(path: Path) -> bool:
 
 
 def index_of(folder: Path) -> dict[str, Any] | None:
-    """What the index in ``folder`` says; None: there is none.
+    """Return what the index in ``folder`` says; None: there is none.
 
     Raises:
         CheckpointError: it cannot be read.

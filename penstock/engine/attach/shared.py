@@ -144,7 +144,7 @@ class SharedBudget:
             self._let_out(tenant)
 
     def close(self) -> None:
-        """The end: nothing can be opened after it."""
+        """End it: nothing can be opened any more."""
         self._is_closed = True
         self.release()
 

@@ -46,7 +46,7 @@ class Source(Protocol):
         """Write what must be written to the folder ``place``."""
 
     def value(self, weight: Tensor) -> Tensor:
-        """A weight of the blocks, with its values."""
+        """Return a weight of the blocks, with its values."""
 
     def layouts(self) -> list[BlockLayout]:
         """Of the blocks, as they are streamed unquantised."""
@@ -86,7 +86,7 @@ class Held:
         stack.callback(self._pack.close)
 
     def value(self, weight: Tensor) -> Tensor:
-        """The weight itself."""
+        """Return the weight itself."""
         return weight
 
     def layouts(self) -> list[BlockLayout]:
@@ -142,7 +142,7 @@ class Filed:
         """Nothing is written."""
 
     def value(self, weight: Tensor) -> Tensor:
-        """The weight, read now.
+        """Return the weight, read now.
 
         Raises:
             CheckpointChanged: the file was truncated or touched.
@@ -172,7 +172,7 @@ class Filed:
 
 
 def run_bytes(layout: PackLayout) -> list[int]:
-    """What each run takes in a buffer."""
+    """Return what each run takes in a buffer."""
     return [align_up(run.nbytes, PAGE_BYTES) for run in layout.runs]
 
 

@@ -197,7 +197,7 @@ def close_at_exit(closing: Any) -> None:
 
 
 def budgets(device: str, vram: str | int | None, ram: str | int | None) -> Hardware:
-    """This machine, with what was given in the place of what is free.
+    """Return this machine, with what was given in the place of what is free.
 
     Raises:
         UsageError: an unknown device or an illegal size.
@@ -314,7 +314,7 @@ class _Opening:
 
 
 def held_bytes(module: nn.Module, hardware: Hardware) -> int:
-    """What the module takes of a GPU now, and so is not free there."""
+    """Return what the module takes of a GPU now, and so is not free there."""
     device = torch.device(hardware.place)
     tensors = [*module.parameters(), *module.buffers()] if device.type == "cuda" else []
     return sum(tensor.nbytes for tensor in tensors if tensor.device == device)

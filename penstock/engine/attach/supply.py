@@ -60,7 +60,7 @@ class VisitOrder:
         self._lessons = 0
 
     def note(self, block: int) -> bool:
-        """``block`` is used next; whether another order has been learnt from it.
+        """Note that ``block`` is used next; return whether another order has been learnt from it.
 
         A lap ends when its first block comes again.
         """
@@ -116,7 +116,7 @@ class Supply(Closing):
         self.plan: StreamPlan | None = None
 
     def bring(self, block: int) -> Mapping[str, Tensor]:
-        """The tensors of ``block``, until `leave`.
+        """Return the tensors of ``block``, until `leave`.
 
         Raises:
             LedgerOverflow: (the first time) the buffers do not fit the budgets.
@@ -151,11 +151,11 @@ class Supply(Closing):
         self._stream.pause_after([self._places[fork] for fork in self._forks])
 
     def leave(self) -> None:
-        """The block that was brought last is not used any more."""
+        """Give back the block that was brought last."""
         self._visit.close()
 
     def is_last(self, block: int) -> bool:
-        """Whether a pass ends with ``block``."""
+        """Return whether a pass ends with ``block``."""
         return self._order.blocks[-1] == block
 
     def open(self) -> None:
@@ -198,8 +198,8 @@ class Supply(Closing):
             self._moved = [was + more for was, more in zip(self._moved, now, strict=True)]
 
     def _counts(self, stream: EndlessStream) -> list[int]:
-        """Passes, visits left out, bytes read and copied. While the order is being learnt nothing
-        is moved that is not asked for: it is one pass."""
+        """Return passes, visits left out, bytes read and copied. While the order is being learnt
+        nothing is moved that is not asked for: it is one pass."""
         walked = [1, 0] if self._explores else [stream.passes, stream.skipped]
         return [*walked, stream.read_bytes, stream.copied_bytes]
 

@@ -106,14 +106,15 @@ class Patient:
         return sum({id(p): p.nbytes for own in self.weights for p in own.values()}.values())
 
     def runs(self) -> dict[str, dict[str, nn.Parameter]]:
-        """The weights that can leave, by run and name in a pack."""
+        """Return the weights that can leave, by run and name in a pack."""
         return {
             run_name(index): {stored(index, name): p for name, p in own.items()}
             for index, own in enumerate(self.weights)
         }
 
     def linears(self, fmt: QuantFormat, keep: Collection[str]) -> list[list[FoundLinear]]:
-        """The linear layers of each block that ``fmt`` can store; weights used twice stay plain.
+        """Return the linear layers of each block that ``fmt`` can store; weights used twice stay
+        plain.
 
         Args:
             keep: ends of names of layers that stay as they are.
@@ -129,7 +130,7 @@ class Patient:
         ]
 
     def slots(self, index: int, device: torch.device) -> list[Slot]:
-        """Where the weights of a block go, each under the name it is stored by."""
+        """Return where the weights of a block go, each under the name it is stored by."""
         names = {id(p): stored(index, name) for name, p in self.weights[index].items()}
         return [
             Slot(owner, leaf, names[id(p)], AwayWeight(p, device, names[id(p)]), p)
@@ -160,7 +161,7 @@ def specs_of(runs: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Sp
 
 
 def run_name(index: int) -> str:
-    """The run that holds a block."""
+    """Return the run that holds a block."""
     return f"block {index}"
 
 
@@ -169,7 +170,7 @@ def _index(run: str) -> int:
 
 
 def stored(index: int, name: str) -> str:
-    """What a block's tensor is called in a pack."""
+    """Return what a block's tensor is called in a pack."""
     return f"{index}.{name}"
 
 
@@ -187,7 +188,7 @@ def _find(module: nn.Module, path: str) -> nn.ModuleList:
         return found
     near = get_close_matches(path, lists, n=1, cutoff=0.0) if lists else []
     raise UsageError(
-        f"{path!r} is no list of blocks of this {type(module).__name__}",
+        f"{path!r} is not a list of blocks of this {type(module).__name__}",
         expected=", ".join(f"{name!r} ({count})" for name, count in lists.items())
         or "a module with an nn.ModuleList",
         found="nothing of that name" if found is None else type(found).__name__,
@@ -196,7 +197,7 @@ def _find(module: nn.Module, path: str) -> nn.ModuleList:
 
 
 def _places(module: nn.Module, child: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Where ``child`` is reached from."""
+    """Return where ``child`` is reached from."""
     return [
         (parent, name)
         for parent in module.modules()
@@ -287,7 +288,7 @@ class Quantised:
         )
 
     def workspace_bytes(self, device: str) -> int:
-        """What decoding one of them makes for a moment, on a device of that type."""
+        """Return what decoding one of them makes for a moment, on a device of that type."""
         return max(
             self.format.workspace_bytes(each.shape, device)
             for linears in self.linears
@@ -295,7 +296,7 @@ class Quantised:
         )
 
     def specs(self, plain: Mapping[str, Mapping[str, Spec]]) -> dict[str, dict[str, Spec]]:
-        """What is stored, by run and name, where ``plain`` is stored unquantised."""
+        """Return what is stored, by run and name, where ``plain`` is stored unquantised."""
         made = {}
         for index, linears in enumerate(self.linears):
             specs = dict(plain[run_name(index)])
@@ -307,7 +308,7 @@ class Quantised:
         return made
 
     def values(self, run: str) -> Iterator[Tensor]:
-        """The tensors of a run, in the order of `specs`; one layer at a time is quantised."""
+        """Yield the tensors of a run, in the order of `specs`; one layer at a time is quantised."""
         index = _index(run)
         weights = self._patient.weights[index]
         done = {f"{each.name}.weight" for each in self.linears[index]}
@@ -334,7 +335,7 @@ class Quantised:
                 each.parent._modules[each.leaf] = each.module
 
     def slots(self, index: int, device: torch.device) -> list[Slot]:
-        """Where the tensors of a block's quantised layers go."""
+        """Return where the tensors of a block's quantised layers go."""
         return [
             Slot(owner, leaf, name, AwayWeight(buffer, device, name), buffer)
             for each in self.linears[index]
@@ -387,7 +388,7 @@ class Emptied:
 
 
 def _placed(tensor: Tensor, device: torch.device, stride: tuple[int, ...]) -> Tensor:
-    """``tensor`` on its device, laid out as it was."""
+    """Return ``tensor`` on its device, laid out as it was."""
     if tensor.stride() == stride:
         return tensor.to(device)
     made = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=device)

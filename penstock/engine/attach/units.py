@@ -27,7 +27,7 @@ class Unit(NamedTuple):
 
 
 def find_units(network: nn.Module) -> tuple[Unit, ...]:
-    """The blocks of ``network``, in the order in which its class defines them.
+    """Find the blocks of ``network``, in the order in which its class defines them.
 
     They are the members of each `nn.ModuleList` that has two members of one class with weights and
     holds `LEAST_SHARE` of the network. What a list is called, and what the network's class says of

@@ -15,7 +15,7 @@ TAGS = {2: "BF16", 4: "F32"}
 def attending_on(
     chosen: Chosen, heads: Heads, tag: str | None = None
 ) -> tuple[Chosen, tuple[str, ...]]:
-    """``chosen`` with the attention that works on its device, and what is to be said of it.
+    """Return ``chosen`` with the attention that works on its device, and what is to be said of it.
 
     Args:
         chosen: whose device is here; what a described machine can is not asked.
@@ -40,7 +40,7 @@ def attending_on(
 
 
 def attention_numerics(attention: str) -> str:
-    """What a fingerprint says of the attention: results depend on the library's version."""
+    """Return what a fingerprint says of the attention: results depend on the library's version."""
     if attention == "sdpa":
         return attention
     from penstock.engine.software import package_version

@@ -50,7 +50,7 @@ def int8_attention() -> Attention:
 
 
 def self_attention_of(name: str) -> Attention:
-    """The backend that a plan names: "sdpa" or "int8".
+    """Return the backend that a plan names: "sdpa" or "int8".
 
     Raises:
         ImportError: as `int8_attention`.

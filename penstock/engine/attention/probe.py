@@ -40,7 +40,7 @@ class AttentionReport:
 def probe_int8(
     device: torch.device | str, dtype: torch.dtype, heads: int, width: int
 ) -> AttentionReport:
-    """Tries comfy-kitchen's attention on random tokens, and compares with torch's in fp32.
+    """Try comfy-kitchen's attention on random tokens, and compare with torch's in fp32.
 
     Args:
         device: where it shall run.
@@ -82,7 +82,7 @@ def _not_there(device: torch.device) -> str:
 
 
 def _verdict(found: Tensor, reference: Tensor, heads: int) -> AttentionReport:
-    """Both (1, tokens, heads * width), fp32."""
+    """Return both (1, tokens, heads * width), fp32."""
     if found.shape != reference.shape:
         return _refusal(f"a result of shape {tuple(found.shape)}, not {tuple(reference.shape)}")
     if not bool(torch.isfinite(found).all()):
@@ -95,5 +95,5 @@ def _verdict(found: Tensor, reference: Tensor, heads: int) -> AttentionReport:
 
 
 def _heads(x: Tensor, heads: int) -> list[Tensor]:
-    """(1, tokens, heads * width) -> for each head (tokens * width,)."""
+    """Map (1, tokens, heads * width) -> for each head (tokens * width,)."""
     return [each.flatten() for each in x.chunk(heads, dim=2)]

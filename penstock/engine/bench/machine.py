@@ -50,7 +50,7 @@ def _cpu_name() -> str:
 
 
 def _cgroup_limit() -> int | None:
-    """The control group's ceiling on memory, where there is one below the machine's."""
+    """Return the control group's ceiling on memory, where there is one below the machine's."""
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         try:
             text = (Path("/sys/fs/cgroup") / name).read_text(encoding="utf-8").strip()
@@ -86,7 +86,7 @@ def commit() -> str | None:
 
 
 def links(device: torch.device, file: Path, sample_bytes: int = SAMPLE_BYTES) -> Links:
-    """What disk and link reach with nothing else going on.
+    """Return what disk and link reach with nothing else going on.
 
     Args:
         file: of the model, whose reads are measured.

@@ -173,7 +173,7 @@ _TOLD = ("vram", "ram", "profile", "device", "format", "compute", "attention")
 
 
 def _computing(plan: Plan) -> str:
-    """The path of the matrices, and what attends, where that is not torch."""
+    """Return the path of the matrices, and what attends, where that is not torch."""
     if plan.attention == "sdpa":
         return plan.compute_path
     return f"{plan.compute_path}, {plan.attention} attention"
@@ -215,7 +215,7 @@ class MeasuredStage(Stage):
             yield stream
 
     def moved(self, phase: str) -> Moved:
-        """All that the phase's streams have moved and waited so far."""
+        """Return all that the phase's streams have moved and waited so far."""
         return Moved.of(self.streams.get(phase, ()))
 
 
@@ -319,7 +319,7 @@ class _Watch:
         )
 
     def steps(self) -> tuple[StepFigures, ...]:
-        """All steps; the first begins with the phase, and so holds the cold start."""
+        """Return all steps; the first begins with the phase, and so holds the cold start."""
         return tuple(
             StepFigures(
                 seconds=end() - begin(),

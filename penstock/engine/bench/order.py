@@ -83,7 +83,9 @@ class BenchOrder:
                 found="neither" if self.model is None else "both",
             )
         if self.model is not None and self.blocks is not None:
-            raise UsageError("a model has the blocks it has", expected="--blocks with --synthetic")
+            raise UsageError(
+                "--blocks needs a synthetic model", expected="--blocks with --synthetic"
+            )
         if not 0 < self.minutes < _MOST_MINUTES:
             raise UsageError(
                 "illegal --minutes", expected="above 0, and finite", found=brief(self.minutes)
@@ -201,7 +203,7 @@ def _picture(scratch: Path, order: BenchOrder) -> Path:
 
 @contextmanager
 def _model(order: BenchOrder, tell: Tell) -> Iterator[Path | str]:
-    """The model given, or one made for as long as the context lasts."""
+    """Provide the model given, or one made for as long as the context lasts."""
     if order.synthetic is None:
         assert order.model is not None
         yield order.model

@@ -83,7 +83,7 @@ def _axes(
 
 
 def _round_up(value: float) -> float:
-    """The next value above that divides by `_TICKS` into short numbers."""
+    """Return the next value above that divides by `_TICKS` into short numbers."""
     if not value > 0:
         return 1.0
     unit = 10.0 ** math.floor(math.log10(value / _TICKS))

@@ -67,7 +67,7 @@ class Recipe:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def differences(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
-        """The fields that differ: here and there."""
+        """Return the fields that differ: here and there."""
         mine, others = asdict(self), asdict(other)
         return {name: (mine[name], others[name]) for name in mine if mine[name] != others[name]}
 
@@ -297,7 +297,7 @@ def _foreign(path: Path, found: str) -> UsageError:
 
 
 def _renamed(value: Any) -> Any:
-    """``value`` with the names of today for what results of 0.1 call slabs."""
+    """Return ``value`` with the names of today for what results of 0.1 call slabs."""
     if isinstance(value, list):
         return [_renamed(each) for each in value]
     if not isinstance(value, dict):
@@ -311,7 +311,7 @@ class _Wrong(Exception):
 
 
 def _checked(kind: Any, value: Any, where: str) -> Any:
-    """``value`` as a ``kind``: a dataclass here, a tuple, a dict, or a plain value."""
+    """Return ``value`` as a ``kind``: a dataclass here, a tuple, a dict, or a plain value."""
     if get_origin(kind) is tuple:
         if not isinstance(value, list):
             raise _Wrong(f"{where} is no list")
@@ -378,7 +378,7 @@ class Thresholds:
                 )
 
     def worse(self, old: float, new: float, absolute: float) -> bool:
-        """Whether ``new`` is worse than ``old`` (smaller is better)."""
+        """Return whether ``new`` is worse than ``old`` (smaller is better)."""
         return new - old > absolute and new > old * (1 + self.percent / 100)
 
 

@@ -24,7 +24,8 @@ class Synthetic:
     streamed: Mapping[str, Any]
 
     def config(self, blocks: int | None) -> dict[str, Any]:
-        """The config of the network that streams, with another number of blocks if one is given."""
+        """Return the config of the network that streams, with another number of blocks if one is
+        given."""
         whole = int(self.streamed["num_layers"])
         if blocks is not None and not 1 <= blocks <= whole:
             raise UsageError(
@@ -45,7 +46,7 @@ class SyntheticFamily(Protocol):
 
 
 def synthetic(name: str) -> Synthetic:
-    """The model called ``name``.
+    """Return the model called ``name``.
 
     Raises:
         UsageError: there is none.

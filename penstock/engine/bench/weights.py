@@ -209,7 +209,7 @@ class _Samples:
     _made: dict[tuple[object, ...], dict[str, memoryview]] = field(default_factory=dict)
 
     def pieces(self, tensor: _Tensor) -> tuple[memoryview, memoryview]:
-        """The bytes of ``tensor``, in two pieces: a sample, rotated by whole rows."""
+        """Return the bytes of ``tensor``, in two pieces: a sample, rotated by whole rows."""
         in_block = tensor.parameter.startswith(self.blocks)
         data = self._sample(tensor, keep=in_block)[tensor.suffix]
         rows = tensor.of[0] if tensor.quantised else math.prod(tensor.of)
@@ -235,7 +235,7 @@ class _Samples:
         return made
 
     def _values(self, shape: Sequence[int], begin: int) -> Tensor:
-        """The pool over and over, from ``begin`` on, in new memory."""
+        """Return the pool over and over, from ``begin`` on, in new memory."""
         count = math.prod(shape)
         return self._pool.roll(-begin).repeat(-(-count // _POOL))[:count].view(*shape)
 
@@ -250,7 +250,8 @@ def _kind(parameter: str) -> str:
 
 
 def _rotation(parameter: str, blocks: str) -> int:
-    """A number of rows that differs from block to block, and within a block from name to name."""
+    """Return a number of rows that differs from block to block, and within a block from name to
+    name."""
     if not parameter.startswith(blocks):
         return crc32(parameter.encode())
     number, _, local = parameter.removeprefix(blocks).partition(".")

@@ -63,5 +63,5 @@ class Embedding(_Unfilled, nn.Embedding):
 
 
 def parameter(*shape: int) -> nn.Parameter:
-    """One of this shape, without memory."""
+    """Return one of this shape, without memory."""
     return nn.Parameter(torch.empty(shape, device=_META))

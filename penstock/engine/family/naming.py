@@ -54,7 +54,8 @@ class Naming:
     halves: tuple[str, ...] = ()
 
     def rename(self, key: str) -> str | None:
-        """The name that diffusers or transformers gives to ``key``; None if it is unknown."""
+        """Return the name that diffusers or transformers gives to ``key``; None if it is
+        unknown."""
         if self.inside is None:
             return key
         match = re.match(rf"{re.escape(self.block)}(\d+)\.", key) if self.block else None
@@ -65,7 +66,7 @@ class Naming:
 
 
 def _longest(key: str, table: Mapping[str, str]) -> str | None:
-    """``key`` with its longest leading module path in ``table`` replaced."""
+    """Return ``key`` with its longest leading module path in ``table`` replaced."""
     parts = key.split(".", _DEEPEST)
     for count in range(min(len(parts), _DEEPEST), 0, -1):
         path = ".".join(parts[:count])
@@ -84,7 +85,7 @@ class ShapesOf:
         return name in self._shapes
 
     def of(self, name: str, dims: int) -> tuple[int, ...]:
-        """The shape of ``name``.
+        """Return the shape of ``name``.
 
         Raises:
             TensorMismatch: there is no such tensor, or it has not ``dims`` dimensions.

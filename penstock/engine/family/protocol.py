@@ -102,8 +102,8 @@ class Family(Protocol):
         """
 
     def stranger(self, entries: Mapping[str, TensorEntry]) -> str | None:
-        """The model akin to this family whose tensors these are, by their names in the file, if it
-        is not run."""
+        """Return the model akin to this family whose tensors these are, by their names in the file,
+        if it is not run."""
 
     def check_together(self, origin: str, configs: Mapping[str, Config]) -> None:
         """Refuse networks that do not belong together.
@@ -120,10 +120,11 @@ class Family(Protocol):
         """Names of the networks that a model needs whose streamed one has this config."""
 
     def pipeline(self, configs: Mapping[str, Config]) -> str:
-        """The class that ``model_index.json`` names for a model of networks with these configs."""
+        """Return the class that ``model_index.json`` names for a model of networks with these
+        configs."""
 
     def adapted_title(self, width: int | None, blocks: int, pictured: bool) -> str:
-        """The name of the model that a LoRA was made for, as far as its tensors tell.
+        """Return the name of the model that a LoRA was made for, as far as its tensors tell.
 
         Args:
             width: of the hidden states.
@@ -132,14 +133,15 @@ class Family(Protocol):
         """
 
     def build(self, component: str, config: Config) -> tuple[Any, Any]:
-        """The network on the meta device with one block, and that block (None: it has none)."""
+        """Build the network on the meta device with one block, and that block (None: it has
+        none)."""
 
     def builtins(self) -> Mapping[str, Callable[[str], Manifest]]:
         """Descriptions without files: manifests in a weight format, by the model's name."""
 
 
 def families() -> tuple[Family, ...]:
-    """All families, in the order in which files are tried."""
+    """Return all families, in the order in which files are tried."""
     return tuple(cast("Family", import_module(name)) for name in _MODULES)
 
 
@@ -149,7 +151,7 @@ def builtin_names() -> tuple[str, ...]:
 
 
 def builtin(name: str, weight_format: str) -> Manifest:
-    """The description called ``name``, its blocks' matrices in ``weight_format``.
+    """Return the description called ``name``, its blocks' matrices in ``weight_format``.
 
     Raises:
         ProfileError: no such model, or no such format.

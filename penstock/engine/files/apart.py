@@ -48,7 +48,7 @@ class ChildLimits:
 
 
 def call_apart(function: str, request: dict[str, Any], where: str, limits: ChildLimits) -> Any:
-    """What ``function`` returns for ``request``, called in a process of its own.
+    """Return what ``function`` returns for ``request``, called in a process of its own.
 
     Args:
         function: ``"module:name"``; imported in the child alone, best without torch.
@@ -82,7 +82,8 @@ def call_apart(function: str, request: dict[str, Any], where: str, limits: Child
 
 
 def serve(incoming: Any, outgoing: Any) -> None:
-    """The child: limit itself, do what is asked, answer. Errors end it; the caller reads them."""
+    """Be the child: set its limits, do what is asked, answer. Errors end it; the caller reads
+    them."""
     asked = json.loads(incoming.read())
     _limit(asked["memory_bytes"], asked["alarm_s"])
     module, _, name = asked["function"].partition(":")
@@ -114,7 +115,7 @@ def _environment() -> dict[str, str]:
 
 
 def _last_words(code: int, stderr: bytes) -> str:
-    """How the child ended: its last line, and the signal if one ended it."""
+    """Return how the child ended: its last line, and the signal if one ended it."""
     lines = stderr.decode("utf-8", "replace").strip().splitlines()
     said = lines[-1].strip()[:_SHOWN] if lines else ""
     if code > 0:

@@ -30,18 +30,18 @@ _OTHER = {"high": "low", "low": "high", "High": "Low", "Low": "High", "HIGH": "L
 
 
 def expert_named(name: str) -> Expert | None:
-    """Which of the two a file of this name is; None: the name does not say."""
+    """Return which of the two a file of this name is; None: the name does not say."""
     found = _NOISE.search(name) or (_WORD.search(name) if _RELEASE.search(name) else None)
     return _expert(found)
 
 
 def expert_of_lora(name: str) -> Expert | None:
-    """Which of the two a LoRA of this name was made for: there the bare word is enough."""
+    """Return which of the two a LoRA of this name was made for: there the bare word is enough."""
     return _expert(_NOISE.search(name) or _WORD.search(name))
 
 
 def expert_of_folder(path: Path) -> Expert | None:
-    """Which of the two a file was made for, by the name of its folder."""
+    """Return which of the two a file was made for, by the name of its folder."""
     return _expert(_NOISE.search(path.parent.name))
 
 
@@ -52,7 +52,7 @@ def _expert(found: re.Match[str] | None) -> Expert | None:
 
 
 def expert_of(raw: RawFile) -> Expert | None:
-    """Which of the two a file is, by its name, its folder's, its header, or the index of the
+    """Return which of the two a file is, by its name, its folder's, its header, or the index of the
     pipeline it lies in; None: nothing says so."""
     names = [raw.path.name, *(str(raw.metadata.get(title, "")) for title in _TITLES)]
     folder = raw.path if raw.path.is_dir() else raw.path.parent
@@ -74,7 +74,8 @@ def _in_pipeline(folder: Path) -> Expert | None:
 
 
 def partner_of(path: Path) -> Path | None:
-    """What the other of the two would be called, beside ``path``; None: the name does not say."""
+    """Return what the other of the two would be called, beside ``path``; None: the name does not
+    say."""
     named = expert_named(path.name) is not None
     place = path if named else path.parent
     pattern = _NOISE if _NOISE.search(place.name) else _WORD
@@ -85,7 +86,7 @@ def partner_of(path: Path) -> Path | None:
 
 
 def alone(path: Path, expert: Expert) -> CheckpointError:
-    """The refusal of one transformer without the other."""
+    """Return the refusal of one transformer without the other."""
     partner = partner_of(path)
     missing = "low" if expert == "high" else "high"
     name = f"{partner.name} beside it, or another file" if partner is not None else "it"

@@ -40,7 +40,7 @@ class Field:
 
 
 def whole(low: int, high: int) -> Field:
-    """A whole number, the ends included; never a boolean."""
+    """Return a whole number, the ends included; never a boolean."""
     return Field(
         f"a whole number from {low:,} to {high:,}",
         lambda value: type(value) is int and low <= value <= high,
@@ -48,7 +48,7 @@ def whole(low: int, high: int) -> Field:
 
 
 def number(low: float, high: float) -> Field:
-    """A finite number, the ends included."""
+    """Return a finite number, the ends included."""
     return Field(
         f"a finite number from {low:g} to {high:g}",
         lambda value: type(value) in (int, float) and low <= value <= high,
@@ -56,12 +56,12 @@ def number(low: float, high: float) -> Field:
 
 
 def flag() -> Field:
-    """True or false."""
+    """Return true or false."""
     return Field("true or false", lambda value: type(value) is bool)
 
 
 def text(*choices: str) -> Field:
-    """One of ``choices``; without any, a short text."""
+    """Return one of ``choices``; without any, a short text."""
     if choices:
         return Field(" or ".join(choices), lambda value: value in choices)
     return Field(
@@ -71,7 +71,7 @@ def text(*choices: str) -> Field:
 
 
 def several(item: Field, least: int, most: int) -> Field:
-    """A list of ``least`` to ``most`` such values."""
+    """Return a list of ``least`` to ``most`` such values."""
     return Field(
         f"a list of {least} to {most} items, each {item.told}",
         lambda value: (
@@ -83,12 +83,12 @@ def several(item: Field, least: int, most: int) -> Field:
 
 
 def maybe(field: Field) -> Field:
-    """That, or null."""
+    """Return that, or null."""
     return Field(f"{field.told}, or null", lambda value: value is None or field.fits(value))
 
 
 def either(*fields: Field) -> Field:
-    """One of those."""
+    """Return one of those."""
     return Field(
         " or ".join(field.told for field in fields),
         lambda value: any(field.fits(value) for field in fields),
@@ -96,7 +96,7 @@ def either(*fields: Field) -> Field:
 
 
 def table(fields: Mapping[str, Field]) -> Field:
-    """An object that has some of ``fields`` and nothing else."""
+    """Return an object that has some of ``fields`` and nothing else."""
     return Field(
         f"an object of {', '.join(fields)}",
         lambda value: (
@@ -142,7 +142,7 @@ _PLAIN = Field(f"a plain value: texts, lists, numbers up to {_LARGEST:,}", _is_p
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``.
+    """Read the JSON object in ``path``.
 
     Raises:
         CheckpointError: it cannot be read, is too large or too deep, or holds something else.
@@ -164,7 +164,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def parse_object(content: str | bytes, where: str) -> dict[str, Any]:
-    """The JSON object in ``content``, as Python reads it: NaN and infinities are numbers.
+    """Parse the JSON object in ``content``, as Python reads it: NaN and infinities are numbers.
 
     Raises:
         CheckpointError: it is none, or is nested too deeply; names ``where``.
@@ -188,5 +188,5 @@ def _whole(digits: str) -> int | float:
 
 
 def shown(value: object) -> str:
-    """A short text for ``value``, whatever it is."""
+    """Return a short text for ``value``, whatever it is."""
     return reprlib.repr(value)

@@ -34,7 +34,7 @@ SUFFIXES = (".safetensors", ".sft", ".gguf")
 
 
 def comfy_root(folder: Path) -> Path | None:
-    """Where under ``folder`` ComfyUI's folders are; None: it is no root of ComfyUI's."""
+    """Return where under ``folder`` ComfyUI's folders are; None: it is no root of ComfyUI's."""
     for root in (folder / "models", folder):
         if any((root / name).is_dir() for name in COMFY_FOLDERS["transformer"]):
             return root
@@ -42,7 +42,8 @@ def comfy_root(folder: Path) -> Path | None:
 
 
 def comfy_folders(folder: Path, root: Path) -> dict[str, tuple[Path, ...]]:
-    """The folders of each component, and of "loras", in the order in which they are searched.
+    """Return the folders of each component, and of "loras", in the order in which they are
+    searched.
 
     Args:
         folder: what was given: a ComfyUI, or its folder of models, ``root``.
@@ -59,8 +60,8 @@ def comfy_folders(folder: Path, root: Path) -> dict[str, tuple[Path, ...]]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weights in ``folder`` and its subfolders, linked ones too; what cannot be listed, and
-    links that lead back, are passed over. Of shards the first stands for all."""
+    """Return the weights in ``folder`` and its subfolders, linked ones too; what cannot be listed,
+    and links that lead back, are passed over. Of shards the first stands for all."""
     found: list[Path] = []
     seen: set[str] = set()
     for place, folders, names in os.walk(folder, followlinks=True):
@@ -106,7 +107,8 @@ def _expanded(text: str) -> Path:
 
 
 def _text(section: Mapping[Any, Any], name: str) -> str:
-    """An entry that is a text; what else it may be (aliases can unfold without end) is no path."""
+    """Return an entry that is a text; what else it may be (aliases can unfold without end) is no
+    path."""
     value = section.get(name)
     return value if isinstance(value, str) and "\0" not in value else ""
 

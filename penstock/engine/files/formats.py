@@ -27,7 +27,7 @@ _TABLES = (
 
 
 def is_linear(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether the parameter is the weight of a linear layer (and so may stay quantised)."""
+    """Return whether the parameter is the weight of a linear layer (and so may stay quantised)."""
     return len(shape) == 2 and name.endswith(".weight") and not name.endswith(_TABLES)
 
 

@@ -12,7 +12,7 @@ in the local cache (offline), ConnectionError where there is no way to the hub."
 
 
 def hub_snapshot(model: str, offline: bool) -> Path:
-    """The snapshot folder of a hub id (``name`` or ``name@revision``); pickles are left out.
+    """Return the snapshot folder of a hub id (``name`` or ``name@revision``); pickles are left out.
 
     Raises:
         FileNotFoundError: not in the cache, or no such repository.

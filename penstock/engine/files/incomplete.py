@@ -40,22 +40,22 @@ def check_whole(path: Path, index: Mapping[str, Any], parts: Sequence[str]) -> N
 
 
 def _told(folder: Path, part: str) -> list[str]:
-    """What the part lacks, for people."""
+    """Return what the part lacks, for people."""
     if not (folder / part).is_dir():
         return [f"no {part.replace('_', ' ')} ({part}/)"]
     return [str(path.relative_to(folder)) for path in _missing(folder / part)]
 
 
 def _is_named(entry: object) -> bool:
-    """Whether the index has the part: a library and a class, and in a modular one where it is from;
-    a part that was left out has nulls."""
+    """Return whether the index has the part: a library and a class, and in a modular one where it
+    is from; a part that was left out has nulls."""
     if not isinstance(entry, list) or len(entry) not in (2, 3):
         return False
     return all(isinstance(each, str) for each in entry[:2])
 
 
 def _missing(folder: Path) -> Iterator[Path]:
-    """The files that the part in ``folder`` lacks."""
+    """Yield the files that the part in ``folder`` lacks."""
     entries = list(folder.iterdir())
     links = [path for path in entries if path.is_symlink() and not path.exists()]
     yield from links
@@ -72,7 +72,7 @@ def _missing(folder: Path) -> Iterator[Path]:
 
 
 def _shards(folder: Path, entries: list[Path]) -> Iterator[Path]:
-    """The shards that an index names; one that cannot be read says so when it is opened."""
+    """Yield the shards that an index names; one that cannot be read says so when it is opened."""
     for index in entries:
         if index.name.endswith(".safetensors.index.json") and index.exists():
             try:

@@ -92,7 +92,7 @@ class ComponentSource:
         }
 
     def label(self) -> str:
-        """The storage of most parameters."""
+        """Return the storage of most parameters."""
         counts: Counter[str] = Counter()
         for name, shape in self.shapes.items():
             if name in self.weights:
@@ -148,7 +148,7 @@ class Recognised:
 
 
 def find_naming(keys: Iterable[str]) -> Recognised | None:
-    """The naming whose marks ``keys`` bear, the one with the most; None if there is none."""
+    """Find the naming whose marks ``keys`` bear, the one with the most; None if there is none."""
     names = tuple(keys)
     known = [
         (family, kind, naming)
@@ -200,7 +200,7 @@ def _derived(
     weights: Mapping[str, StoredWeight],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> Mapping[str, Any]:
-    """The config that shapes tell.
+    """Return the config that shapes tell.
 
     Raises:
         TensorMismatch: they do not.
@@ -212,9 +212,9 @@ def _derived(
         if not silent:
             raise
         raise TensorMismatch(
-            f"{raw.path} does not tell its shapes",
+            f"{raw.path} does not determine its shapes",
             expected="the model's config.json beside it",
-            found=f"{silent[0]} in {weights[silent[0]].label}, whose groups tell none",
+            found=f"{silent[0]} in {weights[silent[0]].label}, whose groups do not determine them",
             remedy="Put the file into a folder with the config.json of the same model.",
         ) from error
 
@@ -248,8 +248,8 @@ def _rename(raw: RawFile, found: Recognised) -> _Named:
 
 
 def packed_facts(raw: RawFile) -> dict[str, Any]:
-    """What a pack says of itself: ``compute`` (the dtype's tag) and ``gguf`` (ggml type of each
-    parameter that it stores as GGUF blocks) among others; nothing for other files.
+    """Return what a pack says of itself: ``compute`` (the dtype's tag) and ``gguf`` (ggml type of
+    each parameter that it stores as GGUF blocks) among others; nothing for other files.
 
     Raises:
         CheckpointError: the pack's metadata are damaged.
@@ -283,7 +283,7 @@ def _place(named: _Named, key: str, target: str | None, entry: TensorEntry) -> N
     for name, part in _parts(target, entry):
         if name in named.entries:
             raise CheckpointError(
-                f"{entry.file} holds one tensor under two names",
+                f"{entry.file} holds one tensor twice, under two names",
                 expected=f"one {name}",
                 found=f"{named.entries[name].name} and {key}",
             )
@@ -291,7 +291,7 @@ def _place(named: _Named, key: str, target: str | None, entry: TensorEntry) -> N
 
 
 def _parts(target: str, entry: TensorEntry) -> list[tuple[str, TensorEntry]]:
-    """``target`` with its place, or three names with a third of the rows each."""
+    """Return ``target`` with its place, or three names with a third of the rows each."""
     if THREE in target:
         split = split_suffix(target)
         serves_all = split is not None and split[1] in WHOLE
@@ -345,8 +345,8 @@ def _check_parts(weights: Mapping[str, StoredWeight]) -> None:
 
 
 def _unfold(entries: dict[str, TensorEntry]) -> None:
-    """The patch embedding in five dimensions: tools whose tensors have four (ggml's) leave out the
-    one of time, or lay outputs and inputs into one. The bytes are the same."""
+    """Give the patch embedding five dimensions: tools whose tensors have four (ggml's) leave out
+    the one of time, or lay outputs and inputs into one. The bytes are the same."""
     entry, bias = (entries.get(f"patch_embedding.{end}") for end in ("weight", "bias"))
     if entry is None or bias is None or len(entry.shape) != 4 or len(bias.shape) != 1:
         return
@@ -358,7 +358,7 @@ def _unfold(entries: dict[str, TensorEntry]) -> None:
 
 
 def _untie(entries: dict[str, TensorEntry]) -> None:
-    """The embedding has two names in UMT5 files, and one or both of them are written."""
+    """Leave one of the embedding's two names in UMT5 files, of which one or both are written."""
     tied = [key for key in entries if key.startswith("encoder.embed_tokens.")]
     for key in tied:
         entry = entries.pop(key)
@@ -422,7 +422,7 @@ def _refuse_strangers(raw: RawFile) -> None:
 
 
 def not_run(where: str, name: str) -> NotRun:
-    """The refusal of a model that is known by ``name``."""
+    """Return the refusal of a model that is known by ``name``."""
     return NotRun(
         f"{where} is of {name}",
         expected="a model that penstock runs: `penstock plan --synthetic` names them",

@@ -107,7 +107,7 @@ class ModelSource:
         return self.streamed.family
 
     def components(self) -> tuple[ComponentSource, ...]:
-        """All that there are."""
+        """Return all that there are."""
         return tuple(self.parts.values())
 
 
@@ -132,7 +132,9 @@ def locate(model: str | Path | None, files: Files | None = None, *, fetch: Fetch
 def _locate(model: str | Path | None, files: Files, fetch: Fetch) -> ModelSource:
     if model is None:
         if files.transformer is None:
-            raise UsageError("no model", expected="--model, or --transformer with the other parts")
+            raise UsageError(
+                "no model was given", expected="--model, or --transformer with the other parts"
+            )
         return _assemble(str(files.transformer), _Found(), files)
     path = Path(model).expanduser()
     if path.is_dir():
@@ -152,7 +154,7 @@ def _locate(model: str | Path | None, files: Files, fetch: Fetch) -> ModelSource
 
 
 def survey(folder: Path) -> dict[str, ComponentSource | CheckpointError]:
-    """Each part that the model in ``folder`` needs, or why it is not to be had there.
+    """Return each part that the model in ``folder`` needs, or why it is not to be had there.
 
     Raises:
         CheckpointError: the folder holds no model at all.
@@ -194,14 +196,16 @@ class _Found:
 def _with_transformer(path: Path, files: Files) -> Files:
     if files.transformer not in (None, path):
         raise UsageError(
-            "two transformers", expected="one", found=f"--model {path} and --transformer"
+            "the transformer was given twice",
+            expected="one",
+            found=f"--model {path} and --transformer",
         )
     return replace(files, transformer=path)
 
 
 def _in_folder(folder: Path, files: Files | None) -> _Found:
-    """The places of a model's parts; the folder of a pipeline must be whole, but for ``files``.
-    None: it may lack parts."""
+    """Return the places of a model's parts; the folder of a pipeline must be whole, but for
+    ``files``. None: it may lack parts."""
     for index in INDEXES:
         if (folder / index).exists():
             log.debug("%s is a folder of diffusers", folder)
@@ -238,7 +242,7 @@ def _diffusers(folder: Path, path: Path, files: Files | None) -> _Found:
 
 
 def _checked(path: Path, table: Mapping[str, Field]) -> Mapping[str, Any] | None:
-    """The config in ``path``, every value in its range; None if there is none."""
+    """Return the config in ``path``, every value in its range; None if there is none."""
     if not path.exists():
         return None
     config = read_object(path)
@@ -288,7 +292,7 @@ def _original(folder: Path) -> _Found:
     pickles = tuple(p for p in sorted(folder.iterdir()) if p.suffix in PICKLES)
     if not (index or loose or pickles or places.get(SECOND)):
         raise CheckpointError(
-            f"{folder} is no model folder",
+            f"{folder} is not a model folder",
             expected="model_index.json (diffusers), models/diffusion_models (ComfyUI) or "
             "Wan's own files",
             found=", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "an empty folder",
@@ -323,7 +327,7 @@ def _assemble(origin: str, found: _Found, files: Files) -> ModelSource:
 
 
 def _transformers(found: _Found, files: Files, notes: list[str]) -> dict[str, ComponentSource]:
-    """The transformer, or the two of a model that has one for much noise and one for little.
+    """Return the transformer, or the two of a model that has one for much noise and one for little.
 
     Raises:
         CheckpointError: one of two without the other.
@@ -345,8 +349,8 @@ def _transformers(found: _Found, files: Files, notes: list[str]) -> dict[str, Co
 def _second(
     first: ComponentSource, found: _Found, files: Files, notes: list[str]
 ) -> ComponentSource | None:
-    """The transformer beside ``first``: as it was given, in its place, or the file beside it whose
-    name says so; None: there is none."""
+    """Return the transformer beside ``first``: as it was given, in its place, or the file beside it
+    whose name says so; None: there is none."""
     if files.transformer_2 is not None or found.places.get(SECOND):
         return _component(SECOND, found, files, notes)
     partner = partner_of(first.raw.path)
@@ -358,7 +362,7 @@ def _second(
 def _pair_among(
     found: _Found, files: Files, notes: list[str]
 ) -> tuple[ComponentSource, ComponentSource] | None:
-    """The only two transformers that there are, where their names say which is which."""
+    """Return the only two transformers that there are, where their names say which is which."""
     places = found.places.get(FIRST, ())
     if files.transformer is not None or files.transformer_2 is not None or len(places) < 2:
         return None
@@ -378,7 +382,7 @@ def _sized(processor: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _component(name: str, found: _Found, files: Files, notes: list[str]) -> ComponentSource:
-    """The part ``name``; a second transformer is a transformer by itself."""
+    """Return the part ``name``; a second transformer is a transformer by itself."""
     given = getattr(files, name)
     if given is not None:
         return _given(name, given, found)
@@ -398,7 +402,8 @@ def _given(name: str, given: Path, found: _Found) -> ComponentSource:
 
 
 def _named(name: str, given: Path, found: _Found) -> Path:
-    """The file of that name under a ComfyUI root, with or without its subfolder; else ``given``.
+    """Return the file of that name under a ComfyUI root, with or without its subfolder; else
+    ``given``.
 
     Raises:
         CheckpointError: several subfolders hold one.
@@ -424,7 +429,7 @@ def _named(name: str, given: Path, found: _Found) -> Path:
 def _check_kind(name: str, source: ComponentSource) -> None:
     if source.component != (FIRST if name == SECOND else name):
         raise CheckpointError(
-            f"{source.raw.path} is no {name.replace('_', ' ')}",
+            f"{source.raw.path} is not a {name.replace('_', ' ')}",
             expected=f"the {name.replace('_', ' ')} of a Wan2.1 model",
             found=f"a {source.kind.label} ({source.title})",
             remedy=f"Give it with {_FLAGS[source.component]}.",
@@ -464,8 +469,8 @@ def _fitting(name: str, places: tuple[Path, ...]) -> _Fits:
 def _choose(
     name: str, places: tuple[Path, ...], found: _Found, notes: list[str]
 ) -> ComponentSource:
-    """The one file among ``places`` that is this component; others may be anything, and those that
-    cannot be read at all are added to ``notes``."""
+    """Return the one file among ``places`` that is this component; others may be anything, and
+    those that cannot be read at all are added to ``notes``."""
     fits = _fitting(name, places)
     if len(fits.found) == 1:
         notes += [f"passed over: {error}" for error in fits.broken]
@@ -530,7 +535,7 @@ def recognise_beside(raw: RawFile) -> ComponentSource:
 
 
 def _config_beside(folder: Path, kind: ComponentKind) -> dict[str, Any] | None:
-    """The config.json in ``folder``, where it is that of a network of this kind."""
+    """Return the config.json in ``folder``, where it is that of a network of this kind."""
     path = folder / "config.json"
     if not path.exists():
         return None
@@ -538,7 +543,7 @@ def _config_beside(folder: Path, kind: ComponentKind) -> dict[str, Any] | None:
 
 
 def _config_within(raw: RawFile, kind: ComponentKind) -> dict[str, Any] | None:
-    """The config that the header carries in base64, as mmgp saves it."""
+    """Return the config that the header carries in base64, as mmgp saves it."""
     text = raw.metadata.get("config_base64")
     if not isinstance(text, str):
         return None
@@ -553,7 +558,7 @@ def _config_within(raw: RawFile, kind: ComponentKind) -> dict[str, Any] | None:
 
 
 def _ours(config: Mapping[str, Any], kind: ComponentKind) -> dict[str, Any] | None:
-    """``config`` without what is not the network's own; None if it is not of this kind."""
+    """Return ``config`` without what is not the network's own; None if it is not of this kind."""
     if config_owner(config) is not kind:
         return None
     foreign = "quantization_config"  # the tensors tell how they are stored
@@ -561,8 +566,8 @@ def _ours(config: Mapping[str, Any], kind: ComponentKind) -> dict[str, Any] | No
 
 
 def config_owner(config: Mapping[str, Any]) -> ComponentKind | None:
-    """The network that a config.json of diffusers or transformers describes; None: a foreign one's,
-    or one in a model's own style, which tells less than the shapes."""
+    """Return the network that a config.json of diffusers or transformers describes; None: a foreign
+    one's, or one in a model's own style, which tells less than the shapes."""
     name, typed = config.get("_class_name"), config.get("model_type")
     kinds = [kind for family in families() for kind in family.KINDS.values()]
     for kind in kinds:

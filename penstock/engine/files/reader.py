@@ -37,7 +37,7 @@ class WeightReader(Closing):
         }
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The values of the parameter ``name``.
+        """Read the values of the parameter ``name``.
 
         Raises:
             CheckpointError: no format reads it.
@@ -47,11 +47,11 @@ class WeightReader(Closing):
         return decode(stored, tensors, self._shapes[name], dtype)
 
     def value_dtype(self, name: str) -> torch.dtype:
-        """What the values of the parameter are best read in before they are quantised."""
+        """Return what the values of the parameter are best read in before they are quantised."""
         return self.dtype
 
     def has_rows(self, name: str) -> bool:
-        """Whether rows of the parameter can be read alone."""
+        """Return whether rows of the parameter can be read alone."""
         return self._source.weights[name].format.by_rows
 
     def read_rows(self, name: str, first: int, last: int, dtype: torch.dtype) -> Tensor:
@@ -65,7 +65,7 @@ class WeightReader(Closing):
         return decode(stored, tensors, (last - first, columns), dtype)
 
     def stored_bytes(self, name: str, suffix: str, chunk_bytes: int) -> Iterator[memoryview]:
-        """The bytes of a stored tensor; each piece is overwritten by the next."""
+        """Yield the bytes of a stored tensor; each piece is overwritten by the next."""
         entry = self._source.weights[name].tensors[suffix]
         buffer = memoryview(bytearray(min(chunk_bytes, entry.nbytes)))
         for start in range(0, entry.nbytes, chunk_bytes):

@@ -62,7 +62,7 @@ def open_raw(path: Path) -> RawFile:
 
 
 def dangling(path: Path) -> CheckpointError:
-    """The error for a link to nothing."""
+    """Return the error for a link to nothing."""
     return CheckpointError(
         f"{path} is a link to a file that is not there",
         expected=str(path.readlink()),
@@ -71,7 +71,7 @@ def dangling(path: Path) -> CheckpointError:
 
 
 def refusal_of(pickle: Path) -> PickleRefused:
-    """The error for a pickle of a model's part, which is to be had as safetensors."""
+    """Return the error for a pickle of a model's part, which is to be had as safetensors."""
     return pickle_refused(
         pickle,
         "Get the same model as safetensors: the -Diffusers repository of Wan-AI, or Comfy-Org's "
@@ -80,7 +80,7 @@ def refusal_of(pickle: Path) -> PickleRefused:
 
 
 def read_bytes(entry: TensorEntry) -> bytes:
-    """The bytes of a small tensor.
+    """Read the bytes of a small tensor.
 
     Raises:
         CheckpointError: the file ends before them.

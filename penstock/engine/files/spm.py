@@ -111,8 +111,8 @@ def _varint(data: bytes, place: int) -> tuple[int, int]:
 
 
 def backend_from_spm(data: bytes) -> tuple[Any, str]:
-    """A tokenizer of the library ``tokenizers`` that splits as the SentencePiece model ``data``
-    does, T5's way, with an end mark after each text; and its mark for what is unknown.
+    """Return a tokenizer of the library ``tokenizers`` that splits as the SentencePiece model
+    ``data`` does, T5's way, with an end mark after each text; and its mark for what is unknown.
 
     Raises:
         CheckpointError: the model cannot be read, or lacks T5's marks.
@@ -131,7 +131,7 @@ def backend_from_spm(data: bytes) -> tuple[Any, str]:
 
 
 def build_backend(model: SpmModel) -> Any:
-    """A tokenizer of the library ``tokenizers`` for a model that has the piece ``</s>``."""
+    """Build a tokenizer of the library ``tokenizers`` for a model that has the piece ``</s>``."""
     from tokenizers import (
         AddedToken,
         Regex,

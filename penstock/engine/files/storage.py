@@ -76,7 +76,7 @@ class StoredWeight:
         return sum(entry.nbytes for entry in self.tensors.values())
 
     def holds(self, shape: tuple[int, ...]) -> bool:
-        """Whether this can be a weight of ``shape``."""
+        """Return whether this can be a weight of ``shape``."""
         if self.shape == shape or len(shape) != 2:
             return self.shape == shape
         matrix = (shape[0], shape[1])
@@ -84,7 +84,7 @@ class StoredWeight:
 
 
 def as_bytes(entry: TensorEntry) -> TensorEntry:
-    """An entry of GGUF blocks as rows of bytes; others as they are."""
+    """Return an entry of GGUF blocks as rows of bytes; others as they are."""
     if not entry.dtype.startswith(GGUF):
         return entry
     block, nbytes = block_size(entry.dtype)
@@ -132,7 +132,7 @@ def _by_parameter(entries: Mapping[str, TensorEntry]) -> dict[str, dict[str, Ten
 
 
 def _layer(tensors: Mapping[str, TensorEntry]) -> str:
-    """The layer's name in the file itself."""
+    """Return the layer's name in the file itself."""
     name = next(iter(tensors.values())).name
     split = split_suffix(name)
     return split[0] if split else name
@@ -166,7 +166,7 @@ def _comfy_config(
 
 
 def _described(entry: TensorEntry, read: Callable[[TensorEntry], bytes]) -> dict[str, Any]:
-    """The JSON object that a byte tensor holds."""
+    """Return the JSON object that a byte tensor holds."""
     return parse_object(_short(entry, read), entry.name)
 
 

@@ -91,8 +91,8 @@ class Tokenizer:
         return ids, found
 
     def written(self) -> tuple[str, dict[str, Any]]:
-        """The content of a ``tokenizer.json``, and the marks and what else goes into a config
-        beside it.
+        """Return the content of a ``tokenizer.json``, and the marks and what else goes into a
+        config beside it.
 
         Raises:
             CheckpointError: the tokenizer cannot be read.
@@ -101,8 +101,8 @@ class Tokenizer:
         return text, marks
 
     def for_transformers(self) -> Any:
-        """A tokenizer of transformers that does the same, in this process, for a pipeline that
-        tokenises itself. A child has read it and used it before.
+        """Return a tokenizer of transformers that does the same, in this process, for a pipeline
+        that tokenises itself. A child has read it and used it before.
 
         Raises:
             CheckpointError: the tokenizer cannot be read.

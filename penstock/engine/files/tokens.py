@@ -78,7 +78,8 @@ def verbatim(
 
 @_answering
 def written(read: _Read) -> tuple[str, dict[str, Any]]:
-    """The content of a ``tokenizer.json``, and what its config says; encodes a word first."""
+    """Return the content of a ``tokenizer.json``, and what its config says; encodes a word
+    first."""
     read.backend.encode("a")
     known: dict[str, Any] = {
         name: mark
@@ -128,7 +129,7 @@ def _json(path: Path, folder: Path) -> _Read:
 
 
 def _marks(config: Any) -> dict[str, str]:
-    """The marks that a config names: as texts, or as objects with a content."""
+    """Return the marks that a config names: as texts, or as objects with a content."""
     named = config if isinstance(config, dict) else {}
     texts = {
         name: value.get("content") if isinstance(value, dict) else value

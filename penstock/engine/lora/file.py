@@ -88,7 +88,7 @@ class Lora:
             )
         if self.expert not in (None, *EXPERTS):
             raise UsageError(
-                f"{self.path} is for no such transformer",
+                f"{self.path} names an unknown transformer",
                 expected=" or ".join(EXPERTS),
                 found=brief(self.expert),
             )
@@ -113,13 +113,13 @@ class Lora:
         return cls(Path(text), expert=wanted)
 
     def is_for(self, expert: str) -> bool:
-        """Whether it changes that one of two transformers."""
+        """Return whether it changes that one of two transformers."""
         own = self.expert or expert_of_lora(self.path.name) or expert_of_folder(self.path)
         return own in (None, "both", expert)
 
 
 def as_loras(given: Sequence[Lora | str | Path], *, strict: bool = False) -> tuple[Lora, ...]:
-    """What was given as `Lora`s: a text is read as `Lora.parse` does, a path has strength 1.
+    """Return what was given as `Lora`s: a text is read as `Lora.parse` does, a path has strength 1.
 
     Args:
         strict: none of them may have tensors without a place.
@@ -187,7 +187,7 @@ class LoraFile:
         return _family(self.layers)
 
     def fitted(self, source: ComponentSource, *, strict: bool) -> FittedLora:
-        """What of it is applied to the transformer ``source``.
+        """Return what of it is applied to the transformer ``source``.
 
         Raises:
             CheckpointError, TensorMismatch: nothing is; ``strict``: not all is.
@@ -270,8 +270,8 @@ class FittedLora:
 def _turned(
     layers: Iterable[LoraLayer], source: ComponentSource
 ) -> tuple[list[LoraLayer], list[LeftOut]]:
-    """The layers with a mark on those whose halves the model has the other way round; and what
-    cannot be turned."""
+    """Return the layers with a mark on those whose halves the model has the other way round; and
+    what cannot be turned."""
     config = {**source.kind.defaults, **source.config}
     found: list[LoraLayer] = []
     left: list[LeftOut] = []
@@ -288,7 +288,8 @@ def _turned(
 
 
 def _whose(file: LoraFile, source: ComponentSource) -> str:
-    """What the file is for, where that is another model; else that some of it does not fit."""
+    """Return what the file is for, where that is another model; else that some of it does not
+    fit."""
     width, blocks, pictured = _traits(file.layers)
     inner = source.config["num_attention_heads"] * source.config["attention_head_dim"]
     other = width not in (None, inner) or blocks > source.config["num_layers"]
@@ -316,7 +317,7 @@ def open_lora(path: Path) -> LoraFile:
         entries, metadata, stamps = dict(found), dict(found.metadata), dict(found.files)
     if not is_lora(entries):
         raise CheckpointError(
-            f"{path} is no LoRA",
+            f"{path} is not a LoRA",
             expected="tensors such as ...lora_A.weight, ...lora_down.weight or ...diff",
             found=next(iter(entries), "no tensors"),
             remedy="A model's own file goes to --model or --transformer.",
@@ -368,8 +369,8 @@ def _group(
 
 
 def _shared(module: str, role: str, entry: TensorEntry) -> list[tuple[str, TensorEntry]] | None:
-    """``entry`` for its module; where that stands for three (`THREE`), each one's own rows of what
-    has a row an output, and the whole of what has none. None: it cannot be shared out."""
+    """Return ``entry`` for its module; where that stands for three (`THREE`), each one's own rows
+    of what has a row an output, and the whole of what has none. None: it cannot be shared out."""
     if THREE not in module:
         return [(module, entry)]
     by_rows = role in ("up", "diff", "diff_b", "up_bias")
@@ -384,7 +385,7 @@ def _shared(module: str, role: str, entry: TensorEntry) -> list[tuple[str, Tenso
 def _layer(
     path: Path, module: str, parts: _Parts, alphas: _Alphas
 ) -> tuple[LoraLayer, list[LeftOut]]:
-    """What the file does to ``module``, and those of its tensors that do nothing."""
+    """Return what the file does to ``module``, and those of its tensors that do nothing."""
     for role, entry in parts.items():
         if role not in ("alpha", "reshape") and entry.dtype not in FLOATS:
             raise _damaged(path, f"{entry.name} in {', '.join(FLOATS)}", entry.dtype)
@@ -420,7 +421,7 @@ def _layer(
 
 
 def _reshape(path: Path, entry: TensorEntry | None) -> tuple[int, ...] | None:
-    """The dimensions that a ``reshape_weight`` names."""
+    """Return the dimensions that a ``reshape_weight`` names."""
     if entry is None:
         return None
     form = {"I64": "q", "I32": "i"}.get(entry.dtype)
@@ -501,7 +502,7 @@ def _peft_config(path: Path, metadata: Mapping[str, str], style: str) -> dict[st
 
 
 def read_scalar(path: Path, entry: TensorEntry) -> float:
-    """The one finite number in ``entry``.
+    """Read the one finite number in ``entry``.
 
     Raises:
         CheckpointError: it holds something else.
@@ -531,7 +532,7 @@ def _traits(layers: Mapping[str, LoraLayer]) -> tuple[int | None, int, bool]:
 
 
 def _width(layer: LoraLayer) -> int | None:
-    """The hidden states' width, from a self-attention's layer."""
+    """Return the hidden states' width, from a self-attention's layer."""
     entries = (
         c.entries.get(role) for c in layer.weights for role in ("down", "diff", "w1_b", "a2")
     )

@@ -12,7 +12,8 @@ from penstock.errors import CheckpointError
 
 
 def found_in(lora: Lora, folders: Sequence[Path]) -> Lora:
-    """``lora`` with its place: a path that exists as it is, else a name under one of ``folders``.
+    """Return ``lora`` with its place: a path that exists as it is, else a name under one of
+    ``folders``.
 
     The first folder that holds it counts, as in ComfyUI; a bare name is looked for in their
     subfolders too.

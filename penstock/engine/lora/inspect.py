@@ -52,7 +52,7 @@ class LoraInspection:
     arguments: tuple[str, ...]
 
     def lines(self) -> list[str]:
-        """The description for a terminal."""
+        """Describe it in lines for a terminal."""
         ranks = ", ".join(f"rank {rank} ({count} layers)" for rank, count in self.ranks.items())
         scales = ", ".join(f"{scale:g}" for scale in self.scales[:4])
         kinds = ", ".join(f"{count} {_SPELLED[kind]}" for kind, count in self.kinds.items())
@@ -74,7 +74,7 @@ class LoraInspection:
 
 
 def holds_lora(path: Path) -> bool:
-    """Whether ``path`` is a LoRA's .safetensors, or a folder as PEFT writes it."""
+    """Return whether ``path`` is a LoRA's .safetensors, or a folder as PEFT writes it."""
     if path.is_dir():
         return (path / "adapter_config.json").exists()
     if path.suffix.lower() != ".safetensors" or not path.exists():
@@ -84,7 +84,7 @@ def holds_lora(path: Path) -> bool:
 
 
 def describe_lora(path: Path) -> LoraInspection:
-    """The description of a LoRA file.
+    """Describe a LoRA file.
 
     Raises:
         CheckpointError: it is none, or damaged.

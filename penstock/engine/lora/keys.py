@@ -89,13 +89,13 @@ class KeyPart:
 
 
 def is_lora(keys: Iterable[str]) -> bool:
-    """Whether most of ``keys`` are those of a LoRA or one of its kin."""
+    """Return whether most of ``keys`` are those of a LoRA or one of its kin."""
     names = [key for key in keys if not key.endswith(".alpha")]
     return 2 * sum(bool(_MARKS.search(name)) for name in names) > len(names)
 
 
 def parse_key(key: str) -> KeyPart | None:
-    """What the tensor ``key`` is; None if that is not known."""
+    """Return what the tensor ``key`` is; None if that is not known."""
     found = next((hit for pattern, role in _ROLES if (hit := _role(pattern, role, key))), None)
     if found is None:
         return None
@@ -116,7 +116,7 @@ def _role(pattern: re.Pattern[str], role: str, key: str) -> tuple[str, str] | No
 
 
 def foreign_kind(keys: Iterable[str]) -> str | None:
-    """What the first of ``keys`` that is known for something else is."""
+    """Return what the first of ``keys`` that is known for something else is."""
     for key in keys:
         for pattern, kind in _FOREIGN:
             if pattern.search(key):
@@ -163,7 +163,8 @@ def _module_of_others(path: str, mark: str) -> _Named | None:
 
 
 def _said(kind: ComponentKind, naming: Naming, module: str) -> Said:
-    """What a config would say of a file with these names, of the order of the module's halves."""
+    """Return what a config would say of a file with these names, of the order of the module's
+    halves."""
     if not module.endswith(naming.halves or ("\0",)):
         return ()
     entries = {name for each in kind.namings for name in each.config}
@@ -204,6 +205,6 @@ def _names(table: Mapping[str, str], underscored: bool) -> Mapping[str, str]:
 
 
 def _makers() -> Naming:
-    """The names that the makers of the model gave, which most LoRAs keep."""
+    """Return the names that the makers of the model gave, which most LoRAs keep."""
     streamed = next(iter(families()[0].KINDS.values()))
     return next(naming for naming in streamed.namings if naming.inside is not None)

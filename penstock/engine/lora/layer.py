@@ -77,7 +77,7 @@ class LoraLayer:
         return next((change.scale for change in self.weights if change.rank), 1.0)
 
     def entries(self) -> tuple[TensorEntry, ...]:
-        """Its tensors."""
+        """Return its tensors."""
         found = [entry for change in self.weights for entry in change.entries.values()]
         return (*found, *([] if self.bias is None else [self.bias]))
 
@@ -103,7 +103,7 @@ class Misfit:
 def fit(
     layers: Iterable[LoraLayer], shapes: Mapping[str, Dims]
 ) -> tuple[tuple[LoraLayer, ...], tuple[Misfit, ...]]:
-    """What of ``layers`` can be applied to a model of these ``shapes``, and what cannot."""
+    """Return what of ``layers`` can be applied to a model of these ``shapes``, and what cannot."""
     fitting: list[LoraLayer] = []
     wrong: list[Misfit] = []
     for layer in layers:
@@ -134,7 +134,7 @@ def _misfit(entries: tuple[TensorEntry, ...], shape: Dims | None) -> Misfit:
 
 
 def _arranged(change: WeightChange, shape: Dims | None) -> WeightChange | None:
-    """``change`` as it is applied to a weight of ``shape``; None if it cannot be."""
+    """Return ``change`` as it is applied to a weight of ``shape``; None if it cannot be."""
     if shape is None:
         return None
     dims = {role: entry.shape for role, entry in change.entries.items()}
@@ -154,7 +154,7 @@ _TURNED_ROUND = MappingProxyType({"a1": "a2", "a2": "a1", "b1": "b2", "b2": "b1"
 
 
 def _magnitude_fits(magnitude: Dims | None, shape: Dims) -> bool:
-    """One norm a row, or one a column."""
+    """Return one norm a row, or one a column."""
     by_row = magnitude is not None and math.prod(magnitude) == magnitude[:1][0] == shape[0]
     return magnitude is None or by_row or magnitude == (1, *shape[1:])
 
@@ -212,7 +212,7 @@ _FITS: Mapping[str, Callable[[WeightChange, Mapping[str, Dims], Dims], bool]] = 
 
 
 def _rank(kind: str, dims: Mapping[str, Dims]) -> int:
-    """What alpha is divided by; 0: nothing."""
+    """Return what alpha is divided by; 0: nothing."""
     factor = {"lora": ("down",), "loha": ("w1_b",), "lokr": ("w2_b", "w1_b")}
     if kind == "glora":
         return min(dims["a2"])  # whichever way it lies
@@ -230,7 +230,7 @@ class Incomplete:
 def changes_of(
     module: str, parts: Mapping[str, TensorEntry]
 ) -> tuple[WeightChange, ...] | Incomplete:
-    """What a file does to the weight of ``module``, at scale 1, from its tensors by role."""
+    """Return what a file does to the weight of ``module``, at scale 1, from its tensors by role."""
     found: list[WeightChange] = []
     for kind in ("lora", "loha", "lokr", "glora", "oft", "diff", "set"):
         entries = _of_kind(kind, parts)
@@ -250,7 +250,7 @@ def changes_of(
 
 
 def _of_kind(kind: str, parts: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """Its tensors by the roles they have there."""
+    """Return its tensors by the roles they have there."""
     if kind == "lora":
         return {role: parts[role] for role in ("down", "up") if role in parts}
     if kind in ("diff", "set"):
@@ -276,7 +276,8 @@ def _lora_fault(dims: Mapping[str, Dims]) -> str | None:
 
 
 def _pairs_fault(names: tuple[str, ...]) -> Callable[[Mapping[str, Dims]], str | None]:
-    """Each of ``names`` as it is, or as a pair "name_a" (rows, rank), "name_b" (rank, ...)."""
+    """Return each of ``names`` as it is, or as a pair "name_a" (rows, rank), "name_b" (rank,
+    ...)."""
 
     def fault(dims: Mapping[str, Dims]) -> str | None:
         for name in names:

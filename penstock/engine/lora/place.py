@@ -61,7 +61,7 @@ class Change:
         return tuple(f"{self.module}.{self.patch.name(role)}" for role in self.patch.roles)
 
     def local(self, cut: int) -> Change:
-        """Its names without their first ``cut`` characters."""
+        """Return its names without their first ``cut`` characters."""
         return replace(self, parameter=self.parameter[cut:], module=self.module[cut:])
 
     def apply(self, weight: Tensor, tensors: Mapping[str, Tensor], first: int = 0) -> None:
@@ -119,7 +119,7 @@ class LoraPart:
         return item * math.prod(shape)
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """``tensors`` as the layers take them; those of other runs may be absent."""
+        """Return ``tensors`` as the layers take them; those of other runs may be absent."""
         if not (self.folds or self.cast):
             return tensors
         made = dict(tensors)
@@ -131,7 +131,8 @@ class LoraPart:
         return made
 
     def _changed(self, made: dict[str, Tensor], name: str, changes: Sequence[Change]) -> Tensor:
-        """A matrix is changed as it is, rounded once a LoRA; the rest, which is small, in fp32."""
+        """Change ``weight``: a matrix as it is, rounded once a LoRA; the rest, which is small, in
+        fp32."""
         base = made[name]
         matrix = is_linear(name, self.sizes[name])
         total = base.clone() if matrix else base.to(torch_dtype("F32"), copy=True)
@@ -161,7 +162,7 @@ def _fitted(source: ComponentSource, loras: Sequence[Lora]) -> tuple[FittedLora,
 
 
 def _matrix(shape: Sequence[int]) -> Shape:
-    """A parameter of ``shape`` as `Change.apply` sees it."""
+    """Return a parameter of ``shape`` as `Change.apply` sees it."""
     return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, shape[0])
 
 
@@ -226,7 +227,7 @@ class PlacedLoras:
         return {path: stamp for file in self.files for path, stamp in file.file.stamps.items()}
 
     def origins(self) -> tuple[Origin, ...]:
-        """One line a LoRA and transformer, for plans."""
+        """Return one line a LoRA and transformer, for plans."""
         names = ("",) if self.second is None else (" for high noise", " for low noise")
         return tuple(
             Origin(
@@ -240,7 +241,7 @@ class PlacedLoras:
         )
 
     def numerics(self) -> list[dict[str, object]]:
-        """What of them alters a result, besides their files."""
+        """Return what of them alters a result, besides their files."""
         return [
             {"strength": lora.strength, "scales": sorted({la.scale for la in file.layers.values()})}
             | ({} if self.second is None else {"transformer": number})
@@ -261,7 +262,7 @@ class PlacedLoras:
         ]
 
     def layers(self) -> Iterator[tuple[int, float, LoraLayer]]:
-        """Which LoRA, its strength, and what it adds to one module."""
+        """Yield which LoRA, its strength, and what it adds to one module."""
         for index, (lora, file) in enumerate(zip(self.given, self.files, strict=True)):
             for layer in file.layers.values():
                 yield index, lora.strength, layer
@@ -275,7 +276,7 @@ class PlacedLoras:
         }
 
     def changes(self) -> Iterator[Change]:
-        """What is done to each parameter of the network."""
+        """Yield what is done to each parameter of the network."""
         shapes = self.source.shapes
         for index, strength, layer in self.layers():
             weight, bias = parameters_of(layer, shapes)
@@ -288,7 +289,8 @@ class PlacedLoras:
                 yield Change(bias, layer.module, patch)
 
     def parts(self, prefix: str, count: int, tag: str) -> tuple[LoraPart, ...]:
-        """What they add outside the blocks, then block by block; nothing if there are none."""
+        """Return what they add outside the blocks, then block by block; nothing if there are
+        none."""
         if not self.files:
             return ()
         groups: list[list[Change]] = [[] for _ in range(count + 1)]
@@ -344,7 +346,8 @@ def _by_parameter(changes: Sequence[Change]) -> dict[str, list[Change]]:
 
 
 def _delta(patch: Patch, shape: tuple[int, ...]) -> Delta | None:
-    """``patch`` as a product beside a linear layer of ``shape``; None if it needs the weight."""
+    """Return ``patch`` as a product beside a linear layer of ``shape``; None if it needs the
+    weight."""
     dims = {role: dims for role, (_, dims) in patch.tensors}
     rank, scale = dims.get("down", (0,))[0], patch.strength * patch.scale
     delta = Delta(patch.index, rank, scale, patch.turned)
@@ -367,7 +370,7 @@ def _casts(
 
 
 def _named(index: int, layer: LoraLayer) -> dict[str, TensorEntry]:
-    """The tensors of ``layer`` by the names they have in layouts."""
+    """Return the tensors of ``layer`` by the names they have in layouts."""
     start = f"{layer.module}.lora.{index}."
     parts = {role: e for change in layer.weights for role, e in change.entries.items()}
     if layer.bias is not None:
@@ -376,7 +379,7 @@ def _named(index: int, layer: LoraLayer) -> dict[str, TensorEntry]:
 
 
 def lora_spec(parts: Sequence[LoraPart], blocks: Sequence[BlockLayout]) -> LoraSpec:
-    """What the planner must know: the rank that activations have, and the work of a pass."""
+    """Return what the planner must know: the rank that activations have, and the work of a pass."""
     ranks = [d.rank for part in parts for deltas in part.deltas.values() for d in deltas]
     elements = sum(
         math.prod(layout.places[name].shape)

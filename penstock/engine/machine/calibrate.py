@@ -63,7 +63,7 @@ class Effort:
 
     @classmethod
     def on(cls, device: torch.device) -> Effort:
-        """What fills the device, and takes some seconds in all."""
+        """Return what fills the device, and takes some seconds in all."""
         if device.type == "cuda":
             return cls(16384, 512 * MIB, 1024 * MIB, 0.5)
         return cls(1024, 64 * MIB, 256 * MIB, 0.4)
@@ -102,7 +102,7 @@ def calibrate(
 
 
 def _seconds(work: Callable[[], object], device: torch.device, effort: Effort) -> float:
-    """The seconds of ``work``, as `_in_turns` takes them."""
+    """Return the seconds of ``work``, as `_in_turns` takes them."""
     return _in_turns([work], device, effort)[0]
 
 
@@ -143,7 +143,7 @@ def _int8_attention(device: torch.device, dtype: torch.dtype, effort: Effort) ->
 def _vae(
     samples: Samples, device: torch.device, dtype: torch.dtype, effort: Effort
 ) -> dict[str, float]:
-    """What the VAE's convolutions take, for an operation, an element, a pixel and a call.
+    """Return what the VAE's convolutions take, for an operation, an element, a pixel and a call.
 
     Residual blocks of several widths on frames of the same bytes, and on small frames: one is bound
     by its operations, another by the elements that it reads, by its pixels or by the calls. They
@@ -171,7 +171,7 @@ def _vae(
 def _in_turns(
     works: Sequence[Callable[[], object]], device: torch.device, effort: Effort
 ) -> list[float]:
-    """The seconds of each of ``works``, in turns, again and again, until they are steady.
+    """Return the seconds of each of ``works``, in turns, again and again, until they are steady.
 
     What a machine does besides only ever adds seconds. So the best count: the fastest quarter's
     slowest, once a quarter of the repetitions come that near to the fastest, or time is up.
@@ -199,7 +199,8 @@ _PATIENCE = 8
 
 
 def _enough(times: Sequence[Sequence[float]], seconds: float) -> bool:
-    """Whether operations were repeated enough: three times, for ``seconds`` each, and steadily."""
+    """Return whether operations were repeated enough: three times, for ``seconds`` each, and
+    steadily."""
     spent = sum(map(sum, times)) / len(times)
     if len(times[0]) < 3 or spent < seconds:
         return False
@@ -208,7 +209,7 @@ def _enough(times: Sequence[Sequence[float]], seconds: float) -> bool:
 
 
 def _quarter(times: Sequence[float]) -> float:
-    """What a quarter of them, and two at least, are at or below."""
+    """Return what a quarter of them, and two at least, are at or below."""
     return sorted(times)[max(1, len(times) // 4)]
 
 
@@ -260,7 +261,7 @@ def _product(
 
 
 def _stored(name: str, rows: int, device: torch.device) -> Operands:
-    """A random weight of so many rows in a format."""
+    """Return a random weight of so many rows in a format."""
     fmt, shape = get_format(name), (rows, _inner(device))
     stored = quantise(fmt, torch.randn(shape))
     return Operands(fmt, shape, {key: each.to(device) for key, each in stored.items()}, None)
@@ -302,8 +303,8 @@ def _tiny(
     effort: Effort,
     attention_flops: float,
 ) -> dict[str, float]:
-    """What a chunk of few tokens takes, in a forward of many of them, and what it takes for each
-    element that it attends to, besides the operations."""
+    """Return what a chunk of few tokens takes, in a forward of many of them, and what it takes for
+    each element that it attends to, besides the operations."""
     work = samples.forward(device, dtype, min(effort.tokens, _TINY_TOKENS))
     shapes = [(1, count, _HEADS, _WIDTH // 2) for count in (TINY_CHUNK, effort.tokens, TINY_CHUNK)]
     q, keys, few = (torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
@@ -339,8 +340,8 @@ def copy_rate(device: torch.device, effort: Effort) -> float:
 
 
 def _read(folder: Path | None, effort: Effort) -> float:
-    """Reads of a fresh file as a stream does them: direct where the platform allows that, several
-    at a time."""
+    """Measure reads of a fresh file as a stream does them: direct where the platform allows that,
+    several at a time."""
     with tempfile.TemporaryDirectory(dir=folder, prefix="penstock-doctor-") as scratch:
         path = Path(scratch) / "read"
         block = bytes(range(256)) * (_WRITTEN_AT_ONCE // 256)

@@ -117,7 +117,7 @@ def _load() -> float:
 
 
 def steadiness(load: float, spreads: Sequence[float]) -> Finding:
-    """Whether the rates are those of a machine that does nothing else.
+    """Return whether the rates are those of a machine that does nothing else.
 
     Args:
         load: as `_load` gives it, before anything was measured.
@@ -174,7 +174,7 @@ def _device(hardware: Hardware) -> Iterator[Finding]:
 
 
 def _kernels(device: torch.device) -> Iterator[Finding]:
-    """Each kernel is run once on the device; what it raises is the finding."""
+    """Run each kernel once on the device; what it raises is the finding."""
     for name, work in _probes(device):
         try:
             finite = bool(torch.isfinite(work().float()).all())
@@ -190,7 +190,7 @@ _UNUSED = "Plans do without it: --compute exact never uses it."
 
 
 def _int8_attention(device: torch.device, rates: Rates) -> Finding:
-    """What ``--attention int8`` would do here; ``rates`` have measured it where it works."""
+    """Return what ``--attention int8`` would do here; ``rates`` have measured it where it works."""
     rate = rates.int8_attention_flops
     if rate is not None:
         return Finding("attention (int8)", f"works, {rate / 1e12:.3g} TFLOP/s")

@@ -33,7 +33,7 @@ class ProcessMemory:
 
     @classmethod
     def peak(cls, root: Path = Path("/")) -> ProcessMemory:
-        """That of this process.
+        """Return that of this process.
 
         Args:
             root: of the file system with ``proc`` and ``sys`` (another one in tests).
@@ -42,7 +42,7 @@ class ProcessMemory:
 
 
 def resident_bytes() -> int:
-    """What this process has resident now."""
+    """Return what this process has resident now."""
     import psutil
 
     return int(psutil.Process().memory_info().rss)
@@ -94,8 +94,8 @@ def keep_overhead(device: str, nbytes: int) -> None:
 
 
 def known_overhead(device: str) -> int | None:
-    """What the last job on such a device took besides its buffers on this machine; None: none has
-    been measured."""
+    """Return what the last job on such a device took besides its buffers on this machine; None:
+    none has been measured."""
     return _known().get(device)
 
 
@@ -110,7 +110,7 @@ def _known() -> dict[str, int]:
 
 
 def overhead_told(device: str, buffers_bytes: int | None = None) -> str:
-    """What comes on top of ``--ram``, in a clause.
+    """Return what comes on top of ``--ram``, in a clause.
 
     Args:
         device: "cpu" or "cuda".

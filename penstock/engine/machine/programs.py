@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def output(*command: str) -> str:
-    """What a program prints; "" where it is not there or fails."""
+    """Return what a program prints; "" where it is not there or fails."""
     if shutil.which(command[0]) is None:
         return ""
     try:
@@ -23,7 +23,7 @@ def output(*command: str) -> str:
 
 
 def nvidia_smi(device: torch.device, fields: Sequence[str]) -> dict[str, str]:
-    """What NVIDIA's own tool says of a GPU, by the names that it has for its ``fields``.
+    """Return what NVIDIA's own tool says of a GPU, by the names that it has for its ``fields``.
 
     It counts GPUs in another order than torch, and others too (CUDA_VISIBLE_DEVICES): so the one
     that is meant is named by its UUID, which torch tells since 2.5.

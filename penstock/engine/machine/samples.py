@@ -50,4 +50,4 @@ class SampledFamily(Protocol):
     """What a family's module ``family`` offers to this room, beside `Family`."""
 
     def samples(self) -> Samples:
-        """Its operations."""
+        """Return its operations."""

@@ -33,8 +33,8 @@ class OutputClaim:
             self._lock = JobLock(folder / f"{name}.lock")
         except JobLocked as error:
             raise OutputError(
-                "another job is to write this file",
-                expected="a name that no running job has",
+                "another job is already writing this file",
+                expected="an output that no running job writes",
                 found=f"{output}, which {error.found} is about to make",
                 remedy="Choose another name, or wait for that job",
             ) from error

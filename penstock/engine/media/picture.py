@@ -58,7 +58,7 @@ _SIDEWAYS = (5, 6, 7, 8)
 
 
 def measure(path: Path, *, max_pixels: int = MAX_PIXELS) -> Picture:
-    """What the header of the picture in a file says; no pixel is decoded.
+    """Return what the header of the picture in a file says; no pixel is decoded.
 
     Raises:
         ImageError: missing, unreadable, no picture of a known format, too large or too narrow.
@@ -72,7 +72,7 @@ def measure(path: Path, *, max_pixels: int = MAX_PIXELS) -> Picture:
 
 
 def open_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The picture in a file, upright, opaque and in RGB.
+    """Open the picture in a file, upright, opaque and in RGB.
 
     The first frame of an animation; EXIF orientation applied; transparency laid over white; 16-bit
     grey scaled to 8 bits. The size is checked before a pixel is decoded; `measure` says what this
@@ -87,7 +87,7 @@ def open_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 @contextmanager
 def _opened(path: Path, max_pixels: int) -> Iterator[tuple[Image.Image, int]]:
-    """The picture, its pixels not decoded, and the bytes of its file."""
+    """Provide the picture, its pixels not decoded, and the bytes of its file."""
     try:
         with _open_file(path) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # oversize and metadata warnings: we check ourselves
@@ -158,8 +158,8 @@ def _orientation(picture: Image.Image, path: Path, *, loaded: bool = False) -> i
 
 
 def _decode_bytes(picture: Image.Image, size_bytes: int, turned: bool) -> int:
-    """The most that `open_image` holds at a time: decoder and pixels, then pixels and RGB, then RGB
-    as it was and upright."""
+    """Return the most that `open_image` holds at a time: decoder and pixels, then pixels and RGB,
+    then RGB as it was and upright."""
     stored = _STORED.get(picture.mode, _RGB)
     codec = _CODEC.get(picture.format or "", 0)
     if picture.format in ("JPEG", "MPO") and "progressive" not in picture.info:
@@ -196,7 +196,8 @@ def _damaged(path: Path, error: Exception) -> ImageError:
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
-    """The picture in mode RGB: alpha over white, 16-bit grey scaled, palettes and CMYK resolved.
+    """Return the picture in mode RGB: alpha over white, 16-bit grey scaled, palettes and CMYK
+    resolved.
 
     Raises:
         ImageError: floating-point pixels, whose white is not known.

@@ -57,7 +57,7 @@ class Clip:
         for last in read_frames(path):  # noqa: B007 (the last one is wanted)
             count += 1
         if last is None:
-            raise VideoError("a video to go on from has no frames", found=str(path))
+            raise VideoError("the video to continue has no frames", found=str(path))
         return cls(path, last, count, float(frame_rate_of(path)), settings)
 
     @property
@@ -88,7 +88,7 @@ class Colours:
         return cls(gain, (theirs[0] - gain * ours[0]).astype(np.float32))
 
     def __call__(self, frame: Pixels) -> Pixels:
-        """(h, w, 3) to the same in the other's colours."""
+        """Map (h, w, 3) to the same in the other's colours."""
         found: Pixels = np.clip(np.rint(frame * self.gain + self.offset), 0, 255).astype(np.uint8)
         return found
 
@@ -99,8 +99,8 @@ def _moments(frame: Pixels) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
 
 
 def joined(before: Path, made: Iterable[Pixels]) -> Iterator[Pixels]:
-    """The frames of ``before``, then those of ``made`` in its colours but for the first, which
-    shows its last one again.
+    """Yield the frames of ``before``, then those of ``made`` in its colours but for the first,
+    which shows its last one again.
 
     Args:
         before: a video; decoded as it goes.
@@ -114,13 +114,13 @@ def joined(before: Path, made: Iterable[Pixels]) -> Iterator[Pixels]:
     for last in read_frames(before):
         if last.shape != first.shape:
             raise VideoError(
-                "the video to go on from has frames of another size",
+                "the video to continue has frames of another size",
                 expected=f"{first.shape[1]}x{first.shape[0]}",
                 found=f"{last.shape[1]}x{last.shape[0]}, {before}",
             )
         yield last
     if last is None:
-        raise VideoError("a video to go on from has no frames", found=str(before))
+        raise VideoError("the video to continue has no frames", found=str(before))
     second = next(frames, None)
     if second is None:
         return

@@ -14,7 +14,7 @@ GAP = 4
 
 
 def sheet_beside(video: Path, *, overwrite: bool = False) -> Path:
-    """Where the contact sheet of ``video`` goes: ``clip.mp4`` has ``clip.frames.png``.
+    """Return where the contact sheet of ``video`` goes: ``clip.mp4`` has ``clip.frames.png``.
 
     Raises:
         OutputError: it is there already, and is not to be replaced.

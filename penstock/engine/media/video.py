@@ -144,9 +144,7 @@ def _same_file(one: Path, other: Path) -> bool:
 
 def _check_vacant(path: Path, overwrite: bool) -> None:
     if path.is_symlink() and not path.exists():
-        raise OutputError(
-            "the output is a link that leads nowhere", expected="a file name", found=str(path)
-        )
+        raise OutputError("the output is a broken link", expected="a file name", found=str(path))
     if path.exists() and not path.is_file():
         raise OutputError(
             "the output is not a file", expected="a file name", found=f"{path}, which is none"
@@ -239,7 +237,7 @@ def _numbered(path: Path, number: int) -> Path:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What `write_video` stored; empty if the file has none of ours.
+    """Return what `write_video` stored; empty if the file has none of ours.
 
     Raises:
         VideoError: the file cannot be read as a video.
@@ -254,7 +252,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def read_frames(path: Path) -> Iterator[np.ndarray[Any, Any]]:
-    """The frames of a video file as uint8 arrays ``(h, w, 3)``, RGB, in order.
+    """Yield the frames of a video file as uint8 arrays ``(h, w, 3)``, RGB, in order.
 
     Raises:
         VideoError: the file cannot be read as a video.
@@ -281,8 +279,8 @@ def frame_rate_of(path: Path) -> Fraction:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """A video file to be read, looked at first: a named pipe keeps the library waiting without
-    end, and a device has one."""
+    """Provide a video file to be read, looked at first: a named pipe keeps the library waiting
+    without end, and a device has one."""
     import av
 
     with _as_video_error(path):
@@ -293,7 +291,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 @contextmanager
 def _temporary_beside(path: Path) -> Iterator[Path]:
-    """A new file in ``path``'s folder, gone afterwards unless it was renamed."""
+    """Provide a new file in ``path``'s folder, gone afterwards unless it was renamed."""
     temporary = path.with_name(f".{path.stem[:_STEM_CHARS]}.{secrets.token_hex(4)}.part{SUFFIX}")
     try:
         temporary.open("xb").close()
@@ -408,7 +406,7 @@ def _add_stream(
 
 
 def _add_sound(container: Any, sound: Sound) -> Any:
-    """An AAC stream; other rates than it has are resampled to 48 kHz."""
+    """Return an AAC stream; other rates than it has are resampled to 48 kHz."""
     rate = sound.rate if sound.rate in _AAC_RATES else _AAC_RATES[-1]
     return container.add_stream("aac", rate=rate, layout=_layout(sound))
 

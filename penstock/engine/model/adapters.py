@@ -54,8 +54,8 @@ class Adapter:
     odd: Mapping[str, Odd]
 
     def peak_bytes(self, device: str) -> int:
-        """What the made tensors take beside the stored ones, and making the last of them, on a
-        device of that type."""
+        """Return what the made tensors take beside the stored ones, and making the last of them, on
+        a device of that type."""
         made = sum(odd.nbytes for odd in self.odd.values())
         decoding = (
             odd.stored.format.workspace_bytes((odd.shape[0], odd.shape[1]), device)
@@ -65,7 +65,7 @@ class Adapter:
         return made + max(decoding, default=0)
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """``tensors`` with the odd ones replaced; those of other runs may be absent."""
+        """Return ``tensors`` with the odd ones replaced; those of other runs may be absent."""
         if not self.odd:
             return tensors
         made = dict(tensors)
@@ -80,7 +80,7 @@ class Adapter:
 def adapters_of(
     source: ComponentSource, prefix: str, count: int, only: tuple[str, ...], tag: str
 ) -> tuple[Adapter, ...]:
-    """The adapter of the rest, then one a block."""
+    """Return the adapter of the rest, then one a block."""
     shapes = source.shapes
     odd: list[dict[str, Odd]] = [{} for _ in range(count + 1)]
     for name, stored in source.weights.items():
@@ -99,7 +99,7 @@ def adapters_of(
 
 
 def _fits(name: str, stored: StoredWeight, tag: str) -> bool:
-    """Whether the network computes with the parameter as it is stored."""
+    """Return whether the network computes with the parameter as it is stored."""
     if not stored.plain:
         return False
     found = stored.tensors["weight"].dtype

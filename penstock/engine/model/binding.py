@@ -44,7 +44,7 @@ class _Weightless(TorchFunctionMode):
 
 
 def skeleton(model_class: Any, config: Any) -> Any:
-    """An instance of ``model_class`` in eval mode whose weights are on the meta device.
+    """Return an instance of ``model_class`` in eval mode whose weights are on the meta device.
 
     Buffers that no checkpoint carries (rotary tables, position ids) are real and on the CPU, as the
     class computes them.
@@ -101,7 +101,7 @@ def unbind(module: nn.Module) -> None:
 
 @contextmanager
 def bound(module: Any, tensors: Mapping[str, Tensor]) -> Iterator[Any]:
-    """``module`` with ``tensors`` bound inside the block, and unbound whatever happens.
+    """Provide ``module`` with ``tensors`` bound inside the block, and unbound whatever happens.
 
     Raises:
         TensorMismatch: as `bind` does.
@@ -119,7 +119,8 @@ def unbound(module: nn.Module) -> tuple[str, ...]:
 
 
 def _slot(module: nn.Module, name: str) -> tuple[nn.Module, str] | None:
-    """The sub-module and its own name for the tensor called ``name``; None if there is none."""
+    """Return the sub-module and its own name for the tensor called ``name``; None if there is
+    none."""
     path, _, leaf = name.rpartition(".")
     try:
         owner = module.get_submodule(path)

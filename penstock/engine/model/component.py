@@ -83,8 +83,8 @@ class Component:
         return self.skeleton.templates
 
     def weights(self, device: str) -> Weights:
-        """The bytes of it, for the planner: as stored, and what adapting the rest takes besides on
-        a device of the type ``device`` ("cpu", "cuda")."""
+        """Return the bytes of it, for the planner: as stored, and what adapting the rest takes
+        besides on a device of the type ``device`` ("cpu", "cuda")."""
         return Weights(
             rest_bytes=self.rest.nbytes + self.made_bytes(device),
             block_bytes=tuple(layout.nbytes for layout in self.blocks),
@@ -92,7 +92,7 @@ class Component:
         )
 
     def made_bytes(self, device: str, place: int = 0) -> int:
-        """What binding makes besides the stored tensors: outside the blocks, or in the block
+        """Return what binding makes besides the stored tensors: outside the blocks, or in the block
         ``place - 1``."""
         added = self.loras[place].nbytes(device) if self.loras else 0
         return self.adapters[place].peak_bytes(device) + added
@@ -100,8 +100,8 @@ class Component:
     def storage(
         self, computing: Computing, part: Callable[[str], bool] = lambda name: True
     ) -> Storage:
-        """What the quantised linears of the blocks take besides their bytes, and the block tensors
-        that are cast; of those linears whose local name ``part`` holds of."""
+        """Return what the quantised linears of the blocks take besides their bytes, and the block
+        tensors that are cast; of those linears whose local name ``part`` holds of."""
         device, places = computing.scratch.device_type, range(1, len(self.adapters))
         cast = max((self.made_bytes(device, place) for place in places), default=0)
         blocks = (self._matrices(index, part) for index in range(len(self.blocks)))
@@ -122,7 +122,8 @@ class Component:
 
     @contextmanager
     def bound(self, tensors: Mapping[str, Tensor], index: int | None = None) -> Iterator[Any]:
-        """The block ``index`` (None: the network) with its streamed ``tensors`` bound inside."""
+        """Provide the block ``index`` (None: the network) with its streamed ``tensors`` bound
+        inside."""
         from penstock.engine.model.binding import bound
 
         place = 0 if index is None else index + 1
@@ -150,7 +151,7 @@ def component_of(
     name: str | None = None,
     loras: PlacedLoras | None = None,
 ) -> Component:
-    """The network that ``source`` holds.
+    """Return the network that ``source`` holds.
 
     Args:
         only: what begins the names of the tensors outside the blocks that belong to it.
@@ -199,7 +200,8 @@ def component_of(
 
 
 def _in_rest(key: str, prefix: str, only: tuple[str, ...]) -> bool:
-    """Whether a tensor is loaded with the network itself (the embedding is gathered by rows)."""
+    """Return whether a tensor is loaded with the network itself (the embedding is gathered by
+    rows)."""
     in_block = bool(prefix) and key.startswith(prefix)
     return not in_block and not key.startswith("shared.") and key.startswith(only)
 
@@ -218,7 +220,7 @@ def _split(
 def _patched(
     formats: tuple[Formats, ...], parts: Sequence[LoraPart], tag: str
 ) -> tuple[Formats, ...]:
-    """``formats`` of the blocks, with the LoRAs that change a weight as it is decoded."""
+    """Return ``formats`` of the blocks, with the LoRAs that change a weight as it is decoded."""
     if not parts:
         return formats
     plain = plain_format(tag)
@@ -235,7 +237,7 @@ def _patched(
 
 
 def _local_formats(formats: Formats, prefix: str, count: int) -> tuple[Formats, ...]:
-    """The formats of each block's quantised linears under their local names.
+    """Return the formats of each block's quantised linears under their local names.
 
     Outside the blocks nothing stays quantised: those layers are few, and errors there reach every
     token; their adapter decodes them when they are loaded.

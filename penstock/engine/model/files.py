@@ -72,7 +72,7 @@ class ModelFiles:
         return bool(self.manifest.image_to_video)
 
     def flow_shift(self, width: int, height: int, asked: float | None) -> float:
-        """``asked``, or the noise schedule's official shift for a video of that size."""
+        """Return ``asked``, or the noise schedule's official shift for a video of that size."""
         return self.official.flow_shift(width, height, asked)
 
     def latent_shape(self, shape: VideoShape) -> tuple[int, ...]:
@@ -121,7 +121,7 @@ class ModelFiles:
         return (*self.source.notes, *self.loras.notices)
 
     def origins(self) -> tuple[Origin, ...]:
-        """Its LoRAs and what is to be said of its files, for plans."""
+        """Return its LoRAs and what is to be said of its files, for plans."""
         notes = tuple(Origin("note", text, "files") for text in self.notices)
         return (*self.loras.origins(), *notes)
 
@@ -163,8 +163,8 @@ class ModelFiles:
         )
 
     def installed(self: Own, computing: Computing) -> Own:
-        """This model with its quantised linears computing as ``computing`` says, and the manifest
-        that states what they take so. Once a model: the linears stay as they are made."""
+        """Return this model with its quantised linears computing as ``computing`` says, and the
+        manifest that states what they take so. Once a model: the linears stay as they are made."""
         for part in self.components():
             part.install(computing)
         family, pipeline = cast("ModelFamily", self.source.family), self.source.pipeline
@@ -172,7 +172,7 @@ class ModelFiles:
         return replace(self, manifest=manifest, scratch=computing.scratch)
 
     def with_streamed(self: Own, *sources: ComponentSource) -> Own:
-        """This model with other networks that stream, one for each of `streaming`; to be
+        """Return this model with other networks that stream, one for each of `streaming`; to be
         `installed` before it computes."""
         family, placed = cast("ModelFamily", self.source.family), []
         found, parts = dict(self.source.parts), dict(self.parts)
@@ -187,7 +187,7 @@ class ModelFiles:
         return replace(self, source=replace(self.source, parts=found), parts=parts, loras=loras)
 
     def components(self) -> tuple[Component, ...]:
-        """All networks of the model."""
+        """Return all networks of the model."""
         return tuple(self.parts.values())
 
     def close(self) -> None:
@@ -203,13 +203,13 @@ class ModelFamily(Protocol):
     """Its models."""
 
     def streamed(self, source: ComponentSource, loras: PlacedLoras) -> Component:
-        """The network that streams, with LoRAs beside its weights."""
+        """Return the network that streams, with LoRAs beside its weights."""
 
     def components(self, source: ModelSource, loras: PlacedLoras) -> dict[str, Component]:
-        """All networks by their names in plans, the one that streams first."""
+        """Return all networks by their names in plans, the one that streams first."""
 
     def manifest(
         self, parts: Mapping[str, Component], computing: Computing, pipeline: Mapping[str, Any]
     ) -> Manifest:
-        """What the planner knows of these networks, computing as ``computing`` says; ``pipeline``
-        is that of their `ModelSource`."""
+        """Return what the planner knows of these networks, computing as ``computing`` says;
+        ``pipeline`` is that of their `ModelSource`."""

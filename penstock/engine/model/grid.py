@@ -49,11 +49,12 @@ class Grid:
         return f"{self.temporal}n+{self.rest} from {self.min_frames} to {self.max_frames}"
 
     def nearest_side(self, pixels: int) -> int:
-        """The legal side nearest to ``pixels``; the smaller of two equally near ones."""
+        """Return the legal side nearest to ``pixels``; the smaller of two equally near ones."""
         return _nearest(pixels, self.side, self.side, self.max_side)
 
     def nearest_frames(self, frames: int) -> int:
-        """The legal frame count nearest to ``frames``; the smaller of two equally near ones."""
+        """Return the legal frame count nearest to ``frames``; the smaller of two equally near
+        ones."""
         low, high = self.min_frames - self.rest, self.max_frames - self.rest
         return self.rest + _nearest(frames - self.rest, self.temporal, low, high)
 

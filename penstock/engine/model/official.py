@@ -22,7 +22,7 @@ class Official(Protocol):
         """Width, height, steps and guidance_scale."""
 
     def timesteps(self, shape: VideoShape, steps: int, noise: Noise) -> tuple[float, ...]:
-        """What the transformer is told at each step of a job."""
+        """Return what the transformer is told at each step of a job."""
 
     def flow_shift(self, width: int, height: int, asked: float | None) -> float:
-        """``asked``, or the official flow shift of a video of that size."""
+        """Return ``asked``, or the official flow shift of a video of that size."""

@@ -42,7 +42,7 @@ class Opening:
 
     @classmethod
     def from_values(cls, values: Mapping[str, Any]) -> Opening:
-        """What `values` gave, among others.
+        """Return what `values` gave, among others.
 
         Raises:
             JournalError: they name no model, or something else than LoRAs.
@@ -77,7 +77,7 @@ def _values(lora: Lora) -> list[Any]:
 
 
 def _absolute(place: str | Path) -> str:
-    """A path as it is from everywhere; what is no path, such as a hub id or the bare name of a file
-    under a ComfyUI root, as it is."""
+    """Return a path as it is from everywhere; what is no path, such as a hub id or the bare name of
+    a file under a ComfyUI root, as it is."""
     path = Path(place).expanduser()
     return str(path.resolve()) if path.exists() else str(place)

@@ -80,8 +80,8 @@ class Skeleton:
 
 
 def _templates(block: Any, kinds: Sequence[Any]) -> tuple[Any, ...]:
-    """A block module for each block; one is shared by all blocks of a kind: whose linears are
-    stored alike and bear the same LoRAs."""
+    """Return a block module for each block; one is shared by all blocks of a kind: whose linears
+    are stored alike and bear the same LoRAs."""
     made: list[tuple[Any, Any]] = []
     templates = []
     for wanted in kinds:

@@ -19,8 +19,8 @@ Matrices = Sequence[tuple[QuantFormat, Shape]]
 
 
 def block_format(source: ComponentSource) -> str:
-    """The format in which most parameters of a transformer's block matrices are stored; for other
-    networks, most of all parameters."""
+    """Return the format in which most parameters of a transformer's block matrices are stored; for
+    other networks, most of all parameters."""
     names = default_policy(source.shapes) if source.kind.is_packed else ()
     counts: Counter[str] = Counter()
     for name in names:
@@ -33,7 +33,7 @@ def block_format(source: ComponentSource) -> str:
 def storage_of(
     name: str, blocks: Iterable[Matrices], computing: Computing, tag: str, cast_bytes: int
 ) -> Storage:
-    """The planner's view of a network's quantised matrices.
+    """Return the planner's view of a network's quantised matrices.
 
     Args:
         name: of the format.

@@ -54,7 +54,7 @@ class CachedPack:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the pack in ``folder`` was made to its end."""
+    """Return whether the pack in ``folder`` was made to its end."""
     return (folder / ABOUT).exists()
 
 
@@ -62,7 +62,7 @@ def is_complete(folder: Path) -> bool:
 def being_changed(
     folder: Path, waiting: Callable[[JobLocked], None] | None = None
 ) -> Iterator[None]:
-    """An existing ``folder`` for one process alone.
+    """Provide an existing ``folder`` for one process alone.
 
     Args:
         folder: of a pack.
@@ -90,7 +90,8 @@ def _locked(folder: Path, waiting: Callable[[JobLocked], None] | None) -> JobLoc
 
 
 def cached_packs(cache: Path) -> list[CachedPack]:
-    """What is in the cache, by name; nothing if there is none. Packs may come and go meanwhile.
+    """Return what is in the cache, by name; nothing if there is none. Packs may come and go
+    meanwhile.
 
     Raises:
         StorageError: the cache cannot be read.
@@ -106,7 +107,7 @@ def cached_packs(cache: Path) -> list[CachedPack]:
 
 
 def _look(folder: Path) -> CachedPack | None:
-    """The pack in ``folder``; None where there is none, or it is gone by now."""
+    """Return the pack in ``folder``; None where there is none, or it is gone by now."""
     if folder.is_symlink() or not folder.is_dir():
         return None
     return CachedPack(
@@ -160,7 +161,7 @@ def remove_pack(cache: Path, name: str, ops: FileOps | None = None) -> int:
             lock.release()
     if foreign:
         raise StorageError(
-            f"{found.path} stays: it holds files that are no pack's",
+            f"{found.path} was kept: it holds files that do not belong to a pack",
             found=", ".join(sorted(foreign)[:5]),
             remedy="The pack itself has been removed.",
         )

@@ -58,7 +58,7 @@ class Packs:
 
     @classmethod
     def of(cls, raw: RawFile) -> Packs:
-        """Those of ``raw``; none if another program made it.
+        """Return those of ``raw``; none if another program made it.
 
         Raises:
             CheckpointError: a pack's header or sums are damaged.
@@ -69,7 +69,7 @@ class Packs:
         )
 
     def checked(self, layout: BlockLayout) -> BlockLayout:
-        """``layout``, its bytes looked at where they come from a pack.
+        """Return ``layout``, its bytes looked at where they come from a pack.
 
         Raises:
             CheckpointError: the pack holds these tensors in other runs than are read.

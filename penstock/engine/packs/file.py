@@ -87,22 +87,23 @@ def lay_out(
 
 
 def sums_text(header: bytes, runs: Sequence[bytes]) -> bytes:
-    """The sums: checksums of the header and the runs in hex, a line each, and of these lines."""
+    """Return the sums: checksums of the header and the runs in hex, a line each, and of these
+    lines."""
     lines = [digest.hex().ljust(_DIGEST_HEX, "0") for digest in (header, *runs)]
     text = "\n".join(lines) + "\n"
     return (text + digest(text.encode()).hex() + "\n").encode()
 
 
 def digest(data: bytes | bytearray | memoryview) -> bytes:
-    """The checksum of a piece of a pack."""
+    """Return the checksum of a piece of a pack."""
     checksum = running_digest()
     checksum.update(data)
     return checksum.digest()
 
 
 def running_digest() -> xxhash.xxh3_128:
-    """A checksum that is fed piece by piece (``update``, ``digest``). xxhash is loaded with the
-    first one: what reads no packs runs without it."""
+    """Return a checksum that is fed piece by piece (``update``, ``digest``). xxhash is loaded with
+    the first one: what reads no packs runs without it."""
     import xxhash
 
     return xxhash.xxh3_128()
@@ -163,7 +164,7 @@ class PackFile:
 def _about(path: Path, header: Header) -> dict[str, Any]:
     if PACK_METADATA not in header.metadata or SUMS not in header.tensors:
         raise CheckpointError(
-            f"{path} is no pack", expected="a file made by penstock pack", found="another file"
+            f"{path} is not a pack", expected="a file made by penstock pack", found="another file"
         )
     try:
         about: dict[str, Any] = parse_object(header.metadata[PACK_METADATA], str(path))
@@ -207,7 +208,7 @@ def _read(file: WeightFile, offset: int, nbytes: int) -> bytes:
 
 
 def damaged(path: Path, what: str) -> CheckpointError:
-    """The error for bytes that are not those that were written."""
+    """Return the error for bytes that are not those that were written."""
     return CheckpointError(
         f"{path} is damaged",
         expected=f"the bytes of {what} that were packed",
@@ -297,7 +298,7 @@ def _digest_of(file: WeightFile, run: PackRun, report: Callable[[int], None]) ->
 
 
 def _is_zero(file: WeightFile, start: int, stop: int) -> bool:
-    """Whether the padding from ``start`` to ``stop`` is what was written."""
+    """Return whether the padding from ``start`` to ``stop`` is what was written."""
     if start > stop or stop - start > PAGE_BYTES:
         return False
     return not any(_read(file, start, stop - start))

@@ -35,7 +35,7 @@ _MOST_RAM_BYTES = 2 * GIB
 
 
 def packing(uses: Sequence[FirstUse], hardware: Hardware) -> PhasePlan:
-    """Making several packs one after the other, as one phase of a plan.
+    """Make several packs one after the other, as one phase of a plan.
 
     Raises:
         OverBudget: packing does not fit the RAM budget.
@@ -64,7 +64,7 @@ class FirstUse:
 
     @classmethod
     def of(cls, source: ComponentSource, wanted: str, cache: Path) -> FirstUse:
-        """The pack of ``source`` in ``cache``.
+        """Return the pack of ``source`` in ``cache``.
 
         Raises:
             UsageError: no such format, or one that is only read.
@@ -109,7 +109,7 @@ class FirstUse:
         return self.plan.layout.file_bytes
 
     def streamed(self) -> ComponentSource:
-        """The pack's transformer; of one that is not made yet, good for plans only.
+        """Return the pack's transformer; of one that is not made yet, good for plans only.
 
         Raises:
             CheckpointError: the pack is damaged.
@@ -119,7 +119,7 @@ class FirstUse:
         return self.plan.foresee(self.folder / self.plan.file)
 
     def phase(self, hardware: Hardware) -> PhasePlan:
-        """Making the pack, as a phase of a plan; its seconds count reading and writing at the
+        """Make the pack, as a phase of a plan; its seconds count reading and writing at the
         disk's rate, not the arithmetic.
 
         Raises:

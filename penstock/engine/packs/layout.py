@@ -78,7 +78,7 @@ def header_of(tensors: Iterable[PlacedTensor], metadata: Mapping[str, str]) -> b
 
 
 def _padded(tensors: Iterable[PlacedTensor]) -> Iterator[PlacedTensor]:
-    """``tensors`` with padding tensors where they do not touch."""
+    """Yield ``tensors`` with padding tensors where they do not touch."""
     end = count = 0
     for tensor in tensors:
         if tensor.offset > end:

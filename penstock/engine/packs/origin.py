@@ -20,7 +20,7 @@ Origin = Mapping[str, str]
 
 
 def read_origin(ops: FileOps, path: Path) -> Origin | None:
-    """What the pack at ``path`` was made from; None where nothing whole says so."""
+    """Return what the pack at ``path`` was made from; None where nothing whole says so."""
     try:
         content = read_whole(ops, _beside(path))
         note = {} if content is None else json.loads(content)

@@ -217,12 +217,12 @@ def _write_pack(
 
 
 def _reader(plan: ComponentPlan) -> WeightReader:
-    """Reads the values that are packed."""
+    """Read the values that are packed."""
     return MergedReader(plan.loras) if plan.loras.files else WeightReader(plan.source)
 
 
 def _is_finished(path: Path, layout: PackLayout) -> bool:
-    """Whether ``path`` is this very pack already."""
+    """Return whether ``path`` is this very pack already."""
     if not path.exists() or path.stat().st_size != layout.file_bytes:
         return False
     try:
@@ -355,7 +355,7 @@ def _write_run(
 def _pieces(
     step: PackStep, reader: WeightReader, chunk_bytes: int
 ) -> Iterator[tuple[str, memoryview]]:
-    """The bytes of a parameter's packed tensors, tensor by tensor, by suffix."""
+    """Yield the bytes of a parameter's packed tensors, tensor by tensor, by suffix."""
     if step.kept:
         for suffix in step.made:
             for part in reader.stored_bytes(step.name, suffix, _WRITE_BYTES):
@@ -372,7 +372,8 @@ def _pieces(
 def _quantised(
     step: PackStep, reader: WeightReader, chunk_bytes: int
 ) -> Iterator[tuple[str, memoryview]]:
-    """The first tensor, the long one, goes out as it is made; the scales wait for its end."""
+    """Yield the tensors' bytes: the first, the long one, goes out as it is made; the scales wait
+    for its end."""
     assert step.format is not None
     first, *others = step.made
     waiting: dict[str, list[Tensor]] = {suffix: [] for suffix in others}
@@ -389,7 +390,7 @@ def _quantised(
 def _chunks(
     step: PackStep, reader: WeightReader, chunk_bytes: int, dtype: torch.dtype
 ) -> Iterator[Tensor]:
-    """The parameter's values by runs of rows, or at once where it must or may be."""
+    """Yield the parameter's values by runs of rows, or at once where it must or may be."""
     whole = step.format is not None and not step.format.by_rows
     if len(step.shape) != 2 or whole or not reader.has_rows(step.name):
         yield reader.read(step.name, dtype)
@@ -401,6 +402,6 @@ def _chunks(
 
 
 def as_memory(tensor: Tensor) -> memoryview:
-    """The bytes of a CPU tensor, in its order."""
+    """Return the bytes of a CPU tensor, in its order."""
     flat: memoryview = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
     return flat

@@ -71,14 +71,14 @@ class ComponentPlan:
         return f"{self.source.component}/{FILE_NAMES[self.source.kind.made_by[0]]}"
 
     def origins(self) -> dict[str, Path]:
-        """Every file that the pack is made from, by a name of its own."""
+        """Return every file that the pack is made from, by a name of its own."""
         files = [*sorted(self.source.raw.stamps)]
         files += [path for lora in self.loras.files for path in sorted(lora.file.stamps)]
         return {f"{index} {path.name}": path for index, path in enumerate(files)}
 
     def foresee(self, path: Path) -> ComponentSource:
-        """The component as the pack at ``path`` will hold it, before any of it is made: good for
-        plans, and not to be read."""
+        """Return the component as the pack at ``path`` will hold it, before any of it is made: good
+        for plans, and not to be read."""
         layout = self.layout
         entries = {
             t.name: TensorEntry(
@@ -192,7 +192,8 @@ def _matrix(shape: tuple[int, ...]) -> Shape | None:
 
 
 def _comfy_text(source: ComponentSource, steps: list[PackStep]) -> dict[str, str]:
-    """What tensors do not tell of rotated weights, as ComfyUI's files do; nothing if none is."""
+    """Return what tensors do not tell of rotated weights, as ComfyUI's files do; nothing if none
+    is."""
     layers = {}
     for step in steps:
         fmt = source.weights[step.name].format if step.kept else step.format

@@ -70,7 +70,7 @@ def side_files(source: ModelSource, about: Mapping[str, Any]) -> Iterator[tuple[
 
 
 def as_json(value: Mapping[str, Any]) -> bytes:
-    """``value`` as the text of a file; the same bytes for the same value."""
+    """Return ``value`` as the text of a file; the same bytes for the same value."""
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
@@ -103,7 +103,7 @@ def _tokenizer(tokenizer: Path | TensorEntry) -> Iterator[tuple[str, bytes]]:
 def _small(path: Path) -> bytes:
     if path.stat().st_size > _LARGEST_BYTES:
         raise CheckpointError(
-            f"{path} is no tokenizer file",
+            f"{path} is not a tokenizer file",
             expected="64 MiB at most",
             found=f"{path.stat().st_size}",
         )

@@ -14,12 +14,12 @@ DEMO_PROMPT = "a green square moves to the right"
 
 
 def demo_picture() -> Path:
-    """The first frame of the demo: a shape on a background, 64x64."""
+    """Return the first frame of the demo: a shape on a background, 64x64."""
     return MINI.parent / "demo.png"
 
 
 def demo_settings(prompt: str | None = None, image: Path | None = None) -> Settings:
-    """The demo's request, with the model's own defaults for everything else.
+    """Return the demo's request, with the model's own defaults for everything else.
 
     Args:
         prompt, image: instead of the demo's own.

@@ -167,7 +167,7 @@ class GenerationRequest:
                 "this sampler cannot take the noise levels of a distilled model",
                 expected="lcm or euler",
                 found=self.sampler,
-                remedy="Leave the sampler open, or do without distilled",
+                remedy="Leave --sampler or --distilled out",
             )
 
     def _check_texts(self) -> None:
@@ -187,7 +187,7 @@ class GenerationRequest:
                 "the prompt is empty",
                 expected="a description of the video",
                 found=brief(self.prompt),
-                remedy="Say what should happen, e.g. 'the cat turns its head and yawns'",
+                remedy="Describe the video, e.g. 'the cat turns its head and yawns'",
             )
         for name, image in (("image", self.image), ("last image", self.last_image)):
             if image is not None and not isinstance(image, Path):
@@ -199,7 +199,7 @@ class GenerationRequest:
                 )
         if self.last_image is not None and self.image is None and not self.grid.ends_alone:
             raise RequestError(
-                "a video that ends with a picture starts from one too",
+                "a last image needs a first image",
                 expected="an image",
                 found="a last image alone",
                 remedy="Give one with --image (image=Path(...))",
@@ -238,7 +238,7 @@ class GenerationRequest:
             )
         if max(self.guidance_scales) > 1:
             raise RequestError(
-                "normalized attention guidance is for a job without classifier-free guidance",
+                "normalized attention guidance cannot be combined with classifier-free guidance",
                 expected="a guidance scale of 1",
                 found=str(self.guidance_scale),
                 remedy="Give --cfg 1 as well, or leave --nag out",
@@ -316,7 +316,7 @@ class GenerationRequest:
         return self.guidance_scale > 1
 
     def with_seed(self) -> GenerationRequest:
-        """This request with a seed: its own, or one drawn now.
+        """Return this request with a seed: its own, or one drawn now.
 
         Raises:
             Nothing.
@@ -349,7 +349,7 @@ class GenerationRequest:
 
 
 def workload_of(request: GenerationRequest, *, saved: bool = False) -> Workload:
-    """The request as the planner takes it; ``kept``: in a job's directory. The header of its
+    """Return the request as the planner takes it; ``kept``: in a job's directory. The header of its
     picture is read, if that lies where the request says.
 
     Raises:
@@ -373,7 +373,7 @@ def workload_of(request: GenerationRequest, *, saved: bool = False) -> Workload:
 
 
 def noise_of(request: GenerationRequest) -> Noise:
-    """What determines the noise levels of a request."""
+    """Return what determines the noise levels of a request."""
     return Noise(request.sampler, request.shift, request.distilled)
 
 
@@ -391,15 +391,15 @@ def check_pictures(request: GenerationRequest, wanted: Pictures) -> None:
         check_task(request, image_to_video=wanted.first == "must")
     if wanted.last == "must" and request.last_image is None:
         raise RequestError(
-            "this model makes what lies between two pictures",
-            expected="an image to end with",
+            "this model needs a first and a last image",
+            expected="a last image",
             found="none",
             remedy="Give one with --last-image (last_image=Path(...)), or use an image-to-video "
             "model",
         )
     if wanted.last == "none" and request.last_image is not None:
         raise RequestError(
-            "this model does not take the picture that a video ends with",
+            "this model does not take a last image",
             expected="no last image",
             found=str(request.last_image),
             remedy="Leave --last-image out, or use a model that takes it (Wan2.1 FLF2V, Wan2.2 "
@@ -436,7 +436,7 @@ def check_task(request: GenerationRequest, *, image_to_video: bool) -> None:
 def size_for(
     image_size: tuple[int, int], max_area: int, grid: Grid | None = None
 ) -> tuple[int, int]:
-    """The largest legal size of the picture's aspect within an area.
+    """Return the largest legal size of the picture's aspect within an area.
 
     The rule of the official code (``wan/image2video.py``): each side is ``sqrt(area * aspect)``
     rounded down to the grid. Computed in integers, so that an exact side does not fall a step short
@@ -480,7 +480,7 @@ def frame_rate(fps: float) -> Fraction:
 
 
 def parse_guidance(text: str) -> tuple[float, float | None]:
-    """The guidance scale, and that of the transformer for much noise, from ``"3.5"`` or from
+    """Parse the guidance scale, and that of the transformer for much noise, from ``"3.5"`` or from
     ``"3,4"``: little noise first, as the makers write it.
 
     Raises:
@@ -545,7 +545,8 @@ def parse_area(text: str) -> int:
 
 
 def _is_unicode(text: str) -> bool:
-    """Whether ``text`` is without the lone surrogates that stand for bytes of other encodings."""
+    """Return whether ``text`` is without the lone surrogates that stand for bytes of other
+    encodings."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 

@@ -26,7 +26,7 @@ _UNIPC_FIRST = 0.9990000128746033
 def noise_levels(
     sampler: str, steps: int, shift: float, *, distilled: bool = False
 ) -> tuple[float, ...]:
-    """The share of noise before each of ``steps`` steps, falling from at most 1.
+    """Return the share of noise before each of ``steps`` steps, falling from at most 1.
 
     The level after the last step is 0, and not among them.
 
@@ -47,14 +47,14 @@ def noise_levels(
 
 
 def timesteps(levels: tuple[float, ...], sampler: str) -> tuple[float, ...]:
-    """What the transformer is told at each of these levels, of `TRAINED`."""
+    """Return what the transformer is told at each of these levels, of `TRAINED`."""
     told = (TRAINED * level for level in levels)
     return tuple(map(int, told)) if sampler in WHOLE else tuple(told)
 
 
 def steps_above(boundary: float, told: tuple[float, ...]) -> int:
-    """Steps whose timesteps are ``boundary`` of `TRAINED`, or more: those of the transformer for
-    much noise. Source: Wan2.2's ``wan/text2video.py``."""
+    """Return steps whose timesteps are ``boundary`` of `TRAINED`, or more: those of the transformer
+    for much noise. Source: Wan2.2's ``wan/text2video.py``."""
     return sum(timestep >= boundary * TRAINED for timestep in told)
 
 

@@ -72,7 +72,8 @@ _CONTINUED = (
 
 
 def going_on(settings: Settings, clip: Clip, frame: Path) -> Settings:
-    """``settings`` with their gaps filled by what ``clip`` was made with, and from its last frame.
+    """Return ``settings`` with their gaps filled by what ``clip`` was made with, and from its last
+    frame.
 
     Args:
         settings: a blank prompt is a gap; a picture or a size is none.
@@ -94,7 +95,7 @@ def going_on(settings: Settings, clip: Clip, frame: Path) -> Settings:
     }
     if "prompt" not in theirs | ours:
         raise UsageError(
-            f"{clip.path} does not say what it shows", expected="a prompt", found="no --prompt"
+            f"{clip.path} has no prompt stored in it", expected="a prompt", found="no --prompt"
         )
     ends = {"image": frame, "size": clip.size, "after": clip.path}
     return Settings(**({"fps": clip.fps} | theirs | ours | ends))
@@ -130,7 +131,9 @@ def resolve(settings: Settings, model: Suited) -> GenerationRequest:
     """
     if settings.size is not None and settings.max_area is not None:
         raise UsageError(
-            "the video's size is given twice", expected="--size or --max-area", found="both"
+            "--size and --max-area cannot be used together",
+            expected="--size or --max-area",
+            found="both",
         )
     defaults = dict(model.official.request_defaults)
     defaults |= _defaults(model.defaults, model.origin)

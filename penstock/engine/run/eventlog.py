@@ -40,7 +40,7 @@ class EventLog:
             waker()
 
     def since(self, index: int) -> tuple[list[Event], bool]:
-        """The events from ``index`` on, and whether these are the last."""
+        """Return the events from ``index`` on, and whether these are the last."""
         with self._changed:
             return self._events[index:], self._ended
 

@@ -235,11 +235,11 @@ class PhaseMonitor:
         return sum(stats.compute_wait_s for stats in self.streams)
 
     def flow(self) -> Flow:
-        """What has passed the edges between the tiers so far."""
+        """Return what has passed the edges between the tiers so far."""
         return sum((stats.flow() for stats in self.streams), Flow())
 
     def opened(self, stats: StreamStats) -> None:
-        """A stream was opened; what it has moved by now belongs to no step."""
+        """Note that a stream was opened; what it has moved by now belongs to no step."""
         self.streams.append(stats)
         self._told = replace(self._told, flow=self.flow())
 

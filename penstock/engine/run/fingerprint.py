@@ -33,7 +33,7 @@ Difference = tuple[str, object, object]
 def fingerprint(
     device: torch.device, numerics: Mapping[str, Any], files: Iterable[tuple[str, Path]]
 ) -> Fingerprint:
-    """The fingerprint of a job.
+    """Return the fingerprint of a job.
 
     Args:
         device: where it computes.
@@ -52,7 +52,7 @@ def fingerprint(
 
 
 def with_sums(now: Mapping[str, Any], sums: Mapping[str, FileSum]) -> Fingerprint:
-    """``now`` with checksums of whole files, by their names."""
+    """Return ``now`` with checksums of whole files, by their names."""
     files = {
         name: entry | ({SUM: sums[name].value} if name in sums else {})
         for name, entry in now["files"].items()
@@ -61,7 +61,7 @@ def with_sums(now: Mapping[str, Any], sums: Mapping[str, FileSum]) -> Fingerprin
 
 
 def compare_fingerprint(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
-    """The fields that differ, as ``(dotted name, old, new)``, sorted by name."""
+    """Return the fields that differ, as ``(dotted name, old, new)``, sorted by name."""
     then, now = dict(_flat(old)), dict(_flat(new))
     return [
         (field, then.get(field), now.get(field))
@@ -77,7 +77,7 @@ def check_fingerprint(
     *,
     allow_nonidentical: bool,
 ) -> list[Difference]:
-    """What differs, where that is allowed.
+    """Return what differs, where that is allowed.
 
     Args:
         old, new: fingerprints.
@@ -166,7 +166,8 @@ def _switches() -> dict[str, Any]:
 
 
 def _said(switch: Callable[[], object]) -> object:
-    """A switch of torch's; it refuses to tell where its older and newer settings were mixed."""
+    """Return a switch of torch's; it refuses to tell where its older and newer settings were
+    mixed."""
     try:
         return switch()
     except RuntimeError:

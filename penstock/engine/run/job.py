@@ -69,7 +69,7 @@ class Job:
             self._cancelled.set()
 
     def events(self) -> Events:
-        """Every event from the job's first, as it happens, until the job ends.
+        """Return every event from the job's first, as it happens, until the job ends.
 
         For ``for`` and ``async for``, and for any number of consumers: see `penstock.Events`.
 

@@ -51,7 +51,7 @@ class JobQueue:
             raise UsageError("the engine is closed", remedy="Open another one.")
 
     def start(self, work: Run, runner: Runner) -> Job:
-        """A job that does ``work`` by ``runner`` when its turn comes.
+        """Return a job that does ``work`` by ``runner`` when its turn comes.
 
         Raises:
             DeviceLost, UsageError: as :meth:`check_open`; the work's keeper is closed.
@@ -91,7 +91,7 @@ class JobQueue:
 
     @contextmanager
     def at_rest(self) -> Iterator[None]:
-        """No job runs until the context ends.
+        """Let no job run until the context ends.
 
         Raises:
             UsageError: one is running.
@@ -99,7 +99,7 @@ class JobQueue:
         if not self._turn.acquire(blocking=False):
             raise UsageError(
                 "a job is running",
-                expected="an engine at rest",
+                expected="an idle engine",
                 remedy="Cancel the job, or wait for it, and unload then.",
             )
         try:

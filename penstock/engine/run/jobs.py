@@ -76,18 +76,19 @@ class JobInfo:
 
 
 def jobs_directory() -> Path:
-    """Where jobs are kept that were given no folder of their own."""
+    """Return where jobs are kept that were given no folder of their own."""
     return data_folder() / "jobs"
 
 
 def new_job_folder(root: Path | None = None) -> Path:
-    """A folder for a new job: named by the time, not made yet."""
+    """Return a folder for a new job: named by the time, not made yet."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     return (root or jobs_directory()) / f"{stamp}-{secrets.token_hex(3)}"
 
 
 def list_jobs(root: Path | None = None) -> list[JobInfo]:
-    """The jobs in ``root`` (default: the data directory), newest first, damaged ones included.
+    """Return the jobs in ``root`` (default: the data directory), newest first, damaged ones
+    included.
 
     Nothing that happens to them meanwhile disturbs it, nor does it disturb them: a folder that goes
     away is left out, one that cannot be read is told so.
@@ -121,7 +122,7 @@ def _unknown(folder: Path, state: str, size_bytes: int, problem: str) -> JobInfo
 
 
 def describe(folder: Path) -> JobInfo:
-    """One job as it is listed.
+    """Return one job as it is listed.
 
     Raises:
         OSError: the folder cannot be read.
@@ -155,7 +156,7 @@ def _size(path: Path) -> int:
 
 
 def _lacks(record: JobRecord, folder: Path) -> str | None:
-    """What a job needs to go on and has not."""
+    """Return what a job needs to go on and has not."""
     wanted = () if record.state == "done" else pictures_in(record.request)
     paths = [folder / name for name in wanted]
     there = [p.exists() or new_name(p, tag_of(record.job)).exists() for p in paths]
@@ -163,7 +164,7 @@ def _lacks(record: JobRecord, folder: Path) -> str | None:
 
 
 def find_job(name: str | None, root: Path | None = None) -> Path:
-    """The folder of a job.
+    """Find the folder of a job.
 
     Args:
         name: a folder, or the name (or the start of it) of a job in ``root``; None takes the
@@ -198,7 +199,7 @@ def find_job(name: str | None, root: Path | None = None) -> Path:
 def find_unfinished(
     request: Mapping[str, Any], folder: Path | None = None, root: Path | None = None
 ) -> JobInfo | None:
-    """The newest unfinished job that was asked for the same.
+    """Find the newest unfinished job that was asked for the same.
 
     Args:
         request: plain values as the job's record holds them. A seed of None matches any.
@@ -233,7 +234,7 @@ def _is_asked_by(record: JobRecord | None, request: Mapping[str, Any]) -> bool:
 def opening_of(
     folder: Path, options: Options | None = None, loras: Sequence[Lora | str] = ()
 ) -> Opening:
-    """The model of a job and its options: device, budgets, format and numerics as they were
+    """Return the model of a job and its options: device, budgets, format and numerics as they were
     decided, the rest as it was asked for.
 
     Args:
@@ -298,14 +299,15 @@ def remove_job(folder: Path) -> None:
         lock.release()
     if contents.foreign:
         raise JournalError(
-            f"{folder} stays: it holds files that penstock did not make, or that are damaged",
+            f"{folder} was kept: it holds files that penstock did not make, or that are damaged",
             found=contents.shown,
             remedy="The rest of the job has been removed.",
         )
 
 
 def _own(ops: FileOps, folder: Path) -> Contents:
-    """What of the folder is the job's; of a beginning that was cut short, all of it may be."""
+    """Return what of the folder is the job's; of a beginning that was cut short, all of it may
+    be."""
     try:
         record = read_record(folder, ops)
     except JournalError:
@@ -322,7 +324,7 @@ def _beginning(ops: FileOps, folder: Path) -> Contents:
 
 
 def _holds_job(folder: Path) -> bool:
-    """Whether there are a job's records, or was begun to write them.
+    """Return whether there are a job's records, or was begun to write them.
 
     Raises:
         OSError: the folder cannot be read.

@@ -84,14 +84,14 @@ class Keeper:
         self._steered = True
 
     def conditions(self) -> Conditions | None:
-        """The encoded prompt and picture."""
+        """Return the encoded prompt and picture."""
         return None
 
     def save_conditions(self, conditions: Conditions) -> None:
         """Save the encoded prompt and picture."""
 
     def point(self) -> Point | None:
-        """Where the sampling stood."""
+        """Return where the sampling stood."""
         return None
 
     def save_point(self, point: Point) -> None:
@@ -101,37 +101,38 @@ class Keeper:
         """Return when all that was given is on the disk."""
 
     def latents(self) -> Tensor | None:
-        """The final latents."""
+        """Return the final latents."""
         return None
 
     def save_latents(self, latents: Tensor) -> None:
         """Save the final latents."""
 
     def tiles(self, grid: tuple[int, int]) -> Iterable[tuple[int, Tensor]]:
-        """Decoded tiles of a grid of rows and columns: index and pixels (frames, h, w, 3)."""
+        """Return decoded tiles of a grid of rows and columns: index and pixels (frames, h, w,
+        3)."""
         return ()
 
     def save_tile(self, grid: tuple[int, int], index: int, frames: Tensor) -> None:
         """Save a decoded tile."""
 
     def save_plan(self, plan: Plan) -> None:
-        """The job goes on under another plan."""
+        """Keep another plan, under which the job goes on."""
 
     def lacks_sums(self) -> bool:
-        """Whether it is not known yet, to the byte, which files the job reads."""
+        """Return whether it is not known yet, to the byte, which files the job reads."""
         return False
 
     def save_sums(self, sums: Mapping[str, str]) -> None:
         """Save checksums of files that the job reads, by their names in its fingerprint."""
 
     def writing_output(self, file: Path) -> None:
-        """The finished ``file`` is about to get its name."""
+        """Note that the finished ``file`` is about to get its name."""
 
     def finished(self, report: RunReport) -> None:
-        """The job is done."""
+        """Note that the job is done."""
 
     def ended(self, error: BaseException) -> str | None:
-        """The job ends with ``error``; returns how it is continued."""
+        """Note that the job ends with ``error``, and return how it is continued."""
         return None
 
     def close(self) -> None:
@@ -190,7 +191,7 @@ class JournalKeeper(Keeper):
             pending.result()
 
     def conditions(self) -> Conditions | None:
-        """The encoded prompt and picture; None where they are missing or damaged."""
+        """Return the encoded prompt and picture; None where they are missing or damaged."""
         tensors = self._journal.load_conditioning()
         if tensors is None:
             return None
@@ -206,7 +207,7 @@ class JournalKeeper(Keeper):
         self._write(lambda: self._journal.save_conditioning(tensors))
 
     def point(self) -> Point | None:
-        """Where the sampling stood; None where it had not begun.
+        """Return where the sampling stood; None where it had not begun.
 
         Raises:
             JournalError: both generations are damaged.
@@ -240,7 +241,7 @@ class JournalKeeper(Keeper):
         self._write(save)
 
     def latents(self) -> Tensor | None:
-        """The final latents; None where they are missing or damaged."""
+        """Return the final latents; None where they are missing or damaged."""
         return self._journal.load_latents()
 
     def save_latents(self, latents: Tensor) -> None:
@@ -248,7 +249,7 @@ class JournalKeeper(Keeper):
         self._write(lambda: self._journal.save_latents(latents))
 
     def tiles(self, grid: tuple[int, int]) -> Iterable[tuple[int, Tensor]]:
-        """Decoded tiles that are whole: index and pixels (frames, h, w, 3)."""
+        """Return decoded tiles that are whole: index and pixels (frames, h, w, 3)."""
         for index in self._journal.finished_tiles(grid):
             frames = self._journal.load_tile(grid, index)
             if frames is not None:
@@ -259,12 +260,13 @@ class JournalKeeper(Keeper):
         self._write(lambda: self._journal.save_tile(grid, index, frames))
 
     def save_plan(self, plan: Plan) -> None:
-        """The job goes on under another plan."""
+        """Keep another plan, under which the job goes on."""
         self.settle()
         self._journal.mark("running", plan=plan.to_json())
 
     def lacks_sums(self) -> bool:
-        """Whether a large file is known by samples only: none of the job is computed yet then."""
+        """Return whether a large file is known by samples only: none of the job is computed yet
+        then."""
         files = self._journal.record.fingerprint.get("files", {})
         return any(_is_sampled(entry) and SUM not in entry for entry in files.values())
 
@@ -284,7 +286,7 @@ class JournalKeeper(Keeper):
         self._journal.mark("running", output_begun=stamp(file))
 
     def finished(self, report: RunReport) -> None:
-        """The job is done; what it no longer needs is removed."""
+        """Note that the job is done, and remove what it no longer needs."""
         self.settle()
         facts: dict[str, Any] = {"report": report.to_json(), "error": None}
         if report.output is not None:
@@ -293,7 +295,7 @@ class JournalKeeper(Keeper):
         self._journal.discard_work()
 
     def ended(self, error: BaseException) -> str | None:
-        """The job ends with ``error``; returns how it is continued."""
+        """Note that the job ends with ``error``, and return how it is continued."""
         state = "stopped" if isinstance(error, JobCancelled) else "failed"
         code = error.code if isinstance(error, PenstockError) else type(error).__name__
         try:

@@ -76,7 +76,7 @@ class WorkFamily(Protocol):
     """What a family's module ``family`` offers to this room, beside `Family`."""
 
     def work(self) -> Work:
-        """How its phases run."""
+        """Return how its phases run."""
 
 
 @torch.no_grad()
@@ -125,7 +125,7 @@ def know_sources(stage: Stage) -> None:
 
 
 def _log_request(job: Run) -> None:
-    """What is made, at "info"; what it shall show, at "debug" alone."""
+    """Log what is made, at "info"; what it shall show, at "debug" alone."""
     shown = ("prompt", "negative_prompt", "image", "last_image", "after")
     values = asdict(job.request)
     log.info("makes %s", {name: value for name, value in values.items() if name not in shown})
@@ -133,12 +133,13 @@ def _log_request(job: Run) -> None:
 
 
 def work_of(stage: Stage) -> Work:
-    """How the phases of the job's family run."""
+    """Return how the phases of the job's family run."""
     return cast("WorkFamily", stage.model.source.family).work()
 
 
 def run_phases(stage: Stage, work: Work) -> Products:
-    """What the phases leave: those of the plan, in its order, from the last save point on."""
+    """Return what the phases leave: those of the plan, in its order, from the last save point
+    on."""
     names = [phase.name for phase in stage.plan.phases if phase.name in work.phases]
     found: Products = {}
     at = 0
@@ -187,7 +188,7 @@ def _counted_frames(video: Tensor, phase: PhaseMonitor) -> Iterator[Any]:
 
 
 def _metadata(job: Run) -> dict[str, Any]:
-    """What the file tells of itself: all settings but the place of the picture."""
+    """Return what the file tells of itself: all settings but the place of the picture."""
     request = job.request
     shift = job.model.flow_shift(request.width, request.height, request.shift)
     settings = asdict(request) | {"shift": shift, "penstock": __version__}

@@ -32,7 +32,7 @@ class Prefetcher:
         self._stream, self._layouts = stream, layouts
 
     def take(self, layouts: Sequence[BlockLayout], stack: ExitStack) -> BlockStream | None:
-        """The stream over just these ``layouts``, if there is one; ``stack`` ends it."""
+        """Return the stream over just these ``layouts``, if there is one; ``stack`` ends it."""
         same = len(self._layouts) == len(layouts)
         if self._stream is None or not same or self._layouts[0] is not layouts[0]:
             return None

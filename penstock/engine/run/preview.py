@@ -35,7 +35,7 @@ class Preview:
     rgb: bytes
 
     def to_image(self) -> Image.Image:
-        """The picture, mode RGB.
+        """Return the picture, mode RGB.
 
         Raises:
             Nothing.
@@ -58,7 +58,7 @@ class RgbMap:
     note: str
 
     def __call__(self, latents: Tensor) -> Tensor:
-        """(z, h, w), fp32, on any device, to (h, w, 3) there."""
+        """Return (z, h, w), fp32, on any device, to (h, w, 3) there."""
         z, height, width = latents.shape
         factors, bias = self.factors.to(latents.device), self.bias.to(latents.device)
         return torch.addmm(bias, latents.reshape(z, -1).T, factors).view(height, width, 3)
@@ -67,7 +67,8 @@ class RgbMap:
 def fit_map(
     decode: Callable[[Tensor], Tensor], z_dim: int, size: tuple[int, int], check: Callable[[], None]
 ) -> RgbMap:
-    """The map that is nearest to a VAE, by least squares over pictures that it decodes itself.
+    """Return the map that is nearest to a VAE, by least squares over pictures that it decodes
+    itself.
 
     Args:
         decode: normalised latents (1, z, 1, h, w), fp32 on the CPU, to uint8 (1, H, W, 3).
@@ -87,7 +88,8 @@ def fit_map(
 
 
 def _smooth_latents(z_dim: int, height: int, width: int) -> list[Tensor]:
-    """Normal noise whose neighbours are alike, as those of pictures are: (1, z, 1, h, w) each."""
+    """Return normal noise whose neighbours are alike, as those of pictures are: (1, z, 1, h, w)
+    each."""
     generator = torch.Generator("cpu").manual_seed(0)
     coarse = torch.randn(FIT_FRAMES, z_dim, 4, 4, generator=generator)
     smooth = F.interpolate(coarse, (height, width), mode="bilinear", align_corners=True)
@@ -122,7 +124,7 @@ class Previewer:
         self._map = rgb_map
 
     def make(self, latents: Tensor, prediction: Tensor, sigma: float) -> Preview:
-        """The preview of a step.
+        """Make the preview of a step.
 
         The estimate is that of flow matching, whose latents are ``(1 - sigma) * result + sigma *
         noise`` and whose prediction is ``noise - result`` (Lipman and others, "Flow Matching for

@@ -40,7 +40,7 @@ class Shortage:
 
 
 def shortage(error: BaseException, device: torch.device) -> Shortage | None:
-    """What ran out, if ``error`` says that memory did.
+    """Return what ran out, if ``error`` says that memory did.
 
     Args:
         error: as it was caught.
@@ -73,7 +73,8 @@ def _is_host_shortage(error: BaseException) -> bool:
 
 
 def out_of_memory(error: BaseException, device: torch.device) -> OutOfMemory | None:
-    """The named error of a shortage that ended a job, if ``error`` is one and has no name yet."""
+    """Return the named error of a shortage that ended a job, if ``error`` is one and has no name
+    yet."""
     short = None if isinstance(error, PenstockError) else shortage(error, device)
     if short is None:
         return None
@@ -92,7 +93,7 @@ def _is_device_error(error: BaseException) -> bool:
 
 
 def device_lost(error: BaseException) -> DeviceLost | None:
-    """The named error of a device that this process cannot use again, if ``error`` is one.
+    """Return the named error of a device that this process cannot use again, if ``error`` is one.
 
     After a CUDA error other than out-of-memory every later call of the process fails too ("sticky
     errors", CUDA C++ Programming Guide, "Error Checking").

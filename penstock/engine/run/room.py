@@ -40,7 +40,7 @@ class Room:
 
     @contextmanager
     def reserved(self, phase: PhasePlan) -> Iterator[None]:
-        """What ``phase`` takes besides weights.
+        """Provide what ``phase`` takes besides weights.
 
         Raises:
             LedgerOverflow: it does not fit the budgets.
@@ -53,12 +53,12 @@ class Room:
             yield
 
     def scratch(self, phase: PhasePlan) -> AbstractContextManager[None]:
-        """The buffer that quantised weights are decoded into, while ``phase`` works."""
+        """Return the buffer that quantised weights are decoded into, while ``phase`` works."""
         return self.model.scratch.held(dict(phase.work).get(SCRATCH, 0))
 
     @contextmanager
     def rest(self, component: Component) -> Iterator[Any]:
-        """The network of ``component`` with all that is not in a block loaded.
+        """Provide the network of ``component`` with all that is not in a block loaded.
 
         Raises:
             CheckpointChanged: its files changed since the model was opened.
@@ -91,7 +91,7 @@ class Room:
         sure: int | None = None,
         should_stop: Callable[[], None] = lambda: None,
     ) -> BlockStream:
-        """A stream over ``layouts`` as planned, to be entered.
+        """Return a stream over ``layouts`` as planned, to be entered.
 
         Args:
             passes, overlapped, sure, should_stop: as `BlockStream` has them.
@@ -110,6 +110,6 @@ class Room:
 
 
 def residency(plan: StreamPlan) -> Residency:
-    """The plan's places, as the stream takes them."""
+    """Return the plan's places, as the stream takes them."""
     on_device, in_ram = plan.device_blocks, plan.host_blocks
     return Residency(plan.n_blocks, on_device, in_ram, plan.device_slots, plan.staging_buffers)

@@ -108,7 +108,7 @@ class Sampler:
         """
         if i != self.next_step or i >= len(self.timesteps):
             raise UsageError(
-                "a sampler's steps are taken once and in order",
+                "sampler steps must be taken once and in order",
                 expected=f"step {self.next_step} of {len(self.timesteps)}",
                 found=f"step {i}",
             )
@@ -139,11 +139,11 @@ class Sampler:
         return renoised.to(latents.dtype)
 
     def sigma(self, i: int) -> float:
-        """The share of noise in the latents before step ``i``, 0 to 1."""
+        """Return the share of noise in the latents before step ``i``, 0 to 1."""
         return float(self._scheduler.sigmas[i])
 
     def state(self) -> SamplerState:
-        """The solver's history. The tensors are its own: save them before the next step."""
+        """Return the solver's history. The tensors are its own: save them before the next step."""
         values: dict[str, Any] = self._settings | {"next_step": self.next_step}
         tensors: dict[str, Tensor] = {}
         for name in self._history:
@@ -194,7 +194,8 @@ class Sampler:
 
 @contextmanager
 def _refusals() -> Iterator[None]:
-    """What diffusers' solvers refuse of a config, each entry of which may be sound by itself."""
+    """Name what diffusers' solvers refuse of a config, each entry of which may be sound by
+    itself."""
     try:
         yield
     except (ValueError, TypeError, NotImplementedError, _SINGULAR) as error:
@@ -240,8 +241,8 @@ def long_noise(first: Tensor, frames: int, windows: Windows, seed: int) -> Tenso
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
-    """What draws the noise that is added after ``step``: a function of both, so that a job that is
-    resumed draws the same, and independent of the first noise and of other steps'."""
+    """Return what draws the noise that is added after ``step``: a function of both, so that a job
+    that is resumed draws the same, and independent of the first noise and of other steps'."""
     digest = hashlib.sha256(f"{seed}:{step}".encode()).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:4], "big"))
 
@@ -283,7 +284,7 @@ def _set_levels(scheduler: Any, levels: tuple[float, ...], sampler: str) -> None
 def _make_scheduler(
     config: dict[str, Any], sampler: str, shift: float, steps: int, device: torch.device | str
 ) -> Any:
-    """The solver with room for ``steps`` steps; their levels are still to be set."""
+    """Make the solver with room for ``steps`` steps; their levels are still to be set."""
     trained = config.get("num_train_timesteps", TRAINED)
     if trained != TRAINED:
         raise CheckpointError(

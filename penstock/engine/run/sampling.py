@@ -74,7 +74,7 @@ class Sampling:
         return self._point.step
 
     def resume(self, steps: range, caching: Caching) -> tuple[Sampler, StepCache]:
-        """A fresh sampler, and the cache of forward passes, that stand at the point.
+        """Return a fresh sampler, and the cache of forward passes, that stand at the point.
 
         Args:
             steps: that one transformer computes.
@@ -88,7 +88,7 @@ class Sampling:
     def step(
         self, sampler: Sampler, cache: StepCache, prediction: Tensor, latents: Tensor
     ) -> Tensor:
-        """One step of ``sampler``; returns the new latents, as ``on_step`` has left them.
+        """Take one step of ``sampler``, and return the new latents, as ``on_step`` has left them.
 
         The step before is on the disk first, so that at most one finished step can be lost.
         """

@@ -68,10 +68,14 @@ class UniPC(_Stepped):
         """Latents after the next step, as diffusers' schedulers return them."""
         at = self._step_index
         clean = latents - self.sigmas[at] * noise_pred
+        # Correct first, with the prediction that has just come, by the order of the step that is
+        # corrected; then predict. The other way round would correct with what it predicts.
         if at > 0 and self.last_sample is not None:
             latents = self._moved(self.last_sample, at - 1, self.this_order, clean)
         self.model_outputs = [*self.model_outputs[1:], clean]
         self.timestep_list = [*self.timestep_list[1:], timestep]
+        # Lower order at both ends: too few predictions at the beginning, no room for error at the
+        # end, where the last level is zero and half log-SNR infinite.
         left = len(self.timesteps) - at
         self.this_order = min(self._order, left, self.lower_order_nums + 1)
         self.last_sample = latents
@@ -81,7 +85,7 @@ class UniPC(_Stepped):
         return (moved,)
 
     def _moved(self, x: Tensor, at: int, order: int, there: Tensor | None) -> Tensor:
-        """``x`` from level ``at`` to the next.
+        """Return ``x`` from level ``at`` to the next.
 
         Args:
             x: the latents at that level.
@@ -176,7 +180,8 @@ class Euler(_Stepped):
 def plain_solver(
     config: Mapping[str, Any], sampler: str, steps: int, device: torch.device | str
 ) -> UniPC | Euler | None:
-    """The solver for ``config``, its levels still to be set; None: the config asks for more."""
+    """Return the solver for ``config``, its levels still to be set; None: the config asks for
+    more."""
     plain = all(config.get(name, value) == value for name, value in _PLAIN.items())
     if not plain or any(config.get(name) for name in _SPACING) or sampler not in _TWO:
         return None

@@ -41,7 +41,7 @@ Shrink = Callable[[Plan, str, str], "Plan | None"]
 
 
 def nothing_smaller(plan: Plan, phase: str, resource: str) -> Plan | None:
-    """The `Shrink` of a job that runs as planned or not at all."""
+    """Return the `Shrink` of a job that runs as planned or not at all."""
     return None
 
 
@@ -110,8 +110,8 @@ class Stage(Room):
     def phase(
         self, name: str, total: int, unit: str, *, done: int = 0, plan: PhasePlan | None = None
     ) -> Iterator[tuple[PhasePlan, PhaseMonitor]]:
-        """One phase of the plan (or of ``plan``), its room reserved; ``done`` units were finished
-        before."""
+        """Provide one phase of the plan (or of ``plan``), its room reserved; ``done`` units were
+        finished before."""
         plan = plan or self.plan[name]
         self._active = name
         if self.device.type == "cuda":  # holes that the last phase has left are no use to this one
@@ -132,8 +132,8 @@ class Stage(Room):
         self._prefetch_stream(what.stream, what.blocks_of, forwards, branches)
 
     def forwards_of(self, name: str) -> tuple[int, int]:
-        """Forwards of a whole phase of denoising, before it has begun: that are sure to come, and
-        the most."""
+        """Return forwards of a whole phase of denoising, before it has begun: that are sure to
+        come, and the most."""
         fewest, most = self.plan[name].forwards
         most = most or self.job.request.steps  # a plan of a job from before they were counted
         return (most if fewest in (0, most) else min(SURE, most)), most
@@ -242,7 +242,7 @@ class Stage(Room):
         passes: int,
         sure: int | None = None,
     ) -> Iterator[BlockStream]:
-        """A stream over ``layouts`` as planned, its statistics joined to the phase's."""
+        """Provide a stream over ``layouts`` as planned, its statistics joined to the phase's."""
         assert plan is not None
         with ExitStack() as stack:
             prefetched = self._prefetched.take(layouts, stack)
@@ -269,7 +269,8 @@ class Stage(Room):
 def visits(
     stream: BlockStream, component: Component, phase: PhaseMonitor
 ) -> Iterator[tuple[int, Any]]:
-    """One pass over all blocks: each index with the block module, its weights bound meanwhile."""
+    """Yield one pass over all blocks: each index with the block module, its weights bound
+    meanwhile."""
     for index, tensors in stream.forward_pass():
         phase.check()
         with component.bound(tensors, index) as block:

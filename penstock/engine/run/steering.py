@@ -48,7 +48,8 @@ class Hooks:
 
 
 def steer(on_step: OnStep, step: int, steps: int, latents: Tensor) -> Tensor | None:
-    """What ``on_step`` wants in the place of ``latents``, on their device; None: it leaves them.
+    """Return what ``on_step`` wants in the place of ``latents``, on their device; None: it leaves
+    them.
 
     Args:
         on_step: is given a copy, and what it returns is copied: neither side can change the other's

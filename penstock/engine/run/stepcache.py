@@ -36,10 +36,10 @@ class Rule(Protocol):
     """Which steps are computed, by what is known when their turn comes."""
 
     def wants(self, step: int) -> bool:
-        """Whether ``step`` is to be computed; asked once a step, in order."""
+        """Decide whether ``step`` is to be computed; asked once a step, in order."""
 
     def damping(self, since: int) -> float:
-        """What is taken of the slope, ``since`` steps after the last computed one."""
+        """Return what is taken of the slope, ``since`` steps after the last computed one."""
 
     def learns(self, step: int, error: float | None, size: float) -> None:
         """``step`` was computed.
@@ -50,10 +50,10 @@ class Rule(Protocol):
         """
 
     def reset(self) -> None:
-        """What is computed next is the first of another model."""
+        """Forget what was computed: what comes next is the first of another model."""
 
     def left(self, step: int) -> tuple[int, int]:
-        """Forwards from ``step`` on: that are sure to come, and the most."""
+        """Return forwards from ``step`` on: that are sure to come, and the most."""
 
     @property
     def values(self) -> dict[str, Any]:
@@ -86,11 +86,11 @@ class StepCache:
         self.samples: list[Tensor] = []
 
     def wants(self, step: int) -> bool:
-        """Whether ``step`` is to be computed; asked once a step, in order."""
+        """Decide whether ``step`` is to be computed; asked once a step, in order."""
         return self._rule is None or not self._kept or self._rule.wants(step)
 
     def left(self, step: int) -> tuple[int, int]:
-        """Forwards from ``step`` on: that are sure to come, and the most."""
+        """Return forwards from ``step`` on: that are sure to come, and the most."""
         most = self._steps.stop - step
         return (most, most) if self._rule is None else self._rule.left(step)
 
@@ -110,12 +110,14 @@ class StepCache:
         velocity = velocity.to(torch.float32, copy=True)
         error = None
         if self._kept:
+            # What a skip would have cost here, while the truth is at hand; the bend that later
+            # skips are judged by comes from it. Computed before the new point joins the line.
             error = float(self._line(step, 1.0).sub_(velocity).norm())
         self._rule.learns(step, error, float(latents.norm()))
         self._kept, self._at = [*self._kept[-1:], velocity], [*self._at[-1:], step]
 
     def predicted(self, step: int) -> Tensor:
-        """The velocity of a step that is skipped, fp32."""
+        """Return the velocity of a step that is skipped, fp32."""
         assert self._rule is not None
         return self._line(step, self._rule.damping(step - self._at[-1]))
 
@@ -134,7 +136,7 @@ class StepCache:
             self._rule.reset()
 
     def state(self) -> SamplerState:
-        """All that is known, beside a solver's history. The tensors are its own."""
+        """Return all that is known, beside a solver's history. The tensors are its own."""
         if self._rule is None and self.computed_steps == list(range(len(self.computed_steps))):
             return SamplerState({}, {})
         values = {
@@ -159,7 +161,7 @@ class StepCache:
 
 
 def is_of(state: SamplerState, steps: range) -> bool:
-    """Whether ``state`` holds what a cache of these ``steps`` knows."""
+    """Return whether ``state`` holds what a cache of these ``steps`` knows."""
     values = state.values.get(_NAME)
     return values is not None and values["of"] == [steps.start, steps.stop]
 
@@ -266,7 +268,7 @@ class Budget:
         return min(most, 1 if len(self._at) == WARM else SURE), most
 
     def _far(self, step: int) -> float:
-        """The product of the distances in noise from the points of the line to ``step``."""
+        """Return the product of the distances in noise from the points of the line to ``step``."""
         levels = self._levels
         *before, last = (levels[at] - levels[step] for at in self._at)
         return last * (before[0] if before else FIRST_SPAN)
@@ -283,7 +285,7 @@ class Budget:
 
 
 def shares_of(sampler: Sampler) -> tuple[float, ...]:
-    """How much each step's velocity counts in the result, in which solvers are linear.
+    """Return how much each step's velocity counts in the result, in which solvers are linear.
 
     One that adds noise counts as Euler's method.
 

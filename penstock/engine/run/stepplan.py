@@ -114,24 +114,25 @@ class Recorded:
 
 def _bad(path: Path, found: str) -> CheckpointError:
     return CheckpointError(
-        f"{path} is no record of a run's steps", expected="noise levels and products", found=found,
+        f"{path} is not a record of a run's steps",
+        expected="noise levels and products", found=found,
         remedy="Remove it: the next whole job without a cache writes another",
     )  # fmt: skip
 
 
 def sample(velocity: Tensor) -> Tensor:
-    """Some of its values, always from the same places, fp32 on the CPU."""
+    """Return some of its values, always from the same places, fp32 on the CPU."""
     flat = velocity.detach().flatten()
     return flat[:: max(1, len(flat) // SAMPLE)].to("cpu", torch.float32, copy=True)
 
 
 def line(a: int, b: int, step: int, damping: float) -> float:
-    """What is added of ``v_a - v_b`` to ``v_a`` at ``step``; b < a < step are computed."""
+    """Return what is added of ``v_a - v_b`` to ``v_a`` at ``step``; b < a < step are computed."""
     return damping * (step - a) / (a - b)
 
 
 def best_schedule(recorded: Recorded, shares: Sequence[float], forwards: int) -> Schedule:
-    """The schedule of so many forwards whose skipped steps cost least.
+    """Return the schedule of so many forwards whose skipped steps cost least.
 
     Args:
         recorded: a run at the levels of the job.
@@ -146,9 +147,12 @@ def best_schedule(recorded: Recorded, shares: Sequence[float], forwards: int) ->
 
     @cache
     def gap(b: int, a: int, n: int) -> tuple[float, float]:
-        """The squared error that skipping all between ``a`` and ``n`` leaves, and the damping."""
+        """Return the squared error that skipping all between ``a`` and ``n`` leaves, and the
+        damping."""
         held, sloped = [0.0] * steps, [0.0] * steps
         for step in range(a + 1, n):
+            # The error of holding v_a, as weights of all velocities: sum of counts * (v_step -
+            # v_a). Its square needs inner products alone, which is why a record keeps nothing else.
             held[step] += counts[step]
             held[a] -= counts[step]
             if b >= 0:
@@ -164,9 +168,12 @@ def best_schedule(recorded: Recorded, shares: Sequence[float], forwards: int) ->
             )
             for x, y in ((held, held), (held, sloped), (sloped, sloped))
         )
+        # Least squares in one unknown: the share of the line's slope that leaves the least error.
         damping = min(max(both / slope, 0.0), 1.0) if slope > 0 else 0.0
         return error - 2 * damping * both + damping * damping * slope, damping
 
+    # Shortest paths over pairs of computed steps: the next gap's cost depends on the last two (the
+    # line goes through both), and on nothing before them.
     paths: dict[Node, tuple[float, tuple[int, ...], tuple[float, ...]]] = {(-1, 0): (0.0, (0,), ())}
     for left in range(forwards - 2, -1, -1):  # computed steps that follow the next one
         longer: dict[Node, tuple[float, tuple[int, ...], tuple[float, ...]]] = {}

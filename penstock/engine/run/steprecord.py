@@ -33,7 +33,7 @@ def cache_for(
     fresh: Callable[[], Sampler],
     state: SamplerState,
 ) -> StepCache:
-    """The cache of a transformer's forward passes in a job that stands at ``state``.
+    """Return the cache of a transformer's forward passes in a job that stands at ``state``.
 
     Args:
         steps: that the transformer computes.
@@ -51,7 +51,7 @@ def cache_for(
 
 
 def _is_due(stage: Stage, steps: range, state: SamplerState) -> bool:
-    """Whether these steps are a whole job that shall leave a record."""
+    """Return whether these steps are a whole job that shall leave a record."""
     whole = len(steps) == stage.job.request.steps and state.values["next_step"] == 0
     fitting = FEWEST_STEPS <= len(steps) <= MOST_RECORDED and stage.job.sources
     return bool(whole and fitting) and not record_path(stage).exists()
@@ -83,7 +83,7 @@ def _levels(sampler: Sampler) -> tuple[float, ...]:
 
 
 def _record(stage: Stage) -> tuple[Recorded, str]:
-    """The model's own record or the built-in one, and which it is."""
+    """Return the model's own record or the built-in one, and which it is."""
     path = record_path(stage)
     if path.exists():
         try:
@@ -108,7 +108,7 @@ def keep_record(stage: Stage, cache: StepCache, levels: tuple[float, ...]) -> No
 
 
 def record_path(stage: Stage) -> Path:
-    """Where the record of a model and its settings lies, whether it is there or not."""
+    """Return where the record of a model and its settings lies, whether it is there or not."""
     request, parts = stage.job.request, (stage.job.model.streamed.name, "lora")
     settings = {
         "files": {

@@ -68,8 +68,8 @@ class Order:
 
 
 def request_values(request: GenerationRequest, opening: Opening, plan: Plan) -> dict[str, Any]:
-    """The request as plain values, with where the model is, and how its transformer is stored,
-    computes and attends under ``plan``; the picture is told by its content.
+    """Return the request as plain values, with where the model is, and how its transformer is
+    stored, computes and attends under ``plan``; the picture is told by its content.
 
     Raises:
         StorageError: the picture cannot be read.
@@ -122,7 +122,8 @@ def _bytes_of(path: Path | None) -> bytes | None:
 
 
 def conditions_now(model: ModelFiles, device: torch.device, how: Mapping[str, str]) -> Fingerprint:
-    """The fingerprint of a job of this model on this device; chunks and tiles are compared apart.
+    """Return the fingerprint of a job of this model on this device; chunks and tiles are compared
+    apart.
 
     Args:
         model: as its files hold it: a pack of them is a function of its format.
@@ -139,8 +140,8 @@ def conditions_now(model: ModelFiles, device: torch.device, how: Mapping[str, st
 
 
 def read_again(journal: Journal, model: ModelFiles, now: Fingerprint) -> tuple[Fingerprint, str]:
-    """The fingerprint of today with checksums of the large files, where the job's has them: those
-    that are still believed, or of every byte, read now. And how it was done, in a sentence.
+    """Return the fingerprint of today with checksums of the large files, where the job's has them:
+    those that are still believed, or of every byte, read now. And how it was done, in a sentence.
 
     Raises:
         StorageError: a file cannot be read.
@@ -169,7 +170,7 @@ def check_unfinished(journal: Journal) -> None:
 
 
 def restored_request(journal: Journal) -> GenerationRequest:
-    """The request of a job.
+    """Return the request of a job.
 
     Raises:
         JournalError: the record holds none.
@@ -189,8 +190,8 @@ def restored_request(journal: Journal) -> GenerationRequest:
 
 
 def with_own_shift(journal: Journal, request: GenerationRequest) -> GenerationRequest:
-    """``request`` with the flow shift that its job began with, where it names none: the official
-    one of today may be another.
+    """Return ``request`` with the flow shift that its job began with, where it names none: the
+    official one of today may be another.
 
     Raises:
         JournalError: both generations of the sampler's state are damaged.
@@ -202,7 +203,7 @@ def with_own_shift(journal: Journal, request: GenerationRequest) -> GenerationRe
 
 
 def restored_plan(journal: Journal) -> Plan:
-    """The plan of a job.
+    """Return the plan of a job.
 
     Raises:
         JournalError: the record holds none.
@@ -214,7 +215,7 @@ def restored_plan(journal: Journal) -> Plan:
 
 
 def restored_order(journal: Journal) -> Order:
-    """Where a job's video goes; a file there that it had finished itself may be replaced."""
+    """Return where a job's video goes; a file there that it had finished itself may be replaced."""
     facts = journal.record.facts
     output = Path(facts["output"]) if isinstance(facts.get("output"), str) else None
     return Order(
@@ -225,7 +226,7 @@ def restored_order(journal: Journal) -> Order:
 
 
 def _is_own(output: Path | None, begun: object) -> bool:
-    """Whether the file at ``output`` is the one that the job was about to name so."""
+    """Return whether the file at ``output`` is the one that the job was about to name so."""
     try:
         return output is not None and output.is_file() and stamp(output) == begun
     except (OSError, StorageError):
@@ -297,5 +298,5 @@ def reserve_bytes(model: ModelFiles, request: GenerationRequest) -> int:
 
 
 def _rounding(plan: Plan) -> dict[str, Any]:
-    """What of a plan alters rounding (`penstock.profiles.plan.rounding`)."""
+    """Return what of a plan alters rounding (`penstock.profiles.plan.rounding`)."""
     return {phase.name: rounding(phase) for phase in plan.phases if phase.name != PACKING}

@@ -122,7 +122,7 @@ class FileOps:
         folder.mkdir(parents=True, exist_ok=True)
 
     def names(self, folder: Path) -> list[str]:
-        """The names in a folder, sorted."""
+        """Return the names in a folder, sorted."""
         return sorted(path.name for path in folder.iterdir())
 
     def size(self, path: Path) -> int:
@@ -133,11 +133,11 @@ class FileOps:
             return 0
 
     def free_bytes(self, folder: Path) -> int:
-        """What the folder's file system has left for this user."""
+        """Return what the folder's file system has left for this user."""
         return shutil.disk_usage(folder).free
 
     def read(self, path: Path, limit_bytes: int | None = None) -> bytes:
-        """The content of a regular file, or its first ``limit_bytes``.
+        """Read the content of a regular file, or its first ``limit_bytes``.
 
         Raises:
             OSError: as :meth:`open`.
@@ -146,7 +146,7 @@ class FileOps:
             return file.read() if limit_bytes is None else file.read(limit_bytes)
 
     def open(self, path: Path) -> BinaryIO:
-        """A regular file, open for reading.
+        """Open a regular file for reading.
 
         Raises:
             FileNotFoundError: there is none.
@@ -179,6 +179,8 @@ def write_atomically(
     """
     new = write_new(ops, path, chunks, tag)
     with storing(ops, path):
+        # The content was synced before: a rename may reach the disk before the data it names. The
+        # directory is synced after: until then the rename itself may be lost.
         ops.rename(new, path)
         ops.fsync_dir(path.parent)
 
@@ -186,8 +188,8 @@ def write_atomically(
 def write_new(
     ops: FileOps, path: Path, chunks: Iterable[bytes | memoryview], tag: str = ""
 ) -> Path:
-    """The first half of `write_atomically`: the content is on the disk, under another name, which
-    is returned.
+    """Do the first half of `write_atomically`: the content is on the disk, under another name,
+    which is returned.
 
     Raises:
         StorageError: as `write_atomically`.
@@ -202,7 +204,7 @@ def write_new(
 
 
 def new_name(path: Path, tag: str) -> Path:
-    """What `write_atomically` calls ``path`` until it is whole."""
+    """Return what `write_atomically` calls ``path`` until it is whole."""
     return path.with_name(f"{path.name}{tag and '.'}{tag}{NEW_SUFFIX}")
 
 
@@ -210,6 +212,7 @@ def _write_file(ops: FileOps, path: Path, parts: list[memoryview], nbytes: int) 
     descriptor = ops.create(path)
     try:
         try:
+            # Space first: a disk that is full says so before anything is written.
             ops.allocate(descriptor, nbytes)
             for part in parts:
                 _write_all(ops, descriptor, part)
@@ -288,7 +291,7 @@ def _free(ops: FileOps, folder: Path) -> str:
 
 
 def read_whole(ops: FileOps, path: Path) -> bytes | None:
-    """The content of ``path``; None where there is no such file.
+    """Read the content of ``path``; None where there is no such file.
 
     Raises:
         JournalError: it is there and cannot be read.
@@ -337,6 +340,8 @@ class Reserve:
                 self._ops.fsync(descriptor)
             finally:
                 self._ops.close(descriptor)
+            # Named when it is whole: under its name it always begins with the mark that tells whose
+            # it is.
             self._ops.rename(self._new, self._path)
         except OSError:
             _abandon(self._ops, self._new)

@@ -48,7 +48,7 @@ class Generations(Generic[Content]):
         self.problems: list[str] = []
 
     def load(self) -> Content | None:
-        """The newest generation that is whole; None where neither file exists.
+        """Load the newest generation that is whole; None where neither file exists.
 
         What was damaged is added to ``problems``.
 
@@ -94,7 +94,11 @@ class Generations(Generic[Content]):
         Raises:
             StorageError: it could not be written; the newest generation is intact.
         """
+        # Always over the older one: while it is being replaced the newest stays whole, so that a
+        # crash at any byte loses one generation at most.
         target = 0 if self._newest is None else 1 - self._newest
         write_atomically(self._ops, self._paths[target], make(self._sequence + 1), self._tag)
+        # Only after the write returned: a failed save is tried again over the same file, not over
+        # the good one.
         self._newest = target
         self._sequence += 1

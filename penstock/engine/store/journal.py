@@ -105,7 +105,7 @@ class JobRecord:
 
 
 def read_record(folder: Path, ops: FileOps | None = None) -> JobRecord:
-    """The job in ``folder``, without taking its lock.
+    """Read the job in ``folder``, without taking its lock.
 
     Raises:
         JournalError: the folder holds no job, or one whose both records are damaged.
@@ -203,8 +203,12 @@ class Journal(Closing):
     def _begin(self, record: JobRecord, pictures: Mapping[str, bytes]) -> None:
         self._remove(check_vacant(self._ops, self.folder))
         try:
+            # Under a name of their own until the record is there: a crash in between leaves files
+            # that are known to be leftovers, and no job that lacks its picture.
             for name, data in pictures.items():
                 write_new(self._ops, self.folder / name, [data], self._tag)
+            # From here on the job exists. What a crash leaves undone, `open` does: it renames the
+            # pictures; the reserve only makes a full disk known now instead of hours later.
             self._save_record(record)
             self._name_pictures()
             if record.reserve_bytes:
@@ -298,7 +302,7 @@ class Journal(Closing):
         self._save_single(CONDITIONING_FILE, tensors)
 
     def load_conditioning(self) -> Tensors | None:
-        """The encoded prompt and picture; None where they are missing or damaged."""
+        """Load the encoded prompt and picture; None where they are missing or damaged."""
         return self._load_single(CONDITIONING_FILE)
 
     def save_step(
@@ -319,7 +323,7 @@ class Journal(Closing):
         self._states.save(make)
 
     def load_latest(self) -> SavedSampler | None:
-        """The newest state that is whole; None where the sampling has not begun.
+        """Load the newest state that is whole; None where the sampling has not begun.
 
         Raises:
             JournalError: both generations are damaged.
@@ -335,7 +339,7 @@ class Journal(Closing):
         self._save_single(LATENTS_FILE, {"latents": latents})
 
     def load_latents(self) -> torch.Tensor | None:
-        """The final latents; None where they are missing or damaged."""
+        """Load the final latents; None where they are missing or damaged."""
         return (self._load_single(LATENTS_FILE) or {}).get("latents")
 
     def save_tile(self, grid: tuple[int, int], index: int, frames: torch.Tensor) -> None:
@@ -347,7 +351,7 @@ class Journal(Closing):
         self._save_single(tile_name(grid, index), {"frames": frames})
 
     def load_tile(self, grid: tuple[int, int], index: int) -> torch.Tensor | None:
-        """The decoded pixels of a tile; None where they are missing or damaged."""
+        """Load the decoded pixels of a tile; None where they are missing or damaged."""
         return (self._load_single(tile_name(grid, index)) or {}).get("frames")
 
     def finished_tiles(self, grid: tuple[int, int]) -> tuple[int, ...]:
@@ -412,7 +416,7 @@ class Journal(Closing):
         for key, value in self._metadata(**items).items():
             if metadata.get(key) != value:
                 raise JournalError(
-                    "the file belongs to something else",
+                    "the file belongs to another job",
                     expected=f"{key} {value}",
                     found=str(metadata.get(key)),
                 )

@@ -62,7 +62,7 @@ class JobLock:
 
 
 def is_lock(path: Path) -> bool:
-    """Whether ``path`` is the file of a lock: empty, or with a process id in it."""
+    """Return whether ``path`` is the file of a lock: empty, or with a process id in it."""
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         descriptor = os.open(path, flags)
@@ -83,7 +83,7 @@ def _is_lock(descriptor: int) -> bool:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether somebody holds the lock; leaves no trace, and is in nobody's way.
+    """Return whether somebody holds the lock; leaves no trace, and is in nobody's way.
 
     Raises:
         OSError: the file cannot be read.
@@ -105,7 +105,8 @@ def is_locked(path: Path) -> bool:
 
 
 def _taken(path: Path) -> int:
-    """An open descriptor of ``path`` that holds its lock; the file is still the one of that name.
+    """Return an open descriptor of ``path`` that holds its lock; the file is still the one of that
+    name.
 
     Raises:
         JobLocked, StorageError: as `JobLock`.
@@ -121,6 +122,7 @@ def _taken(path: Path) -> int:
                 time.sleep(_PAUSE_S)  # somebody only looks, or is just gone
                 continue
             raise _refusal(path, error, owner.decode("ascii", "replace").strip()) from error
+        # Locking a file that was unlinked meanwhile locks nothing that others would meet.
         if _is_at(descriptor, path):
             return descriptor
         os.close(descriptor)  # its owner has removed it: the next one there is another file
@@ -137,9 +139,9 @@ def _opened(path: Path) -> int:
         return descriptor
     os.close(descriptor)
     raise StorageError(
-        f"{path} is no lock of penstock's",
+        f"{path} is not a lock of penstock",
         expected="an empty file, or a process id in it",
-        found="somebody's file of that name",
+        found="another file of that name",
         remedy="Move it away.",
     )
 
@@ -155,7 +157,7 @@ def _refusal(path: Path, error: OSError, owner: str) -> JobLocked | StorageError
     if error.errno in _HELD:
         return JobLocked(
             f"another process is working on {path.parent}",
-            expected="a job that nobody works on",
+            expected="a job that no process is working on",
             found=f"process {owner or 'unknown'}",
             remedy="Wait for it, or stop it; what it has done so far is kept.",
         )

@@ -46,30 +46,31 @@ _NEW = re.compile(rf"(.+)\.([0-9a-f]{{12}}){re.escape(NEW_SUFFIX)}")
 
 
 def tag_of(job: str) -> str:
-    """The part of a job's id that files being written carry in their names."""
+    """Return the part of a job's id that files being written carry in their names."""
     return job[:12]
 
 
 def is_job_file(name: str) -> bool:
-    """Whether a job's directory may hold a file of this name."""
+    """Return whether a job's directory may hold a file of this name."""
     unfinished = _NEW.fullmatch(name)
     name = name if unfinished is None else unfinished[1]
     return name in _FIXED or _TILE.fullmatch(name) is not None
 
 
 def is_unfinished(name: str, job: str | None = None) -> bool:
-    """Whether a file of this name was being written (for ``job``), and is of no use since."""
+    """Return whether a file of this name was being written (for ``job``), and is of no use
+    since."""
     match = _NEW.fullmatch(name)
     return match is not None and is_job_file(name) and (job is None or match[2] == tag_of(job))
 
 
 def is_sealed(name: str) -> bool:
-    """Whether a file of this name is a sealed document of tensors."""
+    """Return whether a file of this name is a sealed document of tensors."""
     return name in (*STATE_FILES, CONDITIONING_FILE, LATENTS_FILE) or bool(_TILE.fullmatch(name))
 
 
 def tile_name(grid: tuple[int, int], index: int) -> str:
-    """The file of the pixels of tile ``index`` of a grid of rows and columns."""
+    """Return the file of the pixels of tile ``index`` of a grid of rows and columns."""
     return f"tile-{grid[0]}x{grid[1]}-{index}.safetensors"
 
 

@@ -52,7 +52,7 @@ class Contents:
 
 
 def reserve_mark(job: str) -> bytes:
-    """The first bytes of the file that keeps disk space for ``job``."""
+    """Return the first bytes of the file that keeps disk space for ``job``."""
     return f"penstock reserve {job}\n".encode()
 
 
@@ -124,7 +124,8 @@ def check_vacant(ops: FileOps, folder: Path) -> tuple[str, ...]:
 
 
 def _owner(ops: FileOps, path: Path) -> str | None:
-    """The id of the job whose file this is by its own content; None where that tells nothing."""
+    """Return the id of the job whose file this is by its own content; None where that tells
+    nothing."""
     try:
         if path.name in JOB_FILES:
             job = open_json(ops.read(path)).get("job")

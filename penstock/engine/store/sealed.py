@@ -36,7 +36,7 @@ _TAGS = {
 
 
 def seal_json(value: Mapping[str, Any]) -> bytes:
-    """A JSON object with the members of ``value`` and a digest before them."""
+    """Return a JSON object with the members of ``value`` and a digest before them."""
     body = _text(dict(value))
     tail = b'",\n' + body[1:].lstrip() if value else b'"}'
     return _JSON_HEAD + _digest([_JSON_HEAD, _BLANK, tail]) + tail
@@ -51,7 +51,7 @@ def _text(value: dict[str, Any]) -> bytes:
 
 
 def open_json(blob: bytes) -> dict[str, Any]:
-    """The members of a document of :func:`seal_json`.
+    """Open the members of a document of :func:`seal_json`.
 
     Raises:
         JournalError: it is damaged.
@@ -63,7 +63,7 @@ def open_json(blob: bytes) -> dict[str, Any]:
 
 
 def seal_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Document:
-    """A safetensors file as chunks to write; host tensors are not copied.
+    """Return a safetensors file as chunks to write; host tensors are not copied.
 
     Args:
         tensors: of any device and layout; their order is kept.

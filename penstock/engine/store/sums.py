@@ -47,14 +47,14 @@ class Identity:
 
     @classmethod
     def of(cls, status: os.stat_result) -> Identity:
-        """That in a stat result."""
+        """Return that in a stat result."""
         return cls(
             status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev
         )
 
     def is_older_than(self, moment_ns: int) -> bool:
-        """Whether the last change lies clearly before ``moment_ns``. On Windows ctime is the time
-        of creation, and mtime has to do."""
+        """Return whether the last change lies clearly before ``moment_ns``. On Windows ctime is the
+        time of creation, and mtime has to do."""
         changed_ns = self.mtime_ns if os.name == "nt" else self.ctime_ns
         return moment_ns - changed_ns > SETTLED_NS
 
@@ -85,7 +85,7 @@ class Sums:
         self._ops = ops or FileOps()
 
     def known(self, path: Path) -> FileSum | None:
-        """The checksum of ``path`` where one may be believed; a small file is simply read.
+        """Return the checksum of ``path`` where one may be believed; a small file is simply read.
 
         Raises:
             StorageError: it cannot be read.
@@ -104,7 +104,7 @@ class Sums:
             return None
 
     def of(self, path: Path, check: Callable[[], None] = lambda: None) -> FileSum:
-        """The checksum of ``path``: one that may be believed, or of its bytes, read now.
+        """Return the checksum of ``path``: one that may be believed, or of its bytes, read now.
 
         Args:
             path: the file.
@@ -125,8 +125,8 @@ class Sums:
                 return FileSum(sum_, after.size)
         raise CheckpointChanged(
             f"{path} changes while it is read",
-            expected="a file that keeps still",
-            found="other times or other bytes each time",
+            expected="a file that does not change",
+            found="different times or bytes at each read",
             remedy="Let downloads and copies finish, and start again.",
         )
 
@@ -171,7 +171,7 @@ def _read(path: Path, check: Callable[[], None]) -> tuple[Identity, str, Identit
 
 
 def how_told(sums: Iterable[FileSum]) -> str:
-    """How files were compared, in words."""
+    """Return how files were compared, in words."""
     found = list(sums)
     read = [each.read_bytes for each in found if each.read_bytes]
     believed = len(found) - len(read)

@@ -16,12 +16,12 @@ _DELTA = 0.125
 
 
 def _words(blocks: Tensor, start: int, count: int) -> Tensor:
-    """``count`` little-endian 32-bit numbers from byte ``start``: (blocks, count), int32."""
+    """Return ``count`` little-endian 32-bit numbers from byte ``start``: (blocks, count), int32."""
     return blocks[:, start : start + 4 * count].contiguous().view(torch.int32)
 
 
 def _shorts(blocks: Tensor, start: int, count: int) -> Tensor:
-    """``count`` little-endian 16-bit numbers from byte ``start``, unsigned, as int32."""
+    """Return ``count`` little-endian 16-bit numbers from byte ``start``, unsigned, as int32."""
     return blocks[:, start : start + 2 * count].contiguous().view(torch.int16).int() & 0xFFFF
 
 
@@ -31,7 +31,7 @@ def _nibbles(packed: Tensor) -> Tensor:
 
 
 def _bits(packed: Tensor, width: int, each: int) -> Tensor:
-    """The ``each`` lowest fields of ``width`` bits of every number: (blocks, n * each)."""
+    """Return the ``each`` lowest fields of ``width`` bits of every number: (blocks, n * each)."""
     fields = [packed >> width * place & (1 << width) - 1 for place in range(each)]
     return torch.stack(fields, dim=2).view(len(packed), -1)
 
@@ -65,7 +65,7 @@ def iq2_xxs(blocks: Tensor, out: Tensor) -> None:
 
 
 def iq2_xs(blocks: Tensor, out: Tensor) -> None:
-    """Indices of nine bits with seven signs each; 16 scales of four bits."""
+    """Decode indices of nine bits with seven signs each; 16 scales of four bits."""
     codes = _shorts(blocks, 2, 32)
     _points("IQ2_XS", codes & 511, out)
     _sign(even_signs(codes >> 9), out)
@@ -73,7 +73,8 @@ def iq2_xs(blocks: Tensor, out: Tensor) -> None:
 
 
 def iq2_s(blocks: Tensor, out: Tensor) -> None:
-    """Indices of ten bits, the upper two apart; a byte of signs each; 16 scales of four bits."""
+    """Decode indices of ten bits, the upper two apart; a byte of signs each; 16 scales of four
+    bits."""
     index = _bits(blocks[:, 66:74], 2, 4).int().bitwise_left_shift_(8)
     _points("IQ2_S", index.bitwise_or_(blocks[:, 2:34]), out)
     _sign(blocks[:, 34:66], out)
@@ -81,7 +82,8 @@ def iq2_s(blocks: Tensor, out: Tensor) -> None:
 
 
 def iq3_xxs(blocks: Tensor, out: Tensor) -> None:
-    """64 bytes of indices, four numbers each; four times seven signs and four bits of scale."""
+    """Decode 64 bytes of indices, four numbers each; four times seven signs and four bits of
+    scale."""
     _points("IQ3_XXS", blocks[:, 2:66], out)
     tail = _words(blocks, 66, 8)
     _sign(even_signs(_bits(tail, 7, 4)), out)
@@ -89,7 +91,7 @@ def iq3_xxs(blocks: Tensor, out: Tensor) -> None:
 
 
 def iq3_s(blocks: Tensor, out: Tensor) -> None:
-    """Indices of nine bits, the upper one apart; bytes of signs; 8 scales of four bits."""
+    """Decode indices of nine bits, the upper one apart; bytes of signs; 8 scales of four bits."""
     index = _bits(blocks[:, 66:74], 1, 8).int().bitwise_left_shift_(8)
     _points("IQ3_S", index.bitwise_or_(blocks[:, 2:66]), out)
     _sign(blocks[:, 74:106], out)
@@ -97,8 +99,8 @@ def iq3_s(blocks: Tensor, out: Tensor) -> None:
 
 
 def iq1_s(blocks: Tensor, out: Tensor) -> None:
-    """Indices of eleven bits; of the 16 bits that hold the upper three, the rest is scale, delta's
-    sign."""
+    """Decode indices of eleven bits; of the 16 bits that hold the upper three, the rest is scale,
+    delta's sign."""
     heads = _shorts(blocks, 34, 8)
     _points("IQ1_S", blocks[:, 2:34] | _bits(heads, 3, 4) << 8, out)
     delta = torch.where(heads & 0x8000 == 0, _DELTA, -_DELTA)
@@ -107,8 +109,8 @@ def iq1_s(blocks: Tensor, out: Tensor) -> None:
 
 
 def iq1_m(blocks: Tensor, out: Tensor) -> None:
-    """As IQ1_S, a delta's sign for eight numbers, a scale for 16; the block's fp16 scale lies in
-    the upper four bits of the four 16-bit numbers at its end."""
+    """Decode as IQ1_S, a delta's sign for eight numbers, a scale for 16; the block's fp16 scale
+    lies in the upper four bits of the four 16-bit numbers at its end."""
     heads, scales = _nibbles(blocks[:, 32:48]).int(), _shorts(blocks, 48, 4)
     _points("IQ1_S", blocks[:, :32] | (heads & 7) << 8, out)
     out.view(-1, 32, 8).add_(torch.where(heads & 8 == 0, _DELTA, -_DELTA)[:, :, None])

@@ -21,12 +21,12 @@ E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 
 def half(blocks: Tensor, start: int) -> Tensor:
-    """The fp16 number at byte ``start`` of each block, in fp32: (blocks, 1)."""
+    """Return the fp16 number at byte ``start`` of each block, in fp32: (blocks, 1)."""
     return blocks[:, start : start + 2].contiguous().view(torch.float16).float()
 
 
 def runs(blocks: Tensor, start: int, count: int, size: int) -> Tensor:
-    """The bytes from ``start`` of each block as (blocks, count, size), without a copy."""
+    """Return the bytes from ``start`` of each block as (blocks, count, size), without a copy."""
     stride = blocks.stride(0)
     offset = blocks.storage_offset() + start
     return blocks.as_strided((len(blocks), count, size), (stride, size, 1), offset)
@@ -87,7 +87,7 @@ def nvfp4(blocks: Tensor, out: Tensor) -> None:
 
 @cache
 def grid(name: str, device: torch.device) -> Tensor:
-    """The points of a type by index, int8 ``(points, 8 or 4)``."""
+    """Return the points of a type by index, int8 ``(points, 8 or 4)``."""
     from safetensors.torch import load
 
     held = load((files("penstock") / "assets" / "ggml_grids.safetensors").read_bytes())

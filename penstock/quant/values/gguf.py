@@ -23,7 +23,7 @@ Decoder: TypeAlias = Callable[[Tensor, Tensor], None]
 
 
 def quantise(fmt: Gguf, weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
-    """Stored bytes, for Q8_0 only: equal to ggml's reference."""
+    """Quantise to stored bytes, for Q8_0 only: equal to ggml's reference."""
     if not fmt.fits((weight.shape[0], weight.shape[1])):
         raise ValueError(f"rows of {weight.shape[1]} are not whole blocks of {fmt.block}")
     row_amax(weight, name)
@@ -78,13 +78,13 @@ def _nibbles(packed: Tensor) -> Tensor:
 
 
 def _moved(packed: Tensor, left: int, mask: int) -> Tensor:
-    """``packed`` shifted left (right if negative), masked."""
+    """Return ``packed`` shifted left (right if negative), masked."""
     shifted = packed << left if left >= 0 else packed >> -left
     return shifted.bitwise_and_(mask)
 
 
 def _signed(codes: Tensor, offset: int) -> Tensor:
-    """``codes - offset`` as int8, in place."""
+    """Return ``codes - offset`` as int8, in place."""
     return codes.view(torch.int8).sub_(offset)
 
 
@@ -123,6 +123,8 @@ def _scale_groups(blocks: Tensor, out: Tensor) -> None:
     """Q4_K and Q5_K: ``(d * scale) * code - (dmin * minimum)`` for 8 groups of 32; the 6-bit scales
     and minima of groups 0-3 lie in bytes 4-11, the rest of groups 4-7 in bytes 12-15."""
     first, second, third = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
+    # Groups 0-3: six bits as they lie. Groups 4-7: four bits of the third word, and the two top
+    # bits that the first (scales) or second (minima) word has left.
     scale = torch.cat([first & 63, (third & 15) | ((first >> 2) & 48)], dim=1)
     least = torch.cat([second & 63, (third >> 4) | ((second >> 2) & 48)], dim=1)
     groups = out.view(-1, 8, 32)
@@ -146,6 +148,7 @@ def _q5_k(blocks: Tensor, out: Tensor) -> None:
 def _q6_k(blocks: Tensor, out: Tensor) -> None:
     codes, upper = _nibbles(runs(blocks, 0, 2, 64)), runs(blocks, 128, 2, 32).contiguous()
     for run, part in enumerate(codes.view(-1, 2, 4, 32).unbind(2)):
+        # Bits 4 and 5 of a code: two bits of the upper byte, moved under 0b110000 run by run.
         part |= _moved(upper, 4 - 2 * run, 48)
     scale = half(blocks, 208) * blocks.view(torch.int8)[:, 192:208]
     out.copy_(_signed(codes, 32))

@@ -21,7 +21,7 @@ def dequantise(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``number * (scale * scale for all)`` in fp32, rounded once to ``dtype``."""
+    """Return ``number * (scale * scale for all)`` in fp32, rounded once to ``dtype``."""
     stored = tensors["weight"]
     out = output(out, shape, dtype, stored.device)
     scales = in_rows(tensors["weight_scale"], fmt.scales(shape))
@@ -63,4 +63,5 @@ def _numbers(fmt: Micro, stored: Tensor, out: Tensor) -> None:
 def _scale(codes: Tensor, whole: Tensor | None) -> Tensor:
     if whole is None:  # the exponent of an fp32; 0 stands for no power, but for 0
         return (codes.int() << 23).view(torch.float32)
+    # The half takes back the doubling of `_numbers`.
     return codes.contiguous().view(torch.float8_e4m3fn).float().mul_(whole.float()).mul_(0.5)

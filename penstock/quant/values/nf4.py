@@ -31,7 +31,7 @@ would write anywhere."""
 
 
 def quantise(fmt: NF4, weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
-    """Stored tensors, the same bytes as bitsandbytes gives, which makes them."""
+    """Quantise to stored tensors, the same bytes as bitsandbytes gives, which makes them."""
     if not fmt.fits((weight.shape[0], weight.shape[1])):
         raise ValueError(f"rows of {weight.shape[1]} are not whole blocks of {fmt.block}")
     row_amax(weight, name)
@@ -55,7 +55,7 @@ def dequantise(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``code * absmax`` rounded to ``dtype``, by bitsandbytes' kernel of the device.
+    """Return ``code * absmax`` rounded to ``dtype``, by bitsandbytes' kernel of the device.
 
     On a CPU its operator can only return new tensors, whose pages cost more than decoding does; so
     its compiled function is called, which writes where it is told, and the operator by chunks only
@@ -87,9 +87,10 @@ def dequantise(
 
 
 def _maxima(fmt: NF4, tensors: Mapping[str, Tensor]) -> Tensor:
-    """The blocks' maxima from codes of their own: ``map[code] * maximum + offset``."""
+    """Return the blocks' maxima from codes of their own: ``map[code] * maximum + offset``."""
     codes = tensors["weight_absmax"]
     found = tensors["weight_nested_map"].index_select(0, codes.int())
+    # The last block of maxima may be short: repeated whole, then cut to those there are.
     whole = tensors["weight_nested_absmax"].repeat_interleave(fmt.nested_block)
     return found.mul_(whole[: len(found)]).add_(fmt.nested_offset)
 

@@ -56,12 +56,13 @@ def _add(patch: Patch, weight: Tensor, tensors: _Tensors, first: int) -> None:
 def _magnitude(
     patch: Patch, tensors: _Tensors, weight: Tensor, change: _Change
 ) -> Callable[[slice, Tensor], Tensor] | None:
-    """What the rows of a changed weight are multiplied by; None without a magnitude."""
+    """Return what the rows of a changed weight are multiplied by; None without a magnitude."""
     if MAGNITUDE not in tensors:
         return None
     magnitude = tensors[MAGNITUDE].float()
     tiny = torch.finfo(torch.float32).eps
     if not patch.by_rows:
+        # Norms of columns need all rows: one pass of slices adds up squares, the next one scales.
         squares = torch.zeros(1, weight.shape[1], device=weight.device)
         for part in row_slices(len(weight), weight.shape[1], weight.device.type):
             values = weight[part].to(torch.float32, copy=True)
@@ -106,6 +107,8 @@ def _lokr(patch: Patch, tensors: _Tensors, columns: int) -> _Change:
 
     def change(rows: slice, values: Tensor) -> Tensor:
         number = torch.arange(rows.start, rows.stop, device=w1.device)
+        # Row r of kron(w1, w2) is kron(w1[r // h], w2[r % h]), h the rows of w2: only the rows of
+        # this slice are made, never the whole product.
         left, right = w1[number // height], w2[number % height]
         return (left[:, :, None] * right[:, None, :]).view(-1, columns).mul_(patch.scale)
 
@@ -125,7 +128,7 @@ _CHANGES: Mapping[str, Callable[[Patch, _Tensors, int], _Change]] = {
 
 
 def _turn(patch: Patch, weight: Tensor, tensors: _Tensors) -> None:
-    """The rows of ``weight`` turned, and then scaled where the file says so."""
+    """Turn the rows of ``weight``, and then scale them where the file says so."""
     rows, columns = weight.shape
     turns = _rotations(tensors["blocks"], patch.scale, patch.strength)
     rescale = tensors["rescale"].reshape(-1, 1) if "rescale" in tensors else None
@@ -136,18 +139,21 @@ def _turn(patch: Patch, weight: Tensor, tensors: _Tensors) -> None:
 
 
 def _rotations(blocks: Tensor, largest: float, strength: float) -> Tensor:
-    """``I + strength (R - I)`` of each block, R Cayley's transform of its skew part."""
+    """Return ``I + strength (R - I)`` of each block, R Cayley's transform of its skew part."""
     skew = blocks - blocks.mT
     if largest > 0:
         norm = torch.linalg.vector_norm(skew) + 1e-8  # as LyCORIS writes it
         skew.mul_(torch.clamp(largest / norm, max=1.0))
     unit = torch.eye(blocks.shape[-1], device=blocks.device)
+    # (I + S)(I - S)^-1 with S skew: orthogonal whatever the file holds, by one solve and without an
+    # inverse.
     turned: Tensor = torch.linalg.solve(unit - skew, unit + skew, left=False)
     return turned.sub_(unit).mul_(strength).add_(unit)
 
 
 def _turned(turns: Tensor, values: Tensor) -> Tensor:
-    """Each block of rows by its own rotation, transposed. ``values`` (rows, n) -> the same."""
+    """Return each block of rows by its own rotation, transposed. ``values`` (rows, n) -> the
+    same."""
     count, size, _ = turns.shape
     turned: Tensor = torch.bmm(turns.mT, values.view(count, size, -1))
     return turned.view(values.shape)

@@ -14,7 +14,7 @@ from penstock.quant.values.tensors import DTYPES, output, row_amax
 
 
 def quantise(fmt: Plain, weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
-    """``weight`` cast.
+    """Return ``weight`` cast.
 
     Raises:
         CheckpointError: the dtype cannot hold a value.
@@ -38,7 +38,7 @@ def dequantise(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The weight itself if it has ``dtype`` already and no ``out`` is given, else a cast."""
+    """Return the weight itself if it has ``dtype`` already and no ``out`` is given, else a cast."""
     weight = tensors["weight"]
     if out is None and weight.dtype == dtype:
         return weight

@@ -15,9 +15,9 @@ from penstock.quant.values.tensors import DTYPES, output, row_amax
 
 
 def quantise(fmt: QuantoInt4, weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
-    """Stored tensors by quanto's rule: the range of a group is its 16 codes; a constant group gets
-    scale 1. Its operator makes the codes, of fp32 quotients, which its own modules round first
-    to the weight's dtype."""
+    """Quantise to stored tensors by quanto's rule: the range of a group is its 16 codes; a constant
+    group gets scale 1. Its operator makes the codes, of fp32 quotients, which its own modules round
+    first to the weight's dtype."""
     row_amax(weight, name)
     count, size = groups_of((weight.shape[0], weight.shape[1]))
     groups = weight.reshape(count, size)

@@ -15,7 +15,7 @@ from penstock.quant.values.tensors import DTYPES, output, row_amax
 
 
 def quantise(fmt: Scaled8, weight: Tensor, name: str = "weight") -> dict[str, Tensor]:
-    """``weight / scale``, rounded to nearest even."""
+    """Return ``weight / scale``, rounded to nearest even."""
     amax = row_amax(weight, name)
     scale = _fresh_scale(fmt, _rotated_amax(fmt, weight) if fmt.rotation else amax, weight.dtype)
     stored = torch.empty_like(weight, dtype=DTYPES[fmt.tag])
@@ -58,7 +58,7 @@ def _fresh_scale(fmt: Scaled8, amax: Tensor, dtype: torch.dtype) -> Tensor | Non
 
 
 def operands(fmt: Scaled8, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-    """The 8-bit weight ``(rows, columns)`` and its scale, ``(rows, 1)`` or ``(1, 1)``."""
+    """Return the 8-bit weight ``(rows, columns)`` and its scale, ``(rows, 1)`` or ``(1, 1)``."""
     weight = tensors[fmt.weight_key]
     return weight, None if fmt.scale == "none" else tensors[fmt.scale_key].reshape(-1, 1)
 
@@ -70,7 +70,7 @@ def dequantise(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``stored * scale``, computed in fp32 and rounded once to ``dtype``."""
+    """Return ``stored * scale``, computed in fp32 and rounded once to ``dtype``."""
     weight, scale = operands(fmt, tensors)
     out = output(out, shape, dtype, weight.device)
     if fmt.rotation:
@@ -97,13 +97,13 @@ def _round(part: Tensor, tag: str) -> Tensor:
 
 
 def scale_as(scale: Tensor, layout: ScaleLayout, rows: int, tag: str | None) -> Tensor:
-    """``scale`` in the shape that ``layout`` names."""
+    """Return ``scale`` in the shape that ``layout`` names."""
     dtype = scale.dtype if tag is None else DTYPES[tag]
     return scale.to(dtype).reshape(scale_shape(layout, rows))
 
 
 def _by_chunks(weight: Tensor, scale: Tensor | None, out: Tensor) -> Tensor:
-    """Walks the rows so that what is in work stays in the cache; bit-equal to the whole product."""
+    """Walk the rows so that what is in work stays in the cache; bit-equal to the whole product."""
     rows, columns = weight.shape
     size = chunk_rows(rows, columns, weight.device.type)
     bits = torch.empty(size, columns, dtype=torch.int16) if weight.is_floating_point() else None
@@ -142,8 +142,8 @@ def _unrotated(weight: Tensor, scale: Tensor | None, size: int, out: Tensor) -> 
 
 
 def _decodes_into(dtype: torch.dtype, weight: Tensor, scale: Tensor | None) -> bool:
-    """Whether the product can be made in ``dtype`` itself, rounded once: both factors are numbers
-    of it. (Also so in other cases, where torch would convert one by one.)"""
+    """Return whether the product can be made in ``dtype`` itself, rounded once: both factors are
+    numbers of it. (Also so in other cases, where torch would convert one by one.)"""
     whole = weight.dtype == torch.int8 and scale is not None and scale.dtype == dtype
     return dtype == torch.float32 or (dtype == torch.bfloat16 and whole)
 
@@ -159,6 +159,7 @@ def decode_e4m3(codes: Tensor, bits: Tensor, out: Tensor) -> None:
     if int((raw & 127).amax()) == 127:  # NaN; fp16 would read 480 / 256
         out.copy_(codes)
         return
+    # Sign-extended to 16 bits first, so the sign lands in bit 15 by itself; bit 14 is its copy.
     bits.copy_(raw).bitwise_left_shift_(7).bitwise_and_(~(1 << 14))  # bit 14: the copied sign
     out.copy_(bits.view(torch.float16)).mul_(256)
 

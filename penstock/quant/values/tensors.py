@@ -18,7 +18,7 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 
 
 def dtype_tag(dtype: torch.dtype) -> str:
-    """The safetensors tag of ``dtype``.
+    """Return the safetensors tag of ``dtype``.
 
     Raises:
         KeyError: no format here stores that dtype.
@@ -50,7 +50,7 @@ def row_amax(weight: Tensor, name: str) -> Tensor:
 def output(
     out: Tensor | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """``out`` if given (checked as by `check_contiguous`), else a new tensor.
+    """Return ``out`` if given (checked as by `check_contiguous`), else a new tensor.
 
     Raises:
         ValueError: ``out`` does not fit.

@@ -279,7 +279,7 @@ def test_a_list_that_two_modules_hold_is_streamed_in_both() -> None:
     ("path", "message"),
     [
         ("block", "Did you mean blocks='blocks'"),
-        ("", "no list of blocks"),
+        ("", "not a list of blocks"),
         ("blocks.0", "found Sequential"),
         ("offset", "found nothing of that name"),
     ],

@@ -96,7 +96,7 @@ def test_diffusers_own_schedulers_pass() -> None:
         ("vae", {"temperal_downsample": [True]}, "3 entries of temperal_downsample"),
         ("vae", {"latents_mean": [0.0] * 15}, "16 entries of latents_mean"),
         ("vae", {"z_dim": 8}, "8 entries of latents_mean"),
-        ("transformer", {"in_channels": 17}, "no transformer of Wan that is run"),
+        ("transformer", {"in_channels": 17}, "not a transformer of Wan that penstock runs"),
         ("transformer", {"attention_head_dim": 7}, "even number"),
         ("transformer", {"num_layers": 10_000_000}, "num_layers' as a whole number from 1 to 256"),
         ("transformer", {"num_layers": "40"}, "num_layers"),

@@ -142,7 +142,7 @@ def test_mmgp_files_carry_their_config(tmp_path, model, parts):
     tensors, path = parts["transformer"], tmp_path / "x.safetensors"
     made = golden.make(tensors, {name: name for name in tensors}, "quanto int4")
     made.save(path)
-    with pytest.raises(TensorMismatch, match=r"does not tell its shapes.*config\.json"):
+    with pytest.raises(TensorMismatch, match=r"does not determine its shapes.*config\.json"):
         open_component(path)
     config = (model / "transformer" / "config.json").read_bytes()
     text = base64.b64encode(config).decode()

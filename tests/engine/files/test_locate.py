@@ -177,7 +177,7 @@ def test_no_model_and_other_models(tmp_path, model):
         locate(None)
     with pytest.raises(CheckpointError, match="does not exist"):
         locate(tmp_path / "none")
-    with pytest.raises(CheckpointError, match="no model folder"):
+    with pytest.raises(CheckpointError, match="not a model folder"):
         locate(tmp_path)
     for index, word in (
         ({"_class_name": "FluxPipeline"}, "another kind"),

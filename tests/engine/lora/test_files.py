@@ -273,7 +273,7 @@ def test_pickles_and_models_are_no_loras(i2v_folder: Path, tmp_path: Path) -> No
     torch.save(_pair(), tmp_path / "a.pt")
     with pytest.raises(PickleRefused):
         open_lora(tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match="is no LoRA"):
+    with pytest.raises(CheckpointError, match="is not a LoRA"):
         open_lora(i2v_folder / "transformer")
     with pytest.raises(CheckpointError, match="does not exist"):
         open_lora(tmp_path / "b.safetensors")

@@ -91,7 +91,7 @@ def test_settings_come_from_the_clip_and_flags_win(clip: Path) -> None:
     with pytest.raises(UsageError, match="size is given"):
         going_on(Settings(prompt="", size="64x64"), Clip.open(clip), Path("x"))
     bare = replace(Clip.open(clip), settings={})
-    with pytest.raises(UsageError, match="does not say what it shows"):
+    with pytest.raises(UsageError, match="has no prompt stored in it"):
         going_on(Settings(prompt=""), bare, Path("x"))
 
 

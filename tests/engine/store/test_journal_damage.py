@@ -205,7 +205,7 @@ def test_a_file_of_another_job_or_another_tile_is_refused(folder: Path, tmp_path
     with Journal.open(folder) as journal:
         assert journal.load_conditioning() is None
         assert journal.load_tile(GRID, 1) is None
-        assert "belongs to something else" in journal.problems[0]
+        assert "belongs to another job" in journal.problems[0]
 
 
 def forged_tensors(header: dict[str, Any], data: bytes) -> bytes:

@@ -66,7 +66,7 @@ def test_removal_leaves_a_file_put_in_the_place_of_a_jobs_own(tmp_path: Path, na
     folder = begun(tmp_path / "job")
     (folder / name).write_bytes(b"somebody's own")
     if name == LOCK_FILE:
-        with pytest.raises(JournalError, match="no lock"):
+        with pytest.raises(JournalError, match="not a lock"):
             remove_job(folder)
         assert contents(folder)[name] == b"somebody's own"
         return

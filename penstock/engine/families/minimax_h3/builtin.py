@@ -80,7 +80,7 @@ def minimax_h3(weight_format: str, changed: Mapping[str, int] | None = None) -> 
 
 
 def minimax_h3_pruned(weight_format: str) -> H3Manifest:
-    """The same with the pruned transformer, of 20 B parameters.
+    """Return the same with the pruned transformer, of 20 B parameters.
 
     Raises:
         ProfileError: no such format.

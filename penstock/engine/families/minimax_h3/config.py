@@ -85,7 +85,7 @@ def _time(shapes: ShapesOf) -> dict[str, Any]:
 
 
 def transformer_title(config: Mapping[str, Any]) -> str:
-    """The model's name for people."""
+    """Return the model's name for people."""
     told = ["cut"] if config["num_layers"] != TRANSFORMER["num_layers"] else []
     told += ["pruned"] if config.get("time_table_size") else []
     return f"MiniMax-H3 ({', '.join(told)})" if told else "MiniMax-H3"

@@ -95,8 +95,8 @@ def _projected(spec: PackedSpec, case: PackedCase) -> int:
 
 
 def _norm(spec: PackedSpec, case: PackedCase, rows: int, width: int) -> int:
-    """What a norm makes, its result among it: on the CPU torch composes it of an fp32 copy and two
-    fp32 products."""
+    """Return what a norm makes, its result among it: on the CPU torch composes it of an fp32 copy
+    and two fp32 products."""
     e = spec.weights.itemsize
     copy = 0 if e == FP32_BYTES else FP32_BYTES
     made = e if case.fused_norms else copy + 2 * FP32_BYTES
@@ -104,7 +104,7 @@ def _norm(spec: PackedSpec, case: PackedCase, rows: int, width: int) -> int:
 
 
 def _head_norm(spec: PackedSpec, case: PackedCase, rows: int) -> int:
-    """Queries or keys, and what norming each head makes of them."""
+    """Return queries or keys, and what norming each head makes of them."""
     e, inner = spec.weights.itemsize, spec.inner_dim
     copy = 0 if e == FP32_BYTES else FP32_BYTES
     made = e if case.fused_norms else copy + 2 * FP32_BYTES
@@ -113,7 +113,7 @@ def _head_norm(spec: PackedSpec, case: PackedCase, rows: int) -> int:
 
 
 def _chunk(spec: PackedSpec, case: PackedCase, rows: int) -> int:
-    """The largest moment of a chunk in a block."""
+    """Return the largest moment of a chunk in a block."""
     e, d, inner = spec.weights.itemsize, spec.hidden_size, spec.inner_dim
     turned = 2 * 3 * spec.rope_freq_dim * spec.num_attention_heads
     return max(
@@ -128,7 +128,8 @@ def _chunk(spec: PackedSpec, case: PackedCase, rows: int) -> int:
 
 
 def _heads(spec: PackedSpec, case: PackedCase, rows: int) -> int:
-    """A chunk through the last norm, in fp32 and out of both heads; and what is kept of all."""
+    """Return a chunk through the last norm, in fp32 and out of both heads; and what is kept of
+    all."""
     d, e = spec.hidden_size, spec.weights.itemsize
     out = spec.video_width + spec.audio_in_channels
     wide = 0 if e == FP32_BYTES else FP32_BYTES
@@ -154,7 +155,8 @@ def once_items(spec: PackedSpec, case: PackedCase, steps: int) -> tuple[tuple[st
 
 
 def _refined(spec: PackedSpec, case: PackedCase) -> int:
-    """The largest moment of a refiner's block, beside its hidden states and what it normed."""
+    """Return the largest moment of a refiner's block, beside its hidden states and what it
+    normed."""
     e, d, inner, n = spec.weights.itemsize, spec.hidden_size, spec.inner_dim, case.text_rows
     return max(
         n * inner * e + _head_norm(spec, case, n),  # queries beside keys

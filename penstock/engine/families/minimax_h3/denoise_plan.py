@@ -203,7 +203,7 @@ class DenoisePacked:
         return compute_path(self.spec.storage, case.policy, case.rates) in ("fp8", "int8")
 
     def _decoding(self, stored: Storage) -> Items:
-        """What quantised matrices take in VRAM besides their bytes."""
+        """Return what quantised matrices take in VRAM besides their bytes."""
         if stored.path is None and self._is_fast:
             return (("8-bit workspace", EIGHT_BIT_WORKSPACE_BYTES),)
         return stored.items

@@ -70,7 +70,7 @@ def check_together(origin: str, configs: Mapping[str, Config]) -> None:
 
 
 def needed(config: Config) -> Iterator[str]:
-    """The text encoder and both VAEs."""
+    """Yield the text encoder and both VAEs."""
     yield "text_encoder"
     yield "vae"
     yield "audio_vae"
@@ -87,22 +87,22 @@ def adapted_title(width: int | None, blocks: int, pictured: bool) -> str:
 
 
 def build(component: str, config: Config) -> tuple[Any, Any]:
-    """The network on the meta device with one block, and that block (None: it has none)."""
+    """Build the network on the meta device with one block, and that block (None: it has none)."""
     from penstock.engine.families.minimax_h3.networks import build as make
 
     return make(component, config)
 
 
 def work() -> Any:
-    """How the phases of a job run."""
+    """Return how the phases of a job run."""
     from penstock.engine.families.minimax_h3.work import WORK
 
     return WORK
 
 
 def claims(pipe: Any) -> bool:
-    """Whether a diffusers pipeline is run with parts of this family: none is, its modules are
-    streamed as any others."""
+    """Return whether a diffusers pipeline is run with parts of this family: none is, its modules
+    are streamed as any others."""
     return False
 
 
@@ -112,7 +112,7 @@ def has_parts_for(model: H3Model) -> bool:
 
 
 def samples() -> Any:
-    """What `penstock doctor` measures: Wan's serves for all."""
+    """Return what `penstock doctor` measures: Wan's serves for all."""
     return None
 
 

@@ -74,5 +74,5 @@ def check_config(where: str, config: Mapping[str, Any]) -> None:
 
 
 def known(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of ``config`` that are checked: what the module is made with."""
+    """Return the entries of ``config`` that are checked: what the module is made with."""
     return {name: value for name, value in config.items() if name in FIELDS}

@@ -37,7 +37,7 @@ class Angles:
 
 @torch.no_grad()
 def angles(model: Any, positions: Tensor, device: torch.device, dtype: torch.dtype) -> Angles:
-    """The rotary tables of a sequence.
+    """Return the rotary tables of a sequence.
 
     Args:
         model: ``rope.inv_freq`` holds the frequencies.
@@ -52,7 +52,7 @@ def angles(model: Any, positions: Tensor, device: torch.device, dtype: torch.dty
 
 
 def chunks(rows: int, chunk_rows: int) -> Iterator[slice]:
-    """All rows, at most so many at a time."""
+    """Yield all rows, at most so many at a time."""
     for start in range(0, rows, chunk_rows):
         yield slice(start, min(start + chunk_rows, rows))
 
@@ -73,7 +73,7 @@ class PackedKV:
 
 
 def refine(model: Any, states: Tensor) -> Tensor:
-    """The text's rows, which are the same at every step: (1, n, text_dim) to (1, n, d).
+    """Return the text's rows, which are the same at every step: (1, n, text_dim) to (1, n, d).
 
     Args:
         model: ``context_embedder`` and ``token_refiner`` bound.
@@ -105,7 +105,7 @@ def packed_forward(
     chunk_rows: int,
     attend: Attention = attention,
 ) -> tuple[Tensor, Tensor]:
-    """One forward pass.
+    """Run one forward pass.
 
     Args:
         model: its projections in and out and the last norm bound.
@@ -137,7 +137,7 @@ def packed_forward(
 def embedded(
     model: Any, layout: Layout, text: Tensor, video: Tensor, sound: Tensor, chunk_rows: int
 ) -> Tensor:
-    """The hidden states before the first block: (1, n, d)."""
+    """Return the hidden states before the first block: (1, n, d)."""
     hidden = text.new_empty(1, layout.rows, text.shape[-1])
     hidden[:, layout.text] = text
     hidden[0, layout.sound] = model.audio_proj_in(sound).to(hidden.dtype)
@@ -154,7 +154,7 @@ def embedded(
 
 
 def _pieces(layout: Layout, tables: StepTables, part: slice) -> list[Piece]:
-    """The runs of a chunk, in its own rows, and their rows in the tables of blocks."""
+    """Return the runs of a chunk, in its own rows, and their rows in the tables of blocks."""
     found = []
     for run in layout.runs:
         start, stop = max(run.start, part.start), min(run.stop, part.stop)
@@ -236,7 +236,7 @@ def _turn(x: Tensor, turns: Angles, part: slice, out: Tensor) -> Tensor:
 
 
 def _feed_forward(ff: Any, x: Tensor) -> Tensor:
-    """(1, c, d) to the same; ``x`` is the caller's."""
+    """Map (1, c, d) to the same; ``x`` is the caller's."""
     gated, _, down = ff.net
     value, gate = gated.proj(x).chunk(2, dim=-1)
     if getattr(gated, "gate_first", False):
@@ -249,7 +249,7 @@ def _feed_forward(ff: Any, x: Tensor) -> Tensor:
 def predicted(
     model: Any, layout: Layout, hidden: Tensor, tables: StepTables, chunk_rows: int
 ) -> tuple[Tensor, Tensor]:
-    """The last norm and both heads over every row, of which the wanted ones are kept."""
+    """Apply the last norm and both heads to every row, of which the wanted ones are kept."""
     shift, scale = tables.out
     video = sound = None
     for part in chunks(layout.rows, chunk_rows):

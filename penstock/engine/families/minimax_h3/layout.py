@@ -164,7 +164,7 @@ def to_rows(latents: Tensor, patch: Sequence[int] = PATCH_TAKEN) -> Tensor:
 
 
 def from_rows(rows: Tensor, sizes: Latents, patch: Sequence[int] = PATCH_TAKEN) -> Tensor:
-    """The reverse of `to_rows`."""
+    """Do the reverse of `to_rows`."""
     pt, ph, pw = patch
     t, h, w = sizes.frames // pt, sizes.height // ph, sizes.width // pw
     x = rows.reshape(t, h, w, -1, pt, ph, pw).permute(3, 0, 4, 1, 5, 2, 6)
@@ -182,7 +182,7 @@ def pack(video: Tensor, sound: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, sizes: Latents) -> tuple[Tensor, Tensor]:
-    """Views of what was packed: (1, c, t, h, w) and (2, c, n)."""
+    """Return views of what was packed: (1, c, t, h, w) and (2, c, n)."""
     video, sound = packed[0, : sizes.video_elements], packed[0, sizes.video_elements :]
     return (
         video.view(1, sizes.channels, sizes.frames, sizes.height, sizes.width),
@@ -196,7 +196,7 @@ def sound_rows(sound: Tensor) -> Tensor:
 
 
 def sound_latents(rows: Tensor, sizes: Latents) -> Tensor:
-    """The reverse of `sound_rows`."""
+    """Do the reverse of `sound_rows`."""
     return rows.reshape(CHANNELS, sizes.sound, -1).permute(0, 2, 1).contiguous()
 
 

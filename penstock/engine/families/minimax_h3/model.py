@@ -75,13 +75,13 @@ class _HasModel(Protocol):
 
 
 def model_of(owner: _HasModel) -> H3Model:
-    """The model that a stage of this family works with."""
+    """Return the model that a stage of this family works with."""
     assert isinstance(owner.model, H3Model)
     return owner.model
 
 
 def components(source: ModelSource, loras: PlacedLoras) -> dict[str, Component]:
-    """All networks by their names in plans, the transformer first."""
+    """Return all networks by their names in plans, the transformer first."""
     return {
         TRANSFORMER: streamed(source.streamed, loras),
         ONCE: component_of(source.streamed, only=structure.ONCE, name=ONCE, loras=loras),
@@ -92,8 +92,8 @@ def components(source: ModelSource, loras: PlacedLoras) -> dict[str, Component]:
 
 
 def streamed(source: ComponentSource, loras: PlacedLoras) -> Component:
-    """The transformer, with LoRAs beside its weights; outside its blocks, what each forward pass
-    needs."""
+    """Return the transformer, with LoRAs beside its weights; outside its blocks, what each forward
+    pass needs."""
     return component_of(source, only=ENDS, loras=loras)
 
 
@@ -102,7 +102,7 @@ def manifest_of(
     computing: Computing,
     pipeline: Mapping[str, Any] = MappingProxyType({}),
 ) -> H3Manifest:
-    """What the planner knows of the networks of a model, computing as ``computing`` says."""
+    """Return what the planner knows of the networks of a model, computing as ``computing`` says."""
     return H3Manifest(
         transformer=_spec(parts[TRANSFORMER], parts[ONCE], computing),
         text=text_spec.of(parts, computing),

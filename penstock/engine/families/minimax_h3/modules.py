@@ -102,7 +102,7 @@ class TimeWaves(nn.Module):
         self._channels = channels
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        """(n,) to (n, channels), fp32."""
+        """Map (n,) to (n, channels), fp32."""
         half = self._channels // 2
         places = torch.arange(half, dtype=torch.float32, device=timesteps.device)
         frequencies = torch.exp(-math.log(10000) * places / half)
@@ -120,7 +120,7 @@ class TimeEmbedder(nn.Module):
         self.linear_2 = Linear(own.time_embed_hidden_dim, own.time_embed_dim)
 
     def forward(self, waves: Tensor) -> Tensor:
-        """(n, freq_dim) to (n, time_embed_dim)."""
+        """Map (n, freq_dim) to (n, time_embed_dim)."""
         return self.linear_2(F.silu(self.linear_1(waves)))  # type: ignore[no-any-return]
 
 
@@ -187,6 +187,6 @@ class MiniMaxH3Transformer3DModel(nn.Module):
 
 
 def build(config: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
-    """The transformer on the meta device with one block, and that block."""
+    """Build the transformer on the meta device with one block, and that block."""
     module = MiniMaxH3Transformer3DModel(**(config | {"num_layers": 1}))
     return module.eval().requires_grad_(False), module.transformer_blocks[0]

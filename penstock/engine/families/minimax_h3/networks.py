@@ -13,7 +13,8 @@ from penstock.engine.families.minimax_h3.video_vae import kind as video
 
 
 def build(component: str, config: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The network of ``component`` under ``config``, and its one block (None: it has none)."""
+    """Build the network of ``component`` under ``config``, and its one block (None: it has
+    none)."""
     if component == "transformer":
         return modules.build(known(config))
     if component in ("vae_encoder", "vae_decoder"):

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 
 def keyframes(stage: Stage) -> list[Tensor]:
-    """The request's pictures at the video's size, uint8 (h, w, 3) each, on the CPU: the first that
-    is given is stretched, another is scaled to cover the frame and cut around its middle."""
+    """Return the request's pictures at the video's size, uint8 (h, w, 3) each, on the CPU: the
+    first that is given is stretched, another is scaled to cover the frame and cut around its
+    middle."""
     request = stage.job.request
     size = request.width, request.height
     return [
@@ -29,7 +30,7 @@ def keyframes(stage: Stage) -> list[Tensor]:
 
 
 def fitted(picture: Image.Image, width: int, height: int, *, covers: bool) -> Tensor:
-    """``picture`` as a frame of the video, uint8 (height, width, 3).
+    """Return ``picture`` as a frame of the video, uint8 (height, width, 3).
 
     As the modular pipeline of diffusers has it, which follows the makers' rounding: the scaled size
     is rounded, and the cut begins at half of what is over.
@@ -54,8 +55,8 @@ def fitted(picture: Image.Image, width: int, height: int, *, covers: bool) -> Te
 def patches(
     frame: Tensor, processor: Mapping[str, Any] = PROCESSOR
 ) -> tuple[Tensor, tuple[int, int]]:
-    """A picture as Qwen3-VL's vision tower takes it: patches (n, values) fp32, those that become
-    one token together, and how many there are down and across.
+    """Return a picture as Qwen3-VL's vision tower takes it: patches (n, values) fp32, those that
+    become one token together, and how many there are down and across.
 
     As transformers' processor makes them without torchvision.
 

@@ -19,7 +19,7 @@ from penstock.profiles.phases import Mux, Step
 
 
 def steps(case: H3Case) -> Iterator[Step]:
-    """The groups of phases of a job, in the order in which they run.
+    """Yield the groups of phases of a job, in the order in which they run.
 
     Raises:
         RequestError: what is asked for, the model cannot do.
@@ -44,20 +44,21 @@ def check_asked(case: H3Case) -> None:
     work, noise = case.workload, case.workload.noise
     guided = work.guided or bool(work.guided_high)
     refused = (
-        (work.steps < 2, "one step is none", "2 steps or more: the last level of noise is none",
+        (work.steps < 2, "one step computes nothing",
+         "2 steps or more: the last noise level is not computed",
          str(work.steps), "Give --steps 2 or more; N steps are N - 1 forward passes"),
-        (guided, "MiniMax-H3 was distilled to do without guidance", "a guidance scale of 1",
+        (guided, "MiniMax-H3 runs without guidance: it is distilled", "a guidance scale of 1",
          "a larger one", "Leave --cfg out"),
-        (work.contrasted, "MiniMax-H3 has no attention to a text of its own", "no --nag", "one",
+        (work.contrasted, "MiniMax-H3 has no cross-attention for --nag", "no --nag", "one",
          "Leave --nag out"),
-        (work.windows is not None, "MiniMax-H3 makes a video at once", "no --window", "windows",
+        (work.windows is not None, "MiniMax-H3 has no context windows", "no --window", "windows",
          "Leave --window out"),
-        (work.continued, "MiniMax-H3 does not go on from a video yet", "no --continue", "one",
+        (work.continued, "MiniMax-H3 cannot continue a video yet", "no --continue", "one",
          "Give its last frame with --image"),
-        (noise.sampler != "euler" or noise.distilled, "MiniMax-H3 has schedules of its own",
+        (noise.sampler != "euler" or noise.distilled, "MiniMax-H3 has its own noise levels",
          "euler", noise.sampler + (" with distilled levels" if noise.distilled else ""),
          "Leave --sampler and --distilled out"),
-        (case.policy.attention != "sdpa", "attention in 8 bits is not run for MiniMax-H3",
+        (case.policy.attention != "sdpa", "8-bit attention is not supported for MiniMax-H3",
          "sdpa", case.policy.attention, "Leave --attention out"),
     )  # fmt: skip
     for wrong, what, expected, found, remedy in refused:

@@ -42,7 +42,7 @@ def prepare_previews(stage: Stage) -> None:
 
 @contextmanager
 def _stills(stage: Stage) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Decodes normalised latents (1, z, 1, h, w) to pixels, uint8 (1, H, W, 3)."""
+    """Decode normalised latents (1, z, 1, h, w) to pixels, uint8 (1, H, W, 3)."""
     component, plan = stage.model.parts[DECODER], stage.plan["decode"]
     assert plan.stream is not None
     scratch = dict(plan.work).get(SCRATCH, 0)
@@ -72,7 +72,7 @@ def _stills(stage: Stage) -> Iterator[Callable[[Tensor], Tensor]]:
 
 
 def _layers(stream: BlockStream, component: Component) -> Iterator[tuple[int, Any]]:
-    """One pass over all blocks: as `penstock.engine.run.stage.visits`, of no phase."""
+    """Yield one pass over all blocks: as `penstock.engine.run.stage.visits`, of no phase."""
     for index, tensors in stream.forward_pass():
         with component.bound(tensors, index) as block:
             yield index, block
@@ -81,7 +81,7 @@ def _layers(stream: BlockStream, component: Component) -> Iterator[tuple[int, An
 def preview_of(
     stage: Stage, sampler: PairedSampler, prediction: Tensor, latents: Tensor, sizes: Latents
 ) -> Preview | None:
-    """The preview of the step that ``sampler`` is about to take, where one is due."""
+    """Return the preview of the step that ``sampler`` is about to take, where one is due."""
     every, step = stage.job.hooks.preview_every, sampler.next_step
     if every is None or (step + 1) % every:
         return None

@@ -49,7 +49,7 @@ class PairedSampler(Sampler):
         """As `Sampler.step`."""
         if i != self.next_step or i >= len(self.timesteps):
             raise UsageError(
-                "a sampler's steps are taken once and in order",
+                "sampler steps must be taken once and in order",
                 expected=f"step {self.next_step} of {len(self.timesteps)}",
                 found=f"step {i}",
             )
@@ -85,7 +85,7 @@ class PairedSampler(Sampler):
         self.next_step = int(state.values["next_step"])
 
     def times(self, pictures: bool) -> list[StepTimes]:
-        """The distinct timesteps of every step."""
+        """Return the distinct timesteps of every step."""
         pairs = zip(self.video.timesteps.tolist(), self.sound.timesteps.tolist(), strict=True)
         return [StepTimes.of(video, sound, pictures) for video, sound in pairs]
 
@@ -133,7 +133,8 @@ def _normal(draw: torch.Generator, *shape: int) -> Tensor:
 
 
 def drawn_for_pictures(sizes: Latents, pictures: int, draw: torch.Generator) -> list[Tensor]:
-    """The noise of given pictures, the first that is drawn of a job: (1, z, 1, h, w) each."""
+    """Return the noise of given pictures, the first that is drawn of a job: (1, z, 1, h, w)
+    each."""
     return [_normal(draw, 1, sizes.channels, 1, sizes.height, sizes.width) for _ in range(pictures)]
 
 
@@ -155,7 +156,8 @@ def given_rows(condition: Tensor, sizes: Latents, seed: int) -> Tensor:
 
 
 def velocity(video: Tensor, sound: Tensor, sizes: Latents) -> Tensor:
-    """What is predicted of both kinds of rows, packed and turned towards noise: (1, n), fp32."""
+    """Return what is predicted of both kinds of rows, packed and turned towards noise: (1, n),
+    fp32."""
     found = pack(layout.from_rows(video.float(), sizes), sound_latents(sound.float(), sizes))
     return found.neg_()
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 @lru_cache(maxsize=8)
 def told(steps: int, shift: float) -> tuple[float, ...]:
-    """The timesteps of so many levels of noise, without torch: as `Schedule` has them, but for the
-    last bits."""
+    """Return the timesteps of so many levels of noise, without torch: as `Schedule` has them, but
+    for the last bits."""
     found = []
     for index in range(max(steps - 1, 0)):
         base = 1.0 - index / (steps - 1)
@@ -51,7 +51,7 @@ class Schedule:
         return 1.0 - self.sigmas[:-1]
 
     def step(self, latents: Tensor, velocity: Tensor, index: int) -> Tensor:
-        """The latents after the step ``index``.
+        """Return the latents after the step ``index``.
 
         Args:
             latents: fp32.

@@ -55,7 +55,7 @@ class PackedSpec:
         return self.in_channels * self.patch_volume
 
     def table_bytes(self, timesteps: int) -> int:
-        """The tables of one step with so many distinct timesteps."""
+        """Return the tables of one step with so many distinct timesteps."""
         block = 6 * MODALITIES * self.hidden_size
         blocks = self.num_layers * block * self.weights.itemsize
         return timesteps * (blocks + 2 * self.hidden_size * self.time_itemsize)

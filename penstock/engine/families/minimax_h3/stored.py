@@ -16,12 +16,12 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def plain_run(shapes: Shapes, tag: str = "BF16") -> int:
-    """One aligned run of tensors in the dtype ``tag``."""
+    """Return one aligned run of tensors in the dtype ``tag``."""
     return _run(prod(shape) * ITEM_BYTES[tag] for shape in shapes.values())
 
 
 def stored_run(shapes: Shapes, weight_format: str) -> int:
-    """One aligned run of tensors in bf16 but its matrices, which are in ``weight_format``.
+    """Return one aligned run of tensors in bf16 but its matrices, which are in ``weight_format``.
 
     Raises:
         ProfileError: no such format.
@@ -37,7 +37,8 @@ def stored_run(shapes: Shapes, weight_format: str) -> int:
 
 
 def stored_storage(shapes: Shapes, weight_format: str) -> Storage:
-    """What computing with the matrices among ``shapes``, stored so, takes besides their bytes.
+    """Return what computing with the matrices among ``shapes``, stored so, takes besides their
+    bytes.
 
     Raises:
         ProfileError: no such format.
@@ -61,6 +62,7 @@ def _run(tensors: Iterable[int]) -> int:
 
 
 def typed_run(shapes: Shapes, single: Callable[[str], bool]) -> int:
-    """One aligned run of tensors in bf16 but those whose names ``single`` holds of, in fp32."""
+    """Return one aligned run of tensors in bf16 but those whose names ``single`` holds of, in
+    fp32."""
     tags = {name: "F32" if single(name) else "BF16" for name in shapes}
     return _run(prod(shape) * ITEM_BYTES[tags[name]] for name, shape in shapes.items())

@@ -30,18 +30,18 @@ _SINGLE = {"proj_in", "audio_proj_in", "time_embedder", "proj_out", "audio_proj_
 
 
 def leaves_stream(local_name: str) -> bool:
-    """Whether a block's tensor, by its name inside the block, is of the AdaLN projection."""
+    """Return whether a block's tensor, by its name inside the block, is of the AdaLN projection."""
     return local_name.startswith(ADALN)
 
 
 def keeps_single(name: str) -> bool:
-    """Whether the makers keep a parameter in fp32 beside blocks in bf16: whole parts of its name
-    say so."""
+    """Return whether the makers keep a parameter in fp32 beside blocks in bf16: whole parts of its
+    name say so."""
     return not _SINGLE.isdisjoint(name.split("."))
 
 
 def run_outside(name: str) -> str:
-    """The run of a pack in which a tensor outside the blocks lies."""
+    """Return the run of a pack in which a tensor outside the blocks lies."""
     return "once" if name.startswith(ONCE) else "rest"
 
 
@@ -55,7 +55,7 @@ def _prefixed(prefix: str, shapes: Shapes) -> Shapes:
 
 
 def transformer_shapes(config: Mapping[str, Any]) -> Shapes:
-    """Every tensor of the transformer, in the order of its class.
+    """Return every tensor of the transformer, in the order of its class.
 
     Where the time embedding is a curve (``time_table_size``), a table of its points stands for the
     layers that compute it, and what projects it is called ``curve``: it is narrow, and fp32.

@@ -61,19 +61,19 @@ class StepTables:
     out: Tensor
 
     def row(self, time: str, tag: int) -> int:
-        """The row of a block's tables for rows of that timestep and modality."""
+        """Return the row of a block's tables for rows of that timestep and modality."""
         return self.times.index[time] * MODALITIES + tag
 
     def time(self, time: str) -> int:
-        """The row of the last norm's tables."""
+        """Return the row of the last norm's tables."""
         return self.times.index[time]
 
     def block(self, index: int) -> Tensor:
-        """(6, rows, d) of a block."""
+        """Return (6, rows, d) of a block."""
         return self.blocks[index]
 
     def to(self, device: torch.device) -> StepTables:
-        """The same on ``device``."""
+        """Return the same on ``device``."""
         return replace(self, blocks=self.blocks.to(device), out=self.out.to(device))
 
     @property
@@ -119,7 +119,7 @@ class TablesInWork:
             held[index] = made
 
     def done(self) -> list[StepTables]:
-        """All tables, in host memory, a step an entry."""
+        """Return all tables, in host memory, a step an entry."""
         found = []
         for step, blocks, out in zip(self._steps, self._tables, self._out, strict=True):
             assert blocks is not None
@@ -128,7 +128,7 @@ class TablesInWork:
 
 
 def _activated(model: Any, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
-    """What the projections take: (timesteps, time_embed_dim).
+    """Return what the projections take: (timesteps, time_embed_dim).
 
     A pruned model's curve holds the activation already, and its projections stay in fp32.
     """
@@ -148,7 +148,7 @@ def _out(model: Any, activated: Tensor) -> Tensor:
 
 
 def modulation(linear: Any, activated: Tensor, dtype: torch.dtype) -> Tensor:
-    """(timesteps, time_embed_dim) to (6, timesteps * modalities, d) in ``dtype``, scales plus
+    """Map (timesteps, time_embed_dim) to (6, timesteps * modalities, d) in ``dtype``, scales plus
     one."""
     made: Tensor = linear(activated).to(dtype)
     six = made.view(len(activated) * MODALITIES, 6, -1).permute(1, 0, 2).contiguous()

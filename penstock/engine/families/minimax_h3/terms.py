@@ -23,7 +23,7 @@ H3Case: TypeAlias = "Case[H3Manifest]"
 
 
 def anchors(request: GenerationRequest) -> tuple[str, ...]:
-    """Where the given pictures stand, in order."""
+    """Return where the given pictures stand, in order."""
     given = (("first", request.image), ("last", request.last_image))
     return tuple(name for name, path in given if path is not None)
 
@@ -57,7 +57,7 @@ def evaluations(case: H3Case) -> int:
 
 
 def packed_case(case: H3Case, chunk_rows: int = 1) -> PackedCase:
-    """What the transformer's bytes depend on."""
+    """Return what the transformer's bytes depend on."""
     return PackedCase(
         latents_of(case),
         text_rows(case),
@@ -69,7 +69,7 @@ def packed_case(case: H3Case, chunk_rows: int = 1) -> PackedCase:
 
 
 def state_bytes(case: H3Case) -> int:
-    """What the text encoder leaves: states, and a tag a row."""
+    """Return what the text encoder leaves: states, and a tag a row."""
     spec = case.manifest.transformer
     return text_rows(case) * (spec.text_dim * spec.weights.itemsize + 8)
 
@@ -86,31 +86,31 @@ def latents_bytes(case: H3Case) -> int:
 
 
 def saved_state_bytes(case: H3Case) -> int:
-    """A copy of where the sampling stands, which is written while the next step computes."""
+    """Return a copy of where the sampling stands, which is written while the next step computes."""
     return (1 + packed_case(case).cached) * latents_bytes(case)
 
 
 def restored_bytes(case: H3Case) -> int:
-    """The most that reading a kept job takes: two generations of where it stands and the file of
-    one; or the states and the pictures' latents, and their file."""
+    """Return the most that reading a kept job takes: two generations of where it stands and the
+    file of one; or the states and the pictures' latents, and their file."""
     return max(3 * saved_state_bytes(case), 2 * (state_bytes(case) + condition_bytes(case)))
 
 
 def places_bytes(case: H3Case) -> int:
-    """Every row's place in time and in the picture, fp64, and its angles in fp32 on their way to
-    the device: places and turns; turns twice over; cosines, and those as they are kept."""
+    """Return every row's place in time and in the picture, fp64, and its angles in fp32 on their
+    way to the device: places and turns; turns twice over; cosines, and those as they are kept."""
     rows, axes = packed_case(case).rows, 3
     turned = axes * case.manifest.transformer.rope_freq_dim
     return rows * (axes * (8 + _SINGLE) + _SINGLE * (turned + 2 * turned + 2 * 2 * turned))
 
 
 def tables_bytes(case: H3Case) -> int:
-    """The AdaLN tables of all steps, in host memory."""
+    """Return the AdaLN tables of all steps, in host memory."""
     one = case.manifest.transformer.table_bytes(packed_case(case).timesteps)
     return evaluations(case) * one
 
 
 def sound_bytes(case: H3Case) -> int:
-    """The waveform, fp32, both channels."""
+    """Return the waveform, fp32, both channels."""
     audio = case.manifest.audio
     return 2 * latents_of(case).sound * audio.hop * _SINGLE

@@ -102,7 +102,8 @@ def _conditions(found: Products) -> Conditions:
 
 
 def _saved_conditions(stage: Stage) -> Products | None:
-    """The encoded prompt and pictures of a job that goes on; None: they are still to be made."""
+    """Return the encoded prompt and pictures of a job that goes on; None: they are still to be
+    made."""
 
     def restore() -> Conditions | None:
         with stage.restoring():
@@ -186,8 +187,8 @@ def _given(stage: Stage, conditions: Conditions) -> Tensor | None:
 def prepare(
     stage: Stage, conditions: Conditions, times: list[StepTimes]
 ) -> tuple[Tensor, list[StepTables]]:
-    """What is made once a job: the text's rows on the device, and the tables of the steps that are
-    left, in host memory."""
+    """Return what is made once a job: the text's rows on the device, and the tables of the steps
+    that are left, in host memory."""
     model = model_of(stage)
     component, once = model.transformer, model.once
     states, _ = conditions.texts
@@ -224,7 +225,7 @@ class Predict:
     chunk_rows: int
 
     def __call__(self, latents: Tensor, tables: StepTables) -> Tensor:
-        """What leads to noise, packed as ``latents`` are: (1, n), fp32."""
+        """Return what leads to noise, packed as ``latents`` are: (1, n), fp32."""
         sizes = self.layout.latents
         video, sound = as_rows(latents, sizes)
         if self.given is not None:
@@ -245,7 +246,8 @@ class Predict:
 
 
 def drawn(stage: Stage) -> Products:
-    """What the encoders would have given, drawn instead: the transformer's work is the same."""
+    """Return what the encoders would have given, drawn instead: the transformer's work is the
+    same."""
     model, draw = model_of(stage), torch.Generator().manual_seed(0)
     width, dtype = model.manifest.transformer.text_dim, model.transformer.dtype
     states = torch.randn(1, TEXT_TOKENS, width, generator=draw).to(dtype)

@@ -104,7 +104,7 @@ class _Dit:
         )
 
     def _storage(self, stored: QuantFormat) -> Storage:
-        """What computing with the matrices of a block takes, all of them in ``stored``."""
+        """Return what computing with the matrices of a block takes, all of them in ``stored``."""
         sizes = [rows * columns * _ITEM for rows, columns in self.streamed]
         if stored.plain:
             cast = sum(sizes) + sum(rows * columns * _ITEM for rows, columns in self.cross)
@@ -153,7 +153,7 @@ _VAE_48 = VaeSpec(
 
 
 def _wan21(dit: _Dit, weight_format: str) -> WanManifest:
-    """All in bf16 but the blocks' matrices in ``weight_format``.
+    """Return all in bf16 but the blocks' matrices in ``weight_format``.
 
     Raises:
         ProfileError: no such format.
@@ -177,7 +177,7 @@ def _plain(elements: tuple[int, ...]) -> Iterator[int]:
 
 
 def _run(tensors: Iterable[int]) -> int:
-    """One aligned run of tensors, as `penstock.offload.layout` lays them out."""
+    """Return one aligned run of tensors, as `penstock.offload.layout` lays them out."""
     return align_up(sum(align_up(count, TENSOR_ALIGNMENT) for count in tensors), PAGE_BYTES)
 
 

@@ -27,7 +27,7 @@ from penstock.errors import CheckpointError
 
 
 def preprocess(picture: Image.Image, width: int, height: int, fit: Fitting | None = None) -> Tensor:
-    """The picture at the video's size, ``(1, 3, height, width)`` fp32 in [-1, 1].
+    """Return the picture at the video's size, ``(1, 3, height, width)`` fp32 in [-1, 1].
 
     As diffusers' ``VideoProcessor.preprocess``: Lanczos to exactly this size, whatever the aspect.
 
@@ -45,7 +45,7 @@ def preprocess(picture: Image.Image, width: int, height: int, fit: Fitting | Non
 
 
 def _frame_of(picture: Image.Image) -> Tensor:
-    """(1, 3, h, w) fp32 in [-1, 1]."""
+    """Return (1, 3, h, w) fp32 in [-1, 1]."""
     frame = torch.from_numpy(np.array(picture)).permute(2, 0, 1).unsqueeze(0)
     scaled = frame.to(torch.float32, memory_format=torch.contiguous_format).div_(255.0)
     return scaled.mul_(2.0).sub_(1.0)
@@ -59,7 +59,7 @@ def conditioning(
     *,
     ends: bool = False,
 ) -> Tensor:
-    """What is concatenated to the noise: the mask of given frames and the encoded picture.
+    """Return what is concatenated to the noise: the mask of given frames and the encoded picture.
 
     As ``WanImageToVideoPipeline.prepare_latents``: the mask has ``temporal`` channels, one for each
     video frame of a latent frame, and is one where the frame is given: the first latent frame, and
@@ -87,7 +87,7 @@ def conditioning(
 
 
 def make_image_processor(config: Mapping[str, Any]) -> Any:
-    """The CLIP image processor of a ``preprocessor_config.json``'s content.
+    """Make the CLIP image processor of a ``preprocessor_config.json``'s content.
 
     Raises:
         CheckpointError: it is of no use.
@@ -101,7 +101,7 @@ def make_image_processor(config: Mapping[str, Any]) -> Any:
 
 
 def squashed_values(config: Mapping[str, Any], picture: Image.Image, side: int) -> Tensor:
-    """The whole picture as CLIP sees it, ``(1, 3, side, side)`` fp32, whatever its aspect.
+    """Return the whole picture as CLIP sees it, ``(1, 3, side, side)`` fp32, whatever its aspect.
 
     As Wan's makers prepare it (``wan/modules/clip.py``): bicubic without antialias, neither rounded
     nor clamped. Some rows at a time along the rows, then once along the columns, so that the
@@ -147,8 +147,8 @@ def _bicubic(frame: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def pixel_values(config: Mapping[str, Any], picture: Image.Image, side: int) -> Tensor:
-    """The picture's centre as CLIP sees it, ``(1, 3, side, side)`` fp32, as transformers' processor
-    makes it for diffusers.
+    """Return the picture's centre as CLIP sees it, ``(1, 3, side, side)`` fp32, as transformers'
+    processor makes it for diffusers.
 
     It is scaled down first, as the processor itself would do it: that makes copies of what it gets.
 
@@ -170,8 +170,8 @@ def pixel_values(config: Mapping[str, Any], picture: Image.Image, side: int) -> 
 
 
 def _plainly_processed(config: Mapping[str, Any], small: Image.Image) -> Tensor | None:
-    """``small`` at the size that a processor's config names, as transformers' processor makes it
-    without torchvision; None: that one is to be asked.
+    """Return ``small`` at the size that a processor's config names, as transformers' processor
+    makes it without torchvision; None: that one is to be asked.
 
     It is where torchvision is installed, whose arithmetic rounds otherwise, and where steps are
     left out or the crop is larger than the picture. Importing it takes two seconds.

@@ -142,7 +142,7 @@ def check_transformer(where: str, config: Mapping[str, Any]) -> None:
         raise not_run(where, name)
     if (config["in_channels"], config["out_channels"]) not in ((16, 16), (36, 16), (48, 48)):
         raise CheckpointError(
-            f"{where} is no transformer of Wan that is run",
+            f"{where} is not a transformer of Wan that penstock runs",
             expected="16 input channels (T2V) or 36 (I2V), and 16 that it gives; or 48 and 48 (5B)",
             found=f"{config['in_channels']} and {config['out_channels']}",
             remedy="Fun and VACE models of Wan2.1 and Wan2.2 are not supported.",
@@ -212,7 +212,7 @@ def derive_vae(shapes: ShapesOf) -> dict[str, Any]:
         return _derive_residual_vae(shapes, base)
     if latent != 16:
         raise CheckpointError(
-            f"{shapes.where} is no VAE of Wan2.1 or Wan2.2",
+            f"{shapes.where} is not a VAE of Wan2.1 or Wan2.2",
             expected="16 latent channels, or 48",
             found=str(latent),
             remedy="Give the model's own VAE.",
@@ -246,7 +246,7 @@ def _derive_residual_vae(shapes: ShapesOf, base: int) -> dict[str, Any]:
 
 
 def transformer_title(config: Mapping[str, Any]) -> str:
-    """The model's name for people: "Wan2.1 I2V 14B"."""
+    """Return the model's name for people: "Wan2.1 I2V 14B"."""
     width = config["num_attention_heads"] * config["attention_head_dim"]
     layers = config["num_layers"]
     size = SIZES.get((width, layers, config["ffn_dim"]), f"({width} wide, {layers} layers)")
@@ -258,7 +258,7 @@ def transformer_title(config: Mapping[str, Any]) -> str:
 
 
 def wants_picture(config: Mapping[str, Any]) -> bool:
-    """Whether latents of a picture come in beside the noise."""
+    """Return whether latents of a picture come in beside the noise."""
     return bool(config["in_channels"] > config["out_channels"])
 
 
@@ -269,7 +269,8 @@ def _task(config: Mapping[str, Any]) -> str:
 
 
 def adapted_title(width: int | None, blocks: int, pictured: bool) -> str:
-    """The name of the model that a LoRA was made for: "Wan2.1 I2V 14B (5120 wide, 40 blocks)"."""
+    """Return the name of the model that a LoRA was made for: "Wan2.1 I2V 14B (5120 wide, 40
+    blocks)"."""
     sizes = {dim: size for (dim, _, _), size in SIZES.items()}
     size = "" if width is None else f" {sizes.get(width, 'of another size')} ({width} wide"
     count = "" if not blocks or width is None else f", {blocks} blocks"
@@ -278,19 +279,19 @@ def adapted_title(width: int | None, blocks: int, pictured: bool) -> str:
 
 
 def text_title(config: Mapping[str, Any]) -> str:
-    """The text encoder's name for people."""
+    """Return the text encoder's name for people."""
     xxl = (config["d_model"], config["num_layers"]) == (4096, 24)
     return "UMT5-XXL encoder" if xxl else f"UMT5 encoder ({config['d_model']} wide)"
 
 
 def image_title(config: Mapping[str, Any]) -> str:
-    """The image encoder's name for people."""
+    """Return the image encoder's name for people."""
     huge = (config["hidden_size"], config["num_hidden_layers"]) == (1280, 32)
     return "CLIP ViT-H/14" if huge else f"CLIP ViT ({config['hidden_size']} wide)"
 
 
 def vae_title(config: Mapping[str, Any]) -> str:
-    """The VAE's name for people."""
+    """Return the VAE's name for people."""
     if config.get("is_residual"):
         size = "" if config["base_dim"] == 160 else f" ({config['base_dim']} wide)"
         return f"Wan2.2 VAE{size}"

@@ -37,11 +37,11 @@ class CrossStore:
         self._blocks.append(tuple(_mapped(branch, keep) for branch in branches))
 
     def branch(self, branch: int) -> CrossBranch:
-        """The `CrossKV` of one branch, by block index, on the device."""
+        """Return the `CrossKV` of one branch, by block index, on the device."""
         return CrossBranch(self, branch)
 
     def get(self, block: int, branch: int) -> CrossKV:
-        """One block's for one branch, on the device."""
+        """Return one block's for one branch, on the device."""
         kept = self._blocks[block][branch]
         if not self._away:
             return kept

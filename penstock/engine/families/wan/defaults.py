@@ -61,7 +61,7 @@ DIM_1_3B = 1536
 
 
 def request_defaults(*, image_to_video: bool, dim: int, release: str = "") -> dict[str, Any]:
-    """The official size, steps and guidance; the flow shift is `flow_shift`.
+    """Return the official size, steps and guidance; the flow shift is `flow_shift`.
 
     Source: Wan2.1's ``generate.py``, and its README for the 1.3B model.
 
@@ -88,8 +88,8 @@ def flow_shift(
     dim: int = 0,
     release: str = "",
 ) -> float:
-    """``asked``, or the official one: from a picture 3.0 up to the area of 480p and 5.0 above it;
-    from text alone 5.0 at every size, or 8.0 for the 1.3B model.
+    """Return ``asked``, or the official one: from a picture 3.0 up to the area of 480p and 5.0
+    above it; from text alone 5.0 at every size, or 8.0 for the 1.3B model.
 
     Args:
         width, height: of the video.
@@ -112,7 +112,7 @@ def _is_small(image_to_video: bool, dim: int) -> bool:
 
 
 def negative_prompt(request: GenerationRequest) -> str:
-    """The request's own, or the official one of the task."""
+    """Return the request's own, or the official one of the task."""
     if request.negative_prompt is not None:
         return request.negative_prompt
     return TEXT_TO_VIDEO if request.image is None else IMAGE_TO_VIDEO

@@ -97,7 +97,7 @@ class Shape:
 
 
 def named(phase: str, second: bool) -> str:
-    """The name of a phase of the one or the other of two transformers."""
+    """Return the name of a phase of the one or the other of two transformers."""
     return f"{phase} 2" if second else phase
 
 
@@ -144,8 +144,8 @@ class Denoise:
         return even[1] if even else found
 
     def _even_bytes(self, limits: Limits) -> int | None:
-        """The most that the steps may copy and move no more than those of one window alone, whose
-        hidden states are in what is best for it."""
+        """Return the most that the steps may copy and move no more than those of one window alone,
+        whose hidden states are in what is best for it."""
         work, policy = self.case.workload, replace(self.case.policy, residual="auto")
         assert work.windows is not None
         shape = replace(work.shape, frames=work.windows.length)
@@ -159,7 +159,8 @@ class Denoise:
         most_copied: float = float("inf"),
         better_than: float = float("inf"),
     ) -> tuple[float, Group] | None:
-        """The best with hidden states in fp32 where they may be, and its objective before."""
+        """Return the best with hidden states in fp32 where they may be, and its objective
+        before."""
         each = [self._best(name, limits, most_copied, better_than) for name in self._residuals]
         narrow, wide = each[0], each[-1]
         if narrow is None or (wide and wide[0] <= narrow[0] * (1 + RESIDUAL_COST)):
@@ -269,7 +270,8 @@ class Denoise:
             yield replace(phase, cross_kv_on_device=not away)
 
     def _sampled(self, case: transformer.DenoiseCase) -> Items:
-        """What the steps before have left: there are some before the second transformer's."""
+        """Return what the steps before have left: there are some before the second
+        transformer's."""
         if not self.second:
             return ()
         return (("sampler state", transformer.sampler_state_bytes(self.spec, case)),)
@@ -346,8 +348,8 @@ class Denoise:
         return tuple(sorted(shapes, key=lambda shape: (shape.least_seconds, shape.work_bytes)))
 
     def _visits(self, cost: transformer.DenoiseCase) -> tuple[int, ...]:
-        """How many branches may share a visit: those of as many windows as make one pass fewer; or
-        one at a time. What is asked for is of each window."""
+        """Return how many branches may share a visit: those of as many windows as make one pass
+        fewer; or one at a time. What is asked for is of each window."""
         fixed, branches = self.case.policy.branches, cost.branches
         if fixed == 1:
             return (1,)
@@ -372,7 +374,7 @@ class Denoise:
         return Shape(cost, work, compute_s, passes, fetched)
 
     def _kinds(self, cost: transformer.DenoiseCase) -> list[tuple[int, transformer.DenoiseCase]]:
-        """Passes of the steps with each number of branches, as cost."""
+        """Return passes of the steps with each number of branches, as cost."""
         found: dict[int, int] = {}
         for each in self._stretches:
             found[each.branches] = found.get(each.branches, 0) + each.forwards[1]
@@ -396,7 +398,7 @@ class Denoise:
         return compute_path(self.spec.storage, case.policy, case.rates) in ("fp8", "int8")
 
     def _decoding(self, stored: Storage) -> Items:
-        """What quantised matrices take in VRAM besides their bytes."""
+        """Return what quantised matrices take in VRAM besides their bytes."""
         if stored.path is None and self._is_fast:
             return (("8-bit workspace", EIGHT_BIT_WORKSPACE_BYTES),)
         return stored.items
@@ -495,14 +497,16 @@ class Denoise:
 
 
 def _told(cost: transformer.DenoiseCase) -> tuple[str, ...]:
-    """How the forward pass is cut, for people."""
+    """Return how the forward pass is cut, for people."""
     passes, together = cost.branches * cost.windows, cost.visit_branches
     told = [f"{cost.chunk_tokens:,} tokens a chunk"]
     if cost.windows > 1:
         told.append(f"{cost.windows} windows a step")
     if cost.branches > 1:
         told.append("classifier-free guidance on (two forward passes)")
-    if passes > 1:
+    if passes > 1 and together == 1:
+        told.append(f"each of a step's {passes} forward passes visits the blocks by itself")
+    elif passes > 1:
         shared = "all" if together >= passes else str(together)
         told.append(f"{shared} of a step's {passes} forward passes share each visit of a block")
     told.append(f"cross-attention K/V in {'VRAM' if cost.cross_kv_on_device else 'RAM'}")

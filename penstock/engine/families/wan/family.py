@@ -101,8 +101,8 @@ def _check_places(origin: str, streamed: Config, encoder: Config) -> None:
 
 
 def needed(config: Config) -> Iterator[str]:
-    """The text encoder, the VAE, for a picture's model the image encoder; and where it has none the
-    other transformer."""
+    """Yield the text encoder, the VAE, for a picture's model the image encoder; and where it has
+    none the other transformer."""
     yield "text_encoder"
     yield "vae"
     if config.get("image_dim") is not None:
@@ -118,21 +118,21 @@ def pipeline(configs: Mapping[str, Config]) -> str:
 
 
 def build(component: str, config: Config) -> tuple[Any, Any]:
-    """The network on the meta device with one block, and that block (None: it has none)."""
+    """Build the network on the meta device with one block, and that block (None: it has none)."""
     from penstock.engine.families.wan.networks import build as make
 
     return make(component, config)
 
 
 def work() -> Any:
-    """How the phases of a job run."""
+    """Return how the phases of a job run."""
     from penstock.engine.families.wan.work import WORK
 
     return WORK
 
 
 def claims(pipe: Any) -> bool:
-    """Whether a diffusers pipeline is one of Wan 2.1."""
+    """Return whether a diffusers pipeline is one of Wan 2.1."""
     from penstock.engine.families.wan.attach.checks import is_wan21
 
     return is_wan21(pipe)
@@ -150,13 +150,14 @@ def attachable(pipe: Any) -> None:
 
 
 def has_parts_for(model: WanModel) -> bool:
-    """Whether those parts make diffusers' pipeline of a model: Wan2.1's of one picture or none."""
+    """Return whether those parts make diffusers' pipeline of a model: Wan2.1's of one picture or
+    none."""
     manifest = model.manifest
     return not (manifest.second or manifest.tokenwise or manifest.transformer.pos_embed)
 
 
 def attach_parts() -> Any:
-    """What stands in the place of each network of a diffusers pipeline."""
+    """Return what stands in the place of each network of a diffusers pipeline."""
     from penstock.engine.families.wan.attach.pipeline import PARTS
 
     return PARTS
@@ -170,7 +171,7 @@ def pipeline_of(model: WanModel, desk: Any) -> Any:
 
 
 def samples() -> Any:
-    """What `penstock doctor` measures of the engine's own operations."""
+    """Return what `penstock doctor` measures of the engine's own operations."""
     from penstock.engine.families.wan.samples import SAMPLES
 
     return SAMPLES

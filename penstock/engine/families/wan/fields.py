@@ -137,7 +137,7 @@ def check_config(component: str, where: str, config: Mapping[str, Any]) -> None:
 
 
 def _relations(component: str, config: Mapping[str, Any]) -> Iterator[tuple[bool, str]]:
-    """What must hold between the entries of a config, beside their ranges."""
+    """Yield what must hold between the entries of a config, beside their ranges."""
     if component == "image_encoder":
         heads, width = config["num_attention_heads"], config["hidden_size"]
         yield width % heads == 0, f"hidden_size {width} as a multiple of {heads} heads"
@@ -155,5 +155,5 @@ def _relations(component: str, config: Mapping[str, Any]) -> Iterator[tuple[bool
 
 
 def known(component: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of ``config`` that are checked: what a network's class is made with."""
+    """Return the entries of ``config`` that are checked: what a network's class is made with."""
     return {name: value for name, value in config.items() if name in COMPONENTS[component]}

@@ -59,7 +59,7 @@ class CrossKV:
     away_scale: float = 1.0
 
     def contrasted(self, other: CrossKV, scale: float) -> CrossKV:
-        """These, going away from what ``other`` holds of its text."""
+        """Return these, going away from what ``other`` holds of its text."""
         return replace(self, k_away=other.k, v_away=other.v, away_scale=scale)
 
 
@@ -86,7 +86,7 @@ class StepModulation:
     still_tokens: int = 0
 
     def of(self, part: slice) -> StepModulation:
-        """That of these tokens, which are all on one side of ``still_tokens``."""
+        """Return that of these tokens, which are all on one side of ``still_tokens``."""
         return self.still if self.still is not None and part.start < self.still_tokens else self
 
 
@@ -172,7 +172,7 @@ def cross_kv(attn2: Any, context: Context, same_image: CrossKV | None = None) ->
 def step_modulation(
     model: Any, timesteps: Tensor, dtype: torch.dtype, residual: torch.dtype | None = None
 ) -> list[StepModulation]:
-    """The time embedding of all steps, one by one: a batch would round differently.
+    """Return the time embedding of all steps, one by one: a batch would round differently.
 
     Args:
         model: the transformer, with ``condition_embedder``'s time embedder and projection bound.
@@ -194,7 +194,7 @@ def step_modulation(
 
 
 def _wide_modulation(embedder: Any, timesteps: Tensor, dtype: torch.dtype) -> list[StepModulation]:
-    """`step_modulation` in fp32, whatever its weights are in."""
+    """Return `step_modulation` in fp32, whatever its weights are in."""
     two = embedder.time_embedder
     angles = [embedder.timesteps_proj(timestep).float() for timestep in timesteps[:, None]]
     inner = [embedder.act_fn(x) for x in _wide(two.linear_1, angles, dtype)]
@@ -205,8 +205,8 @@ def _wide_modulation(embedder: Any, timesteps: Tensor, dtype: torch.dtype) -> li
 
 
 def _wide(layer: Any, inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """A linear layer of each of the fp32 ``inputs`` (1, width), in fp32. Its weight is cast by some
-    rows at a time, for all inputs; one that bears a LoRA computes in ``dtype``."""
+    """Return a linear layer of each of the fp32 ``inputs`` (1, width), in fp32. Its weight is cast
+    by some rows at a time, for all inputs; one that bears a LoRA computes in ``dtype``."""
     if not isinstance(layer, nn.Linear):
         return [layer(x.to(dtype)).float() for x in inputs]
     results = [x.new_empty(1, layer.out_features) for x in inputs]
@@ -303,6 +303,8 @@ def block_forward(
     """
     every = {each: _rows(block, each) for each in (modulation, modulation.still) if each}
     parts = list(_chunks(hidden.shape[1], chunk_tokens, modulation.still_tokens))
+    # Two passes over the chunks: every query attends to the keys of all tokens, which must be those
+    # of the hidden states before any chunk is changed in place.
     for part in parts:
         shift, scale, *_ = every[modulation.of(part)]
         _write_kv(block, hidden[:, part], scale, shift, rope, kv, part)
@@ -312,6 +314,7 @@ def block_forward(
         chunk.add_(
             _gated(_self_attention(block, chunk, scale, shift, rope, kv, part, attend), gate)
         )
+        # No gate here, as in the makers' block: cross-attention is added as it is.
         chunk.add_(_cross_attention(block, chunk, cross, kv.dtype))
         chunk.add_(_gated(_feed_forward(block, chunk, ffn_scale, ffn_shift, kv.dtype), ffn_gate))
 
@@ -325,7 +328,7 @@ def _rows(block: Any, modulation: StepModulation) -> tuple[Tensor, ...]:
 
 
 def _chunks(tokens: int, chunk_tokens: int, cut: int = 0) -> Iterator[slice]:
-    """Runs of at most ``chunk_tokens``, none of which lies on both sides of ``cut``."""
+    """Yield runs of at most ``chunk_tokens``, none of which lies on both sides of ``cut``."""
     for first, last in ((0, cut), (cut, tokens)):
         for start in range(first, last, chunk_tokens):
             yield slice(start, min(start + chunk_tokens, last))
@@ -340,7 +343,7 @@ def _modulated(
 
 
 def _gated(update: Tensor, gate: Tensor) -> Tensor:
-    """``update * gate`` in fp32; ``update`` is used up."""
+    """Return ``update * gate`` in fp32; ``update`` is used up."""
     return update.mul_(gate) if update.dtype == gate.dtype else update * gate
 
 
@@ -350,6 +353,7 @@ def _write_kv(
     attn = block.attn1
     x = _modulated(block.norm1, chunk, scale, shift, kv.dtype)
     kv.v[:, part] = attn.to_v(x).unflatten(2, (attn.heads, -1))
+    # x (1, c, d) goes before the norm makes its fp32 copies, beside which it would be the peak.
     k = attn.to_k(x)
     del x
     k = attn.norm_k(k)
@@ -379,6 +383,7 @@ def _rotate(x: Tensor, rope: Rope, part: slice, out: Tensor) -> Tensor:
     """Turn neighbouring pairs of (1, c, heads, head width) by the angles of their tokens."""
     cos, sin = rope.cos[:, part], rope.sin[:, part]
     x1, x2 = torch.unflatten(x, -1, (-1, 2)).unbind(-1)
+    # Pairs (2i, 2i + 1) turn together; halves of a head would be another model's rotation.
     out[..., 0::2] = (x1 * cos).sub_(x2 * sin)
     out[..., 1::2] = (x1 * sin).add_(x2 * cos)
     return out
@@ -399,7 +404,8 @@ def _cross_attention(block: Any, chunk: Tensor, cross: CrossKV, dtype: torch.dty
 
 
 def away_from(towards: Tensor, away: Tensor, scale: float) -> Tensor:
-    """Normalized attention guidance: attention to the prompt, led away from the negative prompt's.
+    """Compute normalized attention guidance: attention to the prompt, led away from the negative
+    prompt's.
 
     What lies ``scale`` times as far from ``away`` as ``towards`` is, but at most `NAG_GROWTH` times
     as large as ``towards`` by the sum of magnitudes of each token; `NAG_SHARE` of that, and the
@@ -409,6 +415,7 @@ def away_from(towards: Tensor, away: Tensor, scale: float) -> Tensor:
         towards, away: (1, c, d), both used up.
     """
     size = _magnitude(towards)
+    # away + scale * (towards - away), in the memory of ``away``.
     led = away.mul_(1 - scale).add_(towards, alpha=scale)
     growth = _magnitude(led).div_(size.clamp_(min=torch.finfo(size.dtype).tiny))
     led.mul_(growth.reciprocal_().mul_(NAG_GROWTH).clamp_(max=1.0).mul_(NAG_SHARE))
@@ -426,6 +433,7 @@ def _feed_forward(
 ) -> Tensor:
     gelu, _, down = block.ffn.net
     x = gelu.proj(_modulated(block.norm3, chunk, scale, shift, dtype))
+    # In place: x (1, c, ffn) is the widest tensor of a block, and a copy of it the peak.
     torch.ops.aten.gelu_(x, approximate=gelu.approximate)
     update: Tensor = down(x)
     return update
@@ -439,7 +447,7 @@ def head(
     latent: Sequence[int],
     chunk_tokens: int,
 ) -> Tensor:
-    """Final norm and projection, back to latents.
+    """Apply the final norm and projection, back to latents.
 
     Args:
         model: the transformer, with ``proj_out`` and its ``scale_shift_table`` bound.
@@ -464,8 +472,8 @@ def head(
 
 
 def _projection(layer: Any, dtype: torch.dtype) -> tuple[Callable[[Tensor], Tensor], torch.dtype]:
-    """How ``layer`` is applied, and to what: in ``dtype``, its weights cast; or, where it bears a
-    LoRA, as it is."""
+    """Return how ``layer`` is applied, and to what: in ``dtype``, its weights cast; or, where it
+    bears a LoRA, as it is."""
     if not isinstance(layer, nn.Linear):
         return layer, layer.bias.dtype
     if layer.weight.dtype == dtype:
@@ -491,7 +499,7 @@ def denoise_forward(
     attend: Attention = attention,
     residual: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """The whole transformer, all branches in one visit of each block.
+    """Run the whole transformer, all branches in one visit of each block.
 
     The branches go through a block one after another, never as a batch: each result is that of a
     pass of its own.
@@ -533,8 +541,8 @@ def through_blocks(
     attend: Attention,
     dtype: torch.dtype,
 ) -> Iterator[Tensor]:
-    """The predictions of hidden states that share a visit of each block, one after another as they
-    are asked for: each takes the place of its hidden states.
+    """Yield the predictions of hidden states that share a visit of each block, one after another as
+    they are asked for: each takes the place of its hidden states.
 
     Args:
         hidden: (1, n, d) each, of any windows and branches; used up.
@@ -553,7 +561,7 @@ def through_blocks(
 def embed_branches(
     model: Any, latents: Tensor, branches: int, residual: torch.dtype | None
 ) -> list[Tensor]:
-    """The hidden states of one model input for each of its branches."""
+    """Return the hidden states of one model input for each of its branches."""
     first = embed(model, latents, residual)
     return [first, *(first.clone() for _ in range(branches - 1))]
 
@@ -580,7 +588,7 @@ def _run_blocks(
 def _alike(
     hidden: Sequence[Tensor], branches: Sequence[CrossByBlock]
 ) -> list[tuple[CrossByBlock, list[Tensor]]]:
-    """The hidden states of each branch, which attend to the same."""
+    """Return the hidden states of each branch, which attend to the same."""
     found: dict[int, tuple[CrossByBlock, list[Tensor]]] = {}
     for state, branch in zip(hidden, branches, strict=True):
         found.setdefault(id(branch), (branch, []))[1].append(state)

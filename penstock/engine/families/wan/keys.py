@@ -65,7 +65,7 @@ _RESIDUAL = {
 
 
 def _vae_ends() -> dict[str, str]:
-    """What both VAEs have: first and last layers, and the middle."""
+    """Return what both VAEs have: first and last layers, and the middle."""
     table = {"conv1": "quant_conv", "conv2": "post_quant_conv"}
     for half in ("encoder", "decoder"):
         table |= {f"{half}.conv1": f"{half}.conv_in", f"{half}.head.0": f"{half}.norm_out"}

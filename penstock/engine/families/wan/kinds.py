@@ -20,12 +20,12 @@ def _namings(component: str) -> tuple[Naming, ...]:
 
 
 def _vae_run(name: str) -> str:
-    """The VAE's halves are loaded apart."""
+    """Return what is loaded apart: the VAE's halves."""
     return "encoder" if name.startswith(("encoder.", "quant_conv.")) else "decoder"
 
 
 def _text_run(name: str) -> str:
-    """The embedding is gathered by rows."""
+    """Return what is read apart: the embedding, by rows."""
     return "embedding" if name == "shared.weight" else "rest"
 
 

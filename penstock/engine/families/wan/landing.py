@@ -55,7 +55,7 @@ class Landing:
         self._last: Any = None
 
     def pieces(self, pieces: Iterator[Piece]) -> Iterator[Landed]:
-        """All of ``pieces``, in their order."""
+        """Yield all of ``pieces``, in their order."""
         behind = max(0, len(self._buffers) - 1)
         flying: deque[Callable[[], Landed]] = deque()
         for piece in pieces:
@@ -93,7 +93,8 @@ class Landing:
 
 @contextmanager
 def landing(device: torch.device, piece_bytes: int) -> Iterator[Landing]:
-    """A landing for pieces of at most ``piece_bytes``; its phase has reserved `landing_bytes`."""
+    """Provide a landing for pieces of at most ``piece_bytes``; its phase has reserved
+    `landing_bytes`."""
     if device.type == "cpu":
         yield Landing()
         return

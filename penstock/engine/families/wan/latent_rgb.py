@@ -35,7 +35,7 @@ _FIRST_MEAN = -0.7571  # of the sixteen latents_mean in the published config
 
 
 def is_published_vae(config: Mapping[str, Any]) -> bool:
-    """Whether a VAE is the published one (or a fine-tune of it), by its config."""
+    """Return whether a VAE is the published one (or a fine-tune of it), by its config."""
     shape = {name: _plain(config.get(name)) for name in _PUBLISHED_VAE}
     return shape == _PUBLISHED_VAE and list(config["latents_mean"])[0] == _FIRST_MEAN
 

@@ -82,7 +82,7 @@ class WanManifest(WanSpec):
         return timesteps(self.levels(shape, steps, noise), noise.sampler)
 
     def levels(self, shape: VideoShape, steps: int, noise: Noise) -> tuple[float, ...]:
-        """The share of noise before each step of a job."""
+        """Return the share of noise before each step of a job."""
         shift = self.flow_shift(shape.width, shape.height, noise.shift)
         return noise_levels(noise.sampler, steps, shift, distilled=noise.distilled)
 
@@ -102,7 +102,7 @@ class WanManifest(WanSpec):
         return Prefetch("denoise", "transformer", "decode", "vae decoder", *then)
 
     def split(self, workload: Workload) -> tuple[int, int]:
-        """Steps of the transformer for much noise, and of the one for little."""
+        """Return steps of the transformer for much noise, and of the one for little."""
         told = self.timesteps(workload.shape, workload.steps, workload.noise)
         boundary = (
             defaults.BOUNDARIES[self.image_to_video] if self.boundary is None else self.boundary

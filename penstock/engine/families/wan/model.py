@@ -91,13 +91,13 @@ class _HasModel(Protocol):
 
 
 def model_of(owner: _HasModel) -> WanModel:
-    """The model that a stage or a desk of this family works with."""
+    """Return the model that a stage or a desk of this family works with."""
     assert isinstance(owner.model, WanModel)
     return owner.model
 
 
 def components(source: ModelSource, loras: PlacedLoras) -> dict[str, Component]:
-    """All networks by their names in plans, the transformer first.
+    """Return all networks by their names in plans, the transformer first.
 
     Raises:
         CheckpointError: a model that is like Wan2.1 and is not run.
@@ -118,7 +118,7 @@ def components(source: ModelSource, loras: PlacedLoras) -> dict[str, Component]:
 
 
 def streamed(source: ComponentSource, loras: PlacedLoras) -> Component:
-    """The transformer, with LoRAs beside its weights."""
+    """Return the transformer, with LoRAs beside its weights."""
     return component_of(source, loras=loras)
 
 
@@ -127,7 +127,7 @@ def manifest_of(
     computing: Computing,
     pipeline: Mapping[str, Any] = MappingProxyType({}),
 ) -> WanManifest:
-    """What the planner knows of the networks of a model, computing as ``computing`` says."""
+    """Return what the planner knows of the networks of a model, computing as ``computing`` says."""
     transformer, text, image = parts[TRANSFORMER], parts[TEXT], parts.get(IMAGE)
     encoder, decoder = parts[ENCODER], parts[DECODER]
     return WanManifest(

@@ -64,7 +64,7 @@ class FP32LayerNorm(LayerNorm):
     """A layer norm computed in fp32, whatever its weights and its input are."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """``inputs`` normed, in their dtype."""
+        """Return ``inputs`` normed, in their dtype."""
         weight, bias = (None if each is None else each.float() for each in (self.weight, self.bias))
         normed = F.layer_norm(inputs.float(), self.normalized_shape, weight, bias, self.eps)
         return normed.to(inputs.dtype)
@@ -79,7 +79,7 @@ class GELU(nn.Module):
         self.approximate = approximate
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(..., into) to (..., out)."""
+        """Map (..., into) to (..., out)."""
         return F.gelu(self.proj(hidden), approximate=self.approximate)
 
 
@@ -92,7 +92,7 @@ class FeedForward(nn.Module):
         self.net = nn.ModuleList(parts)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(..., into) to (..., out)."""
+        """Map (..., into) to (..., out)."""
         for module in self.net:
             hidden = module(hidden)
         return hidden
@@ -107,7 +107,7 @@ class TwoLinears(nn.Module):
         self._act = act
 
     def forward(self, states: Tensor) -> Tensor:
-        """(..., into) to (..., out)."""
+        """Map (..., into) to (..., out)."""
         states = self._act(self.linear_1(states))
         return self.linear_2(states)  # type: ignore[no-any-return]
 
@@ -120,7 +120,7 @@ class Timesteps(nn.Module):
         self.num_channels = channels
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        """(n,) to (n, channels), fp32."""
+        """Map (n,) to (n, channels), fp32."""
         half = self.num_channels // 2
         places = torch.arange(half, dtype=torch.float32, device=timesteps.device)
         frequencies = torch.exp(-math.log(10000) * places / half)
@@ -140,7 +140,7 @@ class WanImageEmbedding(nn.Module):
         self.pos_embed = None if positions is None else parameter(1, positions, into)
 
     def forward(self, states: Tensor) -> Tensor:
-        """(1, n, into) to (1, n, out); with places for two pictures, (2, n, into) to
+        """Map (1, n, into) to (1, n, out); with places for two pictures, (2, n, into) to
         (1, 2n, out)."""
         if self.pos_embed is not None:
             states = states.view(-1, self.pos_embed.shape[1], states.shape[-1]) + self.pos_embed
@@ -242,7 +242,7 @@ class UMT5LayerNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(..., width)."""
+        """Map (..., width) to the same shape."""
         variance = hidden.to(torch.float32).pow(2).mean(-1, keepdim=True)
         hidden = hidden * torch.rsqrt(variance + self.variance_epsilon)
         if self.weight.dtype in (torch.float16, torch.bfloat16):
@@ -264,7 +264,7 @@ class UMT5Attention(nn.Module):
         self.relative_attention_bias = Embedding(self._buckets, config.num_heads)
 
     def compute_bias(self, queries: int, keys: int) -> Tensor:
-        """(1, heads, queries, keys), all counted from the first token."""
+        """Return (1, heads, queries, keys), all counted from the first token."""
         device = self.relative_attention_bias.weight.device
         distances = (
             torch.arange(keys, device=device)[None] - torch.arange(queries, device=device)[:, None]
@@ -494,7 +494,7 @@ class AvgDown3D(nn.Module):
         self.group_size = into * self.factor // out
 
     def forward(self, frames: Tensor) -> Tensor:
-        """(1, c, t, h, w), zeros before the first frame where ``t`` does not divide."""
+        """Return (1, c, t, h, w), zeros before the first frame where ``t`` does not divide."""
         frames = F.pad(frames, (0, 0, 0, 0, -frames.shape[2] % self.factor_t, 0))
         batch, channels, count, height, width = frames.shape
         times, side = self.factor_t, self.factor_s

@@ -10,7 +10,8 @@ from penstock.engine.families.wan.fields import known
 
 
 def build(component: str, config: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The network of ``component`` under ``config``, and its one block (None: it has none)."""
+    """Build the network of ``component`` under ``config``, and its one block (None: it has
+    none)."""
     makers: dict[str, Callable[[dict[str, Any]], tuple[Any, Any]]] = {
         "transformer": _transformer,
         "transformer_2": _transformer,

@@ -54,7 +54,8 @@ HOLE_SHARES: Mapping[str, float] = MappingProxyType({"decode": 0.25, "encode": 0
 
 
 def steps(case: WanCase) -> Iterator[Step]:
-    """The groups of phases of a job, in the order in which they run: the one place that says it."""
+    """Yield the groups of phases of a job, in the order in which they run: the one place that says
+    it."""
     manifest = case.manifest
     yield text_step(case)
     if manifest.image is not None:
@@ -71,15 +72,15 @@ def steps(case: WanCase) -> Iterator[Step]:
 
 
 def whole(case: WanCase) -> Denoise:
-    """The only transformer, with all steps."""
+    """Return the only transformer, with all steps."""
     work, caching = case.workload, case.policy.caching
     found = stretches_of(case.manifest, work, range(work.steps), caching, guided=work.branches == 2)
     return Denoise(_guided(case, work, found), stretches=found)
 
 
 def experts(case: WanCase) -> Iterator[Denoise]:
-    """The transformer for much noise, then the one for little, each with its steps; one that has
-    none is left out."""
+    """Yield the transformer for much noise, then the one for little, each with its steps; one that
+    has none is left out."""
     work = case.workload
     guided = work.guided if work.guided_high is None else work.guided_high, work.guided
     both = work.texts == 2
@@ -96,14 +97,14 @@ def experts(case: WanCase) -> Iterator[Denoise]:
 
 
 def _guided(case: WanCase, work: Workload, stretches: Sequence[Stretch]) -> WanCase:
-    """``case`` with ``work``, which has guidance where one of ``stretches`` has; the texts are
-    those of the job."""
+    """Return ``case`` with ``work``, which has guidance where one of ``stretches`` has; the texts
+    are those of the job."""
     on = any(each.branches == 2 for each in stretches)
     return replace(case, workload=replace(work, guided=on, guided_high=work.texts == 2))
 
 
 def text_step(case: WanCase) -> OnePass:
-    """The text encoder."""
+    """Return the text encoder."""
     spec, branches = case.manifest.text, case.workload.texts
     work = encoders.text_bytes(spec, prompts=branches)
     return OnePass(
@@ -120,7 +121,7 @@ def text_step(case: WanCase) -> OnePass:
 
 
 def image_step(case: WanCase, spec: ImageSpec) -> OnePass:
-    """The image encoder."""
+    """Return the image encoder."""
     layers, seen = len(spec.weights.block_bytes), case.manifest.seen
     return OnePass(
         "image",
@@ -224,7 +225,7 @@ class Tiled:
         )
 
     def _picture_bytes(self) -> int:
-        """The picture is decoded in the first phase that sees it."""
+        """Count the picture's bytes: it is decoded in the first phase that sees it."""
         decoded = self.case.manifest.image is not None
         return picture_bytes(self.case) if decoded else decoding_bytes(self.case)
 

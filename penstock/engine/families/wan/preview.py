@@ -25,8 +25,8 @@ def prepare_previews(stage: Stage) -> None:
 
 
 def _fitted(stage: Stage) -> RgbMap:
-    """What is decoded is no larger than one frame of the video, so that it takes no more than the
-    phase "decode" does."""
+    """Fit a map to the VAE; what is decoded is no larger than one frame, so that it takes no more
+    than the phase "decode" does."""
     component, vae_spec = model_of(stage).vae_decoder, model_of(stage).manifest.vae
     _, height, width = stage.job.request.video_shape.latent(vae_spec)
     need_bytes = stage.plan["decode"].work_bytes
@@ -42,7 +42,7 @@ def _fitted(stage: Stage) -> RgbMap:
 def preview_of(
     stage: Stage, sampler: Sampler, prediction: Tensor, latents: Tensor
 ) -> Preview | None:
-    """The preview of the step that ``sampler`` is about to take, where one is due."""
+    """Return the preview of the step that ``sampler`` is about to take, where one is due."""
     every, step = stage.job.hooks.preview_every, sampler.next_step
     if every is None or (step + 1) % every:
         return None
@@ -50,7 +50,7 @@ def preview_of(
 
 
 def published_map(config: Mapping[str, Any]) -> RgbMap | None:
-    """The published map of the Wan2.1 VAE, if ``config`` is that VAE's."""
+    """Return the published map of the Wan2.1 VAE, if ``config`` is that VAE's."""
     if not is_published_vae(config):
         return None
     return RgbMap(torch.tensor(FACTORS), torch.tensor(BIAS), "the published Wan2.1 factors")

@@ -89,7 +89,7 @@ class ForwardSample:
 def residual_sample(
     width: int, side: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[VaeWork, Callable[[], object]]:
-    """A residual block on the next frame: what it computes, and how to let it."""
+    """Return a residual block on the next frame: what it computes, and how to let it."""
     from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualBlock
 
     block = WanResidualBlock(width, width).to(device, dtype)

@@ -53,10 +53,10 @@ def stranger(entries: Mapping[str, TensorEntry]) -> str | None:
 
 
 def _local(name: str) -> str:
-    """``name`` inside its block, or as it is."""
+    """Return ``name`` inside its block, or as it is."""
     return _IN_BLOCK.split(name, maxsplit=1)[-1]
 
 
 def by_channels(channels: int, out_channels: int) -> str | None:
-    """The model whose transformer takes so many channels and gives so many."""
+    """Return the model whose transformer takes so many channels and gives so many."""
     return dict(_BY_CHANNELS).get((channels, out_channels))

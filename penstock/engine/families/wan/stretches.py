@@ -48,7 +48,7 @@ class Stretch:
 def stretches_of(
     manifest: WanManifest, work: Workload, steps: range, caching: Caching, *, guided: bool
 ) -> tuple[Stretch, ...]:
-    """The stretches of ``steps`` that one transformer computes.
+    """Return the stretches of ``steps`` that one transformer computes.
 
     Args:
         work: the whole job's.
@@ -74,7 +74,7 @@ def passes_left(
     later: Sequence[Stretch],
     visits_of: Mapping[int, int] = MappingProxyType({1: 1, 2: 1}),
 ) -> tuple[int, int]:
-    """Passes over the blocks that are still to come: that are sure to, and the most.
+    """Return passes over the blocks that are still to come: that are sure to, and the most.
 
     Args:
         now: forwards that are left of ``stretch``, likewise.

@@ -25,7 +25,7 @@ CROSS_KV_NAMES = (
 
 
 def is_cross_kv(local_name: str) -> bool:
-    """Whether a block's tensor belongs to `CROSS_KV_NAMES`, by its name inside the block."""
+    """Return whether a block's tensor belongs to `CROSS_KV_NAMES`, by its name inside the block."""
     return local_name.startswith(tuple(f"{name}." for name in CROSS_KV_NAMES))
 
 
@@ -43,7 +43,7 @@ def _prefixed(prefix: str, shapes: Shapes) -> Shapes:
 
 
 def transformer_shapes(config: Config) -> Shapes:
-    """`diffusers.WanTransformer3DModel`."""
+    """Return the shapes of `diffusers.WanTransformer3DModel`."""
     dim = config["num_attention_heads"] * config["attention_head_dim"]
     patch = tuple(config["patch_size"])
     shapes: Shapes = {"scale_shift_table": (1, 2, dim)}
@@ -92,7 +92,8 @@ def _transformer_block(config: Config, dim: int) -> Shapes:
 
 
 def text_shapes(config: Config) -> Shapes:
-    """`transformers.UMT5EncoderModel`, without the tied copy of the embedding."""
+    """Return the shapes of `transformers.UMT5EncoderModel`, without the tied copy of the
+    embedding."""
     width, inner = config["d_model"], config["num_heads"] * config["d_kv"]
     attention, feed = "layer.0.SelfAttention.", "layer.1.DenseReluDense."
     block: Shapes = {}
@@ -112,7 +113,7 @@ def text_shapes(config: Config) -> Shapes:
 
 
 def image_shapes(config: Config) -> Shapes:
-    """`transformers.CLIPVisionModel`."""
+    """Return the shapes of `transformers.CLIPVisionModel`."""
     width, patch = config["hidden_size"], config["patch_size"]
     places = (config["image_size"] // patch) ** 2 + 1
     shapes: Shapes = {
@@ -139,7 +140,7 @@ def layers_needed(num_hidden_layers: int) -> int:
 
 
 def vae_shapes(config: Config) -> Shapes:
-    """`diffusers.AutoencoderKLWan` of Wan2.1 and of Wan2.2 TI2V."""
+    """Return the shapes of `diffusers.AutoencoderKLWan` of Wan2.1 and of Wan2.2 TI2V."""
     latent = config["z_dim"]
     shapes = _prefixed("encoder.", _encoder_shapes(config))
     shapes |= _conv("quant_conv", 2 * latent, 2 * latent, 1, 1, 1)

@@ -44,7 +44,7 @@ def latent_volume(case: WanCase) -> int:
 
 
 def encoder_state_bytes(case: WanCase) -> int:
-    """What the encoders leave for the transformer, in host memory."""
+    """Return what the encoders leave for the transformer, in host memory."""
     manifest = case.manifest
     text = case.workload.texts * TEXT_TOKENS * manifest.text.d_model
     bytes_ = text * manifest.text.weights.itemsize
@@ -76,7 +76,7 @@ def clip_changes(frames: int, pictures: int) -> tuple[int, ...]:
 
 
 def picture_bytes(case: WanCase) -> int:
-    """The conditioning pictures at the video's size: as bytes, and in fp32."""
+    """Return the conditioning pictures at the video's size: as bytes, and in fp32."""
     return max(1, pictures_of(case)) * _frame_bytes(case)
 
 
@@ -85,8 +85,8 @@ def _frame_bytes(case: WanCase) -> int:
 
 
 def decoding_bytes(case: WanCase) -> int:
-    """What decoding the pictures, one after the other, and scaling them down takes at its peak, its
-    results included: what the image encoder sees, and fp32 at the video's size."""
+    """Return what decoding the pictures, one after the other, and scaling them down takes at its
+    peak, its results included: what the image encoder sees, and fp32 at the video's size."""
     work, side = case.workload, 0 if case.manifest.image is None else case.manifest.image.image_size
     first = _one_decoding_bytes(case, work.picture)
     if pictures_of(case) < 2:
@@ -128,7 +128,7 @@ def condition_bytes(case: WanCase) -> int:
 
 
 def latents_bytes(case: WanCase) -> int:
-    """The latents, in fp32."""
+    """Return the latents, in fp32."""
     return case.manifest.vae.z_dim * latent_volume(case) * _SINGLE
 
 
@@ -138,14 +138,14 @@ def cached_tensors(case: WanCase) -> int:
 
 
 def saved_state_bytes(case: WanCase) -> int:
-    """A copy of the sampler's state, which is written while the next step computes: the latents
-    and UniPC's history, the longest of the solvers; and what a step cache keeps."""
+    """Return a copy of the sampler's state, which is written while the next step computes: the
+    latents and UniPC's history, the longest of the solvers; and what a step cache keeps."""
     return (1 + UNIPC_HISTORY + cached_tensors(case)) * latents_bytes(case)
 
 
 def restored_bytes(case: WanCase) -> int:
-    """The most that reading a kept job takes: two generations of the sampler's state and the file
-    of one; or the encoded prompt and picture, and their file."""
+    """Return the most that reading a kept job takes: two generations of the sampler's state and the
+    file of one; or the encoded prompt and picture, and their file."""
     conditions = encoder_state_bytes(case) + condition_bytes(case)
     return max(3 * saved_state_bytes(case), 2 * conditions)
 
@@ -155,12 +155,12 @@ LANDING_BUFFERS = 2
 
 
 def landing_bytes(piece_bytes: int) -> int:
-    """Those buffers, for pieces of so many bytes at most."""
+    """Return those buffers, for pieces of so many bytes at most."""
     return LANDING_BUFFERS * -(-piece_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
 def tile_bytes(case: WanCase, grid: TileGrid) -> int:
-    """The pixels of the largest tile of the video."""
+    """Return the pixels of the largest tile of the video."""
     _, height, width = latent_of(case)
     rows, columns = -(-height // grid.rows), -(-width // grid.cols)
     factor = case.manifest.vae.spatial_factor

@@ -82,7 +82,7 @@ def encode_layers(
 
 
 def finish(final_layer_norm: Module, hidden: Tensor, length: int) -> Tensor:
-    """The encoder's last norm, and zeros in the place of padding: ``(1, tokens, d)``."""
+    """Return the encoder's last norm, and zeros in the place of padding: ``(1, tokens, d)``."""
     states: Tensor = final_layer_norm(hidden)
     states[:, length:] = 0
     return states
@@ -111,7 +111,7 @@ def _attend(layer: Any, hidden: Tensor, length: int, distances: Tensor) -> Tenso
 
 
 def _position_bias(module: Any, length: int, distances: Tensor) -> Tensor:
-    """The learned bias of each score, ``(1, heads, n, n)``, lowest where the key is padding.
+    """Return the learned bias of each score, ``(1, heads, n, n)``, lowest where the key is padding.
 
     Only ``2n - 1`` distances differ: the module is asked for those, and each score picks its own.
     """

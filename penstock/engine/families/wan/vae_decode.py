@@ -106,7 +106,7 @@ def raw_latents(latents: Tensor, config: Any) -> Tensor:
 
 
 def tile_windows(vae: Any, grid: TileGrid, height: int, width: int) -> list[Window]:
-    """Where the pixels of each tile go, for latents of ``height`` x ``width``.
+    """Return where the pixels of each tile go, for latents of ``height`` x ``width``.
 
     Raises:
         UsageError: more tiles than latents along an axis.
@@ -118,7 +118,8 @@ def tile_windows(vae: Any, grid: TileGrid, height: int, width: int) -> list[Wind
 def decode_frames(
     vae: Any, latents: Tensor, grid: TileGrid, *, should_stop: Callable[[], None] = lambda: None
 ) -> Tensor:
-    """The decoded video, uint8 (frames, height, width, 3) in RAM, as diffusers would round it.
+    """Return the decoded video, uint8 (frames, height, width, 3) in RAM, as diffusers would round
+    it.
 
     Arguments and errors are those of `decode_tiled`.
     """
@@ -133,7 +134,8 @@ def decode_frames(
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
-    """(3, h, w) in [-1, 1] to (h, w, 3) in 0..255, by diffusers' `VaeImageProcessor` arithmetic."""
+    """Return (3, h, w) in [-1, 1] to (h, w, 3) in 0..255, by diffusers' `VaeImageProcessor`
+    arithmetic."""
     unit = (pixels * 0.5 + 0.5).clamp_(0, 1)
     return unit.float().mul_(255).round_().to(torch.uint8).permute(1, 2, 0).contiguous()
 
@@ -158,7 +160,7 @@ def _whole_frames(vae: Any, latents: Tensor) -> Iterator[Tensor]:
 def _tile_frames(
     decoder: Any, features: Sequence[Tensor], tile: DecodeTile, patch: int = 1
 ) -> Iterator[Tensor]:
-    """All frames of one tile, (1, 3, 1, h, w) each."""
+    """Return all frames of one tile, (1, 3, 1, h, w) each."""
     if hasattr(decoder.up_blocks[0], "avg_shortcut"):
         frames = vae_residual.tile_frames(decoder, features, tile)
         if patch > 1:
@@ -189,12 +191,12 @@ def _plain_frames(decoder: Any, features: Sequence[Tensor], tile: DecodeTile) ->
 
 
 def _frames(runs: Iterator[Run]) -> Iterator[Tensor]:
-    """The frames of ``runs``, of which none comes again: latents all differ."""
+    """Return the frames of ``runs``, of which none comes again: latents all differ."""
     return map(itemgetter(0), runs)
 
 
 def _doubled_rate(upsampler: Any, past: Past, runs: Iterator[Run]) -> Iterator[Run]:
-    """Two frames for each one after the first, where the upsampler works in time too.
+    """Yield two frames for each one after the first, where the upsampler works in time too.
 
     diffusers' marker "Rep" says the same: the first frame passes by, and the second meets zeros.
     """

@@ -45,8 +45,8 @@ PixelSource = Callable[[int, Window], Tensor]
 
 
 def first_frame_then_zeros(image: Tensor, last: tuple[int, Tensor] | None = None) -> PixelSource:
-    """The conditioning clip of Wan's image-to-video: the picture, frames of zeros, and where it is
-    given the last picture.
+    """Return the conditioning clip of Wan's image-to-video: the picture, frames of zeros, and where
+    it is given the last picture.
 
     Args:
         image: (3, height, width) in [-1, 1], where the VAE is and of its dtype.
@@ -73,7 +73,8 @@ def encode_tiled(
     changes: Sequence[int] | None = None,
     should_stop: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """The posterior's mode, (1, z, t, h, w): diffusers' ``vae.encode(clip).latent_dist.mode()``.
+    """Return the posterior's mode, (1, z, t, h, w): diffusers'
+    ``vae.encode(clip).latent_dist.mode()``.
 
     Args:
         vae: an `AutoencoderKLWan` of which `encoder` and `quant_conv` hold weights.
@@ -113,7 +114,7 @@ def encode_tiled(
 
 
 def normalised_latents(encoded: Tensor, config: Any) -> Tensor:
-    """(1, z, t, h, w) as the transformer sees them, rounded as diffusers' pipelines do."""
+    """Return (1, z, t, h, w) as the transformer sees them, rounded as diffusers' pipelines do."""
     view = (1, config.z_dim, 1, 1, 1)
     mean = torch.tensor(config.latents_mean).view(view).to(encoded)
     inverse_std = 1.0 / torch.tensor(config.latents_std).view(view).to(encoded)
@@ -161,7 +162,7 @@ def _tile_frames(
 
 
 def _only(runs: Iterator[Run], patch: int) -> Tensor:
-    """The one frame of a clip, as it is convolved."""
+    """Return the one frame of a clip, as it is convolved."""
     ((frame, _),) = runs
     return frame if patch == 1 else vae_residual.patched(frame, patch)
 
@@ -188,14 +189,14 @@ class _HalvedRate(Iterator[Run]):
         return self._joined(seen), times
 
     def _taken(self) -> Tensor:
-        """The next frame; those of a run are one object."""
+        """Return the next frame; those of a run are one object."""
         if not self._left:
             self._frame, self._left = next(self._runs)
         self._left -= 1
         return self._frame
 
     def _joined(self, seen: list[Tensor]) -> Tensor:
-        """One frame of three; the list is emptied."""
+        """Return one frame of three; the list is emptied."""
         _, channels, _, height, width = self._frame.shape
         room = self._past.room(self._frame, (1, channels, len(seen), height, width))
         torch.cat(seen, dim=2, out=room)
@@ -204,7 +205,7 @@ class _HalvedRate(Iterator[Run]):
 
 
 def _whole_frames(vae: Any, features: list[Run], should_stop: Callable[[], None]) -> Tensor:
-    """The rest of the encoder on whole latent frames; ``features`` is emptied on the way."""
+    """Return the rest of the encoder on whole latent frames; ``features`` is emptied on the way."""
     past = Past()
     window = Window.whole(*features[0][0].shape[-2:])
     encoder = vae.encoder

@@ -44,8 +44,8 @@ class Past:
         self._room: Tensor | None = None
 
     def joined(self, conv: nn.Module, frame: Tensor | None, norm: Any) -> Tensor:
-        """What ``conv`` sees next, (1, c, 3, h, w), zeros before the first frame; it lies in the
-        room. Arguments are those of `causal_conv`."""
+        """Return what ``conv`` sees next, (1, c, 3, h, w), zeros before the first frame; it lies in
+        the room. Arguments are those of `causal_conv`."""
         memory = self._memories.setdefault(conv, _Memory())
         like = memory.newest if frame is None else frame
         room = self.room(like, (1, like.shape[1], CAUSAL_REACH + 1, *like.shape[-2:]))
@@ -127,17 +127,17 @@ class through(Iterator[Run]):  # noqa: N801 (a `map` of runs)
 
 
 def once(frame: Tensor) -> Run:
-    """A frame that does not come again."""
+    """Return a frame that does not come again."""
     return frame, 1
 
 
 def each_time(layer: Callable[[Tensor], Tensor]) -> Step:
-    """A layer that sees the frame in hand alone."""
+    """Return a layer that sees the frame in hand alone."""
     return lambda frame, _: layer(frame)
 
 
 def levels_of(vae: Any) -> VaeLevels:
-    """The geometry of an `AutoencoderKLWan`.
+    """Return the geometry of an `AutoencoderKLWan`.
 
     Raises:
         CheckpointError: one with layers that neither Wan 2.1's nor Wan 2.2's has.
@@ -168,7 +168,7 @@ def causal_conv(
     windows: Sequence[Window] | None = None,
     norm: Any = None,
 ) -> Tensor:
-    """A `WanCausalConv3d` on the next frame, (1, c, 1, h, w), which it remembers.
+    """Apply a `WanCausalConv3d` to the next frame, (1, c, 1, h, w), which it remembers.
 
     Args:
         conv: the module, three frames deep.
@@ -189,7 +189,8 @@ def causal_conv(
 
 
 def one_frame(conv: Any, stacked: Tensor, padding: tuple[int, int] = (0, 0)) -> Tensor:
-    """The one frame (1, c_out, 1, h, w) that a 3D convolution makes of as many as it is deep.
+    """Return the one frame (1, c_out, 1, h, w) that a 3D convolution makes of as many as it is
+    deep.
 
     That is a 2D convolution whose channels are those of all the frames, on the same bytes. torch's
     own 3D convolution copies each pixel for every tap where an input is small (27 times the input,
@@ -205,12 +206,13 @@ def one_frame(conv: Any, stacked: Tensor, padding: tuple[int, int] = (0, 0)) -> 
 
 
 def pointwise(conv: Any, frame: Tensor) -> Tensor:
-    """A `WanCausalConv3d` of size 1, which needs neither past nor padding."""
+    """Apply a `WanCausalConv3d` of size 1, which needs neither past nor padding."""
     return one_frame(conv, frame)
 
 
 def normalised(norm: Any, x: Tensor, out: Tensor | None = None) -> Tensor:
-    """`WanRMS_norm`: ``x`` over its length along the channels, rounded where diffusers rounds.
+    """Apply `WanRMS_norm`: ``x`` over its length along the channels, rounded where diffusers
+    rounds.
 
     Args:
         norm: the module.
@@ -234,7 +236,7 @@ RESIDUAL_REACH = 2 * CAUSAL_REACH
 
 
 def residual(block: Any, past: Past, windows: Sequence[Window], x: Tensor, at: int = 0) -> Tensor:
-    """A `WanResidualBlock` on the next frame.
+    """Apply a `WanResidualBlock` to the next frame.
 
     Args:
         block: the module.
@@ -256,7 +258,7 @@ def residual(block: Any, past: Past, windows: Sequence[Window], x: Tensor, at: i
 def _between(
     block: Any, past: Past, windows: Sequence[Window], x: Tensor, at: int
 ) -> Tensor | None:
-    """The result of the first convolution; None where it is the one before again."""
+    """Return the result of the first convolution; None where it is the one before again."""
     if at > CAUSAL_REACH:
         return None
     return causal_conv(block.conv1, past, x if at == 0 else None, windows, block.norm1)
@@ -265,14 +267,14 @@ def _between(
 def residuals(
     blocks: Iterable[Any], past: Past, window: Window, runs: Iterator[Run]
 ) -> Iterator[Run]:
-    """`WanResidualBlock`s on whole frames."""
+    """Apply `WanResidualBlock`s to whole frames."""
     for block in blocks:
         runs = through(partial(residual, block, past, (window,) * 3), runs, RESIDUAL_REACH)
     return runs
 
 
 def middle(mid_block: Any, past: Past, window: Window, runs: Iterator[Run]) -> Iterator[Run]:
-    """A `WanMidBlock` on whole frames."""
+    """Apply a `WanMidBlock` to whole frames."""
     first, *rest = mid_block.resnets
     runs = residuals([first], past, window, runs)
     for attention, block in zip(mid_block.attentions, rest, strict=True):
@@ -282,7 +284,8 @@ def middle(mid_block: Any, past: Past, window: Window, runs: Iterator[Run]) -> I
 
 
 def _attended(block: Any, past: Past, x: Tensor) -> Tensor:
-    """A `WanAttentionBlock`: single-head attention within the frame, in chunks of queries."""
+    """Apply a `WanAttentionBlock`: single-head attention within the frame, in chunks of
+    queries."""
     past.leave_room()
     _, channels, _, height, width = x.shape
     qkv = F.conv2d(normalised(block.norm, x[:, :, 0]), block.to_qkv.weight, block.to_qkv.bias)
@@ -300,7 +303,7 @@ def _attended(block: Any, past: Past, x: Tensor) -> Tensor:
 
 
 def head(model: Any, past: Past, windows: Sequence[Window], runs: Iterator[Run]) -> Iterator[Run]:
-    """The last norm, SiLU and convolution of an encoder or decoder."""
+    """Apply the last norm, SiLU and convolution of an encoder or decoder."""
     return entered(model.conv_out, past, windows, runs, model.norm_out)
 
 
@@ -311,7 +314,7 @@ def entered(
     runs: Iterator[Run],
     norm: Any = None,
 ) -> Iterator[Run]:
-    """A `causal_conv` on runs."""
+    """Apply a `causal_conv` to runs."""
 
     def step(frame: Tensor, at: int) -> Tensor:
         return causal_conv(conv, past, None if at else frame, windows, norm)
@@ -322,7 +325,8 @@ def entered(
 def halved_size(
     downsampler: Any, past: Past, before: Window, after: Window, frame: Tensor
 ) -> Tensor:
-    """The stride-2 convolution; beyond the right and lower border of the picture it meets zeros."""
+    """Apply the stride-2 convolution; beyond the right and lower border of the picture it meets
+    zeros."""
     conv = downsampler.resample[1]
     read = after.scaled(2)
     size = len(read.rows) + 1, len(read.cols) + 1
@@ -335,7 +339,8 @@ def halved_size(
 
 
 def joined_in_time(past: Past, seen: list[Tensor]) -> Tensor:
-    """The last three frames in the room, zeros before the first; the oldest of three is let go."""
+    """Return the last three frames in the room, zeros before the first; the oldest of three is let
+    go."""
     _, channels, _, height, width = seen[-1].shape
     room = past.room(seen[-1], (1, channels, CAUSAL_REACH + 1, height, width))
     absent = CAUSAL_REACH + 1 - len(seen)

@@ -37,21 +37,21 @@ Pair = tuple[Tensor, Tensor]
 
 
 def patched(pixels: Tensor, patch: int) -> Tensor:
-    """(1, 3, 1, h, w) -> (1, 3 * patch^2, 1, h / patch, w / patch); of a channel the columns of a
-    patch come before its rows, as diffusers' ``patchify`` lays them."""
+    """Map (1, 3, 1, h, w) -> (1, 3 * patch^2, 1, h / patch, w / patch); of a channel the columns of
+    a patch come before its rows, as diffusers' ``patchify`` lays them."""
     return F.pixel_unshuffle(pixels[:, :, 0].mT, patch).mT[:, :, None]
 
 
 def unpatched(frame: Tensor, patch: int) -> Tensor:
-    """What `patched` takes apart, together again."""
+    """Return what `patched` takes apart, together again."""
     return F.pixel_shuffle(frame[:, :, 0].mT, patch).mT[:, :, None]
 
 
 def whole_frames(decoder: Any, past: Past, frames: Iterator[Tensor], window: Window) -> Iterator[
     Tensor
 ]:  # fmt: skip
-    """What the first up block is given and what its residual blocks make of it, (1, 2c, 1, h, w)
-    for each latent frame."""
+    """Yield what the first up block is given and what its residual blocks make of it, (1, 2c, 1, h,
+    w) for each latent frame."""
     for frame in frames:
         made = frame
         for each in decoder.up_blocks[0].resnets:
@@ -62,7 +62,7 @@ def whole_frames(decoder: Any, past: Past, frames: Iterator[Tensor], window: Win
 
 
 def tile_frames(decoder: Any, features: Sequence[Tensor], tile: DecodeTile) -> Iterator[Tensor]:
-    """All frames of one tile, (1, channels, 1, h, w) each, before they are unpatched."""
+    """Return all frames of one tile, (1, channels, 1, h, w) each, before they are unpatched."""
     past = Past()
     rows, cols = tile.tail.inside(Window.whole(*features[0].shape[-2:]))
     pairs: Iterator[Pair] = (
@@ -88,7 +88,7 @@ def _results(pairs: Iterator[Pair]) -> Iterator[Run]:
 def _resolved(
     block: Any, past: Past, windows: Sequence[Window], frames: Iterator[Tensor]
 ) -> Iterator[Pair]:
-    """The residual blocks of an up block on a tile; of what they were given the part that its
+    """Yield the residual blocks of an up block on a tile; of what they were given the part that its
     shortcut sees."""
     rows, cols = windows[2 * len(block.resnets)].inside(windows[0])
     for frame in frames:
@@ -103,8 +103,8 @@ def _resolved(
 def _enlarged(
     block: Any, past: Past, low: Window, after: Window, pairs: Iterator[Pair]
 ) -> Iterator[Tensor]:
-    """An up block's enlargement on a tile, and its shortcut. Where it works in time as well, the
-    first frame passes by, and is the second of the two that its shortcut makes."""
+    """Yield an up block's enlargement on a tile, and its shortcut. Where it works in time as well,
+    the first frame passes by, and is the second of the two that its shortcut makes."""
     upsampler, shortcut = block.upsampler, block.avg_shortcut
     seen: list[Tensor] = []
     is_first = True  # `enumerate` would hold on to a pair while the next is made
@@ -130,7 +130,7 @@ def _enlarged(
 def _with_shortcut(
     large: Tensor, shortcut: Any, at: int, given: Tensor, low: Window, after: Window
 ) -> Tensor:
-    """``large`` and, added to it in place, each pixel of ``given`` four times: a `DupUp3D`.
+    """Return ``large`` and, added to it in place, each pixel of ``given`` four times: a `DupUp3D`.
 
     Args:
         large: (1, c, 1, h, w) of the window ``after``.
@@ -153,7 +153,7 @@ def _with_shortcut(
 
 
 def encoded_tile(encoder: Any, pixels: Tensor, tile: EncodeTile) -> Iterator[Run]:
-    """The feature of one tile of the only frame, after the last downsampler, (1, c, 1, h, w).
+    """Yield the feature of one tile of the only frame, after the last downsampler, (1, c, 1, h, w).
 
     Args:
         pixels: as `patched` gives them.
@@ -174,7 +174,7 @@ def encoded_tile(encoder: Any, pixels: Tensor, tile: EncodeTile) -> Iterator[Run
 
 
 def last_block(encoder: Any, past: Past, window: Window, runs: Iterator[Run]) -> Iterator[Run]:
-    """The last down block, which halves nothing, on the whole frame."""
+    """Yield the last down block, which halves nothing, on the whole frame."""
     block = encoder.down_blocks[-1]
     for frame, _ in runs:
         made = frame

@@ -44,7 +44,7 @@ class Cut:
 
     @classmethod
     def of(cls, windows: Windows, latents: Tensor, branches: int) -> Cut:
-        """The windows (in latent frames) of ``latents`` (1, z, t, h, w)."""
+        """Return the windows (in latent frames) of ``latents`` (1, z, t, h, w)."""
         frames = latents.shape[2]
         weights = tuple(
             torch.tensor(row, dtype=latents.dtype, device=latents.device)[:, None, None]
@@ -61,7 +61,7 @@ class Cut:
         visit: Visit,
         guide: Callable[[list[Tensor]], Tensor],
     ) -> Tensor:
-        """What the windows predict together, (1, z, t, h, w), fp32.
+        """Return what the windows predict together, (1, z, t, h, w), fp32.
 
         Args:
             latents: (1, z, t, h, w), fp32.
@@ -75,6 +75,9 @@ class Cut:
         for states in passes:
             for prediction in visit(self._inputs(see, states)):
                 waiting.append(prediction)
+                # Branches of a window come one after another, and a visit may end between them:
+                # what waits is guided as soon as its window is complete, so that one window's
+                # predictions live at a time.
                 if len(waiting) == self.branches:
                     part, weight = next(left)
                     fused[:, :, part].addcmul_(guide(waiting).to(fused.dtype), weight)
@@ -85,14 +88,14 @@ class Cut:
     def _inputs(
         self, see: Callable[[slice], Tensor], states: range
     ) -> Iterator[tuple[Tensor, list[int]]]:
-        """The model inputs of a visit, one at a time, and the branches of each."""
+        """Yield the model inputs of a visit, one at a time, and the branches of each."""
         for window, group in groupby(states, key=lambda state: state // self.branches):
             yield see(self.parts[window]), [state % self.branches for state in group]
 
 
 def seen(condition: Tensor, part: slice) -> Tensor:
-    """What a window sees of mask and pictures (1, 20, t, h, w): the first latent frame, and what
-    follows its own."""
+    """Return what a window sees of mask and pictures (1, 20, t, h, w): the first latent frame, and
+    what follows its own."""
     if part.start == 0:
         return condition[:, :, part]
     return torch.cat([condition[:, :, :1], condition[:, :, part.start + 1 : part.stop]], dim=2)

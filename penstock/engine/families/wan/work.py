@@ -115,7 +115,7 @@ class Expert:
         return self.stretches[-1].steps.stop
 
     def phase(self, name: str) -> str:
-        """The name of its own phase of that kind."""
+        """Return the name of its own phase of that kind."""
         return named(name, self.second)
 
     @property
@@ -125,7 +125,7 @@ class Expert:
 
 
 def expert_of(stage: Stage, *, second: bool) -> Expert:
-    """The only transformer of the job, or one of two."""
+    """Return the only transformer of the job, or one of two."""
     model, request = model_of(stage), stage.job.request
     work, (high, low) = workload_of(request), request.guidance_scales
     caching = Caching.of(stage.plan.step_cache)
@@ -146,7 +146,8 @@ def _conditions(found: Products) -> Conditions:
 
 
 def _saved_conditions(stage: Stage) -> Products | None:
-    """The encoded prompt and picture of a job that goes on; None: they are still to be made."""
+    """Return the encoded prompt and picture of a job that goes on; None: they are still to be
+    made."""
 
     def restore() -> Conditions | None:
         with stage.restoring():
@@ -201,17 +202,17 @@ def _counted(blocks: Iterator[tuple[int, Any]], phase: PhaseMonitor) -> Iterator
 
 
 def see_pictures(stage: Stage) -> tuple[list[Tensor], list[Tensor]]:
-    """The pictures that the video starts from and ends with, as `see_picture` gives them: what the
-    image encoder sees, which is nothing without one, and their frames."""
+    """Return the pictures that the video starts from and ends with, as `see_picture` gives them:
+    what the image encoder sees, which is nothing without one, and their frames."""
     request = stage.job.request
     pairs = [see_picture(stage, path) for path in request.pictures]
     return [seen for seen, _ in pairs if seen is not None], [frame for _, frame in pairs]
 
 
 def see_picture(stage: Stage, path: Path) -> tuple[Tensor | None, Tensor]:
-    """A picture as the image encoder sees it (None without one), whole, and at the video's size,
-    as the request wants it to fit. In the phase that plans for it: the decoded picture may be many
-    times as large as both."""
+    """Return a picture as the image encoder sees it (None without one), whole, and at the video's
+    size, as the request wants it to fit. In the phase that plans for it: the decoded picture may be
+    many times as large as both."""
     request, model = stage.job.request, model_of(stage)
     picture = open_image(path)
     seen = None
@@ -248,7 +249,8 @@ def encode_pictures(stage: Stage) -> tuple[Tensor, list[Tensor]]:
 
 
 def encode_condition(stage: Stage, frames: list[Tensor] | None) -> Tensor:
-    """The pictures as the transformer sees them: mask and latents, (1, 20, t, h, w), on the CPU.
+    """Encode the pictures as the transformer sees them: mask and latents, (1, 20, t, h, w), on the
+    CPU.
 
     Args:
         frames: the pictures at the video's size; None: they are still to be read.
@@ -343,7 +345,8 @@ def prepare(
     timesteps: Tensor,
     expert: Expert,
 ) -> tuple[CrossStore, list[dit.StepModulation]]:
-    """What does not change from step to step: cross-attention K/V, and the time embeddings."""
+    """Return what does not change from step to step: cross-attention K/V, and the time
+    embeddings."""
     component = expert.component
     with stage.phase(expert.phase("context"), len(component.cross), "block") as (plan, phase):
         nag = stage.job.request.nag_scale
@@ -373,8 +376,8 @@ def _modulation(
     dtype: torch.dtype,
     residual: torch.dtype,
 ) -> list[dit.StepModulation]:
-    """The time embeddings; of a model whose first latent frame is given, that frame's is that of
-    no noise at every step."""
+    """Return the time embeddings; of a model whose first latent frame is given, that frame's is
+    that of no noise at every step."""
     made = dit.step_modulation(model, timesteps, dtype, residual)
     if conditions.condition is None or not model_of(stage).manifest.tokenwise:
         return made
@@ -387,7 +390,7 @@ def _modulation(
 
 
 def cut_of(stage: Stage, latents: Tensor, branches: int) -> Cut | None:
-    """The windows that ``latents`` are denoised in; None: all of them at once."""
+    """Return the windows that ``latents`` are denoised in; None: all of them at once."""
     request = stage.job.request
     if request.windows is None:
         return None
@@ -395,8 +398,8 @@ def cut_of(stage: Stage, latents: Tensor, branches: int) -> Cut | None:
 
 
 def residual_of(plan: PhasePlan, dtype: torch.dtype) -> torch.dtype:
-    """What the hidden states are in, as the plan of the denoising says, where ``dtype`` is computed
-    in."""
+    """Return what the hidden states are in, as the plan of the denoising says, where ``dtype`` is
+    computed in."""
     return torch.float32 if plan.residual == "fp32" else dtype
 
 
@@ -416,7 +419,7 @@ class Forward:
     def __call__(
         self, model_input: Tensor, branches: range, modulation: dit.StepModulation, rope: dit.Rope
     ) -> list[Tensor]:
-        """The predictions (1, out_channels, t, h, w), one a branch."""
+        """Return the predictions (1, out_channels, t, h, w), one a branch."""
         return dit.denoise_forward(
             self.model,
             visits(self.stream, self.component, self.phase),
@@ -435,8 +438,8 @@ class Forward:
         modulation: dit.StepModulation,
         rope: dit.Rope,
     ) -> Iterator[Tensor]:
-        """The predictions of several model inputs that share the pass, for some branches of each,
-        one after another (`penstock.engine.families.wan.windowed.Visit`)."""
+        """Yield the predictions of several model inputs that share the pass, for some branches of
+        each, one after another (`penstock.engine.families.wan.windowed.Visit`)."""
         hidden, branches, dtype = list[Tensor](), list[int](), self.component.dtype
         latent: Sequence[int] = ()
         for model_input, wanted in inputs:
@@ -482,7 +485,8 @@ class Predict:
     def __call__(
         self, latents: Tensor, modulation: dit.StepModulation, guidance: float | None
     ) -> Tensor:
-        """(1, z, t, h, w), of latents of that shape; without ``guidance`` the prompt's branch."""
+        """Return (1, z, t, h, w), of latents of that shape; without ``guidance`` the prompt's
+        branch."""
         dtype, branches = self.forward.component.dtype, 1 if guidance is None else 2
         guided = partial(_guided, scale=guidance)
         if self.cut is not None:
@@ -509,7 +513,8 @@ def _on_device(
 def _model_input(
     latents: Tensor, condition: Tensor | None, dtype: torch.dtype, still: bool
 ) -> Tensor:
-    """``still``: the condition is the first latent frame; else it comes in beside the latents."""
+    """Return the model's input. ``still``: the condition is the first latent frame; else it comes
+    in beside the latents."""
     if condition is None:
         return latents.to(dtype)
     if still:
@@ -520,13 +525,13 @@ def _model_input(
 def _window_input(
     latents: Tensor, condition: Tensor | None, dtype: torch.dtype, still: bool, part: slice
 ) -> Tensor:
-    """`_model_input` of a window: every one sees the picture as its first frame."""
+    """Return `_model_input` of a window: every one sees the picture as its first frame."""
     known = condition if condition is None or still else seen(condition, part)
     return _model_input(latents[:, :, part], known, dtype, still)
 
 
 def with_first(latents: Tensor, first: Tensor) -> Tensor:
-    """``latents`` with the first frame replaced, in place."""
+    """Return ``latents`` with the first frame replaced, in place."""
     latents[:, :, :1] = first
     return latents
 
@@ -557,7 +562,8 @@ def decode(stage: Stage, latents: Tensor) -> Tensor:
 
 
 def drawn(stage: Stage) -> Products:
-    """What the encoders would have given, drawn instead: the transformer's work is the same."""
+    """Return what the encoders would have given, drawn instead: the transformer's work is the
+    same."""
     spec, request = model_of(stage).manifest, stage.job.request
     draw = torch.Generator().manual_seed(0)
     shape = request.video_shape.latent(spec.vae)

@@ -127,9 +127,9 @@ def test_what_the_model_cannot_do_is_refused_before_anything_runs(model: tiny.Ti
     with Engine.open(model.folder, device="cpu", vram="1GiB", ram="1GiB") as engine:
         for asked, told in (
             ({"guidance_scale": 5.0}, "guidance"),
-            ({"sampler": "unipc"}, "schedules of its own"),
-            ({"steps": 1}, "one step is none"),
-            ({"window": 124, "frames": 141}, "at once"),
+            ({"sampler": "unipc"}, "its own noise levels"),
+            ({"steps": 1}, "one step computes nothing"),
+            ({"window": 124, "frames": 141}, "no context windows"),
         ):
             with pytest.raises(RequestError, match=told):
                 engine.plan(_request(engine, **asked))

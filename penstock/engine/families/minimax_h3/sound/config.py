@@ -60,7 +60,7 @@ def check(where: str, config: Mapping[str, Any]) -> None:
     for fits, told in needs:
         if not fits:
             raise CheckpointError(
-                f"{where} is no audio VAE of MiniMax-H3",
+                f"{where} is not an audio VAE of MiniMax-H3",
                 expected=told,
                 found="other values",
                 remedy="The config is damaged, or of another model: copy it again",
@@ -68,7 +68,7 @@ def check(where: str, config: Mapping[str, Any]) -> None:
 
 
 def derive(shapes: ShapesOf) -> dict[str, Any]:
-    """The config that shapes tell: as the published one, but for its widths.
+    """Return the config that shapes tell: as the published one, but for its widths.
 
     Raises:
         CheckpointError: the file has no statistics of its latents beside it.
@@ -84,7 +84,7 @@ def derive(shapes: ShapesOf) -> dict[str, Any]:
 
 
 def hop_of(config: Mapping[str, Any]) -> int:
-    """Samples a latent."""
+    """Return samples a latent."""
     return math.prod({**AUDIO, **config}["decoder_rates"])
 
 
@@ -96,6 +96,6 @@ def statistics(config: Mapping[str, Any]) -> tuple[list[float], list[float]]:
 
 
 def title(config: Mapping[str, Any]) -> str:
-    """The audio VAE's name for people."""
+    """Return the audio VAE's name for people."""
     dim = {**AUDIO, **config}["decoder_dim"]
     return "MiniMax-H3 audio VAE" if dim == 1024 else f"MiniMax-H3 audio VAE ({dim} wide)"

@@ -54,7 +54,7 @@ def sound_work_bytes(spec: AudioSpec, latents: int) -> int:
 
 
 def _made(spec: AudioSpec, elements: int) -> int:
-    """A weight as it multiplies, made of its directions and lengths."""
+    """Return a weight as it multiplies, made of its directions and lengths."""
     return 0 if spec.folded else elements * _SINGLE
 
 
@@ -70,7 +70,7 @@ def sound_flops(spec: AudioSpec, latents: int) -> int:
 
 
 def sound_step(case: H3Case) -> DecodeSound:
-    """The phase "sound"."""
+    """Return the phase "sound"."""
     return DecodeSound(case)
 
 

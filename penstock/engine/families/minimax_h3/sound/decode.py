@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def decode(stage: Stage, latents: Tensor) -> Sound:
-    """What is heard of normalised latents (2, c, n), fp32, one of the two a channel.
+    """Return what is heard of normalised latents (2, c, n), fp32, one of the two a channel.
 
     Raises:
         CheckpointError: the files do not say how the latents are normalised.

@@ -35,7 +35,7 @@ NAMINGS = (
 
 
 def shapes(config: Mapping[str, Any]) -> Shapes:
-    """Every tensor that is read."""
+    """Return every tensor that is read."""
     known = {**configs.AUDIO, **config}
     width, channels = known["latent_dim"], known["latent_channels"]
     found: Shapes = {"dec_in_proj.weight": (width, channels, 1), "dec_in_proj.bias": (width,)}
@@ -91,12 +91,12 @@ AUDIO = ComponentKind(
 
 
 def components(source: ComponentSource) -> dict[str, Component]:
-    """The half that decodes."""
+    """Return the half that decodes."""
     return {AUDIO.name: component_of(source)}
 
 
 def build(config: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The network on the meta device."""
+    """Build the network on the meta device."""
     from penstock.engine.families.minimax_h3.sound import modules
 
     return modules.build(config)

@@ -43,7 +43,7 @@ class NormedConv1d(nn.Module):
         self._dilation, self._padding = dilation, padding
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(b, into, n) to (b, out, n')."""
+        """Map (b, into, n) to (b, out, n')."""
         weight = self.weight if self._folded else torch._weight_norm(self.weight_v, self.weight_g)
         if self._stride:
             return F.conv_transpose1d(
@@ -70,7 +70,7 @@ class MiniMaxH3AudioSnakeBeta(nn.Module):
         self.alpha, self.beta = parameter(channels), parameter(channels)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(b, c, n)."""
+        """Map (b, c, n) to the same shape."""
         alpha, beta = (torch.exp(each[None, :, None]) for each in (self.alpha, self.beta))
         waves = (alpha * hidden).sin_().pow_(2)
         return waves.mul_((beta + _TINY).reciprocal()).add_(hidden)
@@ -92,7 +92,7 @@ class MiniMaxH3AudioUpSample1d(_Filter):
     """Twice as many samples, without new tones."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(b, c, n) to (b, c, 2 n)."""
+        """Map (b, c, n) to (b, c, 2 n)."""
         channels, pad = hidden.shape[1], _TAPS // _RATIO - 1
         hidden = F.pad(hidden, (pad, pad), mode="replicate")
         wide = F.conv_transpose1d(hidden, self._for(channels), stride=_RATIO, groups=channels)
@@ -105,7 +105,7 @@ class MiniMaxH3AudioLowPassFilter1d(_Filter):
     """Half as many samples, without tones that they cannot hold."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(b, c, 2 n) to (b, c, n)."""
+        """Map (b, c, 2 n) to (b, c, n)."""
         channels = hidden.shape[1]
         hidden = F.pad(hidden, (_TAPS // 2 - 1, _TAPS // 2), mode="replicate")
         return F.conv1d(hidden, self._for(channels), stride=_RATIO, groups=channels)
@@ -129,7 +129,7 @@ class MiniMaxH3AudioActivation1d(nn.Module):
         self.downsample = MiniMaxH3AudioDownSample1d()
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(b, c, n)."""
+        """Map (b, c, n) to the same shape."""
         return self.downsample.lowpass(self.act(self.upsample(hidden)))  # type: ignore[no-any-return]
 
 
@@ -152,7 +152,7 @@ class MiniMaxH3AudioAMPBlock(nn.Module):
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(b, c, n)."""
+        """Map (b, c, n) to the same shape."""
         pairs = zip(self.convs1, self.convs2, strict=True)
         for number, (first, second) in enumerate(pairs):
             inner = first(self.activations[2 * number](hidden))
@@ -183,7 +183,7 @@ class MiniMaxH3AudioBigVGANDecoder(nn.Module):
         self._kinds = len(kinds)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(b, latent_dim, n) to (b, 1, hop * n) in -1..1."""
+        """Map (b, latent_dim, n) to (b, 1, hop * n) in -1..1."""
         hidden = self.conv_pre(hidden)
         for number, up in enumerate(self.ups):
             hidden = up[0](hidden)  # type: ignore[index]
@@ -206,7 +206,7 @@ class AutoencoderKLMiniMaxH3Audio(nn.Module):
 
 
 def build(config: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The network; it has no blocks that stream."""
+    """Build the network; it has no blocks that stream."""
     known = {name: value for name, value in config.items() if name in AUDIO}
     module = AutoencoderKLMiniMaxH3Audio(**known)
     return module.eval().requires_grad_(False), None

@@ -44,7 +44,7 @@ class AudioSpec:
 
 
 def of(components: Mapping[str, Component], computing: Computing) -> AudioSpec:
-    """The network as the planner knows it."""
+    """Return the network as the planner knows it."""
     found = components[kinds.AUDIO.name]
     return _spec(found.config, found.weights(computing.scratch.device_type))
 
@@ -66,7 +66,7 @@ def _spec(config: Mapping[str, Any], weights: Weights) -> AudioSpec:
 
 
 def true_audio() -> AudioSpec:
-    """The published audio VAE without its files."""
+    """Return the published audio VAE without its files."""
     from penstock.engine.families.minimax_h3.stored import plain_run
 
     known = dict(configs.AUDIO)

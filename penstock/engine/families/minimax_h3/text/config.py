@@ -61,13 +61,13 @@ _VISION = {
 
 
 def language(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The language model's entries of ``config``, gaps filled."""
+    """Return the language model's entries of ``config``, gaps filled."""
     own = dict(config.get("text_config") or {})
     return {**LANGUAGE, **_rope(own), **{k: v for k, v in own.items() if k in LANGUAGE}}
 
 
 def vision(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The vision tower's entries of ``config``, gaps filled; None: the file has no tower."""
+    """Return the vision tower's entries of ``config``, gaps filled; None: the file has no tower."""
     own = config.get("vision_config")
     if own is None:
         return None
@@ -75,7 +75,7 @@ def vision(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _rope(own: Mapping[str, Any]) -> dict[str, Any]:
-    """What newer configs say in ``rope_parameters`` and older ones in ``rope_scaling``."""
+    """Return what newer configs say in ``rope_parameters`` and older ones in ``rope_scaling``."""
     told: dict[str, Any] = {}
     for name in ("rope_scaling", "rope_parameters"):
         entries = own.get(name)
@@ -126,7 +126,7 @@ def _check_tower(where: str, known: Mapping[str, Any], tower: Mapping[str, Any])
 
 def _unfit(where: str, expected: str, found: str) -> CheckpointError:
     return CheckpointError(
-        f"{where} is no text encoder of MiniMax-H3",
+        f"{where} is not a text encoder of MiniMax-H3",
         expected=expected,
         found=found,
         remedy="Use the Qwen3-VL that the model came with.",
@@ -134,7 +134,7 @@ def _unfit(where: str, expected: str, found: str) -> CheckpointError:
 
 
 def derive(shapes: ShapesOf) -> dict[str, Any]:
-    """The config that shapes tell, under transformers' names."""
+    """Return the config that shapes tell, under transformers' names."""
     start = "model.language_model."
     vocabulary, width = shapes.of(f"{start}embed_tokens.weight", 2)
     block = f"{start}layers.0."
@@ -193,7 +193,7 @@ def width_of(config: Mapping[str, Any]) -> int:
 
 
 def title(config: Mapping[str, Any]) -> str:
-    """The text encoder's name for people."""
+    """Return the text encoder's name for people."""
     known = language(config)
     size = "32B" if (known["hidden_size"], known["intermediate_size"]) == (5120, 25600) else ""
     return f"Qwen3-VL-{size}" if size else f"Qwen3-VL ({known['hidden_size']} wide)"

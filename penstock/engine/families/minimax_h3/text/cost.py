@@ -60,7 +60,7 @@ def _mergers(spec: TextSpec) -> int:
 
 
 def _norm(rows: int, width: int, item: int) -> int:
-    """Two copies in fp32; or one, what is made of it and the same scaled."""
+    """Return two copies in fp32; or one, what is made of it and the same scaled."""
     single = rows * width * _SINGLE
     made = rows * width * item
     return max(2 * single, single + (2 if item < _SINGLE else 1) * made) + 2 * rows * _SINGLE
@@ -123,7 +123,7 @@ def vision_flops(spec: VisionSpec, patches: tuple[int, ...]) -> int:
 
 
 def steps(case: H3Case) -> Iterator[Step]:
-    """The phases "vision", where there are pictures, and "text"."""
+    """Yield the phases "vision", where there are pictures, and "text"."""
     tower = case.manifest.text.vision
     if pictures_of(case) and tower is not None:
         yield vision_step(case, tower)
@@ -139,7 +139,8 @@ class TowerPass(OnePass):
 
 
 def vision_step(case: H3Case, spec: VisionSpec) -> OnePass:
-    """The vision tower over the given pictures; what is outside its layers stays beside them."""
+    """Return the vision tower over the given pictures; what is outside its layers stays beside
+    them."""
     shape = case.workload.shape
     down, across = grid(shape.height, shape.width)
     patches = (down * across,) * pictures_of(case)
@@ -161,7 +162,7 @@ def vision_step(case: H3Case, spec: VisionSpec) -> OnePass:
 
 
 def text_step(case: H3Case) -> OnePass:
-    """The language model's first layers over the prompt as it is planned for."""
+    """Return the language model's first layers over the prompt as it is planned for."""
     spec, tokens = case.manifest.text, text_rows(case)
     layers, seen = len(spec.weights.block_bytes), picture_tokens(case)
     return OnePass(
@@ -183,13 +184,13 @@ def text_step(case: H3Case) -> OnePass:
 
 
 def picture_bytes(case: H3Case) -> int:
-    """The given pictures at the video's size, in bytes."""
+    """Return the given pictures at the video's size, in bytes."""
     shape = case.workload.shape
     return pictures_of(case) * 3 * shape.width * shape.height
 
 
 def feature_bytes(case: H3Case) -> int:
-    """What the vision tower leaves for the language model, in host memory."""
+    """Return what the vision tower leaves for the language model, in host memory."""
     spec = case.manifest.text
     sets = 1 + _mergers(spec) if pictures_of(case) else 0
     return sets * picture_tokens(case) * spec.hidden_size * spec.weights.itemsize

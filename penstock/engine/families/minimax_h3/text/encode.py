@@ -66,7 +66,8 @@ def encode(stage: Stage, frames: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def presentation(stage: Stage, grids: Sequence[tuple[int, int]]) -> Presentation:
-    """What the language model reads: the prompt verbatim, and before it each picture by name.
+    """Return what the language model reads: the prompt verbatim, and before it each picture by
+    name.
 
     Raises:
         RequestError: as `encode`.
@@ -79,11 +80,11 @@ def presentation(stage: Stage, grids: Sequence[tuple[int, int]]) -> Presentation
             "the prompt is too long",
             expected=f"{TEXT_TOKENS} tokens at most",
             found=str(len(prompt)),
-            remedy="Shorten it: what is cut cannot be chosen for you.",
+            remedy="Shorten the prompt: penstock does not cut it.",
         )
     if grids and set(prompt) & set(marks):
         raise RequestError(
-            "the prompt holds a mark that stands for a picture",
+            "the prompt contains a reserved token",
             expected="none of " + ", ".join(MARKS),
             found="one of them",
             remedy="Leave it out.",

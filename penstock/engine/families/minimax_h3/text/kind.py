@@ -31,7 +31,7 @@ _GGUF = {
 
 
 def _beyond(layer: str) -> tuple[str, ...]:
-    """What begins the names of the layers that are never read."""
+    """Return what begins the names of the layers that are never read."""
     return tuple(f"{layer}{number}." for number in range(configs.LAYERS, _MOST_LAYERS))
 
 
@@ -79,8 +79,8 @@ def _prefixed(prefix: str, shapes: Shapes) -> Shapes:
 
 
 def shapes(config: Mapping[str, Any]) -> Shapes:
-    """Every tensor that is read: embedding, the first layers, and the vision tower if there is
-    one."""
+    """Return every tensor that is read: embedding, the first layers, and the vision tower if there
+    is one."""
     words, tower = configs.language(config), configs.vision(config)
     found: Shapes = {EMBEDDING: (words["vocab_size"], words["hidden_size"])}
     layer = layer_shapes(words)
@@ -141,7 +141,8 @@ def tower_shapes(tower: Mapping[str, Any]) -> Shapes:
 
 
 def _run(name: str) -> str:
-    """The embedding is gathered by rows; the tower is read for pictures only, by its layers."""
+    """Return what is read apart: the embedding by rows; the tower for pictures only, by its
+    layers."""
     if name == EMBEDDING:
         return "embedding"
     if name.startswith(TOWER):
@@ -175,7 +176,7 @@ VISION = replace(TEXT, name="vision", blocks=TOWER, count=_depth)
 
 
 def components(source: ComponentSource) -> dict[str, Component]:
-    """The language model, and the vision tower where the files have one."""
+    """Return the language model, and the vision tower where the files have one."""
     parts = {"text_encoder": component_of(source, only=())}
     if configs.vision(source.config) is not None:
         seeing = replace(source, kind=VISION)

@@ -183,7 +183,8 @@ def _attend(module: Any, normed: Tensor, waves: tuple[Tensor, Tensor]) -> Tensor
 
 
 def turned(states: Tensor, waves: tuple[Tensor, Tensor]) -> Tensor:
-    """``states`` turned by the cosines and sines of their places, halves against each other."""
+    """Return ``states`` turned by the cosines and sines of their places, halves against each
+    other."""
     cosines, sines = waves
     first, second = states.chunk(2, dim=-1)
     return (states * cosines).add_(torch.cat((-second, first), dim=-1).mul_(sines))

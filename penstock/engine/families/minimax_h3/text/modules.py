@@ -33,7 +33,7 @@ class Qwen3VLTextRMSNorm(nn.Module):
         self.variance_epsilon = epsilon
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """``hidden`` normed, in its dtype."""
+        """Return ``hidden`` normed, in its dtype."""
         wide = hidden.to(torch.float32, copy=True)
         variance = wide.pow(2).mean(-1, keepdim=True)
         wide *= torch.rsqrt(variance + self.variance_epsilon)
@@ -66,7 +66,7 @@ class Qwen3VLTextMLP(nn.Module):
         self.down_proj = Linear(inner, width, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(..., width) to (..., width)."""
+        """Map (..., width) to (..., width)."""
         return self.down_proj(F.silu(self.gate_proj(hidden)).mul_(self.up_proj(hidden)))  # type: ignore[no-any-return]
 
 
@@ -100,7 +100,7 @@ class Qwen3VLVisionPatchEmbed(nn.Module):
         self.proj = Conv3d(config.in_channels, config.hidden_size, kernel, stride=kernel)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(patches, values) to (patches, width)."""
+        """Map (patches, values) to (patches, width)."""
         cubes = pixels.view(-1, self.proj.in_channels, *self.proj.kernel_size)
         return self.proj(cubes.to(self.proj.weight.dtype)).view(len(pixels), -1)  # type: ignore[no-any-return]
 
@@ -124,7 +124,7 @@ class Qwen3VLVisionMLP(nn.Module):
         self.linear_fc2 = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(..., width) to (..., width)."""
+        """Map (..., width) to (..., width)."""
         return self.linear_fc2(F.gelu(self.linear_fc1(hidden), approximate="tanh"))  # type: ignore[no-any-return]
 
 
@@ -151,7 +151,7 @@ class Qwen3VLVisionPatchMerger(nn.Module):
         self._after = after
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(patches, width) to (tokens, width of the language model)."""
+        """Map (patches, width) to (tokens, width of the language model)."""
         states = hidden.view(-1, self.merged) if self._after else hidden
         normed = self.norm(states).view(-1, self.merged)
         return self.linear_fc2(F.gelu(self.linear_fc1(normed)))  # type: ignore[no-any-return]
@@ -192,14 +192,14 @@ class Qwen3VLForConditionalGeneration(nn.Module):
 
 
 def build_language(config: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The language model with one layer, and that layer."""
+    """Build the language model with one layer, and that layer."""
     words = NetworkConfig({}, {**language(config), "num_hidden_layers": 1})
     module = Qwen3VLForConditionalGeneration(words, None)
     return module.eval().requires_grad_(False), module.model.language_model.layers[0]
 
 
 def build_vision(config: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The vision tower with one layer, and that layer."""
+    """Build the vision tower with one layer, and that layer."""
     found = vision(config)
     assert found is not None
     tower = NetworkConfig({}, {**found, "depth": 1})

@@ -60,7 +60,7 @@ class TextSpec:
 
 
 def of(components: Mapping[str, Component], computing: Computing) -> TextSpec:
-    """The networks as the planner knows them.
+    """Return the networks as the planner knows them.
 
     Args:
         components: "text_encoder", and "vision" where there is one.

@@ -32,14 +32,14 @@ _VISION = {
 
 
 def vocabulary() -> dict[str, int]:
-    """A token a byte, then Qwen's marks."""
+    """Return a token a byte, then Qwen's marks."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     return {token: number for number, token in enumerate([*sorted(ByteLevel.alphabet()), *_MARKS])}
 
 
 def tokenizer() -> Any:
-    """transformers' tokenizer of `vocabulary`."""
+    """Return transformers' tokenizer of `vocabulary`."""
     from transformers import Qwen2TokenizerFast
 
     made = Qwen2TokenizerFast(vocab=vocabulary(), merges=[])
@@ -48,7 +48,7 @@ def tokenizer() -> Any:
 
 
 def encoder(text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None) -> Any:
-    """transformers' model, random: norms and biases are shaken, so that each one counts.
+    """Return transformers' model, random: norms and biases are shaken, so that each one counts.
 
     Args:
         text, vision: config entries that replace the small ones.

@@ -37,7 +37,7 @@ def embed_patches(tower: Any, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _taps(grid: tuple[int, int], side: int, merge: int) -> tuple[Tensor, Tensor]:
-    """The four entries of the table that each patch lies between, and their weights."""
+    """Return the four entries of the table that each patch lies between, and their weights."""
     found = []
     for places, size in zip(grid_places(*grid, merge), grid, strict=True):
         source = places.float() * (side - 1) / max(size - 1, 1)

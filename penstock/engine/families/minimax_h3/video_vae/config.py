@@ -90,7 +90,7 @@ def check(where: str, config: Mapping[str, Any]) -> None:
     for fits, told in needs:
         if not fits:
             raise CheckpointError(
-                f"{where} is no video VAE of MiniMax-H3",
+                f"{where} is not a video VAE of MiniMax-H3",
                 expected=told,
                 found="other values",
                 remedy="The config is damaged, or of another model: copy it again",
@@ -103,11 +103,11 @@ def rope_width(config: Mapping[str, Any]) -> int:
 
 
 def derive(shapes: ShapesOf) -> dict[str, Any]:
-    """The config that shapes tell; mean and deviation are the published ones."""
+    """Return the config that shapes tell; mean and deviation are the published ones."""
     width, latent = shapes.of("decoder.proj_in.weight", 2)
     if latent != len(_MEAN):
         raise CheckpointError(
-            f"{shapes.where} is no video VAE of MiniMax-H3",
+            f"{shapes.where} is not a video VAE of MiniMax-H3",
             expected=f"{len(_MEAN)} latent channels",
             found=str(latent),
             remedy="Put the model's config.json beside the file.",
@@ -133,6 +133,6 @@ def derive(shapes: ShapesOf) -> dict[str, Any]:
 
 
 def title(config: Mapping[str, Any]) -> str:
-    """The VAE's name for people."""
+    """Return the VAE's name for people."""
     width = config["decoder_num_attention_heads"] * config["decoder_attention_head_dim"]
     return "MiniMax-H3 VAE" if width == 2048 else f"MiniMax-H3 VAE ({width} wide)"

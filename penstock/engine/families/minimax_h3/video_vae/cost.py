@@ -115,7 +115,7 @@ def tokens_of(spec: ClipVaeSpec, tiling: Tiling) -> int:
 
 
 def held_bytes(spec: ClipVaeSpec, tiling: Tiling, tiles: int) -> int:
-    """The states of so many tiles, fp32."""
+    """Return the states of so many tiles, fp32."""
     return tiles * tokens_of(spec, tiling) * spec.width * _SINGLE
 
 
@@ -144,8 +144,8 @@ def tile_bytes(spec: ClipVaeSpec, tiling: Tiling, itemsize: int | None = None) -
 
 
 def canvas_bytes(tiling: Tiling, itemsize: int) -> int:
-    """The most that laying tiles into clips and clips into frames holds in RAM, a tile's pixels
-    included and the video's own frames not."""
+    """Return the most that laying tiles into clips and clips into frames holds in RAM, a tile's
+    pixels included and the video's own frames not."""
     rows, columns, clips = tiling.rows, tiling.columns, tiling.clips
     deep = _COLOURS * clips.length * clips.factor * itemsize
     whole, tile = deep * rows.size * columns.size, deep * rows.length * columns.length
@@ -167,12 +167,12 @@ def decode_flops(spec: ClipVaeSpec, tiling: Tiling) -> int:
 
 
 def encode_step(case: H3Case) -> EncodePictures:
-    """The phase "encode"."""
+    """Return the phase "encode"."""
     return EncodePictures(case)
 
 
 def decode_step(case: H3Case) -> DecodeTiles:
-    """The phase "decode".
+    """Return the phase "decode".
 
     Raises:
         RequestError: other tiles than the makers' are asked for.
@@ -333,7 +333,7 @@ class DecodeTiles:
         )
 
     def _host_weights(self, stream: Stream, room: int) -> Items:
-        """What is outside the blocks comes before the stream opens."""
+        """Return the items in RAM: what is outside the blocks comes before the stream opens."""
         streamed = stream.host_items(room)
         staged = staging_bytes(self.case.manifest.vae.decoder.rest_bytes, room)
         if sum(count for _, count in streamed) >= staged:

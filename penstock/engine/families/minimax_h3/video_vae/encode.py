@@ -30,7 +30,7 @@ def encode(stage: Stage, frames: Sequence[Tensor]) -> Tensor:
 
 
 def axes_of(frame: Tensor, factor: int = 16) -> tuple[Axis, Axis]:
-    """The tiles of a picture (H, W, 3)."""
+    """Return the tiles of a picture (H, W, 3)."""
     return Axis.over(frame.shape[0], factor), Axis.over(frame.shape[1], factor)
 
 
@@ -59,7 +59,7 @@ def encode_picture(
 
 
 def normed(frame: Tensor) -> Tensor:
-    """A picture (H, W, 3) in bytes as (1, 3, 1, H, W) fp32, normed as ImageNet's."""
+    """Return a picture (H, W, 3) in bytes as (1, 3, 1, H, W) fp32, normed as ImageNet's."""
     unit = frame.permute(2, 0, 1)[None, :, None].to(torch.float32).div_(255.0)
     mean, deviation = (
         torch.tensor(each, device=frame.device).view(1, 3, 1, 1, 1)

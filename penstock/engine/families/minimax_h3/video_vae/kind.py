@@ -85,7 +85,7 @@ def _prefixed(prefix: str, shapes: Shapes) -> Shapes:
 
 
 def shapes(config: Mapping[str, Any]) -> Shapes:
-    """Every tensor that a config demands."""
+    """Return every tensor that a config demands."""
     known = {**configs.VAE, **config}
     found = _prefixed("encoder.", encoder_shapes(known)) | rest_shapes(known)
     block = block_shapes(known)
@@ -150,7 +150,7 @@ def width_of(known: Mapping[str, Any]) -> int:
 
 
 def keeps_single(name: str) -> bool:
-    """Whether a parameter is in fp32 whatever the VAE computes in."""
+    """Return whether a parameter is in fp32 whatever the VAE computes in."""
     return not _SINGLE.isdisjoint(name.split("."))
 
 
@@ -182,7 +182,7 @@ _OWN = {ENCODER: ("encoder.", "quant_conv."), DECODER: ("decoder.", "post_quant_
 
 
 def components(source: ComponentSource) -> dict[str, Component]:
-    """The halves, which are never in memory together."""
+    """Return the halves, which are never in memory together."""
     return {
         name: component_of(replace(source, kind=half), only=_OWN[name], name=name)
         for name, half in _HALVES.items()
@@ -190,7 +190,8 @@ def components(source: ComponentSource) -> dict[str, Component]:
 
 
 def build(component: str, config: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The half called ``component`` on the meta device, and its one block (None: it has none)."""
+    """Build the half called ``component`` on the meta device, and its one block (None: it has
+    none)."""
     from penstock.engine.families.minimax_h3.video_vae import modules
 
     if component == ENCODER:

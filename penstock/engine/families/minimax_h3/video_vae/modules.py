@@ -41,7 +41,7 @@ class MiniMaxH3VideoCausalConv3d(Conv3d):
         self._around, self._before, self._mode = around, before, mode
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(1, c, t, h, w)."""
+        """Map (1, c, t, h, w) to the same shape."""
         if self._around:
             hidden = F.pad(hidden, (self._around,) * 4 + (0, 0), mode=self._mode)
         if self._before:
@@ -59,7 +59,7 @@ class MiniMaxH3VideoGroupNorm(nn.GroupNorm):
         """Nothing."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(1, c, t, h, w)."""
+        """Map (1, c, t, h, w) to the same shape."""
         frames = hidden.transpose(1, 2).flatten(0, 1).unsqueeze(2).contiguous()
         normed = super().forward(frames)
         whole = normed.view(len(hidden), -1, *normed.shape[1:2], *normed.shape[3:])
@@ -80,7 +80,7 @@ class MiniMaxH3VideoResnetBlock3d(nn.Module):
         self.conv_shortcut = None if into == out else MiniMaxH3VideoCausalConv3d(into, out, 1)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(1, into, t, h, w) to (1, out, t, h, w)."""
+        """Map (1, into, t, h, w) to (1, out, t, h, w)."""
         inner = self.conv1(F.silu(self.norm1(hidden), inplace=True))
         inner = self.conv2(F.silu(self.norm2(inner), inplace=True))
         if self.conv_shortcut is not None:
@@ -99,7 +99,7 @@ class MiniMaxH3VideoDownsample3d(nn.Module):
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(1, c, t, h, w)."""
+        """Map (1, c, t, h, w) to the same shape."""
         if self._halves:
             hidden = F.pad(hidden, (0, 1, 0, 1, 0, 0), mode=self._mode)
         return self.conv(hidden)  # type: ignore[no-any-return]
@@ -121,7 +121,7 @@ class MiniMaxH3VideoDownBlock3d(nn.Module):
             self.downsamplers = nn.ModuleList([MiniMaxH3VideoDownsample3d(config, out, *factors)])
 
     def stages(self) -> Iterator[nn.Module]:
-        """Its modules in order."""
+        """Yield its modules in order."""
         yield from self.resnets
         yield from self.downsamplers or ()
 
@@ -180,7 +180,7 @@ class SwiGLU(nn.Module):
         self._gate = 0 if gate_first else 1
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(..., width) to (..., inner)."""
+        """Map (..., width) to (..., inner)."""
         halves = self.proj(hidden).chunk(2, dim=-1)
         return F.silu(halves[self._gate]).mul_(halves[1 - self._gate])
 
@@ -195,7 +195,7 @@ class GatedFeedForward(nn.Module):
         self.net = nn.ModuleList([gated, nn.Identity(), Linear(inner, width)])
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(..., width) to (..., width)."""
+        """Map (..., width) to (..., width)."""
         return self.net[2](self.net[0](hidden))  # type: ignore[no-any-return]
 
 
@@ -250,12 +250,12 @@ class AutoencoderKLMiniMaxH3(nn.Module):
 
 
 def build_encoder(config: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The half that encodes; it has no blocks."""
+    """Build the half that encodes; it has no blocks."""
     module = AutoencoderKLMiniMaxH3(config, decodes=False)
     return module.eval().requires_grad_(False), None
 
 
 def build_decoder(config: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The half that decodes with one layer, and that layer."""
+    """Build the half that decodes with one layer, and that layer."""
     module = AutoencoderKLMiniMaxH3({**config, "decoder_num_layers": 1}, encodes=False)
     return module.eval().requires_grad_(False), module.decoder.transformer_blocks[0]

@@ -64,7 +64,7 @@ class ClipVaeSpec:
         return self.temporal_factor * self.spatial_factor**2
 
     def tiling(self, latent: tuple[int, int, int]) -> Tiling:
-        """The tiles of a video with so many latent frames, rows and columns.
+        """Return the tiles of a video with so many latent frames, rows and columns.
 
         Raises:
             UsageError: they are no whole number of clips.
@@ -79,7 +79,7 @@ class ClipVaeSpec:
 
 
 def of(components: Mapping[str, Component], computing: Computing) -> ClipVaeSpec:
-    """The halves as the planner knows them."""
+    """Return the halves as the planner knows them."""
     device = computing.scratch.device_type
     encoder, decoder = components[kinds.ENCODER], components[kinds.DECODER]
     return _spec(
@@ -114,7 +114,7 @@ def _spec(
 
 
 def true_vae() -> ClipVaeSpec:
-    """The published VAE without its files, in bf16 but what stays in fp32."""
+    """Return the published VAE without its files, in bf16 but what stays in fp32."""
     from penstock.engine.families.minimax_h3.stored import typed_run
 
     known = dict(configs.VAE)

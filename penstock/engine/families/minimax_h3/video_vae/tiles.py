@@ -57,7 +57,7 @@ class Axis:
         return self.starts[-1] + self.length
 
     def shrunk(self, factor: int) -> Axis:
-        """The same tiles where ``factor`` pixels are one."""
+        """Return the same tiles where ``factor`` pixels are one."""
         starts = tuple(each // factor for each in self.starts)
         return Axis(starts, self.length // factor, tuple(each // factor for each in self.overlaps))
 

@@ -24,7 +24,7 @@ PIXEL_MEAN, PIXEL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def cut(latents: Tensor, tiling: Tiling, tile: Tile) -> Tensor:
-    """The latents of a tile, (1, z, t, h, w)."""
+    """Return the latents of a tile, (1, z, t, h, w)."""
     clips, factor = tiling.clips, tiling.factor
     frames = slice(tile.clip * clips.step, tile.clip * clips.step + clips.length)
     top, left = tiling.rows.starts[tile.row] // factor, tiling.columns.starts[tile.column] // factor
@@ -51,7 +51,8 @@ def rope(tiling: Tiling, config: Any, dtype: torch.dtype, device: Any) -> tuple[
 
 
 def enter(vae: Any, latents: Tensor) -> Tensor:
-    """A tile's latents (1, z, t, h, w) to the states that the blocks change, (1, n, d) fp32."""
+    """Return a tile's latents (1, z, t, h, w) to the states that the blocks change, (1, n, d)
+    fp32."""
     decoder = vae.decoder
     mixed = vae.post_quant_conv(latents.to(vae.post_quant_conv.weight.dtype))
     hidden = decoder.proj_in(mixed.permute(0, 2, 3, 4, 1).flatten(1, 3))
@@ -102,7 +103,7 @@ def _projected(module: Any, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _placed(norm: Module, states: Tensor, waves: tuple[Tensor, Tensor]) -> Tensor:
-    """Queries or keys normed in fp32, and the first channels of each head turned."""
+    """Return queries or keys normed in fp32, and the first channels of each head turned."""
     cosines, sines = waves
     states = norm(states.float()).to(states.dtype)
     turned = states[..., : cosines.shape[-1]]
@@ -127,8 +128,8 @@ def leave(vae: Any, hidden: Tensor, tiling: Tiling) -> Tensor:
 
 
 def blend(one: Tensor, other: Tensor, extent: int, dim: int) -> Tensor:
-    """``other`` whose first ``extent`` places along ``dim`` come out of the last of ``one``, bit by
-    bit; changed in place."""
+    """Return ``other`` whose first ``extent`` places along ``dim`` come out of the last of ``one``,
+    bit by bit; changed in place."""
     shape = [1] * other.ndim
     shape[dim] = extent
     places = torch.arange(extent, device=other.device, dtype=other.dtype)
@@ -155,7 +156,7 @@ class Mosaic:
         self._whole: Tensor | None = None
 
     def lay(self, row: int, column: int, pixels: Tensor) -> Tensor | None:
-        """The next tile, (..., h, w); used up. Gives the whole with the last one."""
+        """Return the next tile, (..., h, w); used up. Gives the whole with the last one."""
         rows, columns = self._rows, self._columns
         if self._whole is None:
             size = rows.size, columns.size
@@ -193,7 +194,8 @@ class Canvas:
         self._tail: Tensor | None = None
 
     def lay(self, tile: Tile, pixels: Tensor) -> None:
-        """The next tile, (1, 3, frames, h, w) in RAM, in the order of `Tiling.tiles`; used up."""
+        """Lay the next tile, (1, 3, frames, h, w) in RAM, in the order of `Tiling.tiles`; it is
+        used up."""
         whole = self._mosaic.lay(tile.row, tile.column, pixels)
         if whole is not None:
             self._show(tile.clip, whole)
@@ -222,7 +224,7 @@ def write_frames(video: Tensor, frames: Tensor) -> None:
 
 
 def groups(tiling: Tiling, size: int) -> Iterator[list[Tile]]:
-    """All tiles in their order, ``size`` at a time."""
+    """Yield all tiles in their order, ``size`` at a time."""
     tiles = list(tiling.tiles())
     for start in range(0, len(tiles), size):
         yield tiles[start : start + size]

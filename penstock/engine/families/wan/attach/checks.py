@@ -19,7 +19,7 @@ _CLASSES = {
 
 
 def is_wan21(pipe: Any) -> bool:
-    """Whether it is a pipeline of Wan 2.1: one transformer, one timestep a step."""
+    """Return whether it is a pipeline of Wan 2.1: one transformer, one timestep a step."""
     from diffusers import WanImageToVideoPipeline, WanPipeline
 
     # By name: a subclass may have a step of its own.

@@ -247,7 +247,7 @@ class TransformerPart(Part):
 
 
 def _for_each(image: Tensor | None, count: int) -> list[Tensor | None]:
-    """The image states of each sample; one picture serves all."""
+    """Return the image states of each sample; one picture serves all."""
     if image is None:
         return [None] * count
     if len(image) not in (1, count):
@@ -260,8 +260,8 @@ def _for_each(image: Tensor | None, count: int) -> list[Tensor | None]:
 
 
 def _context(model: Any, text: Tensor, image: Tensor | None) -> dit.Context:
-    """Encoder states at the transformer's width, divided as diffusers' attention divides them: the
-    last 512 rows are text, whatever they are; without an image all rows are."""
+    """Return encoder states at the transformer's width, divided as diffusers' attention divides
+    them: the last 512 rows are text, whatever they are; without an image all rows are."""
     embedder = model.condition_embedder
     if (embedder.image_embedder is None) != (image is None):
         raise UsageError(

@@ -50,7 +50,7 @@ def pipeline_of(model: ModelFiles, desk: Desk) -> Any:
 
 
 def _config(name: str, model: ModelFiles) -> Any:
-    """The config of a part, as the library that it is from would give it."""
+    """Return the config of a part, as the library that it is from would give it."""
     from diffusers.configuration_utils import FrozenDict
     from transformers import CLIPVisionConfig, UMT5Config
 

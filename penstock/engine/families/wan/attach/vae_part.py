@@ -25,7 +25,7 @@ class _Mode:
         self._mode = mode
 
     def mode(self) -> Tensor:
-        """(b, z, t, h, w)."""
+        """Return (b, z, t, h, w)."""
         return self._mode
 
     def sample(self, generator: torch.Generator | None = None) -> NoReturn:

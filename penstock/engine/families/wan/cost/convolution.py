@@ -29,7 +29,7 @@ _MOST_PIXELS = 30
 
 
 def call_bytes(widths: tuple[int, int], area: int, made: int, taps: int, itemsize: int) -> int:
-    """The most that a convolution of one picture holds at a time, its result included.
+    """Return the most that a convolution of one picture holds at a time, its result included.
 
     It is that of one thread. Where there are more, oneDNN sets aside workspace for each in 16-bit
     types; of that for sums, a thread touches only what it computes.

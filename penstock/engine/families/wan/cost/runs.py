@@ -13,7 +13,7 @@ from penstock.errors import UsageError
 
 
 def clip_runs(frames: int, changes: Sequence[int] | None) -> list[tuple[int, int]]:
-    """The first frame of each run of a clip, and its length.
+    """Return the first frame of each run of a clip, and its length.
 
     Args:
         frames: of the clip.
@@ -35,7 +35,7 @@ def clip_runs(frames: int, changes: Sequence[int] | None) -> list[tuple[int, int
 
 
 def after_layer(runs: Sequence[int], reach: int) -> list[int]:
-    """Runs that leave a layer which sees ``reach`` frames before the one in hand.
+    """Return runs that leave a layer which sees ``reach`` frames before the one in hand.
 
     It computes the first frame of each."""
     if max(runs) == 1:
@@ -48,8 +48,8 @@ def after_layer(runs: Sequence[int], reach: int) -> list[int]:
 
 
 def after_halving(runs: Sequence[int]) -> list[int]:
-    """Runs that leave a layer which passes the first frame by, and then makes one frame of each two
-    and the one before them."""
+    """Return runs that leave a layer which passes the first frame by, and then makes one frame of
+    each two and the one before them."""
     made, start, at = [1], 0, 0
     for length in runs:
         end = start + length

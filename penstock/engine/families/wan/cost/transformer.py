@@ -224,7 +224,7 @@ def cross_kv_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
 
 
 def _cross_kv_held_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
-    """All of them, or those of one block and branch."""
+    """Return all of them, or those of one block and branch."""
     if case.cross_kv_on_device:
         return cross_kv_bytes(spec, case)
     tokens = case.branch_text_tokens + case.image_tokens
@@ -232,14 +232,14 @@ def _cross_kv_held_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
 
 
 def modulation_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
-    """The time embedding of all steps: one row for the head and six for the blocks."""
+    """Return the time embedding of all steps: one row for the head and six for the blocks."""
     rows = case.steps + case.rows - 1
     return rows * 7 * spec.inner_dim * _residual_itemsize(spec, case)
 
 
 def sampler_state_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
-    """The sample, the scheduler's history, what a step cache keeps and the image conditioning, in
-    fp32."""
+    """Return the sample, the scheduler's history, what a step cache keeps and the image
+    conditioning, in fp32."""
     condition = spec.in_channels - spec.out_channels
     channels = (1 + case.history_latents + case.cached_latents) * spec.out_channels + condition
     given = spec.out_channels * _volume((1, *case.latent[1:])) if case.still else 0
@@ -247,7 +247,7 @@ def sampler_state_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
 
 
 def _fused_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
-    """The windows' predictions together, in fp32; one window's is taken as it is."""
+    """Return the windows' predictions together, in fp32; one window's is taken as it is."""
     return 0 if case.windows == 1 else spec.out_channels * _volume(case.whole) * FP32_BYTES
 
 
@@ -304,12 +304,12 @@ def _residual_itemsize(spec: TransformerSpec, case: DenoiseCase) -> int:
 
 
 def _is_wide(spec: TransformerSpec, case: DenoiseCase) -> bool:
-    """Whether the hidden states are wider than what is computed with."""
+    """Return whether the hidden states are wider than what is computed with."""
     return _residual_itemsize(spec, case) > spec.weights.itemsize
 
 
 def _tokens_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
-    """All tokens in the compute dtype."""
+    """Return all tokens in the compute dtype."""
     return grid_tokens(spec, case.latent) * spec.inner_dim * spec.weights.itemsize
 
 
@@ -332,7 +332,7 @@ def _earlier_outputs_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
 
 
 def _embed_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int]:
-    """The convolution's output beside its transposed copy, or all branches' copies."""
+    """Return the convolution's output beside its transposed copy, or all branches' copies."""
     hidden = _hidden_bytes(spec, case)
     return {
         "hidden": max(_tokens_bytes(spec, case) + hidden, case.visit_branches * hidden),
@@ -367,8 +367,8 @@ def _block_modulation_bytes(spec: TransformerSpec) -> int:
 
 
 def _layer_norm_bytes(spec: TransformerSpec, case: DenoiseCase, tokens: int) -> int:
-    """The fp32 output beside the fp32 copy of its input, or beside its own in the compute dtype;
-    and two fp32 statistics a token."""
+    """Return the fp32 output beside the fp32 copy of its input, or beside its own in the compute
+    dtype; and two fp32 statistics a token."""
     e = spec.weights.itemsize
     beside = e if _is_wide(spec, case) else _upcast(e)
     return tokens * ((beside + FP32_BYTES) * spec.inner_dim + 2 * FP32_BYTES)
@@ -384,22 +384,23 @@ def _wide_rows_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
 
 
 def _rms_norm_bytes(spec: TransformerSpec, tokens: int, fused: bool) -> int:
-    """The input, its fp32 copy, and two fp32 products at once, as torch composes it on the CPU;
-    ``fused``, input and result. A statistic or two a token."""
+    """Return the input, its fp32 copy, and two fp32 products at once, as torch composes it on the
+    CPU; ``fused``, input and result. A statistic or two a token."""
     e = spec.weights.itemsize
     width = (2 * e if fused else e + _upcast(e) + 2 * FP32_BYTES) * spec.inner_dim
     return tokens * (width + 2 * FP32_BYTES)
 
 
 def _rotation_bytes(spec: TransformerSpec, tokens: int) -> int:
-    """Queries before and after, and the fp32 products of half their elements, twice."""
+    """Return queries before and after, and the fp32 products of half their elements, twice."""
     return tokens * spec.inner_dim * (2 * spec.weights.itemsize + FP32_BYTES)
 
 
 def _attention_bytes(spec: TransformerSpec, tokens: int, case: DenoiseCase) -> int:
-    """Queries, the result over the text (or all tokens), the one over the image, and one fp32 sum
-    a head; later the result, its projection and the gated fp32 product. Contrasted: queries, both
-    results over texts, and an fp32 copy of one of them for its norm, with the norms of both."""
+    """Count queries, the result over the text (or all tokens), the one over the image, and one fp32
+    sum a head; later the result, its projection and the gated fp32 product. Contrasted: queries,
+    both results over texts, and an fp32 copy of one of them for its norm, with the norms of
+    both."""
     e = spec.weights.itemsize
     results = 3 if case.image_tokens else 2
     attending = results * e * spec.inner_dim + FP32_BYTES * spec.num_attention_heads
@@ -409,7 +410,7 @@ def _attention_bytes(spec: TransformerSpec, tokens: int, case: DenoiseCase) -> i
 
 
 def int8_attention_bytes(heads: int, width: int, queries: int, keys: int, itemsize: int) -> int:
-    """What comfy-kitchen's int8 attention holds beside queries, keys, values and its result.
+    """Return what comfy-kitchen's int8 attention holds beside queries, keys, values and its result.
 
     As `_int8_attention_cuda` of comfy-kitchen 0.2.40 (`comfy_kitchen/sage_attention.py`) allocates:
     a head is as wide as 64, 128 or 256, and copied where it is narrower than that; queries and keys
@@ -446,12 +447,13 @@ def _kernel_width(width: int) -> int:
 
 
 def _feed_forward_bytes(spec: TransformerSpec, tokens: int) -> int:
-    """The wide activations beside the block's width, before and after."""
+    """Return the wide activations beside the block's width, before and after."""
     return tokens * (spec.inner_dim + spec.ffn_dim) * spec.weights.itemsize
 
 
 def _lora_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
-    """A chunk's activations between the two matrices of a low-rank pair, one pair at a time."""
+    """Return a chunk's activations between the two matrices of a low-rank pair, one pair at a
+    time."""
     chunk = min(case.chunk_tokens, grid_tokens(spec, case.latent))
     return chunk * spec.lora.rank * spec.weights.itemsize
 
@@ -486,8 +488,8 @@ def _sampler_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int
 
 
 def _embedder_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
-    """The text's two activations at once, or the image's: three of its own width, the sum with its
-    places and, at the last norm, its context in fp32 twice."""
+    """Return the text's two activations at once, or the image's: three of its own width, the sum
+    with its places and, at the last norm, its context in fp32 twice."""
     d, e = spec.inner_dim, spec.weights.itemsize
     text = 2 * case.text_tokens * d * e
     own = (3 * max(e, FP32_BYTES) + (e if spec.pos_embed else 0)) * (spec.image_dim or 0)

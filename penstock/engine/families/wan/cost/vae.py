@@ -60,7 +60,7 @@ class VaeBytes:
 
 
 def levels_of(spec: VaeSpec) -> VaeLevels:
-    """The geometry of a VAE."""
+    """Return the geometry of a VAE."""
     return VaeLevels(len(spec.dim_mult), spec.num_res_blocks, spec.patch)
 
 
@@ -299,7 +299,7 @@ class _Walk:
         return area * max(self.itemsize, _WIDE_ITEMSIZE) + copies
 
     def join(self, channels: int, area: int) -> None:
-        """The next frame comes to the two before it, if it is not the first or second."""
+        """Join the next frame to the two before it, if it is not the first or second."""
         nbytes = self.bytes(channels, area)
         self.past += min(CAUSAL_REACH, len(self.runs)) * nbytes
         self.take(CAUSAL_REACH * nbytes + nbytes)
@@ -316,7 +316,7 @@ class _Walk:
         *live: int,
         norming: Sequence[int] = (),
     ) -> int:
-        """A causal convolution; ``taps`` weights a channel pair. Bytes made.
+        """Count a causal convolution; ``taps`` weights a channel pair. Bytes made.
 
         Args:
             norming: what is alive while a norm writes what it sees; empty: there is no norm.
@@ -329,7 +329,7 @@ class _Walk:
         return self.multiply(merged, area, made, taps // (CAUSAL_REACH + 1), *live)
 
     def multiply(self, widths: tuple[int, int], area: int, made: int, taps: int, *live: int) -> int:
-        """A convolution of one picture; ``taps`` weights a channel pair. Bytes made."""
+        """Count a convolution of one picture; ``taps`` weights a channel pair. Bytes made."""
         out = self.bytes(widths[1], made)
         self.need(*live, self.called(widths, area, made, taps))
         self.count(widths, area, made, taps)

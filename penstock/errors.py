@@ -70,7 +70,8 @@ class PenstockError(Exception):
         super().__init__(what)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Errors are pickled with all that they carry, whatever their constructor asks for."""
+        """Let errors be pickled with all that they carry, whatever their constructor asks
+        for."""
         return _restored, (type(self), self.args), self.__dict__
 
     def add_remedy(self, text: str) -> None:

@@ -24,12 +24,13 @@ def config_folder() -> Path:
 
 
 def data_folder() -> Path:
-    """Jobs: ``$PENSTOCK_DATA_DIR``, or the platform's place."""
+    """Return the jobs: ``$PENSTOCK_DATA_DIR``, or the platform's place."""
     return _named("PENSTOCK_DATA_DIR") or _kept("data", _places().user_data_path)
 
 
 def cache_folder() -> Path:
-    """Packs made on first use: ``$PENSTOCK_CACHE``, or a folder in the platform's place."""
+    """Return the packs made on first use: ``$PENSTOCK_CACHE``, or a folder in the platform's
+    place."""
     return _named("PENSTOCK_CACHE") or _kept("cache", _places().user_cache_path) / "packs"
 
 

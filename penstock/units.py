@@ -24,7 +24,8 @@ _PATTERN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*")
 
 
 def parse_bytes(text: str | int) -> int:
-    """Bytes named by ``text``: ``"11.5GiB"``, ``"512M"``, ``"1024"``; an int passes through.
+    """Parse the bytes named by ``text``: ``"11.5GiB"``, ``"512M"``, ``"1024"``; an int passes
+    through.
 
     Units are binary whatever their spelling, as GPU makers use them (a "12 GB" card holds 12 GiB).
 

@@ -88,7 +88,7 @@ class OutputFolder(Closing):
         return True
 
     def _report(self, line: Line) -> dict[str, Any] | None:
-        """Of a finished job that nobody was told of."""
+        """Return the report of a finished job that nobody was told of."""
         journal = self.place_of(line) / JOURNAL
         if not journal.is_dir():
             return None

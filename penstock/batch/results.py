@@ -84,7 +84,7 @@ class Results:
         return self._last.get(name)
 
     def add(self, result: Result) -> None:
-        """One result more; it is on the disk when this returns.
+        """Add one result; it is on the disk when this returns.
 
         Raises:
             StorageError: it could not be written; the file may end in a part of it, which the next

@@ -79,7 +79,8 @@ def _phases(result: BenchResult) -> Section:
 
 
 def _traffic(result: BenchResult) -> Section:
-    """Bytes moved, at what rate while the link was busy, and what the link reaches alone."""
+    """Return the bytes moved, at what rate while the link was busy, and what the link reaches
+    alone."""
     links = result.links
     rows: list[tuple[str, ...]] = []
     for phase in result.phases:

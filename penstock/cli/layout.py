@@ -95,7 +95,7 @@ class Column:
 
 
 def table(columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int) -> list[str]:
-    """Rows in aligned columns of ``width`` cells in all.
+    """Return the rows in aligned columns of ``width`` cells in all.
 
     What is too wide is wrapped between words, the widest column first. Where that is not enough
     either, each row becomes a paragraph: its first cell, and the others by their headings.

@@ -129,7 +129,7 @@ def _opened(file: Path) -> logging.Handler:
 
 
 def head(command: Sequence[str], *, whole: bool) -> Iterator[str]:
-    """Lines on the software, the command, the machine and its folders.
+    """Yield the lines on the software, the command, the machine and its folders.
 
     Args:
         whole: prompts as they are; else their lengths alone.

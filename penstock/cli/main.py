@@ -694,7 +694,7 @@ def _generate(
 
 
 def _name_faster(prepared: Any, settings: Any, plan: Any) -> None:
-    """Before a long job: what would be the fastest."""
+    """Name what would be the fastest, before a long job."""
     from penstock.cli.plan_view import faster_told
     from penstock.engine.alternatives import LONG_S, alternatives
 

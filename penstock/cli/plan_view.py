@@ -18,6 +18,7 @@ from penstock.profiles.profile import Profile, load, names
 from penstock.units import format_bytes
 
 _BOUND = {"compute": "computing", "copy": "the link", "read": "the disk"}
+_DEFAULT = "default"
 _GAUGE_CELLS = 20
 _LARGEST = 6
 """Consumers of memory that a refusal names one by one."""
@@ -175,9 +176,14 @@ def _weights(plan: Plan, width: int) -> list[str]:
     return labelled("weights", told, width)
 
 
-def _origins(plan: Plan, width: int) -> list[str]:
-    rows = [(each.name, each.value, f"({each.source})") for each in plan.origins]
-    return table((Column(), Column(), Column()), rows, width)
+def _origins(plan: Plan, width: int) -> Iterator[str]:
+    """Name the source of each value, and those that are by default together."""
+    for each in plan.origins:
+        if each.source != _DEFAULT:
+            yield from labelled(each.name, f"{each.value} ({each.source})", width)
+    left = [f"{each.name} {each.value}" for each in plan.origins if each.source == _DEFAULT]
+    if left:
+        yield from labelled(_DEFAULT, ", ".join(left), width)
 
 
 def refusal_view(error: OverBudget, machine: str, width: int) -> str:
@@ -199,7 +205,7 @@ def refusal_view(error: OverBudget, machine: str, width: int) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Seconds for people: ``"0.4 s"``, ``"2:05"``, ``"1:02:03"``."""
+    """Return the seconds for people: ``"0.4 s"``, ``"2:05"``, ``"1:02:03"``."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -208,7 +214,7 @@ def clock(seconds: float) -> str:
 
 
 def spoken(seconds: float) -> str:
-    """Seconds in words: ``"0.4 s"``, ``"2 min 5 s"``, ``"1 h 2 min"``."""
+    """Return the seconds in words: ``"0.4 s"``, ``"2 min 5 s"``, ``"1 h 2 min"``."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     if seconds < 3600:

@@ -27,7 +27,7 @@ class Stopping:
         self._signals = [getattr(signal, name) for name in names if hasattr(signal, name)]
 
     def at(self, cancel: Callable[[], None]) -> None:
-        """From now on a signal calls ``cancel``."""
+        """Let a signal call ``cancel`` from now on."""
         self._cancel = cancel
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -57,7 +57,7 @@ class Stopping:
 
 
 def _write(line: bytes) -> None:
-    """Past Python's buffers, in which a signal may have come."""
+    """Write past Python's buffers, in which a signal may have come."""
     try:
         os.write(sys.stderr.fileno(), line)
     except (OSError, ValueError):

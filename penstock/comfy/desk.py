@@ -61,7 +61,8 @@ class Desk(Doer[NodeOrder]):
         self._opened: object = None
 
     def done(self, order: NodeOrder, tell: Tell) -> dict[str, Any]:
-        """Of a plan ``{"text": ..., "fits": ...}``; of a job what was made (`_made`)."""
+        """Return for a plan ``{"text": ..., "fits": ...}``; of a job what was made
+        (`_made`)."""
         if order.do == PLAN:
             return _planned(order)
         folder, job = self._begun(order) if order.do == MAKE else self._resumed(order)
@@ -132,7 +133,8 @@ def _settings(order: NodeOrder) -> Settings:
 
 
 def _continued(settings: Settings, video: Path) -> Settings:
-    """With what ``video`` was made with, from its last frame, which lies beside it then."""
+    """Return the settings that ``video`` was made with, from its last frame, which lies beside it
+    then."""
     from PIL import Image
 
     from penstock.engine.media.seam import Clip

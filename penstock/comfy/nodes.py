@@ -219,7 +219,7 @@ def _video_file(video: Any) -> Path:
 
 
 def _request_inputs() -> list[Any]:
-    """Of Plan and Generate alike."""
+    """Return the inputs of Plan and Generate alike."""
     return [
         io.Custom(MODEL).Input("model", tooltip="From Penstock Model."),
         io.String.Input("prompt", multiline=True, default="", tooltip="What should happen."),
@@ -376,7 +376,7 @@ class PenstockModel(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, tokenizer: str = "", folder: str = "", **chosen: str) -> Any:
-        """Another one where a file of that name is another."""
+        """Return another value where a file of that name is another."""
         return [stamp(path) for path in _parts(chosen).values()]
 
     @classmethod
@@ -423,7 +423,7 @@ class PenstockLora(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, lora: str, **rest: Any) -> Any:
-        """Another one where the file of that name is another."""
+        """Return another value where the file of that name is another."""
         path = path_of("lora", lora)
         return None if path is None else stamp(path)
 
@@ -528,7 +528,7 @@ class PenstockResume(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, job: str, **rest: Any) -> Any:
-        """Another one where the newest job is another."""
+        """Return another value where the newest job is another."""
         return job if job != NEWEST else _unfinished()[:1]
 
     @classmethod
@@ -543,7 +543,7 @@ class PenstockResume(io.ComfyNode):
 
 
 def _unfinished() -> list[str]:
-    """Names of jobs that can go on, the newest first."""
+    """Return the names of jobs that can go on, the newest first."""
     try:
         return [info.name for info in list_jobs() if info.unfinished]
     except StorageError as error:

@@ -35,7 +35,7 @@ class NodeOrder:
     frames: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; `from_json` reads them again."""
+        """Return plain values; `from_json` reads them again."""
         return asdict(self)
 
     @classmethod

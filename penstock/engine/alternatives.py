@@ -63,7 +63,7 @@ class Alternative:
     quality: str
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, ready for json.dumps."""
+        """Return plain values, ready for json.dumps."""
         return asdict(self)
 
 
@@ -78,7 +78,8 @@ class _Change:
 def alternatives(
     prepared: Prepared, settings: Settings, plan: Plan, *, saved: bool = True
 ) -> tuple[Alternative, ...]:
-    """Up to `MOST` ways that fit the machine and take less time than ``plan``, the shortest first.
+    """Return up to `MOST` ways that fit the machine and take less time than ``plan``, the shortest
+    first.
 
     Args:
         prepared: the model and its options, as ``plan`` was made under them.
@@ -104,7 +105,7 @@ def alternatives(
 def _half_guided(
     prepared: Prepared, settings: Settings, request: GenerationRequest
 ) -> _Change | None:
-    """Guidance in the first half of the steps alone."""
+    """Offer guidance in the first half of the steps alone."""
     if max(request.guidance_scales) <= 1 or request.cfg_interval is not None or request.steps < 2:
         return None
     told = prepared.about.official.timesteps(request.video_shape, request.steps, noise_of(request))
@@ -115,7 +116,7 @@ def _half_guided(
 
 
 def _predicted(prepared: Prepared, change: _Change, saved: bool) -> float | None:
-    """Seconds under ``change``; None: it does not fit, or not this model."""
+    """Return the seconds under ``change``; None: it does not fit, or not this model."""
     other = prepared.again(change.options)
     try:
         request = resolve(change.settings, other.about)
@@ -176,7 +177,8 @@ def _formats(options: Options, settings: Settings, plan: Plan, device: str) -> I
 
 
 def _budgets(options: Options, settings: Settings) -> Iterator[_Change]:
-    """Without the ceilings that were asked for: up to what the machine has free."""
+    """Yield the changes without the ceilings that were asked for: up to what the machine has
+    free."""
     for name in ("ram", "vram"):
         if options.given.get(name) is not None:
             other = replace(options, **{name: None})

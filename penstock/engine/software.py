@@ -22,7 +22,7 @@ LEAST_TO_WRITE: Mapping[str, str] = MappingProxyType({"av": "14"})
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
+    """Return the versions of what a result depends on."""
     packages = ("penstock", "torch", "diffusers", "transformers", "safetensors", "av")
     return {"python": platform.python_version()} | {
         name: package_version(name) for name in packages
@@ -30,7 +30,7 @@ def versions() -> dict[str, str]:
 
 
 def package_version(package: str) -> str:
-    """Of an installed package; "absent" where there is none."""
+    """Return the version of an installed package; "absent" where there is none."""
     if package == "penstock":
         return __version__
     try:

@@ -61,7 +61,7 @@ class QuantFormat(Protocol):
         where only the model's config tells it."""
 
     def storage(self, shape: Shape, compute_dtype: str) -> dict[str, Spec]:
-        """Dtype tag and shape of each stored tensor.
+        """Return the dtype tag and shape of each stored tensor.
 
         Args:
             shape: of the weight.
@@ -70,8 +70,8 @@ class QuantFormat(Protocol):
         """
 
     def workspace_bytes(self, shape: Shape, device: str) -> int:
-        """Most bytes that decoding allocates for a moment beside its output, on a device of the
-        type ``device`` ("cpu", "cuda")."""
+        """Return the most bytes that decoding allocates for a moment beside its output, on a device
+        of the type ``device`` ("cpu", "cuda")."""
 
 
 def _by_name(*formats: QuantFormat) -> Mapping[str, QuantFormat]:
@@ -98,7 +98,8 @@ FORMATS: Mapping[str, QuantFormat] = _by_name(
 
 
 def writable() -> tuple[str, ...]:
-    """Names of the formats that weights can be quantised to; the others are only read."""
+    """Return the names of the formats that weights can be quantised to; the others are only
+    read."""
     return tuple(name for name, each in FORMATS.items() if each.writable)
 
 
@@ -121,6 +122,6 @@ def get_format(name: str) -> QuantFormat:
 
 
 def spec_bytes(spec: Spec) -> int:
-    """Bytes of one stored tensor."""
+    """Return the bytes of one stored tensor."""
     tag, shape = spec
     return ITEM_BYTES[tag] * math.prod(shape)

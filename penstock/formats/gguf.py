@@ -60,7 +60,7 @@ BLOCK_SIZES: Mapping[str, tuple[int, int]] = MappingProxyType(
 
 
 def block_size(dtype: str) -> tuple[int, int]:
-    """Elements and bytes of one block of a ``GGUF_*`` dtype tag.
+    """Return the elements and bytes of one block of a ``GGUF_*`` dtype tag.
 
     Raises:
         KeyError: not such a tag.

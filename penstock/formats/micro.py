@@ -59,7 +59,7 @@ class Micro:
         return (data[0], data[1] * self.packed)
 
     def scales(self, shape: Shape) -> Shape:
-        """Rows and columns of the scales of a weight, before they are put in tiles."""
+        """Return the rows and columns of the scales of a weight, before they are put in tiles."""
         rows, columns = (align_up(side, self.padding) for side in shape)
         return rows, columns // self.block
 

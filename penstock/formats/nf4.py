@@ -55,7 +55,7 @@ class NF4:
         return None if self.flat else (data[0], 2 * data[1])
 
     def storage(self, shape: Shape, compute_dtype: str) -> dict[str, Spec]:
-        """Packed codes (the first of a pair in the high bits) and the blocks' maxima."""
+        """Return packed codes (the first of a pair in the high bits) and the blocks' maxima."""
         rows, columns = shape
         if self.flat:
             return self._flat(rows * columns)

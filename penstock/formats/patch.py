@@ -56,7 +56,7 @@ class Patch:
         return f"lora.{self.index}.{role}"
 
     def storage(self) -> dict[str, Spec]:
-        """Dtype tag and shape of each tensor by that name."""
+        """Return the dtype tag and shape of each tensor by that name."""
         return {self.name(role): spec for role, spec in self.tensors}
 
     @property
@@ -82,8 +82,8 @@ class Patch:
         return not self.is_rotation and not (len(magnitude) > 1 and magnitude[0] == 1)
 
     def workspace_bytes(self, shape: Shape, device: str) -> int:
-        """Most bytes that changing a weight of ``shape`` takes besides it, on a device of the type
-        ``device`` ("cpu", "cuda")."""
+        """Return the most bytes that changing a weight of ``shape`` takes besides it, on a device
+        of the type ``device`` ("cpu", "cuda")."""
         rows, columns = shape
         if self.kind == "set":
             return 0
@@ -96,7 +96,7 @@ class Patch:
         return _SINGLE * (made + _IN_WORK * columns * chunk_rows(rows, columns, device))
 
     def _factors(self) -> int:
-        """Elements of lokr's factors, where they are products themselves."""
+        """Return the elements of lokr's factors, where they are products themselves."""
         shapes = {role: dims for role, (_, dims) in self.tensors}
         pairs = [(shapes.get(f"{w}_a"), shapes.get(f"{w}_b")) for w in ("w1", "w2")]
         if self.kind != "lokr":

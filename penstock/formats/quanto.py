@@ -13,8 +13,8 @@ from penstock.formats.rows import Shape, Spec, chunk_rows
 
 
 def group_size(columns: int) -> int | None:
-    """quanto's choice: 128, or the next smaller multiple of 32 that divides the row; None (a group
-    is a row) where no such size exists or the row is not longer than 128."""
+    """Return quanto's choice: 128, or the next smaller multiple of 32 that divides the row; None (a
+    group is a row) where no such size exists or the row is not longer than 128."""
     sizes = (128, 96, 64, 32) if columns > 128 else ()
     return next((size for size in sizes if columns % size == 0), None)
 
@@ -49,7 +49,7 @@ class QuantoInt4:
         return
 
     def storage(self, shape: Shape, compute_dtype: str) -> dict[str, Spec]:
-        """Packed codes, scales and shifts of the groups."""
+        """Return packed codes, scales and shifts of the groups."""
         count, size = groups_of(shape)
         tag = self.scale_tag or compute_dtype
         return {

@@ -185,7 +185,7 @@ def _packed(named: Mapping[str, Spec]) -> QuantFormat | None:
 def _by_bitsandbytes(
     named: Mapping[str, Spec], state: Mapping[str, object], layer: str
 ) -> QuantFormat:
-    """Flat NF4, its maxima in fp32 or quantised once more."""
+    """Return flat NF4, its maxima in fp32 or quantised once more."""
     nested, offset = state.get("nested_blocksize", 0), state.get("nested_offset", 0.0)
     block, shape = state.get("blocksize"), state.get("shape")
     said = (block, nested, *(shape if isinstance(shape, list) else ()))

@@ -16,19 +16,21 @@ _DEVICE_CHUNK = 1 << 22
 
 
 def chunk_elements(device: str) -> int:
-    """Elements decoded at once on a ``device`` of that type ("cpu", "cuda"): on a CPU what stays in
-    the L2 cache, elsewhere what fills the device while its temporaries stay small beside a weight.
+    """Return the elements decoded at once on a ``device`` of that type ("cpu", "cuda"): on a CPU
+    what stays in the L2 cache, elsewhere what fills the device while its temporaries stay small
+    beside a weight.
     """
     return _CPU_CHUNK if device == "cpu" else _DEVICE_CHUNK
 
 
 def row_slices(rows: int, columns: int, device: str) -> Iterator[slice]:
-    """Slices that cover ``rows``, each of about `chunk_elements` elements, at least one row."""
+    """Yield the slices that cover ``rows``, each of about `chunk_elements` elements, at least one
+    row."""
     step = max(1, chunk_elements(device) // max(1, columns))
     for start in range(0, rows, step):
         yield slice(start, min(rows, start + step))
 
 
 def chunk_rows(rows: int, columns: int, device: str) -> int:
-    """Rows of the largest slice of `row_slices`."""
+    """Return the rows of the largest slice of `row_slices`."""
     return min(rows, max(1, chunk_elements(device) // max(1, columns)))

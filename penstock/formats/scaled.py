@@ -92,8 +92,8 @@ class Scaled8:
         return not self.rotation or shape[1] % self.rotation == 0
 
     def suited(self, shape: Shape) -> Scaled8:
-        """Of a rotated format, that with the largest group of 16 up to its own that ``shape`` has
-        whole; others, and where there is none, itself."""
+        """Return, of a rotated format, that with the largest group of 16 up to its own that
+        ``shape`` has whole; others, and where there is none, itself."""
         sizes = [s for s in ROTATIONS if 16 <= s <= self.rotation and shape[1] % s == 0]
         return replace(self, rotation=max(sizes)) if sizes else self
 

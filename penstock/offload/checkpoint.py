@@ -65,7 +65,8 @@ def torch_dtype(tag: str) -> torch.dtype:
 
 
 def view_as_stored(flat: Tensor, dtype: str, shape: tuple[int, ...]) -> Tensor:
-    """Bytes (uint8, 1-D) as the tensor they store, uncopied; packed types stay flat bytes."""
+    """Return the bytes (uint8, 1-D) as the tensor they store, uncopied; packed types stay flat
+    bytes."""
     return flat.view(torch_dtype(dtype)).view(shape) if dtype in TORCH_NAMES else flat
 
 
@@ -244,7 +245,7 @@ def find_checkpoint(folder: Path) -> Path:
 
 
 def _candidates(stem: str, variant: str, names: Sequence[str]) -> list[str]:
-    """Names of this stem and variant: single files before indexes."""
+    """Return the names of this stem and variant: single files before indexes."""
     single = re.compile(rf"{stem}{variant}\.safetensors")
     index = re.compile(
         rf"{stem}{variant}\.safetensors\.index\.json|{stem}\.safetensors\.index{variant}\.json"

@@ -137,7 +137,7 @@ class WeightFile(Closing):
         return direct
 
     def _read_direct(self, target: memoryview, offset: int) -> int:
-        """Whole pages of ``target``, as many as come; the caller reads what is left."""
+        """Return whole pages of ``target``, as many as come; the caller reads what is left."""
         assert self._direct_fd is not None
         # O_DIRECT wants offset, memory and length in whole blocks; the tail goes through the cache.
         whole = len(target) - len(target) % PAGE_BYTES

@@ -152,7 +152,8 @@ class _Cursor:
         return struct.unpack("<" + layout, self.take(struct.calcsize("<" + layout), what))
 
     def counts(self, layout: str, item_bytes: tuple[int, ...]) -> tuple[int, ...]:
-        """Numbers of items, each at least so many bytes long: no more than the file can hold."""
+        """Return the numbers of items, each at least so many bytes long: no more than the file can
+        hold."""
         values = self.unpack(layout, "a count")
         for value, least in zip(values, item_bytes, strict=True):
             self._room(value * least, f"{value:,} items")

@@ -71,7 +71,7 @@ class ByteLedger:
             self._peak = self._used
 
     def by_label(self) -> dict[str, int]:
-        """Bytes reserved now, by label, the largest first."""
+        """Return the bytes reserved now, by label, the largest first."""
         with self._lock:
             return dict(sorted(self._held.items(), key=lambda item: -item[1]))
 

@@ -231,7 +231,7 @@ class BlockStream(Closing):
             loop.leave(op)
 
     def expect(self, passes: int) -> None:
-        """From now on so many passes, counted from the first, are sure to come.
+        """Make it sure that so many passes come, counted from the first.
 
         Fewer than were sure before are as many as before: they may have been fetched.
         """
@@ -512,13 +512,13 @@ class _Sure:
         self._is_stopped = False
 
     def raise_to(self, passes: int) -> None:
-        """So many passes are sure."""
+        """Make so many passes sure."""
         with self._changed:
             self._visits = max(self._visits, passes * self._n_blocks)
             self._changed.notify_all()
 
     def set_to(self, visits: int) -> None:
-        """So many visits are sure, be they fewer than before: what was begun is gone on with."""
+        """Make so many visits sure, be they fewer than before: what was begun is gone on with."""
         with self._changed:
             self._visits = visits
             self._changed.notify_all()

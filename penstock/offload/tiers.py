@@ -451,8 +451,9 @@ class CudaLink:
                 spans.popleft().settle()
 
     def _stream(self, queue: Queue) -> Any:
-        """Of the compute queue that which is current now (only its own thread asks). Where that is
-        another one than before, it goes on behind it: the queue's order is that of both."""
+        """Return the stream of a queue; of the compute queue that which is current now (only its
+        own thread asks). Where that is another one than before, it goes on behind it: the queue's
+        order is that of both."""
         if queue is Queue.COPY:
             return self._copy
         current = _cuda.current_stream(self._device)

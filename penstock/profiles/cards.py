@@ -123,7 +123,7 @@ _FASTEST = 1e15
 
 
 def disk_bytes_per_s(name: str) -> float:
-    """Sequential reads of a kind of disk, or of a rate such as "3.5GB/s".
+    """Return the rate of sequential reads of a kind of disk, or of a rate such as "3.5GB/s".
 
     Raises:
         ProfileError: neither.

@@ -99,7 +99,8 @@ def _cgroup_free(root: Path) -> Iterator[int]:
 
 
 def _cgroup_folders(root: Path) -> Iterator[Path]:
-    """Folders of the process's memory group and of all above it, version 2 and version 1."""
+    """Yield the folders of the process's memory group and of all above it, version 2 and version
+    1."""
     base = root / "sys/fs/cgroup"
     yield base
     yield base / "memory"

@@ -104,7 +104,7 @@ class VideoShape:
     frames: int
 
     def latent(self, vae: Factors) -> tuple[int, int, int]:
-        """Latent frames, height and width."""
+        """Return the latent frames, height and width."""
         return (
             (self.frames - 1) // vae.temporal_factor + 1,
             self.height // vae.spatial_factor,

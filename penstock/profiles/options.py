@@ -133,7 +133,7 @@ class Options:
         return replace(self, **said)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, ready for json.dumps; `from_json` reads them again."""
+        """Return plain values, ready for json.dumps; `from_json` reads them again."""
         return asdict(self)
 
     @classmethod

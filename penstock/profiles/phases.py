@@ -128,7 +128,7 @@ class Workload:
         return 2 if self.guided else 1
 
     def branches_of(self, *, first: bool) -> int:
-        """Forward passes a step of the first phase that streams, or of another."""
+        """Return the forward passes a step of the first phase that streams, or of another."""
         on = self.guided if self.guided_high is None or not first else self.guided_high
         return 2 if on else 1
 
@@ -193,7 +193,7 @@ class Step(Protocol):
         fits."""
 
     def all_small(self, limits: Limits) -> Iterator[Group]:
-        """Shapes among which are the smallest in VRAM and in RAM, fitting or not."""
+        """Return the shapes among which are the smallest in VRAM and in RAM, fitting or not."""
 
 
 class Manifest(Protocol):
@@ -223,24 +223,24 @@ class Manifest(Protocol):
         """Return the groups of phases, in the order in which they run."""
 
     def smaller_shapes(self, shape: VideoShape) -> Iterator[VideoShape]:
-        """Legal videos with fewer tokens than ``shape``, the nearest first."""
+        """Return legal videos with fewer tokens than ``shape``, the nearest first."""
 
     def undecided(self) -> Manifest:
         """Return this manifest for a machine that nobody asked which matrix products it has."""
 
 
 def vram_bytes(group: Group) -> int:
-    """Peak VRAM of a group."""
+    """Return the peak VRAM of a group."""
     return max(phase.vram_bytes for phase in group)
 
 
 def ram_bytes(group: Group) -> int:
-    """Peak host memory of a group."""
+    """Return the peak host memory of a group."""
     return max(phase.ram_bytes for phase in group)
 
 
 def both_bytes(group: Group) -> int:
-    """Peak of VRAM and host memory together."""
+    """Return the peak of VRAM and host memory together."""
     return max(phase.vram_bytes + phase.ram_bytes for phase in group)
 
 
@@ -256,7 +256,7 @@ def group_fits(group: Group, limits: Limits) -> bool:
 
 
 def loading_s(nbytes: int, rates: Rates) -> float:
-    """Seconds to bring weights from disk to the device, one after the other."""
+    """Return the seconds to bring weights from disk to the device, one after the other."""
     return nbytes / rates.read_bytes_per_s + nbytes / rates.copy_bytes_per_s
 
 
@@ -395,7 +395,7 @@ def fitting(groups: Iterable[Group], limits: Limits) -> Iterator[Group]:
 
 
 def group_key(group: Group) -> tuple[float, int]:
-    """Smaller is better."""
+    """Return the key of a group: smaller is better."""
     return sum(phase.seconds for phase in group), vram_bytes(group) + ram_bytes(group)
 
 

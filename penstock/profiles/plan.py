@@ -280,7 +280,7 @@ class Plan:
         return sum(phase.seconds for phase in self.phases)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, ready for json.dumps; `from_json` reads them again.
+        """Return plain values, ready for json.dumps; `from_json` reads them again.
 
         Raises:
             Nothing.

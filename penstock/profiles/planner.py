@@ -108,7 +108,8 @@ def minimum_vram_bytes(manifest: Manifest, workload: Workload, hardware: Hardwar
 
 
 def refusal(step: Step, limits: Limits) -> OverBudget:
-    """Why nothing of ``step`` fits: the smallest shape, in the memory that is too small for it."""
+    """Return why nothing of ``step`` fits: the smallest shape, in the memory that is too small for
+    it."""
     small = list(step.all_small(limits))
     in_ram = [group for group in small if group_fits(group, replace(limits, vram_bytes=1 << 62))]
     if in_ram:

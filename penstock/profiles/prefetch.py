@@ -51,8 +51,8 @@ def _planned(plan: Plan, what: Prefetch) -> Prefetch:
 
 
 def _with_next(plan: Plan, what: Prefetch, limits: Limits) -> Plan:
-    """With the host's half of the stream that goes on after ``what.stream`` open from its last step
-    on, and in the phase between the two."""
+    """Return the plan with the host's half of the stream that goes on after ``what.stream`` open
+    from its last step on, and in the phase between the two."""
     if not what.then:
         return plan
     stream, then = plan[what.stream], plan[what.then]
@@ -105,7 +105,8 @@ def _with_blocks(plan: Plan, what: Prefetch, limits: Limits) -> Plan:
 
 
 def _with_weights(plan: Plan, what: Prefetch, limits: Limits) -> Plan:
-    """With the later phase's weights in a buffer of their size, in place of the staging buffer."""
+    """Return the plan with the later phase's weights in a buffer of their size, in place of the
+    staging buffer."""
     if not what.weights:
         return plan
     stream, weights = plan[what.last_stream], plan[what.weights]

@@ -97,7 +97,7 @@ def without_int8_attention(chosen: Chosen, reason: str) -> Chosen:
 
 
 def choose(profile: Profile, options: Options, hardware: Hardware) -> Chosen:
-    """Budgets and policy in force, each with its origin.
+    """Return the budgets and policy in force, each with its origin.
 
     A profile's ceiling counts where that much is free; an option counts as it is.
 

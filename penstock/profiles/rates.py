@@ -75,17 +75,18 @@ class Rates:
                 )
 
     def self_attention_flops(self, attention: str) -> float:
-        """Of the transformer's self-attention by "sdpa" or "int8"; in 8 bits as in 16 where that
-        rate is unknown."""
+        """Return the rate of the transformer's self-attention by "sdpa" or "int8"; in 8 bits as in
+        16 where that rate is unknown."""
         eight_bit = self.int8_attention_flops if attention == "int8" else None
         return eight_bit or self.attention_flops or self.flops
 
     def product_flops(self, path: str) -> float | None:
-        """Of the matrix products of a compute path; None: the device has none of them."""
+        """Return the rate of the matrix products of a compute path; None: the device has none of
+        them."""
         return {"fp8": self.fp8_flops, "int8": self.eight_bit_flops}.get(path, self.flops)
 
     def chunk_overhead_s(self, tokens: int, attended: int = 0) -> float:
-        """Seconds of a chunk besides its tokens: between two sizes, by the logarithm.
+        """Return the seconds of a chunk besides its tokens: between two sizes, by the logarithm.
 
         Args:
             tokens: of the chunk.

@@ -53,7 +53,8 @@ class Placement:
     through_bytes: int
 
     def ring_bytes(self, staging: int) -> int:
-        """Of ``staging`` buffers in host memory; with none, of the least staging buffer, if any."""
+        """Count the bytes of ``staging`` buffers in host memory; with none, of the least staging
+        buffer, if any."""
         if staging:
             return staging * max(self.buffer_bytes, self.through_bytes)
         return PAGE_BYTES if self.through_bytes else 0
@@ -98,8 +99,8 @@ class Network:
         return min(place.device_bytes + place.slot_bytes for place in self.choices)
 
     def rings(self, place: Placement) -> Iterator[tuple[int, int]]:
-        """Slots and staging buffers that make sense for a placement: none where nothing passes; a
-        ring, or pieces of a block (0), where blocks pass only once."""
+        """Yield the slots and staging buffers that make sense for a placement: none where nothing
+        passes; a ring, or pieces of a block (0), where blocks pass only once."""
         streamed = self.n_blocks - place.device_resident
         through_staging = self.n_blocks - place.host_resident
         staged = () if place.read_bytes or not through_staging else (0,)
@@ -395,9 +396,9 @@ def _timing(
 def _pass_ends(
     place: Placement, blocks: Sequence[int], slots: int, staging: int, pace: Pace, rates: Rates
 ) -> list[float]:
-    """When each of the first passes ends, by the rules of `penstock.offload.schedule`: a staging
-    buffer is read into when its last copy is done, a slot is copied into when its last compute
-    is."""
+    """Return when each of the first passes ends, by the rules of `penstock.offload.schedule`: a
+    staging buffer is read into when its last copy is done, a slot is copied into when its last
+    compute is."""
     n_blocks, visit = len(blocks), pace.compute_s / len(blocks)
     counts = StreamPlan(n_blocks, place.device_resident, place.host_resident)
     on_device, in_host = set(counts.device_blocks), set(counts.host_blocks)

@@ -37,7 +37,7 @@ class Span:
         return self.hi - self.lo
 
     def grown(self, before: int, after: int, size: int) -> Span:
-        """Wider on both sides, but not beyond a picture of ``size`` pixels."""
+        """Return this span wider on both sides, but not beyond a picture of ``size`` pixels."""
         return Span(max(0, self.lo - before), min(size, self.hi + after))
 
     def scaled(self, factor: int) -> Span:
@@ -45,7 +45,7 @@ class Span:
         return Span(self.lo * factor, self.hi * factor)
 
     def halved(self) -> Span:
-        """Pixels of the half-size picture that these pixels are enlarged from."""
+        """Return the pixels of the half-size picture that these pixels are enlarged from."""
         return Span(self.lo // 2, -(-self.hi // 2))
 
     def inside(self, other: Span) -> slice:
@@ -96,7 +96,7 @@ class Window:
         return Window(self.rows.scaled(factor), self.cols.scaled(factor))
 
     def inside(self, other: Window) -> tuple[slice, slice]:
-        """Rows and columns of this window in an array that holds ``other``."""
+        """Return the rows and columns of this window in an array that holds ``other``."""
         return self.rows.inside(other.rows), self.cols.inside(other.cols)
 
 
@@ -117,7 +117,8 @@ class TileGrid:
             )
 
     def cores(self, height: int, width: int) -> Iterator[tuple[Span, Span]]:
-        """Cores over ``height`` x ``width`` latents, row by row; each latent is in exactly one.
+        """Yield the cores over ``height`` x ``width`` latents, row by row; each latent is in
+        exactly one.
 
         Raises:
             UsageError: more tiles than latents along an axis.
@@ -217,7 +218,7 @@ class EncodeTile:
 
 
 def decode_tiles(arch: VaeLevels, grid: TileGrid, height: int, width: int) -> list[DecodeTile]:
-    """Tiles over ``height`` x ``width`` latents, in the order of `TileGrid.cores`.
+    """Return the tiles over ``height`` x ``width`` latents, in the order of `TileGrid.cores`.
 
     Raises:
         UsageError: more tiles than latents along an axis.
@@ -229,7 +230,8 @@ def decode_tiles(arch: VaeLevels, grid: TileGrid, height: int, width: int) -> li
 
 
 def encode_tiles(arch: VaeLevels, grid: TileGrid, height: int, width: int) -> list[EncodeTile]:
-    """Tiles over the pixels of ``height`` x ``width`` latents, in the order of `TileGrid.cores`.
+    """Return the tiles over the pixels of ``height`` x ``width`` latents, in the order of
+    `TileGrid.cores`.
 
     Raises:
         UsageError: more tiles than latents along an axis.
@@ -251,7 +253,7 @@ def _decode_tile(rows: list[list[Span]], cols: list[list[Span]]) -> DecodeTile:
 
 
 def _through(convs: int, output: Span, size: int) -> list[Span]:
-    """Spans at the input of each of ``convs`` convolutions, then ``output``."""
+    """Return the spans at the input of each of ``convs`` convolutions, then ``output``."""
     spans = [output]
     for _ in range(convs):
         spans.insert(0, spans[0].grown(RADIUS, RADIUS, size))

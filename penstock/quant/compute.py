@@ -163,9 +163,9 @@ class KitchenInt8:
 
 
 def quantise_tokens(tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """8-bit codes of ``tokens`` (n, features), row by row, and their fp32 scales (n, 1); ``code *
-    scale`` is the value. A token of zeros gets scale 1; one with NaN or Inf a scale that is not
-    finite."""
+    """Return 8-bit codes of ``tokens`` (n, features), row by row, and their fp32 scales (n, 1);
+    ``code * scale`` is the value. A token of zeros gets scale 1; one with NaN or Inf a scale that
+    is not finite."""
     # The largest magnitude without a copy of |tokens|, as abs().amax() would make.
     norm = torch.linalg.vector_norm(tokens, torch.inf, dim=-1, keepdim=True)
     scale = norm.float() / (INT8_MAX if dtype == torch.int8 else E4M3_MAX)
@@ -241,7 +241,8 @@ def _rescale(
 
 
 def gemm_chunk(shape: Shape, token_bytes: int, chunk_bytes: int) -> int:
-    """Tokens whose temporaries, of ``token_bytes`` each, fit ``chunk_bytes``; at least one."""
+    """Return the tokens whose temporaries, of ``token_bytes`` each, fit ``chunk_bytes``; at least
+    one."""
     return max(1, (chunk_bytes - gemm_fixed_bytes(shape)) // token_bytes)
 
 

@@ -26,7 +26,8 @@ class Delta:
     turned: bool = False
 
     def tensors(self, shape: Shape) -> dict[str, Shape]:
-        """Shape of each tensor beside a weight of ``shape``, by the name it has in the layer."""
+        """Return the shape of each tensor beside a weight of ``shape``, by the name it has in the
+        layer."""
         rows, columns = shape
         if not self.rank:
             return {self.name("diff"): shape}

@@ -79,7 +79,7 @@ class QuantLinear(nn.Module):
         return super().__getattr__(name)
 
     def extra_repr(self) -> str:
-        """Shape, format and path."""
+        """Return the shape, format and path."""
         return f"{self.in_features}, {self.out_features}, {self.format.name}, {self.compute.path}"
 
 

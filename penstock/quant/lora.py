@@ -72,7 +72,7 @@ class LoraLinear(QuantLinear):
             rows.addmm_(x.reshape(-1, self.in_features), diff.t(), alpha=delta.scale)
 
     def extra_repr(self) -> str:
-        """Shape, format, path and ranks."""
+        """Return the shape, format, path and ranks."""
         ranks = ", ".join(str(delta.rank or "diff") for delta in self.deltas)
         return f"{super().extra_repr()}, lora {ranks}"
 

@@ -127,7 +127,8 @@ class Computing:
         return gemm
 
     def workspace_bytes(self, fmt: QuantFormat, shape: Shape) -> int:
-        """Most bytes that one linear allocates beside scratch and output, for any token count."""
+        """Return the most bytes that one linear allocates beside scratch and output, for any token
+        count."""
         if self.path_for(fmt, shape) == "dequant":
             return fmt.workspace_bytes(shape, self.scratch.device_type)
         device = self.scratch.device_type
@@ -157,7 +158,7 @@ def gemm_token_bytes(
     rotated: bool = False,
     kitchen: bool = False,
 ) -> int:
-    """Most bytes that a token takes in an 8-bit product on a ``device`` of that type.
+    """Return the most bytes that a token takes in an 8-bit product on a ``device`` of that type.
 
     First its codes, the quotients in fp32 that they are rounded from, its norm and its scale; then
     the codes, the scale and the 32-bit product, which is scaled in place. A CPU casts what it
@@ -172,7 +173,7 @@ def gemm_token_bytes(
 
 
 def scratch_bytes(weights: Iterable[tuple[QuantFormat, Shape]], compute_dtype: str) -> int:
-    """Bytes that a `Scratch` needs for ``weights``: the largest that must be decoded, in
+    """Return the bytes that a `Scratch` needs for ``weights``: the largest that must be decoded, in
     ``compute_dtype`` (a safetensors tag)."""
     return max(
         (

@@ -18,7 +18,7 @@ _BLOCK_WEIGHT = re.compile(
 def default_policy(
     shapes: Mapping[str, Sequence[int]],
 ) -> tuple[str, ...]:
-    """Names of the weights to quantise, in the order given.
+    """Return the names of the weights to quantise, in the order given.
 
     Args:
         shapes: shape of each tensor of the transformer, by diffusers' names.

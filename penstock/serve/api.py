@@ -122,7 +122,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def videos_router(service: Service) -> APIRouter:
-    """Routes of a server's videos."""
+    """Return the routes of a server's videos."""
     router = APIRouter(prefix="/v1/videos", tags=["videos"])
 
     def shown(row: Any) -> Json:
@@ -150,7 +150,8 @@ def videos_router(service: Service) -> APIRouter:
         request: Request,
         alternatives: Annotated[bool, Query(description="How to have it sooner.")] = False,
     ) -> Response:
-        """Bytes and seconds of a request, whether it fits, and what would. Nothing is queued."""
+        """Return the bytes and seconds of a request, whether it fits, and what would. Nothing is
+        queued."""
         asked = read_fields(PlanFields, await _given(request, service))
         return Json(await service.plan(asked, others=alternatives))
 
@@ -161,7 +162,7 @@ def videos_router(service: Service) -> APIRouter:
         order: Literal["asc", "desc"] = "desc",
         status: Literal["queued", "in_progress", "completed", "failed"] | None = None,
     ) -> Response:
-        """Videos, the newest first."""
+        """Return the videos, the newest first."""
         page = service.queue.page(after, limit, order, status)
         data = service.shown_all(page.rows)
         first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
@@ -310,7 +311,7 @@ def _events(events: AsyncIterator[Event]) -> EventSourceResponse:
 
 
 def control_router(service: Service) -> APIRouter:
-    """Routes of a server's queue, its models and itself."""
+    """Return the routes of a server's queue, its models and itself."""
     from penstock._version import __version__
 
     router = APIRouter(tags=["server"])

@@ -315,5 +315,5 @@ def on_ray(ray: Any, models: Models, cpus: int | None = None) -> list[Worker]:
 
 
 def gpus_of(ray: Any) -> Sequence[int]:
-    """Accelerators of each machine of the cluster."""
+    """Return the accelerators of each machine of the cluster."""
     return [int(node["Resources"].get("GPU", 0)) for node in ray.nodes() if node["Alive"]]

@@ -196,7 +196,7 @@ class Crew:
                 await asyncio.sleep(_AGAIN_S)
 
     async def _idle(self, worker: Worker, news: int) -> None:
-        """Until there may be something; after a while without, the worker rests."""
+        """Wait until there may be something; after a while without, the worker rests."""
         try:
             await asyncio.wait_for(self._until(news), self._keep_alive_s)
         except asyncio.TimeoutError:

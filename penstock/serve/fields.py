@@ -209,7 +209,8 @@ class VideoFields(PlanFields):
 
 
 def read_fields(kind: type[PlanFields], given: Mapping[str, Any]) -> PlanFields:
-    """Fields from a form or a JSON object; what is under "extra_body" counts as said beside it.
+    """Return the fields from a form or a JSON object; what is under "extra_body" counts as said
+    beside it.
 
     Raises:
         RequestError: one has no value of its kind; names it.

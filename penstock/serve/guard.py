@@ -90,7 +90,7 @@ class Guard:
         await self._app(scope, Body(receive, self._limits).receive, send)
 
     def _refusal(self, scope: Scope, headers: Mapping[str, str]) -> tuple[int, str, str] | None:
-        """Why a request is not answered: status, code and message."""
+        """Return why a request is not answered: status, code and message."""
         host = headers.get("host", "")
         if _name_of(host) not in self._hosts:
             return 421, "host_refused", "This server is not called by that name; see --allow-host."
@@ -176,7 +176,8 @@ def _names(settings: ServeSettings) -> Iterable[str]:
 
 
 def _headers(scope: Scope) -> dict[str, str]:
-    """By name; of one that is there twice, the last, but for "host", which then names nothing."""
+    """Return the headers by name; of one that is there twice, the last, but for "host", which then
+    names nothing."""
     found: dict[str, str] = {}
     for name, value in scope["headers"]:
         key = name.decode("latin-1").lower()

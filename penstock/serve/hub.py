@@ -106,7 +106,7 @@ class Hub:
         self.publish(Event("notice", name, {"id": name, "message": message}))
 
     def rest(self, name: str) -> None:
-        """Nobody works on a job any more; its last preview stays."""
+        """Note that nobody works on a job any more; its last preview stays."""
         if (live := self._live.get(name)) is not None:
             live.told = {}
 

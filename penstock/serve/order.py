@@ -53,7 +53,7 @@ class Order:
     preview_every: int | None = 1
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; `from_json` reads them again."""
+        """Return plain values; `from_json` reads them again."""
         return asdict(self)
 
     @classmethod

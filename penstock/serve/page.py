@@ -31,7 +31,7 @@ _FRESH = {"cache-control": "no-cache"}
 
 
 def page_router(settings: ServeSettings) -> APIRouter:
-    """Routes of the page: its files, and where it leaves the server's key."""
+    """Return the routes of the page: its files, and where it leaves the server's key."""
     router = APIRouter(include_in_schema=False)
     known = {path.name: path for path in STATIC.iterdir() if path.suffix in _KINDS}
 

@@ -184,7 +184,8 @@ class Planner:
 
 
 def _without_path(error: ImageError, path: Path) -> ImageError:
-    """Of a client's picture: where it lies is the server's own business."""
+    """Return the error of a client's picture without its path: where it lies is the server's own
+    business."""
     found = None if error.found is None else error.found.replace(str(path), f"the {path.name}")
     return ImageError(error.what, expected=error.expected, found=found, remedy=error.remedy)
 

@@ -181,7 +181,7 @@ class Queue(Closing):
         order: str = "desc",
         status: str | None = None,
     ) -> Page:
-        """Videos by the time that they were asked for.
+        """Return the videos by the time that they were asked for.
 
         Args:
             after: the id of the last one that is known already; an unknown one ends the list.
@@ -225,7 +225,7 @@ class Queue(Closing):
             return dict.fromkeys((QUEUED, RUNNING, COMPLETED, FAILED), 0) | dict(found.fetchall())
 
     def kept_bytes(self) -> int:
-        """Of all finished videos."""
+        """Count the bytes of all finished videos."""
         with self._reading:
             found = self._reader.execute("SELECT COALESCE(SUM(size_bytes), 0) FROM videos")
             return int(found.fetchone()[0])
@@ -463,5 +463,5 @@ def _parsed(text: str) -> Mapping[str, Any]:
 
 
 def ids(rows: Sequence[Row]) -> list[str]:
-    """Of rows, in their order."""
+    """Return the ids of rows, in their order."""
     return [row.id for row in rows]

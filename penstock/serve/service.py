@@ -229,7 +229,7 @@ class Service:
         return video(row, self.hub.live(row.id), self.queue.waiting() if row.waits else ())
 
     def shown_all(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
-        """Videos likewise."""
+        """Return the videos likewise."""
         waiting = self.queue.waiting()
         return [video(row, self.hub.live(row.id), waiting) for row in rows]
 

@@ -117,7 +117,7 @@ def is_loopback(host: str) -> bool:
 
 
 def named_models(given: list[str]) -> dict[str, str]:
-    """Models by name, from "NAME=PLACE" or a place, whose last part is then its name.
+    """Return the models by name, from "NAME=PLACE" or a place, whose last part is then its name.
 
     Raises:
         UsageError: no name, or one that is given twice.

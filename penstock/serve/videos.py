@@ -74,7 +74,7 @@ def sendable(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _report(report: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Of a finished job: what it took."""
+    """Return what a finished job took."""
     if report is None:
         return None
     names = ("seconds", "peak_vram_bytes", "peak_ram_bytes", "process_peak_bytes", "notices")

@@ -66,7 +66,7 @@ class Device:
 
 
 def devices_of(text: str) -> list[Device]:
-    """Devices from such as "0,1", "cuda:0,cuda:1" or "cpu,cpu".
+    """Return the devices from such as "0,1", "cuda:0,cuda:1" or "cpu,cpu".
 
     Raises:
         UsageError: something else, or the same card twice.
@@ -110,7 +110,8 @@ def shared_out(options: Options, workers: int, device: str) -> Options:
 
 
 def threads_each(workers: int) -> int:
-    """Threads that each of several workers may compute with: their sum is the machine's cores."""
+    """Return the threads that each of several workers may compute with: their sum is the machine's
+    cores."""
     return max(1, (os.cpu_count() or 1) // workers)
 
 
@@ -155,7 +156,7 @@ class Crowd:
 
     @classmethod
     def of(cls, devices: str | None, ray: str | None) -> Crowd:
-        """From what flags say.
+        """Make it from what flags say.
 
         Raises:
             UsageError: not a list of devices, or cards by number with Ray, which chooses itself.

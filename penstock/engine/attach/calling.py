@@ -59,7 +59,7 @@ def arguments_of(pipe: Any) -> dict[str, Argument]:
 
 
 def _hints(call: Any) -> dict[str, Any]:
-    """Annotations of a call, those evaluated that are text; none where one cannot be."""
+    """Return the annotations of a call, those evaluated that are text; none where one cannot be."""
     try:
         return typing.get_type_hints(call)
     except (NameError, TypeError, AttributeError):  # of what its module does not import
@@ -102,7 +102,8 @@ def _pictures(hint: Any) -> bool:
 
 
 def parse(pipe: Any, pairs: Sequence[str]) -> dict[str, Any]:
-    """Values of ``name=value`` words, each of the type that the pipeline's signature names.
+    """Parse the values of ``name=value`` words, each of the type that the pipeline's signature
+    names.
 
     Pictures are given by their file. Lists and objects are written as JSON.
 
@@ -176,7 +177,7 @@ class NoBar:
     """Shows nothing."""
 
     def update(self, n: int = 1) -> None:
-        """Nothing is shown."""
+        """Show nothing."""
 
 
 @contextmanager

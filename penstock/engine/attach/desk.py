@@ -93,7 +93,7 @@ class Desk(Room):
         return found if fits else None
 
     def denoise_bytes(self, shape: VideoShape) -> int:
-        """Activations of the transformer: those of a step, and the context beside it."""
+        """Return the activations of the transformer: those of a step, and the context beside it."""
         found = self.plan(shape)
         return found["denoise"].work_bytes + _beside_scratch(found["context"])
 

@@ -104,7 +104,7 @@ def _given(made: Any, modules: Mapping[str, nn.Module]) -> Mapping[str, nn.Modul
 
 
 def _components(folder: Path) -> dict[str, tuple[str, str]]:
-    """Library and class of each component that there is."""
+    """Return the library and class of each component that there is."""
     index = index_of(folder) or {}
     found: dict[str, tuple[str, str]] = {}
     for name, value in index.items():
@@ -133,7 +133,7 @@ def _is_network(library: str, name: str) -> bool:
 
 
 def _network(folder: Path, library: str, name: str) -> nn.Module:
-    """Without weights, as its config says."""
+    """Make the network without weights, as its config says."""
     from penstock.engine.model.binding import skeleton
 
     found = _class(library, name)

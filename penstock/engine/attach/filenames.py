@@ -56,7 +56,7 @@ def matched(module: nn.Module, checkpoint: Checkpoint) -> dict[int, TensorEntry]
 
 
 def _names(module: nn.Module) -> tuple[dict[int, list[str]], dict[int, Tensor]]:
-    """Names and tensors of what files may hold, by id."""
+    """Return the names and tensors of what files may hold, by id."""
     names: dict[int, list[str]] = {}
     tensors: dict[int, Tensor] = {}
     for path, owner in module.named_modules(remove_duplicate=False):

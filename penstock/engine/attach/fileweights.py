@@ -56,7 +56,7 @@ class FileWeights:
             _set_dtype(tensor, torch.float32 if floats else torch_dtype(entry.dtype))
 
     def spec(self, weight: Tensor) -> Spec:
-        """Dtype tag and shape, as it is used."""
+        """Return the dtype tag and shape, as it is used."""
         return dtype_tag(weight.dtype), tuple(weight.shape)
 
     def is_stored_so(self, weight: Tensor) -> bool:
@@ -118,7 +118,7 @@ def _named(module: nn.Module, parts: set[str]) -> set[int]:
 
 
 def _places(module: nn.Module) -> Places:
-    """Of all parameters and buffers."""
+    """Return the places of all parameters and buffers."""
     places: Places = {}
     for owner in module.modules():
         for leaf, tensor in (*owner._parameters.items(), *owner._buffers.items()):

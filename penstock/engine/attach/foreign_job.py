@@ -239,7 +239,7 @@ def _sound_rate(made: Any, pipe: Any) -> int:
 
 
 def _pixels(video: Any) -> Iterator[Any]:
-    """Frames ``(h, w, 3)`` in 8 bits, one at a time, of ``(n, 3, h, w)`` in 0..1."""
+    """Yield the frames ``(h, w, 3)`` in 8 bits, one at a time, of ``(n, 3, h, w)`` in 0..1."""
     for frame in torch.as_tensor(video):
         yield _bytes(frame)
 

@@ -205,7 +205,8 @@ def _seconds(
     room: Limits,
     rates: Rates,
 ) -> float | None:
-    """Of all calls of a network: what it computes beside its blocks' way to the device.
+    """Return the seconds of all calls of a network: what it computes beside its blocks' way to the
+    device.
 
     Args:
         flops: of the calls that were rehearsed, by kind.
@@ -233,7 +234,7 @@ def _default(pipe: Any) -> Any:
 
 
 def _in_tiles(pipe: Any) -> set[str]:
-    """Networks that work in tiles of their own."""
+    """Return the networks that work in tiles of their own."""
     return {n for n, each in modules_of(pipe).items() if getattr(each, "use_tiling", False)}
 
 
@@ -313,7 +314,8 @@ def call_briefly(pipe: Any, given: Mapping[str, Any]) -> Any:
 
 
 def _key(opened: Opened, given: Mapping[str, Any]) -> str:
-    """Of all that determines the shapes: classes, configs, arguments, versions, tiling."""
+    """Return a key of all that determines the shapes: classes, configs, arguments, versions,
+    tiling."""
     import diffusers
     import transformers
 

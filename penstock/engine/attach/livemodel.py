@@ -107,5 +107,6 @@ def _json(value: Mapping[str, Any]) -> bytes:
 
 
 def _plain(value: object) -> object:
-    """Config entries that JSON has no form for (a dtype): penstock reads none of them."""
+    """Return the config entries that JSON has no form for (a dtype): penstock reads none of
+    them."""
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else repr(value)

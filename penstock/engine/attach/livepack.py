@@ -30,7 +30,7 @@ _TAGS = {dtype: tag for tag, dtype in DTYPES.items()} | {torch.float64: "F64"}
 
 
 def spec_of(tensor: Tensor, name: str) -> Spec:
-    """Dtype tag and shape of a tensor, as a pack states them.
+    """Return the dtype tag and shape of a tensor, as a pack states them.
 
     Raises:
         UsageError: a dtype or a kind of tensor that is not streamed; names it.
@@ -112,7 +112,7 @@ class LivePack:
         self._checkpoint = Checkpoint.open(path)
 
     def entries(self, run: str) -> dict[str, TensorEntry]:
-        """Places of the tensors of a run, by name."""
+        """Return the places of the tensors of a run, by name."""
         return {place.name: self._checkpoint[place.name] for place in self._runs[run].tensors}
 
     def read(self, run: str) -> tuple[dict[str, Tensor], bool]:

@@ -63,7 +63,7 @@ class AttachFamily(Protocol):
         """Return what stands in the place of each network of a pipeline, by its name there."""
 
     def pipeline_of(self, model: ModelFiles, desk: Desk) -> Any:
-        """diffusers' pipeline of a model, its networks replaced by parts."""
+        """Return diffusers' pipeline of a model, its networks replaced by parts."""
 
 
 def _family_of(pipe: Any) -> AttachFamily | None:

@@ -128,7 +128,8 @@ def _undecidable(found: str) -> UsageError:
 def _causal_mask(
     n_frame: int, n_hw: int, dtype: Any, device: Any, batch_size: int | None = None
 ) -> Tensor:
-    """In the shape that `HunyuanVideo15AttnBlock.prepare_causal_attention_mask` gives it."""
+    """Return the mask in the shape that `HunyuanVideo15AttnBlock.prepare_causal_attention_mask`
+    gives it."""
     mask = torch.empty(n_frame * n_hw, n_frame * n_hw, dtype=dtype, device=device)
     return mask if batch_size is None else mask.unsqueeze(0).expand(batch_size, -1, -1)
 
@@ -382,7 +383,7 @@ class _Stage(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    """Of both products; each given as (batch, heads, tokens, width)."""
+    """Count both products; each given as (batch, heads, tokens, width)."""
     batch, heads, tokens, width = query.shape
     return int(2 * batch * heads * tokens * key.shape[-2] * (width + value.shape[-1]))
 

@@ -154,7 +154,7 @@ class Repeats:
         return out
 
     def _key(self, block: nn.Module, given: list[Any], spec: TreeSpec) -> Any:
-        """Of all that decides what the call takes; None: more than can be told."""
+        """Return a key of all that decides what the call takes; None: more than can be told."""
         told: list[Any] = [_structure(block), self._kept(spec)]
         memories: dict[int, int] = {}
         for leaf in given:

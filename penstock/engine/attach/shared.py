@@ -110,14 +110,15 @@ class SharedBudget:
         self._open.append(tenant)
 
     def _partner(self, tenant: Tenant) -> Tenant | None:
-        """Who takes turns with it."""
+        """Return who takes turns with it."""
         last = self._entries[-_REMEMBERED:]
         if len(last) == _REMEMBERED and last[1] is tenant and last[0] is last[2]:
             return last[0]
         return None
 
     def _share(self, tenant: Tenant, partner: Tenant) -> float:
-        """Of what is free, what leaves room for the other too; all where there is none."""
+        """Return the share of what is free that leaves room for the other too; all where there is
+        none."""
         needs = (
             (tenant.least_vram_bytes + partner.least_vram_bytes, self.tiers.vram.free),
             (tenant.least_ram_bytes + partner.least_ram_bytes, self.tiers.ram.free),
@@ -138,7 +139,7 @@ class SharedBudget:
         release_cached(self.tiers.device)
 
     def release(self) -> None:
-        """Nothing is held until a module is used again."""
+        """Hold nothing until a module is used again."""
         self._entries = []
         for tenant in list(self._open):
             self._let_out(tenant)

@@ -49,7 +49,7 @@ class Source(Protocol):
         """Return a weight of the blocks, with its values."""
 
     def layouts(self) -> list[BlockLayout]:
-        """Of the blocks, as they are streamed unquantised."""
+        """Return the layouts of the blocks, as they are streamed unquantised."""
 
     def empty(self, stack: ExitStack) -> None:
         """Let the blocks' weights go; ``stack`` brings them back."""
@@ -90,7 +90,7 @@ class Held:
         return weight
 
     def layouts(self) -> list[BlockLayout]:
-        """Of the blocks in the pack."""
+        """Return the layouts of the blocks in the pack."""
         return layouts_of(self._pack, len(self._runs))
 
     def empty(self, stack: ExitStack) -> None:
@@ -150,7 +150,7 @@ class Filed:
         return self._files.value(weight)
 
     def layouts(self) -> list[BlockLayout]:
-        """Of the blocks, where their files hold them."""
+        """Return the layouts of the blocks, where their files hold them."""
         return [
             BlockLayout.from_entries({name: self._files.entries[id(p)] for name, p in own.items()})
             for own in self._runs.values()
@@ -177,17 +177,18 @@ def run_bytes(layout: PackLayout) -> list[int]:
 
 
 def layouts_of(pack: LivePack, blocks: int) -> list[BlockLayout]:
-    """Of the blocks that ``pack`` holds."""
+    """Return the layouts of the blocks that ``pack`` holds."""
     return [BlockLayout.from_entries(pack.entries(run_name(n))) for n in range(blocks)]
 
 
 def storage_bytes(tensors: Sequence[Tensor]) -> int:
-    """Of the memory that they lie in, each counted once."""
+    """Count the bytes of the memory that they lie in, each counted once."""
     return sum({t.untyped_storage().data_ptr(): t.nbytes for t in tensors}.values())
 
 
 def move(tensors: Sequence[Tensor], device: torch.device, stack: ExitStack) -> None:
-    """To the device, and back with the stack; what is written to them meanwhile is kept."""
+    """Move them to the device, and back with the stack; what is written to them meanwhile is
+    kept."""
     for tensor in tensors:
         home = tensor.device
         if home != device:

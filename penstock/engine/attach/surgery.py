@@ -149,7 +149,7 @@ class Patient:
 
 
 def specs_of(runs: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Spec]]:
-    """Dtype tag and shape of every tensor of ``runs``, as a pack states them.
+    """Return the dtype tag and shape of every tensor of ``runs``, as a pack states them.
 
     Raises:
         UsageError: one that cannot be streamed.
@@ -207,7 +207,7 @@ def _places(module: nn.Module, child: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def _outside(module: nn.Module, lists: Collection[nn.Module]) -> Iterator[nn.Parameter]:
-    """Parameters that are reached without going through ``lists``."""
+    """Yield the parameters that are reached without going through ``lists``."""
     seen = {id(each) for each in lists}
     waiting = [module]
     while waiting:

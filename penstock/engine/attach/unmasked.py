@@ -61,8 +61,8 @@ class Unpadded:
         attention_mask: Tensor | None = None,
         image_rotary_emb: Any = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Video (b, n, d) and text (b, m, d), of which the mask (b, m) says what counts, to the
-        same; rows of padded text, which nothing reads, become zeros."""
+        """Map the video (b, n, d) and text (b, m, d), of which the mask (b, m) says what counts,
+        to the same; rows of padded text, which nothing reads, become zeros."""
         if encoder_hidden_states is None or attention_mask is None:
             made: tuple[Tensor, Tensor | None] = self._own(
                 attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb

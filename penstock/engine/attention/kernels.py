@@ -13,7 +13,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Unmasked softmax attention by torch's own `scaled_dot_product_attention`.
+    """Compute unmasked softmax attention by torch's own `scaled_dot_product_attention`.
 
     The heads are moved by a view, as diffusers' native backend does: the flash kernels of CPU and
     CUDA take that layout as it is and return it, so nothing is copied.
@@ -30,8 +30,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def int8_attention() -> Attention:
-    """Unmasked softmax attention by comfy-kitchen, which quantises queries, keys and values to int8
-    in every call.
+    """Compute unmasked softmax attention by comfy-kitchen, which quantises queries, keys and values
+    to int8 in every call.
 
     What it holds meanwhile is stated by
     `penstock.engine.families.wan.cost.transformer.int8_attention_bytes`.

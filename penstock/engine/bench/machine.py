@@ -23,7 +23,8 @@ _QUERY = ("driver_version", "pcie.link.gen.max", "pcie.link.width.max")
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """GPU, driver, PCIe, CPU, memory, control group, versions and commit; None: not known."""
+    """Return the GPU, driver, PCIe, CPU, memory, control group, versions and commit; None: not
+    known."""
     import psutil
 
     facts: dict[str, Any] = {
@@ -77,7 +78,8 @@ def _gpu(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Of the working tree that the package is in, with a mark where it was changed since."""
+    """Return the commit of the working tree that the package is in, with a mark where it was
+    changed since."""
     here = ("git", "-C", str(Path(__file__).parent))
     commit = output(*here, "rev-parse", "HEAD").strip()
     if not commit:

@@ -254,7 +254,7 @@ def _host_mark() -> Callable[[], float]:
 
 
 def _cuda_mark() -> Mark:
-    """By the device's own clock, so that nothing has to wait for it."""
+    """Return the time by the device's own clock, so that nothing has to wait for it."""
     cuda: Any = torch.cuda  # untyped in torch
     origin = cuda.Event(enable_timing=True)
     origin.record()

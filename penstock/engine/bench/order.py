@@ -242,7 +242,7 @@ def fitting_blocks(order: BenchOrder, weight_format: str, folder: Path) -> int:
 
 
 def _predicted_s(order: BenchOrder, weight_format: str) -> float:
-    """Seconds of all denoising steps with all blocks, whatever the budgets."""
+    """Return the seconds of all denoising steps with all blocks, whatever the budgets."""
     options = replace(order.options, vram=ROOMY, ram=ROOMY, format=weight_format)
     prepared = Prepared.open(synthetic=order.synthetic, options=options)
     request = order.request(prepared.about.official)

@@ -205,7 +205,7 @@ class BenchResult:
         return max(phase.ledger_ram_bytes for phase in self.phases)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, ready for json.dumps."""
+        """Return plain values, ready for json.dumps."""
         derived = {
             "schema": SCHEMA,
             "recipe_hash": self.recipe.hash,

@@ -42,7 +42,7 @@ class SyntheticFamily(Protocol):
     """What a family's module ``family`` offers to this room, beside `Family`."""
 
     def synthetics(self) -> Mapping[str, Synthetic]:
-        """Models that can be made on the spot, by name."""
+        """Return the models that can be made on the spot, by name."""
 
 
 def synthetic(name: str) -> Synthetic:

@@ -79,7 +79,7 @@ def write_synthetic(
 
 
 def streamed_bytes(kind: ComponentKind, config: Mapping[str, Any], weight_format: str) -> int:
-    """Size of the file that `write_streamed` makes."""
+    """Return the size of the file that `write_streamed` makes."""
     return _File.of(kind, config, weight_format).nbytes
 
 

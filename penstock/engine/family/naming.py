@@ -101,7 +101,7 @@ class ShapesOf:
         return shape
 
     def count(self, prefix: str) -> int:
-        """Blocks named ``prefix`` + number: one more than the largest number.
+        """Return the blocks named ``prefix`` + number: one more than the largest number.
 
         Raises:
             TensorMismatch: that is more than there are tensors.

@@ -117,7 +117,8 @@ class Family(Protocol):
         """
 
     def needed(self, config: Config) -> Iterator[str]:
-        """Names of the networks that a model needs whose streamed one has this config."""
+        """Return the names of the networks that a model needs whose streamed one has this
+        config."""
 
     def pipeline(self, configs: Mapping[str, Config]) -> str:
         """Return the class that ``model_index.json`` names for a model of networks with these
@@ -137,7 +138,8 @@ class Family(Protocol):
         none)."""
 
     def builtins(self) -> Mapping[str, Callable[[str], Manifest]]:
-        """Descriptions without files: manifests in a weight format, by the model's name."""
+        """Return the descriptions without files: manifests in a weight format, by the model's
+        name."""
 
 
 def families() -> tuple[Family, ...]:
@@ -146,7 +148,7 @@ def families() -> tuple[Family, ...]:
 
 
 def builtin_names() -> tuple[str, ...]:
-    """Names of the models that are described without files."""
+    """Return the names of the models that are described without files."""
     return tuple(_builtins())
 
 

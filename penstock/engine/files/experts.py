@@ -116,6 +116,7 @@ def check_order(first: Expert | None, second: Expert | None) -> None:
 
 
 def pipeline_facts(index: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a model_index.json, what determines how a model of two transformers is sampled."""
+    """Return what of a model_index.json determines how a model of two transformers is
+    sampled."""
     facts = ("boundary_ratio", "expand_timesteps")
     return {name: index[name] for name in facts if index.get(name) is not None}

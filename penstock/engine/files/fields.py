@@ -183,7 +183,8 @@ def parse_object(content: str | bytes, where: str) -> dict[str, Any]:
 
 
 def _whole(digits: str) -> int | float:
-    """Numbers of hundreds of digits become infinite: reading them takes long, and none is meant."""
+    """Read a number as infinite if it has hundreds of digits: reading them takes long, and none
+    is meant."""
     return int(digits) if len(digits) <= 20 else math.inf
 
 

@@ -76,7 +76,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _extra_paths(path: Path) -> list[tuple[str, Path, bool]]:
-    """Component, folder, and whether it comes first, of each entry of extra_model_paths.yaml."""
+    """Return the component, folder, and whether it comes first, of each entry of
+    extra_model_paths.yaml."""
     import yaml
 
     try:
@@ -102,7 +103,7 @@ def _section(folder: Path, section: Mapping[str, Any]) -> Iterator[tuple[str, Pa
 
 
 def _expanded(text: str) -> Path:
-    """With its ``~`` and its ``$VAR`` filled in."""
+    """Expand its ``~`` and its ``$VAR``."""
     return Path(os.path.expandvars(os.path.expanduser(text)))  # noqa: PTH111
 
 

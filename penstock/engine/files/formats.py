@@ -32,7 +32,7 @@ def is_linear(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def linear_formats(source: ComponentSource) -> dict[str, QuantFormat]:
-    """Format of each linear layer that is stored quantised, by its module's name."""
+    """Return the format of each linear layer that is stored quantised, by its module's name."""
     shapes = source.shapes
     return {
         name.removesuffix(".weight"): stored.format
@@ -83,7 +83,7 @@ def decode(
     shape: tuple[int, ...],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Plain values of one parameter from its stored tensors.
+    """Return plain values of one parameter from its stored tensors.
 
     Raises:
         CheckpointError: it has no rows and columns and yet a quantised storage.

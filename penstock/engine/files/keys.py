@@ -81,7 +81,7 @@ class ComponentSource:
         return sum(weight.nbytes for weight in self.weights.values())
 
     def entries(self) -> dict[str, TensorEntry]:
-        """Places of all stored tensors: ``module.weight``, ``module.weight_scale``, ...
+        """Return the places of all stored tensors: ``module.weight``, ``module.weight_scale``, ...
 
         Blocks of GGUF are rows of bytes ("U8"), as the formats take them.
         """
@@ -129,7 +129,7 @@ class ComponentSource:
 
 
 def stored_name(name: str, suffix: str) -> str:
-    """Full name of a stored tensor of the parameter ``name``."""
+    """Return the full name of a stored tensor of the parameter ``name``."""
     return name if suffix == "weight" else name.removesuffix("weight") + suffix
 
 
@@ -266,7 +266,7 @@ def packed_facts(raw: RawFile) -> dict[str, Any]:
 
 
 def _as_blocks(entry: TensorEntry, kind: str) -> TensorEntry:
-    """Rows of bytes as the GGUF blocks they are."""
+    """Return the rows of bytes as the GGUF blocks they are."""
     block, nbytes = BLOCK_SIZES.get(GGUF + kind, (0, 0))
     if not block or entry.dtype != "U8" or len(entry.shape) != 2 or entry.shape[1] % nbytes:
         raise CheckpointError(
@@ -305,14 +305,15 @@ def _parts(target: str, entry: TensorEntry) -> list[tuple[str, TensorEntry]]:
 
 
 def _squeezed(target: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Without the batch dimensions that open_clip gives its embeddings."""
+    """Return the dimensions without those of the batch that open_clip gives its embeddings."""
     keep = 1 if target.endswith("class_embedding") else 2
     extra = len(shape) - keep
     return shape[extra:] if extra > 0 and set(shape[:extra]) == {1} else shape
 
 
 def row_part(entry: TensorEntry, index: int, count: int) -> TensorEntry:
-    """Part ``index`` of ``count`` equal runs of rows, without a copy; a scalar serves all parts."""
+    """Return part ``index`` of ``count`` equal runs of rows, without a copy; a scalar serves all
+    parts."""
     if not entry.shape or entry.shape[0] % count:
         return entry
     nbytes = entry.nbytes // count
@@ -397,7 +398,7 @@ def _compare(
 
 
 def _sorted(names: list[str]) -> tuple[str, ...]:
-    """Numbers in names by value."""
+    """Return the numbers in names by value."""
     return tuple(
         sorted(
             names,

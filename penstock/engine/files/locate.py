@@ -276,8 +276,8 @@ def _comfy(folder: Path, root: Path) -> _Found:
 
 
 def _original(folder: Path) -> _Found:
-    """Wan's own repository: a sharded transformer at the top, or two in folders of their own, and
-    the rest beside it."""
+    """Return Wan's own repository: a sharded transformer at the top, or two in folders of their
+    own, and the rest beside it."""
     pair = {part: folder / f"{expert}_noise_model" for part, expert in PARTS.items()}
     places = {part: (place,) for part, place in pair.items() if place.is_dir()}
     index = sorted(folder.glob("*.safetensors.index.json"))

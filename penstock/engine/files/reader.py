@@ -55,7 +55,8 @@ class WeightReader(Closing):
         return self._source.weights[name].format.by_rows
 
     def read_rows(self, name: str, first: int, last: int, dtype: torch.dtype) -> Tensor:
-        """Rows ``first`` to ``last`` (exclusive) of a matrix of which `has_rows` holds."""
+        """Return the rows ``first`` to ``last`` (exclusive) of a matrix of which `has_rows`
+        holds."""
         stored, (count, columns) = self._source.weights[name], self._shapes[name]
         entries = {suffix: as_bytes(entry) for suffix, entry in stored.tensors.items()}
         tensors = {

@@ -78,7 +78,7 @@ def _parse(data: bytes) -> SpmModel:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Field numbers and values: ints for varints, bytes for all else."""
+    """Yield the field numbers and values: ints for varints, bytes for all else."""
     place = 0
     while place < len(data):
         key, place = _varint(data, place)

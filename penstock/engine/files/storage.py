@@ -98,7 +98,7 @@ def gather(
     read: Callable[[TensorEntry], bytes],
     prefix: str = "",
 ) -> dict[str, StoredWeight]:
-    """Group renamed ``entries`` by parameter.
+    """Return the group renamed ``entries`` by parameter.
 
     Args:
         entries: by new name, storage suffixes kept; each knows the file's own name.

@@ -74,7 +74,7 @@ class Tokenizer:
     def verbatim(
         self, texts: Sequence[str], marks: Sequence[str] = ()
     ) -> tuple[list[list[int]], list[int]]:
-        """Ids of whole texts as they are, nothing added or cut, and of single marks.
+        """Return the ids of whole texts as they are, nothing added or cut, and of single marks.
 
         Raises:
             CheckpointError: the tokenizer cannot be read, or has not one of ``marks``.

@@ -45,7 +45,8 @@ def _answering(work: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
 
 @_answering
 def tokenise(read: _Read, texts: list[str], max_tokens: int) -> list[tuple[list[int], int, str]]:
-    """Ids padded or cut to ``max_tokens``, how many are not padding, and the text that was cut."""
+    """Return the ids padded or cut to ``max_tokens``, how many are not padding, and the text that
+    was cut."""
     pad = read.backend.token_to_id(read.marks["pad_token"])
     if pad is None:
         raise CheckpointError(
@@ -70,8 +71,8 @@ def tokenise(read: _Read, texts: list[str], max_tokens: int) -> list[tuple[list[
 def verbatim(
     read: _Read, texts: list[str], marks: list[str]
 ) -> tuple[list[list[int]], list[int | None]]:
-    """Ids of whole texts, without the marks that the tokenizer would add; and of single marks,
-    None for one that it has not."""
+    """Return the ids of whole texts, without the marks that the tokenizer would add; and of single
+    marks, None for one that it has not."""
     ids = [read.backend.encode(text, add_special_tokens=False).ids for text in texts]
     return ids, [read.backend.token_to_id(mark) for mark in marks]
 

@@ -95,8 +95,8 @@ class Lora:
 
     @classmethod
     def parse(cls, text: str) -> Lora:
-        """From ``FILE``, ``FILE:STRENGTH``, and either with ``@high``, ``@low`` or ``@both`` behind
-        it; a colon that no number follows is the path's, and so is another ``@``.
+        """Make it from ``FILE``, ``FILE:STRENGTH``, and either with ``@high``, ``@low`` or
+        ``@both`` behind it; a colon that no number follows is the path's, and so is another ``@``.
 
         Raises:
             UsageError: as the class.
@@ -480,7 +480,8 @@ class _Alphas:
 
 
 def _peft_config(path: Path, metadata: Mapping[str, str], style: str) -> dict[str, Any]:
-    """PEFT's config: in the header as diffusers writes it, or beside the file as PEFT does."""
+    """Return PEFT's config: in the header as diffusers writes it, or beside the file as PEFT
+    does."""
     table = parse_object(metadata.get(_METADATA, "{}"), f"PEFT's config in {path}")
     config = {name.removeprefix("transformer."): value for name, value in table.items()}
     if style == "PEFT" and not config:
@@ -523,8 +524,8 @@ def _family(layers: Mapping[str, LoraLayer]) -> str:
 
 
 def _traits(layers: Mapping[str, LoraLayer]) -> tuple[int | None, int, bool]:
-    """Width and blocks of the model that a file was made for, and whether it takes pictures; as far
-    as the file tells."""
+    """Return the width and blocks of the model that a file was made for, and whether it takes
+    pictures; as far as the file tells."""
     blocks = [int(name.split(".")[1]) for name in layers if name.startswith("blocks.")]
     width = next((w for w in map(_width, layers.values()) if w), None)
     pictured = any("add_k_proj" in name or "image_embedder" in name for name in layers)

@@ -107,7 +107,7 @@ def parse_key(key: str) -> KeyPart | None:
 
 
 def _role(pattern: re.Pattern[str], role: str, key: str) -> tuple[str, str] | None:
-    """Of a key that ends so: what comes before, and its role."""
+    """Split a key that ends so: what comes before, and its role."""
     match = pattern.search(key)
     if match is None:
         return None
@@ -148,7 +148,8 @@ def _module(path: str, underscored: bool, role: str) -> _Named | None:
 
 
 def _module_of_others(path: str, mark: str) -> _Named | None:
-    """By the names of the families after the first, each with a table of its own."""
+    """Return the module by the names of the families after the first, each with a table of its
+    own."""
     for family in families()[1:]:
         kind = next(iter(family.KINDS.values()))
         for naming in kind.namings:
@@ -174,7 +175,7 @@ def _said(kind: ComponentKind, naming: Naming, module: str) -> Said:
 def _tables_of(
     kind: ComponentKind, naming: Naming, mark: str
 ) -> tuple[Mapping[str, str], Mapping[str, str]]:
-    """Diffusers' names of the modules in a block, and outside, by those of ``naming``."""
+    """Return diffusers' names of the modules in a block, and outside, by those of ``naming``."""
     if naming.inside is not None:
         inside, outside = dict(naming.inside), dict(naming.outside)
     else:
@@ -191,7 +192,8 @@ def _tables_of(
 
 @lru_cache(maxsize=2)
 def _tables(underscored: bool) -> tuple[Mapping[str, str], Mapping[str, str]]:
-    """Diffusers' names of what is in a block, and outside, by everyone's; biases by their own."""
+    """Return diffusers' names of what is in a block, and outside, by everyone's; biases by their
+    own."""
     wan = _makers()
     return _names(wan.inside or {}, underscored), _names(wan.outside, underscored)
 

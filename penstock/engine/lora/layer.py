@@ -83,8 +83,8 @@ class LoraLayer:
 
 
 def parameters_of(layer: LoraLayer, shapes: Mapping[str, Dims]) -> tuple[str, str]:
-    """Names of the weight and of the bias that ``layer`` changes; the weight of a bare parameter is
-    the parameter."""
+    """Return the names of the weight and of the bias that ``layer`` changes; the weight of a bare
+    parameter is the parameter."""
     weight = f"{layer.module}.weight"
     bare = weight not in shapes and layer.module in shapes
     return layer.module if bare else weight, f"{layer.module}.bias"

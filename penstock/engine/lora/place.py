@@ -101,8 +101,8 @@ class LoraPart:
     cast: Mapping[str, int] = field(default_factory=dict)
 
     def nbytes(self, device: str) -> int:
-        """Most bytes that binding makes on a device of that type: casts, changed parameters, and
-        what one change takes."""
+        """Return the most bytes that binding makes on a device of that type: casts, changed
+        parameters, and what one change takes."""
         casts = sum(self.cast.values()) * ITEM_BYTES[self.tag]
         made = sum(self._made(name) for name in self.folds)
         working = [
@@ -250,7 +250,8 @@ class PlacedLoras:
         ]
 
     def merged_names(self) -> list[dict[str, Any]]:
-        """File name, strength, size and hash of each, for the metadata of a pack that holds them.
+        """Return the file name, strength, size and hash of each, for the metadata of a pack that
+        holds them.
 
         Raises:
             StorageError: a file cannot be read.
@@ -268,7 +269,7 @@ class PlacedLoras:
                 yield index, lora.strength, layer
 
     def entries(self) -> dict[str, TensorEntry]:
-        """Places of all tensors, by the names they have in layouts."""
+        """Return the places of all tensors, by the names they have in layouts."""
         return {
             name: entry
             for index, _, layer in self.layers()
@@ -360,7 +361,7 @@ def _delta(patch: Patch, shape: tuple[int, ...]) -> Delta | None:
 def _casts(
     local: Sequence[Change], found: Sequence[Change], tag: str, entries: Mapping[str, TensorEntry]
 ) -> dict[str, int]:
-    """Elements of each tensor that is not stored in the network's type."""
+    """Return the elements of each tensor that is not stored in the network's type."""
     return {
         name: math.prod(entries[place].shape)
         for here, there in zip(local, found, strict=True)

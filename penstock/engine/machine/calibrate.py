@@ -112,7 +112,7 @@ def _finish(device: torch.device) -> None:
 
 
 def _inner(device: torch.device) -> int:
-    """Columns of the products: a GPU reaches its rate at the 14B model's width only."""
+    """Return the columns of the products: a GPU reaches its rate at the 14B model's width only."""
     return 5120 if device.type == "cuda" else _WIDTH * _HEADS
 
 
@@ -214,8 +214,8 @@ def _quarter(times: Sequence[float]) -> float:
 
 
 def _fitted(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
-    """Seconds of each unit of work, none negative, that come nearest to ``seconds``: the best fit
-    of all sets of columns (those left out being zero).
+    """Return the seconds of each unit of work, none negative, that come nearest to ``seconds``: the
+    best fit of all sets of columns (those left out being zero).
 
     Args:
         rows: units of each kind, one row a measurement.
@@ -238,8 +238,8 @@ def _fitted(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[f
 def _eight_bit(
     name: Gemm, device: torch.device, dtype: torch.dtype, effort: Effort
 ) -> float | None:
-    """Products in 8 bits as ``--compute fast`` makes them, the tokens' quantising and the scaling
-    of results included, on GPUs that can."""
+    """Return the products in 8 bits as ``--compute fast`` makes them, the tokens' quantising and
+    the scaling of results included, on GPUs that can."""
     if device.type != "cuda":
         return None
     operands = _stored(name, 4 * _inner(device), device)
@@ -254,7 +254,7 @@ def _eight_bit(
 def _product(
     path: LinearPath, operands: Operands, device: torch.device, dtype: torch.dtype, effort: Effort
 ) -> float:
-    """Operations a second of a linear on a path."""
+    """Return the operations a second of a linear on a path."""
     x = torch.randn(effort.tokens, operands.shape[1], device=device, dtype=dtype)
     seconds = _seconds(lambda: path(operands, x), device, effort)
     return 2 * effort.tokens * math.prod(operands.shape) / seconds
@@ -268,7 +268,7 @@ def _stored(name: str, rows: int, device: torch.device) -> Operands:
 
 
 def _decode(device: torch.device, dtype: torch.dtype, effort: Effort) -> float:
-    """Bytes read and written by decoding an int8 weight."""
+    """Return the bytes read and written by decoding an int8 weight."""
     operands = _stored("int8", max(1, effort.copy_bytes // 8 // _inner(device)), device)
     out = torch.empty(operands.shape, device=device, dtype=dtype)
     decode = partial(dequantise, operands.format, operands.tensors, operands.shape, dtype, out)
@@ -282,8 +282,8 @@ def _forward(
     effort: Effort,
     rates: Rates,
 ) -> tuple[float, float]:
-    """Seconds of a chunk, and of an element besides the products: a forward in few large chunks and
-    in many small ones, less what the products take."""
+    """Return the seconds of a chunk, and of an element besides the products: a forward in few large
+    chunks and in many small ones, less what the products take."""
     work = samples.forward(device, dtype, effort.tokens)
     whole = _seconds(lambda: work(work.tokens), device, effort)
     chunks = work.tokens // SMALL_CHUNK
@@ -324,8 +324,8 @@ def _tiny(
 
 
 def copy_rate(device: torch.device, effort: Effort) -> float:
-    """Bytes a second from host memory to the device, through the engine's own tiers: from pinned
-    memory on a GPU, plain copies on a CPU."""
+    """Return the bytes a second from host memory to the device, through the engine's own tiers:
+    from pinned memory on a GPU, plain copies on a CPU."""
     ledger = ByteLedger("calibration", 1 << 62)
     host, tier, link = HostTier(ledger, device), DeviceTier(device, ledger), open_link(device, 1)
     sizes = [effort.copy_bytes]

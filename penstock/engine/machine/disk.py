@@ -21,7 +21,8 @@ _PIECE = 8 * MIB
 
 
 def read_rate(file: Path, nbytes: int, in_flight: int) -> float:
-    """Bytes a second of direct reads of the first ``nbytes``, so many requests at a time."""
+    """Return the bytes a second of direct reads of the first ``nbytes``, so many requests at a
+    time."""
     forget(file)
     ledger, cpu = ByteLedger("measuring", 1 << 62), torch.device("cpu")
     with (

@@ -58,7 +58,7 @@ class Diagnosis:
     stored_in: Path | None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, ready for json.dumps."""
+        """Return plain values, ready for json.dumps."""
         return asdict(self) | {"stored_in": self.stored_in and str(self.stored_in)}
 
 
@@ -109,8 +109,8 @@ def _check(folder: Path) -> None:
 
 
 def _load() -> float:
-    """Programs that want a processor, for each that there is, in the last minute: with 1, none is
-    left to measure on."""
+    """Return the programs that want a processor, for each that there is, in the last minute: with
+    1, none is left to measure on."""
     import psutil
 
     return float(psutil.getloadavg()[0]) / (psutil.cpu_count() or 1)

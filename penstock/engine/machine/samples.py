@@ -25,7 +25,8 @@ class ForwardPass(Protocol):
         """Tokens that each of them attends to, in self- and cross-attention."""
 
     def flops(self) -> Any:
-        """Of a pass: ``linear``, ``self_attention`` and ``cross_attention``."""
+        """Return the arithmetic of a pass: ``linear``, ``self_attention`` and
+        ``cross_attention``."""
 
     def __call__(self, chunk_tokens: int) -> object:
         """Run the pass."""

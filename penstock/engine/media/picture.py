@@ -148,7 +148,8 @@ def _check_size(size: tuple[int, int], path: Path, max_pixels: int) -> None:
 
 
 def _orientation(picture: Image.Image, path: Path, *, loaded: bool = False) -> int:
-    """By the header alone, or by the whole file: a PNG may say it after its pixels."""
+    """Return the orientation by the header alone, or by the whole file: a PNG may say it after its
+    pixels."""
     try:
         exif = picture.getexif() if loaded else Image.Image.getexif(picture)
         found = exif.get(ExifTags.Base.Orientation, _UPRIGHT)

@@ -76,8 +76,8 @@ class Colours:
 
     @classmethod
     def between(cls, made: Pixels, wanted: Pixels) -> Colours:
-        """From a frame that was made to the one whose colours it should have: each channel's mean
-        and spread become those of the other.
+        """Make it from a frame that was made to the one whose colours it should have: each
+        channel's mean and spread become those of the other.
 
         Source: Reinhard et al., "Color Transfer between Images", IEEE CG&A 2001, in RGB.
         """

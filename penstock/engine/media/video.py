@@ -265,7 +265,7 @@ def read_frames(path: Path) -> Iterator[np.ndarray[Any, Any]]:
 
 
 def frame_rate_of(path: Path) -> Fraction:
-    """Frames a second of a video file.
+    """Return the frames a second of a video file.
 
     Raises:
         VideoError: the file cannot be read as a video, or does not say.

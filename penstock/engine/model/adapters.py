@@ -113,7 +113,7 @@ def read_table_rows(
     rows: Sequence[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Rows of a table in ``dtype``: of each stored tensor just those rows are read.
+    """Return the rows of a table in ``dtype``: of each stored tensor just those rows are read.
 
     Raises:
         CheckpointError: no format reads it.

@@ -114,7 +114,7 @@ def bound(module: Any, tensors: Mapping[str, Tensor]) -> Iterator[Any]:
 
 
 def unbound(module: nn.Module) -> tuple[str, ...]:
-    """Names of the state dict that still have no bytes."""
+    """Return the names of the state dict that still have no bytes."""
     return tuple(name for name, tensor in module.state_dict().items() if tensor.is_meta)
 
 

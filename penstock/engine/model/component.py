@@ -133,8 +133,8 @@ class Component:
             yield module
 
     def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
-        """Rows of a table, in `dtype`, on the CPU; nothing else is kept. A table in a pack is read
-        as a whole once, for its checksum.
+        """Return the rows of a table, in `dtype`, on the CPU; nothing else is kept. A table in a
+        pack is read as a whole once, for its checksum.
 
         Raises:
             CheckpointError: the table is damaged, or no format reads it.

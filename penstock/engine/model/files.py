@@ -76,11 +76,11 @@ class ModelFiles:
         return self.official.flow_shift(width, height, asked)
 
     def latent_shape(self, shape: VideoShape) -> tuple[int, ...]:
-        """Shape of the latents of a video: (1, channels, frames, height, width)."""
+        """Return the shape of the latents of a video: (1, channels, frames, height, width)."""
         raise NotImplementedError
 
     def kept_bytes(self, shape: VideoShape) -> int:
-        """Disk space that a kept job takes at most for what its phases leave."""
+        """Return the disk space that a kept job takes at most for what its phases leave."""
         raise NotImplementedError
 
     @property

@@ -32,7 +32,7 @@ class Opening:
     options: Options = field(default_factory=Options)
 
     def values(self) -> dict[str, Any]:
-        """Plain values, for a job's record; places are absolute."""
+        """Return plain values, for a job's record; places are absolute."""
         given = {name: path for name, path in asdict(self.files).items() if path is not None}
         return {
             "model": None if self.model is None else _absolute(self.model),

@@ -46,7 +46,7 @@ class CachedPack:
     complete: bool
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, ready for json.dumps."""
+        """Return plain values, ready for json.dumps."""
         return {
             "name": self.name, "folder": str(self.path), "bytes": self.nbytes,
             "source": self.source, "complete": self.complete,

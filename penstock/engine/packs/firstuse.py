@@ -93,7 +93,8 @@ class FirstUse:
         return read_origin(FileOps(), self.folder / self.plan.file) if made else None
 
     def source_sums(self, check: Callable[[], None]) -> dict[str, FileSum]:
-        """Checksums of the source as it is now, every byte read where none may be believed.
+        """Return the checksums of the source as it is now, every byte read where none may be
+        believed.
 
         Raises:
             StorageError: it cannot be read.

@@ -150,7 +150,8 @@ def check_space(ops: FileOps, folder: Path, plans: Sequence[ComponentPlan]) -> N
 def origin_sums(
     plan: ComponentPlan, check: Callable[[], None], sums: Sums | None = None
 ) -> dict[str, FileSum]:
-    """Checksums of all that the pack of ``plan`` is made from; read where none may be believed.
+    """Return the checksums of all that the pack of ``plan`` is made from; read where none may be
+    believed.
 
     Raises:
         StorageError: a file cannot be read.
@@ -242,8 +243,8 @@ def _notes(layout: PackLayout, made_from: Origin, sums: list[bytes]) -> bytes:
 def _sound_runs(
     ops: FileOps, partial: Path, notes: Path, layout: PackLayout, made_from: Origin
 ) -> list[bytes]:
-    """Checksums of the runs that an earlier attempt at the same files has left whole, from the
-    first on."""
+    """Return the checksums of the runs that an earlier attempt at the same files has left whole,
+    from the first on."""
     content = read_whole(ops, notes)
     known = [] if content is None else _noted(content, layout, made_from)
     sound: list[bytes] = []
@@ -312,7 +313,7 @@ class _Output(Closing):
         self._hash = running_digest()
 
     def checksum(self) -> bytes:
-        """Of everything since `begin`."""
+        """Return the checksum of everything since `begin`."""
         return self._hash.digest()
 
     def sync(self) -> None:

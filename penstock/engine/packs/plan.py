@@ -139,7 +139,7 @@ def plan_component(
 
 
 def runs_of(kind: ComponentKind, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
-    """Parameters by the run they are packed in: what is read at once lies together.
+    """Return the parameters by the run they are packed in: what is read at once lies together.
 
     What leaves a transformer's stream (cross-attention K/V projections) are runs of their own, and
     so is what outside its blocks serves once a job; the text encoder's embedding is gathered by
@@ -205,7 +205,8 @@ def _comfy_text(source: ComponentSource, steps: list[PackStep]) -> dict[str, str
 
 
 def _gguf_types(source: ComponentSource, steps: list[PackStep]) -> dict[str, str]:
-    """ggml type of each packed parameter that is stored as blocks: its bytes do not tell it."""
+    """Return the ggml type of each packed parameter that is stored as blocks: its bytes do not tell
+    it."""
     types = {}
     for step in steps:
         found = source.weights[step.name].tensors.get("weight")

@@ -471,8 +471,8 @@ def size_for(
 
 
 def frame_rate(fps: float) -> Fraction:
-    """Frames a second as the ratio that is meant: 23.976 is 24000/1001, as are its kin (29.97,
-    59.94); other fractions are taken as they are written."""
+    """Return the frames a second as the ratio that is meant: 23.976 is 24000/1001, as are its kin
+    (29.97, 59.94); other fractions are taken as they are written."""
     whole = round(fps * _NTSC)
     if not float(fps).is_integer() and abs(fps * _NTSC - whole) < _ROUNDED:
         return Fraction(whole * 1000, 1001)
@@ -516,7 +516,8 @@ def check_two(request: GenerationRequest, transformers: int) -> None:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Width and height from ``"1280x720"`` (also ``1280*720`` as the official code writes it).
+    """Return the width and height from ``"1280x720"`` (also ``1280*720`` as the official code
+    writes it).
 
     Raises:
         RequestError: not a size.
@@ -528,7 +529,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def parse_area(text: str) -> int:
-    """Pixels of ``"720p"``, ``"480p"`` or of a size such as ``"528x960"``.
+    """Return the pixels of ``"720p"``, ``"480p"`` or of a size such as ``"528x960"``.
 
     Raises:
         RequestError: neither.

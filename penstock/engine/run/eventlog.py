@@ -21,7 +21,7 @@ class EventLog:
         self._wakers: list[Callable[[], None]] = []
 
     def add(self, event: Event) -> None:
-        """One more event; after :meth:`end` it is dropped."""
+        """Add one more event; after :meth:`end` it is dropped."""
         with self._changed:
             if self._ended:
                 return

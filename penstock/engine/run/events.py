@@ -227,11 +227,11 @@ class PhaseMonitor:
     _told: StepReport = StepReport(0.0, Flow())
 
     def elapsed_s(self) -> float:
-        """Seconds since the phase began."""
+        """Return the seconds since the phase began."""
         return time.perf_counter() - self._started
 
     def stall_s(self) -> float:
-        """Seconds in which the computation has waited for weights."""
+        """Return the seconds in which the computation has waited for weights."""
         return sum(stats.compute_wait_s for stats in self.streams)
 
     def flow(self) -> Flow:
@@ -248,7 +248,7 @@ class PhaseMonitor:
         self.monitor.check()
 
     def advance(self, preview: Preview | None = None) -> None:
-        """One more unit of work is finished."""
+        """Count one more unit of work as finished."""
         self.done += 1
         if self.unit == "step":
             self._note_step()

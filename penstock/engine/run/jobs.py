@@ -62,7 +62,7 @@ class JobInfo:
     problem: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, ready for json.dumps."""
+        """Return plain values, ready for json.dumps."""
         return {
             "name": self.name, "folder": str(self.folder), "state": self.state,
             "step": self.step, "steps": self.steps, "created": self.created,
@@ -254,7 +254,8 @@ def opening_of(
 
 
 def _options_of(record: JobRecord) -> Options:
-    """Of a job; those before `Options` tell their budgets, device and numerics only."""
+    """Return the options of a job; those before `Options` tell their budgets, device and numerics
+    only."""
     plan = record.plan
     decided = {
         "vram": plan.get("vram_limit_bytes"),

@@ -86,7 +86,7 @@ def out_of_memory(error: BaseException, device: torch.device) -> OutOfMemory | N
 
 
 def _is_device_error(error: BaseException) -> bool:
-    """torch 2.7 has no class for it yet, only the words."""
+    """Return torch's name for it: 2.7 has no class yet, only the words."""
     named = getattr(torch, "AcceleratorError", ())
     told = isinstance(error, RuntimeError) and str(error).startswith("CUDA error:")
     return told or isinstance(error, named)

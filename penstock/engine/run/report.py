@@ -140,7 +140,7 @@ class RunReport:
         return max(phase.measured_ram_bytes for phase in self.phases)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, ready for json.dumps.
+        """Return plain values, ready for json.dumps.
 
         Raises:
             Nothing.

@@ -73,7 +73,7 @@ class Room:
             yield module
 
     def loaded(self, layout: BlockLayout) -> AbstractContextManager[Tensors]:
-        """Weights on the device, read now."""
+        """Return the weights on the device, read now."""
         return load_block(
             layout,
             device=self.device,

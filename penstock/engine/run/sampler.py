@@ -94,7 +94,7 @@ class Sampler:
         self.next_step = 0
 
     def step(self, noise_pred: Tensor, i: int, latents: Tensor) -> Tensor:
-        """Latents after step ``i``, of the shape and type of ``latents``.
+        """Return the latents after step ``i``, of the shape and type of ``latents``.
 
         Args:
             noise_pred: the (guided) prediction.
@@ -212,7 +212,7 @@ _BEFORE_STEPS = -1
 
 
 def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
-    """Gaussian fp32 noise from torch's CPU generator, as diffusers draws it with one.
+    """Return Gaussian fp32 noise from torch's CPU generator, as diffusers draws it with one.
 
     A function of the seed on one machine; across machines only the tensor itself is sure.
     """
@@ -221,8 +221,8 @@ def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def long_noise(first: Tensor, frames: int, windows: Windows, seed: int) -> Tensor:
-    """Noise of a long video from that of a window: repeated, so that all windows begin alike, and
-    shuffled among neighbours, so that they do not all show the same.
+    """Return the noise of a long video from that of a window: repeated, so that all windows begin
+    alike, and shuffled among neighbours, so that they do not all show the same.
 
     Source: "FreeNoise", arXiv:2310.15169, section 3.2.
 
@@ -248,7 +248,7 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance, ``uncond + scale * (cond - uncond)``, into ``conditional``.
+    """Apply classifier-free guidance, ``uncond + scale * (cond - uncond)``, into ``conditional``.
 
     Source: Ho and Salimans, "Classifier-Free Diffusion Guidance", arXiv:2207.12598. Rounded as
     diffusers' expression is, operation by operation.

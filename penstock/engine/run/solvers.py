@@ -65,7 +65,7 @@ class UniPC(_Stepped):
     def step(
         self, noise_pred: Tensor, timestep: Tensor, latents: Tensor, return_dict: bool = False
     ) -> tuple[Tensor]:
-        """Latents after the next step, as diffusers' schedulers return them."""
+        """Return the latents after the next step, as diffusers' schedulers return them."""
         at = self._step_index
         clean = latents - self.sigmas[at] * noise_pred
         # Correct first, with the prediction that has just come, by the order of the step that is
@@ -121,14 +121,15 @@ class UniPC(_Stepped):
         return (moved - alpha * growth * change).to(x.dtype)
 
     def _level(self, index: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Signal, noise and half the logarithm of their ratio squared at a level."""
+        """Return the signal, noise and half the logarithm of their ratio squared at a level."""
         sigma = self.sigmas[index].to(device)
         alpha = 1 - sigma
         return alpha, sigma, torch.log(alpha) - torch.log(sigma)
 
 
 def _weights(ratios: Tensor, h: Tensor, predicts: bool) -> Tensor:
-    """Of the differences between predictions: those that fit the exponential integrator's terms.
+    """Return the weights of the differences between predictions: those that fit the exponential
+    integrator's terms.
 
     Args:
         ratios: places of the predictions in the step, the last one 1.
@@ -170,7 +171,7 @@ class Euler(_Stepped):
     def step(
         self, noise_pred: Tensor, timestep: Tensor, latents: Tensor, return_dict: bool = False
     ) -> tuple[Tensor]:
-        """Latents after the next step, as diffusers' schedulers return them."""
+        """Return the latents after the next step, as diffusers' schedulers return them."""
         at = self._step_index
         moved = latents.to(torch.float32) + (self.sigmas[at + 1] - self.sigmas[at]) * noise_pred
         self._step_index = at + 1

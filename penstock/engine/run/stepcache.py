@@ -122,7 +122,7 @@ class StepCache:
         return self._line(step, self._rule.damping(step - self._at[-1]))
 
     def _line(self, step: int, damping: float) -> Tensor:
-        """With one velocity so far, that one."""
+        """Return the velocity on the line; with one velocity so far, that one."""
         last = self._kept[-1]
         if len(self._kept) < 2:
             return last.clone()

@@ -58,13 +58,13 @@ class Recorded:
 
     @classmethod
     def of(cls, levels: Sequence[float], samples: Sequence[Tensor]) -> Recorded:
-        """From the sample of each step's velocity."""
+        """Make it from the sample of each step's velocity."""
         rows = torch.stack([sample.double().flatten() for sample in samples])
         return cls(tuple(levels), rows @ rows.T / rows.shape[1])
 
     @classmethod
     def read(cls, path: Path) -> Recorded:
-        """From a file.
+        """Make it from a file.
 
         Raises:
             CheckpointError: it holds something else.
@@ -86,7 +86,7 @@ class Recorded:
         return cls(levels, upper + upper.triu(1).T)
 
     def write(self, path: Path) -> None:
-        """Into a file; `read` gives the same again, to nine digits.
+        """Write it into a file; `read` gives the same again, to nine digits.
 
         Raises:
             OSError: it cannot be written.

@@ -59,7 +59,7 @@ class Order:
     metadata: bool = True
 
     def facts(self) -> dict[str, Any]:
-        """Plain values, for the record."""
+        """Return plain values, for the record."""
         return {
             "output": None if self.output is None else str(self.output.absolute()),
             "overwrite": self.overwrite,
@@ -242,7 +242,8 @@ def check_conditions(
     steers: bool,
     allow_nonidentical: bool,
 ) -> tuple[str, ...]:
-    """Differences between the conditions a job began under and those of today, as sentences.
+    """Return the differences between the conditions a job began under and those of today, as
+    sentences.
 
     Args:
         journal: of the job.
@@ -288,7 +289,7 @@ def check_picture(journal: Journal) -> None:
 
 
 def reserve_bytes(model: ModelFiles, request: GenerationRequest) -> int:
-    """Disk space that the files of a job take at most."""
+    """Return the disk space that the files of a job take at most."""
     shape = request.video_shape
     video = 3 * shape.frames * shape.height * shape.width
     picture = sum(path.stat().st_size for path in request.pictures)

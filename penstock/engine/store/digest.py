@@ -17,7 +17,7 @@ hashing 33 GB would take longer than opening it, and another fine-tune differs e
 
 
 def stamp(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file; of a large one, the SHA-256 of evenly spread samples.
+    """Return the size and SHA-256 of a file; of a large one, the SHA-256 of evenly spread samples.
 
     Raises:
         StorageError: it cannot be read.

@@ -126,7 +126,7 @@ class FileOps:
         return sorted(path.name for path in folder.iterdir())
 
     def size(self, path: Path) -> int:
-        """Bytes of a file; 0 where there is none."""
+        """Return the bytes of a file; 0 where there is none."""
         try:
             return path.stat().st_size
         except FileNotFoundError:

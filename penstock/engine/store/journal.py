@@ -355,7 +355,7 @@ class Journal(Closing):
         return (self._load_single(tile_name(grid, index)) or {}).get("frames")
 
     def finished_tiles(self, grid: tuple[int, int]) -> tuple[int, ...]:
-        """Tiles of this grid that have been kept (not yet checked)."""
+        """Return the tiles of this grid that have been kept (not yet checked)."""
         found = filter(None, map(tile_of, self._names()))
         return tuple(sorted(index for size, index in found if size == grid))
 

@@ -75,7 +75,7 @@ def tile_name(grid: tuple[int, int], index: int) -> str:
 
 
 def tile_of(name: str) -> tuple[tuple[int, int], int] | None:
-    """Grid and index of the tile that a file of this name holds, if it does."""
+    """Return the grid and index of the tile that a file of this name holds, if it does."""
     match = _TILE.fullmatch(name)
     if match is None:
         return None

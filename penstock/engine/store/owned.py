@@ -88,7 +88,7 @@ def sort_out(
 
 
 def pictures_in(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Size and checksum of each picture of a job's request, by the name of its copy."""
+    """Return the size and checksum of each picture of a job's request, by the name of its copy."""
     named = {file: request.get(entry) for entry, file in PICTURES.items()}
     return {file: told for file, told in named.items() if told is not None}
 

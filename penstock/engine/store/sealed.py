@@ -86,7 +86,8 @@ def seal_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
 
 
 def open_tensors(blob: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors (on the CPU, their own memory) and metadata of a document of :func:`seal_tensors`.
+    """Return the tensors (on the CPU, their own memory) and metadata of a document of
+    :func:`seal_tensors`.
 
     Raises:
         JournalError: it is damaged.
@@ -103,8 +104,8 @@ def open_tensors(blob: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 
 def verified_metadata(file: BinaryIO) -> dict[str, str]:
-    """Metadata of a document of :func:`seal_tensors` in ``file``, every byte of which is checked,
-    piece by piece.
+    """Return the metadata of a document of :func:`seal_tensors` in ``file``, every byte of which is
+    checked, piece by piece.
 
     Raises:
         JournalError: it is damaged, or another document.
@@ -127,7 +128,7 @@ def verified_metadata(file: BinaryIO) -> dict[str, str]:
 
 
 def read_metadata(blob: bytes) -> dict[str, str]:
-    """Metadata of a safetensors file from its first bytes, unverified: for display.
+    """Return the metadata of a safetensors file from its first bytes, unverified: for display.
 
     Raises:
         JournalError: there is none to be read.

@@ -26,7 +26,8 @@ def _shorts(blocks: Tensor, start: int, count: int) -> Tensor:
 
 
 def _nibbles(packed: Tensor) -> Tensor:
-    """Bytes (blocks, n) -> (blocks, 2 n): of each byte the low half, then the high one."""
+    """Map bytes (blocks, n) -> (blocks, 2 n): of each byte the low half, then the high
+    one."""
     return torch.stack([packed & 15, packed >> 4], dim=2).view(len(packed), -1)
 
 

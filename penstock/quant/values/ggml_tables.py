@@ -107,7 +107,7 @@ def signs(device: torch.device) -> Tensor:
 
 
 def even_signs(seven: Tensor) -> Tensor:
-    """Seven bits (int32) -> eight, the last of which makes the ones even."""
+    """Map seven bits (int32) -> eight, the last of which makes the ones even."""
     parity = seven
     for shift in (4, 2, 1):
         parity = parity ^ parity >> shift

@@ -42,7 +42,7 @@ def dequantise(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """ggml's fp32 values, rounded once to ``dtype``."""
+    """Return ggml's fp32 values, rounded once to ``dtype``."""
     stored = tensors["weight"]
     out = output(out, shape, dtype, stored.device)
     rows = 0 if dtype == torch.float32 else chunk_rows(*shape, stored.device.type)
@@ -69,7 +69,8 @@ def _encode_q8_0(blocks: Tensor) -> Tensor:
 
 
 def _nibbles(packed: Tensor) -> Tensor:
-    """Bytes (blocks, runs, n) -> codes (blocks, 2 * runs * n): each run's low halves, then high."""
+    """Map bytes (blocks, runs, n) -> codes (blocks, 2 * runs * n): each run's low halves,
+    then high."""
     blocks, runs, size = packed.shape
     codes = torch.empty(blocks, runs, 2, size, dtype=torch.uint8, device=packed.device)
     torch.bitwise_and(packed, 15, out=codes[:, :, 0])
@@ -101,7 +102,8 @@ def _q4_1(blocks: Tensor, out: Tensor) -> None:
 
 
 def _fifth_bits(packed: Tensor) -> Tensor:
-    """Bytes (blocks, 4) -> 0 or 16 for each of 32 elements: bit ``i % 8`` of byte ``i // 8``."""
+    """Map bytes (blocks, 4) -> 0 or 16 for each of 32 elements: bit ``i % 8`` of byte ``i //
+    8``."""
     byte = torch.arange(256, dtype=torch.uint8, device=packed.device)
     table = torch.stack([_moved(byte, 4 - bit, 16) for bit in range(8)], dim=1)
     # Eight bytes of the table move as one integer.
@@ -156,7 +158,8 @@ def _q6_k(blocks: Tensor, out: Tensor) -> None:
 
 
 def _crumbs(packed: Tensor) -> Tensor:
-    """Bytes (blocks, runs, n) -> 2-bit codes (blocks, 4 * runs * n): each run's lowest, and up."""
+    """Map bytes (blocks, runs, n) -> 2-bit codes (blocks, 4 * runs * n): each run's lowest,
+    and up."""
     codes = torch.empty(*packed.shape[:2], 4, packed.shape[2], dtype=torch.uint8,
                         device=packed.device)  # fmt: skip
     for place, part in enumerate(codes.unbind(2)):

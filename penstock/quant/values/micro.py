@@ -39,8 +39,8 @@ def dequantise(
 
 
 def in_rows(tiles: Tensor, shape: Shape) -> Tensor:
-    """Scales (rows, count) as bytes, from cuBLAS' order: tiles of 128 rows by 4, a tile's row ``r``
-    at ``r % 32``, its four quarters side by side."""
+    """Return the scales (rows, count) as bytes, from cuBLAS' order: tiles of 128 rows by 4, a
+    tile's row ``r`` at ``r % 32``, its four quarters side by side."""
     rows, count = shape
     across = -(-count // 4)
     apart = tiles.view(torch.uint8).reshape(-1, across, 32, 4, 4)

@@ -106,8 +106,8 @@ def _into(fmt: NF4, kernel: Kernel, packed: Tensor, absmax: Tensor, out: Tensor)
 
 
 def compiled_kernel(dtype: torch.dtype) -> Kernel | None:
-    """bitsandbytes' compiled function that decodes to ``dtype`` on a CPU; None where its library
-    did not load or is of a release whose arguments are not known."""
+    """Return bitsandbytes' compiled function that decodes to ``dtype`` on a CPU; None where its
+    library did not load or is of a release whose arguments are not known."""
     library = importlib.import_module("bitsandbytes.cextension")
     release = importlib.import_module("bitsandbytes").__version__
     missing = isinstance(library.lib, library.ErrorHandlerMockBNBNativeLibrary)
@@ -118,6 +118,7 @@ def compiled_kernel(dtype: torch.dtype) -> Kernel | None:
 
 
 def _operators() -> Any:
-    """bitsandbytes' registered operators; imported when first needed, for it takes seconds."""
+    """Return bitsandbytes' registered operators; imported when first needed, for it takes
+    seconds."""
     importlib.import_module("bitsandbytes")
     return torch.ops.bitsandbytes

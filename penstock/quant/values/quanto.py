@@ -40,7 +40,7 @@ def dequantise(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """quanto's own values: computed in the scale's dtype, then cast to ``dtype``."""
+    """Return quanto's own values: computed in the scale's dtype, then cast to ``dtype``."""
     packed, scale = tensors["weight._data._data"], tensors["weight._scale"]
     shift = tensors["weight._shift"]
     out = output(out, shape, dtype, packed.device)
@@ -60,15 +60,15 @@ def dequantise(
 
 
 def operators() -> Any:
-    """optimum-quanto's registered operators; imported by the first weight that is quantised for it,
-    for it takes seconds."""
+    """Return optimum-quanto's registered operators; imported by the first weight that is quantised
+    for it, for it takes seconds."""
     importlib.import_module("optimum.quanto")
     return torch.ops.quanto
 
 
 def codes_of(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """8-bit codes of fp32 rows by their fp32 scales (rows, 1), or one for all (1, 1), rounded by
-    quanto's operator."""
+    """Return 8-bit codes of fp32 rows by their fp32 scales (rows, 1), or one for all (1, 1),
+    rounded by quanto's operator."""
     # One row counts as a whole tensor: the operator knows no axis of one.
     axis, scale = (0, scale) if len(scale) > 1 else (None, scale.reshape(()))
     codes: Tensor = operators().quantize_symmetric(weight, dtype, axis, scale)
@@ -91,7 +91,8 @@ def _nibble(source: Tensor, half: int, out: Tensor) -> None:
 
 
 def _halves(packed: Tensor, count: int) -> Iterator[tuple[Tensor, slice, int]]:
-    """Chunks of packed rows with the group rows that each of their two halves decodes to."""
+    """Yield the chunks of packed rows with the group rows that each of their two halves decodes
+    to."""
     half_rows = len(packed)
     for half, available in ((0, half_rows), (1, count - half_rows)):
         for rows in row_slices(available, packed.shape[1], packed.device.type):

@@ -37,7 +37,7 @@ def quantise(fmt: Scaled8, weight: Tensor, name: str = "weight") -> dict[str, Te
 
 
 def _rotated_amax(fmt: Scaled8, weight: Tensor) -> Tensor:
-    """Largest magnitude of each row once it is rotated: fp32, ``(rows, 1)``."""
+    """Return the largest magnitude of each row once it is rotated: fp32, ``(rows, 1)``."""
     amax = torch.empty(len(weight), 1, device=weight.device)
     for rows in row_slices(weight.shape[0], weight.shape[1], weight.device.type):
         part = unit_rotation(weight[rows].float().contiguous(), fmt.rotation)

@@ -27,7 +27,7 @@ def dtype_tag(dtype: torch.dtype) -> str:
 
 
 def row_amax(weight: Tensor, name: str) -> Tensor:
-    """Largest magnitude of each row: fp32, ``(rows, 1)``.
+    """Return the largest magnitude of each row: fp32, ``(rows, 1)``.
 
     Raises:
         CheckpointError: a row holds NaN or Inf; names the weight and the first such row.

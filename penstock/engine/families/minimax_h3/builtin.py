@@ -29,7 +29,8 @@ PRUNED: Mapping[str, int] = MappingProxyType({"time_table_size": 1025, "adaln_ra
 
 
 def transformer(weight_format: str, changed: Mapping[str, int] | None = None) -> PackedSpec:
-    """In bf16 and where the makers keep it fp32, but the blocks' matrices in ``weight_format``.
+    """Describe it in bf16, and where the makers keep it fp32, but the blocks' matrices in
+    ``weight_format``.
 
     Args:
         changed: entries of the config that differ from the makers'.

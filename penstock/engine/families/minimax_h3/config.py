@@ -72,7 +72,7 @@ def derive_transformer(shapes: ShapesOf) -> dict[str, Any]:
 
 
 def _time(shapes: ShapesOf) -> dict[str, Any]:
-    """Of the time embedding: its layers, or its curve."""
+    """Return the entries of the time embedding: its layers, or its curve."""
     if "time_embedder.table" in shapes:
         points, width = shapes.of("time_embedder.table", 2)
         return {"time_table_size": points, "adaln_rank": width}

@@ -58,7 +58,7 @@ class PackedCase:
 
 
 def denoise_items(spec: PackedSpec, case: PackedCase) -> tuple[tuple[str, int], ...]:
-    """Peak of the denoising: what stays through it, and its largest stage."""
+    """Return the peak of the denoising: what stays through it, and its largest stage."""
     e, d = spec.weights.itemsize, spec.hidden_size
     chunk = min(case.chunk_rows, case.rows)
     given = case.given_rows * spec.video_width * FP32_BYTES
@@ -88,7 +88,8 @@ def denoise_items(spec: PackedSpec, case: PackedCase) -> tuple[tuple[str, int], 
 
 
 def _projected(spec: PackedSpec, case: PackedCase) -> int:
-    """Rows of the video in fp32, a chunk; or those of the sound, and once more as they are kept."""
+    """Return the rows of the video in fp32, a chunk; or those of the sound, and once more as they
+    are kept."""
     d, chunk = spec.hidden_size, min(case.chunk_rows, case.latents.video_rows + case.given_rows)
     sound = case.latents.sound_rows * d * (FP32_BYTES + spec.weights.itemsize)
     return max(chunk * d * FP32_BYTES, sound)
@@ -139,7 +140,8 @@ def _heads(spec: PackedSpec, case: PackedCase, rows: int) -> int:
 
 
 def once_items(spec: PackedSpec, case: PackedCase, steps: int) -> tuple[tuple[str, int], ...]:
-    """Peak of what is made once a job: the text's rows, and the tables of so many steps."""
+    """Return the peak of what is made once a job: the text's rows, and the tables of so many
+    steps."""
     e, d, n = spec.weights.itemsize, spec.hidden_size, case.text_rows
     times = case.timesteps
     hidden = n * d * e
@@ -167,7 +169,7 @@ def _refined(spec: PackedSpec, case: PackedCase) -> int:
 
 
 def once_flops(spec: PackedSpec, case: PackedCase, steps: int) -> int:
-    """Arithmetic of what is made once."""
+    """Return the arithmetic of what is made once."""
     d, inner, n = spec.hidden_size, spec.inner_dim, case.text_rows
     block = 4 * d * inner + 3 * d * spec.ffn_dim
     text = n * (d * spec.text_dim + spec.num_refiner_layers * block)
@@ -184,7 +186,7 @@ class PassFlops:
 
 
 def pass_flops(spec: PackedSpec, case: PackedCase) -> PassFlops:
-    """Arithmetic of one forward pass."""
+    """Return the arithmetic of one forward pass."""
     d, inner, n = spec.hidden_size, spec.inner_dim, case.rows
     block = 4 * d * inner + 3 * d * spec.ffn_dim
     ends = d * (2 * spec.video_width + spec.audio_in_channels)

@@ -209,7 +209,7 @@ class DenoisePacked:
         return stored.items
 
     def _compute_s(self, chunk: int) -> float:
-        """Seconds of one pass over all blocks."""
+        """Return the seconds of one pass over all blocks."""
         spec, rates = self.spec, self.case.rates
         case = packed_case(self.case, chunk)
         flops = cost.pass_flops(spec, case)
@@ -224,7 +224,7 @@ class DenoisePacked:
         )
 
     def _decode_s(self, rates: Rates) -> float:
-        """Seconds to decode a block's matrices once: every chunk does."""
+        """Return the seconds to decode a block's matrices once: every chunk does."""
         stored = self.spec.storage
         if self._is_fast or not stored.decoded_bytes or rates.memory_bytes_per_s is None:
             return 0.0

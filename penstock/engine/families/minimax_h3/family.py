@@ -77,7 +77,7 @@ def needed(config: Config) -> Iterator[str]:
 
 
 def pipeline(configs: Mapping[str, Config]) -> str:
-    """diffusers' class for the model."""
+    """Return diffusers' class for the model."""
     return PIPELINE
 
 
@@ -117,12 +117,12 @@ def samples() -> Any:
 
 
 def synthetics() -> Any:
-    """Models of true shapes that `penstock bench` makes on the spot, by name."""
+    """Return the models of true shapes that `penstock bench` makes on the spot, by name."""
     from penstock.engine.families.minimax_h3.synthetic import SYNTHETIC
 
     return SYNTHETIC
 
 
 def builtins() -> Mapping[str, Callable[[str], Manifest]]:
-    """Descriptions of true models without their files."""
+    """Return the descriptions of true models without their files."""
     return BUILTIN

@@ -174,7 +174,7 @@ def packed_block(
     chunk_rows: int,
     attend: Attention = attention,
 ) -> None:
-    """One block, in place on ``hidden``.
+    """Run one block, in place on ``hidden``.
 
     Args:
         block: its weights bound; those of its AdaLN projection need not be.

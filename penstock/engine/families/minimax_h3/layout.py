@@ -98,7 +98,7 @@ class Layout:
                 yield Run(part.start, part.stop, tag, time)
 
     def positions(self) -> Tensor:
-        """Time, height and width of every row: (rows, 3), fp64."""
+        """Return the time, height and width of every row: (rows, 3), fp64."""
         sizes, origin = self.latents, float(len(self.tags))
         found = torch.zeros(self.rows, 3, dtype=torch.float64)
         found[self.text, 0] = torch.arange(len(self.tags), dtype=torch.float64)
@@ -129,7 +129,8 @@ def _side_grid(size: int, patch: int, root: float) -> Tensor:
 
 
 def _frame_grid(height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Height and width of the rows of one latent frame, (rows, 2), and the axis of its width."""
+    """Return the height and width of the rows of one latent frame, (rows, 2), and the axis of its
+    width."""
     root = float(np.sqrt(height * width))
     down, across = (
         _side_grid(size, patch, root)
@@ -146,7 +147,7 @@ def _frame_times(frames: int, origin: float) -> Tensor:
 
 
 def _last_time(frames: int, origin: float) -> float:
-    """Of a picture at the end. numpy adds in pairs, and the makers add so here."""
+    """Return the time of a picture at the end. numpy adds in pairs, and the makers add so here."""
     spans = np.ones(frames, dtype=np.float64) * _RESCALE
     for offset, count in enumerate(_SPANS):
         spans[offset::CLIP_LATENTS] *= count
@@ -154,7 +155,8 @@ def _last_time(frames: int, origin: float) -> float:
 
 
 def to_rows(latents: Tensor, patch: Sequence[int] = PATCH_TAKEN) -> Tensor:
-    """Latents of a video, (1, c, t, h, w), to its rows, (rows, c * volume of a patch)."""
+    """Turn the latents of a video, (1, c, t, h, w), into its rows, (rows, c * volume of a
+    patch)."""
     _, channels, *sizes = latents.shape
     t, h, w = (size // cut for size, cut in zip(sizes, patch, strict=True))
     pt, ph, pw = patch
@@ -172,7 +174,7 @@ def from_rows(rows: Tensor, sizes: Latents, patch: Sequence[int] = PATCH_TAKEN) 
 
 
 def pack(video: Tensor, sound: Tensor) -> Tensor:
-    """Latents of a video and its sound as one tensor, (1, n): what is sampled and kept.
+    """Return the latents of a video and its sound as one tensor, (1, n): what is sampled and kept.
 
     Args:
         video: (1, c, t, h, w).
@@ -191,7 +193,7 @@ def unpack(packed: Tensor, sizes: Latents) -> tuple[Tensor, Tensor]:
 
 
 def sound_rows(sound: Tensor) -> Tensor:
-    """Latents of the sound, (2, c, n), to rows, (2n, c)."""
+    """Turn the latents of the sound, (2, c, n), into rows, (2n, c)."""
     return sound.permute(0, 2, 1).reshape(-1, sound.shape[1])
 
 
@@ -201,5 +203,5 @@ def sound_latents(rows: Tensor, sizes: Latents) -> Tensor:
 
 
 def volume_of(patch: Sequence[int]) -> int:
-    """Latents of a channel in one row."""
+    """Return the latents of a channel in one row."""
     return math.prod(patch)

@@ -52,7 +52,7 @@ class H3Model(ModelFiles):
         return GRID
 
     def sizes(self, shape: VideoShape) -> Latents:
-        """Of the latents of a video and its sound."""
+        """Return the sizes of the latents of a video and its sound."""
         spec = self.manifest.transformer
         return Latents.of(shape, spec.in_channels, spec.audio_in_channels)
 
@@ -61,7 +61,8 @@ class H3Model(ModelFiles):
         return (1, self.sizes(shape).elements)
 
     def kept_bytes(self, shape: VideoShape) -> int:
-        """Prompt states with two pictures in them, their tags, and the pictures' latents."""
+        """Return the prompt states with two pictures in them, their tags, and the pictures'
+        latents."""
         sizes, spec = self.sizes(shape), self.manifest.transformer
         rows = TEXT_TOKENS + 2 * tokens(shape.height, shape.width)
         states = rows * (spec.text_dim * spec.weights.itemsize + 8)

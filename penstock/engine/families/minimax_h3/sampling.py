@@ -139,7 +139,7 @@ def drawn_for_pictures(sizes: Latents, pictures: int, draw: torch.Generator) -> 
 
 
 def given_rows(condition: Tensor, sizes: Latents, seed: int) -> Tensor:
-    """Rows of given pictures, with the little noise that the makers hold them at.
+    """Return the rows of given pictures, with the little noise that the makers hold them at.
 
     Args:
         condition: their latents, (pictures, z, 1, h, w), fp32 on the CPU.
@@ -163,6 +163,6 @@ def velocity(video: Tensor, sound: Tensor, sizes: Latents) -> Tensor:
 
 
 def as_rows(latents: Tensor, sizes: Latents) -> tuple[Tensor, Tensor]:
-    """Packed latents as rows of the video and of the sound."""
+    """Return packed latents as rows of the video and of the sound."""
     video, sound = layout.unpack(latents, sizes)
     return to_rows(video), layout.sound_rows(sound)

@@ -38,7 +38,7 @@ class Schedule:
 
     @classmethod
     def of(cls, levels: int, shift: float) -> Schedule:
-        """Of so many levels, the last of which is none."""
+        """Make it of so many levels, the last of which is none."""
         import torch
 
         base = torch.linspace(1.0, 0.0, levels, dtype=torch.float32)

@@ -56,7 +56,7 @@ class Latents:
 
     @classmethod
     def of(cls, shape: VideoShape, channels: int = 24, sound_channels: int = 32) -> Latents:
-        """Of a legal video."""
+        """Make it of a legal video."""
         clips = (shape.frames - LAST_FRAMES) // CLIP_FRAMES
         return cls(
             CLIP_LATENTS * clips + LAST_LATENTS,

@@ -84,7 +84,8 @@ def transformer_shapes(config: Mapping[str, Any]) -> Shapes:
 
 
 def _plain_block(config: Mapping[str, Any]) -> Shapes:
-    """Norms, attention and feed-forward: a refiner's block, and what each of the others streams."""
+    """Return the norms, attention and feed-forward: a refiner's block, and what each of the others
+    streams."""
     dim, head, ffn = config["hidden_size"], config["attention_head_dim"], config["ffn_dim"]
     inner = config["num_attention_heads"] * head
     shapes: Shapes = {"norm1.weight": (dim,)}

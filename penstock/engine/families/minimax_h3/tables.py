@@ -36,7 +36,7 @@ class StepTimes:
 
     @classmethod
     def of(cls, video: float, sound: float, pictures: bool) -> StepTimes:
-        """Of a step that tells the video and the sound so."""
+        """Make it of a step that tells the video and the sound so."""
         told = {"video": video, "sound": sound}
         if pictures:
             told["given"] = max(video, HELD)
@@ -138,7 +138,7 @@ def _activated(model: Any, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _projection(owner: Any) -> Any:
-    """Of the time embedding, whole or pruned."""
+    """Return the projection of the time embedding, whole or pruned."""
     return owner.curve if hasattr(owner, "curve") else owner.linear
 
 

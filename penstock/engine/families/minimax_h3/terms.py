@@ -29,30 +29,31 @@ def anchors(request: GenerationRequest) -> tuple[str, ...]:
 
 
 def latents_of(case: H3Case) -> Latents:
-    """Sizes of what is denoised."""
+    """Return the sizes of what is denoised."""
     spec = case.manifest.transformer
     return Latents.of(case.workload.shape, spec.in_channels, spec.audio_in_channels)
 
 
 def pictures_of(case: H3Case) -> int:
-    """Pictures that are given."""
+    """Return the pictures that are given."""
     return case.workload.pictures or 0
 
 
 def picture_tokens(case: H3Case) -> int:
-    """Of the given pictures in the prompt, their labels among them: they are shown at the size of
-    the video."""
+    """Count the tokens of the given pictures in the prompt, their labels among them: they are shown
+    at the size of the video."""
     shape = case.workload.shape
     return pictures_of(case) * tokens(shape.height, shape.width)
 
 
 def text_rows(case: H3Case) -> int:
-    """Of the prompt as it is planned for, with its pictures."""
+    """Count the rows of the prompt as it is planned for, with its pictures."""
     return TEXT_TOKENS + picture_tokens(case)
 
 
 def evaluations(case: H3Case) -> int:
-    """Forward passes of a job: the makers count the levels of noise, of which the last is none."""
+    """Return the forward passes of a job: the makers count the levels of noise, of which the last
+    is none."""
     return case.workload.steps - 1
 
 
@@ -75,13 +76,13 @@ def state_bytes(case: H3Case) -> int:
 
 
 def condition_bytes(case: H3Case) -> int:
-    """Latents of the given pictures, fp32."""
+    """Return the latents of the given pictures, fp32."""
     sizes = latents_of(case)
     return pictures_of(case) * sizes.channels * sizes.height * sizes.width * _SINGLE
 
 
 def latents_bytes(case: H3Case) -> int:
-    """Latents of the video and its sound, fp32."""
+    """Return the latents of the video and its sound, fp32."""
     return latents_of(case).elements * _SINGLE
 
 

@@ -93,7 +93,7 @@ def _sound(stage: Stage, found: Products) -> None:
 
 
 def sizes_of(stage: Stage) -> Latents:
-    """Of what the job denoises."""
+    """Return the sizes of what the job denoises."""
     return model_of(stage).sizes(stage.job.request.video_shape)
 
 
@@ -170,13 +170,13 @@ def _steps(stage: Stage, conditions: Conditions, sampling: PackedSampling, steps
 
 
 def layout_of(stage: Stage, conditions: Conditions) -> Layout:
-    """Of the job's sequence."""
+    """Return the layout of the job's sequence."""
     _, tags = conditions.texts
     return Layout(sizes_of(stage), tuple(tags.tolist()), anchors(stage.job.request))
 
 
 def _given(stage: Stage, conditions: Conditions) -> Tensor | None:
-    """Rows of the given pictures on the device; None: there are none."""
+    """Return the rows of the given pictures on the device; None: there are none."""
     seed = stage.job.request.seed
     assert seed is not None
     if conditions.condition is None:

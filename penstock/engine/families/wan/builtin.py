@@ -83,7 +83,7 @@ class _Dit:
         return (2 * dim, *weights, *biases, *norms, *places)
 
     def spec(self, stored: QuantFormat) -> TransformerSpec:
-        """In bf16 but the blocks' matrices."""
+        """Describe it in bf16 but the blocks' matrices."""
         block = (*_matrices(stored, self.streamed), *_plain(self.block_elements))
         cross = (*_matrices(stored, self.cross), *_plain(self.cross_elements))
         return TransformerSpec(
@@ -182,7 +182,7 @@ def _run(tensors: Iterable[int]) -> int:
 
 
 def _wan22(dit: _Dit, weight_format: str) -> WanManifest:
-    """Of two transformers alike, stored as `_wan21`'s."""
+    """Return the manifest of two transformers alike, stored as `_wan21`'s."""
     return replace(_wan21(dit, weight_format), second=dit.spec(get_format(weight_format)))
 
 

@@ -126,7 +126,7 @@ def squashed_values(config: Mapping[str, Any], picture: Image.Image, side: int) 
 
 
 def _statistics(config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (1, 3, 1, 1) of what the image encoder was trained with.
+    """Return the mean and deviation (1, 3, 1, 1) of what the image encoder was trained with.
 
     Raises:
         CheckpointError: the processor is of no use.
@@ -202,8 +202,8 @@ def _plainly_processed(config: Mapping[str, Any], small: Image.Image) -> Tensor 
 def _named_size(
     named: int | Mapping[str, int], picture: tuple[int, int] | None
 ) -> tuple[int, int] | None:
-    """Width and height that a config names; for ``picture``, by its shorter side. None: in another
-    way."""
+    """Return the width and height that a config names; for ``picture``, by its shorter side. None:
+    in another way."""
     entries = {"shortest_edge": named} if isinstance(named, int) else dict(named)
     if set(entries) == {"height", "width"}:
         return entries["width"], entries["height"]
@@ -241,7 +241,7 @@ def _unfit(side: int, found: str) -> CheckpointError:
 
 
 def embed_pixels(embeddings: Any, pre_layer_norm: Module, pixels: Tensor) -> Tensor:
-    """Patches, class token and positions, normed: ``(1, 3, s, s) -> (1, n, d)``.
+    """Return the patches, class token and positions, normed: ``(1, 3, s, s) -> (1, n, d)``.
 
     Args:
         embeddings: ``CLIPVisionModel.embeddings``; only its weights are used, not its buffers.

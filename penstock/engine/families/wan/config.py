@@ -199,7 +199,8 @@ def derive_image(shapes: ShapesOf) -> dict[str, Any]:
 
 
 def _res_blocks(shapes: ShapesOf) -> int:
-    """Of a stage of the encoder; the decoder's have one more. Two, where no more can be told."""
+    """Count the residual blocks of a stage of the encoder; the decoder's have one more. Two, where
+    no more can be told."""
     names = (f"decoder.up_blocks.0.resnets.{number}.conv1.weight" for number in range(9))
     count = sum(1 for _ in takewhile(shapes.__contains__, names))
     return count - 1 if count > 1 else 2

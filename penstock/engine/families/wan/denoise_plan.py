@@ -178,7 +178,8 @@ class Denoise:
     def _best(
         self, residual: str, limits: Limits, most_copied: float, better_than: float
     ) -> tuple[float, Group] | None:
-        """Shapes by what they compute, until none can win: the best, and its objective before.
+        """Search the shapes by what they compute, until none can win: the best, and its objective
+        before.
 
         Args:
             most_copied: bytes, in the whole phase.
@@ -404,7 +405,7 @@ class Denoise:
         return stored.items
 
     def _compute_s(self, cost: transformer.DenoiseCase) -> float:
-        """Seconds of one pass over all blocks, fetching cross-attention K/V included."""
+        """Return the seconds of one pass over all blocks, fetching cross-attention K/V included."""
         spec, rates = self.spec, self.case.rates
         tokens = transformer.grid_tokens(spec, cost.latent)
         chunks = -(-tokens // cost.chunk_tokens) * spec.num_layers
@@ -424,14 +425,15 @@ class Denoise:
         return branch * cost.windows * cost.branches / cost.passes + fetched_s
 
     def _fetched_bytes(self, cost: transformer.DenoiseCase) -> int:
-        """Cross-attention K/V that one pass fetches: a branch's serve all windows of a visit."""
+        """Return the cross-attention K/V that one pass fetches: a branch's serve all windows of a
+        visit."""
         if cost.cross_kv_on_device:
             return 0
         one = transformer.cross_kv_bytes(self.spec, replace(cost, branches=1))
         return one * min(cost.visit_branches, cost.branches)
 
     def _decode_s(self, rates: Rates) -> float:
-        """Seconds to decode a block's matrices once: every chunk does."""
+        """Return the seconds to decode a block's matrices once: every chunk does."""
         stored = self.spec.storage
         if self._is_fast or not stored.decoded_bytes or rates.memory_bytes_per_s is None:
             return 0.0
@@ -439,8 +441,8 @@ class Denoise:
         return moved / rates.memory_bytes_per_s
 
     def _requantise_s(self, rates: Rates, tokens: int) -> float:
-        """Seconds to quantise a block's keys and values once, for attention in 8 bits: every chunk
-        does. Values are read twice, since each channel of all tokens has one scale."""
+        """Return the seconds to quantise a block's keys and values once, for attention in 8 bits:
+        every chunk does. Values are read twice, since each channel of all tokens has one scale."""
         if self.case.policy.attention != "int8" or rates.memory_bytes_per_s is None:
             return 0.0
         moved = tokens * self.spec.inner_dim * (3 * self.spec.weights.itemsize + 2)

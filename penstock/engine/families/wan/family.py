@@ -112,7 +112,7 @@ def needed(config: Config) -> Iterator[str]:
 
 
 def pipeline(configs: Mapping[str, Config]) -> str:
-    """diffusers' class for a model of networks with these configs."""
+    """Return diffusers' class for a model of networks with these configs."""
     pictured = configs_of.wants_picture({**configs_of.TRANSFORMER, **configs["transformer"]})
     return "WanImageToVideoPipeline" if pictured else "WanPipeline"
 
@@ -164,7 +164,7 @@ def attach_parts() -> Any:
 
 
 def pipeline_of(model: WanModel, desk: Any) -> Any:
-    """diffusers' pipeline of a model, its networks replaced by parts."""
+    """Return diffusers' pipeline of a model, its networks replaced by parts."""
     from penstock.engine.families.wan.attach.pipeline import pipeline_of as make
 
     return make(model, desk)
@@ -178,12 +178,12 @@ def samples() -> Any:
 
 
 def synthetics() -> Any:
-    """Models of true shapes that `penstock bench` makes on the spot, by name."""
+    """Return the models of true shapes that `penstock bench` makes on the spot, by name."""
     from penstock.engine.families.wan.synthetic import SYNTHETIC
 
     return SYNTHETIC
 
 
 def builtins() -> Mapping[str, Callable[[str], Manifest]]:
-    """Descriptions of true models without their files."""
+    """Return the descriptions of true models without their files."""
     return BUILTIN

@@ -121,7 +121,7 @@ def prepare_context(model: Any, text: Tensor, image: Tensor | None) -> Context:
 
 
 def _image_context(embedder: Any, image: Tensor) -> Tensor:
-    """diffusers' embedder takes two pictures as two rows, which it joins itself."""
+    """Lay two pictures in two rows, which diffusers' embedder joins itself."""
     if embedder.pos_embed is not None:
         image = torch.unflatten(image, 1, (2, -1))[0]  # (1, 2n, d) -> (2, n, d)
     context: Tensor = embedder(image)
@@ -147,7 +147,7 @@ def _check_context(embedder: Any, text: Tensor, image: Tensor | None) -> None:
 
 @torch.no_grad()
 def cross_kv(attn2: Any, context: Context, same_image: CrossKV | None = None) -> CrossKV:
-    """Keys and values of one block's cross-attention: the same for all steps.
+    """Return the keys and values of one block's cross-attention: the same for all steps.
 
     Args:
         attn2: the block's cross-attention, with the weights of
@@ -220,7 +220,7 @@ def _wide(layer: Any, inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tens
 
 @torch.no_grad()
 def rope_tables(model: Any, latent: Sequence[int], device: torch.device) -> Rope:
-    """Rotary angles of a latent grid.
+    """Return the rotary angles of a latent grid.
 
     diffusers keeps each angle twice, for the two elements it turns; one is enough here.
 
@@ -248,7 +248,7 @@ def rope_tables(model: Any, latent: Sequence[int], device: torch.device) -> Rope
 
 @torch.no_grad()
 def embed(model: Any, latents: Tensor, residual: torch.dtype | None = None) -> Tensor:
-    """Patches of the model input: (1, in_channels, t, h, w) -> (1, n, d), contiguous, in
+    """Return the patches of the model input: (1, in_channels, t, h, w) -> (1, n, d), contiguous, in
     ``residual`` (None: as the latents are)."""
     patches: Tensor = model.patch_embedding(latents)  # (1, d, f, h, w)
     tokens = patches.flatten(2).transpose(1, 2)
@@ -288,7 +288,7 @@ def block_forward(
     chunk_tokens: int,
     attend: Attention = attention,
 ) -> None:
-    """One transformer block, in place on ``hidden``.
+    """Run one transformer block, in place on ``hidden``.
 
     Args:
         block: a `WanTransformerBlock`, its weights bound; those of
@@ -320,8 +320,8 @@ def block_forward(
 
 
 def _rows(block: Any, modulation: StepModulation) -> tuple[Tensor, ...]:
-    """Shift, scale and gate of the attention, then of the feed-forward, (1, 1, d) each; what is
-    multiplied by is one and the scale."""
+    """Return the shift, scale and gate of the attention, then of the feed-forward, (1, 1, d) each;
+    what is multiplied by is one and the scale."""
     table = block.scale_shift_table + modulation.projection.float()
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = table.chunk(6, dim=1)
     return shift, 1 + scale, gate, ffn_shift, 1 + ffn_scale, ffn_gate
@@ -337,7 +337,7 @@ def _chunks(tokens: int, chunk_tokens: int, cut: int = 0) -> Iterator[slice]:
 def _modulated(
     norm: Any, chunk: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Layer norm, scale and shift in fp32: (1, c, d) -> (1, c, d) in ``dtype``."""
+    """Apply layer norm, scale and shift in fp32: (1, c, d) -> (1, c, d) in ``dtype``."""
     normed: Tensor = norm(chunk.float())
     return normed.mul_(scale).add_(shift).to(dtype)
 
@@ -423,7 +423,7 @@ def away_from(towards: Tensor, away: Tensor, scale: float) -> Tensor:
 
 
 def _magnitude(states: Tensor) -> Tensor:
-    """Sum of magnitudes of each token, fp32: (1, c, d) -> (1, c, 1)."""
+    """Return the sum of magnitudes of each token, fp32: (1, c, d) -> (1, c, 1)."""
     total: Tensor = torch.linalg.vector_norm(states, 1, dim=-1, keepdim=True, dtype=torch.float32)
     return total
 

@@ -78,7 +78,8 @@ def _vae_ends() -> dict[str, str]:
 
 
 def _vae_table(stages: int = 4, res_blocks: int = 2) -> dict[str, str]:
-    """Wan2.1's VAE: blocks lie in two flat lists, ``res_blocks`` and one resampler a stage."""
+    """Return Wan2.1's VAE: blocks lie in two flat lists, ``res_blocks`` and one resampler a
+    stage."""
     table = _vae_ends()
     for place in range(stages * (res_blocks + 1) - 1):
         old, new = f"encoder.downsamples.{place}", f"encoder.down_blocks.{place}"
@@ -94,7 +95,7 @@ def _vae_table(stages: int = 4, res_blocks: int = 2) -> dict[str, str]:
 
 
 def _residual_vae_table(stages: int = 4, res_blocks: int = 2) -> dict[str, str]:
-    """Wan2.2's VAE: a list in each stage's place."""
+    """Return Wan2.2's VAE: a list in each stage's place."""
     table = _vae_ends()
     for stage in range(stages):
         old, new = f"encoder.downsamples.{stage}", f"encoder.down_blocks.{stage}"

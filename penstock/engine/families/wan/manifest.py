@@ -127,7 +127,7 @@ class WanManifest(WanSpec):
         return replace(self, transformer=replace(spec, weights=weights))
 
     def smaller_shapes(self, shape: VideoShape) -> Iterator[VideoShape]:
-        """Fewer frames first, then 480p, each with fewer tokens than ``shape``."""
+        """Yield fewer frames first, then 480p, each with fewer tokens than ``shape``."""
         low = _AREA_480P if shape.width >= shape.height else _AREA_480P[::-1]
         for width, height in ((shape.width, shape.height), low):
             for frames in (shape.frames, *_FRAMES):

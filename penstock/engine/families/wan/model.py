@@ -76,7 +76,7 @@ class WanModel(ModelFiles):
         return (1, vae.z_dim, *shape.latent(vae))
 
     def kept_bytes(self, shape: VideoShape) -> int:
-        """Prompt states, image states and the condition."""
+        """Return the prompt states, image states and the condition."""
         spec = self.manifest
         condition = 4 * spec.transformer.in_channels * math.prod(shape.latent(spec.vae))
         texts = 2 * TEXT_TOKENS * spec.text.d_model * spec.text.weights.itemsize

@@ -179,7 +179,7 @@ class WanRotaryPosEmbed(nn.Module):
 
 
 def _axis(dim: int, positions: int, wide: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (positions, dim) of one axis, fp32."""
+    """Return the cosines and sines (positions, dim) of one axis, fp32."""
     frequencies = 1.0 / (10000.0 ** (torch.arange(0, dim, 2, dtype=wide) / dim))
     angles = torch.outer(torch.arange(positions), frequencies)
     cosines, sines = (
@@ -273,7 +273,8 @@ class UMT5Attention(nn.Module):
         return values.permute(2, 0, 1).unsqueeze(0)  # (queries, keys, heads) -> (1, h, q, k)
 
     def _bucket(self, distances: Tensor) -> Tensor:
-        """Of each signed distance: near ones have one each, far ones share by their logarithm.
+        """Return the bucket of each signed distance: near ones have one each, far ones share by
+        their logarithm.
 
         Half of the buckets are for keys ahead. Source: T5's relative positions, arXiv:1910.10683.
         """
@@ -619,7 +620,7 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 
 def _gelu_new(x: Tensor) -> Tensor:
-    """GELU by tanh, operation by operation: fused it rounds otherwise."""
+    """Compute GELU by tanh, operation by operation: fused it rounds otherwise."""
     cubed = 0.044715 * torch.pow(x, 3.0)
     return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + cubed)))
 

@@ -90,7 +90,8 @@ def passes_left(
 
 
 def _parts(caching: Caching, stretches: Sequence[range]) -> Sequence[Caching]:
-    """Of each; one that is too short for a cache says nothing of it where another is not."""
+    """Return the caching of each; one that is too short for a cache says nothing of it where
+    another is not."""
     parts = caching.parts([len(own) for own in stretches])
     skips = [part.skips(len(own)) for part, own in zip(parts, stretches, strict=True)]
     if len(stretches) == 1 or not any(skips):

@@ -134,8 +134,8 @@ def image_shapes(config: Config) -> Shapes:
 
 
 def layers_needed(num_hidden_layers: int) -> int:
-    """Layers of the image encoder that run: the model is conditioned on ``hidden_states[-2]``, so
-    the last one is never computed."""
+    """Return the layers of the image encoder that run: the model is conditioned on
+    ``hidden_states[-2]``, so the last one is never computed."""
     return num_hidden_layers - 1
 
 

@@ -33,12 +33,12 @@ WanCase: TypeAlias = "Case[WanManifest]"
 
 
 def latent_of(case: WanCase) -> tuple[int, int, int]:
-    """Latent frames, height and width."""
+    """Return the latent frames, height and width."""
     return case.workload.shape.latent(case.manifest.vae)
 
 
 def latent_volume(case: WanCase) -> int:
-    """Elements of one latent channel."""
+    """Return the elements of one latent channel."""
     frames, height, width = latent_of(case)
     return frames * height * width
 
@@ -55,7 +55,7 @@ def encoder_state_bytes(case: WanCase) -> int:
 
 
 def pictures_of(case: WanCase) -> int:
-    """Pictures that the video starts from and ends with."""
+    """Return the pictures that the video starts from and ends with."""
     wanted = case.manifest.pictures
     needed = (wanted.first == "must") + (wanted.last == "must")
     return max(case.workload.pictures or 0, needed)
@@ -71,7 +71,7 @@ def changes_of(case: WanCase) -> tuple[int, ...] | None:
 
 
 def clip_changes(frames: int, pictures: int) -> tuple[int, ...]:
-    """Frames of a conditioning clip that differ from the one before."""
+    """Return the frames of a conditioning clip that differ from the one before."""
     return (*FIRST_FRAME, frames - 1) if pictures == 2 else FIRST_FRAME
 
 
@@ -119,7 +119,7 @@ def _one_decoding_bytes(case: WanCase, picture: Picture | None) -> int:
 
 
 def condition_bytes(case: WanCase) -> int:
-    """Mask and latents of the picture, in fp32."""
+    """Return the mask and latents of the picture, in fp32."""
     spec = case.manifest.transformer
     if case.manifest.tokenwise:
         _, height, width = latent_of(case)
@@ -133,7 +133,7 @@ def latents_bytes(case: WanCase) -> int:
 
 
 def cached_tensors(case: WanCase) -> int:
-    """Of the latents' size, which a step cache keeps between steps."""
+    """Count the tensors of the latents' size that a step cache keeps between steps."""
     return STATE_TENSORS if case.policy.caching.kind != OFF else 0
 
 

@@ -23,7 +23,8 @@ _SPACES = re.compile(r"\s+")
 
 
 def clean_prompt(text: str) -> str:
-    """Mended encoding, resolved HTML entities, single spaces: as diffusers' Wan pipelines do it."""
+    """Mend the encoding, resolve HTML entities, leave single spaces: as diffusers' Wan pipelines do
+    it."""
     import ftfy
 
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
@@ -37,7 +38,8 @@ def embed(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
 ) -> list[Tensor]:
-    """Embedding vectors of the prompts; each distinct token's row is read once, no other.
+    """Return the embedding vectors of the prompts; each distinct token's row is read once, no
+    other.
 
     Args:
         prompts: the tokenised prompts.

@@ -97,8 +97,8 @@ def decode_tiled(
 
 
 def raw_latents(latents: Tensor, config: Any) -> Tensor:
-    """Latents (1, z, t, h, w) in the VAE's own range: its normalisation undone, rounded as
-    diffusers' pipelines do."""
+    """Return the latents (1, z, t, h, w) in the VAE's own range: its normalisation undone, rounded
+    as diffusers' pipelines do."""
     view = (1, config.z_dim, 1, 1, 1)
     mean = torch.tensor(config.latents_mean).view(view).to(latents)
     inverse_std = 1.0 / torch.tensor(config.latents_std).view(view).to(latents)
@@ -145,7 +145,8 @@ def _temporal_factor(decoder: Any) -> int:
 
 
 def _whole_frames(vae: Any, latents: Tensor) -> Iterator[Tensor]:
-    """Features (1, c, 1, h, w) of each latent frame after the first up block's residual blocks."""
+    """Return the features (1, c, 1, h, w) of each latent frame after the first up block's residual
+    blocks."""
     past = Past()
     window, decoder = Window.whole(*latents.shape[-2:]), vae.decoder
     runs: Iterator[Run] = (once(latents[:, :, at : at + 1]) for at in range(latents.shape[2]))

@@ -139,7 +139,8 @@ def _check_size(size: tuple[int, int, int], temporal: int, spatial: int, *, one:
 def _tile_frames(
     encoder: Any, runs: Iterator[Run], tile: EncodeTile, patch: int = 1
 ) -> Iterator[Run]:
-    """Features of one tile after the last downsampler, (1, c, 1, h, w) for each latent frame."""
+    """Return the features of one tile after the last downsampler, (1, c, 1, h, w) for each latent
+    frame."""
     if hasattr(encoder.down_blocks[0], "avg_shortcut"):
         return vae_residual.encoded_tile(encoder, _only(runs, patch), tile)
     past = Past()

@@ -53,7 +53,7 @@ class Past:
         return room
 
     def room(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Unfilled memory of ``shape`` and of ``like``'s kind, until the next call."""
+        """Return unfilled memory of ``shape`` and of ``like``'s kind, until the next call."""
         count = math.prod(shape)
         if self._room is None or self._room.numel() < count:
             self._room = None  # before there is a larger one
@@ -228,7 +228,7 @@ def normalised(norm: Any, x: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def activated(norm: Any, x: Tensor, out: Tensor) -> Tensor:
-    """Norm and SiLU of ``x``, in ``out``."""
+    """Apply norm and SiLU to ``x``, in ``out``."""
     return F.silu(normalised(norm, x, out), inplace=True)
 
 
@@ -353,7 +353,7 @@ def joined_in_time(past: Past, seen: list[Tensor]) -> Tensor:
 
 
 def doubled_size(upsampler: Any, past: Past, low: Window, after: Window, frame: Tensor) -> Tensor:
-    """Nearest-neighbour enlargement (a copy, so exact in any dtype) and its convolution."""
+    """Enlarge by the nearest neighbour (a copy, so exact in any dtype), and convolve."""
     conv = upsampler.resample[1]
     height, width = 2 * frame.shape[-2], 2 * frame.shape[-1]
     large = past.room(frame, (1, frame.shape[1], height, width))

@@ -165,7 +165,8 @@ def _saved_latents(stage: Stage) -> Products | None:
 
 
 def encode_prompts(stage: Stage) -> list[Tensor]:
-    """Text states (1, 512, d) of the prompt and, with guidance, of the negative prompt, on CPU."""
+    """Return the text states (1, 512, d) of the prompt and, with guidance, of the negative prompt,
+    on CPU."""
     component, request = model_of(stage).text, stage.job.request
     texts = [request.prompt]
     if workload_of(request).texts == 2:
@@ -229,8 +230,8 @@ def see_picture(stage: Stage, path: Path) -> tuple[Tensor | None, Tensor]:
 
 
 def encode_pictures(stage: Stage) -> tuple[Tensor, list[Tensor]]:
-    """Image states (1, tokens, image_dim) of the pictures, one after another, and the pictures at
-    the video's size, on the CPU."""
+    """Return the image states (1, tokens, image_dim) of the pictures, one after another, and the
+    pictures at the video's size, on the CPU."""
     component = model_of(stage).image
     assert component is not None
     with stage.phase("image", len(component.blocks), "layer") as (plan, phase):
@@ -544,7 +545,7 @@ def _guided(predictions: list[Tensor], scale: float | None) -> Tensor:
 
 
 def decode(stage: Stage, latents: Tensor) -> Tensor:
-    """Latents to the video, uint8 (frames, h, w, 3) in RAM."""
+    """Decode the latents to the video, uint8 (frames, h, w, 3) in RAM."""
     component, request = model_of(stage).vae_decoder, stage.job.request
     shape = (request.frames, request.height, request.width, 3)
     grid = TileGrid(*stage.plan["decode"].tiles)

@@ -89,7 +89,7 @@ def hop_of(config: Mapping[str, Any]) -> int:
 
 
 def statistics(config: Mapping[str, Any]) -> tuple[list[float], list[float]]:
-    """Mean and deviation of each latent channel."""
+    """Return the mean and deviation of each latent channel."""
     channels = config["latent_channels"]
     mean, deviation = config.get("latents_mean"), config.get("latents_std")
     return list(mean or [0.0] * channels), list(deviation or [1.0] * channels)

@@ -32,7 +32,7 @@ _ENDS = 64
 
 
 def sound_work_bytes(spec: AudioSpec, latents: int) -> int:
-    """Peak bytes of activations while ``latents`` latents a channel become samples."""
+    """Return the peak bytes of activations while ``latents`` latents a channel become samples."""
     given = CHANNELS * spec.channels * latents * _SINGLE
     widened = CHANNELS * spec.wide * latents * _SINGLE
     width, length = spec.width, latents
@@ -59,7 +59,7 @@ def _made(spec: AudioSpec, elements: int) -> int:
 
 
 def sound_flops(spec: AudioSpec, latents: int) -> int:
-    """FLOPs of decoding, its filters left out."""
+    """Return the FLOPs of decoding, its filters left out."""
     width, length = spec.width, latents
     total = length * width * spec.wide * 7
     for rate, kernel in zip(spec.rates, spec.kernels, strict=True):

@@ -33,7 +33,7 @@ def decode(stage: Stage, latents: Tensor) -> Sound:
 
 
 def statistics(component: Component) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (1, c, 1) of the latents: of the config, or beside the weights.
+    """Return the mean and deviation (1, c, 1) of the latents: of the config, or beside the weights.
 
     Raises:
         CheckpointError: neither says them.

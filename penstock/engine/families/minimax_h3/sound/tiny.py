@@ -17,7 +17,7 @@ CONFIG: dict[str, Any] = {
 
 
 def audio_vae(channels: int = 6) -> Any:
-    """diffusers' model; its lengths and biases are shaken, so that each one counts.
+    """Return diffusers' model; its lengths and biases are shaken, so that each one counts.
 
     Args:
         channels: of its latents.

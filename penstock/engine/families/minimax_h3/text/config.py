@@ -188,7 +188,7 @@ def _derive_tower(shapes: ShapesOf) -> dict[str, Any]:
 
 
 def width_of(config: Mapping[str, Any]) -> int:
-    """Of the states that it gives."""
+    """Return the width of the states that it gives."""
     return int(language(config)["hidden_size"])
 
 

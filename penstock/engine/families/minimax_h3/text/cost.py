@@ -32,8 +32,8 @@ _INDEX = 8  # bytes of an int64
 
 
 def text_bytes(spec: TextSpec, tokens: int, seen: int = 0, itemsize: int | None = None) -> int:
-    """Peak bytes of activations while ``tokens`` tokens are encoded, ``seen`` of which stand for
-    pictures."""
+    """Return the peak bytes of activations while ``tokens`` tokens are encoded, ``seen`` of which
+    stand for pictures."""
     item = itemsize or spec.weights.itemsize
     states = tokens * spec.hidden_size * item
     waves = 2 * tokens * spec.head_dim * item
@@ -51,7 +51,8 @@ def text_bytes(spec: TextSpec, tokens: int, seen: int = 0, itemsize: int | None 
 
 
 def _waves(tokens: int, head: int) -> int:
-    """Angles of three axes in fp32, their cosines and sines, and one of both put together."""
+    """Return the angles of three axes in fp32, their cosines and sines, and one of both put
+    together."""
     return tokens * (3 * 3 * head // 2 + 2 * head) * _SINGLE + 12 * (tokens + 1) * _INDEX + 4 * head
 
 
@@ -85,7 +86,8 @@ def _attention(spec: TextSpec, tokens: int, item: int) -> int:
 
 
 def text_flops(spec: TextSpec, tokens: int) -> int:
-    """FLOPs of encoding ``tokens`` tokens; of the scores above the diagonal none is computed."""
+    """Return the FLOPs of encoding ``tokens`` tokens; of the scores above the diagonal none is
+    computed."""
     width = spec.hidden_size
     linear = width * (2 * spec.queries + 2 * spec.keys + 3 * spec.intermediate_size)
     attention = tokens * spec.queries
@@ -93,8 +95,8 @@ def text_flops(spec: TextSpec, tokens: int) -> int:
 
 
 def vision_bytes(spec: VisionSpec, patches: tuple[int, ...], itemsize: int | None = None) -> int:
-    """Peak bytes of activations while pictures of so many patches are seen, the pixel values
-    included."""
+    """Return the peak bytes of activations while pictures of so many patches are seen, the pixel
+    values included."""
     item = itemsize or spec.weights.itemsize
     every, largest = sum(patches), max(patches)
     width, head = spec.hidden_size, spec.hidden_size // spec.num_heads
@@ -114,7 +116,7 @@ def vision_bytes(spec: VisionSpec, patches: tuple[int, ...], itemsize: int | Non
 
 
 def vision_flops(spec: VisionSpec, patches: tuple[int, ...]) -> int:
-    """FLOPs of seeing pictures of so many patches."""
+    """Return the FLOPs of seeing pictures of so many patches."""
     width, layers = spec.hidden_size, len(spec.weights.block_bytes)
     merged = width * spec.merged
     merger = merged * (merged + spec.out_hidden_size) * (1 + spec.mergers) // spec.merged
@@ -197,7 +199,7 @@ def feature_bytes(case: H3Case) -> int:
 
 
 def _prepared_bytes(spec: VisionSpec, patches: tuple[int, ...]) -> int:
-    """Patches of the pictures in fp32, and of one of them what its making takes: every pixel in
-    fp64, in fp32 and normed, beside the patches that repeat it."""
+    """Return the patches of the pictures in fp32, and of one of them what its making takes: every
+    pixel in fp64, in fp32 and normed, beside the patches that repeat it."""
     one = max(patches) * spec.values
     return (sum(patches) * spec.values + one) * _SINGLE + one // 2 * (2 * _SINGLE + _SINGLE)

@@ -46,7 +46,8 @@ class _Seen:
 
 
 def encode(stage: Stage, frames: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """States (1, n, d) of the prompt and of ``frames`` before it, and the tag of each row (n,).
+    """Return the states (1, n, d) of the prompt and of ``frames`` before it, and the tag of each
+    row (n,).
 
     Args:
         frames: the pictures at the video's size, uint8 (h, w, 3).

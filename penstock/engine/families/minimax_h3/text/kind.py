@@ -90,7 +90,7 @@ def shapes(config: Mapping[str, Any]) -> Shapes:
 
 
 def layer_shapes(words: Mapping[str, Any]) -> Shapes:
-    """Of one layer of the language model."""
+    """Return the shapes of one layer of the language model."""
     width, inner, head = words["hidden_size"], words["intermediate_size"], words["head_dim"]
     queries, bias = words["num_attention_heads"] * head, words["attention_bias"]
     keys = words["num_key_value_heads"] * head
@@ -108,7 +108,7 @@ def layer_shapes(words: Mapping[str, Any]) -> Shapes:
 
 
 def tower_block_shapes(tower: Mapping[str, Any]) -> Shapes:
-    """Of one layer of the vision tower."""
+    """Return the shapes of one layer of the vision tower."""
     width, inner = tower["hidden_size"], tower["intermediate_size"]
     block = _norm("norm1", width) | _norm("norm2", width)
     block |= _linear("attn.qkv", 3 * width, width) | _linear("attn.proj", width, width)
@@ -116,7 +116,7 @@ def tower_block_shapes(tower: Mapping[str, Any]) -> Shapes:
 
 
 def tower_rest_shapes(tower: Mapping[str, Any]) -> Shapes:
-    """Of the vision tower outside its layers."""
+    """Return the shapes of the vision tower outside its layers."""
     width, patch = tower["hidden_size"], tower["patch_size"]
     cube = (tower["in_channels"], tower["temporal_patch_size"], patch, patch)
     merged = width * tower["spatial_merge_size"] ** 2
@@ -133,7 +133,7 @@ def tower_rest_shapes(tower: Mapping[str, Any]) -> Shapes:
 
 
 def tower_shapes(tower: Mapping[str, Any]) -> Shapes:
-    """Of the whole vision tower."""
+    """Return the shapes of the whole vision tower."""
     found = _prefixed("model.visual.", tower_rest_shapes(tower))
     for index in range(tower["depth"]):
         found |= _prefixed(f"{TOWER}{index}.", tower_block_shapes(tower))

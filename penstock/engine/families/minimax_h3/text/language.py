@@ -38,7 +38,7 @@ class Presentation:
     merge: int = 2
 
     def seen(self) -> list[int]:
-        """Places of the tokens that stand for pictures."""
+        """Return the places of the tokens that stand for pictures."""
         return [
             place for start, grid in self.pictures for place in range(start, start + self._of(grid))
         ]
@@ -78,8 +78,8 @@ def present(
 
 
 def positions(shown: Presentation) -> Tensor:
-    """Time, height and width of each token, (3, n): text counts on in all three; a picture has one
-    time, and takes as many counts as its longer side."""
+    """Return the time, height and width of each token, (3, n): text counts on in all three; a
+    picture has one time, and takes as many counts as its longer side."""
     parts, done, count = [], 0, 0
 
     def words(until: int) -> None:
@@ -99,8 +99,8 @@ def positions(shown: Presentation) -> Tensor:
 
 
 def rope(places: Tensor, config: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (1, 1, n, head width) of tokens at ``places`` (3, n): the frequencies take
-    turns between time, height and width, as far as each one's section goes."""
+    """Return the cosines and sines (1, 1, n, head width) of tokens at ``places`` (3, n): the
+    frequencies take turns between time, height and width, as far as each one's section goes."""
     head = config["head_dim"]
     steps = torch.arange(0, head, 2, dtype=torch.float32, device=places.device) / head
     angles = places[..., None].float() * (1.0 / config["rope_theta"] ** steps)  # (3, n, head / 2)
@@ -121,8 +121,8 @@ def embed(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Embedding vectors (1, n, d) of the tokens; each distinct token's row is read once, no
-    other."""
+    """Return the embedding vectors (1, n, d) of the tokens; each distinct token's row is read once,
+    no other."""
     distinct = sorted(set(shown.ids))
     place = {token: index for index, token in enumerate(distinct)}
     rows = read_rows(distinct).to(device=device, dtype=dtype)

@@ -17,8 +17,8 @@ PROCESSOR: Mapping[str, Any] = MappingProxyType({
 
 
 def seen_size(height: int, width: int, processor: Mapping[str, Any] = PROCESSOR) -> tuple[int, int]:
-    """Height and width that a picture is scaled to: whole tokens, and not too few pixels or too
-    many. As transformers' ``smart_resize``."""
+    """Return the height and width that a picture is scaled to: whole tokens, and not too few pixels
+    or too many. As transformers' ``smart_resize``."""
     config = {**PROCESSOR, **processor}
     side = config["patch_size"] * config["merge_size"]
     edges = {**PROCESSOR["size"], **config["size"]}
@@ -37,14 +37,15 @@ def seen_size(height: int, width: int, processor: Mapping[str, Any] = PROCESSOR)
 
 
 def grid(height: int, width: int, processor: Mapping[str, Any] = PROCESSOR) -> tuple[int, int]:
-    """Patches of a picture of that size, down and across."""
+    """Return the patches of a picture of that size, down and across."""
     patch = {**PROCESSOR, **processor}["patch_size"]
     rows, columns = seen_size(height, width, processor)
     return rows // patch, columns // patch
 
 
 def tokens(height: int, width: int, processor: Mapping[str, Any] = PROCESSOR) -> int:
-    """Tokens that stand for a picture of that size, its two marks and its name included."""
+    """Return the tokens that stand for a picture of that size, its two marks and its name
+    included."""
     merge = {**PROCESSOR, **processor}["merge_size"]
     down, across = grid(height, width, processor)
     return down * across // int(merge) ** 2 + 2 + LABEL_TOKENS

@@ -79,7 +79,7 @@ def of(components: Mapping[str, Component], computing: Computing) -> TextSpec:
 def language_spec(
     config: Mapping[str, Any], weights: Weights, storage: Storage, vision: VisionSpec | None
 ) -> TextSpec:
-    """By the whole encoder's config."""
+    """Make the spec by the whole encoder's config."""
     words = configs.language(config)
     return TextSpec(
         weights=weights,
@@ -94,7 +94,7 @@ def language_spec(
 
 
 def vision_spec(config: Mapping[str, Any], weights: Weights, storage: Storage) -> VisionSpec:
-    """By the whole encoder's config, which has a tower."""
+    """Make the spec by the whole encoder's config, which has a tower."""
     tower = configs.vision(config)
     assert tower is not None
     return VisionSpec(

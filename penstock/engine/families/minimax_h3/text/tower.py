@@ -17,7 +17,8 @@ from penstock.engine.families.minimax_h3.text.language import turned
 
 
 def grid_places(height: int, width: int, merge: int) -> tuple[Tensor, Tensor]:
-    """Row and column of each patch of a picture: patches that become one token lie together."""
+    """Return the row and column of each patch of a picture: patches that become one token lie
+    together."""
     rows = torch.arange(height)[:, None].expand(height, width)
     columns = torch.arange(width)[None].expand(height, width)
     shape = (height // merge, merge, width // merge, merge)
@@ -26,8 +27,8 @@ def grid_places(height: int, width: int, merge: int) -> tuple[Tensor, Tensor]:
 
 
 def embed_patches(tower: Any, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Patches of a picture with their learned places, (patches, width): the square table of places
-    is scaled to the picture's grid."""
+    """Return the patches of a picture with their learned places, (patches, width): the square table
+    of places is scaled to the picture's grid."""
     hidden = tower.patch_embed(pixels)
     side = int(tower.config.num_position_embeddings**0.5)
     taps, weights = _taps(grid, side, tower.config.spatial_merge_size)
@@ -54,8 +55,8 @@ def _taps(grid: tuple[int, int], side: int, merge: int) -> tuple[Tensor, Tensor]
 def tower_rope(
     grid: tuple[int, int], config: Any, device: torch.device | str
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (patches, 1, head width) fp32: half of the angles turn with the row, half
-    with the column."""
+    """Return the cosines and sines (patches, 1, head width) fp32: half of the angles turn with the
+    row, half with the column."""
     head = config["hidden_size"] // config["num_heads"]
     steps = torch.arange(0, head // 2, 2, dtype=torch.float32) / (head // 2)
     frequencies = (1.0 / config["rope_theta"] ** steps).to(device)

@@ -98,7 +98,7 @@ def check(where: str, config: Mapping[str, Any]) -> None:
 
 
 def rope_width(config: Mapping[str, Any]) -> int:
-    """Channels of a head that are turned by place."""
+    """Return the channels of a head that are turned by place."""
     return int(config["decoder_attention_head_dim"] * config["decoder_rope_dim_ratio"])
 
 

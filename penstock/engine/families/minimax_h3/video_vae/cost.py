@@ -50,7 +50,7 @@ READING_COST = 0.01
 
 
 def encode_bytes(spec: ClipVaeSpec, height: int, width: int) -> int:
-    """Peak bytes of activations while a picture is encoded, its pixels included."""
+    """Return the peak bytes of activations while a picture is encoded, its pixels included."""
     rows, columns = (Axis.over(size, spec.spatial_factor) for size in (height, width))
     moments = 2 * spec.z_dim * (rows.size // spec.spatial_factor) * (
         columns.size // spec.spatial_factor
@@ -61,8 +61,8 @@ def encode_bytes(spec: ClipVaeSpec, height: int, width: int) -> int:
 
 
 def tile_encode_bytes(spec: ClipVaeSpec, height: int, width: int) -> int:
-    """Peak bytes while the CNN encodes one tile. A convolution in time sees two frames of zeros
-    before the one there is."""
+    """Return the peak bytes while the CNN encodes one tile. A convolution in time sees two frames
+    of zeros before the one there is."""
     most, into = _convolved(_COLOURS, spec.widths[0], height, width, 0), spec.widths[0]
     for out, temporal, spatial in zip(spec.widths, spec.temporal, spec.spatial, strict=True):
         for _ in range(spec.layers):
@@ -80,7 +80,7 @@ def tile_encode_bytes(spec: ClipVaeSpec, height: int, width: int) -> int:
 
 
 def _resnet(into: int, out: int, height: int, width: int) -> int:
-    """Elements: the input; what the first convolution gave; the second at work."""
+    """Return the elements: the input; what the first convolution gave; the second at work."""
     area = height * width
     first = _convolved(into, out, height, width, into * area)
     second = _convolved(out, out, height, width, (into + out) * area)
@@ -88,13 +88,14 @@ def _resnet(into: int, out: int, height: int, width: int) -> int:
 
 
 def _convolved(into: int, out: int, height: int, width: int, held: int) -> int:
-    """Elements: what is held, the input, the same with its borders, and with two frames before."""
+    """Return the elements: what is held, the input, the same with its borders, and with two frames
+    before."""
     area, wider = height * width, (height + 2) * (width + 2)
     return held + into * area + max(4 * into * wider, 3 * into * wider + out * area)
 
 
 def encode_flops(spec: ClipVaeSpec, height: int, width: int) -> int:
-    """FLOPs of encoding a picture, zeros before it included."""
+    """Return the FLOPs of encoding a picture, zeros before it included."""
     rows, columns = (Axis.over(size, spec.spatial_factor) for size in (height, width))
     high, wide, into, total = rows.length, columns.length, spec.widths[0], 0
     total += 27 * _COLOURS * into * high * wide
@@ -110,7 +111,7 @@ def encode_flops(spec: ClipVaeSpec, height: int, width: int) -> int:
 
 
 def tokens_of(spec: ClipVaeSpec, tiling: Tiling) -> int:
-    """Of a tile, those that stand for no latent included."""
+    """Count the tokens of a tile, those that stand for no latent included."""
     return tiling.tokens + spec.registers + 1
 
 
@@ -120,8 +121,8 @@ def held_bytes(spec: ClipVaeSpec, tiling: Tiling, tiles: int) -> int:
 
 
 def tile_bytes(spec: ClipVaeSpec, tiling: Tiling, itemsize: int | None = None) -> int:
-    """Peak bytes of activations while one tile goes through the decoder, beside the states that
-    are held."""
+    """Return the peak bytes of activations while one tile goes through the decoder, beside the
+    states that are held."""
     item = itemsize or spec.decoder.itemsize
     tokens = tokens_of(spec, tiling)
     states = tokens * spec.width
@@ -158,7 +159,7 @@ def canvas_bytes(tiling: Tiling, itemsize: int) -> int:
 
 
 def decode_flops(spec: ClipVaeSpec, tiling: Tiling) -> int:
-    """FLOPs of decoding all tiles."""
+    """Return the FLOPs of decoding all tiles."""
     tokens, width = tokens_of(spec, tiling), spec.width
     linear = width * width * (4 + 3 * spec.ffn_mult)
     layer = tokens * (linear + 2 * tokens * width)
@@ -283,7 +284,7 @@ class DecodeTiles:
         return Network.of(self.case.manifest.vae.decoder.block_bytes)
 
     def _size(self, passes: int) -> int:
-        """Tiles of a group."""
+        """Return the tiles of a group."""
         return -(-self._tiling.count // passes)
 
     def _work(self, passes: int) -> Items:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 def decode(stage: Stage, latents: Tensor) -> Tensor:
-    """Frames, uint8 (t, H, W, 3) on the CPU, of normalised latents (1, z, t, h, w) fp32."""
+    """Return the frames, uint8 (t, H, W, 3) on the CPU, of normalised latents (1, z, t, h, w)
+    fp32."""
     component = stage.model.parts[DECODER]
     latent = latents.shape[2], latents.shape[3], latents.shape[4]
     tiling = Tiling.of(component.config, latent)
@@ -45,7 +46,7 @@ def decode(stage: Stage, latents: Tensor) -> Tensor:
 
 
 def denormalised(latents: Tensor, config: Any) -> Tensor:
-    """Latents as the VAE has them."""
+    """Return the latents as the VAE has them."""
     mean, deviation = (
         torch.tensor(config[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std")
     )

@@ -20,7 +20,8 @@ SEED = 42
 
 
 def encode(stage: Stage, frames: Sequence[Tensor]) -> Tensor:
-    """Latents (k, z, 1, h, w) of ``frames``, uint8 (H, W, 3) each, fp32, normalised, on the CPU."""
+    """Return the latents (k, z, 1, h, w) of ``frames``, uint8 (H, W, 3) each, fp32, normalised, on
+    the CPU."""
     component = stage.model.parts[ENCODER]
     units = sum(axes[0].count * axes[1].count for axes in map(axes_of, frames))
     with stage.phase("encode", units, "tile") as (_, phase), stage.rest(component) as vae:
@@ -37,7 +38,7 @@ def axes_of(frame: Tensor, factor: int = 16) -> tuple[Axis, Axis]:
 def encode_picture(
     vae: Any, frame: Tensor, should_stop: Callable[[], object] = lambda: None
 ) -> Tensor:
-    """Latents (1, z, 1, h, w) of a picture, on the CPU.
+    """Return the latents (1, z, 1, h, w) of a picture, on the CPU.
 
     As diffusers' modular pipeline makes them: ImageNet's norm, the makers' tiles, a draw from the
     posterior, rounded to fp16, then normalised.
@@ -71,7 +72,7 @@ def normed(frame: Tensor) -> Tensor:
 def encode_tiles(
     vae: Any, pixels: Tensor, should_stop: Callable[[], object] = lambda: None
 ) -> Tensor:
-    """Moments (1, 2z, 1, h, w) of a picture (1, 3, 1, H, W), its tiles blended."""
+    """Return the moments (1, 2z, 1, h, w) of a picture (1, 3, 1, H, W), its tiles blended."""
     factor = 1
     for each in vae.config.spatial_downsample_factors:
         factor *= each

@@ -95,7 +95,7 @@ def shapes(config: Mapping[str, Any]) -> Shapes:
 
 
 def encoder_shapes(known: Mapping[str, Any]) -> Shapes:
-    """Of the CNN that encodes."""
+    """Return the shapes of the CNN that encodes."""
     widths, latent = known["block_out_channels"], known["latent_channels"]
     found = _conv("conv_in", widths[0], known["in_channels"], 3)
     into = widths[0]
@@ -116,7 +116,7 @@ def encoder_shapes(known: Mapping[str, Any]) -> Shapes:
 
 
 def rest_shapes(known: Mapping[str, Any]) -> Shapes:
-    """Of what is neither in the CNN nor in the decoder's blocks."""
+    """Return the shapes of what is neither in the CNN nor in the decoder's blocks."""
     latent, width = known["latent_channels"], width_of(known)
     volume = (
         prod(known["temporal_downsample_factors"]) * prod(known["spatial_downsample_factors"]) ** 2
@@ -130,7 +130,7 @@ def rest_shapes(known: Mapping[str, Any]) -> Shapes:
 
 
 def block_shapes(known: Mapping[str, Any]) -> Shapes:
-    """Of one of the decoder's blocks."""
+    """Return the shapes of one of the decoder's blocks."""
     width, found = width_of(known), Shapes()
     if known["fused"]:
         found |= _linear("attn.to_qkv", 3 * width, width)
@@ -145,7 +145,7 @@ def block_shapes(known: Mapping[str, Any]) -> Shapes:
 
 
 def width_of(known: Mapping[str, Any]) -> int:
-    """Of the decoder's states."""
+    """Return the width of the decoder's states."""
     return int(known["decoder_num_attention_heads"] * known["decoder_attention_head_dim"])
 
 

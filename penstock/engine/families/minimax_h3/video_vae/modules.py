@@ -147,7 +147,7 @@ class MiniMaxH3VideoEncoder3d(nn.Module):
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Pixels (1, 3, t, h, w) to moments (1, 2 z, t', h', w')."""
+        """Map pixels (1, 3, t, h, w) to moments (1, 2 z, t', h', w')."""
         hidden = self.conv_in(hidden)
         for block in self.down_blocks:
             for stage in block.stages():  # type: ignore[operator]

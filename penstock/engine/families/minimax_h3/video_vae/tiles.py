@@ -62,11 +62,11 @@ class Axis:
         return Axis(starts, self.length // factor, tuple(each // factor for each in self.overlaps))
 
     def before(self, index: int) -> int:
-        """Pixels in common with the tile before; 0: it is the first."""
+        """Return the pixels in common with the tile before; 0: it is the first."""
         return self.overlaps[index - 1] if index else 0
 
     def kept(self, index: int) -> int:
-        """Pixels of a tile that are no other's, counted from its begin."""
+        """Return the pixels of a tile that are no other's, counted from its begin."""
         return self.length - (self.overlaps[index] if index < len(self.overlaps) else 0)
 
 
@@ -90,7 +90,7 @@ class Clips:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], latent_frames: int) -> Clips:
-        """Of a video of ``latent_frames``.
+        """Make it of a video of ``latent_frames``.
 
         Raises:
             UsageError: they are no whole number of clips.
@@ -142,7 +142,7 @@ class Tiling:
 
     @classmethod
     def of(cls, config: Mapping[str, Any], latent: tuple[int, int, int]) -> Tiling:
-        """Of a video with so many latent frames, rows and columns.
+        """Make it of a video with so many latent frames, rows and columns.
 
         Raises:
             UsageError: as `Clips.of`.
@@ -152,7 +152,7 @@ class Tiling:
         return cls(rows, columns, Clips.of(config, latent[0]), factor)
 
     def tiles(self) -> Iterator[Tile]:
-        """Clip by clip, row by row."""
+        """Yield the tiles, clip by clip and row by row."""
         for clip in range(self.clips.count):
             for row in range(self.rows.count):
                 for column in range(self.columns.count):

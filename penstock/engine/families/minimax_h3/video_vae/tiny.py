@@ -15,8 +15,8 @@ CONFIG: dict[str, Any] = {
 
 
 def vae(dtype: torch.dtype = torch.float32, channels: int = 4) -> Any:
-    """diffusers' model as `from_pretrained` gives it in ``dtype``: what is sensitive stays in fp32.
-    Norms, scales and biases are shaken, so that each one counts.
+    """Return diffusers' model as `from_pretrained` gives it in ``dtype``: what is sensitive stays
+    in fp32. Norms, scales and biases are shaken, so that each one counts.
 
     Args:
         channels: of its latents.

@@ -33,8 +33,8 @@ def cut(latents: Tensor, tiling: Tiling, tile: Tile) -> Tensor:
 
 
 def rope(tiling: Tiling, config: Any, dtype: torch.dtype, device: Any) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (1, n, 1, turned channels) of the tokens of a tile: places run from -1 to
-    1 along each axis, and those that stand for no latent are in the middle."""
+    """Return the cosines and sines (1, n, 1, turned channels) of the tokens of a tile: places run
+    from -1 to 1 along each axis, and those that stand for no latent are in the middle."""
     sizes = (
         tiling.clips.length,
         *(axis.length // tiling.factor for axis in (tiling.rows, tiling.columns)),
@@ -113,7 +113,7 @@ def _placed(norm: Module, states: Tensor, waves: tuple[Tensor, Tensor]) -> Tenso
 
 
 def leave(vae: Any, hidden: Tensor, tiling: Tiling) -> Tensor:
-    """States of a tile to its pixels, (1, 3, frames, h, w), normed as ImageNet's."""
+    """Map the states of a tile to its pixels, (1, 3, frames, h, w), normed as ImageNet's."""
     decoder, clips = vae.decoder, tiling.clips
     rows, columns = tiling.rows.length // tiling.factor, tiling.columns.length // tiling.factor
     normed = decoder.norm_out(hidden).to(decoder.proj_out.weight.dtype)

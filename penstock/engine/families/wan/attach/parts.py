@@ -37,7 +37,7 @@ class TextPart(Part):
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **more: Any) -> Any:
-        """Token ids (b, n) and their mask (b, n) to hidden states (b, n, d).
+        """Map token ids (b, n) and their mask (b, n) to hidden states (b, n, d).
 
         Raises:
             UsageError: more than 512 tokens, a mask that is not ones and then zeros, or an
@@ -115,7 +115,7 @@ class ImagePart(Part):
 
     @torch.no_grad()
     def forward(self, pixel_values: Tensor, output_hidden_states: bool = False, **more: Any) -> Any:
-        """Pixels (b, 3, s, s) to ``hidden_states``, whose entry -2 is (b, n, d)."""
+        """Map pixels (b, 3, s, s) to ``hidden_states``, whose entry -2 is (b, n, d)."""
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         more.pop("return_dict", None)
@@ -173,8 +173,8 @@ class TransformerPart(Part):
         return_dict: bool = True,
         attention_kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Latents (b, c, t, h, w), timesteps (b,), text (b, n, d) and image states (b, m, e) to the
-        prediction (b, c', t, h, w).
+        """Map latents (b, c, t, h, w), timesteps (b,), text (b, n, d) and image states (b,
+        m, e) to the prediction (b, c', t, h, w).
 
         Raises:
             OverBudget: no plan fits for latents of that size.

@@ -29,7 +29,7 @@ PARTS: Mapping[str, type[Part]] = MappingProxyType(
 
 
 def pipeline_of(model: ModelFiles, desk: Desk) -> Any:
-    """diffusers' pipeline of ``model``, its networks replaced by parts.
+    """Return diffusers' pipeline of ``model``, its networks replaced by parts.
 
     Raises:
         CheckpointError: the model's scheduler is none of diffusers.

@@ -57,7 +57,7 @@ class VaePart(Part):
 
     @torch.no_grad()
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:
-        """Pixels (b, 3, t, h, w) in [-1, 1] to a posterior's mode (b, z, t', h', w').
+        """Map pixels (b, 3, t, h, w) in [-1, 1] to a posterior's mode (b, z, t', h', w').
 
         Raises:
             RequestError: a size that does not divide into latents.
@@ -91,7 +91,8 @@ class VaePart(Part):
 
     @torch.no_grad()
     def decode(self, z: Tensor, return_dict: bool = True) -> Any:
-        """Latents (b, z, t, h, w) in the VAE's own range to pixels (b, 3, t', h', w') in [-1, 1].
+        """Map latents (b, z, t, h, w) in the VAE's own range to pixels (b, 3, t', h', w') in
+        [-1, 1].
 
         Raises:
             OverBudget: no plan fits.
@@ -127,7 +128,8 @@ class VaePart(Part):
 
 
 def _of_diffusers(vae: Any) -> Any:
-    """Diffusers' own class around the tensors that are bound to ``vae``: its forward, its bits."""
+    """Return diffusers' own class around the tensors that are bound to ``vae``: its forward, its
+    bits."""
     from diffusers import AutoencoderKLWan
 
     with torch.device("meta"):
@@ -137,7 +139,8 @@ def _of_diffusers(vae: Any) -> Any:
 
 
 def _changes(clip: Tensor) -> list[int]:
-    """Frames of ``clip``, contiguous (3, t, h, w), that differ from the one before in any bit."""
+    """Return the frames of ``clip``, contiguous (3, t, h, w), that differ from the one before in
+    any bit."""
     frames = clip.view(torch.uint8).unbind(1)
     differ = (not torch.equal(*pair) for pair in pairwise(frames))
     return [0, *(at for at, differs in enumerate(differ, start=1) if differs)]

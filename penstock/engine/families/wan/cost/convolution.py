@@ -53,13 +53,13 @@ def call_bytes(widths: tuple[int, int], area: int, made: int, taps: int, itemsiz
 
 
 def _rows_bytes(nbytes: int) -> int:
-    """Workspace for an input of 16-bit elements on a CPU with a matrix unit."""
+    """Return the workspace for an input of 16-bit elements on a CPU with a matrix unit."""
     return min(2 * nbytes, _ROWS_BYTES) + _TILES_BYTES
 
 
 def _sums_bytes(wide_out: int, made: int, taps: int) -> int:
-    """Workspace on one without: where the kernel is a single pixel, oneDNN's ``jit_bf16_1x1`` takes
-    room for all of its result in fp32."""
+    """Return the workspace on one without: where the kernel is a single pixel, oneDNN's
+    ``jit_bf16_1x1`` takes room for all of its result in fp32."""
     if taps > 1:
         return 0
     return wide_out * (made + _MOST_PIXELS - 1) * _SINGLE + _ALIGNMENT_BYTES

@@ -18,7 +18,7 @@ _CHANNELS = 3
 def text_bytes(
     spec: TextSpec, tokens: int = 512, prompts: int = 2, itemsize: int | None = None
 ) -> int:
-    """Peak bytes of activations while prompts are embedded and encoded.
+    """Return the peak bytes of activations while prompts are embedded and encoded.
 
     Args:
         spec: the encoder.
@@ -41,12 +41,13 @@ def text_bytes(
 
 
 def _embedding(states: int, single: int, tokens: int, prompts: int) -> int:
-    """Rows as read (fp32 at worst), the same in the compute type, and the prompts' vectors."""
+    """Return the rows as read (fp32 at worst), the same in the compute type, and the prompts'
+    vectors."""
     return prompts * (2 * states + single) + tokens * _INDEX
 
 
 def _norm(states: int, single: int, tokens: int) -> int:
-    """RMS norm: two fp32 copies, what it returns, and the means."""
+    """Return the RMS norm: two fp32 copies, what it returns, and the means."""
     return 2 * single + states + 2 * tokens * _SINGLE
 
 
@@ -61,7 +62,7 @@ def _text_attention(spec: TextSpec, tokens: int, item: int) -> int:
 
 
 def text_flops(spec: TextSpec, tokens: int = 512, prompts: int = 2) -> int:
-    """FLOPs of encoding ``prompts`` prompts of ``tokens`` padded tokens."""
+    """Return the FLOPs of encoding ``prompts`` prompts of ``tokens`` padded tokens."""
     inner = spec.num_heads * spec.d_kv
     linear = spec.d_model * (4 * inner + 3 * spec.d_ff)
     attention = 2 * tokens * inner
@@ -69,8 +70,8 @@ def text_flops(spec: TextSpec, tokens: int = 512, prompts: int = 2) -> int:
 
 
 def image_bytes(spec: ImageSpec, itemsize: int | None = None, pictures: int = 1) -> int:
-    """Peak bytes of activations while pictures are encoded, their fp32 pixel values included. In
-    each layer they come one after the other.
+    """Return the peak bytes of activations while pictures are encoded, their fp32 pixel values
+    included. In each layer they come one after the other.
 
     Args:
         spec: the encoder.
@@ -93,7 +94,7 @@ def image_bytes(spec: ImageSpec, itemsize: int | None = None, pictures: int = 1)
 
 
 def image_flops(spec: ImageSpec) -> int:
-    """FLOPs of encoding one picture: all layers but the last, which is never run."""
+    """Return the FLOPs of encoding one picture: all layers but the last, which is never run."""
     patches = (spec.tokens - 1) * _CHANNELS * spec.patch_size**2 * spec.hidden_size
     linear = spec.hidden_size * (4 * spec.hidden_size + 2 * spec.intermediate_size)
     attention = 2 * spec.tokens * spec.hidden_size

@@ -154,7 +154,7 @@ class DenoiseCase:
 
 
 def grid_tokens(spec: TransformerSpec, latent: tuple[int, int, int]) -> int:
-    """Tokens of a latent grid."""
+    """Return the tokens of a latent grid."""
     count = 1
     for size, patch in zip(latent, spec.patch_size, strict=True):
         count *= size // patch
@@ -162,7 +162,7 @@ def grid_tokens(spec: TransformerSpec, latent: tuple[int, int, int]) -> int:
 
 
 def denoise_bytes(spec: TransformerSpec, case: DenoiseCase) -> PeakBytes:
-    """Peak of the denoising phase: what stays through it and its largest stage."""
+    """Return the peak of the denoising phase: what stays through it and its largest stage."""
     held = {
         "latents": sampler_state_bytes(spec, case),
         "model_input": spec.in_channels * _volume(case.latent) * spec.weights.itemsize,
@@ -184,7 +184,8 @@ def denoise_bytes(spec: TransformerSpec, case: DenoiseCase) -> PeakBytes:
 
 
 def context_bytes(spec: TransformerSpec, case: DenoiseCase) -> PeakBytes:
-    """Peak of the phase that computes time embedding, contexts and cross-attention K/V."""
+    """Return the peak of the phase that computes time embedding, contexts and cross-attention
+    K/V."""
     d, e = spec.inner_dim, spec.weights.itemsize
     text, image = case.text_tokens, case.image_tokens
     states = case.branches * text * spec.text_dim + image * (spec.image_dim or 0)
@@ -218,7 +219,7 @@ def context_bytes(spec: TransformerSpec, case: DenoiseCase) -> PeakBytes:
 
 
 def cross_kv_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
-    """Cross-attention keys and values of all blocks; the image's serve all branches."""
+    """Return the cross-attention keys and values of all blocks; the image's serve all branches."""
     tokens = case.branches * case.branch_text_tokens + case.image_tokens
     return 2 * spec.num_layers * tokens * spec.inner_dim * spec.weights.itemsize
 
@@ -254,7 +255,7 @@ def _fused_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
 def denoise_flops(
     spec: TransformerSpec, tokens: int, image_tokens: int, text_tokens: int = TEXT_TOKENS
 ) -> Flops:
-    """Arithmetic of one forward pass of one branch, as `denoise_forward` does it.
+    """Return the arithmetic of one forward pass of one branch, as `denoise_forward` does it.
 
     The two scores-and-values products of attention count 4 n m d each block; norms, rotations and
     activations are left out.
@@ -273,7 +274,7 @@ def denoise_flops(
 
 
 def context_flops(spec: TransformerSpec, case: DenoiseCase) -> int:
-    """Arithmetic before denoising: embedders, time embedding and cross-attention K/V."""
+    """Return the arithmetic before denoising: embedders, time embedding and cross-attention K/V."""
     d, image_dim = spec.inner_dim, spec.image_dim or 0
     texts = case.branches * case.text_tokens
     blocks = spec.num_layers * (texts + case.image_tokens) * 2 * d * d
@@ -289,17 +290,17 @@ def _volume(latent: tuple[int, int, int]) -> int:
 
 
 def _upcast(itemsize: int) -> int:
-    """Bytes an element of the fp32 copy that a norm makes of its input."""
+    """Return the bytes an element of the fp32 copy that a norm makes of its input."""
     return 0 if itemsize == FP32_BYTES else FP32_BYTES
 
 
 def _rope_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
-    """Cosine and sine of half a head's width for each token, in fp32."""
+    """Return the cosine and sine of half a head's width for each token, in fp32."""
     return grid_tokens(spec, case.latent) * spec.attention_head_dim * FP32_BYTES
 
 
 def _residual_itemsize(spec: TransformerSpec, case: DenoiseCase) -> int:
-    """Of the hidden states, the time embedding and the predictions."""
+    """Return the bytes an element of the hidden states, the time embedding and the predictions."""
     return FP32_BYTES if case.residual == "fp32" else spec.weights.itemsize
 
 
@@ -322,8 +323,8 @@ def _output_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
 
 
 def _earlier_outputs_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
-    """Predictions of the branches that went before, while the last ones are under way; of windows,
-    those of one alone, which wait for its last branch."""
+    """Return the predictions of the branches that went before, while the last ones are under way;
+    of windows, those of one alone, which wait for its last branch."""
     if case.windows > 1:
         waiting = case.visit_branches % case.branches and case.branches - 1
         return waiting * _output_bytes(spec, case)
@@ -362,7 +363,8 @@ def _block_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int]:
 
 
 def _block_modulation_bytes(spec: TransformerSpec) -> int:
-    """Six fp32 rows and two scales; their fp32 operand, then a norm's fp32 weight and bias."""
+    """Return six fp32 rows and two scales; their fp32 operand, then a norm's fp32 weight and
+    bias."""
     return (6 + 2 + 6) * spec.inner_dim * FP32_BYTES
 
 
@@ -375,8 +377,8 @@ def _layer_norm_bytes(spec: TransformerSpec, case: DenoiseCase, tokens: int) -> 
 
 
 def _wide_rows_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
-    """Rows of the time embedding's matrices in fp32 beside all steps' angles and inner rows, which
-    are all there before the projections are."""
+    """Return the rows of the time embedding's matrices in fp32 beside all steps' angles and inner
+    rows, which are all there before the projections are."""
     if not _is_wide(spec, case):
         return 0
     rows = (min(WIDE_ROWS, 6 * spec.inner_dim) * (spec.inner_dim + 1)) * FP32_BYTES
@@ -442,7 +444,7 @@ def _int8_attending(spec: TransformerSpec, chunk: int, tokens: int) -> dict[str,
 
 
 def _kernel_width(width: int) -> int:
-    """Of a head in comfy-kitchen's int8 attention."""
+    """Return the width of a head in comfy-kitchen's int8 attention."""
     return next(size for size in (64, 128, 256) if width <= size or size == 256)
 
 
@@ -459,7 +461,8 @@ def _lora_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
 
 
 def _head_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int]:
-    """Hidden states go and outputs come one branch at a time; each is projected, then unpatched."""
+    """Count the head: hidden states go and outputs come one branch at a time; each is projected,
+    then unpatched."""
     hidden, output = _hidden_bytes(spec, case), _output_bytes(spec, case)
     chunk = min(case.chunk_tokens, grid_tokens(spec, case.latent))
     patch_row = output // grid_tokens(spec, case.latent)
@@ -498,6 +501,6 @@ def _embedder_bytes(spec: TransformerSpec, case: DenoiseCase) -> int:
 
 
 def _embedder_rows_bytes(spec: TransformerSpec) -> int:
-    """Fp32 copies of norm weights, and the rows of one step's time embedding."""
+    """Return fp32 copies of norm weights, and the rows of one step's time embedding."""
     wide = max(spec.inner_dim, spec.image_dim or 0)
     return (2 * wide + 4 * spec.inner_dim + 6 * spec.freq_dim) * FP32_BYTES

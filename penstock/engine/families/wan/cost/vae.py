@@ -72,7 +72,8 @@ def decode_bytes(
     *,
     on_cpu: bool = False,
 ) -> VaeBytes:
-    """Peak of `penstock.engine.families.wan.vae_decode.decode_frames` above the decoder's weights.
+    """Return the peak of `penstock.engine.families.wan.vae_decode.decode_frames` above the
+    decoder's weights.
 
     Args:
         spec: the VAE.
@@ -114,7 +115,8 @@ def encode_bytes(
     changes: Sequence[int] | None = None,
     on_cpu: bool = False,
 ) -> VaeBytes:
-    """Peak of `penstock.engine.families.wan.vae_encode.encode_tiled` above the encoder's weights.
+    """Return the peak of `penstock.engine.families.wan.vae_encode.encode_tiled` above the encoder's
+    weights.
 
     Arguments and errors are those of `decode_bytes`; the picture is counted, the clip never exists.
 
@@ -151,7 +153,7 @@ def encode_bytes(
 
 
 def _clip(spec: VaeSpec, frames: int, changes: Sequence[int] | None) -> list[int]:
-    """Lengths of the runs of a clip of so many latent frames."""
+    """Return the lengths of the runs of a clip of so many latent frames."""
     return [length for _, length in clip_runs(1 + (frames - 1) * spec.temporal_factor, changes)]
 
 
@@ -173,7 +175,7 @@ class VaeWork:
 
     @classmethod
     def of(cls, walks: Iterable[_Walk]) -> VaeWork:
-        """Of several walks, one after the other."""
+        """Make it of several walks, one after the other."""
         walks = list(walks)
         return cls(
             sum(walk.flops for walk in walks),
@@ -193,14 +195,14 @@ class VaeWork:
 
 
 def residual_work(width: int, side: int) -> VaeWork:
-    """Of a residual block that keeps ``width`` channels, on one square frame."""
+    """Return the work of a residual block that keeps ``width`` channels, on one square frame."""
     walk = _Walk(1, [1], on_cpu=False)
     walk.residual(width, width, (Window.whole(side, side),) * 3)
     return VaeWork.of([walk])
 
 
 def decode_work(spec: VaeSpec, latent: tuple[int, int, int], grid: TileGrid) -> VaeWork:
-    """Of a decoding. Arguments are those of `decode_bytes`."""
+    """Return the work of a decoding. Arguments are those of `decode_bytes`."""
     tiles, runs = decode_tiles(levels_of(spec), grid, *latent[1:]), [1] * latent[0]
     walks = [_decode_tile(spec, tile, _Walk(1, runs, on_cpu=False)) for tile in tiles]
     return VaeWork.of((_decode_whole(spec, latent, _Walk(1, runs, on_cpu=False)), *walks))
@@ -213,7 +215,7 @@ def encode_work(
     *,
     changes: Sequence[int] | None = None,
 ) -> VaeWork:
-    """Of an encoding. Arguments are those of `encode_bytes`."""
+    """Return the work of an encoding. Arguments are those of `encode_bytes`."""
     tiles, runs = encode_tiles(levels_of(spec), grid, *latent[1:]), _clip(spec, latent[0], changes)
     walks = [_encode_tile(spec, tile, _Walk(1, runs, on_cpu=False)) for tile in tiles]
     whole = _encode_whole(spec, latent, _Walk(1, walks[0].runs, on_cpu=False))
@@ -225,7 +227,7 @@ def _area(window: Window) -> int:
 
 
 def _made(before: Window, after: Window) -> int:
-    """Pixels a 3x3 convolution makes, those it does not keep included."""
+    """Return the pixels a 3x3 convolution makes, those it does not keep included."""
     return len(before.rows.convolved(after.rows).made) * len(before.cols.convolved(after.cols).made)
 
 
@@ -293,7 +295,8 @@ class _Walk:
         return channels * area * self.itemsize
 
     def normalised(self, channels: int, area: int) -> int:
-        """Bytes besides ``channels`` and the result: lengths, and on a CPU both in fp32."""
+        """Return the bytes besides ``channels`` and the result: lengths, and on a CPU both in
+        fp32."""
         wide = channels * area * _WIDE_ITEMSIZE
         copies = 2 * wide if self.on_cpu and self.itemsize < _WIDE_ITEMSIZE else 0
         return area * max(self.itemsize, _WIDE_ITEMSIZE) + copies
@@ -336,7 +339,7 @@ class _Walk:
         return out
 
     def called(self, widths: tuple[int, int], area: int, made: int, taps: int) -> int:
-        """Bytes that a convolution takes with its result."""
+        """Return the bytes that a convolution takes with its result."""
         out = self.bytes(widths[1], made)
         self.convolution = max(self.convolution, self.bytes(widths[0], area) + out)
         return call_bytes(widths, area, made, taps, self.itemsize) if self.on_cpu else out

@@ -30,8 +30,8 @@ class Options:
             hold another, the first job packs the transformer, and it is read from there.
         compute: "exact" decodes quantised weights, "fast" multiplies in 8 bits where the format
             allows it and the device has just shown that it can.
-        attention: "sdpa", or "int8" for self-attention in 8 bits where comfy-kitchen is installed
-            and the device has just shown that it can.
+        attention: "sdpa", or, where comfy-kitchen is installed and the device has just shown that
+            it can, "int8" for self-attention in 8 bits, or "sol" or "sol:TAU" for sparse.
         residual: what the transformer's hidden states are kept in between operations: "fp32" as
             the makers do, "bf16" (the dtype it computes in) or "auto" (fp32 where there is room).
         branches: CFG branches a visit: 1, 2 or "auto".

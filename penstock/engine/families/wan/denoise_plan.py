@@ -21,6 +21,7 @@ from penstock.engine.families.wan.terms import (
     restored_bytes,
     saved_state_bytes,
 )
+from penstock.profiles.attending import INT8, SDPA
 from penstock.profiles.manifest import Storage
 from penstock.profiles.phases import (
     OBJECTS,
@@ -37,12 +38,11 @@ from penstock.profiles.policy import RESIDUALS, Limits
 from penstock.profiles.rates import Rates
 from penstock.profiles.streams import (
     LINK_CARE,
-    UNTIMED,
     Network,
     Pace,
-    Placement,
     Stream,
     best_stream,
+    least_streams,
 )
 from penstock.units import MIB
 
@@ -109,11 +109,13 @@ class Denoise:
         case: its steps are those of this transformer.
         second: that for little noise, where there are two.
         stretches: of its steps; none: they are all alike.
+        dense_steps: of the job, at its start, whose self-attention is torch's whatever is asked.
     """
 
     case: WanCase
     second: bool = False
     stretches: tuple[Stretch, ...] = ()
+    dense_steps: int = 0
 
     @property
     def phases(self) -> tuple[str, ...]:
@@ -213,12 +215,7 @@ class Denoise:
         rest = self.spec.weights.rest_bytes
         held_vram = shape.work_bytes + rest
         held_ram = sum(count for _, count in self._host_work(shape))
-        room = Limits(
-            limits.vram_bytes - held_vram,
-            limits.ram_bytes - held_ram,
-            limits.pinned_bytes if self.case.pins else None,
-            None if limits.both_bytes is None else limits.both_bytes - held_vram - held_ram,
-        )
+        room = limits.beside(held_vram, held_ram, pins=self.case.pins)
         return best_stream(
             self._network,
             self._pace(shape),
@@ -288,17 +285,15 @@ class Denoise:
                 self._contexts(not shape.cost.cross_kv_on_device, least, limits),
                 key=lambda phase: phase.vram_bytes + phase.ram_bytes,
             )
-            for place in self._network.smallest:
-                if not place.read_bytes or self.case.policy.disk != "never":
-                    yield context, self._phase(shape, self._small_stream(place), limits)
-
-    def _small_stream(self, place: Placement) -> Stream:
-        return Stream(place, self._network.n_blocks, *min(self._network.rings(place)), UNTIMED)
+            for stream in least_streams(self._network, from_disk=self.case.policy.disk != "never"):
+                yield context, self._phase(shape, stream, limits)
 
     @property
     def _chunks(self) -> tuple[int, ...]:
         tokens = transformer.grid_tokens(self.spec, self._cost_case().latent)
         fixed = self.case.policy.chunk_tokens
+        if self.case.policy.attending.backend.whole:
+            return (tokens,)
         if fixed is not None:
             return (min(fixed, tokens),)
         return (tokens, *(chunk for chunk in CHUNKS if chunk < tokens))
@@ -319,7 +314,7 @@ class Denoise:
             steps=workload.steps,
             image_tokens=manifest.image_tokens,
             fused_norms=self.case.fused_norms,
-            attention=self.case.policy.attention,
+            attention=self.case.policy.attending.kind,
             cached_latents=cached_tensors(self.case),
             contrasted=workload.contrasted,
             still=manifest.tokenwise and pictures_of(self.case) > 0,
@@ -396,7 +391,7 @@ class Denoise:
     @property
     def _is_fast(self) -> bool:
         case = self.case
-        return compute_path(self.spec.storage, case.policy, case.rates) in ("fp8", "int8")
+        return compute_path(self.spec.storage, case.policy, case.rates) not in ("plain", "dequant")
 
     def _decoding(self, stored: Storage) -> Items:
         """Return what quantised matrices take in VRAM besides their bytes."""
@@ -416,13 +411,22 @@ class Denoise:
         overhead_s = rates.chunk_overhead_s(cost.chunk_tokens, attended)
         branch = (
             flops.linear / (rates.product_flops(path) or rates.flops)
-            + flops.self_attention / rates.self_attention_flops(cost.attention)
+            + flops.self_attention * self._attending_s(rates)
             + flops.cross_attention / (rates.attention_flops or rates.flops)
             + chunks * (overhead_s + self._decode_s(rates) + self._requantise_s(rates, tokens))
             + tokens * spec.inner_dim * spec.num_layers * rates.element_s
         )
         fetched_s = self._fetched_bytes(cost) / rates.copy_bytes_per_s
         return branch * cost.windows * cost.branches / cost.passes + fetched_s
+
+    def _attending_s(self, rates: Rates) -> float:
+        """Seconds of an operation of self-attention, of all steps alike."""
+        steps = [step for each in self._stretches for step in each.steps]
+        dense = sum(step < self.dense_steps for step in steps) / len(steps)
+        asked, torchs = (
+            1 / rates.self_attention_flops(word) for word in (self.case.policy.attention, SDPA)
+        )
+        return asked if not dense else (1 - dense) * asked + dense * torchs
 
     def _fetched_bytes(self, cost: transformer.DenoiseCase) -> int:
         """Return the cross-attention K/V that one pass fetches: a branch's serve all windows of a
@@ -443,7 +447,7 @@ class Denoise:
     def _requantise_s(self, rates: Rates, tokens: int) -> float:
         """Return the seconds to quantise a block's keys and values once, for attention in 8 bits:
         every chunk does. Values are read twice, since each channel of all tokens has one scale."""
-        if self.case.policy.attention != "int8" or rates.memory_bytes_per_s is None:
+        if self.case.policy.attention != INT8 or rates.memory_bytes_per_s is None:
             return 0.0
         moved = tokens * self.spec.inner_dim * (3 * self.spec.weights.itemsize + 2)
         return moved / rates.memory_bytes_per_s

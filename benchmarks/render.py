@@ -787,7 +787,7 @@ class Fault:
                 if value.replace(",", "").isdecimal():
                     figures[key] = figures.get(key, 0) + int(value.replace(",", ""))
                 elif value.replace(".", "", 1).isdecimal():
-                    figures[key] = max(figures.get(key, value), value, key=float)
+                    figures[key] = max(figures.get(key, value), value, key=lambda each: float(each))
                 else:
                     figures[key] = value
         shown = {k: f"{v:,}" if isinstance(v, int) else v for k, v in figures.items()}

@@ -214,3 +214,8 @@ def test_a_table_wraps_its_widest_column_and_becomes_paragraphs_at_last() -> Non
     assert table(columns, [("a" * 19, "1 B", "word")], 20) == [
         "a" * 19, "  size: 1 B", "  what: word"
     ]  # fmt: skip
+
+
+def test_a_refusal_in_one_line_names_the_need_in_gib() -> None:
+    with pytest.raises(OverBudget, match=r"at least [\d,]+ bytes \(3\.\d\d GiB\)"):
+        planned("wan2.1-i2v-14b", None, vram="2GiB")

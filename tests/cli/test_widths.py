@@ -219,3 +219,12 @@ def test_a_table_wraps_its_widest_column_and_becomes_paragraphs_at_last() -> Non
 def test_a_refusal_in_one_line_names_the_need_in_gib() -> None:
     with pytest.raises(OverBudget, match=r"at least [\d,]+ bytes \(3\.\d\d GiB\)"):
         planned("wan2.1-i2v-14b", None, vram="2GiB")
+
+
+def test_guidance_in_an_interval_is_counted_in_steps() -> None:
+    options, machine = machine_of(Options(ram="32GiB"), "RTX 3060 12GB", None)
+    prepared = Prepared.open(synthetic="wan2.1-i2v-14b", options=options, machine=machine)
+    settings = Settings(prompt="a cat", cfg_interval="0.3,0.9")
+    plan = prepared.plan(workload_of(resolve(settings, prepared.about), saved=True))
+    (told,) = (each for each in plan["denoise"].facts if "guidance" in each)
+    assert told == "classifier-free guidance in 22 of 40 steps (two forward passes)"

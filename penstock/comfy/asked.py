@@ -44,6 +44,7 @@ def settings_of(inputs: Mapping[str, Any], files: Mapping[str, Path | None]) -> 
     said |= {name: None if path is None else str(path) for name, path in files.items()}
     width, height = inputs.get("width") or 0, inputs.get("height") or 0
     said |= {
+        "cfg_interval": (inputs.get("cfg_interval") or "").strip() or None,
         "prompt": inputs["prompt"],
         "negative_prompt": inputs.get("negative") or None,
         "size": f"{width}x{height}" if width or height else None,

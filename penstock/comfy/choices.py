@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
-
-from penstock.engine.files.folders import weight_files
 
 NONE = "none"
 """The first choice: nothing."""
@@ -31,13 +29,11 @@ _GGUF = ".gguf"
 
 def choices(part: str) -> list[str]:
     """Return what a user may choose for ``part``: `NONE`, then names as ComfyUI shows them, and
-    what it hides under its own types: .gguf."""
-    paths = _folder_paths()
+    what it hides: .gguf."""
     names: dict[str, None] = {}
-    for kind in _known(part):
-        found = {*paths.get_filename_list(kind), *_hidden(kind)}
-        names |= dict.fromkeys(sorted(found, key=str.lower))
-    return [NONE, *names]
+    for kind in _kinds(part):
+        names |= dict.fromkeys(_folder_paths().get_filename_list(kind))
+    return [NONE, *sorted(names, key=str.lower)]
 
 
 def path_of(part: str, name: str | None) -> Path | None:
@@ -48,13 +44,11 @@ def path_of(part: str, name: str | None) -> Path | None:
     """
     if name is None or name == NONE:
         return None
-    for kind in _known(part):
+    for kind in _kinds(part):
         found = _folder_paths().get_full_path(kind, name)
         if found is not None:
             return Path(found)
-    raise FileNotFoundError(
-        f"{name} is in none of ComfyUI's folders for {' and '.join(_known(part))}"
-    )
+    raise FileNotFoundError(f"{name} is in none of ComfyUI's folders for {FOLDERS[part][0]}")
 
 
 def stamp(path: Path) -> tuple[str, int, int]:
@@ -63,17 +57,15 @@ def stamp(path: Path) -> tuple[str, int, int]:
     return str(path), found.st_size, found.st_mtime_ns
 
 
-def _known(part: str) -> list[str]:
-    return [kind for kind in FOLDERS[part] if kind in _folder_paths().folder_names_and_paths]
-
-
-def _hidden(kind: str) -> set[str]:
-    return {
-        os.path.relpath(path, root)
-        for root in _folder_paths().get_folder_paths(kind)
-        for path in weight_files(Path(root))
-        if path.suffix.lower() == _GGUF
-    }
+def _kinds(part: str) -> Iterator[str]:
+    """ComfyUI's types of folders for ``part``, and types of our own for what it hides in these:
+    ComfyUI lists and remembers both in its way."""
+    known = _folder_paths().folder_names_and_paths
+    for kind in FOLDERS[part]:
+        if kind in known:
+            ours = f"penstock_{kind}"
+            known.setdefault(ours, (known[kind][0], {_GGUF}))
+            yield from (kind, ours)
 
 
 def _folder_paths() -> Any:

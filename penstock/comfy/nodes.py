@@ -183,7 +183,7 @@ def _make(order: Mapping[str, Any], images: bool, hidden: Any) -> Any:
         handed = mapped(frames, ended["shape"]) if images else ExecutionBlocker(_NO_IMAGES)
     finally:
         drop(frames)
-    took = f"took {_clock(ended['report']['seconds'])}\n{watch.plan}"
+    took = f"took {ended['report']['seconds']:.1f} s\n\n{watch.plan}"
     return io.NodeOutput(handed, InputImpl.VideoFromFile(str(video)), took)
 
 
@@ -253,6 +253,10 @@ def _request_inputs() -> list[Any]:
         io.Float.Input(
             "cfg_high", default=0.0, min=0.0, max=100.0, step=0.1, optional=True,
             tooltip="Of a pair's transformer for much noise; 0: as cfg, or the model's own.",
+        ),
+        io.String.Input(
+            "cfg_interval", default="", optional=True,
+            tooltip='Guidance at some noise levels alone, such as "0.3,0.9"; empty: at all.',
         ),
         io.Float.Input(
             "shift", default=0.0, min=0.0, max=100.0, step=0.1, optional=True,
@@ -464,7 +468,9 @@ class PenstockPlan(io.ComfyNode):
     def execute(cls, model: Mapping[str, Any], **inputs: Any) -> Any:
         """Plan in the worker."""
         order = NodeOrder(secrets.token_hex(8), PLAN, **_asked(model, inputs))
-        ended = _done(order, Watch(cls.hidden.unique_id))
+        watch = Watch(cls.hidden.unique_id)
+        ended = _done(order, watch)
+        watch.say(ended["text"])
         return io.NodeOutput(ended["text"], ended["fits"], ui=ui.PreviewText(ended["text"]))
 
 

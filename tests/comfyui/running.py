@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ class Comfy:
     Attributes:
         log: lines that it has printed.
         events: what its websocket has said, in order: JSON messages, and pictures as
-            ``{"type": "preview", "data": bytes}``.
+            ``{"type": "preview", "data": bytes}``, each with when it was heard.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -146,7 +147,7 @@ class Comfy:
 
     def _hear(self, event: dict[str, Any]) -> None:
         with self._heard:
-            self.events.append(event)
+            self.events.append(event | {"heard_s": time.perf_counter()})
             self._heard.notify_all()
 
     def _until(self, found: Callable[[], Any]) -> Any:

@@ -33,6 +33,7 @@ COMFYS_OWN: dict[str, Any] = {
         },
         "output": ["VIDEO"],
     },
+    "PreviewAny": {"input": {"required": {"source": ["*", {}]}}, "output": []},
     "SaveVideo": {
         "input": {
             "required": {
@@ -202,14 +203,19 @@ def test_zeros_and_first_words_are_gaps(nodes: ModuleType) -> None:
 def test_what_is_said_arrives(nodes: ModuleType) -> None:
     given = {
         "prompt": "p", "seed": 1, "negative": "n", "width": 64, "height": 32, "frames": 5,
-        "steps": 3, "cfg": 2.0, "cfg_high": 3.0, "shift": 4.0, "sampler": "euler",
-        "distilled": True, "nag": 5.0, "fit": "pad", "fps": 24.0, "window": 9, "overlap": 4,
+        "steps": 3, "cfg": 2.0, "cfg_high": 3.0, "cfg_interval": "0.3,0.9", "shift": 4.0,
+        "sampler": "euler", "distilled": True, "nag": 5.0, "fit": "pad", "fps": 24.0,
+        "window": 9, "overlap": 4,
     }  # fmt: skip
     path = Path("a.png")
-    said = settings_of(given, {"image": path, "last_image": path, "after": path})
-    every = Settings(**said)
-    left_open = {name for name, value in vars(every).items() if value is None}
-    assert left_open == {"max_area", "clip_crop"}
+    files = {"image": path, "last_image": path, "after": path}
+    said = settings_of(given, files) | files
+    assert Settings(**said) == Settings(
+        prompt="p", seed=1, negative_prompt="n", size="64x32", frames=5, steps=3,
+        guidance_scale=2.0, guidance_high=3.0, cfg_interval="0.3,0.9", shift=4.0, sampler="euler",
+        distilled=True, nag_scale=5.0, fit="pad", fps=24.0, window=9, overlap=4,
+        image=path, last_image=path, after=path,
+    )  # fmt: skip
     options = {
         "profile": "p", "vram": "1GiB", "ram": "2GiB", "cache": "plan:3", "attention": "int8",
         "device": "cpu",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -70,12 +71,13 @@ def interrupts(comfyui: ComfyUI, monkeypatch: pytest.MonkeyPatch, when: Callable
 
 
 def test_a_plan_loads_nothing_and_says_whether_it_fits(
-    nodes: ModuleType, picture: torch.Tensor
+    nodes: ModuleType, comfyui: ComfyUI, picture: torch.Tensor
 ) -> None:
     fits = nodes.PenstockPlan.execute(MODEL, **asked(picture, width=0, height=0, frames=17))
     text, good = fits.args
     assert good and text.startswith("plan for CPU: it fits") and "denoise" in text
     assert "17 frames as fp32 are 816.0 KiB" in text and fits.ui == {"text": (text,)}
+    assert comfyui.shown.texts[-1] == ("3", text)
     text, good = nodes.PenstockPlan.execute(MODEL, **asked(picture, vram="1MiB")).args
     assert not good and text.startswith("it does not fit") and "VRAM" in text
 
@@ -121,6 +123,20 @@ def test_the_video_alone_makes_no_frames_and_says_so_where_they_are_used(
         MODEL, images=True, after=video, prompt="on", seed=1, frames=5, steps=2, **BUDGETS
     ).args
     assert again.shape == (5, 32, 32, 3)  # the next one starts where the other ended
+
+
+def test_the_worker_stays_from_job_to_job_and_goes_when_models_are_unloaded(
+    nodes: ModuleType, comfyui: ComfyUI, picture: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comfyui.memory, "unload_all_models", comfyui.memory.unload_all_models)
+    asyncio.run(nodes.comfy_entrypoint())
+    before, freed = nodes.WORKER.pid, comfyui.memory.freed
+    assert before is not None
+    nodes.PenstockGenerate.execute(MODEL, **asked(picture, steps=1))
+    assert nodes.WORKER.pid == before
+    assert comfyui.memory.freed == freed + 1  # ComfyUI's own models have made room for it
+    comfyui.memory.unload_all_models()
+    assert nodes.WORKER.pid is None
 
 
 def test_an_interrupt_keeps_the_job_for_the_same_again_and_for_resume(

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import typer
 from rich.cells import cell_len
 from typer.testing import CliRunner
 
@@ -228,3 +229,14 @@ def test_guidance_in_an_interval_is_counted_in_steps() -> None:
     plan = prepared.plan(workload_of(resolve(settings, prepared.about), saved=True))
     (told,) = (each for each in plan["denoise"].facts if "guidance" in each)
     assert told == "classifier-free guidance in 22 of 40 steps (two forward passes)"
+
+
+def test_every_help_page_fits_and_cuts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    group = typer.main.get_command(app)
+    assert isinstance(group, typer.core.TyperGroup)
+    for name in ("", *group.commands):
+        shown = CliRunner().invoke(app, [*([name] if name else []), "--help"]).stdout
+        assert "Usage" in shown and "…" not in shown
+        assert max(map(cell_len, shown.splitlines())) <= 80, name
+    assert "Model files" in CliRunner().invoke(app, ["generate", "--help"]).stdout

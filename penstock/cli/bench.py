@@ -20,7 +20,9 @@ def bench(
     model: Annotated[str | None, typer.Option(help="Model to measure, as for generate.")] = None,
     synthetic: Annotated[
         str | None,
-        typer.Option(help="Measure random weights of true shapes instead, such as wan2.1-i2v-14b."),
+        typer.Option(
+            help="Measure random weights of true shapes instead, such as minimax-h3-pruned."
+        ),
     ] = None,
     blocks: Annotated[
         int | None,
@@ -28,12 +30,17 @@ def bench(
     ] = None,
     width: Annotated[int, typer.Option(help="Width in pixels.")] = 832,
     height: Annotated[int, typer.Option(help="Height in pixels.")] = 480,
-    frames: Annotated[int, typer.Option(help="Number of frames, 4n+1.")] = 81,
+    frames: Annotated[
+        int | None, typer.Option(help="Number of frames (81, or the nearest that the model makes).")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps to measure.")] = 3,
     warmup: Annotated[int, typer.Option(help="Warm-up steps before them, which do not count.")] = 1,
     cfg: Annotated[
-        float, typer.Option(help="Guidance scale; 1 turns guidance off: one forward pass a step.")
-    ] = 5.0,
+        float | None,
+        typer.Option(
+            help="Guidance scale; 1 turns guidance off: one forward pass a step (5 or 1)."
+        ),
+    ] = None,
     options: Options = NOTHING,
     folder: Annotated[
         Path | None,

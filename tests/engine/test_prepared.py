@@ -80,7 +80,8 @@ def test_a_benchmark_predicts_by_the_same_door() -> None:
         )
         return bench._predicted_s(order, "int8")
 
-    request = bench.BenchOrder(synthetic=TRUE, frames=5, steps=2, warmup=1).request
+    order = bench.BenchOrder(synthetic=TRUE, frames=5, steps=2, warmup=1)
     prepared = Prepared.open(synthetic=TRUE, device="cpu", vram=1 << 50, ram=1 << 50, format="int8")
+    request = order.request(prepared.about.official)
     assert seconds() == prepared.plan(workload_of(request))["denoise"].seconds > 0
     assert seconds(chunk_tokens="16") > seconds(), "by the options of the order"

@@ -12,9 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from penstock.engine import engine
+from penstock.engine.families.minimax_h3 import work as h3
 from penstock.engine.families.wan import work
 from penstock.errors import LedgerOverflow
 from penstock.offload.ledger import ByteLedger, Reservation
+
+_OWNERS: dict[str, Any] = {"denoise_forward": work.dit, "packed_forward": h3}
 
 
 class Reservations:
@@ -62,7 +65,8 @@ class DeviceAllocations:
     Covers the job's own thread from the entry into a function of the pipeline to its exit.
 
     Args:
-        inside: "run" for a whole job, "denoise_forward" for the passes of the transformer.
+        inside: "run" for a whole job, "denoise_forward" for the passes of Wan's transformer,
+            "packed_forward" for those of MiniMax-H3's.
         fail_at: number of the operation that fails, from 1; 0: none.
         stays: all later ones fail too.
         error: what is raised; out of memory unless given.
@@ -98,7 +102,7 @@ class DeviceAllocations:
             self._watch.extend(map(weakref.ref, leaves))
 
     def __enter__(self) -> DeviceAllocations:
-        self._owner: Any = work.dit if self._inside == "denoise_forward" else engine
+        self._owner = _OWNERS.get(self._inside, engine)
         self._original = getattr(self._owner, self._inside)
         original = self._original
 

@@ -120,7 +120,7 @@ def measure(
         latents = _run(stage, whole=asked.whole)
     steps = watch.steps()
     return BenchResult(
-        recipe=_recipe(stage, asked, plan),
+        recipe=_recipe(stage, asked, plan, len(steps) - asked.warmup),
         machine=machine(device),
         links=reached,
         warmup=steps[: asked.warmup],
@@ -144,7 +144,7 @@ def _run(stage: Stage, *, whole: bool) -> Tensor:
     return latents
 
 
-def _recipe(stage: Stage, asked: Asked, plan: Plan) -> Recipe:
+def _recipe(stage: Stage, asked: Asked, plan: Plan, steps: int) -> Recipe:
     request, blocks = asked.request, len(stage.model.streamed.blocks)
     stored, options = stage.model.streamed.source, plan.options
     return Recipe(
@@ -153,7 +153,7 @@ def _recipe(stage: Stage, asked: Asked, plan: Plan) -> Recipe:
         width=request.width,
         height=request.height,
         frames=request.frames,
-        steps=request.steps - asked.warmup,
+        steps=steps,
         warmup=asked.warmup,
         branches=2 if request.uses_guidance else 1,
         device=stage.device.type,

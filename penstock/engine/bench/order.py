@@ -22,16 +22,20 @@ from penstock.engine.bench.weights import (
 )
 from penstock.engine.engine import Engine
 from penstock.engine.family.protocol import builtin_names
+from penstock.engine.model.official import Official
 from penstock.engine.prepared import Prepared
 from penstock.engine.request.generation import GenerationRequest, workload_of
 from penstock.engine.run.events import Listener
 from penstock.errors import OverBudget, UsageError, brief
+from penstock.profiles.manifest import VideoShape
 from penstock.profiles.options import Options
+from penstock.profiles.phases import Noise
 from penstock.units import format_bytes
 
 Tell = Callable[[str], None]
 
 SYNTHETIC_FORMAT = "int8"
+FRAMES, GUIDANCE = 81, 5.0
 
 ROOMY = 1 << 50
 """Bytes that hold any model."""
@@ -45,6 +49,8 @@ class BenchOrder:
     """What a user asks to be measured; None: the default, or what the machine has.
 
     Attributes:
+        frames: None: 81, or the nearest number that the model makes.
+        guidance: None: 5, and 1 where the model goes without.
         model: a model as `Engine.open` takes it; or
         synthetic: the name of one that is made on the spot, with ``blocks`` blocks stored as
             ``options.format``, in a temporary folder inside ``folder``.
@@ -60,10 +66,10 @@ class BenchOrder:
     blocks: int | None = None
     width: int = 832
     height: int = 480
-    frames: int = 81
+    frames: int | None = None
     steps: int = 3
     warmup: int = 1
-    guidance: float = 5.0
+    guidance: float | None = None
     folder: Path | None = None
     minutes: float = 10.0
     whole: bool = False
@@ -90,21 +96,36 @@ class BenchOrder:
         """Of the blocks: what is asked for; a synthetic model is int8 unless it is."""
         return self.options.format or (None if self.synthetic is None else SYNTHETIC_FORMAT)
 
-    @property
-    def request(self) -> GenerationRequest:
-        """The job whose steps are measured.
+    def request(self, official: Official) -> GenerationRequest:
+        """Return the job whose steps are measured.
+
+        Args:
+            official: what the model says of requests.
 
         Raises:
             RequestError: an illegal size or number of steps.
         """
+        grid, defaults = official.grid, official.request_defaults
+        frames = grid.nearest_frames(FRAMES) if self.frames is None else self.frames
+        guidance = self.guidance
+        if guidance is None:
+            guidance = 1.0 if defaults["guidance_scale"] == 1 else GUIDANCE
+        shape = VideoShape(self.width, self.height, frames)
+        passes = self.steps + self.warmup
+        noise = Noise(defaults.get("sampler", "unipc"))
+        # Of MiniMax-H3, N asked steps are N - 1 passes.
+        without = passes - len(official.timesteps(shape, passes, noise))
+        known = {name: defaults[name] for name in ("fps", "sampler") if name in defaults}
         return GenerationRequest(
             prompt="a benchmark",
             width=self.width,
             height=self.height,
-            frames=self.frames,
-            steps=self.steps + self.warmup,
-            guidance_scale=self.guidance,
+            frames=frames,
+            steps=passes + without,
+            guidance_scale=guidance,
             seed=0,
+            grid=grid,
+            **known,
         )
 
 
@@ -161,7 +182,7 @@ def _measure(order: BenchOrder, model: Path | str, listener: Listener) -> BenchR
         Engine.open(model, options=replace(order.options, format=order.stored_format)) as engine,
         tempfile.TemporaryDirectory(prefix="penstock-bench-") as scratch,
     ):
-        request = order.request
+        request = order.request(engine.model.official)
         if engine.model.image_to_video:
             request = replace(request, image=_picture(Path(scratch), order))
         asked = Asked(
@@ -224,4 +245,5 @@ def _predicted_s(order: BenchOrder, weight_format: str) -> float:
     """Return the seconds of all denoising steps with all blocks, whatever the budgets."""
     options = replace(order.options, vram=ROOMY, ram=ROOMY, format=weight_format)
     prepared = Prepared.open(synthetic=order.synthetic, options=options)
-    return prepared.plan(workload_of(order.request))["denoise"].seconds
+    request = order.request(prepared.about.official)
+    return prepared.plan(workload_of(request))["denoise"].seconds

@@ -176,8 +176,9 @@ class Stage(Room):
 
     @contextmanager
     def restoring(self) -> Iterator[None]:
-        """Room for reading what was kept of the job, as the plan's next phase has it."""
-        nbytes = dict(self.plan["context"].ram_work).get(RESTORED, 0)
+        """Room for reading what was kept of the job, as the first phase that plans it has it."""
+        planned = (dict(phase.ram_work).get(RESTORED, 0) for phase in self.plan.phases)
+        nbytes = next(filter(None, planned), 0)
         with self.host_ledger.reserve(RESTORED, nbytes):
             yield
 

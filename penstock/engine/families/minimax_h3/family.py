@@ -117,8 +117,10 @@ def samples() -> Any:
 
 
 def synthetics() -> Any:
-    """Return the models of true shapes that `penstock bench` makes on the spot: none."""
-    return {}
+    """Return the models of true shapes that `penstock bench` makes on the spot, by name."""
+    from penstock.engine.families.minimax_h3.synthetic import SYNTHETIC
+
+    return SYNTHETIC
 
 
 def builtins() -> Mapping[str, Callable[[str], Manifest]]:

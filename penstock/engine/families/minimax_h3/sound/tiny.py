@@ -16,13 +16,21 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 
 
-def audio_vae() -> Any:
-    """Return diffusers' model; its lengths and biases are shaken, so that each one counts."""
+def audio_vae(channels: int = 6) -> Any:
+    """Return diffusers' model; its lengths and biases are shaken, so that each one counts.
+
+    Args:
+        channels: of its latents.
+    """
     from diffusers import AutoencoderKLMiniMaxH3Audio
 
     with warnings.catch_warnings():  # of torch, about the way in which diffusers norms weights
         warnings.simplefilter("ignore")
-        model = AutoencoderKLMiniMaxH3Audio(**CONFIG).eval().requires_grad_(False)
+        whole = {
+            name: (each * channels)[:channels] if name.startswith("latents_") else each
+            for name, each in CONFIG.items()
+        } | {"latent_channels": channels, "latent_dim": 4 * channels}
+        model = AutoencoderKLMiniMaxH3Audio(**whole).eval().requires_grad_(False)
     for each in model.parameters():
         each.data.add_(0.1 * torch.randn_like(each))
     return model

@@ -71,10 +71,18 @@ def encoder(text: dict[str, Any] | None = None, vision: dict[str, Any] | None = 
     return model
 
 
-def write(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+def write(
+    folder: Path, dtype: torch.dtype = torch.float32, changed: dict[str, Any] | None = None
+) -> Any:
     """Write encoder, tokenizer and processor into their folders under ``folder``, as diffusers has
-    them; returns the encoder."""
-    model = encoder().to(dtype)
+    them; returns the encoder.
+
+    Args:
+        changed: entries of the text's config.
+    """
+    told = changed or {}
+    seen = {"out_hidden_size": told["hidden_size"]} if "hidden_size" in told else {}
+    model = encoder(told, seen).to(dtype)
     model.save_pretrained(folder / "text_encoder", safe_serialization=True)
     tokenizer().save_pretrained(folder / "tokenizer")
     (folder / "processor").mkdir(parents=True, exist_ok=True)

@@ -14,12 +14,20 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 
 
-def vae(dtype: torch.dtype = torch.float32) -> Any:
+def vae(dtype: torch.dtype = torch.float32, channels: int = 4) -> Any:
     """Return diffusers' model as `from_pretrained` gives it in ``dtype``: what is sensitive stays
-    in fp32. Norms, scales and biases are shaken, so that each one counts."""
+    in fp32. Norms, scales and biases are shaken, so that each one counts.
+
+    Args:
+        channels: of its latents.
+    """
     from diffusers import AutoencoderKLMiniMaxH3
 
-    model = AutoencoderKLMiniMaxH3(**CONFIG).eval().requires_grad_(False)
+    whole = {
+        name: (each * channels)[:channels] if name.startswith("latents_") else each
+        for name, each in CONFIG.items()
+    } | {"latent_channels": channels}
+    model = AutoencoderKLMiniMaxH3(**whole).eval().requires_grad_(False)
     kept = set(model._keep_in_fp32_modules)
     for name, each in model.named_parameters():
         if each.ndim == 1 or "token" in name:

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +25,25 @@ SMALL: dict[str, str] = {
 """The smallest video that the model can make, as a form has it."""
 
 
+SMALL_SERVER = ("--model", f"mini={MINI}", "--vram", "256MiB", "--ram", "512MiB")
+
+
 class Running:
     """A server that listens.
 
     Args:
         folder: its own.
         flags: further ones.
+        asked: model and budgets, as flags, instead of the small model's.
 
     Attributes:
         url: where it listens.
     """
 
-    def __init__(self, folder: Path, *flags: str) -> None:
+    def __init__(self, folder: Path, *flags: str, asked: Sequence[str] = SMALL_SERVER) -> None:
         command = [
-            sys.executable, "-m", "penstock", "serve", "--model", f"mini={MINI}", "--port", "0",
-            "--folder", str(folder), "--vram", "256MiB", "--ram", "512MiB", "--device",
-            "cpu", *flags,
+            sys.executable, "-m", "penstock", "serve", *asked, "--port", "0",
+            "--folder", str(folder), "--device", "cpu", *flags,
         ]  # fmt: skip
         environ = os.environ | {"OMP_NUM_THREADS": "1"}
         self.folder = folder

@@ -40,6 +40,9 @@ EXPERTS = ("by its name", "both", "high", "low")
 
 _PREVIEW_SIDE = 512
 _PERCENT = 100
+INTERNAL = "internal"
+"""The code of an error that nobody raised on purpose (`penstock.serve.order.error_values`)."""
+
 _ALL = 1e30
 """Bytes that ComfyUI takes for all that there are."""
 _MOST_SIDE, _MOST_FRAMES = 8192, 100_000
@@ -138,11 +141,17 @@ def _done(order: NodeOrder, watch: Watch) -> Message:
     if ended.get("state") == COMPLETED:
         return ended
     if ended.get("state") == FAILED:
-        raise PenstockFailed(f"{ended['error']['message']} {_kept(watch)}".strip())
+        raise PenstockFailed(f"{_why(ended['error'])} {_kept(watch)}".strip())
     told = _kept(watch)
     log.info("penstock: interrupted. %s", told)
     watch.say(told)
     raise memory.InterruptProcessingException
+
+
+def _why(error: Mapping[str, Any]) -> str:
+    if error["code"] != INTERNAL:
+        return str(error["message"])
+    return "Something unexpected went wrong in penstock's worker: ComfyUI's console says what."
 
 
 def _kept(watch: Watch) -> str:

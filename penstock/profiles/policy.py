@@ -40,6 +40,17 @@ class Limits:
     pinned_bytes: int | None = None
     both_bytes: int | None = None
 
+    def beside(self, vram_bytes: int, ram_bytes: int, *, pins: bool) -> Limits:
+        """Return what is left beside so many bytes; where nothing is ``pins``-ed, no limit for
+        page-locked memory."""
+        both = self.both_bytes
+        return Limits(
+            self.vram_bytes - vram_bytes,
+            self.ram_bytes - ram_bytes,
+            self.pinned_bytes if pins else None,
+            None if both is None else both - vram_bytes - ram_bytes,
+        )
+
 
 @dataclass(frozen=True)
 class Policy:

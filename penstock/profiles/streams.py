@@ -260,6 +260,17 @@ class Stream:
         return kept, ("staging", staging_bytes(place.through_bytes, room_bytes - place.host_bytes))
 
 
+def least_streams(network: Network, *, from_disk: bool) -> Iterator[Stream]:
+    """Yield streams among which are the smallest in each memory, untimed.
+
+    Args:
+        from_disk: blocks may be read again at every pass.
+    """
+    for place in network.smallest:
+        if from_disk or not place.read_bytes:
+            yield Stream(place, network.n_blocks, *min(network.rings(place)), UNTIMED)
+
+
 def staging_bytes(nbytes: int, room_bytes: int) -> int:
     """Return the buffer that `penstock.offload.tiers.HostTier.staging` takes to bring ``nbytes``
     through when ``room_bytes`` are free."""

@@ -30,8 +30,14 @@ from penstock.engine.request.demo import MINI, demo_picture
 from tests.engine import golden
 
 CHECKOUT = os.environ.get("PENSTOCK_COMFYUI")
-ALONE = [each for each in (os.environ.get("PENSTOCK_COMFYUI_PATH"),) if each]
-"""What ComfyUI's process alone finds besides, such as stand-ins for what it only imports."""
+ALONE = os.environ.get("PENSTOCK_COMFYUI_PATH", "")
+"""A folder that ComfyUI's process alone finds modules in, and none that it starts: such as
+stand-ins for what it only imports."""
+START = """
+import runpy, sys
+sys.path.append(sys.argv.pop(1))
+runpy.run_path("main.py", None, "__main__")
+"""
 REPOSITORY = Path(penstock.__file__).parents[1]
 READY = "To see the GUI go to"
 PREVIEW = 1
@@ -92,8 +98,8 @@ class Comfy:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         command = [
-            sys.executable, "main.py", "--cpu", "--listen", "127.0.0.1", "--port", str(self.port),
-            "--disable-api-nodes", "--base-directory", str(folder),
+            sys.executable, "-c", START, ALONE, "--cpu", "--listen", "127.0.0.1",
+            "--port", str(self.port), "--disable-api-nodes", "--base-directory", str(folder),
             "--database-url", "sqlite:///:memory:",
             "--extra-model-paths-config", str(config),
         ]  # fmt: skip
@@ -101,7 +107,7 @@ class Comfy:
             "PENSTOCK_DATA_DIR": str(folder / "data"),
             "PENSTOCK_CONFIG": str(folder / "config"),
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *ALONE]),
+            "PYTHONPATH": str(REPOSITORY),
         }
         self.process = subprocess.Popen(
             command, cwd=CHECKOUT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

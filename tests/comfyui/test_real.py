@@ -137,6 +137,7 @@ def pictures(paths: list[Path]) -> torch.Tensor:
 def test_the_pack_loads_without_a_warning(comfy: Comfy) -> None:
     told = [line for line in comfy.log if "penstock" in line.lower()]
     assert len(told) == 1 and "seconds:" in told[0] and "FAILED" not in told[0], told
+    assert not any("pyproject" in line for line in comfy.log)
     ours = {name for name in comfy.info if name.startswith("Penstock")}
     assert ours == {
         "PenstockModel", "PenstockLora", "PenstockPlan", "PenstockGenerate", "PenstockResume",

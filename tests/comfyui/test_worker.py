@@ -178,6 +178,11 @@ def test_errors_are_the_nodes_and_say_what_to_do(
         nodes.PenstockGenerate.execute(MODEL, **asked(picture, frames=6))
     with pytest.raises(nodes.PenstockFailed, match="VRAM"):
         nodes.PenstockGenerate.execute(MODEL, images=True, **asked(picture, vram="1MiB"))
+    broken = {**MODEL, "loras": [["l", "strong"]]}
+    with pytest.raises(nodes.PenstockFailed, match="names no LoRAs"):
+        nodes.PenstockGenerate.execute(broken, **asked(picture))
+    with pytest.raises(nodes.PenstockFailed, match="ComfyUI's console says what"):
+        nodes._done(nodes.NodeOrder("x", "plan", MODEL, {"no": "option"}), nodes.Watch(None))
     with pytest.raises(nodes.PenstockFailed, match="no unfinished job"):
         nodes.PenstockResume.execute(nodes.NEWEST)
 

@@ -37,12 +37,11 @@ from penstock.profiles.policy import Limits
 from penstock.profiles.rates import Rates
 from penstock.profiles.streams import (
     LINK_CARE,
-    UNTIMED,
     Network,
     Pace,
-    Placement,
     Stream,
     best_stream,
+    least_streams,
 )
 from penstock.units import MIB
 
@@ -120,9 +119,8 @@ class DenoisePacked:
             self._once_shapes(limits), key=lambda phase: phase.vram_bytes + phase.ram_bytes
         )
         least = min(self._cuts, key=lambda cut: cut.chunk_rows)
-        for place in self._network.smallest:
-            if not place.read_bytes or self.case.policy.disk != "never":
-                yield context, self._phase(least, self._small_stream(place), limits)
+        for stream in least_streams(self._network, from_disk=self.case.policy.disk != "never"):
+            yield context, self._phase(least, stream, limits)
 
     def _once(self, limits: Limits) -> PhasePlan | None:
         fitting = [phase for phase in self._once_shapes(limits) if group_fits((phase,), limits)]
@@ -152,12 +150,7 @@ class DenoisePacked:
     def _stream(self, cut: Cut, limits: Limits, better_than: float) -> Stream | None:
         held_vram = cut.work_bytes + self.spec.weights.rest_bytes
         held_ram = sum(count for _, count in self._host_work)
-        room = Limits(
-            limits.vram_bytes - held_vram,
-            limits.ram_bytes - held_ram,
-            limits.pinned_bytes if self.case.pins else None,
-            None if limits.both_bytes is None else limits.both_bytes - held_vram - held_ram,
-        )
+        room = limits.beside(held_vram, held_ram, pins=self.case.pins)
         care = LINK_CARE if self.case.policy.disk == "spare" else 0.0
         return best_stream(
             self._network,
@@ -171,9 +164,6 @@ class DenoisePacked:
     @cached_property
     def _network(self) -> Network:
         return Network.of(self.spec.weights.block_bytes)
-
-    def _small_stream(self, place: Placement) -> Stream:
-        return Stream(place, self._network.n_blocks, *min(self._network.rings(place)), UNTIMED)
 
     @cached_property
     def _cuts(self) -> tuple[Cut, ...]:

@@ -37,12 +37,11 @@ from penstock.profiles.policy import RESIDUALS, Limits
 from penstock.profiles.rates import Rates
 from penstock.profiles.streams import (
     LINK_CARE,
-    UNTIMED,
     Network,
     Pace,
-    Placement,
     Stream,
     best_stream,
+    least_streams,
 )
 from penstock.units import MIB
 
@@ -213,12 +212,7 @@ class Denoise:
         rest = self.spec.weights.rest_bytes
         held_vram = shape.work_bytes + rest
         held_ram = sum(count for _, count in self._host_work(shape))
-        room = Limits(
-            limits.vram_bytes - held_vram,
-            limits.ram_bytes - held_ram,
-            limits.pinned_bytes if self.case.pins else None,
-            None if limits.both_bytes is None else limits.both_bytes - held_vram - held_ram,
-        )
+        room = limits.beside(held_vram, held_ram, pins=self.case.pins)
         return best_stream(
             self._network,
             self._pace(shape),
@@ -288,12 +282,8 @@ class Denoise:
                 self._contexts(not shape.cost.cross_kv_on_device, least, limits),
                 key=lambda phase: phase.vram_bytes + phase.ram_bytes,
             )
-            for place in self._network.smallest:
-                if not place.read_bytes or self.case.policy.disk != "never":
-                    yield context, self._phase(shape, self._small_stream(place), limits)
-
-    def _small_stream(self, place: Placement) -> Stream:
-        return Stream(place, self._network.n_blocks, *min(self._network.rings(place)), UNTIMED)
+            for stream in least_streams(self._network, from_disk=self.case.policy.disk != "never"):
+                yield context, self._phase(shape, stream, limits)
 
     @property
     def _chunks(self) -> tuple[int, ...]:

@@ -48,11 +48,11 @@ from penstock.profiles.phases import (
 from penstock.profiles.plan import Items, PhasePlan
 from penstock.profiles.policy import Limits
 from penstock.profiles.streams import (
-    UNTIMED,
     Network,
     Pace,
     Stream,
     best_stream,
+    least_streams,
     staging_bytes,
 )
 from penstock.quant.paths import Computing
@@ -308,21 +308,15 @@ class Denoise:
         held = sum(count for _, count in self.work)
         held += self.case.manifest.transformer.rest_bytes
         ram = sum(count for _, count in self.ram_work)
-        both = None if limits.both_bytes is None else limits.both_bytes - held - ram
-        room = replace(
-            limits, vram_bytes=limits.vram_bytes - held, ram_bytes=limits.ram_bytes - ram,
-            both_bytes=both,
-        )  # fmt: skip
+        room = limits.beside(held, ram, pins=self.case.pins)
         from_disk = self.case.policy.disk != "never"
         stream = best_stream(self.network, self.pace, self.case.rates, room, from_disk=from_disk)
         return None if stream is None else self.group(stream, limits)
 
     def all_small(self, limits: Limits) -> Iterator[Group]:
         """As `Step`."""
-        for place in self.network.smallest:
-            if not place.read_bytes or self.case.policy.disk != "never":
-                rings = min(self.network.rings(place))
-                yield self.group(Stream(place, self.network.n_blocks, *rings, UNTIMED), limits)
+        for stream in least_streams(self.network, from_disk=self.case.policy.disk != "never"):
+            yield self.group(stream, limits)
 
     @property
     def forwards(self) -> tuple[int, int]:

@@ -26,11 +26,11 @@ from penstock.profiles.phases import OBJECTS, Group, best_of, group_key, loading
 from penstock.profiles.plan import Items, PhasePlan
 from penstock.profiles.policy import Limits
 from penstock.profiles.streams import (
-    UNTIMED,
     Network,
     Pace,
     Stream,
     best_stream,
+    least_streams,
     staging_bytes,
 )
 
@@ -264,9 +264,8 @@ class DecodeTiles:
     def all_small(self, limits: Limits) -> Iterator[Group]:
         """As `penstock.profiles.phases.Step`."""
         for passes in {self._passes[0], self._passes[-1]}:
-            for place in self._network.smallest:
-                slots, staging = min(self._network.rings(place))
-                stream = Stream(place, self._network.n_blocks, slots, staging, UNTIMED)
+            from_disk = self.case.policy.disk != "never"
+            for stream in least_streams(self._network, from_disk=from_disk):
                 yield (self._phase(passes, stream, limits),)
 
     @cached_property
@@ -311,12 +310,7 @@ class DecodeTiles:
         case, spec = self.case, self.case.manifest.vae
         vram = sum(count for _, count in self._work(passes)) + spec.decoder.rest_bytes
         ram = sum(count for _, count in self._host_work)
-        room = Limits(
-            limits.vram_bytes - vram,
-            limits.ram_bytes - ram,
-            limits.pinned_bytes if case.pins else None,
-            None if limits.both_bytes is None else limits.both_bytes - vram - ram,
-        )
+        room = limits.beside(vram, ram, pins=case.pins)
         pace = Pace(self._compute_s / passes, passes)
         return best_stream(
             self._network, pace, case.rates, room, from_disk=case.policy.disk != "never"

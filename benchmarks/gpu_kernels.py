@@ -11,12 +11,14 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.gpu_context import Case, Context, finish
-from penstock.engine.attention.kernels import attention, int8_attention
+from penstock.engine.attention.kernels import attention, self_attention_of
 from penstock.formats.formats import get_format
+from penstock.formats.scaled import Gemm
+from penstock.profiles.attending import INT8, SOL, Attending
 from penstock.quant.arithmetic import quantise
 from penstock.quant.compute import Operands, strategy_for
 from penstock.quant.paths import Computing, Scratch
-from penstock.quant.probe import probe, probe_kitchen, working
+from penstock.quant.probe import MICRO, in_blocks, probe, probe_kitchen, probe_micro, working
 
 
 def formats(context: Context) -> Iterator[Case]:
@@ -43,13 +45,21 @@ def formats(context: Context) -> Iterator[Case]:
             return product(context, name, "fast", frozenset({"int8", "int8-kitchen"}), *operands())
 
         yield f"{name}, comfy-kitchen", kitchens
+    for name in MICRO:
+
+        def by_blocks(name: Gemm = name) -> dict[str, Any]:
+            return product(context, name, "fast", frozenset({name}), *operands())
+
+        yield f"path {name}", lambda name=name: vars(probe_micro(context.device)[name])  # type: ignore[misc]
+        yield f"{name}, comfy-kitchen", by_blocks
     for backend in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
 
         def kernel(backend: str = backend) -> dict[str, Any]:
             return attend(context, backend)
 
         yield f"attention {backend.lower()}", kernel
-    yield "attention int8 (comfy-kitchen)", lambda: attend_int8(context)
+    yield "attention int8 (comfy-kitchen)", lambda: attend_by(context, INT8)
+    yield "attention sol (comfy-kitchen)", lambda: attend_by(context, SOL)
 
 
 def weight_and_inputs(context: Context) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,7 +82,8 @@ def product(
     """Seconds of a linear over ``weight`` in a format."""
     rows, columns = context.scale.matrix
     device, fmt = context.device, get_format(name)
-    stored = {suffix: each.to(device) for suffix, each in quantise(fmt, weight).items()}
+    made = quantise(fmt, weight) if fmt.writable else in_blocks(name, weight)  # type: ignore[arg-type]
+    stored = {suffix: each.to(device) for suffix, each in made.items()}
     computing = Computing(Scratch(2 * rows * columns, device), mode, works)
     path = strategy_for(computing, fmt, (rows, columns))
     operands = Operands(fmt, (rows, columns), stored, None)
@@ -99,25 +110,28 @@ def attend(context: Context, backend: str) -> dict[str, Any]:
     return attended(context, heads, seconds)
 
 
-def attend_int8(context: Context) -> dict[str, Any]:
-    """The same as ``--attention int8`` makes it, its quantising and its copy back included; and its
-    error against torch's own."""
-    attend_in_8_bits = int8_attention()
-    q, k, v = random_qkv(context, context.scale.heads)
-    seconds = seconds_of(lambda: attend_in_8_bits(q, k, v), context)
+def attend_by(context: Context, word: str) -> dict[str, Any]:
+    """The same as ``--attention`` makes it, its quantising and its copy back included; and its
+    error against torch's own. Of random tokens, which no sparse attention does justice to; one that
+    wants all queries at once gets them."""
+    other, whole = self_attention_of(word), Attending.of(word).backend.whole
+    q, k, v = random_qkv(context, context.scale.heads, whole=whole)
+    seconds = seconds_of(lambda: other(q, k, v), context)
     sdpa_seconds = seconds_of(lambda: attention(q, k, v), context)
     reference = attention(q, k, v).float()
-    error = (attend_in_8_bits(q, k, v).float() - reference).norm() / reference.norm()
-    return attended(context, context.scale.heads, seconds) | {
+    error = (other(q, k, v).float() - reference).norm() / reference.norm()
+    return attended(context, context.scale.heads, seconds, q.shape[1]) | {
         "sdpa_ms": 1e3 * sdpa_seconds,
         "relative_error": float(error),
     }
 
 
-def random_qkv(context: Context, heads: int) -> list[torch.Tensor]:
-    """A chunk of queries, and the keys and values of all tokens: (1, tokens, heads, width)."""
+def random_qkv(context: Context, heads: int, *, whole: bool = False) -> list[torch.Tensor]:
+    """A chunk of queries (``whole``: all), and the keys and values of all tokens: (1, tokens,
+    heads, width)."""
     draw = torch.Generator(device=context.device).manual_seed(0)
-    counts = (context.scale.tokens, context.scale.context, context.scale.context)
+    keys = context.scale.context
+    counts = (keys if whole else context.scale.tokens, keys, keys)
     return [
         torch.randn(
             (1, tokens, heads, HEAD_WIDTH), generator=draw, device=context.device,
@@ -127,9 +141,12 @@ def random_qkv(context: Context, heads: int) -> list[torch.Tensor]:
     ]  # fmt: skip
 
 
-def attended(context: Context, heads: int, seconds: float) -> dict[str, Any]:
-    """What is told of attention that took so long."""
-    flops = 4 * context.scale.tokens * context.scale.context * heads * HEAD_WIDTH
+def attended(
+    context: Context, heads: int, seconds: float, queries: int | None = None
+) -> dict[str, Any]:
+    """What is told of attention that took so long, as if all keys had been attended to."""
+    queries = queries or context.scale.tokens
+    flops = 4 * queries * context.scale.context * heads * HEAD_WIDTH
     return {"heads": heads, "ms": 1e3 * seconds, "tflops": flops / seconds / 1e12}
 
 

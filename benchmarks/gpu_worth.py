@@ -51,10 +51,10 @@ PARTS = (
     Part(
         "formats",
         (
-            "attention int8 (comfy-kitchen)", "path int8-kitchen", "int8, comfy-kitchen",
-            "int8-convrot, comfy-kitchen",
+            "attention int8 (comfy-kitchen)", "attention sol (comfy-kitchen)", "path int8-kitchen",
+            "int8, comfy-kitchen", "int8-convrot, comfy-kitchen",
         ),
-        14,
+        18,
     ),
     Part("peers", ("resident", "accelerate_cpu", "mmgp", "model_offload"), 70, 40),
     Part("correctness", ("late computation, rings of one",), 26, 6),

@@ -37,7 +37,7 @@ FLAGS: Mapping[str, Flag] = MappingProxyType(
         "profile": Flag("Profile name, or path of a .toml file (auto)."),
         "format": Flag("Weight format of the transformer's blocks, such as int8 (as stored)."),
         "compute": Flag("Matrix products: exact, or fast (8-bit where they work)."),
-        "attention": Flag("Self-attention kernel: sdpa, or int8 (8-bit, where it works)."),
+        "attention": Flag("Self-attention kernel: sdpa, or where it works int8 or sol (sparse)."),
         "residual": Flag("Precision of the hidden states: fp32, bf16 or auto (fp32 if it fits)."),
         "branches": Flag("CFG branches per visit of a block: 1, 2 or auto."),
         "chunk_tokens": Flag("Tokens per chunk of the transformer's forward pass, or auto."),

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 from penstock.cli.layout import Column, gauge, labelled, table, wrap
 from penstock.engine.alternatives import Alternative
 from penstock.errors import OverBudget
+from penstock.profiles.attending import Attending
 from penstock.profiles.hardware import INTERPRETER_BYTES
-from penstock.profiles.plan import ATTENTION, COMPUTE_PATHS, RESIDUAL, PhasePlan, Plan, StreamPlan
+from penstock.profiles.plan import COMPUTE_PATHS, RESIDUAL, PhasePlan, Plan, StreamPlan
 from penstock.profiles.profile import Profile, load, names
 from penstock.units import format_bytes
 
@@ -170,7 +171,8 @@ def _cuts(plan: Plan, width: int) -> Iterator[str]:
 def _weights(plan: Plan, width: int) -> list[str]:
     told = (
         f"blocks stored as {plan.weight_format}, compute {plan.compute}: "
-        f"{COMPUTE_PATHS[plan.compute_path]}; self-attention {ATTENTION[plan.attention]}; "
+        f"{COMPUTE_PATHS[plan.compute_path]}; "
+        f"self-attention {Attending.of(plan.attention).backend.told}; "
         f"hidden states {RESIDUAL[plan.residual]}"
     )
     return labelled("weights", told, width)

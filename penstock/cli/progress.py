@@ -25,7 +25,8 @@ from penstock.engine.run.events import Event, Notice, PhaseEnded, PhaseStarted, 
 from penstock.engine.run.events import Progress as Advance
 from penstock.engine.run.jobs import JobInfo
 from penstock.engine.run.report import PhaseReport, RunReport
-from penstock.profiles.plan import ATTENTION, COMPUTE_PATHS, RESIDUAL, PhasePlan, Plan
+from penstock.profiles.attending import Attending
+from penstock.profiles.plan import COMPUTE_PATHS, RESIDUAL, PhasePlan, Plan
 from penstock.units import format_bytes
 
 _JOBS = ("JOB", "STATE", "STEP", "AGE", "SIZE")
@@ -112,7 +113,8 @@ def plan_summary(plan: Plan) -> str:
     lines += [f"plan: {phase.name}: {_cut(phase)}" for phase in plan.phases if phase.facts]
     lines.append(
         f"plan: blocks stored as {plan.weight_format}, compute {plan.compute}: "
-        f"{COMPUTE_PATHS[plan.compute_path]}; self-attention {ATTENTION[plan.attention]}; "
+        f"{COMPUTE_PATHS[plan.compute_path]}; "
+        f"self-attention {Attending.of(plan.attention).backend.told}; "
         f"hidden states {RESIDUAL[plan.residual]}"
     )
     return "\n".join(lines)
@@ -134,7 +136,7 @@ def report_summary(report: RunReport) -> str:
         f"wrote {report.output}: {report.frames} frames, {report.width}x{report.height}, "
         f"{_heard(report)}seed {report.seed}, "
         f"{report.weight_format} ({COMPUTE_PATHS[report.compute_path]}, "
-        f"self-attention {ATTENTION[report.attention]}, "
+        f"self-attention {Attending.of(report.attention).backend.told}, "
         f"hidden states {RESIDUAL[report.residual]}), {_computed(report)}"
         f"{report.seconds:.1f} s after {report.imports_s:.1f} s of imports, "
         f"peak VRAM {format_bytes(report.peak_vram_bytes)}, "

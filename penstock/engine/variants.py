@@ -46,13 +46,15 @@ def computing_on(device: str, mode: Mode) -> tuple[Computing, tuple[str, ...]]:
     products, which are tried for "fast"."""
     if mode == "exact":
         return Computing(Scratch(0, device)), ()
-    from penstock.quant.probe import probe, probe_kitchen, working
+    from penstock.quant.probe import probe, probe_kitchen, probe_micro, working
 
     reports = probe(device)
     works, told = working(reports), told_of(reports)
     if device != "cpu":
         kitchens, said = _kitchens(probe_kitchen(device))
-        works, told = works | kitchens, (*told, said)
+        blocks = probe_micro(device)
+        works |= kitchens | {name for name, report in blocks.items() if report.works}
+        told = (*told, _told_blocks(blocks), said)
     return Computing(Scratch(0, device), mode, works), told
 
 
@@ -65,9 +67,19 @@ def _kitchens(report: PathReport) -> tuple[frozenset[Kernel], str]:
 
 def kitchen_numerics(path: str, works: frozenset[Kernel]) -> dict[str, str]:
     """Return what a fingerprint says of comfy-kitchen's products: results depend on its version."""
-    if path != "int8" or "int8-kitchen" not in works:
+    if path not in ("nvfp4", "mxfp8") and (path != "int8" or "int8-kitchen" not in works):
         return {}
-    return {"int8": f"comfy-kitchen {package_version('comfy-kitchen')}"}
+    return {path: f"comfy-kitchen {package_version('comfy-kitchen')}"}
+
+
+def _told_blocks(reports: Mapping[Gemm, PathReport]) -> str:
+    """Return what is said of products in numbers with a scale a block."""
+    good = [name for name, report in reports.items() if report.works]
+    bad = [f"{name} ({report.reason})" for name, report in reports.items() if not report.works]
+    said = [f"{' and '.join(good)} work here"] * bool(good) + [f"not {' nor '.join(bad)}"] * bool(
+        bad
+    )
+    return f"products by blocks, by comfy-kitchen: {'; '.join(said)}"
 
 
 def told_of(reports: Mapping[Kernel, PathReport]) -> tuple[str, ...]:

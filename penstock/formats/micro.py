@@ -17,6 +17,9 @@ TILE_ROWS = 128
 """Rows whose scales lie together."""
 
 
+E2M1_MAX = 6.0
+
+
 @dataclass(frozen=True)
 class Micro:
     """NVFP4: pairs of E2M1 numbers (the first in the high half), e4m3 scales, and one for all in
@@ -38,7 +41,11 @@ class Micro:
     plain: ClassVar[bool] = False
     writable: ClassVar[bool] = False
     by_rows: ClassVar[bool] = False
-    gemm: ClassVar[None] = None
+
+    @property
+    def gemm(self) -> Literal["nvfp4", "mxfp8"]:
+        """The product of its own that a card may have."""
+        return self.name
 
     @property
     def label(self) -> str:

@@ -14,7 +14,7 @@ from penstock.formats.rows import Shape, Spec, chunk_rows
 ScaleLayout: TypeAlias = Literal["none", "scalar", "one", "one_one", "row", "column"]
 """Shape of the scale: absent, (), (1,), (1, 1), (rows,) or (rows, 1)."""
 
-Gemm: TypeAlias = Literal["fp8", "int8"]
+Gemm: TypeAlias = Literal["fp8", "int8", "nvfp4", "mxfp8"]
 
 ROTATIONS = (4, 16, 64, 256, 1024)
 """Sizes that ConvRot's groups may have: powers of 4."""

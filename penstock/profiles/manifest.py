@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 SCRATCH = "dequantisation scratch"
 """Label of the buffer that matrices are decoded into, in plans."""
 
-ComputePath = Literal["plain", "dequant", "fp8", "int8"]
+ComputePath = Literal["plain", "dequant", "fp8", "int8", "nvfp4", "mxfp8"]
 """How matrices multiply: as they are, decoded first, or in 8 bits."""
 
 

@@ -27,14 +27,11 @@ COMPUTE_PATHS: Mapping[str, str] = MappingProxyType(
         "dequant": "decoded before each product",
         "fp8": "8-bit products in fp8",
         "int8": "8-bit products in int8",
+        "nvfp4": "4-bit products in nvfp4",
+        "mxfp8": "8-bit products in mxfp8",
     }
 )
 """What a plan's ``compute_path`` means, for people."""
-
-ATTENTION: Mapping[str, str] = MappingProxyType(
-    {"sdpa": "by torch", "int8": "in 8 bits, by comfy-kitchen"}
-)
-"""What a plan's ``attention`` means, for people."""
 
 RESIDUAL: Mapping[str, str] = MappingProxyType(
     {"bf16": "as it computes", "fp32": "in fp32, as the makers do"}
@@ -217,7 +214,8 @@ class Plan:
         compute: "exact" or "fast", as asked.
         compute_path: how most of the blocks' matrices multiply: "plain", "dequant" (decoded first),
             "fp8" or "int8".
-        attention: what self-attention runs on: "sdpa", or "int8" where that is asked for and works.
+        attention: what self-attention runs on, as `penstock.profiles.attending.Attending.of` reads
+            it: "sdpa", or another where that is asked for and works.
         step_cache: of forward passes, as asked.
         machine: the hardware's name.
         origins: where budgets, rates and policy come from.

@@ -9,11 +9,11 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from penstock.errors import ProfileError, brief
+from penstock.profiles.attending import SDPA, Attending
 from penstock.profiles.caching import OFF, Caching
 
 Disk = Literal["auto", "spare", "never"]
 Compute = Literal["exact", "fast"]
-Attention = Literal["sdpa", "int8"]
 Place = Literal["auto", "vram", "ram"]
 Residual = Literal["auto", "bf16", "fp32"]
 
@@ -63,7 +63,8 @@ class Policy:
         cross_kv: where cross-attention K/V are kept.
         compute: "exact" decodes quantised weights; "fast" multiplies in 8 bits where it can.
         attention: what the transformer's self-attention runs on: "sdpa", torch's own in the compute
-            dtype; "int8", in 8 bits, which a machine must have shown that it can.
+            dtype; others as `penstock.profiles.attending.Attending.of` reads them, which a machine
+            must have shown that it can.
         residual: what the transformer's hidden states are kept in between operations: "fp32", as
             the makers do; "bf16", the compute dtype; "auto", fp32 where that costs next to no time.
         step_cache: of forward passes, as `penstock.profiles.caching.Caching.of` reads it.
@@ -77,7 +78,7 @@ class Policy:
     cross_kv: Place = "auto"
     compute: Compute = "exact"
     disk: Disk = "auto"
-    attention: Attention = "sdpa"
+    attention: str = SDPA
     residual: Residual = "auto"
     step_cache: str = OFF
 
@@ -89,10 +90,16 @@ class Policy:
         self._require("tiles", not flat, "ROWSxCOLUMNS, 1x1 or more, or auto")
         self._require("cross_kv", self.cross_kv in ("auto", "vram", "ram"), "auto, vram or ram")
         self._require("compute", self.compute in ("exact", "fast"), "exact or fast")
-        self._require("attention", self.attention in ("sdpa", "int8"), "sdpa or int8")
         self._require("residual", self.residual in ("auto", *RESIDUALS), "auto, bf16 or fp32")
         self._require("disk", self.disk in ("auto", "spare", "never"), "auto, spare or never")
         Caching.of(self.step_cache)
+        parted = self.attending.backend.whole and self.chunk_tokens is not None
+        self._require("chunk_tokens", not parted, "none beside an attention of all tokens at once")
+
+    @property
+    def attending(self) -> Attending:
+        """``attention``, read."""
+        return Attending.of(self.attention)
 
     @property
     def caching(self) -> Caching:

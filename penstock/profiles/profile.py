@@ -85,10 +85,10 @@ class Chosen:
     options: Options = field(default_factory=Options)
 
 
-def without_int8_attention(chosen: Chosen, reason: str) -> Chosen:
+def with_torchs_attention(chosen: Chosen, reason: str) -> Chosen:
     """Return ``chosen`` with torch's own attention, and with ``reason`` beside its origin."""
     origins = tuple(
-        Origin(each.name, "sdpa", f"int8 by {each.source}, not here: {reason}")
+        Origin(each.name, "sdpa", f"{chosen.policy.attention} by {each.source}, not here: {reason}")
         if each.name == "attention"
         else each
         for each in chosen.origins

@@ -11,6 +11,7 @@ from typing import Any
 
 from penstock.errors import ProfileError
 from penstock.folders import config_folder
+from penstock.profiles.attending import Attending
 from penstock.regular import read_regular
 
 TINY_CHUNK, SMALL_CHUNK = 2, 32
@@ -27,6 +28,8 @@ class Rates:
         read_bytes_per_s: disk to host memory.
         attention_flops: of attention; None: as matrix products.
         int8_attention_flops: of self-attention in 8 bits; None: as ``attention_flops``.
+        sol_attention_flops: of sparse self-attention, counted as if it attended to all; None: as
+            ``attention_flops``.
         conv_flops: of the VAE's convolutions; None: as matrix products.
         conv_element_s: of one element that they read: its norm and activation, and its copies;
             None: ``conv_flops`` is the rate of all that the VAE does.
@@ -35,6 +38,7 @@ class Rates:
         conv_call_s: of one convolution, however small: its operations' own; None: not counted.
         eight_bit_flops: of int8 matrix products; None: the device has none that are faster.
         fp8_flops: of fp8 matrix products; None: the device has none.
+        nvfp4_flops, mxfp8_flops: of products in these formats; None: the device has none.
         memory_bytes_per_s: the device's own memory; decoding of weights runs at it (None: not
             counted).
         overhead_s: of one chunk of `SMALL_CHUNK` tokens or more in one block, besides its tokens.
@@ -51,12 +55,15 @@ class Rates:
     read_bytes_per_s: float
     attention_flops: float | None = None
     int8_attention_flops: float | None = None
+    sol_attention_flops: float | None = None
     conv_flops: float | None = None
     conv_element_s: float | None = None
     conv_pixel_s: float | None = None
     conv_call_s: float | None = None
     eight_bit_flops: float | None = None
     fp8_flops: float | None = None
+    nvfp4_flops: float | None = None
+    mxfp8_flops: float | None = None
     memory_bytes_per_s: float | None = None
     overhead_s: float = 2e-4
     tiny_overhead_s: float | None = None
@@ -75,15 +82,20 @@ class Rates:
                 )
 
     def self_attention_flops(self, attention: str) -> float:
-        """Return the rate of the transformer's self-attention by "sdpa" or "int8"; in 8 bits as in
-        16 where that rate is unknown."""
-        eight_bit = self.int8_attention_flops if attention == "int8" else None
-        return eight_bit or self.attention_flops or self.flops
+        """Return the rate of the transformer's self-attention by that word; as torch's own where
+        that rate is unknown."""
+        name = Attending.of(attention).backend.rate
+        own: float | None = None if name is None else getattr(self, name)
+        return own or self.attention_flops or self.flops
 
     def product_flops(self, path: str) -> float | None:
         """Return the rate of the matrix products of a compute path; None: the device has none of
         them."""
-        return {"fp8": self.fp8_flops, "int8": self.eight_bit_flops}.get(path, self.flops)
+        found = {
+            "fp8": self.fp8_flops, "int8": self.eight_bit_flops,
+            "nvfp4": self.nvfp4_flops, "mxfp8": self.mxfp8_flops,
+        }  # fmt: skip
+        return found.get(path, self.flops)
 
     def chunk_overhead_s(self, tokens: int, attended: int = 0) -> float:
         """Return the seconds of a chunk besides its tokens: between two sizes, by the logarithm.

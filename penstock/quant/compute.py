@@ -5,6 +5,7 @@
 - `Fp8Gemm`: `torch._scaled_mm` on e4m3 weights and activations scaled by token.
 - `Int8Gemm`: `torch._int_mm` on int8 weights and activations scaled by token.
 - `KitchenInt8`: the same by comfy-kitchen, whose kernel scales what it multiplies.
+- `KitchenMicro`: NVFP4 or MXFP8 by NVFP4 or MXFP8, by comfy-kitchen.
 
 An 8-bit product has unit scales, and its output is multiplied by the tokens' and the rows' in two
 passes. Row-wise scales inside `_scaled_mm` need none; not every architecture and system has them.
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from penstock.formats.formats import QuantFormat
+from penstock.formats.micro import E2M1_MAX, Micro
 from penstock.formats.rows import Shape
 from penstock.formats.scaled import E4M3_MAX, INT8_MAX, Scaled8
 from penstock.quant.arithmetic import dequantise
@@ -162,6 +164,56 @@ class KitchenInt8:
         return _by_tokens(product, linear.shape, x, size, self.chunk_bytes)
 
 
+@dataclass(frozen=True)
+class KitchenMicro:
+    """NVFP4 by NVFP4, or MXFP8 by MXFP8: comfy-kitchen quantises the tokens by blocks of a row, and
+    its product takes both operands' scales. Imported when it is called.
+
+    ``chunk_bytes`` bounds the temporaries. The scale for all of NVFP4 is that of a chunk's tokens.
+    """
+
+    path: Path
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES
+
+    def __call__(self, linear: Operands, x: Tensor) -> Tensor:
+        """As `LinearPath`."""
+        multiply = _MICRO[self.path]
+
+        def product(tokens: Tensor, out: Tensor) -> None:
+            bias = None if linear.bias is None else linear.bias.to(out.dtype)
+            out.copy_(multiply(tokens.contiguous(), linear.tensors, bias)[: len(tokens)])
+
+        size = gemm_token_bytes(linear.shape, x.device.type, kitchen=True)
+        return _by_tokens(product, linear.shape, x, size, self.chunk_bytes)
+
+
+def _nvfp4(tokens: Tensor, weight: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+    import comfy_kitchen as kitchen
+
+    largest = torch.linalg.vector_norm(tokens, torch.inf).float()
+    whole = (largest / (E4M3_MAX * E2M1_MAX)).masked_fill_(largest == 0, 1)
+    codes, scales = kitchen.quantize_nvfp4(tokens, whole, pad_16x=True)
+    found: Tensor = kitchen.scaled_mm_nvfp4(
+        codes, weight["weight"].view(torch.uint8), whole, weight["weight_scale_2"].reshape(()),
+        scales, weight["weight_scale"].view(torch.float8_e4m3fn), bias, tokens.dtype,
+    )  # fmt: skip
+    return found
+
+
+def _mxfp8(tokens: Tensor, weight: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+    import comfy_kitchen as kitchen
+
+    codes, scales = kitchen.quantize_mxfp8(tokens, pad_32x=True)
+    found: Tensor = kitchen.scaled_mm_mxfp8(
+        codes, weight["weight"].view(torch.float8_e4m3fn), scales,
+        weight["weight_scale"].view(torch.float8_e8m0fnu), bias, tokens.dtype,
+    )  # fmt: skip
+    return found
+
+
+_MICRO = {"nvfp4": _nvfp4, "mxfp8": _mxfp8}
+
+
 def quantise_tokens(tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return 8-bit codes of ``tokens`` (n, features), row by row, and their fp32 scales (n, 1);
     ``code * scale`` is the value. A token of zeros gets scale 1; one with NaN or Inf a scale that
@@ -262,6 +314,8 @@ def strategy_for(computing: Computing, fmt: QuantFormat, shape: Shape) -> Linear
     path = computing.path_for(fmt, shape)
     if path == "dequant":
         return Dequant(computing.scratch)
+    if isinstance(fmt, Micro):
+        return KitchenMicro(path, computing.chunk_bytes)
     if computing.is_kitchens(fmt, shape):
         return KitchenInt8(computing.chunk_bytes)
     if path == "int8":

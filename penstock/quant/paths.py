@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from penstock.errors import LedgerOverflow
 from penstock.formats.formats import QuantFormat
+from penstock.formats.micro import Micro
 from penstock.formats.plain import Plain
 from penstock.formats.rows import Shape
 from penstock.formats.scaled import Scaled8
@@ -23,13 +24,14 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-Path: TypeAlias = Literal["dequant", "fp8", "int8"]
+Path: TypeAlias = Literal["dequant", "fp8", "int8", "nvfp4", "mxfp8"]
 Mode: TypeAlias = Literal["exact", "fast"]
 
-Kernel: TypeAlias = Literal["fp8", "fp8-rowwise", "int8", "int8-kitchen"]
+Kernel: TypeAlias = Literal["fp8", "fp8-rowwise", "int8", "int8-kitchen", "nvfp4", "mxfp8"]
 """An 8-bit product that a device may have. "fp8-rowwise" takes the scales of tokens and rows, and
 the bias, and writes bf16: it makes the path "fp8" faster where that works. "int8-kitchen" is
-comfy-kitchen's, which quantises the tokens, and scales inside the product: likewise of "int8"."""
+comfy-kitchen's, which quantises the tokens, and scales inside the product: likewise of "int8".
+"nvfp4" and "mxfp8" are comfy-kitchen's too, on cards whose tensor cores take such blocks."""
 
 KITCHEN_BYTES = 32 * MIB
 """What comfy-kitchen 0.2.40 keeps on a card for cuBLAS, where its own kernel does not serve."""
@@ -119,9 +121,10 @@ class Computing:
     chunk_bytes: int = DEFAULT_CHUNK_BYTES
 
     def path_for(self, fmt: QuantFormat, shape: Shape) -> Path:
-        """Return the path of one linear. 8-bit products need both sides to be multiples of 16."""
-        gemm = fmt.gemm
-        aligned = shape[0] % GEMM_MULTIPLE == 0 and shape[1] % GEMM_MULTIPLE == 0
+        """Return the path of one linear. Its product needs both sides to be multiples of 16, or of
+        what the format fills them up to."""
+        gemm, multiple = fmt.gemm, fmt.padding if isinstance(fmt, Micro) else GEMM_MULTIPLE
+        aligned = shape[0] % multiple == 0 and shape[1] % multiple == 0
         if self.mode == "exact" or gemm is None or gemm not in self.working or not aligned:
             return "dequant"
         return gemm
@@ -141,7 +144,8 @@ class Computing:
 
     def is_kitchens(self, fmt: QuantFormat, shape: Shape) -> bool:
         """Return whether comfy-kitchen multiplies one linear."""
-        return self.path_for(fmt, shape) == "int8" and "int8-kitchen" in self.working
+        path = self.path_for(fmt, shape)
+        return path in ("nvfp4", "mxfp8") or (path == "int8" and "int8-kitchen" in self.working)
 
 
 def gemm_fixed_bytes(shape: Shape) -> int:

@@ -11,13 +11,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from penstock.formats.formats import get_format
-from penstock.formats.scaled import Gemm
+from penstock.formats.micro import E2M1_MAX
+from penstock.formats.scaled import E4M3_MAX, Gemm
 from penstock.quant.arithmetic import quantise
-from penstock.quant.compute import Fp8Gemm, Int8Gemm, KitchenInt8, LinearPath, Operands
+from penstock.quant.compute import (
+    Fp8Gemm,
+    Int8Gemm,
+    KitchenInt8,
+    KitchenMicro,
+    LinearPath,
+    Operands,
+)
 from penstock.quant.paths import Kernel
 
-MIN_COSINE: Mapping[Gemm, float] = MappingProxyType({"fp8": 0.998, "int8": 0.9995})
-"""Cosine to the fp32 product, in the worst output row; a right kernel reaches 0.9989 and 0.9999."""
+MIN_COSINE: Mapping[Gemm, float] = MappingProxyType(
+    {"fp8": 0.998, "int8": 0.9995, "nvfp4": 0.97, "mxfp8": 0.997}
+)
+"""Cosine to the fp32 product, in the worst output row; a right kernel reaches 0.9989, 0.9999, 0.981
+and 0.9983."""
 
 MOST_OFF = 0.1
 """Of an output row's length; a right kernel is off by 0.01."""
@@ -76,6 +87,42 @@ def probe_kitchen(device: torch.device | str) -> PathReport:
     return try_path("int8", KitchenInt8(), device, torch.bfloat16)
 
 
+MICRO: Mapping[Gemm, int] = MappingProxyType({"nvfp4": 10, "mxfp8": 10})
+"""Products of comfy-kitchen in blocks with a scale each, and the first compute capability whose
+tensor cores have them: Blackwell's."""
+
+
+def probe_micro(device: torch.device | str) -> dict[Gemm, PathReport]:
+    """Try comfy-kitchen's products in NVFP4 and MXFP8 on ``device``, in bf16."""
+    return {name: _tried_micro(name, torch.device(device)) for name in MICRO}
+
+
+def _tried_micro(name: Gemm, device: torch.device) -> PathReport:
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return PathReport(False, None, "it needs a CUDA device")
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < MICRO[name]:
+        told = f"sm{major}{minor} has no such tensor cores; sm{MICRO[name]}0 or newer is needed"
+        return PathReport(False, None, told)
+    return try_path(name, KitchenMicro(name), device, torch.bfloat16)
+
+
+def in_blocks(name: Gemm, weight: Tensor) -> dict[str, Tensor]:
+    """Return ``weight`` as comfy-kitchen stores it in a format that penstock only reads.
+
+    Raises:
+        ImportError: comfy-kitchen is not installed.
+    """
+    import comfy_kitchen as kitchen
+
+    if name == "mxfp8":
+        codes, scales = kitchen.quantize_mxfp8(weight)
+        return {"weight": codes, "weight_scale": scales}
+    whole = weight.abs().max() / (E4M3_MAX * E2M1_MAX)
+    codes, scales = kitchen.quantize_nvfp4(weight, whole)
+    return {"weight": codes, "weight_scale": scales, "weight_scale_2": whole}
+
+
 def working(reports: Mapping[Kernel, PathReport]) -> frozenset[Kernel]:
     """Return the products that work, as `Computing` wants them."""
     return frozenset(name for name, report in reports.items() if report.works)
@@ -92,8 +139,9 @@ def try_path(name: Gemm, path: LinearPath, device: torch.device, dtype: torch.dt
     weight *= size[:, None]
     x = torch.randn(_TOKENS, _COLUMNS, generator=generator).to(device, dtype)
     bias = (torch.randn(_ROWS, generator=generator) * size * _COLUMNS**0.5).to(device, dtype)
-    tensors = {suffix: each.to(device) for suffix, each in quantise(fmt, weight).items()}
     try:
+        stored = quantise(fmt, weight) if fmt.writable else in_blocks(name, weight)
+        tensors = {suffix: each.to(device) for suffix, each in stored.items()}
         found = path(Operands(fmt, (_ROWS, _COLUMNS), tensors, bias), x)
         found = (found.float() - bias.float()).cpu()
     except ImportError as error:

@@ -6,6 +6,7 @@ Each test prints its figures in one line that begins with its name.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from penstock.engine.engine import Engine
 from penstock.engine.families.wan.tiny import write_tiny_model
 from penstock.engine.files.locate import locate
 from penstock.engine.packs.plan import plan_component
+from penstock.engine.request.levels import noise_levels
 from tests.engine import golden
 from tests.engine.conftest import SMALL_VAE
 from tests.engine.run.test_killed import finish, kill_at_failpoints, kill_at_moments
@@ -80,6 +82,26 @@ def test_sigkill_of_a_job_that_skips_steps(
             assert killed.was_killed
             redone += finish(task, [killed], frames_sha(tmp_path / "whole.mp4"))
     print(f"\nsigkill under {cache} after each of {steps - 1} steps, identical, {redone} redone")
+
+
+def test_sigkill_of_a_job_with_guidance_in_an_interval(
+    engine: Engine, picture: Path, tmp_path: Path
+) -> None:
+    redone, steps = 0, 5
+    request = a_request(picture, steps=steps, shift=3.0, guidance_scale=4.0)
+    request = replace(request, cfg_interval="0.5,0.93")
+    levels = noise_levels("unipc", steps, 3.0)
+    assert len({0.5 <= level <= 0.93 for level in levels}) == 2  # two kinds of steps
+    engine.submit(request, tmp_path / "whole.mp4").result()
+    for last in range(1, steps):
+        (tmp_path / f"{last}").mkdir()
+        task = Task(engine, request, tmp_path / f"{last}")
+        killed = task.attempt(kill_at_step=last)
+        assert killed.was_killed
+        redone += finish(task, [killed], frames_sha(tmp_path / "whole.mp4"))
+    print(
+        f"\nsigkill with guidance in an interval after each of {steps - 1} steps: {redone} redone"
+    )
 
 
 def test_sigkill_at_random_moments(engine: Engine, picture: Path, sha: str, tmp_path: Path) -> None:

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 import penstock
-from penstock.engine.attention.kernels import int8_attention
-from penstock.engine.attention.probe import probe_int8
+from penstock.engine.attention.kernels import int8_attention, sol_attention
+from penstock.engine.attention.probe import probe_int8, probe_sol
 from penstock.engine.bench.measure import Asked, measure
 from penstock.engine.bench.weights import write_synthetic
 from penstock.engine.engine import Engine
 from penstock.engine.families.wan import work
+from penstock.engine.families.wan.cost.sparse import sol_attention_bytes
 from penstock.engine.families.wan.cost.transformer import int8_attention_bytes
 from penstock.engine.families.wan.tiny import write_tiny_model
 from penstock.engine.files.locate import locate
@@ -36,6 +37,7 @@ from penstock.profiles.hardware import default_device
 from penstock.profiles.options import Options
 from penstock.profiles.phases import CUDA_LIBRARY_BYTES
 from penstock.profiles.plan import StreamPlan
+from penstock.quant.probe import probe_micro
 from tests.engine import lora_files
 from tests.engine.attach.zoo import Walk
 
@@ -434,6 +436,35 @@ def test_int8_attention_works_and_takes_what_plans_say() -> None:
     taken = torch.cuda.memory_stats()["requested_bytes.all.peak"] - held
     planned = int8_attention_bytes(heads, width, queries, keys, 2) + q.nbytes
     assert 0.99 * planned <= taken <= planned
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp8"])
+def test_products_by_blocks_work_where_the_card_has_them(name: Any) -> None:
+    pytest.importorskip("comfy_kitchen")
+    report = probe_micro(DEVICE)[name]
+    if torch.cuda.get_device_capability(DEVICE) >= (10, 0):
+        assert report.works, report.reason
+    else:
+        assert "no such tensor cores" in report.reason
+
+
+def test_sparse_attention_works_and_takes_what_plans_say() -> None:
+    pytest.importorskip("comfy_kitchen")
+    report = probe_sol(DEVICE, torch.bfloat16, 40, 128)
+    assert report.works, report.reason
+    heads, tokens = 8, 3000
+    q, k, v = (
+        torch.randn(1, tokens, heads, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(3)
+    )
+    attend = sol_attention(1.0)
+    attend(q, k, v)  # kernels are loaded
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_stats()["requested_bytes.all.current"]
+    attend(q, k, v)
+    taken = torch.cuda.memory_stats()["requested_bytes.all.peak"] - held
+    planned = sol_attention_bytes(heads, tokens) + q.nbytes
+    assert 0.99 * planned <= taken <= 1.01 * planned
 
 
 def test_the_machine_shows_a_sign_of_its_gpu() -> None:

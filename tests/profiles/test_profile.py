@@ -18,7 +18,7 @@ from penstock.profiles.profile import (
     load,
     names,
     parse,
-    without_int8_attention,
+    with_torchs_attention,
 )
 from penstock.profiles.rates import Rates
 from penstock.units import GIB
@@ -154,7 +154,7 @@ def test_a_profile_may_ask_for_attention_in_8_bits_and_a_flag_takes_it_back() ->
 
 def test_why_there_is_no_attention_in_8_bits_stands_with_the_origins() -> None:
     chosen = choose(Profile("p", ""), Options(attention="int8", compute="fast"), MACHINE)
-    without = without_int8_attention(chosen, "no kernel")
+    without = with_torchs_attention(chosen, "no kernel")
     assert without.policy == Policy(compute="fast")
     assert origins(without)["attention"] == ("sdpa", "int8 by flag, not here: no kernel")
     others = origins(chosen).keys() - {"attention"}

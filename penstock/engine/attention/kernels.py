@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch.nn.functional as F
 from torch import Tensor
+
+from penstock.profiles.attending import INT8, SDPA, SOL, Attending
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From queries (1, m, heads, head width), keys and values (1, n, heads, head width) to the result
@@ -49,10 +52,42 @@ def int8_attention() -> Attention:
     return attend
 
 
-def self_attention_of(name: str) -> Attention:
-    """Return the backend that a plan names: "sdpa" or "int8".
+def sol_attention(tau: float) -> Attention:
+    """Return unmasked attention by comfy-kitchen, exact where blocks of 64 tokens matter to one
+    another, and takes the others by their means (arXiv:2607.24027). All queries come at once.
+
+    What it holds meanwhile is stated by
+    `penstock.engine.families.wan.cost.sparse.sol_attention_bytes`.
+
+    Args:
+        tau: how far a block must stand out; above it fewer do.
 
     Raises:
-        ImportError: as `int8_attention`.
+        ImportError: comfy-kitchen is not installed.
     """
-    return int8_attention() if name == "int8" else attention
+    from comfy_kitchen import sol_attn as kernel
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found: Tensor = kernel(q, k, v, tau=tau)
+        return found.flatten(2, 3)
+
+    return attend
+
+
+_MADE: Mapping[str, Callable[[Attending], Attention]] = MappingProxyType(
+    {
+        SDPA: lambda asked: attention,
+        INT8: lambda asked: int8_attention(),
+        SOL: lambda asked: sol_attention(asked.tau),
+    }
+)
+
+
+def self_attention_of(word: str) -> Attention:
+    """Return the backend that a plan names.
+
+    Raises:
+        ImportError: comfy-kitchen is needed, and is not installed.
+    """
+    asked = Attending.of(word)
+    return _MADE[asked.kind](asked)

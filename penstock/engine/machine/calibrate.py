@@ -15,8 +15,8 @@ from typing import cast
 import torch
 from torch.nn import functional as F
 
-from penstock.engine.attention.kernels import Attention, attention, int8_attention
-from penstock.engine.attention.probe import probe_int8
+from penstock.engine.attention.kernels import Attention, attention, self_attention_of
+from penstock.engine.attention.probe import probe as probe_attention
 from penstock.engine.family.protocol import families
 from penstock.engine.machine.disk import IN_FLIGHT, read_rate
 from penstock.engine.machine.samples import SampledFamily, Samples
@@ -24,11 +24,12 @@ from penstock.formats.formats import get_format
 from penstock.formats.scaled import Gemm
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.tiers import DeviceTier, HostTier, open_link
+from penstock.profiles.attending import INT8, SOL
 from penstock.profiles.rates import SMALL_CHUNK, TINY_CHUNK, Rates
 from penstock.quant.arithmetic import dequantise, quantise
-from penstock.quant.compute import LinearPath, Operands, strategy_for
+from penstock.quant.compute import KitchenMicro, LinearPath, Operands, strategy_for
 from penstock.quant.paths import Computing, Scratch
-from penstock.quant.probe import probe, probe_kitchen, working
+from penstock.quant.probe import in_blocks, probe, probe_kitchen, probe_micro, working
 from penstock.units import MIB
 
 _WIDTH, _HEADS, _FFN = 128, 8, 2048
@@ -86,10 +87,13 @@ def calibrate(
             copy_bytes_per_s=copy_rate(device, effort),
             read_bytes_per_s=_read(folder, effort),
             attention_flops=_attention(attention, device, dtype, effort),
-            int8_attention_flops=_int8_attention(device, dtype, effort),
+            int8_attention_flops=_other_attention(INT8, device, dtype, effort),
+            sol_attention_flops=_other_attention(SOL, device, dtype, effort),
             **_vae(samples, device, dtype, effort),
             eight_bit_flops=_eight_bit("int8", device, dtype, effort),
             fp8_flops=_eight_bit("fp8", device, dtype, effort),
+            nvfp4_flops=_by_blocks("nvfp4", device, dtype, effort),
+            mxfp8_flops=_by_blocks("mxfp8", device, dtype, effort),
             memory_bytes_per_s=_decode(device, dtype, effort),
         )
         overhead_s, element_s = _forward(samples, device, dtype, effort, rates)
@@ -133,11 +137,13 @@ def _attention(
     return 4 * effort.tokens**2 * _HEADS * _WIDTH / seconds
 
 
-def _int8_attention(device: torch.device, dtype: torch.dtype, effort: Effort) -> float | None:
-    """As ``--attention int8`` makes it, its quantising included, where it works."""
-    if not probe_int8(device, dtype, _HEADS, _WIDTH).works:
+def _other_attention(
+    word: str, device: torch.device, dtype: torch.dtype, effort: Effort
+) -> float | None:
+    """As ``--attention`` makes it, its quantising included, where it works."""
+    if not probe_attention(word, device, dtype, _HEADS, _WIDTH).works:
         return None
-    return _attention(int8_attention(), device, dtype, effort)
+    return _attention(self_attention_of(word), device, dtype, effort)
 
 
 def _vae(
@@ -249,6 +255,19 @@ def _eight_bit(
     computing = Computing(Scratch(0, device), "fast", works)
     path = strategy_for(computing, operands.format, operands.shape)
     return None if path.path == "dequant" else _product(path, operands, device, dtype, effort)
+
+
+def _by_blocks(
+    name: Gemm, device: torch.device, dtype: torch.dtype, effort: Effort
+) -> float | None:
+    """Return the products of comfy-kitchen in such a format, likewise, on GPUs that can."""
+    if not probe_micro(device)[name].works:
+        return None
+    shape = (4 * _inner(device), _inner(device))
+    operands = Operands(get_format(name), shape, in_blocks(name, torch.randn(shape)), None)
+    moved = {key: each.to(device) for key, each in operands.tensors.items()}
+    path = KitchenMicro(name)
+    return _product(path, replace(operands, tensors=moved), device, dtype, effort)
 
 
 def _product(

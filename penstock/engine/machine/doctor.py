@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from penstock.engine.attention.kernels import attention
-from penstock.engine.attention.probe import probe_int8
+from penstock.engine.attention.probe import probe as probe_attention
 from penstock.engine.machine.calibrate import Effort, calibrate
 from penstock.engine.software import versions
 from penstock.errors import ProfileError, UsageError
+from penstock.profiles.attending import BACKENDS
 from penstock.profiles.hardware import Hardware, available_ram_bytes, probe
 from penstock.profiles.rates import Rates, store_rates
 from penstock.units import GIB, format_bytes
@@ -85,7 +86,8 @@ def examine(
         *_software(),
         *_device(hardware),
         *_kernels(chosen),
-        _int8_attention(chosen, rates),
+        *_other_attention(chosen, rates),
+        *_other_products(rates),
         *_memory(),
         *_disk(folder),
         *_spill(chosen, platform.release(), sys.platform),
@@ -189,13 +191,26 @@ def _kernels(device: torch.device) -> Iterator[Finding]:
 _UNUSED = "Plans do without it: --compute exact never uses it."
 
 
-def _int8_attention(device: torch.device, rates: Rates) -> Finding:
-    """Return what ``--attention int8`` would do here; ``rates`` have measured it where it works."""
-    rate = rates.int8_attention_flops
-    if rate is not None:
-        return Finding("attention (int8)", f"works, {rate / 1e12:.3g} TFLOP/s")
-    report = probe_int8(device, torch.bfloat16, 1, 128)
-    return Finding("attention (int8)", f"no: {report.reason}", _OPTIONAL)
+def _other_attention(device: torch.device, rates: Rates) -> Iterator[Finding]:
+    """Yield what ``--attention`` would do here; ``rates`` have measured what works."""
+    for word, backend in BACKENDS.items():
+        if backend.rate is None:
+            continue
+        rate, what = getattr(rates, backend.rate), f"attention ({word})"
+        if rate is not None:
+            told = ", counted as if it attended to all" if backend.sparse else ""
+            yield Finding(what, f"works, {rate / 1e12:.3g} TFLOP/s{told}")
+        else:
+            report = probe_attention(word, device, torch.bfloat16, 1, 128)
+            yield Finding(what, f"no: {report.reason}", _OPTIONAL)
+
+
+def _other_products(rates: Rates) -> Iterator[Finding]:
+    """Yield what ``--compute fast`` multiplies in here, of what was measured."""
+    for name in ("fp8", "int8", "nvfp4", "mxfp8"):
+        rate = rates.product_flops(name)
+        if rate is not None:
+            yield Finding(f"products ({name})", f"works, {rate / 1e12:.3g} TFLOP/s")
 
 
 _OPTIONAL = "Plans do without it unless asked: --attention sdpa, the default, is torch's own."

@@ -13,6 +13,7 @@ from penstock.engine.families.wan.cost.vae import VaeWork
 from penstock.engine.families.wan.samples import SAMPLES
 from penstock.engine.machine import calibrate, doctor
 from penstock.engine.machine.calibrate import Effort
+from penstock.engine.machine.doctor import Finding
 from penstock.engine.machine.samples import Samples
 from penstock.profiles.rates import Rates
 from penstock.quant.compute import Operands
@@ -184,7 +185,8 @@ def test_every_rate_of_a_cpu_is_measured(tmp_path) -> None:
     quick = Effort(tokens=64, copy_bytes=1 << 20, read_bytes=8 << 20, seconds=0.001)
     found = calibrate.calibrate(CPU, tmp_path, quick)
     absent = {name for name, value in vars(found).items() if value is None}
-    assert absent == {"eight_bit_flops", "fp8_flops", "int8_attention_flops"}
+    eight = {"eight_bit_flops", "fp8_flops", "int8_attention_flops"}
+    assert absent == eight | {"sol_attention_flops", "nvfp4_flops", "mxfp8_flops"}
 
 
 def test_attention_in_8_bits_is_timed_where_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,14 +199,24 @@ def test_attention_in_8_bits_is_timed_where_it_works(monkeypatch: pytest.MonkeyP
 
     effort = replace(clock.effort, tokens=64)
     fake_kitchen.install(monkeypatch, kernel)
-    assert calibrate._int8_attention(CPU, torch.float32, effort) == pytest.approx(7e9)
+    assert calibrate._other_attention("int8", CPU, torch.float32, effort) == pytest.approx(7e9)
     fake_kitchen.install(monkeypatch, kernel, available=False)
-    assert calibrate._int8_attention(CPU, torch.float32, effort) is None
+    assert calibrate._other_attention("int8", CPU, torch.float32, effort) is None
+
+
+def test_the_doctor_tells_of_products_that_were_measured() -> None:
+    measured = Rates(1.0, 1.0, 1.0, fp8_flops=2e14, nvfp4_flops=9e14)
+    assert list(doctor._other_products(measured)) == [
+        Finding("products (fp8)", "works, 200 TFLOP/s"),
+        Finding("products (nvfp4)", "works, 900 TFLOP/s"),
+    ]
 
 
 def test_the_doctor_tells_of_attention_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     measured = Rates(1.0, 1.0, 1.0, int8_attention_flops=3e14)
-    assert doctor._int8_attention(CPU, measured).found == "works, 300 TFLOP/s"
+    first, sparse = doctor._other_attention(CPU, measured)
+    assert first.found == "works, 300 TFLOP/s"
+    assert sparse == Finding("attention (sol)", "no: it needs a CUDA device", sparse.remedy)
     fake_kitchen.install(monkeypatch, available=False)
-    told = doctor._int8_attention(CPU, Rates(1.0, 1.0, 1.0))
+    told, _ = doctor._other_attention(CPU, Rates(1.0, 1.0, 1.0))
     assert told.found == "no: it needs a CUDA device" and "--attention sdpa" in str(told.remedy)

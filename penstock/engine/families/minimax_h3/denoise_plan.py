@@ -190,7 +190,7 @@ class DenoisePacked:
     @property
     def _is_fast(self) -> bool:
         case = self.case
-        return compute_path(self.spec.storage, case.policy, case.rates) in ("fp8", "int8")
+        return compute_path(self.spec.storage, case.policy, case.rates) not in ("plain", "dequant")
 
     def _decoding(self, stored: Storage) -> Items:
         """Return what quantised matrices take in VRAM besides their bytes."""

@@ -21,6 +21,7 @@ from penstock.engine.families.wan.terms import (
     restored_bytes,
     saved_state_bytes,
 )
+from penstock.profiles.attending import INT8, SDPA
 from penstock.profiles.manifest import Storage
 from penstock.profiles.phases import (
     OBJECTS,
@@ -108,11 +109,13 @@ class Denoise:
         case: its steps are those of this transformer.
         second: that for little noise, where there are two.
         stretches: of its steps; none: they are all alike.
+        dense_steps: of the job, at its start, whose self-attention is torch's whatever is asked.
     """
 
     case: WanCase
     second: bool = False
     stretches: tuple[Stretch, ...] = ()
+    dense_steps: int = 0
 
     @property
     def phases(self) -> tuple[str, ...]:
@@ -289,6 +292,8 @@ class Denoise:
     def _chunks(self) -> tuple[int, ...]:
         tokens = transformer.grid_tokens(self.spec, self._cost_case().latent)
         fixed = self.case.policy.chunk_tokens
+        if self.case.policy.attending.backend.whole:
+            return (tokens,)
         if fixed is not None:
             return (min(fixed, tokens),)
         return (tokens, *(chunk for chunk in CHUNKS if chunk < tokens))
@@ -309,7 +314,7 @@ class Denoise:
             steps=workload.steps,
             image_tokens=manifest.image_tokens,
             fused_norms=self.case.fused_norms,
-            attention=self.case.policy.attention,
+            attention=self.case.policy.attending.kind,
             cached_latents=cached_tensors(self.case),
             contrasted=workload.contrasted,
             still=manifest.tokenwise and pictures_of(self.case) > 0,
@@ -386,7 +391,7 @@ class Denoise:
     @property
     def _is_fast(self) -> bool:
         case = self.case
-        return compute_path(self.spec.storage, case.policy, case.rates) in ("fp8", "int8")
+        return compute_path(self.spec.storage, case.policy, case.rates) not in ("plain", "dequant")
 
     def _decoding(self, stored: Storage) -> Items:
         """Return what quantised matrices take in VRAM besides their bytes."""
@@ -406,13 +411,22 @@ class Denoise:
         overhead_s = rates.chunk_overhead_s(cost.chunk_tokens, attended)
         branch = (
             flops.linear / (rates.product_flops(path) or rates.flops)
-            + flops.self_attention / rates.self_attention_flops(cost.attention)
+            + flops.self_attention * self._attending_s(rates)
             + flops.cross_attention / (rates.attention_flops or rates.flops)
             + chunks * (overhead_s + self._decode_s(rates) + self._requantise_s(rates, tokens))
             + tokens * spec.inner_dim * spec.num_layers * rates.element_s
         )
         fetched_s = self._fetched_bytes(cost) / rates.copy_bytes_per_s
         return branch * cost.windows * cost.branches / cost.passes + fetched_s
+
+    def _attending_s(self, rates: Rates) -> float:
+        """Return the seconds of an operation of self-attention, of all steps alike."""
+        steps = [step for each in self._stretches for step in each.steps]
+        dense = sum(step < self.dense_steps for step in steps) / len(steps)
+        asked, torchs = (
+            1 / rates.self_attention_flops(word) for word in (self.case.policy.attention, SDPA)
+        )
+        return asked if not dense else (1 - dense) * asked + dense * torchs
 
     def _fetched_bytes(self, cost: transformer.DenoiseCase) -> int:
         """Return the cross-attention K/V that one pass fetches: a branch's serve all windows of a
@@ -433,7 +447,7 @@ class Denoise:
     def _requantise_s(self, rates: Rates, tokens: int) -> float:
         """Return the seconds to quantise a block's keys and values once, for attention in 8 bits:
         every chunk does. Values are read twice, since each channel of all tokens has one scale."""
-        if self.case.policy.attention != "int8" or rates.memory_bytes_per_s is None:
+        if self.case.policy.attention != INT8 or rates.memory_bytes_per_s is None:
             return 0.0
         moved = tokens * self.spec.inner_dim * (3 * self.spec.weights.itemsize + 2)
         return moved / rates.memory_bytes_per_s

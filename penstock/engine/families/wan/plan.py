@@ -25,6 +25,7 @@ from penstock.engine.families.wan.terms import (
     pictures_of,
     tile_bytes,
 )
+from penstock.errors import UsageError
 from penstock.profiles.phases import (
     OBJECTS,
     Group,
@@ -75,7 +76,7 @@ def whole(case: WanCase) -> Denoise:
     """Return the only transformer, with all steps."""
     work, caching = case.workload, case.policy.caching
     found = stretches_of(case.manifest, work, range(work.steps), caching, guided=work.branches == 2)
-    return Denoise(_guided(case, work, found), stretches=found)
+    return _denoise(_guided(case, work, found), case, found)
 
 
 def experts(case: WanCase) -> Iterator[Denoise]:
@@ -93,7 +94,31 @@ def experts(case: WanCase) -> Iterator[Denoise]:
             found = stretches_of(case.manifest, work, steps, part, guided=on)
             policy = replace(case.policy, step_cache=part.word)
             planned = _guided(replace(case, policy=policy), own, found)
-            yield Denoise(planned, second=number == 1, stretches=found)
+            yield _denoise(planned, case, found, second=number == 1)
+
+
+def _denoise(
+    planned: WanCase, job: WanCase, stretches: tuple[Stretch, ...], *, second: bool = False
+) -> Denoise:
+    """Return the steps of one transformer, to be planned.
+
+    Args:
+        planned: its own.
+        job: the whole job's.
+
+    Raises:
+        UsageError: the attention that is asked for takes all tokens at once, and here it cannot.
+    """
+    attending = job.policy.attending
+    if attending.backend.whole and job.manifest.tokenwise and pictures_of(job):
+        raise UsageError(
+            "this attention takes all tokens of a video at once",
+            expected="sdpa or int8, where the first frame is given apart from the others",
+            found=job.policy.attention,
+            remedy="Leave --attention out",
+        )
+    dense = attending.dense_steps(job.workload.steps)
+    return Denoise(planned, second=second, stretches=stretches, dense_steps=dense)
 
 
 def _guided(case: WanCase, work: Workload, stretches: Sequence[Stretch]) -> WanCase:

@@ -49,6 +49,7 @@ from penstock.engine.run.sampling import Sampling
 from penstock.engine.run.stage import Stage, visits
 from penstock.engine.run.steprecord import keep_record
 from penstock.offload.streamer import BlockStream
+from penstock.profiles.attending import Attending
 from penstock.profiles.caching import Caching
 from penstock.profiles.plan import PhasePlan
 from penstock.profiles.tiling import TileGrid
@@ -301,10 +302,11 @@ def _steps(stage: Stage, conditions: Conditions, sampling: Sampling, expert: Exp
             visits_of = {branches: len(each) for branches, each in passes.items()}
             sure, most = passes_left(cache.left(start), stretch, later, visits_of)
             with stage.stream(component.blocks, plan.stream, phase, most, sure) as stream:
-                attend = self_attention_of(stage.plan.attention)
+                attend, asked = self_attention_of(stage.plan.attention), stage.plan.attention
+                dense_steps = Attending.of(asked).dense_steps(stage.job.request.steps)
                 residual = residual_of(plan, component.dtype)
                 forward = Forward(
-                    model, component, stream, cross, plan.chunk_tokens, phase, attend, residual
+                    model, component, stream, cross, plan.chunk_tokens, phase, residual=residual
                 )
                 cut = cut_of(stage, latents, expert.branches)
                 grid = latents.shape[2:] if cut is None else cut.grid
@@ -325,7 +327,8 @@ def _steps(stage: Stage, conditions: Conditions, sampling: Sampling, expert: Exp
                         left = passes_left(cache.left(step + 1), stretch, later, visits_of)
                         stream.expect(begun + left[0])
                         scale = expert.guidance if stretch.branches == 2 else None
-                        prediction = predict(latents, modulation[step], scale)
+                        kernel = attention if step < dense_steps else attend
+                        prediction = predict(latents, modulation[step], scale, kernel)
                         component.checkpoint.check_unchanged()
                         cache.computed(step, prediction, latents)
                     else:
@@ -484,22 +487,31 @@ class Predict:
     rope: dit.Rope
 
     def __call__(
-        self, latents: Tensor, modulation: dit.StepModulation, guidance: float | None
+        self,
+        latents: Tensor,
+        modulation: dit.StepModulation,
+        guidance: float | None,
+        attend: Attention = attention,
     ) -> Tensor:
         """Return (1, z, t, h, w), of latents of that shape; without ``guidance`` the prompt's
-        branch."""
-        dtype, branches = self.forward.component.dtype, 1 if guidance is None else 2
+        branch.
+
+        Args:
+            attend: of the self-attention.
+        """
+        forward = replace(self.forward, attend=attend)
+        dtype, branches = forward.component.dtype, 1 if guidance is None else 2
         guided = partial(_guided, scale=guidance)
         if self.cut is not None:
             see = partial(_window_input, latents, self.picture, dtype, self.still)
-            visit = partial(self.forward.windows, modulation=modulation, rope=self.rope)
+            visit = partial(forward.windows, modulation=modulation, rope=self.rope)
             cut = replace(self.cut, branches=branches)
             return cut.predict(latents, see, self.passes[branches], visit, guided)
         model_input = _model_input(latents, self.picture, dtype, self.still)
         predictions = [
             prediction
             for visited in self.passes[branches]
-            for prediction in self.forward(model_input, visited, modulation, self.rope)
+            for prediction in forward(model_input, visited, modulation, self.rope)
         ]
         del model_input
         return guided(predictions)

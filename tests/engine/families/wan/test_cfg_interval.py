@@ -103,12 +103,12 @@ def test_steps_without_guidance_move_the_weights_once(
     result = _run(engine, REQUEST, plan, overlapped=True)
     assert torch.equal(result.latents, middle.latents)
     denoise = next(phase for phase in result.report.phases if phase.name == "denoise")
-    copied = [step.flow.host_to_device.nbytes for step in denoise.steps]
     blocks = sum(layout.nbytes for layout in engine.model.transformer.blocks)
-    # the ring is a block ahead, over the ends of steps; nothing comes in vain
-    assert sum(copied) == pytest.approx(blocks * (4 + 6 * visits), abs=blocks)
-    assert denoise.copied_bytes >= blocks * (4 + 6 * visits)
-    assert abs(copied[5] - blocks * visits) == 0
+    used = [step.flow.device_to_compute.nbytes for step in denoise.steps]
+    assert used == [blocks * times for times in [1] * 2 + [visits] * 6 + [1] * 2]
+    # The ring is ahead of the computation, over the ends of steps; in the end nothing came in vain
+    copied = sum(step.flow.host_to_device.nbytes for step in denoise.steps)
+    assert copied <= sum(used) <= denoise.copied_bytes < sum(used) + blocks
 
 
 def test_the_plan_counts_passes_and_seconds(t2v_folder: Path) -> None:

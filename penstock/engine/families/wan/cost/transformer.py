@@ -15,7 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from penstock.engine.families.wan.cost.sparse import sol_attention_bytes
 from penstock.engine.families.wan.spec import TransformerSpec
+from penstock.profiles.attending import INT8, SOL
 
 TEXT_TOKENS = 512
 """Text tokens of Wan's context, a constant in diffusers' attention processor too."""
@@ -104,7 +106,7 @@ class DenoiseCase:
         cross_kv_on_device: all cross-attention K/V stay on the device; else they are fetched from
             elsewhere for one block and branch at a time.
         fused_norms: an RMS norm is one kernel, which makes its result and no more.
-        attention: "sdpa", or "int8" for self-attention in 8 bits.
+        attention: of `penstock.profiles.attending.BACKENDS`.
         residual: "fp32" keeps the hidden states, the time embedding and the head in fp32; "bf16" in
             the compute dtype.
         windows: that a step denoises.
@@ -351,8 +353,8 @@ def _block_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int]:
         _feed_forward_bytes(spec, chunk),
     )
     moments = [{"chunk": largest}]
-    if case.attention == "int8":
-        moments.append(_int8_attending(spec, chunk, grid_tokens(spec, case.latent)))
+    if case.attention in _ATTENDING:
+        moments.append(_ATTENDING[case.attention](spec, chunk, grid_tokens(spec, case.latent)))
     return {
         "hidden": case.visit_branches * _hidden_bytes(spec, case),
         "self_kv": 2 * _tokens_bytes(spec, case),
@@ -441,6 +443,16 @@ def _int8_attending(spec: TransformerSpec, chunk: int, tokens: int) -> dict[str,
     result = chunk * heads * _kernel_width(width) * (e + (HALF_BYTES if e == FP32_BYTES else 0))
     backend = int8_attention_bytes(heads, width, chunk, tokens, e)
     return {"chunk": chunk * spec.inner_dim * e + result, "int8_attention": backend}
+
+
+def _sol_attending(spec: TransformerSpec, chunk: int, tokens: int) -> dict[str, int]:
+    """Inside sparse attention: queries and result, in the compute dtype."""
+    taken = sol_attention_bytes(spec.num_attention_heads, tokens)
+    return {"chunk": 2 * chunk * spec.inner_dim * spec.weights.itemsize, "sol_attention": taken}
+
+
+_ATTENDING = {INT8: _int8_attending, SOL: _sol_attending}
+"""What is held inside of those that are not torch's, by name."""
 
 
 def _kernel_width(width: int) -> int:

@@ -29,7 +29,7 @@ class Options:
             the files hold another one, the first job packs the transformer and reads the pack.
         compute: "exact" decodes quantised weights; "fast" multiplies in 8 bits where the format
             allows it and a trial on the device succeeds.
-        attention: self-attention kernel: "sdpa"; or, where comfy-kitchen is installed and a trial on
+        attention: self-attention kernel: "sdpa", or, if comfy-kitchen is there and a trial on
             the device succeeds, "int8" (8-bit), "sol" or "sol:TAU" (sparse).
         residual: precision of the transformer's hidden states between operations: "fp32" as the
             makers do, "bf16" (the dtype it computes in) or "auto" (fp32 if it fits).

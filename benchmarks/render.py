@@ -760,7 +760,8 @@ class Fault:
 
     Attributes:
         test: how the names of its tests end, before their parameters.
-        told: finds figures in what they printed; those of several tests are added up.
+        told: finds figures in what they printed; those of several tests are added up, or where
+            they have a point the greatest is taken.
         what, outcome: with the figures' names in braces, "passed" among them.
     """
 
@@ -785,6 +786,8 @@ class Fault:
             for key, value in found.groupdict().items():
                 if value.replace(",", "").isdecimal():
                     figures[key] = figures.get(key, 0) + int(value.replace(",", ""))
+                elif value.replace(".", "", 1).isdecimal():
+                    figures[key] = max(figures.get(key, value), value, key=lambda each: float(each))
                 else:
                     figures[key] = value
         shown = {k: f"{v:,}" if isinstance(v, int) else v for k, v in figures.items()}
@@ -832,7 +835,7 @@ FAULTS = (
           "budgets, the demo and a model of 1 GB", "all finished, {n} under a smaller plan"),
     Fault("::test_a_cgroup_of_what_was_promised", r"(?P<jobs>\d+) jobs .* is (?P<most>[\d.]+) of",
           "a memory cgroup of 1.05 of it: {jobs} jobs",
-          "all finished; of the model of 1 GB the most that one took is {most} of the promise"),
+          "all finished; the most that one took is {most} of the promise"),
     Fault("::test_hostile_files_in_full", r"(?P<cases>\d+) cases .*: (?P<refused>\d+) refused",
           "{cases} hostile files: headers, GGUF, every config, indices, LoRAs, profiles, extra "
           "paths, tokenizers, pictures",

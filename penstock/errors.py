@@ -159,11 +159,15 @@ class OverBudget(PenstockError):
         label, largest = self.consumers[0]
         super().__init__(
             f"no plan fits the {resource} budget",
-            expected=f"at least {need_bytes:,} bytes",
+            expected=f"at least {need_bytes:,} bytes{_in_gib(need_bytes)}",
             found=f"a limit of {limit_bytes:,} bytes "
             f"(largest consumer: {label}, {largest:,} bytes)",
             remedy=remedy,
         )
+
+
+def _in_gib(nbytes: int) -> str:
+    return f" ({nbytes / (1 << 30):.2f} GiB)" if nbytes >= 1 << 30 else ""
 
 
 class LedgerOverflow(PenstockError):

@@ -24,32 +24,49 @@ log = logging.getLogger(__name__)
 
 cache_app = typer.Typer(help="List and remove cached packs (a job writes the pack that it needs).")
 
+_PANEL = "Model files"
+"""Where help lists them."""
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-Part = Annotated[Path | None, path_option("Checkpoint file, index or folder of this component.")]
+Part = Annotated[
+    Path | None,
+    path_option("Checkpoint file, index or folder of this component.", panel=_PANEL),
+]
 Second = Annotated[
     Path | None,
     path_option(
-        "Low-noise transformer of a model with two; --transformer is then the high-noise one."
+        "Low-noise transformer of a model with two; --transformer is then the high-noise one.",
+        panel=_PANEL,
     ),
 ]
 Model = Annotated[
     str | None,
-    typer.Option(help="Model folder (diffusers, Wan's own, ComfyUI), transformer file, or hub id."),
+    typer.Option(
+        help="Model folder (diffusers, Wan's own, ComfyUI), transformer file, or hub id.",
+        rich_help_panel=_PANEL,
+    ),
 ]
-Tokenizer = Annotated[Path | None, path_option("Tokenizer folder or SentencePiece model.")]
+Tokenizer = Annotated[
+    Path | None, path_option("Tokenizer folder or SentencePiece model.", panel=_PANEL)
+]
 Loras = Annotated[
     list[str] | None,
     typer.Option(
         "--lora",
         metavar="FILE",
         help="LoRA, as FILE[:STRENGTH][@high|low]; repeat the option for more.",
+        rich_help_panel=_PANEL,
     ),
 ]
 
 LoraStrict = Annotated[
     bool,
-    typer.Option("--lora-strict", help="Fail if any tensor of a LoRA has no place in the model."),
+    typer.Option(
+        "--lora-strict",
+        help="Fail if any tensor of a LoRA has no place in the model.",
+        rich_help_panel=_PANEL,
+    ),
 ]
 
 

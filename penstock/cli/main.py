@@ -117,7 +117,7 @@ Interval = Annotated[
     str | None,
     typer.Option(
         metavar="A,B",
-        help="Guidance only at noise levels from A to B of 0 to 1: fewer passes (all).",
+        help="Guidance at noise levels from A to B (0 to 1) only: fewer forward passes (all).",
     ),
 ]
 Shift = Annotated[

@@ -59,6 +59,9 @@ FLAGS: Mapping[str, Flag] = MappingProxyType(
 """Every option; all are words, as profiles spell them."""
 
 
+_PANEL = "Memory, speed and precision"
+"""Where help lists them: apart from what is made, and of which files."""
+
 _OWN = "option_"
 """Before the names of the parameters, which a command may use for something else."""
 
@@ -101,6 +104,6 @@ def _around(
 
 def _parameter(name: str, told: str) -> inspect.Parameter:
     flag = FLAGS[name].name or f"--{name.replace('_', '-')}"
-    kind = Annotated[str | None, typer.Option(flag, help=told)]
+    kind = Annotated[str | None, typer.Option(flag, help=told, rich_help_panel=_PANEL)]
     keyword = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(_OWN + name, keyword, default=None, annotation=kind)

@@ -14,9 +14,13 @@ def user_path(text: str | Path) -> Path:
     return Path(text).expanduser()
 
 
-def path_option(help: str, *names: str) -> Any:
-    """Declare an option whose value is a path."""
-    return typer.Option(*names, help=help, parser=user_path, metavar="PATH")
+def path_option(help: str, *names: str, panel: str | None = None) -> Any:
+    """Declare an option whose value is a path.
+
+    Args:
+        panel: where help lists it; None: among the others.
+    """
+    return typer.Option(*names, help=help, parser=user_path, metavar="PATH", rich_help_panel=panel)
 
 
 def path_argument(help: str) -> Any:

@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 
 class Engine(Closing):
-    """A Wan2.1 model under a byte budget.
+    """A video model under memory budgets: opens it, plans, and runs jobs.
 
     Nothing of the model is loaded before a job needs it, and each part is given back after its
     phase. One job runs at a time; a second waits for the first. Every method may be called on any

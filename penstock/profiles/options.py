@@ -18,30 +18,29 @@ _NAMES = ("device", "profile", "format")
 
 @dataclass(frozen=True)
 class Options:
-    """Every option of a run, as flags spell them; None: nothing is said, and the profile, the
-    machine or the model's files decide. What is also a field of `Policy` narrows the planner's
-    search.
+    """Every option of a run, spelled as flags are. None leaves the choice to the profile, the
+    machine or the model's files. Fields that `Policy` has too narrow the planner's search.
 
     Attributes:
-        vram, ram: ceilings, such as "12GiB" or bytes.
-        device: "cuda", "cpu" or "auto" (CUDA where there is one).
-        profile: a profile's name or the path of its file.
-        format: of the transformer's matrices (`penstock.formats.formats.FORMATS`). Where the files
-            hold another, the first job packs the transformer, and it is read from there.
-        compute: "exact" decodes quantised weights, "fast" multiplies in 8 bits where the format
-            allows it and the device has just shown that it can.
-        attention: "sdpa", or, where comfy-kitchen is installed and the device has just shown that
-            it can, "int8" for self-attention in 8 bits, or "sol" or "sol:TAU" for sparse.
-        residual: what the transformer's hidden states are kept in between operations: "fp32" as
-            the makers do, "bf16" (the dtype it computes in) or "auto" (fp32 where there is room).
-        branches: CFG branches a visit: 1, 2 or "auto".
-        chunk_tokens: tokens a chunk of the transformer's forward pass, or "auto".
-        tiles: of the VAE, "ROWSxCOLUMNS" or "auto".
-        cross_kv: where cross-attention K/V are kept: "auto", "vram" or "ram".
+        vram, ram: memory budgets, such as "12GiB" or bytes.
+        device: "cuda", "cpu" or "auto" (CUDA if available).
+        profile: profile name, or path of a .toml file.
+        format: weight format of the transformer's blocks (`penstock.formats.formats.FORMATS`). If
+            the files hold another one, the first job packs the transformer and reads the pack.
+        compute: "exact" decodes quantised weights; "fast" multiplies in 8 bits where the format
+            allows it and a trial on the device succeeds.
+        attention: self-attention kernel: "sdpa", or, if comfy-kitchen is there and a trial on
+            the device succeeds, "int8" (8-bit), "sol" or "sol:TAU" (sparse).
+        residual: precision of the transformer's hidden states between operations: "fp32" as the
+            makers do, "bf16" (the dtype it computes in) or "auto" (fp32 if it fits).
+        branches: CFG branches per visit of a block: 1, 2 or "auto".
+        chunk_tokens: tokens per chunk of the transformer's forward pass, or "auto".
+        tiles: VAE tiles, "ROWSxCOLUMNS" or "auto".
+        cross_kv: where to keep cross-attention K/V: "auto", "vram" or "ram".
         disk: whether blocks may stream from disk at every pass: "auto", "spare" or "never".
-        pinned_share: of the RAM budget that may be page-locked, above 0 and up to 1.
-        step_cache: of forward passes: "off", "budget" or "budget:T" (steps are skipped while their
-            expected error stays below T of the latents), or "plan:N" (exactly N are computed).
+        pinned_share: share of the RAM budget that may be pinned (page-locked), above 0, at most 1.
+        step_cache: which forward passes to skip: "off"; "budget" or "budget:T" (steps whose
+            expected error stays below T of the latents); or "plan:N" (all but N steps).
 
     Raises:
         UsageError, ProfileError: an illegal value; says what was expected.

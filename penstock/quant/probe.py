@@ -108,7 +108,7 @@ def _tried_micro(name: Gemm, device: torch.device) -> PathReport:
 
 
 def in_blocks(name: Gemm, weight: Tensor) -> dict[str, Tensor]:
-    """``weight`` as comfy-kitchen stores it in a format that penstock only reads.
+    """Return ``weight`` as comfy-kitchen stores it in a format that penstock only reads.
 
     Raises:
         ImportError: comfy-kitchen is not installed.

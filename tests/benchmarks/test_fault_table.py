@@ -46,6 +46,16 @@ def test_figures_of_a_tests_cases_are_added_up(
     assert CUT.row(value["tests"]) == ("1,234 cuts", "kept, 2")  # type: ignore[arg-type]
 
 
+def test_of_figures_with_a_point_the_greatest_is_shown() -> None:
+    told = ("the most was 9.5 of 7", "the most was 10.25 of 7", "the most was 2.5 of 7")
+    tests = {
+        f"a.py::test_most[{index}]": {"outcome": "passed", "told": [line]}
+        for index, line in enumerate(told)
+    }
+    most = render.Fault("::test_most", r"was (?P<most>[\d.]+) of", "most", "{most}")
+    assert most.row(tests) == ("most", "10.25")
+
+
 def test_what_failed_or_did_not_run_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import typer
 from rich.cells import cell_len
 from typer.testing import CliRunner
 
@@ -214,3 +215,28 @@ def test_a_table_wraps_its_widest_column_and_becomes_paragraphs_at_last() -> Non
     assert table(columns, [("a" * 19, "1 B", "word")], 20) == [
         "a" * 19, "  size: 1 B", "  what: word"
     ]  # fmt: skip
+
+
+def test_a_refusal_in_one_line_names_the_need_in_gib() -> None:
+    with pytest.raises(OverBudget, match=r"at least [\d,]+ bytes \(3\.\d\d GiB\)"):
+        planned("wan2.1-i2v-14b", None, vram="2GiB")
+
+
+def test_guidance_in_an_interval_is_counted_in_steps() -> None:
+    options, machine = machine_of(Options(ram="32GiB"), "RTX 3060 12GB", None)
+    prepared = Prepared.open(synthetic="wan2.1-i2v-14b", options=options, machine=machine)
+    settings = Settings(prompt="a cat", cfg_interval="0.3,0.9")
+    plan = prepared.plan(workload_of(resolve(settings, prepared.about), saved=True))
+    (told,) = (each for each in plan["denoise"].facts if "guidance" in each)
+    assert told == "classifier-free guidance in 22 of 40 steps (two forward passes)"
+
+
+def test_every_help_page_fits_and_cuts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    group = typer.main.get_command(app)
+    assert isinstance(group, typer.core.TyperGroup)
+    for name in ("", *group.commands):
+        shown = CliRunner().invoke(app, [*([name] if name else []), "--help"]).stdout
+        assert "Usage" in shown and "…" not in shown
+        assert max(map(cell_len, shown.splitlines())) <= 80, name
+    assert "Model files" in CliRunner().invoke(app, ["generate", "--help"]).stdout

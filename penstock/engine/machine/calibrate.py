@@ -260,7 +260,7 @@ def _eight_bit(
 def _by_blocks(
     name: Gemm, device: torch.device, dtype: torch.dtype, effort: Effort
 ) -> float | None:
-    """Products of comfy-kitchen in such a format, likewise, on GPUs that can."""
+    """Return the products of comfy-kitchen in such a format, likewise, on GPUs that can."""
     if not probe_micro(device)[name].works:
         return None
     shape = (4 * _inner(device), _inner(device))

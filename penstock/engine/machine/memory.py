@@ -119,8 +119,8 @@ def overhead_told(device: str, buffers_bytes: int | None = None) -> str:
     known = known_overhead(device)
     if known is None:
         return (
-            "the interpreter and libraries come on top: how much, the report of the first job on "
-            "this machine says"
+            "the interpreter and libraries come on top (how much is measured by the first job on "
+            "this machine)"
         )
     told = (
         f"the interpreter and libraries take about {format_bytes(known)} on top (measured by the "

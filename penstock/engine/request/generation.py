@@ -65,42 +65,43 @@ class RequestWarning:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One video to make. Immutable, hashable, and checked when it is made.
+    """One video to generate. Immutable, hashable, and checked when it is constructed.
 
     Attributes:
-        prompt: what to show; must not be blank.
-        image: the picture to start from, or None for text to video.
-        last_image: the picture to end with, where the model takes one.
-        negative_prompt: what to avoid; None takes the official default, ``""`` takes none.
-        width, height: pixels, multiples of ``grid.side``.
-        frames: video frames, ``4n+1``.
-        steps: denoising steps.
-        guidance_scale: classifier-free guidance; 1 and below switch it off (one pass a step).
-        guidance_high: that of the transformer for much noise, where there are two: the other one's
-            is then ``guidance_scale``. None: the same for both.
-        shift: flow shift of the noise schedule; None takes the official one of the resolution.
-        seed: 0 to 2**32-1, or None to draw one (`with_seed`).
+        prompt: text prompt; must not be blank.
+        image: start image (the first frame), or None for text to video.
+        last_image: end image (the last frame), for models that take one.
+        negative_prompt: negative prompt; None: the model's default, ``""``: none.
+        width, height: size in pixels, multiples of ``grid.side``.
+        frames: number of frames, ``4n+1``.
+        steps: number of denoising steps.
+        guidance_scale: classifier-free guidance (CFG) scale; 1 or less turns guidance off (one
+            forward pass a step).
+        guidance_high: CFG scale of the high-noise transformer of a model with two;
+            ``guidance_scale`` is then that of the low-noise one. None: the same for both.
+        shift: flow shift of the noise schedule; None: the official one for the size.
+        seed: seed of the noise, 0 to 2**32-1, or None to draw one (`with_seed`).
         sampler: one of `SAMPLERS`.
-        fps: frames a second in the file; the model was trained at 16. It may have a fraction, such
+        fps: frames per second of the file; the model was trained at 16. May have a fraction, such
             as 23.976 (see `frame_rate`).
-        distilled: take the noise levels that distilled models were trained at: before the shift,
+        distilled: use the noise levels that distilled models were trained at: before the shift,
             1000, 750, 500 and 250 of 1000 for four steps; for "lcm" and "euler".
-        clip_crop: what the image encoder sees of the picture: "squash", all of it squeezed into a
+        clip_crop: what the image encoder sees of the image: "squash", all of it squeezed into a
             square, as Wan's makers do; or "center", the square in its middle, as diffusers does.
-        fit: what is done with a picture of another aspect than the video's: "crop" around its
+        fit: how an image of another aspect ratio than the video's is fitted: "crop" around its
             middle, "pad" with black, or "stretch". One that differs by less than a cell of ``grid``
             is resized as it is.
-        nag_scale: normalized attention guidance: how far text attention goes away from the negative
-            prompt's, in the one pass that is left where guidance is off. Above 1; None: not.
+        nag_scale: scale of normalized attention guidance, which applies the negative prompt inside
+            text attention where CFG is off. Above 1; None: off.
         cfg_interval: "A,B": classifier-free guidance only at steps that begin at a noise level from
             A to B, of 0 to 1; at the others the prompt alone is followed, in one pass. None: at
             all steps.
-        after: a video that this one goes on from: its frames come first in the file, ``image`` is
-            its last one, and the colours of what is made are turned into its own.
-        window: frames of the windows that a longer video is denoised in; 0: all of it at once;
-            None: 81, where it has more than the 121 that stay coherent.
-        overlap: frames that two windows have in common, at least; None: a fifth of a window.
-        grid: what the model can represent.
+        after: video to continue: its frames come first in the file, ``image`` is its last frame,
+            and the colours of the new frames are matched to it.
+        window: frames of each context window of a long video; 0: no windows; None: 81, for more
+            than the 121 frames that stay coherent.
+        overlap: frames shared by neighbouring windows, at least; None: a fifth of a window.
+        grid: sizes and frame counts that the model can represent.
 
     Raises:
         RequestError: a field is illegal; says what was expected and the nearest legal value.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -420,7 +420,7 @@ class Denoise:
         return branch * cost.windows * cost.branches / cost.passes + fetched_s
 
     def _attending_s(self, rates: Rates) -> float:
-        """Seconds of an operation of self-attention, of all steps alike."""
+        """Return the seconds of an operation of self-attention, of all steps alike."""
         steps = [step for each in self._stretches for step in each.steps]
         dense = sum(step < self.dense_steps for step in steps) / len(steps)
         asked, torchs = (
@@ -498,18 +498,21 @@ class Denoise:
             + shape.fetched_bytes,
             seconds=stream.timing.seconds + loading_s(spec.weights.rest_bytes, self.case.rates),
             bound=stream.timing.bound,
-            facts=_told(cost),
+            facts=_told(cost, self._stretches),
         )
 
 
-def _told(cost: transformer.DenoiseCase) -> tuple[str, ...]:
+def _told(cost: transformer.DenoiseCase, stretches: Sequence[Stretch]) -> tuple[str, ...]:
     """Return how the forward pass is cut, for people."""
     passes, together = cost.branches * cost.windows, cost.visit_branches
     told = [f"{cost.chunk_tokens:,} tokens a chunk"]
     if cost.windows > 1:
         told.append(f"{cost.windows} windows a step")
     if cost.branches > 1:
-        told.append("classifier-free guidance on (two forward passes)")
+        guided = sum(len(each.steps) for each in stretches if each.branches > 1)
+        steps = sum(len(each.steps) for each in stretches)
+        when = "on" if guided == steps else f"in {guided} of {steps} steps"
+        told.append(f"classifier-free guidance {when} (two forward passes)")
     if passes > 1 and together == 1:
         told.append(f"each of a step's {passes} forward passes visits the blocks by itself")
     elif passes > 1:

@@ -23,7 +23,6 @@ from penstock.engine.run.report import JobResult
 from penstock.errors import JobCancelled, RequestError
 from penstock.profiles.caching import Caching
 from penstock.profiles.plan import Plan, StreamPlan
-from penstock.serve.fields import VideoFields, read_fields
 from tests.engine.run.test_budget import _host_buffers_apart, _in_ram, _meter, _run
 from tests.engine.running import a_request, an_engine
 from tests.makers import makers_levels, makers_unipc
@@ -212,9 +211,15 @@ def test_without_guidance_there_is_no_interval_of_it(changes: dict[str, Any]) ->
         replace(REQUEST, **changes)
 
 
-def test_a_server_and_a_list_take_it(tmp_path: Path) -> None:
+def test_a_server_takes_it() -> None:
+    pytest.importorskip("pydantic")  # of the extra "serve"
+    from penstock.serve.fields import VideoFields, read_fields
+
     fields = read_fields(VideoFields, {"prompt": "a cat", "cfg_interval": MIDDLE})
     assert fields.settings["cfg_interval"] == MIDDLE
+
+
+def test_a_list_takes_it(tmp_path: Path) -> None:
     (tmp_path / "list.jsonl").write_text(f'{{"prompt": "a cat", "cfg_interval": "{MIDDLE}"}}\n')
     (line,), bad = read_lines(tmp_path / "list.jsonl", "model")
     assert line.settings.cfg_interval == MIDDLE and not bad

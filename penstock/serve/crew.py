@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from penstock.errors import StorageError
+from penstock.errors import OverBudget, StorageError
 from penstock.profiles.options import Options
 from penstock.serve.child import Child, Died
 from penstock.serve.hub import Hub
@@ -148,6 +148,8 @@ class Crew:
         self._work = asyncio.Condition()
         self._news = 0
         self._at: dict[str, Worker] = {}
+        self._too_small: dict[str, set[str]] = {}
+        """Slots whose worker has not the memory for a job, by its id."""
         self._tasks: list[asyncio.Task[None]] = []
         self.crashes = 0
 
@@ -182,13 +184,14 @@ class Crew:
     async def _slot(self, name: str, worker: Worker) -> None:
         while True:
             news = self._news
-            row = await _insisted(self._queue.claim, name)
+            refused = [job for job, slots in self._too_small.items() if name in slots]
+            row = await _insisted(self._queue.claim, name, refused)
             if row is None:
                 await self._idle(worker, news)
                 continue
             self._at[row.id] = worker
             try:
-                died = await self._do(worker, row)
+                died = await self._do(name, worker, row)
             finally:
                 del self._at[row.id]
             if died:
@@ -207,7 +210,7 @@ class Crew:
         async with self._work:
             await self._work.wait_for(lambda: self._news != news)
 
-    async def _do(self, worker: Worker, row: Row) -> bool:
+    async def _do(self, slot: str, worker: Worker, row: Row) -> bool:
         """Do a job; returns whether the worker died of it."""
         self._changed(row)
         order = Order.from_json({**row.order, "folder": str(self._folder_of(row.id))})
@@ -229,14 +232,29 @@ class Crew:
         else:
             ended = await self._run(worker, order, tell)
         await notes.settle()
+        if self._goes_to_another(slot, row.id, ended):
+            self._hub.notice(row.id, f"{worker.name} has not the memory for it: another one tries")
+            ended = {"state": STOPPED}  # nobody asked for that: it waits for the next
         row = await _insisted(self._noted, row.id, ended)
         self._hub.rest(row.id)
         self._changed(row)
+        if row.status != RUNNING:
+            self._too_small.pop(row.id, None)
+        elif row.id in self._too_small:
+            await self.wake()
         died = isinstance(ended, Died)
         if died and row.status == RUNNING:
             goes = "is begun again" if unseen else "goes on from its last step"
             self._hub.notice(row.id, f"its worker ({worker.name}) {ended}; it {goes}")
         return died
+
+    def _goes_to_another(self, slot: str, name: str, ended: Mapping[str, Any] | Died) -> bool:
+        """Return whether a job that does not fit its worker may fit another, as cards differ."""
+        if isinstance(ended, Died) or ended.get("error", {}).get("code") != OverBudget.code:
+            return False
+        small = self._too_small.setdefault(name, set())
+        small.add(slot)
+        return len(small) < len(self._workers)
 
     async def _run(self, worker: Worker, order: Order, tell: Tell) -> Mapping[str, Any] | Died:
         try:

@@ -343,20 +343,25 @@ class Queue(Closing):
             found = connection.execute("SELECT * FROM videos WHERE intent = 'delete'").fetchall()
             return tuple(_row(each) for each in found)
 
-    def claim(self, worker: str) -> Row | None:
+    def claim(self, worker: str, without: Sequence[str] = ()) -> Row | None:
         """Return the next job for a worker, which it has from now on: first those that somebody had
         begun, then by place.
+
+        Args:
+            without: ids of jobs that it cannot do.
 
         Raises:
             StorageError: the database cannot be written.
         """
+        others = f" AND id NOT IN ({', '.join('?' * len(without))})" if without else ""
         with self._change() as connection:
             stopped = connection.execute("SELECT value FROM facts WHERE name = 'paused'").fetchone()
             begun_only = "0" if stopped is not None and stopped[0] == "1" else "1"
             found = connection.execute(
                 "SELECT id FROM videos WHERE worker IS NULL AND intent IS NULL AND (status = "
-                f"'in_progress' OR (status = 'queued' AND paused = 0 AND {begun_only})) "
-                "ORDER BY status = 'queued', place, number LIMIT 1"
+                f"'in_progress' OR (status = 'queued' AND paused = 0 AND {begun_only}))"
+                f"{others} ORDER BY status = 'queued', place, number LIMIT 1",
+                tuple(without),
             ).fetchone()
             if found is None:
                 return None

@@ -69,3 +69,60 @@ def test_what_is_cancelled_as_it_is_claimed_is_not_begun(tmp_path: Path) -> None
     assert (worker.done, row.status) == ([], "failed")
     assert row.error is not None
     assert row.error["code"] == "cancelled"
+
+
+class Small(Quiet):
+    """A worker whose card holds few jobs."""
+
+    def __init__(self, name: str, holds: set[str]) -> None:
+        super().__init__()
+        self.name, self._holds = name, holds
+
+    async def run(self, order: Order, tell: Tell) -> Mapping[str, Any]:
+        self.done.append(order.id)
+        await asyncio.sleep(0)
+        if order.id in self._holds:
+            return {"state": "completed", "report": {}, "size_bytes": 1}
+        return {"state": "failed", "error": {"code": "over_budget", "message": "too large"}}
+
+
+async def shared(path: Path, workers: list[Small], jobs: list[str]) -> dict[str, Row]:
+    """Jobs that several workers do between them; the rows when all have ended."""
+    with Queue(path / "queue.sqlite") as queue:
+        for job in jobs:
+            queue.add(job, ORDER | {"id": job}, {})
+        ended, over = set(), asyncio.Event()
+
+        def changed(row: Row) -> None:
+            if row.status in ("completed", "failed"):
+                ended.add(row.id)
+            if len(ended) == len(jobs):
+                over.set()
+
+        crew = Crew(queue, Hub(), workers, 100.0, changed, lambda name: path / name)
+        crew.start()
+        await over.wait()
+        rows = {job: queue.get(job) for job in jobs}
+        assert not crew._too_small, "nothing is remembered of jobs that have ended"
+        await crew.close()
+    return {job: row for job, row in rows.items() if row is not None}
+
+
+def test_a_job_too_large_for_one_card_goes_to_another(tmp_path: Path) -> None:
+    jobs = [f"job-{number}" for number in range(6)]
+    large = set(jobs[::2])
+    workers = [Small("small", set(jobs) - large), Small("large", set(jobs))]
+    rows = asyncio.run(shared(tmp_path, workers, jobs))
+    assert {row.status for row in rows.values()} == {"completed"}
+    for worker in workers:
+        assert len(worker.done) == len(set(worker.done)), (
+            "none is tried twice where it does not fit"
+        )
+
+
+def test_a_job_too_large_for_every_card_fails_once_all_have_said_so(tmp_path: Path) -> None:
+    workers = [Small("one", set()), Small("two", {"b"})]
+    rows = asyncio.run(shared(tmp_path, workers, ["a", "b"]))
+    assert (rows["a"].status, rows["b"].status) == ("failed", "completed")
+    assert rows["a"].error is not None and rows["a"].error["code"] == "over_budget"
+    assert "a" in workers[0].done and "a" in workers[1].done

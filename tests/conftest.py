@@ -25,6 +25,9 @@ _POINTERS = (
 )  # fmt: skip
 """Variables that lead to a user's folders past the home."""
 
+_SIZES = ("COLUMNS", "LINES")
+"""Of a terminal: readline sets them in pytest's process, whose workers inherit them."""
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """A home of the run's own, before anything is imported that looks at the real one: what the
@@ -33,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
     patch = pytest.MonkeyPatch()
     config.add_cleanup(home.cleanup)
     config.add_cleanup(patch.undo)
-    for name in _POINTERS:
+    for name in (*_POINTERS, *_SIZES):
         patch.delenv(name, raising=False)
     move_home(patch, Path(home.name))
 

@@ -43,7 +43,7 @@ def test_a_line_that_was_cut_short_is_removed(tmp_path: Path, cut: int) -> None:
 def test_a_file_of_something_else_stays_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / RESULTS_FILE
     path.write_text(json.dumps({"mine": 1}) + "\n")
-    with pytest.raises(JournalError, match="something else in line 1"):
+    with pytest.raises(JournalError, match="not a list of results in line 1"):
         Results(tmp_path)
     assert json.loads(path.read_text()) == {"mine": 1}
 
@@ -51,7 +51,7 @@ def test_a_file_of_something_else_stays_as_it_is(tmp_path: Path) -> None:
 def test_neither_depth_nor_a_pipe_is_waited_for(tmp_path: Path) -> None:
     path = tmp_path / RESULTS_FILE
     path.write_text('{"id": ' + "[" * 100_000 + "\n")
-    with pytest.raises(JournalError, match="something else in line 1"):
+    with pytest.raises(JournalError, match="not a list of results in line 1"):
         Results(tmp_path)
     path.unlink()
     os.mkfifo(path)

@@ -214,7 +214,7 @@ def test_a_terminal_that_goes_away_stops_the_job_and_saves_it(
     )  # fmt: skip
     os.close(follower)
     seen = b""
-    while not re.search(rb"denoise[^\n]*?\b[2-9]/200", seen):
+    while not re.search(rb"denoise[^\n]*?\b([2-9]|[1-9]\d+)/200", seen):
         seen = (seen + os.read(leader, 1 << 16))[-(1 << 16) :]
     os.close(leader)
     assert child.wait(timeout=120) == 130

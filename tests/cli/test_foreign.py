@@ -122,7 +122,10 @@ def test_flags_that_mean_nothing(folder: Path, tmp_path: Path) -> None:
 
 def test_own_models_take_no_set(tmp_path: Path) -> None:
     refused = _call("plan", "--synthetic", "wan2.1-t2v-1.3b", "--set", "num_frames=9")
-    assert refused.exit_code == 2 and "--set is only for pipelines that diffusers runs" in refused.output
+    assert (
+        refused.exit_code == 2
+        and "--set is only for pipelines that diffusers runs" in refused.output
+    )
 
 
 def test_pictures(tmp_path: Path) -> None:

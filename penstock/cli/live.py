@@ -23,6 +23,7 @@ from penstock.cli.plan_view import clock
 from penstock.closing import Closing
 from penstock.engine.run.events import Event, PhaseEnded, PhaseStarted, Progress
 from penstock.engine.run.preview import Preview
+from penstock.engine.run.report import PhaseReport
 from penstock.profiles.plan import PhasePlan, Plan
 from penstock.units import format_bytes
 
@@ -51,6 +52,14 @@ class _Phase:
     told: Progress | None = None
     total: str = ""
     ended: PhaseEnded | None = None
+
+
+def peaks(report: PhaseReport) -> str:
+    """Return the most that a phase has held."""
+    return (
+        f"peak VRAM {format_bytes(report.measured_vram_bytes)}, "
+        f"RAM {format_bytes(report.measured_ram_bytes)}"
+    )
 
 
 class LiveView(Closing):
@@ -144,11 +153,7 @@ class LiveView(Closing):
 
     def _done(self, event: PhaseEnded) -> str:
         report = event.report
-        return (
-            f"done in {clock(report.seconds)}, peak VRAM "
-            f"{format_bytes(report.measured_vram_bytes)}, RAM "
-            f"{format_bytes(report.measured_ram_bytes)}"
-        )
+        return f"done in {clock(report.seconds)}, {peaks(report)}"
 
     def _running(self, phase: _Phase) -> str:
         told = phase.told

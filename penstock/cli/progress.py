@@ -17,7 +17,7 @@ from rich.progress import (
 )
 
 from penstock.cli.layout import Column, table
-from penstock.cli.live import LiveView
+from penstock.cli.live import LiveView, peaks
 from penstock.cli.memory import memory_told
 from penstock.closing import Closing
 from penstock.engine.packs.cache import CachedPack
@@ -90,10 +90,7 @@ class Display(Closing):
 
 
 def _summary(report: PhaseReport) -> str:
-    return (
-        f"{report.seconds:.1f} s, peak VRAM {format_bytes(report.measured_vram_bytes)}, "
-        f"RAM {format_bytes(report.measured_ram_bytes)}"
-    )
+    return f"{report.seconds:.1f} s, {peaks(report)}"
 
 
 def _clock(seconds: float) -> str:

@@ -20,6 +20,7 @@ from penstock.engine.store.names import (
     LATENTS_FILE,
     LOCK_FILE,
     STATE_FILES,
+    is_call,
     is_job_file,
     is_unfinished,
     tag_of,
@@ -139,7 +140,7 @@ def describe(folder: Path) -> JobInfo:
         name=folder.name,
         folder=folder,
         state=_state(record, folder),
-        step=steps if done else max(_saved_step(folder / name) for name in STATE_FILES),
+        step=steps if done else _step(record, folder, steps),
         steps=steps,
         created=record.created,
         size_bytes=size_bytes,
@@ -341,6 +342,18 @@ def _state(record: JobRecord, folder: Path) -> str:
     if record.state != "running":
         return record.state
     return "running" if is_locked(folder / LOCK_FILE) else "killed"
+
+
+def _step(record: JobRecord, folder: Path, steps: int) -> int:
+    """Return the steps that are saved. Where calls of networks are kept instead of the sampler's
+    state, those whose calls are all there."""
+    kept = record.plan.get("kept")
+    calls = kept.get("calls") if isinstance(kept, dict) else None
+    if type(calls) is int and calls > 0:
+        if record.state == "done":
+            return steps
+        return min(steps, sum(is_call(path.name) for path in folder.iterdir()) * steps // calls)
+    return max(_saved_step(folder / name) for name in STATE_FILES)
 
 
 def _saved_step(path: Path) -> int:

@@ -53,7 +53,8 @@ def arguments_of(pipe: Any) -> dict[str, Argument]:
     else:
         parameters = inspect.signature(type(pipe).__call__).parameters.values()
         hints = _hints(type(pipe).__call__)
-        told = [(p.name, hints.get(p.name, p.annotation), p.default) for p in parameters]
+        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        told = [(p.name, hints.get(p.name, p.annotation), p.default) for p in named]
     found = (Argument(name, _kinds(hint), _pictures(hint), default) for name, hint, default in told)
     return {each.name: each for each in found if each.name not in _OURS and _is_sayable(each)}
 

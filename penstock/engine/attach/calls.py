@@ -80,7 +80,10 @@ def _told(value: Any, depth: int) -> Iterator[Tensor | str]:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    flat = plain.to("cpu").contiguous().reshape(-1)
+    if flat.stride() != (1,):  # one element of an expanded tensor counts as contiguous
+        flat = torch.empty_like(flat, memory_format=torch.contiguous_format).copy_(flat)
     return flat.view(torch.uint8).numpy().data
 
 

@@ -15,12 +15,10 @@ from penstock.engine.attach.foreign_plan import TILED, CallPlan
 from penstock.engine.attach.recorded import CallKeeper
 from penstock.engine.media.claim import OutputClaim
 from penstock.engine.run.fingerprint import Fingerprint, check_fingerprint, fingerprint
+from penstock.engine.run.jobs import PIPELINE_FOLDER
 from penstock.engine.run.stored import Order, check_unfinished, read_again, restored_order
 from penstock.engine.store.journal import HEADER_BYTES, JobRecord, Journal
 from penstock.errors import JournalError
-
-_FOLDER = "pipeline_folder"
-"""In a request: it is one of these, and where the pipeline lies."""
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".onnx", ".h5")
 """What lies in folders besides what is used is mostly weights of other formats."""
@@ -73,7 +71,7 @@ class Call:
 
 def is_call(record: JobRecord) -> bool:
     """Return whether a job is one of a pipeline that diffusers runs."""
-    return _FOLDER in record.request
+    return PIPELINE_FOLDER in record.request
 
 
 def budgets_of(record: JobRecord) -> tuple[str, int, int]:

@@ -295,7 +295,7 @@ def _rehearsed(opened: Opened, given: Mapping[str, Any], limit: int) -> tuple[Re
         found = rehearse(
             modules, lambda: call_briefly(opened.pipe, given, counter.bar), limit=limit
         )
-    counted = counter.counted
+    counted = replace(counter.counted, timesteps=_timesteps(opened.pipe))
     value = {
         "visits": [[v.component, v.peak_bytes] for v in found.visits],
         "uses": found.uses,
@@ -308,6 +308,12 @@ def _rehearsed(opened: Opened, given: Mapping[str, Any], limit: int) -> tuple[Re
     ops.mkdir(path.parent)
     write_atomically(ops, path, [seal_json(value)])
     return found, counted
+
+
+def _timesteps(pipe: Any) -> int:
+    """Return how many the scheduler has; 0: there is none, or it does not tell."""
+    found = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
+    return len(found) if isinstance(found, torch.Tensor) and found.ndim == 1 else 0
 
 
 def stored_rehearsal(ops: FileOps, path: Path) -> tuple[Rehearsed, Counted, int] | None:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from typing import Any
 
 from torch import nn
@@ -29,6 +30,9 @@ from penstock.units import format_bytes
 
 RECORDS = "records of calls"
 """What holds RAM for them."""
+
+_MORE_TURNS = 1
+"""Than steps that a scheduler makes (PNDM's)."""
 
 _COPIES = 2
 """Of a record in RAM: its file as it is read, and its tensors."""
@@ -60,19 +64,19 @@ class Counted:
     """What a rehearsal has shown of calls.
 
     Attributes:
-        bars: the turns of each loop over steps.
+        bars: the turns that each loop over steps showed: of its own, or the steps.
         networks: by name.
+        timesteps: that the scheduler was left with: turns of a whole loop; 0: not known.
     """
 
     bars: tuple[int, ...]
     networks: Mapping[str, Seen]
+    timesteps: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; `from_json` reads them again."""
-        return {
-            "bars": self.bars,
-            "networks": {n: asdict(each) for n, each in self.networks.items()},
-        }
+        networks = {name: asdict(each) for name, each in self.networks.items()}
+        return {"bars": self.bars, "networks": networks, "timesteps": self.timesteps}
 
     @classmethod
     def from_json(cls, value: Any) -> Counted:
@@ -82,7 +86,7 @@ class Counted:
             TypeError, ValueError, KeyError: it gave something else.
         """
         networks = {name: Seen(**each) for name, each in value["networks"].items()}
-        return cls(tuple(map(int, value["bars"])), networks)
+        return cls(tuple(map(int, value["bars"])), networks, int(value["timesteps"]))
 
 
 class Counter:
@@ -191,17 +195,18 @@ def kept_of(
     """
     if counted.bars:
         found = {name: each for name, each in counted.networks.items() if each.looped}
-        turns = sum(counted.bars)
-        factor = (turns + len(counted.bars) * (steps - rehearsed) * order) / max(turns, 1)
     else:
         found = {name: each for name, each in counted.networks.items() if name in named}
-        factor = steps / max(rehearsed, 1)
+    turns, loops = counted.timesteps, 1
+    if not 0 < turns <= order * rehearsed + _MORE_TURNS:  # it was never told of these steps
+        turns, loops = max(sum(counted.bars), rehearsed, 1), max(len(counted.bars), 1)
+    factor = Fraction(turns + loops * (steps - rehearsed) * order, turns)
     if not found:
         return "it calls no network step by step"
     for each in found.values():
         if each.why is not None:
             return each.why
-    factor = max(factor, 1.0)
+    factor = max(factor, Fraction(1))
     calls = sum(math.ceil(each.calls * factor) for each in found.values())
     given = sum(math.ceil(each.given_bytes * factor) for each in found.values())
     largest = max(found.values(), key=lambda each: each.largest_bytes)

@@ -34,6 +34,9 @@ from penstock.profiles.plan import NUMERICS
 
 _HEADER_BYTES = 1 << 20
 
+PIPELINE_FOLDER = "pipeline_folder"
+"""In the request of a job whose steps diffusers runs: where the pipeline lies."""
+
 
 @dataclass(frozen=True)
 class JobInfo:
@@ -247,6 +250,13 @@ def opening_of(
         JournalError: the folder holds no job, or one that names no model or no options.
     """
     record = read_record(folder)
+    if PIPELINE_FOLDER in record.request:
+        raise JournalError(
+            f"the job in {folder} is of a pipeline that diffusers runs",
+            expected="a job of a model that penstock runs itself",
+            found=str(record.request[PIPELINE_FOLDER]),
+            remedy="Continue it with `penstock resume`.",
+        )
     opening, own = Opening.from_values(record.request), _options_of(record)
     given = options or Options()
     if given.profile is not None:

@@ -18,7 +18,7 @@ from penstock.cli.main import app
 from penstock.engine.attach.calling import NOT_SAID, Argument, arguments_of, parse
 from penstock.engine.attach.foreign_plan import RESTARTS, TILED, UNMEASURED
 from penstock.engine.run.jobs import describe, opening_of
-from penstock.errors import JournalError, RequestError
+from penstock.errors import JournalError, OutputError, RequestError
 from tests.engine.attach.tiny_ltx2 import REQUEST, ltx2
 from tests.versions import TRANSFORMERS_4
 
@@ -193,3 +193,10 @@ def test_pictures(tmp_path: Path) -> None:
     with Image.open(files[0]) as first, Image.open(files[1]) as second:
         assert first.size == (6, 4)
         assert first.getpixel((0, 0)) == (51,) * 3 and second.getpixel((0, 0)) == (255,) * 3
+    with pytest.raises(OutputError, match="the output exists"):
+        _write(Made(), object(), tmp_path / "a.png", Fraction(1), False)
+    told: list[bytes] = []
+    _write(Made(), object(), tmp_path / "b.png", Fraction(1), False,
+           lambda file: told.append(file.read_bytes()))  # fmt: skip
+    assert told == [(tmp_path / "b.png").read_bytes()]
+    assert {path.name for path in tmp_path.iterdir()} == {"a.png", "a-2.png", "b.png", "b-2.png"}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from penstock.engine.run.ending import Ending
 from penstock.engine.run.keeper import Keeper
 from penstock.engine.run.stored import Order
 from penstock.engine.software import check_versions
+from penstock.engine.store.durable import FileOps, write_new
 from penstock.engine.store.journal import Journal
 from penstock.engine.store.sums import Sums
 from penstock.errors import JobCancelled, OutputError, UsageError
@@ -351,12 +353,16 @@ def _default_rate(pipe: Any) -> float:
 def _check_suffix(output: Path, overwrite: bool) -> None:
     if output.suffix.lower() == PICTURE:
         if output.exists() and not overwrite:
-            raise OutputError(
-                "the output exists", expected="a new file name", found=str(output),
-                remedy="Choose another name, or overwrite with --force (overwrite=True)",
-            )  # fmt: skip
+            raise _taken(output)
         return
     check_output(output, overwrite)
+
+
+def _taken(output: Path) -> OutputError:
+    return OutputError(
+        "the output exists", expected="a new file name", found=str(output),
+        remedy="Choose another name, or overwrite with --force (overwrite=True)",
+    )  # fmt: skip
 
 
 def _write(
@@ -370,7 +376,7 @@ def _write(
     """Write what a pipeline gave: its files, and how many frames.
 
     Args:
-        finished: called with a finished video before it gets its name.
+        finished: called with a finished video, or the first picture, before it gets its name.
     """
     frames = _first(made, "frames", "videos", "video")
     if frames is None:
@@ -381,7 +387,7 @@ def _write(
                 expected="frames, videos or images",
                 found=", ".join(_names(made)),
             )
-        return _write_pictures(pictures, output, overwrite)
+        return _write_pictures(pictures, output, overwrite, finished)
     if output.suffix.lower() == PICTURE:
         raise OutputError(
             "the result is a video, not an image",
@@ -433,7 +439,15 @@ def _bytes(frame: Tensor) -> Any:
     return frame.float().cpu().clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
 
 
-def _write_pictures(pictures: Any, output: Path, overwrite: bool) -> tuple[list[Path], int]:
+def _write_pictures(
+    pictures: Any, output: Path, overwrite: bool, finished: Callable[[Path], None]
+) -> tuple[list[Path], int]:
+    """Write pictures, each of which appears when it is complete; the first before the others.
+
+    Raises:
+        OutputError: a name is taken, or is none of a picture.
+        StorageError: the disk is full or fails.
+    """
     from PIL import Image
 
     if output.suffix.lower() != PICTURE:
@@ -442,11 +456,20 @@ def _write_pictures(pictures: Any, output: Path, overwrite: bool) -> tuple[list[
             expected="a name that ends in .png",
             found=str(output),
         )
-    files = []
+    files: list[Path] = []
+    ops = FileOps()
     for number, each in enumerate(pictures, 1):
         path = output if number == 1 else output.with_name(f"{output.stem}-{number}{PICTURE}")
         picture = Image.fromarray(_bytes(each)) if isinstance(each, Tensor) else each
-        with path.open("wb" if overwrite else "xb") as file:
-            picture.save(file, format="PNG")
+        content = BytesIO()
+        picture.save(content, format="PNG")
+        new = write_new(ops, path, [content.getbuffer()])
+        if not files:
+            finished(new)
+        try:
+            (ops.rename if overwrite else ops.rename_new)(new, path)
+        except FileExistsError:
+            ops.unlink(new)
+            raise _taken(path) from None
         files.append(path)
     return files, len(files)

@@ -488,10 +488,13 @@ def _nothing(name: str, found: _Found, refused: list[CheckpointError]) -> Checkp
     known = next((error for error in refused if isinstance(error, NotRun)), None)
     if known is not None:
         return known
-    if found.pickles:
-        return refusal_of(_likely_pickle(name, found.pickles))
+    pickle = _likely_pickle(name, found.pickles)
+    if pickle is not None:
+        return refusal_of(pickle)
     if len(refused) == 1:
         return refused[0]
+    if found.pickles:
+        return refusal_of(found.pickles[0])
     return CheckpointError(
         f"the model has no {name.replace('_', ' ')}",
         expected=f"a file given with {_FLAGS[name]}, or a folder that holds one",
@@ -500,10 +503,11 @@ def _nothing(name: str, found: _Found, refused: list[CheckpointError]) -> Checkp
     )
 
 
-def _likely_pickle(name: str, pickles: tuple[Path, ...]) -> Path:
+def _likely_pickle(name: str, pickles: tuple[Path, ...]) -> Path | None:
+    """Return the pickle that holds a part, by its name as Wan's makers give it."""
     marks = {"text_encoder": "t5", "vae": "vae", "image_encoder": "clip"}
-    mark = marks.get(name, "")
-    return next((path for path in pickles if mark in path.name.lower()), pickles[0])
+    mark = marks.get(name)
+    return next((path for path in pickles if mark and mark in path.name.lower()), None)
 
 
 def open_component(path: Path) -> ComponentSource:

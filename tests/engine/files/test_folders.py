@@ -51,6 +51,14 @@ def test_places_in_the_yaml_are_expanded(tmp_path, single, monkeypatch) -> None:
         )
 
 
+def test_all_models_may_lie_where_the_yaml_says(tmp_path, model, single) -> None:
+    root, disk = tmp_path / "ComfyUI", comfy_root(tmp_path / "disk", single)
+    (root / "models").mkdir(parents=True)
+    folders = "".join(f"  {folder}: models/{folder}\n" for folder in COMFY.values())
+    (root / "extra_model_paths.yaml").write_text(f"a:\n  base_path: {disk}\n{folders}")
+    assert tensors_of(locate(root)) == tensors_of(locate(model))
+
+
 def test_a_name_may_have_its_subfolder(tmp_path, single) -> None:
     root = comfy_root(tmp_path, single)
     place = root / "models" / "diffusion_models"

@@ -226,9 +226,7 @@ def read_fields(kind: type[PlanFields], given: Mapping[str, Any]) -> PlanFields:
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "the request"
-        # Of a check of ours pydantic's words begin with "Value error".
-        why = first.get("ctx", {}).get("error", first["msg"])
-        raise IllegalField(name, str(why)) from error
+        raise IllegalField(name, str(first["msg"])) from error
 
 
 class IllegalField(RequestError):

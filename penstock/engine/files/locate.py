@@ -173,8 +173,10 @@ def survey(folder: Path) -> dict[str, ComponentSource | CheckpointError]:
     first = parts[FIRST]
     if isinstance(first, ComponentSource):
         wanted = (FIRST, SECOND, *first.family.needed(first.config))
-        parts = {name: part for name, part in parts.items() if name in wanted}
-    return parts
+    else:
+        others = [part.family for part in parts.values() if isinstance(part, ComponentSource)]
+        wanted = tuple(name for family in others or families() for name in family.KINDS)
+    return {name: part for name, part in parts.items() if name in wanted}
 
 
 @dataclass(frozen=True)
@@ -479,9 +481,15 @@ def _choose(
         raise CheckpointError(
             f"more than one {name.replace('_', ' ')}",
             expected=f"one; name it with {_FLAGS[name]}",
-            found=", ".join(source.raw.path.name for source in fits.found),
+            found=", ".join(_apart([source.raw.path for source in fits.found])),
         )
     raise _nothing(name, found, [*fits.broken, *fits.refused])
+
+
+def _apart(paths: list[Path]) -> list[str]:
+    """Return names that tell ``paths`` from each other."""
+    names = [path.name for path in paths]
+    return names if len({*names}) == len(names) else [str(path) for path in paths]
 
 
 def _nothing(name: str, found: _Found, refused: list[CheckpointError]) -> CheckpointError:

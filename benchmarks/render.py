@@ -19,20 +19,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks import known, measured, published
 from benchmarks.gpu_plans import step_bytes, vae_phase
+from benchmarks.markdown import Results, Rows, gib, mib, named, table
 from penstock.engine.bench.plot import Dot, draw
-from penstock.units import GIB, MIB
+from penstock.units import GIB
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PLOTS = ROOT / "docs"
-DOCUMENTS = (
-    ROOT / "README.md",
-    *(PLOTS / f"{name}.md" for name in ("cards", "plans", "formats", "measurements")),
-)
-
-Rows = list[tuple[str, ...]]
-Results = Mapping[str, Any]
+DOCUMENTS = (ROOT / "README.md", *sorted(PLOTS.glob("*.md")))
 
 
 def main() -> None:
@@ -81,22 +77,6 @@ def rendered(text: str, results: Results) -> str:
         if count != 1:
             raise ValueError(f"the marker measured:{name} is not closed")
     return text
-
-
-def table(headings: Sequence[str], rows: Rows) -> str:
-    """Markdown."""
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
-def named(results: Results, prefix: str) -> Iterator[Any]:
-    """The results whose file begins so."""
-    return (value for name, value in results.items() if name.startswith(prefix))
-
-
-def gib(nbytes: float) -> str:
-    """Bytes, shortly."""
-    return f"{nbytes / GIB:.2f} GiB"
 
 
 def streaming(results: Results) -> str:
@@ -553,11 +533,6 @@ def memory_rows(value: Any) -> Rows:
     ]
 
 
-def mib(nbytes: float) -> str:
-    """Bytes, shortly, where they are few."""
-    return f"{nbytes / MIB:.0f} MiB"
-
-
 def long_videos(results: Results) -> str:
     """Ways to make a long video of the small model: what happens in it, and its seams."""
     headings = (
@@ -959,6 +934,15 @@ TABLES: Mapping[str, Callable[[Results], str]] = {
     "faults": faults,
     "plan_windows": plan_windows,
     "swaps": swaps,
+    "on_cpus": measured.on_cpus,
+    "held_by_tests": measured.held_by_tests,
+    "real_runs": measured.real_runs,
+    "pipelines": measured.pipelines,
+    "pipeline_classes": measured.pipeline_classes,
+    "published": published.beside_ours,
+    "published_8_bits": partial(published.beside_ours, way="8 bits"),
+    "model_defaults": known.model_defaults,
+    "model_parts": known.model_parts,
 }
 
 

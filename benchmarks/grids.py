@@ -67,9 +67,8 @@ class Found:
 def _nearest(vectors: Tensor, points: Tensor) -> Tensor:
     """The index of the point (count, size) that is nearest to each vector (n, size)."""
     lengths = points.square().sum(1)
-    return torch.cat(
-        [(lengths - 2 * part @ points.t()).argmin(1) for part in vectors.split(_AT_ONCE)]
-    )
+    parts = torch.split(vectors, _AT_ONCE)  # type: ignore[no-untyped-call]
+    return torch.cat([(lengths - 2 * part @ points.t()).argmin(1) for part in parts])
 
 
 def _fitted(targets: Tensor, points: Tensor, groups: int) -> Tensor:

@@ -165,19 +165,25 @@ def _kitchen(weight: Tensor) -> Iterator[Stored]:
 
 def _turned_back(codes: Tensor, scale: Tensor, size: int) -> Tensor:
     """ConvRot's values in fp64."""
-    from comfy_kitchen.tensor import int8_utils
-
-    turn = int8_utils._build_hadamard(size, dtype=torch.float64)
+    made = import_module("comfy_kitchen.tensor.int8_utils")
+    turn: Tensor = made._build_hadamard(size, dtype=torch.float64)
     scaled = codes.double() * scale.double().reshape(-1, 1)
     return (scaled.view(len(codes), -1, size) @ turn).view(codes.shape)
+
+
+def _layer(weight: Tensor) -> Any:
+    """A model of one linear layer of that weight."""
+    rows, columns = weight.shape
+    linear = nn.Linear(columns, rows, bias=False).to(weight.dtype)
+    linear.weight.data.copy_(weight)
+    return nn.Sequential(linear)
 
 
 def _torchao(weight: Tensor) -> Iterator[Stored]:
     from torchao import quantization
 
     for name, kind in (("int8", "Int8WeightOnlyConfig"), ("fp8", "Float8WeightOnlyConfig")):
-        layer = nn.Sequential(nn.Linear(*reversed(weight.shape), bias=False)).to(weight.dtype)
-        layer[0].weight.data.copy_(weight)
+        layer = _layer(weight)
         quantization.quantize_(layer, getattr(quantization, kind)())
         stored: Any = layer[0].weight
         spelled = {"_weight_qdata": stored.qdata, "_weight_scale": stored.scale}
@@ -218,8 +224,7 @@ def _quanto(weight: Tensor) -> Iterator[Stored]:
     from optimum import quanto
 
     for kind in ("qint8", "qfloat8", "qint4"):
-        model = nn.Sequential(nn.Linear(*reversed(weight.shape), bias=False)).to(weight.dtype)
-        model[0].weight.data.copy_(weight)
+        model = _layer(weight)
         quanto.quantize(model, weights=getattr(quanto, kind))
         quanto.freeze(model)
         tensors = {
@@ -308,7 +313,8 @@ def _by_mmgp(model: Path, kind: str, path: Path) -> None:
 
 def folders(model: Path, scratch: Path) -> Iterator[tuple[str, str, Path]]:
     """What was stored by what, the part that it is, and the folder to open."""
-    for kind, write in (FOLDERS | TEXT_FOLDERS).items():
+    tools: Mapping[str, Callable[[Path, Path], object]] = FOLDERS | TEXT_FOLDERS
+    for kind, write in tools.items():
         part = "text_encoder" if kind in TEXT_FOLDERS else "transformer"
         folder = scratch / kind
         shutil.copytree(model, folder, ignore=shutil.ignore_patterns(part))

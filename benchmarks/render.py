@@ -386,7 +386,7 @@ def every_format(results: Results) -> str:
 def libraries(results: Results) -> str:
     """Formats, folders and LoRAs beside what the projects that made them make of them."""
     (value,) = named(results, "libraries")
-    parts = (
+    parts: tuple[tuple[tuple[str, ...], Rows], ...] = (
         (("format", "library", "fp32", "bf16", "beside"), value_rows(value["values"])),
         (
             ("stored by the real tool", "its weights' distance", "its latents'"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import inf
 from typing import NamedTuple
 
@@ -72,15 +72,11 @@ class Network:
         """How many."""
         return len(self.blocks)
 
-    @classmethod
-    def of(cls, blocks: Sequence[int], *, resident: bool = True) -> Network:
+    @staticmethod
+    def of(blocks: Sequence[int], *, resident: bool = True) -> Network:
         """Return every number of residents in VRAM and in RAM; or none, for a network visited
         once."""
-        n_blocks = len(blocks)
-        most = n_blocks if resident else 0
-        counts = ((d, h) for d in range(most + 1) for h in range(most - d + 1))
-        choices = tuple(_placement(blocks, StreamPlan(n_blocks, d, h)) for d, h in counts)
-        return cls(tuple(blocks), choices)
+        return _network(tuple(blocks), resident)
 
     @property
     def smallest(self) -> Iterator[Placement]:
@@ -116,6 +112,18 @@ class Network:
             for choice, place in enumerate(self.choices)
             for slots, staging in self.rings(place)
         )
+
+
+@lru_cache(maxsize=8)
+def _network(blocks: tuple[int, ...], resident: bool) -> Network:
+    """Return the one value of a network: each workload, budget and rule it is planned for looks
+    through the same thousands of placements."""
+    n_blocks = len(blocks)
+    most = n_blocks if resident else 0
+    counts = ((d, h) for d in range(most + 1) for h in range(most - d + 1))
+    return Network(
+        blocks, tuple(_placement(blocks, StreamPlan(n_blocks, d, h)) for d, h in counts)
+    )
 
 
 class Footprint(NamedTuple):

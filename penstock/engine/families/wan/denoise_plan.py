@@ -22,13 +22,12 @@ from penstock.engine.families.wan.terms import (
     saved_state_bytes,
 )
 from penstock.profiles.attending import INT8, SDPA
-from penstock.profiles.manifest import Storage
 from penstock.profiles.phases import (
     OBJECTS,
     RESTORED,
     Group,
+    MatrixProducts,
     OnePass,
-    compute_path,
     group_fits,
     group_key,
     loading_s,
@@ -44,7 +43,6 @@ from penstock.profiles.streams import (
     best_stream,
     least_streams,
 )
-from penstock.units import MIB
 
 log = logging.getLogger(__name__)
 
@@ -62,9 +60,6 @@ the states of the windows that share a visit take the room of a block or two."""
 EVEN_COST = 0.02
 """Of the job's time that a plan may take more under which a step in windows moves no more than
 that: smaller chunks, which decode the weights more often, leave room for blocks that stay."""
-
-EIGHT_BIT_WORKSPACE_BYTES = 128 * MIB
-"""Temporaries of an 8-bit matrix product (`penstock.quant.compute.DEFAULT_CHUNK_BYTES`)."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +251,7 @@ class Denoise:
             (
                 *transformer.context_bytes(spec, case).told,
                 *self._sampled(case),
-                *self._decoding(spec.context_storage or spec.storage),
+                *self._products.items(spec.context_storage or spec.storage),
                 *self.case.libraries(),
             ),
             (*self._host_kept(case), *self._saved(RESTORED, restored_bytes)),
@@ -357,7 +352,7 @@ class Denoise:
     def _shape(self, cost: transformer.DenoiseCase) -> Shape:
         work = (
             *transformer.denoise_bytes(self.spec, cost).told,
-            *self._decoding(self.spec.storage),
+            *self._products.items(),
             *self.case.libraries(),
         )
         kinds = self._kinds(cost)
@@ -388,16 +383,10 @@ class Denoise:
         fewest, most = zip(*(each.forwards for each in self._stretches), strict=True)
         return sum(fewest), sum(most)
 
-    @property
-    def _is_fast(self) -> bool:
-        case = self.case
-        return compute_path(self.spec.storage, case.policy, case.rates) not in ("plain", "dequant")
-
-    def _decoding(self, stored: Storage) -> Items:
-        """Return what quantised matrices take in VRAM besides their bytes."""
-        if stored.path is None and self._is_fast:
-            return (("8-bit workspace", EIGHT_BIT_WORKSPACE_BYTES),)
-        return stored.items
+    @cached_property
+    def _products(self) -> MatrixProducts:
+        spec, case = self.spec, self.case
+        return MatrixProducts(spec.storage, max(spec.weights.block_bytes), case.policy, case.rates)
 
     def _compute_s(self, cost: transformer.DenoiseCase) -> float:
         """Return the seconds of one pass over all blocks, fetching cross-attention K/V included."""
@@ -406,14 +395,13 @@ class Denoise:
         chunks = -(-tokens // cost.chunk_tokens) * spec.num_layers
         texts = cost.branch_text_tokens
         flops = transformer.denoise_flops(spec, tokens, cost.image_tokens, texts)
-        path = compute_path(spec.storage, self.case.policy, rates)
         attended = (tokens + texts + cost.image_tokens) * spec.inner_dim
         overhead_s = rates.chunk_overhead_s(cost.chunk_tokens, attended)
         branch = (
-            flops.linear / (rates.product_flops(path) or rates.flops)
+            flops.linear / self._products.flops_per_s
             + flops.self_attention * self._attending_s(rates)
             + flops.cross_attention / (rates.attention_flops or rates.flops)
-            + chunks * (overhead_s + self._decode_s(rates) + self._requantise_s(rates, tokens))
+            + chunks * (overhead_s + self._products.decode_s + self._requantise_s(rates, tokens))
             + tokens * spec.inner_dim * spec.num_layers * rates.element_s
         )
         fetched_s = self._fetched_bytes(cost) / rates.copy_bytes_per_s
@@ -435,14 +423,6 @@ class Denoise:
             return 0
         one = transformer.cross_kv_bytes(self.spec, replace(cost, branches=1))
         return one * min(cost.visit_branches, cost.branches)
-
-    def _decode_s(self, rates: Rates) -> float:
-        """Return the seconds to decode a block's matrices once: every chunk does."""
-        stored = self.spec.storage
-        if self._is_fast or not stored.decoded_bytes or rates.memory_bytes_per_s is None:
-            return 0.0
-        moved = max(self.spec.weights.block_bytes) + stored.decoded_bytes
-        return moved / rates.memory_bytes_per_s
 
     def _requantise_s(self, rates: Rates, tokens: int) -> float:
         """Return the seconds to quantise a block's keys and values once, for attention in 8 bits:

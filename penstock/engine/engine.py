@@ -285,7 +285,7 @@ class Engine(Closing):
         numerics = self._variants.numerics(plan.weight_format)
         plan = replace(plan, compute=numerics["compute"], compute_path=numerics["compute_path"])
         now, how = read_again(
-            journal, self.model, conditions_now(self.model, self._device, numerics)
+            journal, self.model.files, conditions_now(self.model, self._device, numerics)
         )
         notices = check_conditions(
             journal,

@@ -164,7 +164,9 @@ class DenoisePacked:
         """All ways to cut the forward, the fastest first."""
         rows, fixed = packed_case(self.case).rows, self.case.policy.chunk_tokens
         sizes = (rows, *(chunk for chunk in CHUNKS if chunk < rows))
-        if fixed is not None:
+        if self.case.policy.attending.backend.whole:
+            sizes = (rows,)
+        elif fixed is not None:
             sizes = (min(fixed, rows),)
         cuts = [self._cut(chunk) for chunk in sizes]
         return tuple(sorted(cuts, key=lambda cut: (cut.compute_s, cut.work_bytes)))
@@ -192,11 +194,17 @@ class DenoisePacked:
         case = packed_case(self.case, chunk)
         flops = cost.pass_flops(spec, case)
         chunks = -(-case.rows // chunk) * spec.num_layers
-        overhead_s = rates.chunk_overhead_s(chunk, case.rows * spec.inner_dim)
+        word, steps = self.case.policy.attention, evaluations(self.case)
+        dense = self.case.policy.attending.dense_steps(steps) / steps
+        chunk_s = (
+            rates.chunk_overhead_s(chunk, case.rows * spec.inner_dim)
+            + self._products.decode_s
+            + rates.requantise_s(word, case.rows * spec.inner_dim, spec.weights.itemsize)
+        )
         return (
             flops.linear / self._products.flops_per_s
-            + flops.attention / rates.self_attention_flops(self.case.policy.attention)
-            + chunks * (overhead_s + self._products.decode_s)
+            + flops.attention * rates.self_attention_s(word, dense)
+            + chunks * chunk_s
             + case.rows * spec.hidden_size * spec.num_layers * rates.element_s
         )
 

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,13 +18,19 @@ import torch
 from torch import nn
 
 from penstock.engine.attach.calls import NotPlain, apart, asked, form_of, form_text, together
-from penstock.engine.attach.keeping import Counted, Counter, Kept, Seen, kept_of
+from penstock.engine.attach.keeping import RECORDS, Counted, Counter, Kept, Seen, kept_of
 from penstock.engine.attach.recorded import CallKeeper, Recorder
 from penstock.engine.run import fingerprint
 from penstock.engine.run.jobs import describe, find_unfinished, remove_job
 from penstock.engine.store.durable import FileOps
 from penstock.engine.store.journal import HEADER_BYTES, Journal
-from penstock.errors import FingerprintMismatch, JournalError, OverBudget, StorageError
+from penstock.errors import (
+    FingerprintMismatch,
+    JobCancelled,
+    JournalError,
+    OverBudget,
+    StorageError,
+)
 from tests.engine.attach.resuming import ROOM, WORDS, Task, equal, saved
 from tests.versions import DIFFUSERS_0_36, TRANSFORMERS_4
 
@@ -125,6 +132,17 @@ def test_noise_that_no_generator_draws(
     assert equal(given, wanted) and report.answered_calls == 2
 
 
+def test_a_job_stops_at_the_next_call(tasks: Any) -> None:
+    """Whether its loop tells steps or not."""
+    task, wanted = tasks("Flux")
+    task.job.cancel()
+    with pytest.raises(JobCancelled):
+        task.made()
+    assert set(task.reads.values()) == {0}
+    task.job._stopped = threading.Event()
+    assert equal(task.made()[0], wanted)
+
+
 def test_only_what_is_computed_is_read(tasks: Any, tmp_path: Path) -> None:
     task, _ = tasks("Flux")
     _, plain = task.made()
@@ -167,6 +185,8 @@ def test_ram_for_a_record_is_planned_and_held(tasks: Any) -> None:
     assert refused.value.need_bytes == plan.ram_bytes
     with CallJob(task.model, task.words, budgets("cpu", ROOM, plan.ram_bytes)) as job:
         assert job.plan.kept == plan.kept
+    task.made()
+    assert [held[RECORDS] for held in task.held] == [plan.kept.ram_bytes] * len(task.held) != []
 
 
 def test_a_kill_while_a_record_is_written_costs_that_call(tasks: Any, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from diffusers import MiniMaxH3Transformer3DModel
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from penstock.engine.attention.kernels import Attention, attention
 from penstock.engine.families.minimax_h3.config import MODALITIES, OURS, TRANSFORMER
 from penstock.engine.families.minimax_h3.forward import angles, packed_forward
 from penstock.engine.families.minimax_h3.layout import Layout
@@ -73,7 +74,7 @@ def _rows(layout: Layout) -> tuple[Tensor, Tensor]:
     return torch.empty(given + sizes.video_rows, 96), torch.empty(sizes.sound_rows, 32)
 
 
-def lean_bytes(layout: Layout, chunk: int, blocks: int) -> Peak:
+def lean_bytes(layout: Layout, chunk: int, blocks: int, attend: Attention = attention) -> Peak:
     """Peak of our forward."""
     times = StepTimes.of(0.5, 0.7, pictures=bool(layout.anchors))
     positions = layout.positions()
@@ -94,7 +95,7 @@ def lean_bytes(layout: Layout, chunk: int, blocks: int) -> Peak:
         with StorageMeter([*weights, *given]) as meter:
             packed_forward(
                 model, enumerate(model.transformer_blocks), layout, text, video, sound, tables,
-                turns, chunk,
+                turns, chunk, attend,
             )  # fmt: skip
     return Peak(meter.peak, sum(tensor.nbytes for tensor in given))
 

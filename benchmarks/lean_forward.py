@@ -90,6 +90,7 @@ def activation_bytes(layers: int, dtype: torch.dtype, chunk_tokens: int) -> tupl
         given = [*weights, case.latents, case.text, case.image]
         kept = [tensor for block in case.cross for tensor in vars(block).values()]
         kept += [*vars(case.modulation).values(), *vars(case.rope).values()]
+        kept = [each for each in kept if isinstance(each, Tensor)]  # others are none, or numbers
         with StorageMeter([*given, *kept]) as ours:
             case.step()
         with StorageMeter(given) as theirs:

@@ -1,11 +1,12 @@
 """Pipelines of diffusers, attached: what tiny random ones compute, and a verdict on every class.
 
-    python -m benchmarks.pipelines [--only NAME ...] [--classes] [--results FILE] [--table FILE]
+    python -m benchmarks.pipelines [--only NAME ...] [--classes] [--results FILE]
 
 The last line on stdout is JSON. Each recipe of `benchmarks.tiny_pipelines` is called as it is, then
 attached under the least budgets that are not refused, called again, detached, and called once more:
 results are compared to the bit, and memory by `tests.meter`. ``--classes`` looks at every pipeline
-class of diffusers: at what its components are, not at what it computes.
+class of diffusers: at what its components are, not at what it computes. `benchmarks.render` makes
+the tables of docs/pipelines.md from the results.
 """
 
 from __future__ import annotations
@@ -213,43 +214,6 @@ def classes(names: Iterable[str]) -> list[Verdict]:
     return [inspector.look(each) for each in names]
 
 
-def table(outcomes: list[Outcome], verdicts: list[Verdict]) -> str:
-    """Both as Markdown."""
-    lines = [
-        "# Pipelines of diffusers under `penstock.attach`",
-        "",
-        "Made by `python -m benchmarks.pipelines --classes --table docs/pipelines.md` with "
-        f"diffusers {diffusers.__version__} and torch {torch.__version__}.",
-        "",
-        "## Seen: tiny random pipelines at the least budgets, fp32, on the CPU",
-        "",
-        "Equal means equal to the plain pipeline to the bit, attached and after `detach`. Peak is "
-        "what an independent meter saw, planned what was reserved and what the plain call takes "
-        "besides its weights; bytes.",
-        "",
-        "| recipe | class | equal | weights | VRAM | RAM | peak | planned |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {o.recipe} | {o.pipeline} | {'yes' if o.equal and o.equal_after else 'NO'} | "
-        f"{o.weights:,} | {o.vram:,} | {o.ram:,} | {o.peak:,} | {o.planned:,} |"
-        for o in outcomes
-    ]
-    if verdicts:
-        lines += [
-            "",
-            "## Looked at: every pipeline class",
-            "",
-            "*runs*: seen above. *should run*: not run; by diffusers' source its components are "
-            "torch modules, which are named. *refused*: why.",
-            "",
-            "| class | verdict | why |",
-            "|---|---|---|",
-        ]
-        lines += [f"| {v.pipeline} | {v.verdict} | {v.why} |" for v in verdicts]
-    return "\n".join(lines) + "\n"
-
-
 def _earlier(results: Path | None) -> tuple[dict[str, Outcome], list[Verdict]]:
     """Of runs before, with the same versions."""
     if results is None or not results.exists():
@@ -267,7 +231,6 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(RECIPES))
     parser.add_argument("--classes", action="store_true")
     parser.add_argument("--results", type=Path)
-    parser.add_argument("--table", type=Path)
     asked = parser.parse_args()
     outcomes, verdicts = _earlier(asked.results)
     with tempfile.TemporaryDirectory() as folder:
@@ -283,11 +246,7 @@ def main() -> None:
         if each.pipeline in seen else each
         for each in verdicts
     ]  # fmt: skip
-    found = _kept(outcomes, verdicts, asked.results)
-    if asked.table is not None:
-        rows = [outcomes[name] for name in RECIPES if name in outcomes]
-        asked.table.write_text(table(rows, verdicts))
-    print(json.dumps(found))
+    print(json.dumps(_kept(outcomes, verdicts, asked.results)))
 
 
 def _kept(

@@ -4,17 +4,21 @@
 each phase beside the live bytes of the real code on fake tensors (see
 `tests/profiles/test_true_model.py`), and how much the one is over the other.
 ``models``: what `penstock plan --synthetic` knows, at its own size and steps on two cards.
+``defaults``: what each of these models fills the gaps of a request with.
+``parts``: what Wan2.1 I2V 14B consists of, its parameters counted on the meta device.
 ``videos``: the question of the README, "Will it run on my card?": cards, models and sizes.
 ``windows``: what a step of 241 frames moves over what one of 81 does, on cards under 12 GB.
 ``cards``: ten machines and three sizes: seconds a step, total, what bounds it; as penstock runs by
 default, and with products and self-attention in 8 bits.
 
-All print JSON, of which `benchmarks.render` makes the tables of README.md, docs/plans.md and
-docs/cards.md:
+All print JSON, of which `benchmarks.render` makes the tables of README.md and
+docs/:
 
     python -m benchmarks.plans peaks > benchmarks/results/plans_peaks.json
     python -m benchmarks.plans cards > benchmarks/results/plans_cards.json
     python -m benchmarks.plans models > benchmarks/results/plans_models.json
+    python -m benchmarks.plans defaults > benchmarks/results/plans_defaults.json
+    python -m benchmarks.plans parts > benchmarks/results/plans_parts.json
     python -m benchmarks.plans videos > benchmarks/results/plans_videos.json
     python -m benchmarks.plans windows > benchmarks/results/plans_windows.json
     python -m benchmarks.render
@@ -178,6 +182,17 @@ def row(size: str, card: str, options: Options) -> dict[str, Any]:
     }
 
 
+UMT5_XXL: Mapping[str, Any] = MappingProxyType(
+    {"vocab_size": 256_384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24,
+     "num_heads": 64, "feed_forward_proj": "gated-gelu"}
+)  # fmt: skip
+VIT_H: Mapping[str, Any] = MappingProxyType(
+    {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
+     "num_attention_heads": 16, "image_size": 224, "patch_size": 14}
+)  # fmt: skip
+"""The encoders of Wan2.1, from the configs of its repository."""
+
+
 VIDEO_CARDS = (
     ("RTX 3050 Laptop 4GB", "4gb", "16GiB"), ("RTX 2060 6GB", "6gb", "16GiB"),
     ("RTX 4060 8GB", "8gb", "16GiB"), ("RTX 3060 12GB", "12gb", "16GiB"),
@@ -265,8 +280,65 @@ def window_row(card: str, size: str, frames: int, flags: Mapping[str, str]) -> d
     }
 
 
+def defaults(names: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """One row a built-in description: what a request that says nothing but its prompt becomes."""
+    options, machine = machine_of(Options(profile="12gb", ram="32GiB"), MODEL_CARDS[0][0], None)
+    return [
+        {"model": name}
+        | default_row(Prepared.open(synthetic=name, options=options, machine=machine))
+        for name in names or builtin_names()
+    ]
+
+
+def default_row(prepared: Prepared) -> dict[str, Any]:
+    """Size, frames, steps, guidance and shift of one, and what its sizes and frames may be."""
+    about = prepared.about
+    request, grid = resolve(Settings(prompt="a plan"), about), about.grid
+    return {
+        "width": request.width,
+        "height": request.height,
+        "side": grid.side,
+        "frames": request.frames,
+        "frames_at_most": grid.most,
+        "frames_by": [grid.temporal, grid.rest],
+        "fps": request.fps,
+        "steps": request.steps,
+        "guidance": sorted(set(request.guidance_scales)),
+        "shift": request.shift,
+        "shift_at_480p": about.official.flow_shift(832, 480, None),
+    }
+
+
+def parts() -> list[dict[str, Any]]:
+    """One row a network of Wan2.1 I2V 14B, as its published configs say."""
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+
+    from benchmarks.fake_dit import I2V_14B
+
+    with torch.device("meta"):
+        networks = {
+            "transformer": WanTransformer3DModel(**I2V_14B),
+            "text encoder (UMT5-XXL)": UMT5EncoderModel(UMT5Config(**UMT5_XXL)),
+            "image encoder (CLIP ViT-H; I2V only)": CLIPVisionModel(CLIPVisionConfig(**VIT_H)),
+            "VAE": AutoencoderKLWan(),
+        }
+    return [
+        {"part": name, "parameters": sum(each.numel() for each in network.parameters())}
+        for name, network in networks.items()
+    ]
+
+
 _MADE: Mapping[str, Callable[[], list[dict[str, Any]]]] = MappingProxyType(
-    {"peaks": peaks, "cards": cards, "models": models, "videos": videos, "windows": windows}
+    {
+        "peaks": peaks,
+        "cards": cards,
+        "models": models,
+        "defaults": defaults,
+        "parts": parts,
+        "videos": videos,
+        "windows": windows,
+    }
 )
 
 

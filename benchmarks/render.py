@@ -19,20 +19,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks import known, measured, published
 from benchmarks.gpu_plans import step_bytes, vae_phase
+from benchmarks.markdown import Results, Rows, gib, mib, named, table
 from penstock.engine.bench.plot import Dot, draw
-from penstock.units import GIB, MIB
+from penstock.units import GIB
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PLOTS = ROOT / "docs"
-DOCUMENTS = (
-    ROOT / "README.md",
-    *(PLOTS / f"{name}.md" for name in ("cards", "plans", "formats", "measurements")),
-)
-
-Rows = list[tuple[str, ...]]
-Results = Mapping[str, Any]
+DOCUMENTS = (ROOT / "README.md", *sorted(PLOTS.glob("*.md")))
 
 
 def main() -> None:
@@ -81,22 +77,6 @@ def rendered(text: str, results: Results) -> str:
         if count != 1:
             raise ValueError(f"the marker measured:{name} is not closed")
     return text
-
-
-def table(headings: Sequence[str], rows: Rows) -> str:
-    """Markdown."""
-    lines = [headings, ["---"] * len(headings), *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
-def named(results: Results, prefix: str) -> Iterator[Any]:
-    """The results whose file begins so."""
-    return (value for name, value in results.items() if name.startswith(prefix))
-
-
-def gib(nbytes: float) -> str:
-    """Bytes, shortly."""
-    return f"{nbytes / GIB:.2f} GiB"
 
 
 def streaming(results: Results) -> str:
@@ -403,6 +383,67 @@ def every_format(results: Results) -> str:
     return f"{table(headings, rows)}\n{table(('known, not run', 'what is said'), refused)}"
 
 
+def libraries(results: Results) -> str:
+    """Formats, folders and LoRAs beside what the projects that made them make of them."""
+    (value,) = named(results, "libraries")
+    parts: tuple[tuple[tuple[str, ...], Rows], ...] = (
+        (("format", "library", "fp32", "bf16", "beside"), value_rows(value["values"])),
+        (
+            ("stored by the real tool", "its weights' distance", "its latents'"),
+            [
+                (row["stored"], share(row["weights"]), share(row["latents"]))
+                for row in value["folders"]
+            ],
+        ),
+        (
+            ("LoRA, streamed, resident and packed in", *(f"on {name}" for name in BASES)),
+            lora_rows(value["loras"]),
+        ),
+    )
+    return "\n".join(table(headings, rows) for headings, rows in parts)
+
+
+BASES = ("plain", "int8", "gguf")
+
+
+def value_rows(rows: Sequence[Any]) -> Rows:
+    """The largest difference from a library's own values, in each dtype."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        found.setdefault((row["format"], row["library"]), {})[row["dtype"]] = row
+    return [
+        (*key, share(row["float32"]["difference"]), share(row["bfloat16"]["difference"]),
+         beside(row))
+        for key, row in found.items()
+    ]  # fmt: skip
+
+
+def beside(row: Mapping[str, Any]) -> str:
+    """Where the two differ: which is nearer to the sum in fp64, or to what is rounded once."""
+    said = []
+    if "ours_off" in row["float32"]:
+        ours, theirs = (row["float32"][key] for key in ("ours_off", "theirs_off"))
+        said.append(f"off the sum in fp64: ours {ours:.1e}, theirs {theirs:.1e}")
+    elif "rounded_once" in row["bfloat16"]:
+        once = share(row["bfloat16"]["rounded_once"])
+        said.append(f"off the library's fp32 rounded once: ours {once}")
+    return "; ".join(said)
+
+
+def share(value: float) -> str:
+    """A relative distance."""
+    return "0" if value == 0 else f"{value:.1e}"
+
+
+def lora_rows(rows: Sequence[Any]) -> Rows:
+    """The worst of three ways, for each kind and what it lies on."""
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        worst = max(row[way] for way in ("streamed", "resident", "packed in"))
+        found.setdefault(row["kind"], {})[row["stored"]] = worst
+    return [(kind, *(share(cells[name]) for name in BASES)) for kind, cells in found.items()]
+
+
 def quality(value: Any) -> str:
     """A model in every format."""
     headings = ("format", "layer", "block", "latents", "frames", "bytes a block")
@@ -490,11 +531,6 @@ def memory_rows(value: Any) -> Rows:
             "`benchmarks/pack_memory.py`",
         ),
     ]
-
-
-def mib(nbytes: float) -> str:
-    """Bytes, shortly, where they are few."""
-    return f"{nbytes / MIB:.0f} MiB"
 
 
 def long_videos(results: Results) -> str:
@@ -885,6 +921,7 @@ TABLES: Mapping[str, Callable[[Results], str]] = {
     "gpu": gpu,
     "formats": formats,
     "every_format": every_format,
+    "libraries": libraries,
     "caches": caches,
     "long_videos": long_videos,
     "plan_peaks": plan_peaks,
@@ -897,6 +934,15 @@ TABLES: Mapping[str, Callable[[Results], str]] = {
     "faults": faults,
     "plan_windows": plan_windows,
     "swaps": swaps,
+    "on_cpus": measured.on_cpus,
+    "held_by_tests": measured.held_by_tests,
+    "real_runs": measured.real_runs,
+    "pipelines": measured.pipelines,
+    "pipeline_classes": measured.pipeline_classes,
+    "published": published.beside_ours,
+    "published_8_bits": partial(published.beside_ours, way="8 bits"),
+    "model_defaults": known.model_defaults,
+    "model_parts": known.model_parts,
 }
 
 

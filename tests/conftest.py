@@ -28,6 +28,9 @@ _POINTERS = (
 _SIZES = ("COLUMNS", "LINES")
 """Of a terminal: readline sets them in pytest's process, whose workers inherit them."""
 
+_PICTURES = ("TERM_PROGRAM", "KITTY_WINDOW_ID")
+"""Of terminals that show pictures: what is drawn does not depend on where the tests are run."""
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """A home of the run's own, before anything is imported that looks at the real one: what the
@@ -36,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
     patch = pytest.MonkeyPatch()
     config.add_cleanup(home.cleanup)
     config.add_cleanup(patch.undo)
-    for name in (*_POINTERS, *_SIZES):
+    for name in (*_POINTERS, *_SIZES, *_PICTURES):
         patch.delenv(name, raising=False)
     move_home(patch, Path(home.name))
 

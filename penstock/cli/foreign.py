@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +14,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from penstock.cli.files import refusals_shown, reported
+from penstock.cli.kept import job_folder
 from penstock.cli.layout import Column, labelled, table, wrap
 from penstock.cli.plan_view import clock, spoken
 from penstock.cli.stopping import Stopping
@@ -110,30 +111,126 @@ def plan_foreign(
         screen.print(plan_text(plan, screen.width), soft_wrap=True)
 
 
+@dataclass(frozen=True)
+class Manner:
+    """How a command goes about it: replaces files, prints JSON or nothing, shows tracebacks."""
+
+    force: bool
+    as_json: bool
+    quiet: bool
+    debug: bool
+
+
 def generate_foreign(
     folder: Path,
     given: Given,
     strange: Mapping[str, Any],
     output: Path,
-    force: bool,
-    as_json: bool,
-    quiet: bool,
-    debug: bool,
+    manner: Manner,
+    kept_in: Path | None = None,
+    resumes: bool | None = None,
 ) -> None:
-    """Make the call, and write what it gives."""
-    with reported(debug), Stopping() as stop:
-        seed = given.seed if given.seed not in (None, -1) else secrets.randbits(31)
+    """Make the call, and write what it gives.
+
+    Args:
+        kept_in: the folder of the job; None: one in the data directory.
+        resumes: go on with an unfinished identical job without asking, or never.
+    """
+    with reported(manner.debug), Stopping() as stop:
         rate = None if given.fps is None else Fraction(str(given.fps))
-        console = Screen(stderr=True)
-        with _job(folder, given, strange, given.words()) as job, _StepBar(console, quiet) as steps:
+        said = given.seed if given.seed != -1 else None
+        seed = secrets.randbits(31) if said is None else said
+        with _job(folder, given, strange, given.words()) as job:
             stop.at(job.cancel)
-            if not quiet:
-                console.print(plan_text(job.plan, console.width), soft_wrap=True)
-            report = job.run(output, seed, rate, steps.told, overwrite=force)
-        if not quiet:
-            console.print("\n".join(wrap(report_text(report), console.row_width)), soft_wrap=True)
-    if as_json:
+            keeper = None
+            if job.plan.kept is not None:
+                place, goes_on = job_folder(job.call(said, rate).values(), kept_in, resumes)
+                if goes_on:
+                    _resume(job, place, output, manner)
+                    return
+                keeper = job.begin(place, output, seed, rate, overwrite=manner.force)
+            _run(job, manner, (), output, seed, rate, overwrite=manner.force, keeper=keeper)
+
+
+def is_foreign_job(folder: Path) -> bool:
+    """Return whether a job is of a pipeline that diffusers runs."""
+    from penstock.engine.attach.foreign_kept import is_call
+    from penstock.engine.store.journal import read_record
+
+    return is_call(read_record(folder))
+
+
+def resume_foreign(
+    folder: Path,
+    output: Path | None,
+    options: Options,
+    strange: Mapping[str, Any],
+    allow_nonidentical: bool,
+    stop: Stopping,
+    manner: Manner,
+) -> None:
+    """Go on with a job, under its own budgets or under those that are given now."""
+    from penstock.engine.attach.foreign_kept import Call, budgets_of
+    from penstock.engine.store.journal import read_record
+
+    record = read_record(folder)
+    call, (device, vram, ram) = Call.of(record), budgets_of(record)
+    own = Options(device=device, vram=vram, ram=ram, format=call.weight_format)
+    given = Given([], None, None, None, None, None, None, None, None, None, options.over(own), None)
+    with _job(Path(call.pipeline_folder), given, strange, list(call.words)) as job:
+        stop.at(job.cancel)
+        _resume(job, folder, output, manner, allow_nonidentical=allow_nonidentical)
+
+
+def _resume(
+    job: Any, folder: Path, output: Path | None, manner: Manner, *, allow_nonidentical: bool = False
+) -> None:
+    from penstock.engine.attach.foreign_kept import Call
+    from penstock.engine.store.journal import Journal
+
+    journal = Journal.open(folder)
+    try:
+        call = Call.of(journal.record)
+        keeper, order, told = job.resume(
+            journal, output, force=manner.force, allow_nonidentical=allow_nonidentical
+        )
+    except BaseException:
+        journal.close()
+        raise
+    rate = None if call.fps is None else Fraction(call.fps)
+    _run(
+        job, manner, told, order.output, call.seed, rate,
+        overwrite=order.overwrite, keeper=keeper, trusts=allow_nonidentical,
+    )  # fmt: skip
+
+
+def _run(
+    job: Any,
+    manner: Manner,
+    told: Sequence[str],
+    output: Path,
+    seed: int | None,
+    rate: Fraction | None,
+    **how: Any,
+) -> None:
+    """Run a job with its plan, notes, bar and report on the terminal."""
+    console = Screen(stderr=True)
+    with _StepBar(console, manner.quiet) as steps:
+        if not manner.quiet:
+            console.print(plan_text(job.plan, console.width), soft_wrap=True)
+        _print_notes(console, told)
+        report = job.run(output, seed, rate, steps.told, **how)
+    _print_notes(console, report.problems)
+    if not manner.quiet:
+        console.print("\n".join(wrap(report_text(report), console.row_width)), soft_wrap=True)
+    if manner.as_json:
         say(json.dumps({"plan": job.plan.to_json(), "report": report.to_json()}))
+
+
+def _print_notes(console: Screen, notes: Sequence[str]) -> None:
+    for note in notes:
+        lines = wrap(f"note: {printable(note)}", console.row_width, hanging="      ")
+        console.print("\n".join(lines), soft_wrap=True)
 
 
 def _job(folder: Path, given: Given, strange: Mapping[str, Any], words: list[str]) -> Any:
@@ -235,10 +332,14 @@ def _network(each: Any) -> tuple[str, ...]:
 
 def report_text(report: Any) -> str:
     """Describe what was made in one line."""
+    answered = ""
+    if report.answered_calls:
+        calls = report.answered_calls + report.computed_calls
+        answered = f", {report.answered_calls} of {calls} calls answered from records"
     return (
         f"wrote {printable(', '.join(report.outputs))}: {report.frames} frames, "
         f"seed {report.seed}, {report.seconds:.1f} s, "
         f"peak VRAM {format_bytes(report.peak_vram_bytes)}, "
         f"RAM {format_bytes(report.peak_ram_bytes)} in buffers, "
-        f"{format_bytes(report.read_bytes)} read"
+        f"{format_bytes(report.read_bytes)} read{answered}"
     )

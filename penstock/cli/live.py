@@ -1,24 +1,25 @@
 """One live view of a running job on a terminal: its phases, how far each is, memory against the
-budgets, which weights move, and a preview in coloured half blocks.
-
-A picture is drawn with characters and not by a terminal's own protocol: whether one is there can be
-asked only of the terminal itself, whose answer would come in between what a person types.
+budgets, which weights move, and a preview: a picture where the terminal says that it shows them
+(`penstock.cli.pictures`), else coloured half blocks.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rich.color import Color
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.style import Style
 from rich.text import Text
 
 from penstock.cli.layout import gauge, labelled
+from penstock.cli.pictures import Painter, protocol
 from penstock.cli.plan_view import clock
 from penstock.closing import Closing
 from penstock.engine.run.events import Event, PhaseEnded, PhaseStarted, Progress
@@ -75,6 +76,8 @@ class LiveView(Closing):
         self._phases = [_Phase(each.name, each) for each in plan.phases]
         self._now: _Phase | None = None
         self._preview: Preview | None = None
+        by = protocol(os.environ, sys.platform)
+        self._painter = None if by is None else Painter(by)
         self._began = time.monotonic()
         self._lock = threading.Lock()  # rich draws on a thread of its own
         self._live = Live(
@@ -122,8 +125,16 @@ class LiveView(Closing):
             lines = self.lines(width, height)
             rows = height - len(lines) - 1
             shown = self._preview if rows >= _LEAST_PICTURE_ROWS else None
-            parts = [Text("\n".join(lines), no_wrap=True)]
-            return Group(*parts, *([] if shown is None else [picture(shown, width, rows)]))
+            text = Text("\n".join(lines), no_wrap=True)
+            if shown is not None:
+                return Group(text, self._pictured(shown, width, rows))
+            gone = None if self._painter is None else self._painter.clear()
+            return Group(text) if gone is None else Group(gone, text)
+
+    def _pictured(self, preview: Preview, width: int, rows: int) -> RenderableType:
+        if self._painter is None:
+            return picture(preview, width, rows)
+        return self._painter.draw(preview, min(width - 1, _PICTURE_CELLS), rows)
 
     def lines(self, width: int, height: int) -> list[str]:
         """Lay out everything but the preview, in lines of ``width`` cells.

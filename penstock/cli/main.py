@@ -40,11 +40,15 @@ from penstock.cli.foreign import (
     Activations,
     Arguments,
     Given,
+    Manner,
     generate_foreign,
     is_foreign,
+    is_foreign_job,
     own_only,
     plan_foreign,
+    resume_foreign,
 )
+from penstock.cli.kept import job_folder
 from penstock.cli.layout import wrap
 from penstock.cli.log import Level, logged
 from penstock.cli.memory import MemoryHelp, memory_told
@@ -52,7 +56,7 @@ from penstock.cli.options import NOTHING, with_options
 from penstock.cli.paths import path_option
 from penstock.cli.serve import serve
 from penstock.cli.stopping import Stopping
-from penstock.cli.terminal import ENDLESS, Screen, asks_a_person, keep_going, printable, say, warn
+from penstock.cli.terminal import ENDLESS, Screen, keep_going, say, warn
 from penstock.profiles.options import Options
 
 app = typer.Typer(
@@ -291,12 +295,15 @@ def generate(
             "--audio-vae": audio_vae, "--tokenizer": tokenizer, "--last-image": last_image,
             "--max-area": max_area,
             "--shift": shift, "--sampler": sampler, "--distilled": distilled or None, "--fit": fit,
-            "--clip-crop": clip_crop, "--lora": lora or None, "--job": job,
-            "--resume": resume_same, "--continue": continues, "--window": window,
+            "--clip-crop": clip_crop, "--lora": lora or None,
+            "--continue": continues, "--window": window,
             "--overlap": overlap, "--nag": nag,
             "--cfg-interval": cfg_interval,
         }  # fmt: skip
-        generate_foreign(Path(str(model)), given, strange, output, force, as_json, quiet, debug)
+        generate_foreign(
+            Path(str(model)), given, strange, output, Manner(force, as_json, quiet, debug),
+            job, resume_same,
+        )  # fmt: skip
         return
     own_only(arguments, activations, debug)
     from penstock.engine.files.locate import Files
@@ -368,12 +375,19 @@ def resume(
     debug: Debug = False,
 ) -> None:
     """Resume a job that was stopped, failed or killed."""
-    from penstock.engine.engine import Engine
     from penstock.engine.run.jobs import find_job, opening_of
 
     shown = Shown(as_json, quiet, no_preview)
     with reported(debug), Stopping() as stop:
         folder = find_job(job)
+        if is_foreign_job(folder):
+            resume_foreign(
+                folder, output, options, {"--lora": lora or None}, allow_nonidentical, stop,
+                Manner(force, as_json, quiet, debug),
+            )  # fmt: skip
+            return
+        from penstock.engine.engine import Engine
+
         with Engine.reopen(opening_of(folder, options, lora or [])) as engine:
             running = engine.resume(
                 folder, output, force=force, allow_nonidentical=allow_nonidentical,
@@ -731,25 +745,9 @@ def _job_folder(
     engine: Any, request: Any, plan: Any, folder: Path | None, resumes: bool | None
 ) -> tuple[Path, bool]:
     """Return where the job is kept, and whether an unfinished identical one there is continued."""
-    from penstock.engine.run.jobs import find_unfinished, new_job_folder
     from penstock.engine.run.stored import request_values
 
-    values = request_values(request, engine.model.opening, plan)
-    found = find_unfinished(values, folder)
-    if found is not None and resumes is not False:
-        question = f"job {found.name} is the same and unfinished ({found.step}/{found.steps} steps)"
-        if resumes or _confirmed(f"{printable(question)}: continue it?"):
-            return found.folder, True
-        warn(f"note: {question}: penstock resume {found.folder.absolute()}")
-    return folder or new_job_folder(), False
-
-
-def _confirmed(question: str) -> bool:
-    """Return whether a person says yes; nobody there, or gone meanwhile, means no."""
-    try:
-        return asks_a_person() and typer.confirm(question)
-    except typer.Abort:
-        return False
+    return job_folder(request_values(request, engine.model.opening, plan), folder, resumes)
 
 
 def prefer_pages(environ: MutableMapping[str, str]) -> None:

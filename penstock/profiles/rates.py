@@ -11,7 +11,7 @@ from typing import Any
 
 from penstock.errors import ProfileError
 from penstock.folders import config_folder
-from penstock.profiles.attending import Attending
+from penstock.profiles.attending import INT8, SDPA, Attending
 from penstock.regular import read_regular
 
 TINY_CHUNK, SMALL_CHUNK = 2, 32
@@ -87,6 +87,24 @@ class Rates:
         name = Attending.of(attention).backend.rate
         own: float | None = None if name is None else getattr(self, name)
         return own or self.attention_flops or self.flops
+
+    def self_attention_s(self, attention: str, dense: float = 0.0) -> float:
+        """Return the seconds of one operation of self-attention by that word, the mean of a job of
+        which torch attends to the share ``dense`` of the steps."""
+        asked, torchs = (1 / self.self_attention_flops(word) for word in (attention, SDPA))
+        return asked if not dense else (1 - dense) * asked + dense * torchs
+
+    def requantise_s(self, attention: str, elements: int, itemsize: int) -> float:
+        """Return the seconds in which attention in 8 bits quantises a block's keys and values,
+        once: every chunk does. Values are read twice, as each channel of all tokens has one scale.
+
+        Args:
+            elements: of the keys, and of the values as many.
+            itemsize: of the compute dtype.
+        """
+        if attention != INT8 or self.memory_bytes_per_s is None:
+            return 0.0
+        return elements * (3 * itemsize + 2) / self.memory_bytes_per_s
 
     def product_flops(self, path: str) -> float | None:
         """Return the rate of the matrix products of a compute path; None: the device has none of

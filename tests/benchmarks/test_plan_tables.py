@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from benchmarks import plans, render
+from benchmarks import known, plans, render
+from penstock.engine.family.protocol import builtin_names
 from penstock.units import GIB
 from tests.profiles import test_true_model as true
 
@@ -33,6 +34,16 @@ def test_of_a_profile(case: tuple[str, str, int]) -> None:
 def test_of_a_model() -> None:
     name = "wan2.2-ti2v-5b"
     assert plans.models([name]) == [r for r in RESULTS["plans_models"] if r["model"] == name]
+
+
+def test_of_what_models_are_asked_for() -> None:
+    assert plans.defaults() == RESULTS["plans_defaults"]
+    assert known.MODELS.keys() <= {row["model"] for row in RESULTS["plans_models"]}
+    assert len(RESULTS["plans_models"]) == len(plans.MODEL_CARDS) * len(builtin_names())
+
+
+def test_of_what_a_model_consists_of() -> None:
+    assert plans.parts() == RESULTS["plans_parts"]
 
 
 def test_of_the_question_of_the_readme() -> None:

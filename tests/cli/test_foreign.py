@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from penstock.cli import foreign
 from penstock.cli.main import app
 from penstock.engine.attach.calling import NOT_SAID, Argument, arguments_of, parse
-from penstock.engine.attach.foreign_plan import TILED
-from penstock.errors import RequestError
+from penstock.engine.attach.foreign_plan import RESTARTS, TILED, UNMEASURED
+from penstock.engine.run.jobs import describe, opening_of
+from penstock.errors import JournalError, OutputError, RequestError
 from tests.engine.attach.tiny_ltx2 import REQUEST, ltx2
 from tests.versions import TRANSFORMERS_4
 
@@ -46,7 +49,10 @@ def test_planned_refused_and_made(folder: Path, tmp_path: Path) -> None:
     calls = {each["name"]: each["calls"] for each in roomy["networks"]}
     assert calls["transformer"] == 3 * REQUEST["num_inference_steps"] and calls["vae"] == 1
     assert all(each["activation_bytes"] > 0 for each in roomy["networks"])
-    assert TILED not in roomy["notes"] and any("begins again" in note for note in roomy["notes"])
+    assert TILED not in roomy["notes"]
+    assert any(note.startswith("resumable: ") for note in roomy["notes"])
+    assert roomy["kept"]["networks"] == ["transformer"]
+    assert roomy["kept"]["calls"] == calls["transformer"]
 
     seconds = {each["name"]: each["seconds"] for each in roomy["networks"]}
     assert min(seconds.values()) > 0 and roomy["seconds"] == pytest.approx(sum(seconds.values()))
@@ -73,6 +79,51 @@ def test_planned_refused_and_made(folder: Path, tmp_path: Path) -> None:
         assert video.average_rate == Fraction(24) and sound.rate == 48000
         heard = sum(frame.samples for frame in file.decode(audio=0))
     assert heard > 0
+
+
+def test_stopped_and_gone_on_with(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C, `jobs`, `resume` and `jobs rm`; the file is that of a job that was never stopped."""
+    whole, out, place = tmp_path / "whole.mp4", tmp_path / "out.mp4", tmp_path / "job"
+    told = ("generate", "--model", folder, "--device", "cpu", "--vram", "1GiB", "--ram", "2MiB",
+            *WORDS, "--seed", 3, "--json")  # fmt: skip
+    assert _call(*told, "-o", whole).exit_code == 0
+    shown = foreign._StepBar.told
+
+    def stops(self: Any, step: int, steps: int) -> None:
+        shown(self, step, steps)
+        if step == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(foreign._StepBar, "told", stops)
+        stopped = _call(*told, "-o", out, "--job", place)
+    assert stopped.exit_code == 130 and f"penstock resume {place}" in stopped.output
+    assert not out.exists()
+    info = describe(place)
+    assert (info.state, info.step, info.steps) == ("stopped", 1, REQUEST["num_inference_steps"])
+    with pytest.raises(JournalError, match="diffusers runs"):
+        opening_of(place)
+    (place / "call-1.safetensors").unlink()
+
+    resumed = _call("resume", place, "--json")
+    assert resumed.exit_code == 0, resumed.output
+    report = json.loads(resumed.stdout)["report"]
+    assert (report["answered_calls"], report["computed_calls"]) == (2, 4) and report["seed"] == 3
+    assert "2 of 6 calls answered from records" in " ".join(resumed.stderr.split())
+    assert out.read_bytes() == whole.read_bytes()
+    assert not list(place.glob("call-*")) and describe(place).step == describe(place).steps
+    assert _call("resume", place).exit_code == 1  # it is done
+    assert _call("jobs", "rm", place).exit_code == 0 and not place.exists()
+
+
+def test_what_is_not_resumable_says_why(folder: Path) -> None:
+    told = ("plan", "--model", folder, "--device", "cpu", "--vram", "1GiB", "--ram", "2MiB", *WORDS)
+    planned = _call(*told, "--activations", "1MiB", "--json")
+    found = json.loads(planned.stdout)
+    assert found["kept"] is None
+    assert any(n.startswith(RESTARTS) and UNMEASURED in n for n in found["notes"])
 
 
 def test_arguments_by_name_and_type() -> None:
@@ -105,7 +156,7 @@ def test_arguments_that_are_none(words: list[str], said: str) -> None:
 
 def test_what_must_be_said() -> None:
     class Strict:
-        def __call__(self, prompt: str, steps: int = 3) -> None: ...
+        def __call__(self, prompt: str, steps: int = 3, **more: object) -> None: ...
 
     with pytest.raises(RequestError, match="wants prompt"):
         parse(Strict(), ["steps=4"])
@@ -142,3 +193,10 @@ def test_pictures(tmp_path: Path) -> None:
     with Image.open(files[0]) as first, Image.open(files[1]) as second:
         assert first.size == (6, 4)
         assert first.getpixel((0, 0)) == (51,) * 3 and second.getpixel((0, 0)) == (255,) * 3
+    with pytest.raises(OutputError, match="the output exists"):
+        _write(Made(), object(), tmp_path / "a.png", Fraction(1), False)
+    told: list[bytes] = []
+    _write(Made(), object(), tmp_path / "b.png", Fraction(1), False,
+           lambda file: told.append(file.read_bytes()))  # fmt: skip
+    assert told == [(tmp_path / "b.png").read_bytes()]
+    assert {path.name for path in tmp_path.iterdir()} == {"a.png", "a-2.png", "b.png", "b-2.png"}

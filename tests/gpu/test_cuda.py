@@ -21,8 +21,6 @@ from penstock.engine.bench.measure import Asked, measure
 from penstock.engine.bench.weights import write_synthetic
 from penstock.engine.engine import Engine
 from penstock.engine.families.wan import work
-from penstock.engine.families.wan.cost.sparse import sol_attention_bytes
-from penstock.engine.families.wan.cost.transformer import int8_attention_bytes
 from penstock.engine.families.wan.tiny import write_tiny_model
 from penstock.engine.files.locate import locate
 from penstock.engine.request.demo import DEMO_PROMPT, MINI, demo_picture
@@ -32,6 +30,7 @@ from penstock.engine.run.events import Progress, Replanned
 from penstock.offload.allocator import allocator_capped
 from penstock.offload.ledger import ByteLedger
 from penstock.offload.tiers import HostTier
+from penstock.profiles.attention_bytes import int8_attention_bytes, sol_attention_bytes
 from penstock.profiles.gpu_sign import shows_gpu
 from penstock.profiles.hardware import default_device
 from penstock.profiles.options import Options

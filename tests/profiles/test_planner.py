@@ -20,6 +20,7 @@ from penstock.engine.families.wan.denoise_plan import (
 from penstock.engine.families.wan.manifest import WanManifest
 from penstock.engine.family.protocol import builtin
 from penstock.errors import OverBudget
+from penstock.profiles.attention_bytes import int8_attention_bytes
 from penstock.profiles.cards import described
 from penstock.profiles.hardware import Hardware
 from penstock.profiles.manifest import VideoShape
@@ -553,7 +554,7 @@ def test_attention_in_8_bits_on_a_known_card() -> None:
     )
     assert (sdpa.attention, int8.attention) == ("sdpa", "int8")
     assert "int8_attention" not in dict(sdpa["denoise"].work)
-    counted = transformer.int8_attention_bytes(40, 128, 2048, 75_600, 2)
+    counted = int8_attention_bytes(40, 128, 2048, 75_600, 2)
     assert dict(int8["denoise"].work)["int8_attention"] == counted
     # Attention is 4 n n d a block, forward and step; the card's int8 peak is four times bf16's.
     assert machine.rates.int8_attention_flops == machine.rates.eight_bit_flops

@@ -53,7 +53,8 @@ def arguments_of(pipe: Any) -> dict[str, Argument]:
     else:
         parameters = inspect.signature(type(pipe).__call__).parameters.values()
         hints = _hints(type(pipe).__call__)
-        told = [(p.name, hints.get(p.name, p.annotation), p.default) for p in parameters]
+        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        told = [(p.name, hints.get(p.name, p.annotation), p.default) for p in named]
     found = (Argument(name, _kinds(hint), _pictures(hint), default) for name, hint, default in told)
     return {each.name: each for each in found if each.name not in _OURS and _is_sayable(each)}
 
@@ -179,32 +180,49 @@ class NoBar:
     def update(self, n: int = 1) -> None:
         """Show nothing."""
 
+    def close(self) -> None:
+        """Note that the loop has ended."""
+
 
 @contextmanager
 def bars(pipe: Any, make: Any) -> Iterator[None]:
-    """Let ``pipe`` tell its steps to what ``make(total)`` gives, in the place of its own
-    bar."""
+    """Let ``pipe`` tell its steps to what ``make(total)`` gives, in the place of its own bar: of a
+    modular pipeline, the bars of its blocks."""
 
     @contextmanager
     def opened(total: int) -> Iterator[Any]:
-        yield make(total)
+        bar = make(total)
+        yield bar
+        bar.close()
 
     def progress_bar(iterable: Any = None, total: int | None = None) -> Any:
         if iterable is None:
             return opened(total or 0)
         return _walk(iterable, make(len(iterable)))
 
-    vars(pipe)["progress_bar"] = progress_bar
+    tellers = [pipe, *_loops(getattr(pipe, "_blocks", None))]
+    for each in tellers:
+        vars(each)["progress_bar"] = progress_bar
     try:
         yield
     finally:
-        vars(pipe).pop("progress_bar")
+        for each in tellers:
+            vars(each).pop("progress_bar", None)
+
+
+def _loops(blocks: Any) -> Iterator[Any]:
+    """Yield the blocks of a modular pipeline that have a bar of their own."""
+    if hasattr(type(blocks), "progress_bar"):
+        yield blocks
+    for each in getattr(blocks, "sub_blocks", {}).values():
+        yield from _loops(each)
 
 
 def _walk(iterable: Any, bar: Any) -> Iterator[Any]:
     for each in iterable:
         yield each
         bar.update()
+    bar.close()
 
 
 def output_of(pipe: Any) -> dict[str, str]:

@@ -55,6 +55,11 @@ class FileWeights:
             floats = tensor.is_floating_point() and key in upcast
             _set_dtype(tensor, torch.float32 if floats else torch_dtype(entry.dtype))
 
+    @property
+    def files(self) -> Collection[Path]:
+        """The files that hold them."""
+        return self._checkpoint.files
+
     def spec(self, weight: Tensor) -> Spec:
         """Return the dtype tag and shape, as it is used."""
         return dtype_tag(weight.dtype), tuple(weight.shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from penstock.engine.attach.calling import NoBar, arguments_of, bars, output_of
 from penstock.engine.attach.diffusers_folder import Opened
 from penstock.engine.attach.foreign import ForeignModule, modules_of
 from penstock.engine.attach.generic import DENOISERS, check_budget, guests_of
+from penstock.engine.attach.keeping import RECORDS, Counted, Counter, Kept, kept_of
 from penstock.engine.attach.rehearsal import Rehearsed, Visit, rehearse
 from penstock.engine.store.durable import FileOps, read_whole, write_atomically
 from penstock.engine.store.sealed import open_json, seal_json
@@ -31,13 +32,15 @@ from penstock.profiles.streams import Network, Pace, best_stream
 log = logging.getLogger(__name__)
 
 _STEPS = "num_inference_steps"
+REPEATING = (*DENOISERS, "controlnet")
+"""What the names of networks begin with that every step calls."""
+
 _REHEARSED_STEPS = 2
 """The others repeat them."""
 
 TILED = "its VAE decodes in tiles that blend: whole frames do not fit"
-RESTARTS = (
-    "steps are not kept: diffusers' own loop runs them, and a job that is stopped begins again"
-)
+RESTARTS = "not resumable, a job that is stopped begins again"
+UNMEASURED = "how much its calls give is not known without a rehearsal"
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class CallPlan:
         vram_limit_bytes, ram_limit_bytes: the budgets.
         notes: what a user should know.
         seconds: of the whole call, by this machine's rates; None: not known.
+        kept: for a resume; None: nothing is, and a note says why.
     """
 
     pipeline: str
@@ -92,6 +96,7 @@ class CallPlan:
     ram_limit_bytes: int
     notes: tuple[str, ...]
     seconds: float | None = None
+    kept: Kept | None = None
 
     @property
     def work_bytes(self) -> dict[str, int]:
@@ -138,6 +143,13 @@ def plan_call(
             "VRAM", found.vram_bytes, hardware.vram_bytes, items,
             f"Give vram={found.vram_bytes} or more, or ask for fewer pixels or frames",
         )  # fmt: skip
+    if found.ram_bytes > hardware.ram_bytes:
+        records = 0 if found.kept is None else found.kept.ram_bytes
+        raise OverBudget(
+            "RAM", found.ram_bytes, hardware.ram_bytes,
+            (("one block", found.ram_bytes - records), (RECORDS, records)),
+            f"Give ram={found.ram_bytes} or more",
+        )  # fmt: skip
     return found
 
 
@@ -149,13 +161,16 @@ def _plan(
     activations: int | None,
 ) -> CallPlan:
     pipe = opened.pipe
-    seen = None if activations is not None else _rehearsed(opened, given, hardware.vram_bytes)
+    seen, counted = None, None
+    if activations is None:
+        seen, counted = _rehearsed(opened, given, hardware.vram_bytes)
     roomy = replace(hardware, vram_bytes=1 << 62)
     _, guests, fixed = guests_of(pipe, roomy, fmt, 0, opened.files)
     check_budget(roomy, fixed, guests)
-    steps = int(given.get(_STEPS, _default(pipe)) or 0)
+    steps = steps_of(pipe, given)
     scale = max(steps, 1) / min(max(steps, 1), _REHEARSED_STEPS)
     held = sum(nbytes for _, nbytes in fixed)
+    kept = _kept(pipe, counted, max(steps, 1), [each.name for each in guests])
     networks = []
     order = [] if seen is None else list(dict.fromkeys(v.component for v in seen.visits))
     for guest in sorted(guests, key=lambda each: (*order, each.name).index(each.name)):
@@ -163,7 +178,7 @@ def _plan(
         if seen is not None and not calls:
             continue
         work = activations if seen is None else seen.peak_of(guest.name)
-        repeats = scale if guest.name.startswith((*DENOISERS, "controlnet")) else 1.0
+        repeats = scale if guest.name.startswith(REPEATING) else 1.0
         held_bytes = held + guest.outside_bytes + (work or 0)
         room = Limits(hardware.vram_bytes - held_bytes, hardware.ram_bytes)
         seconds = None if seen is None else _seconds(
@@ -180,12 +195,23 @@ def _plan(
         pipeline=type(pipe).__name__,
         networks=tuple(networks),
         vram_bytes=held + max(each.vram_bytes for each in networks),
-        ram_bytes=max(each.least_ram_bytes for each in guests),
+        ram_bytes=max(each.least_ram_bytes for each in guests)
+        + (kept.ram_bytes if isinstance(kept, Kept) else 0),
         vram_limit_bytes=hardware.vram_bytes,
         ram_limit_bytes=hardware.ram_bytes,
-        notes=(*opened.notices, RESTARTS),
+        notes=(*opened.notices, kept.told() if isinstance(kept, Kept) else f"{RESTARTS}: {kept}"),
         seconds=_sum(each.seconds for each in networks),
+        kept=kept if isinstance(kept, Kept) else None,
     )
+
+
+def _kept(pipe: Any, counted: Counted | None, steps: int, networks: list[str]) -> Kept | str:
+    """Return what is kept of a call for a resume; or why nothing is."""
+    if counted is None:
+        return UNMEASURED
+    order = getattr(getattr(pipe, "scheduler", None), "order", 1)
+    named = [name for name in networks if name.startswith(REPEATING)]
+    return kept_of(counted, min(steps, _REHEARSED_STEPS), steps, order, named)
 
 
 def _sum(seconds: Iterable[float | None]) -> float | None:
@@ -228,9 +254,11 @@ def _seconds(
     return None if stream is None else stream.timing.seconds + outside_s
 
 
-def _default(pipe: Any) -> Any:
-    found = arguments_of(pipe).get(_STEPS)
-    return None if found is None else found.default
+def steps_of(pipe: Any, given: Mapping[str, Any]) -> int:
+    """Return the steps of ``pipe(**given)``; 0: the pipeline names none."""
+    known = arguments_of(pipe).get(_STEPS)
+    found = given.get(_STEPS, None if known is None else known.default)
+    return found if isinstance(found, int) else 0
 
 
 def _in_tiles(pipe: Any) -> set[str]:
@@ -249,20 +277,25 @@ def _tiled(pipe: Any, found: CallPlan, vram_bytes: int) -> list[str]:
     return names
 
 
-def _rehearsed(opened: Opened, given: Mapping[str, Any], limit: int) -> Rehearsed:
-    """Return the call's shapes, from the cache where the same was rehearsed before. What goes over
-    ``limit`` bytes and can be tiled is tiled from then on."""
+def _rehearsed(opened: Opened, given: Mapping[str, Any], limit: int) -> tuple[Rehearsed, Counted]:
+    """Return the call's shapes and what its networks give, from the cache where the same was
+    rehearsed before. What goes over ``limit`` bytes and can be tiled is tiled from then on."""
     modules: Mapping[str, Any] = modules_of(opened.pipe)
     path = cache_folder() / "rehearsals" / f"{_key(opened, given)}.json"
     ops = FileOps()
     stored = stored_rehearsal(ops, path)
     if stored is not None:
-        found, then = stored
+        found, counted, then = stored
         if _holds(found, then, limit, modules):
             for name in found.tiled:
                 modules[name].enable_tiling()
-            return found
-    found = rehearse(modules, lambda: call_briefly(opened.pipe, given), limit=limit)
+            return found, counted
+    counter = Counter()
+    with counter.watched(modules):
+        found = rehearse(
+            modules, lambda: call_briefly(opened.pipe, given, counter.bar), limit=limit
+        )
+    counted = replace(counter.counted, timesteps=_timesteps(opened.pipe))
     value = {
         "visits": [[v.component, v.peak_bytes] for v in found.visits],
         "uses": found.uses,
@@ -270,15 +303,22 @@ def _rehearsed(opened: Opened, given: Mapping[str, Any], limit: int) -> Rehearse
         "tiled": found.tiled,
         "flops": found.flops,
         "limit": limit,
+        "calls": counted.to_json(),
     }
     ops.mkdir(path.parent)
     write_atomically(ops, path, [seal_json(value)])
-    return found
+    return found, counted
 
 
-def stored_rehearsal(ops: FileOps, path: Path) -> tuple[Rehearsed, int] | None:
-    """Return what was rehearsed before, and under which limit; None where nothing is, or it is
-    damaged."""
+def _timesteps(pipe: Any) -> int:
+    """Return how many the scheduler has; 0: there is none, or it does not tell."""
+    found = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
+    return len(found) if isinstance(found, torch.Tensor) and found.ndim == 1 else 0
+
+
+def stored_rehearsal(ops: FileOps, path: Path) -> tuple[Rehearsed, Counted, int] | None:
+    """Return what was rehearsed before, which calls, and under which limit; None where nothing is,
+    or it is damaged."""
     try:
         stored = read_whole(ops, path)
         if stored is None:
@@ -287,8 +327,8 @@ def stored_rehearsal(ops: FileOps, path: Path) -> tuple[Rehearsed, int] | None:
         visits = tuple(Visit(*each) for each in value["visits"])
         tiled = tuple(value["tiled"])
         found = Rehearsed(visits, value["uses"], value["peak_bytes"], tiled, value["flops"])
-        return found, int(value["limit"])
-    except (JournalError, ValueError, TypeError, KeyError) as error:
+        return found, Counted.from_json(value["calls"]), int(value["limit"])
+    except (JournalError, ValueError, TypeError, KeyError, AttributeError) as error:
         log.info("%s is made anew: %s", path, error)
         return None
 
@@ -301,15 +341,19 @@ def _holds(found: Rehearsed, then: int, now: int, modules: Mapping[str, Any]) ->
     return (not found.tiled or now <= then) and all(found.peak_of(name) <= now for name in whole)
 
 
-def call_briefly(pipe: Any, given: Mapping[str, Any]) -> Any:
-    """Return the call with as few steps as show all that it does, and no bars."""
+def call_briefly(
+    pipe: Any,
+    given: Mapping[str, Any],
+    bar: Callable[[int], NoBar] = lambda total: NoBar(),
+) -> Any:
+    """Return the call with as few steps as show all that it does; ``bar`` is told of its loops."""
     arguments = dict(given)
     known = arguments_of(pipe)
     if _STEPS in known:
         steps = arguments.get(_STEPS, known[_STEPS].default)
         if isinstance(steps, int):
             arguments[_STEPS] = min(steps, _REHEARSED_STEPS)
-    with bars(pipe, lambda total: NoBar()):
+    with bars(pipe, bar):
         return pipe(**arguments, **output_of(pipe))
 
 
@@ -321,7 +365,7 @@ def _key(opened: Opened, given: Mapping[str, Any]) -> str:
 
     about: dict[str, Any] = {
         "penstock": __version__,
-        "layout": 3,
+        "layout": 4,
         "versions": [each.__version__ for each in (torch, diffusers, transformers)],
         "pipeline": type(opened.pipe).__name__,
         "config": str(sorted(dict(opened.pipe.config).items(), key=str)),

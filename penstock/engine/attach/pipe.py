@@ -156,6 +156,12 @@ class Attached(Closing):
             self._stack = both.pop_all()
 
     @property
+    def host_ledger(self) -> ByteLedger:
+        """What it holds of RAM."""
+        assert self._desk is not None
+        return self._desk.host_ledger
+
+    @property
     def report(self) -> AttachReport:
         """What it holds, and what has moved so far."""
         assert self._desk is not None

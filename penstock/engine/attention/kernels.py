@@ -37,7 +37,7 @@ def int8_attention() -> Attention:
     to int8 in every call.
 
     What it holds meanwhile is stated by
-    `penstock.engine.families.wan.cost.transformer.int8_attention_bytes`.
+    `penstock.profiles.attention_bytes.int8_attention_bytes`.
 
     Raises:
         ImportError: comfy-kitchen is not installed.
@@ -57,7 +57,7 @@ def sol_attention(tau: float) -> Attention:
     another, and takes the others by their means (arXiv:2607.24027). All queries come at once.
 
     What it holds meanwhile is stated by
-    `penstock.engine.families.wan.cost.sparse.sol_attention_bytes`.
+    `penstock.profiles.attention_bytes.sol_attention_bytes`.
 
     Args:
         tau: how far a block must stand out; above it fewer do.
@@ -91,3 +91,18 @@ def self_attention_of(word: str) -> Attention:
     """
     asked = Attending.of(word)
     return _MADE[asked.kind](asked)
+
+
+def self_attention_by_step(word: str, steps: int) -> Callable[[int], Attention]:
+    """Return what gives the backend of each step of a job: torch's own where sparse attention
+    leaves the first ones dense.
+
+    Args:
+        word: as a plan names it.
+        steps: of the job.
+
+    Raises:
+        ImportError: comfy-kitchen is needed, and is not installed.
+    """
+    attend, dense = self_attention_of(word), Attending.of(word).dense_steps(steps)
+    return lambda step: attention if step < dense else attend

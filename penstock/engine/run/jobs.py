@@ -20,6 +20,7 @@ from penstock.engine.store.names import (
     LATENTS_FILE,
     LOCK_FILE,
     STATE_FILES,
+    is_call,
     is_job_file,
     is_unfinished,
     tag_of,
@@ -32,6 +33,9 @@ from penstock.profiles.options import Options
 from penstock.profiles.plan import NUMERICS
 
 _HEADER_BYTES = 1 << 20
+
+PIPELINE_FOLDER = "pipeline_folder"
+"""In the request of a job whose steps diffusers runs: where the pipeline lies."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ def describe(folder: Path) -> JobInfo:
         name=folder.name,
         folder=folder,
         state=_state(record, folder),
-        step=steps if done else max(_saved_step(folder / name) for name in STATE_FILES),
+        step=steps if done else _step(record, folder, steps),
         steps=steps,
         created=record.created,
         size_bytes=size_bytes,
@@ -246,6 +250,13 @@ def opening_of(
         JournalError: the folder holds no job, or one that names no model or no options.
     """
     record = read_record(folder)
+    if PIPELINE_FOLDER in record.request:
+        raise JournalError(
+            f"the job in {folder} is of a pipeline that diffusers runs",
+            expected="a job of a model that penstock runs itself",
+            found=str(record.request[PIPELINE_FOLDER]),
+            remedy="Continue it with `penstock resume`.",
+        )
     opening, own = Opening.from_values(record.request), _options_of(record)
     given = options or Options()
     if given.profile is not None:
@@ -341,6 +352,18 @@ def _state(record: JobRecord, folder: Path) -> str:
     if record.state != "running":
         return record.state
     return "running" if is_locked(folder / LOCK_FILE) else "killed"
+
+
+def _step(record: JobRecord, folder: Path, steps: int) -> int:
+    """Return the steps that are saved. Where calls of networks are kept instead of the sampler's
+    state, those whose calls are all there."""
+    kept = record.plan.get("kept")
+    calls = kept.get("calls") if isinstance(kept, dict) else None
+    if type(calls) is int and calls > 0:
+        if record.state == "done":
+            return steps
+        return min(steps, sum(is_call(path.name) for path in folder.iterdir()) * steps // calls)
+    return max(_saved_step(folder / name) for name in STATE_FILES)
 
 
 def _saved_step(path: Path) -> int:

@@ -11,18 +11,30 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from penstock.engine.media.claim import OutputClaim
 from penstock.engine.run.fingerprint import SUM
-from penstock.engine.run.report import RunReport
 from penstock.engine.run.sampler import SamplerState
 from penstock.engine.store.digest import stamp
 from penstock.engine.store.journal import Journal
 from penstock.errors import JobCancelled, JournalError, PenstockError
 from penstock.profiles.plan import Plan
+
+
+class Told(Protocol):
+    """What a finished job tells: a `RunReport`, or one like it.
+
+    Attributes:
+        output: the file that was written, if one was.
+    """
+
+    @property
+    def output(self) -> str | None: ...  # noqa: D102
+    def to_json(self) -> dict[str, Any]:
+        """Return all of it, JSON-ready."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +140,7 @@ class Keeper:
     def writing_output(self, file: Path) -> None:
         """Note that the finished ``file`` is about to get its name."""
 
-    def finished(self, report: RunReport) -> None:
+    def finished(self, report: Told) -> None:
         """Note that the job is done."""
 
     def ended(self, error: BaseException) -> str | None:
@@ -285,7 +297,7 @@ class JournalKeeper(Keeper):
         self.settle()
         self._journal.mark("running", output_begun=stamp(file))
 
-    def finished(self, report: RunReport) -> None:
+    def finished(self, report: Told) -> None:
         """Note that the job is done, and remove what it no longer needs."""
         self.settle()
         facts: dict[str, Any] = {"report": report.to_json(), "error": None}

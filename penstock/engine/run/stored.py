@@ -139,7 +139,9 @@ def conditions_now(model: ModelFiles, device: torch.device, how: Mapping[str, st
     return fingerprint(device, numerics, sorted(model.files.items()))
 
 
-def read_again(journal: Journal, model: ModelFiles, now: Fingerprint) -> tuple[Fingerprint, str]:
+def read_again(
+    journal: Journal, paths: Mapping[str, Path], now: Fingerprint
+) -> tuple[Fingerprint, str]:
     """Return the fingerprint of today with checksums of the large files, where the job's has them:
     those that are still believed, or of every byte, read now. And how it was done, in a sentence.
 
@@ -147,7 +149,7 @@ def read_again(journal: Journal, model: ModelFiles, now: Fingerprint) -> tuple[F
         StorageError: a file cannot be read.
         CheckpointChanged: one does not keep still.
     """
-    then, paths, sums = journal.record.fingerprint.get("files", {}), model.files, Sums()
+    then, sums = journal.record.fingerprint.get("files", {}), Sums()
     known = {name: entry for name, entry in then.items() if SUM in entry and name in paths}
     same = [n for n, entry in known.items() if entry == now["files"][n] | {SUM: entry[SUM]}]
     found = {name: sums.of(paths[name]) for name in same}  # others differ by their samples

@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,7 @@ from penstock.engine.store.names import (
     PICTURES,
     RESERVE_FILE,
     STATE_FILES,
+    call_name,
     is_unfinished,
     tag_of,
     tile_name,
@@ -359,6 +361,24 @@ class Journal(Closing):
         found = filter(None, map(tile_of, self._names()))
         return tuple(sorted(index for size, index in found if size == grid))
 
+    def save_call(
+        self, number: int, tensors: Mapping[str, torch.Tensor], told: Mapping[str, str]
+    ) -> None:
+        """Keep what call ``number`` of a network gave.
+
+        Args:
+            told: what it was asked, and how its tensors lie together; text.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        self._save_single(call_name(number), tensors, told)
+
+    def load_call(self, number: int) -> tuple[Tensors, dict[str, str]] | None:
+        """Load what call ``number`` gave, and what was told of it; None where that is missing or
+        damaged."""
+        return self._load_file(call_name(number))
+
     def discard_work(self) -> None:
         """Remove what a finished job no longer needs: all but the record and the final latents.
 
@@ -379,12 +399,21 @@ class Journal(Closing):
         self._records.save(make)
         self.record = record
 
-    def _save_single(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    def _save_single(
+        self,
+        name: str,
+        tensors: Mapping[str, torch.Tensor],
+        told: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self._make_room(sum(tensor.nbytes for tensor in tensors.values()))
-        document = seal_tensors(tensors, self._metadata(file=name))
+        document = seal_tensors(tensors, {**told, **self._metadata(file=name)})
         write_atomically(self._ops, self.folder / name, document, self._tag)
 
     def _load_single(self, name: str) -> Tensors | None:
+        found = self._load_file(name)
+        return None if found is None else found[0]
+
+    def _load_file(self, name: str) -> tuple[Tensors, dict[str, str]] | None:
         try:
             blob = read_whole(self._ops, self.folder / name)
             if blob is None:
@@ -395,7 +424,7 @@ class Journal(Closing):
             log.info("%s is computed again: %s", name, error)
             self._problems.append(f"{name} is computed again: {error}")
             return None
-        return tensors
+        return tensors, metadata
 
     def _parse_state(self, blob: bytes) -> Generation[SavedSampler]:
         tensors, metadata = open_tensors(blob)

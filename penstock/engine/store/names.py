@@ -6,6 +6,7 @@ state-0.safetensors, state-1...     the sampler's state after a step; likewise
 picture, last-picture               copies of the request's pictures
 latents.safetensors                 the final latents
 tile-ROWSxCOLUMNS-N.safetensors     decoded pixels of one VAE tile
+call-N.safetensors                  what one call of a network gave, where diffusers runs the loop
 reserve                             disk space kept for those still to come
 lock                                held while a process works on the job
 ANY.JOB.new                         one that is being written; JOB begins the job's id
@@ -42,6 +43,7 @@ _FIXED = (
     LOCK_FILE,
 )
 _TILE = re.compile(r"tile-(\d+)x(\d+)-(\d+)\.safetensors")
+_CALL = re.compile(r"call-(\d{1,9})\.safetensors")
 _NEW = re.compile(rf"(.+)\.([0-9a-f]{{12}}){re.escape(NEW_SUFFIX)}")
 
 
@@ -54,7 +56,7 @@ def is_job_file(name: str) -> bool:
     """Return whether a job's directory may hold a file of this name."""
     unfinished = _NEW.fullmatch(name)
     name = name if unfinished is None else unfinished[1]
-    return name in _FIXED or _TILE.fullmatch(name) is not None
+    return name in _FIXED or any(each.fullmatch(name) for each in (_TILE, _CALL))
 
 
 def is_unfinished(name: str, job: str | None = None) -> bool:
@@ -66,7 +68,9 @@ def is_unfinished(name: str, job: str | None = None) -> bool:
 
 def is_sealed(name: str) -> bool:
     """Return whether a file of this name is a sealed document of tensors."""
-    return name in (*STATE_FILES, CONDITIONING_FILE, LATENTS_FILE) or bool(_TILE.fullmatch(name))
+    return name in (*STATE_FILES, CONDITIONING_FILE, LATENTS_FILE) or any(
+        each.fullmatch(name) for each in (_TILE, _CALL)
+    )
 
 
 def tile_name(grid: tuple[int, int], index: int) -> str:
@@ -81,3 +85,13 @@ def tile_of(name: str) -> tuple[tuple[int, int], int] | None:
         return None
     rows, columns, index = map(int, match.groups())
     return (rows, columns), index
+
+
+def call_name(number: int) -> str:
+    """Return the file of what the call of this number gave."""
+    return f"call-{number}.safetensors"
+
+
+def is_call(name: str) -> bool:
+    """Return whether a file of this name holds what a call gave."""
+    return _CALL.fullmatch(name) is not None

@@ -27,7 +27,7 @@ _MAX_HEADER_BYTES = 1 << 20
 _PIECE_BYTES = 1 << 20
 _ALIGNMENT = 8
 
-_TAGS = {
+TENSOR_TYPES = {
     torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16",
     torch.int32: "I32", torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.float32: "F32", torch.float64: "F64", torch.float8_e4m3fn: "F8_E4M3",
@@ -74,7 +74,7 @@ def seal_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
     start = 0
     for (name, tensor), part in zip(tensors.items(), parts, strict=True):
         entries[name] = {
-            "dtype": _TAGS[tensor.dtype],
+            "dtype": TENSOR_TYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, start + part.nbytes],
         }

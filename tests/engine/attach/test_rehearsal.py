@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from penstock.engine.attach.foreign import modules_of
 from penstock.engine.attach.foreign_plan import stored_rehearsal
+from penstock.engine.attach.keeping import Counted, Seen
 from penstock.engine.attach.rehearsal import TRUE_BYTES, Rehearsed, Visit, rehearse
 from penstock.engine.store.durable import FileOps
 from penstock.engine.store.sealed import seal_json
@@ -117,9 +118,10 @@ def test_a_damaged_note_of_a_rehearsal_is_no_note(content: bytes, tmp_path: Path
     path, ops = tmp_path / "note.json", FileOps()
     assert stored_rehearsal(ops, path) is None
     value = {"visits": [["m", 7]], "uses": {"m": {"w": 2}}, "peak_bytes": 9, "tiled": ["m"]}
-    path.write_bytes(seal_json(value | {"limit": 5, "flops": {}}))
+    calls = {"bars": [2], "networks": {"m": {"calls": 2}}, "timesteps": 3}
+    path.write_bytes(seal_json(value | {"limit": 5, "flops": {}, "calls": calls}))
     found = Rehearsed((Visit("m", 7),), {"m": {"w": 2}}, 9, ("m",), {})
-    assert stored_rehearsal(ops, path) == (found, 5)
+    assert stored_rehearsal(ops, path) == (found, Counted((2,), {"m": Seen(2)}, 3), 5)
     path.write_bytes(path.read_bytes().replace(b"9", b"8"))
     assert stored_rehearsal(ops, path) is None
     path.write_bytes(content)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from penstock.engine.families.minimax_h3.sizes import Latents
 from penstock.engine.families.minimax_h3.spec import PackedSpec
+from penstock.profiles.attention_bytes import attending_items
 
 FP32_BYTES = 4
 SAMPLER_TEMPORARIES = 6
@@ -31,6 +32,7 @@ class PackedCase:
         chunk_rows: that go through a block together.
         fused_norms: a norm is one kernel, which makes its result and no more.
         cached: tensors of the latents' size that a step cache keeps.
+        attention: of `penstock.profiles.attending.BACKENDS`.
     """
 
     latents: Latents
@@ -39,6 +41,7 @@ class PackedCase:
     chunk_rows: int = 1
     fused_norms: bool = False
     cached: int = 0
+    attention: str = "sdpa"
 
     @property
     def given_rows(self) -> int:
@@ -78,13 +81,27 @@ def denoise_items(spec: PackedSpec, case: PackedCase) -> tuple[tuple[str, int], 
             "rows": rows_in,
             "hidden": hidden,
             "keys and values": 2 * case.rows * spec.inner_dim * e,
-            "chunk": _chunk(spec, case, chunk),
+            **_in_block(spec, case, chunk),
         },
         "heads": {"rows": rows_in, "hidden": hidden, "heads": _heads(spec, case, chunk)},
         "sampler": {"sampler": SAMPLER_TEMPORARIES * case.latents.elements * FP32_BYTES},
     }
     largest = max(stages.values(), key=lambda stage: sum(stage.values()))
     return tuple({**held, **largest}.items())
+
+
+def _in_block(spec: PackedSpec, case: PackedCase, chunk: int) -> dict[str, int]:
+    """Return the largest moment of a chunk in a block, attention by another kernel among them."""
+    attending = attending_items(
+        case.attention,
+        spec.num_attention_heads,
+        spec.attention_head_dim,
+        chunk,
+        case.rows,
+        spec.weights.itemsize,
+    )
+    largest = {"chunk": _chunk(spec, case, chunk)}
+    return max(largest, attending, key=lambda moment: sum(moment.values()))
 
 
 def _projected(spec: PackedSpec, case: PackedCase) -> int:

@@ -170,7 +170,9 @@ class DenoisePacked:
         """All ways to cut the forward, the fastest first."""
         rows, fixed = packed_case(self.case).rows, self.case.policy.chunk_tokens
         sizes = (rows, *(chunk for chunk in CHUNKS if chunk < rows))
-        if fixed is not None:
+        if self.case.policy.attending.backend.whole:
+            sizes = (rows,)
+        elif fixed is not None:
             sizes = (min(fixed, rows),)
         cuts = [self._cut(chunk) for chunk in sizes]
         return tuple(sorted(cuts, key=lambda cut: (cut.compute_s, cut.work_bytes)))
@@ -205,11 +207,17 @@ class DenoisePacked:
         flops = cost.pass_flops(spec, case)
         path = compute_path(spec.storage, self.case.policy, rates)
         chunks = -(-case.rows // chunk) * spec.num_layers
-        overhead_s = rates.chunk_overhead_s(chunk, case.rows * spec.inner_dim)
+        word, steps = self.case.policy.attention, evaluations(self.case)
+        dense = self.case.policy.attending.dense_steps(steps) / steps
+        chunk_s = (
+            rates.chunk_overhead_s(chunk, case.rows * spec.inner_dim)
+            + self._decode_s(rates)
+            + rates.requantise_s(word, case.rows * spec.inner_dim, spec.weights.itemsize)
+        )
         return (
             flops.linear / (rates.product_flops(path) or rates.flops)
-            + flops.attention / rates.self_attention_flops(self.case.policy.attention)
-            + chunks * (overhead_s + self._decode_s(rates))
+            + flops.attention * rates.self_attention_s(word, dense)
+            + chunks * chunk_s
             + case.rows * spec.hidden_size * spec.num_layers * rates.element_s
         )
 

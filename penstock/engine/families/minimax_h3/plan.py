@@ -58,8 +58,6 @@ def check_asked(case: H3Case) -> None:
         (noise.sampler != "euler" or noise.distilled, "MiniMax-H3 has its own noise levels",
          "euler", noise.sampler + (" with distilled levels" if noise.distilled else ""),
          "Leave --sampler and --distilled out"),
-        (case.policy.attention != "sdpa", "no other attention is supported for MiniMax-H3",
-         "sdpa", case.policy.attention, "Leave --attention out"),
     )  # fmt: skip
     for wrong, what, expected, found, remedy in refused:
         if wrong:

@@ -66,6 +66,7 @@ def packed_case(case: H3Case, chunk_rows: int = 1) -> PackedCase:
         chunk_rows,
         case.fused_norms,
         STATE_TENSORS if case.policy.caching.kind != OFF else 0,
+        case.policy.attending.kind,
     )
 
 

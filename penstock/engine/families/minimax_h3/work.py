@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from penstock.engine.attention.kernels import Attention, attention, self_attention_by_step
 from penstock.engine.families.minimax_h3.denoise_plan import CONTEXT, DENOISE
 from penstock.engine.families.minimax_h3.forward import Angles, angles, packed_forward, refine
 from penstock.engine.families.minimax_h3.layout import Layout, unpack
@@ -145,6 +146,7 @@ def _steps(stage: Stage, conditions: Conditions, sampling: PackedSampling, steps
             stage.stream(component.blocks, plan.stream, phase, most, sure) as stream,
         ):
             turns = angles(model, layout.positions(), stage.device, component.dtype)
+            attending = self_attention_by_step(stage.plan.attention, steps)
             predict = Predict(
                 model, component, stream, phase, layout, text, _given(stage, conditions), turns,
                 plan.chunk_tokens,
@@ -156,7 +158,7 @@ def _steps(stage: Stage, conditions: Conditions, sampling: PackedSampling, steps
                 if cache.wants(step):
                     forwards += 1
                     stream.expect(forwards + cache.left(step + 1)[0])
-                    prediction = predict(latents, tables[step - start])
+                    prediction = predict(latents, tables[step - start], attending(step))
                     component.checkpoint.check_unchanged()
                     cache.computed(step, prediction, latents)
                 else:
@@ -224,8 +226,14 @@ class Predict:
     turns: Angles
     chunk_rows: int
 
-    def __call__(self, latents: Tensor, tables: StepTables) -> Tensor:
-        """Return what leads to noise, packed as ``latents`` are: (1, n), fp32."""
+    def __call__(
+        self, latents: Tensor, tables: StepTables, attend: Attention = attention
+    ) -> Tensor:
+        """Return what leads to noise, packed as ``latents`` are: (1, n), fp32.
+
+        Args:
+            attend: the attention.
+        """
         sizes = self.layout.latents
         video, sound = as_rows(latents, sizes)
         if self.given is not None:
@@ -240,6 +248,7 @@ class Predict:
             tables.to(latents.device),
             self.turns,
             self.chunk_rows,
+            attend,
         )
         del video, sound
         return velocity(*found, sizes)

@@ -21,7 +21,6 @@ from penstock.engine.families.wan.terms import (
     restored_bytes,
     saved_state_bytes,
 )
-from penstock.profiles.attending import INT8, SDPA
 from penstock.profiles.manifest import Storage
 from penstock.profiles.phases import (
     OBJECTS,
@@ -408,25 +407,27 @@ class Denoise:
         flops = transformer.denoise_flops(spec, tokens, cost.image_tokens, texts)
         path = compute_path(spec.storage, self.case.policy, rates)
         attended = (tokens + texts + cost.image_tokens) * spec.inner_dim
-        overhead_s = rates.chunk_overhead_s(cost.chunk_tokens, attended)
+        word = self.case.policy.attention
+        chunk_s = (
+            rates.chunk_overhead_s(cost.chunk_tokens, attended)
+            + self._decode_s(rates)
+            + rates.requantise_s(word, tokens * spec.inner_dim, spec.weights.itemsize)
+        )
         branch = (
             flops.linear / (rates.product_flops(path) or rates.flops)
-            + flops.self_attention * self._attending_s(rates)
+            + flops.self_attention * rates.self_attention_s(word, self._dense)
             + flops.cross_attention / (rates.attention_flops or rates.flops)
-            + chunks * (overhead_s + self._decode_s(rates) + self._requantise_s(rates, tokens))
+            + chunks * chunk_s
             + tokens * spec.inner_dim * spec.num_layers * rates.element_s
         )
         fetched_s = self._fetched_bytes(cost) / rates.copy_bytes_per_s
         return branch * cost.windows * cost.branches / cost.passes + fetched_s
 
-    def _attending_s(self, rates: Rates) -> float:
-        """Return the seconds of an operation of self-attention, of all steps alike."""
+    @property
+    def _dense(self) -> float:
+        """The share of the steps to which torch attends, whatever is asked."""
         steps = [step for each in self._stretches for step in each.steps]
-        dense = sum(step < self.dense_steps for step in steps) / len(steps)
-        asked, torchs = (
-            1 / rates.self_attention_flops(word) for word in (self.case.policy.attention, SDPA)
-        )
-        return asked if not dense else (1 - dense) * asked + dense * torchs
+        return sum(step < self.dense_steps for step in steps) / len(steps)
 
     def _fetched_bytes(self, cost: transformer.DenoiseCase) -> int:
         """Return the cross-attention K/V that one pass fetches: a branch's serve all windows of a
@@ -442,14 +443,6 @@ class Denoise:
         if self._is_fast or not stored.decoded_bytes or rates.memory_bytes_per_s is None:
             return 0.0
         moved = max(self.spec.weights.block_bytes) + stored.decoded_bytes
-        return moved / rates.memory_bytes_per_s
-
-    def _requantise_s(self, rates: Rates, tokens: int) -> float:
-        """Return the seconds to quantise a block's keys and values once, for attention in 8 bits:
-        every chunk does. Values are read twice, since each channel of all tokens has one scale."""
-        if self.case.policy.attention != INT8 or rates.memory_bytes_per_s is None:
-            return 0.0
-        moved = tokens * self.spec.inner_dim * (3 * self.spec.weights.itemsize + 2)
         return moved / rates.memory_bytes_per_s
 
     def _host_kept(self, cost: transformer.DenoiseCase) -> Items:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penstock.engine.attention.kernels import Attention, attention, self_attention_of
+from penstock.engine.attention.kernels import Attention, attention, self_attention_by_step
 from penstock.engine.families.wan import clip as pictures
 from penstock.engine.families.wan import forward as dit
 from penstock.engine.families.wan import umt5 as prompts
@@ -49,7 +49,6 @@ from penstock.engine.run.sampling import Sampling
 from penstock.engine.run.stage import Stage, visits
 from penstock.engine.run.steprecord import keep_record
 from penstock.offload.streamer import BlockStream
-from penstock.profiles.attending import Attending
 from penstock.profiles.caching import Caching
 from penstock.profiles.plan import PhasePlan
 from penstock.profiles.tiling import TileGrid
@@ -302,8 +301,7 @@ def _steps(stage: Stage, conditions: Conditions, sampling: Sampling, expert: Exp
             visits_of = {branches: len(each) for branches, each in passes.items()}
             sure, most = passes_left(cache.left(start), stretch, later, visits_of)
             with stage.stream(component.blocks, plan.stream, phase, most, sure) as stream:
-                attend, asked = self_attention_of(stage.plan.attention), stage.plan.attention
-                dense_steps = Attending.of(asked).dense_steps(stage.job.request.steps)
+                attending = self_attention_by_step(stage.plan.attention, stage.job.request.steps)
                 residual = residual_of(plan, component.dtype)
                 forward = Forward(
                     model, component, stream, cross, plan.chunk_tokens, phase, residual=residual
@@ -327,8 +325,8 @@ def _steps(stage: Stage, conditions: Conditions, sampling: Sampling, expert: Exp
                         left = passes_left(cache.left(step + 1), stretch, later, visits_of)
                         stream.expect(begun + left[0])
                         scale = expert.guidance if stretch.branches == 2 else None
-                        kernel = attention if step < dense_steps else attend
-                        prediction = predict(latents, modulation[step], scale, kernel)
+                        attend = attending(step)
+                        prediction = predict(latents, modulation[step], scale, attend)
                         component.checkpoint.check_unchanged()
                         cache.computed(step, prediction, latents)
                     else:

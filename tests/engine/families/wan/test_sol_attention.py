@@ -17,14 +17,18 @@ from torch import Tensor
 from penstock.engine.attention.choice import attention_numerics
 from penstock.engine.attention.kernels import attention, sol_attention
 from penstock.engine.attention.probe import probe, probe_sol
-from penstock.engine.families.wan.cost import transformer
-from penstock.engine.families.wan.cost.sparse import BLOCK, WIDTH, sol_attention_bytes
 from penstock.engine.families.wan.family import builtins
 from penstock.engine.prepared import Prepared, machine_of
 from penstock.engine.request.generation import workload_of
 from penstock.engine.request.settings import Settings, resolve
 from penstock.errors import ProfileError, UsageError
 from penstock.profiles.attending import Attending
+from penstock.profiles.attention_bytes import (
+    BLOCK,
+    WIDTH,
+    attending_items,
+    sol_attention_bytes,
+)
 from penstock.profiles.options import Options
 from penstock.profiles.policy import Policy
 from tests.engine.running import REQUEST, an_engine, stop_after_a_step
@@ -182,7 +186,7 @@ def test_a_plan_counts_its_bytes_and_its_dense_steps() -> None:
     tokens = 21 * 45 * 80
     assert fast.chunk_tokens == tokens
     spec = builtins()["wan2.1-i2v-14b"]("bf16").transformer
-    held = sum(transformer._ATTENDING["sol"](spec, tokens, tokens).values())
+    held = sum(attending_items("sol", 40, 128, tokens, tokens, spec.weights.itemsize).values())
     assert held == sol_attention_bytes(40, tokens) + 2 * tokens * 5120 * 2  # queries and result
     assert fast.work_bytes > held
     attending = 10 * 2 * 40 * 4 * tokens**2 * 5120 / rates.flops  # steps, branches, blocks

@@ -15,9 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from penstock.engine.families.wan.cost.sparse import sol_attention_bytes
 from penstock.engine.families.wan.spec import TransformerSpec
-from penstock.profiles.attending import INT8, SOL
+from penstock.profiles.attention_bytes import attending_items
 
 TEXT_TOKENS = 512
 """Text tokens of Wan's context, a constant in diffusers' attention processor too."""
@@ -27,7 +26,6 @@ WIDE_ROWS = 512
 fp32 beside 16-bit weights."""
 
 FP32_BYTES = 4
-HALF_BYTES = 2
 UNIPC_HISTORY = 3
 """Latents that diffusers' UniPC of order 2 keeps: two model outputs and the last sample."""
 SAMPLER_TEMPORARIES = 9
@@ -352,15 +350,20 @@ def _block_stage(spec: TransformerSpec, case: DenoiseCase) -> Mapping[str, int]:
         _attention_bytes(spec, chunk, case),
         _feed_forward_bytes(spec, chunk),
     )
-    moments = [{"chunk": largest}]
-    if case.attention in _ATTENDING:
-        moments.append(_ATTENDING[case.attention](spec, chunk, grid_tokens(spec, case.latent)))
+    attending = attending_items(
+        case.attention,
+        spec.num_attention_heads,
+        spec.attention_head_dim,
+        chunk,
+        grid_tokens(spec, case.latent),
+        spec.weights.itemsize,
+    )
     return {
         "hidden": case.visit_branches * _hidden_bytes(spec, case),
         "self_kv": 2 * _tokens_bytes(spec, case),
         "outputs": _earlier_outputs_bytes(spec, case),
         "block_modulation": case.rows * _block_modulation_bytes(spec),
-        **max(moments, key=lambda moment: sum(moment.values())),
+        **max({"chunk": largest}, attending, key=lambda moment: sum(moment.values())),
     }
 
 
@@ -411,53 +414,6 @@ def _attention_bytes(spec: TransformerSpec, tokens: int, case: DenoiseCase) -> i
     if case.contrasted:
         attending = max(attending, (3 * e + FP32_BYTES) * spec.inner_dim + 4 * FP32_BYTES)
     return tokens * max(attending, (e + FP32_BYTES) * spec.inner_dim)
-
-
-def int8_attention_bytes(heads: int, width: int, queries: int, keys: int, itemsize: int) -> int:
-    """Return what comfy-kitchen's int8 attention holds beside queries, keys, values and its result.
-
-    As `_int8_attention_cuda` of comfy-kitchen 0.2.40 (`comfy_kitchen/sage_attention.py`) allocates:
-    a head is as wide as 64, 128 or 256, and copied where it is narrower than that; queries and keys
-    at a byte an element, values too, their tokens filled up to tiles; fp32 scales, of queries for
-    each 128 tokens 32 (64 in the widest heads), of keys 4 a tile, of values one a channel; one
-    int32 a head.
-
-    Args:
-        width: of a head, up to 256.
-        queries, keys: tokens.
-        itemsize: of the compute dtype.
-    """
-    wide = _kernel_width(width)
-    tile = 128 if wide >= 128 and keys > 1024 else 64
-    tiles = -(-keys // tile)
-    codes = wide * (queries + keys + tiles * tile)
-    scales = -(-queries // 128) * (64 if wide == 256 else 32) + 4 * tiles + wide
-    copies = 0 if wide == width else wide * (queries + 2 * keys) * itemsize
-    return heads * (codes + FP32_BYTES * (scales + 1) + copies)
-
-
-def _int8_attending(spec: TransformerSpec, chunk: int, tokens: int) -> dict[str, int]:
-    """Inside int8 attention: queries, and a result as wide as the kernel's heads; in fp32 it comes
-    from one of 16 bits beside it. Its copy token by token, when the rest is gone, takes less."""
-    e, heads, width = spec.weights.itemsize, spec.num_attention_heads, spec.attention_head_dim
-    result = chunk * heads * _kernel_width(width) * (e + (HALF_BYTES if e == FP32_BYTES else 0))
-    backend = int8_attention_bytes(heads, width, chunk, tokens, e)
-    return {"chunk": chunk * spec.inner_dim * e + result, "int8_attention": backend}
-
-
-def _sol_attending(spec: TransformerSpec, chunk: int, tokens: int) -> dict[str, int]:
-    """Inside sparse attention: queries and result, in the compute dtype."""
-    taken = sol_attention_bytes(spec.num_attention_heads, tokens)
-    return {"chunk": 2 * chunk * spec.inner_dim * spec.weights.itemsize, "sol_attention": taken}
-
-
-_ATTENDING = {INT8: _int8_attending, SOL: _sol_attending}
-"""What is held inside of those that are not torch's, by name."""
-
-
-def _kernel_width(width: int) -> int:
-    """Return the width of a head in comfy-kitchen's int8 attention."""
-    return next(size for size in (64, 128, 256) if width <= size or size == 256)
 
 
 def _feed_forward_bytes(spec: TransformerSpec, tokens: int) -> int:

@@ -19,6 +19,7 @@ from penstock.engine.attention.kernels import Attention, attention, int8_attenti
 from penstock.engine.families.wan import forward
 from penstock.engine.families.wan.cost import transformer as cost
 from penstock.engine.families.wan.spec import TransformerSpec
+from penstock.profiles.attention_bytes import int8_attention_bytes
 from penstock.profiles.manifest import Weights
 from tests import fake_kitchen
 from tests.meter import StorageMeter
@@ -246,16 +247,16 @@ def test_bytes_of_int8_attention_by_hand() -> None:
     keys, values, scales = tokens * 5120, 591 * 128 * 5120, 40 * 4 * (591 * 4 + 128 + 1)
     for chunk, blocks in ((2048, 16), (75_600, 591)):
         queries = chunk * 5120 + 40 * 4 * blocks * 32
-        found = cost.int8_attention_bytes(40, 128, chunk, tokens, 2)
+        found = int8_attention_bytes(40, 128, chunk, tokens, 2)
         assert found == keys + values + scales + queries
     few = 200  # up to 1024 keys tiles are of 64 tokens
-    assert cost.int8_attention_bytes(1, 128, 1, few, 2) == (
+    assert int8_attention_bytes(1, 128, 1, few, 2) == (
         128 * (1 + few + 256) + 4 * (32 + 4 * 4 + 128 + 1)
     )
     narrow = 64 * (10 + few + 256) + 4 * (32 + 4 * 4 + 64 + 1) + 64 * (10 + 2 * few) * 4
-    assert cost.int8_attention_bytes(3, 24, 10, few, 4) == 3 * narrow
+    assert int8_attention_bytes(3, 24, 10, few, 4) == 3 * narrow
     widest = 256 * (10 + few + 256) + 4 * (64 + 4 * 4 + 256 + 1)
-    assert cost.int8_attention_bytes(1, 256, 10, few, 2) == widest
+    assert int8_attention_bytes(1, 256, 10, few, 2) == widest
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

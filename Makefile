@@ -53,8 +53,7 @@ coverage: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy -p penstock
-	$(BIN)/mypy --explicit-package-bases --follow-imports silent benchmarks documents
+	$(BIN)/mypy --explicit-package-bases penstock benchmarks documents
 	$(BIN)/lint-imports
 
 docs: $(STAMP)

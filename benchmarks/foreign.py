@@ -1,8 +1,8 @@
 """Transformers in formats that penstock reads and does not write, written as their tools do.
 
 gguf, comfy-kitchen, bitsandbytes and torchao quantise; what the gguf package only reads is made by
-`benchmarks.kquants`. Each file has the model's config.json beside it, for a file's own shapes do
-not tell heads of another width than Wan's.
+`benchmarks.kquants` and `benchmarks.grids`. Each file has the model's config.json beside it, for a
+file's own shapes do not tell heads of another width than Wan's.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ from typing import Any
 import torch
 from gguf import quants
 
-from benchmarks import kquants
+from benchmarks import grids, kquants
 from tests.engine import golden
 
 BY_GGUF = ("gguf-q5_1", "gguf-q5_0", "gguf-q4_1", "gguf-q4_0", "gguf-mxfp4")
-OURS = ("gguf-iq4_nl",)
+OURS = ("gguf-iq4_nl", "gguf-nvfp4")
 IN_BLOCKS_OF_256: Mapping[str, str] = MappingProxyType({
     "gguf-q6_k": "Q8_0", "gguf-q5_k": "Q5_1", "gguf-q4_k": "Q5_0", "gguf-q3_k": "IQ4_NL",
     "gguf-q2_k": "IQ4_NL", "gguf-iq4_xs": "IQ4_NL", "gguf-tq2_0": "Q4_0", "gguf-tq1_0": "Q4_0",
+    "gguf-iq3_s": "IQ4_NL", "gguf-iq3_xxs": "IQ4_NL", "gguf-iq2_s": "IQ4_NL",
+    "gguf-iq2_xs": "IQ4_NL", "gguf-iq2_xxs": "IQ4_NL", "gguf-iq1_m": "IQ4_NL",
+    "gguf-iq1_s": "IQ4_NL",
 })  # fmt: skip
 """And the types in blocks of 32 that stand in their place where rows are not whole blocks, as in
 the small trained model but for the end of its feed-forward: those that llama.cpp takes
@@ -74,8 +77,9 @@ def _by_hand(model: Path, name: str, folder: Path) -> None:
 
 def _quantised(weight: Any, ggml_type: Any) -> Any:
     """As `gguf.quants.quantize`, and for the types that it does not write."""
-    if ggml_type.name in kquants.KINDS:
-        return kquants.quantise(torch.from_numpy(weight), ggml_type.name).numpy()
+    for made in (kquants, grids):
+        if ggml_type.name in made.KINDS:
+            return made.quantise(torch.from_numpy(weight), ggml_type.name).numpy()
     return quants.quantize(weight, ggml_type)
 
 

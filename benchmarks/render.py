@@ -383,6 +383,67 @@ def every_format(results: Results) -> str:
     return f"{table(headings, rows)}\n{table(('known, not run', 'what is said'), refused)}"
 
 
+def libraries(results: Results) -> str:
+    """Formats, folders and LoRAs beside what the projects that made them make of them."""
+    (value,) = named(results, "libraries")
+    parts: tuple[tuple[tuple[str, ...], Rows], ...] = (
+        (("format", "library", "fp32", "bf16", "beside"), value_rows(value["values"])),
+        (
+            ("stored by the real tool", "its weights' distance", "its latents'"),
+            [
+                (row["stored"], share(row["weights"]), share(row["latents"]))
+                for row in value["folders"]
+            ],
+        ),
+        (
+            ("LoRA, streamed, resident and packed in", *(f"on {name}" for name in BASES)),
+            lora_rows(value["loras"]),
+        ),
+    )
+    return "\n".join(table(headings, rows) for headings, rows in parts)
+
+
+BASES = ("plain", "int8", "gguf")
+
+
+def value_rows(rows: Sequence[Any]) -> Rows:
+    """The largest difference from a library's own values, in each dtype."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        found.setdefault((row["format"], row["library"]), {})[row["dtype"]] = row
+    return [
+        (*key, share(row["float32"]["difference"]), share(row["bfloat16"]["difference"]),
+         beside(row))
+        for key, row in found.items()
+    ]  # fmt: skip
+
+
+def beside(row: Mapping[str, Any]) -> str:
+    """Where the two differ: which is nearer to the sum in fp64, or to what is rounded once."""
+    said = []
+    if "ours_off" in row["float32"]:
+        ours, theirs = (row["float32"][key] for key in ("ours_off", "theirs_off"))
+        said.append(f"off the sum in fp64: ours {ours:.1e}, theirs {theirs:.1e}")
+    elif "rounded_once" in row["bfloat16"]:
+        once = share(row["bfloat16"]["rounded_once"])
+        said.append(f"off the library's fp32 rounded once: ours {once}")
+    return "; ".join(said)
+
+
+def share(value: float) -> str:
+    """A relative distance."""
+    return "0" if value == 0 else f"{value:.1e}"
+
+
+def lora_rows(rows: Sequence[Any]) -> Rows:
+    """The worst of three ways, for each kind and what it lies on."""
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        worst = max(row[way] for way in ("streamed", "resident", "packed in"))
+        found.setdefault(row["kind"], {})[row["stored"]] = worst
+    return [(kind, *(share(cells[name]) for name in BASES)) for kind, cells in found.items()]
+
+
 def quality(value: Any) -> str:
     """A model in every format."""
     headings = ("format", "layer", "block", "latents", "frames", "bytes a block")
@@ -860,6 +921,7 @@ TABLES: Mapping[str, Callable[[Results], str]] = {
     "gpu": gpu,
     "formats": formats,
     "every_format": every_format,
+    "libraries": libraries,
     "caches": caches,
     "long_videos": long_videos,
     "plan_peaks": plan_peaks,

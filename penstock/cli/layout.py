@@ -60,9 +60,9 @@ def labelled(label: str, text: str, width: int, wide: int = 9) -> list[str]:
     """Return ``text`` behind ``label``, in a column of its own.
 
     Args:
-        wide: cells of the label's column.
+        wide: cells of the label's column; a longer label is not cut.
     """
-    return wrap(text, width, f"{label:<{wide}}", " " * wide)
+    return wrap(text, width, f"{label:<{wide - 1}} ", " " * wide)
 
 
 def gauge(share: float, cells: int) -> str:

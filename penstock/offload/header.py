@@ -39,6 +39,11 @@ _METADATA = "__metadata__"
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _PATH_LIKE = re.compile(r"[\x00-\x1f\x7f\\]|^/|^[A-Za-z]:|(^|/)\.\.?(/|$)")
 _SHOWN = 80
+_AGAIN = "Download or copy the file again, and compare its size with the source."
+_SOUND = (
+    "The file may be sound: penstock does not read numbers of that type, so use the same model's "
+    "bf16, fp8 or GGUF file."
+)
 
 
 @dataclass(frozen=True)
@@ -61,10 +66,14 @@ class Header:
 
 
 class HeaderFault(ValueError):
-    """Why a header (or an index) is refused, before the file's name is known."""
+    """Why a header (or an index) is refused, before the file's name is known.
 
-    def __init__(self, expected: str, found: object) -> None:
-        self.expected, self.found = expected, found
+    Args:
+        remedy: None: that of a damaged file.
+    """
+
+    def __init__(self, expected: str, found: object, remedy: str | None = None) -> None:
+        self.expected, self.found, self.remedy = expected, found, remedy
         super().__init__(expected)
 
 
@@ -110,7 +119,7 @@ def faults_of(path: Path) -> Iterator[None]:
             f"{path} cannot be used",
             expected=fault.expected,
             found=shown if len(shown) <= _SHOWN else shown[:_SHOWN] + "...",
-            remedy="Download or copy the file again, and compare its size with the source.",
+            remedy=fault.remedy or _AGAIN,
         ) from None
 
 
@@ -194,7 +203,8 @@ def _parse_tensor(name: str, fields: Any) -> HeaderTensor:
         raise HeaderFault(f"{name} with dtype, shape and data_offsets", fields)
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise HeaderFault(f"{name} of a known type of whole bytes", dtype)
+        remedy = _SOUND if isinstance(dtype, str) else None
+        raise HeaderFault(f"{name} of a known type of whole bytes", dtype, remedy)
     if not _whole_numbers(shape):
         raise HeaderFault(f"{name} with a shape of whole numbers", shape)
     if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from math import inf
-from typing import NamedTuple
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, NamedTuple
 
 from penstock.blocks import PAGE_BYTES, STAGING_BYTES
 from penstock.profiles.plan import Items, StreamPlan
 from penstock.profiles.policy import Limits
 from penstock.profiles.rates import Rates
+
+if TYPE_CHECKING:
+    from penstock.profiles.stream_table import Table
 
 RING = (2, 3, 1)
 """Sizes of the device ring and of the host ring that are tried, the likeliest first."""
@@ -23,7 +25,7 @@ RING = (2, 3, 1)
 _PASSES = 4
 """Passes that are followed operation by operation; by then they repeat."""
 
-_ROUNDING = 1e-9
+ROUNDING = 1e-9
 """Sums of many small floats may end a little below the product they should be."""
 
 LINK_CARE = 0.1
@@ -72,15 +74,11 @@ class Network:
         """How many."""
         return len(self.blocks)
 
-    @classmethod
-    def of(cls, blocks: Sequence[int], *, resident: bool = True) -> Network:
+    @staticmethod
+    def of(blocks: Sequence[int], *, resident: bool = True) -> Network:
         """Return every number of residents in VRAM and in RAM; or none, for a network visited
         once."""
-        n_blocks = len(blocks)
-        most = n_blocks if resident else 0
-        counts = ((d, h) for d in range(most + 1) for h in range(most - d + 1))
-        choices = tuple(_placement(blocks, StreamPlan(n_blocks, d, h)) for d, h in counts)
-        return cls(tuple(blocks), choices)
+        return _network(tuple(blocks), resident)
 
     @property
     def smallest(self) -> Iterator[Placement]:
@@ -109,30 +107,26 @@ class Network:
                 yield slots, staging
 
     @cached_property
-    def footprints(self) -> tuple[Footprint, ...]:
-        """Of every stream there is; they are looked through again for each other choice."""
-        return tuple(
-            _footprint(choice, place, slots, staging)
+    def table(self) -> Table:
+        """Of every stream there is; it is looked through again for each other choice."""
+        from penstock.profiles.stream_table import Table  # numpy, for searches alone
+
+        every = [
+            (choice, slots, staging)
             for choice, place in enumerate(self.choices)
             for slots, staging in self.rings(place)
-        )
+        ]
+        return Table(self.blocks, self.choices, every)
 
 
-class Footprint(NamedTuple):
-    """The bytes of one stream: of one of the network's choices with so many slots and buffers."""
-
-    choice: int
-    slots: int
-    staging: int
-    vram: int
-    ram: int
-    pinned: int
-
-
-def _footprint(choice: int, place: Placement, slots: int, staging: int) -> Footprint:
-    vram = place.device_bytes + slots * place.slot_bytes
-    ram = place.host_bytes + place.ring_bytes(staging)
-    return Footprint(choice, slots, staging, vram, ram, ram if staging else place.host_bytes)
+@lru_cache(maxsize=8)
+def _network(blocks: tuple[int, ...], resident: bool) -> Network:
+    """Return the one value of a network: each workload, budget and rule it is planned for looks
+    through the same thousands of placements."""
+    n_blocks = len(blocks)
+    most = n_blocks if resident else 0
+    counts = ((d, h) for d in range(most + 1) for h in range(most - d + 1))
+    return Network(blocks, tuple(_placement(blocks, StreamPlan(n_blocks, d, h)) for d, h in counts))
 
 
 def _ring(passing: int) -> tuple[int, ...]:
@@ -296,42 +290,22 @@ def best_stream(
     """
     if room.vram_bytes < network.least_vram_bytes:
         return None
-    found: list[tuple[float, int, int, int, int]] = []
-    leasts: dict[tuple[int, bool, int], float] = {}
-    pinned_bytes = inf if room.pinned_bytes is None else room.pinned_bytes
-    both_bytes = inf if room.both_bytes is None else room.both_bytes
-    # A search looks at thousands of streams, and a plan makes hundreds of searches: bounds are
-    # compared in place, and streams that differ by more buffers than two have one least.
-    for choice, slots, staging, vram, ram, pinned in network.footprints:
-        if vram > room.vram_bytes or ram > room.ram_bytes:
-            continue
-        if pinned > pinned_bytes or vram + ram > both_bytes:
-            continue
-        place = network.choices[choice]
-        if place.read_bytes and not from_disk:
-            continue
-        if pace.passes * place.copied_bytes + place.device_bytes > most_copied:
-            continue
-        # Bound before timing: the clocks below cost far more, and only a ring of one changes what
-        # takes turns.
-        kind = choice, slots == 1, min(staging, 2)
-        least = leasts.get(kind)
-        if least is None:
-            least = _least_objective(place, network.blocks, slots, staging, pace, rates)
-            leasts[kind] = least
-        if least <= better_than:
-            found.append((least, vram + ram, choice, slots, staging))
-    found.sort()
+    table = network.table
+    inside = table.inside(room)
+    if not from_disk:
+        inside &= table.read == 0
+    inside &= pace.passes * table.copied + table.device <= most_copied
     best: Stream | None = None
-    for least, nbytes, index, slots, staging in found:
+    # Bound before timing: the clocks below cost far more.
+    for least, nbytes, choice, slots, staging in table.by_bound(inside, pace, rates, better_than):
         if best is not None:
             objective, fewest = best.key
             # Sorted by the bound: nothing after this one can win.
             if least > objective:
                 break
-            if nbytes >= fewest and least > objective * (1 - 2 * _ROUNDING):
+            if nbytes >= fewest and least > objective * (1 - 2 * ROUNDING):
                 continue  # a tie at best, but for rounding
-        stream = stream_of(network.choices[index], network, slots, staging, pace, rates)
+        stream = stream_of(network.choices[choice], network, slots, staging, pace, rates)
         if best is None or stream.key < best.key:
             best = stream
     return best
@@ -363,29 +337,6 @@ def _opening_s(place: Placement, staging: int, rates: Rates) -> float:
 def _care_s(place: Placement, pace: Pace, rates: Rates) -> float:
     copy = place.copied_bytes / rates.copy_bytes_per_s
     return pace.care * pace.passes * (copy + place.read_bytes / rates.read_bytes_per_s)
-
-
-def _least_objective(
-    place: Placement, blocks: Sequence[int], slots: int, staging: int, pace: Pace, rates: Rates
-) -> float:
-    """Return a lower bound of the seconds: what follows one another in each queue, or in the two
-    that a ring of one makes take turns; computing waits for the first block."""
-    copy_s, read_s = 1 / rates.copy_bytes_per_s, 1 / rates.read_bytes_per_s
-    copied, disk = pace.passes * place.copied_bytes, pace.passes * place.read_bytes
-    arriving = place.device_bytes if staging else 0
-    first = blocks[0] if staging or not place.device_resident else 0
-    takes_turns = [pace.passes * pace.compute_s + first * (read_s + copy_s)]
-    takes_turns.append((copied + arriving) * copy_s)
-    takes_turns.append((disk + arriving + place.host_bytes) * read_s)
-    # With one slot a copy and the computation exclude each other; with one staging buffer, a read
-    # and the copy out of it.
-    if slots == 1:
-        streamed = 1 - place.device_resident / len(blocks)
-        takes_turns.append(copied * copy_s + pace.passes * pace.compute_s * streamed)
-    if staging == 1:
-        takes_turns.append((disk + arriving) * (read_s + copy_s))
-    least = (_opening_s(place, staging, rates) + max(takes_turns)) * (1 - _ROUNDING)
-    return least + _care_s(place, pace, rates)
 
 
 def _timing(

@@ -51,6 +51,23 @@ def test_what_is_made_of_each_way_of_storing_and_what_is_said() -> None:
     assert "| x | no |" in made
 
 
+def test_formats_folders_and_loras_beside_their_libraries() -> None:
+    row = {"format": "nvfp4", "library": "x", "dtype": "float32", "difference": 0.0}
+    half = row | {"dtype": "bfloat16", "difference": 0.003, "rounded_once": 0.0}
+    turned = row | {"format": "convrot", "difference": 2e-7, "ours_off": 1e-8, "theirs_off": 1e-7}
+    lora = {"kind": "loha", "streamed": 1e-7, "resident": 3e-7, "packed in": 2e-7, "without": 0.1}
+    value = {
+        "values": [row, turned, half, turned | {"dtype": "bfloat16"}],
+        "folders": [{"stored": "int8, by x", "weights": 0.004, "latents": 0.002}],
+        "loras": [lora | {"stored": stored} for stored in render.BASES],
+    }
+    made = render.libraries({"libraries_a": value})
+    assert "| nvfp4 | x | 0 | 3.0e-03 | off the library's fp32 rounded once: ours 0 |" in made
+    assert "| convrot | x | 2.0e-07 | 2.0e-07 | off the sum in fp64: ours 1.0e-08, th" in made
+    assert "| int8, by x | 4.0e-03 | 2.0e-03 |" in made
+    assert "| loha | 3.0e-07 | 3.0e-07 | 3.0e-07 |" in made
+
+
 def test_a_ratio_is_ours_over_theirs_and_each_side_begins_in_turn(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from penstock.cli.first import first_steps
 from penstock.cli.foreign import plan_text
-from penstock.cli.layout import Column, fitted, gauge, table, wrap
+from penstock.cli.layout import Column, fitted, gauge, labelled, table, wrap
 from penstock.cli.main import app
 from penstock.cli.plan_view import (
     findings_view,
@@ -59,6 +59,11 @@ PLANS = {
     "wan2.2, two transformers in windows": ("wan2.2-i2v-a14b", 161, {"step_cache": "plan:20"}),
     "minimax-h3": ("minimax-h3", None, {"step_cache": "budget"}),
 }
+
+
+def test_a_label_and_its_text_are_two_words() -> None:
+    assert labelled("denoise", "32 tokens", 80) == ["denoise  32 tokens"]
+    assert labelled("denoise 2", "32 tokens", 80) == ["denoise 2 32 tokens"]
 
 
 @pytest.mark.parametrize("which", PLANS)

@@ -28,6 +28,7 @@ COMFY_FOLDERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "loras": ("loras",),
     }
 )
+EXTRA_PATHS = "extra_model_paths.yaml"
 _SHOWN = 200
 _MAX_YAML_BYTES = 256 << 10
 SUFFIXES = (".safetensors", ".sft", ".gguf")
@@ -38,7 +39,8 @@ def comfy_root(folder: Path) -> Path | None:
     for root in (folder / "models", folder):
         if any((root / name).is_dir() for name in COMFY_FOLDERS["transformer"]):
             return root
-    return None
+    # All models may lie where its extra paths say.
+    return folder / "models" if (folder / EXTRA_PATHS).exists() else None
 
 
 def comfy_folders(folder: Path, root: Path) -> dict[str, tuple[Path, ...]]:
@@ -52,7 +54,7 @@ def comfy_folders(folder: Path, root: Path) -> dict[str, tuple[Path, ...]]:
         CheckpointError: extra_model_paths.yaml cannot be read.
     """
     roots = {name: [root / sub for sub in subs] for name, subs in COMFY_FOLDERS.items()}
-    files = (base / "extra_model_paths.yaml" for base in (folder, root.parent))
+    files = (base / EXTRA_PATHS for base in (folder, root.parent))
     extra = next((path for path in files if path.exists()), None)
     for name, place, first in () if extra is None else _extra_paths(extra):
         roots[name].insert(0 if first else len(roots[name]), place)

@@ -173,8 +173,10 @@ def survey(folder: Path) -> dict[str, ComponentSource | CheckpointError]:
     first = parts[FIRST]
     if isinstance(first, ComponentSource):
         wanted = (FIRST, SECOND, *first.family.needed(first.config))
-        parts = {name: part for name, part in parts.items() if name in wanted}
-    return parts
+    else:
+        others = [part.family for part in parts.values() if isinstance(part, ComponentSource)]
+        wanted = tuple(name for family in others or families() for name in family.KINDS)
+    return {name: part for name, part in parts.items() if name in wanted}
 
 
 @dataclass(frozen=True)
@@ -479,19 +481,28 @@ def _choose(
         raise CheckpointError(
             f"more than one {name.replace('_', ' ')}",
             expected=f"one; name it with {_FLAGS[name]}",
-            found=", ".join(source.raw.path.name for source in fits.found),
+            found=", ".join(_apart([source.raw.path for source in fits.found])),
         )
     raise _nothing(name, found, [*fits.broken, *fits.refused])
+
+
+def _apart(paths: list[Path]) -> list[str]:
+    """Return names that tell ``paths`` from each other."""
+    names = [path.name for path in paths]
+    return names if len({*names}) == len(names) else [str(path) for path in paths]
 
 
 def _nothing(name: str, found: _Found, refused: list[CheckpointError]) -> CheckpointError:
     known = next((error for error in refused if isinstance(error, NotRun)), None)
     if known is not None:
         return known
-    if found.pickles:
-        return refusal_of(_likely_pickle(name, found.pickles))
+    pickle = _likely_pickle(name, found.pickles)
+    if pickle is not None:
+        return refusal_of(pickle)
     if len(refused) == 1:
         return refused[0]
+    if found.pickles:
+        return refusal_of(found.pickles[0])
     return CheckpointError(
         f"the model has no {name.replace('_', ' ')}",
         expected=f"a file given with {_FLAGS[name]}, or a folder that holds one",
@@ -500,10 +511,11 @@ def _nothing(name: str, found: _Found, refused: list[CheckpointError]) -> Checkp
     )
 
 
-def _likely_pickle(name: str, pickles: tuple[Path, ...]) -> Path:
+def _likely_pickle(name: str, pickles: tuple[Path, ...]) -> Path | None:
+    """Return the pickle that holds a part, by its name as Wan's makers give it."""
     marks = {"text_encoder": "t5", "vae": "vae", "image_encoder": "clip"}
-    mark = marks.get(name, "")
-    return next((path for path in pickles if mark in path.name.lower()), pickles[0])
+    mark = marks.get(name)
+    return next((path for path in pickles if mark and mark in path.name.lower()), None)
 
 
 def open_component(path: Path) -> ComponentSource:

@@ -53,6 +53,10 @@ class LoraInspection:
 
     def lines(self) -> list[str]:
         """Describe it in lines for a terminal."""
+        if not self.arguments:
+            what = self.kind or "a LoRA of another model"
+            found = f"{len(self.unknown)} keys, none of a known layer: {self._unknown}"
+            return [f"{self.path}", f"  {what}, not run: {found}"]
         ranks = ", ".join(f"rank {rank} ({count} layers)" for rank, count in self.ranks.items())
         scales = ", ".join(f"{scale:g}" for scale in self.scales[:4])
         kinds = ", ".join(f"{count} {_SPELLED[kind]}" for kind, count in self.kinds.items())
@@ -65,12 +69,13 @@ class LoraInspection:
             f"{format_bytes(self.nbytes)} in {', '.join(self.dtypes) or 'nothing'}",
         ]
         if self.unknown:
-            shown = ", ".join(self.unknown[:3]) + (", ..." if len(self.unknown) > 3 else "")
             kind = f" ({self.kind})" if self.kind else ""
-            lines.append(f"  {len(self.unknown)} unknown keys: {shown}{kind}, left out")
-        if self.arguments:
-            lines.append(f"  use it: penstock generate ... {shlex.join(self.arguments)}")
-        return lines
+            lines.append(f"  {len(self.unknown)} unknown keys: {self._unknown}{kind}, left out")
+        return [*lines, f"  use it: penstock generate ... {shlex.join(self.arguments)}"]
+
+    @property
+    def _unknown(self) -> str:
+        return ", ".join(self.unknown[:3]) + (", ..." if len(self.unknown) > 3 else "")
 
 
 def holds_lora(path: Path) -> bool:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from penstock.engine.files.folders import comfy_folders, weight_files
 from penstock.engine.files.locate import Files, locate
+from penstock.engine.inspect import inspect
 from penstock.engine.lora.file import Lora
 from penstock.engine.model.files import ModelFiles
 from penstock.errors import CheckpointError
@@ -51,6 +52,14 @@ def test_places_in_the_yaml_are_expanded(tmp_path, single, monkeypatch) -> None:
         )
 
 
+def test_all_models_may_lie_where_the_yaml_says(tmp_path, model, single) -> None:
+    root, disk = tmp_path / "ComfyUI", comfy_root(tmp_path / "disk", single)
+    (root / "models").mkdir(parents=True)
+    folders = "".join(f"  {folder}: models/{folder}\n" for folder in COMFY.values())
+    (root / "extra_model_paths.yaml").write_text(f"a:\n  base_path: {disk}\n{folders}")
+    assert tensors_of(locate(root)) == tensors_of(locate(model))
+
+
 def test_a_name_may_have_its_subfolder(tmp_path, single) -> None:
     root = comfy_root(tmp_path, single)
     place = root / "models" / "diffusion_models"
@@ -59,6 +68,10 @@ def test_a_name_may_have_its_subfolder(tmp_path, single) -> None:
         shutil.copy(single["transformer"], place / folder / "same.safetensors")
     found = locate(root, Files(transformer=Path("b/same.safetensors")))
     assert found.streamed.raw.path == place / "b" / "same.safetensors"
+    with pytest.raises(CheckpointError, match=r"more than one transformer.*a/same.*b/same"):
+        locate(root)
+    wanted = inspect(root).completed  # type: ignore[union-attr]
+    assert wanted == ("--model", str(root), "--transformer", "FILE")  # no part of other families
     with pytest.raises(CheckpointError, match=r"more than one file is called same.*a/same"):
         locate(root, Files(transformer=Path("same.safetensors")))
     shutil.copy(single["transformer"], place / "same.safetensors")
@@ -123,6 +136,10 @@ def test_a_lora_is_found_by_its_name(tmp_path, single) -> None:
         ModelFiles.open(root, loras=[Lora(Path("style.safetensors"))])
     with pytest.raises(CheckpointError, match="does not exist"):
         ModelFiles.open(root, loras=[Lora(Path("none.safetensors"))])
+    looked = r"styel.safetensors does not exist: .* in .*loras.*, found style.safetensors"
+    for name in ("styel.safetensors", "wan/styel.safetensors"):
+        with pytest.raises(CheckpointError, match=looked):
+            ModelFiles.open(root, loras=[Lora(Path(name))])
 
 
 def test_a_configs_owner_is_asked_for(tmp_path, model) -> None:

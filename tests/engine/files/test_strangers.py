@@ -156,6 +156,26 @@ def test_pickles_in_an_original_folder_are_named(tmp_path, model, single) -> Non
     assert f"use it: penstock generate --transformer {folder}" in text
 
 
+def test_pickles_do_not_hide_what_is_wrong_with_the_transformer(tmp_path, model, single) -> None:
+    folder = original_folder(tmp_path / "Wan", model, single, pickles=True)
+    (weights,) = folder.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-9])
+    for look in (inspect, locate):
+        with pytest.raises(CheckpointError, match=f"{weights.name} cannot be used.*Download"):
+            look(folder)
+
+
+@pytest.mark.parametrize("dtype", ["F4", "F6_E3M2", "F2"])
+def test_numbers_of_another_type_are_no_damage(dtype: str, tmp_path: Path) -> None:
+    fields = {"dtype": dtype, "shape": [8], "data_offsets": [0, 4]}
+    header = json.dumps({"blocks.0.self_attn.q.weight": fields}).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(CheckpointError, match=rf"found {dtype}\. The file may be sound") as caught:
+        inspect(path)
+    assert "ownload" not in str(caught.value)
+
+
 def test_a_tokenizer_folder_may_hold_a_sentencepiece_model_alone(tmp_path: Path) -> None:
     (tmp_path / "spiece.model").write_bytes(train())
     one, whole = Tokenizer(tmp_path), Tokenizer(tmp_path / "spiece.model")

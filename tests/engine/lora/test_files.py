@@ -327,6 +327,16 @@ def test_inspect_says_what_it_is(source: ComponentSource, tmp_path: Path) -> Non
     assert "1 unknown keys" in "\n".join(other.lines()) and other.kind == "a text encoder's LoRA"
 
 
+def test_inspect_of_another_models_lora_promises_nothing(tmp_path: Path) -> None:
+    key = "lora_unet_input_blocks_1_1_proj_in"
+    pair = {f"{key}.lora_down.weight": torch.ones(2, 8), f"{key}.lora_up.weight": torch.ones(8, 2)}
+    found = inspect(_write(tmp_path / "a.safetensors", **pair))
+    assert isinstance(found, LoraInspection) and not found.arguments
+    text = "\n".join(found.lines())
+    assert f"a UNet's LoRA, not run: 2 keys, none of a known layer: {key}" in text
+    assert "Wan" not in text and "left out" not in text
+
+
 @pytest.mark.parametrize(
     ("kind", "said"),
     [

@@ -90,7 +90,41 @@ def base(t2v_folder: Path, tmp_path_factory: pytest.TempPathFactory):  # type: i
 @pytest.fixture(scope="module")
 def without(base):  # type: ignore[no-untyped-def]
     """The latents without a LoRA."""
-    return cache(lambda name: _latents(base(name), [], StreamPlan(3, 3))[0])
+    return cache(lambda name: without_lora(base(name)))
+
+
+def without_lora(folder: Path) -> Tensor:
+    """The latents of a model of three blocks."""
+    return _latents(folder, [], StreamPlan(3, 3))[0]
+
+
+def differences(
+    kind: str, folder: Path, plain: Path, without: Tensor, scratch: Path
+) -> dict[str, float]:
+    """The farthest that latents are from those of merged weights, for each way of using a LoRA, and
+    without it.
+
+    Args:
+        folder: a model of three blocks, in any format.
+        plain: the same model in fp32.
+        without: its latents as it is (`without_lora`).
+        scratch: an empty folder.
+    """
+    shapes = locate(folder).streamed.shapes
+    made = kinds.make(kind, shapes, kinds.some_modules(shapes))
+    strength = 0.8 if kind in kinds.AT_ANY_STRENGTH else 1.0
+    lora = Lora(made.write(scratch / "lora.safetensors"), strength, strict=True)
+    merged = _with_weights(plain, made.merge(_weights(folder), strength), scratch / "merged")
+    count = len([name for name in shapes if name.endswith("attn1.to_q.weight")])
+    resident, streamed = StreamPlan(count, count), StreamPlan(count, 1, 1, 2, 2)
+    (expected,) = _latents(merged, [], resident)
+    found = dict(
+        zip(("resident", "streamed"), _latents(folder, [lora], resident, streamed), strict=True)
+    )
+    pack(locate(folder), "fp32", scratch / "packed", loras=[replace(lora, strict=False)])
+    (found["packed in"],) = _latents(scratch / "packed", [], streamed)
+    found["without"] = without
+    return {way: float((latents - expected).abs().max()) for way, latents in found.items()}
 
 
 @pytest.mark.parametrize("stored", BASES)
@@ -98,22 +132,11 @@ def without(base):  # type: ignore[no-untyped-def]
 def test_the_latents_are_those_of_merged_weights(
     kind: str, stored: str, base, without, t2v_folder: Path, tmp_path: Path
 ) -> None:
-    folder = base(stored)
-    shapes = locate(folder).streamed.shapes
-    made = kinds.make(kind, shapes, kinds.some_modules(shapes))
-    strength = 0.8 if kind in kinds.AT_ANY_STRENGTH else 1.0
-    lora = Lora(made.write(tmp_path / "lora.safetensors"), strength, strict=True)
-    weights = _weights(folder)
-    merged = _with_weights(t2v_folder, made.merge(weights, strength), tmp_path / "merged")
-    count = len([name for name in shapes if name.endswith("attn1.to_q.weight")])
-    resident, streamed = StreamPlan(count, count), StreamPlan(count, 1, 1, 2, 2)
-    (expected,) = _latents(merged, [], resident)
-    assert (expected - without(stored)).abs().max() > 0.01
-    for found in _latents(folder, [lora], resident, streamed):
-        assert (found - expected).abs().max() <= CLOSE
-    pack(locate(folder), "fp32", tmp_path / "packed", loras=[replace(lora, strict=False)])
-    (packed,) = _latents(tmp_path / "packed", [], streamed)
-    assert (packed - expected).abs().max() <= CLOSE
+    found = differences(kind, base(stored), t2v_folder, without(stored), tmp_path)
+    assert found.pop("without") > 0.01
+    assert len(found) == 3
+    for way, difference in found.items():
+        assert difference <= CLOSE, way
 
 
 def test_there_are_twelve_kinds_and_those_that_need_the_weight_wrap_its_format(

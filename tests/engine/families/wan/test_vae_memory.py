@@ -37,8 +37,12 @@ def test_720p_encode_in_tiles_stays_below_1_2_gib(fake_vae) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("side", [1, 2, 3, 4])
-@pytest.mark.parametrize("latent", [LATENT, (21, 60, 104)])
+@pytest.mark.parametrize(
+    ("latent", "side"),
+    [(LATENT, 1), ((21, 60, 104), 2), ((21, 60, 104), 3),
+     *(pytest.param(LATENT, side, marks=pytest.mark.faults) for side in (2, 3, 4)),
+     *(pytest.param((21, 60, 104), side, marks=pytest.mark.faults) for side in (1, 4))],
+)  # fmt: skip
 def test_predictions_at_the_true_shapes(fake_vae, latent, side) -> None:
     grid = TileGrid(side, side)
     peak = fake_vae.decode_peak(latent, grid)

@@ -24,7 +24,8 @@ def model_and_request(prompt: str) -> Iterator[tuple[Path, penstock.GenerationRe
     parser.add_argument("--model", type=Path, help="a Wan2.1 text-to-video model")
     model = parser.parse_args().model
     if model is not None:
-        yield model, penstock.GenerationRequest(prompt, width=832, height=480)
+        with penstock.Engine.open(model) as engine:
+            yield model, engine.request(prompt, size="832x480")
         return
     with tempfile.TemporaryDirectory() as folder:
         model = write_tiny_model(Path(folder), image_to_video=False, vae={"base_dim": 8})

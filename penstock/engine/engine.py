@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from penstock.engine.media.video import check_no_input, check_output
 from penstock.engine.model.opening import Opening
 from penstock.engine.prepared import Prepared
 from penstock.engine.request.generation import GenerationRequest, workload_of
+from penstock.engine.request.settings import Settings, resolve
 from penstock.engine.run.job import Job
 from penstock.engine.run.jobqueue import JobQueue
 from penstock.engine.run.keeper import JournalKeeper, Keeper
@@ -40,6 +42,7 @@ from penstock.engine.run.stored import (
 )
 from penstock.engine.software import check_versions
 from penstock.engine.store.journal import Journal
+from penstock.errors import UsageError
 from penstock.offload.tiers import release_cached
 from penstock.profiles.hardware import Hardware
 from penstock.profiles.options import Options
@@ -60,8 +63,8 @@ class Engine(Closing):
 
     Example:
         >>> with Engine.open("Wan2.1-I2V-14B-720P-Diffusers", vram="12GiB") as engine:
-        ...     job = engine.submit(GenerationRequest(prompt="a cat", image="cat.png"), "cat.mp4")
-        ...     report = job.result().report
+        ...     request = engine.request("a cat", image=Path("cat.png"))
+        ...     report = engine.submit(request, "cat.mp4").result().report
     """
 
     def __init__(
@@ -121,6 +124,33 @@ class Engine(Closing):
             CheckpointError, UsageError: as for :meth:`open`.
         """
         return cls(Prepared.reopen(opening, cache=cache), overlapped=overlapped)
+
+    def request(self, prompt: str, **asked: Any) -> GenerationRequest:
+        """Return a request whose gaps (size, frames, steps, guidance, shift, frame rate) have the
+        model's own defaults, as the command line fills them; the size follows a picture's aspect.
+
+        A `GenerationRequest` that is made by itself knows no model, and takes those of Wan2.1 I2V.
+
+        Args:
+            prompt: what to show.
+            asked: what is no gap, by the names of `penstock.engine.request.settings.Settings`:
+                ``image=Path("cat.png")``, ``size="832x480"`` or ``max_area="480p"``, ``steps=20``,
+                ``distilled=True``, ...
+
+        Raises:
+            UsageError: a name that is none, or both a size and an area.
+            RequestError: an illegal value; ImageError: the picture cannot be read.
+            CheckpointError: the model's defaults.json is damaged.
+        """
+        known = [each.name for each in fields(Settings)]
+        if unknown := sorted(asked.keys() - set(known)):
+            raise UsageError(
+                "no such setting of a request",
+                expected=", ".join(known),
+                found=", ".join(unknown),
+                remedy="Options of a run, such as vram, are for Engine.open",
+            )
+        return resolve(Settings(prompt, **asked), self.model)
 
     def plan(self, request: GenerationRequest, *, saved: bool = False) -> Plan:
         """Predict what the request will take: arithmetic over headers, nothing is loaded.

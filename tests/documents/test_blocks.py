@@ -20,7 +20,6 @@ import penstock
 from penstock.batch.lines import read_lines
 from penstock.cli.main import app
 from penstock.engine.machine.calibrate import Effort
-from penstock.engine.request.generation import GenerationRequest
 from tests.documents import stage as staged
 from tests.documents.blocks import PAGES, ROOT, RUN, SHOWN, Block, blocks, parsed
 
@@ -60,7 +59,6 @@ def test_what_a_page_shows_runs(
 ) -> None:
     monkeypatch.chdir(stage)
     monkeypatch.setattr(Effort, "on", classmethod(lambda cls, device: QUICK))
-    monkeypatch.setattr(penstock, "GenerationRequest", small_request, raising=False)
     names: dict[str, Any] = {}
     for block in blocks(page):
         if block.note or block.language not in RUN:
@@ -100,11 +98,6 @@ def run_python(block: Block, names: dict[str, Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exec(compile(block.text, str(block.page), "exec"), names)  # noqa: S102 - our own words
-
-
-def small_request(**given: Any) -> GenerationRequest:
-    """A request that is small where it leaves its size open."""
-    return GenerationRequest(**(staged.SMALL | given))
 
 
 def small_pipeline() -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 from penstock.engine.bench import order as bench
 from penstock.engine.engine import Engine
 from penstock.engine.prepared import Prepared, machine_of
-from penstock.engine.request.generation import workload_of
+from penstock.engine.request.generation import GenerationRequest, workload_of
 from penstock.engine.request.settings import Settings, resolve
 from penstock.errors import RequestError, UsageError
 from penstock.profiles.options import Options
@@ -30,6 +32,28 @@ def test_a_request_and_its_shape_have_one_plan(t2v_folder: Path, picture: Path) 
         assert engine.plan_workload(workload_of(REQUEST, saved=True)) == found
     with pytest.raises(RequestError, match="text-to-video"):
         prepared.plan(a_request(image=picture))
+
+
+def test_an_engine_fills_the_gaps_of_a_request_with_its_models_defaults(
+    t2v_folder: Path, picture: Path, tmp_path: Path
+) -> None:
+    with Engine.open(t2v_folder, vram="200MiB", ram="200MiB", device="cpu") as engine:
+        request = engine.request("a plan", steps=7)
+        assert request == resolve(Settings("a plan", steps=7), engine.model)
+        # a narrow model of text alone, which 1.3B is for the defaults, unlike those of I2V
+        assert (request.steps, request.shift) == (7, 5.0)
+        assert engine.request("a plan").steps == 50 != GenerationRequest("a plan").steps
+        sized = engine.request("a plan", size="64x48", frames=5)
+        assert (sized.width, sized.height, sized.frames) == (64, 48, 5)
+        with pytest.raises(UsageError, match="no such setting of a request") as failed:
+            engine.request("a plan", vram="12GiB")
+        assert failed.value.found == "vram" and "Engine.open" in str(failed.value)
+    defaults = {"width": 32, "height": 32, "frames": 5, "steps": 2}
+    own = tmp_path / "own"
+    shutil.copytree(t2v_folder, own)
+    (own / "defaults.json").write_text(json.dumps(defaults))
+    with Engine.open(own, vram="200MiB", ram="200MiB", device="cpu") as engine:
+        assert vars(engine.request("a plan")).items() >= defaults.items()
 
 
 def test_a_description_stands_in_for_a_models_defaults_and_sizes(picture: Path) -> None:

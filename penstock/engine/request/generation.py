@@ -65,7 +65,8 @@ class RequestWarning:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One video to generate. Immutable, hashable, and checked when it is constructed.
+    """One video to generate. Immutable, hashable, and checked when it is constructed. What is left
+    open is as Wan2.1 I2V has it; `Engine.request` takes the model's own defaults.
 
     Attributes:
         prompt: text prompt; must not be blank.

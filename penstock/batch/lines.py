@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from penstock.engine.lora.file import Lora
 from penstock.engine.request.settings import ANY_SEED, Settings
@@ -33,14 +33,19 @@ _WORDS: Mapping[str, str] = MappingProxyType(
 _OWN = ("id", "custom_id", "model", "lora", "width", "height", "guidance_low")
 _SETTINGS = tuple(each.name for each in fields(Settings))
 _PATHS = ("image", "last_image", "after")
+_JSON = (int, float, str, bool)
+
+
+def _kinds_of(declared: Any) -> tuple[type, ...]:
+    """Return what a field of that type may be in JSON: a number may be whole, a path is a text."""
+    parts = get_args(declared) or (declared,)
+    kinds = tuple(kind for kind in _JSON if kind in parts)
+    return ((int, *kinds) if float in kinds and int not in kinds else kinds) or (str,)
+
+
 _KINDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
-    {
-        "frames": (int,), "steps": (int,), "seed": (int,), "window": (int,), "overlap": (int,),
-        "shift": (int, float), "fps": (int, float), "nag_scale": (int, float),
-        "guidance_scale": (int, float, str), "guidance_high": (int, float), "distilled": (bool,),
-    }
-)  # fmt: skip
-"""Of fields that are no text."""
+    {name: _kinds_of(declared) for name, declared in get_type_hints(Settings).items()}
+)
 
 
 @dataclass(frozen=True)
@@ -181,7 +186,7 @@ def _line(
 def _settings(given: Mapping[str, Any], folder: Path) -> Settings:
     values: dict[str, Any] = {}
     for word in _SETTINGS:
-        value = _checked(given, word, _KINDS.get(word, (str,)))
+        value = _checked(given, word, _KINDS[word])
         if value is not None:
             values[word] = folder / Path(value).expanduser() if word in _PATHS else value
     if "prompt" not in values and "after" not in values:

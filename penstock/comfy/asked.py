@@ -4,24 +4,23 @@ word of a list leaves a gap, which the model, the profile or the machine fills."
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+from penstock.engine.request.settings import Settings
 
 MODELS_OWN = "model's own"
 AUTO = "auto"
 
-_NUMBERS = {
-    "frames": "frames",
-    "steps": "steps",
+_WORDS = {
     "cfg": "guidance_scale",
     "cfg_high": "guidance_high",
-    "shift": "shift",
-    "fps": "fps",
     "nag": "nag_scale",
-    "window": "window",
-    "overlap": "overlap",
 }
-"""Inputs, and the settings that they are."""
+"""Inputs that are called otherwise than the settings that they are."""
+
+_SETTINGS = frozenset(each.name for each in fields(Settings))
 
 _OPTIONS = {
     "profile": "profile",
@@ -40,18 +39,18 @@ def settings_of(inputs: Mapping[str, Any], files: Mapping[str, Path | None]) -> 
         inputs: of the node, by their names.
         files: "image", "last_image" and "after".
     """
-    said = {ours: inputs.get(theirs) or None for theirs, ours in _NUMBERS.items()}
+    # All others are called as the settings are.
+    named = {_WORDS.get(name, name): value for name, value in inputs.items()}
+    said = {
+        name: _filled(value) for name, value in named.items() if name in _SETTINGS - files.keys()
+    }
     said |= {name: None if path is None else str(path) for name, path in files.items()}
     width, height = inputs.get("width") or 0, inputs.get("height") or 0
     said |= {
-        "cfg_interval": (inputs.get("cfg_interval") or "").strip() or None,
         "prompt": inputs["prompt"],
         "negative_prompt": inputs.get("negative") or None,
         "size": f"{width}x{height}" if width or height else None,
         "seed": inputs["seed"],
-        "sampler": _word(inputs.get("sampler"), MODELS_OWN),
-        "fit": _word(inputs.get("fit"), MODELS_OWN),
-        "distilled": inputs.get("distilled") or None,
     }
     return {name: value for name, value in said.items() if value is not None}
 
@@ -60,6 +59,11 @@ def options_of(inputs: Mapping[str, Any]) -> dict[str, str]:
     """Return `penstock.profiles.options.Options` as plain values."""
     words = {ours: _word(inputs.get(theirs), AUTO) for theirs, ours in _OPTIONS.items()}
     return {name: word for name, word in words.items() if word is not None}
+
+
+def _filled(value: Any) -> Any:
+    """Return None for what leaves a gap."""
+    return _word(value, MODELS_OWN) if isinstance(value, str) else value or None
 
 
 def _word(text: str | None, gap: str) -> str | None:

@@ -40,6 +40,9 @@ in flight at 1.5 bytes (4:2:0), one frame in RGB, and what swscale takes."""
 
 ENCODER_BASE_BYTES = 16 * MIB
 
+EIGHT_BIT_WORKSPACE_BYTES = 128 * MIB
+"""Temporaries of an 8-bit matrix product (`penstock.quant.compute.DEFAULT_CHUNK_BYTES`)."""
+
 RESTORED = "restored state"
 """Item of the context's host memory: what a kept job reads before it goes on."""
 
@@ -408,3 +411,48 @@ def compute_path(stored: Storage, policy: Policy, rates: Rates) -> ComputePath:
     if policy.compute == "fast" and eight_bit and rates.product_flops(eight_bit):
         return eight_bit
     return "dequant" if stored.scratch_bytes else "plain"
+
+
+@dataclass(frozen=True)
+class MatrixProducts:
+    """How the matrices of a network's blocks multiply, and what that takes besides their bytes.
+
+    Attributes:
+        stored: how they are stored.
+        block_bytes: of the largest block.
+        policy, rates: of the job and of the machine.
+    """
+
+    stored: Storage
+    block_bytes: int
+    policy: Policy
+    rates: Rates
+
+    @property
+    def flops_per_s(self) -> float:
+        """Of products of matrices."""
+        path = compute_path(self.stored, self.policy, self.rates)
+        return self.rates.product_flops(path) or self.rates.flops
+
+    @property
+    def _eight_bit(self) -> bool:
+        return compute_path(self.stored, self.policy, self.rates) not in ("plain", "dequant")
+
+    def items(self, stored: Storage | None = None) -> Items:
+        """Return what they take in VRAM.
+
+        Args:
+            stored: of matrices that are stored otherwise than those of the blocks.
+        """
+        stored = stored or self.stored
+        if stored.path is None and self._eight_bit:
+            return (("8-bit workspace", EIGHT_BIT_WORKSPACE_BYTES),)
+        return stored.items
+
+    @property
+    def decode_s(self) -> float:
+        """Seconds to decode a block's matrices once: every chunk of a forward does."""
+        decoded, memory_bytes_per_s = self.stored.decoded_bytes, self.rates.memory_bytes_per_s
+        if self._eight_bit or not decoded or memory_bytes_per_s is None:
+            return 0.0
+        return (self.block_bytes + decoded) / memory_bytes_per_s

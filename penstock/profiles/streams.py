@@ -25,9 +25,6 @@ RING = (2, 3, 1)
 _PASSES = 4
 """Passes that are followed operation by operation; by then they repeat."""
 
-ROUNDING = 1e-9
-"""Sums of many small floats may end a little below the product they should be."""
-
 LINK_CARE = 0.1
 """Where the disk is to be spared, a second in which a link is busy counts as this much waiting."""
 
@@ -109,14 +106,18 @@ class Network:
     @cached_property
     def table(self) -> Table:
         """Of every stream there is; it is looked through again for each other choice."""
-        from penstock.profiles.stream_table import Table  # numpy, for searches alone
+        from penstock.profiles.stream_table import Row, Table  # numpy, for searches alone
 
-        every = [
-            (choice, slots, staging)
-            for choice, place in enumerate(self.choices)
-            for slots, staging in self.rings(place)
-        ]
-        return Table(self.blocks, self.choices, every)
+        rows = []
+        for choice, place in enumerate(self.choices):
+            for slots, staging in self.rings(place):
+                stream = Stream(place, self.n_blocks, slots, staging, UNTIMED)
+                rows.append(Row(
+                    choice, slots, staging, place.device_resident, place.device_bytes,
+                    place.host_bytes, place.copied_bytes, place.read_bytes, stream.vram_bytes,
+                    stream.ram_bytes,
+                ))  # fmt: skip
+        return Table(self.blocks, rows)
 
 
 @lru_cache(maxsize=8)
@@ -295,15 +296,16 @@ def best_stream(
     if not from_disk:
         inside &= table.read == 0
     inside &= pace.passes * table.copied + table.device <= most_copied
+    streams = table.by_bound(inside, pace.passes, pace.compute_s, pace.care, rates, better_than)
     best: Stream | None = None
     # Bound before timing: the clocks below cost far more.
-    for least, nbytes, choice, slots, staging in table.by_bound(inside, pace, rates, better_than):
+    for least, nbytes, choice, slots, staging in streams:
         if best is not None:
             objective, fewest = best.key
             # Sorted by the bound: nothing after this one can win.
             if least > objective:
                 break
-            if nbytes >= fewest and least > objective * (1 - 2 * ROUNDING):
+            if nbytes >= fewest and least > objective * (1 - 2 * table.rounding):
                 continue  # a tie at best, but for rounding
         stream = stream_of(network.choices[choice], network, slots, staging, pace, rates)
         if best is None or stream.key < best.key:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
+from penstock.engine.request.settings import Settings
 from penstock.errors import RequestError, UsageError
 
 IGNORED = frozenset({"user", "quality", "generator_device", "output_format", "max_sequence_length"})
@@ -103,7 +105,8 @@ class PlanFields(BaseModel):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """As the engine's `Settings` has them, with gaps.
+        """As the engine's `Settings` has them, with gaps: those of the dialect by their names here,
+        all others under their own.
 
         Raises:
             RequestError: fields that say different things, or one that is not known.
@@ -120,9 +123,7 @@ class PlanFields(BaseModel):
                     found="none",
                 )
             low, high = self.guidance_scale_2, low
-        return {
-            "prompt": self.prompt,
-            "negative_prompt": self.negative_prompt,
+        told = {
             "size": self._size(),
             "frames": self.num_frames,
             "fps": _plain(self.fps),
@@ -130,15 +131,10 @@ class PlanFields(BaseModel):
             "guidance_scale": low,
             "guidance_high": high,
             "shift": self.flow_shift,
-            "seed": self.seed,
-            "sampler": self.sampler,
             "distilled": bool(self.distilled),
-            "fit": self.fit,
-            "nag_scale": self.nag_scale,
-            "cfg_interval": self.cfg_interval,
-            "window": self.window,
-            "overlap": self.overlap,
         }
+        ours = [each.name for each in fields(Settings) if each.name in PlanFields.model_fields]
+        return {name: getattr(self, name) for name in ours} | told
 
     def _check_known(self) -> None:
         said = {

@@ -139,6 +139,14 @@ def test_the_fields_of_the_dialect() -> None:
     assert f"{dialect._LONGEST_PROMPT:,} characters" in cells(table, 3)
 
 
+def test_the_fields_of_an_answer() -> None:
+    from penstock.serve.schemas import VideoBody
+
+    table = held("test_the_fields_of_an_answer")
+    theirs = {"file_name", "file_path", "url", "inference_time_s", "peak_memory_mb"}
+    assert names(table, 0) - {"{code,", "message}"} == set(VideoBody.model_fields) | theirs
+
+
 def test_the_routes_of_the_server() -> None:
     """Of the dialect: each is one of ours, but for the one that the table says is not."""
     source = (ROOT / "penstock" / "serve" / "api.py").read_text(encoding="utf-8")
@@ -157,6 +165,12 @@ def test_the_events_of_a_video() -> None:
     sources = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
     published_there = set(re.findall(r'\bEvent\("(\w+)"', sources))
     assert names(held("test_the_events_of_a_video"), 0) == published_there
+
+
+def test_the_nodes() -> None:
+    source = (ROOT / "penstock" / "comfy" / "nodes.py").read_text(encoding="utf-8")
+    shown = re.findall(r"\*\*(.+?)\*\*", cells(held("test_the_nodes"), 0))
+    assert sorted(shown) == sorted(re.findall(r'display_name="(Penstock [^"]+)"', source))
 
 
 def test_the_inputs_of_the_node() -> None:
@@ -186,6 +200,15 @@ def test_the_fields_of_a_line() -> None:
 
 def test_the_fields_of_a_result() -> None:
     assert names(held("test_the_fields_of_a_result"), 0) == {each.name for each in fields(Result)}
+
+
+def test_the_examples() -> None:
+    """Each that the table names is there; those of diffusers and any module have another page."""
+    elsewhere = {"attach_pipeline.py", "stream_any_model.py"}
+    there = {path.name for path in (ROOT / "examples").glob("*.py")}
+    assert names(held("test_the_examples"), 2) == there - elsewhere
+    page = (DOCS / "diffusers.md").read_text(encoding="utf-8")
+    assert all(name in page for name in elsewhere)
 
 
 def test_the_extras() -> None:

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from penstock.engine.families.wan.cost import encoders, transformer, vae
 from penstock.engine.families.wan.denoise_plan import (
-    EIGHT_BIT_WORKSPACE_BYTES,
     RESIDUAL_COST,
     Denoise,
 )
@@ -24,7 +23,13 @@ from penstock.profiles.attention_bytes import int8_attention_bytes
 from penstock.profiles.cards import described
 from penstock.profiles.hardware import Hardware
 from penstock.profiles.manifest import VideoShape
-from penstock.profiles.phases import CUDA_LIBRARY_BYTES, Case, Workload, group_fits
+from penstock.profiles.phases import (
+    CUDA_LIBRARY_BYTES,
+    EIGHT_BIT_WORKSPACE_BYTES,
+    Case,
+    Workload,
+    group_fits,
+)
 from penstock.profiles.plan import Plan
 from penstock.profiles.planner import SHRINK, fits, minimum_vram_bytes, plan, smaller, steps
 from penstock.profiles.policy import Limits, Policy

@@ -30,7 +30,7 @@ from penstock.engine.attach.foreign_kept import (
 from penstock.engine.attach.foreign_plan import CallPlan, plan_call, steps_of
 from penstock.engine.attach.keeping import RECORDS
 from penstock.engine.attach.pipe import Attached, attach_opened
-from penstock.engine.attach.recorded import CallKeeper, Recorder
+from penstock.engine.attach.recorded import CallKeeper, Recorder, intercepted
 from penstock.engine.media.claim import OutputClaim
 from penstock.engine.media.video import Sound, check_output, write_video
 from penstock.engine.run.ending import Ending
@@ -130,7 +130,7 @@ class CallJob:
         self._stack.close()
 
     def cancel(self) -> None:
-        """Stop at the next step."""
+        """Stop at the next call of a network, or step."""
         self._stopped.set()
 
     def call(self, seed: int | None, fps: Fraction | None) -> Call:
@@ -292,9 +292,15 @@ class CallJob:
         nbytes = 0 if self.plan.kept is None else self.plan.kept.ram_bytes
         with (
             attached.host_ledger.reserve(RECORDS, nbytes),
+            intercepted(modules_of(self._opened.pipe), self._unless_stopped),
             nullcontext() if recorder is None else recorder.watched(),
         ):
             yield
+
+    def _unless_stopped(self, name: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call a network; pipelines with a bar of their own tell no steps."""
+        self._check()
+        return run(*args, **kwargs)
 
     def _check(self) -> None:
         if self._stopped.is_set():

@@ -39,6 +39,10 @@ TRUE_BYTES = 16 * MIB
 """What is computed for true takes no more; pipelines decide by masks and ids, which are smaller."""
 
 
+_SHOWN_CHARS = 160
+"""Of what torch says."""
+
+
 @dataclass(frozen=True)
 class Visit:
     """One network at work, from the first use of its weights to another one's.
@@ -113,6 +117,8 @@ def rehearse(
             raise _undecidable(f"{error.func} wants values") from error
         except UnsupportedOperatorException as error:
             raise _undecidable(f"{error.func} has no form for shapes alone") from error
+        except NotImplementedError as error:  # of operators on functions, as flex attention is
+            raise _undecidable(f"{error}".partition("Hint:")[0][:_SHOWN_CHARS]) from error
     return replace(stage.rehearsed(), tiled=tuple(tiling.switched))
 
 

@@ -71,7 +71,8 @@ def write_synthetic(
     model = synthetic(name)
     model.write_rest(folder, seed)
     name = model.kind.name
-    shutil.rmtree(folder / name)
+    if (folder / name).exists():  # a small one, from the pipeline that wrote the rest
+        shutil.rmtree(folder / name)
     write_streamed(
         folder / name, model.kind, model.config(blocks), weight_format, seed=seed, progress=progress
     )

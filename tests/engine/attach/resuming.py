@@ -41,7 +41,9 @@ def saved(name: str, folder: Path, scheduler: str | None = None) -> Path:
     if scheduler is not None:
         import diffusers
 
-        pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+        pipe.scheduler = getattr(diffusers, scheduler).from_config(
+            pipe.scheduler.config, **{"skip_prk_steps": True} if "PNDM" in scheduler else {}
+        )
     pipe.save_pretrained(str(folder))
     return folder
 
@@ -52,12 +54,14 @@ class Task:
 
     Attributes:
         reads: bytes of each network that the last run in this process read.
+        held: bytes of RAM by what they were for, after each of its steps.
     """
 
     model: Path
     words: list[str]
     format: str | None = None
     reads: dict[str, int] = field(default_factory=dict)
+    held: list[dict[str, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         fmt = None if self.format is None else get_format(self.format)
@@ -73,7 +77,11 @@ class Task:
         def noted(*args: Any) -> Any:
             attached = attach(*args)
             tenants.extend(attached._desk.tenants)
+            ledgers.append(attached.host_ledger)
             return attached
+
+        def told(step: int, steps: int) -> None:
+            self.held.append(ledgers[0].by_label())
 
         def kept(made: Any, pipe: Any, output: Path, *_: Any) -> tuple[list[Path], int]:
             tensors.extend(
@@ -82,9 +90,13 @@ class Task:
             return [output], 1
 
         tenants: list[Any] = []
+        ledgers: list[Any] = []
+        self.held = []
         foreign_job.attach_opened, foreign_job._write = noted, kept
         try:
-            report = self.job.run(Path("out.mp4"), 3, keeper=keeper, overwrite=True, trusts=trusts)
+            report = self.job.run(
+                Path("out.mp4"), 3, told=told, keeper=keeper, overwrite=True, trusts=trusts
+            )
         finally:
             foreign_job.attach_opened, foreign_job._write = attach, write
             self.reads = {each.name: each.read_bytes for each in tenants}

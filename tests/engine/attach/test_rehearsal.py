@@ -113,6 +113,18 @@ def test_a_way_that_depends_on_what_is_computed() -> None:
     assert type(module.layer.weight) is nn.Parameter
 
 
+def test_an_operator_on_functions() -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    class Flex(_Masked):
+        def forward(self, x: Tensor) -> Tensor:
+            heads = self.layer(x).reshape(1, 2, -1, 4)
+            return flex_attention(heads, heads, heads)
+
+    with pytest.raises(UsageError, match=r"(?s)cannot be measured.*flex_attention.*--activations"):
+        rehearse({"m": (module := Flex())}, lambda: module(torch.zeros(4, 8)))
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b'{"visits": []}', b"[" * 100_000])
 def test_a_damaged_note_of_a_rehearsal_is_no_note(content: bytes, tmp_path: Path) -> None:
     path, ops = tmp_path / "note.json", FileOps()

@@ -7,6 +7,8 @@ import errno
 import json
 import os
 import shutil
+import threading
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +18,19 @@ import torch
 from torch import nn
 
 from penstock.engine.attach.calls import NotPlain, apart, asked, form_of, form_text, together
-from penstock.engine.attach.keeping import Counted, Counter, Kept, Seen, kept_of
+from penstock.engine.attach.keeping import RECORDS, Counted, Counter, Kept, Seen, kept_of
+from penstock.engine.attach.recorded import CallKeeper, Recorder
 from penstock.engine.run import fingerprint
 from penstock.engine.run.jobs import describe, find_unfinished, remove_job
 from penstock.engine.store.durable import FileOps
-from penstock.engine.store.journal import HEADER_BYTES
-from penstock.errors import FingerprintMismatch, JournalError, OverBudget, StorageError
+from penstock.engine.store.journal import HEADER_BYTES, Journal
+from penstock.errors import (
+    FingerprintMismatch,
+    JobCancelled,
+    JournalError,
+    OverBudget,
+    StorageError,
+)
 from tests.engine.attach.resuming import ROOM, WORDS, Task, equal, saved
 from tests.versions import DIFFUSERS_0_36, TRANSFORMERS_4
 
@@ -62,10 +71,10 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 CASES = [
-    ("LTX-2", None, (0, 5)),  # three calls a step
+    ("LTX-2", None, (5,)),  # three calls a step
     ("Flux", None, (1,)),
     ("SDXL", "EulerAncestralDiscreteScheduler", (1,)),  # noise at every step
-    ("Wan2.2 A14B", None, (1, 6)),  # two transformers, two calls a step
+    ("Wan2.2 A14B", None, (3,)),  # two transformers, two calls a step
 ]
 MORE = [
     ("SDXL", "HeunDiscreteScheduler", ()),  # two calls a step but the last
@@ -99,6 +108,39 @@ def test_killed_and_gone_on_with(
             "lock",
         ]
     assert not report.problems
+
+
+def test_noise_that_no_generator_draws(
+    tasks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a function of the seed as well, and drawn again; torch's own state stays."""
+    task, plain = tasks("Flux")
+    scheduler = task.job._opened.pipe.scheduler
+    step = scheduler.step
+
+    def noisy(*args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
+        made = step(*args, **kwargs)[0]
+        return (made + torch.randn_like(made),)
+
+    monkeypatch.setattr(scheduler, "step", noisy)
+    before = torch.random.get_rng_state()
+    wanted = task.made()[0]
+    assert torch.equal(torch.random.get_rng_state(), before) and not equal(wanted, plain)
+    task.killed(tmp_path / "job", 1)
+    torch.rand(1)
+    given, report = task.resumed(tmp_path / "job")
+    assert equal(given, wanted) and report.answered_calls == 2
+
+
+def test_a_job_stops_at_the_next_call(tasks: Any) -> None:
+    """Whether its loop tells steps or not."""
+    task, wanted = tasks("Flux")
+    task.job.cancel()
+    with pytest.raises(JobCancelled):
+        task.made()
+    assert set(task.reads.values()) == {0}
+    task.job._stopped = threading.Event()
+    assert equal(task.made()[0], wanted)
 
 
 def test_only_what_is_computed_is_read(tasks: Any, tmp_path: Path) -> None:
@@ -143,6 +185,8 @@ def test_ram_for_a_record_is_planned_and_held(tasks: Any) -> None:
     assert refused.value.need_bytes == plan.ram_bytes
     with CallJob(task.model, task.words, budgets("cpu", ROOM, plan.ram_bytes)) as job:
         assert job.plan.kept == plan.kept
+    task.made()
+    assert [held[RECORDS] for held in task.held] == [plan.kept.ram_bytes] * len(task.held) != []
 
 
 def test_a_kill_while_a_record_is_written_costs_that_call(tasks: Any, tmp_path: Path) -> None:
@@ -330,6 +374,36 @@ class _Loop:
 class _Taking(nn.Module):
     def forward(self, x: torch.Tensor, cache: Any = None) -> torch.Tensor:
         return x[:, :2]
+
+
+class _Outer(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.calls = inner, 0
+
+    def forward(self, x: torch.Tensor, cache: Any = None) -> torch.Tensor:
+        self.calls += 1
+        return 2 * self.inner(x)
+
+
+def test_a_network_in_another_is_kept_with_it(tmp_path: Path) -> None:
+    """And a call that cannot be told is computed again, and said."""
+    inner = _Taking()
+    outer, x = _Outer(inner), torch.arange(8.0).reshape(2, 4)
+    journal = Journal.create(tmp_path / "job", {}, {}, {})
+    keeper = CallKeeper(journal)
+    with closing(keeper), torch.no_grad():
+        for answered in (0, 2):
+            recorder = Recorder({"outer": outer, "inner": inner}, keeper, torch.device("cpu"))
+            with recorder.watched():
+                made = outer(x), outer(x, SimpleNamespace()), inner(x)
+            assert torch.equal(made[0], 2 * x[:, :2]) and torch.equal(made[2], x[:, :2])
+            assert (recorder.answered, recorder.computed) == (answered, 3 - answered)
+            why = "call 1 of outer is not kept: it is given a SimpleNamespace"
+            assert recorder.problems == [why]
+    assert outer.calls == 3 and "forward" not in vars(outer)
+    names = sorted(path.name for path in (tmp_path / "job").glob("call-*"))
+    assert names == ["call-0.safetensors", "call-2.safetensors"]
 
 
 def test_what_cannot_be_kept_is_said() -> None:

@@ -21,20 +21,18 @@ from penstock.engine.families.minimax_h3.terms import (
     state_bytes,
     tables_bytes,
 )
-from penstock.profiles.manifest import Storage
 from penstock.profiles.phases import (
     OBJECTS,
     RESTORED,
     Group,
+    MatrixProducts,
     OnePass,
-    compute_path,
     group_fits,
     group_key,
     loading_s,
 )
 from penstock.profiles.plan import Items, PhasePlan
 from penstock.profiles.policy import Limits
-from penstock.profiles.rates import Rates
 from penstock.profiles.streams import (
     LINK_CARE,
     Network,
@@ -43,7 +41,6 @@ from penstock.profiles.streams import (
     best_stream,
     least_streams,
 )
-from penstock.units import MIB
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +48,6 @@ CONTEXT, DENOISE = "context", "denoise"
 
 CHUNKS = (1 << 16, 1 << 15, 1 << 14, 1 << 13, 4096, 2048, 1024, 512, 256, 128, 64, 32)
 """Rows a chunk that are tried, besides all of them in one."""
-
-EIGHT_BIT_WORKSPACE_BYTES = 128 * MIB
-"""Temporaries of an 8-bit matrix product (`penstock.quant.compute.DEFAULT_CHUNK_BYTES`)."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +132,7 @@ class DenoisePacked:
             (
                 ("latents", latents_bytes(self.case)),
                 *cost.once_items(spec, case, steps),
-                *self._decoding(spec.table_storage),
+                *self._products.items(spec.table_storage),
                 *self.case.libraries(),
             ),
             (*self._host_kept, *saved),
@@ -180,7 +174,7 @@ class DenoisePacked:
     def _cut(self, chunk: int) -> Cut:
         work = (
             *cost.denoise_items(self.spec, packed_case(self.case, chunk)),
-            *self._decoding(self.spec.storage),
+            *self._products.items(),
             *self.case.libraries(),
         )
         return Cut(chunk, work, self._compute_s(chunk))
@@ -189,45 +183,30 @@ class DenoisePacked:
     def _forwards(self) -> tuple[int, int]:
         return self.case.policy.caching.forwards(evaluations(self.case))
 
-    @property
-    def _is_fast(self) -> bool:
-        case = self.case
-        return compute_path(self.spec.storage, case.policy, case.rates) not in ("plain", "dequant")
-
-    def _decoding(self, stored: Storage) -> Items:
-        """Return what quantised matrices take in VRAM besides their bytes."""
-        if stored.path is None and self._is_fast:
-            return (("8-bit workspace", EIGHT_BIT_WORKSPACE_BYTES),)
-        return stored.items
+    @cached_property
+    def _products(self) -> MatrixProducts:
+        spec, case = self.spec, self.case
+        return MatrixProducts(spec.storage, max(spec.weights.block_bytes), case.policy, case.rates)
 
     def _compute_s(self, chunk: int) -> float:
         """Return the seconds of one pass over all blocks."""
         spec, rates = self.spec, self.case.rates
         case = packed_case(self.case, chunk)
         flops = cost.pass_flops(spec, case)
-        path = compute_path(spec.storage, self.case.policy, rates)
         chunks = -(-case.rows // chunk) * spec.num_layers
         word, steps = self.case.policy.attention, evaluations(self.case)
         dense = self.case.policy.attending.dense_steps(steps) / steps
         chunk_s = (
             rates.chunk_overhead_s(chunk, case.rows * spec.inner_dim)
-            + self._decode_s(rates)
+            + self._products.decode_s
             + rates.requantise_s(word, case.rows * spec.inner_dim, spec.weights.itemsize)
         )
         return (
-            flops.linear / (rates.product_flops(path) or rates.flops)
+            flops.linear / self._products.flops_per_s
             + flops.attention * rates.self_attention_s(word, dense)
             + chunks * chunk_s
             + case.rows * spec.hidden_size * spec.num_layers * rates.element_s
         )
-
-    def _decode_s(self, rates: Rates) -> float:
-        """Return the seconds to decode a block's matrices once: every chunk does."""
-        stored = self.spec.storage
-        if self._is_fast or not stored.decoded_bytes or rates.memory_bytes_per_s is None:
-            return 0.0
-        moved = max(self.spec.weights.block_bytes) + stored.decoded_bytes
-        return moved / rates.memory_bytes_per_s
 
     @property
     def _host_kept(self) -> Items:

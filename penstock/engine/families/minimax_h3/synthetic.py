@@ -52,7 +52,6 @@ class _H3(Synthetic):
             "tokenizer": ["transformers", "Qwen2TokenizerFast", {"subfolder": "tokenizer"}],
             "transformer": ["diffusers", TRANSFORMER.made_by[1], {"subfolder": "transformer"}],
         }  # fmt: skip
-        (folder / "transformer").mkdir()
         (folder / "modular_model_index.json").write_text(json.dumps(index), encoding="utf-8")
 
 

@@ -21,20 +21,18 @@ from penstock.engine.families.wan.terms import (
     restored_bytes,
     saved_state_bytes,
 )
-from penstock.profiles.manifest import Storage
 from penstock.profiles.phases import (
     OBJECTS,
     RESTORED,
     Group,
+    MatrixProducts,
     OnePass,
-    compute_path,
     group_fits,
     group_key,
     loading_s,
 )
 from penstock.profiles.plan import Items, PhasePlan
 from penstock.profiles.policy import RESIDUALS, Limits
-from penstock.profiles.rates import Rates
 from penstock.profiles.streams import (
     LINK_CARE,
     Network,
@@ -43,7 +41,6 @@ from penstock.profiles.streams import (
     best_stream,
     least_streams,
 )
-from penstock.units import MIB
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +58,6 @@ the states of the windows that share a visit take the room of a block or two."""
 EVEN_COST = 0.02
 """Of the job's time that a plan may take more under which a step in windows moves no more than
 that: smaller chunks, which decode the weights more often, leave room for blocks that stay."""
-
-EIGHT_BIT_WORKSPACE_BYTES = 128 * MIB
-"""Temporaries of an 8-bit matrix product (`penstock.quant.compute.DEFAULT_CHUNK_BYTES`)."""
 
 
 @dataclass(frozen=True)
@@ -255,7 +249,7 @@ class Denoise:
             (
                 *transformer.context_bytes(spec, case).told,
                 *self._sampled(case),
-                *self._decoding(spec.context_storage or spec.storage),
+                *self._products.items(spec.context_storage or spec.storage),
                 *self.case.libraries(),
             ),
             (*self._host_kept(case), *self._saved(RESTORED, restored_bytes)),
@@ -356,7 +350,7 @@ class Denoise:
     def _shape(self, cost: transformer.DenoiseCase) -> Shape:
         work = (
             *transformer.denoise_bytes(self.spec, cost).told,
-            *self._decoding(self.spec.storage),
+            *self._products.items(),
             *self.case.libraries(),
         )
         kinds = self._kinds(cost)
@@ -387,16 +381,10 @@ class Denoise:
         fewest, most = zip(*(each.forwards for each in self._stretches), strict=True)
         return sum(fewest), sum(most)
 
-    @property
-    def _is_fast(self) -> bool:
-        case = self.case
-        return compute_path(self.spec.storage, case.policy, case.rates) not in ("plain", "dequant")
-
-    def _decoding(self, stored: Storage) -> Items:
-        """Return what quantised matrices take in VRAM besides their bytes."""
-        if stored.path is None and self._is_fast:
-            return (("8-bit workspace", EIGHT_BIT_WORKSPACE_BYTES),)
-        return stored.items
+    @cached_property
+    def _products(self) -> MatrixProducts:
+        spec, case = self.spec, self.case
+        return MatrixProducts(spec.storage, max(spec.weights.block_bytes), case.policy, case.rates)
 
     def _compute_s(self, cost: transformer.DenoiseCase) -> float:
         """Return the seconds of one pass over all blocks, fetching cross-attention K/V included."""
@@ -405,16 +393,15 @@ class Denoise:
         chunks = -(-tokens // cost.chunk_tokens) * spec.num_layers
         texts = cost.branch_text_tokens
         flops = transformer.denoise_flops(spec, tokens, cost.image_tokens, texts)
-        path = compute_path(spec.storage, self.case.policy, rates)
         attended = (tokens + texts + cost.image_tokens) * spec.inner_dim
         word = self.case.policy.attention
         chunk_s = (
             rates.chunk_overhead_s(cost.chunk_tokens, attended)
-            + self._decode_s(rates)
+            + self._products.decode_s
             + rates.requantise_s(word, tokens * spec.inner_dim, spec.weights.itemsize)
         )
         branch = (
-            flops.linear / (rates.product_flops(path) or rates.flops)
+            flops.linear / self._products.flops_per_s
             + flops.self_attention * rates.self_attention_s(word, self._dense)
             + flops.cross_attention / (rates.attention_flops or rates.flops)
             + chunks * chunk_s
@@ -436,14 +423,6 @@ class Denoise:
             return 0
         one = transformer.cross_kv_bytes(self.spec, replace(cost, branches=1))
         return one * min(cost.visit_branches, cost.branches)
-
-    def _decode_s(self, rates: Rates) -> float:
-        """Return the seconds to decode a block's matrices once: every chunk does."""
-        stored = self.spec.storage
-        if self._is_fast or not stored.decoded_bytes or rates.memory_bytes_per_s is None:
-            return 0.0
-        moved = max(self.spec.weights.block_bytes) + stored.decoded_bytes
-        return moved / rates.memory_bytes_per_s
 
     def _host_kept(self, cost: transformer.DenoiseCase) -> Items:
         return (

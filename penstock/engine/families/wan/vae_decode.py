@@ -86,11 +86,13 @@ def decode_tiled(
     for feature in _whole_frames(vae, latents):
         features.append(feature)
         should_stop()
-    for index, tile in enumerate(tiles):
-        if index in skip:
-            continue
+    wanted = [(index, tile) for index, tile in enumerate(tiles) if index not in skip]
+    remembering = (_remembering(vae.decoder, tile) for _, tile in wanted)
+    past = Past.of_tiles(features[0], remembering, len(features))
+    for index, tile in wanted:
+        past.forget()
         window = tile.output.scaled(arch.patch)
-        for frame, pixels in enumerate(_tile_frames(vae.decoder, features, tile, arch.patch)):
+        for frame, pixels in enumerate(_tile_frames(vae.decoder, features, tile, past, arch.patch)):
             yield Piece(index, len(tiles), frame, window, pixels[0, :, 0])
             del pixels
             should_stop()
@@ -158,21 +160,31 @@ def _whole_frames(vae: Any, latents: Tensor) -> Iterator[Tensor]:
     return _frames(residuals(decoder.up_blocks[0].resnets, past, window, runs))
 
 
+def _remembering(decoder: Any, tile: DecodeTile) -> Iterator[tuple[Any, Window]]:
+    """Yield the causal convolutions of a tile and the window that each sees."""
+    for upper, windows in zip(decoder.up_blocks[1:], tile.levels, strict=True):
+        for index, block in enumerate(upper.resnets):
+            yield block.conv1, windows[2 * index]
+            yield block.conv2, windows[2 * index + 1]
+    yield decoder.conv_out, tile.levels[-1][-2]
+
+
 def _tile_frames(
-    decoder: Any, features: Sequence[Tensor], tile: DecodeTile, patch: int = 1
+    decoder: Any, features: Sequence[Tensor], tile: DecodeTile, past: Past, patch: int = 1
 ) -> Iterator[Tensor]:
     """Return all frames of one tile, (1, 3, 1, h, w) each."""
     if hasattr(decoder.up_blocks[0], "avg_shortcut"):
-        frames = vae_residual.tile_frames(decoder, features, tile)
+        frames = vae_residual.tile_frames(decoder, features, tile, past)
         if patch > 1:
             frames = map(partial(vae_residual.unpatched, patch=patch), frames)
     else:
-        frames = _plain_frames(decoder, features, tile)
+        frames = _plain_frames(decoder, features, tile, past)
     return map(partial(torch.clamp_, min=-1.0, max=1.0), frames)
 
 
-def _plain_frames(decoder: Any, features: Sequence[Tensor], tile: DecodeTile) -> Iterator[Tensor]:
-    past = Past()
+def _plain_frames(
+    decoder: Any, features: Sequence[Tensor], tile: DecodeTile, past: Past
+) -> Iterator[Tensor]:
     whole = Window.whole(*features[0].shape[-2:])
     rows, cols = tile.tail.inside(whole)
     runs: Iterator[Run] = (once(feature[..., rows, cols]) for feature in features)

@@ -37,11 +37,43 @@ class Past:
 
     A new frame takes the place of the oldest. They are joined in one room for all of them, as large
     as the largest needs; other layers may use it meanwhile.
+
+    Args:
+        arena: what holds all that is remembered, of one dimension; None: each place is taken when
+            its first frame comes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, arena: Tensor | None = None) -> None:
         self._memories: dict[nn.Module, _Memory] = {}
         self._room: Tensor | None = None
+        self._arena, self._given = arena, 0
+
+    @classmethod
+    def of_tiles(
+        cls, like: Tensor, tiles: Iterable[Iterable[tuple[Any, Window]]], frames: int
+    ) -> Past:
+        """Return one for tiles that come one after the other: all its memory is taken here, so that
+        nothing of it lies between frames that come and go.
+
+        The channels of true VAEs are multiples of 32: places begin at multiples of 64 bytes.
+
+        Args:
+            like: what device and dtype it is of.
+            tiles: of each its causal convolutions, and the window that each sees.
+            frames: that enter each, at least.
+        """
+        counts = [
+            [conv.in_channels * math.prod(window.shape) for conv, window in tile] for tile in tiles
+        ]
+        places = min(CAUSAL_REACH, frames) * max(map(sum, counts), default=0)
+        past = cls(like.new_empty(places))
+        past.room(like, ((CAUSAL_REACH + 1) * max(map(max, counts), default=0),))
+        return past
+
+    def forget(self) -> None:
+        """Begin anew, in the same memory: what comes next is another tile."""
+        self._memories.clear()
+        self._given = 0
 
     def joined(self, conv: nn.Module, frame: Tensor | None, norm: Any) -> Tensor:
         """Return what ``conv`` sees next, (1, c, 3, h, w), zeros before the first frame; it lies in
@@ -49,7 +81,7 @@ class Past:
         memory = self._memories.setdefault(conv, _Memory())
         like = memory.newest if frame is None else frame
         room = self.room(like, (1, like.shape[1], CAUSAL_REACH + 1, *like.shape[-2:]))
-        memory.join(room, frame, norm)
+        memory.join(room, frame, norm, self._place)
         return room
 
     def room(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -64,6 +96,14 @@ class Past:
         """Give the room back until it is needed again."""
         self._room = None
 
+    def _place(self, like: Tensor) -> Tensor:
+        """Return unfilled memory of ``like``'s shape, until all is forgotten."""
+        if self._arena is None:
+            return torch.empty_like(like, memory_format=torch.contiguous_format)
+        first = self._given
+        self._given += like.numel()
+        return self._arena[first : self._given].view(like.shape)
+
 
 class _Memory:
     """The last two frames that a convolution has seen, and in which of two places each lies."""
@@ -77,27 +117,30 @@ class _Memory:
         """(1, c, 1, h, w)."""
         return self._places[self._order[-1]]
 
-    def join(self, room: Tensor, frame: Tensor | None, norm: Any) -> None:
-        """Fill ``room`` with what is remembered and the next frame, and remember that one."""
+    def join(
+        self, room: Tensor, frame: Tensor | None, norm: Any, place: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Fill ``room`` with what is remembered and the next frame, and remember that one;
+        ``place`` gives memory for the first two."""
         absent = CAUSAL_REACH - len(self._order)
         if absent:
             room[:, :, :absent].zero_()
         for at, index in enumerate(self._order, start=absent):
             room[:, :, at : at + 1].copy_(self._places[index])
-        newest = self._order[-1] if frame is None else self._write(frame, norm)
+        newest = self._order[-1] if frame is None else self._write(frame, norm, place)
         room[:, :, -1:].copy_(self._places[newest])
         self._order = [*self._order, newest][-CAUSAL_REACH:]
 
-    def _write(self, frame: Tensor, norm: Any) -> int:
+    def _write(self, frame: Tensor, norm: Any, place: Callable[[Tensor], Tensor]) -> int:
         """Put ``frame`` where the one before it is not."""
-        place = 1 - self._order[-1] if self._order else 0
-        if place == len(self._places):
-            self._places.append(torch.empty_like(frame, memory_format=torch.contiguous_format))
+        index = 1 - self._order[-1] if self._order else 0
+        if index == len(self._places):
+            self._places.append(place(frame))
         if norm is None:
-            self._places[place].copy_(frame)
+            self._places[index].copy_(frame)
         else:
-            activated(norm, frame, self._places[place])
-        return place
+            activated(norm, frame, self._places[index])
+        return index
 
 
 class through(Iterator[Run]):  # noqa: N801 (a `map` of runs)

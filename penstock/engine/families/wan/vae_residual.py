@@ -61,9 +61,10 @@ def whole_frames(decoder: Any, past: Past, frames: Iterator[Tensor], window: Win
         yield parts.pop()  # what a name still held would wait for the next frame
 
 
-def tile_frames(decoder: Any, features: Sequence[Tensor], tile: DecodeTile) -> Iterator[Tensor]:
+def tile_frames(
+    decoder: Any, features: Sequence[Tensor], tile: DecodeTile, past: Past
+) -> Iterator[Tensor]:
     """Return all frames of one tile, (1, channels, 1, h, w) each, before they are unpatched."""
-    past = Past()
     rows, cols = tile.tail.inside(Window.whole(*features[0].shape[-2:]))
     pairs: Iterator[Pair] = (
         (pair[0], pair[1]) for pair in (f[..., rows, cols].chunk(2, dim=1) for f in features)

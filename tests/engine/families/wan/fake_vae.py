@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from penstock.engine.families.wan import vae_decode, vae_encode
+from penstock.engine.families.wan import vae_decode, vae_encode, vae_layers
 from penstock.engine.families.wan.cost.runs import clip_runs
 from penstock.engine.families.wan.vae_layers import levels_of
 from penstock.profiles.phases import FIRST_FRAME
@@ -71,7 +71,9 @@ class FakeVae:
             del feature
             tiles = decode_tiles(arch, grid, *latent[1:])
             tile = max(tiles, key=lambda tile: _area(tile.levels[-1][0]))
-            frames = vae_decode._tile_frames(self.vae.decoder, features, tile, arch.patch)
+            remembering = [vae_decode._remembering(self.vae.decoder, each) for each in tiles]
+            past = vae_layers.Past.of_tiles(features[0], remembering, STEADY_LATENTS)
+            frames = vae_decode._tile_frames(self.vae.decoder, features, tile, past, arch.patch)
             for pixels in islice(frames, 1 + 4 * (STEADY_LATENTS - 1)):
                 vae_decode.to_uint8(pixels[0, :, 0])
             return meter.peak

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from penstock.engine.families.minimax_h3.video_vae.tiny import of_channels
+
 CONFIG: dict[str, Any] = {
     "encoder_dim": 4, "encoder_rates": (2, 4), "latent_dim": 24, "latent_channels": 6,
     "num_attention_heads": 2, "decoder_dim": 16, "decoder_rates": (4, 2),
@@ -26,10 +28,7 @@ def audio_vae(channels: int = 6) -> Any:
 
     with warnings.catch_warnings():  # of torch, about the way in which diffusers norms weights
         warnings.simplefilter("ignore")
-        whole = {
-            name: (each * channels)[:channels] if name.startswith("latents_") else each
-            for name, each in CONFIG.items()
-        } | {"latent_channels": channels, "latent_dim": 4 * channels}
+        whole = of_channels(CONFIG, channels) | {"latent_dim": 4 * channels}
         model = AutoencoderKLMiniMaxH3Audio(**whole).eval().requires_grad_(False)
     for each in model.parameters():
         each.data.add_(0.1 * torch.randn_like(each))

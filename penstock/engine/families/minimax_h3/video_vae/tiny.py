@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,11 +24,7 @@ def vae(dtype: torch.dtype = torch.float32, channels: int = 4) -> Any:
     """
     from diffusers import AutoencoderKLMiniMaxH3
 
-    whole = {
-        name: (each * channels)[:channels] if name.startswith("latents_") else each
-        for name, each in CONFIG.items()
-    } | {"latent_channels": channels}
-    model = AutoencoderKLMiniMaxH3(**whole).eval().requires_grad_(False)
+    model = AutoencoderKLMiniMaxH3(**of_channels(CONFIG, channels)).eval().requires_grad_(False)
     kept = set(model._keep_in_fp32_modules)
     for name, each in model.named_parameters():
         if each.ndim == 1 or "token" in name:
@@ -35,3 +32,9 @@ def vae(dtype: torch.dtype = torch.float32, channels: int = 4) -> Any:
         if not kept & set(name.split(".")):
             each.data = each.data.to(dtype)
     return model
+
+
+def of_channels(config: Mapping[str, Any], channels: int) -> dict[str, Any]:
+    """Return a VAE's config for so many channels of latents, its statistics in turn."""
+    each = {name: (config[name] * channels)[:channels] for name in ("latents_mean", "latents_std")}
+    return {**config, **each, "latent_channels": channels}

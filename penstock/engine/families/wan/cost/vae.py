@@ -91,6 +91,7 @@ def decode_bytes(
     whole = _decode_whole(spec, latent, _Walk(itemsize, [1] * frames, on_cpu))
     tiles = decode_tiles(levels_of(spec), grid, height, width)
     walks = [_decode_tile(spec, tile, _Walk(itemsize, [1] * frames, on_cpu)) for tile in tiles]
+    _share_past(walks)
     largest = max(walks, key=lambda walk: walk.peak_bytes)
     if whole.peak_bytes - features > largest.peak_bytes:
         items = whole.items(features=(frames - 1) * features)
@@ -222,6 +223,14 @@ def encode_work(
     return VaeWork.of((whole, *walks))
 
 
+def _share_past(walks: Sequence[_Walk]) -> None:
+    """Let the tiles have one after the other what the largest of them takes."""
+    places, room = max(walk.places for walk in walks), max(walk.room for walk in walks)
+    for walk in walks:
+        walk.past += places - walk.places
+        walk.places, walk.room = places, room
+
+
 def _area(window: Window) -> int:
     return window.shape[0] * window.shape[1]
 
@@ -237,6 +246,7 @@ class _Walk:
     Attributes:
         runs: lengths of the runs of equal frames that enter the next layer.
         past: what causal layers remember.
+        places: of it, what lies in places of their own.
         room: where they join it; given back while the mid block attends.
         waiting: what other frames on their way hold.
         holds: frames are held, whatever the runs.
@@ -258,7 +268,7 @@ class _Walk:
     ) -> None:
         self.itemsize, self.runs, self.on_cpu, self.holds = itemsize, [*runs], on_cpu, holds
         self.lone, self._worst = lone, (0, 0)
-        self.past = self.room = self.waiting = self.held = self.frame = 0
+        self.past = self.places = self.room = self.waiting = self.held = self.frame = 0
         self.flops = self.elements = self.pixels = self.calls = self.convolution = 0
         self._working = self._attending = 0
 
@@ -304,7 +314,9 @@ class _Walk:
     def join(self, channels: int, area: int) -> None:
         """Join the next frame to the two before it, if it is not the first or second."""
         nbytes = self.bytes(channels, area)
-        self.past += min(CAUSAL_REACH, len(self.runs)) * nbytes
+        kept = min(CAUSAL_REACH, len(self.runs)) * nbytes
+        self.past += kept
+        self.places += kept
         self.take(CAUSAL_REACH * nbytes + nbytes)
 
     def take(self, nbytes: int) -> None:

@@ -421,7 +421,7 @@ def measure(clips: Clips, steps: int, table: Table, only: Sequence[str]) -> None
         (method, setting, run)
         for method, setting, run in (*own(steps), *methods(steps))
         if not table.has(steps, method, setting)
-        and (not only or any(word in method for word in only))
+        and (not only or any(word in f"{method} {setting}" for word in only))
     ]
     if not asked:
         return
@@ -445,7 +445,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Step caches on the trained small model")
     parser.add_argument("--pairs", type=int, default=48)
     parser.add_argument("--steps", default="40,20")
-    parser.add_argument("--only", action="append", default=[], help="words of methods' names")
+    parser.add_argument(
+        "--only", action="append", default=[], help="words of methods' names and settings"
+    )
     parser.add_argument("--save", type=Path)
     asked = parser.parse_args()
     torch.set_num_threads(1)

@@ -42,6 +42,11 @@ FRAMES_PSNR: Mapping[tuple[str, str], float] = MappingProxyType(
 """Decibels of frames against the weights as stored, by format and arithmetic: the small trained
 model's 48 held-out clips (``benchmarks/quality.py``; a test holds them to its results)."""
 
+HALF_PSNR: Mapping[str, float] = MappingProxyType({"plan": 80.9, "guidance interval": 34.7})
+"""Decibels of frames against the full run of 40 steps, of which half are computed, or guided (the
+noisy half): the small trained model's 48 held-out clips (``benchmarks/caches.py``; a test holds
+them to its results)."""
+
 _SMALL = "480p"
 _UNMEASURED = "quality not measured"
 
@@ -110,9 +115,13 @@ def _half_guided(
         return None
     told = prepared.about.official.timesteps(request.video_shape, request.steps, noise_of(request))
     interval = f"{told[request.steps // 2 - 1] / TRAINED:.3f},1"
-    quality = f"guidance in about half of the steps; {_UNMEASURED}"
+    quality = f"guidance in about half of the steps; {_half('guidance interval')}"
     other = replace(settings, cfg_interval=interval)
     return _Change(f"--cfg-interval {interval}", prepared.asked, other, quality)
+
+
+def _half(method: str) -> str:
+    return f"{HALF_PSNR[method]:.0f} dB of 40 full steps, on the small trained model"
 
 
 def _predicted(prepared: Prepared, change: _Change, saved: bool) -> float | None:
@@ -156,7 +165,7 @@ def _changes(
     if options.step_cache is None and plan.step_cache == OFF and request.steps >= FEWEST_STEPS:
         half = f"plan:{request.steps // 2}"
         other = replace(options, step_cache=half)
-        told = f"{request.steps // 2} of {request.steps} forwards; measured on the small model only"
+        told = f"{request.steps // 2} of {request.steps} forwards; {_half('plan')}"
         yield _Change(f"--cache {half}", other, settings, told)
     yield from _formats(options, settings, plan, prepared.hardware.device)
     yield from _budgets(options, settings)

@@ -10,13 +10,17 @@ from typer.testing import CliRunner
 from penstock.cli.main import app
 from penstock.cli.plan_view import clock
 from penstock.engine import alternatives as module
-from penstock.engine.alternatives import FRAMES_PSNR, MOST, WORTH_A_WORD, alternatives
+from penstock.engine.alternatives import FRAMES_PSNR, HALF_PSNR, MOST, WORTH_A_WORD, alternatives
 from penstock.engine.prepared import Prepared, machine_of
 from penstock.engine.request.generation import workload_of
 from penstock.engine.request.settings import Settings, resolve
 from penstock.profiles.options import Options
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "quality_mini_2core_cpu.json"
+MEASURED = Path(__file__).parents[2] / "benchmarks" / "results"
+RESULTS, CACHES = (
+    MEASURED / "quality_mini_2core_cpu.json",
+    MEASURED / "caches_mini_48_2core_cpu.json",
+)
 SETTINGS = Settings(prompt="a cat")
 
 
@@ -82,6 +86,15 @@ def test_quality_is_what_was_measured() -> None:
     measured = {(row["format"], row["compute"].split()[0]): row["frames_psnr"] for row in rows}
     for way, decibels in FRAMES_PSNR.items():
         assert decibels == pytest.approx(measured[way], abs=0.06)
+    rows = json.loads(CACHES.read_text(encoding="utf-8"))["rows"]
+    halves = {
+        row["method"]: row["frames_db"]
+        for row in rows
+        if (row["steps"], row["setting"]) in ((40, "20 from 8 runs"), (40, "0.85, 1.0"))
+    }
+    assert halves == pytest.approx(dict(HALF_PSNR), abs=0.06)
+    told = found(prepared())
+    assert "; 81 dB of 40 full steps" in told["--cache plan:20"].quality
 
 
 def test_the_command_prints_them_and_generate_names_the_best(

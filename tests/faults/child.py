@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +100,13 @@ class Task:
 class _Failpoints:
     def __init__(self, writer: int, kill_at: int, kill_at_step: int) -> None:
         self._writer, self._kill_at, self._kill_at_step = writer, kill_at, kill_at_step
-        self.passed = 0
+        self._numbers = count(1)  # atomic: the writer's thread takes them too
 
     def reach(self) -> None:
         """One more failpoint."""
-        self.passed += 1
-        self.tell("f", self.passed)
-        if self.passed == self._kill_at:
+        number = next(self._numbers)
+        self.tell("f", number)
+        if number == self._kill_at:
             _die()
 
     def tell(self, kind: str, number: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -104,7 +105,9 @@ def _command(arguments: tuple[str, ...]) -> str:
         return "accepted"
     lines = [line for line in run.stderr.splitlines() if line.strip()]
     one = sum(line.startswith("error: ") for line in lines) == 1 and lines[-1].startswith("error: ")
-    if run.exit_code in (1, 2) and one and "Traceback" not in run.output:
+    # That nothing fits is an answer of `plan`, which lays out what takes how much.
+    answered = arguments[0] == "plan" and re.match(r"plan for .+: no plan fits the ", run.stderr)
+    if run.exit_code in (1, 2) and (one or answered) and "Traceback" not in run.output:
         return "refused"
     return f"wrong: exit code {run.exit_code}: {run.output[-500:]}"
 

@@ -66,7 +66,7 @@ def test_out_of_memory_at_every_allocation(
     whole = engine.submit(REQUEST).result()
     with DeviceAllocations(inside="run") as counted:
         engine.submit(REQUEST).result()
-    assert counted.calls > 500
+    assert counted.calls > 450  # 497; the past of all tiles of a decoding is one
     identical = ended = 0
     places = range(FIRST, counted.calls + 1, EVERY)
     for at in places:

@@ -152,14 +152,6 @@ def generate_foreign(
             _run(job, manner, (), output, seed, rate, overwrite=manner.force, keeper=keeper)
 
 
-def is_foreign_job(folder: Path) -> bool:
-    """Return whether a job is of a pipeline that diffusers runs."""
-    from penstock.engine.attach.foreign_kept import is_call
-    from penstock.engine.store.journal import read_record
-
-    return is_call(read_record(folder))
-
-
 def resume_foreign(
     folder: Path,
     output: Path | None,

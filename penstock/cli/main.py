@@ -43,7 +43,6 @@ from penstock.cli.foreign import (
     Manner,
     generate_foreign,
     is_foreign,
-    is_foreign_job,
     own_only,
     plan_foreign,
     resume_foreign,
@@ -375,12 +374,13 @@ def resume(
     debug: Debug = False,
 ) -> None:
     """Resume a job that was stopped, failed or killed."""
-    from penstock.engine.run.jobs import find_job, opening_of
+    from penstock.engine.run.jobs import find_job, is_of_pipeline, opening_of
+    from penstock.engine.store.journal import read_record
 
     shown = Shown(as_json, quiet, no_preview)
     with reported(debug), Stopping() as stop:
         folder = find_job(job)
-        if is_foreign_job(folder):
+        if is_of_pipeline(read_record(folder)):
             resume_foreign(
                 folder, output, options, {"--lora": lora or None}, allow_nonidentical, stop,
                 Manner(force, as_json, quiet, debug),

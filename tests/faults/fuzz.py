@@ -106,7 +106,12 @@ def _command(arguments: tuple[str, ...]) -> str:
     lines = [line for line in run.stderr.splitlines() if line.strip()]
     one = sum(line.startswith("error: ") for line in lines) == 1 and lines[-1].startswith("error: ")
     # That nothing fits is an answer of `plan`, which lays out what takes how much.
-    answered = arguments[0] == "plan" and re.match(r"plan for .+: no plan fits the ", run.stderr)
+    answered = (
+        (arguments[0], run.exit_code) == ("plan", 1)
+        and lines
+        and re.fullmatch(r"plan for .+: no plan fits the (RAM|VRAM) budget", lines[0])
+        and any(line.startswith("What fits: ") for line in lines)
+    )
     if run.exit_code in (1, 2) and (one or answered) and "Traceback" not in run.output:
         return "refused"
     return f"wrong: exit code {run.exit_code}: {run.output[-500:]}"

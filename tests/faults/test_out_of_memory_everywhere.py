@@ -27,7 +27,7 @@ FIRST = int(os.environ.get("FAULTS_FIRST", "1"))
 """Every allocation. With FAULTS_EVERY=n it is one of n, and n runs with FAULTS_FIRST=1 to n are all
 of them, in pieces."""
 
-REQUEST = a_request(None, width=32, height=32, frames=1, steps=2, guidance_scale=1.0)
+REQUEST = a_request(None, width=32, height=32, frames=1, steps=3, guidance_scale=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_out_of_memory_at_every_allocation(
     whole = engine.submit(REQUEST).result()
     with DeviceAllocations(inside="run") as counted:
         engine.submit(REQUEST).result()
-    assert counted.calls > 450  # 497; the past of all tiles of a decoding is one
+    assert counted.calls > 500
     identical = ended = 0
     places = range(FIRST, counted.calls + 1, EVERY)
     for at in places:

@@ -7,7 +7,6 @@ Only tensors, plain values and containers of them are told: an object may hold a
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from penstock.engine.packs.file import running_digest
-from penstock.engine.store.sealed import TENSOR_TYPES
+from penstock.engine.store.sealed import TENSOR_TYPES, raw_bytes
 from penstock.errors import JournalError
 
 _PLAIN = (bool, int, float, str, type(None))
@@ -55,7 +54,7 @@ def asked(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Asked:
     for part in _told([list(args), dict(kwargs)], 0):
         if isinstance(part, Tensor):
             form.update(f"{part.dtype} {tuple(part.shape)};".encode())
-            values.update(_bytes(part))
+            values.update(raw_bytes(part))
         else:
             form.update(f"{part};".encode())
     return Asked(form.hexdigest(), values.hexdigest())
@@ -77,14 +76,6 @@ def _told(value: Any, depth: int) -> Iterator[Tensor | str]:
             yield from _told(each, depth + 1)
     else:
         raise NotPlain(type(value).__name__)
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    plain = tensor.detach().resolve_conj().resolve_neg()
-    flat = plain.to("cpu").contiguous().reshape(-1)
-    if flat.stride() != (1,):  # one element of an expanded tensor counts as contiguous
-        flat = torch.empty_like(flat, memory_format=torch.contiguous_format).copy_(flat)
-    return flat.view(torch.uint8).numpy().data
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -246,9 +237,9 @@ def form_of(text: str) -> Any:
 
 def output_bytes(given: Given) -> int:
     """Return the bytes of all its tensors."""
-    return sum(each.numel() * each.element_size() for each in given.tensors)
+    return sum(each.nbytes for each in given.tensors)
 
 
 def largest_bytes(tensors: Sequence[Tensor]) -> int:
     """Return the bytes of the largest of some tensors; 0: there are none."""
-    return max((math.prod(each.shape) * each.element_size() for each in tensors), default=0)
+    return max((each.nbytes for each in tensors), default=0)

@@ -32,8 +32,9 @@ from penstock.engine.attach.keeping import RECORDS
 from penstock.engine.attach.pipe import Attached, attach_opened
 from penstock.engine.attach.recorded import CallKeeper, Recorder, intercepted
 from penstock.engine.media.claim import OutputClaim
-from penstock.engine.media.video import Sound, check_output, write_video
+from penstock.engine.media.video import Sound, check_output, taken, write_video
 from penstock.engine.run.ending import Ending
+from penstock.engine.run.fingerprint import Fingerprint
 from penstock.engine.run.keeper import Keeper
 from penstock.engine.run.stored import Order
 from penstock.engine.software import check_versions
@@ -141,7 +142,7 @@ class CallJob:
         """
         return Call(
             str(self._folder.absolute()), self._words, seed, None if fps is None else str(fps),
-            None if self._fmt is None else self._fmt.name, steps_of(self._opened.pipe, self._given),
+            self._format, steps_of(self._opened.pipe, self._given),
         )  # fmt: skip
 
     def begin(
@@ -157,8 +158,7 @@ class CallJob:
             OutputError: the output cannot be written, or another job is to write it.
             StorageError, JournalError: the job cannot be kept there.
         """
-        order, files = Order(output, overwrite), self._files
-        now = conditions_now(self._opened, self.plan, self._format, self._place, files)
+        order, now = Order(output, overwrite), self._conditions(self._files)
         claim = _claimed(order)
         try:
             return begin(
@@ -185,11 +185,13 @@ class CallJob:
         """
         order, files = order_of(journal, output, force=force), self._files
         keeper, told = resumed(
-            journal, self.plan,
-            conditions_now(self._opened, self.plan, self._format, self._place, files),
-            files, order, lambda: _claimed(order), allow_nonidentical=allow_nonidentical,
+            journal, self.plan, self._conditions(files), files, order, lambda: _claimed(order),
+            allow_nonidentical=allow_nonidentical,
         )  # fmt: skip
         return keeper, order, told
+
+    def _conditions(self, files: Mapping[str, Path]) -> Fingerprint:
+        return conditions_now(self._opened, self.plan, self._format, self._place, files)
 
     @property
     def _files(self) -> dict[str, Path]:
@@ -234,7 +236,8 @@ class CallJob:
         noted = keeper or Keeper()
         try:
             with Ending(noted, self._place):
-                report = self._made(output, seed, fps, told, overwrite, keeper, trusts)
+                recorder = self._recorder(keeper, trusts)
+                report = self._made(output, seed, fps, told, overwrite, noted, recorder)
                 noted.finished(report)
         finally:
             noted.close()
@@ -247,22 +250,20 @@ class CallJob:
         fps: Fraction | None,
         told: Callable[[int, int], None],
         overwrite: bool,
-        keeper: CallKeeper | None,
-        trusts: bool,
+        noted: Keeper,
+        recorder: Recorder | None,
     ) -> CallReport:
         _check_suffix(output, overwrite)
         started = time.monotonic()
         pipe = self._opened.pipe
-        noted = keeper or Keeper()
         if noted.lacks_sums():
             noted.save_sums({n: Sums().of(p, self._check).value for n, p in self._files.items()})
-        recorder = self._recorder(keeper, trusts)
         with (
             attach_opened(
                 self._opened, self._hardware, self._fmt, self.plan.work_bytes
             ) as attached,
             self._kept(recorder, attached),
-            bars(pipe, lambda total: _Steps(total, told, self._stopped)),
+            bars(pipe, lambda total: _Steps(total, told, self._check)),
             _seeded(seed, self._place),
         ):
             draw = torch.Generator().manual_seed(seed)
@@ -332,9 +333,9 @@ class _Steps(NoBar):
     """Stands in the place of a pipeline's bar."""
 
     def __init__(
-        self, total: int, told: Callable[[int, int], None], stopped: threading.Event
+        self, total: int, told: Callable[[int, int], None], check: Callable[[], None]
     ) -> None:
-        self._total, self._told, self._stopped, self._done = total, told, stopped, 0
+        self._total, self._told, self._check, self._done = total, told, check, 0
 
     def update(self, n: int = 1) -> None:
         """Count a step that is done.
@@ -344,8 +345,7 @@ class _Steps(NoBar):
         """
         self._done += n
         self._told(self._done, self._total)
-        if self._stopped.is_set():
-            raise JobCancelled("the job was cancelled", remedy="Nothing was written.")
+        self._check()
 
 
 def _default_rate(pipe: Any) -> float:
@@ -359,16 +359,9 @@ def _default_rate(pipe: Any) -> float:
 def _check_suffix(output: Path, overwrite: bool) -> None:
     if output.suffix.lower() == PICTURE:
         if output.exists() and not overwrite:
-            raise _taken(output)
+            raise taken(output)
         return
     check_output(output, overwrite)
-
-
-def _taken(output: Path) -> OutputError:
-    return OutputError(
-        "the output exists", expected="a new file name", found=str(output),
-        remedy="Choose another name, or overwrite with --force (overwrite=True)",
-    )  # fmt: skip
 
 
 def _write(
@@ -476,6 +469,6 @@ def _write_pictures(
             (ops.rename if overwrite else ops.rename_new)(new, path)
         except FileExistsError:
             ops.unlink(new)
-            raise _taken(path) from None
+            raise taken(path) from None
         files.append(path)
     return files, len(files)

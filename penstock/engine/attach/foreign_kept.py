@@ -15,7 +15,6 @@ from penstock.engine.attach.foreign_plan import TILED, CallPlan
 from penstock.engine.attach.recorded import CallKeeper
 from penstock.engine.media.claim import OutputClaim
 from penstock.engine.run.fingerprint import Fingerprint, check_fingerprint, fingerprint
-from penstock.engine.run.jobs import PIPELINE_FOLDER
 from penstock.engine.run.stored import Order, check_unfinished, read_again, restored_order
 from penstock.engine.store.journal import HEADER_BYTES, JobRecord, Journal
 from penstock.errors import JournalError
@@ -67,11 +66,6 @@ class Call:
                 "the job's record holds no call", found=f"illegal {', '.join(wrong) or 'words'}"
             )
         return call
-
-
-def is_call(record: JobRecord) -> bool:
-    """Return whether a job is one of a pipeline that diffusers runs."""
-    return PIPELINE_FOLDER in record.request
 
 
 def budgets_of(record: JobRecord) -> tuple[str, int, int]:

@@ -75,8 +75,7 @@ class Counted:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; `from_json` reads them again."""
-        networks = {name: asdict(each) for name, each in self.networks.items()}
-        return {"bars": self.bars, "networks": networks, "timesteps": self.timesteps}
+        return asdict(self)
 
     @classmethod
     def from_json(cls, value: Any) -> Counted:

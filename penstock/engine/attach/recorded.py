@@ -49,14 +49,7 @@ class CallKeeper(JournalKeeper):
         Raises:
             StorageError: the one before could not be written.
         """
-
-        def save() -> None:
-            try:
-                self._journal.save_call(number, tensors, told)
-            finally:
-                tensors.clear()  # the writer's thread may hold on to this call for a while
-
-        self._write(save)
+        self._write_copies(tensors, lambda held: self._journal.save_call(number, held, told))
 
 
 class Recorder:

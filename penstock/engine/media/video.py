@@ -150,10 +150,11 @@ def _check_vacant(path: Path, overwrite: bool) -> None:
             "the output is not a file", expected="a file name", found=f"{path}, which is none"
         )
     if path.exists() and not overwrite:
-        raise _taken(path)
+        raise taken(path)
 
 
-def _taken(path: Path) -> OutputError:
+def taken(path: Path) -> OutputError:
+    """Return the error of an output whose name another file has."""
     return OutputError(
         "the output exists",
         expected="a new file name",
@@ -226,7 +227,7 @@ def _name(ops: FileOps, temporary: Path, path: Path, overwrite: bool, or_beside:
             ops.rename_new(temporary, target)
         except FileExistsError:
             if not or_beside:
-                raise _taken(path) from None
+                raise taken(path) from None
         else:
             break
     return target

@@ -235,6 +235,11 @@ def _is_asked_by(record: JobRecord | None, request: Mapping[str, Any]) -> bool:
     return theirs == before | dict(request)
 
 
+def is_of_pipeline(record: JobRecord) -> bool:
+    """Return whether a job is one of a pipeline whose steps diffusers runs."""
+    return PIPELINE_FOLDER in record.request
+
+
 def opening_of(
     folder: Path, options: Options | None = None, loras: Sequence[Lora | str] = ()
 ) -> Opening:
@@ -250,7 +255,7 @@ def opening_of(
         JournalError: the folder holds no job, or one that names no model or no options.
     """
     record = read_record(folder)
-    if PIPELINE_FOLDER in record.request:
+    if is_of_pipeline(record):
         raise JournalError(
             f"the job in {folder} is of a pipeline that diffusers runs",
             expected="a job of a model that penstock runs itself",

@@ -192,6 +192,20 @@ class JournalKeeper(Keeper):
         self.settle()
         self._pending = self._writer.submit(save)
 
+    def _write_copies(
+        self, tensors: dict[str, Tensor], save: Callable[[dict[str, Tensor]], None]
+    ) -> None:
+        """Write tensors that are nobody else's, and let them go then: the writer's thread may hold
+        on to the call for a while."""
+
+        def write() -> None:
+            try:
+                save(tensors)
+            finally:
+                tensors.clear()
+
+        self._write(write)
+
     def settle(self) -> None:
         """Return when all that was given is on the disk.
 
@@ -243,14 +257,7 @@ class JournalKeeper(Keeper):
         tensors = {name: _copy(tensor) for name, tensor in point.solver.tensors.items()}
         tensors["latents"] = _copy(point.latents)
         step, values = point.step, dict(point.solver.values)
-
-        def save() -> None:
-            try:
-                self._journal.save_step(step, tensors, values)
-            finally:
-                tensors.clear()  # the writer's thread may hold on to this call for a while
-
-        self._write(save)
+        self._write_copies(tensors, lambda held: self._journal.save_step(step, held, values))
 
     def latents(self) -> Tensor | None:
         """Return the final latents; None where they are missing or damaged."""

@@ -69,7 +69,7 @@ def seal_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
         tensors: of any device and layout; their order is kept.
         metadata: text that stands in the header.
     """
-    parts = [_raw(tensor) for tensor in tensors.values()]
+    parts = [raw_bytes(tensor) for tensor in tensors.values()]
     entries: dict[str, Any] = {}
     start = 0
     for (name, tensor), part in zip(tensors.items(), parts, strict=True):
@@ -149,8 +149,12 @@ def _header_tail(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> byt
     return tail + b" " * (-used % _ALIGNMENT)
 
 
-def _raw(tensor: torch.Tensor) -> memoryview:
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return a tensor's bytes, row by row; those of a host tensor that lies so are not copied."""
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    flat = plain.to("cpu").contiguous().reshape(-1)
+    if flat.stride() != (1,):  # one element of an expanded tensor counts as contiguous
+        flat = torch.empty_like(flat, memory_format=torch.contiguous_format).copy_(flat)
     return flat.view(torch.uint8).numpy().data
 
 

@@ -9,7 +9,8 @@ pays 1/6 here and 1/40 there); and the PSNR of frames against the full run, of t
 error of all clips and of the worst clip, over a range of 1.
 
 Beside penstock's own (``budget``, ``plan``, and guidance in an interval of noise levels, which
-leaves the unconditional half of a step out) stand plain runs of fewer steps and diffusers' hooks.
+leaves the unconditional half of a step out) stand plain runs of fewer steps, diffusers' hooks, and
+a rule that watches the first block and takes penstock's line.
 SeaCache is given the step, the noise level and the part of the input that is latents, which its
 pipeline for pictures does not pass; TaylorSeer is told the modules' names: it finds none here.
 Hooks that decide by what they see run clip by clip; the others run in batches.
@@ -37,8 +38,9 @@ from torch import Tensor
 from penstock.engine.files.locate import locate
 from penstock.engine.run.sampler import Sampler
 from penstock.engine.run.stepcache import Budget, Planned, Rule, StepCache, shares_of
-from penstock.engine.run.stepplan import Recorded, best_schedule
+from penstock.engine.run.stepplan import Recorded, best_schedule, left_of_errors, line
 from penstock.engine.store.durable import FileOps, write_atomically
+from penstock.profiles.caching import MOST_SKIPPED
 from training.clips import render
 from training.encode import condition_clips, encode, normalise
 from training.evaluate import make_pairs
@@ -269,6 +271,85 @@ def skipping(clips: Clips, steps: int, rule: Callable[[], Rule]) -> Tensor:
     return torch.cat(made)
 
 
+class _Seen(Exception):
+    """The first block is through."""
+
+
+@torch.no_grad()
+def first_block(clips: Clips, latents: Tensor, moment: Tensor, batch: Tensor) -> Tensor:
+    """What the first block adds to each clip's hidden states, with the prompt."""
+    block = clips.transformer.blocks[0]
+    seen = list[Tensor]()
+
+    def leave(module: Any, given: tuple[Tensor, ...], result: Tensor) -> None:
+        seen.append(result - given[0])
+        raise _Seen
+
+    hook = block.register_forward_hook(leave)
+    try:
+        clips.velocity(latents, moment, batch, guided=False)
+    except _Seen:
+        return seen[0]
+    finally:
+        hook.remove()
+    raise AssertionError("the first block was not reached")
+
+
+class Watching:
+    """Skips while what the first block shows of the line's error stays below a budget.
+
+    The first block is computed at every step. How far its own line has gone wrong there stands for
+    how far the velocity's has, weighed as `Budget` weighs what it expects.
+    """
+
+    def __init__(self, budget: float, left: Sequence[float]) -> None:
+        self._budget, self._left, self._spent = budget, left, 0.0
+        self._kept: list[tuple[int, Tensor]] = []
+
+    def wants(self, step: int, shown: Tensor) -> bool:
+        """Decide about a step by what its first block added."""
+        if step == len(self._left) - 1 or len(self._kept) < 2:
+            return self._compute(step, shown)
+        (b, before), (a, last) = self._kept
+        error = (last + line(a, b, step, 1.0) * (last - before) - shown).norm() / shown.norm()
+        self._spent += self._left[step] * float(error)
+        if self._spent >= self._budget or step - a > MOST_SKIPPED:
+            return self._compute(step, shown)
+        return False
+
+    def _compute(self, step: int, shown: Tensor) -> bool:
+        self._kept, self._spent = [*self._kept[-1:], (step, shown)], 0.0
+        return True
+
+
+def watching(budget: float, left: Sequence[float], clips: Clips, steps: int) -> Tensor:
+    """Latents of all clips, each skipping by its first block, along the line of `StepCache`."""
+    made = []
+    for batch in clips.batches(AT_ONCE):
+        sampler, latents = new_sampler(steps), clips.noise[batch].clone()
+        rules = [Watching(budget, left) for _ in batch]
+        # Of their rules the damping alone is asked
+        caches = [StepCache(range(steps), Budget(1.0, levels_of(steps), left)) for _ in batch]
+        for step, moment in enumerate(sampler.timesteps):
+            shown = first_block(clips, latents, moment, batch)
+            wanted = [n for n, rule in enumerate(rules) if rule.wants(step, shown[n])]
+            found = [
+                latents[n] if n in wanted else cache.predicted(step)
+                for n, cache in enumerate(caches)
+            ]
+            if wanted:
+                computed = clips.velocity(latents[wanted], moment, batch[wanted])
+                for n, velocity in zip(wanted, computed, strict=True):
+                    found[n] = velocity
+                    caches[n].computed(step, velocity, latents[n])
+                # What was just looked at is a part of these passes, and done once
+                clips.counter.blocks -= len(wanted)
+                clips.counter.first -= len(wanted)
+            latents = sampler.step(torch.stack(found), step, latents)
+        made.append(latents)
+    return torch.cat(made)
+
+
 def recorded(steps: int, count: int) -> Recorded:
     """The mean of full runs of validation clips."""
     clips, samples = Clips.of("validation", count), list[Tensor]()
@@ -306,15 +387,18 @@ def within(low: float, high: float, clips: Clips, steps: int) -> Tensor:
 
 def own(steps: int) -> Iterator[tuple[str, str, Method]]:
     """Penstock's own cache."""
-    levels, shares = levels_of(steps), shares_of(new_sampler(steps))
+    levels = levels_of(steps)
+    left = left_of_errors(levels, shares_of(new_sampler(steps)))
     for budget in {40: (3e-4, 1e-3, 2e-3, 5e-3, 15e-3), 20: (2e-3, 6e-3, 12e-3)}[steps]:
-        yield "budget", f"{budget}", _with(partial(Budget, budget, levels, shares))
+        yield "budget", f"{budget}", _with(partial(Budget, budget, levels, left))
+    for budget in {40: (1e-3, 3e-3, 1e-2, 3e-2), 20: (4e-3, 1e-2, 2e-2)}[steps]:
+        yield "first block watched", f"{budget}", partial(watching, budget, left)
     for low, high in ((0.0, 0.98), (0.5, 1.0), (0.7, 1.0), (0.85, 1.0), (0.0, 0.85)):
         yield "guidance interval", f"{low}, {high}", partial(within, low, high)
     eight, one = recorded(steps, 8), recorded(steps, 1)
     for share in (0.7, 0.6, 0.5, 0.4, 0.35, 0.3, 0.25):
         for name, run in (("8 runs", eight), ("1 run", one)):
-            schedule = best_schedule(run, shares, round(share * steps))
+            schedule = best_schedule(run, left, round(share * steps))
             told = f"{len(schedule.computed)} from {name}"
             yield "plan", told, _with(partial(Planned, schedule))
 

@@ -92,10 +92,32 @@ def reuse(value: Any) -> Rows:
         ),
         (
             "VAE decode at 720p in 3x3 tiles over whole frames, the same run: CPU time; arithmetic",
-            f"{tiles['new']:.2f} (the earlier build {tiles['old']:.2f}, its whole frames being "
-            f"slower; the same bits); {tiles['flops']:.2f}",
+            f"{tiles['new']:.2f} (the earlier build {tiles['old']:.2f}; the same bits); "
+            f"{tiles['flops']:.2f}",
             "`benchmarks/vae_reuse.py`",
         ),
+    ]
+
+
+def builds(value: Any) -> Rows:
+    """Jobs and older benchmarks beside the build before step caches."""
+    said = {
+        "job": "denoising of 40 steps by the small model",
+        "lean_forward": "lean forward, one block of the 1.3B model's width",
+        "disk_tier": "disk tier",
+        "overlap": "streams on simulated machines",
+    }
+    same = "" if value["job"]["identical"] else " (NOT the same bits)"
+    return [
+        (
+            f"beside the build before step caches, {len(row['old'])} in turns, {said[part]}: "
+            f"{row['figure']}",
+            f"{row['new_over_old']:.2f} of that build's{same}"
+            + (f"; its own runs lie {row['old_spread']:.2f} apart" * (len(row["old"]) > 1)),
+            "`benchmarks/earlier.py`",
+        )
+        for part in said
+        for row in value[part]["rows"]
     ]
 
 
@@ -204,6 +226,7 @@ ROWS: Mapping[str, Callable[[Any], Rows]] = {
     "fake_vae": frames,
     "plans_peaks": predictions,
     "vae_reuse_2core_cpu": reuse,
+    "earlier_2core_cpu": builds,
     "lean_forward_2core_cpu": forwards,
     "overlap_simulated": streams,
     "soak_2core_cpu": steadiness,

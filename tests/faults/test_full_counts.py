@@ -5,7 +5,7 @@ Each test prints its figures in one line that begins with its name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from penstock.engine.engine import Engine
 from penstock.engine.families.wan.tiny import write_tiny_model
 from penstock.engine.files.locate import locate
 from penstock.engine.packs.plan import plan_component
+from penstock.engine.request.generation import GenerationRequest
 from penstock.engine.request.levels import noise_levels
 from tests.engine import golden
 from tests.engine.conftest import SMALL_VAE
@@ -84,14 +85,25 @@ def test_sigkill_of_a_job_that_skips_steps(
     print(f"\nsigkill under {cache} after each of {steps - 1} steps, identical, {redone} redone")
 
 
-def test_sigkill_of_a_job_with_guidance_in_an_interval(
-    engine: Engine, picture: Path, tmp_path: Path
+def interval(request: GenerationRequest) -> GenerationRequest:
+    levels = noise_levels("unipc", request.steps, 3.0)
+    assert len({0.5 <= level <= 0.93 for level in levels}) == 2  # two kinds of steps
+    return replace(request, shift=3.0, guidance_scale=4.0, cfg_interval="0.5,0.93")
+
+
+def contrasted(request: GenerationRequest) -> GenerationRequest:
+    return replace(request, guidance_scale=1.0, nag_scale=11.0, negative_prompt="blurry")
+
+
+@pytest.mark.parametrize("guided", [interval, contrasted], ids=["an interval", "NAG"])
+def test_sigkill_of_a_job_with_cheaper_guidance(
+    guided: Callable[[GenerationRequest], GenerationRequest],
+    engine: Engine,
+    picture: Path,
+    tmp_path: Path,
 ) -> None:
     redone, steps = 0, 5
-    request = a_request(picture, steps=steps, shift=3.0, guidance_scale=4.0)
-    request = replace(request, cfg_interval="0.5,0.93")
-    levels = noise_levels("unipc", steps, 3.0)
-    assert len({0.5 <= level <= 0.93 for level in levels}) == 2  # two kinds of steps
+    request = guided(a_request(picture, steps=steps))
     engine.submit(request, tmp_path / "whole.mp4").result()
     for last in range(1, steps):
         (tmp_path / f"{last}").mkdir()
@@ -100,7 +112,7 @@ def test_sigkill_of_a_job_with_guidance_in_an_interval(
         assert killed.was_killed
         redone += finish(task, [killed], frames_sha(tmp_path / "whole.mp4"))
     print(
-        f"\nsigkill with guidance in an interval after each of {steps - 1} steps: {redone} redone"
+        f"\nsigkill, guidance {guided.__name__}, after each of {steps - 1} steps: {redone} redone"
     )
 
 

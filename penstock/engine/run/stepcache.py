@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from penstock.engine.run.sampler import Sampler, SamplerState
-from penstock.engine.run.stepplan import FORGIVEN, Schedule, line, sample
+from penstock.engine.run.stepplan import Schedule, line, sample
 from penstock.profiles.caching import MOST_SKIPPED, SURE, WARM
 
 FIRST_SPAN = 0.03
@@ -214,13 +214,12 @@ class Budget:
 
     How far the velocity bends is known from how wrong the line was at the last computed step; the
     error of a line grows with the product of the distances in noise from its two points. What is
-    expected of each skipped step is weighed by how much the solver makes of it, and by how much of
-    it later steps undo.
+    expected of each skipped step is weighed by how much of it is left at the end.
 
     Args:
         budget: what skipped steps in a row may add up to.
         levels: noise before each step of the job.
-        shares: of each step's velocity in the result.
+        left: of an error in each step's velocity, at the end of the job.
         last: the last step of the transformer; None: of the job.
     """
 
@@ -228,14 +227,12 @@ class Budget:
         self,
         budget: float,
         levels: Sequence[float],
-        shares: Sequence[float],
+        left: Sequence[float],
         last: int | None = None,
     ) -> None:
         self._budget, self._levels = budget, tuple(levels)
         self._last = len(levels) - 1 if last is None else last
-        self._counts = [
-            abs(share) * (1 - FORGIVEN * level) for share, level in zip(shares, levels, strict=True)
-        ]
+        self._left_of_errors = tuple(left)
         self.reset()
 
     def reset(self) -> None:
@@ -249,7 +246,7 @@ class Budget:
             return True
         if step - self._at[-1] > MOST_SKIPPED or not self._size:
             return True
-        self._spent += self._counts[step] * self._bend * self._far(step) / self._size
+        self._spent += self._left_of_errors[step] * self._bend * self._far(step) / self._size
         return self._spent >= self._budget
 
     def damping(self, since: int) -> float:

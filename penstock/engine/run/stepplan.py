@@ -26,7 +26,7 @@ SAMPLE = 1024
 
 MOST_STEPS = 1000
 
-FORGIVEN = 0.6
+FORGIVEN = 0.65
 """How much of an error the later steps undo, from none of it at no noise to this share at nothing
 but noise: they see where the latents are, and pull back. On the small trained model 0.3 to 0.5 of
 errors at noise levels of 0.9 were left at the end, and 0.7 to 0.8 at 0.4."""
@@ -131,18 +131,35 @@ def line(a: int, b: int, step: int, damping: float) -> float:
     return damping * (step - a) / (a - b)
 
 
-def best_schedule(recorded: Recorded, shares: Sequence[float], forwards: int) -> Schedule:
+def left_of_errors(levels: Sequence[float], shares: Sequence[float]) -> tuple[float, ...]:
+    """Return how much of an error in each step's velocity is left at the end of a job.
+
+    The share alone is not enough: a solver that looks back adds a velocity at one step and takes
+    some of it back at the next, and at its last steps nearly all of it. What the transformer sees
+    between the two is an error of the whole step, and it answers to that. So half of what counts is
+    the share, and half the step in noise. (On the small trained model, 20 steps, what single errors
+    left lay within a third of this; by the share alone one would count 1.7 times too little.)
+
+    Args:
+        levels: noise before each step of the whole job.
+        shares: of each step's velocity in the result.
+    """
+    after = (*levels[1:], 0.0)
+    return tuple(
+        (abs(share) + level - lower) / 2 * (1 - FORGIVEN * level)
+        for level, lower, share in zip(levels, after, shares, strict=True)
+    )
+
+
+def best_schedule(recorded: Recorded, left: Sequence[float], forwards: int) -> Schedule:
     """Return the schedule of so many forwards whose skipped steps cost least.
 
     Args:
         recorded: a run at the levels of the job.
-        shares: how much a step's velocity counts in the result (`Sampler.shares`).
+        left: of an error in each step's velocity (`left_of_errors`).
         forwards: 2 and more, and at most as many as steps.
     """
     steps, products = len(recorded.levels), recorded.products.tolist()
-    counts = [
-        share * (1 - FORGIVEN * level) for share, level in zip(shares, recorded.levels, strict=True)
-    ]
     farthest = max(MOST_SKIPPED + 1, -(-(steps - 1) // (forwards - 1)))
 
     @cache
@@ -151,13 +168,13 @@ def best_schedule(recorded: Recorded, shares: Sequence[float], forwards: int) ->
         damping."""
         held, sloped = [0.0] * steps, [0.0] * steps
         for step in range(a + 1, n):
-            # The error of holding v_a, as weights of all velocities: sum of counts * (v_step -
+            # The error of holding v_a, as weights of all velocities: sum of left * (v_step -
             # v_a). Its square needs inner products alone, which is why a record keeps nothing else.
-            held[step] += counts[step]
-            held[a] -= counts[step]
+            held[step] += left[step]
+            held[a] -= left[step]
             if b >= 0:
-                sloped[a] += counts[step] * line(a, b, step, 1.0)
-                sloped[b] -= counts[step] * line(a, b, step, 1.0)
+                sloped[a] += left[step] * line(a, b, step, 1.0)
+                sloped[b] -= left[step] * line(a, b, step, 1.0)
         error, both, slope = (
             sum(
                 x[i] * y[j] * products[i][j]
@@ -175,13 +192,13 @@ def best_schedule(recorded: Recorded, shares: Sequence[float], forwards: int) ->
     # Shortest paths over pairs of computed steps: the next gap's cost depends on the last two (the
     # line goes through both), and on nothing before them.
     paths: dict[Node, tuple[float, tuple[int, ...], tuple[float, ...]]] = {(-1, 0): (0.0, (0,), ())}
-    for left in range(forwards - 2, -1, -1):  # computed steps that follow the next one
+    for more in range(forwards - 2, -1, -1):  # computed steps that follow the next one
         longer: dict[Node, tuple[float, tuple[int, ...], tuple[float, ...]]] = {}
         for (b, a), (cost, computed, damping) in paths.items():
-            last = min(a + farthest, steps - 1 - left)
-            for n in range(max(a + 1, steps - 1 - left * farthest), last + 1):
-                more, damped = gap(b, a, n)
-                found = (cost + more, (*computed, n), (*damping, damped))
+            last = min(a + farthest, steps - 1 - more)
+            for n in range(max(a + 1, steps - 1 - more * farthest), last + 1):
+                error, damped = gap(b, a, n)
+                found = (cost + error, (*computed, n), (*damping, damped))
                 if (a, n) not in longer or found < longer[a, n]:
                     longer[a, n] = found
         paths = longer

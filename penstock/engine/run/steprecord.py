@@ -16,7 +16,7 @@ from pathlib import Path
 from penstock.engine.run.sampler import Sampler, SamplerState
 from penstock.engine.run.stage import Stage
 from penstock.engine.run.stepcache import Budget, Planned, Rule, StepCache, is_of, shares_of
-from penstock.engine.run.stepplan import Recorded, Schedule, best_schedule
+from penstock.engine.run.stepplan import Recorded, Schedule, best_schedule, left_of_errors
 from penstock.engine.store.digest import stamp
 from penstock.errors import CheckpointError, StorageError
 from penstock.folders import cache_folder
@@ -64,14 +64,15 @@ def _rule(
     fresh: Callable[[], Sampler],
     state: SamplerState,
 ) -> Rule:
-    levels, shares = _levels(fresh()), shares_of(fresh())
+    levels = _levels(fresh())
+    left = left_of_errors(levels, shares_of(fresh()))
     if caching.kind == BUDGET:
-        return Budget(caching.budget, levels, shares, steps.stop - 1)
+        return Budget(caching.budget, levels, left, steps.stop - 1)
     if is_of(state, steps):
         return Planned(Schedule((), ()))
     recorded, told = _record(stage)
     own = slice(steps.start, steps.stop)
-    schedule = best_schedule(recorded.at(levels[own]), shares[own], caching.planned)
+    schedule = best_schedule(recorded.at(levels[own]), left[own], caching.planned)
     computed = tuple(steps.start + step for step in schedule.computed)
     skipped = len(steps) - len(computed)
     stage.monitor.notice(f"{skipped} of {len(steps)} steps are skipped, chosen from {told}")

@@ -18,7 +18,7 @@ from penstock.engine.run.report import JobResult
 from penstock.engine.run.sampler import Sampler, SamplerState
 from penstock.engine.run.stage import Stage
 from penstock.engine.run.stepcache import Budget, Planned, StepCache, shares_of
-from penstock.engine.run.stepplan import Recorded, Schedule, best_schedule
+from penstock.engine.run.stepplan import Recorded, Schedule, best_schedule, left_of_errors
 from penstock.errors import CheckpointError, FingerprintMismatch, JobCancelled, ProfileError
 from penstock.profiles.caching import MOST_SKIPPED, Caching
 from penstock.profiles.plan import Plan
@@ -63,6 +63,12 @@ def test_shares_are_what_each_velocity_adds(sampler: str) -> None:
     shares = torch.tensor(shares_of(fresh()), dtype=torch.float64)
     expected = -(shares.view(-1, 1, 1, 1, 1, 1) * velocities).sum(0)
     torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-6)  # sigmas are fp32
+
+
+def test_an_error_that_the_solver_takes_back_is_seen_between_and_counts() -> None:
+    # By hand: half of share and step in noise, less what later steps undo of it.
+    left = left_of_errors((1.0, 0.5, 0.2), (0.1, 0.0, -0.4))
+    assert left == pytest.approx((0.3 * 0.35, 0.15 * 0.675, 0.3 * 0.87))
 
 
 def test_a_skipped_step_lies_on_the_line_through_the_last_two() -> None:
@@ -148,19 +154,18 @@ def recorded(steps: int) -> Recorded:
     return Recorded.of(levels(steps), list(velocities))
 
 
-def cost(run: Recorded, shares: list[float], schedule: Schedule) -> float:
+def cost(run: Recorded, left: list[float], schedule: Schedule) -> float:
     """By definition: the squared error of each gap's predictions together, gap by gap."""
     total, before = 0.0, -1
     pairs = zip(schedule.computed, schedule.computed[1:], schedule.damping, strict=False)
     for a, n, damping in pairs:
         coefficients = torch.zeros(len(run.levels), dtype=torch.float64)
         for step in range(a + 1, n):
-            counts = shares[step] * (1 - 0.6 * run.levels[step])
             slope = damping * (step - a) / (a - before) if before >= 0 else 0.0
-            coefficients[step] += counts
-            coefficients[a] -= counts * (1 + slope)
+            coefficients[step] += left[step]
+            coefficients[a] -= left[step] * (1 + slope)
             if before >= 0:
-                coefficients[before] += counts * slope
+                coefficients[before] += left[step] * slope
         total += float(coefficients @ run.products @ coefficients)
         before = a
     return total
@@ -169,18 +174,18 @@ def cost(run: Recorded, shares: list[float], schedule: Schedule) -> float:
 def test_no_schedule_of_as_many_forwards_is_better() -> None:
     from itertools import combinations
 
-    run, shares = recorded(9), [0.1, 0.2, 0.1, 0.1, 0.1, 0.2, 0.1, 0.3, 0.1]
-    best = best_schedule(run, shares, 5)
+    run, left = recorded(9), [0.1, 0.2, 0.1, 0.1, 0.1, 0.2, 0.1, 0.3, 0.1]
+    best = best_schedule(run, left, 5)
     assert len(best.computed) == 5
     assert (best.computed[0], best.computed[-1]) == (0, 8)
     tried = [
-        cost(run, shares, Schedule((0, *inner, 8), (0.0, d1, d2, d3, 0.0)))
+        cost(run, left, Schedule((0, *inner, 8), (0.0, d1, d2, d3, 0.0)))
         for inner in combinations(range(1, 8), 3)
         for d1 in (0.0, 0.5, 1.0)
         for d2 in (0.0, 0.5, 1.0)
         for d3 in (0.0, 0.5, 1.0)
     ]
-    assert cost(run, shares, best) <= min(tried) * (1 + 1e-9)
+    assert cost(run, left, best) <= min(tried) * (1 + 1e-9)
 
 
 @pytest.mark.parametrize(("steps", "forwards"), [(40, 2), (40, 6), (12, 12), (9, 8)])

@@ -15,7 +15,7 @@ from penstock.engine.request.generation import GenerationRequest
 from penstock.errors import RequestError
 from penstock.profiles.plan import Plan
 from tests.engine.run.test_budget import _host_buffers_apart, _in_ram, _meter, _run
-from tests.engine.running import a_request, an_engine
+from tests.engine.running import a_request, an_engine, stop_after_a_step
 from tests.tiny_transformer import inputs, tiny_transformer
 
 STEP = torch.tensor([713])
@@ -134,3 +134,11 @@ def test_a_job_takes_one_pass_and_is_led_by_its_negative_prompt(t2v_folder: Path
     held = dict(in_ram["denoise"].ram_work)["cross-attention K/V"]
     single = dict(plan_of(t2v_folder, bare, cross_kv="ram")["denoise"].ram_work)
     assert held == 2 * single["cross-attention K/V"]
+
+
+def test_a_stopped_job_goes_on_to_the_bit(t2v_folder: Path, tmp_path: Path) -> None:
+    request = a_request(guidance_scale=1.0, nag_scale=11.0, negative_prompt="blurry")
+    with an_engine(t2v_folder) as engine:
+        whole = engine.submit(request).result()
+        stop_after_a_step(engine, request, tmp_path / "job")
+        assert torch.equal(engine.resume(tmp_path / "job").result().latents, whole.latents)

@@ -54,7 +54,8 @@ def measure(
     latents, text, image = given
     dtype = latents.dtype
     with torch.no_grad(), StorageMeter([*model.parameters(), *model.buffers()]) as meter:
-        texts = [text.clone() for _ in range(case.branches)]
+        passes = case.branches * (2 if case.contrasted else 1)
+        texts = [text.clone() for _ in range(passes)]
         image = None if image is None else image.clone()
         timesteps = torch.arange(case.steps, dtype=torch.int64)
         wide = torch.float32 if case.residual == "fp32" else dtype
@@ -66,6 +67,11 @@ def measure(
             for context, branch in zip(contexts, branches, strict=True):
                 branch.append(forward.cross_kv(block.attn2, context, first))
                 first = branch[-1]
+        if case.contrasted:
+            pairs = zip(branches[::2], branches[1::2], strict=True)
+            branches = [
+                [a.contrasted(b, 11.0) for a, b in zip(*pair, strict=True)] for pair in pairs
+            ]
         prepare, meter.peak = meter.peak, 0
         del contexts, context, texts, image, timesteps
         model_input = latents.clone()
@@ -83,6 +89,8 @@ def measure(
 def predicted(spec: TransformerSpec, case: cost.DenoiseCase) -> tuple[int, int]:
     """The same two figures, less what `measure` has not: the sampler's state."""
     denoise = cost.denoise_bytes(spec, case)
+    if case.contrasted:  # both texts' are made as those of two branches are
+        case = dataclasses.replace(case, branches=2 * case.branches, contrasted=False)
     return cost.context_bytes(spec, case).total_bytes, denoise.total_bytes - denoise["latents"]
 
 
@@ -124,6 +132,7 @@ def test_never_under_what_is_measured(
         steps=data.draw(st.integers(1, 4)),
         image_tokens=0 if image_dim is None else data.draw(st.integers(1, 300)),
         residual=data.draw(st.sampled_from(["bf16", "fp32"])),
+        contrasted=data.draw(st.booleans()),
     )
     spec = spec_of(model.config, dtype.itemsize)
     given_inputs = inputs(model, case.latent, dtype, max(1, case.image_tokens))
@@ -135,6 +144,8 @@ def test_never_under_what_is_measured(
 @pytest.mark.parametrize(
     ("name", "chunk", "branches", "residual"),
     [
+        ("720x1280x81", 2048, 1, "bf16 contrasted"),
+        ("480x832x81", 4096, 1, "fp32 contrasted"),
         ("720x1280x81", 2048, 1, "bf16"),
         ("720x1280x81", 4096, 2, "bf16"),
         ("720x1280x81", 2048, 2, "fp32"),
@@ -149,9 +160,11 @@ def test_at_most_five_percent_over_at_the_real_shapes(
     name: str, chunk: int, branches: int, residual: str
 ) -> None:
     latent, _ = SHAPES[name]
+    residual, _, contrasted = residual.partition(" ")
     case = cost.DenoiseCase(
-        latent, chunk, branches, branches, steps=8, image_tokens=257, residual=residual
-    )
+        latent, chunk, branches, branches, steps=8, image_tokens=257, residual=residual,
+        contrasted=bool(contrasted),
+    )  # fmt: skip
     with FakeTensorMode():
         model = fake_transformer(blocks=1)
         measured = measure(model, fake_inputs(latent), case)

@@ -35,6 +35,16 @@ def run(folder: Path, **options: Any) -> JobResult:
         return engine.submit(REQUEST).result()
 
 
+def stop_at(step: int, engine: Engine, request: GenerationRequest, folder: Path) -> None:
+    """Keep a job in ``folder`` that ends after so many steps."""
+    job = engine.submit(request, job_dir=folder)
+    for event in job.events():
+        if isinstance(event, Progress) and (event.phase, event.step) == ("denoise", step):
+            job.cancel()
+    with pytest.raises(JobCancelled):
+        job.result()
+
+
 @pytest.fixture(scope="module")
 def off(t2v_folder: Path) -> JobResult:
     return run(t2v_folder)
@@ -244,12 +254,7 @@ def test_a_resumed_job_skips_the_same_steps(t2v_folder: Path, word: str, tmp_pat
         computed = whole.report.computed_steps
         skipped = next(s for s in range(1, STEPS) if s not in computed and s - 1 in computed)
         for cut in (skipped, skipped + 1):  # before the skipped step, and after it
-            job = engine.submit(REQUEST, job_dir=tmp_path / str(cut))
-            for event in job.events():
-                if isinstance(event, Progress) and (event.phase, event.step) == ("denoise", cut):
-                    job.cancel()
-            with pytest.raises(JobCancelled):
-                job.result()
+            stop_at(cut, engine, REQUEST, tmp_path / str(cut))
             again = engine.resume(tmp_path / str(cut)).result()
             assert torch.equal(again.latents, whole.latents)
             assert again.report.computed_steps == computed
@@ -257,12 +262,7 @@ def test_a_resumed_job_skips_the_same_steps(t2v_folder: Path, word: str, tmp_pat
 
 def test_a_job_is_resumed_under_its_own_cache_only(t2v_folder: Path, tmp_path: Path) -> None:
     with an_engine(t2v_folder, step_cache="plan:5") as engine:
-        job = engine.submit(REQUEST, job_dir=tmp_path / "job")
-        for event in job.events():
-            if isinstance(event, Progress) and (event.phase, event.step) == ("denoise", 2):
-                job.cancel()
-        with pytest.raises(JobCancelled):
-            job.result()
+        stop_at(2, engine, REQUEST, tmp_path / "job")
     with (
         an_engine(t2v_folder, step_cache="plan:6") as engine,
         pytest.raises(FingerprintMismatch, match="cache"),
@@ -369,3 +369,25 @@ def test_the_next_transformer_begins_from_nothing() -> None:
     assert second.computed_steps == [0]
     assert second.wants(8)
     assert second.left(8) == (2, 8)
+
+
+@pytest.mark.parametrize("word", ["plan:5", "budget:0.05"])
+def test_a_video_in_windows_skips_all_of_a_steps_windows(
+    t2v_folder: Path, word: str, tmp_path: Path
+) -> None:
+    request = replace(REQUEST, frames=17, window=9, overlap=4)
+    with an_engine(t2v_folder, step_cache=word) as engine:
+        plan = engine.plan(request)
+        assert plan["denoise"].windows > 1
+        whole = engine.submit(request).result()
+        computed = whole.report.computed_steps
+        assert len(computed) < STEPS
+        skipped = next(s for s in range(1, STEPS) if s not in computed)
+        denoise = next(phase for phase in whole.report.phases if phase.name == "denoise")
+        assert denoise.predicted_vram_bytes >= denoise.measured_vram_bytes
+        moving = [step.flow.device_to_compute.nbytes > 0 for step in denoise.steps]
+        assert [step for step, moved in enumerate(moving) if moved] == list(computed)
+        for cut in (skipped, skipped + 1):
+            stop_at(cut, engine, request, tmp_path / str(cut))
+            again = engine.resume(tmp_path / str(cut)).result()
+            assert torch.equal(again.latents, whole.latents)

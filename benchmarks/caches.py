@@ -391,7 +391,7 @@ def own(steps: int) -> Iterator[tuple[str, str, Method]]:
     left = left_of_errors(levels, shares_of(new_sampler(steps)))
     for budget in {40: (3e-4, 1e-3, 2e-3, 5e-3, 15e-3), 20: (2e-3, 6e-3, 12e-3)}[steps]:
         yield "budget", f"{budget}", _with(partial(Budget, budget, levels, left))
-    for budget in {40: (1e-3, 3e-3, 1e-2, 3e-2), 20: (4e-3, 1e-2, 2e-2)}[steps]:
+    for budget in {40: (1e-4, 3e-4, 1e-3, 3e-3), 20: (3e-4, 1e-3, 4e-3)}[steps]:
         yield "first block watched", f"{budget}", partial(watching, budget, left)
     for low, high in ((0.0, 0.98), (0.5, 1.0), (0.7, 1.0), (0.85, 1.0), (0.0, 0.85)):
         yield "guidance interval", f"{low}, {high}", partial(within, low, high)

@@ -214,7 +214,7 @@ def verify(
 @cache_app.command("ls")
 def list_cache(as_json: Json = False, debug: Debug = False) -> None:
     """List cached packs: size, and what each was made from."""
-    from penstock.cli.progress import packs_table
+    from penstock.cli.listed import packs_table
     from penstock.engine.packs.cache import cached_packs
 
     with reported(debug):

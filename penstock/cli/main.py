@@ -404,7 +404,7 @@ def jobs(
     ] = False,
 ) -> None:
     """List the jobs: state, step, age and size."""
-    from penstock.cli.progress import jobs_table
+    from penstock.cli.listed import jobs_table
     from penstock.engine.run.jobs import list_jobs
 
     if context.invoked_subcommand is not None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -16,21 +15,16 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from penstock.cli.layout import Column, table
 from penstock.cli.live import LiveView, peaks
 from penstock.cli.memory import memory_told
+from penstock.cli.plan_view import clock
 from penstock.closing import Closing
-from penstock.engine.packs.cache import CachedPack
 from penstock.engine.run.events import Event, Notice, PhaseEnded, PhaseStarted, Replanned
 from penstock.engine.run.events import Progress as Advance
-from penstock.engine.run.jobs import JobInfo
 from penstock.engine.run.report import PhaseReport, RunReport
 from penstock.profiles.attending import Attending
 from penstock.profiles.plan import COMPUTE_PATHS, RESIDUAL, PhasePlan, Plan
 from penstock.units import format_bytes
-
-_JOBS = ("JOB", "STATE", "STEP", "AGE", "SIZE")
-_PACKS = ("PACK", "SIZE", "MADE FROM")
 
 
 class Display(Closing):
@@ -83,7 +77,7 @@ class Display(Closing):
     def _facts(self, event: Advance) -> str:
         plan = self._plan
         return (
-            f"{event.seconds_per_unit:.2f} s/{event.unit}, {_clock(event.eta_s)} left, "
+            f"{event.seconds_per_unit:.2f} s/{event.unit}, {clock(event.eta_s)} left, "
             f"VRAM {format_bytes(event.vram_bytes)} of {format_bytes(plan.vram_limit_bytes)}, "
             f"RAM {format_bytes(event.ram_bytes)} of {format_bytes(plan.ram_limit_bytes)}"
         )
@@ -91,12 +85,6 @@ class Display(Closing):
 
 def _summary(report: PhaseReport) -> str:
     return f"{report.seconds:.1f} s, {peaks(report)}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def plan_summary(plan: Plan) -> str:
@@ -155,35 +143,6 @@ def _computed(report: RunReport) -> str:
 
 def _group(nbytes: int | None) -> str:
     return "" if nbytes is None else f" (its control group {format_bytes(nbytes)}, caches counted)"
-
-
-def jobs_table(jobs: Sequence[JobInfo], width: int) -> str:
-    """Lay out the jobs as a table: name, state, steps, age, size; newest first."""
-    if not jobs:
-        return "no jobs"
-    now = time.time()
-    rows = [
-        (
-            str(info.name),
-            info.state,
-            f"{info.step}/{info.steps}",
-            _clock(max(0.0, now - info.created)) if info.created else "?",
-            format_bytes(info.size_bytes),
-        )
-        for info in jobs
-    ]
-    return "\n".join(table([Column(each) for each in _JOBS], rows, width))
-
-
-def packs_table(packs: Sequence[CachedPack], width: int) -> str:
-    """Lay out the packs in the cache: name, size, and what they were made from."""
-    if not packs:
-        return "no packs"
-    rows = [
-        (pack.name, format_bytes(pack.nbytes), pack.source if pack.complete else "(unfinished)")
-        for pack in packs
-    ]
-    return "\n".join(table([Column(each) for each in _PACKS], rows, width))
 
 
 Show = Callable[[Event], None]

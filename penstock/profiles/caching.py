@@ -12,8 +12,8 @@ from penstock.errors import ProfileError, brief
 OFF, BUDGET, PLAN = "off", "budget", "plan"
 
 DEFAULT_BUDGET = 0.001
-"""Of "budget" alone. At 0.0005 0.57 of 40 steps were computed, and 0.38 at 0.002
-(`benchmarks.caches`)."""
+"""Of "budget" alone. On the small trained model 0.48 of 40 steps were computed; 0.65 at 0.0003, and
+0.39 at 0.002 (`benchmarks.caches`)."""
 
 FEWEST_STEPS = 8
 """With fewer, every step is computed: the first, those a line is drawn through and the last are

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from penstock.cli.main import app
 from penstock.engine.families.wan.tiny import write_tiny_model
+from penstock.engine.store.journal import Journal
 from tests.cli.held import signal_at_step
 from tests.faults.film import frames_sha
 
@@ -46,6 +49,21 @@ def request(model: Path, picture: Path, output: Path, *more: str) -> list[str]:
 
 def call(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("words", [["jobs"], ["jobs", "rm", "kept"], ["cache", "ls"]])
+def test_lists_come_without_torch(words: list[str], data: Path) -> None:
+    Journal.create(data / "jobs" / "kept", {"steps": 4}, {}, {}).close()
+    code = (
+        "import sys; from penstock.cli.main import main; sys.argv = ['penstock', *sys.argv[1:]]\n"
+        "try: main()\nfinally: assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert ("kept" in done.stdout + done.stderr) == (words != ["cache", "ls"])
+    assert (data / "jobs" / "kept").exists() == ("rm" not in words)
 
 
 def one_job() -> dict[str, object]:

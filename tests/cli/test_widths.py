@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from penstock.cli.first import first_steps
 from penstock.cli.foreign import plan_text
 from penstock.cli.layout import Column, fitted, gauge, labelled, table, wrap
+from penstock.cli.listed import jobs_table, packs_table
 from penstock.cli.main import app
 from penstock.cli.plan_view import (
     findings_view,
@@ -23,7 +24,6 @@ from penstock.cli.plan_view import (
     refusal_view,
     spoken,
 )
-from penstock.cli.progress import jobs_table, packs_table
 from penstock.cli.terminal import ENDLESS, Screen, warn
 from penstock.engine.alternatives import Alternative
 from penstock.engine.attach.foreign_plan import RESTARTS, CallPlan, NetworkPlan

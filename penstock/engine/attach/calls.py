@@ -121,7 +121,7 @@ def apart(value: Any) -> Given:
 
 def _apart(value: Any, tensors: list[Tensor], depth: int) -> Any:
     if isinstance(value, Tensor):
-        if value.dtype not in TENSOR_TYPES:
+        if str(value.dtype) not in TENSOR_TYPES:
             raise NotPlain(str(value.dtype))
         tensors.append(value)
         return ["tensor", value.device.type == "cpu", _strides(value)]

@@ -7,10 +7,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from penstock.engine.lora.file import Lora, as_loras
-from penstock.engine.model.opening import Opening
 from penstock.engine.request.generation import COHERENT_FRAMES
 from penstock.engine.store.durable import FileOps, new_name, remove_if_empty
 from penstock.engine.store.journal import JobRecord, read_record
@@ -31,6 +29,10 @@ from penstock.errors import JournalError, StorageError, UsageError
 from penstock.folders import data_folder
 from penstock.profiles.options import Options
 from penstock.profiles.plan import NUMERICS
+
+if TYPE_CHECKING:
+    from penstock.engine.lora.file import Lora
+    from penstock.engine.model.opening import Opening
 
 _HEADER_BYTES = 1 << 20
 
@@ -254,6 +256,10 @@ def opening_of(
     Raises:
         JournalError: the folder holds no job, or one that names no model or no options.
     """
+    # Here, for torch comes with them, and a list of jobs needs none
+    from penstock.engine.lora.file import as_loras
+    from penstock.engine.model.opening import Opening
+
     record = read_record(folder)
     if is_of_pipeline(record):
         raise JournalError(

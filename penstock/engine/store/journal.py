@@ -18,9 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from penstock.closing import Closing
 from penstock.engine.store.durable import (
@@ -54,6 +52,9 @@ from penstock.engine.store.owned import Contents, check_vacant, pictures_in, res
 from penstock.engine.store.sealed import Document, open_json, open_tensors, seal_json, seal_tensors
 from penstock.errors import JournalError
 
+if TYPE_CHECKING:
+    import torch
+
 log = logging.getLogger(__name__)
 
 FORMAT = 1
@@ -72,7 +73,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 STATES = ("running", "stopped", "failed", "done")
 """What a job may be marked as. "running" while nobody holds the lock means that it was killed."""
 
-Tensors = dict[str, torch.Tensor]
+Tensors = dict[str, "torch.Tensor"]
 
 
 class SavedSampler(NamedTuple):

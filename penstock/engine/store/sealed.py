@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, BinaryIO
-
-import torch
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from penstock.errors import JournalError
+
+if TYPE_CHECKING:  # a list of jobs is read without torch
+    import torch
 
 Document = list[bytes | memoryview]
 
@@ -28,11 +29,12 @@ _PIECE_BYTES = 1 << 20
 _ALIGNMENT = 8
 
 TENSOR_TYPES = {
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16",
-    torch.int32: "I32", torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float32: "F32", torch.float64: "F64", torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
+    "torch.bool": "BOOL", "torch.uint8": "U8", "torch.int8": "I8", "torch.int16": "I16",
+    "torch.int32": "I32", "torch.int64": "I64", "torch.float16": "F16", "torch.bfloat16": "BF16",
+    "torch.float32": "F32", "torch.float64": "F64", "torch.float8_e4m3fn": "F8_E4M3",
+    "torch.float8_e5m2": "F8_E5M2",
 }  # fmt: skip
+"""By the name of torch's dtype."""
 
 
 def seal_json(value: Mapping[str, Any]) -> bytes:
@@ -74,7 +76,7 @@ def seal_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
     start = 0
     for (name, tensor), part in zip(tensors.items(), parts, strict=True):
         entries[name] = {
-            "dtype": TENSOR_TYPES[tensor.dtype],
+            "dtype": TENSOR_TYPES[str(tensor.dtype)],
             "shape": list(tensor.shape),
             "data_offsets": [start, start + part.nbytes],
         }
@@ -151,6 +153,8 @@ def _header_tail(entries: Mapping[str, Any], metadata: Mapping[str, str]) -> byt
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """Return a tensor's bytes, row by row; those of a host tensor that lies so are not copied."""
+    import torch
+
     plain = tensor.detach().resolve_conj().resolve_neg()
     flat = plain.to("cpu").contiguous().reshape(-1)
     if flat.stride() != (1,):  # one element of an expanded tensor counts as contiguous

@@ -782,7 +782,8 @@ def cached_stream(value: Any) -> str:
             "" if row["saved_of_expected"] is None else f"{row['saved_of_expected']:.3f}",
             f"{row['forwards_over_full']:.2f}; {row['seconds_over_full']:.2f}; "
             f"{row['cpu_s_over_full']:.2f}",
-            f"{row['stall_s_a_forward']:.2f} s; {row['stall_s_a_forward_full']:.2f} s",
+            f"{1e3 * row['stall_s_a_forward']:.2f} ms; "
+            f"{1e3 * row['stall_s_a_forward_full']:.2f} ms",
         )
         for row in value["rows"]
     ]
@@ -844,10 +845,11 @@ FAULTS = (
           r"each of (?P<kills>\d+) steps, identical, (?P<redone>\d+)",
           "SIGKILL of jobs that skip forward passes, after each step, {kills} kills",
           "all resumed, frames identical; {redone} steps done again"),
-    Fault("::test_sigkill_of_a_job_with_guidance_in_an_interval",
+    Fault("::test_sigkill_of_a_job_with_cheaper_guidance",
           r"each of (?P<steps>\d+) steps: (?P<redone>\d+)",
-          "SIGKILL after each of {steps} steps of which some have guidance (`--cfg-interval`)",
-          "resumed, frames identical; {redone} steps redone"),
+          "SIGKILL after each step of jobs with guidance at some steps (`--cfg-interval`) or "
+          "normalized (`--nag`), {steps} kills",
+          "all resumed, frames identical; {redone} steps done again"),
     Fault("::test_sigkill_at_random_moments",
           r"(?P<kills>\d+) kills in (?P<jobs>\d+) jobs, all identical, (?P<redone>\d+)",
           "SIGKILL at random moments, {kills} kills in {jobs} jobs",

@@ -102,23 +102,22 @@ def reuse(value: Any) -> Rows:
 def builds(value: Any) -> Rows:
     """Jobs and older benchmarks beside the build before step caches."""
     said = {
-        "job": "denoising of 40 steps by the small model",
+        "job": "40 steps by the small model",
         "lean_forward": "lean forward, one block of the 1.3B model's width",
         "disk_tier": "disk tier",
         "overlap": "streams on simulated machines",
     }
     same = "" if value["job"]["identical"] else " (NOT the same bits)"
-    return [
-        (
-            f"beside the build before step caches, {len(row['old'])} in turns, {said[part]}: "
-            f"{row['figure']}",
-            f"{row['new_over_old']:.2f} of that build's{same}"
-            + (f"; its own runs lie {row['old_spread']:.2f} apart" * (len(row["old"]) > 1)),
-            "`benchmarks/earlier.py`",
-        )
-        for part in said
-        for row in value[part]["rows"]
-    ]
+    rows: Rows = []
+    for part, name in said.items():
+        found = value[part]["rows"]
+        figures = "; ".join(row["figure"] for row in found)
+        ratios = "; ".join(f"{row['new_over_old']:.2f}" for row in found)
+        apart = "; ".join(f"{row['old_spread']:.2f}" for row in found)
+        what = f"over the build before step caches, pairs in turns ({len(found[0]['old'])}), {name}"
+        told = f"{ratios}{same}; that build's own runs lie apart by {apart}"
+        rows.append((f"{what}: {figures}", told, "`benchmarks/earlier.py`"))
+    return rows
 
 
 def forwards(value: Any) -> Rows:

@@ -396,7 +396,8 @@ def own(steps: int) -> Iterator[tuple[str, str, Method]]:
     for low, high in ((0.0, 0.98), (0.5, 1.0), (0.7, 1.0), (0.85, 1.0), (0.0, 0.85)):
         yield "guidance interval", f"{low}, {high}", partial(within, low, high)
     eight, one = recorded(steps, 8), recorded(steps, 1)
-    for share in (0.7, 0.6, 0.5, 0.4, 0.35, 0.3, 0.25):
+    few = {40: (0.225, 0.2, 0.175), 20: ()}[steps]
+    for share in (0.7, 0.6, 0.5, 0.4, 0.35, 0.3, 0.25, *few):
         for name, run in (("8 runs", eight), ("1 run", one)):
             schedule = best_schedule(run, left, round(share * steps))
             told = f"{len(schedule.computed)} from {name}"

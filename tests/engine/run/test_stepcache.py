@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from penstock.engine.engine import Engine
 from penstock.engine.request.generation import GenerationRequest
+from penstock.engine.run import steprecord
 from penstock.engine.run.events import Progress
 from penstock.engine.run.pipeline import work_of
 from penstock.engine.run.report import JobResult
@@ -171,11 +173,26 @@ def cost(run: Recorded, left: list[float], schedule: Schedule) -> float:
     return total
 
 
-def test_no_schedule_of_as_many_forwards_is_better() -> None:
+def drawn(steps: int) -> Recorded:
+    """Velocities that no line foretells: nothing is taken of many a slope."""
+    draw = torch.Generator().manual_seed(2)
+    return Recorded.of(levels(steps), list(torch.randn(steps, 3, generator=draw)))
+
+
+def growing(steps: int) -> Recorded:
+    """Velocities that run ahead of every line: all is taken of its slope."""
+    draw = torch.Generator().manual_seed(2)
+    faster = (-6 * torch.tensor(levels(steps))).exp()[:, None]
+    return Recorded.of(levels(steps), list(faster * torch.randn(64, generator=draw)))
+
+
+@pytest.mark.parametrize("run", [recorded(9), drawn(9), growing(9)], ids=["bent", "drawn", "grow"])
+def test_no_schedule_of_as_many_forwards_is_better(run: Recorded) -> None:
     from itertools import combinations
 
-    run, left = recorded(9), [0.1, 0.2, 0.1, 0.1, 0.1, 0.2, 0.1, 0.3, 0.1]
+    left = [0.1, 0.2, 0.1, 0.1, 0.1, 0.2, 0.1, 0.3, 0.1]
     best = best_schedule(run, left, 5)
+    assert all(0 <= each <= 1 for each in best.damping)
     assert len(best.computed) == 5
     assert (best.computed[0], best.computed[-1]) == (0, 8)
     tried = [
@@ -208,7 +225,9 @@ def test_a_record_is_read_again_and_serves_other_levels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     ["{}", "[]", '{"levels": [1.0, 0.5], "products": [1, 2]}', '{"levels": [0.5, 1.0], '
-     '"products": [1, 2, 3]}', '{"levels": [1.0, 0.5], "products": [1, NaN, 3]}'],
+     '"products": [1, 2, 3]}', '{"levels": [1.0, 0.5], "products": [1, NaN, 3]}',
+     '{"levels": [1.0], "products": [1]}', '{"levels": [1.0, 0.0], "products": [1, 2, 3]}',
+     '{"levels": [1.5, 0.5], "products": [1, 2, 3]}'],
 )  # fmt: skip
 def test_what_is_no_record_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.json").write_text(text)
@@ -289,6 +308,54 @@ def test_a_whole_job_records_and_the_next_plan_is_made_from_it(
     assert len(Recorded.read(record).levels) == STEPS
     after = run(t2v_folder, step_cache="plan:5").report
     assert any("a run of this model" in notice for notice in after.notices)
+    record.write_text('{"levels": [1')
+    again = run(t2v_folder, step_cache="plan:5").report
+    assert any(str(record) in notice for notice in again.notices)
+    assert any("the small model in the box" in notice for notice in again.notices)
+    run(t2v_folder)
+    assert len(Recorded.read(record).levels) == STEPS
+
+
+def prepared_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, word: str, steps: range, job: int, asked: int
+) -> tuple[StepCache, list[str]]:
+    """The cache of ``steps`` in a job of so many, and what is said of it."""
+    told: list[str] = []
+    stage: Any = SimpleNamespace(
+        monitor=SimpleNamespace(notice=told.append),
+        job=SimpleNamespace(request=SimpleNamespace(steps=asked), sources={"transformer": 1}),
+    )
+    monkeypatch.setattr(steprecord, "record_path", lambda stage: tmp_path / "none.json")
+    state = SamplerState({"next_step": steps.start}, {})
+
+    def fresh() -> Sampler:
+        return Sampler(CONFIG, sampler="euler", steps=job, shift=5.0)
+
+    return steprecord.cache_for(stage, steps, Caching.of(word), fresh, state), told
+
+
+@pytest.mark.parametrize(
+    ("steps", "job", "records"),
+    [(range(10), 10, True), (range(9), 20, False), (range(7), 7, False), (range(101), 101, False)],
+)
+def test_a_record_is_promised_of_jobs_that_leave_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, steps: range, job: int, records: bool
+) -> None:
+    # MiniMax-H3's steps are one fewer than are asked for
+    cache, _ = prepared_cache(monkeypatch, tmp_path, "off", steps, job, asked=job + 1)
+    cache.computed(0, torch.ones(4), torch.ones(4))
+    assert bool(cache.samples) == records
+    _, told = prepared_cache(monkeypatch, tmp_path, "plan:4", steps, job, asked=job + 1)
+    assert any("records this one" in notice for notice in told) == records
+
+
+def test_what_is_said_of_a_part_of_a_job_names_its_steps(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _, (told,) = prepared_cache(monkeypatch, tmp_path, "plan:4", range(10, 20), 20, asked=20)
+    assert told == "6 of steps 11 to 20 are skipped, chosen from runs of the small model in the box"
+    _, (told,) = prepared_cache(monkeypatch, tmp_path, "budget", range(6, 12), 12, asked=12)
+    assert "gains nothing in steps 7 to 12 of 12: all of them are computed, as fewer than" in told
 
 
 def test_the_plan_counts_forwards_and_state(t2v_folder: Path) -> None:

@@ -98,9 +98,10 @@ def test_nothing_is_foretold_after_a_reset() -> None:
     assert cache.wants(2)
 
 
-def followed(velocities: torch.Tensor, budget: float) -> list[int]:
+def followed(velocities: torch.Tensor, budget: float, left: list[float] | None = None) -> list[int]:
     steps = len(velocities)
-    cache = StepCache(range(steps), Budget(budget, levels(steps), [1 / steps] * steps))
+    rule = Budget(budget, levels(steps), [1 / steps] * steps if left is None else left)
+    cache = StepCache(range(steps), rule)
     for step in range(steps):
         if cache.wants(step):
             cache.computed(step, velocities[step], torch.ones(4))
@@ -127,14 +128,47 @@ def test_a_smaller_budget_computes_more() -> None:
     assert len(followed(wave, 1e-9)) > len(followed(wave, 3e-3)) > len(followed(wave, 1.0))
 
 
+@pytest.mark.parametrize(
+    ("budget", "wanted"),
+    [(0.0049, [True]), (0.0051, [False, True]), (0.0199, [False, True]), (0.0201, [False, False])],
+)
+def test_what_a_budget_spends_by_hand(budget: float, wanted: list[bool]) -> None:
+    rule = Budget(budget, levels(10), [0.5] * 10)
+    rule.learns(0, None, 2.0)
+    rule.learns(1, 0.003, 2.0)  # a bend of 0.003 / (0.1 * 0.03) = 1
+    # 0.5 * 1 * 0.1 * 0.2 / 2 at the next step, and 0.5 * 1 * 0.2 * 0.3 / 2 at the one after it
+    assert [rule.wants(2 + step) for step in range(len(wanted))] == wanted
+
+
+def test_a_budget_computes_the_last_step_of_its_transformer() -> None:
+    rule = Budget(1.0, levels(16), [0.1] * 16, 7)
+    rule.learns(0, None, 1.0)
+    rule.learns(1, 0.0, 1.0)
+    assert [rule.wants(step) for step in range(2, 8)] == [False] * 5 + [True]
+
+
+def test_a_budget_draws_a_line_on_with_less_of_its_slope() -> None:
+    cache = StepCache(range(8), Budget(1.0, levels(8), [0.1] * 8))
+    for step, value in enumerate((1.0, 3.0)):
+        cache.computed(step, torch.tensor([value]), torch.ones(1))
+    found = [float(cache.predicted(step)) for step in (2, 3, 4)]
+    assert found == pytest.approx([3 + 2, 3 + 0.75 * 4, 3 + 0.75 * 6])
+
+
+def test_a_step_is_weighed_by_what_is_left_of_its_own_error() -> None:
+    wave = torch.linspace(0, 6, 12).sin()[:, None] * torch.ones(4)
+    left = [1e6 if step == 6 else 0.0 for step in range(12)]
+    assert followed(wave, 1.0, left) == [0, 1, 6, 11]
+
+
 def test_a_cache_goes_on_from_its_state_alone() -> None:
     wave = torch.linspace(0, 6, 16).sin()[:, None] * torch.ones(4)
-    whole = StepCache(range(16), Budget(3e-3, levels(16), [1 / 16] * 16))
-    parts = StepCache(range(16), Budget(3e-3, levels(16), [1 / 16] * 16))
+    whole = StepCache(range(16), Budget(0.01, levels(16), [1 / 16] * 16))
+    parts = StepCache(range(16), Budget(0.01, levels(16), [1 / 16] * 16))
     skipped = 0
     for step in range(16):
         state = parts.state()
-        parts = StepCache(range(16), Budget(3e-3, levels(16), [1 / 16] * 16))
+        parts = StepCache(range(16), Budget(0.01, levels(16), [1 / 16] * 16))
         parts.load_state(SamplerState(state.values | {"next_step": step}, dict(state.tensors)))
         wanted = whole.wants(step)
         assert parts.wants(step) == wanted
@@ -220,6 +254,7 @@ def test_a_record_is_read_again_and_serves_other_levels(tmp_path: Path) -> None:
     torch.testing.assert_close(again.at(run.levels).products, again.products)
     halves = again.at(levels(24))
     torch.testing.assert_close(halves.products[::2, ::2], again.products)
+    assert halves.products[-1, -1] == again.products[-1, -1]  # below the lowest
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,13 @@ def test_what_a_budget_spends_by_hand(budget: float, wanted: list[bool]) -> None
     assert [rule.wants(2 + step) for step in range(len(wanted))] == wanted
 
 
+def test_without_latents_to_compare_with_a_budget_computes() -> None:
+    rule = Budget(1.0, levels(10), [0.5] * 10)
+    rule.learns(0, None, 0.0)
+    rule.learns(1, 0.1, 0.0)
+    assert rule.wants(2)
+
+
 def test_a_budget_computes_the_last_step_of_its_transformer() -> None:
     rule = Budget(1.0, levels(16), [0.1] * 16, 7)
     rule.learns(0, None, 1.0)

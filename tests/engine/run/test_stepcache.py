@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+import penstock
 from penstock.engine.engine import Engine
 from penstock.engine.request.generation import GenerationRequest
+from penstock.engine.request.levels import noise_levels
 from penstock.engine.run import steprecord
 from penstock.engine.run.events import Progress
 from penstock.engine.run.pipeline import work_of
@@ -65,6 +67,13 @@ def test_shares_are_what_each_velocity_adds(sampler: str) -> None:
     shares = torch.tensor(shares_of(fresh()), dtype=torch.float64)
     expected = -(shares.view(-1, 1, 1, 1, 1, 1) * velocities).sum(0)
     torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-6)  # sigmas are fp32
+
+
+def test_a_solver_that_adds_noise_counts_as_eulers_method() -> None:
+    lcm = Sampler(CONFIG, sampler="lcm", steps=6, shift=5.0, distilled=True)
+    after = [*(lcm.sigma(step) for step in range(1, 6)), 0.0]
+    steps = [lcm.sigma(step) - level for step, level in enumerate(after)]
+    assert shares_of(lcm) == pytest.approx(steps)
 
 
 def test_an_error_that_the_solver_takes_back_is_seen_between_and_counts() -> None:
@@ -391,11 +400,27 @@ def test_a_record_is_promised_of_jobs_that_leave_one(
     assert any("records this one" in notice for notice in told) == records
 
 
+def test_a_part_of_a_job_is_scheduled_by_its_own_steps(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cache, _ = prepared_cache(monkeypatch, tmp_path, "plan:4", range(10, 20), 20, asked=20)
+    noise = [*noise_levels("euler", 20, 5.0), 0.0]
+    steps = [level - after for level, after in zip(noise, noise[1:], strict=False)]
+    left = left_of_errors(noise[:20], steps)[10:]
+    built_in = Recorded.read(Path(penstock.__file__).with_name("assets") / "steps.json")
+    best = best_schedule(built_in.at(noise[10:20]), left, 4)
+    found = cache.state().values["cache"]["rule"]
+    assert found["computed"] == [10 + step for step in best.computed]
+    assert found["damping"] == pytest.approx(list(best.damping), rel=1e-4)
+
+
 def test_what_is_said_of_a_part_of_a_job_names_its_steps(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     _, (told,) = prepared_cache(monkeypatch, tmp_path, "plan:4", range(10, 20), 20, asked=20)
     assert told == "6 of steps 11 to 20 are skipped, chosen from runs of the small model in the box"
+    cache, _ = prepared_cache(monkeypatch, tmp_path, "budget", range(10), 20, asked=20)
+    assert cache.left(3) == (2, 7)  # up to its own last step, not the job's
     _, (told,) = prepared_cache(monkeypatch, tmp_path, "budget", range(6, 12), 12, asked=12)
     assert "gains nothing in steps 7 to 12 of 12: all of them are computed, as fewer than" in told
 
@@ -470,11 +495,12 @@ def test_a_budget_is_each_transformers_own() -> None:
 
 def test_the_next_transformer_begins_from_nothing() -> None:
     first = StepCache(range(8), Budget(1.0, levels(16), [0.1] * 16, 7))
-    first.computed(0, torch.ones(2), torch.ones(2))
+    for step in range(2):
+        first.computed(step, torch.ones(2), torch.ones(2))
     state = first.state()
     state = SamplerState(state.values | {"next_step": 8}, state.tensors)
     second = StepCache(range(8, 16), Budget(1.0, levels(16), [0.1] * 16, 15))
     second.load_state(state)
-    assert second.computed_steps == [0]
+    assert second.computed_steps == [0, 1]
     assert second.wants(8)
     assert second.left(8) == (2, 8)

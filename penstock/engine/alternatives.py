@@ -125,8 +125,8 @@ def _half_guided(
         return None
     told = prepared.about.official.timesteps(request.video_shape, request.steps, noise_of(request))
     interval = f"{told[request.steps // 2 - 1] / TRAINED:.3f},1"
-    told = _half("guidance interval", request.steps)
-    quality = f"guidance in about half of the steps; {told}"
+    measured = _half("guidance interval", request.steps)
+    quality = f"guidance in about half of the steps; {measured}"
     other = replace(settings, cfg_interval=interval)
     return _Change(f"--cfg-interval {interval}", prepared.asked, other, quality)
 

@@ -99,6 +99,23 @@ def test_a_skipped_step_lies_on_the_line_through_the_last_two() -> None:
     assert cache.computed_steps == [0, 2]
 
 
+def test_what_a_cache_keeps_is_its_own() -> None:
+    cache = StepCache(range(4), Planned(Schedule((0, 3), (0.0, 0.0))))
+    velocity = torch.ones(1)
+    cache.computed(0, velocity, torch.ones(1))
+    velocity.zero_()  # as a solver may
+    assert cache.predicted(1) == 1
+
+
+def test_a_steered_job_leaves_no_record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(steprecord, "record_path", lambda stage: tmp_path / "run.json")
+    cache: Any = SimpleNamespace(samples=[torch.ones(4), torch.zeros(4)])
+    for steered in (True, False):
+        stage: Any = SimpleNamespace(keeper=SimpleNamespace(steered=steered))
+        steprecord.keep_record(stage, cache, (1.0, 0.5))
+        assert (tmp_path / "run.json").exists() != steered
+
+
 def test_nothing_is_foretold_after_a_reset() -> None:
     cache = StepCache(range(4), Planned(Schedule((0, 3), (0.0, 0.0))))
     cache.computed(0, torch.ones(1), torch.ones(1))
@@ -497,6 +514,7 @@ def test_the_next_transformer_begins_from_nothing() -> None:
     first = StepCache(range(8), Budget(1.0, levels(16), [0.1] * 16, 7))
     for step in range(2):
         first.computed(step, torch.ones(2), torch.ones(2))
+    assert first.left(2) == (1, 6)  # there is a line: only its last step is sure
     state = first.state()
     state = SamplerState(state.values | {"next_step": 8}, state.tensors)
     second = StepCache(range(8, 16), Budget(1.0, levels(16), [0.1] * 16, 15))

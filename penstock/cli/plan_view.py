@@ -13,6 +13,7 @@ from penstock.cli.layout import Column, gauge, labelled, table, wrap
 from penstock.engine.alternatives import Alternative
 from penstock.errors import OverBudget
 from penstock.profiles.attending import Attending
+from penstock.profiles.caching import BUDGET, FEWEST_STEPS, Caching
 from penstock.profiles.hardware import INTERPRETER_BYTES
 from penstock.profiles.plan import COMPUTE_PATHS, RESIDUAL, PhasePlan, Plan, StreamPlan
 from penstock.profiles.profile import Profile, load, names
@@ -80,7 +81,8 @@ def _caching(plan: Plan, width: int) -> list[str]:
         return []
     fewest, most = (sum(each.forwards[n] for each in plan.denoising) for n in (0, 1))
     if fewest == most:
-        return labelled("cache", f"{plan.step_cache}: {most} steps are computed", width)
+        told = _exactly(Caching.of(plan.step_cache), most)
+        return labelled("cache", f"{plan.step_cache}: {told}", width)
     saved = sum(
         each.seconds * (1 - each.forwards[0] / each.forwards[1])
         for each in plan.denoising
@@ -92,6 +94,16 @@ def _caching(plan: Plan, width: int) -> list[str]:
         f"{plan.step_cache}: {told}; the time is that of all, and may be {clock(saved)} less",
         width,
     )
+
+
+def _exactly(caching: Caching, computed: int) -> str:
+    """Say how many steps are computed, and why, where it is not as many as were asked for."""
+    if caching.kind == BUDGET or computed < caching.planned:
+        return f"it gains nothing, all {computed} steps are computed"
+    told = f"{computed} steps are computed"
+    if computed == caching.planned:
+        return told
+    return f"{told}, as fewer than {FEWEST_STEPS} in a row all are, and of others two at least"
 
 
 def _faster(alternatives: Sequence[Alternative], width: int) -> list[str]:

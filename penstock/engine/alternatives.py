@@ -42,10 +42,20 @@ FRAMES_PSNR: Mapping[tuple[str, str], float] = MappingProxyType(
 """Decibels of frames against the weights as stored, by format and arithmetic: the small trained
 model's 48 held-out clips (``benchmarks/quality.py``; a test holds them to its results)."""
 
-HALF_PSNR: Mapping[str, float] = MappingProxyType({"plan": 80.9, "guidance interval": 34.7})
-"""Decibels of frames against the full run of 40 steps, of which half are computed, or guided (the
-noisy half): the small trained model's 48 held-out clips (``benchmarks/caches.py``; a test holds
-them to its results)."""
+HALF_PSNR: Mapping[tuple[str, int], float] = MappingProxyType(
+    {("plan", 40): 80.9, ("plan", 20): 64.8, ("guidance interval", 40): 34.7}
+)
+"""Decibels of frames against the full run of so many steps, of which half are computed, or guided
+(the noisy half): the small trained model's 48 held-out clips (``benchmarks/caches.py``; a test
+holds them to its results)."""
+
+_FLAGS: Mapping[str, str] = MappingProxyType(
+    {
+        "size": "--size", "steps": "--steps", "guidance_scale": "--cfg", "shift": "--shift",
+        "sampler": "--sampler", "cfg_interval": "--cfg-interval",
+    }
+)  # fmt: skip
+"""Of the settings that another way leaves to the model."""
 
 _SMALL = "480p"
 _UNMEASURED = "quality not measured"
@@ -115,13 +125,29 @@ def _half_guided(
         return None
     told = prepared.about.official.timesteps(request.video_shape, request.steps, noise_of(request))
     interval = f"{told[request.steps // 2 - 1] / TRAINED:.3f},1"
-    quality = f"guidance in about half of the steps; {_half('guidance interval')}"
+    measured = _half("guidance interval", request.steps)
+    quality = f"guidance in about half of the steps; {measured}"
     other = replace(settings, cfg_interval=interval)
     return _Change(f"--cfg-interval {interval}", prepared.asked, other, quality)
 
 
-def _half(method: str) -> str:
-    return f"{HALF_PSNR[method]:.0f} dB of 40 full steps, on the small trained model"
+def _half(method: str, steps: int) -> str:
+    """Say what was measured of the most steps that are no more than these: with fewer, less is
+    left."""
+    of = max((n for name, n in HALF_PSNR if name == method and n <= steps), default=None)
+    if of is None:
+        return _UNMEASURED
+    return f"{HALF_PSNR[method, of]:.0f} dB of {of} full steps, on the small trained model"
+
+
+def _left_out(settings: Settings, other: Settings) -> str:
+    """Name the flags that ``other`` must do without, as a clause."""
+    named = [
+        flag
+        for name, flag in _FLAGS.items()
+        if getattr(settings, name) is not None and getattr(other, name) is None
+    ]
+    return f"; leave out {', '.join(named)}" if named else ""
 
 
 def _predicted(prepared: Prepared, change: _Change, saved: bool) -> float | None:
@@ -147,25 +173,26 @@ def _changes(
             distilled=True,
             steps=None,
             guidance_scale=None,
+            guidance_high=None,
             shift=None,
             sampler=None,
             cfg_interval=None,
         )
         told = f"{DISTILLED['steps']} steps without guidance, the LoRA's own weights not counted"
-        yield _Change(
-            "--distilled --lora 4STEP.safetensors", options, few, f"{told}; {_UNMEASURED}"
-        )
+        told += f"{_left_out(settings, few)}; {_UNMEASURED}"
+        yield _Change("--distilled --lora 4STEP.safetensors", options, few, told)
     share = AREAS[_SMALL] / (request.width * request.height)
     if share < WORTH_A_WORD:
         small = replace(settings, size=None, max_area=_SMALL)
-        yield _Change(f"--max-area {_SMALL}", options, small, f"{share:.2f} of the pixels")
+        told = f"{share:.2f} of the pixels{_left_out(settings, small)}"
+        yield _Change(f"--max-area {_SMALL}", options, small, told)
     if plan.attention == "sdpa" and options.attention is None and prepared.hardware.device != "cpu":
         eight = replace(options, attention="int8")
         yield _Change("--attention int8", eight, settings, _UNMEASURED)
     if options.step_cache is None and plan.step_cache == OFF and request.steps >= FEWEST_STEPS:
         half = f"plan:{request.steps // 2}"
         other = replace(options, step_cache=half)
-        told = f"{request.steps // 2} of {request.steps} forwards; {_half('plan')}"
+        told = f"{request.steps // 2} of {request.steps} forwards; {_half('plan', request.steps)}"
         yield _Change(f"--cache {half}", other, settings, told)
     yield from _formats(options, settings, plan, prepared.hardware.device)
     yield from _budgets(options, settings)

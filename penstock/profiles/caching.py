@@ -105,11 +105,17 @@ class Caching:
         told = {OFF: "", BUDGET: f":{self.budget}", PLAN: f":{self.planned}"}
         return self.kind + told[self.kind]
 
-    def told(self, steps: int) -> str | None:
-        """Return what is to be said of it where it does nothing."""
-        if self.kind == OFF or self.skips(steps):
+    def told(self, steps: range, job: int) -> str | None:
+        """Return what is to be said of it where it does nothing in ``steps`` of a ``job``'s."""
+        if self.kind == OFF or self.skips(len(steps)):
             return None
-        return f"the step cache gains nothing with {steps} steps: all of them are computed"
+        if len(steps) == job:
+            return f"the step cache gains nothing with {job} steps: all of them are computed"
+        few = f", as fewer than {FEWEST_STEPS} in a row are" if len(steps) < FEWEST_STEPS else ""
+        return (
+            f"the step cache gains nothing in steps {steps.start + 1} to {steps.stop} of {job}: "
+            f"all of them are computed{few}"
+        )
 
 
 def _number(text: str) -> float:

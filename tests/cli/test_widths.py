@@ -61,6 +61,28 @@ PLANS = {
 }
 
 
+@pytest.mark.parametrize(
+    ("name", "word", "steps", "told"),
+    [
+        ("wan2.1-t2v-14b", "plan:20", 40, "20 steps are computed"),
+        ("wan2.1-t2v-14b", "plan:50", 40, "it gains nothing, all 40 steps are computed"),
+        ("wan2.1-t2v-14b", "plan:4", 7, "7 steps are computed, as fewer than 8 in a row all are"),
+        ("wan2.1-t2v-14b", "budget", 7, "it gains nothing, all 7 steps are computed"),
+        ("wan2.2-t2v-a14b", "plan:2", 40, "4 steps are computed, as fewer than 8 in a row all are"),
+    ],
+)
+def test_a_cache_that_computes_otherwise_than_asked_says_why(
+    name: str, word: str, steps: int, told: str
+) -> None:
+    options, machine = machine_of(Options(ram="32GiB", step_cache=word), "RTX 3060 12GB", None)
+    prepared = Prepared.open(synthetic=name, options=options, machine=machine)
+    settings = Settings(prompt="a cat", steps=steps, max_area="480p")
+    plan = prepared.plan(workload_of(resolve(settings, prepared.about)))
+    shown = plan_view(plan, 120, None).splitlines()
+    (line,) = (line for line in shown if line.startswith("cache"))
+    assert line.startswith(f"cache    {word}: {told}")
+
+
 def test_a_label_and_its_text_are_two_words() -> None:
     assert labelled("denoise", "32 tokens", 80) == ["denoise  32 tokens"]
     assert labelled("denoise 2", "32 tokens", 80) == ["denoise 2 32 tokens"]

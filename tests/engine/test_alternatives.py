@@ -88,13 +88,27 @@ def test_quality_is_what_was_measured() -> None:
         assert decibels == pytest.approx(measured[way], abs=0.06)
     rows = json.loads(CACHES.read_text(encoding="utf-8"))["rows"]
     halves = {
-        row["method"]: row["frames_db"]
+        (row["method"], row["steps"]): row["frames_db"]
         for row in rows
-        if (row["steps"], row["setting"]) in ((40, "20 from 8 runs"), (40, "0.85, 1.0"))
+        if row["setting"] in (f"{row['steps'] // 2} from 8 runs", "0.85, 1.0")
     }
     assert halves == pytest.approx(dict(HALF_PSNR), abs=0.06)
-    told = found(prepared())
-    assert "; 81 dB of 40 full steps" in told["--cache plan:20"].quality
+
+
+@pytest.mark.parametrize(
+    ("steps", "told"), [(40, "dB of 40 full"), (30, "dB of 20 full"), (12, "quality not measured")]
+)
+def test_quality_is_of_no_more_steps_than_the_job_has(steps: int, told: str) -> None:
+    quality = found(prepared(), Settings(prompt="a cat", steps=steps))[f"--cache plan:{steps // 2}"]
+    assert told in quality.quality
+
+
+def test_what_was_said_and_does_not_go_with_it_is_named() -> None:
+    said = Settings(prompt="a cat", size="1280x720", steps=30, guidance_scale=6.0)
+    named = found(prepared(), said)
+    distilled = named["--distilled --lora 4STEP.safetensors"].quality
+    assert "; leave out --steps, --cfg;" in distilled
+    assert named["--max-area 480p"].quality == "0.43 of the pixels; leave out --size"
 
 
 def test_the_command_prints_them_and_generate_names_the_best(

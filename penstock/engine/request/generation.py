@@ -35,6 +35,8 @@ MAX_SEED = (1 << 32) - 1
 _LARGEST = 1e300
 MAX_STEPS = 1000
 MAX_FPS = 240
+MAX_NAG = 100
+"""Of its scale: what it leads to grows no further, and 16 bits would overflow on the way."""
 COHERENT_FRAMES = Grid.coherent
 """Of Wan2.1."""
 WINDOW = 81
@@ -232,10 +234,10 @@ class GenerationRequest:
     def _check_nag(self) -> None:
         if self.nag_scale is None:
             return
-        if not _is_finite(self.nag_scale) or self.nag_scale <= 1:
+        if not _is_finite(self.nag_scale) or not 1 < self.nag_scale <= MAX_NAG:
             raise RequestError(
                 "illegal scale of normalized attention guidance",
-                expected="a finite number above 1, such as 11",
+                expected=f"a number above 1 and at most {MAX_NAG}, such as 11",
                 found=brief(self.nag_scale),
             )
         if max(self.guidance_scales) > 1:

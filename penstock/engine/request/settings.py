@@ -65,8 +65,9 @@ class Settings:
 
 
 _CONTINUED = (
-    "prompt", "negative_prompt", "steps", "guidance_scale", "guidance_high", "cfg_interval",
-    "shift", "seed", "sampler", "distilled", "clip_crop", "fit", "window", "overlap",
+    "prompt", "negative_prompt", "steps", "guidance_scale", "guidance_high", "nag_scale",
+    "cfg_interval", "shift", "seed", "sampler", "distilled", "clip_crop", "fit", "window",
+    "overlap",
 )  # fmt: skip
 """Of the settings in a video's metadata, those that one which goes on from it takes over."""
 
@@ -93,6 +94,12 @@ def going_on(settings: Settings, clip: Clip, frame: Path) -> Settings:
         for field in fields(settings)
         if getattr(settings, field.name) not in (None, "", False)
     }
+    if "guidance_scale" in ours:  # what stood beside theirs may not go with it
+        scale = ours["guidance_scale"]
+        low, high = parse_guidance(scale) if isinstance(scale, str) else (scale, None)
+        guided = max(low, low if high is None else high) > 1
+        for name in ("guidance_high", "nag_scale" if guided else "cfg_interval"):
+            theirs.pop(name, None)
     if "prompt" not in theirs | ours:
         raise UsageError(
             f"{clip.path} has no prompt stored in it", expected="a prompt", found="no --prompt"

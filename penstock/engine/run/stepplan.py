@@ -116,7 +116,7 @@ def _bad(path: Path, found: str) -> CheckpointError:
     return CheckpointError(
         f"{path} is not a record of a run's steps",
         expected="noise levels and products", found=found,
-        remedy="Remove it: the next whole job without a cache writes another",
+        remedy="The next whole job without a cache writes another",
     )  # fmt: skip
 
 

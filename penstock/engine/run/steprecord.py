@@ -42,19 +42,29 @@ def cache_for(
     """
     skips = caching.skips(len(steps))
     rule = _rule(stage, steps, caching, fresh, state) if skips else None
-    told = caching.told(len(steps))
+    job = len(fresh().timesteps)
+    told = caching.told(steps, job)
     if told is not None:
         stage.monitor.notice(told)
-    cache = StepCache(steps, rule, recording=rule is None and _is_due(stage, steps, state))
+    due = rule is None and state.values["next_step"] == 0 and _can_be_recorded(stage, steps, job)
+    cache = StepCache(steps, rule, recording=due and _is_missing(record_path(stage)))
     cache.load_state(state)
     return cache
 
 
-def _is_due(stage: Stage, steps: range, state: SamplerState) -> bool:
-    """Return whether these steps are a whole job that shall leave a record."""
-    whole = len(steps) == stage.job.request.steps and state.values["next_step"] == 0
+def _can_be_recorded(stage: Stage, steps: range, job: int) -> bool:
+    """Return whether these steps are all of the ``job``'s, and no more than leave a record."""
     fitting = FEWEST_STEPS <= len(steps) <= MOST_RECORDED and stage.job.sources
-    return bool(whole and fitting) and not record_path(stage).exists()
+    return bool(len(steps) == job and fitting)
+
+
+def _is_missing(path: Path) -> bool:
+    """Return whether a record is still to be written, in the place of a damaged one too."""
+    try:
+        Recorded.read(path)
+    except CheckpointError:
+        return True
+    return False
 
 
 def _rule(
@@ -70,12 +80,18 @@ def _rule(
         return Budget(caching.budget, levels, left, steps.stop - 1)
     if is_of(state, steps):
         return Planned(Schedule((), ()))
-    recorded, told = _record(stage)
+    recorded, told = _own_record(stage), "a run of this model"
+    if recorded is None:
+        recorded, told = _built_in(), "runs of the small model in the box"
+        if _can_be_recorded(stage, steps, len(levels)):
+            told += ": a whole job without a cache records this one"
     own = slice(steps.start, steps.stop)
     schedule = best_schedule(recorded.at(levels[own]), left[own], caching.planned)
     computed = tuple(steps.start + step for step in schedule.computed)
-    skipped = len(steps) - len(computed)
-    stage.monitor.notice(f"{skipped} of {len(steps)} steps are skipped, chosen from {told}")
+    skipped, of = len(steps) - len(computed), f"{len(steps)} steps"
+    if len(steps) < len(levels):
+        of = f"steps {steps.start + 1} to {steps.stop}"
+    stage.monitor.notice(f"{skipped} of {of} are skipped, chosen from {told}")
     return Planned(Schedule(computed, schedule.damping))
 
 
@@ -83,18 +99,21 @@ def _levels(sampler: Sampler) -> tuple[float, ...]:
     return tuple(sampler.sigma(step) for step in range(len(sampler.timesteps)))
 
 
-def _record(stage: Stage) -> tuple[Recorded, str]:
-    """Return the model's own record or the built-in one, and which it is."""
+def _own_record(stage: Stage) -> Recorded | None:
+    """Return the model's own record; None: there is none, or a damaged one, which is said."""
     path = record_path(stage)
-    if path.exists():
-        try:
-            return Recorded.read(path), "a run of this model"
-        except CheckpointError as error:
-            stage.monitor.notice(str(error))
-    with as_file(files("penstock").joinpath("assets", "steps.json")) as built_in:
-        return Recorded.read(built_in), (
-            "runs of the small model in the box: a whole job without a cache records this one"
-        )
+    if not path.exists():
+        return None
+    try:
+        return Recorded.read(path)
+    except CheckpointError as error:
+        stage.monitor.notice(str(error))
+        return None
+
+
+def _built_in() -> Recorded:
+    with as_file(files("penstock").joinpath("assets", "steps.json")) as path:
+        return Recorded.read(path)
 
 
 def keep_record(stage: Stage, cache: StepCache, levels: tuple[float, ...]) -> None:

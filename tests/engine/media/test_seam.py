@@ -95,6 +95,26 @@ def test_settings_come_from_the_clip_and_flags_win(clip: Path) -> None:
         going_on(Settings(prompt=""), bare, Path("x"))
 
 
+@pytest.mark.parametrize(
+    ("theirs", "cfg", "left"),
+    [
+        ({"guidance_scale": 1.0, "nag_scale": 11.0}, None, {"nag_scale": 11.0}),
+        ({"guidance_scale": 1.0, "nag_scale": 11.0}, 1.0, {"nag_scale": 11.0}),
+        ({"guidance_scale": 1.0, "nag_scale": 11.0}, "1,4", {}),
+        ({"guidance_scale": 5.0, "cfg_interval": "0.3,1"}, 4.0, {"cfg_interval": "0.3,1"}),
+        ({"guidance_scale": 5.0, "cfg_interval": "0.3,1"}, 1.0, {}),
+        ({"guidance_scale": 3.0, "guidance_high": 4.0}, "2", {}),
+    ],
+)
+def test_what_led_the_clip_leads_on_unless_a_scale_is_said_that_it_cannot_go_with(
+    clip: Path, theirs: dict[str, object], cfg: float | str | None, left: dict[str, object]
+) -> None:
+    told = replace(Clip.open(clip), settings={"prompt": "a cat"} | theirs)
+    found = going_on(Settings(prompt="", guidance_scale=cfg), told, Path("last.png"))
+    names = ("nag_scale", "cfg_interval", "guidance_high")
+    assert {name: getattr(found, name) for name in names if getattr(found, name)} == left
+
+
 def test_the_result_is_one_file_also_after_a_stop(
     clip: Path, i2v_folder: Path, tmp_path: Path
 ) -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+import penstock
 from penstock.engine.engine import Engine
 from penstock.engine.request.generation import GenerationRequest
+from penstock.engine.request.levels import noise_levels
+from penstock.engine.run import steprecord
 from penstock.engine.run.events import Progress
 from penstock.engine.run.pipeline import work_of
 from penstock.engine.run.report import JobResult
@@ -75,6 +79,13 @@ def test_shares_are_what_each_velocity_adds(sampler: str) -> None:
     torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-6)  # sigmas are fp32
 
 
+def test_a_solver_that_adds_noise_counts_as_eulers_method() -> None:
+    lcm = Sampler(CONFIG, sampler="lcm", steps=6, shift=5.0, distilled=True)
+    after = [*(lcm.sigma(step) for step in range(1, 6)), 0.0]
+    steps = [lcm.sigma(step) - level for step, level in enumerate(after)]
+    assert shares_of(lcm) == pytest.approx(steps)
+
+
 def test_an_error_that_the_solver_takes_back_is_seen_between_and_counts() -> None:
     # By hand: half of share and step in noise, less what later steps undo of it.
     left = left_of_errors((1.0, 0.5, 0.2), (0.1, 0.0, -0.4))
@@ -98,6 +109,23 @@ def test_a_skipped_step_lies_on_the_line_through_the_last_two() -> None:
     assert cache.computed_steps == [0, 2]
 
 
+def test_what_a_cache_keeps_is_its_own() -> None:
+    cache = StepCache(range(4), Planned(Schedule((0, 3), (0.0, 0.0))))
+    velocity = torch.ones(1)
+    cache.computed(0, velocity, torch.ones(1))
+    velocity.zero_()  # as a solver may
+    assert cache.predicted(1) == 1
+
+
+def test_a_steered_job_leaves_no_record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(steprecord, "record_path", lambda stage: tmp_path / "run.json")
+    cache: Any = SimpleNamespace(samples=[torch.ones(4), torch.zeros(4)])
+    for steered in (True, False):
+        stage: Any = SimpleNamespace(keeper=SimpleNamespace(steered=steered))
+        steprecord.keep_record(stage, cache, (1.0, 0.5))
+        assert (tmp_path / "run.json").exists() != steered
+
+
 def test_nothing_is_foretold_after_a_reset() -> None:
     cache = StepCache(range(4), Planned(Schedule((0, 3), (0.0, 0.0))))
     cache.computed(0, torch.ones(1), torch.ones(1))
@@ -106,9 +134,10 @@ def test_nothing_is_foretold_after_a_reset() -> None:
     assert cache.wants(2)
 
 
-def followed(velocities: torch.Tensor, budget: float) -> list[int]:
+def followed(velocities: torch.Tensor, budget: float, left: list[float] | None = None) -> list[int]:
     steps = len(velocities)
-    cache = StepCache(range(steps), Budget(budget, levels(steps), [1 / steps] * steps))
+    rule = Budget(budget, levels(steps), [1 / steps] * steps if left is None else left)
+    cache = StepCache(range(steps), rule)
     for step in range(steps):
         if cache.wants(step):
             cache.computed(step, velocities[step], torch.ones(4))
@@ -135,14 +164,54 @@ def test_a_smaller_budget_computes_more() -> None:
     assert len(followed(wave, 1e-9)) > len(followed(wave, 3e-3)) > len(followed(wave, 1.0))
 
 
+@pytest.mark.parametrize(
+    ("budget", "wanted"),
+    [(0.0049, [True]), (0.0051, [False, True]), (0.0199, [False, True]), (0.0201, [False, False])],
+)
+def test_what_a_budget_spends_by_hand(budget: float, wanted: list[bool]) -> None:
+    rule = Budget(budget, levels(10), [0.5] * 10)
+    rule.learns(0, None, 2.0)
+    rule.learns(1, 0.003, 2.0)  # a bend of 0.003 / (0.1 * 0.03) = 1
+    # 0.5 * 1 * 0.1 * 0.2 / 2 at the next step, and 0.5 * 1 * 0.2 * 0.3 / 2 at the one after it
+    assert [rule.wants(2 + step) for step in range(len(wanted))] == wanted
+
+
+def test_without_latents_to_compare_with_a_budget_computes() -> None:
+    rule = Budget(1.0, levels(10), [0.5] * 10)
+    rule.learns(0, None, 0.0)
+    rule.learns(1, 0.1, 0.0)
+    assert rule.wants(2)
+
+
+def test_a_budget_computes_the_last_step_of_its_transformer() -> None:
+    rule = Budget(1.0, levels(16), [0.1] * 16, 7)
+    rule.learns(0, None, 1.0)
+    rule.learns(1, 0.0, 1.0)
+    assert [rule.wants(step) for step in range(2, 8)] == [False] * 5 + [True]
+
+
+def test_a_budget_draws_a_line_on_with_less_of_its_slope() -> None:
+    cache = StepCache(range(8), Budget(1.0, levels(8), [0.1] * 8))
+    for step, value in enumerate((1.0, 3.0)):
+        cache.computed(step, torch.tensor([value]), torch.ones(1))
+    found = [float(cache.predicted(step)) for step in (2, 3, 4)]
+    assert found == pytest.approx([3 + 2, 3 + 0.75 * 4, 3 + 0.75 * 6])
+
+
+def test_a_step_is_weighed_by_what_is_left_of_its_own_error() -> None:
+    wave = torch.linspace(0, 6, 12).sin()[:, None] * torch.ones(4)
+    left = [1e6 if step == 6 else 0.0 for step in range(12)]
+    assert followed(wave, 1.0, left) == [0, 1, 6, 11]
+
+
 def test_a_cache_goes_on_from_its_state_alone() -> None:
     wave = torch.linspace(0, 6, 16).sin()[:, None] * torch.ones(4)
-    whole = StepCache(range(16), Budget(3e-3, levels(16), [1 / 16] * 16))
-    parts = StepCache(range(16), Budget(3e-3, levels(16), [1 / 16] * 16))
+    whole = StepCache(range(16), Budget(0.01, levels(16), [1 / 16] * 16))
+    parts = StepCache(range(16), Budget(0.01, levels(16), [1 / 16] * 16))
     skipped = 0
     for step in range(16):
         state = parts.state()
-        parts = StepCache(range(16), Budget(3e-3, levels(16), [1 / 16] * 16))
+        parts = StepCache(range(16), Budget(0.01, levels(16), [1 / 16] * 16))
         parts.load_state(SamplerState(state.values | {"next_step": step}, dict(state.tensors)))
         wanted = whole.wants(step)
         assert parts.wants(step) == wanted
@@ -181,11 +250,26 @@ def cost(run: Recorded, left: list[float], schedule: Schedule) -> float:
     return total
 
 
-def test_no_schedule_of_as_many_forwards_is_better() -> None:
+def drawn(steps: int) -> Recorded:
+    """Velocities that no line foretells: nothing is taken of many a slope."""
+    draw = torch.Generator().manual_seed(2)
+    return Recorded.of(levels(steps), list(torch.randn(steps, 3, generator=draw)))
+
+
+def growing(steps: int) -> Recorded:
+    """Velocities that run ahead of every line: all is taken of its slope."""
+    draw = torch.Generator().manual_seed(2)
+    faster = (-6 * torch.tensor(levels(steps))).exp()[:, None]
+    return Recorded.of(levels(steps), list(faster * torch.randn(64, generator=draw)))
+
+
+@pytest.mark.parametrize("run", [recorded(9), drawn(9), growing(9)], ids=["bent", "drawn", "grow"])
+def test_no_schedule_of_as_many_forwards_is_better(run: Recorded) -> None:
     from itertools import combinations
 
-    run, left = recorded(9), [0.1, 0.2, 0.1, 0.1, 0.1, 0.2, 0.1, 0.3, 0.1]
+    left = [0.1, 0.2, 0.1, 0.1, 0.1, 0.2, 0.1, 0.3, 0.1]
     best = best_schedule(run, left, 5)
+    assert all(0 <= each <= 1 for each in best.damping)
     assert len(best.computed) == 5
     assert (best.computed[0], best.computed[-1]) == (0, 8)
     tried = [
@@ -213,12 +297,15 @@ def test_a_record_is_read_again_and_serves_other_levels(tmp_path: Path) -> None:
     torch.testing.assert_close(again.at(run.levels).products, again.products)
     halves = again.at(levels(24))
     torch.testing.assert_close(halves.products[::2, ::2], again.products)
+    assert halves.products[-1, -1] == again.products[-1, -1]  # below the lowest
 
 
 @pytest.mark.parametrize(
     "text",
     ["{}", "[]", '{"levels": [1.0, 0.5], "products": [1, 2]}', '{"levels": [0.5, 1.0], '
-     '"products": [1, 2, 3]}', '{"levels": [1.0, 0.5], "products": [1, NaN, 3]}'],
+     '"products": [1, 2, 3]}', '{"levels": [1.0, 0.5], "products": [1, NaN, 3]}',
+     '{"levels": [1.0], "products": [1]}', '{"levels": [1.0, 0.0], "products": [1, 2, 3]}',
+     '{"levels": [1.5, 0.5], "products": [1, 2, 3]}'],
 )  # fmt: skip
 def test_what_is_no_record_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.json").write_text(text)
@@ -289,6 +376,70 @@ def test_a_whole_job_records_and_the_next_plan_is_made_from_it(
     assert len(Recorded.read(record).levels) == STEPS
     after = run(t2v_folder, step_cache="plan:5").report
     assert any("a run of this model" in notice for notice in after.notices)
+    record.write_text('{"levels": [1')
+    again = run(t2v_folder, step_cache="plan:5").report
+    assert any(str(record) in notice for notice in again.notices)
+    assert any("the small model in the box" in notice for notice in again.notices)
+    run(t2v_folder)
+    assert len(Recorded.read(record).levels) == STEPS
+
+
+def prepared_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, word: str, steps: range, job: int, asked: int
+) -> tuple[StepCache, list[str]]:
+    """The cache of ``steps`` in a job of so many, and what is said of it."""
+    told: list[str] = []
+    stage: Any = SimpleNamespace(
+        monitor=SimpleNamespace(notice=told.append),
+        job=SimpleNamespace(request=SimpleNamespace(steps=asked), sources={"transformer": 1}),
+    )
+    monkeypatch.setattr(steprecord, "record_path", lambda stage: tmp_path / "none.json")
+    state = SamplerState({"next_step": steps.start}, {})
+
+    def fresh() -> Sampler:
+        return Sampler(CONFIG, sampler="euler", steps=job, shift=5.0)
+
+    return steprecord.cache_for(stage, steps, Caching.of(word), fresh, state), told
+
+
+@pytest.mark.parametrize(
+    ("steps", "job", "records"),
+    [(range(10), 10, True), (range(9), 20, False), (range(7), 7, False), (range(101), 101, False)],
+)
+def test_a_record_is_promised_of_jobs_that_leave_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, steps: range, job: int, records: bool
+) -> None:
+    # MiniMax-H3's steps are one fewer than are asked for
+    cache, _ = prepared_cache(monkeypatch, tmp_path, "off", steps, job, asked=job + 1)
+    cache.computed(0, torch.ones(4), torch.ones(4))
+    assert bool(cache.samples) == records
+    _, told = prepared_cache(monkeypatch, tmp_path, "plan:4", steps, job, asked=job + 1)
+    assert any("records this one" in notice for notice in told) == records
+
+
+def test_a_part_of_a_job_is_scheduled_by_its_own_steps(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cache, _ = prepared_cache(monkeypatch, tmp_path, "plan:4", range(10, 20), 20, asked=20)
+    noise = [*noise_levels("euler", 20, 5.0), 0.0]
+    steps = [level - after for level, after in zip(noise, noise[1:], strict=False)]
+    left = left_of_errors(noise[:20], steps)[10:]
+    built_in = Recorded.read(Path(penstock.__file__).with_name("assets") / "steps.json")
+    best = best_schedule(built_in.at(noise[10:20]), left, 4)
+    found = cache.state().values["cache"]["rule"]
+    assert found["computed"] == [10 + step for step in best.computed]
+    assert found["damping"] == pytest.approx(list(best.damping), rel=1e-4)
+
+
+def test_what_is_said_of_a_part_of_a_job_names_its_steps(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _, (told,) = prepared_cache(monkeypatch, tmp_path, "plan:4", range(10, 20), 20, asked=20)
+    assert told == "6 of steps 11 to 20 are skipped, chosen from runs of the small model in the box"
+    cache, _ = prepared_cache(monkeypatch, tmp_path, "budget", range(10), 20, asked=20)
+    assert cache.left(3) == (2, 7)  # up to its own last step, not the job's
+    _, (told,) = prepared_cache(monkeypatch, tmp_path, "budget", range(6, 12), 12, asked=12)
+    assert "gains nothing in steps 7 to 12 of 12: all of them are computed, as fewer than" in told
 
 
 def test_the_plan_counts_forwards_and_state(t2v_folder: Path) -> None:
@@ -361,12 +512,14 @@ def test_a_budget_is_each_transformers_own() -> None:
 
 def test_the_next_transformer_begins_from_nothing() -> None:
     first = StepCache(range(8), Budget(1.0, levels(16), [0.1] * 16, 7))
-    first.computed(0, torch.ones(2), torch.ones(2))
+    for step in range(2):
+        first.computed(step, torch.ones(2), torch.ones(2))
+    assert first.left(2) == (1, 6)  # there is a line: only its last step is sure
     state = first.state()
     state = SamplerState(state.values | {"next_step": 8}, state.tensors)
     second = StepCache(range(8, 16), Budget(1.0, levels(16), [0.1] * 16, 15))
     second.load_state(state)
-    assert second.computed_steps == [0]
+    assert second.computed_steps == [0, 1]
     assert second.wants(8)
     assert second.left(8) == (2, 8)
 

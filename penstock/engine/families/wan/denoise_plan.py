@@ -470,19 +470,27 @@ class Denoise:
             + shape.fetched_bytes,
             seconds=stream.timing.seconds + loading_s(spec.weights.rest_bytes, self.case.rates),
             bound=stream.timing.bound,
-            facts=_told(cost, self._stretches),
+            facts=_told(cost, self._stretches, inside=self.case.workload.guided_within is not None),
         )
 
 
-def _told(cost: transformer.DenoiseCase, stretches: Sequence[Stretch]) -> tuple[str, ...]:
-    """Return how the forward pass is cut, for people."""
+def _told(
+    cost: transformer.DenoiseCase, stretches: Sequence[Stretch], *, inside: bool
+) -> tuple[str, ...]:
+    """Return how the forward pass is cut, for people.
+
+    Args:
+        inside: guidance was asked for inside an interval of noise levels.
+    """
     passes, together = cost.branches * cost.windows, cost.visit_branches
     told = [f"{cost.chunk_tokens:,} tokens a chunk"]
     if cost.windows > 1:
         told.append(f"{cost.windows} windows a step")
+    steps = sum(len(each.steps) for each in stretches)
+    if cost.branches == 1 and inside:
+        told.append(f"classifier-free guidance in none of {steps} steps")
     if cost.branches > 1:
         guided = sum(len(each.steps) for each in stretches if each.branches > 1)
-        steps = sum(len(each.steps) for each in stretches)
         when = "on" if guided == steps else f"in {guided} of {steps} steps"
         told.append(f"classifier-free guidance {when} (two forward passes)")
     if passes > 1 and together == 1:

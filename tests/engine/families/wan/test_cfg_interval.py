@@ -121,6 +121,10 @@ def test_the_plan_counts_passes_and_seconds(t2v_folder: Path) -> None:
     share = (half.seconds - none.seconds) / (whole.seconds - none.seconds)
     assert share == pytest.approx(0.6)
     assert half.forwards == (STEPS, STEPS)
+    told = [[fact for fact in each.facts if "guidance" in fact] for each in (whole, half, none)]
+    assert told[0][0].startswith("classifier-free guidance on")
+    assert told[1][0].startswith("classifier-free guidance in 6 of 10 steps")
+    assert told[2] == ["classifier-free guidance in none of 10 steps"]
 
 
 @pytest.mark.parametrize("word", ["off", "plan:13", "budget:0.05"])

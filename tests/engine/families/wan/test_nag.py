@@ -101,6 +101,7 @@ def test_a_token_without_magnitude_stays_finite() -> None:
     [
         ({"nag_scale": 1.0, "guidance_scale": 1.0}, "above 1"),
         ({"nag_scale": float("nan"), "guidance_scale": 1.0}, "above 1"),
+        ({"nag_scale": 1e6, "guidance_scale": 1.0}, "at most 100"),
         ({"nag_scale": 11.0, "guidance_scale": 5.0}, "--cfg 1"),
     ],
 )

@@ -26,6 +26,9 @@ SAMPLE = 1024
 
 MOST_STEPS = 1000
 
+FARTHER = 12
+"""How many steps a gap of a schedule may be wider than even ones."""
+
 FORGIVEN = 0.65
 """How much of an error the later steps undo, from none of it at no noise to this share at nothing
 but noise: they see where the latents are, and pull back. On the small trained model 0.3 to 0.5 of
@@ -160,7 +163,10 @@ def best_schedule(recorded: Recorded, left: Sequence[float], forwards: int) -> S
         forwards: 2 and more, and at most as many as steps.
     """
     steps, products = len(recorded.levels), recorded.products.tolist()
-    farthest = max(MOST_SKIPPED + 1, -(-(steps - 1) // (forwards - 1)))
+    # Twice the even gap: the first steps are skipped most. No farther beyond it than `FARTHER`, for
+    # the search grows with the square of the gaps.
+    even = -(-(steps - 1) // (forwards - 1))
+    farthest = max(MOST_SKIPPED + 1, even + min(even, FARTHER))
 
     @cache
     def gap(b: int, a: int, n: int) -> tuple[float, float]:

@@ -282,6 +282,16 @@ def test_no_schedule_of_as_many_forwards_is_better(run: Recorded) -> None:
     assert cost(run, left, best) <= min(tried) * (1 + 1e-9)
 
 
+def test_steps_that_hardly_change_are_skipped_in_wide_gaps() -> None:
+    late = torch.linspace(-2, 1, 40).clamp(min=0).square()[:, None] * torch.randn(
+        64, generator=torch.Generator().manual_seed(5)
+    )
+    run = Recorded.of(levels(40), list(late + 1e-3 * torch.linspace(0, 1, 40).sin()[:, None]))
+    computed = best_schedule(run, [1 / 40] * 40, 7).computed
+    assert computed[1] - computed[0] > 7  # an even gap
+    assert computed[-2] > 36
+
+
 @pytest.mark.parametrize(("steps", "forwards"), [(40, 2), (40, 6), (12, 12), (9, 8)])
 def test_a_schedule_has_exactly_so_many_forwards(steps: int, forwards: int) -> None:
     schedule = best_schedule(recorded(steps), [1 / steps] * steps, forwards)

@@ -289,7 +289,7 @@ def test_steps_that_hardly_change_are_skipped_in_wide_gaps() -> None:
     run = Recorded.of(levels(40), list(late + 1e-3 * torch.linspace(0, 1, 40).sin()[:, None]))
     computed = best_schedule(run, [1 / 40] * 40, 7).computed
     assert computed[1] - computed[0] > 7  # an even gap
-    assert computed[-2] > 36
+    assert computed[-1] - computed[-2] < 7
 
 
 @pytest.mark.parametrize(("steps", "forwards"), [(40, 2), (40, 6), (12, 12), (9, 8)])

@@ -40,7 +40,7 @@ from penstock.engine.run.sampler import Sampler
 from penstock.engine.run.stepcache import Budget, Planned, Rule, StepCache, shares_of
 from penstock.engine.run.stepplan import Recorded, best_schedule, left_of_errors, line
 from penstock.engine.store.durable import FileOps, write_atomically
-from penstock.profiles.caching import MOST_SKIPPED
+from penstock.profiles.caching import MOST_SKIPPED, WARM
 from training.clips import render
 from training.encode import condition_clips, encode, normalise
 from training.evaluate import make_pairs
@@ -249,13 +249,25 @@ def ratios(steps: int) -> list[float]:
     return found[::2]
 
 
-def skipping(clips: Clips, steps: int, rule: Callable[[], Rule]) -> Tensor:
-    """Latents of all clips, each under a step cache of its own."""
+def skipping(
+    clips: Clips, steps: int, rule: Callable[[], Rule], *, watched: bool = False
+) -> Tensor:
+    """Latents of all clips, each under a step cache of its own.
+
+    Args:
+        watched: the rules are `Watching`, and are shown the first block of every step.
+    """
     made = []
     for batch in clips.batches(AT_ONCE):
         sampler, latents = new_sampler(steps), clips.noise[batch].clone()
-        caches = [StepCache(range(steps), rule()) for _ in batch]
+        rules = [rule() for _ in batch]
+        caches = [StepCache(range(steps), each) for each in rules]
         for step, moment in enumerate(sampler.timesteps):
+            if watched:
+                for each, shown in zip(
+                    rules, first_block(clips, latents, moment, batch), strict=True
+                ):
+                    each.shown = shown  # type: ignore[attr-defined]
             wanted = [index for index, cache in enumerate(caches) if cache.wants(step)]
             found = list[Tensor](latents)
             if wanted:
@@ -263,6 +275,9 @@ def skipping(clips: Clips, steps: int, rule: Callable[[], Rule]) -> Tensor:
                 for index, velocity in zip(wanted, computed, strict=True):
                     found[index] = velocity
                     caches[index].computed(step, velocity, latents[index])
+            if watched:  # what was looked at is a part of the passes that follow, and done once
+                clips.counter.blocks -= len(wanted)
+                clips.counter.first -= len(wanted)
             for index, cache in enumerate(caches):
                 if index not in wanted:
                     found[index] = cache.predicted(step)
@@ -295,59 +310,36 @@ def first_block(clips: Clips, latents: Tensor, moment: Tensor, batch: Tensor) ->
     raise AssertionError("the first block was not reached")
 
 
-class Watching:
+class Watching(Budget):
     """Skips while what the first block shows of the line's error stays below a budget.
 
     The first block is computed at every step. How far its own line has gone wrong there stands for
     how far the velocity's has, weighed as `Budget` weighs what it expects.
+
+    Attributes:
+        shown: what the first block adds at the step that is asked about.
     """
 
-    def __init__(self, budget: float, left: Sequence[float]) -> None:
-        self._budget, self._left, self._spent = budget, left, 0.0
-        self._kept: list[tuple[int, Tensor]] = []
+    shown: Tensor
 
-    def wants(self, step: int, shown: Tensor) -> bool:
-        """Decide about a step by what its first block added."""
-        if step == len(self._left) - 1 or len(self._kept) < 2:
-            return self._compute(step, shown)
-        (b, before), (a, last) = self._kept
-        error = (last + line(a, b, step, 1.0) * (last - before) - shown).norm() / shown.norm()
-        self._spent += self._left[step] * float(error)
-        if self._spent >= self._budget or step - a > MOST_SKIPPED:
-            return self._compute(step, shown)
-        return False
+    def reset(self) -> None:
+        """As `Rule`."""
+        super().reset()
+        self._seen: list[Tensor] = []
 
-    def _compute(self, step: int, shown: Tensor) -> bool:
-        self._kept, self._spent = [*self._kept[-1:], (step, shown)], 0.0
-        return True
+    def wants(self, step: int) -> bool:
+        """As `Rule`."""
+        if len(self._at) < WARM or step == self._last or step - self._at[-1] > MOST_SKIPPED:
+            return True
+        (b, a), (before, last) = self._at, self._seen
+        error = (last + line(a, b, step, 1.0) * (last - before) - self.shown).norm()
+        self._spent += self._left_of_errors[step] * float(error / self.shown.norm())
+        return self._spent >= self._budget
 
-
-def watching(budget: float, left: Sequence[float], clips: Clips, steps: int) -> Tensor:
-    """Latents of all clips, each skipping by its first block, along the line of `StepCache`."""
-    made = []
-    for batch in clips.batches(AT_ONCE):
-        sampler, latents = new_sampler(steps), clips.noise[batch].clone()
-        rules = [Watching(budget, left) for _ in batch]
-        # Of their rules the damping alone is asked
-        caches = [StepCache(range(steps), Budget(1.0, levels_of(steps), left)) for _ in batch]
-        for step, moment in enumerate(sampler.timesteps):
-            shown = first_block(clips, latents, moment, batch)
-            wanted = [n for n, rule in enumerate(rules) if rule.wants(step, shown[n])]
-            found = [
-                latents[n] if n in wanted else cache.predicted(step)
-                for n, cache in enumerate(caches)
-            ]
-            if wanted:
-                computed = clips.velocity(latents[wanted], moment, batch[wanted])
-                for n, velocity in zip(wanted, computed, strict=True):
-                    found[n] = velocity
-                    caches[n].computed(step, velocity, latents[n])
-                # What was just looked at is a part of these passes, and done once
-                clips.counter.blocks -= len(wanted)
-                clips.counter.first -= len(wanted)
-            latents = sampler.step(torch.stack(found), step, latents)
-        made.append(latents)
-    return torch.cat(made)
+    def learns(self, step: int, error: float | None, size: float) -> None:
+        """As `Rule`."""
+        super().learns(step, error, size)
+        self._seen = [*self._seen[-1:], self.shown]
 
 
 def recorded(steps: int, count: int) -> Recorded:
@@ -392,7 +384,8 @@ def own(steps: int) -> Iterator[tuple[str, str, Method]]:
     for budget in {40: (3e-4, 1e-3, 2e-3, 5e-3, 15e-3), 20: (2e-3, 6e-3, 12e-3)}[steps]:
         yield "budget", f"{budget}", _with(partial(Budget, budget, levels, left))
     for budget in {40: (1e-4, 3e-4, 1e-3, 3e-3), 20: (3e-4, 1e-3, 4e-3)}[steps]:
-        yield "first block watched", f"{budget}", partial(watching, budget, left)
+        watching = partial(Watching, budget, levels, left)
+        yield "first block watched", f"{budget}", partial(skipping, rule=watching, watched=True)
     for low, high in ((0.0, 0.98), (0.5, 1.0), (0.7, 1.0), (0.85, 1.0), (0.0, 0.85)):
         yield "guidance interval", f"{low}, {high}", partial(within, low, high)
     eight, one = recorded(steps, 8), recorded(steps, 1)

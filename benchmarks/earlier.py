@@ -1,6 +1,6 @@
 """This build beside an earlier one: jobs with and without a step cache, and the older benchmarks.
 
-    python -m benchmarks.earlier --old ../earlier [--pairs 3] [--only WORD]... [--save FILE.json]
+    python -m benchmarks.earlier --old ../earlier [--pairs 3] [--only PART]... [--save FILE.json]
 
 Both checkouts do the same work in turns, each in a process of its own on one thread:
 
@@ -25,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,13 @@ def run(checkout: Path, *arguments: str) -> Any:
         env=os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     return json.loads(told.stdout.strip().splitlines()[-1])
+
+
+def in_turns(names: Iterable[str], rounds: int) -> Iterator[str]:
+    """Each of the names in every round, the first of them changing."""
+    order = list(names)
+    for number in range(rounds):
+        yield from order[:: 1 if number % 2 == 0 else -1]
 
 
 def denoised(checkout: Path, folder: Path, *options: str) -> tuple[float, str]:
@@ -72,12 +79,11 @@ def job(old: Path, pairs: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="penstock-earlier-") as name:
         folder = Path(name)
         Image.radial_gradient("L").resize((64, 64)).convert("RGB").save(folder / "picture.png")
-        for pair in range(pairs):
-            for way in list(ways)[:: 1 if pair % 2 == 0 else -1]:
-                checkout, options = ways[way]
-                took, digest = denoised(checkout, folder, *options)
-                seconds[way].append(took)
-                digests[way].add(digest)
+        for way in in_turns(ways, pairs):
+            checkout, options = ways[way]
+            took, digest = denoised(checkout, folder, *options)
+            seconds[way].append(took)
+            digests[way].add(digest)
     return {
         "identical": digests["old"] == digests["new"] and len(digests["new"]) == 1,
         "rows": [
@@ -91,10 +97,10 @@ def paired(
     old: Path, pairs: int, command: tuple[str, ...], figures: Callable[[Any], Figures]
 ) -> dict[str, Any]:
     """A benchmark that both checkouts have."""
-    found: dict[str, list[Figures]] = {"old": [], "new": []}
-    for pair in range(pairs):
-        for name in list(found)[:: 1 if pair % 2 == 0 else -1]:
-            found[name].append(figures(run({"old": old, "new": HERE}[name], *command)))
+    checkouts = {"old": old, "new": HERE}
+    found: dict[str, list[Figures]] = {name: [] for name in checkouts}
+    for name in in_turns(checkouts, pairs):
+        found[name].append(figures(run(checkouts[name], *command)))
     return {
         "rows": [
             beside(name, *([each[name] for each in found[who]] for who in found))

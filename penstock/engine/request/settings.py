@@ -97,7 +97,7 @@ def going_on(settings: Settings, clip: Clip, frame: Path) -> Settings:
     if "guidance_scale" in ours:  # what stood beside theirs may not go with it
         scale = ours["guidance_scale"]
         low, high = parse_guidance(scale) if isinstance(scale, str) else (scale, None)
-        guided = max(low, low if high is None else high) > 1
+        guided = max(low, high or low) > 1
         for name in ("guidance_high", "nag_scale" if guided else "cfg_interval"):
             theirs.pop(name, None)
     if "prompt" not in theirs | ours:

@@ -12,7 +12,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -136,9 +136,12 @@ class Queue(Closing):
             raise StorageError(f"{path} cannot be opened", found=str(error)) from error
 
     def close(self) -> None:
-        """Close the database."""
-        self._reader.close()
-        self._writer.close()
+        """Close the database, once nobody uses it: a change goes on in its thread when the task
+        that waits for it is cancelled, and SQLite crashes if it is closed in between."""
+        with self._reading:
+            self._reader.close()
+        with self._writing:
+            self._writer.close()
 
     @contextmanager
     def _change(self) -> Iterator[sqlite3.Connection]:
@@ -160,8 +163,9 @@ class Queue(Closing):
                 raise
 
     def _give_up(self) -> None:
-        if self._writer.in_transaction:
-            self._writer.execute("ROLLBACK")
+        with suppress(sqlite3.ProgrammingError):  # it is closed, and so is any transaction
+            if self._writer.in_transaction:
+                self._writer.execute("ROLLBACK")
 
     def _rows(self, clause: str, *values: Any) -> list[Row]:
         with self._reading:

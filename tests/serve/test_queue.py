@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -137,3 +138,42 @@ def test_what_is_looked_at_again_is_not_parsed_again(queue: Queue) -> None:
     first, second = queue.get("a"), queue.page(status="queued", order="asc").rows[0]
     assert first is not None and first == second
     assert first.order is second.order and first.plan is second.plan
+
+
+class _Asked:
+    """A lock that says when a second one asks for it."""
+
+    def __init__(self) -> None:
+        self._lock, self._asked = threading.Lock(), 0
+        self.again = threading.Event()
+
+    def __enter__(self) -> None:
+        self._asked += 1
+        if self._asked == 2:
+            self.again.set()
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+@pytest.mark.parametrize("which", ["_reading", "_writing"])
+def test_it_is_closed_when_nobody_uses_it_any_more(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    lock = _Asked()
+    monkeypatch.setattr(queue, which, lock)
+
+    def close() -> None:
+        queue.close()
+        lock.again.set()  # had it not asked, nobody would wait for it in vain
+
+    closing = threading.Thread(target=close)
+    with queue._change() if which == "_writing" else lock:
+        closing.start()
+        lock.again.wait()
+        found = queue._writer if which == "_writing" else queue._reader
+        assert len(found.execute("SELECT id FROM videos").fetchall()) == 3
+    closing.join()
+    with pytest.raises(StorageError, match="cannot be written"):
+        queue.claim("one")

@@ -74,12 +74,13 @@ class StepCache:
         recording: keep a sample of each velocity, for `Recorded`.
 
     Attributes:
+        steps: as given.
         computed_steps: of the whole job, so far.
         samples: of each of them, where they are recorded.
     """
 
     def __init__(self, steps: range, rule: Rule | None = None, *, recording: bool = False) -> None:
-        self._steps, self._rule, self._recording = steps, rule, recording
+        self.steps, self._rule, self._recording = steps, rule, recording
         self._kept: list[Tensor] = []
         self._at: list[int] = []
         self.computed_steps = list(range(steps.start))
@@ -91,7 +92,7 @@ class StepCache:
 
     def left(self, step: int) -> tuple[int, int]:
         """Return forwards from ``step`` on: that are sure to come, and the most."""
-        most = self._steps.stop - step
+        most = self.steps.stop - step
         return (most, most) if self._rule is None else self._rule.left(step)
 
     def computed(self, step: int, velocity: Tensor, latents: Tensor) -> None:
@@ -140,7 +141,7 @@ class StepCache:
         if self._rule is None and self.computed_steps == list(range(len(self.computed_steps))):
             return SamplerState({}, {})
         values = {
-            "of": [self._steps.start, self._steps.stop],
+            "of": [self.steps.start, self.steps.stop],
             "steps": list(self.computed_steps),
             "at": list(self._at),
             "rule": None if self._rule is None else self._rule.values,
@@ -153,7 +154,7 @@ class StepCache:
         before, from nothing, as another transformer comes."""
         values = state.values.get(_NAME, {})
         self.computed_steps = list(values.get("steps", range(state.values["next_step"])))
-        if self._rule is None or not is_of(state, self._steps):
+        if self._rule is None or not is_of(state, self.steps):
             return
         self._at = list(values["at"])
         self._kept = [state.tensors[f"{_NAME}.{index}"] for index in range(len(self._at))]

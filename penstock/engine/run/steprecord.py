@@ -1,8 +1,9 @@
 """The cache of forward passes of a job, and the record that schedules are made from.
 
-A whole job without a cache leaves a record of its velocities' products in the cache folder, once
-for a model, its LoRAs and the settings that determine them. A schedule for a model without one is
-made from the record of the small model in the box.
+A job without a cache leaves a record of its velocities' products in the cache folder, once for a
+model, its LoRAs and the settings that determine them: one for all steps that are computed alike, so
+that two transformers leave two. A schedule for steps without one is made from the record of the
+small model in the box.
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ from penstock.profiles.caching import BUDGET, FEWEST_STEPS, Caching
 MOST_RECORDED = 100
 """Steps of a job that leaves a record: a sample of each waits in host memory until the end."""
 
+_SETTINGS = (
+    "steps", "sampler", "guidance_scale", "guidance_high", "cfg_interval", "distilled",
+)  # fmt: skip
+"""Of a request, that decide what its transformers give, with the shift."""
+
 
 def cache_for(
     stage: Stage,
@@ -46,16 +52,15 @@ def cache_for(
     told = caching.told(steps, job)
     if told is not None:
         stage.monitor.notice(told)
-    due = rule is None and state.values["next_step"] == 0 and _can_be_recorded(stage, steps, job)
-    cache = StepCache(steps, rule, recording=due and _is_missing(record_path(stage)))
+    due = rule is None and _can_be_recorded(stage, steps) and _is_missing(record_path(stage, steps))
+    cache = StepCache(steps, rule, recording=due)
     cache.load_state(state)
     return cache
 
 
-def _can_be_recorded(stage: Stage, steps: range, job: int) -> bool:
-    """Return whether these steps are all of the ``job``'s, and no more than leave a record."""
-    fitting = FEWEST_STEPS <= len(steps) <= MOST_RECORDED and stage.job.sources
-    return bool(len(steps) == job and fitting)
+def _can_be_recorded(stage: Stage, steps: range) -> bool:
+    """Return whether these are as many steps as leave a record."""
+    return FEWEST_STEPS <= len(steps) <= MOST_RECORDED and bool(stage.job.sources)
 
 
 def _is_missing(path: Path) -> bool:
@@ -80,10 +85,10 @@ def _rule(
         return Budget(caching.budget, levels, left, steps.stop - 1)
     if is_of(state, steps):
         return Planned(Schedule((), ()))
-    recorded, told = _own_record(stage), "a run of this model"
+    recorded, told = _own_record(stage, steps), "a run of this model"
     if recorded is None:
         recorded, told = _built_in(), "runs of the small model in the box"
-        if _can_be_recorded(stage, steps, len(levels)):
+        if _can_be_recorded(stage, steps):
             told += ": a whole job without a cache records this one"
     own = slice(steps.start, steps.stop)
     schedule = best_schedule(recorded.at(levels[own]), left[own], caching.planned)
@@ -99,9 +104,9 @@ def _levels(sampler: Sampler) -> tuple[float, ...]:
     return tuple(sampler.sigma(step) for step in range(len(sampler.timesteps)))
 
 
-def _own_record(stage: Stage) -> Recorded | None:
+def _own_record(stage: Stage, steps: range) -> Recorded | None:
     """Return the model's own record; None: there is none, or a damaged one, which is said."""
-    path = record_path(stage)
+    path = record_path(stage, steps)
     if not path.exists():
         return None
     try:
@@ -116,20 +121,20 @@ def _built_in() -> Recorded:
         return Recorded.read(path)
 
 
-def keep_record(stage: Stage, cache: StepCache, levels: tuple[float, ...]) -> None:
-    """Write what ``cache`` has recorded of a job that is whole, if it has."""
-    if len(cache.samples) != len(levels) or stage.keeper.steered:
+def keep_record(stage: Stage, cache: StepCache, sampler: Sampler) -> None:
+    """Write what ``cache`` has recorded of its steps, if it has them all."""
+    if len(cache.samples) != len(cache.steps) or stage.keeper.steered:
         return
-    path = record_path(stage)
+    path = record_path(stage, cache.steps)
     try:
-        Recorded.of(levels, cache.samples).write(path)
+        Recorded.of([sampler.sigma(step) for step in cache.steps], cache.samples).write(path)
     except (OSError, StorageError) as error:
         stage.monitor.notice(f"the job's steps are not recorded in {path}: {error}")
 
 
-def record_path(stage: Stage) -> Path:
-    """Return where the record of a model and its settings lies, whether it is there or not."""
-    request, parts = stage.job.request, (stage.job.model.streamed.name, "lora")
+def record_path(stage: Stage, steps: range) -> Path:
+    """Return where the record of these steps of a model lies, whether it is there or not."""
+    request, parts = stage.job.request, (*stage.job.model.streaming, "lora")
     settings = {
         "files": {
             name: stamp(path)
@@ -137,10 +142,8 @@ def record_path(stage: Stage) -> Path:
             if name.partition("/")[0] in parts
         },
         "shift": stage.model.flow_shift(request.width, request.height, request.shift),
-        **{
-            name: getattr(request, name)
-            for name in ("steps", "sampler", "guidance_scale", "distilled")
-        },
+        "computed": [steps.start, steps.stop],
+        **{name: getattr(request, name) for name in _SETTINGS},
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     return cache_folder() / "steps" / f"{digest[:16]}.json"

@@ -118,11 +118,12 @@ def test_what_a_cache_keeps_is_its_own() -> None:
 
 
 def test_a_steered_job_leaves_no_record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(steprecord, "record_path", lambda stage: tmp_path / "run.json")
-    cache: Any = SimpleNamespace(samples=[torch.ones(4), torch.zeros(4)])
+    monkeypatch.setattr(steprecord, "record_path", lambda stage, steps: tmp_path / "run.json")
+    cache: Any = SimpleNamespace(steps=range(2), samples=[torch.ones(4), torch.zeros(4)])
+    sampler: Any = SimpleNamespace(sigma=(1.0, 0.5).__getitem__)
     for steered in (True, False):
         stage: Any = SimpleNamespace(keeper=SimpleNamespace(steered=steered))
-        steprecord.keep_record(stage, cache, (1.0, 0.5))
+        steprecord.keep_record(stage, cache, sampler)
         assert (tmp_path / "run.json").exists() != steered
 
 
@@ -403,7 +404,7 @@ def prepared_cache(
         monitor=SimpleNamespace(notice=told.append),
         job=SimpleNamespace(request=SimpleNamespace(steps=asked), sources={"transformer": 1}),
     )
-    monkeypatch.setattr(steprecord, "record_path", lambda stage: tmp_path / "none.json")
+    monkeypatch.setattr(steprecord, "record_path", lambda stage, steps: tmp_path / "none.json")
     state = SamplerState({"next_step": steps.start}, {})
 
     def fresh() -> Sampler:
@@ -414,7 +415,7 @@ def prepared_cache(
 
 @pytest.mark.parametrize(
     ("steps", "job", "records"),
-    [(range(10), 10, True), (range(9), 20, False), (range(7), 7, False), (range(101), 101, False)],
+    [(range(10), 10, True), (range(9), 20, True), (range(7), 7, False), (range(101), 101, False)],
 )
 def test_a_record_is_promised_of_jobs_that_leave_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, steps: range, job: int, records: bool
@@ -445,7 +446,10 @@ def test_what_is_said_of_a_part_of_a_job_names_its_steps(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     _, (told,) = prepared_cache(monkeypatch, tmp_path, "plan:4", range(10, 20), 20, asked=20)
-    assert told == "6 of steps 11 to 20 are skipped, chosen from runs of the small model in the box"
+    assert told == (
+        "6 of steps 11 to 20 are skipped, chosen from runs of the small model in the box: a whole "
+        "job without a cache records this one"
+    )
     cache, _ = prepared_cache(monkeypatch, tmp_path, "budget", range(10), 20, asked=20)
     assert cache.left(3) == (2, 7)  # up to its own last step, not the job's
     _, (told,) = prepared_cache(monkeypatch, tmp_path, "budget", range(6, 12), 12, asked=12)

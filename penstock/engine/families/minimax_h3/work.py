@@ -167,7 +167,7 @@ def _steps(stage: Stage, conditions: Conditions, sampling: PackedSampling, steps
                 latents = sampling.step(sampler, cache, prediction, latents)
                 phase.advance(preview)
         stage.computed_steps = tuple(cache.computed_steps)
-        keep_record(stage, cache, tuple(map(sampler.sigma, range(steps))))
+        keep_record(stage, cache, sampler)
         stage.keeper.settle()
 
 

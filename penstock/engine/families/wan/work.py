@@ -317,6 +317,7 @@ def _steps(stage: Stage, conditions: Conditions, sampling: Sampling, expert: Exp
                     if step == steps - 1:
                         stage.prefetch_after(name)
                     if step == stretch.steps.stop:
+                        keep_record(stage, cache, sampler)
                         sampler.close()
                         stretch = later.pop(0)
                         sampler, cache = sampling.resume(stretch.steps, stretch.caching)
@@ -335,8 +336,7 @@ def _steps(stage: Stage, conditions: Conditions, sampling: Sampling, expert: Exp
                     latents = sampling.step(sampler, cache, prediction, latents)
                     phase.advance(preview)
             stage.computed_steps = tuple(cache.computed_steps)
-            if stage.job.request.cfg_interval is None:
-                keep_record(stage, cache, tuple(map(sampler.sigma, range(steps))))
+            keep_record(stage, cache, sampler)
             stage.keeper.settle()
 
 

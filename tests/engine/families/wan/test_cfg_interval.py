@@ -20,6 +20,7 @@ from penstock.engine.request.generation import workload_of
 from penstock.engine.request.levels import noise_levels
 from penstock.engine.run.events import Progress
 from penstock.engine.run.report import JobResult
+from penstock.engine.run.stepplan import Recorded
 from penstock.errors import JobCancelled, RequestError
 from penstock.profiles.caching import Caching
 from penstock.profiles.plan import Plan, StreamPlan
@@ -127,6 +128,21 @@ def test_the_plan_counts_passes_and_seconds(t2v_folder: Path) -> None:
     assert told[2] == ["classifier-free guidance in none of 10 steps"]
 
 
+def test_steps_that_are_computed_alike_leave_a_record(
+    t2v_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PENSTOCK_CACHE", str(tmp_path))
+    request = replace(REQUEST, steps=24, cfg_interval="0.8,1")
+    on = sum(level >= 0.8 for level in noise_levels("unipc", 24, SHIFT))
+    with an_engine(t2v_folder) as engine:
+        engine.submit(request).result()
+    written = tmp_path.glob("steps/*.json")
+    assert sorted(len(Recorded.read(each).levels) for each in written) == sorted([on, 24 - on])
+    with an_engine(t2v_folder, step_cache="plan:13") as engine:
+        told = engine.submit(request).result().report.notices
+    assert len([each for each in told if "from a run of this model" in each]) == 2
+
+
 @pytest.mark.parametrize("word", ["off", "plan:13", "budget:0.05"])
 def test_a_stopped_job_goes_on_to_the_bit(t2v_folder: Path, word: str, tmp_path: Path) -> None:
     request = replace(REQUEST, steps=24)
@@ -157,13 +173,13 @@ def test_a_stopped_job_goes_on_to_the_bit(t2v_folder: Path, word: str, tmp_path:
             assert again.report.computed_steps == computed
 
 
-def test_a_job_of_two_kinds_of_steps_leaves_no_record(
+def test_without_guidance_anywhere_the_record_is_another_one(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PENSTOCK_CACHE", str(tmp_path))
-    for interval in (MIDDLE, "0,0"):
+    for interval in ("0,0", None):
         made(engine, cfg_interval=interval)
-    assert not list(tmp_path.rglob("*.json"))
+    assert len(list(tmp_path.glob("steps/*.json"))) == 2
 
 
 def test_of_two_transformers_one_may_be_without(tmp_path: Path) -> None:

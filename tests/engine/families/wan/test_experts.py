@@ -23,9 +23,11 @@ from penstock.engine.files.experts import PARTS
 from penstock.engine.files.locate import Files
 from penstock.engine.lora.file import Lora
 from penstock.engine.request.generation import DISTILLED, GenerationRequest, workload_of
+from penstock.engine.request.levels import noise_levels
 from penstock.engine.run.events import PhaseStarted, Progress
 from penstock.engine.run.jobs import describe
 from penstock.engine.run.report import JobResult
+from penstock.engine.run.stepplan import Recorded
 from penstock.errors import JobCancelled, NotRun, RequestError
 from penstock.profiles.options import Options
 from penstock.profiles.plan import Plan, StreamPlan
@@ -287,6 +289,39 @@ def test_each_transformer_has_its_own_step_cache(
         again = engine.resume(tmp_path / "job").result()
     assert torch.equal(again.latents, whole.latents)
     assert again.report.computed_steps == computed
+
+
+def test_each_transformer_leaves_a_record_of_its_own_steps(
+    folder: Path, asked: GenerationRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PENSTOCK_CACHE", str(tmp_path / "cache"))
+    request = replace(asked, steps=20)
+    with an_engine(folder) as engine:
+        first, _ = engine.model.manifest.split(workload_of(request))
+        job = engine.submit(request, job_dir=tmp_path / "job")
+        for event in job.events():
+            if isinstance(event, Progress) and event.unit == "step" and event.step == first + 2:
+                job.cancel()
+        with pytest.raises(JobCancelled):
+            job.result()
+        engine.resume(tmp_path / "job").result()
+        (own,) = tmp_path.glob("cache/steps/*.json")  # the other's steps were not seen in one go
+        engine.submit(request).result()
+    (low,) = set(tmp_path.glob("cache/steps/*.json")) - {own}
+    levels = (*Recorded.read(own).levels, *Recorded.read(low).levels)
+    assert levels == pytest.approx(noise_levels("unipc", 20, SHIFT[True]))
+    assert len(Recorded.read(own).levels) == first
+
+    def own_runs(model: Path) -> int:
+        with an_engine(model, step_cache="plan:9") as engine:
+            told = engine.submit(request).result().report.notices
+        return len([notice for notice in told if "from a run of this model" in notice])
+
+    assert own_runs(folder) == 2
+    other = shutil.copytree(folder, tmp_path / "other")
+    (weights,) = other.glob("transformer_2/*.safetensors")
+    save_file({name: tensor + 1e-3 for name, tensor in load_file(weights).items()}, weights)
+    assert own_runs(other) == 0
 
 
 def _lora(path: Path, seed: int) -> dict[str, torch.Tensor]:

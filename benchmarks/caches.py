@@ -32,6 +32,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -355,7 +356,7 @@ def recorded(steps: int, count: int) -> Recorded:
     clips.velocity = watched  # type: ignore[method-assign]
     plain(clips, steps)
     runs = [Recorded.of(levels_of(steps), [v[clip] for v in samples]) for clip in range(count)]
-    return Recorded(runs[0].levels, torch.stack([run.products for run in runs]).mean(0))
+    return Recorded(runs[0].levels, np.stack([run.products for run in runs]).mean(0))
 
 
 def levels_of(steps: int) -> tuple[float, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from penstock.errors import ProfileError, brief
@@ -81,23 +80,6 @@ class Caching:
         if self.kind == PLAN:
             return min(self.planned, steps), min(self.planned, steps)
         return WARM + -(-(steps - WARM) // (MOST_SKIPPED + 1)), steps
-
-    def parts(self, steps: Sequence[int]) -> tuple[Caching, ...]:
-        """For each of several transformers with so many steps, one after another: a plan's forwards
-        are shared out by steps, after those that must be computed."""
-        if self.kind != PLAN:
-            return (self,) * len(steps)
-        short = sum(each for each in steps if each < FEWEST_STEPS)
-        long = sum(steps) - short
-        found: list[Caching] = []
-        left, behind = max(self.planned - short, 0), long
-        for each in steps:
-            if each >= FEWEST_STEPS:
-                share = max(2, round(left * each / behind))
-                left, behind = left - share, behind - each
-                each = share
-            found.append(Caching(PLAN, planned=max(each, 2)))
-        return tuple(found)
 
     @property
     def word(self) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from penstock.engine.run.sampler import Sampler, SamplerState
-from penstock.engine.run.stepplan import Schedule, line, sample
+from penstock.engine.run.stepplan import Schedule, line
 from penstock.profiles.caching import MOST_SKIPPED, SURE, WARM
 
 FIRST_SPAN = 0.03
@@ -27,6 +27,9 @@ FAR_DAMPING = 0.75
 """What a budget takes of the slope at the second skipped step in a row and later: a line that is
 drawn on and on overshoots."""
 
+
+SAMPLE = 1024
+"""Values of each velocity that a record is made from."""
 
 _NAME = "cache"
 """Of what a cache knows, among the values and the tensors of a solver's state."""
@@ -280,6 +283,12 @@ class Budget:
         """As `Rule`."""
         self._at, self._bend = list(values["at"]), values["bend"]
         self._size, self._spent = values["size"], values["spent"]
+
+
+def sample(velocity: Tensor) -> Tensor:
+    """Return some of its values, always from the same places, fp32 on the CPU."""
+    flat = velocity.detach().flatten()
+    return flat[:: max(1, len(flat) // SAMPLE)].to("cpu", torch.float32, copy=True)
 
 
 def shares_of(sampler: Sampler) -> tuple[float, ...]:

@@ -10,19 +10,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
+from importlib.resources import as_file, files
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from penstock.engine.files.fields import read_object
 from penstock.engine.store.durable import FileOps, write_atomically
 from penstock.errors import CheckpointError
-from penstock.profiles.caching import MOST_SKIPPED
-
-SAMPLE = 1024
-"""Values of each velocity that are looked at."""
+from penstock.profiles.caching import FEWEST_STEPS, MOST_SKIPPED
 
 MOST_STEPS = 1000
 
@@ -35,7 +33,10 @@ but noise: they see where the latents are, and pull back. On the small trained m
 errors at noise levels of 0.9 were left at the end, and 0.7 to 0.8 at 0.4."""
 
 Node = tuple[int, int]
-"""Two steps that are computed one after the other; the first has -1 before it."""
+"""Two steps that are computed one after the other; the first of a part has -1 before it."""
+
+Course = tuple[float, tuple[int, ...], tuple[float, ...]]
+"""What the skipped steps have cost so far, the computed ones, and their damping."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,19 @@ class Recorded:
     """
 
     levels: tuple[float, ...]
-    products: Tensor
+    products: NDArray[np.float64]
 
     @classmethod
-    def of(cls, levels: Sequence[float], samples: Sequence[Tensor]) -> Recorded:
-        """Make it from the sample of each step's velocity."""
-        rows = torch.stack([sample.double().flatten() for sample in samples])
+    def of(cls, levels: Sequence[float], samples: Sequence[ArrayLike]) -> Recorded:
+        """Make it from the sample of each step's velocity, on the CPU."""
+        rows = np.stack([np.asarray(sample, dtype=np.float64).ravel() for sample in samples])
         return cls(tuple(levels), rows @ rows.T / rows.shape[1])
+
+    @classmethod
+    def built_in(cls) -> Recorded:
+        """Return the mean of runs of the small model in the box."""
+        with as_file(files("penstock").joinpath("assets", "steps.json")) as path:
+            return cls.read(path)
 
     @classmethod
     def read(cls, path: Path) -> Recorded:
@@ -75,18 +82,18 @@ class Recorded:
         found = read_object(path)
         try:
             levels = tuple(float(level) for level in found["levels"])
-            flat = torch.tensor(found["products"], dtype=torch.float64)
-        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+            flat = np.array(found["products"], dtype=np.float64)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise _bad(path, str(error)) from error
         steps = len(levels)
         falls = all(one > other for one, other in zip(levels, levels[1:], strict=False))
         if not 2 <= steps <= MOST_STEPS or not falls or not 0 < levels[-1] <= levels[0] <= 1:
             raise _bad(path, f"{steps} noise levels")
-        if flat.shape != (steps * (steps + 1) // 2,) or not bool(flat.isfinite().all()):
-            raise _bad(path, f"products of shape {tuple(flat.shape)}")
-        upper = torch.zeros(steps, steps, dtype=torch.float64)
-        upper[tuple(torch.triu_indices(steps, steps))] = flat
-        return cls(levels, upper + upper.triu(1).T)
+        if flat.shape != (steps * (steps + 1) // 2,) or not np.isfinite(flat).all():
+            raise _bad(path, f"products of shape {flat.shape}")
+        upper = np.zeros((steps, steps))
+        upper[np.triu_indices(steps)] = flat
+        return cls(levels, upper + np.triu(upper, 1).T)
 
     def write(self, path: Path) -> None:
         """Write it into a file; `read` gives the same again, to nine digits.
@@ -95,7 +102,7 @@ class Recorded:
             OSError: it cannot be written.
         """
         steps = len(self.levels)
-        flat = self.products[tuple(torch.triu_indices(steps, steps))].tolist()
+        flat = self.products[np.triu_indices(steps)].tolist()
         value = {"levels": self.levels, "products": [float(f"{each:.9g}") for each in flat]}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(FileOps(), path, [json.dumps(value).encode()])
@@ -103,7 +110,7 @@ class Recorded:
     def at(self, levels: Sequence[float]) -> Recorded:
         """As if it had been recorded at other ``levels``: each velocity on the line between the
         nearest two, or as the outermost."""
-        places = torch.zeros(len(levels), len(self.levels), dtype=torch.float64)
+        places = np.zeros((len(levels), len(self.levels)))
         for row, level in enumerate(levels):
             after = next((k for k, known in enumerate(self.levels) if known <= level), None)
             if not after:
@@ -121,12 +128,6 @@ def _bad(path: Path, found: str) -> CheckpointError:
         expected="noise levels and products", found=found,
         remedy="The next whole job without a cache writes another",
     )  # fmt: skip
-
-
-def sample(velocity: Tensor) -> Tensor:
-    """Return some of its values, always from the same places, fp32 on the CPU."""
-    flat = velocity.detach().flatten()
-    return flat[:: max(1, len(flat) // SAMPLE)].to("cpu", torch.float32, copy=True)
 
 
 def line(a: int, b: int, step: int, damping: float) -> float:
@@ -154,15 +155,20 @@ def left_of_errors(levels: Sequence[float], shares: Sequence[float]) -> tuple[fl
     )
 
 
-def best_schedule(recorded: Recorded, left: Sequence[float], forwards: int) -> Schedule:
+def best_schedule(
+    recorded: Recorded, left: Sequence[float], forwards: int, starts: Sequence[int] = ()
+) -> Schedule:
     """Return the schedule of so many forwards whose skipped steps cost least.
 
     Args:
         recorded: a run at the levels of the job.
         left: of an error in each step's velocity (`left_of_errors`).
-        forwards: 2 and more, and at most as many as steps.
+        forwards: at most as many as steps; at least the first and the last step of each part.
+        starts: where another network's steps begin, or steps of another kind: no line goes from one
+            part into the next.
     """
     steps, products = len(recorded.levels), recorded.products.tolist()
+    starting = {0, *starts}
     # Twice the even gap: the first steps are skipped most. No farther beyond it than `FARTHER`, for
     # the search grows with the square of the gaps.
     even = -(-(steps - 1) // (forwards - 1))
@@ -184,9 +190,9 @@ def best_schedule(recorded: Recorded, left: Sequence[float], forwards: int) -> S
         error, both, slope = (
             sum(
                 x[i] * y[j] * products[i][j]
-                for i in range(max(b, 0), n)
+                for i in range(a if b < 0 else b, n)
                 if x[i]
-                for j in range(max(b, 0), n)
+                for j in range(a if b < 0 else b, n)
                 if y[j]
             )
             for x, y in ((held, held), (held, sloped), (sloped, sloped))
@@ -195,18 +201,60 @@ def best_schedule(recorded: Recorded, left: Sequence[float], forwards: int) -> S
         damping = min(max(both / slope, 0.0), 1.0) if slope > 0 else 0.0
         return error - 2 * damping * both + damping * damping * slope, damping
 
-    # Shortest paths over pairs of computed steps: the next gap's cost depends on the last two (the
-    # line goes through both), and on nothing before them.
-    paths: dict[Node, tuple[float, tuple[int, ...], tuple[float, ...]]] = {(-1, 0): (0.0, (0,), ())}
-    for more in range(forwards - 2, -1, -1):  # computed steps that follow the next one
-        longer: dict[Node, tuple[float, tuple[int, ...], tuple[float, ...]]] = {}
-        for (b, a), (cost, computed, damping) in paths.items():
-            last = min(a + farthest, steps - 1 - more)
-            for n in range(max(a + 1, steps - 1 - more * farthest), last + 1):
-                error, damped = gap(b, a, n)
-                found = (cost + error, (*computed, n), (*damping, damped))
-                if (a, n) not in longer or found < longer[a, n]:
-                    longer[a, n] = found
-        paths = longer
-    _, computed, damping = min(path for (_, end), path in paths.items() if end == steps - 1)
+    def following(a: int, more: int) -> range:
+        """Return the steps that may be computed next after ``a``, ``more`` of them before the
+        end."""
+        if a + 1 in starting:
+            return range(a + 1, a + 2)
+        end = min((start - 1 for start in starting if start > a), default=steps - 1)
+        last = min(a + farthest, end, steps - 1 - more)
+        return range(max(a + 1, steps - 1 - more * farthest), last + 1)
+
+    def found() -> list[Course]:
+        # Shortest paths over pairs of computed steps: the next gap's cost depends on the last two
+        # (the line goes through both), and on nothing before them.
+        paths: dict[Node, Course] = {(-1, 0): (0.0, (0,), ())}
+        for more in range(forwards - 2, -1, -1):  # computed steps that follow the next one
+            longer: dict[Node, Course] = {}
+            for (b, a), (cost, computed, damping) in paths.items():
+                for n in following(a, more):
+                    error, damped = gap(b, a, n)
+                    node = (-1 if n in starting else a, n)
+                    path = (cost + error, (*computed, n), (*damping, damped))
+                    if node not in longer or path < longer[node]:
+                        longer[node] = path
+            paths = longer
+        return [path for (_, end), path in paths.items() if end == steps - 1]
+
+    while not (whole := found()) and farthest < steps:
+        farthest *= 2  # a long part is left two forwards where short ones take the others
+    _, computed, damping = min(whole)
     return Schedule(computed, (*damping, 0.0))
+
+
+@lru_cache(256)
+def shared_forwards(
+    levels: tuple[float, ...], parts: tuple[range, ...], forwards: int
+) -> tuple[int, ...]:
+    """Share out the forwards of a job among its parts, as loses least in runs of the small model.
+
+    Before anything of the model is known: plans count by it, and a job keeps to them. (By steps
+    alone, the many that lie at high noise, where little bends, took them from the last: two
+    transformers of 26 and 14 steps lost 8 dB by it.)
+
+    Args:
+        levels: noise before each step.
+        parts: one after another, of all these steps.
+        forwards: in all. A part of fewer than `FEWEST_STEPS` has all of its steps, another one its
+            first and last at least.
+    """
+    short = [step for part in parts if len(part) < FEWEST_STEPS for step in part]
+    long = [part for part in parts if len(part) >= FEWEST_STEPS]
+    fitting = min(max(forwards, len(short) + 2 * len(long)), len(levels))
+    after = (*levels[1:], 0.0)
+    drops = [level - lower for level, lower in zip(levels, after, strict=True)]
+    schedule = best_schedule(
+        Recorded.built_in().at(levels), left_of_errors(levels, drops), fitting,
+        starts=(*short, *(part.start for part in long)),
+    )  # fmt: skip
+    return tuple(sum(step in part for step in schedule.computed) for part in parts)

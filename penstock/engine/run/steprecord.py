@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from importlib.resources import as_file, files
 from pathlib import Path
 
 from penstock.engine.run.sampler import Sampler, SamplerState
@@ -87,7 +86,7 @@ def _rule(
         return Planned(Schedule((), ()))
     recorded, told = _own_record(stage, steps), "a run of this model"
     if recorded is None:
-        recorded, told = _built_in(), "runs of the small model in the box"
+        recorded, told = Recorded.built_in(), "runs of the small model in the box"
         if _can_be_recorded(stage, steps):
             told += ": a whole job without a cache records this one"
     own = slice(steps.start, steps.stop)
@@ -114,11 +113,6 @@ def _own_record(stage: Stage, steps: range) -> Recorded | None:
     except CheckpointError as error:
         stage.monitor.notice(str(error))
         return None
-
-
-def _built_in() -> Recorded:
-    with as_file(files("penstock").joinpath("assets", "steps.json")) as path:
-        return Recorded.read(path)
 
 
 def keep_record(stage: Stage, cache: StepCache, sampler: Sampler) -> None:

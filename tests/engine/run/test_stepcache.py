@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,7 +23,13 @@ from penstock.engine.run.report import JobResult
 from penstock.engine.run.sampler import Sampler, SamplerState
 from penstock.engine.run.stage import Stage
 from penstock.engine.run.stepcache import Budget, Planned, StepCache, shares_of
-from penstock.engine.run.stepplan import Recorded, Schedule, best_schedule, left_of_errors
+from penstock.engine.run.stepplan import (
+    Recorded,
+    Schedule,
+    best_schedule,
+    left_of_errors,
+    shared_forwards,
+)
 from penstock.errors import CheckpointError, FingerprintMismatch, JobCancelled, ProfileError
 from penstock.profiles.caching import MOST_SKIPPED, Caching
 from penstock.profiles.plan import Plan
@@ -239,7 +246,7 @@ def cost(run: Recorded, left: list[float], schedule: Schedule) -> float:
     total, before = 0.0, -1
     pairs = zip(schedule.computed, schedule.computed[1:], schedule.damping, strict=False)
     for a, n, damping in pairs:
-        coefficients = torch.zeros(len(run.levels), dtype=torch.float64)
+        coefficients = np.zeros(len(run.levels))
         for step in range(a + 1, n):
             slope = damping * (step - a) / (a - before) if before >= 0 else 0.0
             coefficients[step] += left[step]
@@ -304,10 +311,10 @@ def test_a_record_is_read_again_and_serves_other_levels(tmp_path: Path) -> None:
     run = recorded(12)
     run.write(tmp_path / "there" / "run.json")
     again = Recorded.read(tmp_path / "there" / "run.json")
-    torch.testing.assert_close(again.products, run.products, rtol=1e-8, atol=0)
-    torch.testing.assert_close(again.at(run.levels).products, again.products)
+    np.testing.assert_allclose(again.products, run.products, rtol=1e-8)
+    np.testing.assert_allclose(again.at(run.levels).products, again.products)
     halves = again.at(levels(24))
-    torch.testing.assert_close(halves.products[::2, ::2], again.products)
+    np.testing.assert_allclose(halves.products[::2, ::2], again.products)
     assert halves.products[-1, -1] == again.products[-1, -1]  # below the lowest
 
 
@@ -504,24 +511,47 @@ def test_what_is_no_cache_is_refused(word: object) -> None:
         Caching.of(word)
 
 
+@pytest.mark.parametrize(("shift", "first", "forwards"), [(12.0, 12, 10), (5.0, 8, 9)])
+def test_no_other_share_of_forwards_is_better(shift: float, first: int, forwards: int) -> None:
+    noise = noise_levels("unipc", 20, shift)
+    after = (*noise[1:], 0.0)
+    left = left_of_errors(noise, [a - b for a, b in zip(noise, after, strict=True)])
+    built_in = Recorded.built_in()
+
+    def lost(own: slice, each: int) -> float:
+        run, weights = built_in.at(noise[own]), left[own]
+        return cost(run, list(weights), best_schedule(run, weights, each))
+
+    tried = {
+        each: lost(slice(first), each) + lost(slice(first, 20), forwards - each)
+        for each in range(2, forwards - 1)
+        if each <= first and forwards - each <= 20 - first
+    }
+    best = min(tried, key=tried.__getitem__)
+    parts = (range(first), range(first, 20))
+    assert best < round(forwards * first / 20)  # fewer than its steps alone would have
+    assert shared_forwards(noise, parts, forwards) == (best, forwards - best)
+    whole = best_schedule(built_in.at(noise), left, forwards, starts=(first,))
+    one = best_schedule(built_in.at(noise[:first]), left[:first], best)
+    other = best_schedule(built_in.at(noise[first:]), left[first:], forwards - best)
+    assert whole.computed == one.computed + tuple(first + step for step in other.computed)
+    assert whole.damping == pytest.approx(one.damping + other.damping)
+
+
 @pytest.mark.parametrize(
-    ("planned", "split", "expected"),
+    ("forwards", "ends", "expected"),
     [
-        (20, (16, 24), (8, 12)), (10, (6, 14), (6, 4)), (5, (6, 14), (6, 2)), (9, (20, 0), (9, 2)),
+        (10, (6, 20), (6, 4)), (5, (6, 20), (6, 2)), (9, (20, 20), (9, 0)), (9, (0, 20), (0, 9)),
+        (3, (10, 20), (2, 2)), (30, (10, 20), (10, 10)), (11, (13, 14, 15, 20), (4, 1, 1, 5)),
+        (12, (30, 35, 40), (2, 5, 5)), (3, (12, 20), (2, 2)),
     ],
 )  # fmt: skip
-def test_two_transformers_share_a_plans_forwards(
-    planned: int, split: tuple[int, int], expected: tuple[int, int]
+def test_no_part_has_fewer_forwards_than_it_must(
+    forwards: int, ends: tuple[int, ...], expected: tuple[int, ...]
 ) -> None:
-    parts = Caching.of(f"plan:{planned}").parts(split)
-    assert tuple(part.planned for part in parts) == expected
-    assert all(Caching.of(part.word) == part for part in parts)
-
-
-def test_a_budget_is_each_transformers_own() -> None:
-    budget = Caching.of("budget:0.01")
-    assert budget.parts((16, 24)) == (budget, budget)
-    assert Caching.of(budget.word) == budget
+    parts = tuple(range(*pair) for pair in zip((0, *ends), ends, strict=False))
+    noise = noise_levels("unipc", ends[-1], 5.0)
+    assert shared_forwards(noise, parts, forwards) == expected
 
 
 def test_the_next_transformer_begins_from_nothing() -> None:

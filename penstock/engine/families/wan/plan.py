@@ -11,7 +11,7 @@ from penstock.engine.families.wan.cost import encoders, vae
 from penstock.engine.families.wan.cost.transformer import TEXT_TOKENS
 from penstock.engine.families.wan.denoise_plan import Denoise
 from penstock.engine.families.wan.spec import ImageSpec
-from penstock.engine.families.wan.stretches import Stretch, stretches_of
+from penstock.engine.families.wan.stretches import Stretch, shared_caching, stretches_of
 from penstock.engine.families.wan.terms import (
     WanCase,
     changes_of,
@@ -85,9 +85,10 @@ def experts(case: WanCase) -> Iterator[Denoise]:
     work = case.workload
     guided = work.guided if work.guided_high is None else work.guided_high, work.guided
     both = work.texts == 2
-    high, low = split = case.manifest.split(work)
-    cached = case.policy.caching.parts(split)
+    high, low = case.manifest.split(work)
     ranges = range(high), range(high, high + low)
+    levels = case.manifest.levels(work.shape, work.steps, work.noise)
+    cached = shared_caching(case.policy.caching, levels, ranges)
     for number, (steps, on, part) in enumerate(zip(ranges, guided, cached, strict=True)):
         if steps:
             own = replace(work, steps=len(steps), guided=on, guided_high=both)

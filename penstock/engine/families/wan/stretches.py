@@ -12,7 +12,8 @@ from itertools import groupby
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from penstock.profiles.caching import SURE, Caching
+from penstock.engine.run.stepplan import shared_forwards
+from penstock.profiles.caching import PLAN, SURE, Caching
 from penstock.profiles.phases import Workload
 
 if TYPE_CHECKING:
@@ -56,15 +57,15 @@ def stretches_of(
         guided: they have guidance where the job's interval of noise levels is.
     """
     on = [guided] * len(steps)
+    levels = manifest.levels(work.shape, work.steps, work.noise)
     if guided and work.guided_within is not None:
         low, high = work.guided_within
-        levels = manifest.levels(work.shape, work.steps, work.noise)
         on = [low <= levels[step] <= high for step in steps]
     runs = [list(run) for _, run in groupby(steps, key=lambda step: on[step - steps.start])]
     ends = [range(run[0], run[-1] + 1) for run in runs]
     return tuple(
         Stretch(own, 2 if on[own.start - steps.start] else 1, part)
-        for own, part in zip(ends, _parts(caching, ends), strict=True)
+        for own, part in zip(ends, _parts(caching, levels, ends), strict=True)
     )
 
 
@@ -89,11 +90,32 @@ def passes_left(
     return sure, most
 
 
-def _parts(caching: Caching, stretches: Sequence[range]) -> Sequence[Caching]:
+def _parts(
+    caching: Caching, levels: Sequence[float], stretches: Sequence[range]
+) -> Sequence[Caching]:
     """Return the caching of each; one that is too short for a cache says nothing of it where
     another is not."""
-    parts = caching.parts([len(own) for own in stretches])
+    if len(stretches) == 1:
+        return (caching,)
+    parts = shared_caching(caching, levels, stretches)
     skips = [part.skips(len(own)) for part, own in zip(parts, stretches, strict=True)]
-    if len(stretches) == 1 or not any(skips):
-        return (caching,) if len(stretches) == 1 else parts
+    if not any(skips):
+        return parts
     return [part if skip else Caching() for part, skip in zip(parts, skips, strict=True)]
+
+
+def shared_caching(
+    caching: Caching, levels: Sequence[float], parts: Sequence[range]
+) -> tuple[Caching, ...]:
+    """Return the caching of each of several ``parts``, one after another: the forwards of a plan
+    are shared out among them.
+
+    Args:
+        levels: noise before each step of the job.
+    """
+    if caching.kind != PLAN:
+        return (caching,) * len(parts)
+    start, stop = parts[0].start, parts[-1].stop
+    own = tuple(range(part.start - start, part.stop - start) for part in parts)
+    shared = shared_forwards(tuple(levels[start:stop]), own, caching.planned)
+    return tuple(Caching(PLAN, planned=max(each, 2)) for each in shared)

@@ -28,7 +28,12 @@ from penstock.engine.families.wan.denoise_plan import named
 from penstock.engine.families.wan.film import Film
 from penstock.engine.families.wan.model import model_of
 from penstock.engine.families.wan.preview import prepare_previews, preview_of
-from penstock.engine.families.wan.stretches import Stretch, passes_left, stretches_of
+from penstock.engine.families.wan.stretches import (
+    Stretch,
+    passes_left,
+    shared_caching,
+    stretches_of,
+)
 from penstock.engine.families.wan.terms import clip_changes
 from penstock.engine.families.wan.vae_decode import raw_latents
 from penstock.engine.families.wan.vae_encode import (
@@ -132,10 +137,11 @@ def expert_of(stage: Stage, *, second: bool) -> Expert:
     if model.second is None:
         component, steps, scale = model.transformer, range(request.steps), low
     else:
-        first, _ = split = model.manifest.split(work)
-        caching = caching.parts(split)[second]
+        first, _ = model.manifest.split(work)
+        ranges = range(first), range(first, request.steps)
+        levels = model.manifest.levels(work.shape, work.steps, work.noise)
+        caching, steps = shared_caching(caching, levels, ranges)[second], ranges[second]
         component = model.second if second else model.transformer
-        steps = range(first, request.steps) if second else range(first)
         scale = low if second else high
     stretches = stretches_of(model.manifest, work, steps, caching, guided=scale > 1)
     return Expert(component, stretches, scale, second)

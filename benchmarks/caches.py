@@ -99,12 +99,13 @@ class Clips:
     image: Tensor
     texts: list[tuple[Tensor, Tensor]]
     noise: Tensor
+    shift: float = SHIFT
     counter: Counter = field(default_factory=Counter)
 
     @classmethod
     @torch.no_grad()
-    def of(cls, split: str, count: int) -> Clips:
-        """The first ``count`` pairs of ``split``."""
+    def of(cls, split: str, count: int, shift: float = SHIFT) -> Clips:
+        """The first ``count`` pairs of ``split``, sampled with that flow shift."""
         generator, pairs = from_folder(MINI), make_pairs(split, count)
         pictures = [render(pair.scene, frames=1)[0] for pair in pairs]
         images = to_batch([picture[None] for picture in pictures])[:, :, 0]
@@ -118,7 +119,12 @@ class Clips:
         ]
         texts = [generator._text([pair.prompt for pair in pairs]), generator._text([""] * count)]
         found = cls(
-            generator, condition, generator.model.encode_image(pixels), texts, torch.cat(noise)
+            generator,
+            condition,
+            generator.model.encode_image(pixels),
+            texts,
+            torch.cat(noise),
+            shift,
         )
         for index, block in enumerate(generator.model.transformer.blocks):
             block.attn1.to_q.register_forward_pre_hook(partial(found._count, index))
@@ -175,10 +181,10 @@ class Clips:
         return decoded.clamp(-1, 1) / 2 + 0.5
 
 
-def new_sampler(steps: int) -> Sampler:
+def new_sampler(steps: int, shift: float = SHIFT) -> Sampler:
     """UniPC, as a job's."""
     config = dict(locate(MINI).scheduler)
-    return Sampler(config, sampler="unipc", steps=steps, shift=SHIFT)
+    return Sampler(config, sampler="unipc", steps=steps, shift=shift)
 
 
 @torch.no_grad()
@@ -191,7 +197,7 @@ def plain(clips: Clips, steps: int, size: int = AT_ONCE, told: bool = False) -> 
     """
     made = []
     for batch in clips.batches(size):
-        sampler, latents = new_sampler(steps), clips.noise[batch].clone()
+        sampler, latents = new_sampler(steps, clips.shift), clips.noise[batch].clone()
         for step, moment in enumerate(sampler.timesteps):
             context: dict[str, Any] = (
                 {"step_index": step, "sigma": sampler.sigma(step), "num_inference_steps": steps}
@@ -251,19 +257,28 @@ def ratios(steps: int) -> list[float]:
 
 
 def skipping(
-    clips: Clips, steps: int, rule: Callable[[], Rule], *, watched: bool = False
+    clips: Clips,
+    steps: int,
+    rule: Callable[[], Rule],
+    *,
+    starts: Sequence[int] = (),
+    watched: bool = False,
 ) -> Tensor:
     """Latents of all clips, each under a step cache of its own.
 
     Args:
+        starts: steps from which nothing is known of those before, as of another transformer's.
         watched: the rules are `Watching`, and are shown the first block of every step.
     """
     made = []
     for batch in clips.batches(AT_ONCE):
-        sampler, latents = new_sampler(steps), clips.noise[batch].clone()
+        sampler, latents = new_sampler(steps, clips.shift), clips.noise[batch].clone()
         rules = [rule() for _ in batch]
         caches = [StepCache(range(steps), each) for each in rules]
         for step, moment in enumerate(sampler.timesteps):
+            if step in starts:
+                for cache in caches:
+                    cache.reset()
             if watched:
                 for each, shown in zip(
                     rules, first_block(clips, latents, moment, batch), strict=True
@@ -359,9 +374,9 @@ def recorded(steps: int, count: int) -> Recorded:
     return Recorded(runs[0].levels, np.stack([run.products for run in runs]).mean(0))
 
 
-def levels_of(steps: int) -> tuple[float, ...]:
+def levels_of(steps: int, shift: float = SHIFT) -> tuple[float, ...]:
     """Noise before each step."""
-    sampler = new_sampler(steps)
+    sampler = new_sampler(steps, shift)
     return tuple(sampler.sigma(step) for step in range(steps))
 
 
@@ -369,7 +384,7 @@ def within(low: float, high: float, clips: Clips, steps: int) -> Tensor:
     """Latents of all clips, guided at these noise levels alone."""
     made = []
     for batch in clips.batches(AT_ONCE):
-        sampler, latents = new_sampler(steps), clips.noise[batch].clone()
+        sampler, latents = new_sampler(steps, clips.shift), clips.noise[batch].clone()
         for step, moment in enumerate(sampler.timesteps):
             guided = low <= sampler.sigma(step) <= high
             velocity = clips.velocity(latents, moment, batch, guided=guided)

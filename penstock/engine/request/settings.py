@@ -94,6 +94,9 @@ def going_on(settings: Settings, clip: Clip, frame: Path) -> Settings:
         for field in fields(settings)
         if getattr(settings, field.name) not in (None, "", False)
     }
+    if "distilled" in ours and not theirs.get("distilled"):  # theirs are another model's settings
+        for name in (*DISTILLED, "guidance_high", "cfg_interval"):
+            theirs.pop(name, None)
     if "guidance_scale" in ours:  # what stood beside theirs may not go with it
         scale = ours["guidance_scale"]
         low, high = parse_guidance(scale) if isinstance(scale, str) else (scale, None)

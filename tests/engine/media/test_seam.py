@@ -115,6 +115,17 @@ def test_what_led_the_clip_leads_on_unless_a_scale_is_said_that_it_cannot_go_wit
     assert {name: getattr(found, name) for name in names if getattr(found, name)} == left
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_a_distilled_model_goes_on_with_its_own_settings(clip: Path, before: bool) -> None:
+    theirs = {"prompt": "a cat", "steps": 8, "guidance_scale": 4.0, "guidance_high": 3.0}
+    theirs |= {"shift": 3.0, "sampler": "unipc", "cfg_interval": "0.5,1", "seed": 3}
+    found = replace(Clip.open(clip), settings=theirs | {"distilled": before})
+    made = going_on(Settings(prompt="", distilled=True, shift=4.0), found, Path("last.png"))
+    assert (made.seed, made.shift, made.distilled) == (3, 4.0, True)
+    kept = made.steps, made.guidance_scale, made.guidance_high, made.sampler, made.cfg_interval
+    assert kept == ((8, 4.0, 3.0, "unipc", "0.5,1") if before else (None,) * 5)
+
+
 def test_the_result_is_one_file_also_after_a_stop(
     clip: Path, i2v_folder: Path, tmp_path: Path
 ) -> None:

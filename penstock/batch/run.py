@@ -170,7 +170,8 @@ async def _dispatched(
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
-        loop.call_soon_threadsafe(lambda: loop.create_task(dispatch.stop()))
+        if not loop.is_closed():  # else all is made, and what is left is to say so
+            loop.call_soon_threadsafe(lambda: loop.create_task(dispatch.stop()))
 
     stopping(stop)
     if not await dispatch.run(workers):

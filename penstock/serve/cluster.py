@@ -199,10 +199,14 @@ class RayWorker:
         return dict(outcome)
 
     async def _placed(self) -> None:
+        answer = asyncio.ensure_future(_answer(self._actor.here.remote()))
         try:
-            await asyncio.wait_for(_answer(self._actor.here.remote()), _PLACED_S)
-        except asyncio.TimeoutError as error:
-            raise Died("has found no place in the cluster") from error
+            there, _ = await asyncio.wait({answer}, timeout=_PLACED_S)
+            if not there:
+                raise Died("has found no place in the cluster")
+            await answer
+        finally:
+            answer.cancel()
 
     async def _shares(self, actor: Any, folder: Path) -> bool:
         marker, token = folder / f"seen-{secrets.token_hex(6)}", secrets.token_hex(16)

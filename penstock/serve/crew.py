@@ -20,6 +20,7 @@ from penstock.serve.child import Child, Died
 from penstock.serve.hub import Hub
 from penstock.serve.order import COMPLETED, STOPPED, UNSEEN, Order, Tell
 from penstock.serve.queue import RUNNING, Queue, Row
+from penstock.serve.threads import to_its_end
 
 _Result = TypeVar("_Result")
 
@@ -200,11 +201,16 @@ class Crew:
 
     async def _idle(self, worker: Worker, news: int) -> None:
         """Wait until there may be something; after a while without, the worker rests."""
+        waiting = asyncio.create_task(self._until(news))
         try:
-            await asyncio.wait_for(self._until(news), self._keep_alive_s)
-        except asyncio.TimeoutError:
-            await worker.rest()
-            await self._until(news)
+            # Not `asyncio.wait_for`: before Python 3.12 a cancellation that comes with the news is
+            # lost in it, and whoever closes the crew waits for this slot for ever.
+            there, _ = await asyncio.wait({waiting}, timeout=self._keep_alive_s)
+            if not there:
+                await worker.rest()
+            await waiting
+        finally:
+            waiting.cancel()
 
     async def _until(self, news: int) -> None:
         async with self._work:
@@ -225,13 +231,15 @@ class Crew:
             else:
                 self._hub.notice(row.id, message["message"])
 
-        # Asked to stop before anybody was there to be told
-        now = self._queue.get(row.id)
-        if now is not None and now.intent is not None:
-            ended: Mapping[str, Any] | Died = {"state": STOPPED}
-        else:
-            ended = await self._run(worker, order, tell)
-        await notes.settle()
+        try:
+            # Asked to stop before anybody was there to be told
+            now = self._queue.get(row.id)
+            if now is not None and now.intent is not None:
+                ended: Mapping[str, Any] | Died = {"state": STOPPED}
+            else:
+                ended = await self._run(worker, order, tell)
+        finally:
+            await notes.settle()
         if self._goes_to_another(slot, row.id, ended):
             self._hub.notice(row.id, f"{worker.name} has not the memory for it: another one tries")
             ended = {"state": STOPPED}  # nobody asked for that: it waits for the next
@@ -289,7 +297,7 @@ async def _insisted(change: Callable[..., _Result], *arguments: Any) -> _Result:
     before."""
     while True:
         try:
-            return await asyncio.to_thread(change, *arguments)
+            return await to_its_end(change, *arguments)
         except StorageError as error:
             log.error("the queue: %s", error)
             await asyncio.sleep(_AGAIN_S)
@@ -311,7 +319,7 @@ class _Notes:
 
     async def _write(self) -> None:
         self._noted = self._wanted
-        await asyncio.to_thread(self._queue.note, self._name, self._noted)
+        await to_its_end(self._queue.note, self._name, self._noted)
         await asyncio.sleep(NOTE_S)
 
     async def settle(self) -> None:

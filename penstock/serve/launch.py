@@ -91,11 +91,21 @@ def server_of(service: Service) -> uvicorn.Server:
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=_GRACE_S,
     )
-    return _Server(config)
+    return _Server(config, service)
 
 
 class _Server(uvicorn.Server):
-    """uvicorn raises the signal again when it has ended, which would leave nobody to clean up."""
+    """uvicorn raises the signal again when it has ended, which would leave nobody to clean up; and
+    it waits for streams of events, which end by themselves only when they are told."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self._service = service
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End the streams first: what waits for the grace to pass is cut off in the middle."""
+        self._service.hub.close()
+        await super().shutdown(sockets)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

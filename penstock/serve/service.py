@@ -9,7 +9,7 @@ import re
 import secrets
 import shutil
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -98,15 +98,17 @@ class PlanDesk:
         }
         self._child: Child | None = None
         self._turn = asyncio.Lock()
-        self._number = 0
+        self._number, self._closed = 0, False
 
     async def ask(self, what: str, **with_: Any) -> dict[str, Any]:
         """Return the answer to a question (`penstock.serve.planner`).
 
         Raises:
-            Refused: the planner refuses; NotNow: it died of the question.
+            Refused: the planner refuses; NotNow: it died of the question, or the server ends.
         """
         async with self._turn:
+            if self._closed:
+                raise NotNow("the request could not be planned", found="the server ends")
             self._number += 1
             try:
                 return await self._asked({"number": self._number, "ask": what, "with": with_})
@@ -136,7 +138,8 @@ class PlanDesk:
             await child.stop()
 
     async def close(self) -> None:
-        """End the process."""
+        """End the process; no other is started for those who wait for their turn."""
+        self._closed = True
         await self._stop()
 
 
@@ -205,7 +208,10 @@ class Service:
         """Remove the folders of requests that were never answered, or of videos that are gone."""
         for folder in self._jobs.iterdir():
             if _ID.fullmatch(folder.name) and self.queue.get(folder.name) is None:
-                shutil.rmtree(folder)
+                try:
+                    shutil.rmtree(folder)
+                except OSError as error:
+                    log.error("%s is nobody's, and cannot be removed: %s", folder, error)
 
     def folder(self, name: str) -> Path:
         """Return where a video is kept: its id is the server's own."""
@@ -221,7 +227,7 @@ class Service:
         """
         row = self.queue.get(name) if _ID.fullmatch(name) else None
         if row is None or row.intent == "delete":
-            raise NotFound("no such video", expected="an id of /v1/videos", found=name[:80])
+            raise _no_such(name)
         return row
 
     def shown(self, row: Row) -> dict[str, Any]:
@@ -303,7 +309,11 @@ class Service:
 
     @contextmanager
     def _begun(self, folder: Path) -> Iterator[None]:
-        """Provide a folder that is gone again where the request comes to nothing."""
+        """Provide a folder that is gone again where the request comes to nothing.
+
+        Of one that is cut off by the server's end nothing is removed here: a thread may be writing
+        to it, or just have put it into the queue. The next server sees what became of it.
+        """
         try:
             folder.mkdir()
         except OSError as error:
@@ -312,7 +322,7 @@ class Service:
             ) from error
         try:
             yield
-        except BaseException:
+        except Exception:
             shutil.rmtree(folder)
             raise
 
@@ -410,13 +420,10 @@ class Service:
             NotFound: there is none; NotNow: its state does not allow it.
         """
         self.row(name)
-        try:
-            if intent == "resume":
-                row = await asyncio.to_thread(self.queue.resume, name)
-            else:
-                row = await asyncio.to_thread(self.queue.ask, name, intent)
-        except UsageError as error:
-            raise NotNow(error.what, expected=error.expected, found=error.found) from error
+        if intent == "resume":
+            row = await self._asked(self.queue.resume, name)
+        else:
+            row = await self._asked(self.queue.ask, name, intent)
         await self.crew.stop(name) if row.intent is not None else await self.crew.wake()
         self._changed(row)
         return row
@@ -428,12 +435,18 @@ class Service:
             NotFound: there is none; NotNow: it does not wait.
         """
         self.row(name)
-        try:
-            row = await asyncio.to_thread(self.queue.move, name, position)
-        except UsageError as error:
-            raise NotNow(error.what, expected=error.expected, found=error.found) from error
+        row = await self._asked(self.queue.move, name, position)
         self._changed(row)
         return row
+
+    async def _asked(self, change: Callable[..., Row], name: str, *arguments: Any) -> Row:
+        """Return a video's row after a change of the queue; by then it may be gone."""
+        try:
+            return await asyncio.to_thread(change, name, *arguments)
+        except UsageError as error:
+            raise NotNow(error.what, expected=error.expected, found=error.found) from error
+        except KeyError as error:
+            raise _no_such(name) from error
 
     async def pause_all(self, paused: bool) -> None:
         """Begin no further job, or begin them again."""
@@ -445,11 +458,11 @@ class Service:
         """Stop a video and remove all of it; returns when it is gone.
 
         Raises:
-            NotFound: there is none.
+            NotFound: there is none; StorageError: it cannot be removed.
         """
         self.row(name)
         gone = self._gone.setdefault(name, asyncio.get_running_loop().create_future())
-        row = await asyncio.to_thread(self.queue.ask, name, "delete")
+        row = await self._asked(self.queue.ask, name, "delete")
         if row.worker is None:
             self._begin_removal(name)
         else:
@@ -504,14 +517,31 @@ class Service:
 
     async def _remove(self, name: str) -> None:
         folder = self.folder(name)
-        if folder.exists():
-            await asyncio.to_thread(shutil.rmtree, folder)
-        await asyncio.to_thread(self.queue.remove, name)
+        try:
+            if folder.exists():
+                await asyncio.to_thread(shutil.rmtree, folder)
+            await asyncio.to_thread(self.queue.remove, name)
+        except (OSError, StorageError) as error:
+            log.error("%s cannot be removed: %s", name, error)
+            if (gone := self._gone.pop(name, None)) is not None and not gone.done():
+                gone.set_exception(_not_removed(error))
+            return
         self.hub.forget(name)
         self.hub.publish(Event("deleted", name, {"id": name}))
         self._queue_changed()
         if (gone := self._gone.pop(name, None)) is not None and not gone.done():
             gone.set_result(None)
+
+
+def _no_such(name: str) -> NotFound:
+    return NotFound("no such video", expected="an id of /v1/videos", found=name[:80])
+
+
+def _not_removed(error: OSError | StorageError) -> StorageError:
+    told = error.strerror if isinstance(error, OSError) else error.found
+    return StorageError(
+        "the video cannot be removed", found=told, remedy="The server tries again when it starts."
+    )
 
 
 def _kept(path: Path, data: bytes) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from penstock.serve.crew import Crew
 from penstock.serve.hub import Hub
@@ -126,3 +129,71 @@ def test_a_job_too_large_for_every_card_fails_once_all_have_said_so(tmp_path: Pa
     assert (rows["a"].status, rows["b"].status) == ("failed", "completed")
     assert rows["a"].error is not None and rows["a"].error["code"] == "over_budget"
     assert "a" in workers[0].done and "a" in workers[1].done
+
+
+class Empty:
+    """A queue without a job; says when it is asked."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Queue[str]()
+        self._loop = asyncio.get_running_loop()
+
+    def claim(self, worker: str, without: object) -> None:
+        self._loop.call_soon_threadsafe(self.asked.put_nowait, worker)
+
+
+@pytest.mark.parametrize("turns", [0, 1])
+def test_news_that_come_as_the_crew_closes_keep_nobody_waiting(turns: int) -> None:
+    async def closed() -> None:
+        queue: Any = Empty()
+        crew = Crew(queue, Hub(), [Quiet()], 100.0, lambda row: None, Path)
+        crew.start()
+        await queue.asked.get()
+        while not crew._work._waiters:  # type: ignore[attr-defined]
+            await asyncio.sleep(0)
+        await crew.wake()
+        for _ in range(turns):  # the slot itself has not heard of it yet
+            await asyncio.sleep(0)
+        closing, again = (asyncio.ensure_future(each) for each in (crew.close(), queue.asked.get()))
+        await asyncio.wait({closing, again}, return_when=asyncio.FIRST_COMPLETED)
+        assert closing.done() and not again.done(), "it went on, and would wait for ever"
+        again.cancel()
+
+    asyncio.run(closed())
+
+
+class Telling(Quiet):
+    """A worker that tells of its job, which then does not end."""
+
+    async def run(self, order: Order, tell: Tell) -> Mapping[str, Any]:
+        tell({"event": "progress", "progress": 40})
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+def test_a_closed_crew_writes_nothing_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def closed(queue: Queue) -> None:
+        begun, loop, write, note = asyncio.Event(), asyncio.get_running_loop(), [], queue.note
+        may = threading.Event()
+
+        def slow(name: str, progress: int) -> None:
+            loop.call_soon_threadsafe(begun.set)
+            may.wait()
+            note(name, progress)
+            write.append(progress)
+
+        monkeypatch.setattr(queue, "note", slow)
+        crew = Crew(queue, Hub(), [Telling()], 100.0, lambda row: None, lambda name: tmp_path)
+        crew.start()
+        await begun.wait()
+        closing = asyncio.ensure_future(crew.close())
+        for _ in range(100):
+            await asyncio.sleep(0)
+        over = closing.done()
+        may.set()
+        await closing
+        assert not over and write == [40]
+
+    with Queue(tmp_path / "queue.sqlite") as queue:
+        queue.add("a", ORDER, {})
+        asyncio.run(closed(queue))

@@ -763,8 +763,30 @@ def caches(results: Results) -> str:
             f"{value['recipe']['pairs']} held-out clips of the model in the box (`benchmarks/"
             f"caches.py`), penstock's own in bold:\n\n{table(headings, cells)}"
         )
+    parts += [cache_parts(value) for value in named(results, "cache_parts")]
     parts += [cached_stream(value) for value in named(results, "cached_stream")]
     return "\n".join(parts) if parts else "Nothing has been measured yet.\n"
+
+
+def cache_parts(value: Any) -> str:
+    """How the forwards of a plan are shared out among two transformers."""
+    headings = (
+        "Wan2.2 A14B", "steps of the two", "forwards", "by steps", "frames; worst clip",
+        "as a job does", "frames; worst clip",
+    )  # fmt: skip
+    rows: Rows = []
+    for row in value["rows"]:
+        first, forwards = row["first"], row["forwards"]
+        cells = [row["model"], f"{first} and {row['steps'] - first}", str(forwards)]
+        for way in ("by_steps", "by_loss"):
+            mean, worst = row[f"{way}_db"]
+            cells += [f"{row[way]} and {forwards - row[way]}", f"{mean:.1f}; {worst:.1f} dB"]
+        rows.append(tuple(cells))
+    return (
+        "The same model in place of both transformers of Wan2.2 A14B, with its flow shift and "
+        f"boundary: {value['recipe']['pairs']} held-out clips, schedules from the record in the "
+        f"box (`benchmarks/cache_parts.py`):\n\n{table(headings, rows)}"
+    )
 
 
 def cached_stream(value: Any) -> str:

@@ -87,8 +87,7 @@ def experts(case: WanCase) -> Iterator[Denoise]:
     both = work.texts == 2
     high, low = case.manifest.split(work)
     ranges = range(high), range(high, high + low)
-    levels = case.manifest.levels(work.shape, work.steps, work.noise)
-    cached = shared_caching(case.policy.caching, levels, ranges)
+    cached = shared_caching(case.manifest, work, case.policy.caching, ranges)
     for number, (steps, on, part) in enumerate(zip(ranges, guided, cached, strict=True)):
         if steps:
             own = replace(work, steps=len(steps), guided=on, guided_high=both)

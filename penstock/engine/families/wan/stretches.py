@@ -57,15 +57,15 @@ def stretches_of(
         guided: they have guidance where the job's interval of noise levels is.
     """
     on = [guided] * len(steps)
-    levels = manifest.levels(work.shape, work.steps, work.noise)
     if guided and work.guided_within is not None:
         low, high = work.guided_within
+        levels = manifest.levels(work.shape, work.steps, work.noise)
         on = [low <= levels[step] <= high for step in steps]
     runs = [list(run) for _, run in groupby(steps, key=lambda step: on[step - steps.start])]
     ends = [range(run[0], run[-1] + 1) for run in runs]
     return tuple(
         Stretch(own, 2 if on[own.start - steps.start] else 1, part)
-        for own, part in zip(ends, _parts(caching, levels, ends), strict=True)
+        for own, part in zip(ends, _parts(manifest, work, caching, ends), strict=True)
     )
 
 
@@ -91,13 +91,13 @@ def passes_left(
 
 
 def _parts(
-    caching: Caching, levels: Sequence[float], stretches: Sequence[range]
+    manifest: WanManifest, work: Workload, caching: Caching, stretches: Sequence[range]
 ) -> Sequence[Caching]:
     """Return the caching of each; one that is too short for a cache says nothing of it where
     another is not."""
     if len(stretches) == 1:
         return (caching,)
-    parts = shared_caching(caching, levels, stretches)
+    parts = shared_caching(manifest, work, caching, stretches)
     skips = [part.skips(len(own)) for part, own in zip(parts, stretches, strict=True)]
     if not any(skips):
         return parts
@@ -105,17 +105,18 @@ def _parts(
 
 
 def shared_caching(
-    caching: Caching, levels: Sequence[float], parts: Sequence[range]
+    manifest: WanManifest, work: Workload, caching: Caching, parts: Sequence[range]
 ) -> tuple[Caching, ...]:
-    """Return the caching of each of several ``parts``, one after another: the forwards of a plan
-    are shared out among them.
+    """Return the caching of each of several ``parts`` of a job's steps, one after another: the
+    forwards of a plan are shared out among them.
 
     Args:
-        levels: noise before each step of the job.
+        work: the whole job's.
     """
     if caching.kind != PLAN:
         return (caching,) * len(parts)
     start, stop = parts[0].start, parts[-1].stop
+    levels = manifest.levels(work.shape, work.steps, work.noise)[start:stop]
     own = tuple(range(part.start - start, part.stop - start) for part in parts)
-    shared = shared_forwards(tuple(levels[start:stop]), own, caching.planned)
+    shared = shared_forwards(levels, own, caching.planned)
     return tuple(Caching(PLAN, planned=max(each, 2)) for each in shared)

@@ -139,9 +139,9 @@ def expert_of(stage: Stage, *, second: bool) -> Expert:
     else:
         first, _ = model.manifest.split(work)
         ranges = range(first), range(first, request.steps)
-        levels = model.manifest.levels(work.shape, work.steps, work.noise)
-        caching, steps = shared_caching(caching, levels, ranges)[second], ranges[second]
+        caching = shared_caching(model.manifest, work, caching, ranges)[second]
         component = model.second if second else model.transformer
+        steps = ranges[second]
         scale = low if second else high
     stretches = stretches_of(model.manifest, work, steps, caching, guided=scale > 1)
     return Expert(component, stretches, scale, second)

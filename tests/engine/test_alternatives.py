@@ -21,13 +21,19 @@ RESULTS, CACHES = (
     MEASURED / "quality_mini_2core_cpu.json",
     MEASURED / "caches_mini_48_2core_cpu.json",
 )
+PARTS = MEASURED / "cache_parts_2core_cpu.json"
 SETTINGS = Settings(prompt="a cat")
 
 
 @cache
-def prepared(card: str = "RTX 3060 12GB", disk: str | None = None, **named: str) -> Prepared:
+def prepared(
+    card: str = "RTX 3060 12GB",
+    disk: str | None = None,
+    model: str = "wan2.1-i2v-14b",
+    **named: str,
+) -> Prepared:
     options, machine = machine_of(Options(**{"ram": "32GiB", **named}), card, disk)
-    return Prepared.open(synthetic="wan2.1-i2v-14b", options=options, machine=machine)
+    return Prepared.open(synthetic=model, options=options, machine=machine)
 
 
 def seconds(opened: Prepared, settings: Settings = SETTINGS) -> float:
@@ -92,7 +98,17 @@ def test_quality_is_what_was_measured() -> None:
         for row in rows
         if row["setting"] in (f"{row['steps'] // 2} from 8 runs", "0.85, 1.0")
     }
+    rows = json.loads(PARTS.read_text(encoding="utf-8"))["rows"]
+    for steps in (40, 20):
+        alike = [row for row in rows if (row["steps"], row["forwards"]) == (steps, steps // 2)]
+        worse = min(row["by_loss_db"][0] for row in alike)
+        halves["plan of two transformers", steps] = worse
     assert halves == pytest.approx(dict(HALF_PSNR), abs=0.06)
+
+
+def test_quality_of_a_plan_is_of_as_many_transformers() -> None:
+    opened = prepared(model="wan2.2-i2v-a14b")
+    assert "; 78 dB of 40 full steps" in found(opened)["--cache plan:20"].quality
 
 
 @pytest.mark.parametrize(

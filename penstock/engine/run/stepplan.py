@@ -239,8 +239,8 @@ def shared_forwards(
     """Share out the forwards of a job among its parts, as loses least in runs of the small model.
 
     Before anything of the model is known: plans count by it, and a job keeps to them. (By steps
-    alone, the many that lie at high noise, where little bends, took them from the last: two
-    transformers of 26 and 14 steps lost 8 dB by it.)
+    alone, the many that lie at high noise, where little bends, took them from the last: with two
+    transformers of 26 and 14 steps that cost 13 dB and more, see ``benchmarks/cache_parts.py``.)
 
     Args:
         levels: noise before each step.

@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from importlib.resources import as_file, files
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from penstock.engine.files.fields import read_object
+from penstock.engine.files.fields import number, read_object, several
 from penstock.engine.store.durable import FileOps, write_atomically
 from penstock.errors import CheckpointError
 from penstock.profiles.caching import FEWEST_STEPS, MOST_SKIPPED
@@ -31,6 +31,10 @@ FORGIVEN = 0.65
 """How much of an error the later steps undo, from none of it at no noise to this share at nothing
 but noise: they see where the latents are, and pull back. On the small trained model 0.3 to 0.5 of
 errors at noise levels of 0.9 were left at the end, and 0.7 to 0.8 at 0.4."""
+
+_LEVELS = several(number(0, 1), 2, MOST_STEPS)
+_PRODUCTS = several(number(-1e30, 1e30), 3, MOST_STEPS * (MOST_STEPS + 1) // 2)
+"""Far beyond any velocity's, and their sums and squares stay finite."""
 
 Node = tuple[int, int]
 """Two steps that are computed one after the other; the first of a part has -1 before it."""
@@ -80,17 +84,19 @@ class Recorded:
             CheckpointError: it holds something else.
         """
         found = read_object(path)
-        try:
-            levels = tuple(float(level) for level in found["levels"])
-            flat = np.array(found["products"], dtype=np.float64)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise _bad(path, str(error)) from error
+        listed = found.get("levels"), found.get("products")
+        if not _LEVELS.fits(listed[0]):
+            raise _bad(path, f"noise levels that are not {_LEVELS.told}")
+        if not _PRODUCTS.fits(listed[1]):
+            raise _bad(path, f"products that are not {_PRODUCTS.told}")
+        levels = tuple(float(level) for level in listed[0])
+        flat = np.array(listed[1], dtype=np.float64)
         steps = len(levels)
         falls = all(one > other for one, other in zip(levels, levels[1:], strict=False))
-        if not 2 <= steps <= MOST_STEPS or not falls or not 0 < levels[-1] <= levels[0] <= 1:
+        if not falls or levels[-1] == 0:
             raise _bad(path, f"{steps} noise levels")
-        if flat.shape != (steps * (steps + 1) // 2,) or not np.isfinite(flat).all():
-            raise _bad(path, f"products of shape {flat.shape}")
+        if len(flat) != steps * (steps + 1) // 2:
+            raise _bad(path, f"{len(flat)} products of {steps} velocities")
         upper = np.zeros((steps, steps))
         upper[np.triu_indices(steps)] = flat
         return cls(levels, upper + np.triu(upper, 1).T)
@@ -155,6 +161,65 @@ def left_of_errors(levels: Sequence[float], shares: Sequence[float]) -> tuple[fl
     )
 
 
+class _Gaps:
+    """What skipping steps in a row leaves of error, each gap in a few operations: sums from the
+    first step on are made once, and a gap's are the differences of two.
+
+    Args:
+        recorded: a run.
+        left: of an error in each step's velocity.
+    """
+
+    def __init__(self, recorded: Recorded, left: Sequence[float]) -> None:
+        # Only differences of velocities enter, so any origin does; from their mean the numbers are
+        # small, and little is lost where two sums nearly cancel.
+        raw = recorded.products
+        mean = raw.mean(0)
+        products = raw - mean - mean[:, None] + mean.mean()
+        weights = np.asarray(left, dtype=np.float64)
+        weighted = weights[:, None] * products
+        self._products = products.tolist()
+        self._left = _sums(weights).tolist()
+        self._moments = _sums(weights * np.arange(len(weights))).tolist()
+        self._each = _sums(weighted).tolist()  # with each velocity
+        self._both = _sums(_sums(weighted * weights).T).tolist()
+
+    def between(self, b: int, a: int, n: int) -> tuple[float, float]:
+        """Return the squared error that skipping all between ``a`` and ``n`` leaves, and the
+        damping.
+
+        Args:
+            b: the step that was computed before ``a``; -1: none, and v_a is held.
+        """
+        if n == a + 1:
+            return 0.0, 0.0
+        # The error of holding v_a is the sum of left * (v_step - v_a). Its square needs inner
+        # products alone, which is why a record keeps nothing else.
+        own, first = self._products[a], a + 1
+        count = self._left[n] - self._left[first]
+        with_a = self._each[n][a] - self._each[first][a] - count * own[a]
+        sums = self._both
+        square = sums[n][n] - sums[n][first] - sums[first][n] + sums[first][first]
+        error = max(square - count * (2 * with_a + count * own[a]), 0.0)
+        if b < 0:
+            return error, 0.0
+        # What the line adds of v_a - v_b over all of them, and its products with that error.
+        far = (self._moments[n] - self._moments[first] - a * count) * line(a, b, a + 1, 1.0)
+        with_b = self._each[n][b] - self._each[first][b] - count * own[b]
+        both = far * (with_a - with_b)
+        slope = far * far * (own[a] - 2 * own[b] + self._products[b][b])
+        # Least squares in one unknown: the share of the line's slope that leaves the least error.
+        damping = min(max(both / slope, 0.0), 1.0) if slope > 0 else 0.0
+        return error - 2 * damping * both + damping * damping * slope, damping
+
+
+def _sums(of: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the sums of none, of the first, of the first two and so on."""
+    sums = np.zeros((len(of) + 1, *of.shape[1:]))
+    np.cumsum(of, axis=0, out=sums[1:])
+    return sums
+
+
 def best_schedule(
     recorded: Recorded, left: Sequence[float], forwards: int, starts: Sequence[int] = ()
 ) -> Schedule:
@@ -167,39 +232,12 @@ def best_schedule(
         starts: where another network's steps begin, or steps of another kind: no line goes from one
             part into the next.
     """
-    steps, products = len(recorded.levels), recorded.products.tolist()
+    steps, gap = len(recorded.levels), _Gaps(recorded, left).between
     starting = {0, *starts}
     # Twice the even gap: the first steps are skipped most. No farther beyond it than `FARTHER`, for
     # the search grows with the square of the gaps.
     even = -(-(steps - 1) // (forwards - 1))
     farthest = max(MOST_SKIPPED + 1, even + min(even, FARTHER))
-
-    @cache
-    def gap(b: int, a: int, n: int) -> tuple[float, float]:
-        """Return the squared error that skipping all between ``a`` and ``n`` leaves, and the
-        damping."""
-        held, sloped = [0.0] * steps, [0.0] * steps
-        for step in range(a + 1, n):
-            # The error of holding v_a, as weights of all velocities: sum of left * (v_step -
-            # v_a). Its square needs inner products alone, which is why a record keeps nothing else.
-            held[step] += left[step]
-            held[a] -= left[step]
-            if b >= 0:
-                sloped[a] += left[step] * line(a, b, step, 1.0)
-                sloped[b] -= left[step] * line(a, b, step, 1.0)
-        error, both, slope = (
-            sum(
-                x[i] * y[j] * products[i][j]
-                for i in range(a if b < 0 else b, n)
-                if x[i]
-                for j in range(a if b < 0 else b, n)
-                if y[j]
-            )
-            for x, y in ((held, held), (held, sloped), (sloped, sloped))
-        )
-        # Least squares in one unknown: the share of the line's slope that leaves the least error.
-        damping = min(max(both / slope, 0.0), 1.0) if slope > 0 else 0.0
-        return error - 2 * damping * both + damping * damping * slope, damping
 
     def following(a: int, more: int) -> range:
         """Return the steps that may be computed next after ``a``, ``more`` of them before the

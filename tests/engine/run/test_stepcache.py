@@ -16,7 +16,7 @@ import penstock
 from penstock.engine.engine import Engine
 from penstock.engine.request.generation import GenerationRequest
 from penstock.engine.request.levels import noise_levels
-from penstock.engine.run import steprecord
+from penstock.engine.run import stepplan, steprecord
 from penstock.engine.run.events import Progress
 from penstock.engine.run.pipeline import work_of
 from penstock.engine.run.report import JobResult
@@ -290,6 +290,21 @@ def test_no_schedule_of_as_many_forwards_is_better(run: Recorded) -> None:
     assert cost(run, left, best) <= min(tried) * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("run", [recorded(12), drawn(12)], ids=["bent", "drawn"])
+@pytest.mark.parametrize("computed", [(0, 3, 4, 9, 11), (0, 11), (0, 1, 11), tuple(range(12))])
+def test_what_a_gap_costs_is_what_its_predictions_miss(
+    run: Recorded, computed: tuple[int, ...]
+) -> None:
+    left = [0.1 + 0.01 * step for step in range(12)]
+    gaps = stepplan._Gaps(run, left)
+    found = [
+        gaps.between(*three)
+        for three in zip((-1, *computed), computed, computed[1:], strict=False)
+    ]  # fmt: skip
+    schedule = Schedule(computed, (*(damping for _, damping in found), 0.0))
+    assert sum(error for error, _ in found) == pytest.approx(cost(run, left, schedule), rel=1e-9)
+
+
 def test_steps_that_hardly_change_are_skipped_in_wide_gaps() -> None:
     late = torch.linspace(-2, 1, 40).clamp(min=0).square()[:, None] * torch.randn(
         64, generator=torch.Generator().manual_seed(5)
@@ -323,7 +338,13 @@ def test_a_record_is_read_again_and_serves_other_levels(tmp_path: Path) -> None:
     ["{}", "[]", '{"levels": [1.0, 0.5], "products": [1, 2]}', '{"levels": [0.5, 1.0], '
      '"products": [1, 2, 3]}', '{"levels": [1.0, 0.5], "products": [1, NaN, 3]}',
      '{"levels": [1.0], "products": [1]}', '{"levels": [1.0, 0.0], "products": [1, 2, 3]}',
-     '{"levels": [1.5, 0.5], "products": [1, 2, 3]}'],
+     '{"levels": [1.5, 0.5], "products": [1, 2, 3]}',
+     '{"levels": [1.0, 0.5], "products": ["1", "2", "3"]}',
+     '{"levels": ["1.0", "0.5"], "products": [1, 2, 3]}',
+     '{"levels": {"1.0": 1, "0.5": 1}, "products": [1, 2, 3]}',
+     '{"levels": [1.0, 0.5], "products": [true, true, true]}',
+     '{"levels": [1.0, 0.5], "products": [1, 2, 1e200]}', '{"levels": [1.0, 0.5]}',
+     '{"levels": [1.0, 0.5], "products": [1, 2, ' + "9" * 400 + "]}"],
 )  # fmt: skip
 def test_what_is_no_record_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "run.json").write_text(text)

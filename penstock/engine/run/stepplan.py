@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -84,13 +85,11 @@ class Recorded:
             CheckpointError: it holds something else.
         """
         found = read_object(path)
-        listed = found.get("levels"), found.get("products")
-        if not _LEVELS.fits(listed[0]):
-            raise _bad(path, f"noise levels that are not {_LEVELS.told}")
-        if not _PRODUCTS.fits(listed[1]):
-            raise _bad(path, f"products that are not {_PRODUCTS.told}")
-        levels = tuple(float(level) for level in listed[0])
-        flat = np.array(listed[1], dtype=np.float64)
+        said: tuple[Any, Any] = found.get("levels"), found.get("products")
+        for each, field in zip(said, (_LEVELS, _PRODUCTS), strict=True):
+            if not field.fits(each):
+                raise _bad(path, f"something else than {field.told}")
+        levels, flat = tuple(map(float, said[0])), np.array(said[1], dtype=np.float64)
         steps = len(levels)
         falls = all(one > other for one, other in zip(levels, levels[1:], strict=False))
         if not falls or levels[-1] == 0:

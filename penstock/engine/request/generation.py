@@ -30,6 +30,8 @@ DISTILLED: Mapping[str, Any] = MappingProxyType(
 """Fields that suit a model, or a LoRA, distilled to four steps without guidance. Source: LightX2V's
 ``configs/distill/wan21`` and its ``WanStepDistillScheduler``, which adds fresh noise at each step
 as latent consistency models do (arXiv:2310.04378)."""
+DISTILLED_SAMPLERS = ("lcm", "euler")
+"""That can take the noise levels of such a model."""
 AREAS = {"480p": 480 * 832, "720p": 720 * 1280}
 MAX_SEED = (1 << 32) - 1
 _LARGEST = 1e300
@@ -166,10 +168,10 @@ class GenerationRequest:
             raise RequestError(
                 "unknown way to fit a picture", expected=" or ".join(FITS), found=repr(self.fit)
             )
-        if self.distilled and self.sampler not in ("lcm", "euler"):
+        if self.distilled and self.sampler not in DISTILLED_SAMPLERS:
             raise RequestError(
                 "this sampler cannot take the noise levels of a distilled model",
-                expected="lcm or euler",
+                expected=" or ".join(DISTILLED_SAMPLERS),
                 found=self.sampler,
                 remedy="Leave --sampler or --distilled out",
             )

@@ -15,6 +15,7 @@ from penstock.engine.model.grid import Grid
 from penstock.engine.model.official import Official
 from penstock.engine.request.generation import (
     DISTILLED,
+    DISTILLED_SAMPLERS,
     GenerationRequest,
     parse_area,
     parse_guidance,
@@ -89,14 +90,17 @@ def going_on(settings: Settings, clip: Clip, frame: Path) -> Settings:
             told = f"{name} is given for a video that goes on from another"
             raise UsageError(told, expected="its last frame and its size", found=name)
     theirs = {name: clip.settings[name] for name in _CONTINUED if name in clip.settings}
-    ours = {
-        field.name: getattr(settings, field.name)
-        for field in fields(settings)
-        if getattr(settings, field.name) not in (None, "", False)
-    }
-    if "distilled" in ours and not theirs.get("distilled"):  # theirs are another model's settings
+    said = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    if not settings.prompt.strip():
+        del said["prompt"]
+    # Gaps by what they are: a seed of 0 equals False, and is one.
+    ours = {name: value for name, value in said.items() if value is not None and value is not False}
+    full = ours.get("sampler") not in (None, *DISTILLED_SAMPLERS)
+    if full if theirs.get("distilled") else "distilled" in ours:  # theirs are another model's
         for name in (*DISTILLED, "guidance_high", "cfg_interval"):
             theirs.pop(name, None)
+    if "window" in ours:  # an overlap is one of windows so long
+        theirs.pop("overlap", None)
     if "guidance_scale" in ours:  # what stood beside theirs may not go with it
         scale = ours["guidance_scale"]
         low, high = parse_guidance(scale) if isinstance(scale, str) else (scale, None)

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,6 +125,34 @@ def test_a_distilled_model_goes_on_with_its_own_settings(clip: Path, before: boo
     assert (made.seed, made.shift, made.distilled) == (3, 4.0, True)
     kept = made.steps, made.guidance_scale, made.guidance_high, made.sampler, made.cfg_interval
     assert kept == ((8, 4.0, 3.0, "unipc", "0.5,1") if before else (None,) * 5)
+
+
+@pytest.mark.parametrize(
+    ("said", "dropped"),
+    [
+        ({"seed": 0}, ()),
+        ({"guidance_scale": 0.0}, ()),
+        ({"window": 0}, ("overlap",)),
+        ({"window": 17}, ("overlap",)),
+        ({"window": 17, "overlap": 8}, ()),
+        ({"negative_prompt": ""}, ()),
+        ({"sampler": "euler"}, ()),
+        ({"sampler": "unipc"}, ("distilled", "steps", "guidance_scale", "shift")),
+        ({"sampler": "unipc", "steps": 9}, ("distilled", "guidance_scale", "shift")),
+    ],
+)
+def test_what_is_said_wins_and_takes_away_what_cannot_stand_beside_it(
+    clip: Path, said: dict[str, object], dropped: tuple[str, ...]
+) -> None:
+    theirs = {"prompt": "a cat", "negative_prompt": "bad", "steps": 4, "guidance_scale": 1.0}
+    theirs |= {"shift": 5.0, "seed": 3, "sampler": "lcm", "distilled": True, "nag_scale": 11.0}
+    theirs |= {"window": 33, "overlap": 12}
+    found = replace(Clip.open(clip), settings=theirs)
+    asked: Any = {"prompt": " "} | said
+    made = vars(going_on(Settings(**asked), found, Path("last.png")))
+    assert not any(made[name] for name in dropped)
+    left = {name: value for name, value in theirs.items() if name not in {*said, *dropped}}
+    assert {name: made[name] for name in (*left, *said)} == left | said
 
 
 def test_the_result_is_one_file_also_after_a_stop(

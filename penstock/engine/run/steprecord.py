@@ -26,7 +26,7 @@ MOST_RECORDED = 100
 """Steps of a job that leaves a record: a sample of each waits in host memory until the end."""
 
 _SETTINGS = (
-    "steps", "sampler", "guidance_scale", "guidance_high", "cfg_interval", "distilled",
+    "steps", "sampler", "guidance_scale", "guidance_high", "cfg_interval", "nag_scale", "distilled",
 )  # fmt: skip
 """Of a request, that decide what its transformers give, with the shift."""
 
@@ -135,6 +135,7 @@ def record_path(stage: Stage, steps: range) -> Path:
             for name, path in sorted(stage.job.sources.items())
             if name.partition("/")[0] in parts
         },
+        "loras": stage.job.model.opening.values()["loras"],  # how strong, and in which transformer
         "shift": stage.model.flow_shift(request.width, request.height, request.shift),
         "computed": [steps.start, steps.stop],
         **{name: getattr(request, name) for name in _SETTINGS},

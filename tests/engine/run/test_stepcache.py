@@ -14,6 +14,8 @@ import torch
 
 import penstock
 from penstock.engine.engine import Engine
+from penstock.engine.lora.file import Lora
+from penstock.engine.model.opening import Opening
 from penstock.engine.request.generation import GenerationRequest
 from penstock.engine.request.levels import noise_levels
 from penstock.engine.run import stepplan, steprecord
@@ -468,6 +470,25 @@ def test_a_part_of_a_job_is_scheduled_by_its_own_steps(
     found = cache.state().values["cache"]["rule"]
     assert found["computed"] == [10 + step for step in best.computed]
     assert found["damping"] == pytest.approx(list(best.damping), rel=1e-4)
+
+
+def test_what_changes_a_models_velocities_has_a_record_of_its_own() -> None:
+    def path(loras: tuple[Lora, ...] = (), steps: range = range(10), **changes: Any) -> Path:
+        own: Any = SimpleNamespace(
+            streaming=("transformer",), opening=Opening("there", loras=loras)
+        )
+        job = SimpleNamespace(request=a_request(steps=20, **changes), model=own, sources={})
+        stage: Any = SimpleNamespace(job=job, model=SimpleNamespace(flow_shift=lambda *of: of[2]))
+        return steprecord.record_path(stage, steps)
+
+    lora = Lora(Path("soft.safetensors"))
+    others = [
+        path(), path(steps=range(10, 20)), path(sampler="euler"), path(cfg_interval="0.5,1"),
+        path(guidance_scale=1.0), path(guidance_scale=1.0, nag_scale=5.0), path(shift=4.0),
+        path((lora,)), path((replace(lora, strength=0.5),)), path((replace(lora, expert="low"),)),
+    ]  # fmt: skip
+    assert len(set(others)) == len(others)
+    assert path(seed=9, prompt="another", frames=9) == path()
 
 
 def test_what_is_said_of_a_part_of_a_job_names_its_steps(

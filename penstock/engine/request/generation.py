@@ -153,7 +153,7 @@ class GenerationRequest:
                 remedy="Leave --cfg-interval out; a model that is not distilled takes --cfg above "
                 "1 beside it",
             )
-        _check_shift(self.shift)
+        check_shift(self.shift)
         _check_seed(self.seed)
         self._check_windows()
         if self.sampler not in SAMPLERS:
@@ -605,7 +605,12 @@ def _check_guidance(value: float) -> None:
         )
 
 
-def _check_shift(value: float | None) -> None:
+def check_shift(value: float | None) -> None:
+    """Refuse a flow shift that is none.
+
+    Raises:
+        RequestError: it is neither None nor a finite number above 0.
+    """
     if value is not None and (not _is_finite(value) or value <= 0):
         raise RequestError(
             "illegal shift",

@@ -17,6 +17,7 @@ from penstock.engine.request.generation import (
     DISTILLED,
     DISTILLED_SAMPLERS,
     GenerationRequest,
+    check_shift,
     parse_area,
     parse_guidance,
     parse_size,
@@ -89,7 +90,7 @@ def going_on(settings: Settings, clip: Clip, frame: Path) -> Settings:
         if getattr(settings, name) is not None:
             told = f"{name} is given for a video that goes on from another"
             raise UsageError(told, expected="its last frame and its size", found=name)
-    theirs = {name: clip.settings[name] for name in _CONTINUED if name in clip.settings}
+    theirs = {n: clip.settings[n] for n in _CONTINUED if clip.settings.get(n) is not None}
     said = {field.name: getattr(settings, field.name) for field in fields(settings)}
     if not settings.prompt.strip():
         del said["prompt"]
@@ -167,6 +168,7 @@ def resolve(settings: Settings, model: Suited) -> GenerationRequest:
         defaults |= DISTILLED
     width, height = _size(settings, defaults, model.grid)
     values = defaults | given
+    check_shift(values.get("shift"))  # it is reckoned with before the request is made
     shift = model.official.flow_shift(width, height, values.get("shift"))
     found = {"width": width, "height": height, "shift": shift, "grid": model.grid}
     return GenerationRequest(**(values | found))

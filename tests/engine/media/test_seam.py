@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from penstock.cli.main import app
 from penstock.engine.media.seam import Clip, Colours, joined
 from penstock.engine.media.video import read_frames, read_metadata, write_video
-from penstock.engine.request.settings import Settings, going_on
-from penstock.errors import OutputError, UsageError, VideoError
+from penstock.engine.request.settings import Settings, going_on, resolve
+from penstock.errors import OutputError, RequestError, UsageError, VideoError
 from tests.engine.running import a_request, an_engine, stop_after_a_step
 
 SETTINGS = {"prompt": "a cat", "negative_prompt": "", "steps": 2, "seed": 5, "width": 48}
@@ -114,6 +114,20 @@ def test_what_led_the_clip_leads_on_unless_a_scale_is_said_that_it_cannot_go_wit
     found = going_on(Settings(prompt="", guidance_scale=cfg), told, Path("last.png"))
     names = ("nag_scale", "cfg_interval", "guidance_high")
     assert {name: getattr(found, name) for name in names if getattr(found, name)} == left
+
+
+def test_a_clip_that_tells_of_no_shift_that_there_is_is_refused(
+    i2v_folder: Path, clip: Path
+) -> None:
+    found = Clip.open(clip)
+    with an_engine(i2v_folder) as engine:
+        for shift in ("x", "", [], {}, "1,2", 10**400, float("nan"), True):
+            told = replace(found, settings={"prompt": "a cat", "shift": shift})
+            with pytest.raises(RequestError, match="shift"):
+                resolve(going_on(Settings(prompt=""), told, Path("last.png")), engine.model)
+    bare = replace(found, settings={"prompt": None})
+    with pytest.raises(UsageError, match="has no prompt stored in it"):
+        going_on(Settings(prompt=""), bare, Path("x"))
 
 
 @pytest.mark.parametrize("before", [False, True])

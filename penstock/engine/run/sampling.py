@@ -13,7 +13,7 @@ from penstock.engine.run.sampler import Sampler, SamplerState, initial_noise, lo
 from penstock.engine.run.stage import Stage
 from penstock.engine.run.steering import steer
 from penstock.engine.run.stepcache import StepCache
-from penstock.engine.run.steprecord import cache_for
+from penstock.engine.run.steprecord import cache_for, records_there, same_records
 from penstock.profiles.caching import Caching
 
 
@@ -36,7 +36,8 @@ class Sampling:
     def _first(self) -> Point:
         request = self._stage.job.request
         assert request.seed is not None
-        point = Point(self._noise(request.seed).to(self._stage.device), self._sampler().state())
+        state = _joined(self._sampler().state(), records_there(self._stage))
+        point = Point(self._noise(request.seed).to(self._stage.device), state)
         self._stage.keeper.save_point(point)
         self._stage.keeper.settle()  # the copy's room is the denoising's, which has not begun
         return point
@@ -94,7 +95,8 @@ class Sampling:
         """
         self._stage.keeper.settle()
         latents = self._steered(sampler, sampler.step(prediction, sampler.next_step, latents))
-        self._point = Point(latents, _joined(sampler.state(), cache.state()))
+        known = _joined(cache.state(), same_records(self._point.solver))
+        self._point = Point(latents, _joined(sampler.state(), known))
         self._stage.keeper.save_point(self._point)
         return latents
 

@@ -20,7 +20,7 @@ from penstock.engine.run.stepplan import Recorded, Schedule, best_schedule, left
 from penstock.engine.store.digest import stamp
 from penstock.errors import CheckpointError, StorageError
 from penstock.folders import cache_folder
-from penstock.profiles.caching import BUDGET, FEWEST_STEPS, Caching
+from penstock.profiles.caching import BUDGET, FEWEST_STEPS, PLAN, Caching
 
 MOST_RECORDED = 100
 """Steps of a job that leaves a record: a sample of each waits in host memory until the end."""
@@ -29,6 +29,24 @@ _SETTINGS = (
     "steps", "sampler", "guidance_scale", "guidance_high", "cfg_interval", "nag_scale", "distilled",
 )  # fmt: skip
 """Of a request, that decide what its transformers give, with the shift."""
+
+
+_THERE = "records"
+"""Among the values of a solver's state: file names."""
+
+
+def records_there(stage: Stage) -> SamplerState:
+    """Return what a job under a plan has to know from its first step to its last: the records that
+    there are as it begins. Another job may leave one before this one is resumed, and steps that are
+    still to come would be chosen from that."""
+    if Caching.of(stage.plan.step_cache).kind != PLAN:
+        return SamplerState({}, {})
+    return SamplerState({_THERE: sorted(path.name for path in _folder().glob("*.json"))}, {})
+
+
+def same_records(state: SamplerState) -> SamplerState:
+    """Return that part of ``state``."""
+    return SamplerState({n: value for n, value in state.values.items() if n == _THERE}, {})
 
 
 def cache_for(
@@ -84,7 +102,7 @@ def _rule(
         return Budget(caching.budget, levels, left, steps.stop - 1)
     if is_of(state, steps):
         return Planned(Schedule((), ()))
-    recorded, told = _own_record(stage, steps), "a run of this model"
+    recorded, told = _own_record(stage, steps, state), "a run of this model"
     if recorded is None:
         recorded, told = Recorded.built_in(), "runs of the small model in the box"
         if _can_be_recorded(stage, steps):
@@ -103,10 +121,11 @@ def _levels(sampler: Sampler) -> tuple[float, ...]:
     return tuple(sampler.sigma(step) for step in range(len(sampler.timesteps)))
 
 
-def _own_record(stage: Stage, steps: range) -> Recorded | None:
-    """Return the model's own record; None: there is none, or a damaged one, which is said."""
+def _own_record(stage: Stage, steps: range, state: SamplerState) -> Recorded | None:
+    """Return the model's own record; None: there was none when the job began, or a damaged one,
+    which is said."""
     path = record_path(stage, steps)
-    if not path.exists():
+    if path.name not in state.values.get(_THERE, [path.name]) or not path.exists():
         return None
     try:
         return Recorded.read(path)
@@ -141,4 +160,8 @@ def record_path(stage: Stage, steps: range) -> Path:
         **{name: getattr(request, name) for name in _SETTINGS},
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    return cache_folder() / "steps" / f"{digest[:16]}.json"
+    return _folder() / f"{digest[:16]}.json"
+
+
+def _folder() -> Path:
+    return cache_folder() / "steps"

@@ -32,7 +32,7 @@ from penstock.errors import JobCancelled, NotRun, RequestError
 from penstock.profiles.options import Options
 from penstock.profiles.plan import Plan, StreamPlan
 from tests.engine.run.test_budget import _host_buffers_apart, _in_ram, _meter, _run
-from tests.engine.running import an_engine
+from tests.engine.running import an_engine, stop_after_a_step
 from tests.makers import made_by_diffusers
 
 STEPS = 6
@@ -289,6 +289,25 @@ def test_each_transformer_has_its_own_step_cache(
         again = engine.resume(tmp_path / "job").result()
     assert torch.equal(again.latents, whole.latents)
     assert again.report.computed_steps == computed
+
+
+def test_a_record_that_is_left_meanwhile_changes_no_job_that_goes_on(
+    folder: Path, asked: GenerationRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PENSTOCK_CACHE", str(tmp_path / "cache"))
+    request = replace(asked, steps=20)
+    with an_engine(folder, step_cache="plan:9") as engine:
+        whole = engine.submit(request).result()
+        stop_after_a_step(engine, request, tmp_path / "job")
+    with an_engine(folder) as engine:
+        engine.submit(request).result()
+    assert len(list(tmp_path.glob("cache/steps/*.json"))) == 2
+    with an_engine(folder, step_cache="plan:9") as engine:
+        again = engine.resume(tmp_path / "job").result()
+        fresh = engine.submit(request).result()
+    assert torch.equal(again.latents, whole.latents)
+    assert again.report.computed_steps == whole.report.computed_steps
+    assert fresh.report.computed_steps != whole.report.computed_steps  # the records are of use
 
 
 def test_each_transformer_leaves_a_record_of_its_own_steps(

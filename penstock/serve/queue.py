@@ -243,13 +243,33 @@ class Queue(Closing):
 
     # What clients change
 
-    def add(self, name: str, order: Mapping[str, Any], plan: Mapping[str, Any]) -> Row:
-        """Put a video behind those that wait.
+    def check_room(self, most: int) -> None:
+        """Refuse another video where ``most`` wait.
 
         Raises:
-            StorageError: the database cannot be written.
+            UsageError: they do.
+        """
+        _check_room(len(self.waiting()), most)
+
+    def add(
+        self,
+        name: str,
+        order: Mapping[str, Any],
+        plan: Mapping[str, Any],
+        most: int | None = None,
+    ) -> Row:
+        """Put a video behind those that wait.
+
+        Args:
+            most: of them, this one among them, however many are added at once; None: any number.
+
+        Raises:
+            StorageError: the database cannot be written; UsageError: so many wait already.
         """
         with self._change() as connection:
+            if most is not None:
+                count = f"SELECT COUNT(*) FROM videos WHERE {_WAITING}"
+                _check_room(connection.execute(count).fetchone()[0], most)
             connection.execute(
                 "INSERT INTO videos (id, created_at, status, place, order_json, plan_json) VALUES "
                 "(?, ?, 'queued', (SELECT COALESCE(MAX(place), 0) + 1 FROM videos), ?, ?)",
@@ -423,6 +443,16 @@ class Queue(Closing):
         with self._change() as connection:
             connection.execute("UPDATE videos SET crashes = crashes + 1 WHERE id = ?", (name,))
             return _one(connection, name)
+
+
+def _check_room(waiting: int, most: int) -> None:
+    if waiting >= most:
+        raise UsageError(
+            "too many videos wait",
+            expected=f"at most {most:,}",
+            found=f"{waiting:,}",
+            remedy="Wait for some, or cancel them.",
+        )
 
 
 def _connected(path: Path) -> sqlite3.Connection:

@@ -305,7 +305,10 @@ class Service:
     def _add(self, name: str, order: Mapping[str, Any], plan: Mapping[str, Any]) -> Row:
         for folder in (self.folder(name), self._jobs):
             _settle(folder)
-        return self.queue.add(name, order, plan)
+        try:
+            return self.queue.add(name, order, plan, self.settings.limits.waiting)
+        except UsageError as error:  # others were added while this one was planned
+            raise _too_much(error) from error
 
     @contextmanager
     def _begun(self, folder: Path) -> Iterator[None]:
@@ -381,14 +384,10 @@ class Service:
 
     def _check_quotas(self) -> None:
         limits = self.settings.limits
-        waiting = len(self.queue.waiting())
-        if waiting >= limits.waiting:
-            raise TooMuch(
-                "too many videos wait",
-                expected=f"at most {limits.waiting:,}",
-                found=f"{waiting:,}",
-                remedy="Wait for some, or cancel them.",
-            )
+        try:
+            self.queue.check_room(limits.waiting)
+        except UsageError as error:
+            raise _too_much(error) from error
         if limits.kept_bytes is not None and self.queue.kept_bytes() >= limits.kept_bytes:
             raise TooMuch(
                 "the server keeps too much",
@@ -531,6 +530,10 @@ class Service:
         self._queue_changed()
         if (gone := self._gone.pop(name, None)) is not None and not gone.done():
             gone.set_result(None)
+
+
+def _too_much(error: UsageError) -> TooMuch:
+    return TooMuch(error.what, expected=error.expected, found=error.found, remedy=error.remedy)
 
 
 def _no_such(name: str) -> NotFound:

@@ -19,8 +19,9 @@ from penstock.profiles.options import Options
 from penstock.serve.child import Child, Died
 from penstock.serve.cluster import RayWorker
 from penstock.serve.fields import VideoFields
-from penstock.serve.service import NotFound, NotNow, PlanDesk, Service
-from penstock.serve.settings import ServeSettings
+from penstock.serve.queue import Row
+from penstock.serve.service import NotFound, NotNow, PlanDesk, Service, TooMuch
+from penstock.serve.settings import Limits, ServeSettings
 from penstock.serve.workers import Models
 from tests.serve.inside import Inside, Scripted
 
@@ -29,7 +30,7 @@ PLANNED = {"plan": {"fits": True}, "settings": {"prompt": "a cat"}}
 
 
 def settings_in(folder: Path) -> ServeSettings:
-    return ServeSettings({"mini": "nowhere"}, Options(), folder)
+    return ServeSettings({"mini": "nowhere"}, Options(), folder, limits=Limits(waiting=4))
 
 
 @pytest.fixture(autouse=True)
@@ -102,6 +103,21 @@ def test_who_deletes_is_told_that_it_does_not_go_and_the_next_server_tries(
     assert stray.exists()
     with_service(tmp_path, gone)
     assert not stray.exists()
+
+
+def test_no_more_wait_than_may_however_many_come_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = settings_in(tmp_path).limits.waiting
+
+    async def crowded(service: Service) -> None:
+        monkeypatch.setattr(service, "_changed", lambda row: None)  # nobody looks at its plan
+        asked = (service.create(VideoFields(prompt="a cat")) for _ in range(most + 3))
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        assert [type(each) for each in found if not isinstance(each, Row)] == [TooMuch] * 3
+        assert len(service.queue.waiting()) == len(list((tmp_path / "jobs").iterdir())) == most
+
+    with_service(tmp_path, crowded)
 
 
 @pytest.mark.parametrize("what", ["delete", "cancel", "resume", "move"])

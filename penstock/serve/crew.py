@@ -323,8 +323,13 @@ class _Notes:
         await asyncio.sleep(NOTE_S)
 
     async def settle(self) -> None:
-        """Nothing is being written any more."""
+        """Note the last of it; nothing is being written any more then."""
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
+        if self._wanted > self._noted:  # since the last note: who looks sees it go back otherwise
+            try:
+                await to_its_end(self._queue.note, self._name, self._wanted)
+            except StorageError as error:
+                log.error("the queue: %s", error)

@@ -39,10 +39,11 @@ class Scripted:
         self.begun: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.rests = 0
         self._ends: asyncio.Queue[Mapping[str, Any] | Died] = asyncio.Queue()
+        self._doing: str | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def run(self, order: Order, tell: Tell) -> Mapping[str, Any]:
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._doing = asyncio.get_running_loop(), order.id
         tell({"event": "notice", "message": "begun"})
         tell(
             {
@@ -51,7 +52,10 @@ class Scripted:
             }
         )  # fmt: skip
         self.begun.put(order.id)
-        end = await self._ends.get()
+        try:
+            end = await self._ends.get()
+        finally:
+            self._doing = None
         if isinstance(end, Died):
             raise end
         if end["state"] == "completed":
@@ -59,7 +63,9 @@ class Scripted:
         return end
 
     async def cancel(self, name: str) -> None:
-        await self._ends.put({"state": "stopped"})
+        if self._doing == name:  # else it has not been given that one, and another one would stop
+            self._doing = None  # once, however often it is told
+            await self._ends.put({"state": "stopped"})
 
     async def rest(self) -> None:
         self.rests += 1

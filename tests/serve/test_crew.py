@@ -197,3 +197,33 @@ def test_a_closed_crew_writes_nothing_more(tmp_path: Path, monkeypatch: pytest.M
     with Queue(tmp_path / "queue.sqlite") as queue:
         queue.add("a", ORDER, {})
         asyncio.run(closed(queue))
+
+
+class Brief(Quiet):
+    """A worker that tells of its job twice, and stops at once."""
+
+    async def run(self, order: Order, tell: Tell) -> Mapping[str, Any]:
+        for progress in (40, 57):
+            tell({"event": "progress", "progress": progress})
+        return {"state": "failed", "error": {"code": "non_finite", "message": "NaN"}}
+
+
+def test_what_is_told_last_is_noted_however_soon_the_job_stops(tmp_path: Path) -> None:
+    async def stopped(queue: Queue) -> int:
+        ended = asyncio.Event()
+
+        def changed(row: Row) -> None:
+            if row.status == "failed":
+                ended.set()
+
+        crew = Crew(queue, Hub(), [Brief()], 100.0, changed, lambda name: tmp_path)
+        crew.start()
+        await ended.wait()
+        await crew.close()
+        row = queue.get("a")
+        assert row is not None
+        return row.progress
+
+    with Queue(tmp_path / "queue.sqlite") as queue:
+        queue.add("a", ORDER, {})
+        assert asyncio.run(stopped(queue)) == 57

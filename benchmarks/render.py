@@ -867,6 +867,12 @@ FAULTS = (
           r"each of (?P<kills>\d+) steps, identical, (?P<redone>\d+)",
           "SIGKILL of jobs that skip forward passes, after each step, {kills} kills",
           "all resumed, frames identical; {redone} steps done again"),
+    Fault("::test_sigkill_of_two_transformers_that_skip_steps",
+          r"each of (?P<kills>\d+) steps, (?P<redone>\d+)",
+          "the same of two transformers, with records of their steps left by another job between "
+          "the {kills} kills and what follows",
+          "all resumed with the steps that they began with, frames identical; {redone} steps done "
+          "again"),
     Fault("::test_sigkill_of_a_job_with_cheaper_guidance",
           r"each of (?P<steps>\d+) steps: (?P<redone>\d+)",
           "SIGKILL after each step of jobs with guidance at some steps (`--cfg-interval`) or "

@@ -17,6 +17,7 @@ from penstock.engine.files.locate import locate
 from penstock.engine.packs.plan import plan_component
 from penstock.engine.request.generation import GenerationRequest
 from penstock.engine.request.levels import noise_levels
+from penstock.folders import cache_folder
 from tests.engine import golden
 from tests.engine.conftest import SMALL_VAE
 from tests.engine.run.test_killed import finish, kill_at_failpoints, kill_at_moments
@@ -83,6 +84,29 @@ def test_sigkill_of_a_job_that_skips_steps(
             assert killed.was_killed
             redone += finish(task, [killed], frames_sha(tmp_path / "whole.mp4"))
     print(f"\nsigkill under {cache} after each of {steps - 1} steps, identical, {redone} redone")
+
+
+def test_sigkill_of_two_transformers_that_skip_steps(picture: Path, tmp_path: Path) -> None:
+    """Killed after each step; a whole job leaves records of both before any of them goes on."""
+    folder = write_tiny_model(tmp_path / "a14b", experts=True, seed=1, vae=SMALL_VAE)
+    steps, whole, redone = 20, tmp_path / "whole.mp4", 0
+    request, kept = a_request(picture, steps=steps), []
+    with an_engine(folder, step_cache="plan:9") as skipping:
+        report = skipping.submit(request, whole).result().report
+        assert len(report.computed_steps) == 9
+        for last in range(1, steps):
+            (tmp_path / f"{last}").mkdir()
+            task = Task(skipping, request, tmp_path / f"{last}")
+            kept.append((task, task.attempt(kill_at_step=last)))
+            assert kept[-1][1].was_killed
+        with an_engine(folder) as computing:
+            computing.submit(request).result()
+        assert len(list(cache_folder().glob("steps/*.json"))) == 2
+        for task, killed in kept:
+            redone += finish(task, [killed], frames_sha(whole))
+        other = skipping.submit(request, tmp_path / "other.mp4").result().report
+    assert other.computed_steps != report.computed_steps  # a new job does take the records
+    print(f"\nsigkill of two under a plan after each of {steps - 1} steps, {redone} redone")
 
 
 def interval(request: GenerationRequest) -> GenerationRequest:

@@ -55,3 +55,13 @@ def stop_after_a_step(engine: Engine, request: GenerationRequest, folder: Path) 
             job.cancel()
     with pytest.raises(JobCancelled):
         job.result()
+
+
+def stop_at(step: int, engine: Engine, request: GenerationRequest, folder: Path) -> None:
+    """Keep a job in ``folder`` that ends after so many steps, of whichever transformer."""
+    job = engine.submit(request, job_dir=folder)
+    for event in job.events():
+        if isinstance(event, Progress) and (event.unit, event.step) == ("step", step):
+            job.cancel()
+    with pytest.raises(JobCancelled):
+        job.result()

@@ -19,7 +19,6 @@ from penstock.engine.model.opening import Opening
 from penstock.engine.request.generation import GenerationRequest
 from penstock.engine.request.levels import noise_levels
 from penstock.engine.run import stepplan, steprecord
-from penstock.engine.run.events import Progress
 from penstock.engine.run.pipeline import work_of
 from penstock.engine.run.report import JobResult
 from penstock.engine.run.sampler import Sampler, SamplerState
@@ -32,11 +31,11 @@ from penstock.engine.run.stepplan import (
     left_of_errors,
     shared_forwards,
 )
-from penstock.errors import CheckpointError, FingerprintMismatch, JobCancelled, ProfileError
+from penstock.errors import CheckpointError, FingerprintMismatch, ProfileError
 from penstock.profiles.caching import MOST_SKIPPED, Caching
 from penstock.profiles.plan import Plan
 from tests.engine.run.test_budget import _host_buffers_apart, _meter
-from tests.engine.running import a_request, an_engine
+from tests.engine.running import a_request, an_engine, stop_at
 
 STEPS = 10
 REQUEST = a_request(steps=STEPS)
@@ -46,16 +45,6 @@ CONFIG: dict[str, Any] = {"num_train_timesteps": 1000, "solver_order": 2}
 def run(folder: Path, **options: Any) -> JobResult:
     with an_engine(folder, **options) as engine:
         return engine.submit(REQUEST).result()
-
-
-def stop_at(step: int, engine: Engine, request: GenerationRequest, folder: Path) -> None:
-    """Keep a job in ``folder`` that ends after so many steps."""
-    job = engine.submit(request, job_dir=folder)
-    for event in job.events():
-        if isinstance(event, Progress) and (event.phase, event.step) == ("denoise", step):
-            job.cancel()
-    with pytest.raises(JobCancelled):
-        job.result()
 
 
 @pytest.fixture(scope="module")

@@ -18,14 +18,13 @@ from penstock.engine.families.wan.stretches import stretches_of
 from penstock.engine.families.wan.tiny import write_tiny_model
 from penstock.engine.request.generation import workload_of
 from penstock.engine.request.levels import noise_levels
-from penstock.engine.run.events import Progress
 from penstock.engine.run.report import JobResult
 from penstock.engine.run.stepplan import Recorded
-from penstock.errors import JobCancelled, RequestError
+from penstock.errors import RequestError
 from penstock.profiles.caching import Caching
 from penstock.profiles.plan import Plan, StreamPlan
 from tests.engine.run.test_budget import _host_buffers_apart, _in_ram, _meter, _run
-from tests.engine.running import a_request, an_engine
+from tests.engine.running import a_request, an_engine, stop_at
 from tests.makers import makers_levels, makers_unipc
 
 SHIFT = 3.0
@@ -162,12 +161,7 @@ def test_a_stopped_job_goes_on_to_the_bit(t2v_folder: Path, word: str, tmp_path:
         if word == "plan:13":
             assert fewest == most == 13
         for cut in (starts[1], starts[2] + 1):
-            job = engine.submit(request, job_dir=tmp_path / f"{cut}")
-            for event in job.events():
-                if isinstance(event, Progress) and (event.phase, event.step) == ("denoise", cut):
-                    job.cancel()
-            with pytest.raises(JobCancelled):
-                job.result()
+            stop_at(cut, engine, request, tmp_path / f"{cut}")
             again = engine.resume(tmp_path / f"{cut}").result()
             assert torch.equal(again.latents, whole.latents)
             assert again.report.computed_steps == computed

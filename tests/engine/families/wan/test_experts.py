@@ -24,15 +24,15 @@ from penstock.engine.files.locate import Files
 from penstock.engine.lora.file import Lora
 from penstock.engine.request.generation import DISTILLED, GenerationRequest, workload_of
 from penstock.engine.request.levels import noise_levels
-from penstock.engine.run.events import PhaseStarted, Progress
+from penstock.engine.run.events import PhaseStarted
 from penstock.engine.run.jobs import describe
 from penstock.engine.run.report import JobResult
 from penstock.engine.run.stepplan import Recorded
-from penstock.errors import JobCancelled, NotRun, RequestError
+from penstock.errors import NotRun, RequestError
 from penstock.profiles.options import Options
 from penstock.profiles.plan import Plan, StreamPlan
 from tests.engine.run.test_budget import _host_buffers_apart, _in_ram, _meter, _run
-from tests.engine.running import an_engine, stop_after_a_step
+from tests.engine.running import an_engine, stop_after_a_step, stop_at
 from tests.makers import made_by_diffusers
 
 STEPS = 6
@@ -160,13 +160,7 @@ def test_a_job_stopped_around_the_swap_goes_on(
     around: int, engine: Engine, asked: GenerationRequest, whole: JobResult, tmp_path: Path
 ) -> None:
     high, _ = engine.model.manifest.split(workload_of(asked))
-    stop = high + around
-    job = engine.submit(asked, job_dir=tmp_path / "job")
-    for event in job.events():
-        if isinstance(event, Progress) and event.phase.startswith("denoise") and event.step == stop:
-            job.cancel()
-    with pytest.raises(JobCancelled):
-        job.result()
+    stop_at(high + around, engine, asked, tmp_path / "job")
     done = describe(tmp_path / "job").step
     again = engine.resume(tmp_path / "job")
     begun = [event.phase for event in again.events() if isinstance(event, PhaseStarted)]
@@ -280,12 +274,7 @@ def test_each_transformer_has_its_own_step_cache(
             assert fewest <= len([step for step in computed if step in own]) <= most
             assert {own[0], own[-1]} <= set(computed)
         assert len(computed) < 20
-        job = engine.submit(request, job_dir=tmp_path / "job")
-        for event in job.events():
-            if isinstance(event, Progress) and event.unit == "step" and event.step == first + 2:
-                job.cancel()
-        with pytest.raises(JobCancelled):
-            job.result()
+        stop_at(first + 2, engine, request, tmp_path / "job")
         again = engine.resume(tmp_path / "job").result()
     assert torch.equal(again.latents, whole.latents)
     assert again.report.computed_steps == computed
@@ -317,12 +306,7 @@ def test_each_transformer_leaves_a_record_of_its_own_steps(
     request = replace(asked, steps=20)
     with an_engine(folder) as engine:
         first, _ = engine.model.manifest.split(workload_of(request))
-        job = engine.submit(request, job_dir=tmp_path / "job")
-        for event in job.events():
-            if isinstance(event, Progress) and event.unit == "step" and event.step == first + 2:
-                job.cancel()
-        with pytest.raises(JobCancelled):
-            job.result()
+        stop_at(first + 2, engine, request, tmp_path / "job")
         engine.resume(tmp_path / "job").result()
         (own,) = tmp_path.glob("cache/steps/*.json")  # the other's steps were not seen in one go
         engine.submit(request).result()
